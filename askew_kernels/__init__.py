@@ -1,0 +1,2 @@
+"""askew_kernels"""
+from . import ops, quant, reference, runtime

@@ -1,0 +1,404 @@
+"""Typed public functions over the operators ``askew::…``: every argument is checked before anything is written.
+
+Shapes: a tensor is seen as (rows, cols), one scale a row; ``scale`` has shape () or (1,) per tensor, (shape[0],) per
+channel, (shape[0] * groups,) per group. Storage is float32, bfloat16 or float16 (float64 runs on the reference);
+arithmetic is float32. In-place functions accept any dense layout; where it is not contiguous they work on a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference, runtime
+from . import autograd, schema
+
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SKEWS = ("gradient", "direction")
+
+# ---- where nothing is compiled for a device, the operator is Triton's or the reference's -------------------------
+
+for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
+    if runtime._C is None or (_device == "cuda" and not runtime.has_cuda_kernels()):
+        _use_triton = _device == "cuda" and runtime.has_triton()
+        for _name in schema.SCHEMAS:
+
+            def _late(*args: Any, _name: str = _name, _triton: bool = _use_triton) -> Any:
+                return getattr(runtime.backend_module("triton" if _triton else "reference"), _name)(*args)
+
+            schema.library.impl(_name, _late, _key)
+
+
+# ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def check_float_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.is_complex():
+        raise TypeError(f"{name}: complex tensors cannot be quantized, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
+    if t.dtype not in FLOAT_TYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_grid(grid: Any) -> None:
+    if not (hasattr(grid, "encoding") and hasattr(grid, "levels_tensor")):
+        raise TypeError(f"grid: expected a grid such as Uniform(bits=4), Binary(), Ternary(), got {grid!r}")
+
+
+def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
+    """``scale`` as float32 (rows,), after checking that it fits ``x``."""
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(scale).__name__}")
+    if not scale.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor, got {scale.dtype}")
+    if scale.device != x.device:
+        raise ValueError(f"{name}: expected on the device of {x_name} ({x.device}), got {scale.device}")
+    rows, first = scale.numel(), x.shape[0] if x.dim() else 1
+    fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
+    if scale.dim() > 1 or not fits:
+        per_group = f" or ({first} * groups,)" if x.dim() > 1 else ""
+        raise ValueError(
+            f"{name}: expected shape () or ({first},){per_group} for {x_name} of shape {tuple(x.shape)}, "
+            f"got {tuple(scale.shape)}"
+        )
+    if not torch.compiler.is_compiling() and scale.device.type == "cpu":  # on a GPU the look would stall the stream
+        low, high = scale.detach().aminmax() if rows else (torch.ones(()), torch.ones(()))
+        if not (low > 0 and high < math.inf):
+            raise ValueError(f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]")
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return scale.detach().to(wanted).reshape(-1).contiguous()
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
+        interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
+        raise ValueError(f"{name}: expected a finite number in {interval}, got {value}")
+    return float(value)
+
+
+def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> Tensor:
+    """A float or a 0-dim tensor as a 0-dim float tensor; values on the CPU are checked, a GPU's are not waited for."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}")
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            _number(name, float(value), low, high, open_low)
+        value = value.detach()
+        return value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return torch.tensor(_number(name, value, low, high, open_low), dtype=torch.float64)
+
+
+def _channels_last(t: Tensor) -> list[int] | None:
+    """The order of dimensions in which ``t`` is contiguous, dimension 0 first; None if there is none."""
+    order = [0, *sorted(range(1, t.dim()), key=lambda d: (-t.stride(d), d))]
+    return order if t.permute(order).is_contiguous() else None
+
+
+class _InPlace:
+    """Contiguous stand-ins for tensors that are written, and the copies back that some of them need."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[Tensor, Tensor]] = []
+
+    def writable(self, t: Tensor, order: list[int] | None = None) -> Tensor:
+        t = t.detach()
+        view = t if order is None else t.permute(order)
+        if view.is_contiguous():
+            return view
+        work = view.contiguous()
+        self.copies.append((view, work))
+        return work
+
+    def finish(self) -> None:
+        for target, work in self.copies:
+            target.copy_(work)
+
+
+def _layout(t: Tensor, rows: int) -> list[int] | None:
+    """A permutation that makes ``t`` contiguous without moving it between rows; None to take it as it is."""
+    if t.is_contiguous() or t.dim() < 3 or rows not in (1, t.shape[0]):
+        return None
+    return _channels_last(t)
+
+
+# ---- fake quantization ----------------------------------------------------------------------------------------------
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, grid: Any, *, ste_clip: bool = True, stochastic: bool = False, seed: int = 0
+) -> Tensor:
+    """y = s Q(x / s): quantize and dequantize, straight-through for the gradient.
+
+    Q is the nearest level of ``grid``: ties to even for uniform grids (as torch.round), to the lower level for
+    binary and codebooks; values outside the hull go to the nearest end; NaN stays NaN.
+    Backward: grad inside the hull [s c_0, s c_(K-1)], 0 outside; ``ste_clip=False``: grad everywhere. ``scale``
+    receives no gradient.
+    ``stochastic``: one of x's two neighbouring levels, with E[y] = x inside the hull; Philox4x32-10 with key ``seed``
+    and the element's index as counter, so the result depends on neither threads, device nor launch shape.
+
+    x: any shape, float; scale: () or (rows,) positive. Returns a contiguous tensor like ``x``.
+    Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, sections 1 and 3.
+    """
+    check_float_tensor("x", x)
+    check_grid(grid)
+    scale = _check_scale("scale", scale, x, "x")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected an int in [0, 2^63), got {seed!r}")
+    x = x.contiguous()
+    return autograd.fake_quantize(
+        x, scale, grid.levels_tensor(x.device), grid.encoding, bool(ste_clip), bool(stochastic), seed
+    )
+
+
+@torch.no_grad()
+def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
+    """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
+    check_float_tensor("x", x)
+    check_float_tensor("out", out)
+    check_grid(grid)
+    scale = _check_scale("scale", scale, x, "x")
+    if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
+        raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
+    x = x.detach().contiguous()
+    runtime.operator("fake_quantize_out_", x)(x, scale, grid.levels_tensor(x.device), grid.encoding, out)
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+@torch.no_grad()
+def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
+    """Zeroes ``grad`` in place where x lies outside the hull: the backward of ``fake_quantize`` without a new tensor."""
+    check_float_tensor("grad", grad)
+    check_float_tensor("x", x)
+    check_grid(grid)
+    scale = _check_scale("scale", scale, x, "x")
+    if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
+        raise ValueError(
+            f"grad: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {grad.dtype} {tuple(grad.shape)} "
+            f"on {grad.device}"
+        )
+    order, in_place = _layout(x, scale.numel()), _InPlace()
+    work = in_place.writable(grad, order)
+    point = x.detach() if order is None else x.detach().permute(order)
+    runtime.operator("ste_clip_", x)(
+        work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding
+    )
+    in_place.finish()
+    torch.autograd.graph.increment_version(grad)
+    return grad
+
+
+# ---- the interval constraint ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) -> Tensor:
+    """Moves every weight, in place, into the hull and then to the nearest point with h >= 0.
+
+    Feasible is what stands within r = Delta (1 - sqrt(1 - sqrt(eps))) / 2 of its nearest level; an exact midpoint
+    goes to the lower side. eps = 1 leaves the inside of the hull alone; as eps -> 0 only the levels remain.
+    Idempotent. w: any shape, float; scale: () or (rows,); eps in (0, 1], a float or a 0-dim tensor.
+    Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 2.
+    """
+    check_float_tensor("w", w)
+    check_grid(grid)
+    scale = _check_scale("scale", scale, w, "w")
+    eps = rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
+    in_place = _InPlace()
+    work = in_place.writable(w, _layout(w, scale.numel()))
+    runtime.operator("project_interval_", w)(work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
+    in_place.finish()
+    torch.autograd.graph.increment_version(w)
+    return w
+
+
+def row_sums(x: Tensor, rows: int) -> Tensor:
+    """(rows, 3) float32: sum |x|, sum x^2, max |x| of each of the ``rows`` equal runs of ``x``; NaN gives NaN.
+
+    What the scale rules need, and bit for bit what the update pass leaves in ``stats`` for the same weights.
+    """
+    check_float_tensor("x", x)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 or x.numel() % rows:
+        raise ValueError(f"rows: expected a positive divisor of {x.numel()}, got {rows!r}")
+    x = x.detach().contiguous()
+    return runtime.operator("row_sums", x)(x, rows)
+
+
+# ---- the updates ------------------------------------------------------------------------------------------------------
+
+
+class SkewStats:
+    """Sums that an update pass leaves behind, for each tensor of its list.
+
+    ``row_sums[i]``: float32 (rows, 3), sum |w|, sum w^2, max |w| of the updated weights: the next scale;
+    ``totals[i]``: float64 (6,), in the order of ``NAMES``, at the point where the step started. Either list may be
+    empty: then these sums are not taken.
+    """
+
+    NAMES = ("infeasible", "violation", "velocity_squared", "grad_velocity", "flips", "nonfinite")
+
+    def __init__(self, row_sums: Sequence[Tensor] = (), totals: Sequence[Tensor] = ()) -> None:
+        self.row_sums, self.totals = list(row_sums), list(totals)
+
+    @classmethod
+    def empty_for(cls, params: Sequence[Tensor], scales: Sequence[Tensor]) -> SkewStats:
+        """Room for both kinds of sums."""
+        return cls(
+            [torch.zeros(s.numel(), reference.NUM_ROW_SUMS, device=p.device) for p, s in zip(params, scales, strict=True)],
+            [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
+        )
+
+
+def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], same_dtype: bool = True) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
+    for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
+        check_float_tensor(f"{name}[{i}]", t)
+        if t.shape != p.shape or t.device != p.device or (same_dtype and t.dtype != p.dtype):
+            raise ValueError(
+                f"{name}[{i}]: expected {p.dtype if same_dtype else 'a float tensor'} of shape {tuple(p.shape)} on "
+                f"{p.device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )
+
+
+def _skew_update(
+    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor] | None],
+    scales: Sequence[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor] | None, stats: SkewStats | None,
+    rates: list[Tensor], numbers: list[Any], skew: str,
+) -> None:  # fmt: skip
+    """Checks everything, then runs operator ``name``; ``states`` None where the rule keeps no such buffer."""
+    for i, p in enumerate(params):
+        check_float_tensor(f"params[{i}]", p)
+        if p.device != params[0].device:
+            raise ValueError(f"params[{i}]: expected on {params[0].device} as params[0], got {p.device}")
+    _check_list("grads", grads, params)
+    for key, buffers in states.items():
+        if buffers is not None:
+            _check_list(key, buffers, params)
+    for key, items in (("scales", scales), ("grids", grids)):
+        if len(items) != len(params):
+            raise ValueError(f"{key}: expected {len(params)}, one for each parameter, got {len(items)}")
+    flat_scales = [_check_scale(f"scales[{i}]", s, p, f"params[{i}]") for i, (s, p) in enumerate(zip(scales, params, strict=True))]
+    for grid in grids:
+        check_grid(grid)
+    if dequantized is not None:
+        _check_list("dequantized", dequantized, params, same_dtype=False)
+    stats = stats or SkewStats()
+    for key, outs, shapes, dtype in (
+        ("stats.row_sums", stats.row_sums, [(s.numel(), reference.NUM_ROW_SUMS) for s in flat_scales], torch.float32),
+        ("stats.totals", stats.totals, [(reference.NUM_TOTALS,)] * len(params), torch.float64),
+    ):
+        if outs and len(outs) != len(params):
+            raise ValueError(f"{key}: expected {len(params)} tensors, got {len(outs)}")
+        for i, out in enumerate(outs):
+            if tuple(out.shape) != shapes[i] or out.dtype != dtype or not out.is_contiguous():
+                raise ValueError(f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}")
+    if skew not in SKEWS:
+        raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
+    if not params:
+        return
+    in_place = _InPlace()
+    orders = [_layout(p, s.numel()) for p, s in zip(params, flat_scales, strict=True)]
+
+    def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+        return [in_place.writable(t, order) for t, order in zip(tensors or [], orders)]  # noqa: B905 (may be empty)
+
+    arguments = [
+        writable(params),
+        [(g if order is None else g.permute(order)).detach().contiguous() for g, order in zip(grads, orders, strict=True)],
+        *(writable(buffers) for buffers in states.values()),
+        flat_scales,
+        [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)],
+        [n for grid in grids for n in grid.encoding],
+        writable(dequantized),
+        stats.row_sums,
+        stats.totals,
+        *rates,
+        *numbers,
+    ]
+    runtime.operator(name, params[0])(*arguments)
+    in_place.finish()
+    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *(dequantized or [])]
+    torch.autograd.graph.increment_version(written)
+
+
+@torch.no_grad()
+def skew_sgd_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
+    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
+    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
+    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
+    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+) -> None:  # fmt: skip
+    """One ASkewSGD step, in place, over a tensor list in one launch: each tensor is read once and written once.
+
+    With d = -grad (``skew="gradient"``, as published) or SGD's own direction (``skew="direction"``), u the distance
+    to the nearest level over the bracket length Delta, h = eps - 16 u^2 (1-u)^2 and |h'| = (32/Delta) u (1-u)(1-2u):
+
+        kappa = min(alpha (-h) / |h'|, Delta / (4 lr))
+        v     = d                                             where h >= 0, on a midpoint, or outside the hull
+              = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
+        w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)
+
+    ``skew="gradient"``: -v then replaces the gradient in torch.optim.SGD's rule (weight decay, momentum, Nesterov).
+    A zero momentum buffer with ``dampening=0`` is torch's first step.
+
+    params, grads, momentum_buffers (None without momentum): lists of equal shapes and dtypes; scales: () or (rows,);
+    grids: one for each parameter; lr >= 0 and eps in (0, 1]: floats or 0-dim tensors. ``dequantized``: tensors that
+    receive s Q(w/s) of the new weights, in their own dtype; ``stats``: a ``SkewStats`` that receives the pass's sums.
+    NaN and inf gradients do what torch.optim.SGD does; with ``skip_nonfinite`` their elements are left alone.
+    Raises TypeError/ValueError naming the argument before anything is written.
+    Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.
+    """
+    momentum = _number("momentum", momentum, 0.0)
+    if nesterov and (momentum <= 0 or dampening != 0):
+        raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
+    if momentum and momentum_buffers is None:
+        raise ValueError("momentum_buffers: expected one for each parameter with momentum > 0, got None")
+    rates = [rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)]
+    numbers = [
+        _number("alpha", alpha, 0.0), momentum, _number("dampening", dampening, -math.inf),
+        _number("weight_decay", weight_decay, 0.0), bool(nesterov), skew == "direction", bool(clamp), bool(maximize),
+        bool(skip_nonfinite),
+    ]  # fmt: skip
+    states = {"momentum_buffers": momentum_buffers if momentum else None}
+    _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+
+
+@torch.no_grad()
+def skew_adamw_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
+    alpha: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, weight_decay: float = 0.01,
+    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
+    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+) -> None:  # fmt: skip
+    """One ASkewAdamW step: ``skew_sgd_`` with torch.optim.AdamW as the base rule.
+
+    The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
+    moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
+    """
+    beta1, beta2 = (_number(f"betas[{i}]", b, 0.0) for i, b in enumerate(betas))
+    if beta1 >= 1 or beta2 >= 1:
+        raise ValueError(f"betas: expected numbers in [0, 1), got {betas}")
+    rates = [
+        rate_tensor("step", step, 1.0),
+        rate_tensor("lr", lr, 0.0),
+        rate_tensor("eps", eps, 0.0, 1.0, open_low=True),
+    ]
+    numbers = [
+        _number("alpha", alpha, 0.0), beta1, beta2, _number("adam_eps", adam_eps, 0.0),
+        _number("weight_decay", weight_decay, 0.0), skew == "direction", bool(clamp), bool(maximize),
+        bool(skip_nonfinite),
+    ]  # fmt: skip
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _skew_update("skew_adamw_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)

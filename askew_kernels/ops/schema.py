@@ -1,0 +1,58 @@
+"""The operators ``askew::…``: their schemas and fake kernels, one home for both.
+
+Arguments shared by all of them:
+
+* a tensor is seen as (rows, cols) with ``rows = scale.numel()``; it is contiguous, ``scale`` is float32;
+* ``grid`` is ``[kind, lo, hi]`` with kind 1 uniform, 2 binary, 3 codebook (``csrc/math/types.h``); ``levels`` holds a
+  codebook's levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three
+  integers a tensor;
+* ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
+* in a list, a tensor without elements stands for "absent".
+
+Implementations: C++ for CPU and CUDA (``csrc``), ``triton_kernels``, ``reference``; ``runtime`` chooses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import NUM_ROW_SUMS
+
+_SKEW_TAIL = "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
+_OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
+
+SCHEMAS = {
+    "fake_quantize": "(Tensor x, Tensor scale, Tensor levels, int[] grid, bool ste_clip, bool stochastic, int seed)"
+    " -> Tensor",
+    "fake_quantize_out_": "(Tensor x, Tensor scale, Tensor levels, int[] grid, Tensor(a!) out) -> ()",
+    "fake_quantize_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> Tensor",
+    "ste_clip_": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> ()",
+    "project_interval_": "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()",
+    "row_sums": "(Tensor x, int rows) -> Tensor",
+    "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
+    f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
+    + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
+    + ") -> ()",
+    "skew_adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    f" Tensor[] scales, Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, "
+    + _SKEW_TAIL.format(base="float beta1, float beta2, float adam_eps", nesterov="")
+    + ") -> ()",
+}
+
+library = torch.library.Library("askew", "DEF")
+for _name, _schema in SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _fake_quantize(x: Tensor, *_args) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _row_sums(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
+
+
+_FAKES = {"fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums}
+for _name in SCHEMAS:
+    torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)

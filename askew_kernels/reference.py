@@ -1,0 +1,307 @@
+"""docs/mathematics.md in plain PyTorch: the oracle of every test, and the implementation where nothing is compiled.
+
+Each function has the name and the arguments of the operator that it defines (see ``ops/schema.py``). Arithmetic is
+float64 for float64 inputs and float32 for everything else, with the operations in the same order as ``csrc/math``,
+so that quantized codes agree exactly with every backend. Nothing here is written for speed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+UNIFORM, BINARY, CODEBOOK = 1, 2, 3  # grid kinds, as in csrc/math/types.h
+SUM_ABS, SUM_SQUARES, MAX_ABS = range(3)  # columns of row_sums
+INFEASIBLE, VIOLATION, VELOCITY2, GRAD_VELOCITY, FLIPS, NONFINITE = range(6)  # entries of totals
+NUM_ROW_SUMS, NUM_TOTALS = 3, 6
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` as (rows, cols) and ``scale`` as (rows, 1), both in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    return x.detach().reshape(scale.numel(), -1).to(dtype), scale.detach().to(dtype).reshape(-1, 1)
+
+
+# ---- grids, in grid units (x = w / s) ---------------------------------------------------------------------------
+
+
+def hull(levels: Tensor, grid: list[int]) -> tuple[float, float]:
+    """Lowest and highest level."""
+    kind, lo, hi = grid
+    if kind == CODEBOOK:
+        return float(levels[0]), float(levels[-1])
+    return float(lo), float(hi)
+
+
+def clamp(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    lo, hi = hull(levels, grid)
+    return x.clamp(lo, hi)  # keeps NaN
+
+
+def nearest(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    """Q(x): nearest level; ties to even (uniform) or to the lower level (binary, codebook); NaN stays NaN."""
+    kind = grid[0]
+    if kind == UNIFORM:
+        return torch.round(clamp(x, levels, grid)) + 0.0  # + 0.0: no level is -0
+    if kind == BINARY:
+        one = torch.ones_like(x)
+        return torch.where(x > 0, one, torch.where(x == x, -one, x))
+    table = levels.to(device=x.device, dtype=x.dtype)
+    middles = 0.5 * table[:-1] + 0.5 * table[1:]
+    return torch.where(x == x, table[torch.bucketize(x.contiguous(), middles)], x)
+
+
+def place(x: Tensor, levels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where x, moved into the hull, stands in its bracket: (nearest level, u, side, bracket length).
+
+    u in [0, 1/2] is the distance to the nearest level over the bracket length; side is the direction towards that
+    level, +1 or -1. An exact midpoint belongs to the lower level.
+    """
+    kind = grid[0]
+    c = clamp(x, levels, grid)
+    near = nearest(x, levels, grid)
+    if kind == UNIFORM:
+        d = c - near
+        up = (d == -0.5).to(x.dtype)  # the tie that was rounded up
+        near, d = near - up, d + up
+        u, delta = d.abs(), torch.ones_like(x)
+    elif kind == BINARY:
+        d = c - near
+        u, delta = d.abs() * 0.5, torch.full_like(x, 2.0)
+    else:
+        table = levels.to(device=x.device, dtype=x.dtype)
+        below = torch.bucketize(c.contiguous(), table, right=True).sub_(1).clamp_(0, len(table) - 2)
+        delta = table[below + 1] - table[below]
+        d = c - near
+        u = (d.abs() / delta).clamp(max=0.5)
+    side = torch.where(d > 0, -torch.ones_like(x), torch.ones_like(x))
+    return near, u, side, delta
+
+
+def clamp_hull(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    lo, hi = hull(levels, grid)
+    w = torch.where(w < scale * lo, scale * lo, w)
+    return torch.where(w > scale * hi, scale * hi, w)
+
+
+# ---- fake quantization --------------------------------------------------------------------------------------------
+
+
+def philox_uniform(seed: int, count: int, device: torch.device) -> Tensor:
+    """Philox4x32-10: ``count`` uniforms in [0, 1), element i from word i % 4 of block i // 4 with key ``seed``."""
+    mask, blocks = 0xFFFFFFFF, (count + 3) // 4
+    index = torch.arange(blocks, dtype=torch.int64, device=device)
+    c0, c1 = index & mask, index >> 32
+    c2, c3 = torch.zeros_like(index), torch.zeros_like(index)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+
+    def wide_product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:  # 32 x 32 -> (high, low), in 16-bit halves
+        a0, a1, b0, b1 = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
+        low, mid1, mid2, high = b0 * a0, b1 * a0, b0 * a1, b1 * a1
+        carry = (low >> 16) + (mid1 & 0xFFFF) + (mid2 & 0xFFFF)
+        return high + (mid1 >> 16) + (mid2 >> 16) + (carry >> 16), ((carry & 0xFFFF) << 16) | (low & 0xFFFF)
+
+    for _ in range(10):
+        h0, l0 = wide_product(0xD2511F53, c0)
+        h1, l1 = wide_product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    words = torch.stack([c0, c1, c2, c3], dim=1).reshape(-1)[:count]
+    return (words >> 8).to(torch.float32) * 2.0**-24
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], ste_clip: bool, stochastic: bool, seed: int
+) -> Tensor:
+    """y = s Q(x / s), or with ``stochastic`` a level of x's bracket such that E[y] = x inside the hull."""
+    w, s = _rows(x, scale)
+    if stochastic:
+        near, u, side, delta = place(w / s, levels, grid)
+        uniform = philox_uniform(seed, w.numel(), w.device).reshape(w.shape)
+        level = torch.where(uniform < u, near - side * delta, near)
+    else:
+        level = nearest(w / s, levels, grid)
+    return (s * level).to(x.dtype).reshape(x.shape)
+
+
+def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
+    """out = s Q(x / s), in the storage type of ``out``."""
+    w, s = _rows(x, scale)
+    out.copy_((s * nearest(w / s, levels, grid)).reshape(x.shape))
+
+
+def _inside(w: Tensor, s: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    x = w / s
+    return (clamp(x, levels, grid) == x) | x.isnan()
+
+
+def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    """grad inside the hull (ends included), 0 outside."""
+    inside = _inside(*_rows(x, scale), levels, grid)
+    return torch.where(inside.reshape(grad.shape), grad, torch.zeros_like(grad))
+
+
+def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> None:
+    grad.copy_(fake_quantize_backward(grad, x, scale, levels, grid))
+
+
+# ---- the interval constraint ----------------------------------------------------------------------------------------
+
+
+def feasible_radius(eps: float) -> float:
+    """r / Delta = (1 - sqrt(1 - sqrt(eps))) / 2, without its cancellation."""
+    q = math.sqrt(eps)
+    return 0.5 * q / (1.0 + math.sqrt(1.0 - q))
+
+
+def constraint(u: Tensor, eps: float) -> Tensor:
+    """h = eps - 16 u^2 (1 - u)^2."""
+    q = u * (1 - u)
+    return eps - 16 * (q * q)
+
+
+def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
+    """Clamp to the hull, then to the nearest feasible point; an exact midpoint goes to the lower side."""
+    v, s = _rows(w, scale)
+    eps32 = float(eps.to(v.dtype))
+    radius = float(torch.tensor(feasible_radius(eps32), dtype=v.dtype))
+    v = clamp_hull(v, s, levels, grid)
+    near, u, side, delta = place(v / s, levels, grid)
+    w.copy_(torch.where(u > radius, s * (near - side * (radius * delta)), v).reshape(w.shape))
+
+
+def skew_velocity(
+    d: Tensor, x: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The direction nearest to d with h' v >= -alpha h wherever h < 0, and h. x = w / s."""
+    near, u, side, delta = place(x, levels, grid)
+    h = constraint(u, eps)
+    length = s * delta
+    kappa = alpha * (-h) * length / (32 * (u * (1 - u)) * (1 - 2 * u))
+    cap = 1 / (4 * torch.tensor(lr, dtype=x.dtype, device=x.device))  # inf for lr = 0
+    kappa = torch.minimum(kappa, length * cap)
+    towards = side * d
+    skewed = side * torch.where(kappa > towards, kappa, towards)
+    return torch.where((h < 0) & (u < 0.5), skewed, d), h
+
+
+def row_sums(x: Tensor, rows: int) -> Tensor:
+    """(rows, 3) float32: sum |x|, sum x^2, max |x| of each row."""
+    a = x.detach().reshape(rows, -1).double().abs()
+    if a.shape[1] == 0:
+        return torch.zeros(rows, NUM_ROW_SUMS, device=x.device)
+    return torch.stack([a.sum(1), (a * a).sum(1), a.amax(1)], dim=1).float()
+
+
+# ---- the update -------------------------------------------------------------------------------------------------
+
+
+def _update(w, g, s, levels, grid, base, lr, eps, alpha, direction, clamp_, maximize):
+    """(new weight, velocity, h, old nearest level) of one (rows, cols) matrix; ``base`` maps a gradient to a velocity."""
+    if clamp_:
+        w = clamp_hull(w, s, levels, grid)
+    x = w / s
+    d = g if maximize else -g
+    if direction:
+        v, h = skew_velocity(base(-d, w), x, s, levels, grid, lr, eps, alpha)
+    else:
+        v, h = skew_velocity(d, x, s, levels, grid, lr, eps, alpha)
+        v = base(-v, w)
+    new = w + lr * v
+    if clamp_:
+        new = clamp_hull(new, s, levels, grid)
+    return new, v, h, nearest(x, levels, grid)
+
+
+def _present(tensors: list[Tensor], i: int) -> Tensor | None:
+    return tensors[i] if tensors and tensors[i].numel() else None
+
+
+def _apply(make_base, params, grads, states, scales, levels, grids, dequantized, row_sums_out, totals, lr, eps,
+           alpha, direction, clamp_, maximize, skip_nonfinite):  # fmt: skip
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            for out in (_present(row_sums_out, i), _present(totals, i)):
+                if out is not None:
+                    out.zero_()
+            continue
+        grid = grids[3 * i : 3 * i + 3]
+        w, s = _rows(param, scales[i])
+        g = grads[i].reshape(w.shape).to(w.dtype)
+        state = [_present(buffers, i) for buffers in states]
+        values = [None if b is None else b.reshape(w.shape).to(w.dtype) for b in state]
+        updated = list(values)
+        lr_, eps_ = (float(t.to(w.dtype)) for t in (lr, eps))
+        base = make_base(values, updated)
+        new, v, h, level = _update(w, g, s, levels[i], grid, base, lr_, eps_, alpha, direction, clamp_, maximize)
+        finite = g.isfinite()
+        if skip_nonfinite:
+            new, v = torch.where(finite, new, w), torch.where(finite, v, torch.zeros_like(v))
+            updated = [u if u is None else torch.where(finite, u, o) for u, o in zip(updated, values, strict=True)]
+            g = torch.where(finite, g, torch.zeros_like(g))
+        param.copy_(new.reshape(param.shape))
+        for buffer, value in zip(state, updated, strict=True):
+            if buffer is not None:
+                buffer.copy_(value.reshape(buffer.shape))
+        stored = param.reshape(w.shape).to(w.dtype)
+        if (copy := _present(dequantized, i)) is not None:
+            copy.copy_((s * nearest(stored / s, levels[i], grid)).reshape(copy.shape))
+        if (out := _present(row_sums_out, i)) is not None:
+            out.copy_(row_sums(stored, stored.shape[0]))
+        if (out := _present(totals, i)) is not None:
+            flips = nearest(stored / s, levels[i], grid) != level
+            parts = (h < 0, torch.where(h < 0, -h, torch.zeros_like(h)), v * v, g * v, flips, ~finite)
+            out.copy_(torch.stack([p.double().sum() for p in parts]))
+
+
+def skew_sgd_(
+    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], scales: list[Tensor],
+    levels: list[Tensor], grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
+    lr: Tensor, eps: Tensor, alpha: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
+    direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
+) -> None:  # fmt: skip
+    """One ASkewSGD step over a tensor list; see ``ops.skew_sgd_``."""
+
+    def make_base(values, updated):
+        def base(g, w):
+            if weight_decay:
+                g = g + weight_decay * w
+            if values[0] is not None:
+                updated[0] = momentum * values[0] + (1 - dampening) * g
+                g = g + momentum * updated[0] if nesterov else updated[0]
+            return -g
+
+        return base
+
+    _apply(make_base, params, grads, [momentum_buffers], scales, levels, grids, dequantized, row_sums, totals,
+           lr, eps, alpha, direction, clamp, maximize, skip_nonfinite)  # fmt: skip
+
+
+def skew_adamw_(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    scales: list[Tensor], levels: list[Tensor], grids: list[int], dequantized: list[Tensor],
+    row_sums: list[Tensor], totals: list[Tensor], step: Tensor, lr: Tensor, eps: Tensor, alpha: float, beta1: float,
+    beta2: float, adam_eps: float, weight_decay: float, direction: bool, clamp: bool, maximize: bool,
+    skip_nonfinite: bool,
+) -> None:  # fmt: skip
+    """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
+    bias_correction1 = 1 - beta1 ** float(step)
+    root_bias_correction2 = math.sqrt(1 - beta2 ** float(step))
+
+    def make_base(values, updated):
+        def base(g, w):
+            updated[0] = values[0] + (1 - beta1) * (g - values[0])
+            updated[1] = beta2 * values[1] + (1 - beta2) * (g * g)
+            v = -(updated[0] / bias_correction1) / (updated[1].sqrt() / root_bias_correction2 + adam_eps)
+            return v - weight_decay * w if weight_decay else v
+
+        return base
+
+    _apply(make_base, params, grads, [exp_avgs, exp_avg_sqs], scales, levels, grids, dequantized, row_sums, totals,
+           lr, eps, alpha, direction, clamp, maximize, skip_nonfinite)  # fmt: skip

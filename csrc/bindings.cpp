@@ -1,0 +1,33 @@
+// The Python module askew_kernels._C. Importing it registers the operators (static initialisers of ops.cpp);
+// what it offers itself is information about the build and switches of the CPU implementation.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "cpu/loops.h"
+#include "cpu/output_pool.h"
+
+#ifndef ASKEW_CUDA_ARCHS
+#define ASKEW_CUDA_ARCHS ""
+#define ASKEW_CUDA_VERSION ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of askew_kernels: build information and CPU switches.";
+  m.attr("cuda_archs") = ASKEW_CUDA_ARCHS;     // as given to nvcc; empty: built without CUDA
+  m.attr("cuda_version") = ASKEW_CUDA_VERSION;  // of nvcc; empty: built without CUDA
+  m.attr("compiler") = __VERSION__;
+  m.def("cpu_capability", [] { return askew::loops().name; }, "Instruction set in use: baseline, avx2 or avx512.");
+  m.def("best_cpu_capability", &askew::best_capability, "The best one that this CPU runs.");
+  m.def(
+      "force_cpu_capability",
+      [](const char* name) {
+        if (!askew::force_capability(name))
+          throw std::invalid_argument(std::string("cpu capability: expected baseline, avx2 or avx512, built and supported "
+                                                  "by this CPU (best here: ") +
+                                      askew::best_capability() + "), got " + name);
+      },
+      "Use this instruction set from now on.");
+  m.def("output_pool_bytes", &askew::output_pool_bytes, "Bytes that the CPU output pool holds for reuse.");
+  m.def("set_output_pool_limit", &askew::set_output_pool_limit, "Most bytes the pool may hold; 0 switches it off.");
+}

@@ -1,0 +1,98 @@
+// What every compiled operator checks before it touches memory. The public Python functions check first and say
+// more; these stand between a direct `torch.ops.askew` call and a bad pointer.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <vector>
+
+#include "math/types.h"
+
+namespace askew {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline int storage_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return kFloat32;
+    case ScalarType::BFloat16: return kBFloat16;
+    case ScalarType::Half: return kFloat16;
+    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+}
+
+inline void check_dense(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+inline void check_like(const Tensor& t, const Tensor& like, const char* name) {
+  check_dense(t, name);
+  STD_TORCH_CHECK(t.numel() == like.numel() && t.get_device_index() == like.get_device_index() && t.is_cpu() == like.is_cpu(),
+                  name, ": expected as many elements as the tensor it belongs to, on the same device");
+}
+
+struct Matrix {
+  int64_t rows, cols;
+};
+
+// x as (scale.numel(), cols)
+inline Matrix as_matrix(const Tensor& x, const Tensor& scale) {
+  check_dense(x, "x");
+  check_dense(scale, "scale");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float, "scale: expected float32");
+  STD_TORCH_CHECK(scale.is_cpu() == x.is_cpu(), "scale: expected on the device of x");
+  const int64_t rows = scale.numel(), n = x.numel();
+  STD_TORCH_CHECK(n == 0 || (rows > 0 && n % rows == 0), "scale: ", rows, " rows do not divide ", n, " elements");
+  return {rows, rows ? n / rows : 0};
+}
+
+inline GridArg grid_arg(const int64_t* grid, const Tensor& levels) {
+  GridArg g{(int)grid[0], (float)grid[1], (float)grid[2], nullptr, 0};
+  STD_TORCH_CHECK(g.kind >= kUniform && g.kind <= kCodebook, "grid: unknown kind ", g.kind);
+  if (g.kind == kUniform) STD_TORCH_CHECK(g.lo < g.hi, "grid: expected lo < hi");
+  if (g.kind == kCodebook) {
+    check_dense(levels, "levels");
+    STD_TORCH_CHECK(levels.scalar_type() == ScalarType::Float && levels.numel() >= 2, "levels: expected 2 or more float32 levels");
+    g.levels = static_cast<const float*>(levels.data_ptr());
+    g.n_levels = (int)levels.numel();
+  }
+  return g;
+}
+
+inline GridArg grid_arg(const std::vector<int64_t>& grid, const Tensor& levels) {
+  STD_TORCH_CHECK(grid.size() == 3, "grid: expected [kind, lo, hi]");
+  return grid_arg(grid.data(), levels);
+}
+
+// Entry i of a list that may be empty (absent for all) or hold tensors without elements (absent for one).
+inline const Tensor* present(const std::vector<Tensor>& list, size_t i, size_t n, const char* name) {
+  STD_TORCH_CHECK(list.empty() || list.size() == n, name, ": expected 0 or ", n, " tensors, got ", list.size());
+  return list.empty() || list[i].numel() == 0 ? nullptr : &list[i];
+}
+
+// A 0-dim float32 or float64 tensor on the CPU.
+inline double cpu_scalar(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() && t.numel() == 1, name, ": expected a 0-dim tensor on the CPU");
+  if (t.scalar_type() == ScalarType::Double) return *static_cast<const double*>(t.data_ptr());
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected float32 or float64");
+  return *static_cast<const float*>(t.data_ptr());
+}
+
+inline void set_rates(Hyper& h, double lr, double eps) {
+  h.lr = (float)lr;
+  h.eps = (float)eps;
+  h.cap = 1.f / (4.f * h.lr);
+}
+
+inline void set_betas(Hyper& h, double beta1, double beta2, double step) {
+  h.one_minus_beta1 = (float)(1.0 - beta1);
+  h.beta2 = (float)beta2;
+  h.one_minus_beta2 = (float)(1.0 - beta2);
+  h.bias_correction1 = (float)(1.0 - std::pow(beta1, step));
+  h.root_bias_correction2 = (float)std::sqrt(1.0 - std::pow(beta2, step));
+}
+
+}  // namespace askew

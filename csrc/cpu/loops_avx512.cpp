@@ -1,0 +1,13 @@
+// Compiled with AVX-512 (F, BW, DQ, VL) switched on where the compiler targets x86-64 (setup.py); empty elsewhere.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define ASKEW_LANES 16
+#define ASKEW_ISA avx512
+#define ASKEW_ISA_NAME "avx512"
+#include "loops.inl"
+
+const askew::Loops* askew::loops_avx512() { return &avx512::table; }
+#else
+#include "loops.h"
+const askew::Loops* askew::loops_avx512() { return nullptr; }
+#endif

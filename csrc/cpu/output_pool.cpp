@@ -1,0 +1,116 @@
+#include "output_pool.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "../checks.h"
+
+namespace askew {
+namespace {
+
+constexpr int64_t kSmallest = 1 << 20;   // below, malloc reuses its own memory
+constexpr size_t kAlign = 2 << 20;       // a huge page
+
+struct Buffer {
+  void* data;
+  int64_t bytes;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Buffer> free;  // oldest first
+  int64_t held = 0, limit = (int64_t)1 << 30;
+
+  void trim(std::vector<void*>& drop) {
+    size_t n = 0;
+    while (n < free.size() && held > limit) {
+      held -= free[n].bytes;
+      drop.push_back(free[n++].data);
+    }
+    free.erase(free.begin(), free.begin() + n);
+  }
+};
+
+Pool& pool() {
+  static Pool* p = new Pool;  // never destroyed: tensors may outlive static destructors
+  return *p;
+}
+
+void release(Buffer b) {
+  std::vector<void*> drop;
+  {
+    std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().free.push_back(b);
+    pool().held += b.bytes;
+    pool().trim(drop);
+  }
+  for (void* p : drop) std::free(p);
+}
+
+// A kept buffer of `bytes` to 1.25 * bytes, the most recently freed first; else a new one, null if there is no memory.
+Buffer acquire(int64_t bytes) {
+  {
+    std::lock_guard<std::mutex> lock(pool().mutex);
+    auto& free = pool().free;
+    for (size_t i = free.size(); i-- > 0;)
+      if (free[i].bytes >= bytes && free[i].bytes <= bytes + bytes / 4) {
+        const Buffer b = free[i];
+        free.erase(free.begin() + i);
+        pool().held -= b.bytes;
+        return b;
+      }
+  }
+  const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
+  void* p = std::aligned_alloc(kAlign, rounded);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (p) madvise(p, rounded, MADV_HUGEPAGE);
+#endif
+  return {p, rounded};
+}
+
+}  // namespace
+
+Tensor pooled_empty_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  const int64_t bytes = like.numel() * (like.scalar_type() == ScalarType::Float ? 4 : 2);
+  bool enabled;
+  {
+    std::lock_guard<std::mutex> lock(pool().mutex);
+    enabled = pool().limit > 0;
+  }
+  if (!enabled || bytes < kSmallest) return torch::stable::new_empty(like, sizes);
+  const Buffer b = acquire(bytes);
+  if (!b.data) return torch::stable::new_empty(like, sizes);  // torch's own out-of-memory error
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  return torch::stable::from_blob(b.data, sizes, {strides.data(), strides.size()}, like.device(), like.scalar_type(),
+                                  [b](void*) { release(b); });
+}
+
+int64_t output_pool_bytes() {
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  return pool().held;
+}
+
+void set_output_pool_limit(int64_t bytes) {
+  std::vector<void*> drop;
+  {
+    std::lock_guard<std::mutex> lock(pool().mutex);
+    pool().limit = bytes;
+    pool().trim(drop);
+  }
+  for (void* p : drop) std::free(p);
+}
+
+}  // namespace askew

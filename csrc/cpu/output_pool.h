@@ -1,0 +1,20 @@
+// Outputs of large CPU passes come from a pool of kept buffers.
+//
+// glibc returns a freed buffer of this size to the kernel and gets it back as fresh pages, whose faults cost more
+// than the pass that fills them (docs/notes.md). The pool keeps what is freed, as torch's CUDA allocator does,
+// up to a limit that bounds what it holds.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace askew {
+
+// Uninitialised, contiguous, with the sizes and the type of `like`; from the pool where that pays.
+torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
+
+int64_t output_pool_bytes();               // held and not in use
+void set_output_pool_limit(int64_t bytes);  // frees what is above; 0 switches the pool off
+
+}  // namespace askew

@@ -1,0 +1,5 @@
+// All of the mathematics, for inclusion inside a namespace that already has the vocabulary of scalar.inl.
+#include "grid.inl"
+#include "constraint.inl"
+#include "update.inl"
+#include "random.inl"

@@ -1,0 +1,33 @@
+// Philox4x32-10 (Salmon et al., SC 2011) and stochastic rounding.
+// Element i of a tensor takes word i % 4 of the block with counter i / 4, key = seed: the numbers depend on
+// the seed and the position alone, never on threads, vectors or launch shape.
+
+struct Philox4 {
+  uint32_t word[4];
+};
+
+ASKEW_FN Philox4 philox(uint64_t seed, uint64_t counter) {
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+    const uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c1 = (uint32_t)p1;
+    c3 = (uint32_t)p0;
+    c0 = n0;
+    c2 = n2;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Uniform in [0, 1), 24 bits.
+ASKEW_FN float uniform01(uint32_t bits) { return (float)(bits >> 8) * 5.9604644775390625e-8f; }
+
+// The upper level of x's bracket with probability t, else the lower: E[level] = x inside the hull.
+template <class F, class Grid>
+ASKEW_FN F stochastic_level(F x, F uniform, const Grid& grid) {
+  Place<F> p = grid.place(x);
+  return select(uniform < p.u, p.near - p.side * p.delta, p.near);  // the bracket's far end, or `near`
+}
