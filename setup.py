@@ -36,7 +36,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"]
 # Contraction off and no errno/traps: every instruction set gives the same bits, and loops vectorise.
-LOOP_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+LOOP_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 ISA_FLAGS = {
     "loops_avx2.cpp": ["-mavx2", "-mfma"],
     "loops_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],

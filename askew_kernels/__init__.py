@@ -1,2 +1,20 @@
-"""askew_kernels"""
-from . import ops, quant, reference, runtime
+"""Fused kernels for annealed interval-constrained training of quantized networks (ASkewSGD) in PyTorch.
+
+    import askew_kernels as ak
+
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4)))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
+"""
+
+from . import nn, ops, optim, quant, runtime
+from .annealing import EpsilonAnnealing
+from .nn import dequantize_, hard_quantize_, param_groups, quantize_
+from .quant import QuantConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EpsilonAnnealing", "QuantConfig", "__version__", "dequantize_", "hard_quantize_", "nn", "ops", "optim",
+    "param_groups", "quant", "quantize_", "runtime",
+]  # fmt: skip

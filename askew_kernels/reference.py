@@ -162,8 +162,8 @@ def feasible_radius(eps: float) -> float:
 
 def constraint(u: Tensor, eps: float) -> Tensor:
     """h = eps - 16 u^2 (1 - u)^2."""
-    q = u * (1 - u)
-    return eps - 16 * (q * q)
+    p = 4 * u * (1 - u)
+    return -(p * p - eps)
 
 
 def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
@@ -180,11 +180,12 @@ def skew_velocity(
     d: Tensor, x: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """The direction nearest to d with h' v >= -alpha h wherever h < 0, and h. x = w / s."""
-    near, u, side, delta = place(x, levels, grid)
+    _, u, side, delta = place(x, levels, grid)
     h = constraint(u, eps)
     length = s * delta
-    kappa = alpha * (-h) * length / (32 * (u * (1 - u)) * (1 - 2 * u))
+    alpha8 = torch.tensor(alpha, dtype=x.dtype, device=x.device) / 8
     cap = 1 / (4 * torch.tensor(lr, dtype=x.dtype, device=x.device))  # inf for lr = 0
+    kappa = -h * (length * alpha8) / (4 * u * (1 - u) * (1 - 2 * u))
     kappa = torch.minimum(kappa, length * cap)
     towards = side * d
     skewed = side * torch.where(kappa > towards, kappa, towards)

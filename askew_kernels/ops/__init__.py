@@ -304,19 +304,28 @@ def _skew_update(
                 raise ValueError(f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}")
     if skew not in SKEWS:
         raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
+    run_skew_update(name, params, grads, states, flat_scales, grids, dequantized or [], stats, rates, numbers)
+
+
+def run_skew_update(
+    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor] | None],
+    scales: list[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor], stats: SkewStats,
+    rates: list[Tensor], numbers: list[Any],
+) -> None:  # fmt: skip
+    """The update without its checks, for callers that made sure of every argument (the optimizers)."""
     if not params:
         return
     in_place = _InPlace()
-    orders = [_layout(p, s.numel()) for p, s in zip(params, flat_scales, strict=True)]
+    orders = [_layout(p, s.numel()) for p, s in zip(params, scales, strict=True)]
 
     def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-        return [in_place.writable(t, order) for t, order in zip(tensors or [], orders)]  # noqa: B905 (may be empty)
+        return [in_place.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
 
     arguments = [
         writable(params),
         [(g if order is None else g.permute(order)).detach().contiguous() for g, order in zip(grads, orders, strict=True)],
         *(writable(buffers) for buffers in states.values()),
-        flat_scales,
+        scales,
         [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)],
         [n for grid in grids for n in grid.encoding],
         writable(dequantized),
@@ -327,7 +336,7 @@ def _skew_update(
     ]
     runtime.operator(name, params[0])(*arguments)
     in_place.finish()
-    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *(dequantized or [])]
+    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]
     torch.autograd.graph.increment_version(written)
 
 

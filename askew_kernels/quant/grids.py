@@ -5,7 +5,6 @@ Adding a grid is one class here, with ``kind`` as the kernels know it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -51,9 +50,14 @@ class Grid:
         return {"grid": type(self).__name__.lower(), **asdict(self)}  # type: ignore[call-overload]
 
 
-@functools.lru_cache(maxsize=256)
+_tables: dict[tuple[tuple[float, ...], str], Tensor] = {}
+
+
 def _table(levels: tuple[float, ...], device: str) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+    found = _tables.get((levels, device))
+    if found is None:
+        found = _tables[(levels, device)] = torch.tensor(levels, dtype=torch.float32, device=device)
+    return found
 
 
 def _check_bits(bits: int) -> None:

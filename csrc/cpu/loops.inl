@@ -2,7 +2,11 @@
 // namespace) defined. Sees no torch header and no standard library, so that nothing compiled for AVX-512 can be
 // picked by the linker for an older CPU.
 //
-// Sums are the same on every instruction set: 16 float lanes (16 / ASKEW_LANES vectors) collect kBlock
+// A loop is a struct with its streams (what it reads and writes) and run(i, n): columns i ... i + n of the streams,
+// n a multiple of 16. for_columns feeds it a row; the last columns of a row, fewer than 16, go through a padded
+// stage, so every loop is written once.
+//
+// Sums are the same on every instruction set: 16 float lanes (16 / ASKEW_LANES vectors) collect at most kBand
 // columns, then go to 16 double lanes, which one fixed tree adds up at the end of the tile's row.
 #include "loops.h"
 #include "../math/portability.h"
@@ -14,57 +18,61 @@ namespace ASKEW_ISA {
 #include "vec.inl"
 #include "../math/math.inl"
 
+#define ASKEW_LOOP __attribute__((noinline))
+
 constexpr int kVectors = 16 / ASKEW_LANES;  // vectors in a stripe of 16 columns
-constexpr int64_t kBlock = 1024;            // columns summed in float before they go to double
+constexpr int64_t kBand = 512;              // columns that a chain of loops takes while they stay in the L1 cache
+
+struct Stream {
+  void* data;
+  int size;  // bytes of an element
+  bool written;
+  template <class S>
+  ASKEW_INLINE S* at(int64_t i) const { return (S*)data + i; }
+};
+
+ASKEW_FN int type_size(int type) { return type == kFloat32 ? 4 : 2; }
+
+// Runs the loop over columns [c0, c1) of the row that starts at element `base`.
+template <class Loop>
+ASKEW_FN void for_columns(const Loop& loop, int64_t base, int64_t c0, int64_t c1) {
+  const int64_t full = (c1 - c0) / 16 * 16;
+  if (full) loop.run(base + c0, full);
+  const int64_t rest = c1 - c0 - full;
+  if (!rest) return;
+  const int64_t first = base + c0 + full;
+  Loop staged = loop;
+  alignas(64) char stage[Loop::kStreams][64] = {};
+  for (int k = 0; k < Loop::kStreams; ++k) {
+    if (!loop.streams[k].data) continue;
+    __builtin_memcpy(stage[k], (const char*)loop.streams[k].data + first * loop.streams[k].size, rest * loop.streams[k].size);
+    staged.streams[k].data = stage[k] - first * loop.streams[k].size;  // run() sees the row's own indices
+  }
+  staged.run(first, 16);
+  for (int k = 0; k < Loop::kStreams; ++k)
+    if (loop.streams[k].data && loop.streams[k].written)
+      __builtin_memcpy((char*)loop.streams[k].data + first * loop.streams[k].size, stage[k], rest * loop.streams[k].size);
+}
 
 // One of the storage types, chosen at run time (outputs whose type is not a template argument).
-ASKEW_FN void store_as(int type, void* p, int64_t i, vf v) {
-  if (type == kFloat32) Storage<kFloat32>::store((float*)p + i, v);
-  else if (type == kBFloat16) Storage<kBFloat16>::store((uint16_t*)p + i, v);
-  else Storage<kFloat16>::store((uint16_t*)p + i, v);
-}
-ASKEW_FN int64_t type_size(int type) { return type == kFloat32 ? 4 : 2; }
-
-// A vector of which only the first n lanes exist in memory.
-template <int T>
-ASKEW_FN vf load_part(const typename Storage<T>::type* p, int n) {
-  typename Storage<T>::type t[ASKEW_LANES] = {};
-  __builtin_memcpy(t, p, n * sizeof(t[0]));
-  return Storage<T>::load(t);
+ASKEW_FN void store_as(int type, const Stream& s, int64_t i, vf v) {
+  if (type == kFloat32) Storage<kFloat32>::store(s.at<float>(i), v);
+  else if (type == kBFloat16) Storage<kBFloat16>::store(s.at<uint16_t>(i), v);
+  else Storage<kFloat16>::store(s.at<uint16_t>(i), v);
 }
 template <int T>
-ASKEW_FN void store_part(typename Storage<T>::type* p, vf v, int n) {
-  typename Storage<T>::type t[ASKEW_LANES];
-  Storage<T>::store(t, v);
-  __builtin_memcpy(p, t, n * sizeof(t[0]));
+ASKEW_FN vf load(const Stream& s, int64_t i) { return Storage<T>::load(s.at<typename Storage<T>::type>(i)); }
+template <int T>
+ASKEW_FN vf load_ahead(const Stream& s, int64_t i) {
+  __builtin_prefetch(s.at<typename Storage<T>::type>(i + kBand));
+  return load<T>(s, i);
 }
-ASKEW_FN void store_part_as(int type, void* p, int64_t i, vf v, int n) {
-  float t[ASKEW_LANES];
-  store_as(type, t, 0, v);
-  __builtin_memcpy((char*)p + i * type_size(type), t, n * type_size(type));
-}
-ASKEW_FN vi first_lanes(int n) {
-  vi lane;
-  for (int i = 0; i < ASKEW_LANES; ++i) lane[i] = i;
-  return lane < n;
-}
-
-// Calls body(i, lane group, n) for the columns [c0, c1) of the row that starts at element `base`:
-// full vectors with n = ASKEW_LANES (a constant for the compiler), then a partial one.
-template <class Body>
-ASKEW_FN void for_columns(int64_t base, int64_t c0, int64_t c1, const Body& body) {
-  int64_t c = c0;
-  for (; c + 16 <= c1; c += 16)
-    for (int k = 0; k < kVectors; ++k) body.full(base + c + k * ASKEW_LANES, k);
-  for (int k = 0; c < c1; c += ASKEW_LANES, ++k) {
-    if (c + ASKEW_LANES <= c1) body.full(base + c, k);
-    else body.part(base + c, k, (int)(c1 - c));
-  }
-}
+template <int T>
+ASKEW_FN void store(const Stream& s, int64_t i, vf v) { Storage<T>::store(s.at<typename Storage<T>::type>(i), v); }
 
 // ---- sums ---------------------------------------------------------------------------------------------------
 
-struct Lanes16 {  // float lanes of one block, double lanes of one row
+struct Lanes16 {  // float lanes of one band, double lanes of one row
   vf now[kVectors];
   double total[16];
 };
@@ -72,7 +80,7 @@ ASKEW_FN void clear(Lanes16& s) {
   for (int k = 0; k < kVectors; ++k) s.now[k] = vf{};
   for (int i = 0; i < 16; ++i) s.total[i] = 0;
 }
-ASKEW_FN void flush_add(Lanes16& s) {
+ASKEW_FN void flush(Lanes16& s) {
   for (int k = 0; k < kVectors; ++k) {
     float t[ASKEW_LANES];
     __builtin_memcpy(t, &s.now[k], sizeof t);
@@ -80,54 +88,57 @@ ASKEW_FN void flush_add(Lanes16& s) {
     s.now[k] = vf{};
   }
 }
-ASKEW_FN double finish_add(Lanes16& s) {
-  flush_add(s);
+ASKEW_FN double finish(Lanes16& s) {
+  flush(s);
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; ++i) s.total[i] += s.total[i + width];
   return s.total[0];
 }
-ASKEW_FN double finish_max(const Lanes16& s) {  // a NaN wins
-  float m = 0;
-  for (int k = 0; k < kVectors; ++k)
-    for (int i = 0; i < ASKEW_LANES; ++i) {
-      const float v = s.now[k][i];
-      m = (v > m || v != v) ? v : m;
-      if (m != m) return (double)m;
-    }
-  return (double)m;
-}
-ASKEW_FN vf maximum_nan(vf a, vf b) { return select(both(b <= a, b == b) | (a != a), a, b); }
 
 struct RowSums {
-  Lanes16 abs, squares, peak;
+  Lanes16 abs, squares;
+  vf peak[kVectors];
 };
 ASKEW_FN void clear(RowSums& s) {
   clear(s.abs);
   clear(s.squares);
-  clear(s.peak);
-}
-ASKEW_FN void add(RowSums& s, int k, vf w) {
-  vf a = absolute(w);
-  s.abs.now[k] += a;
-  s.squares.now[k] += w * w;
-  s.peak.now[k] = maximum_nan(s.peak.now[k], a);
+  for (int k = 0; k < kVectors; ++k) s.peak[k] = vf{};
 }
 ASKEW_FN void flush(RowSums& s) {
-  flush_add(s.abs);
-  flush_add(s.squares);
+  flush(s.abs);
+  flush(s.squares);
 }
 ASKEW_FN void finish(RowSums& s, double* out) {
-  out[kSumAbs] = finish_add(s.abs);
-  out[kSumSquares] = finish_add(s.squares);
-  out[kMaxAbs] = finish_max(s.peak);
+  out[kSumAbs] = finish(s.abs);
+  out[kSumSquares] = finish(s.squares);
+  float m = 0;
+  for (int k = 0; k < kVectors; ++k)
+    for (int i = 0; i < ASKEW_LANES; ++i) m = s.peak[k][i] > m ? s.peak[k][i] : m;
+  out[kMaxAbs] = out[kSumAbs] == out[kSumAbs] ? (double)m : out[kSumAbs];  // the peak passes over NaN, the sum does not
 }
 
 template <int T>
-struct RowSumsBody {
-  const typename Storage<T>::type* x;
-  RowSums& sums;
-  ASKEW_INLINE void full(int64_t i, int k) const { add(sums, k, Storage<T>::load(x + i)); }
-  ASKEW_INLINE void part(int64_t i, int k, int n) const { add(sums, k, load_part<T>(x + i, n)); }
+struct RowSumsLoop {
+  static constexpr int kStreams = 1;
+  Stream streams[kStreams];
+  RowSums* sums;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const Stream x = streams[0];
+    vf abs[kVectors] = {}, squares[kVectors] = {}, peak[kVectors];
+    for (int k = 0; k < kVectors; ++k) peak[k] = sums->peak[k];
+    for (const int64_t end = i + n; i < end; i += 16)
+      for (int k = 0; k < kVectors; ++k) {
+        vf w = load<T>(x, i + k * ASKEW_LANES), a = absolute(w);
+        abs[k] += a;
+        squares[k] += w * w;
+        peak[k] = select(a > peak[k], a, peak[k]);
+      }
+    for (int k = 0; k < kVectors; ++k) {
+      sums->abs.now[k] += abs[k];
+      sums->squares.now[k] += squares[k];
+      sums->peak[k] = peak[k];
+    }
+  }
 };
 
 template <int T>
@@ -135,9 +146,9 @@ void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
   for (int64_t r = t.row0; r < t.row1; ++r, out += kRowSums) {
     RowSums sums;
     clear(sums);
-    for (int64_t c = t.col0; c < t.col1; c += kBlock) {
-      const int64_t end = c + kBlock < t.col1 ? c + kBlock : t.col1;
-      for_columns(r * cols, c, end, RowSumsBody<T>{(const typename Storage<T>::type*)x, sums});
+    const RowSumsLoop<T> loop{{{(void*)x, type_size(T), false}}, &sums};
+    for (int64_t c = t.col0; c < t.col1; c += kBand) {
+      for_columns(loop, r * cols, c, c + kBand < t.col1 ? c + kBand : t.col1);
       flush(sums);
     }
     finish(sums, out);
@@ -147,169 +158,210 @@ void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
 // ---- elementwise passes -------------------------------------------------------------------------------------
 
 template <int T, class Grid>
-struct QuantizeBody {
-  const typename Storage<T>::type* x;
-  void* y;
+struct QuantizeLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // x, y
   int y_type;
-  vf scale;
-  Grid grid;
-  ASKEW_INLINE void full(int64_t i, int) const {
-    store_as(y_type, y, i, quantize_dequantize(Storage<T>::load(x + i), scale, grid));
-  }
-  ASKEW_INLINE void part(int64_t i, int, int n) const {
-    store_part_as(y_type, y, i, quantize_dequantize(load_part<T>(x + i, n), scale, grid), n);
+  Row<vf, Grid> row;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const QuantizeLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store_as(l.y_type, l.streams[1], i, quantize_dequantize(load<T>(l.streams[0], i), l.row));
   }
 };
 
 template <int T, class Grid>
-struct StochasticBody {
-  const typename Storage<T>::type* x;
-  void* y;
+struct StochasticLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // x, y
   int y_type;
-  vf scale;
-  Grid grid;
+  Row<vf, Grid> row;
   uint64_t seed;
-  ASKEW_INLINE vf value(int64_t i, vf w) const {
-    float u[ASKEW_LANES];
-    for (int l = 0; l < ASKEW_LANES; ++l) {
-      const uint64_t e = (uint64_t)(i + l);
-      u[l] = uniform01(philox(seed, e >> 2).word[e & 3]);
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      float u[ASKEW_LANES];
+      for (int l = 0; l < ASKEW_LANES; ++l) {
+        const uint64_t e = (uint64_t)(i + l);
+        u[l] = uniform01(philox(seed, e >> 2).word[e & 3]);
+      }
+      vf uniform;
+      __builtin_memcpy(&uniform, u, sizeof uniform);
+      store_as(y_type, streams[1], i, row.scale.value * stochastic_level(load<T>(streams[0], i), uniform, row));
     }
-    vf uniform;
-    __builtin_memcpy(&uniform, u, sizeof uniform);
-    return scale * stochastic_level(divide(w, scale), uniform, grid);
-  }
-  ASKEW_INLINE void full(int64_t i, int) const { store_as(y_type, y, i, value(i, Storage<T>::load(x + i))); }
-  ASKEW_INLINE void part(int64_t i, int, int n) const {
-    store_part_as(y_type, y, i, value(i, load_part<T>(x + i, n)), n);
   }
 };
 
 template <int T, class Grid>
-struct SteClipBody {
-  typedef typename Storage<T>::type S;
-  const S *g, *x;
-  S* out;
-  vf scale;
-  Grid grid;
-  ASKEW_INLINE void full(int64_t i, int) const {
-    Storage<T>::store(out + i, pass_inside(Storage<T>::load(g + i), Storage<T>::load(x + i), scale, grid));
-  }
-  ASKEW_INLINE void part(int64_t i, int, int n) const {
-    store_part<T>(out + i, pass_inside(load_part<T>(g + i, n), load_part<T>(x + i, n), scale, grid), n);
+struct SteClipLoop {
+  static constexpr int kStreams = 3;
+  Stream streams[kStreams];  // grad, x, out
+  Row<vf, Grid> row;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const SteClipLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store<T>(l.streams[2], i, pass_inside(load<T>(l.streams[0], i), load<T>(l.streams[1], i), l.row));
   }
 };
 
 template <int T, class Grid>
-struct ProjectBody {
-  typename Storage<T>::type* w;
-  vf scale;
-  Grid grid;
+struct ProjectLoop {
+  static constexpr int kStreams = 1;
+  Stream streams[kStreams];
   float radius;
-  ASKEW_INLINE void full(int64_t i, int) const {
-    Storage<T>::store(w + i, project_interval(Storage<T>::load(w + i), scale, grid, radius));
-  }
-  ASKEW_INLINE void part(int64_t i, int, int n) const {
-    store_part<T>(w + i, project_interval(load_part<T>(w + i, n), scale, grid, radius), n);
+  Row<vf, Grid> row;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const ProjectLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store<T>(l.streams[0], i, project_interval(load<T>(l.streams[0], i), l.row, l.radius));
   }
 };
 
 // ---- the update: one read and one write of everything -------------------------------------------------------
+//
+// A band of at most kBand columns is taken through short loops one after the other while it stays in the L1 cache:
+// step, sums of the new weights, quantize-dequantize, totals. Memory sees one pass; each loop is short enough for
+// the processor to overlap several of its iterations, which one long loop is not (docs/notes.md).
 
-template <int T, class Rule, class Grid>
-struct UpdateBody {
-  typedef typename Storage<T>::type S;
-  S* w;
-  const S* g;
-  S *a, *b;
-  void* dequantized;
-  int dequantized_type;
-  vf scale;
-  Grid grid;
-  const Hyper& h;
-  RowSums* row_sums;
-  Lanes16* totals;  // [kTotals] or null
+struct Trace {  // what the totals need to know of the step; each row starts at a multiple of 16, gaps hold zeros
+  alignas(64) float descent[kBand], gradient[kBand], excess[kBand], level[kBand];
+};
 
-  // Everything for one vector that is already in registers; lanes beyond n hold zeros.
-  ASKEW_INLINE vf process(vf old, vf grad, vf& va, vf& vb, int k, vi valid, vf& copy) const {
-    vf ga = va, gb = vb;
-    Stepped<vf> s = step_weight<Rule>(old, grad, va, vb, a != nullptr, scale, grid, h);
-    vi finite = absolute(grad) < __builtin_inff();
-    vf stored = s.w;
-    if (h.skip_nonfinite) {
-      stored = select(finite, stored, old);
-      s.velocity = select(finite, s.velocity, vf{});
-      va = select(finite, va, ga);
-      vb = select(finite, vb, gb);
-      grad = select(finite, grad, vf{});
+// The usual step: plain gradients, no weight decay, clamped exactly where it is constrained.
+template <bool CONSTRAINED>
+struct UsualOptions {
+  Hyper hyper;
+  ASKEW_INLINE bool constrained() const { return CONSTRAINED; }
+  ASKEW_INLINE bool clamp() const { return CONSTRAINED; }
+  ASKEW_INLINE bool direction() const { return false; }
+  ASKEW_INLINE bool maximize() const { return false; }
+  ASKEW_INLINE bool nesterov() const { return false; }
+  ASKEW_INLINE bool weight_decay() const { return false; }
+  ASKEW_INLINE bool skip_nonfinite() const { return false; }
+};
+
+template <int T, class Rule, class Grid, class Options, bool STATEFUL>
+struct StepLoop {
+  static constexpr int kStreams = 8;
+  Stream streams[kStreams];  // w, g, a, b, then the trace: descent, gradient, excess, level (null where not traced)
+  Row<vf, Grid> row;
+  Options options;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const StepLoop l = *this;
+    const bool has_b = STATEFUL && l.streams[3].data, traced = l.streams[4].data;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      // The next band comes in while this one is computed, and while the later loops leave the memory idle.
+      const vf old = load_ahead<T>(l.streams[0], i), g = load_ahead<T>(l.streams[1], i);
+      vf a{}, b{};
+      if (STATEFUL) a = load_ahead<T>(l.streams[2], i);
+      if (has_b) b = load_ahead<T>(l.streams[3], i);
+      const vf before_a = a, before_b = b;
+      Stepped<vf> s = step_weight<Rule>(old, g, a, b, STATEFUL, l.row, l.options);
+      if (l.options.skip_nonfinite()) {
+        const vi finite = absolute(g) < __builtin_inff();
+        s.w = select(finite, s.w, old);
+        s.descent = select(finite, s.descent, vf{});
+        a = select(finite, a, before_a);
+        b = select(finite, b, before_b);
+      }
+      store<T>(l.streams[0], i, s.w);
+      if (STATEFUL) store<T>(l.streams[2], i, a);
+      if (has_b) store<T>(l.streams[3], i, b);
+      if (traced) {
+        store<kFloat32>(l.streams[4], i, s.descent);
+        store<kFloat32>(l.streams[5], i, g);
+        store<kFloat32>(l.streams[6], i, s.excess);
+        store<kFloat32>(l.streams[7], i, s.level);
+      }
     }
-    stored = select(valid, Storage<T>::rounded(stored), vf{});
-    if (row_sums) add(*row_sums, k, stored);
-    vf level;
-    if (dequantized || totals) level = grid.nearest(divide(stored, scale));
-    if (dequantized) copy = scale * level;
-    if (totals) {
-      totals[kInfeasible].now[k] += select(valid, s.infeasible, vf{});
-      totals[kViolation].now[k] += select(valid, s.violation, vf{});
-      totals[kVelocity2].now[k] += select(valid, s.velocity * s.velocity, vf{});
-      totals[kGradVelocity].now[k] += select(valid, grad * s.velocity, vf{});
-      totals[kFlips].now[k] += select(both(valid, level != s.level), vf{} + 1.f, vf{});
-      totals[kNonfinite].now[k] += select(both(valid, ~finite), vf{} + 1.f, vf{});
-    }
-    return stored;
-  }
-  ASKEW_INLINE void full(int64_t i, int k) const {
-    vf va{}, vb{}, copy{};
-    if (a) va = Storage<T>::load(a + i);
-    if (b) vb = Storage<T>::load(b + i);
-    vf stored = process(Storage<T>::load(w + i), Storage<T>::load(g + i), va, vb, k, vi{} - 1, copy);
-    Storage<T>::store(w + i, stored);
-    if (a) Storage<T>::store(a + i, va);
-    if (b) Storage<T>::store(b + i, vb);
-    if (dequantized) store_as(dequantized_type, dequantized, i, copy);
-  }
-  ASKEW_INLINE void part(int64_t i, int k, int n) const {
-    vf va{}, vb{}, copy{};
-    if (a) va = load_part<T>(a + i, n);
-    if (b) vb = load_part<T>(b + i, n);
-    vf stored = process(load_part<T>(w + i, n), load_part<T>(g + i, n), va, vb, k, first_lanes(n), copy);
-    store_part<T>(w + i, stored, n);
-    if (a) store_part<T>(a + i, va, n);
-    if (b) store_part<T>(b + i, vb, n);
-    if (dequantized) store_part_as(dequantized_type, dequantized, i, copy, n);
   }
 };
 
-template <int T, class Rule, class Grid>
+// Replaces the old levels of the trace by 1 where the level has changed, 0 elsewhere.
+template <int T, class Grid>
+struct FlipsLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // w, level
+  Row<vf, Grid> row;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const FlipsLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      vi changed = nearest_level(load<T>(l.streams[0], i), l.row) != load<kFloat32>(l.streams[1], i);
+      store<kFloat32>(l.streams[1], i, select(changed, vf{} + 1.f, vf{}));
+    }
+  }
+};
+
+static ASKEW_LOOP void add_trace(const Trace& trace, int64_t columns, bool skip_nonfinite, Lanes16* totals) {
+  vf sum[kTotals][kVectors] = {};
+  for (int64_t c = 0; c < columns; c += 16)
+    for (int k = 0; k < kVectors; ++k) {
+      const int64_t at = c + k * ASKEW_LANES;
+      vf e = Storage<kFloat32>::load(trace.descent + at), g = Storage<kFloat32>::load(trace.gradient + at);
+      vf excess = Storage<kFloat32>::load(trace.excess + at);
+      vi finite = absolute(g) < __builtin_inff();
+      sum[kInfeasible][k] += select(excess > 0.f, vf{} + 1.f, vf{});
+      sum[kViolation][k] += select(excess > 0.f, excess, vf{});
+      sum[kVelocity2][k] += e * e;
+      sum[kGradVelocity][k] -= (skip_nonfinite ? select(finite, g, vf{}) : g) * e;
+      sum[kFlips][k] += Storage<kFloat32>::load(trace.level + at);
+      sum[kNonfinite][k] += select(finite, vf{}, vf{} + 1.f);
+    }
+  for (int j = 0; j < kTotals; ++j) {
+    for (int k = 0; k < kVectors; ++k) totals[j].now[k] = sum[j][k];
+    flush(totals[j]);
+  }
+}
+
+template <int T, class Rule, class Grid, class Options, bool STATEFUL>
 void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
-  typedef typename Storage<T>::type S;
+  constexpr int size = sizeof(typename Storage<T>::type);
   Lanes16 lanes[kTotals];
   if (totals)
     for (int j = 0; j < kTotals; ++j) clear(lanes[j]);
-  RowSums sums;
-  int64_t since_flush = 0;
+  Trace trace;
+  int64_t traced = 0;  // columns of the trace in use
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
+    RowSums sums;
     if (row_sums) clear(sums);
-    for (int64_t c = tile.col0; c < tile.col1; c += kBlock) {
-      const int64_t end = c + kBlock < tile.col1 ? c + kBlock : tile.col1;
-      for_columns(r * t.cols, c, end,
-                  UpdateBody<T, Rule, Grid>{(S*)t.w, (const S*)t.g, (S*)t.a, (S*)t.b, t.dequantized, t.dequantized_type,
-                                            vf{} + t.scale[r], Grid::make(t.grid), h, row_sums ? &sums : nullptr,
-                                            totals ? lanes : nullptr});
-      if (row_sums) flush(sums);
-      since_flush += end - c;
-      if (totals && since_flush >= kBlock) {
-        for (int j = 0; j < kTotals; ++j) flush_add(lanes[j]);
-        since_flush = 0;
+    const Row<vf, Grid> row = make_row(vf{} + t.scale[r], Grid::make(t.grid));
+    const int64_t base = r * t.cols;
+    StepLoop<T, Rule, Grid, Options, STATEFUL> step{
+        {{t.w, size, true}, {(void*)t.g, size, false}, {t.a, size, true}, {t.b, size, true}, {}, {}, {}, {}}, row, {h}};
+    for (int64_t c = tile.col0; c < tile.col1; c += kBand) {
+      const int64_t n = c + kBand < tile.col1 ? kBand : tile.col1 - c, padded = (n + 15) / 16 * 16;
+      if (totals) {
+        if (traced + padded > kBand) {
+          add_trace(trace, traced, h.skip_nonfinite, lanes);
+          traced = 0;
+        }
+        float* const parts[4] = {trace.descent, trace.gradient, trace.excess, trace.level};
+        const int64_t origin = traced - (base + c);  // from an element's index to its place in the trace
+        for (int j = 0; j < 4; ++j) step.streams[4 + j] = {parts[j] + origin, 4, true};
+        for_columns(step, base, c, c + n);
+        for_columns(FlipsLoop<T, Grid>{{{t.w, size, false}, step.streams[7]}, row}, base, c, c + n);
+        for (int j = 0; j < 4; ++j)
+          for (int64_t gap = n; gap < padded; ++gap) parts[j][traced + gap] = 0;
+        traced += padded;
+      } else {
+        for_columns(step, base, c, c + n);
       }
+      if (row_sums) {
+        for_columns(RowSumsLoop<T>{{{t.w, size, false}}, &sums}, base, c, c + n);
+        flush(sums);
+      }
+      if (t.dequantized)
+        for_columns(QuantizeLoop<T, Grid>{{{t.w, size, false}, {t.dequantized, type_size(t.dequantized_type), true}},
+                                          t.dequantized_type, row}, base, c, c + n);
     }
     if (row_sums) {
       finish(sums, row_sums);
       row_sums += kRowSums;
     }
   }
-  if (totals)
-    for (int j = 0; j < kTotals; ++j) totals[j] = finish_add(lanes[j]);
+  if (totals) {
+    add_trace(trace, traced, h.skip_nonfinite, lanes);
+    for (int j = 0; j < kTotals; ++j) totals[j] = finish(lanes[j]);
+  }
 }
 
 // ---- choosing the template: storage type x grid (x rule) ----------------------------------------------------
@@ -327,52 +379,60 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
     default: { constexpr int T = kFloat16; CALL; break; }                \
   }
 
-template <class Body>
-ASKEW_FN void for_tile(int64_t cols, Tile t, const float* scale, Body body) {
+template <class Loop>
+ASKEW_FN void for_tile(int64_t cols, Tile t, const float* scale, const GridArg& grid, Loop loop) {
   for (int64_t r = t.row0; r < t.row1; ++r) {
-    body.scale = vf{} + scale[r];
-    for_columns(r * cols, t.col0, t.col1, body);
+    loop.row = make_row(vf{} + scale[r], decltype(loop.row.grid)::make(grid));
+    for_columns(loop, r * cols, t.col0, t.col1);
   }
 }
 
 static void fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg g, int64_t cols,
                           Tile t) {
-  ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale,
-      QuantizeBody<T, Grid>{(const typename Storage<T>::type*)x, y, y_type, vf{}, Grid::make(g)}))))
+  const Stream in{(void*)x, type_size(x_type), false}, out{y, type_size(y_type), true};
+  ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, QuantizeLoop<T, Grid>{{in, out}, y_type, {}}))))
 }
 
 static void stochastic_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg g,
                                 int64_t cols, Tile t, uint64_t seed) {
-  ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale,
-      StochasticBody<T, Grid>{(const typename Storage<T>::type*)x, y, y_type, vf{}, Grid::make(g), seed}))))
+  const Stream in{(void*)x, type_size(x_type), false}, out{y, type_size(y_type), true};
+  ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, StochasticLoop<T, Grid>{{in, out}, y_type, {}, seed}))))
 }
 
-static void ste_clip(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid, int64_t cols,
+static void ste_clip(const void* grad, const void* x, int type, void* out, const float* scale, GridArg g, int64_t cols,
                      Tile t) {
-  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(grid, (for_tile(cols, t, scale,
-      SteClipBody<T, Grid>{(const typename Storage<T>::type*)g, (const typename Storage<T>::type*)x,
-                           (typename Storage<T>::type*)out, vf{}, Grid::make(grid)}))))
+  const int size = type_size(type);
+  const Stream in{(void*)grad, size, false}, point{(void*)x, size, false}, result{out, size, true};
+  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, SteClipLoop<T, Grid>{{in, point, result}, {}}))))
 }
 
-static void project_interval_pass(void* w, int type, const float* scale, GridArg g, float eps, int64_t cols, Tile t) {
+static void project(void* w, int type, const float* scale, GridArg g, float eps, int64_t cols, Tile t) {
   const float radius = feasible_radius(eps);
-  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale,
-      ProjectBody<T, Grid>{(typename Storage<T>::type*)w, vf{}, Grid::make(g), radius}))))
+  const Stream s{w, type_size(type), true};
+  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, ProjectLoop<T, Grid>{{s}, radius, {}}))))
 }
 
 static void row_sums(const void* x, int type, int64_t cols, Tile t, double* sums) {
   ASKEW_BY_TYPE(type, row_sums_typed<T>(x, cols, t, sums))
 }
 
-static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, double* row_sums, double* totals) {
-  if (rule == kSgd) {
-    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid, (update_typed<T, Sgd, Grid>(t, h, tile, row_sums, totals))))
-  } else {
-    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid, (update_typed<T, AdamW, Grid>(t, h, tile, row_sums, totals))))
-  }
+template <class Rule, bool STATEFUL>
+static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
+  const bool usual = !h.direction && !h.maximize && !h.nesterov && h.weight_decay == 0.f && !h.skip_nonfinite &&
+                     h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
+  if (usual && h.clamp) update_typed<kFloat32, Rule, UniformGrid, UsualOptions<true>, STATEFUL>(t, h, tile, row_sums, totals);
+  else if (usual) update_typed<kFloat32, Rule, UniformGrid, UsualOptions<false>, STATEFUL>(t, h, tile, row_sums, totals);
+  else
+    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid, (update_typed<T, Rule, Grid, AnyOptions, STATEFUL>(t, h, tile, row_sums, totals))))
 }
 
-static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip, project_interval_pass, row_sums, update};
+static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, double* row_sums, double* totals) {
+  if (rule == kAdamW) update_rule<AdamW, true>(t, h, tile, row_sums, totals);
+  else if (t.a) update_rule<Sgd, true>(t, h, tile, row_sums, totals);
+  else update_rule<Sgd, false>(t, h, tile, row_sums, totals);
+}
+
+static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip, project, row_sums, update};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

@@ -7,8 +7,44 @@ typedef uint16_t vh __attribute__((vector_size(2 * ASKEW_LANES)));
 
 ASKEW_FN vf select(vi m, vf a, vf b) { return m ? a : b; }
 ASKEW_FN vi both(vi a, vi b) { return a & b; }
+#if defined(__FMA__)
+#if ASKEW_LANES == 16
+ASKEW_FN vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+ASKEW_FN vf remainder_of(vf a, vf q, vf b) { return (vf)_mm512_fnmadd_ps((__m512)q, (__m512)b, (__m512)a); }
+#elif ASKEW_LANES == 8
+ASKEW_FN vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+ASKEW_FN vf remainder_of(vf a, vf q, vf b) { return (vf)_mm256_fnmadd_ps((__m256)q, (__m256)b, (__m256)a); }
+#endif
+#endif
 ASKEW_FN vf absolute(vf a) { return (vf)((vi)a & 0x7fffffff); }
+ASKEW_FN vf negate_where_negative(vf a, vf by) { return (vf)((vi)a ^ ((vi)by & (int32_t)0x80000000)); }
 ASKEW_FN vf divide(vf a, vf b) { return a / b; }
+
+// Division by a row's scale: where there is FMA, a correctly rounded quotient without the divider, by Markstein's
+// theorem (a quotient within one ulp, corrected once with the correctly rounded reciprocal; the first correction
+// brings it within that ulp). The theorem needs a finite numerator and room in the exponents.
+template <>
+struct Divisor<vf> {
+  vf value, inverse;
+  bool corrected;
+};
+ASKEW_FN Divisor<vf> divisor(vf a) {
+#if defined(__FMA__)
+  return {a, 1.f / a, a[0] > 0x1p-60f && a[0] < 0x1p60f};
+#else
+  return {a, a, false};
+#endif
+}
+ASKEW_FN vf divide(vf a, const Divisor<vf>& b) {
+#if defined(__FMA__)
+  if (b.corrected) {
+    vf q = a * b.inverse;
+    q = fused_multiply_add(remainder_of(a, q, b.value), b.inverse, q);
+    return fused_multiply_add(remainder_of(a, q, b.value), b.inverse, q);
+  }
+#endif
+  return a / b.value;
+}
 ASKEW_FN vf round_even(vf a) { return (a + 12582912.f) - 12582912.f; }
 ASKEW_FN vf root(vf a) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)

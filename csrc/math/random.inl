@@ -25,9 +25,10 @@ ASKEW_FN Philox4 philox(uint64_t seed, uint64_t counter) {
 // Uniform in [0, 1), 24 bits.
 ASKEW_FN float uniform01(uint32_t bits) { return (float)(bits >> 8) * 5.9604644775390625e-8f; }
 
-// The upper level of x's bracket with probability t, else the lower: E[level] = x inside the hull.
+// The bracket's far end with probability u, else the nearest level: E[level] = x inside the hull.
 template <class F, class Grid>
-ASKEW_FN F stochastic_level(F x, F uniform, const Grid& grid) {
-  Place<F> p = grid.place(x);
-  return select(uniform < p.u, p.near - p.side * p.delta, p.near);  // the bracket's far end, or `near`
+ASKEW_FN F stochastic_level(F w, F uniform, const Row<F, Grid>& row) {
+  F x = divide(clamp_hull(w, row), row.scale);
+  Offset<F> o = row.grid.offset(x);
+  return select(both(uniform < o.u, o.u > 0.f), o.far, o.near);
 }

@@ -1,8 +1,13 @@
 // F = float: the vocabulary of the math headers for one element (CUDA threads, scalar code on the CPU).
 // cpu/vec.inl says the same words for vectors.
 ASKEW_FN float select(bool m, float a, float b) { return m ? a : b; }
+#if defined(__CUDA_ARCH__)
+ASKEW_FN float absolute(float a) { return fabsf(a); }
+#else
 ASKEW_FN float absolute(float a) { return a < 0.f ? -a : (a == 0.f ? 0.f : a); }
+#endif
 ASKEW_FN bool both(bool a, bool b) { return a && b; }
+ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
 #if defined(__CUDA_ARCH__)
 ASKEW_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
 ASKEW_FN float root(float a) { return __fsqrt_rn(a); }
@@ -10,6 +15,37 @@ ASKEW_FN float root(float a) { return __fsqrt_rn(a); }
 ASKEW_FN float divide(float a, float b) { return a / b; }
 ASKEW_FN float root(float a) { return __builtin_sqrtf(a); }
 #endif
+
+template <class F>
+struct Divisor;  // one that divides many
+#if defined(__CUDA_ARCH__)
+// Six operations, no branch: a correctly rounded quotient by Markstein's theorem (a quotient within one ulp, corrected
+// once with the correctly rounded reciprocal; the first correction brings it within that ulp). The theorem needs a
+// finite numerator and room in the exponents: a very large or very small divisor is moved by a power of two, exactly.
+template <>
+struct Divisor<float> {
+  float value;
+  float power, moved, inverse;  // moved = value * power
+};
+ASKEW_FN Divisor<float> divisor(float a) {
+  const float power = fabsf(a) >= 0x1p60f ? 0x1p-64f : fabsf(a) <= 0x1p-60f ? 0x1p64f : 1.f;
+  return {a, power, a * power, __frcp_rn(a * power)};
+}
+ASKEW_FN float divide(float a, const Divisor<float>& b) {
+  a = a * b.power;
+  float q = a * b.inverse;
+  q = __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
+  return __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
+}
+#else
+template <>
+struct Divisor<float> {
+  float value;
+};
+ASKEW_FN Divisor<float> divisor(float a) { return {a}; }
+ASKEW_FN float divide(float a, const Divisor<float>& b) { return divide(a, b.value); }
+#endif
+
 // Nearest integer, ties to even, for |a| <= 2^22; never returns -0.
 ASKEW_FN float round_even(float a) {
   const float magic = 12582912.f;  // 1.5 * 2^23

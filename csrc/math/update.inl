@@ -2,54 +2,66 @@
 // `Rule` is the base optimizer (Sgd, AdamW); buffers a and b are its state.
 
 struct Sgd {
-  // The velocity -(torch.optim.SGD's update); a is the momentum buffer. has_a: momentum != 0.
-  template <class F>
-  ASKEW_FN F velocity(F g, F w, F& a, F&, bool has_a, const Hyper& h) {
-    if (h.weight_decay != 0.f) g = g + h.weight_decay * w;
+  // What torch.optim.SGD subtracts from w, over lr. a is the momentum buffer; has_a: momentum != 0.
+  template <class F, class Options>
+  ASKEW_FN F descent(F g, F w, F& a, F&, bool has_a, const Options& o) {
+    const Hyper& h = o.hyper;
+    if (o.weight_decay()) g = g + h.weight_decay * w;
     if (has_a) {
       a = h.momentum * a + h.one_minus_dampening * g;
-      g = h.nesterov ? g + h.momentum * a : a;
+      g = o.nesterov() ? g + h.momentum * a : a;
     }
-    return 0.f - g;
+    return g;
   }
 };
 
 struct AdamW {
-  // a, b: first and second moment.
-  template <class F>
-  ASKEW_FN F velocity(F g, F w, F& a, F& b, bool, const Hyper& h) {
+  // What torch.optim.AdamW subtracts from w, over lr. a, b: first and second moment.
+  template <class F, class Options>
+  ASKEW_FN F descent(F g, F w, F& a, F& b, bool, const Options& o) {
+    const Hyper& h = o.hyper;
     a = a + h.one_minus_beta1 * (g - a);
     b = h.beta2 * b + h.one_minus_beta2 * (g * g);
     F denominator = divide(root(b), F{} + h.root_bias_correction2) + h.adam_eps;
-    F v = 0.f - divide(divide(a, F{} + h.bias_correction1), denominator);
-    if (h.weight_decay != 0.f) v = v - h.weight_decay * w;
-    return v;
+    F step = divide(divide(a, F{} + h.bias_correction1), denominator);
+    return o.weight_decay() ? step + h.weight_decay * w : step;
   }
+};
+
+// The step's switches as Hyper has them. The CPU loops have a second kind, with the usual ones known to the compiler.
+struct AnyOptions {
+  Hyper hyper;
+  ASKEW_INLINE bool constrained() const { return hyper.eps < 1.f; }  // at eps = 1 all is feasible
+  ASKEW_INLINE bool clamp() const { return hyper.clamp; }
+  ASKEW_INLINE bool direction() const { return hyper.direction; }
+  ASKEW_INLINE bool maximize() const { return hyper.maximize; }
+  ASKEW_INLINE bool nesterov() const { return hyper.nesterov; }
+  ASKEW_INLINE bool weight_decay() const { return hyper.weight_decay != 0.f; }
+  ASKEW_INLINE bool skip_nonfinite() const { return hyper.skip_nonfinite; }
 };
 
 template <class F>
 struct Stepped {
-  F w;                      // the new weight, before it is rounded to its storage type
-  F velocity;               // w moved by lr * velocity, then was clamped
-  F violation, infeasible;  // at the point where the step started
-  F level;                  // nearest level there
+  F w;        // the new weight, before it is rounded to its storage type
+  F descent;  // -v: w moved by -lr * descent, then was clamped
+  F excess;   // -h where the step started: positive where infeasible
+  F level;    // nearest level there
 };
 
-template <class Rule, class F, class Grid>
-ASKEW_FN Stepped<F> step_weight(F w, F g, F& a, F& b, bool has_a, F scale, const Grid& grid, const Hyper& h) {
-  if (h.clamp) w = clamp_hull(w, scale, grid);
-  const F x = divide(w, scale);
-  const Place<F> place = grid.place(x);
-  F d = h.maximize ? g : 0.f - g, v;
-  Skewed<F> s;
-  if (h.direction) {
-    s = skew_velocity(Rule::velocity(0.f - d, w, a, b, has_a, h), place, scale, h.eps, h.alpha, h.cap);
-    v = s.velocity;
-  } else {
-    s = skew_velocity(d, place, scale, h.eps, h.alpha, h.cap);
-    v = Rule::velocity(0.f - s.velocity, w, a, b, has_a, h);
+template <class Rule, class F, class Grid, class Options>
+ASKEW_FN Stepped<F> step_weight(F w, F g, F& a, F& b, bool has_a, const Row<F, Grid>& row, const Options& o) {
+  const Hyper& h = o.hyper;
+  const F inside = clamp_hull(w, row), x = divide(inside, row.scale);
+  if (o.clamp()) w = inside;
+  if (o.maximize()) g = 0.f - g;
+  Skewed<F> s{g, F{}};
+  if (o.constrained()) {
+    const Offset<F> offset = row.grid.offset(x);
+    if (o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
+    s = skew(g, offset, row.scale.value, h.eps, h.alpha, h.cap);
   }
-  w = w + h.lr * v;
-  if (h.clamp) w = clamp_hull(w, scale, grid);
-  return {w, v, s.violation, s.infeasible, grid.nearest(x)};
+  if (!o.constrained() || !o.direction()) s.descent = Rule::descent(s.descent, w, a, b, has_a, o);
+  w = w - h.lr * s.descent;
+  if (o.clamp()) w = clamp_hull(w, row);
+  return {w, s.descent, s.excess, row.grid.nearest(x)};
 }

@@ -1,0 +1,5 @@
+"""Optimizers."""
+
+from .skewed import ASkewAdamW, ASkewSGD
+
+__all__ = ["ASkewAdamW", "ASkewSGD"]

@@ -1,0 +1,434 @@
+"""ASkewSGD and ASkewAdamW: torch.optim's rules under the interval constraint, one pass over each weight a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from .. import ops, reference
+from ..quant import Grid, QuantConfig, WeightQuantizer, grid_from_dict
+
+FREEZE_SCALE = ("anneal", "init", "never")
+_QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
+
+
+def _is_frozen_choice(group: dict[str, Any]) -> bool:
+    return isinstance(group["scale"], Tensor)
+
+
+class _Skewed(Optimizer):
+    """What both optimizers share: group keys, scales and their freezing, telemetry, checkpoints.
+
+    A subclass gives ``OPERATOR``, ``_plain_step(group, params)``, ``_states(group, params)`` and ``_numbers(group)``.
+    """
+
+    OPERATOR: str
+
+    def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int) -> None:
+        if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
+            raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
+        self.telemetry_every = telemetry_every
+        self._steps = 0
+        self._telemetry_wanted = True
+        self._totals: dict[Tensor, Tensor] = {}
+        self._telemetry_step = 0
+        super().__init__(params, defaults)
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if group["grid"] is None:
+            return
+        for p in group["params"]:
+            self._quantizer(group, p)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        ops.rate_tensor("lr", group["lr"], 0.0)
+        ops.rate_tensor("eps", group["eps"], 0.0, 1.0, open_low=True)
+        for name in ("alpha", "weight_decay"):
+            ops._number(name, group[name], 0.0)
+        if group["skew"] not in ops.SKEWS:
+            raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
+        if group["freeze_scale"] not in FREEZE_SCALE:
+            raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        if group["grid"] is None:
+            return
+        ops.check_grid(group["grid"])
+        for i, p in enumerate(group["params"]):
+            ops.check_float_tensor(f"params[{i}]", p)
+        config = self._config(group)
+        for p in group["params"]:
+            rows = WeightQuantizer(config).rows(p)
+            if isinstance(group["scale"], Tensor):
+                ops._check_scale("scale", group["scale"].to(p.device).expand(rows) if group["scale"].numel() == 1 else group["scale"].to(p.device), p, "the parameter")
+
+    @staticmethod
+    def _config(group: dict[str, Any]) -> QuantConfig:
+        rule = group["scale"]
+        if not isinstance(rule, (str, Tensor)):
+            raise TypeError(f"scale: expected a rule's name or a tensor, got {rule!r}")
+        return QuantConfig(
+            weight=group["grid"], scale=rule if isinstance(rule, str) else "absmax", granularity=group["granularity"],
+            group_size=group["group_size"], forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+        )  # fmt: skip
+
+    def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
+        """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
+        found = WeightQuantizer.of(p)
+        if found is None:
+            found = WeightQuantizer(self._config(group))
+            found.tie(p)  # type: ignore[arg-type]
+        elif found.config.weight != group["grid"]:
+            raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
+        if isinstance(group["scale"], Tensor) and not found.frozen:
+            scale = group["scale"].to(p.device)
+            found.freeze(p, scale.expand(found.rows(p)) if scale.numel() == 1 else scale)
+        return found
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step; ``closure`` re-evaluates the model and returns the loss.
+
+        Groups with a grid: every weight is read once and written once, in one launch for each device. Groups without
+        one: torch.optim's own step. Everything is checked before anything is written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for group, params in work:
+            if group["grid"] is None:
+                continue
+            self._check_group_rates(group)
+            for p in params:
+                if p.grad.is_sparse or p.grad.layout != torch.strided:
+                    raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients for a quantized parameter")
+                if p.grad.dtype != p.dtype:
+                    raise TypeError(f"grad: expected the parameter's {p.dtype}, got {p.grad.dtype}")
+        every = self.telemetry_every
+        record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
+        if record:
+            self._totals = {}
+            self._telemetry_wanted = False
+            self._telemetry_step = self._steps + 1
+        for group, params in work:
+            if not params:
+                continue
+            if group["grid"] is None:
+                self._plain_step(group, params)
+            else:
+                self._skewed_step(group, params, record)
+        self._steps += 1
+        return loss
+
+    def _check_group_rates(self, group: dict[str, Any]) -> None:
+        """What schedules and users change between steps."""
+        for name, low, high, is_open in (("lr", 0.0, float("inf"), False), ("eps", 0.0, 1.0, True)):
+            value = group[name]
+            if not isinstance(value, Tensor):
+                ops._number(name, value, low, high, is_open)
+
+    @staticmethod
+    def _annealed(group: dict[str, Any]) -> bool:
+        eps = group["eps"]
+        if isinstance(eps, Tensor) and eps.device.type != "cpu":
+            return group.get("annealing", True)  # EpsilonAnnealing keeps this on the host: no synchronisation
+        return float(eps) < 1.0
+
+    def _skewed_step(self, group: dict[str, Any], params: list[Tensor], record: bool) -> None:
+        freeze = group["freeze_scale"] == "init" or (group["freeze_scale"] == "anneal" and self._annealed(group))
+        buckets: dict[Any, list[Tensor]] = {}
+        for p in params:
+            quantizer = self._quantizer(group, p)
+            if freeze and not quantizer.frozen and group["freeze_scale"] != "never":
+                quantizer.freeze(p)
+            frozen = quantizer.frozen and group["freeze_scale"] != "never"
+            buckets.setdefault((p.device, frozen, *self._bucket(p)), []).append(p)
+        rates = [ops.rate_tensor("lr", group["lr"], 0.0), ops.rate_tensor("eps", group["eps"], 0.0, 1.0, True)]
+        for (_, clamp, *key), members in buckets.items():
+            quantizers = [self._quantizer(group, p) for p in members]
+            scales = [q.next_scale(p) for q, p in zip(quantizers, members, strict=True)]
+            states = self._states(group, members)
+            copies = [q.copy_to_write(p) for q, p in zip(quantizers, members, strict=True)]
+            sums = [q.sums_to_write(p) for q, p in zip(quantizers, members, strict=True)]
+            totals = []
+            if record:
+                totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
+                self._totals.update(zip(members, totals, strict=True))
+            leading, numbers = self._numbers(group, key)
+            ops.run_skew_update(
+                self.OPERATOR, members, [p.grad for p in members], states, scales,  # type: ignore[misc]
+                [group["grid"]] * len(members), _or_empty(copies, members), ops.SkewStats(_or_empty(sums, members), totals),
+                [*leading, *rates],
+                [*numbers, group["skew"] == "direction", clamp, group["maximize"], group["skip_nonfinite"]],
+            )  # fmt: skip
+            for q, p, c, s in zip(quantizers, members, copies, sums, strict=True):
+                q.updated(p, c is not None, s is not None)
+
+    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
+        """What must be equal for parameters to share a launch, besides the device."""
+        return ()
+
+    def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
+        raise NotImplementedError
+
+    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
+        raise NotImplementedError
+
+    # ---- telemetry ----------------------------------------------------------------------------------------------
+
+    def telemetry(self) -> list[dict[str, Any]]:
+        """What the passes summed up, for each quantized tensor of the last recorded step.
+
+        A step is recorded when ``telemetry()`` was called since the step before, and every ``telemetry_every``-th.
+        Keys: ``step``, ``name`` (or index), ``numel``, ``eps``, ``fraction_infeasible`` and ``mean_violation``
+        (sum max(0, -h) / numel) at the point where the step started, ``flips`` (weights whose nearest level changed),
+        ``velocity_norm`` (‖v‖, w moved by lr v), ``grad_velocity`` (g·v), ``nonfinite`` (gradient elements). Waits
+        for the device. Empty before the first step.
+        """
+        self._telemetry_wanted = True
+        report = []
+        index = 0
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                if (totals := self._totals.get(p)) is not None:
+                    t = dict(zip(ops.SkewStats.NAMES, totals.tolist(), strict=True))
+                    n = max(1, p.numel())
+                    report.append({
+                        "step": self._telemetry_step, "name": names[i] if names else index, "numel": p.numel(),
+                        "eps": float(group["eps"]), "fraction_infeasible": t["infeasible"] / n,
+                        "mean_violation": t["violation"] / n, "flips": t["flips"],
+                        "velocity_norm": t["velocity_squared"] ** 0.5, "grad_velocity": t["grad_velocity"],
+                        "nonfinite": t["nonfinite"],
+                    })  # fmt: skip
+                index += 1
+        return report
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, plus the scales (with the sums that the next ones come from); grids as plain dicts."""
+        for group in self.param_groups:
+            if group["grid"] is None:
+                continue
+            for p in group["params"]:
+                q = self._quantizer(group, p)
+                for key in _QUANTIZER_KEYS:
+                    self.state[p].pop(key, None)
+                if q.scale is not None:
+                    self.state[p].update(scale=q.scale, scale_frozen=q.frozen)
+                    if not q.frozen and q.row_sums is not None:
+                        self.state[p]["row_sums"] = q.row_sums
+        packed = super().state_dict()
+        for key, groups in (("param_groups", packed["param_groups"]),):
+            packed[key] = [{**g, "grid": g["grid"].to_dict() if g["grid"] is not None else None} for g in groups]
+        packed["askew_steps"] = self._steps
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after, as you like."""
+        groups = [
+            {**g, "grid": grid_from_dict(g["grid"]) if isinstance(g.get("grid"), dict) else g.get("grid")}
+            for g in state_dict["param_groups"]
+        ]
+        rest = {"state": {}, "param_groups": groups}
+        kept: dict[Any, dict[str, Any]] = {}
+        for index, state in state_dict["state"].items():
+            kept[index] = {k: state[k] for k in _QUANTIZER_KEYS if k in state}
+            rest["state"][index] = {k: v for k, v in state.items() if k not in _QUANTIZER_KEYS}
+        super().load_state_dict(rest)
+        self._steps = state_dict.get("askew_steps", 0)
+        self._totals = {}
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            if group["grid"] is None:
+                continue
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                state = kept.get(index, {})
+                if not state:
+                    continue
+                q = self._quantizer(group, p)
+                device = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in state.items()}
+                q.restore(device.get("scale"), bool(device.get("scale_frozen")), device.get("row_sums"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+
+def _or_empty(tensors: list[Tensor | None], members: list[Tensor]) -> list[Tensor]:
+    """An operator's list: empty where nothing is present, a tensor without elements for one that is absent."""
+    if all(t is None for t in tensors):
+        return []
+    return [t if t is not None else torch.empty(0, device=p.device) for t, p in zip(tensors, members, strict=True)]
+
+
+_COMMON = {
+    "grid": None, "scale": "sawb", "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
+}  # fmt: skip
+
+
+class ASkewSGD(_Skewed):
+    """SGD under the interval constraint h_eps(w) >= 0 (``ops.skew_sgd_`` has the formulas).
+
+    params: parameters, or groups as ``ak.param_groups(model)`` makes them. Group keys beside torch.optim.SGD's:
+
+    ==================  =============================================================================================
+    ``grid``            the levels; None (default): the group is stepped by torch.optim.SGD's own code
+    ``scale``           a rule's name (default ``"sawb"``) or a fixed tensor
+    ``granularity``     ``per_tensor``, ``per_channel`` (default), ``per_group`` with ``group_size``
+    ``alpha``           strength of the push towards feasibility, >= 0
+    ``eps``             the constraint's, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it
+    ``skew``            ``"gradient"`` (published: the skewed velocity replaces the gradient) or ``"direction"`` (the
+                        base optimizer's own step is skewed last, which keeps the guarantee with momentum)
+    ``freeze_scale``    ``"anneal"`` (default: at the first step with eps < 1), ``"init"`` or ``"never"``; weights are
+                        clamped to the hull once the scale is frozen
+    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what torch.optim does
+    ==================  =============================================================================================
+
+    lr and eps may be floats or 0-dim tensors. While the scale moves, a step uses the scale of the weights as the step
+    found them, and the layer's next forward uses that scale with the new weights.
+    ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never).
+    Raises TypeError/ValueError naming the argument before anything is written.
+    """
+
+    OPERATOR = "skew_sgd_"
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
+        weight_decay: float = 0.0, nesterov: bool = False, *, alpha: float = 1.0, eps: float | Tensor = 1.0,
+        skew: str = "gradient", freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10, **grid_options: Any,
+    ) -> None:  # fmt: skip
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, alpha=alpha,
+            eps=eps, skew=skew, freeze_scale=freeze_scale, skip_nonfinite=skip_nonfinite, maximize=maximize,
+            foreach=foreach, fused=fused, **_grid_defaults(grid_options),
+        )  # fmt: skip
+        super().__init__(params, defaults, telemetry_every)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        ops._number("momentum", group["momentum"], 0.0)
+        ops._number("dampening", group["dampening"], -float("inf"))
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
+
+    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
+        return ("momentum_buffer" not in self.state[p],)
+
+    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
+        if not group["momentum"]:
+            return {"momentum_buffers": None}
+        for p in params:
+            if self.state[p].get("momentum_buffer") is None:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return {"momentum_buffers": [self.state[p]["momentum_buffer"] for p in params]}
+
+    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
+        first = key[0]  # torch's first step takes the gradient whole; with a zero buffer that is dampening 0
+        return [], [
+            float(group["alpha"]), float(group["momentum"]), 0.0 if first else float(group["dampening"]),
+            float(group["weight_decay"]), bool(group["nesterov"]),
+        ]  # fmt: skip
+
+    def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(
+            params, [p.grad for p in params], buffers, has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[misc,union-attr,arg-type]
+            foreach=group["foreach"], fused=group["fused"], weight_decay=group["weight_decay"],
+            momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+
+class ASkewAdamW(_Skewed):
+    """AdamW under the interval constraint; group keys as for ``ASkewSGD``.
+
+    ``eps`` is the constraint's eps; the denominator's is ``adam_eps``. A group without a grid is stepped by
+    torch.optim.AdamW's own code.
+    """
+
+    OPERATOR = "skew_adamw_"
+
+    def __init__(
+        self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8,
+        weight_decay: float = 1e-2, *, alpha: float = 1.0, eps: float | Tensor = 1.0, skew: str = "gradient",
+        freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False, foreach: bool | None = None,
+        fused: bool | None = None, telemetry_every: int = 10, **grid_options: Any,
+    ) -> None:  # fmt: skip
+        defaults = dict(
+            lr=lr, betas=betas, adam_eps=adam_eps, weight_decay=weight_decay, alpha=alpha, eps=eps, skew=skew,
+            freeze_scale=freeze_scale, skip_nonfinite=skip_nonfinite, maximize=maximize, foreach=foreach, fused=fused,
+            **_grid_defaults(grid_options),
+        )  # fmt: skip
+        super().__init__(params, defaults, telemetry_every)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        ops._number("adam_eps", group["adam_eps"], 0.0)
+        for i, beta in enumerate(group["betas"]):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        state = self.state[p]
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        return state
+
+    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
+        return (float(self._state_of(p)["step"]) + 1,)
+
+    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
+        states = [self._state_of(p) for p in params]
+        for state in states:
+            state["step"] += 1
+        return {"exp_avgs": [s["exp_avg"] for s in states], "exp_avg_sqs": [s["exp_avg_sq"] for s in states]}
+
+    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
+        return [torch.tensor(key[0], dtype=torch.float64)], [
+            float(group["alpha"]), float(group["betas"][0]), float(group["betas"][1]), float(group["adam_eps"]),
+            float(group["weight_decay"]),
+        ]  # fmt: skip
+
+    def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self._state_of(p) for p in params]
+        adamw(
+            params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],  # type: ignore[misc]
+            [s["step"] for s in states], foreach=group["foreach"], fused=group["fused"], amsgrad=False,
+            beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+            eps=group["adam_eps"], maximize=group["maximize"],
+        )  # fmt: skip
+
+
+def _grid_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    unknown = [key for key in options if key not in _COMMON]
+    if unknown:
+        raise TypeError(f"{unknown[0]}: unknown argument; the grid's are {', '.join(_COMMON)}")
+    return {**_COMMON, **options}

@@ -1,0 +1,72 @@
+"""What a layer is told about its quantization, and its JSON form."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from .grids import Grid, Uniform, grid_from_dict
+from .scales import GRANULARITIES, check_rule, num_rows
+
+FORWARDS = ("hard", "relaxed")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How one layer's weight is quantized.
+
+    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``mse``). granularity: ``per_tensor``,
+    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
+    for the gradient; ``"relaxed"`` computes with the float weights in training and with s Q(w/s) in eval, as published.
+    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
+
+    Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
+    """
+
+    weight: Grid = Uniform(4)
+    scale: str = "sawb"
+    granularity: str = "per_channel"
+    group_size: int | None = None
+    forward: str = "hard"
+    sawb_coefficients: tuple[float, float] | None = None
+    ste_clip: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Grid):
+            raise TypeError(f"weight: expected a grid such as Uniform(bits=4), got {self.weight!r}")
+        if self.forward not in FORWARDS:
+            raise ValueError(f"forward: expected one of {', '.join(FORWARDS)}, got {self.forward!r}")
+        if self.sawb_coefficients is not None:
+            object.__setattr__(self, "sawb_coefficients", tuple(self.sawb_coefficients))
+        check_rule(self.scale, self.weight, self.sawb_coefficients)
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
+        num_rows((1, self.group_size or 1), self.granularity, self.group_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight.to_dict(),
+            "scale": self.scale,
+            "granularity": self.granularity,
+            "group_size": self.group_size,
+            "forward": self.forward,
+            "sawb_coefficients": None if self.sawb_coefficients is None else list(self.sawb_coefficients),
+            "ste_clip": self.ste_clip,
+        }
+
+    @classmethod
+    def from_dict(cls, d: dict[str, Any]) -> QuantConfig:
+        arguments = dict(d)
+        arguments["weight"] = grid_from_dict(arguments.get("weight", {}))
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            raise ValueError(f"QuantConfig: {error}") from None
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> QuantConfig:
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,218 @@
+"""The quantization state of one weight: its scale, and the quantize–dequantized copy for the next forward.
+
+A layer and an optimizer meet here and nowhere else: the layer owns a ``WeightQuantizer`` and ties it to its
+Parameter; the optimizer finds it on the Parameter (or makes one for a weight without a layer).
+
+Never a stale result: scale and copies carry the *version* of the weight that they belong to, and are recomputed as
+soon as the weight has another one. Torch counts in-place operations on a tensor, but not those made through
+``weight.data``; a tied Parameter is therefore given the class ``QuantizedParameter``, which counts these too (the
+object stays the same). What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
+taken before the last forward: call ``WeightQuantizer.invalidate()`` after such a write.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, reference
+from .config import QuantConfig
+from .scales import SUM_RULES, compute_scale, num_rows, scale_from_sums
+
+
+class QuantizedParameter(nn.Parameter):
+    """An nn.Parameter that notices when ``.data`` is handed out, because writes through it are not counted by torch."""
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
+
+
+def version_of(weight: Tensor) -> tuple[Any, ...]:
+    """Changes whenever the weight's content may have changed."""
+    return (weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0))
+
+
+class WeightQuantizer:
+    """Scale and copies of one weight; see the module's text.
+
+    ``scale``: float32 (rows,) or None while nothing is known; ``frozen``: the scale no longer follows its rule;
+    ``row_sums``: float32 (rows, 3) of the weight at ``version``, left behind by the update pass.
+    """
+
+    def __init__(self, config: QuantConfig) -> None:
+        self.config = config
+        self.scale: Tensor | None = None
+        self.frozen = False
+        self.row_sums: Tensor | None = None
+        self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
+        self._copies: dict[torch.dtype, Tensor] = {}
+        self._fresh: set[torch.dtype] = set()
+        self._version: tuple[Any, ...] | None = None
+        self._sums_valid = False
+        self._restored = False
+
+    # ---- identity ----
+
+    def tie(self, weight: nn.Parameter) -> None:
+        """Makes this the quantizer of ``weight``."""
+        if type(weight) is nn.Parameter:
+            weight.__class__ = QuantizedParameter
+        weight._askew_quantizer = self  # type: ignore[attr-defined]
+
+    @staticmethod
+    def of(weight: Tensor) -> WeightQuantizer | None:
+        return getattr(weight, "_askew_quantizer", None)
+
+    # ---- scale ----
+
+    def rows(self, weight: Tensor) -> int:
+        return num_rows(weight.shape, self.config.granularity, self.config.group_size)
+
+    def _rule_scale(self, weight: Tensor) -> Tensor:
+        c = self.config
+        return compute_scale(weight, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients)
+
+    def _sync(self, weight: Tensor) -> None:
+        """Forgets what belongs to another version of the weight."""
+        version = version_of(weight)
+        if version == self._version:
+            return
+        same = False
+        if self._restored and self.row_sums is not None:  # a checkpoint's scale, whose weights may have come after it
+            now = ops.row_sums(weight.detach(), self.rows(weight))
+            same = torch.equal(now, self.row_sums.to(now.device))
+        self._restored = False
+        if not same:
+            self._sums_valid = False
+            if not self.frozen:
+                self.scale = None
+        self._fresh.clear()
+        self._version = version
+
+    def current_scale(self, weight: Tensor) -> Tensor:
+        """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
+        self._sync(weight)
+        if self.scale is None or self.scale.device != weight.device:
+            self.scale = self._rule_scale(weight) if self.scale is None else self.scale.to(weight.device)
+        return self.scale
+
+    def next_scale(self, weight: Tensor) -> Tensor:
+        """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands.
+
+        Costs no pass over the weight where the previous step left its sums behind.
+        """
+        self._sync(weight)
+        if not self.frozen:
+            c = self.config
+            if self._sums_valid and self.row_sums is not None and c.scale in SUM_RULES:
+                cols = weight.numel() // max(1, self.rows(weight))
+                self.scale = scale_from_sums(self.row_sums, cols, c.weight, c.scale, c.sawb_coefficients)
+            else:
+                self.scale = self._rule_scale(weight)
+            self._fresh.clear()
+        return self.current_scale(weight)
+
+    def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
+        if scale is not None:
+            self.set_scale(weight, scale)
+        else:
+            self.next_scale(weight)
+        self.frozen = True
+        self.row_sums, self._sums_valid = None, False
+
+    def set_scale(self, weight: Tensor, scale: Tensor) -> None:
+        rows = self.rows(weight)
+        if scale.numel() != rows:
+            raise ValueError(f"scale: expected shape ({rows},) for a weight of shape {tuple(weight.shape)} "
+                             f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
+        self._sync(weight)
+        self.scale = scale.detach().to(device=weight.device, dtype=torch.float32).reshape(-1).contiguous().clone()
+        self._fresh.clear()
+
+    def restore(self, scale: Tensor | None, frozen: bool, row_sums: Tensor | None = None) -> None:
+        """State from a checkpoint; the weights may be loaded before or after."""
+        self.scale = None if scale is None else scale.detach().float().reshape(-1).clone()
+        self.frozen = frozen and scale is not None
+        self.row_sums = None if row_sums is None else row_sums.detach().float().clone()
+        self._sums_valid = row_sums is not None
+        self._fresh.clear()
+        self._version, self._restored = None, row_sums is not None
+
+    def invalidate(self) -> None:
+        """Forgets everything that was derived from the weight's content."""
+        self._version, self._sums_valid, self._restored = None, False, False
+        self._fresh.clear()
+
+    # ---- copies ----
+
+    def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
+        dtype = dtype or weight.dtype
+        scale = self.current_scale(weight)
+        self.copy_dtype = dtype
+        copy = self._buffer(weight, dtype)
+        if dtype not in self._fresh:
+            ops.fake_quantize_out_(weight, scale, self.config.weight, copy)
+            self._fresh.add(dtype)
+        return copy
+
+    def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        copy = self._copies.get(dtype)
+        if copy is None or copy.shape != weight.shape or copy.device != weight.device:
+            copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            self._copies[dtype] = copy
+        return copy
+
+    def copy_to_write(self, weight: Tensor) -> Tensor | None:
+        """The buffer that the update pass should fill, or None where no forward reads one."""
+        if self.config.forward != "hard" or self.copy_dtype is None:
+            return None
+        return self._buffer(weight, self.copy_dtype)
+
+    def sums_to_write(self, weight: Tensor) -> Tensor | None:
+        """The buffer for the row sums that the next scale comes from, or None where it is frozen or needs more."""
+        if self.frozen or self.config.scale not in SUM_RULES:
+            return None
+        rows = self.rows(weight)
+        if self.row_sums is None or self.row_sums.shape[0] != rows or self.row_sums.device != weight.device:
+            self.row_sums = torch.zeros(rows, reference.NUM_ROW_SUMS, device=weight.device)
+        return self.row_sums
+
+    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool) -> None:
+        """The update pass has written the weight, and perhaps its copy and sums: they belong together now."""
+        self._version = version_of(weight)
+        self._sums_valid = sums_written
+        self._restored = False
+        self._fresh = {self.copy_dtype} if copy_written and self.copy_dtype is not None else set()
+
+    def moved(self) -> None:
+        """The module was moved or cast: copies are dropped, the scale follows at its next use."""
+        self._copies.clear()
+        self.copy_dtype = None
+        self.invalidate()
+
+    def __deepcopy__(self, memo: dict) -> WeightQuantizer:
+        new = WeightQuantizer(self.config)
+        memo[id(self)] = new
+        new.scale = None if self.scale is None else self.scale.clone()
+        new.frozen = self.frozen
+        if not self.frozen and self.row_sums is not None and self._sums_valid:
+            new.restore(new.scale, False, self.row_sums)
+        return new
+
+    def __getstate__(self) -> dict:
+        return {"config": self.config.to_dict(), "scale": self.scale, "frozen": self.frozen}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
+        self.restore(state["scale"], state["frozen"])

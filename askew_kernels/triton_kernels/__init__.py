@@ -1,0 +1,26 @@
+"""The operators of ``ops/schema.py`` in Triton: same names, same flat signatures.
+
+Imported by ``runtime`` when Triton is chosen, never by ``import askew_kernels``. Under ``TRITON_INTERPRET=1`` (set
+before this import) every kernel runs on CPU tensors.
+"""
+
+from .elementwise import (
+    fake_quantize,
+    fake_quantize_backward,
+    fake_quantize_out_,
+    project_interval_,
+    row_sums,
+    ste_clip_,
+)
+from .update import skew_adamw_, skew_sgd_
+
+__all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_quantize_out_",
+    "project_interval_",
+    "row_sums",
+    "skew_adamw_",
+    "skew_sgd_",
+    "ste_clip_",
+]

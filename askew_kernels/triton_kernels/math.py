@@ -1,0 +1,351 @@
+"""The device functions of ``csrc/math`` in Triton, name for name: one block of fp32 values in, one block out.
+
+Every operation is IEEE and correctly rounded (``div_rn``, ``sqrt_rn``, no contraction: kernels are launched with
+``EXACT``), so quantized codes agree bit for bit with the C++ kernels and with ``reference``.
+
+A grid is four values: its hull ``lo``, ``hi`` in grid units, and for a codebook ``levels`` (pointer to ascending
+float32 levels) with the compile-time ``N_LEVELS``; ``KIND`` is compile-time as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .. import reference
+
+UNIFORM = tl.constexpr(reference.UNIFORM)
+BINARY = tl.constexpr(reference.BINARY)
+CODEBOOK = tl.constexpr(reference.CODEBOOK)
+SGD, ADAMW = tl.constexpr(0), tl.constexpr(1)  # csrc/math/types.h, Rule
+
+# Launch options of every kernel. A fused multiply-add would round once where the CPU and the reference round twice.
+EXACT = {"enable_fp_fusion": False}
+
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+# ---- scalar.inl ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def divide(a, b):
+    """a / b, correctly rounded; Triton's own ``/`` is approximate on the GPU."""
+    return tl.div_rn(a, b)
+
+
+@triton.jit
+def root(a):
+    """sqrt(a), correctly rounded."""
+    return tl.sqrt_rn(a)
+
+
+@triton.jit
+def negate_where_negative(a, by):
+    return tl.where(by < 0.0, 0.0 - a, a)
+
+
+@triton.jit
+def round_even(a):
+    """Nearest integer, ties to even, for |a| <= 2^22; never -0."""
+    return (a + 12582912.0) - 12582912.0  # 1.5 * 2^23: the spacing of floats is 1 there
+
+
+@triton.jit
+def read_scalar(x, ON_DEVICE: tl.constexpr):
+    """A 0-dim argument as float32: passed by value, or (``ON_DEVICE``) as a pointer, so that the host never waits."""
+    if ON_DEVICE:
+        return tl.load(x).to(tl.float32)
+    else:
+        return tl.cast(x, tl.float32)
+
+
+@triton.jit
+def widen(x):
+    """A storage type to float32, exactly."""
+    if _INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter's own conversion loses denormals
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 to its storage type, to nearest even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's own conversion truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + (0x7FFF + ((bits >> 16) & 1)), bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(DTYPE)
+
+
+# ---- grid.inl -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def hull(lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """(low, high) in grid units, as float32."""
+    if KIND == CODEBOOK:
+        return tl.load(levels), tl.load(levels + (N_LEVELS - 1))
+    else:
+        return tl.cast(lo, tl.float32), tl.cast(hi, tl.float32)
+
+
+@triton.jit
+def clamp_between(x, lo, hi):
+    """x moved into [lo, hi]; NaN stays NaN (``tl.clamp`` would lose it)."""
+    x = tl.where(x > hi, hi, x)
+    return tl.where(lo > x, lo, x)
+
+
+@triton.jit
+def in_hull(w, scale, lo, hi):
+    """x = w / s moved into the hull."""
+    return clamp_between(divide(w, scale), lo, hi)
+
+
+@triton.jit
+def nearest(x, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """Q(x) for x in the hull: ties to even (uniform) or to the lower level (binary, codebook); NaN stays NaN."""
+    if KIND == UNIFORM:
+        return round_even(x)
+    elif KIND == BINARY:
+        return tl.where(x > 0.0, 1.0, tl.where(x == x, -1.0, x))
+    else:
+        below = tl.load(levels)
+        r = tl.zeros_like(x) + below
+        for k in range(1, N_LEVELS):
+            level = tl.load(levels + k)
+            r = tl.where(x > 0.5 * below + 0.5 * level, level, r)
+            below = level
+        return tl.where(x == x, r, x)
+
+
+@triton.jit
+def offset(x, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """How far x, in the hull, stands from its nearest level: (near, far, distance, u, delta).
+
+    near, far: the bracket's two ends, near as Q(x), but of an exact midpoint the lower one; distance = x - near;
+    delta: the bracket's length; u = |distance| / delta, in [0, 1/2].
+    """
+    if KIND == UNIFORM:
+        near = round_even(x)
+        distance = x - near  # exact
+        delta = tl.full(x.shape, 1.0, tl.float32)
+        up = tl.where(distance == -0.5, delta, 0.0)  # the midpoint that was rounded up
+        near = near - up
+        distance = distance + up
+        far = near + negate_where_negative(delta, distance)
+        u = tl.abs(distance)
+    elif KIND == BINARY:
+        near = nearest(x, levels, KIND, N_LEVELS)
+        distance = x - near
+        delta = tl.full(x.shape, 2.0, tl.float32)
+        far = 0.0 - near
+        u = tl.abs(distance) * 0.5
+    else:
+        below = tl.zeros_like(x) + tl.load(levels)
+        above = tl.zeros_like(x) + tl.load(levels + 1)
+        for k in range(1, N_LEVELS - 1):  # the last level opens no bracket
+            level = tl.load(levels + k)
+            below = tl.where(x >= level, level, below)
+            above = tl.where(x >= level, tl.load(levels + k + 1), above)
+        upper = x > 0.5 * below + 0.5 * above
+        near = tl.where(upper, above, below)
+        far = tl.where(upper, below, above)
+        distance = x - near
+        delta = above - below
+        u = divide(tl.abs(distance), delta)
+        u = tl.where(u > 0.5, 0.5, u)
+        near = tl.where(x == x, near, x)
+    return near, far, distance, u, delta
+
+
+@triton.jit
+def nearest_level(w, scale, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """Q(w / s) for any w: +-inf gives an end, NaN stays NaN."""
+    return nearest(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)
+
+
+@triton.jit
+def quantize_dequantize(w, scale, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """y = s Q(w / s)."""
+    return scale * nearest_level(w, scale, lo, hi, levels, KIND, N_LEVELS)
+
+
+@triton.jit
+def clamp_hull(w, scale, lo, hi):
+    """w moved into the hull [s c_0, s c_(K-1)]; NaN stays NaN."""
+    return clamp_between(w, scale * lo, scale * hi)
+
+
+@triton.jit
+def pass_inside(gradient, w, scale, lo, hi):
+    """gradient inside the hull (ends and NaN included), 0 outside."""
+    x = divide(w, scale)
+    return tl.where((x < lo) | (x > hi), 0.0, gradient)
+
+
+# ---- constraint.inl -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def feasible_radius(eps):
+    """r / Delta = (1 - sqrt(1 - sqrt(eps))) / 2, without its cancellation."""
+    q = root(eps)
+    return divide(0.5 * q, 1.0 + root(1.0 - q))
+
+
+@triton.jit
+def project_interval(w, scale, radius, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """Clamp to the hull, then to the nearest feasible point; an exact midpoint goes to the lower side."""
+    w = clamp_hull(w, scale, lo, hi)
+    near, _, distance, u, delta = offset(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)
+    return tl.where(u > radius, scale * (near + negate_where_negative(radius * delta, distance)), w)
+
+
+@triton.jit
+def skew(g, distance, u, delta, scale, eps, alpha, cap):
+    """The skewed velocity v, with the sign of a gradient, and the excess: (-v, -h).
+
+    With d = -g, p = 4u (1 - u), h = eps - p^2, |h'| = (8 / Delta) p (1 - 2u), side: towards the nearest level,
+    v = d where h >= 0 or u = 1/2, else side * max(kappa, side * d); kappa = min(alpha (-h) / |h'|, Delta cap),
+    cap = 1 / (4 lr), +inf for lr = 0. A NaN in g survives.
+    """
+    p = (4.0 * u) * (1.0 - u)
+    excess = tl.where(eps < 1.0, p * p - eps, 0.0)  # at eps = 1 all is feasible, whatever p is rounded to
+    length = scale * delta
+    kappa = divide(excess * (length * (0.125 * alpha)), p * (1.0 - (u + u)))
+    limit = length * cap
+    kappa = tl.where(kappa < limit, kappa, limit)
+    towards = negate_where_negative(g, distance)  # side * d
+    towards = tl.where((excess > 0.0) & (u < 0.5) & (kappa > towards), kappa, towards)
+    return negate_where_negative(towards, distance), excess
+
+
+# ---- update.inl ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sgd_descent(
+    g, w, a, momentum, one_minus_dampening, weight_decay, HAS_A: tl.constexpr, DECAY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """What ``torch.optim.SGD`` subtracts from w, over lr: (descent, momentum buffer)."""
+    if DECAY:
+        g = g + weight_decay * w
+    if HAS_A:
+        a = momentum * a + one_minus_dampening * g
+        if NESTEROV:
+            g = g + momentum * a
+        else:
+            g = a
+    return g, a
+
+
+@triton.jit
+def adamw_descent(
+    g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay,
+    DECAY: tl.constexpr,
+):  # fmt: skip
+    """What ``torch.optim.AdamW`` subtracts from w, over lr: (descent, first moment, second moment)."""
+    a = a + one_minus_beta1 * (g - a)
+    b = beta2 * b + one_minus_beta2 * (g * g)
+    step = divide(divide(a, correction1), divide(root(b), root_correction2) + adam_eps)
+    if DECAY:
+        step = step + weight_decay * w
+    return step, a, b
+
+
+@triton.jit
+def base_descent(
+    g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1,
+    root_correction2, weight_decay, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):  # fmt: skip
+    """(descent, a, b) of the base optimizer ``RULE``."""
+    if RULE == SGD:
+        g, a = sgd_descent(g, w, a, momentum, one_minus_dampening, weight_decay, HAS_A, DECAY, NESTEROV)
+    else:
+        g, a, b = adamw_descent(g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1,
+                                root_correction2, weight_decay, DECAY)  # fmt: skip
+    return g, a, b
+
+
+@triton.jit
+def step_weight(
+    w, g, a, b, scale, lo, hi, levels, lr, eps, alpha, momentum, one_minus_dampening, one_minus_beta1, beta2,
+    one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay, KIND: tl.constexpr,
+    N_LEVELS: tl.constexpr, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr,
+    DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
+):  # fmt: skip
+    """One weight through one step: base direction, skew, move, clamp.
+
+    Returns (new w, a, b, descent, -h, nearest level), the last two where the step started.
+    """
+    if CLAMP:
+        w = clamp_hull(w, scale, lo, hi)
+    x = in_hull(w, scale, lo, hi)
+    _, _, distance, u, delta = offset(x, levels, KIND, N_LEVELS)
+    cap = divide(1.0, 4.0 * lr)
+    if MAXIMIZE:
+        g = 0.0 - g
+    if DIRECTION:
+        g, a, b = base_descent(g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2,
+                               adam_eps, correction1, root_correction2, weight_decay, RULE, HAS_A, DECAY,
+                               NESTEROV)  # fmt: skip
+    descent, excess = skew(g, distance, u, delta, scale, eps, alpha, cap)
+    if not DIRECTION:
+        descent, a, b = base_descent(descent, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2,
+                                     one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay, RULE,
+                                     HAS_A, DECAY, NESTEROV)  # fmt: skip
+    w = w - lr * descent
+    if CLAMP:
+        w = clamp_hull(w, scale, lo, hi)
+    return w, a, b, descent, excess, nearest(x, levels, KIND, N_LEVELS)
+
+
+# ---- random.inl ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def philox(key0, key1, counter):
+    """Philox4x32-10 (Salmon et al., SC 2011): the four words of each block; 64-bit counters, 64-bit key."""
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0)
+    c3 = tl.zeros_like(c0)
+    k0 = key0.to(tl.uint32, bitcast=True)
+    k1 = key1.to(tl.uint32, bitcast=True)
+    for _ in tl.static_range(10):
+        n0 = tl.umulhi(c2, 0xCD9E8D57) ^ c1 ^ k0
+        n2 = tl.umulhi(c0, 0xD2511F53) ^ c3 ^ k1
+        c1 = c2 * 0xCD9E8D57
+        c3 = c0 * 0xD2511F53
+        c0 = n0
+        c2 = n2
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def uniform01(bits):
+    """Uniform in [0, 1), 24 bits."""
+    return (bits >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-8
+
+
+@triton.jit
+def element_uniforms(key0, key1, start, BLOCK: tl.constexpr):
+    """The uniforms of elements start ... start + BLOCK - 1; start is a multiple of 4: one Philox block for four."""
+    counter = (start.to(tl.int64) >> 2) + tl.arange(0, BLOCK // 4)
+    c0, c1, c2, c3 = philox(key0, key1, counter)
+    return uniform01(tl.interleave(tl.interleave(c0, c2), tl.interleave(c1, c3)))
+
+
+@triton.jit
+def stochastic_level(w, uniform, scale, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """The bracket's far end with probability u, else the nearest level: E[level] = w / s inside the hull."""
+    near, far, _, u, _ = offset(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)
+    return tl.where(uniform < u, far, near)

@@ -1,0 +1,37 @@
+// The few machine instructions that CUDA C++ does not spell. tests/cuda_emulator has the same words for a CPU.
+#ifndef ASKEW_INTRINSICS
+#define ASKEW_INTRINSICS
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace askew {
+namespace cuda {
+
+// Two floats rounded (to nearest, ties to even) into the halves of a word; `low` goes to the lower address.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+__device__ __forceinline__ float widen_f16(uint16_t half) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(half));
+  return r;
+}
+
+template <class... Args>
+cudaError_t launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, cudaStream_t stream, Args... args) {
+  if (blocks == 0) return cudaSuccess;
+  kernel<<<blocks, threads, 0, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+}  // namespace cuda
+}  // namespace askew
+#endif

@@ -1,0 +1,441 @@
+// What the kernels share: how a matrix is cut, 16-byte access, storage types, sums.
+//
+// GEOMETRY. A matrix of rows that share a scale is cut along its rows, so that a thread finds its scale without a
+// division and a row's sums stay together. A *team* of 8 to 32 neighbouring lanes (a whole block of 256 threads for
+// long rows) takes one row, or one piece of a long row, in *slots*: in each slot every thread handles 16 bytes of
+// parameters (4 floats or 8 halves), neighbours side by side, so a warp touches whole 128-byte lines. Short rows:
+// several teams a block, several rows a team. The cut depends on the shape alone, never on the device or on the other
+// tensors of a list, and so do the results. Rows that do not start at multiples of 16 bytes (odd cols, shifted views)
+// use the same slots with single-element accesses, neighbours still side by side.
+//
+// MEMORY. On H200 (4.3 TB/s copy, 132 SMs) Little's law asks for 25 to 35 KB in flight per SM. Elementwise passes load
+// 4 slots (64 B a thread and stream) before the first use; at <= 40 registers 1,536 threads are resident, 96 KB per SM.
+// The update loads 2 slots of 2 to 4 streams (64 to 128 B a thread); at <= 85 registers 768 threads, 48 to 96 KB.
+// Blocks are not persistent: 16 slots a thread (64 KB of parameters a block) pay for the start of a block, and blocks
+// of all tensors of a list stand in one launch, so no SM waits for another tensor's tail.
+// ARITHMETIC. At 4.3 TB/s an SM has 128 lane-operations for every 18.6 bytes: 55 a weight for an fp32 quantization
+// (8 B), 82 for fp32 SGD (12 B), 138 with momentum (20 B), but only 27 for a bf16 quantization (4 B). Hence division by
+// the scale through its correctly rounded reciprocal (math/scalar.inl) and none of the 64-bit index arithmetic inside
+// slots.
+#pragma once
+#include "intrinsics.cuh"
+#include "launch.h"
+#include "../math/portability.h"
+
+namespace askew {
+namespace cuda {
+namespace {
+
+#include "../math/scalar.inl"
+#include "../math/math.inl"
+
+constexpr int kThreads = 256;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+// ---- storage types ------------------------------------------------------------------------------------------
+
+// Elements live in 32-bit words as they came from memory: one float, or two halves.
+template <int T>
+struct Storage {
+  typedef uint16_t type;
+  static constexpr int kPerWord = 2, kPerVector = 8;
+  static __device__ __forceinline__ float get(uint32_t word, int e) {
+    if (T == kBFloat16) return __uint_as_float(e ? word & 0xffff0000u : word << 16);
+    return widen_f16((uint16_t)(e ? word >> 16 : word));
+  }
+  static __device__ __forceinline__ uint32_t put(const float* v) {
+    return T == kBFloat16 ? pack_bf16(v[0], v[1]) : pack_f16(v[0], v[1]);
+  }
+};
+template <>
+struct Storage<kFloat32> {
+  typedef float type;
+  static constexpr int kPerWord = 1, kPerVector = 4;
+  static __device__ __forceinline__ float get(uint32_t word, int) { return __uint_as_float(word); }
+  static __device__ __forceinline__ uint32_t put(const float* v) { return __float_as_uint(v[0]); }
+};
+
+inline int per_vector(int type) { return type == kFloat32 ? 4 : 8; }
+inline int type_size(int type) { return type == kFloat32 ? 4 : 2; }
+
+struct Words {  // 16 bytes of one tensor
+  uint32_t word[4];
+};
+
+// ---- geometry -----------------------------------------------------------------------------------------------
+
+struct Cut {
+  int16_t team_shift;     // log2 of the threads that share a row: <= 5, or 8 (the block)
+  int16_t slots;          // vectors that a thread takes of one row, or of one piece of a row
+  int16_t rows_per_team;  // rows that a team takes one after the other; 1 where rows are in pieces
+  bool vectors;           // 16-byte access is possible everywhere
+  int32_t pieces;         // blocks that share a row; > 1 only with team = block
+  int64_t rows, cols;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// vectors: every pointer is aligned to its vector and cols is a multiple of `width`, elements in a vector.
+inline Cut make_cut(Matrix m, int width, bool vectors) {
+  Cut c{};
+  c.vectors = vectors;
+  c.rows = m.rows;
+  c.cols = m.cols;
+  c.pieces = 1;
+  // small matrices are spread over more blocks
+  const int64_t depth = m.rows * m.cols >= (1 << 21) ? 16 : 4;
+  if (m.rows == 0 || m.cols == 0) return c;
+  const int64_t units = vectors ? m.cols / width : m.cols;  // what neighbouring threads take
+  const int64_t per_thread = vectors ? 1 : width;           // units in a thread's slot
+  if (units > 32 * 2 * depth * per_thread) {
+    c.team_shift = 8;
+    c.pieces = (int32_t)ceil_div(units, kThreads * per_thread * depth);
+    c.slots = (int16_t)ceil_div(units, kThreads * per_thread * c.pieces);
+    c.pieces = (int32_t)ceil_div(units, kThreads * per_thread * c.slots);
+    c.rows_per_team = (int16_t)(c.pieces > 1 ? 1 : depth / c.slots);
+    return c;
+  }
+  int64_t idle_best = -1;
+  for (int shift = 0; shift <= 5; ++shift) {
+    const int64_t team = (int64_t)1 << shift, slots = ceil_div(units, team * per_thread);
+    // 8 lanes make a full line; fewer serve only rows that are shorter
+    if (shift < 3 && team < units) continue;
+    if (shift < 5 && slots > depth) continue;
+    const int64_t idle = slots * team * per_thread - units;
+    if (idle_best < 0 || idle <= idle_best) {
+      idle_best = idle;
+      c.team_shift = (int16_t)shift;
+      c.slots = (int16_t)slots;
+    }
+    if (team >= units) break;
+  }
+  c.rows_per_team = (int16_t)(c.slots < depth ? depth / c.slots : 1);
+  return c;
+}
+
+inline int64_t rows_per_block(const Cut& c) { return (int64_t)c.rows_per_team << (8 - c.team_shift); }
+inline int64_t blocks_of(const Cut& c) {
+  if (c.rows == 0 || c.cols == 0) return 0;
+  return c.pieces > 1 ? c.rows * c.pieces : ceil_div(c.rows, rows_per_block(c));
+}
+
+inline bool aligned(const void* p, int type, int width) {
+  const int bytes = width * type_size(type);
+  return (uintptr_t)p % (bytes < 16 ? bytes : 16) == 0;
+}
+
+// One slot of one thread.
+struct Spot {
+  int64_t row, index;  // element j stands at index + (j << shift)
+  int n;               // elements that exist; 0 to a vector
+  bool ends_row;       // the last slot of its row (or piece); the same for all threads of the block
+};
+
+// Where a thread stands: its slots come one after the other, row by row. Every thread of the block has the same
+// number of slots, `count`, so that sums may use shuffles and barriers.
+template <int T>
+struct Walk {
+  static constexpr int kWidth = Storage<T>::kPerVector;
+  int64_t row, rows, cols, first, end, col;
+  int count, slot, slots, step, shift, rows_step;
+  bool vectors;
+
+  __device__ __forceinline__ Walk(const Cut& c, uint32_t block) {
+    const int lane = threadIdx.x & ((1 << c.team_shift) - 1), team = threadIdx.x >> c.team_shift;
+    vectors = c.vectors;
+    shift = vectors ? 0 : c.team_shift;
+    rows = c.rows;
+    cols = c.cols;
+    rows_step = kThreads >> c.team_shift;
+    step = kWidth << c.team_shift;
+    slots = c.slots;
+    count = slots * c.rows_per_team;
+    slot = 0;
+    first = vectors ? lane * kWidth : lane;
+    end = cols;
+    if (c.pieces > 1) {
+      row = block / (uint32_t)c.pieces;
+      const int64_t begin = (int64_t)(block % (uint32_t)c.pieces) * (slots * step);
+      first += begin;
+      if (begin + slots * step < cols) end = begin + slots * step;
+    } else {
+      row = (int64_t)block * (rows_step * c.rows_per_team) + team;
+    }
+    col = first;
+  }
+  // The next slot; one that is empty after `count` of them.
+  __device__ __forceinline__ Spot take(int taken) {
+    Spot s{row, row * cols + col, 0, slot == slots - 1 && taken < count};
+    const int64_t left = end - col;
+    if (taken < count && row < rows && left > 0) {
+      const int64_t n = (left + ((1 << shift) - 1)) >> shift;
+      s.n = n < kWidth ? (int)n : kWidth;
+    }
+    col += step;
+    if (++slot == slots) {
+      slot = 0;
+      row += rows_step;
+      col = first;
+    }
+    return s;
+  }
+};
+
+// ---- access -------------------------------------------------------------------------------------------------
+
+template <int T>
+__device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T>& walk) {
+  typedef typename Storage<T>::type S;
+  const S* at = (const S*)p + s.index;
+  Words w{{0, 0, 0, 0}};
+  if (walk.vectors) {
+    if (s.n) {
+      const uint4 v = *(const uint4*)at;
+      w = {{v.x, v.y, v.z, v.w}};
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Storage<T>::kPerVector; ++j)
+      if (j < s.n) {
+        if (T == kFloat32) w.word[j / Storage<T>::kPerWord] = ((const uint32_t*)at)[j << walk.shift];
+        else w.word[j / Storage<T>::kPerWord] |= (uint32_t)((const uint16_t*)at)[j << walk.shift] << (16 * (j & 1));
+      }
+  }
+  return w;
+}
+
+template <int T>
+__device__ __forceinline__ void store(void* p, const Words& w, const Spot& s, const Walk<T>& walk) {
+  typedef typename Storage<T>::type S;
+  S* at = (S*)p + s.index;
+  if (walk.vectors) {
+    if (s.n) *(uint4*)at = make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]);
+  } else {
+#pragma unroll
+    for (int j = 0; j < Storage<T>::kPerVector; ++j)
+      if (j < s.n) {
+        if (T == kFloat32) ((uint32_t*)at)[j << walk.shift] = w.word[j / Storage<T>::kPerWord];
+        else ((uint16_t*)at)[j << walk.shift] = (uint16_t)(w.word[j / Storage<T>::kPerWord] >> (16 * (j & 1)));
+      }
+  }
+}
+
+// A slot's values as another storage type, chosen at run time.
+template <int OUT, int T>
+__device__ __forceinline__ void store_converted(void* p, const float* v, const Spot& s, const Walk<T>& walk) {
+  typedef typename Storage<OUT>::type S;
+  constexpr int kWords = Storage<T>::kPerVector / Storage<OUT>::kPerWord;  // 2, 4 or 8
+  uint32_t word[kWords];
+#pragma unroll
+  for (int q = 0; q < kWords; ++q) word[q] = Storage<OUT>::put(v + q * Storage<OUT>::kPerWord);
+  S* at = (S*)p + s.index;
+  if (walk.vectors) {
+    if (s.n == 0) return;
+    if (kWords == 2) {
+      *(uint2*)at = make_uint2(word[0], word[1]);
+    } else {
+#pragma unroll
+      for (int q = 0; q + 3 < kWords; q += 4) ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < Storage<T>::kPerVector; ++j)
+      if (j < s.n) {
+        if (OUT == kFloat32) ((uint32_t*)at)[j << walk.shift] = word[j / Storage<OUT>::kPerWord];
+        else ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / Storage<OUT>::kPerWord] >> (16 * (j & 1)));
+      }
+  }
+}
+template <int T>
+__device__ __forceinline__ void store_as(int type, void* p, const float* v, const Spot& s, const Walk<T>& walk) {
+  if (type == kFloat32) store_converted<kFloat32>(p, v, s, walk);
+  else if (type == kBFloat16) store_converted<kBFloat16>(p, v, s, walk);
+  else store_converted<kFloat16>(p, v, s, walk);
+}
+
+// ---- grids --------------------------------------------------------------------------------------------------
+
+constexpr int kMaxLevels = 256;
+
+// math's CodebookGrid with its levels in shared memory and a binary search instead of a pass over them.
+struct SharedCodebook {
+  const float* table;  // the levels, then +inf up to a power of two
+  int n, half;         // half of that power of two
+  __device__ __forceinline__ float low() const { return table[0]; }
+  __device__ __forceinline__ float high() const { return table[n - 1]; }
+  // The bracket of x: the last level <= x, but not the last of all.
+  __device__ __forceinline__ int below(float x) const {
+    int k = 0;
+    for (int step = half; step; step >>= 1)
+      if (x >= table[k + step]) k += step;
+    return k < n - 2 ? k : n - 2;
+  }
+  __device__ __forceinline__ float nearest(float x) const {
+    const int k = below(x);
+    const float lower = table[k], upper = table[k + 1];
+    const float r = x > 0.5f * lower + 0.5f * upper ? upper : lower;
+    return x == x ? r : x;
+  }
+  __device__ __forceinline__ Offset<float> offset(float x) const {
+    const int k = below(x);
+    const float lower = table[k], upper = table[k + 1], delta = upper - lower;
+    const bool up = x > 0.5f * lower + 0.5f * upper;
+    const float near = up ? upper : lower, far = up ? lower : upper;
+    const float d = x - near, u = divide(absolute(d), delta);
+    return {near, far, d, u > 0.5f ? 0.5f : u, delta};
+  }
+};
+
+// The grid of a block. Every thread of the block calls it, before anything that may return early.
+template <class Grid>
+struct GridMaker {
+  static __device__ __forceinline__ Grid make(const GridArg& g) { return Grid::make(g); }
+};
+template <>
+struct GridMaker<SharedCodebook> {
+  static __device__ __forceinline__ SharedCodebook make(const GridArg& g) {
+    __shared__ float table[kMaxLevels];
+    for (int k = threadIdx.x; k < kMaxLevels; k += kThreads)
+      table[k] = k < g.n_levels ? g.levels[k] : __int_as_float(0x7f800000);
+    __syncthreads();
+    int half = 1;
+    while (2 * half < g.n_levels) half *= 2;
+    return {table, g.n_levels, half};
+  }
+};
+
+// ---- sums ---------------------------------------------------------------------------------------------------
+
+struct Sums {  // of one thread over one row or piece
+  float abs, squares;
+  uint32_t peak;  // bits of max |w|; as integers a NaN is the largest
+};
+__device__ __forceinline__ void add(Sums& s, float w) {
+  const float a = absolute(w);
+  s.abs += a;
+  s.squares += w * w;
+  s.peak = max(s.peak, __float_as_uint(a));
+}
+
+__device__ __forceinline__ float add_lanes(float v, int shift) {
+  for (int o = 1 << shift >> 1; o; o >>= 1) v += __shfl_xor_sync(kWholeWarp, v, o);
+  return v;
+}
+__device__ __forceinline__ uint32_t max_lanes(uint32_t v, int shift) {
+  for (int o = 1 << shift >> 1; o; o >>= 1) v = max(v, __shfl_xor_sync(kWholeWarp, v, o));
+  return v;
+}
+
+// Puts together the sums of a row's team and writes them: to `out` as floats, or to `partial` as doubles. The order of
+// additions is fixed. Every thread of the block calls it; the row of a team may lie outside the matrix.
+__device__ __forceinline__ void finish_row(Sums s, const Cut& cut, int64_t row, uint32_t block, void* out) {
+  __shared__ double across[kThreads / 32][kRowSums];
+  const int shift = cut.team_shift < 5 ? cut.team_shift : 5;
+  double sum[kRowSums] = {add_lanes(s.abs, shift), add_lanes(s.squares, shift), __uint_as_float(max_lanes(s.peak, shift))};
+  bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
+  if (cut.team_shift > 5) {
+    if (writes)
+      for (int c = 0; c < kRowSums; ++c) across[threadIdx.x >> 5][c] = sum[c];
+    __syncthreads();
+    writes = threadIdx.x == 0;
+    if (writes)
+      for (int w = 1; w < kThreads / 32; ++w) {
+        sum[kSumAbs] += across[w][kSumAbs];
+        sum[kSumSquares] += across[w][kSumSquares];
+        if (!(across[w][kMaxAbs] <= sum[kMaxAbs]) && sum[kMaxAbs] == sum[kMaxAbs]) sum[kMaxAbs] = across[w][kMaxAbs];
+      }
+    __syncthreads();
+  }
+  if (!writes || row >= cut.rows) return;
+  for (int c = 0; c < kRowSums; ++c) {
+    if (cut.pieces > 1) ((double*)out)[(int64_t)block * kRowSums + c] = sum[c];
+    else ((float*)out)[row * kRowSums + c] = (float)sum[c];
+  }
+}
+
+// ---- the second kernel: partial sums put together -------------------------------------------------------------
+
+struct Finish {  // one row of partial sums per output row
+  const double* partial;  // [rows][parts][width]
+  void* out;              // float rows (row sums), or double (totals)
+  int64_t parts;
+  uint32_t first_block, rows;
+  int width;  // kRowSums or kTotals
+};
+constexpr int kFinishes = 256;
+struct FinishList {
+  Finish item[kFinishes];
+  int n;
+};
+
+__device__ __forceinline__ double combine(double a, double b, bool maximum) {
+  if (!maximum) return a + b;
+  return a != a || b <= a ? a : b;
+}
+
+// One block for each output row; parts are added in a fixed order.
+__global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ FinishList list) {
+  __shared__ double lanes[kThreads];
+  int i = 0;
+  while (i + 1 < list.n && blockIdx.x >= list.item[i + 1].first_block) ++i;
+  const Finish& f = list.item[i];
+  const int64_t row = blockIdx.x - f.first_block;
+  const double* from = f.partial + row * f.parts * f.width;
+  for (int c = 0; c < f.width; ++c) {
+    const bool maximum = f.width == kRowSums && c == kMaxAbs;
+    double v = 0;
+    for (int64_t k = threadIdx.x; k < f.parts; k += kThreads) v = combine(v, from[k * f.width + c], maximum);
+    lanes[threadIdx.x] = v;
+    __syncthreads();
+    for (int o = kThreads / 2; o; o >>= 1) {
+      if ((int)threadIdx.x < o) lanes[threadIdx.x] = combine(lanes[threadIdx.x], lanes[threadIdx.x + o], maximum);
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+      if (f.width == kRowSums) ((float*)f.out)[row * kRowSums + c] = (float)lanes[0];
+      else ((double*)f.out)[c] = lanes[0];
+    }
+    __syncthreads();
+  }
+}
+
+// Collects what finish_sums has to do and launches it whenever a list is full.
+struct Finisher {
+  FinishList list{};
+  uint32_t blocks = 0;
+  cudaStream_t stream;
+  cudaError_t error = cudaSuccess;
+  void add(const double* partial, void* out, int64_t rows, int64_t parts, int width) {
+    if (rows == 0) return;
+    if (list.n == kFinishes) run();
+    list.item[list.n++] = {partial, out, parts, blocks, (uint32_t)rows, width};
+    blocks += (uint32_t)rows;
+  }
+  void run() {
+    if (list.n == 0) return;
+    const cudaError_t e = launch(finish_sums, blocks, kThreads, stream, list);
+    if (error == cudaSuccess) error = e;
+    list.n = 0;
+    blocks = 0;
+  }
+};
+
+}  // namespace
+
+// ---- choosing the template ------------------------------------------------------------------------------------
+
+#define ASKEW_BY_TYPE(TYPE, CALL)                                        \
+  switch (TYPE) {                                                        \
+    case kFloat32: { constexpr int T = kFloat32; CALL; break; }          \
+    case kBFloat16: { constexpr int T = kBFloat16; CALL; break; }        \
+    default: { constexpr int T = kFloat16; CALL; break; }                \
+  }
+#define ASKEW_BY_GRID(KIND, CALL)                                        \
+  switch (KIND) {                                                        \
+    case kUniform: { typedef UniformGrid Grid; CALL; break; }            \
+    case kBinary: { typedef BinaryGrid Grid; CALL; break; }              \
+    default: { typedef SharedCodebook Grid; CALL; break; }               \
+  }
+
+}  // namespace cuda
+}  // namespace askew

@@ -1,0 +1,44 @@
+// The launchers of csrc/cuda/launch.h, over ordinary memory, with plain names and arguments for ctypes.
+#include "emulator.h"
+
+#include "../../csrc/cuda/elementwise.cu"
+#include "../../csrc/cuda/update.cu"
+
+using namespace askew;
+
+namespace {
+std::vector<double> poisoned(size_t bytes) {  // scratch that a kernel must write before it reads
+  std::vector<double> v(bytes / sizeof(double) + 1);
+  std::memset(v.data(), 0xff, v.size() * sizeof(double));
+  return v;
+}
+}  // namespace
+
+extern "C" {
+
+int emulated_fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid, int64_t rows,
+                           int64_t cols, int stochastic, uint64_t seed) {
+  return cuda::fake_quantize(x, x_type, y, y_type, scale, grid, {rows, cols}, stochastic, seed, nullptr);
+}
+int emulated_ste_clip(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid, int64_t rows,
+                      int64_t cols) {
+  return cuda::ste_clip(g, x, type, out, scale, grid, {rows, cols}, nullptr);
+}
+int emulated_project_interval(void* w, int type, const float* scale, GridArg grid, cuda::Scalar eps, int64_t rows,
+                              int64_t cols) {
+  return cuda::project_interval(w, type, scale, grid, eps, {rows, cols}, nullptr);
+}
+int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float* sums) {
+  auto scratch = poisoned(cuda::row_sums_scratch(x, type, {rows, cols}));
+  return cuda::row_sums(x, type, {rows, cols}, sums, scratch.data(), nullptr);
+}
+int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates) {
+  auto scratch = poisoned(cuda::update_scratch(tensors, n));
+  return cuda::update(tensors, n, rule, *h, *rates, scratch.data(), nullptr);
+}
+// Division by a scale as the kernels do it, for comparison with the exact quotient.
+void emulated_divide(const float* a, const float* b, float* quotient, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide(a[i], cuda::divisor(b[i]));
+}
+
+}  // extern "C"

@@ -1,0 +1,438 @@
+"""Contract: the CUDA kernels (csrc/cuda/*.cu, the very sources) compute what reference.py says.
+
+There need not be a GPU: g++ compiles the kernels against tests/cuda_emulator, which runs every block's threads as
+fibers on the CPU. Codes agree exactly. Floats agree bit for bit where the operations and their order are the same, and
+within the bound that stands beside the comparison where sums are added in another order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from askew_kernels import reference
+
+ROOT = Path(__file__).parent.parent
+HERE = Path(__file__).parent / "cuda_emulator"
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+EMPTY = torch.empty(0)
+NF4 = torch.tensor(
+    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
+     0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)  # fmt: skip
+GRIDS = {  # name -> (grid, levels, largest bracket in grid units)
+    "uniform4": ([1, -8, 7], EMPTY, 1.0),
+    "narrow3": ([1, -3, 3], EMPTY, 1.0),
+    "unsigned2": ([1, 0, 3], EMPTY, 1.0),
+    "binary": ([2, -1, 1], EMPTY, 2.0),
+    "ternary": ([1, -1, 1], EMPTY, 1.0),
+    "nf4": ([3, 0, 0], NF4, 0.31),
+    "two": ([3, 0, 0], torch.tensor([-0.5, 2.0]), 2.5),
+    "five": ([3, 0, 0], torch.tensor([-2.0, -0.25, 0.5, 0.75, 3.0]), 2.25),
+}
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("g++") is None, reason="the CUDA emulator needs g++ on x86-64"
+)
+
+
+class GridArg(ctypes.Structure):
+    _fields_ = [("kind", ctypes.c_int), ("lo", ctypes.c_float), ("hi", ctypes.c_float), ("levels", ctypes.c_void_p),
+                ("n_levels", ctypes.c_int)]  # fmt: skip
+
+
+class Scalar(ctypes.Structure):
+    _fields_ = [("value", ctypes.c_double), ("device", ctypes.c_void_p), ("is_double", ctypes.c_bool)]
+
+
+class Rates(ctypes.Structure):
+    _fields_ = [("lr", Scalar), ("eps", Scalar), ("step", Scalar), ("beta1", ctypes.c_double), ("beta2", ctypes.c_double)]
+
+
+class Hyper(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_float)
+        for n in ("lr eps alpha cap weight_decay momentum one_minus_dampening one_minus_beta1 beta2 one_minus_beta2 "
+                  "adam_eps bias_correction1 root_bias_correction2").split()
+    ] + [(n, ctypes.c_bool) for n in "nesterov direction clamp maximize skip_nonfinite".split()]  # fmt: skip
+
+
+class UpdateTensor(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()]
+        + [("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64)]
+        + [("grid", GridArg)]
+    )
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The kernels, compiled for the CPU; kept in the temporary folder by the hash of everything that is compiled."""
+    sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.[hc]u*"), ROOT / "csrc/cuda/launch.h",
+                      *(ROOT / "csrc/math").iterdir()])  # fmt: skip
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"askew_cuda_emulated_{digest}.so"
+    if not target.is_file():
+        made = target.with_suffix(f".{os.getpid()}")
+        subprocess.run(
+            ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}",
+             str(HERE / "entry.cpp"), "-o", str(made)], check=True)  # fmt: skip
+        made.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+# ---- calling the kernels --------------------------------------------------------------------------------------------
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr() if t is not None and t.numel() else None)
+
+
+def grid_arg(name):
+    (kind, lo, hi), levels, _ = GRIDS[name]
+    return GridArg(kind, lo, hi, levels.data_ptr() if levels.numel() else None, levels.numel())
+
+
+def matrix(x, scale):
+    rows = scale.numel()
+    return ctypes.c_int64(rows), ctypes.c_int64(x.numel() // rows if rows else 0)
+
+
+def guarded(t, shift=0):
+    """A copy of t between guard elements, ``shift`` elements off a 16-byte boundary; and a check of the guards."""
+    buffer = torch.full((t.numel() + 64,), 77.0, dtype=t.dtype)
+    start = (-(buffer.data_ptr() // t.element_size())) % (16 // t.element_size()) + 16 + shift
+    view = buffer[start : start + t.numel()].view(t.shape)
+    view.copy_(t)
+
+    def intact():
+        return bool((buffer[:start] == 77).all()) and bool((buffer[start + t.numel() :] == 77).all())
+
+    return view, intact
+
+
+def same(a, b):
+    """Equal bits, but any NaN equals any NaN and -0 equals 0."""
+    return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+# ---- what is computed -----------------------------------------------------------------------------------------------
+
+# (rows, cols): no columns, single elements, odd widths, groups, rows in one block, rows in pieces
+SHAPES = [(3, 0), (1, 1), (1, 7), (5, 1), (300, 1), (4, 7), (2, 129), (40, 32), (3, 96), (9, 100), (6, 1024),
+          (2, 4096), (1, 5003), (1, 20000), (2, 13000)]  # fmt: skip
+
+
+def weights(rows, cols, grid, dtype, seed, spread=1.15):
+    """Weights over the hull and a little beyond, many of them on levels and on midpoints, with inf and NaN; scales."""
+    (_, _, _), levels, _ = GRIDS[grid]
+    lo, hi = reference.hull(levels, GRIDS[grid][0])
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.exp2(torch.randn(rows, generator=g) * 2)
+    x = (torch.rand(rows, cols, generator=g) - 0.5) * (hi - lo) * spread + (hi + lo) / 2
+    special = torch.rand(rows, cols, generator=g)
+    x = torch.where(special < 0.2, torch.round(2 * x) / 2, x)
+    x = torch.where(special > 0.98, torch.zeros_like(x), x)
+    w = (x * scale[:, None]).to(dtype)
+    flat = w.view(-1)
+    if flat.numel() > 20:
+        flat[torch.randint(flat.numel(), (4,), generator=g)] = torch.tensor(
+            [float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype
+        )
+    return w, scale
+
+
+CASES = list(itertools.product(GRIDS, TYPES))
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_fake_quantize(kernels, grid, dtype):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 1))):
+        w, scale = weights(rows, cols, grid, dtype, seed)
+        x, _ = guarded(w, shift)
+        for out in TYPES if seed % 3 == 0 else [dtype]:
+            for stochastic in (False, True):
+                y, intact = guarded(torch.full(w.shape, 99.0, dtype=out), shift)
+                assert not kernels.emulated_fake_quantize(
+                    pointer(x), TYPES[dtype], pointer(y), TYPES[out], pointer(scale), grid_arg(grid), *matrix(x, scale),
+                    int(stochastic), ctypes.c_uint64(2**40 + seed))  # fmt: skip
+                if stochastic:
+                    expected = reference.fake_quantize(
+                        w.float(), scale, GRIDS[grid][1], GRIDS[grid][0], True, True, 2**40 + seed
+                    ).to(out)
+                    # at an exact midpoint both ends are as near: which one a uniform below 1/2 means is left open
+                    near, u, side, delta = reference.place(w.float() / scale[:, None], GRIDS[grid][1], GRIDS[grid][0])
+                    ends = [(scale[:, None] * end).to(out) for end in (near, near - side * delta)]
+                    expected = torch.where((u == 0.5) & ((y == ends[0]) | (y == ends[1])), y, expected)
+                else:
+                    expected = torch.empty(w.shape, dtype=out)
+                    reference.fake_quantize_out_(w, scale, GRIDS[grid][1], GRIDS[grid][0], expected)
+                assert same(y, expected) and intact(), (rows, cols, shift, out, stochastic)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_ste_clip(kernels, grid, dtype):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 3))):
+        w, scale = weights(rows, cols, grid, dtype, seed, spread=1.5)
+        x, _ = guarded(w)
+        grad, _ = guarded(torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(dtype), shift)
+        expected = reference.fake_quantize_backward(grad, w, scale, GRIDS[grid][1], GRIDS[grid][0])
+        fresh, intact = guarded(torch.full_like(w, 99.0), shift)
+        for out in (fresh, grad):  # the last one in place
+            assert not kernels.emulated_ste_clip(
+                pointer(grad), pointer(x), TYPES[dtype], pointer(out), pointer(scale), grid_arg(grid), *matrix(x, scale))
+            assert same(out, expected) and intact(), (rows, cols, shift)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_project_interval(kernels, grid, dtype):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 1))):
+        w, scale = weights(rows, cols, grid, dtype, seed)
+        eps = torch.tensor([1.0, 0.5, 1e-3, 1.6e-5][seed % 4], dtype=torch.float64 if seed % 2 else torch.float32)
+        x, intact = guarded(w, shift)
+        source = Scalar(0, eps.data_ptr(), seed % 2 == 1) if seed % 3 else Scalar(float(eps), None, False)
+        assert not kernels.emulated_project_interval(
+            pointer(x), TYPES[dtype], pointer(scale), grid_arg(grid), source, *matrix(x, scale))
+        expected = w.clone()
+        reference.project_interval_(expected, scale, GRIDS[grid][1], GRIDS[grid][0], eps)
+        # The radius is computed in float32 here and in float64 there: 4 roundings of it, then the product and sum.
+        bound = 8 * 2.0**-24 * scale.max().item() * 10 if scale.numel() else 0
+        bound += torch.finfo(dtype).eps * expected.float().abs() if dtype != torch.float32 else 0
+        close = (x.float() - expected.float()).abs() <= bound
+        assert bool((close | (x == expected) | (x.isnan() & expected.isnan())).all()) and intact(), (rows, cols, shift)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_row_sums(kernels, dtype):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product([*SHAPES, (1, 70000), (300, 2100)], (0, 1))):
+        g = torch.Generator().manual_seed(seed)
+        x, _ = guarded(torch.randn(rows, cols, generator=g).to(dtype), shift)
+        if seed % 5 == 0 and x.numel() > 3:
+            x.view(-1)[2] = float("nan")
+        sums, intact = guarded(torch.full((rows, 3), 99.0))
+        if rows:
+            assert not kernels.emulated_row_sums(
+                pointer(x), TYPES[dtype], ctypes.c_int64(rows), ctypes.c_int64(cols), pointer(sums))
+            expected = reference.row_sums(x, rows)
+            # at most 128 + 5 float additions of positive numbers in a row, doubles from there on
+            assert torch.allclose(sums[:, :2], expected[:, :2], rtol=135 * 2.0**-24, atol=0, equal_nan=True)
+            assert same(sums[:, 2], expected[:, 2]) and intact(), (rows, cols, shift)
+
+
+# ---- the update -----------------------------------------------------------------------------------------------------
+
+OPTIONS = {  # name -> what differs from the plain step
+    "plain": {},
+    "hold": {"eps": 1.0},
+    "momentum": {"momentum": 0.9, "dampening": 0.1},
+    "nesterov": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
+    "direction": {"momentum": 0.9, "direction": True},
+    "clamp": {"clamp": True, "momentum": 0.9},
+    "maximize": {"maximize": True, "weight_decay": 0.1, "clamp": True},
+    "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
+    "nonfinite": {"momentum": 0.9},
+    "still": {"lr": 0.0, "clamp": True},
+    "adamw": {"adamw": True, "weight_decay": 0.01, "clamp": True},
+    "adamw_direction": {"adamw": True, "direction": True, "skip_nonfinite": True},
+    "adamw_hold": {"adamw": True, "eps": 1.0},
+}
+DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
+            "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
+            "adamw": False, "step": 3.0, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8}  # fmt: skip
+
+
+def f32(value):
+    return float(torch.tensor(value, dtype=torch.float64).float())
+
+
+def hyper(o):
+    h = Hyper(lr=o["lr"], eps=o["eps"], alpha=o["alpha"], weight_decay=o["weight_decay"], momentum=o["momentum"])
+    h.cap = float(1 / (4 * torch.tensor(o["lr"], dtype=torch.float32)))
+    h.one_minus_dampening = 1 - o["dampening"]
+    h.one_minus_beta1, h.beta2, h.one_minus_beta2 = 1 - o["beta1"], o["beta2"], 1 - o["beta2"]
+    h.adam_eps = o["adam_eps"]
+    h.bias_correction1 = 1 - o["beta1"] ** o["step"]
+    h.root_bias_correction2 = (1 - o["beta2"] ** o["step"]) ** 0.5
+    for name in ("nesterov", "direction", "clamp", "maximize", "skip_nonfinite"):
+        setattr(h, name, o[name])
+    return h
+
+
+def make_problem(specs, o, seed):
+    """Lists of tensors: specs is a list of (rows, cols, grid, dtype, shift, copy dtype or None, sums, totals)."""
+    p = {k: [] for k in "params grads a b scales levels grids dequantized row_sums totals".split()}
+    g = torch.Generator().manual_seed(seed)
+    for i, (rows, cols, grid, dtype, _shift, copy, sums, totals) in enumerate(specs):
+        w, scale = weights(rows, cols, grid, dtype, seed + i)
+        w[~w.isfinite()] = 0.3
+        grad = torch.randn(rows, cols, generator=g).mul(3).to(dtype)
+        if o.get("bad_gradients") and grad.numel() > 4:
+            grad.view(-1)[::5] = float("nan")
+            grad.view(-1)[1::7] = -float("inf")
+        state = torch.randn(rows, cols, generator=g).to(dtype)
+        has_a = o["momentum"] != 0 or o["adamw"]
+        p["params"].append(w)
+        p["grads"].append(grad)
+        p["a"].append(state if has_a else torch.empty(0, dtype=dtype))
+        p["b"].append(torch.rand(rows, cols, generator=g).to(dtype) if o["adamw"] else torch.empty(0, dtype=dtype))
+        p["scales"].append(scale)
+        p["levels"].append(GRIDS[grid][1])
+        p["grids"].append(GRIDS[grid][0])
+        p["dequantized"].append(torch.full((rows, cols), 99.0, dtype=copy) if copy else torch.empty(0))
+        p["row_sums"].append(torch.full((rows, 3), 99.0) if sums else torch.empty(0))
+        p["totals"].append(torch.full((6,), 99.0, dtype=torch.float64) if totals else torch.empty(0, dtype=torch.float64))
+    return p
+
+
+WRITTEN = ("params", "a", "b", "dequantized", "row_sums", "totals")
+
+
+def run_kernels(kernels, specs, p, o, on_device=False):
+    """One step by the kernels; returns what was written, and whether the guards around it are intact."""
+    out, guards = {k: [] for k in WRITTEN}, []
+    inputs = []  # kept alive
+    tensors = (UpdateTensor * len(specs))()
+    for i, (rows, cols, grid, dtype, shift, copy, _sums, _totals) in enumerate(specs):
+        for k in WRITTEN:
+            view, intact = guarded(p[k][i], shift if k not in ("row_sums", "totals") else 0)
+            out[k].append(view)
+            guards.append(intact)
+        grad, _ = guarded(p["grads"][i], shift)
+        inputs.append(grad)
+        t = tensors[i]
+        t.w, t.g, t.a, t.b = (pointer(v[i] if isinstance(v, list) else v) for v in (out["params"], grad, out["a"], out["b"]))
+        t.scale = pointer(p["scales"][i])
+        t.dequantized, t.row_sums, t.totals = (pointer(out[k][i]) for k in ("dequantized", "row_sums", "totals"))
+        t.type, t.dequantized_type = TYPES[dtype], TYPES[copy or torch.float32]
+        t.rows, t.cols = rows, cols
+        t.grid = grid_arg(grid)
+    h = hyper(o)
+    rates = Rates(Scalar(0, None, False), Scalar(0, None, False), Scalar(0, None, False), o["beta1"], o["beta2"])
+    if on_device:
+        lr, eps, step = torch.tensor(o["lr"]), torch.tensor(o["eps"], dtype=torch.float64), torch.tensor(o["step"])
+        rates.lr, rates.eps, rates.step = Scalar(0, lr.data_ptr(), False), Scalar(0, eps.data_ptr(), True), Scalar(0, step.data_ptr(), False)
+        h.lr = h.eps = h.cap = h.bias_correction1 = h.root_bias_correction2 = float("nan")
+    assert not kernels.emulated_update(tensors, ctypes.c_size_t(len(specs)), int(o["adamw"]), ctypes.byref(h), ctypes.byref(rates))
+    return out, all(intact() for intact in guards)
+
+
+def run_reference(p, o):
+    out = {k: [t.clone() for t in p[k]] for k in WRITTEN}
+    lists = [out["params"], p["grads"], out["a"]] + ([out["b"]] if o["adamw"] else [])
+    lists += [p["scales"], p["levels"], [v for g in p["grids"] for v in g], out["dequantized"], out["row_sums"], out["totals"]]
+    lr, eps = torch.tensor(o["lr"], dtype=torch.float64), torch.tensor(o["eps"], dtype=torch.float64)
+    tail = [o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")]
+    if o["adamw"]:
+        step = torch.tensor(o["step"])
+        reference.skew_adamw_(*lists, step, lr, eps, o["alpha"], o["beta1"], o["beta2"], o["adam_eps"], o["weight_decay"], *tail)
+    else:
+        reference.skew_sgd_(*lists, lr, eps, o["alpha"], o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], *tail)
+    return out
+
+
+def check_update(kernels, specs, o, seed, on_device=False):
+    p = make_problem(specs, o, seed)
+    got, intact = run_kernels(kernels, specs, p, o, on_device)
+    want = run_reference(p, o)
+    assert intact, "written outside of the tensors"
+    for i, (rows, cols, grid, dtype, shift, copy, _sums, _totals) in enumerate(specs):
+        what = (rows, cols, grid, dtype, shift, copy)
+        s, levels, kind = p["scales"][i].reshape(-1, 1), GRIDS[grid][1], GRIDS[grid][0]
+        # Values differ by a few roundings of the terms that are added up in a step (and by one of the storage type).
+        w0, w1 = p["params"][i].float(), want["params"][i].float()
+        moved = o["lr"] * o["alpha"] * s * GRIDS[grid][2]
+        unit = torch.finfo(dtype).eps if dtype != torch.float32 else 0.0
+        for k, terms in (("params", w0.abs() + w1.abs() + (w1 - w0).abs() + moved), ("a", None), ("b", None)):
+            if want[k][i].numel() == 0:
+                continue
+            a, b = got[k][i].float(), want[k][i].float()
+            if terms is None:  # momentum: d, itself skewed, joins the old value
+                terms = p[k][i].float().abs() + b.abs() + p["grads"][i].float().nan_to_num(0, 0, 0).abs() + o["alpha"] * s * GRIDS[grid][2] * 4
+            bound = 16 * 2.0**-24 * terms + unit * b.abs()
+            assert bool((((a - b).abs() <= bound) | (a == b) | (a.isnan() & b.isnan())).all()), (k, what)
+        stored = got["params"][i].float()
+        level = reference.nearest(reference.clamp_hull(stored, s, levels, kind) / s, levels, kind) if stored.numel() else stored
+        if copy:
+            assert same(got["dequantized"][i], (s * level).to(copy)), what
+        if want["row_sums"][i].numel():
+            sums, exact = got["row_sums"][i], reference.row_sums(got["params"][i], rows)
+            assert torch.allclose(sums[:, :2], exact[:, :2], rtol=135 * 2.0**-24, atol=0, equal_nan=True), what
+            assert same(sums[:, 2], exact[:, 2]), what
+        if want["totals"][i].numel():
+            a, b = got["totals"][i], want["totals"][i]
+            # sums of either sign: relative to the sum of magnitudes, whose largest possible cancellation is small here
+            assert torch.allclose(a, b, rtol=1e-3 if unit else 2e-4, atol=1e-3 * max(rows * cols, 1), equal_nan=True), (what, a, b)
+            if not unit:
+                assert torch.equal(a[[0, 5]], b[[0, 5]]), (what, a, b)
+
+
+def specs_for(dtype, grids, shapes, totals=True):
+    copies = itertools.cycle([None, torch.float32, torch.bfloat16, torch.float16])
+    return [(r, c, g, dtype, i % 3 % 2, next(copies), i % 4 != 1, totals and i % 3 != 1)
+            for i, (g, (r, c)) in enumerate(itertools.product(grids, shapes))]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_update(kernels, name, dtype):
+    o = {**DEFAULTS, **OPTIONS[name], "bad_gradients": name in ("skip", "nonfinite", "adamw_direction")}
+    specs = specs_for(dtype, GRIDS, [(1, 7), (2, 129), (40, 32)])
+    check_update(kernels, specs, o, 7)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_update_shapes(kernels, name, dtype):
+    check_update(kernels, specs_for(dtype, ["uniform4", "binary"], SHAPES), {**DEFAULTS, **OPTIONS[name]}, 11)
+
+
+@pytest.mark.parametrize("name", ["clamp", "hold", "adamw", "adamw_direction"])
+def test_update_with_rates_on_the_device(kernels, name):
+    o = {**DEFAULTS, **OPTIONS[name]}
+    check_update(kernels, specs_for(torch.float32, ["uniform4", "nf4"], [(3, 64), (1, 9)]), o, 5, on_device=True)
+
+
+def test_update_of_a_long_mixed_list(kernels):
+    """More tensors than one launch takes, all storage types and grids in one list."""
+    specs = [(1 + i % 5, 1 + 7 * i % 40, grid, dtype, i % 2, torch.bfloat16 if i % 3 else None, i % 2 == 0, i % 5 == 0)
+             for i, (grid, dtype) in enumerate(itertools.islice(itertools.cycle(itertools.product(
+                 ["uniform4", "binary", "nf4"], TYPES)), 60))]  # fmt: skip
+    specs += [(2, 16, "ternary", torch.float32, 0, None, i % 7 == 0, i % 9 == 0) for i in range(470)]
+    check_update(kernels, specs, {**DEFAULTS, **OPTIONS["clamp"]}, 3)
+
+
+def test_update_sums_do_not_depend_on_the_list(kernels):
+    """The same tensor alone and inside a list: equal bits everywhere."""
+    o = {**DEFAULTS, **OPTIONS["momentum"]}
+    one = [(3, 4096, "uniform4", torch.float32, 0, torch.bfloat16, True, True)]
+    many = [(2, 64, "uniform4", torch.float32, 0, None, True, True), *one, (5, 7, "nf4", torch.float16, 0, None, True, True)]
+    p = make_problem(many, o, 2)
+    alone = {k: v[1:2] for k, v in p.items()}
+    a, _ = run_kernels(kernels, one, alone, o)
+    b, _ = run_kernels(kernels, many, p, o)
+    for k in WRITTEN:
+        assert torch.equal(a[k][0], b[k][1]), k
+
+
+def test_division_by_a_scale_is_correctly_rounded(kernels):
+    """Quotients within the hulls that exist (|x| <= 2^9), of scales over the whole range of float32."""
+    g = torch.Generator().manual_seed(1)
+    n = 4_000_000
+    b = (torch.rand(n, generator=g) + 1) * torch.exp2(torch.randint(-110, 110, (n,), generator=g).float())
+    q = torch.randn(n, generator=g) * torch.exp2(torch.randint(-10, 8, (n,), generator=g).float())
+    q[::2] = torch.round(q[::2] * 2) / 2  # near the thresholds
+    a = torch.where(torch.rand(n, generator=g) < 0.5, b * q, torch.nextafter(b * q, torch.tensor(0.0)))
+    a = a.clamp(-3e38, 3e38)
+    got = torch.empty(n)
+    kernels.emulated_divide(pointer(a), pointer(b), pointer(got), ctypes.c_int64(n))
+    assert torch.equal(got, a / b)

@@ -1,0 +1,718 @@
+"""Contract of the Triton kernels (``askew_kernels.triton_kernels``).
+
+1. Every operator does what ``reference`` does: quantized codes, copies, weights and optimizer states bit for bit
+   (the same IEEE operations in the same order; a flipped bit in h can turn a velocity around, so a bound would have to
+   be a whole step wide), sums within the bound derived beside each check.
+2. They write their outputs and nothing beside them, whatever the alignment; list and single calls agree.
+3. Ahead of time they compile for sm_80 and sm_90 into 16-byte loads and stores, without spills, fused multiply-adds,
+   flushed denormals or approximate division; a new learning rate, epsilon or seed compiles nothing.
+
+No GPU is needed: a worker process runs the kernels in Triton's interpreter (``TRITON_INTERPRET`` is read when triton
+is imported, which another test of this process may have done), a second one compiles. Where there is a GPU the same
+tests run on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import askew_kernels
+from askew_kernels import reference
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+NONE = torch.empty(0)
+NF4 = [-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+       0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]  # fmt: skip
+GRIDS = {
+    "uniform4": (NONE, [1, -8, 7]),
+    "narrow2": (NONE, [1, -1, 1]),
+    "unsigned8": (NONE, [1, 0, 255]),
+    "inclusive3": (NONE, [1, -4, 4]),
+    "binary": (NONE, [2, -1, 1]),
+    "nf4": (torch.tensor(NF4), [3, 0, 0]),
+    "powers": (torch.tensor([-1.0, -0.5, -0.25, 0.0, 0.125, 1.0]), [3, 0, 0]),  # differences of levels are exact
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One row, one element a row, short rows, rows of a power of two, rows of whole blocks, long rows, nothing.
+SHAPES = [(1, 1), (1, 7), (5, 1), (3, 129), (33, 32), (1, 2500), (2, 2048), (2, 2500), (3, 0)]
+ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+# ---- running an operator: in the worker's interpreter, or on the GPU ------------------------------------------------
+
+MARGIN, SENTINEL = 32, 77.0
+
+
+def call(module, name, args, device, offset=0):
+    """Call an operator on copies that stand ``offset`` elements into a marked buffer: (result, arguments after it)."""
+    buffers = []
+
+    def place(value):
+        if isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in value):
+            return [place(v) for v in value]
+        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+            return value
+        first, n = MARGIN + offset, value.numel()
+        buffer = torch.full((first + n + MARGIN,), SENTINEL, dtype=value.dtype, device=device)
+        buffer[first : first + n] = value.reshape(-1)
+        buffers.append((buffer, first, n))
+        return buffer[first : first + n].view(value.shape)
+
+    def back(value):
+        return [back(v) for v in value] if isinstance(value, list) else (
+            value.cpu().clone() if isinstance(value, torch.Tensor) else value
+        )  # fmt: skip
+
+    placed = [place(value) for value in args]
+    result = getattr(module, name)(*placed)
+    for buffer, first, n in buffers:
+        outside = torch.cat([buffer[:first], buffer[first + n :]])
+        assert torch.all(outside == SENTINEL), f"{name} wrote beside a tensor of {n} elements"
+    return back(result), [back(value) for value in placed]
+
+
+def serve():
+    """The interpreter's worker: requests (name, args, offset, by pointer) on stdin, answers on the first stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # prints go to stderr
+    from askew_kernels import triton_kernels
+    from askew_kernels.triton_kernels import elementwise, update
+
+    by_value = elementwise.scalar_argument
+    while True:
+        try:
+            name, args, offset, by_pointer = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        scalar = (lambda t, name: (t, True)) if by_pointer else by_value
+        elementwise.scalar_argument = update.scalar_argument = scalar
+        try:
+            answer = call(triton_kernels, name, args, "cpu", offset)
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def worker_process(mode, environment, **options):
+    home = str(Path(askew_kernels.__file__).parents[1])
+    path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = [sys.executable, "-W", "ignore", __file__, mode]
+    return subprocess.Popen(command, env={**inherited, "PYTHONPATH": path, **environment}, **options)
+
+
+class Runner:
+    """``runner.skew_sgd_(…)`` as one would call the operator; in-place results arrive in the arguments."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __call__(self, name, args, offset=0, by_pointer=False):
+        result, after = self.run(name, args, offset, by_pointer)
+        for old, new in zip(args, after, strict=True):
+            for o, n in zip(old, new, strict=True) if isinstance(old, list) else [(old, new)]:
+                if isinstance(o, torch.Tensor) and o.dim():
+                    o.copy_(n)
+        return result
+
+    def __getattr__(self, name):
+        return lambda *args, **how: self(name, args, **how)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    process = worker_process("serve", {"TRITON_INTERPRET": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(*request):
+        pickle.dump(request, process.stdin)
+        process.stdin.flush()
+        answer = pickle.load(process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    yield run
+    process.stdin.close()
+    assert process.wait() == 0
+
+
+def on_gpu(name, args, offset, by_pointer):
+    from askew_kernels import triton_kernels
+
+    if by_pointer:
+        args = [a.cuda() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in args]
+    return call(triton_kernels, name, args, "cuda", offset)
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=needs_gpu)])
+def triton(request):
+    return Runner(on_gpu if request.param == "cuda" else request.getfixturevalue("interpreter"))
+
+
+# ---- inputs and comparisons -----------------------------------------------------------------------------------------
+
+
+def weights(shape, dtype, seed=0):
+    """Normal numbers, with ±0, NaN, ±inf, a denormal, ties and hull ends (at scale 1/4) where there is room."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    inf = float("inf")
+    special = [0.0, -0.0, float("nan"), inf, -inf, 1e-40, 0.125, -0.125, 0.375, -0.375, 0.25, -2.0, 1.75]
+    flat = x.view(-1)
+    if flat.numel() > 2 * len(special):
+        flat[: len(special)] = torch.tensor(special).to(dtype)
+    return x
+
+
+def scales(rows, seed=0):
+    s = torch.rand(rows, generator=torch.Generator().manual_seed(seed + 1)) * 0.5 + 0.05
+    s[:1] = 0.25
+    return s
+
+
+def assert_same(got, expected, what=""):
+    """The same values, NaN for NaN, and no -0 where there was none."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    numbers = ~expected.isnan()
+    equal = torch.where(numbers, (got == expected) & (got.signbit() == expected.signbit()), got.isnan())
+    wrong = ~equal
+    assert equal.all(), f"{what}: {int(wrong.sum())} of {equal.numel()} differ: {got[wrong][:4]}, {expected[wrong][:4]}"
+
+
+# ---- elementwise operators ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRIDS)
+def test_fake_quantize(triton, name, dtype):
+    levels, grid = GRIDS[name]
+    for k, shape in enumerate(SHAPES):
+        x, s = weights(shape, dtype), scales(shape[0])
+        expected = reference.fake_quantize(x, s, levels, grid, True, False, 0)
+        assert_same(triton.fake_quantize(x, s, levels, grid, True, False, 0, offset=k % 2), expected, shape)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_quantize_out(triton, dtype, out_dtype):
+    levels, grid = GRIDS["uniform4"]
+    for shape in [(3, 129), (1, 2500), (3, 0)]:
+        x, s = weights(shape, dtype), scales(shape[0])
+        out, expected = (torch.full(shape, float("nan"), dtype=out_dtype) for _ in range(2))
+        triton.fake_quantize_out_(x, s, levels, grid, out)
+        reference.fake_quantize_out_(x, s, levels, grid, expected)
+        assert_same(out, expected, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "powers"])
+def test_stochastic_rounding(triton, name, dtype):
+    levels, grid = GRIDS[name]
+    for shape, seed in [((1, 7), 0), ((3, 129), 1), ((1, 2500), 2**40 + 12345), ((2, 2048), -1)]:
+        x, s = weights(shape, dtype), scales(shape[0])
+        expected = reference.fake_quantize(x, s, levels, grid, True, True, seed)
+        assert_same(triton.fake_quantize(x, s, levels, grid, True, True, seed), expected, (shape, seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "nf4"])
+def test_straight_through(triton, name, dtype):
+    levels, grid = GRIDS[name]
+    for shape in SHAPES:
+        x, s, g = weights(shape, dtype), scales(shape[0]), weights(shape, dtype, seed=5)
+        expected = reference.fake_quantize_backward(g, x, s, levels, grid)
+        assert_same(triton.fake_quantize_backward(g, x, s, levels, grid), expected, shape)
+        triton.ste_clip_(g, x, s, levels, grid)
+        assert_same(g, expected, shape)
+
+
+@pytest.mark.parametrize("by_pointer", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "narrow2", "binary", "nf4"])
+def test_project_interval(triton, name, dtype, by_pointer):
+    levels, grid = GRIDS[name]
+    for shape, eps in [((3, 129), 0.3), ((33, 32), 1.6e-5), ((1, 2500), 1.0), ((3, 0), 0.5)]:
+        w, s = weights(shape, dtype), scales(shape[0])
+        eps = torch.tensor(eps)
+        expected = w.clone()
+        reference.project_interval_(expected, s, levels, grid, eps)
+        triton.project_interval_(w, s, levels, grid, eps, by_pointer=by_pointer)
+        # The radius has five roundings in the kernel and one in the reference: 6 x 2^-24 of at most Delta/2, then
+        # three roundings of numbers up to |w|, then storage. A bracket is at most 16 |s|; |w| at most 255 |s|.
+        bound = (s * 16).reshape(-1, 1) * 6 * 2.0**-25 + expected.float().abs() * (8 * 2.0**-24 + 2 * ROUNDING[dtype])
+        far = (w.float() - expected.float()).abs() > bound
+        assert not far.any() and torch.equal(w.isnan(), expected.isnan()), (shape, w[far][:4], expected[far][:4])
+
+
+# Sums of float32 in a tree: Triton's has fewer than 20 levels, numpy's (interpreter) fewer than 40, each one rounding
+# of what has been summed so far; the products add one, the result one.
+SUM_ERROR = 42 * 2.0**-24
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_sums(triton, dtype):
+    for shape in [(1, 1), (3, 129), (70, 32), (1, 2500), (2, 40000), (3, 0)]:
+        x = torch.randn(shape).to(dtype)
+        got, expected = triton.row_sums(x, shape[0]), reference.row_sums(x, shape[0])
+        assert got.shape == expected.shape and got.dtype == torch.float32
+        assert ((got - expected).abs() <= expected * SUM_ERROR).all(), shape
+        assert torch.equal(got[:, 2], expected[:, 2])
+    x = torch.randn(3, 40000)
+    x[1, 20000], x[2, 7] = float("nan"), float("inf")
+    got = triton.row_sums(x, 3)
+    assert got[0].isfinite().all() and got[1].isnan().all() and (got[2] == float("inf")).all()
+
+
+# ---- the update -----------------------------------------------------------------------------------------------------
+
+
+class Problem:
+    """Tensor lists for one step, in the order of the operators' arguments."""
+
+    def __init__(self, shapes, grids, dtype=torch.float32, copy=torch.float32, momentum=True, sums=True, seed=0):
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(shape):
+            return torch.randn(shape, generator=random)
+
+        self.params = [(draw(shape) * 0.4).to(dtype) for shape in shapes]
+        self.grads = [draw(shape).to(dtype) for shape in shapes]
+        self.a = [draw(shape).to(dtype) for shape in shapes] if momentum else []
+        self.b = [draw(shape).square().to(dtype) for shape in shapes]
+        self.scales = [scales(shape[0], seed) for shape in shapes]
+        self.levels = [GRIDS[name][0] for name in grids]
+        self.grids = [number for name in grids for number in GRIDS[name][1]]
+        poison = float("nan")
+        self.copies = [torch.full(shape, poison, dtype=copy) for shape in shapes] if copy else []
+        self.row_sums = [torch.full((shape[0], 3), poison) for shape in shapes] if sums else []
+        self.totals = [torch.full((6,), poison, dtype=torch.float64) for _ in shapes] if sums else []
+
+    def copy(self):
+        other = object.__new__(Problem)
+        other.__dict__ = {
+            k: [t.clone() if isinstance(t, torch.Tensor) else t for t in v] for k, v in self.__dict__.items()
+        }
+        return other
+
+    def only(self, i):
+        """The problem of tensor i alone, on the same tensors."""
+        other = object.__new__(Problem)
+        other.__dict__ = {k: v[i : i + 1] for k, v in self.__dict__.items()}
+        other.grids = self.grids[3 * i : 3 * i + 3]
+        return other
+
+    def sgd(self, lr=0.1, eps=0.3, alpha=0.2, momentum=0.9, dampening=0.0, decay=0.0, nesterov=False, direction=False,
+            clamp=False, maximize=False, skip=False):  # fmt: skip
+        return "skew_sgd_", [
+            self.params, self.grads, self.a, self.scales, self.levels, self.grids, self.copies, self.row_sums,
+            self.totals, torch.tensor(lr), torch.tensor(eps), alpha, momentum, dampening, decay, nesterov, direction,
+            clamp, maximize, skip,
+        ]  # fmt: skip
+
+    def adamw(self, lr=0.01, eps=0.3, alpha=0.2, step=3.0, decay=0.0, direction=False, clamp=False, maximize=False,
+              skip=False):  # fmt: skip
+        return "skew_adamw_", [
+            self.params, self.grads, self.a, self.b, self.scales, self.levels, self.grids, self.copies, self.row_sums,
+            self.totals, torch.tensor(step), torch.tensor(lr), torch.tensor(eps), alpha, 0.9, 0.999, 1e-8, decay,
+            direction, clamp, maximize, skip,
+        ]  # fmt: skip
+
+
+def assert_sums_near(got, expected, gradients, error):
+    for i, (g, e) in enumerate(zip(got.row_sums, expected.row_sums, strict=True)):
+        near = (g - e).abs() <= e * error
+        assert (near | (g == e) | (g.isnan() & e.isnan())).all(), (i, g, e)
+    for i, (g, e) in enumerate(zip(got.totals, expected.totals, strict=True)):
+        if not e.numel():
+            continue
+        assert torch.equal(g[[0, 4, 5]], e[[0, 4, 5]]), (i, g, e)  # counts
+        # g.v has terms of both signs: its error is relative to the sum of their sizes, at most |g| |v|.
+        size = e.abs()
+        size[3] = gradients[i].double().nan_to_num(0, 0, 0).norm() * e[2].sqrt()
+        assert (((g - e).abs() <= size * error) | (g == e) | (g.isnan() & e.isnan())).all(), (i, g, e)
+
+
+def assert_same_step(got, expected):
+    for name in ("params", "a", "b", "copies"):
+        for i, (g, e) in enumerate(zip(getattr(got, name), getattr(expected, name), strict=True)):
+            assert_same(g, e, f"{name}[{i}] {tuple(e.shape)}")
+    assert_sums_near(got, expected, expected.grads, SUM_ERROR)
+
+
+def assert_adamw_step(got, expected, start, root_error=2.0**-23):
+    """As above, but torch's own square root on the CPU (MKL) is not correctly rounded: off by 2^-23 at times.
+
+    The root's error and the roundings of the three divisions and additions after it make 4 x 2^-23 of the step; the
+    product with lr, the sum and the storage round once more, each perhaps to the other side.
+    """
+    for name in ("a", "b"):
+        for g, e in zip(getattr(got, name), getattr(expected, name), strict=True):
+            assert_same(g, e, name)
+    for i, (g, e) in enumerate(zip(got.params, expected.params, strict=True)):
+        old, e = start.params[i].float(), e.float()
+        bound = (root_error + 3 * 2.0**-23) * (e - old).abs() + 2 * 2.0**-24 * old.abs()
+        bound = bound + 2 * (ROUNDING[got.params[i].dtype] + 2.0**-24) * e.abs()
+        assert ((g.float() - e).abs() <= bound).logical_or(g.isnan() & e.isnan()).all(), i
+        if got.copies:
+            copy, grid = torch.empty_like(got.copies[i]), got.grids[3 * i : 3 * i + 3]
+            reference.fake_quantize_out_(g, got.scales[i], got.levels[i], grid, copy) if g.numel() else None
+            assert_same(got.copies[i], copy, f"copies[{i}]")
+    assert_sums_near(got, expected, expected.grads, SUM_ERROR + 2 * root_error + 16 * 2.0**-24)
+
+
+def check_step(triton, problem, rule, offset=0, by_pointer=False, **options):
+    start, expected = problem.copy(), problem.copy()
+    name, args = getattr(expected, rule)(**options)
+    getattr(reference, name)(*args)
+    name, args = getattr(problem, rule)(**options)
+    triton(name, args, offset, by_pointer)
+    if rule == "sgd":
+        assert_same_step(problem, expected)
+    else:
+        assert_adamw_step(problem, expected, start, root_error=2.0**-22 if by_pointer else 2.0**-23)
+
+
+# Every way a row can lie in tiles of 32 segments of 32 columns: a part of a segment, several segments, several tiles
+# that share a row, several rows that share a tile; odd lengths (no vectors), multiples of 8 (vectors), no elements.
+STEP_SHAPES = [(3, 129), (40, 32), (2, 1100), (0, 4), (1, 2104), (5, 1)]
+STEP_GRIDS = ["uniform4", "uniform4", "narrow2", "uniform4", "uniform4", "binary"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(nesterov=True, decay=0.01, clamp=True),
+        dict(direction=True, dampening=0.5, decay=0.01, clamp=True),
+        dict(maximize=True, eps=1.6e-5, alpha=5.0),
+        dict(eps=1.0, clamp=True),
+        dict(lr=0.0, clamp=True, direction=True),
+    ],
+    ids=str,
+)
+def test_sgd(triton, options):
+    check_step(triton, Problem(STEP_SHAPES, STEP_GRIDS), "sgd", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(direction=True, decay=0.1, clamp=True), dict(maximize=True, eps=1.6e-5, decay=0.1, step=1.0)],
+    ids=str,
+)
+def test_adamw(triton, options):
+    check_step(triton, Problem(STEP_SHAPES, STEP_GRIDS), "adamw", **options)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype, copy", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16),
+                                         (torch.float32, torch.bfloat16)])  # fmt: skip
+def test_storage_types(triton, dtype, copy, rule):
+    problem = Problem([(3, 129), (8, 64)], ["uniform4", "binary"], dtype, copy)
+    check_step(triton, problem, rule, clamp=True, decay=0.01)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_step_on_every_grid(triton, name):
+    check_step(triton, Problem([(3, 40), (1, 77)], [name] * 2), "sgd", clamp=True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_nonfinite_gradients(triton, rule, skip):
+    problem = Problem([(3, 129), (8, 64)], ["uniform4", "binary"])
+    for g in problem.grads:
+        g[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    problem.params[0][1, 5] = float("nan")
+    check_step(triton, problem, rule, skip=skip, clamp=True)
+
+
+def test_optional_outputs(triton):
+    check_step(triton, Problem([(3, 40), (2, 1100)], ["uniform4"] * 2, copy=None, momentum=False, sums=False), "sgd")
+    problem = Problem([(3, 40), (2, 1100)], ["uniform4"] * 2)
+    problem.a[0] = problem.copies[1] = problem.row_sums[0] = NONE
+    problem.totals[1] = NONE.double()
+    check_step(triton, problem, "sgd")
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_alignment(triton, offset):
+    """Tensors that begin off a 16-byte boundary (1), or on one for float32 alone (4)."""
+    check_step(triton, Problem([(8, 64)], ["uniform4"], copy=torch.bfloat16), "sgd", offset=offset)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_scalars_on_the_device(triton, rule):
+    """The bias corrections come from float32 logarithms of beta: 2^-24 more, half of it under the root."""
+    check_step(triton, Problem([(3, 40)], ["uniform4"]), rule, by_pointer=True, clamp=True)
+
+
+def test_one_list_is_many_calls(triton):
+    """Also: the second step with the same tensors and other gradients (plans are kept)."""
+    shapes, grids = [(3, 129), (8, 64), (2, 1100)], ["uniform4", "nf4", "uniform4"]
+    together = Problem(shapes, grids)
+    apart = together.copy()
+    for step in range(2):
+        triton(*together.sgd())
+        for i in range(len(shapes)):
+            triton(*apart.only(i).sgd())
+        assert_same_step(together, apart)
+        for i, shape in enumerate(shapes):
+            together.grads[i] = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+            apart.grads[i] = together.grads[i].clone()
+
+
+def test_errors(interpreter):
+    triton = Runner(interpreter)
+    levels, grid = GRIDS["uniform4"]
+    x = torch.randn(4, 8)
+    with pytest.raises(TypeError, match="scale: expected float32"):
+        triton.fake_quantize(x, torch.ones(4, dtype=torch.float64), levels, grid, True, False, 0)
+    with pytest.raises(ValueError, match="scale: 3 rows do not divide 32"):
+        triton.fake_quantize(x, torch.ones(3), levels, grid, True, False, 0)
+    with pytest.raises(TypeError, match="x: expected float32, bfloat16 or float16"):
+        triton.fake_quantize(x.double(), torch.ones(4), levels, grid, True, False, 0)
+    with pytest.raises(TypeError, match=r"grad: expected torch\.float32"):
+        triton.ste_clip_(x.half(), x, torch.ones(4), levels, grid)
+    with pytest.raises(ValueError, match="rows: 5 rows do not divide 32"):
+        triton.row_sums(x, 5)
+    problem = Problem([(3, 40)], ["uniform4"])
+    problem.b = []
+    with pytest.raises(ValueError, match="exp_avgs, exp_avg_sqs: expected for every parameter"):
+        triton(*problem.adamw())
+    problem.row_sums[0] = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="row_sums: expected 9 elements"):
+        triton(*problem.sgd())
+
+
+# ---- ahead-of-time compilation --------------------------------------------------------------------------------------
+
+
+def compile_all():
+    """The compiler's worker: the launches of ``cases`` for each architecture, as JSON: {arch: {case: facts}}."""
+    import triton as triton_package
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from askew_kernels import triton_kernels as kernels
+
+    class Target:
+        """As much of a driver as a launch asks for before it would launch."""
+
+        def __init__(self, arch):
+            self.arch = arch
+
+        def get_current_target(self):
+            return GPUTarget("cuda", self.arch, 32)
+
+        def get_current_device(self):
+            return self.arch
+
+        def get_current_stream(self, _device):
+            return 0
+
+    launched = []
+    run = JITFunction.run
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self.fn.__name__, compiled))
+        return compiled
+
+    JITFunction.run = only_compile
+    levels, grid = GRIDS["uniform4"]
+    cuobjdump = Path(triton_package.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def facts(compiled):
+        ptx = compiled.asm["ptx"]
+        found = {
+            "loads": len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)),
+            "stores": len(re.findall(r"st\.global[\w.:]*\.v4", ptx)),
+            "inexact": re.findall(r"fma\.rn\.f32|\.ftz|\.approx[\w.]*|div\.full[\w.]*|\batom\.|\bred\.", ptx),
+            "local": ".local" in ptx,
+        }
+        if cuobjdump.exists():
+            binary = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
+            binary.write_bytes(compiled.asm["cubin"])
+            usage = subprocess.run([cuobjdump, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+            numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+            found.update({k.lower() + "_used": int(v) for k, v in numbers.items()})
+        return found
+
+    def quantize(shape, dtype=torch.float32, grid_name="uniform4", stochastic=False):
+        x, s = torch.zeros(shape, dtype=dtype), torch.ones(shape[0])
+        kernels.fake_quantize(x, s, *GRIDS[grid_name], True, stochastic, 0)
+
+    def step(rule, **options):
+        name, args = getattr(Problem([(64, 128)], ["uniform4"], **options), rule)(decay=0.01, clamp=True)
+        getattr(kernels, name)(*args)
+
+    bf16 = torch.bfloat16
+    x, s = torch.zeros(4, 4096), torch.ones(4)
+    cases = {
+        "quantize per tensor": lambda: quantize((1, 8192)),
+        "quantize per channel": lambda: quantize((4, 4096)),
+        "quantize long rows": lambda: quantize((4, 4608)),
+        "quantize groups of 32": lambda: quantize((64, 32)),
+        "quantize rows of 144": lambda: quantize((64, 144)),
+        "quantize bf16": lambda: quantize((4, 4096), bf16),
+        "quantize nf4": lambda: quantize((4, 4096), grid_name="nf4"),
+        "quantize stochastic": lambda: quantize((4, 4096), stochastic=True),
+        "quantize to bf16": lambda: kernels.fake_quantize_out_(x, s, levels, grid, x.to(bf16)),
+        "straight-through": lambda: kernels.ste_clip_(x.clone(), x, s, levels, grid),
+        "project": lambda: kernels.project_interval_(x, s, levels, grid, torch.tensor(0.5)),
+        "row sums": lambda: kernels.row_sums(x, 4),
+        "sgd": lambda: step("sgd", copy=None, sums=False),
+        "sgd, bf16 copy and sums": lambda: step("sgd", copy=bf16),
+        "sgd bf16": lambda: step("sgd", dtype=bf16, copy=bf16),
+        "adamw, bf16 copy and sums": lambda: step("adamw", copy=bf16),
+    }
+    report = {}
+    for arch in (80, 90):
+        driver.set_active(Target(arch))
+        report[arch] = {}
+        for case, launch in cases.items():
+            del launched[:]
+            launch()
+            main = [c for name, c in launched if name not in ("store_addresses_kernel",)]
+            report[arch][case] = facts(main[0])
+            for extra in main[1:]:  # the second kernels of the update
+                report[arch][case]["inexact"] += facts(extra)["inexact"]
+
+    # Numbers that change from step to step compile nothing; a list of a usual model is one launch.
+    del launched[:]
+    problem = Problem([(64, 128)], ["uniform4"])
+    for lr, eps in itertools.product((0.1, 1.0, 0.0), (0.3, 1.0)):
+        kernels.skew_sgd_(*problem.sgd(lr=lr, eps=eps, alpha=lr + 1)[1])
+    for seed in (0, 1, 16, 2**40, -1):
+        kernels.fake_quantize(x, s, levels, grid, True, True, seed)
+    report["compiled"] = {
+        name: len({id(c) for n, c in launched if n == name}) for name in ("update_kernel", "quantize_kernel")
+    }
+    del launched[:]
+    shapes = [(64, 27 * 8), (64, 576), (128, 1152), (512, 4608), (1000, 512), (10, 32), (1, 4096)]
+    kernels.skew_sgd_(*Problem(shapes, ["uniform4", "narrow2"] * 3 + ["uniform4"]).sgd()[1])
+    report["launches"] = [name for name, _ in launched]
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("triton_cache"))
+    process = worker_process("compile", {"TRITON_CACHE_DIR": cache}, stdout=subprocess.PIPE, text=True)
+    out, _ = process.communicate()
+    assert process.returncode == 0
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_compiles_to_vectors_without_spills(compiled, arch):
+    # 2048 elements on 128 threads: 4 vectors of fp32 or 2 of a 2-byte type a thread; the update: one vector a thread
+    # of each of w, g and the states, and the copy's bf16 in vectors of as many elements (8 bytes beside fp32).
+    expected = {
+        "quantize bf16": (2, 2), "quantize to bf16": (4, 2), "straight-through": (8, 4), "row sums": (8, 0),
+        "sgd": (3, 2), "sgd, bf16 copy and sums": (3, 2), "sgd bf16": (3, 3), "adamw, bf16 copy and sums": (4, 3),
+    }  # fmt: skip
+    for case, facts in compiled[arch].items():
+        loads, stores = expected.get(case, (4, 4))
+        assert (facts["loads"], facts["stores"]) == (loads, stores), (case, facts)
+        assert not facts["inexact"] and not facts["local"], (case, facts)
+        assert facts.get("stack_used", 0) == 0 and facts.get("local_used", 0) == 0, (case, facts)
+        # 64 registers let 1024 threads stay on a multiprocessor; the sums of the update are worth 96.
+        assert facts.get("reg_used", 0) <= (96 if "sums" in case or "sgd bf16" in case else 64), (case, facts)
+
+
+def test_changing_numbers_compile_nothing(compiled):
+    assert compiled["compiled"] == {"update_kernel": 1, "quantize_kernel": 1}
+
+
+def test_a_model_is_one_launch(compiled):
+    assert compiled["launches"].count("update_kernel") == 1
+    assert set(compiled["launches"]) == {
+        "store_addresses_kernel", "update_kernel", "reduce_rows_kernel", "reduce_totals_kernel",
+    }  # fmt: skip
+
+
+# ---- what only a GPU can show ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+class TestGpu:
+    def test_large_list(self):
+        shapes = [(1, 3_000_001), (4096, 1024), (200_000, 32), (512, 4608), (64, 147)]
+        problem = Problem(shapes, ["uniform4"] * 5, copy=torch.bfloat16)
+        check_step(Runner(on_gpu), problem, "sgd", clamp=True, decay=0.01)
+
+    def test_sums_are_the_same_bits_every_time(self):
+        x = torch.randn(3, 1_000_003)
+        first = on_gpu("row_sums", [x, 3], 0, False)[0]
+        assert all(torch.equal(on_gpu("row_sums", [x, 3], 0, False)[0], first) for _ in range(5))
+
+    def test_more_elements_than_32_bits_count(self):
+        if torch.cuda.mem_get_info()[0] < 24 << 30:
+            pytest.skip("needs 24 GiB")
+        from askew_kernels import triton_kernels
+
+        n = 2**31 + 4096
+        x = torch.empty(n, dtype=torch.bfloat16, device="cuda").fill_(0.3)
+        x[-1] = -1.1
+        y = triton_kernels.fake_quantize(x, torch.full((1,), 0.25, device="cuda"), NONE, [1, -8, 7], True, False, 0)
+        assert y[0] == 0.25 and y[-1] == -1.0 and y[2**31 - 1] == 0.25 and y[2**31] == 0.25
+        assert int((y == 0.25).sum()) == n - 1
+
+    def test_cuda_graph_follows_the_learning_rate(self):
+        """lr and eps on the device: a replay uses their present values, and gradients of the graph's own memory."""
+        from askew_kernels import triton_kernels
+
+        def cuda(problem):
+            for key, value in problem.__dict__.items():
+                problem.__dict__[key] = [v.cuda() if isinstance(v, torch.Tensor) else v for v in value]
+            return problem
+
+        problem = cuda(Problem([(8, 64), (3, 40)], ["uniform4"] * 2))
+        expected = problem.copy()
+        name, args = problem.sgd()
+        step = getattr(triton_kernels, name)
+        lr, eps = (args[k] for k in (9, 10))
+        args[9], args[10] = lr.cuda(), eps.cuda()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(*args)  # compiles and uploads
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            args[1] = [g * 1.0 for g in problem.grads]
+            step(*args)
+        for t, e in zip(problem.params + problem.a, expected.params + expected.a, strict=True):
+            t.copy_(e)
+        args[9].fill_(0.02)
+        graph.replay()
+        torch.cuda.synchronize()
+        for key, value in expected.__dict__.items():
+            expected.__dict__[key] = [v.cpu() if isinstance(v, torch.Tensor) else v for v in value]
+        reference.skew_sgd_(*expected.sgd(lr=0.02)[1])
+        for t, e in zip(problem.params, expected.params, strict=True):
+            assert_same(t.cpu(), e)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        {"serve": serve, "compile": compile_all}[sys.argv[1]]()
