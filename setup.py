@@ -36,7 +36,14 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"]
 # Contraction off and no errno/traps: every instruction set gives the same bits, and loops vectorise.
-LOOP_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+LOOP_FLAGS = [
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 ISA_FLAGS = {
     "loops_avx2.cpp": ["-mavx2", "-mfma"],
     "loops_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
@@ -110,7 +117,9 @@ class BuildExt(build_ext):
             raise CompileError("ASKEW_BUILD=python")
         torch = find_torch()
         if torch is None:
-            raise CompileError("torch was not found at build time: install torch >= 2.11 first, then this package again")
+            raise CompileError(
+                "torch was not found at build time: install torch >= 2.11 first, then this package again"
+            )
         cxx = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
         if cxx is None:
             raise CompileError("no C++ compiler was found: install g++ or clang++, or set CXX")
@@ -189,7 +198,11 @@ class BuildExt(build_ext):
             self.report["cuda_reason"] = f"nvcc: {error}"
             print(f"askew_kernels: built without CUDA ({error})", file=sys.stderr)
             return nothing
-        lib = next(home / d for d in ("lib64", "lib", "targets/x86_64-linux/lib") if (home / d / "libcudart_static.a").is_file())
+        lib = next(
+            home / d
+            for d in ("lib64", "lib", "targets/x86_64-linux/lib")
+            if (home / d / "libcudart_static.a").is_file()
+        )
         return (lambda: objects), archs, version, [f"-L{lib}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
 
     def write_report(self) -> None:

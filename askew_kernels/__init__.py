@@ -1,10 +1,10 @@
 """Fused kernels for annealed interval-constrained training of quantized networks (ASkewSGD) in PyTorch.
 
-    import askew_kernels as ak
+import askew_kernels as ak
 
-    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4)))
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
-    annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
+ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4)))
+optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
+annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
 """
 
 from . import nn, ops, optim, quant, runtime

@@ -55,7 +55,9 @@ class EpsilonAnnealing:
         if decay is not None and mode != "geometric":
             raise ValueError(f"decay: only for mode='geometric', got mode={mode!r}")
         if total is None and (mode != "geometric" or decay is None):
-            raise ValueError(f"total: mode={mode!r} needs the number of periods" + (" or decay" if mode == "geometric" else ""))
+            raise ValueError(
+                f"total: mode={mode!r} needs the number of periods" + (" or decay" if mode == "geometric" else "")
+            )
         if total is not None and total <= hold:
             raise ValueError(f"total: expected more than hold={hold}, got {total}")
         if not any(group.get("grid") is not None for group in optimizer.param_groups):

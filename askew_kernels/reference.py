@@ -204,7 +204,7 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
 
 
 def _update(w, g, s, levels, grid, base, lr, eps, alpha, direction, clamp_, maximize):
-    """(new weight, velocity, h, old nearest level) of one (rows, cols) matrix; ``base`` maps a gradient to a velocity."""
+    """(new weight, velocity, h, old nearest level) of a (rows, cols) matrix; ``base`` maps a gradient to a velocity."""
     if clamp_:
         w = clamp_hull(w, s, levels, grid)
     x = w / s

@@ -14,7 +14,7 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of askew_kernels: build information and CPU switches.";
-  m.attr("cuda_archs") = ASKEW_CUDA_ARCHS;     // as given to nvcc; empty: built without CUDA
+  m.attr("cuda_archs") = ASKEW_CUDA_ARCHS;      // as given to nvcc; empty: built without CUDA
   m.attr("cuda_version") = ASKEW_CUDA_VERSION;  // of nvcc; empty: built without CUDA
   m.attr("compiler") = __VERSION__;
   m.def("cpu_capability", [] { return askew::loops().name; }, "Instruction set in use: baseline, avx2 or avx512.");
@@ -23,9 +23,10 @@ PYBIND11_MODULE(_C, m) {
       "force_cpu_capability",
       [](const char* name) {
         if (!askew::force_capability(name))
-          throw std::invalid_argument(std::string("cpu capability: expected baseline, avx2 or avx512, built and supported "
-                                                  "by this CPU (best here: ") +
-                                      askew::best_capability() + "), got " + name);
+          throw std::invalid_argument(
+              std::string("cpu capability: expected baseline, avx2 or avx512, built and supported "
+                          "by this CPU (best here: ") +
+              askew::best_capability() + "), got " + name);
       },
       "Use this instruction set from now on.");
   m.def("output_pool_bytes", &askew::output_pool_bytes, "Bytes that the CPU output pool holds for reuse.");

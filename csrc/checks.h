@@ -17,10 +17,14 @@ using torch::stable::Tensor;
 
 inline int storage_type(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
 }
 
@@ -30,8 +34,9 @@ inline void check_dense(const Tensor& t, const char* name) {
 
 inline void check_like(const Tensor& t, const Tensor& like, const char* name) {
   check_dense(t, name);
-  STD_TORCH_CHECK(t.numel() == like.numel() && t.get_device_index() == like.get_device_index() && t.is_cpu() == like.is_cpu(),
-                  name, ": expected as many elements as the tensor it belongs to, on the same device");
+  STD_TORCH_CHECK(
+      t.numel() == like.numel() && t.get_device_index() == like.get_device_index() && t.is_cpu() == like.is_cpu(), name,
+      ": expected as many elements as the tensor it belongs to, on the same device");
 }
 
 struct Matrix {
@@ -55,7 +60,8 @@ inline GridArg grid_arg(const int64_t* grid, const Tensor& levels) {
   if (g.kind == kUniform) STD_TORCH_CHECK(g.lo < g.hi, "grid: expected lo < hi");
   if (g.kind == kCodebook) {
     check_dense(levels, "levels");
-    STD_TORCH_CHECK(levels.scalar_type() == ScalarType::Float && levels.numel() >= 2, "levels: expected 2 or more float32 levels");
+    STD_TORCH_CHECK(levels.scalar_type() == ScalarType::Float && levels.numel() >= 2,
+                    "levels: expected 2 or more float32 levels");
     g.levels = static_cast<const float*>(levels.data_ptr());
     g.n_levels = (int)levels.numel();
   }

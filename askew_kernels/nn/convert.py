@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
-from .layers import AskewConv2d, AskewLinear, _Quantized
+from .layers import AskewConv2d, AskewLinear, QuantizedLayer
 
 LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
 
@@ -73,19 +73,19 @@ def dequantize_(model: nn.Module) -> nn.Module:
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
     """{name: layer} of the quantized layers in ``model``."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
-    """w <- s Q(w/s) in every quantized layer, in place: from now on float and quantized weights are the same numbers."""
+    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers."""
     for layer in quantized_layers(model).values():
         layer.hard_quantize_()
     return model
 
 
 def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all other parameters.
+    """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest.
 
     ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
     where biases and norms should have none. Parameters that do not require a gradient are left out.

@@ -31,7 +31,9 @@ class _HardLinear(torch.autograd.Function):
     """y = x Wq^T + b; the gradient of the weight is the gradient of Wq, 0 where ``clip`` says w is outside the hull."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, quantized)
         ctx.clip, ctx.bias_dtype = clip, None if bias is None else bias.dtype
         return functional.linear(x, quantized, None if bias is None else bias.to(quantized.dtype))
@@ -63,10 +65,14 @@ class _HardConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, quantized = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.geometry
-        need = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.bias_dtype is not None and ctx.needs_input_grad[2]]
+        need = [
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+            ctx.bias_dtype is not None and ctx.needs_input_grad[2],
+        ]
         grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-            grad, x, quantized, [quantized.shape[0]] if need[2] else None, stride, padding, dilation, False, [0, 0], groups,
-            need,
+            grad, x, quantized, [quantized.shape[0]] if need[2] else None, stride, padding, dilation, False, [0, 0],
+            groups, need,
         )  # fmt: skip
         if need[1]:
             grad_w = _clipped(grad_w, weight, ctx.clip)
@@ -79,10 +85,11 @@ def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     return grad_w if clip is None else ops.ste_clip_(grad_w, weight, *clip)
 
 
-class _Quantized(nn.Module):
+class QuantizedLayer(nn.Module):
     """What the layers share: the quantizer, its checkpoint key, and the weight to compute with."""
 
-    weight: nn.Parameter
+    weight: Any  # nn.Parameter; typed by nn.Linear and nn.Conv2d
+    bias: Any
     config: QuantConfig
 
     def _attach(self, config: QuantConfig) -> None:
@@ -121,7 +128,7 @@ class _Quantized(nn.Module):
         return self.training and self.config.forward == "relaxed"
 
     def _traced_weight(self) -> Tensor:
-        """The differentiable s Q(w/s) as operators of the graph, for torch.compile and torch.export: always recomputed."""
+        """The differentiable s Q(w/s) as operators of the graph, for torch.compile: always recomputed."""
         quantizer, config = self.quantizer, self.config
         scale = quantizer.scale
         if scale is None or not quantizer.frozen:
@@ -166,7 +173,7 @@ class _Quantized(nn.Module):
         return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={c.forward}"
 
 
-class AskewLinear(_Quantized, nn.Linear):
+class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
@@ -183,7 +190,7 @@ class AskewLinear(_Quantized, nn.Linear):
         return new.train(linear.training)
 
     def to_float(self) -> nn.Linear:
-        """An nn.Linear with the same Parameter objects (the latent weights; ``hard_quantize_`` first to keep the levels)."""
+        """An nn.Linear with the same Parameter objects (latent weights; ``hard_quantize_`` first to keep the levels)."""
         new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         new.weight, new.bias = self.weight, self.bias
         return new.train(self.training)
@@ -201,7 +208,7 @@ class AskewLinear(_Quantized, nn.Linear):
             return _HardLinear.apply(x, self.weight, self.bias, weight, clip)
 
 
-class AskewConv2d(_Quantized, nn.Conv2d):
+class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight: groups, stride, dilation, padding and all padding modes."""
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:

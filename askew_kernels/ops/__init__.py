@@ -8,7 +8,7 @@ arithmetic is float32. In-place functions accept any dense layout; where it is n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
     if not torch.compiler.is_compiling() and scale.device.type == "cpu":  # on a GPU the look would stall the stream
         low, high = scale.detach().aminmax() if rows else (torch.ones(()), torch.ones(()))
         if not (low > 0 and high < math.inf):
-            raise ValueError(f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]")
+            raise ValueError(
+                f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
+            )
     wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
     return scale.detach().to(wanted).reshape(-1).contiguous()
 
@@ -89,7 +91,9 @@ def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_
     """A float or a 0-dim tensor as a 0-dim float tensor; values on the CPU are checked, a GPU's are not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}")
+            raise ValueError(
+                f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}"
+            )
         if value.device.type == "cpu" and not torch.compiler.is_compiling():
             _number(name, float(value), low, high, open_low)
         value = value.detach()
@@ -99,7 +103,8 @@ def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_
 
 def _channels_last(t: Tensor) -> list[int] | None:
     """The order of dimensions in which ``t`` is contiguous, dimension 0 first; None if there is none."""
-    order = [0, *sorted(range(1, t.dim()), key=lambda d: (-t.stride(d), d))]
+    strides = t.stride()
+    order = [0, *sorted(range(1, t.dim()), key=lambda d: (-strides[d], d))]
     return order if t.permute(order).is_contiguous() else None
 
 
@@ -176,7 +181,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
 
 @torch.no_grad()
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
-    """Zeroes ``grad`` in place where x lies outside the hull: the backward of ``fake_quantize`` without a new tensor."""
+    """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
     check_float_tensor("x", x)
     check_grid(grid)
@@ -189,15 +194,13 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     order, in_place = _layout(x, scale.numel()), _InPlace()
     work = in_place.writable(grad, order)
     point = x.detach() if order is None else x.detach().permute(order)
-    runtime.operator("ste_clip_", x)(
-        work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding
-    )
+    runtime.operator("ste_clip_", x)(work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding)
     in_place.finish()
     torch.autograd.graph.increment_version(grad)
     return grad
 
 
-# ---- the interval constraint ------------------------------------------------------------------------------------------
+# ---- the interval constraint --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -233,7 +236,7 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     return runtime.operator("row_sums", x)(x, rows)
 
 
-# ---- the updates ------------------------------------------------------------------------------------------------------
+# ---- the updates --------------------------------------------------------------------------------------------------
 
 
 class SkewStats:
@@ -253,7 +256,10 @@ class SkewStats:
     def empty_for(cls, params: Sequence[Tensor], scales: Sequence[Tensor]) -> SkewStats:
         """Room for both kinds of sums."""
         return cls(
-            [torch.zeros(s.numel(), reference.NUM_ROW_SUMS, device=p.device) for p, s in zip(params, scales, strict=True)],
+            [
+                torch.zeros(s.numel(), reference.NUM_ROW_SUMS, device=p.device)
+                for p, s in zip(params, scales, strict=True)
+            ],
             [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
         )
 
@@ -271,7 +277,7 @@ def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], 
 
 
 def _skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor] | None],
+    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
     scales: Sequence[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor] | None, stats: SkewStats | None,
     rates: list[Tensor], numbers: list[Any], skew: str,
 ) -> None:  # fmt: skip
@@ -287,7 +293,9 @@ def _skew_update(
     for key, items in (("scales", scales), ("grids", grids)):
         if len(items) != len(params):
             raise ValueError(f"{key}: expected {len(params)}, one for each parameter, got {len(items)}")
-    flat_scales = [_check_scale(f"scales[{i}]", s, p, f"params[{i}]") for i, (s, p) in enumerate(zip(scales, params, strict=True))]
+    flat_scales = [
+        _check_scale(f"scales[{i}]", s, p, f"params[{i}]") for i, (s, p) in enumerate(zip(scales, params, strict=True))
+    ]
     for grid in grids:
         check_grid(grid)
     if dequantized is not None:
@@ -301,14 +309,16 @@ def _skew_update(
             raise ValueError(f"{key}: expected {len(params)} tensors, got {len(outs)}")
         for i, out in enumerate(outs):
             if tuple(out.shape) != shapes[i] or out.dtype != dtype or not out.is_contiguous():
-                raise ValueError(f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}")
+                raise ValueError(
+                    f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}"
+                )
     if skew not in SKEWS:
         raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
     run_skew_update(name, params, grads, states, flat_scales, grids, dequantized or [], stats, rates, numbers)
 
 
 def run_skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: dict[str, Sequence[Tensor] | None],
+    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
     scales: list[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor], stats: SkewStats,
     rates: list[Tensor], numbers: list[Any],
 ) -> None:  # fmt: skip
@@ -323,7 +333,10 @@ def run_skew_update(
 
     arguments = [
         writable(params),
-        [(g if order is None else g.permute(order)).detach().contiguous() for g, order in zip(grads, orders, strict=True)],
+        [
+            (g if order is None else g.permute(order)).detach().contiguous()
+            for g, order in zip(grads, orders, strict=True)
+        ],
         *(writable(buffers) for buffers in states.values()),
         scales,
         [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)],

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from ..reference import NUM_ROW_SUMS
 
-_SKEW_TAIL = "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
+_SKEW_TAIL = (
+    "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
+)
 _OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
 
 SCHEMAS = {

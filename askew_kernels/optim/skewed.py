@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +12,16 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from .. import ops, reference
-from ..quant import Grid, QuantConfig, WeightQuantizer, grid_from_dict
+from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 
 FREEZE_SCALE = ("anneal", "init", "never")
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
 
-def _is_frozen_choice(group: dict[str, Any]) -> bool:
-    return isinstance(group["scale"], Tensor)
+def _fixed_scale(group: dict[str, Any], p: Tensor, rows: int) -> Tensor:
+    """The group's scale tensor as (rows,); one number serves every row."""
+    scale = group["scale"].detach().to(p.device).reshape(-1)
+    return ops._check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")
 
 
 class _Skewed(Optimizer):
@@ -73,7 +75,7 @@ class _Skewed(Optimizer):
         for p in group["params"]:
             rows = WeightQuantizer(config).rows(p)
             if isinstance(group["scale"], Tensor):
-                ops._check_scale("scale", group["scale"].to(p.device).expand(rows) if group["scale"].numel() == 1 else group["scale"].to(p.device), p, "the parameter")
+                _fixed_scale(group, p, rows)
 
     @staticmethod
     def _config(group: dict[str, Any]) -> QuantConfig:
@@ -94,8 +96,7 @@ class _Skewed(Optimizer):
         elif found.config.weight != group["grid"]:
             raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
-            scale = group["scale"].to(p.device)
-            found.freeze(p, scale.expand(found.rows(p)) if scale.numel() == 1 else scale)
+            found.freeze(p, _fixed_scale(group, p, found.rows(p)))
         return found
 
     # ---- the step -----------------------------------------------------------------------------------------------
@@ -118,7 +119,9 @@ class _Skewed(Optimizer):
             self._check_group_rates(group)
             for p in params:
                 if p.grad.is_sparse or p.grad.layout != torch.strided:
-                    raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients for a quantized parameter")
+                    raise TypeError(
+                        f"grad: {type(self).__name__} does not take sparse gradients for a quantized parameter"
+                    )
                 if p.grad.dtype != p.dtype:
                     raise TypeError(f"grad: expected the parameter's {p.dtype}, got {p.grad.dtype}")
         every = self.telemetry_every
@@ -174,7 +177,8 @@ class _Skewed(Optimizer):
             leading, numbers = self._numbers(group, key)
             ops.run_skew_update(
                 self.OPERATOR, members, [p.grad for p in members], states, scales,  # type: ignore[misc]
-                [group["grid"]] * len(members), _or_empty(copies, members), ops.SkewStats(_or_empty(sums, members), totals),
+                [group["grid"]] * len(members), _or_empty(copies, members),
+                ops.SkewStats(_or_empty(sums, members), totals),
                 [*leading, *rates],
                 [*numbers, group["skew"] == "direction", clamp, group["maximize"], group["skip_nonfinite"]],
             )  # fmt: skip
@@ -240,18 +244,19 @@ class _Skewed(Optimizer):
                     if not q.frozen and q.row_sums is not None:
                         self.state[p]["row_sums"] = q.row_sums
         packed = super().state_dict()
-        for key, groups in (("param_groups", packed["param_groups"]),):
-            packed[key] = [{**g, "grid": g["grid"].to_dict() if g["grid"] is not None else None} for g in groups]
+        packed["param_groups"] = [
+            {**g, "grid": None if g["grid"] is None else g["grid"].to_dict()} for g in packed["param_groups"]
+        ]
         packed["askew_steps"] = self._steps
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after, as you like."""
+        """Bit for bit what ``state_dict`` gave, in the stored types; the model's weights may be loaded first or after."""
         groups = [
             {**g, "grid": grid_from_dict(g["grid"]) if isinstance(g.get("grid"), dict) else g.get("grid")}
             for g in state_dict["param_groups"]
         ]
-        rest = {"state": {}, "param_groups": groups}
+        rest: dict[str, Any] = {"state": {}, "param_groups": groups}
         kept: dict[Any, dict[str, Any]] = {}
         for index, state in state_dict["state"].items():
             kept[index] = {k: state[k] for k in _QUANTIZER_KEYS if k in state}

@@ -24,7 +24,7 @@ class QuantConfig:
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
 
-    weight: Grid = Uniform(4)
+    weight: Grid = Uniform(bits=4)  # noqa: RUF009 (frozen, so it can be shared)
     scale: str = "sawb"
     granularity: str = "per_channel"
     group_size: int | None = None

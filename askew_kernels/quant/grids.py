@@ -34,13 +34,13 @@ class Grid:
 
     @property
     def c_max(self) -> float:
-        """The level that the largest weight is mapped to by ``absmax``: c_(K-1), or max |c| where that is not positive."""
+        """What ``absmax`` maps the largest weight to: c_(K-1), or max |c| where that is not positive."""
         top = self.levels[-1]
         return top if top > 0 else max(abs(c) for c in self.levels)
 
     @property
     def encoding(self) -> list[int]:
-        return [self.kind, int(math.floor(self.levels[0])), int(math.ceil(self.levels[-1]))]
+        return [self.kind, math.floor(self.levels[0]), math.ceil(self.levels[-1])]
 
     def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         return _table((), str(device))
@@ -106,11 +106,14 @@ class Binary(Grid):
     """-1 and +1."""
 
     kind: ClassVar[int] = BINARY
-    bits: ClassVar[int] = 1
 
     @property
     def levels(self) -> tuple[float, ...]:
         return (-1.0, 1.0)
+
+    @property
+    def bits(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,14 @@ class Ternary(Grid):
     """-1, 0 and +1."""
 
     kind: ClassVar[int] = UNIFORM
-    bits: ClassVar[int] = 2
 
     @property
     def levels(self) -> tuple[float, ...]:
         return (-1.0, 0.0, 1.0)
+
+    @property
+    def bits(self) -> int:
+        return 2
 
 
 @dataclass(frozen=True, init=False)

@@ -25,7 +25,8 @@ struct UpdateTensor {
 struct Loops {
   const char* name;
   // y = s Q(w/s); y may have another storage type
-  void (*fake_quantize)(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg, int64_t cols, Tile);
+  void (*fake_quantize)(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg, int64_t cols,
+                        Tile);
   void (*stochastic_quantize)(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg, int64_t cols,
                               Tile, uint64_t seed);
   // out = g inside the hull, 0 outside; out may be g

@@ -28,7 +28,9 @@ struct Stream {
   int size;  // bytes of an element
   bool written;
   template <class S>
-  ASKEW_INLINE S* at(int64_t i) const { return (S*)data + i; }
+  ASKEW_INLINE S* at(int64_t i) const {
+    return (S*)data + i;
+  }
 };
 
 ASKEW_FN int type_size(int type) { return type == kFloat32 ? 4 : 2; }
@@ -45,30 +47,39 @@ ASKEW_FN void for_columns(const Loop& loop, int64_t base, int64_t c0, int64_t c1
   alignas(64) char stage[Loop::kStreams][64] = {};
   for (int k = 0; k < Loop::kStreams; ++k) {
     if (!loop.streams[k].data) continue;
-    __builtin_memcpy(stage[k], (const char*)loop.streams[k].data + first * loop.streams[k].size, rest * loop.streams[k].size);
+    __builtin_memcpy(stage[k], (const char*)loop.streams[k].data + first * loop.streams[k].size,
+                     rest * loop.streams[k].size);
     staged.streams[k].data = stage[k] - first * loop.streams[k].size;  // run() sees the row's own indices
   }
   staged.run(first, 16);
   for (int k = 0; k < Loop::kStreams; ++k)
     if (loop.streams[k].data && loop.streams[k].written)
-      __builtin_memcpy((char*)loop.streams[k].data + first * loop.streams[k].size, stage[k], rest * loop.streams[k].size);
+      __builtin_memcpy((char*)loop.streams[k].data + first * loop.streams[k].size, stage[k],
+                       rest * loop.streams[k].size);
 }
 
 // One of the storage types, chosen at run time (outputs whose type is not a template argument).
 ASKEW_FN void store_as(int type, const Stream& s, int64_t i, vf v) {
-  if (type == kFloat32) Storage<kFloat32>::store(s.at<float>(i), v);
-  else if (type == kBFloat16) Storage<kBFloat16>::store(s.at<uint16_t>(i), v);
-  else Storage<kFloat16>::store(s.at<uint16_t>(i), v);
+  if (type == kFloat32)
+    Storage<kFloat32>::store(s.at<float>(i), v);
+  else if (type == kBFloat16)
+    Storage<kBFloat16>::store(s.at<uint16_t>(i), v);
+  else
+    Storage<kFloat16>::store(s.at<uint16_t>(i), v);
 }
 template <int T>
-ASKEW_FN vf load(const Stream& s, int64_t i) { return Storage<T>::load(s.at<typename Storage<T>::type>(i)); }
+ASKEW_FN vf load(const Stream& s, int64_t i) {
+  return Storage<T>::load(s.at<typename Storage<T>::type>(i));
+}
 template <int T>
 ASKEW_FN vf load_ahead(const Stream& s, int64_t i) {
   __builtin_prefetch(s.at<typename Storage<T>::type>(i + kBand));
   return load<T>(s, i);
 }
 template <int T>
-ASKEW_FN void store(const Stream& s, int64_t i, vf v) { Storage<T>::store(s.at<typename Storage<T>::type>(i), v); }
+ASKEW_FN void store(const Stream& s, int64_t i, vf v) {
+  Storage<T>::store(s.at<typename Storage<T>::type>(i), v);
+}
 
 // ---- sums ---------------------------------------------------------------------------------------------------
 
@@ -350,8 +361,10 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
         flush(sums);
       }
       if (t.dequantized)
-        for_columns(QuantizeLoop<T, Grid>{{{t.w, size, false}, {t.dequantized, type_size(t.dequantized_type), true}},
-                                          t.dequantized_type, row}, base, c, c + n);
+        for_columns(
+            QuantizeLoop<T, Grid>{
+                {{t.w, size, false}, {t.dequantized, type_size(t.dequantized_type), true}}, t.dequantized_type, row},
+            base, c, c + n);
     }
     if (row_sums) {
       finish(sums, row_sums);
@@ -366,17 +379,41 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
 
 // ---- choosing the template: storage type x grid (x rule) ----------------------------------------------------
 
-#define ASKEW_BY_GRID(GRID, CALL)                                        \
-  switch ((GRID).kind) {                                                 \
-    case kUniform: { typedef UniformGrid Grid; CALL; break; }            \
-    case kBinary: { typedef BinaryGrid Grid; CALL; break; }              \
-    default: { typedef CodebookGrid Grid; CALL; break; }                 \
+#define ASKEW_BY_GRID(GRID, CALL) \
+  switch ((GRID).kind) {          \
+    case kUniform: {              \
+      typedef UniformGrid Grid;   \
+      CALL;                       \
+      break;                      \
+    }                             \
+    case kBinary: {               \
+      typedef BinaryGrid Grid;    \
+      CALL;                       \
+      break;                      \
+    }                             \
+    default: {                    \
+      typedef CodebookGrid Grid;  \
+      CALL;                       \
+      break;                      \
+    }                             \
   }
-#define ASKEW_BY_TYPE(TYPE, CALL)                                        \
-  switch (TYPE) {                                                        \
-    case kFloat32: { constexpr int T = kFloat32; CALL; break; }          \
-    case kBFloat16: { constexpr int T = kBFloat16; CALL; break; }        \
-    default: { constexpr int T = kFloat16; CALL; break; }                \
+#define ASKEW_BY_TYPE(TYPE, CALL)  \
+  switch (TYPE) {                  \
+    case kFloat32: {               \
+      constexpr int T = kFloat32;  \
+      CALL;                        \
+      break;                       \
+    }                              \
+    case kBFloat16: {              \
+      constexpr int T = kBFloat16; \
+      CALL;                        \
+      break;                       \
+    }                              \
+    default: {                     \
+      constexpr int T = kFloat16;  \
+      CALL;                        \
+      break;                       \
+    }                              \
   }
 
 template <class Loop>
@@ -396,7 +433,8 @@ static void fake_quantize(const void* x, int x_type, void* y, int y_type, const 
 static void stochastic_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg g,
                                 int64_t cols, Tile t, uint64_t seed) {
   const Stream in{(void*)x, type_size(x_type), false}, out{y, type_size(y_type), true};
-  ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, StochasticLoop<T, Grid>{{in, out}, y_type, {}, seed}))))
+  ASKEW_BY_TYPE(x_type,
+                ASKEW_BY_GRID(g, (for_tile(cols, t, scale, g, StochasticLoop<T, Grid>{{in, out}, y_type, {}, seed}))))
 }
 
 static void ste_clip(const void* grad, const void* x, int type, void* out, const float* scale, GridArg g, int64_t cols,
@@ -420,16 +458,23 @@ template <class Rule, bool STATEFUL>
 static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
   const bool usual = !h.direction && !h.maximize && !h.nesterov && h.weight_decay == 0.f && !h.skip_nonfinite &&
                      h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
-  if (usual && h.clamp) update_typed<kFloat32, Rule, UniformGrid, UsualOptions<true>, STATEFUL>(t, h, tile, row_sums, totals);
-  else if (usual) update_typed<kFloat32, Rule, UniformGrid, UsualOptions<false>, STATEFUL>(t, h, tile, row_sums, totals);
+  if (usual && h.clamp)
+    update_typed<kFloat32, Rule, UniformGrid, UsualOptions<true>, STATEFUL>(t, h, tile, row_sums, totals);
+  else if (usual)
+    update_typed<kFloat32, Rule, UniformGrid, UsualOptions<false>, STATEFUL>(t, h, tile, row_sums, totals);
   else
-    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid, (update_typed<T, Rule, Grid, AnyOptions, STATEFUL>(t, h, tile, row_sums, totals))))
+    ASKEW_BY_TYPE(
+        t.type,
+        ASKEW_BY_GRID(t.grid, (update_typed<T, Rule, Grid, AnyOptions, STATEFUL>(t, h, tile, row_sums, totals))))
 }
 
 static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, double* row_sums, double* totals) {
-  if (rule == kAdamW) update_rule<AdamW, true>(t, h, tile, row_sums, totals);
-  else if (t.a) update_rule<Sgd, true>(t, h, tile, row_sums, totals);
-  else update_rule<Sgd, false>(t, h, tile, row_sums, totals);
+  if (rule == kAdamW)
+    update_rule<AdamW, true>(t, h, tile, row_sums, totals);
+  else if (t.a)
+    update_rule<Sgd, true>(t, h, tile, row_sums, totals);
+  else
+    update_rule<Sgd, false>(t, h, tile, row_sums, totals);
 }
 
 static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip, project, row_sums, update};

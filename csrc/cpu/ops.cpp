@@ -13,8 +13,8 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kPiece = 16384;       // columns of a long row in one piece; a multiple of the loops' block
-constexpr int64_t kSerial = 32768;      // fewer elements than this are not worth waking threads for
+constexpr int64_t kPiece = 16384;   // columns of a long row in one piece; a multiple of the loops' block
+constexpr int64_t kSerial = 32768;  // fewer elements than this are not worth waking threads for
 
 // A (rows, cols) matrix cut into tiles: pieces of long rows, or bands of short rows.
 struct Tiling {
@@ -62,8 +62,10 @@ Tensor fake_quantize(Tensor x, Tensor scale, Tensor levels, std::vector<int64_t>
   void* out = y.data_ptr();
   const float* s = static_cast<const float*>(scale.data_ptr());
   over_matrix(m, [&](Tile t) {
-    if (stochastic) loops().stochastic_quantize(in, type, out, type, s, g, m.cols, t, (uint64_t)seed);
-    else loops().fake_quantize(in, type, out, type, s, g, m.cols, t);
+    if (stochastic)
+      loops().stochastic_quantize(in, type, out, type, s, g, m.cols, t, (uint64_t)seed);
+    else
+      loops().fake_quantize(in, type, out, type, s, g, m.cols, t);
   });
   return y;
 }
@@ -87,8 +89,8 @@ void clip_gradient(const Tensor& grad, const Tensor& x, const Tensor& scale, con
   check_like(grad, x, "grad");
   STD_TORCH_CHECK(storage_type(grad, "grad") == type, "grad: expected the dtype of x");
   over_matrix(m, [&](Tile t) {
-    loops().ste_clip(grad.data_ptr(), x.data_ptr(), type, out.data_ptr(), static_cast<const float*>(scale.data_ptr()), g,
-                     m.cols, t);
+    loops().ste_clip(grad.data_ptr(), x.data_ptr(), type, out.data_ptr(), static_cast<const float*>(scale.data_ptr()),
+                     g, m.cols, t);
   });
 }
 
@@ -143,7 +145,8 @@ Tensor row_sums(Tensor x, int64_t rows) {
   for_tiles(tiling.tiles, n, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const Tile t = tiling[i];
-      loops().row_sums(x.data_ptr(), type, m.cols, t, partial.data() + (tiling.pieces_per_row > 1 ? i : t.row0) * kRowSums);
+      loops().row_sums(x.data_ptr(), type, m.cols, t,
+                       partial.data() + (tiling.pieces_per_row > 1 ? i : t.row0) * kRowSums);
     }
   });
   gather_row_sums(tiling, partial.data(), result);
@@ -166,9 +169,9 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
   struct Job {
     UpdateTensor t;
     Tiling tiling;
-    int64_t first_tile;                // in the numbering of all tiles
-    float* row_sums;                   // may be null
-    double* totals;                    // may be null
+    int64_t first_tile;                   // in the numbering of all tiles
+    float* row_sums;                      // may be null
+    double* totals;                       // may be null
     size_t partial_rows, partial_totals;  // where its partial sums start
   };
   std::vector<Job> jobs;
@@ -198,7 +201,8 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
       STD_TORCH_CHECK(storage_type(*b, l.b_name) == t.type, l.b_name, ": expected the dtype of the parameter");
       t.b = b->data_ptr();
     }
-    STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b), "exp_avgs, exp_avg_sqs: expected for every parameter");
+    STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b),
+                    "exp_avgs, exp_avg_sqs: expected for every parameter");
     if (const Tensor* copy = present(l.dequantized, i, n, "dequantized")) {
       check_like(*copy, w, "dequantized");
       t.dequantized = copy->data_ptr();
@@ -232,9 +236,9 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
       const Job& job = jobs[j];
       const int64_t k = i - job.first_tile;
       const Tile tile = job.tiling[k];
-      double* row_part = job.row_sums ? rows.data() + job.partial_rows +
-                                            (job.tiling.pieces_per_row > 1 ? k : tile.row0) * kRowSums
-                                      : nullptr;
+      double* row_part =
+          job.row_sums ? rows.data() + job.partial_rows + (job.tiling.pieces_per_row > 1 ? k : tile.row0) * kRowSums
+                       : nullptr;
       loops().update(job.t, rule, hyper, tile, row_part,
                      job.totals ? totals.data() + job.partial_totals + k * kTotals : nullptr);
     }
@@ -267,15 +271,27 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   h.clamp = clamp;
   h.maximize = maximize;
   h.skip_nonfinite = skip_nonfinite;
-  update({params, grads, momentum_buffers, {}, scales, levels, grids, dequantized, row_sums, totals, "momentum_buffers", ""},
+  update({params,
+          grads,
+          momentum_buffers,
+          {},
+          scales,
+          levels,
+          grids,
+          dequantized,
+          row_sums,
+          totals,
+          "momentum_buffers",
+          ""},
          kSgd, h);
 }
 
 void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                 std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> scales, std::vector<Tensor> levels,
                 std::vector<int64_t> grids, std::vector<Tensor> dequantized, std::vector<Tensor> row_sums,
-                std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1, double beta2,
-                double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize, bool skip_nonfinite) {
+                std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1,
+                double beta2, double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize,
+                bool skip_nonfinite) {
   Hyper h{};
   set_rates(h, cpu_scalar(lr, "lr"), cpu_scalar(eps, "eps"));
   set_betas(h, beta1, beta2, cpu_scalar(step, "step"));

@@ -15,8 +15,8 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kSmallest = 1 << 20;   // below, malloc reuses its own memory
-constexpr size_t kAlign = 2 << 20;       // a huge page
+constexpr int64_t kSmallest = 1 << 20;  // below, malloc reuses its own memory
+constexpr size_t kAlign = 2 << 20;      // a huge page
 
 struct Buffer {
   void* data;

@@ -14,7 +14,7 @@ namespace askew {
 // Uninitialised, contiguous, with the sizes and the type of `like`; from the pool where that pays.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
 
-int64_t output_pool_bytes();               // held and not in use
+int64_t output_pool_bytes();                // held and not in use
 void set_output_pool_limit(int64_t bytes);  // frees what is above; 0 switches the pool off
 
 }  // namespace askew

@@ -25,6 +25,8 @@ __device__ __forceinline__ void for_slots(const void* x, const float* scale, con
   }
 }
 
+constexpr int kResident = 4;  // blocks of an SM, at least: at most 64 registers
+
 struct Pass {  // one matrix through one pass
   const void *x, *g;
   void* y;
@@ -37,7 +39,7 @@ struct Pass {  // one matrix through one pass
 };
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(const __grid_constant__ Pass p) {
   const Grid grid = GridMaker<Grid>::make(p.grid);
   for_slots<T, 4>(p.x, p.scale, p.cut, [&](const Words& in, float scale, const Spot& s, const Walk<T>& walk) {
     const auto row = make_row(scale, grid);
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constan
 }
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads) stochastic_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kResident) stochastic_kernel(const __grid_constant__ Pass p) {
   const Grid grid = GridMaker<Grid>::make(p.grid);
   for_slots<T, 2>(p.x, p.scale, p.cut, [&](const Words& in, float scale, const Spot& s, const Walk<T>& walk) {
     const auto row = make_row(scale, grid);
@@ -88,7 +90,7 @@ __device__ __forceinline__ void map_words(Words& w, const Element& element) {
 }
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads) ste_clip_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kResident) ste_clip_kernel(const __grid_constant__ Pass p) {
   constexpr int kAhead = 2;
   const Grid grid = GridMaker<Grid>::make(p.grid);
   Walk<T> walk(p.cut, blockIdx.x);
@@ -118,7 +120,7 @@ __device__ __forceinline__ float read(const Scalar& s) {
 }
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads) project_interval_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kResident) project_interval_kernel(const __grid_constant__ Pass p) {
   const Grid grid = GridMaker<Grid>::make(p.grid);
   const float radius = feasible_radius(read(p.eps));
   for_slots<T, 4>(p.y, p.scale, p.cut, [&](Words w, float scale, const Spot& s, const Walk<T>& walk) {
@@ -129,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) project_interval_kernel(const __grid
 }
 
 template <int T>
-__global__ void __launch_bounds__(kThreads) row_sums_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __grid_constant__ Pass p) {
   Sums sums{0, 0, 0};
   for_slots<T, 4>(p.x, nullptr, p.cut, [&](const Words& in, float, const Spot& s, const Walk<T>&) {
 #pragma unroll

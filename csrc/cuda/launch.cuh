@@ -136,46 +136,47 @@ struct Spot {
 template <int T>
 struct Walk {
   static constexpr int kWidth = Storage<T>::kPerVector;
-  int64_t row, rows, cols, first, end, col;
-  int count, slot, slots, step, shift, rows_step;
+  int64_t row, base, row_stride;  // base: index of the row's first element in this block
+  int rows_left, rows_step;       // rows_left <= 0: past the last row, of the block or of the matrix
+  int columns, first, col, step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
+  int count, slot, slots, shift;
   bool vectors;
 
   __device__ __forceinline__ Walk(const Cut& c, uint32_t block) {
     const int lane = threadIdx.x & ((1 << c.team_shift) - 1), team = threadIdx.x >> c.team_shift;
     vectors = c.vectors;
     shift = vectors ? 0 : c.team_shift;
-    rows = c.rows;
-    cols = c.cols;
-    rows_step = kThreads >> c.team_shift;
     step = kWidth << c.team_shift;
     slots = c.slots;
-    count = slots * c.rows_per_team;
     slot = 0;
-    first = vectors ? lane * kWidth : lane;
-    end = cols;
+    count = slots * c.rows_per_team;
+    rows_step = kThreads >> c.team_shift;
+    row_stride = rows_step * c.cols;
+    first = col = vectors ? lane * kWidth : lane;
+    int64_t begin = 0;
+    row = (int64_t)block * (rows_step * c.rows_per_team) + team;
     if (c.pieces > 1) {
       row = block / (uint32_t)c.pieces;
-      const int64_t begin = (int64_t)(block % (uint32_t)c.pieces) * (slots * step);
-      first += begin;
-      if (begin + slots * step < cols) end = begin + slots * step;
-    } else {
-      row = (int64_t)block * (rows_step * c.rows_per_team) + team;
+      begin = (int64_t)(block % (uint32_t)c.pieces) * (slots * step);
     }
-    col = first;
+    base = row * c.cols + begin;
+    columns = (int)(c.cols - begin < slots * step ? c.cols - begin : slots * step);
+    const int own = rows_step * c.rows_per_team - team;
+    rows_left = c.rows - row < own ? (int)(c.rows - row) : own;
   }
-  // The next slot; one that is empty after `count` of them.
+  // The next slot; `taken` counts from 0, beyond `count` slots are empty.
   __device__ __forceinline__ Spot take(int taken) {
-    Spot s{row, row * cols + col, 0, slot == slots - 1 && taken < count};
-    const int64_t left = end - col;
-    if (taken < count && row < rows && left > 0) {
-      const int64_t n = (left + ((1 << shift) - 1)) >> shift;
-      s.n = n < kWidth ? (int)n : kWidth;
-    }
+    Spot s{row, base + col, 0, slot == slots - 1 && taken < count};
+    const int left = rows_left > 0 ? columns - col : 0;
+    s.n = vectors ? kWidth : min(kWidth, (left + (1 << shift) - 1) >> shift);
+    if (left <= 0) s.n = 0;
     col += step;
     if (++slot == slots) {
       slot = 0;
-      row += rows_step;
       col = first;
+      row += rows_step;
+      base += row_stride;
+      rows_left -= rows_step;
     }
     return s;
   }
@@ -282,7 +283,7 @@ struct SharedCodebook {
     const bool up = x > 0.5f * lower + 0.5f * upper;
     const float near = up ? upper : lower, far = up ? lower : upper;
     const float d = x - near, u = divide(absolute(d), delta);
-    return {near, far, d, u > 0.5f ? 0.5f : u, delta};
+    return {x == x ? near : x, far, d, u > 0.5f ? 0.5f : u, delta};
   }
 };
 

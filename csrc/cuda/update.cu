@@ -65,7 +65,7 @@ __device__ __forceinline__ void finish_totals(const Totals& t, double* out) {
 }
 
 template <int T, class Rule, class Grid>
-__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kThreads, 3) update_kernel(const __grid_constant__ List list) {
   constexpr int kPer = Storage<T>::kPerWord, kWidth = Storage<T>::kPerVector;
   constexpr int kAhead = 8 / kWidth;  // slots whose loads are under way at once; two of them would spill with halves
   int low = 0, high = list.n - 1;  // the tensor of this block

@@ -31,7 +31,8 @@ struct Skewed {
 
 // The skewed velocity v, with the sign of a gradient (descent = -v, from g = -d):
 //   v = d                            where feasible, on a midpoint, or outside the hull
-//     = side * max(kappa, side * d)  elsewhere: side = towards the nearest level, kappa = min(alpha (-h)/|h'|, Delta/(4 lr))
+//     = side * max(kappa, side * d)  elsewhere: side = towards the nearest level, kappa = min(alpha (-h)/|h'|, Delta/(4
+//     lr))
 // cap = 1/(4 lr), +inf for lr = 0. A NaN in g survives.
 template <class F>
 ASKEW_FN Skewed<F> skew(F g, const Offset<F>& o, F scale, float eps, float alpha, float cap) {

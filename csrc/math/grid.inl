@@ -28,7 +28,9 @@ struct UniformGrid {  // consecutive integers lo ... hi
   ASKEW_INLINE float low() const { return lo; }
   ASKEW_INLINE float high() const { return hi; }
   template <class F>
-  ASKEW_INLINE F nearest(F x) const { return round_even(x); }
+  ASKEW_INLINE F nearest(F x) const {
+    return round_even(x);
+  }
   template <class F>
   ASKEW_INLINE Offset<F> offset(F x) const {
     F near = round_even(x), d = x - near, one = F{} + 1.f;

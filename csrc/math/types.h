@@ -15,11 +15,11 @@ struct GridArg {  // passed to kernels by value
   int n_levels;
 };
 
-struct Hyper {  // one optimizer step, the same for every tensor of the list
+struct Hyper {                // one optimizer step, the same for every tensor of the list
   float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
   float weight_decay;
-  float momentum, one_minus_dampening;                                    // Sgd
-  float one_minus_beta1, beta2, one_minus_beta2, adam_eps;                // AdamW; 1 - beta rounded once, from double
+  float momentum, one_minus_dampening;                      // Sgd
+  float one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW; 1 - beta rounded once, from double
   float bias_correction1, root_bias_correction2;
   bool nesterov, direction, clamp, maximize, skip_nonfinite;
 };
@@ -27,9 +27,9 @@ struct Hyper {  // one optimizer step, the same for every tensor of the list
 // Sums that the passes accumulate, in this order everywhere.
 enum RowSum : int { kSumAbs = 0, kSumSquares = 1, kMaxAbs = 2, kRowSums = 3 };
 enum Total : int {
-  kInfeasible = 0,  // number of weights with h < 0 where the step started
-  kViolation = 1,   // sum of max(0, -h) there
-  kVelocity2 = 2,   // sum of v^2, w moved by lr * v before the final clamp
+  kInfeasible = 0,    // number of weights with h < 0 where the step started
+  kViolation = 1,     // sum of max(0, -h) there
+  kVelocity2 = 2,     // sum of v^2, w moved by lr * v before the final clamp
   kGradVelocity = 3,  // sum of g * v
   kFlips = 4,         // number of weights whose nearest level changed
   kNonfinite = 5,     // number of gradient elements that are inf or NaN

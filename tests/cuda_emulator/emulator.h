@@ -204,6 +204,7 @@ inline uint32_t __float_as_uint(float f) {
 }
 inline float __int_as_float(int i) { return __uint_as_float((uint32_t)i); }
 inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
+inline int min(int a, int b) { return a < b ? a : b; }
 
 // ---- the words of intrinsics.cuh ----------------------------------------------------------------------------------
 
