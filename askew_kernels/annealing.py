@@ -24,6 +24,10 @@ class EpsilonAnnealing:
     ``cosine``     eps = (1 + cos(pi j / K)) / 2
     =============  ==================================================================================================
 
+    ``keep_pull``: also set alpha_k = alpha lr_0 / lr_k, so that the pull towards feasibility *per step* stays what it was
+    while the learning rate decays; with a constant alpha and lr -> 0 the weights never arrive at their levels. Call
+    ``step()`` after the LR scheduler's.
+
     eps is 1 during the hold and never below ``floor``. Groups whose ``eps`` is a tensor get it filled in place, so
     compiled steps and CUDA graphs see the new value without recompiling.
     Raises ValueError/TypeError naming the argument.
@@ -39,6 +43,7 @@ class EpsilonAnnealing:
         power: float = 2.0,
         decay: float | None = None,
         floor: float = FLOOR,
+        keep_pull: bool = False,
     ) -> None:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -64,6 +69,8 @@ class EpsilonAnnealing:
             raise ValueError("optimizer: no parameter group has a grid; see ak.param_groups")
         self.optimizer = optimizer
         self.hold, self.total, self.mode, self.power, self.decay, self.floor = hold, total, mode, power, decay, floor
+        self.keep_pull = keep_pull
+        self._first: dict[str, list[float]] = {}  # by group: [lr, alpha] when it was first seen
         self.last_epoch = 0
         self._apply()
 
@@ -87,14 +94,19 @@ class EpsilonAnnealing:
 
     def _apply(self) -> None:
         eps = self.eps_at(self.last_epoch)
-        for group in self.optimizer.param_groups:
+        for index, group in enumerate(self.optimizer.param_groups):
             if group.get("grid") is None:
                 continue
             if isinstance(group["eps"], torch.Tensor):
                 group["eps"].fill_(eps)
             else:
                 group["eps"] = eps
-            group["annealing"] = eps < 1.0  # known on the host even where eps lives on a device
+            # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
+            group["annealing"] = self.last_epoch > self.hold
+            lr = float(group["lr"]) if self.keep_pull else 0.0
+            if lr > 0:
+                first = self._first.setdefault(str(index), [lr, float(group["alpha"])])
+                group["alpha"] = first[1] * first[0] / lr
 
     def step(self) -> None:
         """The next period."""

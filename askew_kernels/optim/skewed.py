@@ -150,8 +150,8 @@ class _Skewed(Optimizer):
     @staticmethod
     def _annealed(group: dict[str, Any]) -> bool:
         eps = group["eps"]
-        if isinstance(eps, Tensor) and eps.device.type != "cpu":
-            return group.get("annealing", True)  # EpsilonAnnealing keeps this on the host: no synchronisation
+        if "annealing" in group and (group["annealing"] or (isinstance(eps, Tensor) and eps.device.type != "cpu")):
+            return group["annealing"]  # EpsilonAnnealing keeps this on the host: no synchronisation
         return float(eps) < 1.0
 
     def _skewed_step(self, group: dict[str, Any], params: list[Tensor], record: bool) -> None:

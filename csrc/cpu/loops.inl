@@ -11,6 +11,8 @@
 #include "loops.h"
 #include "../math/portability.h"
 
+#include <initializer_list>  // braces in range-for; declares no function that could be linked
+
 namespace askew {
 namespace ASKEW_ISA {
 
@@ -70,11 +72,6 @@ ASKEW_FN void store_as(int type, const Stream& s, int64_t i, vf v) {
 template <int T>
 ASKEW_FN vf load(const Stream& s, int64_t i) {
   return Storage<T>::load(s.at<typename Storage<T>::type>(i));
-}
-template <int T>
-ASKEW_FN vf load_ahead(const Stream& s, int64_t i) {
-  __builtin_prefetch(s.at<typename Storage<T>::type>(i + kBand));
-  return load<T>(s, i);
 }
 template <int T>
 ASKEW_FN void store(const Stream& s, int64_t i, vf v) {
@@ -233,8 +230,9 @@ struct ProjectLoop {
 // step, sums of the new weights, quantize-dequantize, totals. Memory sees one pass; each loop is short enough for
 // the processor to overlap several of its iterations, which one long loop is not (docs/notes.md).
 
-struct Trace {  // what the totals need to know of the step; each row starts at a multiple of 16, gaps hold zeros
-  alignas(64) float descent[kBand], gradient[kBand], excess[kBand], level[kBand];
+// Between the loops of a band: what each leaves for the next. Each row starts at a multiple of 16, gaps hold zeros.
+struct Trace {
+  alignas(64) float kappa[kBand], distance[kBand], excess[kBand], level[kBand], descent[kBand], gradient[kBand];
 };
 
 // The usual step: plain gradients, no weight decay, clamped exactly where it is constrained.
@@ -250,38 +248,64 @@ struct UsualOptions {
   ASKEW_INLINE bool skip_nonfinite() const { return false; }
 };
 
-template <int T, class Rule, class Grid, class Options, bool STATEFUL>
-struct StepLoop {
+// The half of the step that looks at the weight alone; it also brings in the next band of everything, so that memory
+// keeps busy while this one is computed.
+template <int T, class Grid, class Options, bool TRACED>
+struct PlaceLoop {
   static constexpr int kStreams = 8;
-  Stream streams[kStreams];  // w, g, a, b, then the trace: descent, gradient, excess, level (null where not traced)
+  Stream streams[kStreams];  // w, trace: kappa, distance, excess, level; only prefetched: g, a, b
   Row<vf, Grid> row;
   Options options;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const StepLoop l = *this;
-    const bool has_b = STATEFUL && l.streams[3].data, traced = l.streams[4].data;
+    const PlaceLoop l = *this;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      // The next band comes in while this one is computed, and while the later loops leave the memory idle.
-      const vf old = load_ahead<T>(l.streams[0], i), g = load_ahead<T>(l.streams[1], i);
-      vf a{}, b{};
-      if (STATEFUL) a = load_ahead<T>(l.streams[2], i);
-      if (has_b) b = load_ahead<T>(l.streams[3], i);
+      for (int k : {0, 5, 6, 7}) __builtin_prefetch(l.streams[k].template at<typename Storage<T>::type>(i + kBand));
+      const Placed<vf> p = place_weight(load<T>(l.streams[0], i), l.row, l.options);
+      if (l.options.constrained()) {
+        store<kFloat32>(l.streams[1], i, p.push.kappa);
+        store<kFloat32>(l.streams[2], i, p.push.distance);
+      }
+      if (TRACED) {
+        store<kFloat32>(l.streams[3], i, p.push.excess);
+        store<kFloat32>(l.streams[4], i, p.level);
+      }
+    }
+  }
+};
+
+template <int T, class Rule, class Grid, class Options, bool STATEFUL>
+struct MoveLoop {
+  static constexpr int kStreams = 8;
+  Stream streams[kStreams];  // w, g, a, b, trace: kappa, distance, descent, gradient (the last two null if not traced)
+  Row<vf, Grid> row;
+  Options options;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const MoveLoop l = *this;
+    const bool has_b = STATEFUL && l.streams[3].data, traced = l.streams[6].data;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      const vf old = load<T>(l.streams[0], i), g = load<T>(l.streams[1], i);
+      vf a{}, b{}, kappa{}, distance{}, descent = g;
+      if (STATEFUL) a = load<T>(l.streams[2], i);
+      if (has_b) b = load<T>(l.streams[3], i);
+      if (l.options.constrained()) {
+        kappa = load<kFloat32>(l.streams[4], i);
+        distance = load<kFloat32>(l.streams[5], i);
+      }
       const vf before_a = a, before_b = b;
-      Stepped<vf> s = step_weight<Rule>(old, g, a, b, STATEFUL, l.row, l.options);
+      vf w = move_weight<Rule>(old, descent, a, b, STATEFUL, kappa, distance, l.row, l.options);
       if (l.options.skip_nonfinite()) {
         const vi finite = absolute(g) < __builtin_inff();
-        s.w = select(finite, s.w, old);
-        s.descent = select(finite, s.descent, vf{});
+        w = select(finite, w, old);
+        descent = select(finite, descent, vf{});
         a = select(finite, a, before_a);
         b = select(finite, b, before_b);
       }
-      store<T>(l.streams[0], i, s.w);
+      store<T>(l.streams[0], i, w);
       if (STATEFUL) store<T>(l.streams[2], i, a);
       if (has_b) store<T>(l.streams[3], i, b);
       if (traced) {
-        store<kFloat32>(l.streams[4], i, s.descent);
-        store<kFloat32>(l.streams[5], i, g);
-        store<kFloat32>(l.streams[6], i, s.excess);
-        store<kFloat32>(l.streams[7], i, s.level);
+        store<kFloat32>(l.streams[6], i, descent);
+        store<kFloat32>(l.streams[7], i, g);
       }
     }
   }
@@ -330,31 +354,40 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
   if (totals)
     for (int j = 0; j < kTotals; ++j) clear(lanes[j]);
   Trace trace;
+  const bool placed = totals || h.eps < 1.f;
   int64_t traced = 0;  // columns of the trace in use
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
     if (row_sums) clear(sums);
     const Row<vf, Grid> row = make_row(vf{} + t.scale[r], Grid::make(t.grid));
     const int64_t base = r * t.cols;
-    StepLoop<T, Rule, Grid, Options, STATEFUL> step{
-        {{t.w, size, true}, {(void*)t.g, size, false}, {t.a, size, true}, {t.b, size, true}, {}, {}, {}, {}}, row, {h}};
+    const Stream w{t.w, size, true}, g{(void*)t.g, size, false}, a{t.a, size, true}, b{t.b, size, true};
     for (int64_t c = tile.col0; c < tile.col1; c += kBand) {
       const int64_t n = c + kBand < tile.col1 ? kBand : tile.col1 - c, padded = (n + 15) / 16 * 16;
+      if (totals && traced + padded > kBand) {
+        add_trace(trace, traced, h.skip_nonfinite, lanes);
+        traced = 0;
+      }
+      const int64_t start = totals ? traced : 0;
+      const auto part = [&](float* of) { return Stream{of + start - (base + c), 4, true}; };  // at an element's index
+      const Stream w_read{t.w, size, false}, kappa = part(trace.kappa), distance = part(trace.distance);
+      const Stream level = part(trace.level), none{};
+      const Stream ahead_a = t.a ? a : g, ahead_b = t.b ? b : g;  // prefetching address 0 costs a failed page walk
+      if (totals)
+        for_columns(PlaceLoop<T, Grid, Options, true>{{w_read, kappa, distance, part(trace.excess), level, g, ahead_a, ahead_b}, row, {h}},
+                    base, c, c + n);
+      else if (placed)
+        for_columns(PlaceLoop<T, Grid, Options, false>{{w_read, kappa, distance, none, none, g, ahead_a, ahead_b}, row, {h}}, base, c, c + n);
+      for_columns(MoveLoop<T, Rule, Grid, Options, STATEFUL>{{w, g, a, b, kappa, distance,
+                                                             totals ? part(trace.descent) : none,
+                                                             totals ? part(trace.gradient) : none},
+                                                            row, {h}},
+                  base, c, c + n);
       if (totals) {
-        if (traced + padded > kBand) {
-          add_trace(trace, traced, h.skip_nonfinite, lanes);
-          traced = 0;
-        }
-        float* const parts[4] = {trace.descent, trace.gradient, trace.excess, trace.level};
-        const int64_t origin = traced - (base + c);  // from an element's index to its place in the trace
-        for (int j = 0; j < 4; ++j) step.streams[4 + j] = {parts[j] + origin, 4, true};
-        for_columns(step, base, c, c + n);
-        for_columns(FlipsLoop<T, Grid>{{{t.w, size, false}, step.streams[7]}, row}, base, c, c + n);
-        for (int j = 0; j < 4; ++j)
-          for (int64_t gap = n; gap < padded; ++gap) parts[j][traced + gap] = 0;
+        for_columns(FlipsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
+        for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
+          for (int64_t gap = n; gap < padded; ++gap) of[start + gap] = 0;
         traced += padded;
-      } else {
-        for_columns(step, base, c, c + n);
       }
       if (row_sums) {
         for_columns(RowSumsLoop<T>{{{t.w, size, false}}, &sums}, base, c, c + n);

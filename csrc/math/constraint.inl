@@ -23,26 +23,30 @@ ASKEW_FN F project_interval(F w, const Row<F, Grid>& row, float radius) {
   return select(o.u > radius, row.scale.value * target, w);
 }
 
+// What the constraint asks of a weight, whatever the gradient is.
 template <class F>
-struct Skewed {
-  F descent;  // -v
-  F excess;   // -h: positive where infeasible
+struct Push {
+  F kappa;     // slowest allowed velocity towards the nearest level; -inf where the weight is free
+  F distance;  // from the nearest level: its sign says where that is
+  F excess;    // -h: positive where infeasible
 };
 
-// The skewed velocity v, with the sign of a gradient (descent = -v, from g = -d):
-//   v = d                            where feasible, on a midpoint, or outside the hull
-//     = side * max(kappa, side * d)  elsewhere: side = towards the nearest level, kappa = min(alpha (-h)/|h'|, Delta/(4
-//     lr))
-// cap = 1/(4 lr), +inf for lr = 0. A NaN in g survives.
+// kappa = min(alpha (-h)/|h'|, Delta/(4 lr)); cap = 1/(4 lr), +inf for lr = 0. A midpoint is free.
 template <class F>
-ASKEW_FN Skewed<F> skew(F g, const Offset<F>& o, F scale, float eps, float alpha, float cap) {
+ASKEW_FN Push<F> push_of(const Offset<F>& o, F scale, float eps, float alpha, float cap) {
   F p = (4.f * o.u) * (1.f - o.u);
   F excess = p * p - eps;
   F length = scale * o.delta;
   F kappa = divide(excess * (length * (0.125f * alpha)), p * (1.f - (o.u + o.u)));
   F limit = length * cap;
   kappa = select(kappa < limit, kappa, limit);
-  F towards = negate_where_negative(g, o.distance);  // side * d
-  towards = select(both(excess > 0.f, o.u < 0.5f), select(kappa > towards, kappa, towards), towards);
-  return {negate_where_negative(towards, o.distance), excess};
+  return {select(both(excess > 0.f, o.u < 0.5f), kappa, F{} - __builtin_inff()), o.distance, excess};
+}
+
+// The skewed velocity v = side * max(kappa, side * d), side = towards the nearest level, with the sign of a gradient:
+// -v from g = -d. Where the weight is free that is g. A NaN in g survives.
+template <class F>
+ASKEW_FN F skew(F g, F kappa, F distance) {
+  F towards = negate_where_negative(g, distance);
+  return negate_where_negative(select(kappa > towards, kappa, towards), distance);
 }

@@ -3,11 +3,14 @@
 ASKEW_FN float select(bool m, float a, float b) { return m ? a : b; }
 #if defined(__CUDA_ARCH__)
 ASKEW_FN float absolute(float a) { return fabsf(a); }
+ASKEW_FN float negate_where_negative(float a, float by) {  // by the sign bit, one instruction
+  return __uint_as_float(__float_as_uint(a) ^ (__float_as_uint(by) & 0x80000000u));
+}
 #else
+ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
 ASKEW_FN float absolute(float a) { return a < 0.f ? -a : (a == 0.f ? 0.f : a); }
 #endif
 ASKEW_FN bool both(bool a, bool b) { return a && b; }
-ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
 #if defined(__CUDA_ARCH__)
 ASKEW_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
 ASKEW_FN float root(float a) { return __fsqrt_rn(a); }

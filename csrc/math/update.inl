@@ -40,6 +40,35 @@ struct AnyOptions {
   ASKEW_INLINE bool skip_nonfinite() const { return hyper.skip_nonfinite; }
 };
 
+// The first half of a step, from the weight alone.
+template <class F>
+struct Placed {
+  Push<F> push;
+  F level;  // nearest level
+};
+
+template <class F, class Grid, class Options>
+ASKEW_FN Placed<F> place_weight(F w, const Row<F, Grid>& row, const Options& o) {
+  const F x = divide(clamp_hull(w, row), row.scale);
+  const F free = F{} - __builtin_inff();
+  if (!o.constrained()) return {{free, F{}, F{}}, row.grid.nearest(x)};
+  const Offset<F> offset = row.grid.offset(x);
+  return {push_of(offset, row.scale.value, o.hyper.eps, o.hyper.alpha, o.hyper.cap), offset.near};
+}
+
+// The second half: the new weight, before it is rounded to its storage type. g becomes -v: w moves by -lr * g.
+template <class Rule, class F, class Grid, class Options>
+ASKEW_FN F move_weight(F w, F& g, F& a, F& b, bool has_a, F kappa, F distance, const Row<F, Grid>& row,
+                       const Options& o) {
+  if (o.clamp()) w = clamp_hull(w, row);
+  if (o.maximize()) g = 0.f - g;
+  if (o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
+  if (o.constrained()) g = skew(g, kappa, distance);
+  if (!o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
+  w = w - o.hyper.lr * g;
+  return o.clamp() ? clamp_hull(w, row) : w;
+}
+
 template <class F>
 struct Stepped {
   F w;        // the new weight, before it is rounded to its storage type
@@ -50,18 +79,7 @@ struct Stepped {
 
 template <class Rule, class F, class Grid, class Options>
 ASKEW_FN Stepped<F> step_weight(F w, F g, F& a, F& b, bool has_a, const Row<F, Grid>& row, const Options& o) {
-  const Hyper& h = o.hyper;
-  const F inside = clamp_hull(w, row), x = divide(inside, row.scale);
-  if (o.clamp()) w = inside;
-  if (o.maximize()) g = 0.f - g;
-  Skewed<F> s{g, F{}};
-  if (o.constrained()) {
-    const Offset<F> offset = row.grid.offset(x);
-    if (o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
-    s = skew(g, offset, row.scale.value, h.eps, h.alpha, h.cap);
-  }
-  if (!o.constrained() || !o.direction()) s.descent = Rule::descent(s.descent, w, a, b, has_a, o);
-  w = w - h.lr * s.descent;
-  if (o.clamp()) w = clamp_hull(w, row);
-  return {w, s.descent, s.excess, row.grid.nearest(x)};
+  const Placed<F> p = place_weight(w, row, o);
+  const F moved = move_weight<Rule>(w, g, a, b, has_a, p.push.kappa, p.push.distance, row, o);
+  return {moved, g, p.push.excess, p.level};
 }
