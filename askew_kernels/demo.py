@@ -385,9 +385,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     console = Console()
     jobs = jobs_for(tasks, widths, seeds)
-    console.print(
-        f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds, {args.workers} processes."
-    )
+    console.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
     results: list[Result] = []
     rows_path = args.out / "accuracy.jsonl"
     columns = (
@@ -418,8 +416,12 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(*_cells(row))
     console.print(table)
     missed = shortfalls(rows)
-    console.print("Falls short: " + "; ".join(missed) if missed else
-                  "The recipe is at or above straight-through everywhere, within 3 points of float from 4 bits to ternary.")  # fmt: skip
+    if missed:
+        console.print("Falls short: " + "; ".join(missed))
+    else:
+        console.print(
+            "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
+        )
     furthest = max((r.moved for r in results if r.method == "hard"), default=0.0)
     console.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.3f} scales.")
     (args.out / "accuracy.md").write_text(markdown(rows) + "\n")

@@ -56,7 +56,13 @@ class Scalar(ctypes.Structure):
 
 
 class Rates(ctypes.Structure):
-    _fields_ = [("lr", Scalar), ("eps", Scalar), ("step", Scalar), ("beta1", ctypes.c_double), ("beta2", ctypes.c_double)]
+    _fields_ = [
+        ("lr", Scalar),
+        ("eps", Scalar),
+        ("step", Scalar),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
+    ]
 
 
 class Hyper(ctypes.Structure):
@@ -70,7 +76,12 @@ class Hyper(ctypes.Structure):
 class UpdateTensor(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()]
-        + [("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64)]
+        + [
+            ("type", ctypes.c_int),
+            ("dequantized_type", ctypes.c_int),
+            ("rows", ctypes.c_int64),
+            ("cols", ctypes.c_int64),
+        ]
         + [("grid", GridArg)]
     )
 
@@ -132,6 +143,13 @@ def same(a, b):
 SHAPES = [(3, 0), (1, 1), (1, 7), (5, 1), (300, 1), (4, 7), (2, 129), (40, 32), (3, 96), (9, 100), (6, 1024),
           (2, 4096), (1, 5003), (1, 20000), (2, 13000)]  # fmt: skip
 
+SHORT = [(3, 0), (1, 1), (4, 7), (2, 129), (40, 32)]
+
+
+def shapes_for(grid):
+    """Every shape for one grid of each kind, some for the others."""
+    return SHAPES if grid in ("uniform4", "binary", "nf4") else SHORT
+
 
 def weights(rows, cols, grid, dtype, seed, spread=1.15):
     """Weights over the hull and a little beyond, many of them on levels and on midpoints, with inf and NaN; scales."""
@@ -157,11 +175,11 @@ CASES = list(itertools.product(GRIDS, TYPES))
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_fake_quantize(kernels, grid, dtype):
-    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 1))):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 1))):
         w, scale = weights(rows, cols, grid, dtype, seed)
         x, _ = guarded(w, shift)
         for out in TYPES if seed % 3 == 0 else [dtype]:
-            for stochastic in (False, True):
+            for stochastic in (False, True) if out == dtype else (False,):
                 y, intact = guarded(torch.full(w.shape, 99.0, dtype=out), shift)
                 assert not kernels.emulated_fake_quantize(
                     pointer(x), TYPES[dtype], pointer(y), TYPES[out], pointer(scale), grid_arg(grid), *matrix(x, scale),
@@ -182,7 +200,7 @@ def test_fake_quantize(kernels, grid, dtype):
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_ste_clip(kernels, grid, dtype):
-    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 3))):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 3))):
         w, scale = weights(rows, cols, grid, dtype, seed, spread=1.5)
         x, _ = guarded(w)
         grad, _ = guarded(torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(dtype), shift)
@@ -190,19 +208,21 @@ def test_ste_clip(kernels, grid, dtype):
         fresh, intact = guarded(torch.full_like(w, 99.0), shift)
         for out in (fresh, grad):  # the last one in place
             assert not kernels.emulated_ste_clip(
-                pointer(grad), pointer(x), TYPES[dtype], pointer(out), pointer(scale), grid_arg(grid), *matrix(x, scale))
+                pointer(grad), pointer(x), TYPES[dtype], pointer(out), pointer(scale), grid_arg(grid), *matrix(x, scale)
+            )
             assert same(out, expected) and intact(), (rows, cols, shift)
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_project_interval(kernels, grid, dtype):
-    for seed, ((rows, cols), shift) in enumerate(itertools.product(SHAPES, (0, 1))):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 1))):
         w, scale = weights(rows, cols, grid, dtype, seed)
         eps = torch.tensor([1.0, 0.5, 1e-3, 1.6e-5][seed % 4], dtype=torch.float64 if seed % 2 else torch.float32)
         x, intact = guarded(w, shift)
         source = Scalar(0, eps.data_ptr(), seed % 2 == 1) if seed % 3 else Scalar(float(eps), None, False)
         assert not kernels.emulated_project_interval(
-            pointer(x), TYPES[dtype], pointer(scale), grid_arg(grid), source, *matrix(x, scale))
+            pointer(x), TYPES[dtype], pointer(scale), grid_arg(grid), source, *matrix(x, scale)
+        )
         expected = w.clone()
         reference.project_interval_(expected, scale, GRIDS[grid][1], GRIDS[grid][0], eps)
         # The radius is computed in float32 here and in float64 there: 4 roundings of it, then the product and sum.
@@ -222,7 +242,8 @@ def test_row_sums(kernels, dtype):
         sums, intact = guarded(torch.full((rows, 3), 99.0))
         if rows:
             assert not kernels.emulated_row_sums(
-                pointer(x), TYPES[dtype], ctypes.c_int64(rows), ctypes.c_int64(cols), pointer(sums))
+                pointer(x), TYPES[dtype], ctypes.c_int64(rows), ctypes.c_int64(cols), pointer(sums)
+            )
             expected = reference.row_sums(x, rows)
             # at most 128 + 5 float additions of positive numbers in a row, doubles from there on
             assert torch.allclose(sums[:, :2], expected[:, :2], rtol=135 * 2.0**-24, atol=0, equal_nan=True)
@@ -290,7 +311,9 @@ def make_problem(specs, o, seed):
         p["grids"].append(GRIDS[grid][0])
         p["dequantized"].append(torch.full((rows, cols), 99.0, dtype=copy) if copy else torch.empty(0))
         p["row_sums"].append(torch.full((rows, 3), 99.0) if sums else torch.empty(0))
-        p["totals"].append(torch.full((6,), 99.0, dtype=torch.float64) if totals else torch.empty(0, dtype=torch.float64))
+        p["totals"].append(
+            torch.full((6,), 99.0, dtype=torch.float64) if totals else torch.empty(0, dtype=torch.float64)
+        )
     return p
 
 
@@ -310,7 +333,9 @@ def run_kernels(kernels, specs, p, o, on_device=False):
         grad, _ = guarded(p["grads"][i], shift)
         inputs.append(grad)
         t = tensors[i]
-        t.w, t.g, t.a, t.b = (pointer(v[i] if isinstance(v, list) else v) for v in (out["params"], grad, out["a"], out["b"]))
+        t.w, t.g, t.a, t.b = (
+            pointer(v[i] if isinstance(v, list) else v) for v in (out["params"], grad, out["a"], out["b"])
+        )
         t.scale = pointer(p["scales"][i])
         t.dequantized, t.row_sums, t.totals = (pointer(out[k][i]) for k in ("dequantized", "row_sums", "totals"))
         t.type, t.dequantized_type = TYPES[dtype], TYPES[copy or torch.float32]
@@ -320,23 +345,40 @@ def run_kernels(kernels, specs, p, o, on_device=False):
     rates = Rates(Scalar(0, None, False), Scalar(0, None, False), Scalar(0, None, False), o["beta1"], o["beta2"])
     if on_device:
         lr, eps, step = torch.tensor(o["lr"]), torch.tensor(o["eps"], dtype=torch.float64), torch.tensor(o["step"])
-        rates.lr, rates.eps, rates.step = Scalar(0, lr.data_ptr(), False), Scalar(0, eps.data_ptr(), True), Scalar(0, step.data_ptr(), False)
+        rates.lr, rates.eps, rates.step = (
+            Scalar(0, lr.data_ptr(), False),
+            Scalar(0, eps.data_ptr(), True),
+            Scalar(0, step.data_ptr(), False),
+        )
         h.lr = h.eps = h.cap = h.bias_correction1 = h.root_bias_correction2 = float("nan")
-    assert not kernels.emulated_update(tensors, ctypes.c_size_t(len(specs)), int(o["adamw"]), ctypes.byref(h), ctypes.byref(rates))
+    assert not kernels.emulated_update(
+        tensors, ctypes.c_size_t(len(specs)), int(o["adamw"]), ctypes.byref(h), ctypes.byref(rates)
+    )
     return out, all(intact() for intact in guards)
 
 
 def run_reference(p, o):
     out = {k: [t.clone() for t in p[k]] for k in WRITTEN}
     lists = [out["params"], p["grads"], out["a"]] + ([out["b"]] if o["adamw"] else [])
-    lists += [p["scales"], p["levels"], [v for g in p["grids"] for v in g], out["dequantized"], out["row_sums"], out["totals"]]
+    lists += [
+        p["scales"],
+        p["levels"],
+        [v for g in p["grids"] for v in g],
+        out["dequantized"],
+        out["row_sums"],
+        out["totals"],
+    ]
     lr, eps = torch.tensor(o["lr"], dtype=torch.float64), torch.tensor(o["eps"], dtype=torch.float64)
     tail = [o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")]
     if o["adamw"]:
         step = torch.tensor(o["step"])
-        reference.skew_adamw_(*lists, step, lr, eps, o["alpha"], o["beta1"], o["beta2"], o["adam_eps"], o["weight_decay"], *tail)
+        reference.skew_adamw_(
+            *lists, step, lr, eps, o["alpha"], o["beta1"], o["beta2"], o["adam_eps"], o["weight_decay"], *tail
+        )
     else:
-        reference.skew_sgd_(*lists, lr, eps, o["alpha"], o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], *tail)
+        reference.skew_sgd_(
+            *lists, lr, eps, o["alpha"], o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], *tail
+        )
     return out
 
 
@@ -357,11 +399,16 @@ def check_update(kernels, specs, o, seed, on_device=False):
                 continue
             a, b = got[k][i].float(), want[k][i].float()
             if terms is None:  # momentum: d, itself skewed, joins the old value
-                terms = p[k][i].float().abs() + b.abs() + p["grads"][i].float().nan_to_num(0, 0, 0).abs() + o["alpha"] * s * GRIDS[grid][2] * 4
+                gradient = p["grads"][i].float().nan_to_num(0, 0, 0).abs()
+                terms = p[k][i].float().abs() + b.abs() + gradient + o["alpha"] * s * GRIDS[grid][2] * 4
             bound = 16 * 2.0**-24 * terms + unit * b.abs()
             assert bool((((a - b).abs() <= bound) | (a == b) | (a.isnan() & b.isnan())).all()), (k, what)
         stored = got["params"][i].float()
-        level = reference.nearest(reference.clamp_hull(stored, s, levels, kind) / s, levels, kind) if stored.numel() else stored
+        level = (
+            reference.nearest(reference.clamp_hull(stored, s, levels, kind) / s, levels, kind)
+            if stored.numel()
+            else stored
+        )
         if copy:
             assert same(got["dequantized"][i], (s * level).to(copy)), what
         if want["row_sums"][i].numel():
@@ -370,10 +417,18 @@ def check_update(kernels, specs, o, seed, on_device=False):
             assert same(sums[:, 2], exact[:, 2]), what
         if want["totals"][i].numel():
             a, b = got["totals"][i], want["totals"][i]
-            # sums of either sign: relative to the sum of magnitudes, whose largest possible cancellation is small here
-            assert torch.allclose(a, b, rtol=1e-3 if unit else 2e-4, atol=1e-3 * max(rows * cols, 1), equal_nan=True), (what, a, b)
-            if not unit:
-                assert torch.equal(a[[0, 5]], b[[0, 5]]), (what, a, b)
+            flips = level != reference.nearest(reference.clamp_hull(w0, s, levels, kind) / s, levels, kind)
+            exact = torch.stack([b[reference.INFEASIBLE], flips.sum().double(), b[reference.NONFINITE]])
+            assert torch.equal(a[[reference.INFEASIBLE, reference.FLIPS, reference.NONFINITE]], exact), (what, a, b)
+            # At most 135 float additions, then doubles; positive terms, but for g v, whose size is at most |g| |v|.
+            gradient_norm = p["grads"][i].double().nan_to_num(0, 0, 0).norm()
+            for k, size in (
+                (reference.VIOLATION, b[reference.VIOLATION]),
+                (reference.VELOCITY2, b[reference.VELOCITY2]),
+                (reference.GRAD_VELOCITY, gradient_norm * b[reference.VELOCITY2].sqrt()),
+            ):
+                close = (a[k] - b[k]).abs() <= 135 * 2.0**-24 * size
+                assert close or a[k] == b[k] or (not b[k].isfinite() and not a[k].isfinite()), (what, k, a, b)
 
 
 def specs_for(dtype, grids, shapes, totals=True):
@@ -386,7 +441,7 @@ def specs_for(dtype, grids, shapes, totals=True):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_update(kernels, name, dtype):
     o = {**DEFAULTS, **OPTIONS[name], "bad_gradients": name in ("skip", "nonfinite", "adamw_direction")}
-    specs = specs_for(dtype, GRIDS, [(1, 7), (2, 129), (40, 32)])
+    specs = specs_for(dtype, GRIDS, [(2, 129), (16, 32)])
     check_update(kernels, specs, o, 7)
 
 
@@ -415,7 +470,11 @@ def test_update_sums_do_not_depend_on_the_list(kernels):
     """The same tensor alone and inside a list: equal bits everywhere."""
     o = {**DEFAULTS, **OPTIONS["momentum"]}
     one = [(3, 4096, "uniform4", torch.float32, 0, torch.bfloat16, True, True)]
-    many = [(2, 64, "uniform4", torch.float32, 0, None, True, True), *one, (5, 7, "nf4", torch.float16, 0, None, True, True)]
+    many = [
+        (2, 64, "uniform4", torch.float32, 0, None, True, True),
+        *one,
+        (5, 7, "nf4", torch.float16, 0, None, True, True),
+    ]
     p = make_problem(many, o, 2)
     alone = {k: v[1:2] for k, v in p.items()}
     a, _ = run_kernels(kernels, one, alone, o)

@@ -56,8 +56,11 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 MARGIN, SENTINEL = 32, 77.0
 
 
-def call(module, name, args, device, offset=0):
-    """Call an operator on copies that stand ``offset`` elements into a marked buffer: (result, arguments after it)."""
+def call(module, name, args, device, offset=0, more_gradients=()):
+    """Call an operator on copies that stand ``offset`` elements into a marked buffer: (result, arguments after it).
+
+    Then again with each of ``more_gradients`` in place of its second argument, everything else staying where it is.
+    """
     buffers = []
 
     def place(value):
@@ -78,6 +81,9 @@ def call(module, name, args, device, offset=0):
 
     placed = [place(value) for value in args]
     result = getattr(module, name)(*placed)
+    for gradients in more_gradients:
+        placed[1] = place(gradients)
+        getattr(module, name)(*placed)
     for buffer, first, n in buffers:
         outside = torch.cat([buffer[:first], buffer[first + n :]])
         assert torch.all(outside == SENTINEL), f"{name} wrote beside a tensor of {n} elements"
@@ -85,7 +91,7 @@ def call(module, name, args, device, offset=0):
 
 
 def serve():
-    """The interpreter's worker: requests (name, args, offset, by pointer) on stdin, answers on the first stdout."""
+    """The interpreter's worker: requests as ``Runner`` sends them on stdin, answers on the first stdout."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to stderr
     from askew_kernels import triton_kernels
@@ -94,7 +100,7 @@ def serve():
     by_value = elementwise.scalar_argument
     while True:
         try:
-            name, args, offset, by_pointer = pickle.load(sys.stdin.buffer)
+            name, args, offset, by_pointer, *more = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         scalar = (lambda t, name: (t, True)) if by_pointer else by_value
@@ -104,7 +110,7 @@ def serve():
                 update.REDUCE, answer = args[0], (None, [])
                 update._plans.clear()
             else:
-                answer = call(triton_kernels, name, args, "cpu", offset)
+                answer = call(triton_kernels, name, args, "cpu", offset, *more)
         except Exception as error:
             answer = error
         pickle.dump(answer, answers)
@@ -125,8 +131,8 @@ class Runner:
     def __init__(self, run):
         self.run = run
 
-    def __call__(self, name, args, offset=0, by_pointer=False):
-        result, after = self.run(name, args, offset, by_pointer)
+    def __call__(self, name, args, offset=0, by_pointer=False, more_gradients=()):
+        result, after = self.run(name, args, offset, by_pointer, more_gradients)
         for old, new in zip(args, after, strict=True):
             for o, n in zip(old, new, strict=True) if isinstance(old, list) else [(old, new)]:
                 if isinstance(o, torch.Tensor) and o.dim():
@@ -154,12 +160,12 @@ def interpreter():
     assert process.wait() == 0
 
 
-def on_gpu(name, args, offset, by_pointer):
+def on_gpu(name, args, offset=0, by_pointer=False, more_gradients=()):
     from askew_kernels import triton_kernels
 
     if by_pointer:
         args = [a.cuda() if isinstance(a, torch.Tensor) and a.dim() == 0 else a for a in args]
-    return call(triton_kernels, name, args, "cuda", offset)
+    return call(triton_kernels, name, args, "cuda", offset, more_gradients)
 
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -202,8 +208,10 @@ def assert_same(got, expected, what=""):
 # ---- elementwise operators ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [(name, torch.float32) for name in GRIDS] + list(itertools.product(["uniform4", "binary", "nf4"], DTYPES[1:])),
+)
 def test_fake_quantize(triton, name, dtype):
     levels, grid = GRIDS[name]
     for k, shape in enumerate(SHAPES):
@@ -246,20 +254,20 @@ def test_straight_through(triton, name, dtype):
         assert_same(g, expected, shape)
 
 
-@pytest.mark.parametrize("by_pointer", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["uniform4", "narrow2", "binary", "nf4"])
-def test_project_interval(triton, name, dtype, by_pointer):
+def test_project_interval(triton, name, dtype):
     levels, grid = GRIDS[name]
     for shape, eps in [((3, 129), 0.3), ((33, 32), 1.6e-5), ((1, 2500), 1.0), ((3, 0), 0.5)]:
         w, s = weights(shape, dtype), scales(shape[0])
         eps = torch.tensor(eps)
         expected = w.clone()
         reference.project_interval_(expected, s, levels, grid, eps)
-        triton.project_interval_(w, s, levels, grid, eps, by_pointer=by_pointer)
-        # The radius has five roundings in the kernel and one in the reference: 6 x 2^-24 of at most Delta/2, then
-        # three roundings of numbers up to |w|, then storage. A bracket is at most 16 |s|; |w| at most 255 |s|.
-        bound = (s * 16).reshape(-1, 1) * 6 * 2.0**-25 + expected.float().abs() * (8 * 2.0**-24 + 2 * ROUNDING[dtype])
+        triton.project_interval_(w, s, levels, grid, eps, by_pointer=shape[1] == 32)
+        # The radius has five roundings in the kernel and one in the reference: 6 x 2^-24 of the reach, radius times a
+        # bracket of at most 2; then three roundings of numbers up to |w|, and storage.
+        reach = 2 * reference.feasible_radius(float(eps)) * s.reshape(-1, 1)
+        bound = reach * 6 * 2.0**-24 + expected.float().abs() * (3 * 2.0**-23 + 2 * ROUNDING[dtype])
         far = (w.float() - expected.float()).abs() > bound
         assert not far.any() and torch.equal(w.isnan(), expected.isnan()), (shape, w[far][:4], expected[far][:4])
 
@@ -405,8 +413,6 @@ STEP_GRIDS = ["uniform4", "uniform4", "narrow2", "uniform4", "uniform4", "binary
         dict(nesterov=True, decay=0.01, clamp=True),
         dict(direction=True, dampening=0.5, decay=0.01, clamp=True),
         dict(maximize=True, eps=1.6e-5, alpha=5.0),
-        dict(eps=1.0, clamp=True),
-        dict(lr=0.0, clamp=True, direction=True),
     ],
     ids=str,
 )
@@ -429,6 +435,11 @@ def test_adamw(triton, options):
 def test_storage_types(triton, dtype, copy, rule):
     problem = Problem([(3, 129), (8, 64)], ["uniform4", "binary"], dtype, copy)
     check_step(triton, problem, rule, clamp=True, decay=0.01)
+
+
+@pytest.mark.parametrize("options", [dict(eps=1.0), dict(lr=0.0, direction=True)], ids=str)
+def test_ends_of_the_schedules(triton, options):
+    check_step(triton, Problem([(3, 129), (8, 64)], ["uniform4", "binary"]), "sgd", clamp=True, **options)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -467,18 +478,24 @@ def test_scalars_on_the_device(triton, rule):
 
 
 def test_one_list_is_many_calls(triton):
-    """Also: the second step with the same tensors and other gradients (plans are kept)."""
-    shapes, grids = [(3, 129), (8, 64), (2, 1100)], ["uniform4", "nf4", "uniform4"]
-    together = Problem(shapes, grids)
+    together = Problem([(3, 129), (8, 64), (2, 1100)], ["uniform4", "nf4", "uniform4"])
     apart = together.copy()
-    for step in range(2):
-        triton(*together.sgd())
-        for i in range(len(shapes)):
-            triton(*apart.only(i).sgd())
-        assert_same_step(together, apart)
-        for i, shape in enumerate(shapes):
-            together.grads[i] = torch.randn(shape, generator=torch.Generator().manual_seed(step))
-            apart.grads[i] = together.grads[i].clone()
+    triton(*together.sgd())
+    for i in range(3):
+        triton(*apart.only(i).sgd())
+    assert_same_step(together, apart)
+
+
+def test_gradients_move_between_steps(triton):
+    """What the device knows of a list is kept; of its gradients, only as long as they stay where they are."""
+    problem = Problem([(8, 64), (3, 40)], ["uniform4"] * 2)
+    expected = problem.copy()
+    more = [[g * k for g in problem.grads] for k in (2, -1, 3)]
+    triton(*problem.sgd(), more_gradients=more)
+    for gradients in [expected.grads, *more]:
+        expected.grads = gradients
+        reference.skew_sgd_(*expected.sgd()[1])
+    assert_same_step(problem, expected)
 
 
 def test_sums_of_many_tiles(interpreter):
@@ -603,6 +620,8 @@ def compile_all():
         driver.set_active(Target(arch))
         report[arch] = {}
         for case, launch in cases.items():
+            if arch == 80 and case not in ("quantize per tensor", "quantize bf16", "sgd, bf16 copy and sums"):
+                continue  # a few of each kind: the compiler's work on the others is the same
             del launched[:]
             launch()
             main = [c for name, c in launched if name not in ("store_addresses_kernel",)]
@@ -677,8 +696,8 @@ class TestGpu:
 
     def test_sums_are_the_same_bits_every_time(self):
         x = torch.randn(3, 1_000_003)
-        first = on_gpu("row_sums", [x, 3], 0, False)[0]
-        assert all(torch.equal(on_gpu("row_sums", [x, 3], 0, False)[0], first) for _ in range(5))
+        first = on_gpu("row_sums", [x, 3])[0]
+        assert all(torch.equal(on_gpu("row_sums", [x, 3])[0], first) for _ in range(5))
 
     def test_more_elements_than_32_bits_count(self):
         if torch.cuda.mem_get_info()[0] < 24 << 30:

@@ -13,6 +13,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops, reference
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
+from ..quant.state import next_scales
 
 FREEZE_SCALE = ("anneal", "init", "never")
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
@@ -166,7 +167,7 @@ class _Skewed(Optimizer):
         rates = [ops.rate_tensor("lr", group["lr"], 0.0), ops.rate_tensor("eps", group["eps"], 0.0, 1.0, True)]
         for (_, clamp, *key), members in buckets.items():
             quantizers = [self._quantizer(group, p) for p in members]
-            scales = [q.next_scale(p) for q, p in zip(quantizers, members, strict=True)]
+            scales = next_scales(quantizers, members)
             states = self._states(group, members)
             copies = [q.copy_to_write(p) for q, p in zip(quantizers, members, strict=True)]
             sums = [q.sums_to_write(p) for q, p in zip(quantizers, members, strict=True)]
@@ -251,7 +252,7 @@ class _Skewed(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave, in the stored types; the model's weights may be loaded first or after."""
+        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after."""
         groups = [
             {**g, "grid": grid_from_dict(g["grid"]) if isinstance(g.get("grid"), dict) else g.get("grid")}
             for g in state_dict["param_groups"]

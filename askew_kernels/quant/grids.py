@@ -5,6 +5,7 @@ Adding a grid is one class here, with ``kind`` as the kernels know it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -32,13 +33,13 @@ class Grid:
     def __init_subclass__(cls) -> None:
         GRIDS[cls.__name__.lower()] = cls
 
-    @property
+    @functools.cached_property
     def c_max(self) -> float:
         """What ``absmax`` maps the largest weight to: c_(K-1), or max |c| where that is not positive."""
         top = self.levels[-1]
         return top if top > 0 else max(abs(c) for c in self.levels)
 
-    @property
+    @functools.cached_property
     def encoding(self) -> list[int]:
         return [self.kind, math.floor(self.levels[0]), math.ceil(self.levels[-1])]
 
@@ -94,7 +95,7 @@ class Uniform(Grid):
         if self.narrow + self.inclusive + (not self.signed) > 1:
             raise ValueError("Uniform: narrow=True, inclusive=True and signed=False exclude each other")
 
-    @property
+    @functools.cached_property
     def levels(self) -> tuple[float, ...]:
         half = 2 ** (self.bits - 1)
         lo, hi = (-half, half - 1) if self.signed else (0, 2 * half - 1)
@@ -107,11 +108,11 @@ class Binary(Grid):
 
     kind: ClassVar[int] = BINARY
 
-    @property
+    @functools.cached_property
     def levels(self) -> tuple[float, ...]:
         return (-1.0, 1.0)
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         return 1
 
@@ -122,11 +123,11 @@ class Ternary(Grid):
 
     kind: ClassVar[int] = UNIFORM
 
-    @property
+    @functools.cached_property
     def levels(self) -> tuple[float, ...]:
         return (-1.0, 0.0, 1.0)
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         return 2
 
@@ -152,7 +153,7 @@ class Codebook(Grid):
             raise ValueError(f"levels: expected strictly ascending float32 numbers, got {values}")
         object.__setattr__(self, "levels", tuple((table + 0.0).tolist()))
 
-    @property
+    @functools.cached_property
     def bits(self) -> int:
         return math.ceil(math.log2(len(self.levels)))
 

@@ -43,22 +43,22 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
 
 
-def _absmax(sums: Tensor, cols: int, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+def _absmax(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
     return sums[:, reference.MAX_ABS] / grid.c_max
 
 
-def _sawb(sums: Tensor, cols: int, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+def _sawb(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
     c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
     clip = c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt() - c2 * sums[:, reference.SUM_ABS] / cols
     return torch.where(clip > 0, clip / grid.c_max, _absmax(sums, cols, grid, None))
 
 
-def _mean(sums: Tensor, cols: int, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+def _mean(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
     return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, reference.SUM_ABS] / cols
 
 
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES: dict[str, Callable[[Tensor, int, Grid, tuple[float, float] | None], Tensor]] = {
+SUM_RULES: dict[str, Callable[[Tensor, int | Tensor, Grid, tuple[float, float] | None], Tensor]] = {
     "absmax": _absmax,
     "sawb": _sawb,
     "mean": _mean,
@@ -82,13 +82,15 @@ def check_rule(rule: str, grid: Grid, sawb_coefficients: tuple[float, float] | N
 
 
 def scale_from_sums(
-    sums: Tensor, cols: int, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None
+    sums: Tensor, cols: int | Tensor, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None
 ) -> Tensor:
-    """Scales (rows,) float32 from row sums (rows, 3) as ``ops.row_sums`` and the update pass give them."""
+    """Scales (rows,) float32 from row sums (rows, 3) as ``ops.row_sums`` and the update pass give them.
+
+    ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors.
+    """
     exact = sums.double()
     amax = exact[:, reference.MAX_ABS]
-    scale = SUM_RULES[rule](exact, max(cols, 1), grid, sawb_coefficients)
-    return _guarded(scale, amax)
+    return _guarded(SUM_RULES[rule](exact, cols, grid, sawb_coefficients), amax)
 
 
 def _guarded(scale: Tensor, amax: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -106,20 +107,8 @@ class WeightQuantizer:
         return self.scale
 
     def next_scale(self, weight: Tensor) -> Tensor:
-        """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands.
-
-        Costs no pass over the weight where the previous step left its sums behind.
-        """
-        self._sync(weight)
-        if not self.frozen:
-            c = self.config
-            if self._sums_valid and self.row_sums is not None and c.scale in SUM_RULES:
-                cols = weight.numel() // max(1, self.rows(weight))
-                self.scale = scale_from_sums(self.row_sums, cols, c.weight, c.scale, c.sawb_coefficients)
-            else:
-                self.scale = self._rule_scale(weight)
-            self._fresh.clear()
-        return self.current_scale(weight)
+        """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands."""
+        return next_scales([self], [weight])[0]
 
     def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
@@ -216,3 +205,36 @@ class WeightQuantizer:
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
         self.restore(state["scale"], state["frozen"])
+
+
+def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
+    """What an update step starts from, for each weight: its frozen scale, or the rule applied to it as it stands.
+
+    Weights whose sums the previous step left behind cost no pass; those with one rule are computed together.
+    """
+    together: dict[Any, list[int]] = {}
+    for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
+        q._sync(w)
+        if q.frozen:
+            continue
+        q._fresh.clear()
+        c = q.config
+        if q._sums_valid and q.row_sums is not None and c.scale in SUM_RULES and w.numel():
+            together.setdefault((c.weight, c.scale, c.sawb_coefficients, w.device), []).append(i)
+        else:
+            q.scale = q._rule_scale(w)
+    for (grid, rule, coefficients, device), members in together.items():
+        sums = [quantizers[i].row_sums for i in members]
+        rows = [len(s) for s in sums]  # type: ignore[arg-type]
+        cols = _cols_of(tuple((n, weights[i].numel() // n) for n, i in zip(rows, members, strict=True)), str(device))
+        scales = scale_from_sums(torch.cat(sums), cols, grid, rule, coefficients).split(rows)  # type: ignore[arg-type]
+        for i, scale in zip(members, scales, strict=True):
+            quantizers[i].scale = scale
+    return [q.current_scale(w) for q, w in zip(quantizers, weights, strict=True)]
+
+
+@functools.lru_cache(maxsize=64)
+def _cols_of(shapes: tuple[tuple[int, int], ...], device: str) -> Tensor:
+    """float64 (sum of rows,): the number of columns that each row has, of matrices with these (rows, cols)."""
+    rows, cols = torch.tensor(shapes, dtype=torch.int64).T
+    return cols.double().repeat_interleave(rows).to(device)

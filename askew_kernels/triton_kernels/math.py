@@ -206,12 +206,12 @@ def project_interval(w, scale, radius, lo, hi, levels, KIND: tl.constexpr, N_LEV
 
 
 @triton.jit
-def skew(g, distance, u, delta, scale, eps, alpha, cap):
-    """The skewed velocity v, with the sign of a gradient, and the excess: (-v, -h).
+def push_of(u, delta, scale, eps, alpha, cap):
+    """What the constraint asks of a weight, whatever its gradient is: (kappa, -h).
 
-    With d = -g, p = 4u (1 - u), h = eps - p^2, |h'| = (8 / Delta) p (1 - 2u), side: towards the nearest level,
-    v = d where h >= 0 or u = 1/2, else side * max(kappa, side * d); kappa = min(alpha (-h) / |h'|, Delta cap),
-    cap = 1 / (4 lr), +inf for lr = 0. A NaN in g survives.
+    With p = 4u (1 - u), h = eps - p^2, |h'| = (8 / Delta) p (1 - 2u): kappa = min(alpha (-h) / |h'|, Delta cap) is the
+    slowest allowed velocity towards the nearest level, -inf where the weight is free (h >= 0 or a midpoint);
+    cap = 1 / (4 lr), +inf for lr = 0.
     """
     p = (4.0 * u) * (1.0 - u)
     excess = tl.where(eps < 1.0, p * p - eps, 0.0)  # at eps = 1 all is feasible, whatever p is rounded to
@@ -219,9 +219,17 @@ def skew(g, distance, u, delta, scale, eps, alpha, cap):
     kappa = divide(excess * (length * (0.125 * alpha)), p * (1.0 - (u + u)))
     limit = length * cap
     kappa = tl.where(kappa < limit, kappa, limit)
-    towards = negate_where_negative(g, distance)  # side * d
-    towards = tl.where((excess > 0.0) & (u < 0.5) & (kappa > towards), kappa, towards)
-    return negate_where_negative(towards, distance), excess
+    return tl.where((excess > 0.0) & (u < 0.5), kappa, float("-inf")), excess
+
+
+@triton.jit
+def skew(g, kappa, distance):
+    """The skewed velocity v = side * max(kappa, side * d), side = towards the nearest level, signed as a gradient.
+
+    That is -v from g = -d; g itself where the weight is free. A NaN in g survives.
+    """
+    towards = negate_where_negative(g, distance)
+    return negate_where_negative(tl.where(kappa > towards, kappa, towards), distance)
 
 
 # ---- update.inl ---------------------------------------------------------------------------------------------------
@@ -288,18 +296,16 @@ def step_weight(
         w = clamp_hull(w, scale, lo, hi)
     x = in_hull(w, scale, lo, hi)
     _, _, distance, u, delta = offset(x, levels, KIND, N_LEVELS)
-    cap = divide(1.0, 4.0 * lr)
+    kappa, excess = push_of(u, delta, scale, eps, alpha, divide(1.0, 4.0 * lr))
     if MAXIMIZE:
         g = 0.0 - g
-    if DIRECTION:
-        g, a, b = base_descent(g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2,
-                               adam_eps, correction1, root_correction2, weight_decay, RULE, HAS_A, DECAY,
-                               NESTEROV)  # fmt: skip
-    descent, excess = skew(g, distance, u, delta, scale, eps, alpha, cap)
     if not DIRECTION:
-        descent, a, b = base_descent(descent, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2,
-                                     one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay, RULE,
-                                     HAS_A, DECAY, NESTEROV)  # fmt: skip
+        g = skew(g, kappa, distance)
+    descent, a, b = base_descent(g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2,
+                                 adam_eps, correction1, root_correction2, weight_decay, RULE, HAS_A, DECAY,
+                                 NESTEROV)  # fmt: skip
+    if DIRECTION:
+        descent = skew(descent, kappa, distance)
     w = w - lr * descent
     if CLAMP:
         w = clamp_hull(w, scale, lo, hi)

@@ -25,6 +25,18 @@ __device__ __forceinline__ float widen_f16(uint16_t half) {
   return r;
 }
 
+// The smaller and the larger of two; NaN where either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, cudaStream_t stream, Args... args) {
   if (blocks == 0) return cudaSuccess;

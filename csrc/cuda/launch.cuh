@@ -8,15 +8,16 @@
 // tensors of a list, and so do the results. Rows that do not start at multiples of 16 bytes (odd cols, shifted views)
 // use the same slots with single-element accesses, neighbours still side by side.
 //
-// MEMORY. On H200 (4.3 TB/s copy, 132 SMs) Little's law asks for 25 to 35 KB in flight per SM. Elementwise passes load
-// 4 slots (64 B a thread and stream) before the first use; at <= 40 registers 1,536 threads are resident, 96 KB per SM.
-// The update loads 2 slots of 2 to 4 streams (64 to 128 B a thread); at <= 85 registers 768 threads, 48 to 96 KB.
+// MEMORY. By Little's law H200 (4.3 TB/s copy, 132 SMs, about 0.75 us) wants some 25 KB of loads in flight per SM for a
+// pure read, 12 KB for a copy, 16 KB for SGD (8 of 12 bytes are loads). Elementwise passes load 4 slots (64 B a thread)
+// before the first use; at <= 80 registers 768 threads are resident: 48 KB. The update loads 1 slot of 2 to 4 streams
+// (32 to 64 B a thread): 24 to 48 KB at <= 80 registers (fp32, 768 threads), 16 to 32 KB at <= 128 (halves, 512).
 // Blocks are not persistent: 16 slots a thread (64 KB of parameters a block) pay for the start of a block, and blocks
 // of all tensors of a list stand in one launch, so no SM waits for another tensor's tail.
-// ARITHMETIC. At 4.3 TB/s an SM has 128 lane-operations for every 18.6 bytes: 55 a weight for an fp32 quantization
-// (8 B), 82 for fp32 SGD (12 B), 138 with momentum (20 B), but only 27 for a bf16 quantization (4 B). Hence division by
-// the scale through its correctly rounded reciprocal (math/scalar.inl) and none of the 64-bit index arithmetic inside
-// slots.
+// ARITHMETIC. At 4.3 TB/s an SM issues 128 lane-operations for every 18.6 bytes: 55 a weight for an fp32 quantization
+// (8 B), 82 for fp32 SGD (12 B), 138 with momentum (20 B), but only 27 for a bf16 quantization (4 B), 41 for bf16 SGD
+// (6 B). Hence division by the scale through its correctly rounded reciprocal (math/scalar.inl), clamps of two
+// instructions, and 32-bit index arithmetic inside a block.
 #pragma once
 #include "intrinsics.cuh"
 #include "launch.h"
@@ -27,6 +28,8 @@ namespace cuda {
 namespace {
 
 #include "../math/scalar.inl"
+// In place of math's template, half its instructions: NaN in x survives as there.
+__device__ __forceinline__ float clamp_between(float x, float lo, float hi) { return max_nan(lo, min_nan(x, hi)); }
 #include "../math/math.inl"
 
 constexpr int kThreads = 256;

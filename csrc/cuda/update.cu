@@ -65,9 +65,8 @@ __device__ __forceinline__ void finish_totals(const Totals& t, double* out) {
 }
 
 template <int T, class Rule, class Grid>
-__global__ void __launch_bounds__(kThreads, 3) update_kernel(const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel(const __grid_constant__ List list) {
   constexpr int kPer = Storage<T>::kPerWord, kWidth = Storage<T>::kPerVector;
-  constexpr int kAhead = 8 / kWidth;  // slots whose loads are under way at once; two of them would spill with halves
   int low = 0, high = list.n - 1;  // the tensor of this block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
@@ -90,70 +89,59 @@ __global__ void __launch_bounds__(kThreads, 3) update_kernel(const __grid_consta
   Walk<T> walk(t.cut, block);
   Sums sums{0, 0, 0};
   Totals totals{};
-  for (int taken = 0; taken < walk.count; taken += kAhead) {
-    Spot spot[kAhead];
-    Words w[kAhead], g[kAhead], a[kAhead], b[kAhead];
-    float scale[kAhead];
+  for (int taken = 0; taken < walk.count; ++taken) {
+    const Spot spot = walk.take(taken);
+    Words w = load(t.w, spot, walk), g = load(t.g, spot, walk), a, b;
+    if (t.a) a = load(t.a, spot, walk);
+    if (t.b) b = load(t.b, spot, walk);
+    const auto row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
+    float copy[kWidth];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      spot[u] = walk.take(taken + u);
-      w[u] = load(t.w, spot[u], walk);
-      g[u] = load(t.g, spot[u], walk);
-      if (t.a) a[u] = load(t.a, spot[u], walk);
-      if (t.b) b[u] = load(t.b, spot[u], walk);
-      scale[u] = spot[u].n ? t.scale[spot[u].row] : 1.f;
-    }
+    for (int q = 0; q < 4; ++q) {
+      Stepped<float> s[kPer];
+      float gradient[kPer], new_w[kPer], new_a[kPer], new_b[kPer];
+      bool finite[kPer];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const auto row = make_row(scale[u], grid);
-      float copy[kWidth];
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        Stepped<float> s[kPer];
-        float gradient[kPer], new_w[kPer], new_a[kPer], new_b[kPer];
-        bool finite[kPer];
-#pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          const float old = Storage<T>::get(w[u].word[q], e);
-          const float old_a = t.a ? Storage<T>::get(a[u].word[q], e) : 0.f, old_b = t.b ? Storage<T>::get(b[u].word[q], e) : 0.f;
-          gradient[e] = Storage<T>::get(g[u].word[q], e);
+      for (int e = 0; e < kPer; ++e) {
+        const float old = Storage<T>::get(w.word[q], e);
+        const float old_a = t.a ? Storage<T>::get(a.word[q], e) : 0.f, old_b = t.b ? Storage<T>::get(b.word[q], e) : 0.f;
+        gradient[e] = Storage<T>::get(g.word[q], e);
+        new_a[e] = old_a;
+        new_b[e] = old_b;
+        s[e] = step_weight<Rule>(old, gradient[e], new_a[e], new_b[e], t.a != nullptr, row, options);
+        finite[e] = absolute(gradient[e]) < __int_as_float(0x7f800000);
+        if (options.skip_nonfinite() && !finite[e]) {
+          s[e].w = old;
+          s[e].descent = 0.f;
           new_a[e] = old_a;
           new_b[e] = old_b;
-          s[e] = step_weight<Rule>(old, gradient[e], new_a[e], new_b[e], t.a != nullptr, row, options);
-          finite[e] = absolute(gradient[e]) < __int_as_float(0x7f800000);
-          if (h.skip_nonfinite && !finite[e]) {
-            s[e].w = old;
-            s[e].descent = 0.f;
-            new_a[e] = old_a;
-            new_b[e] = old_b;
-            gradient[e] = 0.f;
-          }
-          new_w[e] = s[e].w;
+          gradient[e] = 0.f;
         }
-        w[u].word[q] = Storage<T>::put(new_w);
-        if (t.a) a[u].word[q] = Storage<T>::put(new_a);
-        if (t.b) b[u].word[q] = Storage<T>::put(new_b);
+        new_w[e] = s[e].w;
+      }
+      w.word[q] = Storage<T>::put(new_w);
+      if (t.a) a.word[q] = Storage<T>::put(new_a);
+      if (t.b) b.word[q] = Storage<T>::put(new_b);
 #pragma unroll
-        for (int e = 0; e < kPer; ++e) {
-          const int j = q * kPer + e;
-          const bool exists = j < spot[u].n;
-          const float stored = Storage<T>::get(w[u].word[q], e);
-          if (t.sums) add(sums, exists ? stored : 0.f);
-          if (t.dequantized || t.totals) {
-            const float level = nearest_level(stored, row);
-            copy[j] = row.scale.value * level;
-            if (t.totals) add(totals, exists, s[e], gradient[e], finite[e], level != s[e].level);
-          }
+      for (int e = 0; e < kPer; ++e) {
+        const int j = q * kPer + e;
+        const bool exists = j < spot.n;
+        const float stored = Storage<T>::get(w.word[q], e);  // as the next step will read it
+        if (t.sums) add(sums, exists ? stored : 0.f);
+        if (t.dequantized || t.totals) {
+          const float level = nearest_level(stored, row);
+          copy[j] = row.scale.value * level;
+          if (t.totals) add(totals, exists, s[e], gradient[e], finite[e], level != s[e].level);
         }
       }
-      store(t.w, w[u], spot[u], walk);
-      if (t.a) store(t.a, a[u], spot[u], walk);
-      if (t.b) store(t.b, b[u], spot[u], walk);
-      if (t.dequantized) store_as(t.dequantized_type, t.dequantized, copy, spot[u], walk);
-      if (t.sums && spot[u].ends_row) {
-        finish_row(sums, t.cut, spot[u].row, block, t.sums);
-        sums = {0, 0, 0};
-      }
+    }
+    store(t.w, w, spot, walk);
+    if (t.a) store(t.a, a, spot, walk);
+    if (t.b) store(t.b, b, spot, walk);
+    if (t.dequantized) store_as(t.dequantized_type, t.dequantized, copy, spot, walk);
+    if (t.sums && spot.ends_row) {
+      finish_row(sums, t.cut, spot.row, block, t.sums);
+      sums = {0, 0, 0};
     }
   }
   if (t.totals) finish_totals(totals, t.totals + (int64_t)block * kTotals);

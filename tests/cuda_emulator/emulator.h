@@ -232,6 +232,9 @@ inline float widen_f16(uint16_t half) {
   return (float)h;
 }
 
+inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
+inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, cudaStream_t, Args... args) {
   gridDim.x = blocks;

@@ -1,0 +1,42 @@
+"""What every test may ask for: a seeded generator, poisoned memory, a backend that is put back afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from askew_kernels import runtime
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def generator():
+    """The same numbers in every run, whatever other tests drew."""
+    return torch.Generator().manual_seed(20260101)
+
+
+@pytest.fixture
+def poisoned():
+    """``poisoned(shape, dtype)``: memory full of NaN, so that an element nobody wrote shows."""
+
+    def make(shape, dtype=torch.float32):
+        return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+    return make
+
+
+@pytest.fixture(params=["cpp", "reference"])
+def backend(request):
+    """Every CPU implementation in turn (Triton's are in test_triton.py)."""
+    if request.param == "cpp" and runtime._C is None:
+        pytest.skip(f"nothing is compiled: {runtime.why_not_compiled()}")
+    with runtime.use_backend(request.param):
+        yield request.param
