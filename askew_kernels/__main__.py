@@ -7,13 +7,14 @@ Exit codes: 0 done; 1 something failed while it ran (what was finished is kept);
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allocator", default="auto", metavar="NAME",
                         help="default, warm (glibc keeps freed memory; a child process), both; auto (default): both "
                              "where results are fresh tensors and not --quick")  # fmt: skip
+    parser.add_argument("--plain", action="store_true", help="plain lines instead of tables: needs nothing but torch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and goals as JSON")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="write one PNG for each suite")
@@ -157,7 +159,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
     from . import bench
 
     try:
-        bench.need("rich", "bench")
+        if not arguments.plain:
+            bench.need("rich", "bench (without --plain)")
         if arguments.plot:
             bench.need("matplotlib", "--plot")
         plan = plan_bench(arguments)
@@ -204,65 +207,87 @@ def _write(rows: list[Any], arguments: argparse.Namespace) -> None:
         bench.write_atomic(arguments.csv, bench.rows_to_csv(rows))
 
 
-def _measure(plan: list[tuple[str, str]], device: Any, arguments: argparse.Namespace, rows: list[Any]) -> None:
-    """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
+@contextlib.contextmanager
+def _progress(plain: bool, total: int) -> Iterator[Callable[[str | None, int | None], None]]:
+    """A function show(what runs now, cases done), on stderr: a live bar, or with ``plain`` a line for each case."""
+    if plain:
+
+        def show_line(text: str | None, done: int | None) -> None:
+            if done is not None:
+                print(f"{done} of {total} cases", file=sys.stderr, flush=True)
+
+        yield show_line
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+
+        def show_bar(text: str | None, done: int | None) -> None:
+            progress.update(task, description=text, completed=done)
+
+        yield show_bar
+
+
+def _measure(plan: list[tuple[str, str]], device: Any, arguments: argparse.Namespace, rows: list[Any]) -> None:
+    """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
     from . import bench
     from .bench_suites import SUITES
 
     counts = [sum(device.type in entry.devices for entry in SUITES[suite]) for suite, _ in plan]
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=sum(counts))
+    with _progress(arguments.plain, sum(counts)) as show:
         before = 0
         for (suite, allocator), count in zip(plan, counts, strict=True):
 
             def tick(name: str, suite: str = suite, allocator: str = allocator) -> None:
-                progress.update(task, description=f"{suite} ({allocator}): {name}"[:100])
+                show(f"{suite} ({allocator}): {name}"[:100].replace("[", r"\["), None)
 
             run: Callable[..., Any] = bench.run_suite if allocator == bench.allocator_in_use() else bench.run_suite_warm
             seen: list[str] = []
             for row in run(suite, device, arguments.quick, tick):
                 if row.op not in seen:
-                    seen.append(row.op)
-                    progress.update(task, completed=before + len(seen) - 1)
-                    if rows:
+                    if seen:
+                        show(None, before + len(seen))
                         _write(rows, arguments)
+                    seen.append(row.op)
                 rows.append(row)
             before += count
-            progress.update(task, completed=before)
+            show(None, before)
             _write(rows, arguments)
 
 
 def _report(rows: list[Any], arguments: argparse.Namespace) -> None:
     """Tables to stdout, files, plots."""
-    from rich.console import Console
-
     from . import bench
 
     _write(rows, arguments)
     if not rows:
         return
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140  # a file or a CI log
-    console = Console(width=width, highlight=False)
     by_suite: dict[str, list[Any]] = {}
     for r in rows:
         by_suite.setdefault(r.suite, []).append(r)
-    for suite, members in by_suite.items():
-        console.print(bench.suite_table(suite, members))
-        console.print()
-    if (table := bench.goals_table(rows)) is not None:
-        console.print(table)
+    if arguments.plain:
+        print(bench.plain_report(rows))
+    else:
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140  # a file or a CI log
+        console = Console(width=width, highlight=False)
+        for suite, members in by_suite.items():
+            console.print(bench.suite_table(suite, members))
+            console.print()
+        if (table := bench.goals_table(rows)) is not None:
+            console.print(table)
     for suite, members in by_suite.items():
         if arguments.plot and any(r.ratio is not None and r.kind != "ceiling" for r in members):
             path = arguments.plot / f"{suite}.png"
             bench.write_atomic(path, bench.plot_suite(suite, members))
-            console.print(f"wrote {path}", soft_wrap=True)
+            print(f"wrote {path}")
     for path in filter(None, (arguments.json, arguments.csv)):
-        console.print(f"wrote {path}", soft_wrap=True)
+        print(f"wrote {path}")
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class EpsilonAnnealing:
     ``cosine``     eps = (1 + cos(pi j / K)) / 2
     =============  ==================================================================================================
 
-    ``keep_pull``: also set alpha_k = alpha lr_0 / lr_k, so that the pull towards feasibility *per step* stays what it was
+    ``keep_pull``: also set alpha_k = alpha lr_0 / lr_k, so that the pull towards feasibility in one step stays the same
     while the learning rate decays; with a constant alpha and lr -> 0 the weights never arrive at their levels. Call
     ``step()`` after the LR scheduler's.
 

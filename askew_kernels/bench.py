@@ -719,6 +719,26 @@ def suite_table(suite: str, rows: list[Row]) -> Any:
     return table
 
 
+def plain_report(rows: list[Row]) -> str:
+    """The tables as plain lines, for where rich is not installed."""
+    lines = []
+    for case in by_case(rows).values():
+        head = case[0]
+        lines.append(f"{head.suite}: {head.op}, {head.shape} {head.dtype}, {head.device}, {head.allocator} allocator")
+        for r in case:
+            if r.p50 is None:
+                lines.append(f"  {r.impl}: {r.note}")
+                continue
+            parts = [f"{_significant(r.p50)} {r.unit}"]
+            parts += [f"{_significant(r.ratio)} x {r.baseline}"] if r.ratio is not None else []
+            parts += [f"{r.percent_of_copy:.0f} % of copy"] if r.percent_of_copy is not None else []
+            lines.append(f"  {r.impl}: {', '.join(parts)}")
+    for g in goals(rows):
+        measured = "not measured" if g.measured is None else f"{g.measured:.3g}, {'reached' if g.reached else 'MISSED'}"
+        lines.append(f"goal: {g.goal} {g.sense} {g.wanted:g}: {measured}")
+    return "\n".join(lines)
+
+
 def goals_table(rows: list[Row]) -> Any:
     """A rich table: each goal, what was measured, reached or not; None where no goal applies."""
     from rich.table import Table
@@ -818,6 +838,14 @@ def plot_suite(suite: str, rows: list[Row]) -> bytes:
     figure.savefig(out, format="png", dpi=150)
     plt.close(figure)
     return out.getvalue()
+
+
+def demo_table(folder: Path) -> int:
+    """What ``demo`` shows last: every suite at its quick sizes; rows and plots go to ``folder``. An exit code."""
+    from .__main__ import main
+
+    files = ["--json", str(folder / "bench.json"), "--csv", str(folder / "bench.csv"), "--plot", str(folder)]
+    return main(["bench", "--quick", *files])
 
 
 if __name__ == "__main__":  # as a child; the module proper, so that its classes exist once

@@ -25,7 +25,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` as (rows, cols) and ``scale`` as (rows, 1), both in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    return x.detach().reshape(scale.numel(), -1).to(dtype), scale.detach().to(dtype).reshape(-1, 1)
+    rows = scale.numel()
+    matrix = x.detach().reshape(rows, x.numel() // rows if rows else 0)
+    return matrix.to(dtype), scale.detach().to(dtype).reshape(-1, 1)
 
 
 # ---- grids, in grid units (x = w / s) ---------------------------------------------------------------------------
@@ -299,7 +301,8 @@ def skew_adamw_(
         def base(g, w):
             updated[0] = values[0] + (1 - beta1) * (g - values[0])
             updated[1] = beta2 * values[1] + (1 - beta2) * (g * g)
-            v = -(updated[0] / bias_correction1) / (updated[1].sqrt() / root_bias_correction2 + adam_eps)
+            root = updated[1].double().sqrt().to(g.dtype)  # torch's float32 sqrt (MKL) is not correctly rounded
+            v = -(updated[0] / bias_correction1) / (root / root_bias_correction2 + adam_eps)
             return v - weight_decay * w if weight_decay else v
 
         return base

@@ -93,6 +93,7 @@ def main() -> int:
             passed["tests"] = run("tests", command, folder, environment)
     for suite in ("step", "fake_quant"):
         command = [python, "-m", "askew_kernels", "bench", "--device", "cuda", "--suite", suite]
+        command += [] if importlib.util.find_spec("rich") else ["--plain"]
         command += ["--json", str(folder / f"{suite}.json"), "--csv", str(folder / f"{suite}.csv")]
         if importlib.util.find_spec("matplotlib") is not None:
             command += ["--plot", str(folder)]

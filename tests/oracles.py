@@ -164,6 +164,9 @@ def weights_in_brackets(grid, rows, cols, generator, eps=0.3, margin=0.02, outsi
 
 def same_bits(a, b):
     """Equal bit for bit, except that any NaN equals any other."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.isnan(), b.isnan()) and bool(
-        ((a.nan_to_num(0.0) == b.nan_to_num(0.0)) & (torch.signbit(a) == torch.signbit(b)) | a.isnan()).all()
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and bool(((a.nan_to_num(0.0) == b.nan_to_num(0.0)) & (torch.signbit(a) == torch.signbit(b)) | a.isnan()).all())
     )

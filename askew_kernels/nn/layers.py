@@ -98,13 +98,18 @@ class QuantizedLayer(nn.Module):
         self.config = config
         self.quantizer = WeightQuantizer(config)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
-        self.quantizer.tie(self.weight)
+        self._tied()
 
     def _tied(self) -> WeightQuantizer:
         """The quantizer, tied to the weight this module has now (a copied or replaced Parameter is tied anew)."""
-        if WeightQuantizer.of(self.weight) is not self.quantizer and isinstance(self.weight, nn.Parameter):
-            self.quantizer.tie(self.weight)
+        if not isinstance(self.weight, nn.Parameter):  # functional_call, a parametrization: a temporary has no identity
             self.quantizer.invalidate()
+        elif (found := WeightQuantizer.of(self.weight)) is not self.quantizer:
+            if found is not None and found.config == self.config:  # a weight shared with another layer
+                self.quantizer = found
+            else:
+                self.quantizer.tie(self.weight)
+                self.quantizer.invalidate()
         return self.quantizer
 
     @property
@@ -159,7 +164,8 @@ class QuantizedLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if prefix + SCALE_KEY in unexpected_keys:
             unexpected_keys.remove(prefix + SCALE_KEY)
-        self.quantizer.restore(scale, scale is not None)
+        if scale is not None or not self.quantizer.awaits_weights:
+            self.quantizer.restore(scale, scale is not None)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -190,7 +196,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return new.train(linear.training)
 
     def to_float(self) -> nn.Linear:
-        """An nn.Linear with the same Parameter objects (latent weights; ``hard_quantize_`` first to keep the levels)."""
+        """An nn.Linear with the same Parameter objects (the latent weights)."""
         new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         new.weight, new.bias = self.weight, self.bias
         return new.train(self.training)

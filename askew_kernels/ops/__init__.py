@@ -60,7 +60,7 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
         raise TypeError(f"{name}: expected a float tensor, got {scale.dtype}")
     if scale.device != x.device:
         raise ValueError(f"{name}: expected on the device of {x_name} ({x.device}), got {scale.device}")
-    rows, first = scale.numel(), x.shape[0] if x.dim() else 1
+    rows, first = scale.numel(), x.shape[0] if x.dim() > 1 else 1
     fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
     if scale.dim() > 1 or not fits:
         per_group = f" or ({first} * groups,)" if x.dim() > 1 else ""
@@ -232,7 +232,9 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     check_float_tensor("x", x)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 or x.numel() % rows:
         raise ValueError(f"rows: expected a positive divisor of {x.numel()}, got {rows!r}")
-    x = x.detach().contiguous()
+    x = x.detach()
+    order = _layout(x, rows)  # the order in which the update pass sums
+    x = (x if order is None else x.permute(order)).contiguous()
     return runtime.operator("row_sums", x)(x, rows)
 
 
@@ -286,6 +288,10 @@ def _skew_update(
         check_float_tensor(f"params[{i}]", p)
         if p.device != params[0].device:
             raise ValueError(f"params[{i}]: expected on {params[0].device} as params[0], got {p.device}")
+        if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
+            raise TypeError(
+                f"params[{i}]: float64 parameters take a list of their own, got {p.dtype} beside {params[0].dtype}"
+            )
     _check_list("grads", grads, params)
     for key, buffers in states.items():
         if buffers is not None:
@@ -308,6 +314,8 @@ def _skew_update(
         if outs and len(outs) != len(params):
             raise ValueError(f"{key}: expected {len(params)} tensors, got {len(outs)}")
         for i, out in enumerate(outs):
+            if not isinstance(out, Tensor) or out.device != params[i].device:
+                raise TypeError(f"{key}[{i}]: expected a Tensor on {params[i].device}, got {out!r}")
             if tuple(out.shape) != shapes[i] or out.dtype != dtype or not out.is_contiguous():
                 raise ValueError(
                     f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}"
@@ -409,6 +417,8 @@ def skew_adamw_(
     The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
     moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
     """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
     beta1, beta2 = (_number(f"betas[{i}]", b, 0.0) for i, b in enumerate(betas))
     if beta1 >= 1 or beta2 >= 1:
         raise ValueError(f"betas: expected numbers in [0, 1), got {betas}")

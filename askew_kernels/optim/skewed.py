@@ -32,6 +32,7 @@ class _Skewed(Optimizer):
     """
 
     OPERATOR: str
+    TAKES_SPARSE: bool  # in groups without a grid
 
     def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int) -> None:
         if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
@@ -97,7 +98,7 @@ class _Skewed(Optimizer):
         elif found.config.weight != group["grid"]:
             raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
-            found.freeze(p, _fixed_scale(group, p, found.rows(p)))
+            found.freeze(p, _fixed_scale(group, p, found.rows(p)), fixed=True)
         return found
 
     # ---- the step -----------------------------------------------------------------------------------------------
@@ -115,9 +116,11 @@ class _Skewed(Optimizer):
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, params in work:
-            if group["grid"] is None:
-                continue
             self._check_group_rates(group)
+            if group["grid"] is None:
+                if not self.TAKES_SPARSE and any(p.grad.layout != torch.strided for p in params):
+                    raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients")
+                continue
             for p in params:
                 if p.grad.is_sparse or p.grad.layout != torch.strided:
                     raise TypeError(
@@ -144,9 +147,7 @@ class _Skewed(Optimizer):
     def _check_group_rates(self, group: dict[str, Any]) -> None:
         """What schedules and users change between steps."""
         for name, low, high, is_open in (("lr", 0.0, float("inf"), False), ("eps", 0.0, 1.0, True)):
-            value = group[name]
-            if not isinstance(value, Tensor):
-                ops._number(name, value, low, high, is_open)
+            ops.rate_tensor(name, group[name], low, high, is_open)
 
     @staticmethod
     def _annealed(group: dict[str, Any]) -> bool:
@@ -163,9 +164,9 @@ class _Skewed(Optimizer):
             if freeze and not quantizer.frozen and group["freeze_scale"] != "never":
                 quantizer.freeze(p)
             frozen = quantizer.frozen and group["freeze_scale"] != "never"
-            buckets.setdefault((p.device, frozen, *self._bucket(p)), []).append(p)
+            buckets.setdefault((p.device, frozen, p.dtype == torch.float64, *self._bucket(p)), []).append(p)
         rates = [ops.rate_tensor("lr", group["lr"], 0.0), ops.rate_tensor("eps", group["eps"], 0.0, 1.0, True)]
-        for (_, clamp, *key), members in buckets.items():
+        for (_, clamp, _, *key), members in buckets.items():
             quantizers = [self._quantizer(group, p) for p in members]
             scales = next_scales(quantizers, members)
             states = self._states(group, members)
@@ -233,17 +234,7 @@ class _Skewed(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's, plus the scales (with the sums that the next ones come from); grids as plain dicts."""
-        for group in self.param_groups:
-            if group["grid"] is None:
-                continue
-            for p in group["params"]:
-                q = self._quantizer(group, p)
-                for key in _QUANTIZER_KEYS:
-                    self.state[p].pop(key, None)
-                if q.scale is not None:
-                    self.state[p].update(scale=q.scale, scale_frozen=q.frozen)
-                    if not q.frozen and q.row_sums is not None:
-                        self.state[p]["row_sums"] = q.row_sums
+        self._store_scales()
         packed = super().state_dict()
         packed["param_groups"] = [
             {**g, "grid": None if g["grid"] is None else g["grid"].to_dict()} for g in packed["param_groups"]
@@ -276,8 +267,32 @@ class _Skewed(Optimizer):
                 device = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in state.items()}
                 q.restore(device.get("scale"), bool(device.get("scale_frozen")), device.get("row_sums"))
 
+    def _store_scales(self) -> None:
+        """Puts every quantizer's scale into ``state``, where checkpoints and copies of the optimizer find it."""
+        for group in self.param_groups:
+            if group["grid"] is None:
+                continue
+            for p in group["params"]:
+                q = self._quantizer(group, p)
+                for key in _QUANTIZER_KEYS:
+                    self.state[p].pop(key, None)
+                if q.scale is not None:
+                    self.state[p].update(scale=q.scale, scale_frozen=q.frozen)
+                    if not q.frozen and q.row_sums is not None:
+                        self.state[p]["row_sums"] = q.row_sums
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._store_scales()
+        return {**super().__getstate__(), "telemetry_every": self.telemetry_every, "_steps": self._steps}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._totals, self._telemetry_wanted, self._telemetry_step = {}, True, 0
         super().__setstate__(state)
+        for group in self.param_groups:  # a copied parameter has lost its quantizer
+            for p in group["params"] if group["grid"] is not None else []:
+                if WeightQuantizer.of(p) is None and (kept := self.state.get(p)):
+                    q = self._quantizer(group, p)
+                    q.restore(kept.get("scale"), bool(kept.get("scale_frozen")), kept.get("row_sums"))
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -320,6 +335,7 @@ class ASkewSGD(_Skewed):
     """
 
     OPERATOR = "skew_sgd_"
+    TAKES_SPARSE = True
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
@@ -380,6 +396,7 @@ class ASkewAdamW(_Skewed):
     """
 
     OPERATOR = "skew_adamw_"
+    TAKES_SPARSE = False
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8,

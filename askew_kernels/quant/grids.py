@@ -5,7 +5,6 @@ Adding a grid is one class here, with ``kind`` as the kernels know it.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -27,21 +26,20 @@ class Grid:
     """
 
     kind: ClassVar[int]
-    levels: Any  # tuple[float, ...]; a field or a property of each class
+    levels: Any  # tuple[float, ...]
     bits: Any  # int
+    encoding: list[int]
+    c_max: float  # what absmax maps the largest weight to: c_(K-1), or max |c| where that is not positive
 
     def __init_subclass__(cls) -> None:
         GRIDS[cls.__name__.lower()] = cls
 
-    @functools.cached_property
-    def c_max(self) -> float:
-        """What ``absmax`` maps the largest weight to: c_(K-1), or max |c| where that is not positive."""
-        top = self.levels[-1]
-        return top if top > 0 else max(abs(c) for c in self.levels)
-
-    @functools.cached_property
-    def encoding(self) -> list[int]:
-        return [self.kind, math.floor(self.levels[0]), math.ceil(self.levels[-1])]
+    def _describe(self, levels: tuple[float, ...], bits: int) -> None:
+        """Sets what follows from the levels, once: plain attributes, which torch.compile reads without tracing code."""
+        top = levels[-1] if levels[-1] > 0 else max(abs(c) for c in levels)
+        encoding = [self.kind, math.floor(levels[0]), math.ceil(levels[-1])]
+        for name, value in (("levels", levels), ("bits", bits), ("encoding", encoding), ("c_max", top)):
+            object.__setattr__(self, name, value)
 
     def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         return _table((), str(device))
@@ -95,11 +93,9 @@ class Uniform(Grid):
         if self.narrow + self.inclusive + (not self.signed) > 1:
             raise ValueError("Uniform: narrow=True, inclusive=True and signed=False exclude each other")
 
-    @functools.cached_property
-    def levels(self) -> tuple[float, ...]:
         half = 2 ** (self.bits - 1)
         lo, hi = (-half, half - 1) if self.signed else (0, 2 * half - 1)
-        return tuple(float(c) for c in range(lo + self.narrow, hi + 1 + self.inclusive))
+        self._describe(tuple(float(c) for c in range(lo + self.narrow, hi + 1 + self.inclusive)), self.bits)
 
 
 @dataclass(frozen=True)
@@ -108,13 +104,8 @@ class Binary(Grid):
 
     kind: ClassVar[int] = BINARY
 
-    @functools.cached_property
-    def levels(self) -> tuple[float, ...]:
-        return (-1.0, 1.0)
-
-    @functools.cached_property
-    def bits(self) -> int:
-        return 1
+    def __post_init__(self) -> None:
+        self._describe((-1.0, 1.0), bits=1)
 
 
 @dataclass(frozen=True)
@@ -123,13 +114,8 @@ class Ternary(Grid):
 
     kind: ClassVar[int] = UNIFORM
 
-    @functools.cached_property
-    def levels(self) -> tuple[float, ...]:
-        return (-1.0, 0.0, 1.0)
-
-    @functools.cached_property
-    def bits(self) -> int:
-        return 2
+    def __post_init__(self) -> None:
+        self._describe((-1.0, 0.0, 1.0), bits=2)
 
 
 @dataclass(frozen=True, init=False)
@@ -151,11 +137,7 @@ class Codebook(Grid):
             raise ValueError("levels: expected finite float32 numbers, got inf or NaN")
         if not bool((table[1:] > table[:-1]).all()):
             raise ValueError(f"levels: expected strictly ascending float32 numbers, got {values}")
-        object.__setattr__(self, "levels", tuple((table + 0.0).tolist()))
-
-    @functools.cached_property
-    def bits(self) -> int:
-        return math.ceil(math.log2(len(self.levels)))
+        self._describe(tuple((table + 0.0).tolist()), bits=math.ceil(math.log2(len(values))))
 
     def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         return _table(self.levels, str(device))

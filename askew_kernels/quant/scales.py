@@ -50,7 +50,8 @@ def _absmax(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[fl
 def _sawb(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
     c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
     clip = c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt() - c2 * sums[:, reference.SUM_ABS] / cols
-    return torch.where(clip > 0, clip / grid.c_max, _absmax(sums, cols, grid, None))
+    usable = (clip > 0) & clip.isfinite()  # a sum of squares may overflow where max|w| does not
+    return torch.where(usable, clip / grid.c_max, _absmax(sums, cols, grid, None))
 
 
 def _mean(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:

@@ -13,6 +13,7 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class QuantizedParameter(nn.Parameter):
         self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
         torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the plain Parameter that it is; a layer ties it anew."""
+        return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
+
 
 def version_of(weight: Tensor) -> tuple[Any, ...]:
     """Changes whenever the weight's content may have changed."""
@@ -53,6 +58,7 @@ class WeightQuantizer:
         self.config = config
         self.scale: Tensor | None = None
         self.frozen = False
+        self.fixed = False
         self.row_sums: Tensor | None = None
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
@@ -101,6 +107,9 @@ class WeightQuantizer:
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
+        if torch.is_inference_mode_enabled():  # what is kept must serve training too
+            with torch.inference_mode(False):
+                return self.current_scale(weight)
         self._sync(weight)
         if self.scale is None or self.scale.device != weight.device:
             self.scale = self._rule_scale(weight) if self.scale is None else self.scale.to(weight.device)
@@ -110,10 +119,14 @@ class WeightQuantizer:
         """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands."""
         return next_scales([self], [weight])[0]
 
-    def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
+    def freeze(self, weight: Tensor, scale: Tensor | None = None, fixed: bool = False) -> None:
+        """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands.
+
+        ``fixed``: the user's own, which no checkpoint without a scale takes back.
+        """
         if scale is not None:
             self.set_scale(weight, scale)
+            self.fixed = fixed
         else:
             self.next_scale(weight)
         self.frozen = True
@@ -130,12 +143,20 @@ class WeightQuantizer:
 
     def restore(self, scale: Tensor | None, frozen: bool, row_sums: Tensor | None = None) -> None:
         """State from a checkpoint; the weights may be loaded before or after."""
+        if scale is None and self.fixed:
+            self.invalidate()
+            return
         self.scale = None if scale is None else scale.detach().float().reshape(-1).clone()
         self.frozen = frozen and scale is not None
         self.row_sums = None if row_sums is None else row_sums.detach().float().clone()
         self._sums_valid = row_sums is not None
         self._fresh.clear()
         self._version, self._restored = None, row_sums is not None
+
+    @property
+    def awaits_weights(self) -> bool:
+        """Restored from an optimizer's checkpoint, and the weights that it belongs to may still come."""
+        return self._restored
 
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
@@ -146,6 +167,9 @@ class WeightQuantizer:
 
     def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
+        if torch.is_inference_mode_enabled():  # what is kept must serve training too
+            with torch.inference_mode(False):
+                return self.quantized(weight, dtype)
         dtype = dtype or weight.dtype
         scale = self.current_scale(weight)
         self.copy_dtype = dtype
@@ -194,7 +218,7 @@ class WeightQuantizer:
         new = WeightQuantizer(self.config)
         memo[id(self)] = new
         new.scale = None if self.scale is None else self.scale.clone()
-        new.frozen = self.frozen
+        new.frozen, new.fixed = self.frozen, self.fixed
         if not self.frozen and self.row_sums is not None and self._sums_valid:
             new.restore(new.scale, False, self.row_sums)
         return new

@@ -374,15 +374,20 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
       const Stream level = part(trace.level), none{};
       const Stream ahead_a = t.a ? a : g, ahead_b = t.b ? b : g;  // prefetching address 0 costs a failed page walk
       if (totals)
-        for_columns(PlaceLoop<T, Grid, Options, true>{{w_read, kappa, distance, part(trace.excess), level, g, ahead_a, ahead_b}, row, {h}},
-                    base, c, c + n);
+        for_columns(
+            PlaceLoop<T, Grid, Options, true>{
+                {w_read, kappa, distance, part(trace.excess), level, g, ahead_a, ahead_b}, row, {h}},
+            base, c, c + n);
       else if (placed)
-        for_columns(PlaceLoop<T, Grid, Options, false>{{w_read, kappa, distance, none, none, g, ahead_a, ahead_b}, row, {h}}, base, c, c + n);
-      for_columns(MoveLoop<T, Rule, Grid, Options, STATEFUL>{{w, g, a, b, kappa, distance,
-                                                             totals ? part(trace.descent) : none,
-                                                             totals ? part(trace.gradient) : none},
-                                                            row, {h}},
-                  base, c, c + n);
+        for_columns(
+            PlaceLoop<T, Grid, Options, false>{{w_read, kappa, distance, none, none, g, ahead_a, ahead_b}, row, {h}},
+            base, c, c + n);
+      for_columns(
+          MoveLoop<T, Rule, Grid, Options, STATEFUL>{
+              {w, g, a, b, kappa, distance, totals ? part(trace.descent) : none, totals ? part(trace.gradient) : none},
+              row,
+              {h}},
+          base, c, c + n);
       if (totals) {
         for_columns(FlipsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})

@@ -244,7 +244,10 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
     }
   });
   for (const Job& job : jobs) {
-    if (job.row_sums) gather_row_sums(job.tiling, rows.data() + job.partial_rows, job.row_sums);
+    if (job.row_sums && !job.tiling.cols)  // rows without columns
+      std::memset(job.row_sums, 0, job.t.rows * kRowSums * sizeof(float));
+    else if (job.row_sums)
+      gather_row_sums(job.tiling, rows.data() + job.partial_rows, job.row_sums);
     if (job.totals) {
       double s[kTotals] = {};
       const double* part = totals.data() + job.partial_totals;

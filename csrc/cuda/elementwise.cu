@@ -164,9 +164,11 @@ cudaError_t fake_quantize(const void* x, int x_type, void* y, int y_type, const 
   p.cut = cut_for(m, x_type, aligned(x, x_type, per_vector(x_type)) && aligned(y, y_type, per_vector(x_type)));
   const unsigned blocks = (unsigned)blocks_of(p.cut);
   if (stochastic) {
-    ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(grid.kind, return launch((stochastic_kernel<T, Grid>), blocks, kThreads, stream, p)))
+    ASKEW_BY_TYPE(x_type,
+                  ASKEW_BY_GRID(grid.kind, return launch((stochastic_kernel<T, Grid>), blocks, kThreads, stream, p)))
   } else {
-    ASKEW_BY_TYPE(x_type, ASKEW_BY_GRID(grid.kind, return launch((quantize_kernel<T, Grid>), blocks, kThreads, stream, p)))
+    ASKEW_BY_TYPE(x_type,
+                  ASKEW_BY_GRID(grid.kind, return launch((quantize_kernel<T, Grid>), blocks, kThreads, stream, p)))
   }
   return cudaErrorInvalidValue;
 }
@@ -195,7 +197,8 @@ cudaError_t project_interval(void* w, int type, const float* scale, GridArg grid
   p.eps = eps;
   p.cut = cut_for(m, type, aligned(w, type, per_vector(type)));
   const unsigned blocks = (unsigned)blocks_of(p.cut);
-  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(grid.kind, return launch((project_interval_kernel<T, Grid>), blocks, kThreads, stream, p)))
+  ASKEW_BY_TYPE(
+      type, ASKEW_BY_GRID(grid.kind, return launch((project_interval_kernel<T, Grid>), blocks, kThreads, stream, p)))
   return cudaErrorInvalidValue;
 }
 

@@ -141,7 +141,8 @@ struct Walk {
   static constexpr int kWidth = Storage<T>::kPerVector;
   int64_t row, base, row_stride;  // base: index of the row's first element in this block
   int rows_left, rows_step;       // rows_left <= 0: past the last row, of the block or of the matrix
-  int columns, first, col, step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
+  int columns, first, col,
+      step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
   int count, slot, slots, shift;
   bool vectors;
 
@@ -201,8 +202,10 @@ __device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T
 #pragma unroll
     for (int j = 0; j < Storage<T>::kPerVector; ++j)
       if (j < s.n) {
-        if (T == kFloat32) w.word[j / Storage<T>::kPerWord] = ((const uint32_t*)at)[j << walk.shift];
-        else w.word[j / Storage<T>::kPerWord] |= (uint32_t)((const uint16_t*)at)[j << walk.shift] << (16 * (j & 1));
+        if (T == kFloat32)
+          w.word[j / Storage<T>::kPerWord] = ((const uint32_t*)at)[j << walk.shift];
+        else
+          w.word[j / Storage<T>::kPerWord] |= (uint32_t)((const uint16_t*)at)[j << walk.shift] << (16 * (j & 1));
       }
   }
   return w;
@@ -218,8 +221,10 @@ __device__ __forceinline__ void store(void* p, const Words& w, const Spot& s, co
 #pragma unroll
     for (int j = 0; j < Storage<T>::kPerVector; ++j)
       if (j < s.n) {
-        if (T == kFloat32) ((uint32_t*)at)[j << walk.shift] = w.word[j / Storage<T>::kPerWord];
-        else ((uint16_t*)at)[j << walk.shift] = (uint16_t)(w.word[j / Storage<T>::kPerWord] >> (16 * (j & 1)));
+        if (T == kFloat32)
+          ((uint32_t*)at)[j << walk.shift] = w.word[j / Storage<T>::kPerWord];
+        else
+          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(w.word[j / Storage<T>::kPerWord] >> (16 * (j & 1)));
       }
   }
 }
@@ -239,22 +244,28 @@ __device__ __forceinline__ void store_converted(void* p, const float* v, const S
       *(uint2*)at = make_uint2(word[0], word[1]);
     } else {
 #pragma unroll
-      for (int q = 0; q + 3 < kWords; q += 4) ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
+      for (int q = 0; q + 3 < kWords; q += 4)
+        ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < Storage<T>::kPerVector; ++j)
       if (j < s.n) {
-        if (OUT == kFloat32) ((uint32_t*)at)[j << walk.shift] = word[j / Storage<OUT>::kPerWord];
-        else ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / Storage<OUT>::kPerWord] >> (16 * (j & 1)));
+        if (OUT == kFloat32)
+          ((uint32_t*)at)[j << walk.shift] = word[j / Storage<OUT>::kPerWord];
+        else
+          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / Storage<OUT>::kPerWord] >> (16 * (j & 1)));
       }
   }
 }
 template <int T>
 __device__ __forceinline__ void store_as(int type, void* p, const float* v, const Spot& s, const Walk<T>& walk) {
-  if (type == kFloat32) store_converted<kFloat32>(p, v, s, walk);
-  else if (type == kBFloat16) store_converted<kBFloat16>(p, v, s, walk);
-  else store_converted<kFloat16>(p, v, s, walk);
+  if (type == kFloat32)
+    store_converted<kFloat32>(p, v, s, walk);
+  else if (type == kBFloat16)
+    store_converted<kBFloat16>(p, v, s, walk);
+  else
+    store_converted<kFloat16>(p, v, s, walk);
 }
 
 // ---- grids --------------------------------------------------------------------------------------------------
@@ -335,7 +346,8 @@ __device__ __forceinline__ uint32_t max_lanes(uint32_t v, int shift) {
 __device__ __forceinline__ void finish_row(Sums s, const Cut& cut, int64_t row, uint32_t block, void* out) {
   __shared__ double across[kThreads / 32][kRowSums];
   const int shift = cut.team_shift < 5 ? cut.team_shift : 5;
-  double sum[kRowSums] = {add_lanes(s.abs, shift), add_lanes(s.squares, shift), __uint_as_float(max_lanes(s.peak, shift))};
+  double sum[kRowSums] = {add_lanes(s.abs, shift), add_lanes(s.squares, shift),
+                          __uint_as_float(max_lanes(s.peak, shift))};
   bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
   if (cut.team_shift > 5) {
     if (writes)
@@ -352,14 +364,16 @@ __device__ __forceinline__ void finish_row(Sums s, const Cut& cut, int64_t row, 
   }
   if (!writes || row >= cut.rows) return;
   for (int c = 0; c < kRowSums; ++c) {
-    if (cut.pieces > 1) ((double*)out)[(int64_t)block * kRowSums + c] = sum[c];
-    else ((float*)out)[row * kRowSums + c] = (float)sum[c];
+    if (cut.pieces > 1)
+      ((double*)out)[(int64_t)block * kRowSums + c] = sum[c];
+    else
+      ((float*)out)[row * kRowSums + c] = (float)sum[c];
   }
 }
 
 // ---- the second kernel: partial sums put together -------------------------------------------------------------
 
-struct Finish {  // one row of partial sums per output row
+struct Finish {           // one row of partial sums per output row
   const double* partial;  // [rows][parts][width]
   void* out;              // float rows (row sums), or double (totals)
   int64_t parts;
@@ -396,8 +410,10 @@ __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ 
       __syncthreads();
     }
     if (threadIdx.x == 0) {
-      if (f.width == kRowSums) ((float*)f.out)[row * kRowSums + c] = (float)lanes[0];
-      else ((double*)f.out)[c] = lanes[0];
+      if (f.width == kRowSums)
+        ((float*)f.out)[row * kRowSums + c] = (float)lanes[0];
+      else
+        ((double*)f.out)[c] = lanes[0];
     }
     __syncthreads();
   }
@@ -428,17 +444,41 @@ struct Finisher {
 
 // ---- choosing the template ------------------------------------------------------------------------------------
 
-#define ASKEW_BY_TYPE(TYPE, CALL)                                        \
-  switch (TYPE) {                                                        \
-    case kFloat32: { constexpr int T = kFloat32; CALL; break; }          \
-    case kBFloat16: { constexpr int T = kBFloat16; CALL; break; }        \
-    default: { constexpr int T = kFloat16; CALL; break; }                \
+#define ASKEW_BY_TYPE(TYPE, CALL)  \
+  switch (TYPE) {                  \
+    case kFloat32: {               \
+      constexpr int T = kFloat32;  \
+      CALL;                        \
+      break;                       \
+    }                              \
+    case kBFloat16: {              \
+      constexpr int T = kBFloat16; \
+      CALL;                        \
+      break;                       \
+    }                              \
+    default: {                     \
+      constexpr int T = kFloat16;  \
+      CALL;                        \
+      break;                       \
+    }                              \
   }
-#define ASKEW_BY_GRID(KIND, CALL)                                        \
-  switch (KIND) {                                                        \
-    case kUniform: { typedef UniformGrid Grid; CALL; break; }            \
-    case kBinary: { typedef BinaryGrid Grid; CALL; break; }              \
-    default: { typedef SharedCodebook Grid; CALL; break; }               \
+#define ASKEW_BY_GRID(KIND, CALL)  \
+  switch (KIND) {                  \
+    case kUniform: {               \
+      typedef UniformGrid Grid;    \
+      CALL;                        \
+      break;                       \
+    }                              \
+    case kBinary: {                \
+      typedef BinaryGrid Grid;     \
+      CALL;                        \
+      break;                       \
+    }                              \
+    default: {                     \
+      typedef SharedCodebook Grid; \
+      CALL;                        \
+      break;                       \
+    }                              \
   }
 
 }  // namespace cuda

@@ -7,7 +7,8 @@
 #include "../checks.h"
 #include "launch.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 
 namespace askew {
 namespace {
@@ -60,8 +61,9 @@ Tensor fake_quantize(Tensor x, Tensor scale, Tensor levels, std::vector<int64_t>
   const auto m = matrix(x, scale);
   const int type = storage_type(x, "x");
   Tensor y = empty_result(x);
-  check_cuda(cuda::fake_quantize(x.data_ptr(), type, y.data_ptr(), type, scale_pointer(scale), grid_arg(grid, levels), m,
-                                 stochastic, (uint64_t)seed, device.stream), "fake_quantize");
+  check_cuda(cuda::fake_quantize(x.data_ptr(), type, y.data_ptr(), type, scale_pointer(scale), grid_arg(grid, levels),
+                                 m, stochastic, (uint64_t)seed, device.stream),
+             "fake_quantize");
   return y;
 }
 
@@ -81,7 +83,8 @@ void clip_gradient(const Tensor& grad, const Tensor& x, const Tensor& scale, con
   check_like(grad, x, "grad");
   STD_TORCH_CHECK(storage_type(grad, "grad") == type, "grad: expected the dtype of x");
   check_cuda(cuda::ste_clip(grad.data_ptr(), x.data_ptr(), type, out.data_ptr(), scale_pointer(scale),
-                            grid_arg(grid, levels), m, stream), "ste_clip_");
+                            grid_arg(grid, levels), m, stream),
+             "ste_clip_");
 }
 
 Tensor fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor levels, std::vector<int64_t> grid) {
@@ -100,7 +103,8 @@ void project_interval(Tensor w, Tensor scale, Tensor levels, std::vector<int64_t
   const OnDevice device(w);
   const auto m = matrix(w, scale);
   check_cuda(cuda::project_interval(w.data_ptr(), storage_type(w, "w"), scale_pointer(scale), grid_arg(grid, levels),
-                                    scalar(eps, "eps"), m, device.stream), "project_interval_");
+                                    scalar(eps, "eps"), m, device.stream),
+             "project_interval_");
 }
 
 Tensor row_sums(Tensor x, int64_t rows) {
@@ -113,8 +117,9 @@ Tensor row_sums(Tensor x, int64_t rows) {
   const int64_t shape[2] = {rows, (int64_t)kRowSums};
   Tensor out = torch::stable::new_empty(x, {shape, 2}, ScalarType::Float);
   Tensor scratch = scratch_bytes(x, cuda::row_sums_scratch(x.data_ptr(), type, m));
-  check_cuda(cuda::row_sums(x.data_ptr(), type, m, static_cast<float*>(out.data_ptr()), scratch.data_ptr(), device.stream),
-             "row_sums");
+  check_cuda(
+      cuda::row_sums(x.data_ptr(), type, m, static_cast<float*>(out.data_ptr()), scratch.data_ptr(), device.stream),
+      "row_sums");
   return out;
 }
 
@@ -155,7 +160,8 @@ void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rat
       STD_TORCH_CHECK(storage_type(*b, l.b_name) == t.type, l.b_name, ": expected the dtype of the parameter");
       t.b = b->data_ptr();
     }
-    STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b), "exp_avgs, exp_avg_sqs: expected for every parameter");
+    STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b),
+                    "exp_avgs, exp_avg_sqs: expected for every parameter");
     if (const Tensor* copy = present(l.dequantized, i, n, "dequantized")) {
       check_like(*copy, w, "dequantized");
       t.dequantized = copy->data_ptr();
@@ -197,15 +203,27 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
   h.clamp = clamp;
   h.maximize = maximize;
   h.skip_nonfinite = skip_nonfinite;
-  update({params, grads, momentum_buffers, {}, scales, levels, grids, dequantized, row_sums, totals, "momentum_buffers", ""},
+  update({params,
+          grads,
+          momentum_buffers,
+          {},
+          scales,
+          levels,
+          grids,
+          dequantized,
+          row_sums,
+          totals,
+          "momentum_buffers",
+          ""},
          kSgd, h, rates, "skew_sgd_");
 }
 
 void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
                 std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> scales, std::vector<Tensor> levels,
                 std::vector<int64_t> grids, std::vector<Tensor> dequantized, std::vector<Tensor> row_sums,
-                std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1, double beta2,
-                double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize, bool skip_nonfinite) {
+                std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1,
+                double beta2, double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize,
+                bool skip_nonfinite) {
   const cuda::Rates rates{scalar(lr, "lr"), scalar(eps, "eps"), scalar(step, "step"), beta1, beta2};
   Hyper h{};
   set_rates(h, rates.lr.value, rates.eps.value);

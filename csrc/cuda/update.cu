@@ -38,7 +38,8 @@ struct Totals {
   float sum[kTotals];
 };
 
-__device__ __forceinline__ void add(Totals& t, bool exists, const Stepped<float>& s, float gradient, bool finite, bool flip) {
+__device__ __forceinline__ void add(Totals& t, bool exists, const Stepped<float>& s, float gradient, bool finite,
+                                    bool flip) {
   if (!exists) return;
   t.sum[kInfeasible] += s.excess > 0.f ? 1.f : 0.f;
   t.sum[kViolation] += s.excess > 0.f ? s.excess : 0.f;
@@ -70,8 +71,10 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
   int low = 0, high = list.n - 1;  // the tensor of this block
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (blockIdx.x >= list.first_block[middle]) low = middle;
-    else high = middle - 1;
+    if (blockIdx.x >= list.first_block[middle])
+      low = middle;
+    else
+      high = middle - 1;
   }
   const Entry& t = list.entry[low];
   const uint32_t block = blockIdx.x - list.first_block[low];
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
 #pragma unroll
       for (int e = 0; e < kPer; ++e) {
         const float old = Storage<T>::get(w.word[q], e);
-        const float old_a = t.a ? Storage<T>::get(a.word[q], e) : 0.f, old_b = t.b ? Storage<T>::get(b.word[q], e) : 0.f;
+        const float old_a = t.a ? Storage<T>::get(a.word[q], e) : 0.f,
+                    old_b = t.b ? Storage<T>::get(b.word[q], e) : 0.f;
         gradient[e] = Storage<T>::get(g.word[q], e);
         new_a[e] = old_a;
         new_b[e] = old_b;
@@ -246,7 +250,8 @@ cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper&
         }
         if (own == 0) continue;
         list.first_block[list.n] = blocks;
-        list.entry[list.n++] = {t.w, t.g, t.a, t.b, t.scale, t.dequantized, sums, totals, t.grid, cut, t.dequantized_type};
+        list.entry[list.n++] = {t.w,  t.g,    t.a,    t.b, t.scale,           t.dequantized,
+                                sums, totals, t.grid, cut, t.dequantized_type};
         blocks += (uint32_t)own;
       }
       if (list.n) note(launch_update(type, rule, kind, list, blocks, stream));

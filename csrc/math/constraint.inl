@@ -16,11 +16,9 @@ template <class F, class Grid>
 ASKEW_FN F project_interval(F w, const Row<F, Grid>& row, float radius) {
   w = clamp_hull(w, row);
   F x = divide(w, row.scale);
-  Offset<F> o = row.grid.offset(x);
+  Offset<F> o = lower_at_ties(row.grid.offset(x), row.grid);
   F reach = radius * o.delta;
-  F below = select(o.distance > 0.f, o.near, o.far);  // of an exact midpoint, whichever end is called near
-  F target = select(o.u == 0.5f, below + reach, o.near + negate_where_negative(reach, o.distance));
-  return select(o.u > radius, row.scale.value * target, w);
+  return select(o.u > radius, row.scale.value * (o.near + negate_where_negative(reach, o.distance)), w);
 }
 
 // What the constraint asks of a weight, whatever the gradient is.

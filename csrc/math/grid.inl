@@ -23,6 +23,7 @@ ASKEW_FN F clamp_between(F x, F lo, F hi) {
 }
 
 struct UniformGrid {  // consecutive integers lo ... hi
+  static constexpr bool kTiesToEven = true;
   float lo, hi;
   ASKEW_FN UniformGrid make(const GridArg& g) { return {g.lo, g.hi}; }
   ASKEW_INLINE float low() const { return lo; }
@@ -39,6 +40,7 @@ struct UniformGrid {  // consecutive integers lo ... hi
 };
 
 struct BinaryGrid {  // -1, +1
+  static constexpr bool kTiesToEven = false;
   ASKEW_FN BinaryGrid make(const GridArg&) { return {}; }
   ASKEW_INLINE float low() const { return -1.f; }
   ASKEW_INLINE float high() const { return 1.f; }
@@ -54,6 +56,7 @@ struct BinaryGrid {  // -1, +1
 };
 
 struct CodebookGrid {
+  static constexpr bool kTiesToEven = false;
   const float* levels;
   int n;
   ASKEW_FN CodebookGrid make(const GridArg& g) { return {g.levels, g.n_levels}; }
@@ -81,6 +84,14 @@ struct CodebookGrid {
     return {select(x == x, near, x), far, d, select(u > 0.5f, F{} + 0.5f, u), delta};
   }
 };
+
+// An exact midpoint as the lower level's, where `near` is the even one.
+template <class F, class Grid>
+ASKEW_FN Offset<F> lower_at_ties(const Offset<F>& o, const Grid&) {
+  if (!Grid::kTiesToEven) return o;
+  const auto up = both(o.u == 0.5f, o.distance < 0.f);
+  return {select(up, o.far, o.near), select(up, o.near, o.far), select(up, 0.f - o.distance, o.distance), o.u, o.delta};
+}
 
 // What one row shares.
 template <class F, class Grid>

@@ -29,6 +29,6 @@ ASKEW_FN float uniform01(uint32_t bits) { return (float)(bits >> 8) * 5.96046447
 template <class F, class Grid>
 ASKEW_FN F stochastic_level(F w, F uniform, const Row<F, Grid>& row) {
   F x = divide(clamp_hull(w, row), row.scale);
-  Offset<F> o = row.grid.offset(x);
+  Offset<F> o = lower_at_ties(row.grid.offset(x), row.grid);
   return select(both(uniform < o.u, o.u > 0.f), o.far, o.near);
 }

@@ -122,8 +122,8 @@ inline void run_block(int threads, const std::function<void()>& body) {
     f.done = false;
     uintptr_t top = (uintptr_t)(f.stack.data() + kStack) & ~(uintptr_t)15;
     void** sp = (void**)top;
-    *--sp = nullptr;         // keeps the stack aligned as after a call
-    *--sp = (void*)&entry;   // popped by ret
+    *--sp = nullptr;        // keeps the stack aligned as after a call
+    *--sp = (void*)&entry;  // popped by ret
     for (int i = 0; i < 6; ++i) *--sp = nullptr;
     f.sp = sp;
   }

@@ -16,8 +16,8 @@ std::vector<double> poisoned(size_t bytes) {  // scratch that a kernel must writ
 
 extern "C" {
 
-int emulated_fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid, int64_t rows,
-                           int64_t cols, int stochastic, uint64_t seed) {
+int emulated_fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid,
+                           int64_t rows, int64_t cols, int stochastic, uint64_t seed) {
   return cuda::fake_quantize(x, x_type, y, y_type, scale, grid, {rows, cols}, stochastic, seed, nullptr);
 }
 int emulated_ste_clip(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid, int64_t rows,

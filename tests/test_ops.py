@@ -1,0 +1,905 @@
+"""Contract: every operator computes docs/mathematics.md, sections 1 to 3, on both CPU backends.
+
+1. Quantized values equal the float64 oracle (``oracles.py``) exactly: the quotient w/s is rounded to float32 once and
+   everything after it is exact. The C++ loops and the reference agree bit for bit on everything elementwise.
+2. Updates equal the oracle, which works in t, a and b where the library works in u, within a derived bound in float32
+   and to 1e-9 in float64, away from the points where the update is discontinuous (midpoints, h = 0).
+3. The published binary and K-level rules are special cases.
+4. Copies equal ``fake_quantize`` of the new weights, and sums ``row_sums`` of them, bit for bit, in the same pass.
+5. Bad arguments are TypeError/ValueError that begin with the argument's name, before anything is written.
+6. The operators pass ``torch.library.opcheck``; a new lr or eps recompiles nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from oracles import DTYPES, EPSILON, GRANULARITIES, GRIDS, Binary, Codebook, Ternary, Uniform, same_bits
+
+import askew_kernels as ak
+from askew_kernels import ops, reference, runtime
+from askew_kernels.quant import compute_scale
+
+GRID_NAMES = list(GRIDS)
+COLS = (0, 1, 7, 129)
+
+
+def some(shape, dtype, generator, spread=4.0):
+    return (torch.randn(shape, generator=generator) * spread).to(dtype)
+
+
+def scales_for(rows, generator):
+    return torch.rand(rows, generator=generator) * 0.9 + 0.1
+
+
+def to_dtype(values, dtype):
+    """float32 values in a storage type, as torch rounds them."""
+    return values.to(torch.float32).to(dtype)
+
+
+# ---- fake_quantize --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_fake_quantize_equals_the_oracle(name, dtype, backend, generator, poisoned):
+    grid = GRIDS[name]
+    for rows, cols in itertools.product((1, 3), COLS):
+        x = some((rows, cols), dtype, generator)
+        s = scales_for(rows, generator)
+        want = to_dtype(oracles.fake_quantize(x, s, grid), dtype)
+        got = ops.fake_quantize(x, s, grid)
+        assert torch.equal(got, want)
+        out = poisoned((rows, cols), dtype)
+        assert ops.fake_quantize_out_(x, s, grid, out) is out and torch.equal(out, want)
+        for other in DTYPES:
+            out = poisoned((rows, cols), other)
+            ops.fake_quantize_out_(x, s, grid, out)
+            assert torch.equal(out, to_dtype(oracles.fake_quantize(x, s, grid), other))
+
+
+@pytest.mark.parametrize("name", GRID_NAMES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_granularities(name, granularity, backend, generator):
+    grid, group = GRIDS[name], GRANULARITIES[granularity]
+    w = some((4, 3, 2, 2), torch.float32, generator, 1.0)
+    s = compute_scale(w, grid, "absmax", granularity, group)
+    rows = s.numel()
+    want = oracles.fake_quantize(w.reshape(rows, -1), s, grid).reshape(w.shape)
+    assert torch.equal(ops.fake_quantize(w, s, grid), want)
+    if rows == 1:
+        assert torch.equal(ops.fake_quantize(w, s.reshape(()), grid), want)
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_fake_quantize_equals_torch_per_channel(k, backend, generator):
+    """torch multiplies by 1/s; with powers of two as scales that is the same division."""
+    grid = Uniform(k)
+    x = some((4, 33), torch.float32, generator)
+    x[0, :8] = torch.tensor([0.5, -0.5, 1.5, -1.5, 2.5, 0.25, 0.75, -0.25])  # ties
+    s = torch.tensor([1.0, 0.5, 0.25, 2.0])
+    want = torch.fake_quantize_per_channel_affine(
+        x, s, torch.zeros(4, dtype=torch.int32), 0, int(grid.levels[0]), int(grid.levels[-1])
+    )
+    assert torch.equal(ops.fake_quantize(x, s, grid), want)
+
+
+def test_ties(backend):
+    x = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5, -2.5]])
+    assert ops.fake_quantize(x, torch.ones(1), Uniform(4)).tolist() == [[-2, 0, 0, 2, 2, -2]]  # to even
+    assert ops.fake_quantize(torch.tensor([[0.0, -0.0]]), torch.ones(1), Binary()).tolist() == [[-1, -1]]  # lower
+    assert ops.fake_quantize(torch.tensor([[0.5, 1.5]]), torch.ones(1), Codebook([0, 1, 2])).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_special_values(name, backend):
+    grid = GRIDS[name]
+    low, high = grid.levels[0], grid.levels[-1]
+    x = torch.tensor([[math.inf, -math.inf, math.nan, 3e38, -3e38, 1e-45, -0.0, 0.0]])
+    y = ops.fake_quantize(x, torch.tensor([0.5]), grid)[0]
+    half = [float(np.float32(0.5) * np.float32(c)) for c in (high, low)]
+    assert y[:2].tolist() == half and y[2].isnan() and y[3:5].tolist() == half
+    if 0.0 in grid.levels and not isinstance(grid, Codebook):
+        assert y[5:].tolist() == [0, 0, 0] and not torch.signbit(y[5:]).any()  # no level is -0
+
+
+def test_scale_one_denormal_and_huge(backend):
+    for s in (1e-40, 1e-12, 1e30):
+        x = torch.tensor([[0.0, s, -s, 3 * s]])
+        got = ops.fake_quantize(x, torch.tensor([s]), Uniform(4))
+        assert same_bits(got, oracles.fake_quantize(x, torch.tensor([s]), Uniform(4)))
+
+
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_fake_quantize_is_idempotent(name, backend, generator):
+    grid = GRIDS[name]
+    x, s = some((5, 129), torch.float32, generator), scales_for(5, generator)
+    y = ops.fake_quantize(x, s, grid)
+    assert torch.equal(ops.fake_quantize(y, s, grid), y)
+
+
+def layouts(x):
+    """The same values in other memory: (name, tensor)."""
+    yield "transposed", x.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    wide = torch.zeros(*x.shape[:-1], x.shape[-1] * 2, dtype=x.dtype)
+    wide[..., ::2] = x
+    yield "strided", wide[..., ::2]
+    offset = torch.zeros(x.numel() + 1, dtype=x.dtype)
+    offset[1:] = x.flatten()
+    yield "unaligned", offset[1:].view(x.shape)
+    if x.dim() == 4:
+        yield "channels_last", x.clone(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(6, 8), (4, 3, 4, 4), (4, 16, 1, 1)])
+def test_layouts_do_not_matter(shape, granularity, backend, generator):
+    grid = Uniform(4)
+    x, g = some(shape, torch.float32, generator, 0.5), some(shape, torch.float32, generator)
+    s = compute_scale(x, grid, "absmax", granularity, GRANULARITIES[granularity])
+    want_q = ops.fake_quantize(x, s, grid)
+    want_p = ops.project_interval_(x.clone(), s, grid, 0.2)
+    want_c = ops.ste_clip_(g.clone(), x, s * 0.5, grid)
+    w_want, m_want, d_want = x.clone(), torch.zeros_like(x), torch.empty_like(x)
+    stats_want = ops.SkewStats.empty_for([x], [s])
+    options = dict(lr=0.1, eps=0.2, momentum=0.9)
+    ops.skew_sgd_([w_want], [g], [m_want], [s], [grid], dequantized=[d_want], stats=stats_want, **options)
+    for name, view in layouts(x):
+        assert torch.equal(compute_scale(view, grid, "absmax", granularity, GRANULARITIES[granularity]), s), name
+        assert torch.equal(ops.fake_quantize(view, s, grid), want_q), name
+        target = dict(layouts(x))[name]
+        assert ops.project_interval_(target, s, grid, 0.2) is target and torch.equal(target, want_p), name
+        grad = dict(layouts(g))[name]
+        assert torch.equal(ops.ste_clip_(grad, view, s * 0.5, grid), want_c), name
+        assert torch.equal(ops.ste_clip_(g.clone(), view, s * 0.5, grid), want_c), name
+        w, m, d = dict(layouts(x))[name], dict(layouts(torch.zeros_like(x)))[name], torch.empty_like(x)
+        strides = w.stride()
+        stats = ops.SkewStats.empty_for([w], [s])
+        ops.skew_sgd_([w], [dict(layouts(g))[name]], [m], [s], [grid], dequantized=[d], stats=stats, **options)
+        assert w.stride() == strides
+        assert torch.equal(w, w_want) and torch.equal(m, m_want) and torch.equal(d, d_want), name
+        assert torch.equal(stats.row_sums[0], ops.row_sums(w, s.numel())), name
+        # sums in another order: float lanes of 32 terms, then double
+        torch.testing.assert_close(stats.totals[0], stats_want.totals[0], rtol=64 * 2**-24, atol=1e-5)
+
+
+# ---- the gradient ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_straight_through_gradient(name, dtype, backend, generator):
+    grid = GRIDS[name]
+    for rows, cols in itertools.product((1, 3), COLS):
+        x = some((rows, cols), dtype, generator).requires_grad_()
+        s = scales_for(rows, generator)
+        g = some((rows, cols), dtype, generator)
+        ops.fake_quantize(x, s, grid).backward(g)
+        x32 = (x.detach().float() / s[:, None]).numpy().astype(np.float64)
+        inside = torch.from_numpy((x32 >= grid.levels[0]) & (x32 <= grid.levels[-1]))
+        want = torch.where(inside, g, torch.zeros_like(g))
+        assert torch.equal(x.grad, want)
+        clipped = g.clone()
+        assert ops.ste_clip_(clipped, x.detach(), s, grid) is clipped and torch.equal(clipped, want)
+        x.grad = None
+        ops.fake_quantize(x, s, grid, ste_clip=False).backward(g)
+        assert torch.equal(x.grad, g)
+
+
+def test_gradient_at_the_ends_of_the_hull(backend):
+    s = torch.tensor([0.1, 0.3])
+    ends = torch.stack([s * -8, s * 7], 1)
+    quotient = ends / s[:, None]
+    x = torch.cat([ends, torch.nextafter(ends, torch.tensor([-9.0, 9.0]))], 1)
+    # beyond an end means that the float32 quotient is
+    want = ((x / s[:, None] >= -8) & (x / s[:, None] <= 7)).float()
+    assert (quotient == torch.tensor([-8.0, 7.0])).all() and want[:, :2].all()
+    x.requires_grad_()
+    ops.fake_quantize(x, s, Uniform(4)).sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_gradient_of_special_values(backend):
+    x = torch.tensor([[math.inf, -math.inf, math.nan, 0.5]], requires_grad=True)
+    ops.fake_quantize(x, torch.ones(1), Binary()).backward(torch.full((1, 4), 2.0))
+    assert x.grad.tolist() == [[0, 0, 2, 2]]
+    scale = torch.ones(1, requires_grad=True)
+    y = ops.fake_quantize(torch.ones(1, 2), scale, Binary())
+    assert not y.requires_grad and scale.grad is None
+
+
+# ---- stochastic rounding --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_stochastic_rounding_is_unbiased(name, generator):
+    grid = GRIDS[name]
+    levels = torch.tensor(grid.levels)
+    n = 20000
+    x = torch.linspace(float(levels[0]), float(levels[-1]), 23)[:, None].expand(23, n).contiguous()
+    y = ops.fake_quantize(x, torch.tensor(1.0), grid, stochastic=True, seed=12345)
+    assert torch.isin(y, levels).all()
+    t, a, b, _ = oracles.bracket(oracles.as64(x), 1.0, grid.levels)
+    assert ((oracles.as64(y) == a) | (oracles.as64(y) == b)).all()
+    # mean of n Bernoulli: standard deviation Delta sqrt(t(1-t)/n); 5 of them, plus the float32 sum
+    bound = ((b - a) * np.sqrt(t * (1 - t) / n))[:, 0] * 5 + 1e-5 * max(abs(c) for c in grid.levels)
+    assert (np.abs(oracles.as64(y).mean(1) - oracles.as64(x)[:, 0]) <= bound).all()
+
+
+def test_stochastic_rounding_is_reproducible(generator):
+    x = some((3, 129), torch.float32, generator)
+    s = torch.tensor(0.7)
+    first = ops.fake_quantize(x, s, Uniform(4), stochastic=True, seed=7)
+    assert torch.equal(first, ops.fake_quantize(x, s, Uniform(4), stochastic=True, seed=7))
+    assert not torch.equal(first, ops.fake_quantize(x, s, Uniform(4), stochastic=True, seed=8))
+    assert not torch.equal(first, ops.fake_quantize(x, s, Uniform(4), stochastic=True, seed=7 + (1 << 32)))
+    flat = ops.fake_quantize(x.reshape(-1), s, Uniform(4), stochastic=True, seed=7)
+    assert torch.equal(first.reshape(-1), flat)  # the shape does not matter, only the position
+
+
+def test_philox_known_answer():
+    """Salmon et al.'s Random123 vectors for philox4x32-10 with a zero counter and key, and another key's first word."""
+    words = (reference.philox_uniform(0, 4, torch.device("cpu")).double() * 2**24).long().tolist()
+    assert words == [w >> 8 for w in (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_stochastic_rounding_of_the_backends_is_equal(name, dtype, generator):
+    grid = GRIDS[name]
+    for cols in COLS:
+        x, s = some((3, cols), dtype, generator), scales_for(3, generator)
+        got = ops.fake_quantize(x, s, grid, stochastic=True, seed=2**62 + 5)
+        with runtime.use_backend("reference"):
+            assert torch.equal(got, ops.fake_quantize(x, s, grid, stochastic=True, seed=2**62 + 5))
+
+
+# ---- the projection -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", GRID_NAMES)
+@pytest.mark.parametrize("eps", [1.0, 0.9, 0.25, 1e-3, 1.6e-5])
+def test_projection(name, dtype, eps, backend, generator):
+    """Idempotent, feasible and nearest within rounding: w is one rounding (of its storage type) and t's numerator
+    |w| 2^-22 from the exact answer, in brackets of length Delta."""
+    grid = GRIDS[name]
+    levels = np.array(grid.levels)
+    for cols in COLS:
+        w, s = some((3, cols), dtype, generator), scales_for(3, generator)
+        before = oracles.as64(w)
+        s64 = oracles.as64(s)[:, None]
+        got = ops.project_interval_(w.clone(), s, grid, eps)
+        if not cols:
+            continue
+        rounding = (EPSILON[dtype] + 2**-21) * s64 * np.abs(levels).max() * 1.5
+        r = (1 - math.sqrt(1 - math.sqrt(float(np.float32(eps))))) / 2
+        t, a, b, _ = oracles.bracket(oracles.clamp(before, s64, levels), s64, levels)
+        u = np.minimum(t, 1 - t)
+        clamped = oracles.clamp(before, s64, levels)
+        target = np.where(u <= r, clamped, np.where(t <= 0.5, a + r * (b - a), b - r * (b - a)))
+        near_midpoint = np.abs(t - 0.5) * (b - a) <= rounding  # either side is as near
+        error = np.abs(oracles.as64(got) - target)
+        error = np.where(near_midpoint, np.minimum(error, np.abs(oracles.as64(got) - (a + b - target))), error)
+        assert (error <= rounding).all()
+        again = ops.project_interval_(got.clone(), s, grid, eps)
+        if dtype == torch.float32:
+            assert (np.abs(oracles.as64(again) - oracles.as64(got)) <= rounding).all()
+        if eps == 1.0:
+            inside = torch.from_numpy((before >= s64 * levels[0]) & (before <= s64 * levels[-1]))
+            assert torch.equal(got[inside], w[inside])
+
+
+def test_midpoint_goes_down(backend):
+    s = torch.ones(1)
+    for grid in (Uniform(4), Codebook([-8.0, *range(-7, 8)])):
+        w = torch.tensor([[-1.5, -0.5, 0.5, 1.5, 2.5]])
+        ops.project_interval_(w, s, grid, 1e-4)
+        assert w.round().tolist() == [[-2, -1, 0, 1, 2]]
+    w = torch.tensor([[0.0, -0.0]])
+    ops.project_interval_(w, s, Binary(), 1e-4)
+    assert (w < -0.9).all()
+
+
+def test_projection_of_special_values(backend):
+    w = torch.tensor([[math.inf, -math.inf, math.nan]])
+    ops.project_interval_(w, torch.tensor([0.5]), Uniform(4), 0.3)
+    assert w[0, :2].tolist() == [3.5, -4.0] and w[0, 2].isnan()
+
+
+# ---- row_sums -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 129), (2, 5000), (1, 70000), (3, 0)])
+def test_row_sums(shape, dtype, backend, generator):
+    """Per lane at most 32 float additions before a double takes over: relative error below 33 roundings."""
+    x = some(shape, dtype, generator)
+    got = ops.row_sums(x, shape[0])
+    assert got.shape == (shape[0], 3) and got.dtype == torch.float32
+    m = np.abs(oracles.as64(x))
+    want = np.stack([m.sum(1), (m * m).sum(1), m.max(1, initial=0)], 1)
+    assert (np.abs(got.numpy() - want) <= 35 * 2**-24 * want).all()
+    assert torch.equal(got[:, 2].double(), torch.from_numpy(want[:, 2]))
+
+
+def test_row_sums_of_special_values(backend):
+    x = torch.tensor([[1.0, math.nan, 2.0], [math.inf, 1.0, 0.0], [1.0, 2.0, -3.0]])
+    got = ops.row_sums(x, 3)
+    assert got[0].isnan().all() and got[1].tolist() == [math.inf] * 3 and got[2].tolist() == [6, 14, 3]
+
+
+# ---- the updates against the oracle ----------------------------------------------------------------------------------
+
+SGD_CASES = [
+    {},
+    dict(momentum=0.9),
+    dict(momentum=0.9, nesterov=True),
+    dict(momentum=0.8, dampening=0.3),
+    dict(weight_decay=0.1),
+    dict(momentum=0.9, weight_decay=0.1, nesterov=True, skew="direction"),
+    dict(momentum=0.9, skew="direction", maximize=True),
+    dict(maximize=True, weight_decay=0.1),
+    dict(clamp=False, outside=0.3),
+    dict(clamp=False, outside=0.3, momentum=0.9, skew="direction"),
+    dict(alpha=0.3),
+    dict(alpha=0.0),
+    dict(alpha=5.0, lr=1e-4),
+    dict(lr=2.0),
+    dict(lr=0.0, momentum=0.9),
+]
+OPERATOR_NAMES = {"skew": "direction", "clamp": "clamped"}
+
+
+def update_case(grid, case, generator, dtype, cols=37):
+    case = dict(case)
+    outside = case.pop("outside", 0.0)
+    case.setdefault("lr", 0.1)
+    case.setdefault("eps", 0.3)
+    x = oracles.weights_in_brackets(grid, 4, cols, generator, case["eps"], outside=outside)
+    s = scales_for(4, generator)
+    w = (x * s.double()[:, None]).to(dtype)
+    g, m, v = (torch.randn(4, cols, generator=generator).to(dtype) for _ in range(3))
+    expected = {OPERATOR_NAMES.get(k, k): a for k, a in case.items()}
+    if "direction" in expected:
+        expected["direction"] = expected["direction"] == "direction"
+    return case, expected, w, g, m, v.abs(), s, oracles.as64(s)[:, None]
+
+
+def bound_of(dtype, grid, lr, v, w, s):
+    """|error of the new w|: t is off by (|x| + 1) 2^-23 in float32, so kappa, which is proportional to h / |h'|, by
+    3.1 dt / 0.02 + 2 dt / 0.04 relative where |h| > 0.02 and |t - 1/2| > 0.02; lr kappa <= Delta / 4; the other terms
+    are a dozen roundings of w and of lr v."""
+    if dtype == torch.float64:
+        return 1e-9 * (1 + np.abs(w) + lr * np.abs(v))
+    levels = np.array(grid.levels)
+    dt = (np.abs(levels).max() / np.diff(levels).min() + 1) * 2**-22
+    kappa = (155 + 50) * dt * np.diff(levels).max() * s / 4
+    return kappa + 12 * 2**-24 * (np.abs(w) + lr * np.abs(v) + 1)
+
+
+@pytest.mark.parametrize("case", SGD_CASES, ids=str)
+@pytest.mark.parametrize("name", ["uniform4", "uniform2", "narrow3", "binary", "ternary", "powers", "two"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_skew_sgd_equals_the_oracle(name, dtype, case, backend, generator):
+    grid = GRIDS[name]
+    case, expected, w, g, m, _, s, s64 = update_case(grid, case, generator, dtype)
+    want, buffer, v, _ = oracles.sgd_step(
+        oracles.as64(w), oracles.as64(g), oracles.as64(m), s64, np.array(grid.levels), **expected
+    )
+    new, new_m = w.clone(), m.clone()
+    ops.skew_sgd_([new], [g], [new_m] if case.get("momentum") else None, [s], [grid], **case)
+    bound = bound_of(dtype, grid, case["lr"], v, oracles.as64(w), s64)
+    assert (np.abs(oracles.as64(new) - want) <= bound).all()
+    if case.get("momentum"):
+        # the buffer holds v itself: kappa's error without lr
+        assert (np.abs(oracles.as64(new_m) - buffer) <= bound / max(case["lr"], 1e-1) + 1e-5 * np.abs(buffer)).all()
+    if case["lr"] == 0 and case.get("clamp", True):
+        assert torch.equal(new, w)
+
+
+ADAM_CASES = [
+    {},
+    dict(step=7, weight_decay=0.1),
+    dict(step=3, skew="direction"),
+    dict(step=2, skew="direction", weight_decay=0.1, maximize=True),
+    dict(step=100, betas=(0.5, 0.7), adam_eps=1e-3, alpha=2.0),
+    dict(clamp=False, outside=0.3),
+]
+
+
+@pytest.mark.parametrize("case", ADAM_CASES, ids=str)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "ternary", "powers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_skew_adamw_equals_the_oracle(name, dtype, case, backend, generator):
+    grid = GRIDS[name]
+    case = {"step": 1, "weight_decay": 0.0, **case}
+    case, expected, w, g, m, v2, s, s64 = update_case(grid, case, generator, dtype)
+    v2 = v2 + 0.1  # away from 0, where the quotient amplifies rounding
+    want, first, second, v, _ = oracles.adamw_step(
+        oracles.as64(w), oracles.as64(g), oracles.as64(m), oracles.as64(v2), s64, np.array(grid.levels), **expected
+    )
+    new, new_m, new_v = w.clone(), m.clone(), v2.clone()
+    ops.skew_adamw_([new], [g], [new_m], [new_v], [s], [grid], **{**case, "step": float(case["step"])})
+    # the base rule's quotient: d step / d g <= (1 - b1) / bias1 / sqrt(v2) + |m| ... <= 10 here; float32 constants
+    bound = bound_of(dtype, grid, case["lr"], v, oracles.as64(w), s64)
+    assert (np.abs(oracles.as64(new) - want) <= 10 * bound).all()
+    for got, exact in ((new_m, first), (new_v, second)):
+        relative = 1e-9 if dtype == torch.float64 else 2e-3
+        assert (np.abs(oracles.as64(got) - exact) <= relative * (1 + np.abs(exact))).all()
+
+
+def test_published_binary_rule(backend, generator):
+    """ASkewSGD's binary constraint eps - (w^2 - 1)^2, its own derivative, and its case distinction, scale 1."""
+    eps, alpha, lr = 0.2, 0.7, 0.01
+    w = torch.rand(2000, generator=generator, dtype=torch.float64) * 2 - 1
+    g = torch.randn(2000, generator=generator, dtype=torch.float64)
+    h, slope = eps - (w**2 - 1) ** 2, -4 * w * (w**2 - 1)
+    keep = (h.abs() > 1e-3) & (w.abs() > 0.02)
+    w, g, h, slope = (t[keep] for t in (w, g, h, slope))
+    feasible_direction = (h >= 0) | (slope * -g >= -alpha * h)
+    v = torch.where(feasible_direction, -g, -alpha * h / slope)  # else the smallest push that satisfies it
+    capped = (h < 0) & ~feasible_direction & (v.abs() > 2 / (4 * lr))
+    assert not capped.any() and (~feasible_direction).sum() > 100
+    new = w.clone()[None]
+    ops.skew_sgd_([new], [g[None]], None, [torch.ones(1)], [Binary()], lr=lr, eps=eps, alpha=alpha, clamp=False)
+    torch.testing.assert_close(new[0], w + lr * v, rtol=0, atol=2e-8)  # eps itself is a double here
+
+
+def test_published_k_level_rule(backend, generator):
+    """eps_p - (w - a)^2 (w - b)^2 on the integers, with eps_p = eps / 16 and alpha_p = alpha."""
+    eps, alpha, lr = 0.3, 1.0, 0.01
+    w = torch.rand(4000, generator=generator, dtype=torch.float64) * 15 - 8
+    a, b = w.floor(), w.floor() + 1
+    h = eps / 16 - (w - a) ** 2 * (w - b) ** 2
+    slope = -2 * (w - a) * (w - b) * (2 * w - a - b)
+    keep = (h.abs() > 1e-4) & ((w - a - 0.5).abs() > 0.02)
+    g = torch.randn(4000, generator=generator, dtype=torch.float64)
+    w, g, h, slope = (t[keep] for t in (w, g, h, slope))
+    satisfied = (h >= 0) | (slope * -g >= -alpha * h)
+    v = torch.where(satisfied, -g, -alpha * h / slope)
+    assert (v[~satisfied].abs() < 1 / (4 * lr)).all() and (~satisfied).sum() > 100
+    new = w.clone()[None]
+    ops.skew_sgd_([new], [g[None]], None, [torch.ones(1)], [Uniform(4)], lr=lr, eps=eps, alpha=alpha, clamp=False)
+    torch.testing.assert_close(new[0], w + lr * v, rtol=0, atol=2e-8)
+
+
+def test_midpoints_and_levels_are_free(backend):
+    w = torch.tensor([[-1.0, -0.5, 0.0, 0.5, 1.0, 1.5]])
+    g = torch.full((1, 6), 0.25)
+    for grid in (Uniform(4), Codebook(range(-8, 8))):
+        new = w.clone()
+        ops.skew_sgd_([new], [g], None, [torch.ones(1)], [grid], lr=0.5, eps=0.1)
+        assert torch.equal(new, w - 0.125)
+
+
+def test_the_cap(backend):
+    """Next to a midpoint kappa is huge: the displacement stops at a quarter of the bracket, at any lr."""
+    for lr in (1e-3, 1.0, 1e4):
+        w = torch.tensor([[0.4999, 0.5001, -0.4999, -0.5001]])
+        ops.skew_sgd_([w], [torch.zeros(1, 4)], None, [torch.ones(1)], [Uniform(4)], lr=lr, eps=0.01, alpha=1e9)
+        torch.testing.assert_close(w, torch.tensor([[0.2499, 0.7501, -0.2499, -0.7501]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("operator", ["sgd", "adamw"])
+def test_zero_lr_moves_nothing(operator, backend, generator):
+    for name in GRID_NAMES:
+        w = oracles.weights_in_brackets(GRIDS[name], 2, 33, generator).float()
+        new, g = w.clone(), torch.randn(2, 33, generator=generator)
+        common = dict(lr=0.0, eps=0.01)
+        if operator == "sgd":
+            ops.skew_sgd_([new], [g], None, [torch.ones(1)], [GRIDS[name]], **common)
+        else:
+            m, v = torch.zeros_like(w), torch.zeros_like(w)
+            ops.skew_adamw_([new], [g], [m], [v], [torch.ones(1)], [GRIDS[name]], step=1.0, **common)
+        assert torch.equal(new, w)
+
+
+# ---- backends, copies and sums ---------------------------------------------------------------------------------------
+
+
+def run_update(operator, w, g, s, grid, dtype_of_copy, **options):
+    """(new w, state…, copy, row sums, totals) on clones."""
+    new, m, v = w.clone(), w.clone() * 0.5, w.clone().abs() + 0.1
+    copy = torch.full(w.shape, math.nan, dtype=dtype_of_copy)
+    stats = ops.SkewStats.empty_for([w], [s])
+    for out in (*stats.row_sums, *stats.totals):
+        out.fill_(math.nan)
+    common = dict(dequantized=[copy], stats=stats, **options)
+    if operator == "sgd":
+        ops.skew_sgd_([new], [g], [m], [s], [grid], momentum=0.9, **common)
+        v = torch.zeros_like(v)
+    else:
+        ops.skew_adamw_([new], [g], [m], [v], [s], [grid], step=3.0, **common)
+    return new, m, v, copy, stats.row_sums[0], stats.totals[0]
+
+
+OPTIONS = [
+    dict(eps=1.0, clamp=False), dict(eps=0.3), dict(eps=0.05, skew="direction", weight_decay=0.01),
+    dict(eps=0.3, maximize=True, skip_nonfinite=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("name", GRID_NAMES)
+def test_update_everywhere(name, granularity, dtype, generator):
+    """Every grid x granularity x dtype: cpp and reference bit for bit; copies and sums as the operators give them."""
+    grid, group = GRIDS[name], GRANULARITIES[granularity]
+    for cols, operator in itertools.product((4, 8, 132), ("sgd", "adamw")):
+        w = some((3, cols), dtype, generator, 0.5)
+        g = some((3, cols), dtype, generator, 0.3)
+        if cols == 132:
+            g[0, 3], g[1, 5], g[2, 131], w[2, 7] = math.inf, math.nan, -math.inf, math.nan
+        s = compute_scale(w, grid, "absmax", granularity, group)
+        s = torch.where(s == 1, torch.full_like(s, 0.25), s)
+        for i, options in enumerate(OPTIONS):
+            copy_dtype = DTYPES[i % 3]
+            results = {}
+            for backend in ("cpp", "reference"):
+                with runtime.use_backend(backend):
+                    results[backend] = run_update(operator, w, g, s, grid, copy_dtype, lr=0.07, **options)
+                    new, _, _, copy, row_sums, _ = results[backend]
+                    assert same_bits(row_sums, ops.row_sums(new, s.numel()))
+                    out = torch.full(w.shape, math.nan, dtype=copy_dtype)
+                    assert same_bits(copy, ops.fake_quantize_out_(new, s, grid, out))
+                    if copy_dtype == dtype:
+                        assert same_bits(copy, ops.fake_quantize(new, s, grid))
+            for part, a, b in zip(("w", "m", "v", "copy"), *(r[:4] for r in results.values()), strict=True):
+                assert same_bits(a, b), (part, cols, operator, options, (a - b).abs().max())
+            sums, want = (r[5] for r in results.values())
+            assert torch.equal(sums[[0, 4, 5]], want[[0, 4, 5]])  # counts are exact
+            if cols < 132:  # the others: 32 float additions at most per lane, over terms of either sign (g v)
+                torch.testing.assert_close(sums, want, rtol=64 * 2**-24, atol=64 * 2**-24 * float(want[2] + 1))
+
+
+@pytest.mark.parametrize("operator", ["sgd", "adamw"])
+def test_empty_updates(operator, backend):
+    for shape, rows in (((3, 0), 3), ((3, 0), 1), ((0, 5), 1), ((0,), 1)):
+        w = torch.empty(shape)
+        *_, row_sums, totals = run_update(
+            operator, w, w.clone(), torch.ones(rows), Uniform(4), torch.float32, lr=0.1, eps=0.1
+        )
+        assert (row_sums == 0).all() and (totals == 0).all()  # both were NaN
+
+
+@pytest.mark.parametrize("name", ["uniform4", "binary", "powers"])
+def test_totals_against_float64(name, backend, generator):
+    """Counts exactly, sums within 40 float32 roundings of each term; velocity and h from the oracle."""
+    grid = GRIDS[name]
+    case, expected, w, g, _, _, s, s64 = update_case(grid, dict(lr=0.2), generator, torch.float32, cols=1000)
+    new = w.clone()
+    stats = ops.SkewStats.empty_for([w], [s])
+    ops.skew_sgd_([new], [g], None, [s], [grid], stats=stats, **case)
+    w64, g64 = oracles.as64(w), oracles.as64(g)
+    _, _, v, h = oracles.sgd_step(w64, g64, 0, s64, np.array(grid.levels), **expected)
+    got = dict(zip(ops.SkewStats.NAMES, stats.totals[0].tolist(), strict=True))
+    assert got["infeasible"] == (h < 0).sum() > 0
+    assert got["nonfinite"] == 0
+    flips = (oracles.as64(oracles.fake_quantize(w, s, grid)) != oracles.as64(oracles.fake_quantize(new, s, grid))).sum()
+    assert got["flips"] == flips > 0
+    assert got["violation"] == pytest.approx(np.maximum(0, -h).sum(), rel=1e-4)
+    assert got["velocity_squared"] == pytest.approx((v * v).sum(), rel=1e-3)
+    assert got["grad_velocity"] == pytest.approx((g64 * v).sum(), abs=1e-3 * np.abs(g64 * v).sum())
+
+
+def test_nonfinite_gradients(backend):
+    """Without skip: what torch.optim.SGD does (NaN weights). With it: those elements are left alone, and counted."""
+    w = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    g = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]])
+    for eps in (1.0, 0.1):
+        new, m = w.clone(), torch.zeros(1, 4)
+        stats = ops.SkewStats.empty_for([w], [torch.ones(1)])
+        options = dict(lr=0.1, eps=eps, momentum=0.9, clamp=False, stats=stats)
+        ops.skew_sgd_([new], [g], [m], [torch.ones(1)], [Uniform(4)], **options)
+        assert new[0, 0].isnan() and stats.totals[0][5] == 3
+        if eps == 1:
+            assert new[0, 1] == -math.inf and new[0, 2] == math.inf
+        new, m = w.clone(), torch.full((1, 4), 0.5)
+        ops.skew_sgd_([new], [g], [m], [torch.ones(1)], [Uniform(4)], skip_nonfinite=True, **options)
+        assert torch.equal(new[0, :3], w[0, :3]) and (m[0, :3] == 0.5).all() and new[0, 3] != w[0, 3]
+        assert stats.totals[0][5] == 3 and stats.totals[0].isfinite().all()
+
+
+def test_tensor_lists_equal_single_calls(backend, generator):
+    shapes = [(3, 7), (1, 129), (2, 0), (5, 1), (4, 40), (1, 40000)]
+    grids = [Uniform(4), Binary(), Ternary(), Codebook(oracles.NF4), Uniform(2), Uniform(8)]
+    ws = [some(shape, torch.float32, generator, 0.5) for shape in shapes]
+    gs = [some(shape, torch.float32, generator, 0.5) for shape in shapes]
+    ss = [scales_for(shape[0], generator) for shape in shapes]
+    single, together = ([[w.clone() for w in ws] for _ in range(2)] for _ in range(2))
+    stats = [ops.SkewStats.empty_for(ws, ss) for _ in range(2)]
+    copies = [[torch.full_like(w, math.nan) for w in ws] for _ in range(2)]
+    options = dict(lr=0.1, eps=0.2, momentum=0.9)
+    ops.skew_sgd_(together[0], gs, together[1], ss, grids, dequantized=copies[0], stats=stats[0], **options)
+    for i in range(len(ws)):
+        one = ops.SkewStats([stats[1].row_sums[i]], [stats[1].totals[i]])
+        ops.skew_sgd_(
+            [single[0][i]], [gs[i]], [single[1][i]], [ss[i]], [grids[i]], dequantized=[copies[1][i]], stats=one, **options
+        )  # fmt: skip
+    for a, b in ((together, single), (copies[:1], copies[1:])):
+        for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
+            assert torch.equal(x, y)
+    for kind in ("row_sums", "totals"):
+        assert all(torch.equal(x, y) for x, y in zip(getattr(stats[0], kind), getattr(stats[1], kind), strict=True))
+
+
+def test_versions_are_counted(generator):
+    """Autograd and the layers' freshness rely on torch's version counter, which a raw kernel does not move."""
+    w, g, m = (torch.randn(2, 8, generator=generator) for _ in range(3))
+    out = torch.empty(2, 8)
+    before = [t._version for t in (w, m, out, g)]
+    ops.skew_sgd_([w], [g], [m], [torch.ones(1)], [Binary()], lr=0.1, eps=0.1, momentum=0.9, dequantized=[out])
+    assert all(t._version > b for t, b in zip((w, m, out), before, strict=False)) and g._version == before[3]
+    for call in (lambda: ops.project_interval_(w, torch.ones(1), Binary(), 0.1),
+                 lambda: ops.ste_clip_(w, g, torch.ones(1), Binary()),
+                 lambda: ops.fake_quantize_out_(g, torch.ones(1), Binary(), w)):  # fmt: skip
+        version = w._version
+        call()
+        assert w._version > version
+
+
+# ---- bad arguments ---------------------------------------------------------------------------------------------------
+
+F = torch.float32
+BAD_TENSORS = {
+    "type": (None, TypeError), "dtype": (torch.ones(4, 8, dtype=torch.int64), TypeError),
+    "complex": (torch.ones(4, 8, dtype=torch.complex64), TypeError),
+    "sparse": (torch.ones(4, 8).to_sparse(), TypeError), "shape": (torch.ones(4, 9), ValueError),
+    "transposed": (torch.ones(8, 4), ValueError), "device": (torch.ones(4, 8, device="meta"), ValueError),
+}  # fmt: skip
+BAD_SCALES = {
+    "type": (0.5, TypeError), "dtype": (torch.ones(4, dtype=torch.int32), TypeError),
+    "rows": (torch.ones(3), ValueError), "matrix": (torch.ones(4, 1), ValueError), "zero": (torch.zeros(4), ValueError),
+    "negative": (torch.tensor([1.0, 1, 1, -1]), ValueError), "nan": (torch.tensor([1.0, 1, 1, math.nan]), ValueError),
+    "inf": (torch.tensor([1.0, 1, 1, math.inf]), ValueError), "empty": (torch.ones(0), ValueError),
+    "device": (torch.ones(4, device="meta"), ValueError), "too many": (torch.ones(64), ValueError),
+}  # fmt: skip
+BAD_NUMBERS = {
+    "lr": [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2), torch.tensor(1)],
+    "eps": [0.0, -0.1, 1.5, math.nan, "1", None, torch.tensor(0.0), torch.tensor(2.0), torch.ones(3)],
+    "alpha": [-1.0, math.nan, "1", None], "weight_decay": [-1.0, math.nan, None],
+}  # fmt: skip
+SGD_NUMBERS = {"momentum": [-0.1, math.nan, None], "dampening": [math.nan, None]}
+ADAM_NUMBERS = {
+    "adam_eps": [-1.0, None], "step": [0.0, -1.0, None, math.nan, torch.tensor(0.0)],
+    "betas": [(1.0, 0.9), (-0.1, 0.9), (0.9, 1.5), (0.9,), (0.9, 0.9, 0.9), (None, 0.9)],
+}  # fmt: skip
+
+
+def update_arguments(operator):
+    tensors = {
+        key: torch.full((4, 8), 0.3) for key in ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs")
+    }
+    arguments = {"params": [tensors["params"]], "grads": [tensors["grads"]]}
+    if operator == "sgd":
+        arguments["momentum_buffers"] = [tensors["momentum_buffers"]]
+    else:
+        arguments |= {"exp_avgs": [tensors["exp_avgs"]], "exp_avg_sqs": [tensors["exp_avg_sqs"]]}
+    arguments |= {"scales": [torch.ones(4)], "grids": [Uniform(4)]}
+    options = dict(lr=0.1, eps=0.3, dequantized=[torch.full((4, 8), 7.0)])
+    options |= dict(momentum=0.9) if operator == "sgd" else dict(step=1.0)
+    return arguments, options
+
+
+def bad_update_cases():
+    for operator in ("sgd", "adamw"):
+        lists = ["params", "grads"] + (["momentum_buffers"] if operator == "sgd" else ["exp_avgs", "exp_avg_sqs"])
+        for key in lists:
+            for why, (value, error) in BAD_TENSORS.items():
+                if key == "params" and why in ("shape", "transposed", "device"):
+                    continue  # then it is the others that do not fit
+                yield pytest.param(operator, {key: [value]}, error, rf"{key}\[0\]", id=f"{operator}-{key}-{why}")
+            if key != "params":
+                yield pytest.param(operator, {key: []}, ValueError, key, id=f"{operator}-{key}-none")
+                half = torch.full((4, 8), 0.3, dtype=torch.float16)
+                yield pytest.param(operator, {key: [half]}, ValueError, rf"{key}\[0\]", id=f"{operator}-{key}-half")
+        for why, (value, error) in BAD_SCALES.items():
+            yield pytest.param(operator, {"scales": [value]}, error, r"scales\[0\]", id=f"{operator}-scales-{why}")
+        yield pytest.param(operator, {"scales": []}, ValueError, "scales", id=f"{operator}-scales-none")
+        yield pytest.param(operator, {"grids": []}, ValueError, "grids", id=f"{operator}-grids-none")
+        yield pytest.param(operator, {"grids": [None]}, TypeError, "grid", id=f"{operator}-grids-type")
+        yield pytest.param(operator, {"grids": ["binary"]}, TypeError, "grid", id=f"{operator}-grids-name")
+        for why, (value, error) in BAD_TENSORS.items():
+            case = {"dequantized": [value]}
+            yield pytest.param(operator, case, error, r"dequantized\[0\]", id=f"{operator}-copy-{why}")
+        yield pytest.param(operator, {"dequantized": []}, ValueError, "dequantized", id=f"{operator}-copy-none")
+        yield pytest.param(operator, {"skew": "both"}, ValueError, "skew", id=f"{operator}-skew")
+        for why, stats in {
+            "rows": ops.SkewStats([torch.zeros(3, 3)]), "dtype": ops.SkewStats([torch.zeros(4, 3, dtype=torch.float64)]),
+            "many": ops.SkewStats([torch.zeros(4, 3)] * 2), "strided": ops.SkewStats([torch.zeros(3, 4).t()]),
+            "type": ops.SkewStats([None]), "device": ops.SkewStats([torch.zeros(4, 3, device="meta")]),
+        }.items():  # fmt: skip
+            error = TypeError if why == "type" else (TypeError, ValueError) if why == "device" else ValueError
+            yield pytest.param(operator, {"stats": stats}, error, r"stats\.row_sums", id=f"{operator}-stats-{why}")
+        totals = ops.SkewStats([], [torch.zeros(6)])
+        yield pytest.param(operator, {"stats": totals}, ValueError, r"stats\.totals", id=f"{operator}-totals")
+        numbers = BAD_NUMBERS | (SGD_NUMBERS if operator == "sgd" else ADAM_NUMBERS)
+        for key, values in numbers.items():
+            for value in values:
+                yield pytest.param(operator, {key: value}, (TypeError, ValueError), key, id=f"{operator}-{key}-{value}")
+    yield pytest.param("sgd", {"momentum_buffers": None}, ValueError, "momentum_buffers", id="sgd-no-buffers")
+    yield pytest.param("sgd", {"nesterov": True, "dampening": 0.1}, ValueError, "nesterov", id="sgd-nesterov")
+    yield pytest.param("sgd", {"nesterov": True, "momentum": 0.0}, ValueError, "nesterov", id="sgd-nesterov-0")
+
+
+@pytest.mark.parametrize(("operator", "change", "error", "words"), list(bad_update_cases()))
+def test_bad_update_arguments(operator, change, error, words):
+    arguments, options = update_arguments(operator)
+    good = [t for value in (*arguments.values(), options["dequantized"]) for t in value if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in good]
+    for key, value in change.items():
+        (arguments if key in arguments else options)[key] = value
+    with pytest.raises(error, match=f"^{words}"):
+        getattr(ops, f"skew_{operator}_")(*arguments.values(), **options)
+    assert all(torch.equal(t, b) for t, b in zip(good, before, strict=True))
+
+
+def test_a_bad_second_tensor_leaves_the_first_alone():
+    w = [torch.full((4, 8), 0.3), torch.full((4, 8), 0.3)]
+    with pytest.raises(ValueError, match=r"^scales\[1\]"):
+        ops.skew_sgd_(w, w, None, [torch.ones(4), torch.zeros(4)], [Binary()] * 2, lr=0.1, eps=0.1)
+    assert all((t == 0.3).all() for t in w)
+
+
+def test_mixed_storage_types(generator):
+    """float64 runs on the reference, the rest on the kernels: a list of both is either done or refused by name."""
+    w = [torch.randn(2, 4, generator=generator), torch.randn(2, 4, generator=generator).double()]
+    before = [t.clone() for t in w]
+    try:
+        ops.skew_sgd_(w, before, None, [torch.ones(1)] * 2, [Uniform(4)] * 2, lr=0.1, eps=1.0, clamp=False)
+    except (TypeError, ValueError) as error:
+        assert "params[1]" in str(error) and all(torch.equal(a, b) for a, b in zip(w, before, strict=True))
+    else:
+        for a, b in zip(w, before, strict=True):
+            torch.testing.assert_close(a, b * 0.9)
+
+
+@pytest.mark.parametrize("why", BAD_TENSORS)
+def test_bad_tensors_elsewhere(why):
+    value, error = BAD_TENSORS[why]
+    good, scale, grid = torch.full((4, 8), 0.3), torch.ones(4), Uniform(4)
+    if why not in ("shape", "transposed", "device"):
+        for name, call in {
+            "x": lambda: ops.fake_quantize(value, scale, grid), "w": lambda: ops.project_interval_(value, scale, grid, 0.1),
+        }.items():  # fmt: skip
+            with pytest.raises(error, match=f"^{name}:"):
+                call()
+        with pytest.raises(error, match="^x:"):
+            ops.row_sums(value, 4)
+    with pytest.raises(error, match="^out:"):
+        ops.fake_quantize_out_(good, scale, grid, value)
+    with pytest.raises(error, match="^grad:"):
+        ops.ste_clip_(value, good, scale, grid)
+    assert (good == 0.3).all()
+
+
+@pytest.mark.parametrize("why", BAD_SCALES)
+def test_bad_scales_elsewhere(why):
+    value, error = BAD_SCALES[why]
+    good, grid = torch.full((4, 8), 0.3), Uniform(4)
+    for call in (
+        lambda: ops.fake_quantize(good, value, grid), lambda: ops.project_interval_(good, value, grid, 0.1),
+        lambda: ops.ste_clip_(good, good, value, grid), lambda: ops.fake_quantize_out_(good, value, grid, good),
+    ):  # fmt: skip
+        with pytest.raises(error, match="^scale:"):
+            call()
+    assert (good == 0.3).all()
+
+
+def test_other_bad_arguments():
+    x, s = torch.full((4, 8), 0.3), torch.ones(4)
+    for seed in (-1, 2**63, 1.5, True, None):
+        with pytest.raises((TypeError, ValueError), match="^seed:"):
+            ops.fake_quantize(x, s, Binary(), stochastic=True, seed=seed)
+    for eps in BAD_NUMBERS["eps"]:
+        with pytest.raises((TypeError, ValueError), match="^eps:"):
+            ops.project_interval_(x, s, Binary(), eps)
+    for rows in (0, 3, -4, 2.0, True, None):
+        with pytest.raises(ValueError, match="^rows:"):
+            ops.row_sums(x, rows)
+    with pytest.raises(ValueError, match="^out:"):
+        ops.fake_quantize_out_(x, s, Binary(), torch.empty(8, 4).t())
+    assert (x == 0.3).all()
+
+
+def test_error_says_expected_and_got():
+    with pytest.raises(ValueError, match=r"scale: expected shape .*\(64,\).*got \(1, 64\)"):
+        ops.fake_quantize(torch.ones(64, 4), torch.ones(1, 64), Binary())
+
+
+# ---- torch.library and torch.compile --------------------------------------------------------------------------------
+
+
+def operator_samples():
+    g = torch.Generator().manual_seed(1)
+    none, table = torch.empty(0), torch.tensor(oracles.NF4)
+    for levels, grid in ((none, [1, -8, 7]), (none, [2, -1, 1]), (table, [3, -1, 1])):
+        x = torch.randn(3, 20, generator=g)
+        s = torch.rand(3, generator=g) + 0.1
+        yield "fake_quantize", (x.clone().requires_grad_(), s, levels, grid, True, False, 0)
+        yield "fake_quantize", (x.clone().requires_grad_(), s, levels, grid, False, True, 5)
+        yield "fake_quantize_out_", (x, s, levels, grid, torch.zeros(3, 20, dtype=torch.bfloat16))
+        yield "fake_quantize_backward", (torch.randn(3, 20, generator=g), x, s, levels, grid)
+        yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
+        yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
+        yield "row_sums", (x, 3)
+        outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
+        rates = (torch.tensor(0.1), torch.tensor(0.3))
+        yield "skew_sgd_", (
+            [x.clone()], [x + 1], [torch.zeros(3, 20)], [s], [levels], grid, *outs, *rates, 1.0, 0.9, 0.0, 0.1, False,
+            False, True, False, False,
+        )  # fmt: skip
+        yield "skew_adamw_", (
+            [x.clone()], [x + 1], [torch.zeros(3, 20)], [torch.ones(3, 20)], [s], [levels], grid, *outs,
+            torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.1, False, True, False, False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "arguments"), [
+    pytest.param(n, a, id=f"{n}-{i}") for i, (n, a) in enumerate(operator_samples())
+])  # fmt: skip
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.askew, name).default, arguments)
+
+
+def test_every_operator_is_checked():
+    from askew_kernels.ops import schema
+
+    assert {name for name, _ in operator_samples()} == set(schema.SCHEMAS)
+
+
+def test_compile_does_not_recompile_with_lr_and_eps(generator):
+    import torch._dynamo
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    grid = Uniform(4)
+
+    def step(w, g, m, s, copy, lr, eps):
+        y = ops.fake_quantize(w, s, grid)
+        ops.skew_sgd_([w], [g], [m], [s], [grid], lr=lr, eps=eps, momentum=0.9, dequantized=[copy])
+        return y
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    w, g = torch.randn(4, 32, generator=generator), torch.randn(4, 32, generator=generator)
+    tensors = [(w.clone(), g, torch.zeros(4, 32), torch.full((4,), 0.2), torch.zeros(4, 32)) for _ in range(2)]
+    for lr, eps in ((0.1, 1.0), (0.05, 0.5), (0.01, 1e-4), (0.0, 0.3)):
+        rates = torch.tensor(lr), torch.tensor(eps)
+        assert torch.equal(compiled(*tensors[0], *rates), step(*tensors[1], *rates))
+        assert all(torch.equal(a, b) for a, b in zip(*tensors, strict=True))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend_name", ["aot_eager", "inductor"])
+def test_compile_forward_backward(backend_name, generator):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    s = torch.rand(4, generator=generator) * 0.1 + 0.05
+
+    def f(x, w):
+        return (x @ ops.fake_quantize(w, s, Uniform(4)).t()).pow(2).sum()
+
+    try:
+        compiled = torch.compile(f, backend=backend_name, fullgraph=True)
+        leaves = [[torch.randn(4, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in (1, 2)]
+                  for _ in range(2)]  # fmt: skip
+        compiled(*leaves[0]).backward()
+    except Exception as error:
+        if "compiler" in str(error).lower() and backend_name == "inductor":
+            pytest.skip("no C++ compiler for inductor")
+        raise
+    f(*leaves[1]).backward()
+    for a, b in zip(*leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_package_is_importable_as_documented():
+    assert ak.ops is ops and callable(ak.ops.fake_quantize)
