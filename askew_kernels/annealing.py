@@ -53,7 +53,7 @@ class EpsilonAnnealing:
             raise ValueError(f"hold: expected a number of periods >= 0, got {hold}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: expected a number in (0, 1], got {floor}")
-        if power <= 0:
+        if not 0 < power < math.inf:
             raise ValueError(f"power: expected a number > 0, got {power}")
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")

@@ -36,7 +36,7 @@ def quantize_(
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     used: set[str] = set()
     found: list[tuple[str, QuantConfig]] = []
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if type(module) not in LAYERS or (filter_fn is not None and not filter_fn(module, name)):
             continue
         match = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
@@ -64,10 +64,12 @@ def quantize_(
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """The inverse of ``quantize_``: float layers with the same Parameter objects (the latent weights), in place."""
-    for name, module in list(model.named_modules()):
+    made: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, (AskewLinear, AskewConv2d)) and name:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.to_float())
+            new = made.setdefault(id(module), module.to_float())
+            setattr(model.get_submodule(parent), child, new)
     return model
 
 

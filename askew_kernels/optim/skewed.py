@@ -31,6 +31,7 @@ class _Skewed(Optimizer):
     A subclass gives ``OPERATOR``, ``_plain_step(group, params)``, ``_states(group, params)`` and ``_numbers(group)``.
     """
 
+    KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
     OPERATOR: str
     TAKES_SPARSE: bool  # in groups without a grid
 

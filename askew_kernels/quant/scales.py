@@ -50,8 +50,7 @@ def _absmax(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[fl
 def _sawb(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
     c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
     clip = c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt() - c2 * sums[:, reference.SUM_ABS] / cols
-    usable = (clip > 0) & clip.isfinite()  # a sum of squares may overflow where max|w| does not
-    return torch.where(usable, clip / grid.c_max, _absmax(sums, cols, grid, None))
+    return torch.where(clip > 0, clip / grid.c_max, _absmax(sums, cols, grid, None))
 
 
 def _mean(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
@@ -91,7 +90,9 @@ def scale_from_sums(
     """
     exact = sums.double()
     amax = exact[:, reference.MAX_ABS]
-    return _guarded(SUM_RULES[rule](exact, cols, grid, sawb_coefficients), amax)
+    scale = SUM_RULES[rule](exact, cols, grid, sawb_coefficients)
+    # a sum may overflow where max|w| does not
+    return _guarded(torch.where(scale.isfinite(), scale, _absmax(exact, cols, grid, None)), amax)
 
 
 def _guarded(scale: Tensor, amax: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Parameter; the optimizer finds it on the Parameter (or makes one for a weight wi
 Never a stale result: scale and copies carry the *version* of the weight that they belong to, and are recomputed as
 soon as the weight has another one. Torch counts in-place operations on a tensor, but not those made through
 ``weight.data``; a tied Parameter is therefore given the class ``QuantizedParameter``, which counts these too (the
-object stays the same). What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
+object stays the same). Fused torch optimizers, whose writes are not counted either, are noticed by a hook on every
+optimizer step. What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
 taken before the last forward: call ``WeightQuantizer.invalidate()`` after such a write.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops, reference
 from .config import QuantConfig
@@ -40,6 +42,20 @@ class QuantizedParameter(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as the plain Parameter that it is; a layer ties it anew."""
         return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
+
+
+def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Torch's fused optimizers do not move the version counter; every step of a foreign optimizer counts as an edit."""
+    skip_grids = getattr(optimizer, "KEEPS_QUANTIZERS_FRESH", False)
+    for group in optimizer.param_groups:
+        if skip_grids and group.get("grid") is not None:
+            continue
+        for p in group["params"]:
+            if isinstance(p, QuantizedParameter):
+                p.__dict__["_data_uses"] = p.__dict__.get("_data_uses", 0) + 1
+
+
+register_optimizer_step_post_hook(_note_step)
 
 
 def version_of(weight: Tensor) -> tuple[Any, ...]:

@@ -183,8 +183,7 @@ def clamp_hull(w, scale, lo, hi):
 @triton.jit
 def pass_inside(gradient, w, scale, lo, hi):
     """gradient inside the hull (ends and NaN included), 0 outside."""
-    x = divide(w, scale)
-    return tl.where((x < lo) | (x > hi), 0.0, gradient)
+    return tl.where((w < scale * lo) | (w > scale * hi), 0.0, gradient)
 
 
 # ---- constraint.inl -----------------------------------------------------------------------------------------------

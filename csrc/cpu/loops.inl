@@ -283,6 +283,9 @@ struct MoveLoop {
     const MoveLoop l = *this;
     const bool has_b = STATEFUL && l.streams[3].data, traced = l.streams[6].data;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      if (!l.options.constrained())  // there was no PlaceLoop to do it
+        for (int k = 0; k < (STATEFUL ? 3 : 2); ++k)
+          __builtin_prefetch(l.streams[k].template at<typename Storage<T>::type>(i + kBand));
       const vf old = load<T>(l.streams[0], i), g = load<T>(l.streams[1], i);
       vf a{}, b{}, kappa{}, distance{}, descent = g;
       if (STATEFUL) a = load<T>(l.streams[2], i);

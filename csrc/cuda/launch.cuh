@@ -274,6 +274,7 @@ constexpr int kMaxLevels = 256;
 
 // math's CodebookGrid with its levels in shared memory and a binary search instead of a pass over them.
 struct SharedCodebook {
+  static constexpr bool kTiesToEven = false;
   const float* table;  // the levels, then +inf up to a power of two
   int n, half;         // half of that power of two
   __device__ __forceinline__ float low() const { return table[0]; }

@@ -123,9 +123,9 @@ ASKEW_FN F quantize_dequantize(F w, const Row<F, Grid>& row) {
   return row.scale.value * nearest_level(w, row);
 }
 
-// The gradient inside the hull, ends included (c_0 <= w/s <= c_(K-1)); 0 outside. NaN in w counts as inside.
+// The gradient inside the hull, 0 outside. In weight units, s c_0 <= w <= s c_(K-1): a weight that was clamped stands
+// exactly on an end, and w / s may round to just outside. NaN in w counts as inside.
 template <class F, class Grid>
 ASKEW_FN F pass_inside(F gradient, F w, const Row<F, Grid>& row) {
-  F x = divide(w, row.scale.value);
-  return select(x < row.grid.low(), F{}, select(x > row.grid.high(), F{}, gradient));
+  return select(w < row.low, F{}, select(w > row.high, F{}, gradient));
 }

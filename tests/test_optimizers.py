@@ -1,0 +1,802 @@
+"""Contract: ASkewSGD and ASkewAdamW are torch.optim optimizers, and EpsilonAnnealing is their schedule.
+
+1. At eps = 1 they equal torch.optim.SGD / AdamW after 20 steps; groups without a grid equal them bit for bit.
+2. A step equals the operator on each tensor alone (loop == list), with the scale of the weights as the step found them.
+3. state_dict resumes bit for bit at any point; the model may be loaded before or after the optimizer.
+4. The scale follows its rule during the hold and stands still after; the hull clamp starts with that.
+5. LR schedulers, GradScaler, closures, gradient accumulation, copies; telemetry from the pass's own sums.
+6. Bad arguments, sparse or complex gradients: an error that names the argument, before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import math
+import pickle
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from oracles import GRIDS, Binary, Ternary, Uniform
+from torch import nn
+
+import askew_kernels as ak
+from askew_kernels import ops
+from askew_kernels.optim import ASkewAdamW, ASkewSGD
+from askew_kernels.quant import QuantConfig, WeightQuantizer, compute_scale
+
+GRID = Uniform(4)
+CONFIG = QuantConfig(GRID, "sawb")
+SGD_OPTIONS = [
+    dict(lr=0.1), dict(lr=0.1, momentum=0.9), dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    dict(lr=0.1, momentum=0.8, dampening=0.3), dict(lr=0.1, momentum=0.9, maximize=True, weight_decay=0.1),
+]  # fmt: skip
+ADAM_OPTIONS = [dict(lr=0.01), dict(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9)), dict(lr=0.01, maximize=True)]
+BOTH = [(ASkewSGD, dict(lr=0.1, momentum=0.9)), (ASkewAdamW, dict(lr=0.02))]
+X = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def parameters(generator, dtype=torch.float32):
+    return [nn.Parameter((torch.randn(s, generator=generator) * 0.5).to(dtype)) for s in ((5, 8), (3, 2, 2, 2), (7, 4))]
+
+
+def give_gradients(params, generator):
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def network(config=CONFIG):
+    torch.manual_seed(11)
+    model = nn.Sequential(nn.Linear(16, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 5))
+    return ak.quantize_(model, config) if config is not None else model
+
+
+def train(model, optimizer, start, stop, annealing=None):
+    for i in range(start, stop):
+        optimizer.zero_grad()
+        (model(X[i]) - 1).pow(2).mean().backward()
+        optimizer.step()
+        if annealing is not None:
+            annealing.step()
+
+
+def same_state(a, b):
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(a.buffers(), b.buffers(), strict=True))
+
+
+# ---- equal to torch.optim --------------------------------------------------------------------------------------------
+
+
+def against_torch(cls, twin_cls, options, grid, skew, dtype, generator):
+    ours = parameters(generator, dtype)
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer = cls(ours, grid=grid, scale="absmax", skew=skew, freeze_scale="never", **options)
+    twin = twin_cls(theirs, **options)
+    for _ in range(20):
+        give_gradients(ours, generator)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        twin.step()
+    return ours, theirs
+
+
+@pytest.mark.parametrize("skew", ["gradient", "direction"])
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "nf4"])
+def test_eps_1_is_sgd(name, options, skew, generator):
+    """20 steps, in each a few roundings of numbers below 10: within 20 * 8 * 10 * 2^-24 < 1e-4."""
+    for a, b in zip(*against_torch(ASkewSGD, torch.optim.SGD, options, GRIDS[name], skew, torch.float32, generator),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skew", ["gradient", "direction"])
+@pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
+def test_eps_1_is_adamw(options, skew, generator):
+    for a, b in zip(*against_torch(ASkewAdamW, torch.optim.AdamW, options, GRID, skew, torch.float32, generator),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
+def test_other_types(cls, dtype, generator):
+    """The fused step rounds once to the storage type where torch rounds after each operation: two roundings a step."""
+    twin, options = (torch.optim.SGD, dict(lr=0.02)) if cls is ASkewSGD else (torch.optim.AdamW, dict(lr=0.01))
+    ours, theirs = against_torch(cls, twin, options, GRID, "gradient", dtype, generator)
+    bound = 20 * 4 * 2 * oracles.EPSILON[dtype] + 1e-6
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b.double()).abs().max() <= bound * (1 + float(b.abs().max()))
+
+
+@pytest.mark.parametrize(("cls", "twin", "options"), [
+    *((ASkewSGD, torch.optim.SGD, o) for o in [*SGD_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]),
+    *((ASkewAdamW, torch.optim.AdamW, o) for o in [*ADAM_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]),
+], ids=str)  # fmt: skip
+def test_plain_groups_are_exactly_torch(cls, twin, options, generator):
+    ours = parameters(generator)
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    extra = nn.Parameter(torch.randn(4, 4))
+    optimizer, other = cls([{"params": ours}, {"params": [extra], "grid": GRID}], **options), twin(theirs, **options)
+    for i in range(20):
+        give_gradients([*ours, extra], generator)
+        if i % 3 == 0:
+            ours[1].grad = None
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        other.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- equal to the operators ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("skew", ["gradient", "direction"])
+@pytest.mark.parametrize(("granularity", "group_size"), [("per_tensor", None), ("per_channel", None), ("per_group", 4)])
+def test_list_equals_loop(granularity, group_size, skew, generator):
+    """20 SGD steps of the optimizer against one operator call a tensor, with the rule's scale computed from scratch."""
+    ours = parameters(generator)
+    theirs = [p.detach().clone() for p in ours]
+    buffers = [torch.zeros_like(p) for p in theirs]
+    options = dict(lr=0.05, momentum=0.9, weight_decay=0.01)
+    group = dict(grid=GRID, scale="sawb", granularity=granularity, group_size=group_size, skew=skew, alpha=0.7)
+    optimizer = ASkewSGD([{"params": ours, **group}], **options)
+    frozen = None
+    for i in range(20):
+        eps = 1.0 if i < 8 else 0.9 - 0.04 * i
+        optimizer.param_groups[0]["eps"] = eps
+        give_gradients(ours, generator)
+        scales = [compute_scale(w, GRID, "sawb", granularity, group_size) for w in theirs]
+        if i >= 8:
+            frozen = scales = frozen or scales
+        for w, m, s, p in zip(theirs, buffers, scales, ours, strict=True):
+            ops.skew_sgd_(
+                [w], [p.grad], [m], [s], [GRID], eps=eps, skew=skew, alpha=0.7, clamp=frozen is not None, **options
+            )  # fmt: skip
+        optimizer.step()
+        for a, b, s in zip(ours, theirs, scales, strict=True):
+            assert torch.equal(a, b) and torch.equal(WeightQuantizer.of(a).scale, s)
+
+
+def test_adamw_list_equals_loop(generator):
+    ours = parameters(generator)
+    theirs = [p.detach().clone() for p in ours]
+    m, v = ([torch.zeros_like(p) for p in theirs] for _ in range(2))
+    optimizer = ASkewAdamW(ours, lr=0.05, grid=Binary(), scale="mean", eps=0.4, weight_decay=0.1, freeze_scale="init")
+    scales = [compute_scale(w, Binary(), "mean") for w in theirs]
+    for i in range(20):
+        give_gradients(ours, generator)
+        optimizer.step()
+        for k, p in enumerate(ours):
+            ops.skew_adamw_([theirs[k]], [p.grad], [m[k]], [v[k]], [scales[k]], [Binary()], step=float(i + 1), lr=0.05,
+                            eps=0.4, weight_decay=0.1)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_parameters_that_join_late(cls, options, generator):
+    """A parameter whose first gradient comes later gets its own first step, as in torch."""
+    ours, alone = parameters(generator), None
+    alone = nn.Parameter(ours[1].detach().clone())
+    group = dict(grid=GRID, eps=1.0, freeze_scale="never")
+    if cls is ASkewSGD:
+        options = {**options, "dampening": 0.5}
+    optimizer, single = cls(ours, **options, **group), cls([alone], **options, **group)
+    for i in range(6):
+        give_gradients(ours, generator)
+        if i < 3:
+            before = ours[1].detach().clone()
+            ours[1].grad = None
+        else:
+            alone.grad = ours[1].grad.clone()
+            single.step()
+        optimizer.step()
+        if i < 3:
+            assert torch.equal(before, ours[1])
+    assert torch.equal(ours[1], alone)
+
+
+def test_lr_and_eps_as_tensors(generator):
+    results = []
+    for make in (float, torch.tensor, lambda v: torch.tensor(v, dtype=torch.float64)):
+        params = parameters(torch.Generator().manual_seed(1))
+        optimizer = ASkewSGD(params, lr=make(0.125), eps=make(0.25), momentum=0.9, grid=GRID)
+        for i in range(5):
+            give_gradients(params, torch.Generator().manual_seed(i))
+            optimizer.step()
+        results.append(params)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_skip_nonfinite(generator):
+    for cls, options in BOTH:
+        params = parameters(generator)
+        optimizer = cls(params, grid=GRID, eps=0.5, skip_nonfinite=True, **options)
+        before = [p.detach().clone() for p in params]
+        give_gradients(params, generator)
+        params[0].grad[0, 0], params[0].grad[1, 1] = math.nan, math.inf
+        optimizer.step()
+        assert all(p.isfinite().all() for p in params)
+        assert params[0][0, 0] == before[0][0, 0] and params[0][1, 1] == before[0][1, 1]
+        assert params[0][2, 2] != before[0][2, 2]
+        assert [t["nonfinite"] for t in optimizer.telemetry()] == [2, 0, 0]
+
+
+# ---- scales: when they move and when they stand still ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["absmax", "sawb", "mse"])
+@pytest.mark.parametrize("freeze", ["anneal", "init", "never"])
+def test_freezing(freeze, rule, generator):
+    w = nn.Parameter(torch.randn(6, 16, generator=generator))
+    optimizer = ASkewSGD([w], lr=0.3, grid=GRID, scale=rule, freeze_scale=freeze)
+    quantizer = WeightQuantizer.of(w)
+    kept = None
+    for i in range(12):
+        eps = 1.0 if i < 5 else 0.5
+        optimizer.param_groups[0]["eps"] = eps
+        should_freeze = freeze == "init" or (freeze == "anneal" and eps < 1)
+        found = compute_scale(w, GRID, rule)
+        if should_freeze and kept is None:
+            kept = found
+        give_gradients([w], generator)
+        optimizer.step()
+        assert quantizer.frozen == should_freeze
+        want = kept if should_freeze else found
+        assert torch.equal(quantizer.scale, want)
+        low, high = (want * GRID.levels[0])[:, None], (want * GRID.levels[-1])[:, None]
+        inside = ((w >= low) & (w <= high)).all()
+        assert inside if should_freeze else True
+        if i == 4 and freeze != "init":
+            assert not inside  # it was the clamp that kept them in
+    if freeze == "never":
+        assert not torch.equal(found, compute_scale(w, GRID, rule))
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_fixed_scale(cls, options, generator):
+    for scale, rows in ((torch.tensor(0.2), 5), (torch.rand(5, generator=generator) + 0.1, 5)):
+        w = nn.Parameter(torch.randn(5, 8, generator=generator))
+        optimizer = cls([w], grid=GRID, scale=scale, **options)
+        for _ in range(3):
+            give_gradients([w], generator)
+            optimizer.step()
+        want = scale.reshape(-1).expand(rows)
+        assert torch.equal(WeightQuantizer.of(w).scale, want)
+        assert (w <= (want * 7)[:, None]).all() and (w >= (want * -8)[:, None]).all()
+
+
+def test_a_fixed_scale_survives_a_checkpoint():
+    model = network()
+    scale = torch.full((24,), 0.3)
+    optimizer = ASkewSGD([{"params": [model[0].weight], "grid": GRID, "scale": scale}], lr=0.1)
+    model.load_state_dict(network(None).state_dict())
+    assert torch.equal(model[0].weight_scale, scale)
+    optimizer.step()
+    assert torch.equal(model[0].weight_scale, scale)
+
+
+@pytest.mark.parametrize("config", [QuantConfig(Binary(), "mean"), QuantConfig(Uniform(4), "sawb"),
+                                    QuantConfig(Ternary(), "mean", "per_tensor", forward="relaxed")], ids=str)  # fmt: skip
+def test_training_does_not_collapse(config):
+    """The positive feedback of section 2 (scale recomputed from weights that were clamped by it) shrinks |w| to 0.
+
+    4 separable classes, so chance is 25 % and a network whose weights have not collapsed reaches almost 100 %.
+    """
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 16, generator=generator) * 2
+    y = torch.randint(4, (256,), generator=generator)
+    x = centres[y] + torch.randn(256, 16, generator=generator)
+    torch.manual_seed(1)
+    model = ak.quantize_(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), config)
+    size = model[0].weight.detach().abs().mean()
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=60, total=120)
+    for _ in range(120):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        annealing.step()
+    assert model[0].weight.detach().abs().mean() > 0.2 * size
+    ak.hard_quantize_(model)
+    model.eval()
+    assert (model(x).argmax(1) == y).float().mean() > 0.9
+    last = optimizer.telemetry()
+    assert all(t["eps"] <= 1e-3 for t in last if t["step"] > 118)
+
+
+# ---- annealing -------------------------------------------------------------------------------------------------------
+
+
+def annealed(**options):
+    w = nn.Parameter(torch.randn(4, 8))
+    b = nn.Parameter(torch.randn(4))
+    optimizer = ASkewSGD([{"params": [w], "grid": GRID}, {"params": [b]}], lr=0.1)
+    return optimizer, ak.EpsilonAnnealing(optimizer, **options)
+
+
+FORMULAS = {
+    "gap": (dict(hold=3, total=13, power=2.0), lambda j: (1 - ((j / 10) ** 2.0) ** 2) ** 2),
+    "gap power 1": (dict(hold=3, total=13, mode="gap", power=1.0), lambda j: (1 - (j / 10) ** 2) ** 2),
+    "geometric": (dict(hold=3, mode="geometric", decay=0.96), lambda j: 0.96**j),
+    "geometric to the floor": (dict(hold=3, total=13, mode="geometric"), lambda j: 1.6e-5 ** (j / 10)),
+    "linear": (dict(hold=3, total=13, mode="linear"), lambda j: 1 - j / 10),
+    "cosine": (dict(hold=3, total=13, mode="cosine"), lambda j: (1 + math.cos(math.pi * j / 10)) / 2),
+    "floor": (dict(hold=3, total=13, mode="linear", floor=0.25), lambda j: 1 - j / 10),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_annealing_formulas(name):
+    options, formula = FORMULAS[name]
+    optimizer, annealing = annealed(**options)
+    floor = options.get("floor", 1.6e-5)
+    seen = []
+    for k in range(20):
+        j = k - 3
+        want = 1.0 if j <= 0 else max(floor, formula(min(j, 10) if "decay" not in options else j))
+        assert optimizer.param_groups[0]["eps"] == pytest.approx(want, rel=1e-12)
+        assert annealing.get_last_eps() == [optimizer.param_groups[0]["eps"]]
+        assert optimizer.param_groups[1]["eps"] == 1.0
+        seen.append(optimizer.param_groups[0]["eps"])
+        annealing.step()
+    assert all(a >= b for a, b in zip(seen, seen[1:], strict=False)) and seen[3] == 1.0 > seen[4]
+    if "decay" not in options:
+        assert seen[-1] == pytest.approx(floor)
+
+
+def test_the_gap_is_the_infeasible_share():
+    """gap = sqrt(1 - sqrt(eps)) of a bracket is infeasible, and it grows as (k / K)^power."""
+    _, annealing = annealed(total=10, power=2.0)
+    t = np.linspace(0, 1, 200001)
+    for k in range(1, 10):
+        share = (oracles.constraint(t, annealing.eps_at(k)) < 0).mean()
+        assert share == pytest.approx((k / 10) ** 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_annealing_state(name):
+    options, _ = FORMULAS[name]
+    optimizer, annealing = annealed(**options)
+    for _ in range(7):
+        annealing.step()
+    buffer = io.BytesIO()
+    torch.save(annealing.state_dict(), buffer)
+    buffer.seek(0)
+    other_optimizer, other = annealed(total=99)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for _ in range(8):
+        assert other_optimizer.param_groups[0]["eps"] == optimizer.param_groups[0]["eps"]
+        annealing.step(), other.step()
+
+
+def test_annealing_fills_tensors():
+    w = nn.Parameter(torch.randn(4, 8))
+    eps = torch.tensor(1.0)
+    optimizer = ASkewSGD([w], lr=0.1, grid=GRID, eps=eps)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=1, total=3, mode="linear")
+    annealing.step(), annealing.step()
+    assert optimizer.param_groups[0]["eps"] is eps and eps == 0.5
+    w.grad = torch.randn(4, 8)
+    optimizer.step()
+    assert WeightQuantizer.of(w).frozen
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (dict(total=10, mode="exponential"), "mode"), (dict(total=10, hold=-1), "hold"), (dict(total=10, hold=10), "total"),
+    (dict(), "total"), (dict(mode="geometric"), "total"), (dict(total=10, power=0.0), "power"),
+    (dict(total=10, floor=0.0), "floor"), (dict(total=10, floor=1.5), "floor"), (dict(total=10, decay=0.9), "decay"),
+    (dict(mode="geometric", decay=1.0), "decay"), (dict(mode="geometric", decay=0.0), "decay"),
+    (dict(total=10, power=math.nan), "power"), (dict(total=10, floor=math.nan), "floor"),
+], ids=str)  # fmt: skip
+def test_annealing_errors(options, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        annealed(**options)
+
+
+def test_more_annealing_errors():
+    with pytest.raises(TypeError, match="^optimizer"):
+        ak.EpsilonAnnealing(None, total=3)
+    with pytest.raises(ValueError, match="^optimizer"):
+        ak.EpsilonAnnealing(ASkewSGD([nn.Parameter(torch.ones(2))], lr=0.1), total=3)
+
+
+# ---- schedulers, scalers, closures -----------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12),
+    "CosineAnnealingLR": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 12),
+    "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda k: 0.9**k),
+    "SequentialLR": lambda o: torch.optim.lr_scheduler.SequentialLR(
+        o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.StepLR(o, 3)], [4]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_lr_schedulers(name, cls, options, generator):
+    ours = parameters(generator)
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    twin_cls = torch.optim.SGD if cls is ASkewSGD else torch.optim.AdamW
+    optimizer, twin = cls(ours, grid=GRID, freeze_scale="never", **options), twin_cls(theirs, **options)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    schedules = [SCHEDULERS[name](o) for o in (optimizer, twin)]
+    for _ in range(10):
+        give_gradients(ours, generator)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        for o, s in zip((optimizer, twin), schedules, strict=True):
+            o.step()
+            s.step()
+        for key in ("lr", *(["momentum"] if cls is ASkewSGD else ["betas"])):
+            assert optimizer.param_groups[0][key] == twin.param_groups[0][key]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_grad_scaler(cls, options):
+    """Scaled by a power of two and unscaled is exact; a step with an inf is skipped whole."""
+    scaled, plain = network(), network()
+    optimizers = [cls(ak.param_groups(m), eps=0.5, **options) for m in (scaled, plain)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i in range(6):
+        loss = (scaled(X[i]) - 1).pow(2).mean()
+        optimizers[0].zero_grad()
+        scaler.scale(loss).backward()
+        if i == 3:
+            scaled[0].weight.grad[0, 0] = math.inf
+            before = [p.detach().clone() for p in scaled.parameters()]
+            scaler.step(optimizers[0])
+            assert all(torch.equal(a, b) for a, b in zip(before, scaled.parameters(), strict=True))
+            scaler.update()
+            assert scaler.get_scale() == 2.0**9
+            plain(X[i])  # its batch statistics
+        else:
+            scaler.step(optimizers[0])
+            scaler.update()
+            train(plain, optimizers[1], i, i + 1)
+    for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_closure(generator):
+    for cls, options in BOTH:
+        models = network(), network()
+        optimizers = [cls(ak.param_groups(m), eps=0.5, **options) for m in models]
+
+        def closure(m=models[0], o=optimizers[0]):
+            assert torch.is_grad_enabled()
+            o.zero_grad()
+            loss = (m(X[0]) - 1).pow(2).mean()
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            loss = optimizers[0].step(closure)
+        train(models[1], optimizers[1], 0, 1)
+        assert loss.item() > 0
+        same_state(*models)
+
+
+def test_gradient_accumulation():
+    models = [network(QuantConfig(GRID, "sawb")) for _ in range(2)]
+    for m in models:
+        m.eval()  # batch statistics would differ
+    optimizers = [ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9) for m in models]
+    for i in range(4):
+        for o in optimizers:
+            o.zero_grad()
+        for part in X[i].split(2):
+            (models[0](part).pow(2).sum() / 6).backward()
+        (models[1](X[i]).pow(2).sum() / 6).backward()
+        for o in optimizers:
+            o.step()
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize("saved_at", [0, 4, 10, 15])  # before the first step, in the hold, at its end, after freezing
+@pytest.mark.parametrize("freeze", ["anneal", "init", "never"])
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_resume(cls, options, freeze, saved_at, order):
+    def make():
+        model = network()
+        optimizer = cls(ak.param_groups(model, freeze_scale=freeze), **options)
+        return model, optimizer, ak.EpsilonAnnealing(optimizer, hold=10, total=20)
+
+    whole = make()
+    train(*whole[:2], 0, saved_at, whole[2])
+    buffer = io.BytesIO()
+    torch.save([part.state_dict() for part in whole], buffer)
+    buffer.seek(0)
+    scale = [layer.weight_scale.clone() for layer in (whole[0][0], whole[0][3])]
+    train(*whole[:2], saved_at, 20, whole[2])
+    part = make()
+    train(*part[:2], 30, 33, part[2])  # it was used for something else before
+    states = torch.load(buffer, weights_only=True)
+    for index in (0, 1, 2) if order == "model first" else (1, 0, 2):
+        part[index].load_state_dict(states[index])
+    assert all(
+        torch.equal(a, b) for a, b in zip((part[0][0].weight_scale, part[0][3].weight_scale), scale, strict=True)
+    )
+    train(*part[:2], saved_at, 20, part[2])
+    same_state(whole[0], part[0])
+    a, b = whole[1].state_dict()["state"], part[1].state_dict()["state"]
+    assert a.keys() == b.keys()
+    for index in a:
+        assert a[index].keys() == b[index].keys()
+        for key, value in a[index].items():
+            assert torch.equal(value, b[index][key]) if isinstance(value, torch.Tensor) else value == b[index][key]
+    ours, theirs = whole[1].telemetry(), part[1].telemetry()
+    assert ours == theirs or ours[0]["step"] != theirs[0]["step"]  # a loaded optimizer records its first step
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_resume_of_other_types(dtype):
+    def make():
+        model = network().to(dtype)
+        return model, ASkewAdamW(ak.param_groups(model), lr=0.01, eps=0.5)
+
+    def run(model, optimizer, start, stop):
+        for i in range(start, stop):
+            optimizer.zero_grad()
+            model(X[i].to(dtype)).pow(2).mean().backward()
+            optimizer.step()
+
+    whole, part = make(), make()
+    run(*whole, 0, 4)
+    states = copy.deepcopy([p.state_dict() for p in whole])
+    run(*whole, 4, 8)
+    for p, s in zip(part, states, strict=True):
+        p.load_state_dict(s)
+    run(*part, 4, 8)
+    same_state(whole[0], part[0])
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize("eps", [1.0, 0.5])
+def test_copies(cls, options, eps, how):
+    model = network()
+    optimizer = cls(ak.param_groups(model), eps=eps, telemetry_every=3, **options)
+    train(model, optimizer, 0, 3)
+    other, other_optimizer = how((model, optimizer))
+    train(model, optimizer, 3, 8)
+    train(other, other_optimizer, 3, 8)
+    same_state(model, other)
+    assert other_optimizer.telemetry_every == 3
+    assert other_optimizer.telemetry()
+
+
+def test_state_dict_is_plain():
+    optimizer = ASkewSGD(ak.param_groups(network()), lr=0.1, momentum=0.9)
+    assert optimizer.state_dict()["param_groups"][0]["grid"] == GRID.to_dict()
+    assert optimizer.param_groups[0]["grid"] == GRID
+
+
+# ---- telemetry -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_telemetry(cls, options, generator):
+    w = nn.Parameter(torch.randn(6, 16, generator=generator) * 0.5)
+    bias = nn.Parameter(torch.zeros(3))
+    optimizer = cls([{"params": [bias]}, {"params": [w], "grid": GRID, "eps": 0.3}], **options)
+    assert optimizer.telemetry() == []
+    scale = compute_scale(w, GRID)
+    before, s64 = oracles.as64(w), oracles.as64(scale)[:, None]
+    give_gradients([w, bias], generator)
+    g = oracles.as64(w.grad)
+    optimizer.step()
+    (report,) = optimizer.telemetry()
+    levels = np.array(GRID.levels)
+    if cls is ASkewSGD:
+        _, _, v, h = oracles.sgd_step(before, g, 0 * g, s64, levels, lr=0.1, eps=0.3, momentum=0.9)
+    else:
+        *_, v, h = oracles.adamw_step(before, g, 0 * g, 0 * g, s64, levels, step=1, lr=0.02, eps=0.3, weight_decay=0.01)
+    old, new = (oracles.fake_quantize(t, scale, GRID) for t in (torch.from_numpy(before).float(), w.detach()))
+    assert report["name"] == 1 and report["numel"] == 96 and report["step"] == 1 and report["eps"] == 0.3
+    assert report["fraction_infeasible"] == pytest.approx((h < 0).mean(), abs=1.01 / 96)  # one may stand on the edge
+    assert report["mean_violation"] == pytest.approx(np.maximum(0, -h).mean(), rel=1e-3)
+    assert report["velocity_norm"] == pytest.approx(np.sqrt((v * v).sum()), rel=1e-2)
+    assert report["grad_velocity"] == pytest.approx((g * v).sum(), abs=1e-2 * np.abs(g * v).sum())
+    assert report["flips"] == (old != new).sum() and report["nonfinite"] == 0
+
+
+def test_telemetry_every():
+    for every, want in ((0, [1] * 7), (1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 1, 1, 4, 4, 4, 7])):
+        model = network()
+        optimizer = ASkewSGD(ak.param_groups(model), lr=0.1, telemetry_every=every)
+        seen = []
+        for i in range(7):
+            train(model, optimizer, i, i + 1)
+            seen.append(optimizer._telemetry_step)
+        if every:
+            assert seen == want
+        else:
+            assert optimizer.telemetry() == []
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.1, telemetry_every=100)
+    for i in range(4):  # a step is recorded when the last report was read
+        train(model, optimizer, i, i + 1)
+        assert {t["step"] for t in optimizer.telemetry()} == {i + 1}
+
+
+def test_names():
+    model = network()
+    optimizer = ASkewSGD([{"params": [("first", model[0].weight), ("last", model[3].weight)], "grid": GRID}], lr=0.1)
+    train(model, optimizer, 0, 1)
+    assert [t["name"] for t in optimizer.telemetry()] == ["first", "last"]
+
+
+# ---- groups and errors -----------------------------------------------------------------------------------------------
+
+
+def test_no_gradient_and_frozen(generator):
+    for cls, options in BOTH:
+        params = parameters(generator)
+        params[1].requires_grad_(False)
+        optimizer = cls(params, grid=GRID, eps=0.3, **options)
+        before = [p.detach().clone() for p in params]
+        optimizer.step()  # no gradients at all
+        params[0].grad = torch.randn_like(params[0])
+        optimizer.step()
+        assert [torch.equal(p, b) for p, b in zip(params, before, strict=True)] == [False, True, True]
+
+
+def test_add_param_group(generator):
+    params = parameters(generator)
+    optimizer = ASkewSGD([params[0]], lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": [params[1]], "grid": GRID, "eps": 0.5})
+    with pytest.raises(ValueError, match="^eps"):
+        optimizer.add_param_group({"params": [params[2]], "grid": GRID, "eps": 2.0})
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": [params[2]], "grid": Ternary(), "scale": "mean"})
+    give_gradients(params, generator)
+    optimizer.step()
+    assert WeightQuantizer.of(params[0]) is None
+    assert len(optimizer.telemetry()) == 2
+
+
+GOOD = torch.ones(4, 8)
+
+
+@pytest.mark.parametrize(("options", "error", "words"), [
+    (dict(lr=-1.0), ValueError, "lr"), (dict(lr=None), TypeError, "lr"), (dict(lr=math.nan), ValueError, "lr"),
+    (dict(lr=torch.ones(2)), ValueError, "lr"), (dict(eps=0.0), ValueError, "eps"), (dict(eps=1.1), ValueError, "eps"),
+    (dict(eps="1"), TypeError, "eps"), (dict(alpha=-1.0), ValueError, "alpha"),
+    (dict(weight_decay=-0.1), ValueError, "weight_decay"), (dict(skew="both"), ValueError, "skew"),
+    (dict(freeze_scale="later"), ValueError, "freeze_scale"), (dict(grid="binary"), TypeError, "grid"),
+    (dict(grid=4), TypeError, "grid"), (dict(scale="nonsense"), ValueError, "rule"), (dict(scale=3), TypeError, "scale"),
+    (dict(grid=Uniform(6)), ValueError, "rule"), (dict(granularity="per_row"), ValueError, "granularity"),
+    (dict(granularity="per_group"), ValueError, "group_size"),
+    (dict(granularity="per_group", group_size=3), ValueError, "group_size"),
+    (dict(scale=torch.zeros(4)), ValueError, "scale"), (dict(scale=torch.ones(3)), ValueError, "scale"),
+    (dict(scale=torch.tensor(math.nan)), ValueError, "scale"), (dict(telemetry_every=-1), ValueError, "telemetry_every"),
+    (dict(telemetry_every=True), ValueError, "telemetry_every"), (dict(colour=1), TypeError, "colour"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
+def test_bad_arguments(cls, options, error, words):
+    with pytest.raises(error, match=f"^{words}"):
+        cls([nn.Parameter(GOOD.clone())], **{"lr": 0.1, "grid": GRID, **options})
+
+
+@pytest.mark.parametrize(("cls", "options", "words"), [
+    (ASkewSGD, dict(momentum=-1.0), "momentum"), (ASkewSGD, dict(nesterov=True), "nesterov"),
+    (ASkewSGD, dict(nesterov=True, momentum=0.9, dampening=0.1), "nesterov"), (ASkewSGD, dict(dampening="a"), "dampening"),
+    (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"), (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
+    (ASkewAdamW, dict(adam_eps=-1.0), "adam_eps"),
+])  # fmt: skip
+def test_more_bad_arguments(cls, options, words):
+    with pytest.raises((TypeError, ValueError), match=f"^{words}"):
+        cls([nn.Parameter(GOOD.clone())], lr=0.1, grid=GRID, **options)
+
+
+def test_bad_parameters():
+    with pytest.raises(TypeError, match=r"params\[0\]"):
+        ASkewSGD([nn.Parameter(torch.ones(4, 8, dtype=torch.complex64))], lr=0.1, grid=GRID)
+    layer = ak.nn.AskewLinear(8, 4, config=CONFIG)
+    with pytest.raises(ValueError, match="^grid"):
+        ASkewSGD([{"params": [layer.weight], "grid": Binary(), "scale": "mean"}], lr=0.1)
+
+
+@pytest.mark.parametrize("break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps"])
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
+    model = nn.ParameterList([nn.Parameter(GOOD.clone()) for _ in range(3)])
+    groups = [{"params": [model[0]], "grid": GRID, "eps": 0.5}, {"params": [model[1]], "grid": GRID},
+              {"params": [model[2]]}]  # fmt: skip
+    optimizer = cls(groups, **options)
+    for p in model:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    group = optimizer.param_groups[1]
+    if break_it == "sparse":
+        model[1].grad = torch.ones_like(GOOD).to_sparse()
+    elif break_it == "sparse plain":
+        if cls is ASkewSGD:
+            pytest.skip("torch.optim.SGD takes sparse gradients")
+        model[2].grad = torch.ones_like(GOOD).to_sparse()
+    elif break_it == "lr":
+        group["lr"] = -1.0
+    elif break_it == "lr tensor":
+        group["lr"] = torch.tensor(-1.0)
+    elif break_it == "eps":
+        group["eps"] = 0.0
+    elif break_it == "eps tensor":
+        group["eps"] = torch.tensor(2.0)
+    else:
+        group["eps"] = math.nan
+    before = copy.deepcopy([p.detach() for p in model])
+    state = copy.deepcopy([dict(optimizer.state[p]) for p in model])
+    with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)) as caught:
+        optimizer.step()
+    if break_it != "sparse plain":
+        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("grad", "lr", "eps"))
+    assert all(torch.equal(p, b) for p, b in zip(model, before, strict=True))
+    for p, s in zip(model, state, strict=True):
+        for key, value in s.items():
+            assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+def test_mixed_types_in_one_group(generator):
+    for cls, options in BOTH:
+        types = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        params = [nn.Parameter(torch.ones(4, 8, dtype=t) * 0.5) for t in types]
+        optimizer = cls(params, grid=GRID, scale="absmax", **options)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        for p in params:
+            assert p.dtype in types
+            torch.testing.assert_close(p.double(), params[1].detach(), rtol=0, atol=2 * oracles.EPSILON[p.dtype])
+
+
+def test_signatures_follow_torch():
+    """What torch.optim's namesakes take first, in their order."""
+    ours, theirs = (list(inspect.signature(c).parameters) for c in (ASkewSGD, torch.optim.SGD))
+    assert ours[:6] == theirs[:6]
+    assert (
+        list(inspect.signature(ASkewAdamW).parameters)[:3] == list(inspect.signature(torch.optim.AdamW).parameters)[:3]
+    )
+
+
+def test_learns():
+    """The loss of a small regression goes down and all weights end on levels."""
+    model = network(QuantConfig(Ternary(), "mean"))
+    optimizer = ASkewAdamW(ak.param_groups(model), lr=0.01)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=20, total=60)
+    losses = []
+    for i in range(60):
+        optimizer.zero_grad()
+        loss = (model(X[i % 8]) - 1).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        annealing.step()
+        losses.append(loss.item())
+    assert sum(losses[-8:]) < 0.3 * sum(losses[:8])
+    for _ in range(40):  # at the floor, without gradients: alpha's push alone
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    layer = model[0]
+    distance = (layer.weight - layer.quantized_weight()).abs() / layer.weight_scale[:, None]
+    assert distance.mean() < 0.1
