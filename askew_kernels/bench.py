@@ -446,7 +446,7 @@ def run_case(
         except Exception as error:  # a peer's fault must not take the others with it
             yield row(impl, note=f"failed: {_first_line(error)}")
             continue
-        if impl.report_first_call:
+        if impl.report_first_call and entry.measure == "time":
             name = f"{impl.name}: first call, compilation included"
             yield row(impl, impl=name, p20=first[0], p50=first[0], p80=first[0], repetitions=1, baseline="")
         ready.append(impl)

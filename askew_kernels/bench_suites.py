@@ -77,6 +77,17 @@ def sawb(rows: Tensor) -> Tensor:
     return (torch.where(clip > 0, clip, a.amax(1)) / HI).float()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a busy machine they would spend their time waiting for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class StepCheck:
     """Follows two optimizer steps on sampled rows with ``reference.py`` and compares what the step moved.
 
@@ -104,6 +115,13 @@ class StepCheck:
                     sawb(b) if q else torch.ones(1, device=b.device) for b, q in zip(before, self.skewed, strict=True)
                 ]
             run()
+            self._compare(step, before, grads, first, second, scales, rate)
+
+    def _compare(
+        self, step: int, before: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor],
+        scales: list[Tensor], rate: Tensor,
+    ) -> None:  # fmt: skip
+        with one_thread():
             for i, quantized in enumerate(self.skewed):
                 expected = before[i].clone()
                 eps = torch.tensor(self.eps if quantized else 1.0, dtype=torch.float64)

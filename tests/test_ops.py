@@ -551,7 +551,7 @@ def test_update_everywhere(name, granularity, dtype, generator):
                     if copy_dtype == dtype:
                         assert same_bits(copy, ops.fake_quantize(new, s, grid))
             for part, a, b in zip(("w", "m", "v", "copy"), *(r[:4] for r in results.values()), strict=True):
-                assert same_bits(a, b), (part, cols, operator, options, (a - b).abs().max())
+                assert oracles.same_values(a, b), (part, cols, operator, options, (a - b).abs().max())
             sums, want = (r[5] for r in results.values())
             assert torch.equal(sums[[0, 4, 5]], want[[0, 4, 5]])  # counts are exact
             if cols < 132:  # the others: 32 float additions at most per lane, over terms of either sign (g v)
@@ -620,8 +620,15 @@ def test_tensor_lists_equal_single_calls(backend, generator):
     for i in range(len(ws)):
         one = ops.SkewStats([stats[1].row_sums[i]], [stats[1].totals[i]])
         ops.skew_sgd_(
-            [single[0][i]], [gs[i]], [single[1][i]], [ss[i]], [grids[i]], dequantized=[copies[1][i]], stats=one, **options
-        )  # fmt: skip
+            [single[0][i]],
+            [gs[i]],
+            [single[1][i]],
+            [ss[i]],
+            [grids[i]],
+            dequantized=[copies[1][i]],
+            stats=one,
+            **options,
+        )
     for a, b in ((together, single), (copies[:1], copies[1:])):
         for x, y in zip(itertools.chain(*a), itertools.chain(*b), strict=True):
             assert torch.equal(x, y)
@@ -711,10 +718,13 @@ def bad_update_cases():
         yield pytest.param(operator, {"dequantized": []}, ValueError, "dequantized", id=f"{operator}-copy-none")
         yield pytest.param(operator, {"skew": "both"}, ValueError, "skew", id=f"{operator}-skew")
         for why, stats in {
-            "rows": ops.SkewStats([torch.zeros(3, 3)]), "dtype": ops.SkewStats([torch.zeros(4, 3, dtype=torch.float64)]),
-            "many": ops.SkewStats([torch.zeros(4, 3)] * 2), "strided": ops.SkewStats([torch.zeros(3, 4).t()]),
-            "type": ops.SkewStats([None]), "device": ops.SkewStats([torch.zeros(4, 3, device="meta")]),
-        }.items():  # fmt: skip
+            "rows": ops.SkewStats([torch.zeros(3, 3)]),
+            "dtype": ops.SkewStats([torch.zeros(4, 3, dtype=torch.float64)]),
+            "many": ops.SkewStats([torch.zeros(4, 3)] * 2),
+            "strided": ops.SkewStats([torch.zeros(3, 4).t()]),
+            "type": ops.SkewStats([None]),
+            "device": ops.SkewStats([torch.zeros(4, 3, device="meta")]),
+        }.items():
             error = TypeError if why == "type" else (TypeError, ValueError) if why == "device" else ValueError
             yield pytest.param(operator, {"stats": stats}, error, r"stats\.row_sums", id=f"{operator}-stats-{why}")
         totals = ops.SkewStats([], [torch.zeros(6)])
@@ -766,8 +776,9 @@ def test_bad_tensors_elsewhere(why):
     good, scale, grid = torch.full((4, 8), 0.3), torch.ones(4), Uniform(4)
     if why not in ("shape", "transposed", "device"):
         for name, call in {
-            "x": lambda: ops.fake_quantize(value, scale, grid), "w": lambda: ops.project_interval_(value, scale, grid, 0.1),
-        }.items():  # fmt: skip
+            "x": lambda: ops.fake_quantize(value, scale, grid),
+            "w": lambda: ops.project_interval_(value, scale, grid, 0.1),
+        }.items():
             with pytest.raises(error, match=f"^{name}:"):
                 call()
         with pytest.raises(error, match="^x:"):

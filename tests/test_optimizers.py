@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import math
 import pickle
 
@@ -120,10 +121,17 @@ def test_other_types(cls, dtype, generator):
         assert (a.double() - b.double()).abs().max() <= bound * (1 + float(b.abs().max()))
 
 
-@pytest.mark.parametrize(("cls", "twin", "options"), [
-    *((ASkewSGD, torch.optim.SGD, o) for o in [*SGD_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]),
-    *((ASkewAdamW, torch.optim.AdamW, o) for o in [*ADAM_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("cls", "twin", "options"),
+    [
+        *((ASkewSGD, torch.optim.SGD, o) for o in [*SGD_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]),
+        *(
+            (ASkewAdamW, torch.optim.AdamW, o)
+            for o in [*ADAM_OPTIONS, dict(lr=0.1, foreach=True), dict(lr=0.1, fused=True)]
+        ),
+    ],
+    ids=str,
+)
 def test_plain_groups_are_exactly_torch(cls, twin, options, generator):
     ours = parameters(generator)
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -289,8 +297,15 @@ def test_a_fixed_scale_survives_a_checkpoint():
     assert torch.equal(model[0].weight_scale, scale)
 
 
-@pytest.mark.parametrize("config", [QuantConfig(Binary(), "mean"), QuantConfig(Uniform(4), "sawb"),
-                                    QuantConfig(Ternary(), "mean", "per_tensor", forward="relaxed")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantConfig(Binary(), "mean"),
+        QuantConfig(Uniform(4), "sawb"),
+        QuantConfig(Ternary(), "mean", "per_tensor", forward="relaxed"),
+    ],
+    ids=str,
+)
 def test_training_does_not_collapse(config):
     """The positive feedback of section 2 (scale recomputed from weights that were clamped by it) shrinks |w| to 0.
 
@@ -353,7 +368,7 @@ def test_annealing_formulas(name):
         assert optimizer.param_groups[1]["eps"] == 1.0
         seen.append(optimizer.param_groups[0]["eps"])
         annealing.step()
-    assert all(a >= b for a, b in zip(seen, seen[1:], strict=False)) and seen[3] == 1.0 > seen[4]
+    assert all(a >= b for a, b in itertools.pairwise(seen)) and seen[3] == 1.0 > seen[4]
     if "decay" not in options:
         assert seen[-1] == pytest.approx(floor)
 
@@ -680,32 +695,55 @@ def test_add_param_group(generator):
 GOOD = torch.ones(4, 8)
 
 
-@pytest.mark.parametrize(("options", "error", "words"), [
-    (dict(lr=-1.0), ValueError, "lr"), (dict(lr=None), TypeError, "lr"), (dict(lr=math.nan), ValueError, "lr"),
-    (dict(lr=torch.ones(2)), ValueError, "lr"), (dict(eps=0.0), ValueError, "eps"), (dict(eps=1.1), ValueError, "eps"),
-    (dict(eps="1"), TypeError, "eps"), (dict(alpha=-1.0), ValueError, "alpha"),
-    (dict(weight_decay=-0.1), ValueError, "weight_decay"), (dict(skew="both"), ValueError, "skew"),
-    (dict(freeze_scale="later"), ValueError, "freeze_scale"), (dict(grid="binary"), TypeError, "grid"),
-    (dict(grid=4), TypeError, "grid"), (dict(scale="nonsense"), ValueError, "rule"), (dict(scale=3), TypeError, "scale"),
-    (dict(grid=Uniform(6)), ValueError, "rule"), (dict(granularity="per_row"), ValueError, "granularity"),
-    (dict(granularity="per_group"), ValueError, "group_size"),
-    (dict(granularity="per_group", group_size=3), ValueError, "group_size"),
-    (dict(scale=torch.zeros(4)), ValueError, "scale"), (dict(scale=torch.ones(3)), ValueError, "scale"),
-    (dict(scale=torch.tensor(math.nan)), ValueError, "scale"), (dict(telemetry_every=-1), ValueError, "telemetry_every"),
-    (dict(telemetry_every=True), ValueError, "telemetry_every"), (dict(colour=1), TypeError, "colour"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        (dict(lr=-1.0), ValueError, "lr"),
+        (dict(lr=None), TypeError, "lr"),
+        (dict(lr=math.nan), ValueError, "lr"),
+        (dict(lr=torch.ones(2)), ValueError, "lr"),
+        (dict(eps=0.0), ValueError, "eps"),
+        (dict(eps=1.1), ValueError, "eps"),
+        (dict(eps="1"), TypeError, "eps"),
+        (dict(alpha=-1.0), ValueError, "alpha"),
+        (dict(weight_decay=-0.1), ValueError, "weight_decay"),
+        (dict(skew="both"), ValueError, "skew"),
+        (dict(freeze_scale="later"), ValueError, "freeze_scale"),
+        (dict(grid="binary"), TypeError, "grid"),
+        (dict(grid=4), TypeError, "grid"),
+        (dict(scale="nonsense"), ValueError, "rule"),
+        (dict(scale=3), TypeError, "scale"),
+        (dict(grid=Uniform(6)), ValueError, "rule"),
+        (dict(granularity="per_row"), ValueError, "granularity"),
+        (dict(granularity="per_group"), ValueError, "group_size"),
+        (dict(granularity="per_group", group_size=3), ValueError, "group_size"),
+        (dict(scale=torch.zeros(4)), ValueError, "scale"),
+        (dict(scale=torch.ones(3)), ValueError, "scale"),
+        (dict(scale=torch.tensor(math.nan)), ValueError, "scale"),
+        (dict(telemetry_every=-1), ValueError, "telemetry_every"),
+        (dict(telemetry_every=True), ValueError, "telemetry_every"),
+        (dict(colour=1), TypeError, "colour"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
 def test_bad_arguments(cls, options, error, words):
     with pytest.raises(error, match=f"^{words}"):
         cls([nn.Parameter(GOOD.clone())], **{"lr": 0.1, "grid": GRID, **options})
 
 
-@pytest.mark.parametrize(("cls", "options", "words"), [
-    (ASkewSGD, dict(momentum=-1.0), "momentum"), (ASkewSGD, dict(nesterov=True), "nesterov"),
-    (ASkewSGD, dict(nesterov=True, momentum=0.9, dampening=0.1), "nesterov"), (ASkewSGD, dict(dampening="a"), "dampening"),
-    (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"), (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
-    (ASkewAdamW, dict(adam_eps=-1.0), "adam_eps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("cls", "options", "words"),
+    [
+        (ASkewSGD, dict(momentum=-1.0), "momentum"),
+        (ASkewSGD, dict(nesterov=True), "nesterov"),
+        (ASkewSGD, dict(nesterov=True, momentum=0.9, dampening=0.1), "nesterov"),
+        (ASkewSGD, dict(dampening="a"), "dampening"),
+        (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"),
+        (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
+        (ASkewAdamW, dict(adam_eps=-1.0), "adam_eps"),
+    ],
+)
 def test_more_bad_arguments(cls, options, words):
     with pytest.raises((TypeError, ValueError), match=f"^{words}"):
         cls([nn.Parameter(GOOD.clone())], lr=0.1, grid=GRID, **options)
