@@ -781,6 +781,7 @@ def plot_suite(suite: str, rows: list[Row]) -> bytes:
     if not cases:
         raise BenchError(f"{suite}: no finished rows to plot")
     colors = {"ours": "#2a7f62", "baseline": "#5b6c8f", "peer": "#c9a25f"}
+    several = len({r.allocator for r in rows}) > 1
     heights = [len(case) + 1.6 for case in cases.values()]
     figure, axes = plt.subplots(
         len(cases),
@@ -792,8 +793,8 @@ def plot_suite(suite: str, rows: list[Row]) -> bytes:
     )
     for axis, case in zip(axes[:, 0], cases.values(), strict=True):
         head = case[0]
-        ratios = [max(r.ratio or 0.0, 1e-4 if memory else 0.0) for r in case]
-        spread = max(ratios) / min(ratios)
+        ratios = [r.ratio or 0.0 for r in case]
+        logarithmic = not memory and max(ratios) > 12 * min(ratios)
         positions = list(range(len(case)))[::-1]
         ends = [q if memory or not r.p50 or not r.p80 else q * r.p80 / r.p50 for q, r in zip(ratios, case, strict=True)]
         axis.barh(positions, ratios, color=[colors.get(r.kind, "#999999") for r in case], height=0.72)
@@ -808,11 +809,10 @@ def plot_suite(suite: str, rows: list[Row]) -> bytes:
             axis.axvline(1.0, color="#5b6c8f", linewidth=0.8)
         ours = next((r for r in case if r.kind == "ours" and r.limit and r.p50 and r.ratio), None)
         limit, limit_text = None, ""
-        if ours is not None and ours.limit and ours.p50 and ours.ratio:
+        if ours is not None and ours.limit and ours.p50 and ours.ratio and not ours.quick:  # quick ones fit caches
             limit = ours.limit * ours.ratio / ours.p50
             limit_text = f"     red line: the memory's limit for {ours.impl}, {_significant(limit)}"
             axis.axvline(limit, color="#b03a2e", linestyle="--", linewidth=1.4)
-        logarithmic = spread > 12 or memory
         if logarithmic:
             axis.set_xscale("log")
             axis.set_xlim(min(*ratios, 1.0, limit or 1.0) * 0.6, max(*ends, 1.0) * 2.2)
@@ -824,7 +824,7 @@ def plot_suite(suite: str, rows: list[Row]) -> bytes:
             axis.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
         axis.set_yticks(positions, [r.impl for r in case], fontsize=8.5)
         axis.set_ylim(-0.6, len(case) - 0.4)
-        allocator = f", {head.allocator} allocator" if head.device_type == "cpu" else ""
+        allocator = f", {head.allocator} allocator" if several else ""
         axis.set_title(
             f"{head.op}   {head.shape} {head.dtype}{allocator}", loc="left", fontsize=10, fontweight="bold", pad=14
         )

@@ -139,7 +139,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]
 
 
 def _inside(w: Tensor, s: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
-    """In weight units: a clamped weight stands exactly on an end, and w / s may round to just outside. NaN is inside."""
+    """In weight units: a clamped weight stands exactly on an end, and w / s may round to outside. NaN is inside."""
     lo, hi = hull(levels, grid)
     return ~((w < s * lo) | (w > s * hi))
 
