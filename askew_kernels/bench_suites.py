@@ -63,11 +63,11 @@ def compare(what: str, got: Tensor, expected: Tensor, size: Tensor, relative: fl
         )
 
 
-def sample(t: Tensor) -> Tensor:
-    """The first and the last 8 rows (of dimension 0), copied: rows are independent, so they can be checked alone."""
-    if t.shape[0] <= 16:
+def sample(t: Tensor, rows: int = 8) -> Tensor:
+    """The first and the last ``rows`` of dimension 0, copied: they are independent, so they can be checked alone."""
+    if t.shape[0] <= 2 * rows:
         return t.detach().clone()
-    return torch.cat([t.detach()[:8], t.detach()[-8:]])
+    return torch.cat([t.detach()[:rows], t.detach()[-rows:]])
 
 
 def sawb(rows: Tensor) -> Tensor:
@@ -102,14 +102,15 @@ class StepCheck:
     ) -> None:  # fmt: skip
         self.params, self.grads, self.skewed, self.rule = params, grads, skewed, rule
         self.eps, self.momentum, self.frozen, self.copies = eps, momentum, frozen, copies
+        self.rows = 8 if len(params) <= 8 else 3
 
     def __call__(self, run: Callable[[], Any]) -> None:
         rate = torch.tensor(ADAM_LR if self.rule == "adamw" else LR, dtype=torch.float64)
-        grads = [sample(g) for g in self.grads]
+        grads = [sample(g, self.rows) for g in self.grads]
         first, second = ([torch.zeros_like(g) for g in grads] for _ in range(2))
         scales: list[Tensor] = []
         for step in (1, 2):
-            before = [sample(p) for p in self.params]
+            before = [sample(p, self.rows) for p in self.params]
             if step == 1 or not self.frozen:
                 scales = [
                     sawb(b) if q else torch.ones(1, device=b.device) for b, q in zip(before, self.skewed, strict=True)
@@ -137,13 +138,13 @@ class StepCheck:
                     arguments += [[first[i]] if self.momentum else [], *tensors, rate, eps, ALPHA, self.momentum]
                     arguments += [0.0, 0.0, False, False, clamp, False, False]
                     reference.skew_sgd_(*arguments)
-                after = sample(self.params[i])
+                after = sample(self.params[i], self.rows)
                 # 4e-6 |w|: rounding of w, and of the scale where a weight is clamped to the hull
                 moved = (expected - before[i]).abs() + before[i].abs() * 2e-3
                 compare(f"tensor {i}, step {step}", after - before[i], expected - before[i], moved, 2e-3)
                 if self.copies is not None and quantized:
                     hard = reference.fake_quantize(after, scales[i], nothing, GRID.encoding, True, False, 0)
-                    compare(f"copy {i}, step {step}", sample(self.copies()[i]), hard, hard, 1e-5)
+                    compare(f"copy {i}, step {step}", sample(self.copies()[i], self.rows), hard, hard, 1e-5)
 
 
 # ---- optimizer steps -------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def small(monkeypatch, side=64):
     """Every suite at a size where nothing takes time, and without the compiler."""
     monkeypatch.setattr(Context, "side", side)
     monkeypatch.setattr(bench_suites, "why_no_compile", lambda context: "left out of this test")
+    monkeypatch.setattr(bench_suites, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
 
 
 def rows_of(suite, op):
@@ -244,7 +245,7 @@ def test_goals_from_rows():
 
     def row(impl, p50, kind="peer"):
         return bench.Row(**{**vars(template), "op": "SGD step", "impl": impl, "p50": p50, "kind": kind,
-                            "baseline": "torch SGD fused"})  # fmt: skip
+                            "baseline": "torch SGD fused", "quick": False})  # fmt: skip
 
     rows = [row("torch SGD fused", 10.0, "baseline"), row("ASkewSGD hold", 12.0, "ours"),
             row("ASkewSGD eps=0.3, scale each step", 13.0, "ours"), row("eager, lean", 650.0),
@@ -263,10 +264,10 @@ def test_goals_from_rows():
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_bench_writes_rows_and_plots(tmp_path, monkeypatch, capsys):
+def test_bench_shows_and_writes_every_suite(tmp_path, monkeypatch, capsys):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
-    small(monkeypatch)
+    small(monkeypatch, 128)
     files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--plot", str(tmp_path / "plots")]
     assert cli.main(["bench", "--suite", "all", "--quick", *files]) == 0
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
@@ -279,12 +280,16 @@ def test_bench_writes_rows_and_plots(tmp_path, monkeypatch, capsys):
     assert "ASkewSGD hold" in text and "two copies" in text and "goals" in text and "left out of this test" in text
 
 
-def test_bench_in_a_process_with_the_warm_allocator(tmp_path):
-    done = python("-m", "askew_kernels", "bench", "--suite", "linear", "--quick", "--plain", "--allocator", "warm",
-                  "--json", str(tmp_path / "r.json"))  # fmt: skip
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--plot", str(tmp_path)]
+    done = python("-m", "askew_kernels", "bench", "--suite", "linear", "--quick", "--allocator", "both", *files)
     assert done.returncode == 0, done.stderr
-    assert rows and all(r["allocator"] == "warm" for r in rows) and "linear forward + backward" in done.stdout
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {r["allocator"] for r in rows} == {"default", "warm"} and "linear forward + backward" in done.stdout
+    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == len(rows)
+    assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

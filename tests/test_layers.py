@@ -42,8 +42,8 @@ def expected_weight(weight, config):
     """Float64 oracle of s Q(w/s) with the rule's scale, and the mask of the straight-through gradient."""
     s = compute_scale(weight, config.weight, config.scale, config.granularity, config.group_size)
     w = weight.detach().reshape(s.numel(), -1)
-    x = w.float() / s[:, None]
-    inside = ((x >= config.weight.levels[0]) & (x <= config.weight.levels[-1])).reshape(weight.shape)
+    low, high = (s[:, None] * torch.tensor(end) for end in (config.weight.levels[0], config.weight.levels[-1]))
+    inside = ((w.float() >= low) & (w.float() <= high)).reshape(weight.shape)
     return oracles.fake_quantize(w, s, config.weight).reshape(weight.shape).to(weight.dtype), inside
 
 
