@@ -138,15 +138,16 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]
     out.copy_((s * nearest(w / s, levels, grid)).reshape(x.shape))
 
 
-def _inside(w: Tensor, s: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
-    """In weight units: a clamped weight stands exactly on an end, and w / s may round to outside. NaN is inside."""
-    lo, hi = hull(levels, grid)
-    return ~((w < s * lo) | (w > s * hi))
+def _inside(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    """In weight units, the ends rounded to x's storage type: where clamped weights stand exactly. NaN is inside."""
+    w, s = _rows(x, scale)
+    lo, hi = (((s * c).to(x.dtype)).to(w.dtype) for c in hull(levels, grid))
+    return ~((w < lo) | (w > hi))
 
 
 def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
     """grad inside the hull (ends included), 0 outside."""
-    inside = _inside(*_rows(x, scale), levels, grid)
+    inside = _inside(x, scale, levels, grid)
     return torch.where(inside.reshape(grad.shape), grad, torch.zeros_like(grad))
 
 

@@ -190,7 +190,9 @@ def ste_clip_kernel(
     lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
     x = widen(tl.load(x_ptr + start + lane, mask=valid, other=0.0))
     g = tl.load(g_ptr + start + lane, mask=valid, other=0.0)  # never computed with: stays in its storage type
-    tl.store(out_ptr + start + lane, pass_inside(g, x, scale, lo, hi), mask=valid)
+    low = widen(narrow(scale * lo, x_ptr.dtype.element_ty))  # the ends as a clamped weight is stored
+    high = widen(narrow(scale * hi, x_ptr.dtype.element_ty))
+    tl.store(out_ptr + start + lane, pass_inside(g, x, low, high), mask=valid)
 
 
 @triton.jit(do_not_specialize=["magic"])

@@ -181,9 +181,9 @@ def clamp_hull(w, scale, lo, hi):
 
 
 @triton.jit
-def pass_inside(gradient, w, scale, lo, hi):
-    """gradient inside the hull (ends and NaN included), 0 outside."""
-    return tl.where((w < scale * lo) | (w > scale * hi), 0.0, gradient)
+def pass_inside(gradient, w, low, high):
+    """gradient where low <= w <= high (and where w is NaN), 0 elsewhere; the ends in weight units, as w is stored."""
+    return tl.where((w < low) | (w > high), 0.0, gradient)
 
 
 # ---- constraint.inl -----------------------------------------------------------------------------------------------

@@ -205,7 +205,9 @@ struct SteClipLoop {
   Stream streams[kStreams];  // grad, x, out
   Row<vf, Grid> row;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const SteClipLoop l = *this;
+    SteClipLoop l = *this;
+    l.row.low = Storage<T>::rounded(l.row.low);  // the ends as a clamped weight is stored
+    l.row.high = Storage<T>::rounded(l.row.high);
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
       store<T>(l.streams[2], i, pass_inside(load<T>(l.streams[0], i), load<T>(l.streams[1], i), l.row));
   }

@@ -107,7 +107,13 @@ __global__ void __launch_bounds__(kThreads, kResident) ste_clip_kernel(const __g
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const auto row = make_row(scale[u], grid);
+      auto row = make_row(scale[u], grid);
+      if (T != kFloat32) {  // the ends as a clamped weight is stored
+        const float ends[2] = {row.low, row.high};
+        const uint32_t stored = Storage<T>::put(ends);
+        row.low = Storage<T>::get(stored, 0);
+        row.high = Storage<T>::get(stored, 1);
+      }
       map_words<T>(g[u], [&](float v, int q, int e) { return pass_inside(v, Storage<T>::get(x[u].word[q], e), row); });
       store(p.y, g[u], spot[u], walk);
     }

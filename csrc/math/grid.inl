@@ -124,7 +124,8 @@ ASKEW_FN F quantize_dequantize(F w, const Row<F, Grid>& row) {
 }
 
 // The gradient inside the hull, 0 outside. In weight units, s c_0 <= w <= s c_(K-1): a weight that was clamped stands
-// exactly on an end, and w / s may round to just outside. NaN in w counts as inside.
+// exactly on an end, and w / s may round to just outside (callers with 16-bit storage round the row's ends to it, as a
+// clamped weight is). NaN in w counts as inside.
 template <class F, class Grid>
 ASKEW_FN F pass_inside(F gradient, F w, const Row<F, Grid>& row) {
   return select(w < row.low, F{}, select(w > row.high, F{}, gradient));
