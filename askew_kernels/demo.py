@@ -343,7 +343,12 @@ def _one_thread() -> None:
 
 def _run_all(jobs: list[Job], workers: int) -> Iterator[Result]:
     if workers <= 1:
-        yield from map(train, jobs)
+        threads = torch.get_num_threads()
+        _one_thread()  # these networks are too small for more
+        try:
+            yield from map(train, jobs)
+        finally:
+            torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_one_thread) as pool:
@@ -409,12 +414,18 @@ def run(args: argparse.Namespace) -> int:
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
     rows_path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in results))
     rows = summarise(results)
-    table = Table(title=f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds")
-    for heading in HEADINGS.values():
-        table.add_column(heading, justify="left" if heading in ("data / network", "weights") else "right")
+    table = Table(
+        box=None,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        title=f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds",
+    )
+    for heading in ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float"):
+        table.add_column(heading, justify="left" if heading in ("network", "weights") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*(cell.replace(" ± ", "±").replace(" / ", "/") for cell in _cells(row)))
     console.print(table)
+    console.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
     if missed:
         console.print("Falls short: " + "; ".join(missed))
