@@ -158,10 +158,14 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
 # ---- the interval constraint ----------------------------------------------------------------------------------------
 
 
-def feasible_radius(eps: float) -> float:
-    """r / Delta = (1 - sqrt(1 - sqrt(eps))) / 2, without its cancellation."""
-    q = math.sqrt(eps)
-    return 0.5 * q / (1.0 + math.sqrt(1.0 - q))
+def feasible_radius(eps: Tensor) -> Tensor:
+    """r / Delta = (1 - sqrt(1 - sqrt(eps))) / 2, without its cancellation; every operation rounded to eps's type."""
+
+    def root(t: Tensor) -> Tensor:  # torch's float32 sqrt is not always correctly rounded on the CPU
+        return t.double().sqrt().to(t.dtype)
+
+    q = root(eps)
+    return 0.5 * q / (1 + root(1 - q))
 
 
 def constraint(u: Tensor, eps: float) -> Tensor:
@@ -173,8 +177,7 @@ def constraint(u: Tensor, eps: float) -> Tensor:
 def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
     """Clamp to the hull, then to the nearest feasible point; an exact midpoint goes to the lower side."""
     v, s = _rows(w, scale)
-    eps32 = float(eps.to(v.dtype))
-    radius = float(torch.tensor(feasible_radius(eps32), dtype=v.dtype))
+    radius = feasible_radius(eps.to(v.dtype)).to(v.device)
     v = clamp_hull(v, s, levels, grid)
     near, u, side, delta = place(v / s, levels, grid)
     w.copy_(torch.where(u > radius, s * (near - side * (radius * delta)), v).reshape(w.shape))

@@ -266,7 +266,7 @@ def test_project_interval(triton, name, dtype):
         triton.project_interval_(w, s, levels, grid, eps, by_pointer=shape[1] == 32)
         # The radius has five roundings in the kernel and one in the reference: 6 x 2^-24 of the reach, radius times a
         # bracket of at most 2; then three roundings of numbers up to |w|, and storage.
-        reach = 2 * reference.feasible_radius(float(eps)) * s.reshape(-1, 1)
+        reach = 2 * reference.feasible_radius(torch.tensor(float(eps))) * s.reshape(-1, 1)
         bound = reach * 6 * 2.0**-24 + expected.float().abs() * (3 * 2.0**-23 + 2 * ROUNDING[dtype])
         far = (w.float() - expected.float()).abs() > bound
         assert not far.any() and torch.equal(w.isnan(), expected.isnan()), (shape, w[far][:4], expected[far][:4])
