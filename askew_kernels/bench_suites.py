@@ -437,7 +437,7 @@ def resnet18_case(context: Context) -> Case:
 
 
 def published_case(context: Context) -> Case:
-    """Its own case because of its size: the sort's temporaries are hundreds of bytes a weight, gigabytes at 4096x4096."""
+    """Its own case because of its size: the sort's temporaries take hundreds of bytes a weight."""
     n = 512 if context.quick else 2048
     inputs = Inputs(context, [(n, n)])
     impls = [
