@@ -170,8 +170,8 @@ def feasible_radius(eps: Tensor) -> Tensor:
 
 def constraint(u: Tensor, eps: float) -> Tensor:
     """h = eps - 16 u^2 (1 - u)^2."""
-    p = 4 * u * (1 - u)
-    return -(p * p - eps)
+    q = u - u * u
+    return -16 * (q * q - eps / 16)
 
 
 def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
@@ -184,15 +184,18 @@ def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int],
 
 
 def skew_velocity(
-    d: Tensor, x: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
+    d: Tensor, w: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
-    """The direction nearest to d with h' v >= -alpha h wherever h < 0, and h. x = w / s."""
-    _, u, side, delta = place(x, levels, grid)
+    """The direction nearest to d with h' v >= -alpha h wherever h < 0, and h.
+
+    Where in its bracket w stands is taken from w (1/s), within two units in the last place of w / s, as in the kernels.
+    """
+    _, u, side, delta = place(clamp_hull(w, s, levels, grid) * (1 / s), levels, grid)
     h = constraint(u, eps)
     length = s * delta
-    alpha8 = torch.tensor(alpha, dtype=x.dtype, device=x.device) / 8
-    cap = 1 / (4 * torch.tensor(lr, dtype=x.dtype, device=x.device))  # inf for lr = 0
-    kappa = -h * (length * alpha8) / (4 * u * (1 - u) * (1 - 2 * u))
+    alpha4 = torch.tensor(alpha, dtype=w.dtype, device=w.device) / 4
+    cap = 1 / (4 * torch.tensor(lr, dtype=w.dtype, device=w.device))  # inf for lr = 0
+    kappa = (-h / 16) * (length * alpha4) / ((u - u * u) * (0.5 - u))
     kappa = torch.minimum(kappa, length * cap)
     towards = side * d
     skewed = side * torch.where(kappa > towards, kappa, towards)
@@ -214,17 +217,16 @@ def _update(w, g, s, levels, grid, base, lr, eps, alpha, direction, clamp_, maxi
     """(new weight, velocity, h, old nearest level) of a (rows, cols) matrix; ``base`` maps a gradient to a velocity."""
     if clamp_:
         w = clamp_hull(w, s, levels, grid)
-    x = w / s
     d = g if maximize else -g
     if direction:
-        v, h = skew_velocity(base(-d, w), x, s, levels, grid, lr, eps, alpha)
+        v, h = skew_velocity(base(-d, w), w, s, levels, grid, lr, eps, alpha)
     else:
-        v, h = skew_velocity(d, x, s, levels, grid, lr, eps, alpha)
+        v, h = skew_velocity(d, w, s, levels, grid, lr, eps, alpha)
         v = base(-v, w)
     new = w + lr * v
     if clamp_:
         new = clamp_hull(new, s, levels, grid)
-    return new, v, h, nearest(x, levels, grid)
+    return new, v, h, nearest(w / s, levels, grid)
 
 
 def _present(tensors: list[Tensor], i: int) -> Tensor | None:
@@ -299,15 +301,15 @@ def skew_adamw_(
     skip_nonfinite: bool,
 ) -> None:  # fmt: skip
     """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
-    bias_correction1 = 1 - beta1 ** float(step)
-    root_bias_correction2 = math.sqrt(1 - beta2 ** float(step))
+    first_correction = 1 / (1 - beta1 ** float(step))
+    root_second_correction = 1 / math.sqrt(1 - beta2 ** float(step))
 
     def make_base(values, updated):
         def base(g, w):
             updated[0] = values[0] + (1 - beta1) * (g - values[0])
             updated[1] = beta2 * values[1] + (1 - beta2) * (g * g)
             root = updated[1].double().sqrt().to(g.dtype)  # torch's float32 sqrt (MKL) is not correctly rounded
-            v = -(updated[0] / bias_correction1) / (root / root_bias_correction2 + adam_eps)
+            v = -(updated[0] * first_correction) / (root * root_second_correction + adam_eps)
             return v - weight_decay * w if weight_decay else v
 
         return base

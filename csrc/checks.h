@@ -97,8 +97,8 @@ inline void set_betas(Hyper& h, double beta1, double beta2, double step) {
   h.one_minus_beta1 = (float)(1.0 - beta1);
   h.beta2 = (float)beta2;
   h.one_minus_beta2 = (float)(1.0 - beta2);
-  h.bias_correction1 = (float)(1.0 - std::pow(beta1, step));
-  h.root_bias_correction2 = (float)std::sqrt(1.0 - std::pow(beta2, step));
+  h.first_correction = (float)(1.0 / (1.0 - std::pow(beta1, step)));
+  h.root_second_correction = (float)(1.0 / std::sqrt(1.0 - std::pow(beta2, step)));
 }
 
 }  // namespace askew

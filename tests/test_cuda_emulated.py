@@ -69,7 +69,7 @@ class Hyper(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_float)
         for n in ("lr eps alpha cap weight_decay momentum one_minus_dampening one_minus_beta1 beta2 one_minus_beta2 "
-                  "adam_eps bias_correction1 root_bias_correction2").split()
+                  "adam_eps first_correction root_second_correction").split()
     ] + [(n, ctypes.c_bool) for n in "nesterov direction clamp maximize skip_nonfinite".split()]  # fmt: skip
 
 
@@ -282,8 +282,8 @@ def hyper(o):
     h.one_minus_dampening = 1 - o["dampening"]
     h.one_minus_beta1, h.beta2, h.one_minus_beta2 = 1 - o["beta1"], o["beta2"], 1 - o["beta2"]
     h.adam_eps = o["adam_eps"]
-    h.bias_correction1 = 1 - o["beta1"] ** o["step"]
-    h.root_bias_correction2 = (1 - o["beta2"] ** o["step"]) ** 0.5
+    h.first_correction = 1 / (1 - o["beta1"] ** o["step"])
+    h.root_second_correction = 1 / (1 - o["beta2"] ** o["step"]) ** 0.5
     for name in ("nesterov", "direction", "clamp", "maximize", "skip_nonfinite"):
         setattr(h, name, o[name])
     return h
@@ -350,7 +350,7 @@ def run_kernels(kernels, specs, p, o, on_device=False):
             Scalar(0, eps.data_ptr(), True),
             Scalar(0, step.data_ptr(), False),
         )
-        h.lr = h.eps = h.cap = h.bias_correction1 = h.root_bias_correction2 = float("nan")
+        h.lr = h.eps = h.cap = h.first_correction = h.root_second_correction = float("nan")
     assert not kernels.emulated_update(
         tensors, ctypes.c_size_t(len(specs)), int(o["adamw"]), ctypes.byref(h), ctypes.byref(rates)
     )

@@ -206,19 +206,20 @@ def project_interval(w, scale, radius, lo, hi, levels, KIND: tl.constexpr, N_LEV
 
 @triton.jit
 def push_of(u, delta, scale, eps, alpha, cap):
-    """What the constraint asks of a weight, whatever its gradient is: (kappa, -h).
+    """What the constraint asks of a weight, whatever its gradient is: (kappa, -h / 16).
 
-    With p = 4u (1 - u), h = eps - p^2, |h'| = (8 / Delta) p (1 - 2u): kappa = min(alpha (-h) / |h'|, Delta cap) is the
-    slowest allowed velocity towards the nearest level, -inf where the weight is free (h >= 0 or a midpoint);
+    With q = u (1 - u), h = eps - 16 q^2, |h'| = (32 / Delta) q (1 - 2u): kappa = min(alpha (-h) / |h'|, Delta cap) is
+    the slowest allowed velocity towards the nearest level, -inf where the weight is free (h >= 0 or a midpoint);
     cap = 1 / (4 lr), +inf for lr = 0.
     """
-    p = (4.0 * u) * (1.0 - u)
-    excess = tl.where(eps < 1.0, p * p - eps, 0.0)  # at eps = 1 all is feasible, whatever p is rounded to
+    q = u - u * u
+    to_middle = 0.5 - u
+    excess = tl.where(eps < 1.0, q * q - 0.0625 * eps, 0.0)  # at eps = 1 all is feasible
     length = scale * delta
-    kappa = divide(excess * (length * (0.125 * alpha)), p * (1.0 - (u + u)))
+    kappa = divide(excess * (length * (0.25 * alpha)), q * to_middle)
     limit = length * cap
     kappa = tl.where(kappa < limit, kappa, limit)
-    return tl.where((excess > 0.0) & (u < 0.5), kappa, float("-inf")), excess
+    return tl.where((excess > 0.0) & (to_middle > 0.0), kappa, float("-inf")), excess
 
 
 @triton.jit
@@ -253,13 +254,13 @@ def sgd_descent(
 
 @triton.jit
 def adamw_descent(
-    g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay,
-    DECAY: tl.constexpr,
+    g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction, root_second_correction,
+    weight_decay, DECAY: tl.constexpr,
 ):  # fmt: skip
     """What ``torch.optim.AdamW`` subtracts from w, over lr: (descent, first moment, second moment)."""
     a = a + one_minus_beta1 * (g - a)
     b = beta2 * b + one_minus_beta2 * (g * g)
-    step = divide(divide(a, correction1), divide(root(b), root_correction2) + adam_eps)
+    step = divide(a * first_correction, root(b) * root_second_correction + adam_eps)
     if DECAY:
         step = step + weight_decay * w
     return step, a, b
@@ -267,33 +268,34 @@ def adamw_descent(
 
 @triton.jit
 def base_descent(
-    g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1,
-    root_correction2, weight_decay, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr,
+    g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction,
+    root_second_correction, weight_decay, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr,
     NESTEROV: tl.constexpr,
 ):  # fmt: skip
     """(descent, a, b) of the base optimizer ``RULE``."""
     if RULE == SGD:
         g, a = sgd_descent(g, w, a, momentum, one_minus_dampening, weight_decay, HAS_A, DECAY, NESTEROV)
     else:
-        g, a, b = adamw_descent(g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, correction1,
-                                root_correction2, weight_decay, DECAY)  # fmt: skip
+        g, a, b = adamw_descent(g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction,
+                                root_second_correction, weight_decay, DECAY)  # fmt: skip
     return g, a, b
 
 
 @triton.jit
 def step_weight(
     w, g, a, b, scale, lo, hi, levels, lr, eps, alpha, momentum, one_minus_dampening, one_minus_beta1, beta2,
-    one_minus_beta2, adam_eps, correction1, root_correction2, weight_decay, KIND: tl.constexpr,
+    one_minus_beta2, adam_eps, first_correction, root_second_correction, weight_decay, KIND: tl.constexpr,
     N_LEVELS: tl.constexpr, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr,
     DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """One weight through one step: base direction, skew, move, clamp.
 
-    Returns (new w, a, b, descent, -h, nearest level), the last two where the step started.
+    Returns (new w, a, b, descent, -h / 16 where the step started).
     """
     if CLAMP:
         w = clamp_hull(w, scale, lo, hi)
-    x = in_hull(w, scale, lo, hi)
+    # Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact quotient.
+    x = clamp_hull(w, scale, lo, hi) * divide(1.0, scale)
     _, _, distance, u, delta = offset(x, levels, KIND, N_LEVELS)
     kappa, excess = push_of(u, delta, scale, eps, alpha, divide(1.0, 4.0 * lr))
     if MAXIMIZE:
@@ -301,14 +303,14 @@ def step_weight(
     if not DIRECTION:
         g = skew(g, kappa, distance)
     descent, a, b = base_descent(g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2,
-                                 adam_eps, correction1, root_correction2, weight_decay, RULE, HAS_A, DECAY,
+                                 adam_eps, first_correction, root_second_correction, weight_decay, RULE, HAS_A, DECAY,
                                  NESTEROV)  # fmt: skip
     if DIRECTION:
         descent = skew(descent, kappa, distance)
     w = w - lr * descent
     if CLAMP:
         w = clamp_hull(w, scale, lo, hi)
-    return w, a, b, descent, excess, nearest(x, levels, KIND, N_LEVELS)
+    return w, a, b, descent, excess
 
 
 # ---- random.inl ---------------------------------------------------------------------------------------------------

@@ -81,15 +81,16 @@ def tile_sum(x, valid):
 
 @triton.jit
 def update_kernel(
-    tiles, table, grads, partial_rows, partial_totals, n_slots, n_tiles, lr, eps, correction1, root_correction2, alpha,
-    weight_decay, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps,
+    tiles, table, grads, partial_rows, partial_totals, n_slots, n_tiles, lr, eps, first_correction,
+    root_second_correction, alpha, weight_decay, momentum, one_minus_dampening, one_minus_beta1, beta2,
+    one_minus_beta2, adam_eps,
     DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr, KIND: tl.constexpr, N_LEVELS: tl.constexpr, HAS_A: tl.constexpr,
     HAS_ROW_SUMS: tl.constexpr, HAS_TOTALS: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr, EPS_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, DECAY: tl.constexpr,
     NESTEROV: tl.constexpr, DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
-    """One tile through one step: ``UpdateBody::process`` of csrc/cpu/loops.inl."""
+    """One tile through one step: ``StepLoop`` of csrc/cpu/loops.inl."""
     job = tl.load(tiles + tl.program_id(0))
     which = job >> 32
     tile = (job & 0x7FFFFFFF).to(tl.uint32)
@@ -127,11 +128,11 @@ def update_kernel(
     levels = address(entry + LEVELS, tl.float32, 4)
     lo, hi = hull(tl.load(entry + LO), tl.load(entry + HI), levels, KIND, N_LEVELS)
 
-    new, new_a, new_b, descent, excess, level = step_weight(
+    new, new_a, new_b, descent, excess = step_weight(
         w, g, a, b, scale, lo, hi, levels, read_scalar(lr, LR_ON_DEVICE), read_scalar(eps, EPS_ON_DEVICE), alpha,
         momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps,
-        read_scalar(correction1, STEP_ON_DEVICE), read_scalar(root_correction2, STEP_ON_DEVICE), weight_decay, KIND,
-        N_LEVELS, RULE, HAS_A, DECAY, NESTEROV, DIRECTION, CLAMP, MAXIMIZE,
+        read_scalar(first_correction, STEP_ON_DEVICE), read_scalar(root_second_correction, STEP_ON_DEVICE),
+        weight_decay, KIND, N_LEVELS, RULE, HAS_A, DECAY, NESTEROV, DIRECTION, CLAMP, MAXIMIZE,
     )  # fmt: skip
     finite = tl.abs(g) < float("inf")
     if SKIP_NONFINITE:
@@ -157,9 +158,10 @@ def update_kernel(
             copy_ptr = address(entry + COPY, COPY_DTYPE, min(max(SAME, 1), 16))
             tl.store(copy_ptr + i, narrow(scale * level_after, COPY_DTYPE), mask=valid)
         if HAS_TOTALS:
+            level = nearest_level(w, scale, lo, hi, levels, KIND, N_LEVELS)
             out = partial_totals + tl.program_id(0)
             tl.store(out, tile_sum(tl.where(excess > 0.0, 1.0, 0.0), valid))
-            tl.store(out + n_tiles, tile_sum(tl.where(excess > 0.0, excess, 0.0), valid))
+            tl.store(out + n_tiles, tile_sum(tl.where(excess > 0.0, 16.0 * excess, 0.0), valid))
             tl.store(out + 2 * n_tiles, tile_sum(descent * descent, valid))
             tl.store(out + 3 * n_tiles, tile_sum(0.0 - g * descent, valid))
             tl.store(out + 4 * n_tiles, tile_sum(tl.where(level_after != level, 1.0, 0.0), valid))
@@ -240,10 +242,10 @@ def store_addresses_kernel(out, addresses):
 
 @triton.jit
 def bias_corrections_kernel(out, step, log_beta1, log_beta2):
-    """out = (1 - beta1^step, sqrt(1 - beta2^step)); in float64, where 1 - beta^step does not cancel."""
+    """out = (1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)); in float64, where 1 - beta^step does not cancel."""
     t = tl.load(step).to(tl.float64)
-    tl.store(out, (1.0 - tl.exp(t * log_beta1)).to(tl.float32))
-    tl.store(out + 1, tl.sqrt(1.0 - tl.exp(t * log_beta2)).to(tl.float32))
+    tl.store(out, (1.0 / (1.0 - tl.exp(t * log_beta1))).to(tl.float32))
+    tl.store(out + 1, (1.0 / tl.sqrt(1.0 - tl.exp(t * log_beta2))).to(tl.float32))
 
 
 # ---- the plan: what a list of tensors needs on the device ---------------------------------------------------------
@@ -461,12 +463,13 @@ def _update(lists: _Lists, grids: Sequence[int], rule: int, lr: Tensor, eps: Ten
         tiles, table, n_tiles = launch.tiles, launch.table, launch.tiles.numel()
         has_row_sums, has_totals = launch.constants["HAS_ROW_SUMS"], launch.constants["HAS_TOTALS"]
         with on_device(tiles):
-            correction1, root_correction2, step_on_device = corrections(tiles)
+            first_correction, root_second_correction, step_on_device = corrections(tiles)
             rows = tiles.new_empty(NUM_ROW_SUMS * launch.n_slots if has_row_sums else 0, dtype=torch.float32)
             totals = tiles.new_empty(NUM_TOTALS * n_tiles if has_totals else 0, dtype=torch.float32)
             update_kernel[(n_tiles,)](
-                tiles, table, grads, rows, totals, launch.n_slots, n_tiles, lr, eps, correction1, root_correction2,
-                **hyper, **launch.constants, RULE=rule, LR_ON_DEVICE=lr_on_device, EPS_ON_DEVICE=eps_on_device,
+                tiles, table, grads, rows, totals, launch.n_slots, n_tiles, lr, eps, first_correction,
+                root_second_correction, **hyper, **launch.constants, RULE=rule, LR_ON_DEVICE=lr_on_device,
+                EPS_ON_DEVICE=eps_on_device,
                 STEP_ON_DEVICE=step_on_device, num_warps=launch.num_warps, **EXACT,
             )  # fmt: skip
             if has_row_sums:
@@ -511,7 +514,7 @@ def skew_adamw_(
 
     def corrections(like: Tensor):
         if not step_on_device:
-            return 1 - beta1**step, math.sqrt(1 - beta2**step), False
+            return 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), False
         out = like.new_empty(2, dtype=torch.float32)
         logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
         bias_corrections_kernel[(1,)](out, step, *logs, num_warps=1, **EXACT)

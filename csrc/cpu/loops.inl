@@ -77,6 +77,23 @@ template <int T>
 ASKEW_FN void store(const Stream& s, int64_t i, vf v) {
   Storage<T>::store(s.at<typename Storage<T>::type>(i), v);
 }
+template <int T>
+ASKEW_FN void load(const Stream& s, int64_t i, vf& v) {
+  v = load<T>(s, i);
+}
+template <int T>
+ASKEW_FN void load(const Stream& s, int64_t i, Pair& v) {
+  v = {load<T>(s, i), load<T>(s, i + ASKEW_LANES)};
+}
+template <int T>
+ASKEW_FN void store(const Stream& s, int64_t i, Pair v) {
+  store<T>(s, i, v.lo);
+  store<T>(s, i + ASKEW_LANES, v.hi);
+}
+template <class Grid>
+ASKEW_FN Row<Pair, Grid> pair_of(const Row<vf, Grid>& r) {
+  return {r.grid, {{r.scale.value, r.scale.value}, r.scale}, {r.low, r.low}, {r.high, r.high}};
+}
 
 // ---- sums ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +142,24 @@ ASKEW_FN void finish(RowSums& s, double* out) {
   out[kMaxAbs] = out[kSumAbs] == out[kSumAbs] ? (double)m : out[kSumAbs];  // the peak passes over NaN, the sum does not
 }
 
+// One vector's part of a band's sums, in registers while a loop runs.
+struct VectorSums {
+  vf abs{}, squares{}, peak{};
+};
+ASKEW_FN void add(VectorSums& s, vf w) {
+  const vf a = absolute(w);
+  s.abs += a;
+  s.squares += w * w;
+  s.peak = select(a > s.peak, a, s.peak);
+}
+ASKEW_FN void add(RowSums* to, const VectorSums* vectors) {
+  for (int k = 0; k < kVectors; ++k) {
+    to->abs.now[k] += vectors[k].abs;
+    to->squares.now[k] += vectors[k].squares;
+    to->peak[k] = select(vectors[k].peak > to->peak[k], vectors[k].peak, to->peak[k]);
+  }
+}
+
 template <int T>
 struct RowSumsLoop {
   static constexpr int kStreams = 1;
@@ -132,20 +167,10 @@ struct RowSumsLoop {
   RowSums* sums;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const Stream x = streams[0];
-    vf abs[kVectors] = {}, squares[kVectors] = {}, peak[kVectors];
-    for (int k = 0; k < kVectors; ++k) peak[k] = sums->peak[k];
+    VectorSums vectors[kVectors];
     for (const int64_t end = i + n; i < end; i += 16)
-      for (int k = 0; k < kVectors; ++k) {
-        vf w = load<T>(x, i + k * ASKEW_LANES), a = absolute(w);
-        abs[k] += a;
-        squares[k] += w * w;
-        peak[k] = select(a > peak[k], a, peak[k]);
-      }
-    for (int k = 0; k < kVectors; ++k) {
-      sums->abs.now[k] += abs[k];
-      sums->squares.now[k] += squares[k];
-      sums->peak[k] = peak[k];
-    }
+      for (int k = 0; k < kVectors; ++k) add(vectors[k], load<T>(x, i + k * ASKEW_LANES));
+    add(sums, vectors);
   }
 };
 
@@ -232,14 +257,15 @@ struct ProjectLoop {
 // step, sums of the new weights, quantize-dequantize, totals. Memory sees one pass; each loop is short enough for
 // the processor to overlap several of its iterations, which one long loop is not (docs/notes.md).
 
-// Between the loops of a band: what each leaves for the next. Each row starts at a multiple of 16, gaps hold zeros.
+// Between the loops of a band: what the totals are made of. Each row starts at a multiple of 16, gaps hold zeros.
 struct Trace {
-  alignas(64) float kappa[kBand], distance[kBand], excess[kBand], level[kBand], descent[kBand], gradient[kBand];
+  alignas(64) float level[kBand], excess[kBand], descent[kBand], gradient[kBand];
 };
 
-// The usual step: plain gradients, no weight decay, clamped exactly where it is constrained.
+// The usual step: plain gradients, no weight decay, clamped exactly where it is constrained, no totals.
 template <bool CONSTRAINED>
 struct UsualOptions {
+  static constexpr bool kTraces = false;
   Hyper hyper;
   ASKEW_INLINE bool constrained() const { return CONSTRAINED; }
   ASKEW_INLINE bool clamp() const { return CONSTRAINED; }
@@ -250,69 +276,64 @@ struct UsualOptions {
   ASKEW_INLINE bool skip_nonfinite() const { return false; }
 };
 
-// The half of the step that looks at the weight alone; it also brings in the next band of everything, so that memory
-// keeps busy while this one is computed.
-template <int T, class Grid, class Options, bool TRACED>
-struct PlaceLoop {
-  static constexpr int kStreams = 8;
-  Stream streams[kStreams];  // w, trace: kappa, distance, excess, level; only prefetched: g, a, b
+// The step itself. It also brings in the next band, so that memory keeps busy while this one is computed.
+template <int T, class Rule, class Grid, class Options, bool STATEFUL>
+struct StepLoop {
+  static constexpr int kStreams = 7;
+  Stream streams[kStreams];  // w, g, a, b, trace: excess, descent, gradient (null if not traced)
   Row<vf, Grid> row;
   Options options;
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const PlaceLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      for (int k : {0, 5, 6, 7}) __builtin_prefetch(l.streams[k].template at<typename Storage<T>::type>(i + kBand));
-      const Placed<vf> p = place_weight(load<T>(l.streams[0], i), l.row, l.options);
-      if (l.options.constrained()) {
-        store<kFloat32>(l.streams[1], i, p.push.kappa);
-        store<kFloat32>(l.streams[2], i, p.push.distance);
-      }
-      if (TRACED) {
-        store<kFloat32>(l.streams[3], i, p.push.excess);
-        store<kFloat32>(l.streams[4], i, p.level);
-      }
+
+  // One vector or pair; returns the new weights as they are stored.
+  template <class F>
+  ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row) const {
+    const bool has_b = STATEFUL && streams[3].data, traced = Options::kTraces && streams[4].data;
+    for (int k = 0; k < (has_b ? 4 : STATEFUL ? 3 : 2); ++k)  // never of null: that costs a failed page walk
+      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES)
+        __builtin_prefetch(streams[k].template at<typename Storage<T>::type>(i + c + kBand));
+    F old, g, a{}, b{};
+    load<T>(streams[0], i, old);
+    load<T>(streams[1], i, g);
+    if (STATEFUL) load<T>(streams[2], i, a);
+    if (has_b) load<T>(streams[3], i, b);
+    const F before_a = a, before_b = b;
+    Stepped<F> s = step_weight<Rule>(old, g, a, b, STATEFUL, row, options);
+    if (options.skip_nonfinite()) {
+      const auto finite = absolute(g) < __builtin_inff();
+      s.w = select(finite, s.w, old);
+      s.descent = select(finite, s.descent, F{});
+      a = select(finite, a, before_a);
+      b = select(finite, b, before_b);
     }
+    store<T>(streams[0], i, s.w);
+    if (STATEFUL) store<T>(streams[2], i, a);
+    if (has_b) store<T>(streams[3], i, b);
+    if (traced) {
+      store<kFloat32>(streams[4], i, s.excess);
+      store<kFloat32>(streams[5], i, s.descent);
+      store<kFloat32>(streams[6], i, g);
+    }
+    return s.w;
+  }
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const StepLoop l = *this;  // what a store cannot change
+    const Row<Pair, Grid> twice = pair_of(l.row);
+    const int64_t end = i + n;
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice);
+    if (i < end) l.step(i, l.row);
   }
 };
 
-template <int T, class Rule, class Grid, class Options, bool STATEFUL>
-struct MoveLoop {
-  static constexpr int kStreams = 8;
-  Stream streams[kStreams];  // w, g, a, b, trace: kappa, distance, descent, gradient (the last two null if not traced)
+// The levels where the step starts, for the trace.
+template <int T, class Grid>
+struct LevelsLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // w, level
   Row<vf, Grid> row;
-  Options options;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const MoveLoop l = *this;
-    const bool has_b = STATEFUL && l.streams[3].data, traced = l.streams[6].data;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      if (!l.options.constrained())  // there was no PlaceLoop to do it
-        for (int k = 0; k < (STATEFUL ? 3 : 2); ++k)
-          __builtin_prefetch(l.streams[k].template at<typename Storage<T>::type>(i + kBand));
-      const vf old = load<T>(l.streams[0], i), g = load<T>(l.streams[1], i);
-      vf a{}, b{}, kappa{}, distance{}, descent = g;
-      if (STATEFUL) a = load<T>(l.streams[2], i);
-      if (has_b) b = load<T>(l.streams[3], i);
-      if (l.options.constrained()) {
-        kappa = load<kFloat32>(l.streams[4], i);
-        distance = load<kFloat32>(l.streams[5], i);
-      }
-      const vf before_a = a, before_b = b;
-      vf w = move_weight<Rule>(old, descent, a, b, STATEFUL, kappa, distance, l.row, l.options);
-      if (l.options.skip_nonfinite()) {
-        const vi finite = absolute(g) < __builtin_inff();
-        w = select(finite, w, old);
-        descent = select(finite, descent, vf{});
-        a = select(finite, a, before_a);
-        b = select(finite, b, before_b);
-      }
-      store<T>(l.streams[0], i, w);
-      if (STATEFUL) store<T>(l.streams[2], i, a);
-      if (has_b) store<T>(l.streams[3], i, b);
-      if (traced) {
-        store<kFloat32>(l.streams[6], i, descent);
-        store<kFloat32>(l.streams[7], i, g);
-      }
-    }
+    const LevelsLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store<kFloat32>(l.streams[1], i, nearest_level(load<T>(l.streams[0], i), l.row));
   }
 };
 
@@ -340,7 +361,7 @@ static ASKEW_LOOP void add_trace(const Trace& trace, int64_t columns, bool skip_
       vf excess = Storage<kFloat32>::load(trace.excess + at);
       vi finite = absolute(g) < __builtin_inff();
       sum[kInfeasible][k] += select(excess > 0.f, vf{} + 1.f, vf{});
-      sum[kViolation][k] += select(excess > 0.f, excess, vf{});
+      sum[kViolation][k] += select(excess > 0.f, 16.f * excess, vf{});
       sum[kVelocity2][k] += e * e;
       sum[kGradVelocity][k] -= (skip_nonfinite ? select(finite, g, vf{}) : g) * e;
       sum[kFlips][k] += Storage<kFloat32>::load(trace.level + at);
@@ -359,7 +380,6 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
   if (totals)
     for (int j = 0; j < kTotals; ++j) clear(lanes[j]);
   Trace trace;
-  const bool placed = totals || h.eps < 1.f;
   int64_t traced = 0;  // columns of the trace in use
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
@@ -375,24 +395,14 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
       }
       const int64_t start = totals ? traced : 0;
       const auto part = [&](float* of) { return Stream{of + start - (base + c), 4, true}; };  // at an element's index
-      const Stream w_read{t.w, size, false}, kappa = part(trace.kappa), distance = part(trace.distance);
-      const Stream level = part(trace.level), none{};
-      const Stream ahead_a = t.a ? a : g, ahead_b = t.b ? b : g;  // prefetching address 0 costs a failed page walk
-      if (totals)
-        for_columns(
-            PlaceLoop<T, Grid, Options, true>{
-                {w_read, kappa, distance, part(trace.excess), level, g, ahead_a, ahead_b}, row, {h}},
-            base, c, c + n);
-      else if (placed)
-        for_columns(
-            PlaceLoop<T, Grid, Options, false>{{w_read, kappa, distance, none, none, g, ahead_a, ahead_b}, row, {h}},
-            base, c, c + n);
-      for_columns(
-          MoveLoop<T, Rule, Grid, Options, STATEFUL>{
-              {w, g, a, b, kappa, distance, totals ? part(trace.descent) : none, totals ? part(trace.gradient) : none},
-              row,
-              {h}},
-          base, c, c + n);
+      const Stream w_read{t.w, size, false}, level = part(trace.level), none{};
+      if (totals) for_columns(LevelsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
+      for_columns(StepLoop<T, Rule, Grid, Options, STATEFUL>{{w, g, a, b, totals ? part(trace.excess) : none,
+                                                              totals ? part(trace.descent) : none,
+                                                              totals ? part(trace.gradient) : none},
+                                                             row,
+                                                             {h}},
+                  base, c, c + n);
       if (totals) {
         for_columns(FlipsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
@@ -499,8 +509,8 @@ static void row_sums(const void* x, int type, int64_t cols, Tile t, double* sums
 
 template <class Rule, bool STATEFUL>
 static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
-  const bool usual = !h.direction && !h.maximize && !h.nesterov && h.weight_decay == 0.f && !h.skip_nonfinite &&
-                     h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
+  const bool usual = !totals && !h.direction && !h.maximize && !h.nesterov && h.weight_decay == 0.f &&
+                     !h.skip_nonfinite && h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
   if (usual && h.clamp)
     update_typed<kFloat32, Rule, UniformGrid, UsualOptions<true>, STATEFUL>(t, h, tile, row_sums, totals);
   else if (usual)

@@ -32,7 +32,7 @@ ASKEW_FN Divisor<vf> divisor(vf a) {
 #if defined(__FMA__)
   return {a, 1.f / a, a[0] > 0x1p-60f && a[0] < 0x1p60f};
 #else
-  return {a, a, false};
+  return {a, 1.f / a, false};
 #endif
 }
 ASKEW_FN vf divide(vf a, const Divisor<vf>& b) {
@@ -45,6 +45,7 @@ ASKEW_FN vf divide(vf a, const Divisor<vf>& b) {
 #endif
   return a / b.value;
 }
+ASKEW_FN vf divide_roughly(vf a, const Divisor<vf>& b) { return a * b.inverse; }  // the same on every instruction set
 ASKEW_FN vf round_even(vf a) { return (a + 12582912.f) - 12582912.f; }
 ASKEW_FN vf root(vf a) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -56,6 +57,43 @@ ASKEW_FN vf root(vf a) {
   for (int i = 0; i < ASKEW_LANES; ++i) r[i] = __builtin_sqrtf(a[i]);
   return r;
 #endif
+}
+
+// F = Pair: two vectors side by side. A step is one long chain of dependent operations; the processor's window holds
+// about two of them, and two that alternate instruction by instruction overlap as two in a row do not.
+struct Pair {
+  vf lo, hi;
+};
+struct PairMask {
+  vi lo, hi;
+};
+#define ASKEW_PAIR(RESULT, OP)                                                         \
+  ASKEW_FN RESULT operator OP(Pair a, Pair b) { return {a.lo OP b.lo, a.hi OP b.hi}; } \
+  ASKEW_FN RESULT operator OP(Pair a, float b) { return {a.lo OP b, a.hi OP b}; }      \
+  ASKEW_FN RESULT operator OP(float a, Pair b) { return {a OP b.lo, a OP b.hi}; }
+ASKEW_PAIR(Pair, +)
+ASKEW_PAIR(Pair, -)
+ASKEW_PAIR(Pair, *)
+ASKEW_PAIR(PairMask, >)
+ASKEW_PAIR(PairMask, <)
+ASKEW_PAIR(PairMask, >=)
+ASKEW_PAIR(PairMask, ==)
+#undef ASKEW_PAIR
+ASKEW_FN Pair select(PairMask m, Pair a, Pair b) { return {select(m.lo, a.lo, b.lo), select(m.hi, a.hi, b.hi)}; }
+ASKEW_FN Pair absolute(Pair a) { return {absolute(a.lo), absolute(a.hi)}; }
+ASKEW_FN Pair negate_where_negative(Pair a, Pair by) {
+  return {negate_where_negative(a.lo, by.lo), negate_where_negative(a.hi, by.hi)};
+}
+ASKEW_FN Pair divide(Pair a, Pair b) { return {a.lo / b.lo, a.hi / b.hi}; }
+ASKEW_FN Pair round_even(Pair a) { return {round_even(a.lo), round_even(a.hi)}; }
+ASKEW_FN Pair root(Pair a) { return {root(a.lo), root(a.hi)}; }
+template <>
+struct Divisor<Pair> {
+  Pair value;
+  Divisor<vf> of_each;
+};
+ASKEW_FN Pair divide_roughly(Pair a, const Divisor<Pair>& b) {
+  return {divide_roughly(a.lo, b.of_each), divide_roughly(a.hi, b.of_each)};
 }
 
 template <int T>

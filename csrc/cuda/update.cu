@@ -42,7 +42,7 @@ __device__ __forceinline__ void add(Totals& t, bool exists, const Stepped<float>
                                     bool flip) {
   if (!exists) return;
   t.sum[kInfeasible] += s.excess > 0.f ? 1.f : 0.f;
-  t.sum[kViolation] += s.excess > 0.f ? s.excess : 0.f;
+  t.sum[kViolation] += s.excess > 0.f ? 16.f * s.excess : 0.f;
   t.sum[kVelocity2] += s.descent * s.descent;
   t.sum[kGradVelocity] -= gradient * s.descent;
   t.sum[kFlips] += flip ? 1.f : 0.f;
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
     h.lr = list.device_h->lr;
     h.eps = list.device_h->eps;
     h.cap = list.device_h->cap;
-    h.bias_correction1 = list.device_h->bias_correction1;
-    h.root_bias_correction2 = list.device_h->root_bias_correction2;
+    h.first_correction = list.device_h->first_correction;
+    h.root_second_correction = list.device_h->root_second_correction;
   }
 
   const AnyOptions options{h};
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       Stepped<float> s[kPer];
-      float gradient[kPer], new_w[kPer], new_a[kPer], new_b[kPer];
+      float gradient[kPer], level[kPer], new_w[kPer], new_a[kPer], new_b[kPer];
       bool finite[kPer];
 #pragma unroll
       for (int e = 0; e < kPer; ++e) {
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
         gradient[e] = Storage<T>::get(g.word[q], e);
         new_a[e] = old_a;
         new_b[e] = old_b;
+        if (t.totals) level[e] = nearest_level(old, row);
         s[e] = step_weight<Rule>(old, gradient[e], new_a[e], new_b[e], t.a != nullptr, row, options);
         finite[e] = absolute(gradient[e]) < __int_as_float(0x7f800000);
         if (options.skip_nonfinite() && !finite[e]) {
@@ -133,9 +134,9 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
         const float stored = Storage<T>::get(w.word[q], e);  // as the next step will read it
         if (t.sums) add(sums, exists ? stored : 0.f);
         if (t.dequantized || t.totals) {
-          const float level = nearest_level(stored, row);
-          copy[j] = row.scale.value * level;
-          if (t.totals) add(totals, exists, s[e], gradient[e], finite[e], level != s[e].level);
+          const float now = nearest_level(stored, row);
+          copy[j] = row.scale.value * now;
+          if (t.totals) add(totals, exists, s[e], gradient[e], finite[e], now != level[e]);
         }
       }
     }
@@ -163,8 +164,8 @@ __global__ void rates_kernel(Rates r, int rule, Hyper* h) {
   h->cap = __fdiv_rn(1.f, 4.f * h->lr);
   if (rule == kAdamW) {
     const double step = read_scalar(r.step);
-    h->bias_correction1 = (float)(1.0 - pow(r.beta1, step));
-    h->root_bias_correction2 = (float)sqrt(1.0 - pow(r.beta2, step));
+    h->first_correction = (float)(1.0 / (1.0 - pow(r.beta1, step)));
+    h->root_second_correction = (float)(1.0 / sqrt(1.0 - pow(r.beta2, step)));
   }
 }
 

@@ -1,7 +1,7 @@
 // The interval constraint h >= 0, its projection and the skewed velocity (docs/mathematics.md, section 2).
 //
-// Written in the distance u to the nearest level instead of t: t(1-t) = u(1-u), and |1-2t| = 1-2u. With p = 4u(1-u),
-//     h  = eps - p^2        |h'| = (8/Delta) p (1-2u)
+// Written in the distance u to the nearest level instead of t: with q = u(1-u) = t(1-t), and |1-2t| = 1-2u,
+//     h = eps - 16 q^2        |h'| = (32/Delta) q (1-2u)
 // which has no cancellation near the upper level.
 
 // r / Delta: how far from its nearest level a feasible point may stand, in bracket lengths.
@@ -26,19 +26,20 @@ template <class F>
 struct Push {
   F kappa;     // slowest allowed velocity towards the nearest level; -inf where the weight is free
   F distance;  // from the nearest level: its sign says where that is
-  F excess;    // -h: positive where infeasible
+  F excess;    // -h / 16: positive where infeasible
 };
 
 // kappa = min(alpha (-h)/|h'|, Delta/(4 lr)); cap = 1/(4 lr), +inf for lr = 0. A midpoint is free.
 template <class F>
 ASKEW_FN Push<F> push_of(const Offset<F>& o, F scale, float eps, float alpha, float cap) {
-  F p = (4.f * o.u) * (1.f - o.u);
-  F excess = p * p - eps;
+  F q = o.u - o.u * o.u, to_middle = 0.5f - o.u;
+  F excess = q * q - 0.0625f * eps;
   F length = scale * o.delta;
-  F kappa = divide(excess * (length * (0.125f * alpha)), p * (1.f - (o.u + o.u)));
+  F kappa = divide(excess * (length * (0.25f * alpha)), q * to_middle);
   F limit = length * cap;
   kappa = select(kappa < limit, kappa, limit);
-  return {select(both(excess > 0.f, o.u < 0.5f), kappa, F{} - __builtin_inff()), o.distance, excess};
+  F constrained = select(excess < to_middle, excess, to_middle);  // one comparison for both being positive
+  return {select(constrained > 0.f, kappa, F{} - __builtin_inff()), o.distance, excess};
 }
 
 // The skewed velocity v = side * max(kappa, side * d), side = towards the nearest level, with the sign of a gradient:

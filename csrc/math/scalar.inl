@@ -40,13 +40,16 @@ ASKEW_FN float divide(float a, const Divisor<float>& b) {
   q = __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
   return __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
 }
+ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return (a * b.power) * b.inverse; }
 #else
 template <>
 struct Divisor<float> {
-  float value;
+  float value, inverse;
 };
-ASKEW_FN Divisor<float> divisor(float a) { return {a}; }
+ASKEW_FN Divisor<float> divisor(float a) { return {a, 1.f / a}; }
 ASKEW_FN float divide(float a, const Divisor<float>& b) { return divide(a, b.value); }
+// Within two units in the last place of a / b, for one multiplication.
+ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return a * b.inverse; }
 #endif
 
 // Nearest integer, ties to even, for |a| <= 2^22; never returns -0.

@@ -20,7 +20,7 @@ struct Hyper {                // one optimizer step, the same for every tensor o
   float weight_decay;
   float momentum, one_minus_dampening;                      // Sgd
   float one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW; 1 - beta rounded once, from double
-  float bias_correction1, root_bias_correction2;
+  float first_correction, root_second_correction;           // 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
   bool nesterov, direction, clamp, maximize, skip_nonfinite;
 };
 
