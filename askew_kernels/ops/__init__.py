@@ -322,40 +322,40 @@ def _skew_update(
                 )
     if skew not in SKEWS:
         raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
-    run_skew_update(name, params, grads, states, flat_scales, grids, dequantized or [], stats, rates, numbers)
+    if params:
+        levels = [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)]
+        encodings = [n for grid in grids for n in grid.encoding]
+        run_skew_update(name, params, grads, states, flat_scales, levels, encodings, dequantized or [], stats, rates,
+                        numbers)  # fmt: skip
 
 
 def run_skew_update(
     name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
-    scales: list[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor], stats: SkewStats,
-    rates: list[Tensor], numbers: list[Any],
+    scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
+    rates: list[Tensor], numbers: list[Any], contiguous: bool = False,
 ) -> None:  # fmt: skip
-    """The update without its checks, for callers that made sure of every argument (the optimizers)."""
-    if not params:
-        return
+    """The update without its checks, for callers that made sure of every argument (the optimizers).
+
+    ``contiguous``: every tensor but the gradients is known to be.
+    """
     in_place = _InPlace()
-    orders = [_layout(p, s.numel()) for p, s in zip(params, scales, strict=True)]
-
-    def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-        return [in_place.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
-
-    arguments = [
-        writable(params),
-        [
+    if contiguous:
+        writable: Any = lambda tensors: tensors or []  # noqa: E731
+        grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
+    else:
+        orders = [_layout(p, s.numel()) for p, s in zip(params, scales, strict=True)]
+        grads = [
             (g if order is None else g.permute(order)).detach().contiguous()
             for g, order in zip(grads, orders, strict=True)
-        ],
-        *(writable(buffers) for buffers in states.values()),
-        scales,
-        [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)],
-        [n for grid in grids for n in grid.encoding],
-        writable(dequantized),
-        stats.row_sums,
-        stats.totals,
-        *rates,
-        *numbers,
-    ]
-    runtime.operator(name, params[0])(*arguments)
+        ]
+
+        def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+            return [in_place.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
+
+    runtime.operator(name, params[0])(
+        writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
+        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers,
+    )  # fmt: skip
     in_place.finish()
     written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]
     torch.autograd.graph.increment_version(written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops, reference
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
-from ..quant.state import next_scales
+from ..quant.state import ScaleBatch, next_scales
 
 FREEZE_SCALE = ("anneal", "init", "never")
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
@@ -23,6 +24,59 @@ def _fixed_scale(group: dict[str, Any], p: Tensor, rows: int) -> Tensor:
     """The group's scale tensor as (rows,); one number serves every row."""
     scale = group["scale"].detach().to(p.device).reshape(-1)
     return ops._check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")
+
+
+class _Launch:
+    """What one launch takes, kept from step to step while nothing else touches the tensors."""
+
+    def __init__(self, members: list[Tensor], quantizers: list[WeightQuantizer], clamp: bool, key: list[Any],
+                 levels: Tensor, encoding: list[int]) -> None:  # fmt: skip
+        self.members, self.quantizers, self.clamp, self.key = members, quantizers, clamp, key
+        self.levels, self.encodings = [levels] * len(members), encoding * len(members)
+        self.steps: list[Tensor] = []  # AdamW's counters, and their versions when it last moved them
+        self.step_versions: list[int] = []
+
+    def prepare(self) -> None:
+        """The outputs, and how the next scales come from them."""
+        copies = [q.copy_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
+        sums = [q.sums_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
+        self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
+        self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
+        together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+        for q, p in zip(self.quantizers, self.members, strict=True):
+            if not q.frozen and q.batches(p):
+                together.setdefault(q.rule, []).append((q, p))
+        self.batches = [ScaleBatch(*zip(*pairs, strict=True)) for pairs in together.values()]  # type: ignore[arg-type]
+        self.contiguous = all(p.is_contiguous() for p in self.members)
+
+    def _or_empty(self, tensors: list[Tensor | None]) -> list[Tensor]:
+        """An operator's list: empty where nothing is present, a tensor without elements for one that is absent."""
+        if all(t is None for t in tensors):
+            return []
+        return [
+            t if t is not None else torch.empty(0, device=p.device) for t, p in zip(tensors, self.members, strict=True)
+        ]
+
+
+class _Plan:
+    """The launches of one group, and what they were made for."""
+
+    def __init__(self, key: tuple, params: list[Tensor], launches: list[_Launch]) -> None:
+        self.key, self.params, self.launches = key, params, launches
+        self.quantizers: list[WeightQuantizer] = [p._askew_quantizer for p in params]  # type: ignore[attr-defined]
+        self.revisions: list[int] = []
+        self.used = False
+
+    def holds(self, params: list[Tensor]) -> bool:
+        """Same tensors, and since the last step only the update pass has touched them."""
+        return (
+            len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+            and all(
+                WeightQuantizer.of(p) is q and q.revision == revision and q.settled(p)
+                for p, q, revision in zip(params, self.quantizers, self.revisions, strict=True)
+            )
+        )
 
 
 class _Skewed(Optimizer):
@@ -43,6 +97,7 @@ class _Skewed(Optimizer):
         self._telemetry_wanted = True
         self._totals: dict[Tensor, Tensor] = {}
         self._telemetry_step = 0
+        self._plans: dict[int, _Plan] = {}
         super().__init__(params, defaults)
 
     # ---- groups -------------------------------------------------------------------------------------------------
@@ -116,89 +171,127 @@ class _Skewed(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        rates = []
         for group, params in work:
-            self._check_group_rates(group)
+            rates.append(self._rates(group))
             if group["grid"] is None:
                 if not self.TAKES_SPARSE and any(p.grad.layout != torch.strided for p in params):
                     raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients")
                 continue
             for p in params:
-                if p.grad.is_sparse or p.grad.layout != torch.strided:
+                grad: Tensor = p.grad  # type: ignore[assignment]
+                if grad.layout != torch.strided:
                     raise TypeError(
                         f"grad: {type(self).__name__} does not take sparse gradients for a quantized parameter"
                     )
-                if p.grad.dtype != p.dtype:
-                    raise TypeError(f"grad: expected the parameter's {p.dtype}, got {p.grad.dtype}")
+                if grad.dtype != p.dtype:
+                    raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
         every = self.telemetry_every
         record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
         if record:
             self._totals = {}
             self._telemetry_wanted = False
             self._telemetry_step = self._steps + 1
-        for group, params in work:
+        for index, (group, params) in enumerate(work):
             if not params:
                 continue
             if group["grid"] is None:
                 self._plain_step(group, params)
             else:
-                self._skewed_step(group, params, record)
+                self._skewed_step(index, group, params, rates[index], record)
         self._steps += 1
         return loss
 
-    def _check_group_rates(self, group: dict[str, Any]) -> None:
-        """What schedules and users change between steps."""
-        for name, low, high, is_open in (("lr", 0.0, float("inf"), False), ("eps", 0.0, 1.0, True)):
-            ops.rate_tensor(name, group[name], low, high, is_open)
+    @staticmethod
+    def _rates(group: dict[str, Any]) -> list[Tensor]:
+        """lr and eps, which schedules and users change between steps, as checked 0-dim tensors."""
+        return [ops.rate_tensor("lr", group["lr"], 0.0), ops.rate_tensor("eps", group["eps"], 0.0, 1.0, True)]
 
     @staticmethod
-    def _annealed(group: dict[str, Any]) -> bool:
+    def _freezes(group: dict[str, Any]) -> bool:
+        """Whether the scale is to be frozen at this step."""
+        if group["freeze_scale"] != "anneal":
+            return group["freeze_scale"] == "init"
         eps = group["eps"]
         if "annealing" in group and (group["annealing"] or (isinstance(eps, Tensor) and eps.device.type != "cpu")):
             return group["annealing"]  # EpsilonAnnealing keeps this on the host: no synchronisation
         return float(eps) < 1.0
 
-    def _skewed_step(self, group: dict[str, Any], params: list[Tensor], record: bool) -> None:
-        freeze = group["freeze_scale"] == "init" or (group["freeze_scale"] == "anneal" and self._annealed(group))
+    def _skewed_step(self, index: int, group: dict[str, Any], params: list[Tensor], rates: list[Tensor],
+                     record: bool) -> None:  # fmt: skip
+        freeze = self._freezes(group)
+        key = (id(group), id(group["grid"]), group["freeze_scale"], freeze, bool(group.get("momentum")),
+               id(self.state), len(self.state))  # fmt: skip
+        plan = self._plans.get(index)
+        if plan is None or plan.key != key or not (plan.holds(params) and all(map(self._lasts, plan.launches))):
+            plan = self._plans[index] = _Plan(key, params, self._launches(group, params, freeze))
+        for launch in plan.launches:
+            self._run(launch, group, rates, record, plan.used)
+        plan.used = True
+        plan.revisions = [q.revision for q in plan.quantizers]
+
+    def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[_Launch]:
         buckets: dict[Any, list[Tensor]] = {}
         for p in params:
             quantizer = self._quantizer(group, p)
-            if freeze and not quantizer.frozen and group["freeze_scale"] != "never":
+            if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             frozen = quantizer.frozen and group["freeze_scale"] != "never"
-            buckets.setdefault((p.device, frozen, p.dtype == torch.float64, *self._bucket(p)), []).append(p)
-        rates = [ops.rate_tensor("lr", group["lr"], 0.0), ops.rate_tensor("eps", group["eps"], 0.0, 1.0, True)]
-        for (_, clamp, _, *key), members in buckets.items():
+            buckets.setdefault((p.device, frozen, p.dtype == torch.float64, *self._bucket(group, p)), []).append(p)
+        launches = []
+        for (device, clamp, _, *rest), members in buckets.items():
             quantizers = [self._quantizer(group, p) for p in members]
-            scales = next_scales(quantizers, members)
-            states = self._states(group, members)
-            copies = [q.copy_to_write(p) for q, p in zip(quantizers, members, strict=True)]
-            sums = [q.sums_to_write(p) for q, p in zip(quantizers, members, strict=True)]
-            totals = []
-            if record:
-                totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
-                self._totals.update(zip(members, totals, strict=True))
-            leading, numbers = self._numbers(group, key)
-            ops.run_skew_update(
-                self.OPERATOR, members, [p.grad for p in members], states, scales,  # type: ignore[misc]
-                [group["grid"]] * len(members), _or_empty(copies, members),
-                ops.SkewStats(_or_empty(sums, members), totals),
-                [*leading, *rates],
-                [*numbers, group["skew"] == "direction", clamp, group["maximize"], group["skip_nonfinite"]],
-            )  # fmt: skip
-            for q, p, c, s in zip(quantizers, members, copies, sums, strict=True):
-                q.updated(p, c is not None, s is not None)
+            levels = group["grid"].levels_tensor(device)
+            launches.append(_Launch(members, quantizers, clamp, rest, levels, group["grid"].encoding))
+        return launches
 
-    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
+    def _run(self, launch: _Launch, group: dict[str, Any], rates: list[Tensor], record: bool, again: bool) -> None:
+        """One launch; ``again``: since the launch before nothing else has touched the weights or their quantizers."""
+        members, quantizers = launch.members, launch.quantizers
+        if again:
+            for batch in launch.batches:
+                batch.update()
+            scales: list[Tensor] = [q.scale for q in quantizers]  # type: ignore[misc]
+        else:
+            scales = next_scales(quantizers, members)
+            launch.prepare()
+        states = self._states(group, launch)
+        totals = []
+        if record:
+            totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
+            self._totals.update(zip(members, totals, strict=True))
+        leading, numbers = self._numbers(group, launch)
+        try:
+            ops.run_skew_update(
+                self.OPERATOR, members, [p.grad for p in members], states, scales, launch.levels,  # type: ignore[misc]
+                launch.encodings, launch.copies, ops.SkewStats(launch.sums, totals), [*leading, *rates],
+                [*numbers, group["skew"] == "direction", launch.clamp, group["maximize"], group["skip_nonfinite"]],
+                contiguous=launch.contiguous,
+            )  # fmt: skip
+        except BaseException:
+            for q in quantizers:  # their scales have moved on
+                q.invalidate()
+            raise
+        for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
+            q.updated(p, copied, summed)
+
+    def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
-        return ()
+        raise NotImplementedError
+
+    def _lasts(self, launch: _Launch) -> bool:
+        """Whether the bucket of a launch that has run is still one."""
+        raise NotImplementedError
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
+    def _states(self, group: dict[str, Any], launch: _Launch) -> dict[str, list[Tensor] | None]:
+        """The rule's buffers for a launch, made where they are missing."""
         raise NotImplementedError
 
-    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
+    def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
+        """The rule's own arguments: 0-dim tensors that come before lr, and numbers."""
         raise NotImplementedError
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
@@ -287,7 +380,7 @@ class _Skewed(Optimizer):
         return {**super().__getstate__(), "telemetry_every": self.telemetry_every, "_steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._totals, self._telemetry_wanted, self._telemetry_step = {}, True, 0
+        self._totals, self._telemetry_wanted, self._telemetry_step, self._plans = {}, True, 0, {}
         super().__setstate__(state)
         for group in self.param_groups:  # a copied parameter has lost its quantizer
             for p in group["params"] if group["grid"] is not None else []:
@@ -297,13 +390,6 @@ class _Skewed(Optimizer):
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-
-
-def _or_empty(tensors: list[Tensor | None], members: list[Tensor]) -> list[Tensor]:
-    """An operator's list: empty where nothing is present, a tensor without elements for one that is absent."""
-    if all(t is None for t in tensors):
-        return []
-    return [t if t is not None else torch.empty(0, device=p.device) for t, p in zip(tensors, members, strict=True)]
 
 
 _COMMON = {
@@ -358,19 +444,22 @@ class ASkewSGD(_Skewed):
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
 
-    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
-        return ("momentum_buffer" not in self.state[p],)
+    def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
+        return (bool(group["momentum"]) and "momentum_buffer" not in self.state[p],)
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
+    def _lasts(self, launch: _Launch) -> bool:
+        return not launch.key[0]
+
+    def _states(self, group: dict[str, Any], launch: _Launch) -> dict[str, list[Tensor] | None]:
         if not group["momentum"]:
             return {"momentum_buffers": None}
-        for p in params:
+        for p in launch.members:
             if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return {"momentum_buffers": [self.state[p]["momentum_buffer"] for p in params]}
+        return {"momentum_buffers": [self.state[p]["momentum_buffer"] for p in launch.members]}
 
-    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
-        first = key[0]  # torch's first step takes the gradient whole; with a zero buffer that is dampening 0
+    def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
+        first = launch.key[0]  # torch's first step takes the gradient whole; with a zero buffer that is dampening 0
         return [], [
             float(group["alpha"]), float(group["momentum"]), 0.0 if first else float(group["dampening"]),
             float(group["weight_decay"]), bool(group["nesterov"]),
@@ -426,17 +515,22 @@ class ASkewAdamW(_Skewed):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state
 
-    def _bucket(self, p: Tensor) -> tuple[Any, ...]:
-        return (float(self._state_of(p)["step"]) + 1,)
+    def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
+        return (float(self._state_of(p)["step"]),)
 
-    def _states(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, list[Tensor] | None]:
-        states = [self._state_of(p) for p in params]
-        for state in states:
-            state["step"] += 1
+    def _lasts(self, launch: _Launch) -> bool:
+        steps = [self._state_of(p)["step"] for p in launch.members]
+        return all(map(operator.is_, steps, launch.steps)) and [t._version for t in steps] == launch.step_versions
+
+    def _states(self, group: dict[str, Any], launch: _Launch) -> dict[str, list[Tensor] | None]:
+        states = [self._state_of(p) for p in launch.members]
+        launch.steps = [s["step"] for s in states]
+        torch._foreach_add_(launch.steps, 1)
+        launch.step_versions = [t._version for t in launch.steps]
         return {"exp_avgs": [s["exp_avg"] for s in states], "exp_avg_sqs": [s["exp_avg_sq"] for s in states]}
 
-    def _numbers(self, group: dict[str, Any], key: list[Any]) -> tuple[list[Tensor], list[Any]]:
-        return [torch.tensor(key[0], dtype=torch.float64)], [
+    def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
+        return [torch.tensor(float(launch.steps[0]), dtype=torch.float64)], [
             float(group["alpha"]), float(group["betas"][0]), float(group["betas"][1]), float(group["adam_eps"]),
             float(group["weight_decay"]),
         ]  # fmt: skip

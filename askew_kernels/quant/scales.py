@@ -7,7 +7,9 @@ row that holds inf or NaN, gets scale 1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
 # clip = c1 rms(w) - c2 mean|w| by bits (SAWB, Choi et al. 2018)
 SAWB_COEFFICIENTS = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.68, 12.80), 5: (17.74, 18.64), 8: (31.76, 35.04)}
+
+_FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
 
 
 def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: int | None = None) -> int:
@@ -43,22 +47,26 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
 
 
-def _absmax(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+# The rules below are written over arrays of float64, torch's or (on the CPU, where a dozen small torch operations would
+# cost more than the update of a small weight) NumPy's: `xp` is the module. Both are IEEE, so both give the same bits.
+
+
+def _absmax(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
     return sums[:, reference.MAX_ABS] / grid.c_max
 
 
-def _sawb(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
     c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
-    clip = c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt() - c2 * sums[:, reference.SUM_ABS] / cols
-    return torch.where(clip > 0, clip / grid.c_max, _absmax(sums, cols, grid, None))
+    clip = c1 * xp.sqrt(sums[:, reference.SUM_SQUARES] / cols) - c2 * sums[:, reference.SUM_ABS] / cols
+    return xp.where(clip > 0, clip / grid.c_max, _absmax(xp, sums, cols, grid, None))
 
 
-def _mean(sums: Tensor, cols: int | Tensor, grid: Grid, coefficients: tuple[float, float] | None) -> Tensor:
+def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
     return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, reference.SUM_ABS] / cols
 
 
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES: dict[str, Callable[[Tensor, int | Tensor, Grid, tuple[float, float] | None], Tensor]] = {
+SUM_RULES: dict[str, Callable[[Any, Any, Any, Grid, tuple[float, float] | None], Any]] = {
     "absmax": _absmax,
     "sawb": _sawb,
     "mean": _mean,
@@ -88,28 +96,36 @@ def scale_from_sums(
 
     ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors.
     """
-    exact = sums.double()
-    amax = exact[:, reference.MAX_ABS]
-    scale = SUM_RULES[rule](exact, cols, grid, sawb_coefficients)
+    if type(sums) is Tensor and sums.device.type == "cpu" and not torch.compiler.is_compiling():
+        exact, per_row = sums.numpy().astype(np.float64), cols if isinstance(cols, int) else cols.numpy()
+        with np.errstate(all="ignore"):
+            return torch.from_numpy(_scale(np, exact, per_row, grid, rule, sawb_coefficients).astype(np.float32))
+    return _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients).float()
+
+
+def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
+    scale = SUM_RULES[rule](xp, sums, cols, grid, coefficients)
     # a sum may overflow where max|w| does not
-    return _guarded(torch.where(scale.isfinite(), scale, _absmax(exact, cols, grid, None)), amax)
+    scale = xp.where(xp.isfinite(scale), scale, _absmax(xp, sums, cols, grid, None))
+    return _guarded(xp, scale, sums[:, reference.MAX_ABS])
 
 
-def _guarded(scale: Tensor, amax: Tensor) -> Tensor:
-    scale = torch.maximum(scale, 1e-12 * amax.clamp(min=1.0)).float()
-    usable = (amax > 0) & amax.isfinite() & scale.isfinite() & (scale > 0)
-    return torch.where(usable, scale, torch.ones_like(scale))
+def _guarded(xp: Any, scale: Any, amax: Any) -> Any:
+    """Not below 1e-12 max(1, amax); 1 where the row is zero or not finite, or float32 cannot hold the scale."""
+    scale = xp.maximum(scale, 1e-12 * xp.clip(amax, 1.0, None))
+    usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
+    return xp.where(usable, scale, xp.ones_like(scale))
 
 
 def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
     """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
     matrix = w.reshape(rows, -1)
     amax = ops.row_sums(matrix, rows)[:, reference.MAX_ABS].double()
-    top = _guarded(amax / grid.c_max, amax)
+    top = _guarded(torch, amax / grid.c_max, amax).float()
     best = torch.full((rows,), float("inf"), dtype=torch.float64, device=w.device)
     chosen = top.clone()
     for j in range(1, 101):
-        scale = _guarded(top.double() * (j / 100), amax)
+        scale = _guarded(torch, top.double() * (j / 100), amax).float()
         error = (matrix.float() - ops.fake_quantize(matrix.float(), scale, grid)).square_().sum(1, dtype=torch.float64)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)

@@ -13,8 +13,8 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class WeightQuantizer:
         self._version: tuple[Any, ...] | None = None
         self._sums_valid = False
         self._restored = False
+        self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
 
@@ -109,6 +110,7 @@ class WeightQuantizer:
         version = version_of(weight)
         if version == self._version:
             return
+        self.revision += 1
         same = False
         if self._restored and self.row_sums is not None:  # a checkpoint's scale, whose weights may have come after it
             now = ops.row_sums(weight.detach(), self.rows(weight))
@@ -146,6 +148,7 @@ class WeightQuantizer:
         else:
             self.next_scale(weight)
         self.frozen = True
+        self.revision += 1
         self.row_sums, self._sums_valid = None, False
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
@@ -154,11 +157,13 @@ class WeightQuantizer:
             raise ValueError(f"scale: expected shape ({rows},) for a weight of shape {tuple(weight.shape)} "
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
         self._sync(weight)
+        self.revision += 1
         self.scale = scale.detach().to(device=weight.device, dtype=torch.float32).reshape(-1).contiguous().clone()
         self._fresh.clear()
 
     def restore(self, scale: Tensor | None, frozen: bool, row_sums: Tensor | None = None) -> None:
         """State from a checkpoint; the weights may be loaded before or after."""
+        self.revision += 1
         if scale is None and self.fixed:
             self.invalidate()
             return
@@ -176,6 +181,7 @@ class WeightQuantizer:
 
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
+        self.revision += 1
         self._version, self._sums_valid, self._restored = None, False, False
         self._fresh.clear()
 
@@ -188,7 +194,9 @@ class WeightQuantizer:
                 return self.quantized(weight, dtype)
         dtype = dtype or weight.dtype
         scale = self.current_scale(weight)
-        self.copy_dtype = dtype
+        if dtype != self.copy_dtype:
+            self.copy_dtype = dtype
+            self.revision += 1
         copy = self._buffer(weight, dtype)
         if dtype not in self._fresh:
             ops.fake_quantize_out_(weight, scale, self.config.weight, copy)
@@ -200,6 +208,7 @@ class WeightQuantizer:
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
             copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             self._copies[dtype] = copy
+            self.revision += 1
         return copy
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
@@ -215,7 +224,21 @@ class WeightQuantizer:
         rows = self.rows(weight)
         if self.row_sums is None or self.row_sums.shape[0] != rows or self.row_sums.device != weight.device:
             self.row_sums = torch.zeros(rows, reference.NUM_ROW_SUMS, device=weight.device)
+            self.revision += 1
         return self.row_sums
+
+    @property
+    def rule(self) -> tuple[Any, ...]:
+        """Weights with the same rule can have their scales computed together."""
+        return self.config.weight, self.config.scale, self.config.sawb_coefficients
+
+    def batches(self, weight: Tensor) -> bool:
+        """The next scale comes from the sums that the update pass leaves behind."""
+        return self.row_sums is not None and self.config.scale in SUM_RULES and weight.numel() > 0
+
+    def settled(self, weight: Tensor) -> bool:
+        """Nothing but the update pass has touched weight and scale since its last run."""
+        return (self.frozen or self._sums_valid) and self._version == version_of(weight)
 
     def updated(self, weight: Tensor, copy_written: bool, sums_written: bool) -> None:
         """The update pass has written the weight, and perhaps its copy and sums: they belong together now."""
@@ -252,29 +275,38 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
 
     Weights whose sums the previous step left behind cost no pass; those with one rule are computed together.
     """
-    together: dict[Any, list[int]] = {}
-    for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
+    together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+    for q, w in zip(quantizers, weights, strict=True):
         q._sync(w)
         if q.frozen:
             continue
         q._fresh.clear()
-        c = q.config
-        if q._sums_valid and q.row_sums is not None and c.scale in SUM_RULES and w.numel():
-            together.setdefault((c.weight, c.scale, c.sawb_coefficients, w.device), []).append(i)
+        if q._sums_valid and q.batches(w):
+            together.setdefault((w.device, *q.rule), []).append((q, w))
         else:
             q.scale = q._rule_scale(w)
-    for (grid, rule, coefficients, device), members in together.items():
-        sums = [quantizers[i].row_sums for i in members]
-        rows = [len(s) for s in sums]  # type: ignore[arg-type]
-        cols = _cols_of(tuple((n, weights[i].numel() // n) for n, i in zip(rows, members, strict=True)), str(device))
-        scales = scale_from_sums(torch.cat(sums), cols, grid, rule, coefficients).split(rows)  # type: ignore[arg-type]
-        for i, scale in zip(members, scales, strict=True):
-            quantizers[i].scale = scale
+    for members in together.values():
+        ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
     return [q.current_scale(w) for q, w in zip(quantizers, weights, strict=True)]
 
 
-@functools.lru_cache(maxsize=64)
-def _cols_of(shapes: tuple[tuple[int, int], ...], device: str) -> Tensor:
-    """float64 (sum of rows,): the number of columns that each row has, of matrices with these (rows, cols)."""
-    rows, cols = torch.tensor(shapes, dtype=torch.int64).T
-    return cols.double().repeat_interleave(rows).to(device)
+class ScaleBatch:
+    """The scales of weights with one grid and rule on one device, from the sums that an update pass left behind."""
+
+    def __init__(self, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+        self.quantizers = quantizers
+        self.rows = [q.rows(w) for q, w in zip(quantizers, weights, strict=True)]
+        cols = [w.numel() // n for n, w in zip(self.rows, weights, strict=True)]
+        if len(set(cols)) == 1:
+            self.cols: int | Tensor = cols[0]
+        else:  # float64 (sum of rows,)
+            each = torch.tensor(cols, dtype=torch.float64).repeat_interleave(torch.tensor(self.rows))
+            self.cols = each.to(weights[0].device)
+
+    def update(self) -> None:
+        c = self.quantizers[0].config
+        sums: list[Tensor] = [q.row_sums for q in self.quantizers]  # type: ignore[misc]
+        joined = torch.cat(sums) if len(sums) > 1 else sums[0]
+        scales = scale_from_sums(joined, self.cols, c.weight, c.scale, c.sawb_coefficients).split(self.rows)
+        for q, scale in zip(self.quantizers, scales, strict=True):
+            q.scale = scale
