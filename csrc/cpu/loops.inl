@@ -90,6 +90,12 @@ ASKEW_FN void store(const Stream& s, int64_t i, Pair v) {
   store<T>(s, i, v.lo);
   store<T>(s, i + ASKEW_LANES, v.hi);
 }
+// Brings in what comes a band later, so that memory keeps busy during the arithmetic. Never of null: that costs a
+// failed page walk.
+template <int T>
+ASKEW_FN void prefetch_band(const Stream& s, int64_t i) {
+  __builtin_prefetch(s.at<typename Storage<T>::type>(i + kBand));
+}
 template <class Grid>
 ASKEW_FN Row<Pair, Grid> pair_of(const Row<vf, Grid>& r) {
   return {r.grid, {{r.scale.value, r.scale.value}, r.scale}, {r.low, r.low}, {r.high, r.high}};
@@ -198,8 +204,11 @@ struct QuantizeLoop {
   Row<vf, Grid> row;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const QuantizeLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      prefetch_band<T>(l.streams[0], i);
+      prefetch_band<T>(l.streams[1], i);
       store_as(l.y_type, l.streams[1], i, quantize_dequantize(load<T>(l.streams[0], i), l.row));
+    }
   }
 };
 
@@ -233,8 +242,10 @@ struct SteClipLoop {
     SteClipLoop l = *this;
     l.row.low = Storage<T>::rounded(l.row.low);  // the ends as a clamped weight is stored
     l.row.high = Storage<T>::rounded(l.row.high);
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      for (const Stream& s : l.streams) prefetch_band<T>(s, i);
       store<T>(l.streams[2], i, pass_inside(load<T>(l.streams[0], i), load<T>(l.streams[1], i), l.row));
+    }
   }
 };
 
@@ -288,9 +299,8 @@ struct StepLoop {
   template <class F>
   ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row) const {
     const bool has_b = STATEFUL && streams[3].data, traced = Options::kTraces && streams[4].data;
-    for (int k = 0; k < (has_b ? 4 : STATEFUL ? 3 : 2); ++k)  // never of null: that costs a failed page walk
-      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES)
-        __builtin_prefetch(streams[k].template at<typename Storage<T>::type>(i + c + kBand));
+    for (int k = 0; k < (has_b ? 4 : STATEFUL ? 3 : 2); ++k)
+      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) prefetch_band<T>(streams[k], i + c);
     F old, g, a{}, b{};
     load<T>(streams[0], i, old);
     load<T>(streams[1], i, g);
