@@ -713,3 +713,11 @@ def test_to_gpu_and_back():
     model.cuda()
     torch.testing.assert_close(model(IMAGES.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
     assert torch.equal(model.cpu()(IMAGES), want)
+
+
+@pytest.mark.parametrize("forward", ["relaxed", "hard"])
+def test_an_input_of_another_dtype_is_refused_as_by_linear(forward):
+    layer = AskewLinear(4, 3, config=QuantConfig(Uniform(4), forward=forward))
+    for call in (nn.Linear(4, 3), layer, layer.eval()):
+        with pytest.raises(RuntimeError, match="dtype"):
+            call(torch.ones(2, 4, dtype=torch.float64))

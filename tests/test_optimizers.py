@@ -6,6 +6,7 @@
 4. The scale follows its rule during the hold and stands still after; the hull clamp starts with that.
 5. LR schedulers, GradScaler, closures, gradient accumulation, copies; telemetry from the pass's own sums.
 6. Bad arguments, sparse or complex gradients: an error that names the argument, before anything is written.
+7. What is planned once and kept from step to step changes no bit, whatever is edited in between.
 """
 
 from __future__ import annotations
@@ -838,3 +839,98 @@ def test_learns():
     layer = model[0]
     distance = (layer.weight - layer.quantized_weight()).abs() / layer.weight_scale[:, None]
     assert distance.mean() < 0.1
+
+
+# ---- 7. the plan that is kept from step to step --------------------------------------------------------------------
+
+
+def _edits():
+    """What others may do to weights, scales and state between two steps: name -> edit(model, optimizer)."""
+    weight = lambda m: m[0].weight  # noqa: E731
+    quantizer = lambda m: WeightQuantizer.of(m[0].weight)  # noqa: E731
+
+    def replace_buffers(model, optimizer):
+        for state in optimizer.state.values():
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.dim():
+                    state[key] = value * 0.5
+
+    return {
+        "none": lambda m, o: None,
+        "in place": lambda m, o: weight(m).detach().mul_(1.5),
+        "data": lambda m, o: weight(m).data.mul_(1.5),
+        "new data": lambda m, o: setattr(weight(m), "data", weight(m).detach() * 1.5),
+        "load": lambda m, o: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}, strict=False),
+        "freeze": lambda m, o: quantizer(m).freeze(weight(m)),
+        "set scale": lambda m, o: quantizer(m).set_scale(weight(m), torch.full((24,), 0.1)),
+        "invalidate": lambda m, o: quantizer(m).invalidate(),
+        "no gradient": lambda m, o: setattr(weight(m), "grad", None),
+        "clear state": lambda m, o: o.state.clear(),
+        "replace buffers": replace_buffers,
+        "eps": lambda m, o: o.param_groups[0].update(eps=0.3),
+        "lr": lambda m, o: o.param_groups[0].update(lr=0.01),
+        "group": lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
+        "own state": lambda m, o: o.load_state_dict(o.state_dict()),
+        "float64": lambda m, o: (m.double(), o.state.clear()),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind,options", BOTH)
+@pytest.mark.parametrize("edit", _edits())
+@pytest.mark.parametrize(
+    "config", [CONFIG, QuantConfig(GRID, "sawb", forward="hard"), QuantConfig(GRID, "mse")], ids=str
+)
+def test_a_kept_plan_changes_nothing(kind, options, edit, config):
+    """Whatever is done between two steps: bit for bit what an optimizer computes that plans every step anew."""
+    results = []
+    for forget in (False, True):
+        model = network(config)
+        optimizer = kind(ak.param_groups(model), eps=1.0 if edit != "freeze" else 0.5, **options)
+        for step in range(6):
+            x = X[step].to(model[0].weight.dtype)
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            if step == 3:
+                _edits()[edit](model, optimizer)
+            if forget:
+                optimizer._plans.clear()
+            optimizer.step()
+        model.eval()
+        results.append([*model.parameters(), model(X[0].to(model[0].weight.dtype))])
+    for kept, anew in zip(*results, strict=True):
+        assert torch.equal(kept, anew)
+
+
+def test_a_plan_is_kept():
+    model = network()
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
+    plans = []
+    for step in range(5):
+        model(X[step]).square().sum().backward()
+        optimizer.step()
+        plans.append(optimizer._plans[0])
+    assert plans[0] is not plans[1]  # the first step makes the momentum buffers
+    assert all(p is plans[1] for p in plans[2:])
+
+
+def test_gradients_are_clipped_again_after_an_edit():
+    """While every weight is known to be inside the hull the backward skips the clipping; an edit ends that."""
+    layer = ak.nn.AskewLinear(8, 4, config=QuantConfig(GRID, "absmax", forward="hard"))
+    optimizer = ASkewSGD(ak.param_groups(layer), lr=0.01, eps=0.5)
+
+    def gradient():
+        layer.weight.grad = None
+        layer(torch.ones(2, 8)).sum().backward()
+        return layer.weight.grad
+
+    gradient()
+    optimizer.step()
+    assert layer.quantizer.all_inside(layer.weight) and (gradient() == 2).all()
+    with torch.no_grad():
+        layer.weight[1, 2] = 100.0
+    assert not layer.quantizer.all_inside(layer.weight)
+    grad = gradient()
+    assert grad[1, 2] == 0 and (grad != 0).sum() == grad.numel() - 1
+    optimizer.step()
+    layer.quantizer.set_scale(layer.weight, torch.full((4,), 1e-3))
+    assert (gradient() == 0).any()

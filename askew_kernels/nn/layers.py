@@ -140,12 +140,22 @@ class QuantizedLayer(nn.Module):
             scale = quantizer._rule_scale(self.weight)
         return ops.fake_quantize(self.weight, scale, config.weight, ste_clip=config.ste_clip)
 
-    def _eager_weight(self, x: Tensor) -> tuple[Tensor, tuple | None]:
-        """(s Q(w/s) in the dtype to compute with, what the backward clips by)."""
-        quantizer = self._tied()
-        scale = quantizer.current_scale(self.weight)
-        copy = quantizer.quantized(self.weight, _autocast_dtype(x))
-        return copy, (scale, self.config.weight) if self.config.ste_clip else None
+    def _eager_forward(self, x: Tensor) -> Tensor:
+        weight, quantizer, low = self.weight, self._tied(), _autocast_dtype(x)
+        copy = quantizer.fresh_copy(weight, low or weight.dtype)
+        if copy is None:
+            copy = quantizer.quantized(weight, low or weight.dtype)
+        clip = (
+            None if not self.config.ste_clip or quantizer.all_inside(weight) else (quantizer.scale, self.config.weight)
+        )
+        if low is None:
+            return self._hard_forward(x, copy, clip)
+        with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
+            return self._hard_forward(x.to(low), copy, clip)
+
+    def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+        """The layer with ``weight`` in place of its own, which receives the gradient; ``clip`` as in ``_clipped``."""
+        raise NotImplementedError
 
     # ---- checkpoints: plain keys, and the scale once it is frozen ----
 
@@ -206,12 +216,12 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
             return functional.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return functional.linear(x, self._traced_weight(), self.bias)
-        weight, clip = self._eager_weight(x)
-        x = x.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # x and weight already have the type to compute in
-            if not torch.is_grad_enabled():
-                return functional.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
-            return _HardLinear.apply(x, self.weight, self.bias, weight, clip)
+        return self._eager_forward(x)
+
+    def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return functional.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
+        return _HardLinear.apply(x, self.weight, self.bias, weight, clip)
 
 
 class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
@@ -240,14 +250,11 @@ class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
             return self._conv_forward(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
             return self._conv_forward(x, self._traced_weight(), self.bias)
-        weight, clip = self._eager_weight(x)
-        x = x.to(weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):  # x and weight already have the type to compute in
-            if not torch.is_grad_enabled():
-                return self._conv_forward(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
-            return self._hard_forward(x, weight, clip)
+        return self._eager_forward(x)
 
     def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._conv_forward(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
         padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)

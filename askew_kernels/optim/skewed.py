@@ -272,8 +272,9 @@ class _Skewed(Optimizer):
             for q in quantizers:  # their scales have moved on
                 q.invalidate()
             raise
+        clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
         for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
-            q.updated(p, copied, summed)
+            q.updated(p, copied, summed, clamped)
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""

@@ -81,6 +81,7 @@ class WeightQuantizer:
         self._fresh: set[torch.dtype] = set()
         self._version: tuple[Any, ...] | None = None
         self._sums_valid = False
+        self._inside = False
         self._restored = False
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -115,7 +116,7 @@ class WeightQuantizer:
         if self._restored and self.row_sums is not None:  # a checkpoint's scale, whose weights may have come after it
             now = ops.row_sums(weight.detach(), self.rows(weight))
             same = torch.equal(now, self.row_sums.to(now.device))
-        self._restored = False
+        self._restored = self._inside = False
         if not same:
             self._sums_valid = False
             if not self.frozen:
@@ -158,6 +159,7 @@ class WeightQuantizer:
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
         self._sync(weight)
         self.revision += 1
+        self._inside = False
         self.scale = scale.detach().to(device=weight.device, dtype=torch.float32).reshape(-1).contiguous().clone()
         self._fresh.clear()
 
@@ -172,6 +174,7 @@ class WeightQuantizer:
         self.row_sums = None if row_sums is None else row_sums.detach().float().clone()
         self._sums_valid = row_sums is not None
         self._fresh.clear()
+        self._inside = False
         self._version, self._restored = None, row_sums is not None
 
     @property
@@ -182,7 +185,8 @@ class WeightQuantizer:
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
         self.revision += 1
-        self._version, self._sums_valid, self._restored = None, False, False
+        self._version = None
+        self._sums_valid = self._inside = self._restored = False
         self._fresh.clear()
 
     # ---- copies ----
@@ -202,6 +206,16 @@ class WeightQuantizer:
             ops.fake_quantize_out_(weight, scale, self.config.weight, copy)
             self._fresh.add(dtype)
         return copy
+
+    def fresh_copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The copy in ``dtype`` if it is there and belongs to the weight as it stands; the forward's short way."""
+        if dtype is self.copy_dtype and dtype in self._fresh and self._version == version_of(weight):
+            return self._copies[dtype]
+        return None
+
+    def all_inside(self, weight: Tensor) -> bool:
+        """The update pass has clamped every weight to the hull, and nothing has written one since."""
+        return self._inside and self._version == version_of(weight)
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
@@ -240,10 +254,11 @@ class WeightQuantizer:
         """Nothing but the update pass has touched weight and scale since its last run."""
         return (self.frozen or self._sums_valid) and self._version == version_of(weight)
 
-    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool) -> None:
-        """The update pass has written the weight, and perhaps its copy and sums: they belong together now."""
+    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
+        """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
         self._version = version_of(weight)
         self._sums_valid = sums_written
+        self._inside = clamped
         self._restored = False
         self._fresh = {self.copy_dtype} if copy_written and self.copy_dtype is not None else set()
 
