@@ -877,14 +877,12 @@ def _edits():
 
 @pytest.mark.parametrize("kind,options", BOTH)
 @pytest.mark.parametrize("edit", _edits())
-@pytest.mark.parametrize(
-    "config", [CONFIG, QuantConfig(GRID, "sawb", forward="hard"), QuantConfig(GRID, "mse")], ids=str
-)
-def test_a_kept_plan_changes_nothing(kind, options, edit, config):
+@pytest.mark.parametrize("forward", ["relaxed", "hard"])
+def test_a_kept_plan_changes_nothing(kind, options, edit, forward):
     """Whatever is done between two steps: bit for bit what an optimizer computes that plans every step anew."""
     results = []
     for forget in (False, True):
-        model = network(config)
+        model = network(QuantConfig(GRID, "sawb", forward=forward))
         optimizer = kind(ak.param_groups(model), eps=1.0 if edit != "freeze" else 0.5, **options)
         for step in range(6):
             x = X[step].to(model[0].weight.dtype)
