@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | demo``.
+"""``python -m askew_kernels info | bench | demo | paper``.
 
 Exit codes: 0 done; 1 something failed while it ran (what was finished is kept); 2 the request cannot be served;
 130 interrupted.
@@ -7,15 +7,13 @@ Exit codes: 0 done; 1 something failed while it ran (what was finished is kept);
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "GLIBC_TUNABLES",
@@ -111,222 +109,41 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-# ---- bench -----------------------------------------------------------------------------------------------------------
+# ---- the commands ----------------------------------------------------------------------------------------------------
 
-
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--suite", default="all", metavar="NAME", help="step, fake_quant, linear, memory or all (default)"
-    )
-    parser.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    parser.add_argument("--quick", action="store_true", help="small tensors and few repetitions: under a minute")
-    parser.add_argument("--allocator", default="auto", metavar="NAME",
-                        help="default, warm (glibc keeps freed memory; a child process), both; auto (default): both "
-                             "where results are fresh tensors and not --quick")  # fmt: skip
-    parser.add_argument("--plain", action="store_true", help="plain lines instead of tables: needs nothing but torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and goals as JSON")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write one PNG for each suite")
-
-
-def plan_bench(arguments: argparse.Namespace) -> list[tuple[str, str]]:
-    """(suite, allocator) in order. Raises BenchError where the request makes no sense."""
-    from . import bench, bench_suites
-
-    suites = list(bench_suites.SUITES) if arguments.suite == "all" else [arguments.suite]
-    for suite in suites:
-        if suite not in bench_suites.SUITES:
-            raise bench.BenchError(f"--suite: expected {', '.join(bench_suites.SUITES)} or all, got {suite!r}")
-    if arguments.allocator not in ("auto", "both", *bench.ALLOCATORS):
-        raise bench.BenchError(f"--allocator: expected default, warm, both or auto, got {arguments.allocator!r}")
-    here = bench.allocator_in_use()
-    plan = []
-    for suite in suites:
-        wanted = [arguments.allocator]
-        if arguments.allocator == "both":
-            wanted = list(bench.ALLOCATORS)
-        elif arguments.allocator == "auto":
-            also = suite in bench_suites.ALSO_WARM and arguments.device == "cpu" and not arguments.quick
-            wanted = [here, *(["warm"] if also and here == "default" and platform.libc_ver()[0] == "glibc" else [])]
-        if "default" in wanted and here != "default":
-            raise bench.BenchError("--allocator default: GLIBC_TUNABLES already asks for the warm one; unset it")
-        plan += [(suite, allocator) for allocator in wanted]
-    return plan
-
-
-def run_bench(arguments: argparse.Namespace) -> int:
-    """Runs the suites; whatever ends it, the rows that were finished are printed and written."""
-    from . import bench
-
-    try:
-        if not arguments.plain:
-            bench.need("rich", "bench (without --plain)")
-        if arguments.plot:
-            bench.need("matplotlib", "--plot")
-        plan = plan_bench(arguments)
-        device = bench.check_device(arguments.device)
-        for path, folder in ((arguments.json, False), (arguments.csv, False), (arguments.plot, True)):
-            if path is not None:
-                bench.check_writable(path, folder)
-    except bench.BenchError as problem:
-        error(problem)
-        return 2
-
-    rows: list[bench.Row] = []
-    stopped = ""
-    code = 0
-    try:
-        _measure(plan, device, arguments, rows)
-    except KeyboardInterrupt:
-        stopped, code = "interrupted", 130
-    except bench.BenchError as problem:
-        stopped, code = str(problem), 1
-    except Exception as problem:
-        stopped, code = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}", 1
-    try:
-        _report(rows, arguments)
-    except bench.BenchError as problem:
-        error(problem)
-        code = code or 1
-    except KeyboardInterrupt:
-        stopped, code = "interrupted", 130
-    failed = [r for r in rows if r.note.startswith("failed")]
-    for r in failed:
-        error(f"{r.suite}, {r.op}, {r.impl}: {r.note}")
-    if stopped:
-        error(f"{stopped}; {len(rows)} finished rows kept")
-    return code or (1 if failed else 0)
-
-
-def _write(rows: list[Any], arguments: argparse.Namespace) -> None:
-    from . import bench
-
-    if arguments.json:
-        bench.write_atomic(arguments.json, bench.rows_to_json(rows))
-    if arguments.csv:
-        bench.write_atomic(arguments.csv, bench.rows_to_csv(rows))
-
-
-@contextlib.contextmanager
-def _progress(plain: bool, total: int) -> Iterator[Callable[[str | None, int | None], None]]:
-    """A function show(what runs now, cases done), on stderr: a live bar, or with ``plain`` a line for each case."""
-    if plain:
-
-        def show_line(text: str | None, done: int | None) -> None:
-            if done is not None:
-                print(f"{done} of {total} cases", file=sys.stderr, flush=True)
-
-        yield show_line
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-
-        def show_bar(text: str | None, done: int | None) -> None:
-            progress.update(task, description=text, completed=done)
-
-        yield show_bar
-
-
-def _measure(plan: list[tuple[str, str]], device: Any, arguments: argparse.Namespace, rows: list[Any]) -> None:
-    """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
-    from . import bench
-    from .bench_suites import SUITES
-
-    counts = [sum(device.type in entry.devices for entry in SUITES[suite]) for suite, _ in plan]
-    with _progress(arguments.plain, sum(counts)) as show:
-        before = 0
-        for (suite, allocator), count in zip(plan, counts, strict=True):
-
-            def tick(name: str, suite: str = suite, allocator: str = allocator) -> None:
-                show(f"{suite} ({allocator}): {name}"[:100].replace("[", r"\["), None)
-
-            run: Callable[..., Any] = bench.run_suite if allocator == bench.allocator_in_use() else bench.run_suite_warm
-            seen: list[str] = []
-            for row in run(suite, device, arguments.quick, tick):
-                if row.op not in seen:
-                    if seen:
-                        show(None, before + len(seen))
-                        _write(rows, arguments)
-                    seen.append(row.op)
-                rows.append(row)
-            before += count
-            show(None, before)
-            _write(rows, arguments)
-
-
-def _report(rows: list[Any], arguments: argparse.Namespace) -> None:
-    """Tables to stdout, files, plots."""
-    from . import bench
-
-    _write(rows, arguments)
-    if not rows:
-        return
-    by_suite: dict[str, list[Any]] = {}
-    for r in rows:
-        by_suite.setdefault(r.suite, []).append(r)
-    if arguments.plain:
-        print(bench.plain_report(rows))
-    else:
-        from rich.console import Console
-
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140  # a file or a CI log
-        console = Console(width=width, highlight=False)
-        for suite, members in by_suite.items():
-            console.print(bench.suite_table(suite, members))
-            console.print()
-        if (table := bench.goals_table(rows)) is not None:
-            console.print(table)
-    for suite, members in by_suite.items():
-        if arguments.plot and any(r.ratio is not None and r.kind != "ceiling" for r in members):
-            path = arguments.plot / f"{suite}.png"
-            bench.write_atomic(path, bench.plot_suite(suite, members))
-            print(f"wrote {path}")
-    for path in filter(None, (arguments.json, arguments.csv)):
-        print(f"wrote {path}")
-
-
-# ---- demo ------------------------------------------------------------------------------------------------------------
-
-
-def _demo_module() -> Any:
-    """``askew_kernels.demo``, or None where this build does not have it."""
-    if importlib.util.find_spec("askew_kernels.demo") is None:
-        return None
-    return importlib.import_module("askew_kernels.demo")
+# Imported only when asked for, since each brings requirements of its own: name -> (module, extra that installs them).
+COMMANDS = {
+    "bench": ("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
+    "demo": ("askew_kernels.demo", "demo", "train real models quantization-aware"),
+    "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m askew_kernels", description=(
         "Fused kernels for annealed interval-constrained training of quantized networks."))  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | bench | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(["info", *COMMANDS]))
     info_parser = commands.add_parser("info", help="what was built, which backend serves each device, and why")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
-    add_bench_arguments(commands.add_parser("bench", help="throughput and memory of every pass, beside its peers"))
-    demo_parser = commands.add_parser("demo", help="train real models quantization-aware", add_help=True)
-    demo = None
-    if argv[:1] == ["demo"]:  # only then: it brings its own requirements
+    run: Callable[[argparse.Namespace], int] = info
+    for name, (module, extra, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if argv[:1] != [name]:
+            continue
+        if importlib.util.find_spec(module) is None:
+            error(f"{name}: this build of the package does not hold {module}")
+            return 2
         try:
-            demo = _demo_module()
+            loaded = importlib.import_module(module)
         except ImportError as problem:
-            error(f'demo needs {problem.name or problem}: pip install "askew_kernels[demo]"')
+            error(f'{name} needs {problem.name or problem}: pip install "askew_kernels[{extra}]"')
             return 2
-        if demo is None:
-            error("demo: this build of the package does not hold askew_kernels.demo")
-            return 2
-        demo.add_arguments(demo_parser)
+        loaded.add_arguments(command)
+        run = loaded.run
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "info":
-            return info(arguments)
-        if arguments.command == "bench":
-            return run_bench(arguments)
-        return int(demo.run(arguments) or 0)  # type: ignore[union-attr]
+        return int(run(arguments) or 0)
     except KeyboardInterrupt:
         error("interrupted")
         return 130

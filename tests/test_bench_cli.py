@@ -2,7 +2,9 @@
 
 * a row stands alone: every field is there, and bytes, ratios, limits and percentiles are what they are called;
 * an implementation whose result is wrong is named and never timed; one that raises or is missing is named too;
-* JSON, CSV and PNG are valid and written in one piece; whatever ends a run, finished rows are kept;
+* a comparison names the rows that moved beyond their own spread, and no others;
+* JSON, CSV, PNG and SVG are valid and written in one piece; whatever ends a run, finished rows are kept;
+* the tables in the documents are the ones that the committed rows make;
 * errors are one clear line and an exit code other than 0; importing the package imports no optional dependency.
 
 No timing is asserted anywhere.
@@ -20,8 +22,10 @@ import pytest
 import torch
 
 from askew_kernels import __main__ as cli
-from askew_kernels import bench, bench_suites
-from askew_kernels.bench import Case, CheckFailed, Context, Entry, Impl, Traffic
+from askew_kernels.bench import cli as bench_cli
+from askew_kernels.bench import goals, harness, peers, report, rows, suites
+from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
+from askew_kernels.bench.suites import common, fake_quant, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -35,22 +39,27 @@ def python(*arguments, timeout=100, **environment):
 
 
 def small(monkeypatch, side=64):
-    """Every suite at a size where nothing takes time, and without the compiler."""
+    """Every suite at a size where nothing takes time, without the compiler, other libraries and new processes."""
     monkeypatch.setattr(Context, "side", side)
-    monkeypatch.setattr(bench_suites, "why_no_compile", lambda context: "left out of this test")
-    monkeypatch.setattr(bench_suites, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
+    for module in (step, fake_quant):
+        monkeypatch.setattr(module, "why_no_compile", lambda context: "left out of this test")
+    monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
+    monkeypatch.setattr(step, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
 
 
 def rows_of(suite, op):
-    entry = next(e for e in bench_suites.SUITES[suite] if e.op == op)
-    return list(bench.run_case(suite, entry, Context(CPU, quick=True)))
+    entry = next(e for e in suites.SUITES[suite] if e.op == op)
+    return list(harness.run_case(suite, entry, Context(CPU, quick=True)))
 
 
-def fake_entry(*impls, numel=0, baseline="base", measure="time"):
-    def build(context):
-        return Case("4", "float32", baseline, list(impls), numel, weight_bytes=1000)
+def fake_entry(*impls, numel=0, baseline="base", **case):
+    return Entry("op", lambda context: Case("4", "float32", baseline, list(impls), numel, **case))
 
-    return Entry("op", build, measure)
+
+def some_rows(*impls, **case):
+    """Rows of ``impls`` that take no time, beside a baseline."""
+    impls = impls or (Impl("base", kind="baseline"),)
+    return list(harness.run_case("suite", fake_entry(*impls, **case), Context(CPU, quick=True)))
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -67,17 +76,20 @@ def fake_entry(*impls, numel=0, baseline="base", measure="time"):
 )
 def test_step_rows(monkeypatch, op, baseline, bytes_a_weight):
     small(monkeypatch)
-    rows = {r.impl: r for r in rows_of("step", op)}
+    measured = {r.impl: r for r in rows_of("step", op)}
     for impl, each in bytes_a_weight.items():
-        assert rows[impl].bytes == each * 64 * 64
-    for r in rows.values():
+        assert measured[impl].bytes == each * 64 * 64
+    for r in measured.values():
         if r.note.startswith("missing"):
             assert r.p50 is None and r.ratio is None
             continue
+        if "first call" in r.impl:
+            assert r.p50 > 0 and r.repetitions == 1
+            continue
         assert r.p20 <= r.p50 <= r.p80 and r.unit == "ms" and r.repetitions >= 3
         assert r.gb_per_s == pytest.approx(r.bytes / (r.p50 / 1e3) / 1e9)
-        assert r.percent_of_copy == pytest.approx(100 * r.gb_per_s / rows["copy"].gb_per_s)
-        assert r.baseline == baseline and r.ratio == pytest.approx(r.p50 / rows[baseline].p50)
+        assert r.percent_of_copy == pytest.approx(100 * r.gb_per_s / measured["copy"].gb_per_s)
+        assert r.baseline == baseline and r.ratio == pytest.approx(r.p50 / measured[baseline].p50)
         for name in (
             "suite",
             "op",
@@ -93,38 +105,72 @@ def test_step_rows(monkeypatch, op, baseline, bytes_a_weight):
         ):
             assert getattr(r, name), name
         assert r.threads >= 1 and r.device_type == "cpu" and r.backend
-    assert not any(r.note.startswith("failed") for r in rows.values())
+    assert not any(r.note.startswith("failed") for r in measured.values())
     # on the CPU the limit is the lines that come in (w and g for SGD) at the best rate seen
-    best = max(rows["copy"].bytes / rows["copy"].p50, rows["read"].bytes / rows["read"].p50,
-               rows["read-modify-write"].bytes / 2 / rows["read-modify-write"].p50)  # fmt: skip
+    best = max(measured["copy"].bytes / measured["copy"].p50, measured["read"].bytes / measured["read"].p50,
+               measured["read-modify-write"].bytes / 2 / measured["read-modify-write"].p50)  # fmt: skip
     buffers = {"SGD step": 0, "SGD momentum step": 1, "AdamW step": 2}[op]
-    ours = next(r for r in rows.values() if r.impl in ("ASkewSGD hold", "ASkewAdamW hold"))
+    ours = next(r for r in measured.values() if r.impl in ("ASkewSGD hold", "ASkewAdamW hold"))
     assert ours.limit == pytest.approx((8 + 4 * buffers) * 64 * 64 / best)
 
 
 def test_fake_quantize_rows(monkeypatch):
     small(monkeypatch, 256)
-    for entry in bench_suites.SUITES["fake_quant"]:
-        rows = {r.impl: r for r in rows_of("fake_quant", entry.op)}
-        assert rows["two copies"].bytes == 16 * 256 * 256
+    for entry in suites.SUITES["fake_quant"]:
+        measured = {r.impl: r for r in rows_of("fake_quant", entry.op)}
+        assert measured["two copies"].bytes == 16 * 256 * 256
         # forward: read x, write y; backward: read the gradient and x, write x's gradient
-        assert rows["ops.fake_quantize"].bytes == rows["eager straight-through"].bytes == 20 * 256 * 256
-        assert not [r.note for r in rows.values() if r.note.startswith("failed")]
+        assert measured["ops.fake_quantize"].bytes == measured["eager straight-through"].bytes == 20 * 256 * 256
+        assert not [r.note for r in measured.values() if r.note.startswith("failed")]
 
 
 def test_linear_rows_are_checked(monkeypatch):
     small(monkeypatch)
-    for entry in bench_suites.SUITES["linear"]:
-        rows = rows_of("linear", entry.op)
-        assert {r.kind for r in rows} == {"baseline", "ours"}
-        assert not [r.note for r in rows if r.note]
+    for entry in [e for e in suites.SUITES["linear"] if e.quick]:
+        measured = [r for r in rows_of("linear", entry.op) if not r.note.startswith("missing")]
+        assert {r.kind for r in measured} == {"baseline", "ours", "ceiling"} and not any(r.failed for r in measured)
+        product = next(r for r in measured if r.impl == harness.PRODUCT)
+        assert product.rate == pytest.approx(2 * 64**3 / product.p50 / 1e6) and product.rate_unit == "GFLOP/s"
+        times = 6 if "backward" in entry.op else 2  # two more products backward
+        for r in [r for r in measured if r.kind != "ceiling"]:
+            assert r.rate == pytest.approx(times * 64**3 / r.p50 / 1e6)
+            assert r.limit == pytest.approx(times / 2 * product.p50)
 
 
-def test_resnet18_list():
-    shapes = bench_suites.resnet18_shapes()
-    sizes = [torch.Size(s).numel() for s in shapes]
-    assert len(shapes) == 62 and sum(sizes) == 11_689_512  # torchvision's resnet18
-    assert sum(len(s) > 1 for s in shapes) == 21
+def test_training_rows(monkeypatch):
+    """Every implementation takes the same steps, and ours starts from the same weights and learns."""
+    small(monkeypatch)
+    monkeypatch.setattr(train, "_turns", lambda context, full: 2)
+    for entry in suites.SUITES["train"]:
+        measured = {r.impl: r for r in harness.run_case("train", entry, Context(CPU, quick=True))}
+        plain, ours = measured["float"], measured["ASkew hard"]
+        assert not any(r.failed for r in measured.values())
+        assert min(len(plain.losses), len(ours.losses)) >= plain.repetitions + 3 == ours.repetitions + 3
+        assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0.2) and ours.losses != plain.losses
+        assert plain.rate_unit in ("images/s", "tokens/s") and ours.rate > 0
+        assert measured["torchao QAT"].note.startswith("missing: ")
+
+
+def test_start_up_is_measured_in_new_processes(monkeypatch):
+    monkeypatch.setattr(startup, "TORCH", "json")  # quicker to import
+    monkeypatch.setattr(startup, "OURS", "time")
+    measured = {r.impl: r for r in rows_of("startup", "start-up")}
+    assert 0 <= measured[startup.BEYOND_TORCH].p50 < measured["import json"].p50
+
+
+@pytest.mark.parametrize(
+    ("shapes", "tensors", "weights", "matrices"),
+    [  # counts of torchvision's models, and of GPT-2 small
+        (common.resnet18_shapes, 62, 11_689_512, 21),
+        (common.resnet50_shapes, 161, 25_557_032, 54),
+        (common.vit_b_shapes, 152, 86_567_656, 52),
+        (common.gpt2_small_shapes, 148, 124_439_808, 50),
+    ],
+)
+def test_model_lists(shapes, tensors, weights, matrices):
+    made = shapes()
+    assert len(made) == tensors and sum(torch.Size(s).numel() for s in made) == weights
+    assert sum(len(s) > 1 for s in made) == matrices
 
 
 def test_traffic():
@@ -133,18 +179,33 @@ def test_traffic():
 
 
 def test_percentiles_and_turns():
-    assert bench.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
-    assert bench.percentile([1.0, 2.0], 0.2) == pytest.approx(1.2)
+    assert harness.percentile([4.0, 1.0, 3.0, 2.0, 5.0], 0.5) == 3.0
+    assert harness.percentile([1.0, 2.0], 0.2) == pytest.approx(1.2)
     order = []
     impls = [Impl(name, lambda name=name: order.append(name)) for name in "ABC"]
     impls[1].prepare = lambda: order.append("prepare B")
-    bench.interleave(impls, bench.CpuClock(), quick=True)
+    clock = lambda run: run() or 1.0  # noqa: E731
+    harness.interleave(impls, clock, quick=True)
     assert order[:8] == ["A", "prepare B", "B", "C"] * 2
+    times, _ = harness.interleave(impls, clock, turns=23)
+    assert {len(t) for t in times.values()} == {23}  # equal work
+
+
+def test_short_calls_are_timed_in_blocks():
+    calls = []
+    clock = harness.CpuClock()
+    first = clock(lambda: calls.append(0))
+    assert len(calls) == 1 and first < 0.2
+    run = clock.blocks[next(iter(clock.blocks))][0]
+    assert run is not None and len(clock.blocks) == 1
+    count = []
+    several = lambda: count.append(0)  # noqa: E731
+    clock(several)
+    assert clock(several) < 0.2 and len(count) > 10
 
 
 def test_compile_time_has_its_own_row():
-    impl = Impl("base", report_first_call=True)
-    first, row = bench.run_case("suite", fake_entry(impl), Context(CPU, quick=True))
+    first, row = some_rows(Impl("base", first_call="compilation included"))
     assert "first call" in first.impl and first.repetitions == 1 and first.ratio is None
     assert row.impl == "base" and row.repetitions > 1
 
@@ -159,25 +220,24 @@ def test_memory_sees_what_is_allocated_and_freed():
         del a
         return b.sum()
 
-    assert 2 * 4 * n <= bench.peak_extra_bytes(use, CPU) < 2.2 * 4 * n
-    assert bench.peak_extra_bytes(lambda: keep.add_(1.0), CPU) < 0.01 * 4 * n
+    assert 2 * 4 * n <= harness.peak_extra_bytes(use, CPU) < 2.2 * 4 * n
+    assert harness.peak_extra_bytes(lambda: keep.add_(1.0), CPU) < 0.01 * 4 * n
 
 
 def test_a_step_allocates_nothing_of_weight_size(monkeypatch):
     small(monkeypatch, 1024)
-    rows = rows_of("memory", "extra memory, SGD step")
-    ours = [r for r in rows if r.kind == "ours"]
-    assert ours and all(r.unit == "B" and r.p50 == r.peak_bytes for r in ours)
-    assert all(r.ratio < 0.05 for r in ours), [(r.impl, r.ratio) for r in ours]
-    assert next(r for r in rows if r.impl == "eager, lean").ratio > 1
+    measured = rows_of("step", "SGD step")
+    shares = {r.impl: goals.memory_share(r) for r in measured if r.peak_bytes is not None}
+    assert shares["ASkewSGD hold"] is not None and shares["eager, lean"] > 1
+    assert all(share < 0.05 for impl, share in shares.items() if impl.startswith("ASkewSGD")), shares
 
 
 # ---- wrong, raising and missing implementations ----------------------------------------------------------------------
 
 
 def test_a_wrong_step_is_refused(monkeypatch):
-    inputs = bench_suites.Inputs(Context(CPU), [(80, 64)])
-    right, lean = bench_suites.functional_step, bench_suites.lean_eager_step_
+    inputs = common.Inputs(Context(CPU), [(80, 64)])
+    right, lean = step.functional_step, step.lean_eager_step_
     wrong = {
         "does nothing": lambda w, g, lr, eps: None,
         "without the constraint": lambda w, g, lr, eps: w - lr * g,
@@ -186,8 +246,8 @@ def test_a_wrong_step_is_refused(monkeypatch):
         "one row too few": lambda w, g, lr, eps: torch.cat([right(w, g, lr, eps)[:-1], w[-1:]]),
         "NaN": lambda w, g, lr, eps: right(w, g, lr, eps) * float("nan"),
     }
-    for name, function in {"right": right, "lean": lean, "published": bench_suites.published_step_, **wrong}.items():
-        impl = bench_suites.written_step(inputs, name, function)
+    for name, function in {"right": right, "lean": lean, "published": step.published_step_, **wrong}.items():
+        impl = step.written_step(inputs, name, function)
         if name in wrong:
             with pytest.raises(CheckFailed, match="differ from the reference"):
                 impl.check(impl.run)
@@ -197,8 +257,8 @@ def test_a_wrong_step_is_refused(monkeypatch):
 
 def test_a_wrong_copy_or_gradient_is_refused():
     x = torch.randn(64, 64)
-    scale = bench_suites.sawb(x)
-    check = bench_suites.FakeQuantizeCheck(x, torch.ones_like(x), scale)
+    scale = common.sawb(x)
+    check = fake_quant.FakeQuantizeCheck(x, torch.ones_like(x), scale)
     y = scale[:, None] * (x / scale[:, None]).clamp(-8, 7).round()
     inside = ((x / scale[:, None] >= -8) & (x / scale[:, None] <= 7)).float()
     check(lambda: (y, inside))
@@ -215,12 +275,29 @@ def test_failures_are_named_and_the_others_are_timed():
     def broken():
         raise RuntimeError("no such kernel\nmore")
 
-    impls = [Impl("base"), Impl("wrong", check=wrong), Impl("broken", broken), Impl("absent", missing="not installed")]
-    rows = {r.impl: r for r in bench.run_case("suite", fake_entry(*impls), Context(CPU, quick=True))}
-    assert rows["base"].p50 is not None
-    assert rows["wrong"].note == "failed: wrong result: 3 of 4 elements differ" and rows["wrong"].p50 is None
-    assert rows["broken"].note == "failed: RuntimeError: no such kernel" and rows["broken"].p50 is None
-    assert rows["absent"].note == "missing: not installed" and rows["absent"].p50 is None
+    def build():
+        raise TypeError("an API that changed")
+
+    later = iter([None, None, None])  # a later call raises
+
+    impls = [
+        Impl("base"), Impl("wrong", check=wrong), Impl("broken", broken), Impl("absent", missing="not installed"),
+        peers.peer("unbuilt", "json", build), Impl("breaks later", lambda: next(later)),
+        peers.peer("not here", "no_such_library", build, "left out here"),
+    ]  # fmt: skip
+    measured = {r.impl: r for r in some_rows(*impls)}
+    assert measured["base"].p50 is not None
+    assert measured["wrong"].note == "failed: wrong result: 3 of 4 elements differ" and measured["wrong"].p50 is None
+    assert measured["broken"].note == "failed: RuntimeError: no such kernel" and measured["broken"].p50 is None
+    assert measured["absent"].note == "missing: not installed" and measured["absent"].p50 is None
+    assert measured["unbuilt"].note == "failed: TypeError: an API that changed"
+    assert measured["breaks later"].note.startswith("failed: StopIteration") and measured["breaks later"].p50 is None
+    assert measured["not here"].note == "missing: left out here"
+
+
+def test_a_missing_peer_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    assert 'brevitas is not installed: pip install "askew_kernels[peers]"' in peers.why_missing("brevitas")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -228,29 +305,29 @@ def test_failures_are_named_and_the_others_are_timed():
 
 def test_files_round_trip_and_are_atomic(tmp_path):
     impls = [Impl("base", kind="baseline"), Impl("absent", missing="x, y")]
-    rows = list(bench.run_case("suite", fake_entry(*impls), Context(CPU, quick=True)))
-    assert bench.rows_from_json(bench.rows_to_json(rows)) == rows
-    parsed = list(csv.DictReader(io.StringIO(bench.rows_to_csv(rows))))
-    assert [p["impl"] for p in parsed] == [r.impl for r in rows] and parsed[0].keys() == set(bench.ROW_FIELDS)
+    measured = some_rows(*impls, work=2.0, work_unit="images")
+    assert rows.rows_from_json(rows.rows_to_json(measured)) == measured
+    parsed = list(csv.DictReader(io.StringIO(rows.rows_to_csv(measured))))
+    assert [p["impl"] for p in parsed] == [r.impl for r in measured] and parsed[0].keys() == set(rows.ROW_FIELDS)
     target = tmp_path / "new" / "rows.json"
-    bench.write_atomic(target, "one")
-    bench.write_atomic(target, "two")
+    rows.write_atomic(target, "one")
+    rows.write_atomic(target, "two")
     assert target.read_text() == "two" and [p.name for p in target.parent.iterdir()] == ["rows.json"]
-    with pytest.raises(bench.BenchError, match="folder"):
-        bench.write_atomic(tmp_path, "x")
+    with pytest.raises(rows.BenchError, match="folder"):
+        rows.write_atomic(tmp_path, "x")
 
 
 def test_goals_from_rows():
-    template = next(iter(bench.run_case("step", fake_entry(Impl("base")), Context(CPU, quick=True))))
+    template = some_rows()[0]
 
     def row(impl, p50, kind="peer"):
-        return bench.Row(**{**vars(template), "op": "SGD step", "impl": impl, "p50": p50, "kind": kind,
+        return rows.Row(**{**vars(template), "suite": "step", "op": "SGD step", "impl": impl, "p50": p50, "kind": kind,
                             "baseline": "torch SGD fused", "quick": False})  # fmt: skip
 
-    rows = [row("torch SGD fused", 10.0, "baseline"), row("ASkewSGD hold", 12.0, "ours"),
+    measured = [row("torch SGD fused", 10.0, "baseline"), row("ASkewSGD hold", 12.0, "ours"),
             row("ASkewSGD eps=0.3, scale each step", 13.0, "ours"), row("eager, lean", 650.0),
-            row(bench_suites.IN_PLACE, 39.0), row(bench_suites.FRESH, 26.0)]  # fmt: skip
-    results = {g.goal: g for g in bench.goals(rows)}
+            row(step.IN_PLACE, 39.0), row(step.FRESH, 26.0)]  # fmt: skip
+    results = {g.goal: g for g in goals.goals(measured)}
     first = results["ASkewSGD step, SAWB included, ÷ SGD fused"]
     assert first.measured == pytest.approx(1.2) and first.reached is True
     assert results["times faster than eager"].measured == pytest.approx(50)
@@ -258,7 +335,56 @@ def test_goals_from_rows():
     assert best.measured == pytest.approx(2.0) and best.reached is False  # the faster of the two compiled ones
     assert results["ASkewAdamW ÷ AdamW fused"].reached is None  # its rows are not there
     assert not any(g.goal.startswith("fake_quantize") for g in results.values())
-    assert "MISSED" in bench.plain_report(rows)
+    assert "MISSED" in report.plain_report(measured)
+
+
+# ---- an earlier run, documents ---------------------------------------------------------------------------------------
+
+
+def test_comparison_names_what_moved_beyond_its_spread():
+    template = vars(some_rows()[0])
+
+    def row(impl, p20, p50, p80, **more):
+        return rows.Row(**{**template, "impl": impl, "p20": p20, "p50": p50, "p80": p80, **more})
+
+    old = [row("slower", 9, 10, 11), row("faster", 9, 10, 11), row("same", 9, 10, 11), row("gone", 1, 1, 1)]
+    new = [row("slower", 19, 20, 21), row("faster", 4, 5, 6), row("same", 10, 12, 14), row("added", 1, 1, 1),
+           row("slower", 90, 100, 110, shape="another")]  # fmt: skip
+    moves, gone, added = rows.compare(old, new)
+    assert {m.new.impl: m.beyond for m in moves} == {"slower": True, "faster": True, "same": False}
+    assert [r.impl for r in gone] == ["gone"] and [r.impl for r in added] == ["added", "slower"]
+    text = "\n".join(report.comparison_report(old, new))
+    assert "2 of 3 rows moved" in text and "2.00 × the time" in text and "2.00 × faster" in text and "same" not in text
+
+
+def test_compare_and_from_measure_nothing(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    path.write_text(rows.rows_to_json(some_rows()))
+    assert cli.main(["bench", "--plain", "--from", str(path), "--compare", str(path)]) == 0
+    assert "0 of 1 rows moved" in capsys.readouterr().out
+
+
+def test_pages_and_filled_documents(tmp_path, capsys):
+    path, page, document = (tmp_path / name for name in ("rows.json", "page.md", "README.md"))
+    template = vars(some_rows()[0])
+    made = [
+        rows.Row(**{**template, "suite": "step", "op": "SGD step", "impl": impl, "kind": kind, "p50": p50,
+                    "ratio": p50 / 10, "baseline": "torch SGD fused", "quick": False, "shape": "4096x4096"})
+        for impl, p50, kind in (("torch SGD fused", 10.0, "baseline"), ("ASkewSGD hold", 12.0, "ours"))
+    ]  # fmt: skip
+    path.write_text(rows.rows_to_json(made))
+    document.write_text(
+        "a\n<!-- bench:summary -->\nbefore\n<!-- /bench -->\nb\n<!-- bench:goals -->\n<!-- /bench -->\n"
+    )
+    arguments = ["bench", "--plain", "--from", str(path), "--page", str(page), "--fill", str(document)]
+    assert cli.main(arguments) == 0
+    text = document.read_text()
+    assert text.startswith("a\n") and "| **1.20** |" in text and "before" not in text and "| reached |" in text
+    assert cli.main(arguments) == 0 and document.read_text() == text  # the same rows make the same text
+    assert "| ASkewSGD hold | 12.0 |" in page.read_text()
+    document.write_text("nothing to fill")
+    assert cli.main(arguments) == 1
+    assert "README.md: holds no <!-- bench:NAME -->" in capsys.readouterr().err
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -269,13 +395,16 @@ def test_bench_shows_and_writes_every_suite(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     small(monkeypatch, 128)
     files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--plot", str(tmp_path / "plots")]
+    monkeypatch.setitem(suites.SUITES, "train", [e for e in suites.SUITES["train"] if "MLP" in e.op])
+    monkeypatch.setitem(suites.SUITES, "startup", [fake_entry(Impl("base", kind="baseline"))])
     assert cli.main(["bench", "--suite", "all", "--quick", *files]) == 0
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {r["suite"] for r in rows} == set(bench_suites.SUITES)
-    assert all(set(r) == set(bench.ROW_FIELDS) for r in rows)
-    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == len(rows)
-    for suite in bench_suites.SUITES:
+    measured = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {r["suite"] for r in measured} == set(suites.SUITES)
+    assert all(set(r) == set(rows.ROW_FIELDS) for r in measured)
+    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == len(measured)
+    for suite in suites.SUITES:
         assert (tmp_path / "plots" / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<svg" in (tmp_path / "plots" / f"{suite}.svg").read_bytes()
     text = capsys.readouterr().out
     assert "ASkewSGD hold" in text and "two copies" in text and "goals" in text and "left out of this test" in text
 
@@ -286,20 +415,22 @@ def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
     files = ["--json", str(tmp_path / "r.json"), "--csv", str(tmp_path / "r.csv"), "--plot", str(tmp_path)]
     done = python("-m", "askew_kernels", "bench", "--suite", "linear", "--quick", "--allocator", "both", *files)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {r["allocator"] for r in rows} == {"default", "warm"} and "linear forward + backward" in done.stdout
-    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == len(rows)
+    measured = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {r["allocator"] for r in measured} == {"default", "warm"} and "linear forward + backward" in done.stdout
+    assert len(list(csv.DictReader((tmp_path / "r.csv").open()))) == len(measured)
     assert (tmp_path / "linear.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "speed"], "--suite: expected step, fake_quant, linear, memory or all, got 'speed'"),
+        (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, startup or all, got 'speed'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["--allocator", "hot"], "--allocator: expected default, warm, both or auto, got 'hot'"),
         (["--json", "/proc/nowhere/rows.json"], "/proc/nowhere/"),
         (["--csv", "/"], "is a folder"),
+        (["--compare", "nowhere.json"], "nowhere.json: cannot be read (No such file"),
+        (["--from", "pyproject.toml"], "pyproject.toml: not a file of bench rows"),
     ],
 )
 def test_requests_that_cannot_be_served(arguments, message, capsys):
@@ -320,6 +451,7 @@ def test_no_gpu_is_one_line(capsys):
     ("raised", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted; 1 finished rows kept"),
+        (bench_cli.Terminated(), 143, "terminated; 1 finished rows kept"),
         (OSError(28, "No space left on device"), 1, "No space left on device; 1 finished rows kept"),
     ],
 )
@@ -328,7 +460,7 @@ def test_what_ends_a_run_keeps_the_finished_rows(raised, code, message, tmp_path
         raise raised
 
     broken = Entry("broken", build)
-    monkeypatch.setitem(bench_suites.SUITES, "linear", [fake_entry(Impl("base")), broken])
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base")), broken])
     path = tmp_path / "rows.json"
     arguments = ["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)]
     assert cli.main(arguments) == code
@@ -340,7 +472,7 @@ def test_a_failed_implementation_makes_the_exit_code_1(monkeypatch, capsys):
     def broken():
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(bench_suites.SUITES, "linear", [fake_entry(Impl("base"), Impl("peer", broken))])
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"), Impl("peer", broken))])
     assert cli.main(["bench", "--plain", "--quick", "--suite", "linear"]) == 1
     out, err = capsys.readouterr()
     assert "linear, op, peer: failed: RuntimeError: no such kernel" in err and "base" in out
@@ -348,8 +480,8 @@ def test_a_failed_implementation_makes_the_exit_code_1(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("module", "arguments"), [("rich", []), ("matplotlib", ["--plot", "somewhere"])])
 def test_missing_extras_are_named(module, arguments, monkeypatch, capsys):
-    real = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == module else real(name))
+    real = bench_cli.importlib.util.find_spec
+    monkeypatch.setattr(bench_cli.importlib.util, "find_spec", lambda name: None if name == module else real(name))
     assert cli.main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert module in err and 'pip install "askew_kernels[bench]"' in err

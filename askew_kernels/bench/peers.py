@@ -1,0 +1,152 @@
+"""The libraries that a row may be compared with (``pip install "askew_kernels[peers]"``), and how each is used.
+
+A peer that is not installed is named as missing, one that cannot be built is named as failed; neither stops the
+others. Nothing is imported before a case asks for it: some of these packages take seconds to import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .harness import Impl, first_line
+
+DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
+                 "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
+                 "triton": "triton"}  # fmt: skip
+
+
+@functools.cache
+def versions() -> str:
+    """Of the libraries that are installed here: "torchao 0.18.0, brevitas 0.13.4"."""
+    found = []
+    for module, distribution in DISTRIBUTIONS.items():
+        if importlib.util.find_spec(module) is not None:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                found.append(f"{distribution} {metadata.version(distribution)}")
+    return ", ".join(found)
+
+
+def why_missing(module: str) -> str:
+    """ "" where the library is installed, else what to install."""
+    if importlib.util.find_spec(module) is not None:
+        return ""
+    return f'{DISTRIBUTIONS[module]} is not installed: pip install "askew_kernels[peers]"'
+
+
+@functools.cache
+def load(module: str) -> Any:
+    """The imported module, its chatter about optional parts kept off the screen."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def peer(name: str, library: str, build: Callable[[], Impl], left_out: str = "") -> Impl:
+    """``build()``'s implementation under this name, or one that says why it is not here."""
+    if missing := left_out or why_missing(library):
+        return Impl(name, missing=missing)
+    try:
+        impl = build()
+    except Exception as error:  # a peer's fault must not take the others with it
+        return Impl(name, failed=first_line(error))
+    impl.name = name
+    return impl
+
+
+# ---- torchao ---------------------------------------------------------------------------------------------------------
+
+
+def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = None) -> nn.Module:
+    """QAT weight quantizer per channel or group; its own absmax scale each time, or the ``scale`` that is given."""
+    load("torchao")
+    qat = load("torchao.quantization.qat")
+    granularity = load("torchao.quantization.granularity")
+    kind = granularity.PerAxis(0) if group is None else granularity.PerGroup(group)
+    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), kind, is_dynamic=scale is None)
+    quantizer = load("torchao.quantization.qat.fake_quantizer").IntxFakeQuantizer(config)
+    if scale is not None:
+        quantizer.scale, quantizer.zero_point = scale, torch.zeros_like(scale, dtype=torch.int32)
+    return quantizer
+
+
+def torchao_linear(layer: nn.Linear, bits: int, group: int | None = None) -> nn.Linear:
+    """A weight-only QAT linear layer with copies of this one's parameters."""
+    load("torchao")
+    qat = load("torchao.quantization.qat")
+    granularity = load("torchao.quantization.granularity")
+    kind = granularity.PerAxis(0) if group is None else granularity.PerGroup(group)
+    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), kind)
+    made = load("torchao.quantization.qat.linear").FakeQuantizedLinear(
+        layer.in_features, layer.out_features, layer.bias is not None, weight_config=config
+    )
+    made.load_state_dict(layer.state_dict())
+    return made.to(layer.weight.device)
+
+
+def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
+    """PARQ's optimizer (per channel, new levels every 10 steps, as it comes) in the middle of its annealing."""
+    load("torchao")
+    optim, quant = load("torchao.prototype.parq.optim"), load("torchao.prototype.parq.quant")
+    prox = optim.ProxPARQ(anneal_start=0, anneal_end=steps)
+    return optim.QuantOptimizer(base, quant.UnifQuantizer(), prox, quant_per_channel=True)
+
+
+# ---- brevitas --------------------------------------------------------------------------------------------------------
+
+
+def brevitas_layer(layer: nn.Module, bits: int, per_channel: bool = True) -> nn.Module:
+    """A weight-only QAT nn.Linear or nn.Conv2d with copies of this one's parameters; its own absmax scale."""
+    made: nn.Module
+    layers, quant = load("brevitas.nn"), load("brevitas.quant")
+    rule = quant.Int8WeightPerChannelFloat if per_channel else quant.Int8WeightPerTensorFloat
+    options = dict(bias=layer.bias is not None, weight_quant=rule, weight_bit_width=bits)
+    if isinstance(layer, nn.Conv2d):
+        made = layers.QuantConv2d(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, **options
+        )
+    else:
+        assert isinstance(layer, nn.Linear)
+        made = layers.QuantLinear(layer.in_features, layer.out_features, **options)
+    made.load_state_dict(layer.state_dict(), strict=False)  # its quantizers bring entries of their own
+    return made.to(layer.weight.device)  # type: ignore[arg-type]
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
+    """NF4 weights in blocks of 64 for inference, fp32 arithmetic, made from this layer's parameters."""
+    bnb = load("bitsandbytes")
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+    )
+    made.load_state_dict(layer.state_dict())
+    return made.to(layer.weight.device)  # moving quantizes
+
+
+def bitsandbytes_optimizer(kind: str, params: Any, **options: Any) -> torch.optim.Optimizer:
+    """kind: the name of a class of ``bitsandbytes.optim``, e.g. "AdamW8bit"."""
+    return getattr(load("bitsandbytes").optim, kind)(params, **options)
+
+
+# ---- pytorch-optimizer -----------------------------------------------------------------------------------------------
+
+
+def pytorch_optimizer_sam(params: Any, adaptive: bool, rho: float, **base: Any) -> Any:
+    """SAM or ASAM over torch.optim.SGD."""
+    return load("pytorch_optimizer").SAM(params, torch.optim.SGD, rho=rho, adaptive=adaptive, **base)

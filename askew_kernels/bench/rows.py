@@ -1,0 +1,238 @@
+"""Rows: what one measurement says about itself, where it was taken, and the files and the comparison made of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCHEMA_VERSION = 2
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class BenchError(Exception):
+    """What the user can change: one clear line, no traceback."""
+
+
+@dataclass
+class Row:
+    """One measurement, readable without its neighbours. Times are milliseconds, sizes are bytes, 1 GB = 1e9 bytes."""
+
+    suite: str
+    op: str
+    impl: str
+    kind: str  # ours | peer | baseline | ceiling
+    shape: str
+    dtype: str
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    unit: str  # "ms"
+    repetitions: int
+    bytes: int | None  # the least that must move: every input read once, every output written once
+    gb_per_s: float | None  # bytes / p50
+    percent_of_copy: float | None  # gb_per_s over a copy's in the same turns (read + written bytes); may exceed 100
+    rate: float | None  # what one call does / p50, in ``rate_unit``
+    rate_unit: str  # "GFLOP/s", "images/s", "tokens/s" or ""
+    baseline: str  # the implementation (or the thing) that ``ratio`` is taken to
+    ratio: float | None  # p50 / p50 of the baseline: below 1 is faster
+    limit: float | None  # the least time that the measured ceilings allow, in ``unit``
+    peak_bytes: int | None  # most extra memory held at any moment of one call after the first, results included
+    losses: list[float] | None  # training steps: the loss of every step that was run, in order
+    device: str
+    device_type: str
+    threads: int
+    backend: str
+    allocator: str
+    quick: bool
+    torch: str
+    versions: str  # of what else took part: "triton 3.6.0, torchao 0.18.0"
+    askew: str
+    python: str
+    commit: str
+    time: str  # UTC, ISO 8601
+    note: str = ""
+
+    @property
+    def case(self) -> tuple[str, ...]:
+        """What rows that were timed in the same turns have in common."""
+        return (self.suite, self.op, self.shape, self.dtype, self.allocator, self.device)
+
+    @property
+    def failed(self) -> bool:
+        return self.note.startswith("failed")
+
+
+ROW_FIELDS = tuple(f.name for f in fields(Row))
+
+
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for r in rows:
+        cases.setdefault(r.case, []).append(r)
+    return cases
+
+
+def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    suites: dict[str, list[Row]] = {}
+    for r in rows:
+        suites.setdefault(r.suite, []).append(r)
+    return suites
+
+
+# ---- where and with what ---------------------------------------------------------------------------------------------
+
+
+def _commit() -> str:
+    """Short hash of the commit that this package stands in, "+" where the tree was changed; "" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not git("ls-files", "--error-unmatch", "__init__.py"):
+            return ""  # e.g. installed into a virtual environment inside some other repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE), str(PACKAGE.parent / "csrc"))
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def allocator_in_use() -> str:
+    """ "warm" where glibc was told to keep freed memory, else "default"."""
+    return "warm" if "mmap_max=0" in os.environ.get("GLIBC_TUNABLES", "") else "default"
+
+
+def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
+    """The fields of a row that are the same for a whole run."""
+    from .. import __version__
+    from .peers import versions
+
+    return {
+        "device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
+        "allocator": allocator_in_use(), "quick": quick, "torch": torch.__version__, "versions": versions(),
+        "askew": __version__, "python": platform.python_version(), "commit": _commit(),
+    }  # fmt: skip
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """A reader sees the old file or the new one, never half of it. Raises BenchError where that cannot be written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise BenchError(f"{path}: is a folder, expected a file's name")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def check_writable(path: Path, folder: bool = False) -> None:
+    """Finds out before the first measurement that the results could not be kept."""
+    probe = (path if folder else path.parent) / f".askew-{os.getpid()}.tmp"
+    if not folder and path.is_dir():
+        raise BenchError(f"{path}: is a folder, expected a file's name")
+    write_atomic(probe, "")
+    probe.unlink()
+
+
+def rows_to_json(rows: Iterable[Row]) -> str:
+    """A document with one line for each row, so that two of them can be compared as text too."""
+    from .goals import goals
+
+    rows = list(rows)
+    lines = ",\n  ".join(json.dumps(asdict(r)) for r in rows)
+    results = ",\n  ".join(json.dumps(asdict(g)) for g in goals(rows))
+    return f'{{"schema": {SCHEMA_VERSION},\n "rows": [\n  {lines}\n ],\n "goals": [\n  {results}\n ]}}\n'
+
+
+def rows_from_json(text: str) -> list[Row]:
+    """The inverse of ``rows_to_json``; fields of a later version are left out, those that an earlier one lacks are
+    empty. Raises BenchError for anything else than such a document."""
+    try:
+        found = json.loads(text)["rows"]
+        empty = {f.name: "" if f.type == "str" else None for f in fields(Row)}
+        return [Row(**{**empty, **{k: v for k, v in r.items() if k in ROW_FIELDS}}) for r in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BenchError(f"not a file of bench rows ({type(error).__name__}: {error})") from None
+
+
+def read_rows(path: Path) -> list[Row]:
+    try:
+        return rows_from_json(path.read_text())
+    except OSError as error:
+        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (BenchError, UnicodeDecodeError) as error:
+        raise BenchError(f"{path}: {error}") from None
+
+
+def rows_to_csv(rows: Iterable[Row]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ROW_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for r in rows:
+        losses = None if r.losses is None else " ".join(f"{v:.6g}" for v in r.losses)
+        writer.writerow({k: "" if v is None else v for k, v in {**asdict(r), "losses": losses}.items()})
+    return out.getvalue()
+
+
+# ---- comparison with an earlier run ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Move:
+    """A row that both runs hold: factor = new p50 / old p50; ``beyond``: the two p20–p80 ranges do not overlap."""
+
+    old: Row
+    new: Row
+
+    @property
+    def factor(self) -> float:
+        return self.new.p50 / self.old.p50  # type: ignore[operator]
+
+    @property
+    def beyond(self) -> bool:
+        old, new = self.old, self.new
+        return new.p20 > old.p80 or new.p80 < old.p20  # type: ignore[operator]
+
+
+def _identity(r: Row) -> tuple[Any, ...]:
+    return (r.suite, r.op, r.impl, r.shape, r.dtype, r.unit, r.allocator, r.device_type, r.threads, r.quick)
+
+
+def compare(old: Iterable[Row], new: Iterable[Row]) -> tuple[list[Move], list[Row], list[Row]]:
+    """(the rows that both hold, the largest change first; measured only before; measured only now)."""
+    before = {_identity(r): r for r in old if r.p50}
+    after = {_identity(r): r for r in new if r.p50}
+    moves = [Move(before[key], r) for key, r in after.items() if key in before]
+    moves.sort(key=lambda m: max(m.factor, 1 / m.factor), reverse=True)
+    gone = [r for key, r in before.items() if key not in after]
+    return moves, gone, [r for key, r in after.items() if key not in before]

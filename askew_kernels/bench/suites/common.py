@@ -1,0 +1,212 @@
+"""What the suites share: the numbers of the method, model shapes, inputs, and comparison with the reference.
+
+Every implementation of a case does the same mathematics on its own copies of the same tensors. Where a comparison is
+not the same mathematics (torch.optim's plain SGD beside ASkewSGD, a peer's own quantizer), it says so in its name or
+in the case's text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import quant, runtime
+from ..harness import CheckFailed, Context, Traffic
+
+BITS = 4
+GRID = quant.Uniform(bits=BITS)
+LO, HI = GRID.levels[0], GRID.levels[-1]
+C1, C2 = quant.scales.SAWB_COEFFICIENTS[BITS]
+LR, ALPHA, EPS, MOMENTUM, ADAM_LR = 0.05, 1.0, 0.3, 0.9, 1e-4
+WEIGHT_STD, GRAD_STD = 0.02, 1e-3  # a step moves a weight by about a hundredth of a 4-bit level
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+Shapes = list[tuple[int, ...]]
+
+
+def _norm(c: int) -> Shapes:
+    return [(c,), (c,)]
+
+
+def resnet18_shapes() -> Shapes:
+    """The 62 parameters of torchvision's resnet18, in order: 11,689,512 weights."""
+    shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
+    channels = 64
+    for width in (64, 128, 256, 512):
+        for _ in range(2):
+            shapes += [(width, channels, 3, 3), *_norm(width), (width, width, 3, 3), *_norm(width)]
+            if channels != width:
+                shapes += [(width, channels, 1, 1), *_norm(width)]
+            channels = width
+    return [*shapes, (1000, 512), (1000,)]
+
+
+def resnet50_shapes() -> Shapes:
+    """The 161 parameters of torchvision's resnet50: 25,557,032 weights."""
+    shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, channels, 1, 1), *_norm(width), (width, width, 3, 3), *_norm(width)]
+            shapes += [(4 * width, width, 1, 1), *_norm(4 * width)]
+            if block == 0:
+                shapes += [(4 * width, channels, 1, 1), *_norm(4 * width)]
+            channels = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def _transformer_block(d: int) -> Shapes:
+    """Layer norm, attention (one matrix for q, k, v), layer norm, a network of four times the width."""
+    return [*_norm(d), (3 * d, d), (3 * d,), (d, d), (d,), *_norm(d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+
+
+def vit_b_shapes() -> Shapes:
+    """The 152 parameters of torchvision's vit_b_16: 86,567,656 weights."""
+    d = 768
+    ends: Shapes = [*_norm(d), (1000, d), (1000,)]
+    return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *12 * _transformer_block(d), *ends]
+
+
+def gpt2_small_shapes() -> Shapes:
+    """The 148 parameters of GPT-2 small, the output layer tied to the embedding: 124,439,808 weights."""
+    d = 768
+    return [(50257, d), (1024, d), *12 * _transformer_block(d), *_norm(d)]
+
+
+# ---- comparison with the reference -----------------------------------------------------------------------------------
+
+
+def compare(what: str, got: Tensor, expected: Tensor, size: Tensor, relative: float, rare: float = 2e-3) -> None:
+    """|got - expected| <= relative * size for all but a share ``rare`` of elements (float rounding may put a weight on
+    the other side of a threshold), plus three standard deviations of that share in so small a sample, and on average
+    within 1 % of the mean size. Raises CheckFailed."""
+    error = (got.double() - expected.double()).abs()
+    size = size.double().abs()
+    outside = float((~(error <= relative * size)).double().mean())  # NaN counts as outside
+    if outside > rare + 3 * math.sqrt(rare / max(error.numel(), 1)) or not float(error.mean()) <= 0.01 * float(
+        size.mean()
+    ):
+        raise CheckFailed(
+            f"{what}: {outside:.2%} of the elements differ from the reference, on average by "
+            f"{float(error.mean()):.3g} where {float(size.mean()):.3g} is expected"
+        )
+
+
+def sample(t: Tensor, rows: int = 8) -> Tensor:
+    """The first and the last ``rows`` of dimension 0, copied: they are independent, so they can be checked alone."""
+    if t.shape[0] <= 2 * rows:
+        return t.detach().clone()
+    return torch.cat([t.detach()[:rows], t.detach()[-rows:]])
+
+
+def sawb(rows: Tensor) -> Tensor:
+    """SAWB's scale of each row in float64, written down a second time: nothing of ``quant.scales`` is used."""
+    a = rows.reshape(rows.shape[0], -1).double().abs()
+    clip = C1 * (a * a).mean(1).sqrt() - C2 * a.mean(1)
+    return (torch.where(clip > 0, clip, a.amax(1)) / HI).float()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations: on a busy machine they would spend their time waiting for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- our backends, and the compiler ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def forced(backend: str) -> Iterator[None]:
+    with runtime.use_backend(backend) if backend else contextlib.nullcontext():
+        yield
+
+
+def in_backend(backend: str, run: Callable[[], Any]) -> Callable[[], Any]:
+    if not backend:
+        return run
+
+    def wrapped() -> Any:
+        with runtime.use_backend(backend):
+            return run()
+
+    return wrapped
+
+
+def our_backend(context: Context, backend: str) -> str:
+    return backend or runtime.choose_backend(context.device.type)[0]
+
+
+class Inputs:
+    """Weights and gradients of a case; every implementation gets its own copies."""
+
+    def __init__(self, context: Context, shapes: Sequence[tuple[int, ...]]) -> None:
+        g = torch.Generator(context.device).manual_seed(1)
+        self.weights = [torch.randn(s, device=context.device, generator=g) * WEIGHT_STD for s in shapes]
+        self.grads = [torch.randn(s, device=context.device, generator=g) * GRAD_STD for s in shapes]
+        self.skewed = [len(s) > 1 for s in shapes]
+        self.bytes = 4 * sum(w.numel() for w in self.weights)
+        self.quantized_bytes = 4 * sum(w.numel() for w, q in zip(self.weights, self.skewed, strict=True) if q)
+
+    def parameters(self) -> list[nn.Parameter]:
+        params = [nn.Parameter(w.clone()) for w in self.weights]
+        for p, g in zip(params, self.grads, strict=True):
+            p.grad = g.clone()
+        return params
+
+    @staticmethod
+    def grads_of(params: Sequence[nn.Parameter]) -> list[Tensor]:
+        return [p.grad for p in params if p.grad is not None]
+
+    def traffic(self, buffers: int, copy: bool = False) -> Traffic:
+        """Gradients read, weights and ``buffers`` states updated, and perhaps the copy written."""
+        return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=self.quantized_bytes * copy)
+
+
+def eager_sawb(w: Tensor) -> Tensor:
+    """SAWB per row, (rows, 1), by reductions that make no temporaries of weight size."""
+    cols = w.shape[1]
+    mean = torch.linalg.vector_norm(w, 1, dim=1, keepdim=True) / cols
+    rms = torch.linalg.vector_norm(w, 2, dim=1, keepdim=True) / cols**0.5
+    amax = torch.linalg.vector_norm(w, torch.inf, dim=1, keepdim=True)
+    clip = C1 * rms - C2 * mean
+    return torch.where(clip > 0, clip, amax) / HI
+
+
+def why_no_compile(context: Context) -> str:
+    """Why torch.compile cannot run here; empty where it can."""
+    if context.is_cuda:
+        return "" if importlib.util.find_spec("triton") else "torch.compile needs triton"
+    if os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return ""
+    return "torch.compile needs a C++ compiler"
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with an empty cache, so that the first call is a true first call."""
+    import torch._inductor.config as inductor
+
+    inductor.force_disable_caches = True  # type: ignore[assignment]
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
+    return torch.compile(function, dynamic=False)
+
+
+def square(n: int) -> str:
+    return f"{n}x{n}"

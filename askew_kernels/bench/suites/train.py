@@ -1,0 +1,323 @@
+"""Suite ``train``: whole training steps (forward, loss, backward, optimizer) of a float model, under autocast, and
+quantization-aware by torchao, brevitas and this package; 4-bit weights per channel, first and last layer float.
+
+All implementations of a case start from the same weights, see the same batches in the same order and take equally many
+steps; each row holds its loss curve, so that equal work is visible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import annealing, optim, quant
+from ... import nn as ask_nn
+from .. import peers
+from ..harness import Case, CheckFailed, Context, Entry, Impl
+from .common import BITS, GRID, in_backend, our_backend
+
+Batch = tuple[Tensor, Tensor]
+
+
+# ---- data: made here or part of every Python -------------------------------------------------------------------------
+
+
+def template_batches(shape: tuple[int, ...], size: int, device: torch.device) -> Callable[[int], Batch]:
+    """Ten random templates of this shape with noise of three times their size: batch k is the same for everyone."""
+    templates = torch.randn(10, *shape, generator=torch.Generator().manual_seed(5))
+
+    def batch(k: int) -> Batch:
+        g = torch.Generator().manual_seed(1000 + k)
+        labels = torch.randint(0, 10, (size,), generator=g)
+        x = templates[labels] + 3 * torch.randn(size, *shape, generator=g)
+        return x.to(device), labels.to(device)
+
+    return batch
+
+
+@functools.cache
+def library_text(most: int = 4_000_000) -> Tensor:
+    """The source of Python's standard library, in the order of file names, as ASCII codes (others become "?")."""
+    text = bytearray()
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text += path.read_bytes()
+        if len(text) >= most:
+            break
+    codes = torch.frombuffer(text[:most], dtype=torch.uint8).long()
+    return torch.where(codes < 128, codes, ord("?"))
+
+
+def text_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
+    text = library_text()
+
+    def batch(k: int) -> Batch:
+        starts = torch.randint(0, len(text) - length - 1, (size,), generator=torch.Generator().manual_seed(1000 + k))
+        windows = text[starts[:, None] + torch.arange(length + 1)]
+        return windows[:, :-1].to(device), windows[:, 1:].to(device)
+
+    return batch
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+def mlp(width: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, 10),
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
+        )  # fmt: skip
+        self.short: nn.Module = nn.Identity()
+        if stride == 2:
+            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.body(x) + self.short(x))
+
+
+def resnet18(width: int) -> nn.Module:
+    """ResNet-18 for 32 x 32 images (a first convolution of 3 x 3, no pooling after it); width 64 is the usual one."""
+    widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
+    blocks = [Residual(a, b) for a, b in itertools.pairwise(widths)]
+    return nn.Sequential(
+        nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *blocks,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Characters in, logits of the next one out."""
+
+    def __init__(self, d: int, layers: int, length: int, heads: int = 4, characters: int = 128) -> None:
+        super().__init__()
+        self.characters, self.places = nn.Embedding(characters, d), nn.Parameter(0.02 * torch.randn(length, d))
+        self.blocks = nn.Sequential(*(Block(d, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, characters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.characters(x) + self.places[: x.shape[1]])))
+
+
+# ---- one training step, five ways ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """model: a function that makes the network; ``ends``: names of the layers that stay float."""
+
+    model: Callable[[], nn.Module]
+    batch: Callable[[int], Batch]
+    ends: tuple[str, ...]
+    lr: float
+    adamw: bool
+    turns: int  # timed steps
+
+    @property
+    def steps(self) -> int:
+        """All that a row takes: two checked ones, up to two whose memory is measured, and the timed ones."""
+        return self.turns + 4
+
+
+def _inner(model: nn.Module, ends: tuple[str, ...]) -> list[str]:
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [name for name in layers if name not in ends]
+
+
+def _replace(model: nn.Module, names: list[str], made: Callable[[Any], nn.Module]) -> None:
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made(model.get_submodule(name)))
+
+
+class Training:
+    """``step()`` is one training step; ``losses`` are those of all steps so far."""
+
+    def __init__(
+        self, task: Task, context: Context, model: nn.Module, optimizer: torch.optim.Optimizer,
+        schedules: list[Any] | None = None, autocast: bool = False,
+    ) -> None:  # fmt: skip
+        self.task, self.model, self.optimizer, self.schedules = task, model, optimizer, schedules or []
+        self.device, self.autocast = context.device, autocast
+        self.losses: list[Tensor] = []
+        self.ready: Batch | None = None
+
+    def prepare(self) -> None:
+        """Makes the next batch, so that this is not part of the step's time."""
+        self.ready = self.task.batch(len(self.losses))
+
+    def step(self) -> None:
+        x, y = self.ready or self.task.batch(len(self.losses))
+        self.ready = None
+        context: Any = contextlib.nullcontext()
+        if self.autocast:
+            context = torch.autocast(self.device.type, torch.bfloat16)
+        with context:
+            logits = self.model(x)
+            loss = functional.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
+        self.losses.append(loss.detach())
+
+
+class LossCheck:
+    """Two steps: the losses are numbers, and the first is the float model's to a fifth (quantized weights differ)."""
+
+    def __init__(self, training: Training, expected: float) -> None:
+        self.training, self.expected = training, expected
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        run()
+        run()
+        first, second = (float(v) for v in self.training.losses[:2])
+        if not abs(first - self.expected) <= 0.2 * self.expected or not math.isfinite(second):
+            raise CheckFailed(f"losses {first:.4g}, {second:.4g}; the float model begins with {self.expected:.4g}")
+
+
+def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[Impl]:
+    torch.manual_seed(6)
+    initial = task.model().to(context.device).state_dict()
+
+    def fresh() -> nn.Module:
+        model = task.model().to(context.device)
+        model.load_state_dict(initial)
+        return model
+
+    def plain(model: nn.Module) -> torch.optim.Optimizer:
+        if task.adamw:
+            return torch.optim.AdamW(model.parameters(), lr=task.lr, fused=True)
+        return torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9, fused=True)
+
+    with torch.no_grad():
+        x, y = task.batch(0)
+        expected = float(functional.cross_entropy(fresh()(x).flatten(0, -2), y.flatten()))
+
+    def impl(name: str, kind: str, training: Training, backend: str = "torch", note: str = "") -> Impl:
+        return Impl(name, training.step, kind, check=LossCheck(training, expected), prepare=training.prepare,
+                    backend=backend, note=note, losses=training.losses)  # fmt: skip
+
+    def peer_training(made: Callable[[Any], nn.Module]) -> Callable[[], Impl]:
+        def build() -> Impl:
+            model = fresh()
+            _replace(model, _inner(model, task.ends), made)
+            return impl("", "peer", Training(task, context, model, plain(model)), note="absmax scale")
+
+        return build
+
+    def ours(backend: str, missing: str, autocast: bool) -> Impl:
+        name = (OURS_AUTOCAST if autocast else OURS) + (f" ({backend})" if backend else "")
+        if missing:
+            return Impl(name, kind="ours", backend=backend, missing=missing)
+        model = fresh()
+        inner = set(_inner(model, task.ends))
+        ask_nn.quantize_(
+            model, quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"), lambda module, name: name in inner
+        )
+        groups = ask_nn.param_groups(model)
+        optimizer: torch.optim.Optimizer
+        if task.adamw:
+            optimizer = optim.ASkewAdamW(groups, lr=task.lr)
+        else:
+            optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9)
+        schedule = annealing.EpsilonAnnealing(
+            optimizer, hold=task.steps // 10, total=task.steps, power=12.0, keep_pull=True
+        )
+        training = Training(task, context, model, optimizer, [schedule], autocast)
+        made = impl(name, "ours", training, our_backend(context, backend), "SAWB scale")
+        made.run = in_backend(backend, training.step)
+        return made
+
+    model = fresh()
+    impls = [impl("float", "baseline", Training(task, context, model, plain(model)))]
+    model = fresh()
+    impls.append(impl(AUTOCAST, "peer", Training(task, context, model, plain(model), autocast=True)))
+    impls.append(
+        peers.peer("torchao QAT", "torchao", peer_training(lambda m: peers.torchao_linear(m, BITS)), no_torchao)
+    )
+    impls.append(peers.peer("brevitas QAT", "brevitas", peer_training(lambda m: peers.brevitas_layer(m, BITS))))
+    for backend, missing in context.backends():
+        impls += [ours(backend, missing, autocast) for autocast in ((False, True) if context.is_cuda else (False,))]
+    return impls
+
+
+OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+
+
+def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
+    impls = training_impls(context, task, no_torchao)
+    return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
+
+
+def _turns(context: Context, full: int) -> int:
+    return 4 if context.quick else full
+
+
+def mlp_case(context: Context) -> Case:
+    width, size = (256, 64) if context.quick else (1024, 256)
+    turns = _turns(context, 100)
+    batch = template_batches((784,), size, context.device)
+    task = Task(lambda: mlp(width), batch, ("0", "6"), 0.02, False, turns)
+    return training_case(context, f"MLP 784-{width}-{width}-{width}-10, batch {size}", task, size, "images")
+
+
+def resnet_case(context: Context) -> Case:
+    width, size = (8, 8) if context.quick else (64, 32)
+    turns = _turns(context, 24)
+    batch = template_batches((3, 32, 32), size, context.device)
+    last = len(resnet18(8)) - 1  # type: ignore[arg-type]
+    task = Task(lambda: resnet18(width), batch, ("0", str(last)), 0.02, False, turns)
+    name = f"ResNet-18{'' if width == 64 else f' of width {width}'} on 32x32, batch {size}"
+    return training_case(context, name, task, size, "images", "torchao's QAT has no convolution")
+
+
+def gpt_case(context: Context) -> Case:
+    d, layers, length, size = (64, 2, 64, 4) if context.quick else (256, 4, 128, 16)
+    turns = _turns(context, 48)
+    batch = text_batches(size, length, context.device)
+    task = Task(lambda: GPT(d, layers, length), batch, ("head",), 1e-3, True, turns)
+    name = f"GPT of {layers} layers, width {d}, {size} x {length} characters"
+    return training_case(context, name, task, size * length, "tokens")
+
+
+TRAIN = [
+    Entry("training step, MLP", mlp_case),
+    Entry("training step, ResNet-18", resnet_case),
+    Entry("training step, GPT", gpt_case),
+]
