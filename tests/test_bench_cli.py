@@ -33,13 +33,20 @@ CPU = torch.device("cpu")
 
 def python(*arguments, timeout=100, **environment):
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "160", **environment}
+    env = {**os.environ, "PYTHONPATH": path, "COLUMNS": "160", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many tiny operations: on a busy machine they would spend their time waiting for each other's threads."""
+    with common.one_thread():
+        yield
+
+
 def small(monkeypatch, side=64):
-    """Every suite at a size where nothing takes time, without the compiler, other libraries and new processes."""
+    """Every suite at a size where nothing takes time, without the compiler and other libraries."""
     monkeypatch.setattr(Context, "side", side)
     for module in (step, fake_quant):
         monkeypatch.setattr(module, "why_no_compile", lambda context: "left out of this test")

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=Path, metavar="DIR", help="write the plots of each suite as PNG and SVG")
     add("--page", type=Path, metavar="FILE", help="write a Markdown page with goals and tables (plots: beside --plot)")
     add("--compare", type=Path, metavar="OLD.json", help="say which rows moved beyond their own spread since then")
-    add("--from", dest="rows", type=Path, metavar="FILE", help="show the rows of an earlier --json; measure nothing")
+    add("--from", dest="rows", type=Path, nargs="+", metavar="FILE",
+        help="show the rows of earlier --json files; measure nothing")  # fmt: skip
     add("--fill", type=Path, nargs="+", default=[], metavar="FILE",
         help="make anew what stands between <!-- bench:summary --> (or bench:goals) and <!-- /bench -->")  # fmt: skip
 
@@ -115,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.compare:
             old = read_rows(arguments.compare)
         if arguments.rows:
-            rows = read_rows(arguments.rows)
+            rows = [r for path in arguments.rows for r in read_rows(path)]
         else:
             planned = plan(arguments)
             device = harness.check_device(arguments.device)

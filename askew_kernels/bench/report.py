@@ -140,17 +140,17 @@ def _spread(r: Row) -> str:
 COLORS = {"ours": "#2a7f62", "baseline": "#5b6c8f", "peer": "#c9a25f"}
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "askew_kernels"  # the same rows make the same file
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
-def _save(figure: Any) -> dict[str, bytes]:
+def save_figure(figure: Any) -> dict[str, bytes]:
     """{"png": …, "svg": …}; closes the figure."""
     files = {}
     for suffix in ("png", "svg"):
@@ -158,7 +158,7 @@ def _save(figure: Any) -> dict[str, bytes]:
         metadata = {"Date": None} if suffix == "svg" else {}
         figure.savefig(out, format=suffix, dpi=150, metadata=metadata)
         files[suffix] = out.getvalue()
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return files
 
 
@@ -212,7 +212,7 @@ def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     several = len({case[0].allocator for case in cases}) > 1
     heights = [len(case) + 1.6 for case in cases]
     size = (10.5, 0.34 * sum(heights) + 0.9)
-    figure, axes = _pyplot().subplots(len(cases), 1, figsize=size, squeeze=False, height_ratios=heights,
+    figure, axes = pyplot().subplots(len(cases), 1, figsize=size, squeeze=False, height_ratios=heights,
                                       layout="constrained")  # fmt: skip
     for axis, case in zip(axes[:, 0], cases, strict=True):
         head = case[0]
@@ -224,7 +224,7 @@ def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         scale = " (log)" if axis.get_xscale() == "log" else ""
         axis.set_xlabel(f"time ÷ {head.baseline}{scale}{text}", fontsize=8.5)
     figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return _save(figure)
+    return save_figure(figure)
 
 
 def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
@@ -232,7 +232,7 @@ def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     ops: dict[str, list[list[Row]]] = {}
     for case in cases:
         ops.setdefault(case[0].op, []).append(case)
-    figure, axes = _pyplot().subplots(len(ops), 1, figsize=(10.5, 4.4 * len(ops)), squeeze=False, layout="constrained")
+    figure, axes = pyplot().subplots(len(ops), 1, figsize=(10.5, 4.4 * len(ops)), squeeze=False, layout="constrained")
     for axis, (op, members) in zip(axes[:, 0], ops.items(), strict=True):
         places = {case[0].shape: i for i, case in enumerate(members)}
         lines: dict[str, list[Row]] = {}
@@ -256,12 +256,12 @@ def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return _save(figure)
+    return save_figure(figure)
 
 
 def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     """Loss of every training step, one panel for each case: equal work, step by step."""
-    figure, axes = _pyplot().subplots(1, len(cases), figsize=(4.6 * len(cases), 3.8), squeeze=False,
+    figure, axes = pyplot().subplots(1, len(cases), figsize=(4.6 * len(cases), 3.8), squeeze=False,
                                       layout="constrained")  # fmt: skip
     names = list(dict.fromkeys(r.impl for case in cases for r in case))
     for axis, case in zip(axes[0], cases, strict=True):
@@ -276,7 +276,7 @@ def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     axes[0][0].set_ylabel("training loss", fontsize=8.5)
     axes[0][-1].legend(fontsize=8)
     figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return _save(figure)
+    return save_figure(figure)
 
 
 def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
@@ -299,7 +299,7 @@ def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
 def plot_summary(figures: list[HeadlineFigures]) -> dict[str, bytes]:
     """The README's plot: time over the baseline's for every headline, ours and the peers."""
     heights = [1.3 + len(f.peers) + 0.9 for f in figures]
-    figure, axes = _pyplot().subplots(len(figures), 1, figsize=(9.5, 0.36 * sum(heights) + 0.6), squeeze=False,
+    figure, axes = pyplot().subplots(len(figures), 1, figsize=(9.5, 0.36 * sum(heights) + 0.6), squeeze=False,
                                       height_ratios=heights, layout="constrained")  # fmt: skip
     for axis, f in zip(axes[:, 0], figures, strict=True):
         case = [f.ours, *(r for _, r in f.peers)]
@@ -310,7 +310,7 @@ def plot_summary(figures: list[HeadlineFigures]) -> dict[str, bytes]:
         axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
     figure.suptitle(f"{_subtitle(figures[0].ours)}; red: physical limit", fontsize=8.5, x=0.01, ha="left",
                     color="#555555")  # fmt: skip
-    return _save(figure)
+    return save_figure(figure)
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,615 @@
+"""`python -m askew_kernels paper`: the experiments that ASkewSGD was published with, over many seeds, and a harder one.
+
+Claim to show or refute (Leconte, Schechtman, Moulines, AISTATS 2023): the loss of ASkewSGD's binarized weights is at
+or below that of every straight-through baseline.
+
+``logistic``  d = 10, 6,000 training and 1,000 test points, x uniform in [-1, 1]^d, y ~ Bernoulli(sigma(x w*)), w* in
+              {-1, 1}^d or 0.8 times that; batch 100 for 50 epochs, batch 1000 for 25; SGD, lr 2, halved at epoch 30;
+              alpha = 0.1; eps held for 50 periods, then 0.96^k
+``moons``     two moons, 2,000 / 200 points, noise 0.1; network 2-3-1, ReLU, batch norm without affine; Adam, lr 0.1,
+              batch 100 for 300 epochs; alpha = 1; eps held for 20 periods, then 0.99^k
+``text``      a character GPT on the source of Python's standard library at 4, 3, 2 bits, ternary and binary: float,
+              straight-through, ASkewSGD as published (relaxed) and by this package's recipe (hard); AdamW underneath
+
+The published periods of eps leave open what is counted. Both readings are run: a period is an epoch (in ``logistic``
+eps then never leaves 1 before training ends, and only the clamp to the hull remains) or a step. All seeds of a small
+experiment are trained at once: a seed is a row of every tensor, and rows do not see each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import EpsilonAnnealing, QuantConfig, hard_quantize_, nn, optim
+from .demo import RECIPE, WIDTHS
+from .quant import Binary
+
+FULL, DETERMINISTIC, STOCHASTIC, PROX = (
+    "full precision", "BinaryConnect, deterministic", "BinaryConnect, stochastic", "ProxQuant",
+)  # fmt: skip
+BY_EPOCH, BY_STEP = "ASkewSGD, eps by epoch", "ASkewSGD, eps by step"
+METHODS = (FULL, DETERMINISTIC, STOCHASTIC, PROX, BY_EPOCH, BY_STEP)
+TEXT_METHODS = ("float", "straight-through", "relaxed", "hard")
+
+
+@dataclass
+class Result:
+    """One trained model. Losses and accuracy are those of the quantized weights (full precision: of the weights).
+
+    accuracy: %, NaN for ``text``; curve: training loss with quantized weights after each epoch.
+    """
+
+    experiment: str
+    setting: str
+    method: str
+    seed: int
+    loss: float
+    test_loss: float
+    accuracy: float
+    curve: list[float]
+    seconds: float
+
+
+# ---- the two small problems: every tensor begins with a dimension of seeds -------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment. ``make(generator)`` gives (training x, y, test x, y, parameters) of one seed; ``logits(params,
+    x)``; the first ``quantized`` parameters are."""
+
+    experiment: str
+    name: str
+    make: Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]
+    logits: Callable[[Sequence[Tensor], Tensor], Tensor]
+    quantized: int
+    adam: bool
+    lr: float
+    halve_at: int | None  # epoch
+    batch: int
+    epochs: int
+    alpha: float
+    hold: int
+    decay: float
+
+
+def _logistic_data(factor: float) -> Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
+    def make(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+        truth = factor * (2 * torch.randint(0, 2, (10,), generator=g) - 1).float()
+        x = 2 * torch.rand(7000, 10, generator=g) - 1
+        y = torch.bernoulli(torch.sigmoid(x @ truth), generator=g)
+        return x[:6000], y[:6000], x[6000:], y[6000:], [2 * torch.rand(10, generator=g) - 1]
+
+    return make
+
+
+def _logistic_logits(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    return (x @ params[0].unsqueeze(-1)).squeeze(-1)
+
+
+def _moons(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """As scikit-learn's make_moons: two interleaving half circles, here with random angles."""
+    y = torch.arange(n) % 2
+    angle = math.pi * torch.rand(n, generator=g)
+    x = torch.stack([torch.cos(angle), torch.sin(angle)], 1)
+    x[y == 1] = torch.tensor([1.0, 0.5]) - x[y == 1]
+    return x + 0.1 * torch.randn(n, 2, generator=g), y.float()
+
+
+def _moons_data(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    params = [2 * torch.rand(6, generator=g) - 1, 2 * torch.rand(3, generator=g) - 1, torch.zeros(1)]
+    return *_moons(2000, g), *_moons(200, g), params
+
+
+def _moons_logits(params: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Batch statistics; the bias of the last layer is float."""
+    hidden = x @ params[0].unflatten(-1, (2, 3))
+    centred = hidden - hidden.mean(-2, keepdim=True)
+    normal = centred * torch.rsqrt(centred.square().mean(-2, keepdim=True) + 1e-5)
+    return (functional.relu(normal) @ params[1].unsqueeze(-1)).squeeze(-1) + params[2]
+
+
+SETTINGS = [
+    *[
+        Setting("logistic", f"w* of size {factor:g}, batch {batch}", _logistic_data(factor), _logistic_logits, 1,
+                False, 2.0, 30, batch, epochs, 0.1, 50, 0.96)
+        for factor in (1.0, 0.8)
+        for batch, epochs in ((100, 50), (1000, 25))
+    ],
+    Setting("moons", "two moons", _moons_data, _moons_logits, 2, True, 0.1, None, 100, 300, 1.0, 20, 0.99),
+]  # fmt: skip
+
+
+def binary(w: Tensor) -> Tensor:
+    """The nearer of -1 and 1; 0 goes to 1, as BinaryConnect has it."""
+    return torch.where(w >= 0, 1.0, -1.0)
+
+
+def _prox(w: Tensor, strength: float) -> None:
+    """ProxQuant's proximal map of strength * sum | |w| - 1 |, in place: pulls every weight towards -1 or 1."""
+    side = binary(w)
+    beyond = w.abs() - 1
+    w.copy_(side * (1 + torch.sign(beyond) * (beyond.abs() - strength).clamp(min=0)))
+
+
+def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
+    """Trains all seeds of one method at once."""
+    started = time.perf_counter()
+    made: list[Any] = [setting.make(torch.Generator().manual_seed(seed)) for seed in range(seeds)]
+    x, y, x_test, y_test = (torch.stack([m[i] for m in made]) for i in range(4))
+    params = [torch.nn.Parameter(torch.stack([m[4][i] for m in made])) for i in range(len(made[0][4]))]
+    weights, others = params[: setting.quantized], params[setting.quantized :]
+    ours = method in (BY_EPOCH, BY_STEP)
+    annealing = None
+    optimizer: torch.optim.Optimizer
+    if ours:
+        group = {"params": weights, "grid": Binary(), "scale": torch.ones(seeds)}  # a seed is a row
+        groups = [group, {"params": others}] if others else [group]
+        if setting.adam:
+            optimizer = optim.ASkewAdamW(groups, lr=setting.lr, weight_decay=0.0, alpha=setting.alpha)
+        else:
+            optimizer = optim.ASkewSGD(groups, lr=setting.lr, alpha=setting.alpha)
+        annealing = EpsilonAnnealing(optimizer, hold=setting.hold, mode="geometric", decay=setting.decay)
+    elif setting.adam:
+        optimizer = torch.optim.Adam(params, lr=setting.lr)
+    else:
+        optimizer = torch.optim.SGD(params, lr=setting.lr)
+
+    def losses(used: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        """(seeds,)"""
+        logits = setting.logits(used, x)
+        return functional.binary_cross_entropy_with_logits(logits, y, reduction="none").mean(-1)
+
+    def quantized() -> list[Tensor]:
+        if method == FULL:
+            return [p.detach() for p in params]
+        return [*(binary(w.detach()) for w in weights), *(p.detach() for p in others)]
+
+    draws = torch.Generator().manual_seed(1)
+    order = torch.Generator().manual_seed(2)
+    n = x.shape[1]
+    steps = setting.epochs * (n // setting.batch)
+    step = 0
+    curve = []
+    for epoch in range(setting.epochs):
+        if epoch == setting.halve_at:
+            for param_group in optimizer.param_groups:
+                param_group["lr"] *= 0.5
+        for rows in torch.randperm(n, generator=order).split(setting.batch):
+            used: list[Tensor] = list(params)
+            if method in (DETERMINISTIC, STOCHASTIC):  # the gradient at binary weights moves the float ones
+                latent = [w.detach() for w in weights]
+                signs = [binary(w) for w in latent]
+                if method == STOCHASTIC:  # 1 with the probability of the hard sigmoid
+                    signs = [2 * torch.bernoulli(((w + 1) / 2).clamp(0, 1), generator=draws) - 1 for w in latent]
+                used = [*(s.requires_grad_() for s in signs), *others]
+            gradients = torch.autograd.grad(losses(used, x[:, rows], y[:, rows]).sum(), used)
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+            step += 1
+            with torch.no_grad():
+                if method in (DETERMINISTIC, STOCHASTIC):
+                    for w in weights:
+                        w.clamp_(-1, 1)
+                elif method == PROX:  # the strength grows linearly, as published; a step pulls by lr/10 at the end
+                    for w in weights:
+                        _prox(w, 0.1 * setting.lr * step / steps)
+            if annealing is not None and method == BY_STEP:
+                annealing.step()
+        if annealing is not None and method == BY_EPOCH:
+            annealing.step()
+        with torch.no_grad():
+            curve.append(losses(quantized(), x, y))
+    with torch.no_grad():
+        final = quantized()
+        test = losses(final, x_test, y_test)
+        right = ((setting.logits(final, x_test) > 0).float() == y_test).float().mean(-1) * 100
+    seconds = (time.perf_counter() - started) / seeds
+    history = torch.stack(curve, 1)
+    return [
+        Result(setting.experiment, setting.name, method, seed, history[seed, -1].item(), test[seed].item(),
+               right[seed].item(), [round(v, 6) for v in history[seed].tolist()], seconds)
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+LENGTH, BATCH, TEXT_LR = 64, 32, 3e-3
+
+
+def train_text(width: str, method: str, seed: int, steps: int) -> Result:
+    """A character GPT of two layers, 64 wide; the seed decides initialisation and batches, whatever the method."""
+    from .bench.suites.train import GPT, library_text
+
+    started = time.perf_counter()
+    text = library_text()
+    split = len(text) * 9 // 10
+    train, test = text[:split], text[split:]
+    torch.manual_seed(seed)
+    model = GPT(d=64, layers=2, length=LENGTH)
+    if method != "float":
+        grid, rule = WIDTHS[width]
+        forward = "relaxed" if method == "relaxed" else "hard"
+        nn.quantize_(model, QuantConfig(weight=grid, scale=rule, forward=forward), lambda _, name: name != "head")
+    annealing = None
+    optimizer: torch.optim.Optimizer
+    if method in RECIPE:
+        recipe: dict[str, Any] = dict(RECIPE[method])
+        optimizer = optim.ASkewAdamW(nn.param_groups(model), lr=TEXT_LR)
+        annealing = EpsilonAnnealing(
+            optimizer, hold=round(recipe.pop("hold") * steps), total=round(recipe.pop("end") * steps), **recipe
+        )
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=TEXT_LR, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / steps, 1))))
+    order = torch.Generator().manual_seed(seed)
+    window = torch.arange(LENGTH + 1)
+
+    def loss_of(source: Tensor, starts: Tensor) -> Tensor:
+        batch = source[starts[:, None] + window]
+        return functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    curve: list[float] = []
+    recent: list[float] = []
+    for step in range(steps):
+        loss = loss_of(train, torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if annealing:
+            annealing.step()
+        recent.append(loss.item())
+        if (step + 1) % max(steps // 20, 1) == 0:
+            curve.append(round(statistics.fmean(recent), 5))
+            recent = []
+    hard_quantize_(model)
+    model.eval()
+    with torch.no_grad():
+        starts = torch.arange(0, len(test) - LENGTH - 1, LENGTH)[:2048]
+        tested = statistics.fmean(loss_of(test, part).item() for part in starts.split(256))
+    return Result("text", width, method, seed, curve[-1], tested, math.nan, curve, time.perf_counter() - started)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def groups_of(results: list[Result]) -> dict[tuple[str, str], dict[str, dict[int, Result]]]:
+    """(experiment, setting) -> method -> seed -> result."""
+    found: dict[tuple[str, str], dict[str, dict[int, Result]]] = {}
+    for r in results:
+        found.setdefault((r.experiment, r.setting), {}).setdefault(r.method, {})[r.seed] = r
+    return found
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
+    """Mean of a - b over common seeds, and the two-sided p of a paired t-test (1 where all differences are equal to
+    0, NaN for fewer than two seeds)."""
+    from scipy.stats import ttest_rel
+
+    seeds = sorted(set(a) & set(b))
+    differences = [a[s] - b[s] for s in seeds]
+    if len(seeds) < 2:
+        return (differences or [math.nan])[0], math.nan
+    if max(abs(d) for d in differences) < 1e-7:
+        return 0.0, 1.0
+    return statistics.fmean(differences), float(ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the tables: mean and standard deviation over seeds; differences: straight-through baseline -> (loss of
+    this method minus the baseline's, paired over seeds; p). Training loss counts, for ``text`` the test loss."""
+
+    experiment: str
+    setting: str
+    method: str
+    seeds: int
+    loss: tuple[float, float]
+    test_loss: tuple[float, float]
+    accuracy: tuple[float, float]
+    differences: dict[str, tuple[float, float]]
+
+
+def _mean_std(values: dict[int, float]) -> tuple[float, float]:
+    numbers = list(values.values())
+    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+
+
+def baselines_of(experiment: str) -> tuple[str, ...]:
+    """The straight-through methods, which the claim is about."""
+    return ("straight-through",) if experiment == "text" else (DETERMINISTIC, STOCHASTIC)
+
+
+def summarise(results: list[Result]) -> list[Line]:
+    """A line for each method of each setting; the float text model stands beside every width."""
+    lines = []
+    groups = groups_of(results)
+    float_text = groups.pop(("text", "float"), {})
+    for (experiment, setting), by_method in groups.items():
+        methods = {**(float_text if experiment == "text" else {}), **by_method}
+        measure = "test_loss" if experiment == "text" else "loss"
+
+        def values(method: str, name: str, methods: Any = methods) -> dict[int, float]:
+            return {s: getattr(r, name) for s, r in methods[method].items()}
+
+        for method in methods:
+            ours = method in (BY_EPOCH, BY_STEP, "relaxed", "hard")
+            held = [b for b in baselines_of(experiment) if ours and b in methods]
+            differences = {b: paired(values(method, measure), values(b, measure)) for b in held}
+            lines.append(Line(
+                experiment, setting, method, len(methods[method]), _mean_std(values(method, "loss")),
+                _mean_std(values(method, "test_loss")), _mean_std(values(method, "accuracy")), differences,
+            ))  # fmt: skip
+    return lines
+
+
+def verdict(difference: float, p: float) -> str:
+    if difference == 0:
+        return "the same"
+    if math.isnan(p) or p >= 0.05:
+        return "no significant difference"
+    return "lower" if difference < 0 else "HIGHER"
+
+
+def verdicts(lines: list[Line]) -> list[str]:
+    """For each comparison one sentence, whichever way it goes."""
+    return [
+        f"{line.experiment}, {line.setting}: {line.method} against {baseline}: {difference:+.4f} (p = {p:.2g}), "
+        + verdict(difference, p)
+        for line in lines
+        for baseline, (difference, p) in line.differences.items()
+    ]
+
+
+def conclusion(lines: list[Line]) -> str:
+    """How the claim, loss at or below every straight-through baseline's, fares in one sentence."""
+    said = [verdict(*pair) for line in lines for pair in line.differences.values()]
+    counts = ", ".join(f"{said.count(word)} {word}" for word in dict.fromkeys(said))
+    failed = "fails where it says HIGHER" if "HIGHER" in said else "is not contradicted"
+    return f"Of {len(said)} comparisons: {counts}. The claim (at or below every straight-through baseline) {failed}."
+
+
+def _table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of one setting."""
+    experiment = lines[0].experiment
+    baselines = baselines_of(experiment)
+    headings = ["method", "training loss", "test loss", *(["accuracy, %"] if experiment != "text" else [])]
+    headings += [f"− {b.replace('BinaryConnect, ', '')} (p)" for b in baselines]
+    cells = []
+    for line in lines:
+        row = [line.method, *(f"{mean:.4f} ± {std:.4f}" for mean, std in (line.loss, line.test_loss))]
+        row += [f"{line.accuracy[0]:.2f} ± {line.accuracy[1]:.2f}"] if experiment != "text" else []
+        for b in baselines:
+            row.append("{:+.4f} ({:.2g})".format(*line.differences[b]) if b in line.differences else "")
+        cells.append(row)
+    return headings, cells
+
+
+def by_setting(lines: list[Line]) -> list[list[Line]]:
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        found.setdefault((line.experiment, line.setting), []).append(line)
+    return list(found.values())
+
+
+def markdown(results: list[Result]) -> str:
+    """The page that stands beside the rows."""
+    lines = summarise(results)
+    out = [
+        "# The published experiments, repeated",
+        "",
+        "Made by `python -m askew_kernels paper`; what is trained stands in `askew_kernels/paper.py`. Losses are those "
+        "of the quantized weights, mean ± standard deviation over seeds; differences are paired over seeds (t-test): "
+        "below 0, ASkewSGD's loss is lower.",
+    ]
+    titles = {"logistic": "Logistic regression", "moons": "Two moons", "text": "Text: a character GPT"}
+    seen = ""
+    for members in by_setting(lines):
+        head = members[-1]
+        if head.experiment != seen:
+            seen = head.experiment
+            out += ["", f"## {titles[seen]}", "", f"![{seen}]({seen}.png)"]
+        headings, cells = _table(members)
+        out += ["", f"**{head.setting}**, {head.seeds} seeds", ""]
+        out += ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *cells)]
+    out += ["", "## Does the claim hold?", "", conclusion(lines), "", *(f"* {text}" for text in verdicts(lines))]
+    return "\n".join(out) + "\n"
+
+
+# ---- plots -----------------------------------------------------------------------------------------------------------
+
+
+def plots(results: list[Result]) -> dict[str, bytes]:
+    """File name -> PNG or SVG, one figure for each experiment."""
+    from .bench.report import pyplot, save_figure
+
+    files: dict[str, bytes] = {}
+    for experiment in dict.fromkeys(r.experiment for r in results):
+        lines = [line for line in summarise(results) if line.experiment == experiment]
+        settings = list(dict.fromkeys(line.setting for line in lines))
+        if not settings:
+            continue
+        text = experiment == "text"
+        columns = 1 if text else len(settings)
+        figure, axes = pyplot().subplots(1, columns, figsize=(8.0 if text else max(4.3 * columns, 6.0), 4.2),
+                                         squeeze=False, layout="constrained")  # fmt: skip
+        if text:
+            _plot_widths(axes[0][0], lines, settings)
+        else:
+            found = groups_of(results)
+            for axis, setting in zip(axes[0], settings, strict=True):
+                _plot_curves(axis, setting, found[experiment, setting])
+            axes[0][0].set_ylabel("training loss of the quantized weights")
+            axes[0][-1].legend(fontsize=7.5)
+        files |= {f"{experiment}.{suffix}": data for suffix, data in save_figure(figure).items()}
+    return files
+
+
+def _plot_curves(axis: Any, setting: str, by_method: dict[str, dict[int, Result]]) -> None:
+    for i, (method, by_seed) in enumerate(by_method.items()):
+        curves = torch.tensor([r.curve for r in by_seed.values()])
+        epochs = range(1, curves.shape[1] + 1)
+        low, middle, high = curves.quantile(torch.tensor([0.2, 0.5, 0.8]), dim=0)
+        axis.plot(epochs, middle, color=f"C{i}", label=method, linewidth=2.2 if method.startswith("ASkew") else 1.2)
+        axis.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+    axis.set_title(f"{setting} (median, p20–p80)", fontsize=9)
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.3)
+
+
+def _plot_widths(axis: Any, lines: list[Line], settings: list[str]) -> None:
+    methods = [m for m in TEXT_METHODS if any(line.method == m for line in lines)]
+    for i, method in enumerate(methods):
+        part = {line.setting: line.test_loss for line in lines if line.method == method}
+        places = [k + 0.12 * (i - 1.5) for k, s in enumerate(settings) if s in part]
+        means, stds = zip(*(part[s] for s in settings if s in part), strict=True)
+        axis.errorbar(places, means, stds, fmt="o", capsize=3, label=method, color=f"C{i}")
+    axis.set_xticks(range(len(settings)), settings)
+    axis.set_ylabel("test loss, nats a character, after hard quantization")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = ("logistic", "moons", "text")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
+                        help=f"of: {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=20, help="of logistic and moons (default 20)")
+    parser.add_argument("--text-seeds", type=int, default=3, help="of text (default 3)")
+    parser.add_argument("--text-steps", type=int, default=400, help="training steps of text (default 400)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows in --out and train what is missing")
+    parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder for rows, page and plots")
+
+
+Key = tuple[str, str, str, int]  # experiment, setting, method, seed
+
+
+@dataclass(frozen=True)
+class Job:
+    keys: list[Key]
+    train: Callable[[], list[Result]]
+
+
+def _jobs(arguments: argparse.Namespace) -> list[Job]:
+    jobs = []
+    for setting in [s for s in SETTINGS if s.experiment in arguments.experiments]:
+        for method in METHODS:
+            keys = [(setting.experiment, setting.name, method, seed) for seed in range(arguments.seeds)]
+            jobs.append(Job(keys, functools.partial(train_small, setting, method, arguments.seeds)))
+    if "text" in arguments.experiments:
+        runs = [("float", "float"), *((width, method) for width in WIDTHS for method in TEXT_METHODS[1:])]
+        for seed in range(arguments.text_seeds):
+            for width, method in runs:
+                train = functools.partial(train_text, width, method, seed, arguments.text_steps)
+                jobs.append(Job([("text", width, method, seed)], lambda train=train: [train()]))  # type: ignore[misc]
+    return jobs
+
+
+def _measured(arguments: argparse.Namespace, console: Any, results: list[Result]) -> Iterator[None]:
+    """Runs the jobs below a progress bar; each job's results are in ``results`` when this yields."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    done = {(r.experiment, r.setting, r.method, r.seed) for r in results}
+    jobs = [job for job in _jobs(arguments) if not done.issuperset(job.keys)]
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for job in jobs:
+            progress.update(bar, description=", ".join(map(str, job.keys[0][:3])))
+            again = job.train()
+            results[:] = [r for r in results if (r.experiment, r.setting, r.method, r.seed) not in job.keys] + again
+            yield
+            progress.advance(bar)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole command; returns the exit code."""
+    try:
+        import matplotlib  # noqa: F401
+        import scipy  # noqa: F401
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as problem:
+        print(f'paper: {problem.name} is not installed; pip install "askew_kernels[paper]"', file=sys.stderr)
+        return 2
+    from .bench.rows import BenchError, check_writable, write_atomic
+
+    rows = arguments.out / "rows.jsonl"
+    results: list[Result] = []
+    if arguments.resume and rows.is_file():
+        results = [Result(**json.loads(line)) for line in rows.read_text().splitlines()]
+    console = Console()
+
+    def write_rows() -> None:
+        write_atomic(rows, "".join(json.dumps(asdict(r)) + "\n" for r in results))
+
+    try:
+        check_writable(arguments.out, folder=True)
+    except BenchError as problem:
+        print(f"paper: {problem}", file=sys.stderr)
+        return 2
+    code = 0
+    try:
+        for _ in _measured(arguments, console, results):
+            write_rows()
+    except KeyboardInterrupt:
+        print(f"paper: interrupted; {len(results)} finished rows are in {rows}", file=sys.stderr)
+        return 130
+    except BenchError as problem:
+        print(f"paper: {problem}; {len(results)} rows were finished", file=sys.stderr)
+        return 1
+    order = {key: i for i, job in enumerate(_jobs(arguments)) for key in job.keys}
+    results.sort(key=lambda r: order.get((r.experiment, r.setting, r.method, r.seed), -1))
+    lines = summarise(results)
+    for members in by_setting(lines):
+        head = members[-1]
+        headings, cells = _table(members)
+        table = Table(title=f"{head.experiment}: {head.setting}, {head.seeds} seeds", title_justify="left", box=None,
+                      padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+        for row in cells:
+            table.add_row(*(cell.replace(" ± ", "±") for cell in row))
+        console.print(table)
+        console.print()
+    for text in verdicts(lines):
+        console.print(text, soft_wrap=True)
+    console.print(conclusion(lines), soft_wrap=True)
+    try:
+        write_atomic(arguments.out / "README.md", markdown(results))
+        for name, data in plots(results).items():
+            write_atomic(arguments.out / name, data)
+    except BenchError as problem:
+        print(f"paper: {problem}", file=sys.stderr)
+        code = 1
+    console.print(f"Rows, page and plots: {arguments.out}")
+    return code
