@@ -4,7 +4,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full lint format bench info gpu-check install clean
+.PHONY: demo test test-full lint format bench peers paper readme info gpu-check install clean
+
+# The folder of the committed rows that README.md and docs/notes.md are made from.
+RESULTS := benchmarks/results/cpu
 
 demo: install
 	$(PY) -m askew_kernels demo
@@ -27,7 +30,19 @@ format: install
 	$(VENV)/bin/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 bench: install
-	$(PY) -m askew_kernels bench
+	$(PY) -m askew_kernels bench --json bench-results/rows.json --csv bench-results/rows.csv --plot bench-results \
+	    --page bench-results/README.md
+
+# The libraries that bench compares with; it names those that are missing.
+peers: install
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]' --no-build-isolation
+
+paper: install
+	$(PY) -m askew_kernels paper
+
+readme: install
+	$(PY) -m askew_kernels bench --plain --from $(RESULTS)/rows.json --plot $(RESULTS) --page $(RESULTS)/README.md \
+	    --fill README.md docs/notes.md
 
 info: install
 	$(PY) -m askew_kernels info
@@ -50,4 +65,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results
+	rm -rf $(VENV) build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results

@@ -34,6 +34,7 @@ def error(text: object) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, startup or all (default)")
+    add("--op", default="", metavar="TEXT", help="only operations whose name contains this")
     add("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
     add("--quick", action="store_true", help="small tensors and few repetitions: about a minute")
     add("--allocator", default="auto", metavar="NAME",
@@ -194,7 +195,10 @@ def _progress(plain: bool, total: int) -> Iterator[Callable[[str | None, int | N
 def _measure(planned: list[tuple[str, str, bool]], device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
     quick = arguments.quick
-    entries = [harness.entries_of(suite, device, quick, only_warm) for suite, _, only_warm in planned]
+    op = arguments.op
+    entries = [harness.entries_of(suite, device, quick, only_warm, op) for suite, _, only_warm in planned]
+    if not any(entries):
+        raise BenchError(f"--op: no operation of these suites has {op!r} in its name")
     with _progress(arguments.plain, sum(map(len, entries))) as show:
         before = 0
         for (suite, allocator, only_warm), members in zip(planned, entries, strict=True):
@@ -205,7 +209,7 @@ def _measure(planned: list[tuple[str, str, bool]], device: Any, arguments: argpa
             if allocator == allocator_in_use():
                 run = harness.run_entries(suite, members, device, quick, tick)
             else:
-                run = harness.run_entries_warm(suite, device, quick, only_warm, tick)
+                run = harness.run_entries_warm(suite, device, quick, only_warm, op, tick)
             cases: set[tuple[str, ...]] = set()
             for row in run:
                 if cases and row.case not in cases:

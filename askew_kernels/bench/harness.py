@@ -444,11 +444,14 @@ def run_case(
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def entries_of(suite: str, device: torch.device, quick: bool = False, only_warm: bool = False) -> list[Entry]:
+def entries_of(
+    suite: str, device: torch.device, quick: bool = False, only_warm: bool = False, op: str = ""
+) -> list[Entry]:
+    """The suite's entries for this request; op: part of their operation's name."""
     from .suites import SUITES
 
     fitting = [e for e in SUITES[suite] if device.type in e.devices and (e.quick or not quick)]
-    return [e for e in fitting if e.warm or not only_warm]
+    return [e for e in fitting if op in e.op and (e.warm or not only_warm)]
 
 
 def run_entries(
@@ -473,13 +476,13 @@ def run_entries(
 
 
 def run_entries_warm(
-    suite: str, device: torch.device, quick: bool, only_warm: bool, tick: Callable[[str], None] = lambda name: None
+    suite: str, device: torch.device, quick: bool, only_warm: bool, op: str, tick: Callable[[str], None]
 ) -> Iterator[Row]:
     """The rows of a suite in a child process whose glibc keeps freed memory."""
     if platform.libc_ver()[0] != "glibc":
         raise BenchError("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES)))
-    command = [sys.executable, "-m", "askew_kernels.bench", suite, device.type]
+    command = [sys.executable, "-m", "askew_kernels.bench", suite, device.type, op]
     command += ["quick"] * quick + ["only-warm"] * only_warm
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     child = subprocess.Popen(
@@ -514,14 +517,14 @@ def run_entries_warm(
 
 def child_main(arguments: list[str]) -> int:
     """Entry point of the child process: rows and ticks as JSON lines on stdout."""
-    suite, name, *rest = arguments
+    suite, name, op, *rest = arguments
     device, quick = torch.device(name), "quick" in rest
 
     def send(message: dict) -> None:
         print(json.dumps(message), flush=True)
 
     try:
-        entries = entries_of(suite, device, quick, "only-warm" in rest)
+        entries = entries_of(suite, device, quick, "only-warm" in rest, op)
         for row in run_entries(suite, entries, device, quick, lambda text: send({"tick": text})):
             send({"row": asdict(row)})
     except KeyboardInterrupt:

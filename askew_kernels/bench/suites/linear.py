@@ -68,6 +68,7 @@ HARD, IN_FORWARD, AFTER_STEP = (
 
 def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, inputs: int = 0) -> Case:
     """what: "forward", "forward after a step" (the step itself untimed) or "forward + backward"."""
+    sized = tokens > 0
     tokens = tokens or (64 if context.quick else 512)
     outputs, inputs = outputs or context.side, inputs or context.side
     g = torch.Generator(context.device).manual_seed(3)
@@ -123,6 +124,8 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
     names = [("AskewLinear relaxed", "relaxed", False), (HARD, "hard", False), (IN_FORWARD, "hard", True)]
     if after_step:
         names = [(AFTER_STEP, "hard", False)]
+    elif sized:
+        names = names[1:]
     impls = [layer_impl("nn.Linear", None)]
     for backend, missing in context.backends():
         suffix = f" ({backend})" if backend else ""
