@@ -4,12 +4,14 @@
 
 1. builds in place for this machine's GPU (no virtual environment, whatever torch >= 2.11 is there);
 2. runs ``pytest -m gpu tests``;
-3. runs the suites ``step`` and ``fake_quant`` on the GPU, for the C++ and the Triton kernels, beside torch.optim,
-   eager and torch.compile, with the device's measured copy bandwidth in the same turns;
-4. writes rows.json, rows.csv, PNGs and the logs to ``benchmarks/results/<device>/``, and to ``$OUT`` where that is set.
+3. runs the suites ``step``, ``fake_quant``, ``linear`` and ``train`` on the GPU, for the C++ and the Triton kernels,
+   beside torch.optim, eager, torch.compile and the libraries that are installed, with the device's ceilings in the same
+   turns;
+4. writes the rows (JSON, CSV), the plots, a Markdown page and the logs to ``benchmarks/results/<device>/``, and the
+   page, plots and logs to ``$OUT`` where that is set.
 
 Every part runs even where one before it failed; the exit code is 0 only if all went well, and 2 without a GPU.
-Under 10 minutes: each part has a time limit.
+Under 10 minutes: each part has a time limit, and a suite that is stopped there keeps the rows it has finished.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"build": 240, "tests": 180, "step": 110, "fake_quant": 60}  # seconds
+LIMITS = {"build": 200, "tests": 120, "step": 110, "fake_quant": 40, "linear": 50, "train": 50, "page": 20}  # seconds
+SUITES = ("step", "fake_quant", "linear", "train")
 
 
 def run(name: str, command: list[str], folder: Path, environment: dict[str, str]) -> bool:
@@ -38,8 +41,12 @@ def run(name: str, command: list[str], folder: Path, environment: dict[str, str]
             output, _ = child.communicate(timeout=LIMITS[name])
             ended = f"exit code {child.returncode}"
         except subprocess.TimeoutExpired:
-            child.kill()
-            output, _ = child.communicate()
+            child.terminate()  # bench writes what it has
+            try:
+                output, _ = child.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                output, _ = child.communicate()
             ended = f"stopped after {LIMITS[name]} s"
         log.write(output)
     print(output.decode(errors="replace")[-12000:])
@@ -91,17 +98,22 @@ def main() -> int:
         else:
             command = [python, "-m", "pytest", "-q", "-m", "gpu", "tests"]
             passed["tests"] = run("tests", command, folder, environment)
-    for suite in ("step", "fake_quant"):
-        command = [python, "-m", "askew_kernels", "bench", "--device", "cuda", "--suite", suite]
-        command += [] if importlib.util.find_spec("rich") else ["--plain"]
-        command += ["--json", str(folder / f"{suite}.json"), "--csv", str(folder / f"{suite}.csv")]
+    bench = [python, "-m", "askew_kernels", "bench", *([] if importlib.util.find_spec("rich") else ["--plain"])]
+    for suite in SUITES:
+        command = [*bench, "--device", "cuda", "--suite", suite, "--json", str(folder / f"{suite}.json")]
+        passed[suite] = run(suite, command + (["--quick"] if arguments.quick else []), folder, environment)
+    rows = [str(folder / f"{suite}.json") for suite in SUITES if (folder / f"{suite}.json").is_file()]
+    if rows:
+        command = [*bench[:4], "--plain", "--from", *rows, "--json", str(folder / "rows.json")]
+        command += ["--csv", str(folder / "rows.csv"), "--page", str(folder / "README.md")]
         if importlib.util.find_spec("matplotlib") is not None:
             command += ["--plot", str(folder)]
-        passed[suite] = run(suite, command + (["--quick"] if arguments.quick else []), folder, environment)
+        passed["page"] = run("page", command, folder, environment)
+        for path in rows:  # rows.json holds them all
+            Path(path).unlink()
 
     if out := os.environ.get("OUT"):  # few files: what comes back from a lent machine is limited in number
-        keep = [p for s in ("step", "fake_quant") for p in (folder / f"{s}.json", folder / f"{s}.png")]
-        for path in [*keep, *(folder / f"{n}.log" for n in ("build", "tests", "step", "fake_quant"))]:
+        for path in [folder / "rows.json", folder / "README.md", *folder.glob("*.png"), *folder.glob("*.log")]:
             if path.is_file():
                 shutil.copy(path, out)
     print(f"\ngpu-check on {name}: " + ", ".join(f"{k} {'passed' if v else 'FAILED'}" for k, v in passed.items()))
