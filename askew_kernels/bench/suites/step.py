@@ -330,15 +330,11 @@ def step_case(context: Context, shape: str, inputs: Inputs, impls: list[Impl]) -
     return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
 
 
-def compiled_steps(context: Context, inputs: Inputs, both: bool = True) -> list[Impl]:
-    missing = why_no_compile(context)
-    function = functional_step if missing else compiled(functional_step)
-    impls = [written_step(inputs, FRESH, function, missing, COMPILED)]
-    if both:
-        missing = missing or ("left out of --quick" if context.quick else "")
-        function = in_place_step_ if missing else compiled(in_place_step_)
-        impls.append(written_step(inputs, IN_PLACE, function, missing, COMPILED))
-    return impls
+def compiled_step(context: Context, inputs: Inputs, name: str, left_out: str = "") -> Impl:
+    """name: IN_PLACE or FRESH."""
+    missing = why_no_compile(context) or left_out
+    function = in_place_step_ if name == IN_PLACE else functional_step
+    return written_step(inputs, name, function if missing else compiled(function), missing, COMPILED)
 
 
 def sgd_case(context: Context) -> Case:
@@ -348,7 +344,8 @@ def sgd_case(context: Context) -> Case:
         torch_step(inputs, "torch SGD foreach", "sgd", kind="peer", foreach=True),
         *ours(context, inputs, [HOLD, HOLD_COPY, ANNEALED, ANNEALED_COPY, ANNEALED_SAWB]),
         written_step(inputs, "eager, lean", lean_eager_step_),
-        *compiled_steps(context, inputs),
+        compiled_step(context, inputs, IN_PLACE),
+        compiled_step(context, inputs, FRESH, "left out of --quick" if context.quick else ""),
     ]
     return step_case(context, square(context.side), inputs, impls)
 
@@ -358,7 +355,7 @@ def sized_sgd_case(context: Context, rows: int, cols: int) -> Case:
     impls = [
         torch_step(inputs, "torch SGD fused", "sgd", fused=True),
         *ours(context, inputs, [HOLD, ANNEALED, ANNEALED_SAWB]),
-        *compiled_steps(context, inputs, both=False),
+        compiled_step(context, inputs, IN_PLACE),
     ]
     return step_case(context, f"{rows}x{cols}", inputs, impls)
 
@@ -465,7 +462,7 @@ def resnet18_case(context: Context) -> Case:
     return momentum_list_case(context, "ResNet-18", resnet18_shapes(), times=8, parq=True)  # 94M weights on a GPU
 
 
-SIZES = ((1024, 1024), (2048, 2048), (8192, 8192), (8192, 16384))  # 1M, 4M, 64M, 128M; the first entry has 16M
+SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))  # 1M … 128M weights
 
 STEP = [
     Entry("SGD step", sgd_case, warm=True),
