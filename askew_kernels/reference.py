@@ -316,3 +316,48 @@ def skew_adamw_(
 
     _apply(make_base, params, grads, [exp_avgs, exp_avg_sqs], scales, levels, grids, dequantized, row_sums, totals,
            lr, eps, alpha, direction, clamp, maximize, skip_nonfinite)  # fmt: skip
+
+
+# ---- sharpness-aware perturbations ------------------------------------------------------------------------------
+
+
+def _sam_t(w: Tensor, adaptive: int, eta: float) -> Tensor:
+    """T = |w| + eta where adapted, 1 elsewhere, in the compute dtype."""
+    return w.abs() + eta if adaptive else torch.ones_like(w)
+
+
+def sam_norm(params: list[Tensor], grads: list[Tensor], adaptive: list[int], eta: float) -> Tensor:
+    """sum (T g)^2 over the whole list, float64, 0-dim."""
+    total = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for p, g, adapted in zip(params, grads, adaptive, strict=True):
+        dtype = compute_dtype(p.dtype)
+        x = _sam_t(p.detach().to(dtype), adapted, eta) * g.reshape(p.shape).to(dtype)
+        total += (x * x).double().sum()
+    return total
+
+
+def sam_perturb_(
+    params: list[Tensor], grads: list[Tensor], kept: list[Tensor], coefficients: Tensor, adaptive: list[int], eta: float
+) -> None:
+    """kept = w; w <- w + (c T^2 - a) g with (c, a) = coefficients; c = a = 0 leaves w as it is."""
+    for p, g, keep, adapted in zip(params, grads, kept, adaptive, strict=True):
+        keep.copy_(p.reshape(keep.shape))
+        w = p.detach().to(compute_dtype(p.dtype))
+        c, a = coefficients.to(w.dtype)
+        t = _sam_t(w, adapted, eta)
+        moved = w + (c * (t * t) - a) * g.reshape(w.shape).to(w.dtype)
+        p.copy_(torch.where((c == 0) & (a == 0), w, moved))
+
+
+def sam_restore_(params: list[Tensor], kept: list[Tensor]) -> None:
+    """w = kept, bit for bit."""
+    for p, keep in zip(params, kept, strict=True):
+        p.copy_(keep.reshape(p.shape))
+
+
+def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor) -> None:
+    """g <- (g + first) / 2; with coefficients c = a = 0 g stays, because nothing was perturbed."""
+    for g, first in zip(grads, firsts, strict=True):
+        dtype = compute_dtype(g.dtype)
+        mean = 0.5 * (g.to(dtype) + first.reshape(g.shape).to(dtype))
+        g.copy_(torch.where((coefficients == 0).all(), g.to(dtype), mean))

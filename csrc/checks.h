@@ -93,6 +93,13 @@ inline void set_rates(Hyper& h, double lr, double eps) {
   h.cap = 1.f / (4.f * h.lr);
 }
 
+// The coefficients (c, a) of a perturbation: float32 of shape (2,), beside the tensors that it moves.
+inline void check_coefficients(const Tensor& t, bool on_cpu) {
+  check_dense(t, "coefficients");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 2 && t.is_cpu() == on_cpu,
+                  "coefficients: expected float32 of shape (2,) on the device of params");
+}
+
 inline void set_betas(Hyper& h, double beta1, double beta2, double step) {
   h.one_minus_beta1 = (float)(1.0 - beta1);
   h.beta2 = (float)beta2;

@@ -858,6 +858,14 @@ def operator_samples():
             [x.clone()], [x + 1], [torch.zeros(3, 20)], [torch.ones(3, 20)], [s], [levels], grid, *outs,
             torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.1, False, True, False, False,
         )  # fmt: skip
+    x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
+    yield "sam_norm", ([x, y], [y, z], [1, 0], 0.01)
+    yield (
+        "sam_perturb_",
+        ([x.clone(), y.clone()], [y, z], [z.clone(), z.clone()], torch.tensor([0.1, 0.0]), [1, 0], 0.0),
+    )
+    yield "sam_restore_", ([x.clone()], [y])
+    yield "sam_average_", ([x.clone()], [y], torch.tensor([0.1, 0.01]))
 
 
 @pytest.mark.parametrize(("name", "arguments"), [

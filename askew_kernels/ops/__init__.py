@@ -266,6 +266,17 @@ class SkewStats:
         )
 
 
+def _check_params(params: Sequence[Tensor], name: str = "params") -> None:
+    for i, p in enumerate(params):
+        check_float_tensor(f"{name}[{i}]", p)
+        if p.device != params[0].device:
+            raise ValueError(f"{name}[{i}]: expected on {params[0].device} as {name}[0], got {p.device}")
+        if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
+            raise TypeError(
+                f"{name}[{i}]: float64 parameters take a list of their own, got {p.dtype} beside {params[0].dtype}"
+            )
+
+
 def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], same_dtype: bool = True) -> None:
     if len(tensors) != len(params):
         raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
@@ -284,14 +295,7 @@ def _skew_update(
     rates: list[Tensor], numbers: list[Any], skew: str,
 ) -> None:  # fmt: skip
     """Checks everything, then runs operator ``name``; ``states`` None where the rule keeps no such buffer."""
-    for i, p in enumerate(params):
-        check_float_tensor(f"params[{i}]", p)
-        if p.device != params[0].device:
-            raise ValueError(f"params[{i}]: expected on {params[0].device} as params[0], got {p.device}")
-        if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
-            raise TypeError(
-                f"params[{i}]: float64 parameters take a list of their own, got {p.dtype} beside {params[0].dtype}"
-            )
+    _check_params(params)
     _check_list("grads", grads, params)
     for key, buffers in states.items():
         if buffers is not None:
@@ -434,3 +438,148 @@ def skew_adamw_(
     ]  # fmt: skip
     states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _skew_update("skew_adamw_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+
+
+# ---- sharpness-aware perturbations ----------------------------------------------------------------------------------
+
+
+def _dense_order(t: Tensor) -> list[int] | None:
+    """A permutation that makes ``t`` contiguous (channels-last and the like); None to take it as it is."""
+    if t.is_contiguous():
+        return None
+    strides = t.stride()
+    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    return order if t.permute(order).is_contiguous() else None
+
+
+class _Flat:
+    """Lists of equal shapes as contiguous tensors whose elements stand in the same order."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.orders = [_dense_order(t) for t in like]
+        self.in_place = _InPlace()
+
+    def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [
+            (t if order is None else t.permute(order)).detach().contiguous()
+            for t, order in zip(tensors, self.orders, strict=True)
+        ]
+
+    def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.in_place.writable(t, order) for t, order in zip(tensors, self.orders, strict=True)]
+
+    def finish(self, *written: Sequence[Tensor]) -> None:
+        self.in_place.finish()
+        torch.autograd.graph.increment_version([t for tensors in written for t in tensors])
+
+
+def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -> list[int]:
+    flags = [adaptive] * len(params) if isinstance(adaptive, bool) else list(adaptive)
+    if len(flags) != len(params) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(
+            f"adaptive: expected a bool or {len(params)} of them, one for each parameter, got {adaptive!r}"
+        )
+    return [int(flag) for flag in flags]
+
+
+def _check_coefficients(coefficients: Any, like: Tensor, name: str) -> None:
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"coefficients: expected a Tensor, got {type(coefficients).__name__}")
+    if coefficients.shape != (2,) or coefficients.dtype != wanted or coefficients.device != like.device:
+        raise ValueError(
+            f"coefficients: expected {wanted} of shape (2,) on {like.device} as {name}, got {coefficients.dtype} "
+            f"{tuple(coefficients.shape)} on {coefficients.device}"
+        )
+
+
+@torch.no_grad()
+def sam_norm(
+    params: Sequence[Tensor], grads: Sequence[Tensor], *, adaptive: bool | Sequence[bool] = False, eta: float = 0.01
+) -> Tensor:
+    """sum (T g)^2 over the whole list, in one read of it: the *square* of the norm, so that ranks can add theirs.
+
+    T = |w| + eta where ``adaptive``, 1 elsewhere. params, grads: lists of equal shapes and dtypes on one device.
+    Returns a 0-dim float64 tensor on that device, the same bits every time and for every number of threads; squares
+    are float32, so elements below 1e-23 count as 0 and elements above 1e19 make it inf.
+    Raises TypeError/ValueError naming the argument. Source: Kwon et al., ASAM, ICML 2021; docs/mathematics.md, 4.
+    """
+    if not len(params):
+        raise ValueError("params: expected at least one tensor")
+    _check_params(params)
+    _check_list("grads", grads, params)
+    return run_sam_norm(params, grads, _adaptive_flags(adaptive, params), _number("eta", eta, 0.0))
+
+
+def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
+    """``sam_norm`` without its checks, for the optimizer."""
+    flat = _Flat(params)
+    return runtime.operator("sam_norm", params[0])(flat.read(params), flat.read(grads), adaptive, eta)
+
+
+@torch.no_grad()
+def sam_perturb_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
+    adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
+) -> None:  # fmt: skip
+    """kept = w, bit for bit, and w <- w + (c T^2 - a) g, in one pass over the list.
+
+    SAM and ASAM: c = rho / |T g|, a = 0; an aligned step (SAGM) takes a g back. coefficients: (c, a) as a tensor of
+    shape (2,), float32, on the device of params (no synchronisation); c = a = 0 leaves every w as it is, also where g
+    is inf or NaN. T = |w| + eta where ``adaptive``, 1 elsewhere. kept: tensors like params, overwritten.
+    Raises TypeError/ValueError naming the argument before anything is written.
+    Source: Foret et al., SAM, ICLR 2021; Kwon et al., ASAM, ICML 2021; Wang et al., SAGM, CVPR 2023.
+    """
+    if not len(params):
+        return
+    _check_params(params)
+    _check_list("grads", grads, params)
+    _check_list("kept", kept, params)
+    _check_coefficients(coefficients, params[0], "params")
+    run_sam_perturb(
+        params, grads, kept, coefficients, _adaptive_flags(adaptive, params), _number("eta", eta, 0.0)
+    )  # fmt: skip
+
+
+def run_sam_perturb(
+    params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor,
+    adaptive: list[int], eta: float,
+) -> None:  # fmt: skip
+    """``sam_perturb_`` without its checks, for the optimizer."""
+    flat = _Flat(params)
+    runtime.operator("sam_perturb_", params[0])(
+        flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
+    )
+    flat.finish(params, kept)
+
+
+@torch.no_grad()
+def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """w = kept, bit for bit, over a list of tensors in one pass.
+
+    Raises TypeError/ValueError naming the argument before anything is written.
+    """
+    if not len(params):
+        return
+    _check_params(params)
+    _check_list("kept", kept, params)
+    flat = _Flat(params)
+    runtime.operator("sam_restore_", params[0])(flat.write(params), flat.read(kept))
+    flat.finish(params)
+
+
+@torch.no_grad()
+def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
+    """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
+
+    The coefficients are those of the perturbation: where it did not take place, the first gradients were zero, inf or
+    NaN. Raises TypeError/ValueError naming the argument before anything is written. Source: SAGM, CVPR 2023.
+    """
+    if not len(grads):
+        return
+    _check_params(grads, "grads")
+    _check_list("firsts", firsts, grads)
+    _check_coefficients(coefficients, grads[0], "grads")
+    flat = _Flat(grads)
+    runtime.operator("sam_average_", grads[0])(flat.write(grads), flat.read(firsts), coefficients)
+    flat.finish(grads)

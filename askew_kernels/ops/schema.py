@@ -7,7 +7,8 @@ Arguments shared by all of them:
   codebook's levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three
   integers a tensor;
 * ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
-* in a list, a tensor without elements stands for "absent".
+* in a list, a tensor without elements stands for "absent";
+* ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device.
 
 Implementations: C++ for CPU and CUDA (``csrc``), ``triton_kernels``, ``reference``; ``runtime`` chooses.
 """
@@ -40,6 +41,11 @@ SCHEMAS = {
     f" Tensor[] scales, Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, "
     + _SKEW_TAIL.format(base="float beta1, float beta2, float adam_eps", nesterov="")
     + ") -> ()",
+    "sam_norm": "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
+    "sam_perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
+    " float eta) -> ()",
+    "sam_restore_": "(Tensor(a!)[] params, Tensor[] kept) -> ()",
+    "sam_average_": "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()",
 }
 
 library = torch.library.Library("askew", "DEF")
@@ -55,6 +61,13 @@ def _row_sums(x: Tensor, rows: int) -> Tensor:
     return x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
 
 
-_FAKES = {"fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums}
+def _sam_norm(params: list[Tensor], *_args) -> Tensor:
+    return params[0].new_empty((), dtype=torch.float64)
+
+
+_FAKES = {
+    "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
+    "sam_norm": _sam_norm,
+}  # fmt: skip
 for _name in SCHEMAS:
     torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)

@@ -37,6 +37,12 @@ struct Loops {
   // row_sums (may be null): [rows of the tile][kRowSums], of the weights after the step; totals (may be null):
   // [kTotals], overwritten
   void (*update)(const UpdateTensor&, int rule, const Hyper&, Tile, double* row_sums, double* totals);
+  // Sharpness-aware passes over columns [col0, col1) of a flat tensor. `past_caches`: what is only written is stored
+  // with non-temporal stores, which wants the written tensors aligned to 64 bytes.
+  double (*sam_norm)(const void* w, const void* g, int type, SamArg, Tile);                           // sum (T g)^2
+  void (*sam_perturb)(void* w, const void* g, void* kept, int type, SamArg, bool past_caches, Tile);  // w += delta
+  void (*sam_restore)(void* w, const void* kept, int type, bool past_caches, Tile);                   // w = kept
+  void (*sam_average)(void* g, const void* first, int type, Tile);                                    // g = mean
 };
 
 const Loops* loops_baseline();

@@ -540,7 +540,10 @@ static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, d
     update_rule<Sgd, false>(t, h, tile, row_sums, totals);
 }
 
-static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip, project, row_sums, update};
+#include "sam_loops.inl"
+
+static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip,    project,    row_sums,
+                            update,         sam_norm,      sam_perturb,         sam_restore, sam_average};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

@@ -2,4 +2,5 @@
 #include "grid.inl"
 #include "constraint.inl"
 #include "update.inl"
+#include "sam.inl"
 #include "random.inl"

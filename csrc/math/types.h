@@ -24,6 +24,11 @@ struct Hyper {                // one optimizer step, the same for every tensor o
   bool nesterov, direction, clamp, maximize, skip_nonfinite;
 };
 
+struct SamArg {  // a sharpness-aware perturbation by (c T^2 - a) g, T = |w| + eta where adaptive, else 1
+  bool adaptive;
+  float eta, c, a;
+};
+
 // Sums that the passes accumulate, in this order everywhere.
 enum RowSum : int { kSumAbs = 0, kSumSquares = 1, kMaxAbs = 2, kRowSums = 3 };
 enum Total : int {
