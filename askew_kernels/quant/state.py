@@ -82,6 +82,7 @@ class WeightQuantizer:
         self._version: tuple[Any, ...] | None = None
         self._sums_valid = False
         self._inside = False
+        self._at_home: tuple[bool, Tensor | None] = (False, None)  # sums valid, scale; while the weight is perturbed
         self._restored = False
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -261,6 +262,27 @@ class WeightQuantizer:
         self._inside = clamped
         self._restored = False
         self._fresh = {self.copy_dtype} if copy_written and self.copy_dtype is not None else set()
+
+    # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
+
+    def leaving(self, weight: Tensor) -> None:
+        """The weight is about to be perturbed: what is known of it as it stands will be true again."""
+        self._sync(weight)
+        self._at_home = (self._sums_valid, self.scale)
+
+    def away(self, weight: Tensor) -> None:
+        """It was perturbed: the scale stays, the copies do not belong to it."""
+        self._sums_valid = False
+        self._fresh.clear()
+        self._version = version_of(weight)
+
+    def returned(self, weight: Tensor) -> None:
+        """It is back, bit for bit."""
+        self._sums_valid, scale = self._at_home
+        if not self.frozen:
+            self.scale = scale
+        self._fresh.clear()
+        self._version = version_of(weight)
 
     def moved(self) -> None:
         """The module was moved or cast: copies are dropped, the scale follows at its next use."""

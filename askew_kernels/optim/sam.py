@@ -1,0 +1,758 @@
+"""SAM, ASAM and AlignedSAM: sharpness-aware steps over any base optimizer (docs/mathematics.md, section 4).
+
+A step has two halves. The *ascent* (``first_step``) keeps a copy of every weight that has a gradient and moves it by
+delta = (c T^2 - a) g; the *descent* (``second_step``), after a second backward at the moved point, puts every copy back
+bit for bit and lets the base optimizer step with the second gradient. Norm, coefficients and the decision that there is
+nothing to perturb stay on the device: neither half waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import ops
+from ..quant import WeightQuantizer
+
+PERTURBATIONS = ("global", "local")
+
+
+# ---- batch normalization --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
+    """Batch and instance normalization of ``model`` use batch statistics as ever, but leave the running ones alone.
+
+    For the second forward of a step, whose weights are not those that are kept. Modules in eval mode are not touched;
+    everything is put back when the block ends, also by an exception.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    before: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            before.append((module, "track_running_stats", True))
+        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is not None:
+            before.append((module, "momentum", module.momentum))
+    try:
+        for module, name, _ in before:
+            setattr(module, name, False if name == "track_running_stats" else 0.0)
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t  # type: ignore[attr-defined]
+
+
+def _sharding(p: Tensor) -> Any:
+    """What tells over which ranks sums must be added: a DTensor's mesh and placements; None for a whole tensor."""
+    return (p.device_mesh, p.placements) if hasattr(p, "to_local") else None  # type: ignore[attr-defined]
+
+
+def _add_over_ranks(sums: dict[Any, Tensor]) -> Tensor:
+    """Sums by sharding, each added over the ranks that hold parts of its tensors, then all of them together."""
+    for sharding, value in sums.items():
+        if sharding is not None:
+            mesh, placements = sharding
+            for dim, placement in enumerate(placements):
+                if placement.is_shard():
+                    torch.distributed.all_reduce(value, group=mesh.get_group(dim))
+    values = list(sums.values())
+    total = values[0]
+    for value in values[1:]:
+        total = total + value.to(total.device)
+    return total
+
+
+# ---- what a first step leaves for the second ------------------------------------------------------------------------
+
+
+@dataclass
+class _Bucket:
+    """Parameters that share a launch: one device, rho, eta; float64 apart."""
+
+    group: dict[str, Any]
+    params: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)  # this rank's parts
+    grads: list[Tensor] = field(default_factory=list)
+    adaptive: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Ascent:
+    """Between the halves."""
+
+    groups: list[list[int]]  # ids of the parameters, to notice other groups
+    kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # parameter, this rank's part, its copy
+    firsts: dict[Tensor, Tensor] = field(default_factory=dict)  # first gradients, where they are needed again
+    coefficients: list[Tensor] = field(default_factory=list)  # of each launch
+    scaler: Any = None
+    found_inf: Tensor | None = None  # in the first half
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization over any ``torch.optim.Optimizer``.
+
+        delta = rho T^2 g / ||T g||        T = |w| + eta where adapted, else 1; the norm over all parameters and ranks
+        w <- w + delta;   g' = gradient there;   w <- the kept w;   the base optimizer's step with g'
+
+    ``SAM(torch.optim.SGD(params, lr=0.1), rho=0.05)``, or as davda54/sam has it
+    ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``. ``param_groups``, ``defaults`` and ``state`` are the base's own
+    objects, so LR schedulers, ``EpsilonAnnealing`` and checkpoints see one optimizer. Group keys:
+
+    ============  ===================================================================================================
+    ``rho``       radius, >= 0; a float or a 0-dim tensor, may be scheduled
+    ``eta``       added to |w| in T, >= 0
+    ``adaptive``  True, False, or None: as published by name, "weight" in it (names are known from ``named_parameters``
+                  or ``model``), otherwise tensors of 2 or more dimensions
+    ============  ===================================================================================================
+
+    Either ``step(closure)``, or by hand, with as many micro-batches in each half as you like and clipping where you
+    like::
+
+        loss.backward();  optimizer.first_step(zero_grad=True)
+        loss2.backward(); optimizer.second_step(zero_grad=True)
+
+    model: lets ``step(closure)`` leave BatchNorm statistics alone in the second pass, and gives names.
+    perturbation: ``"global"``: one for all ranks (under DDP the averaged gradient's; sharded norms are added over the
+    ranks), or ``"local"``: under DDP each rank's own, without communication in the first half (``step(closure)`` runs
+    it in ``model.no_sync()``; by hand, that is yours to do).
+    telemetry_every: every how many steps the cosine between both gradients is taken (0: only when asked for).
+
+    A zero, inf or NaN norm leaves the weights where they are and ``telemetry()`` says so. ``first_step`` and
+    ``second_step`` are also called ``ascent_step`` and ``descent_step``.
+    Sources: Foret et al., SAM, ICLR 2021; Kwon et al., ASAM, ICML 2021.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler.step calls step() also when it found inf: weights must come back
+    _shares = False  # Optimizer.__init__ must not touch what is the base's
+
+    def __init__(
+        self, params: Any, base_optimizer: type[Optimizer] | None = None, rho: float | Tensor = 0.05,
+        adaptive: bool | None = False, eta: float = 0.0, *, model: nn.Module | None = None,
+        perturbation: str = "global", telemetry_every: int = 10, **base_options: Any,
+    ) -> None:  # fmt: skip
+        own = {"rho": rho, "eta": eta, "adaptive": adaptive}
+        _check_keys(own)
+        if perturbation not in PERTURBATIONS:
+            raise ValueError(f"perturbation: expected one of {', '.join(PERTURBATIONS)}, got {perturbation!r}")
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
+            raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
+        base = _make_base(params, base_optimizer, base_options)
+        for group in base.param_groups:
+            _check_keys({**own, **{k: group[k] for k in own if k in group}})
+        self.base_optimizer = base
+        self.model = model
+        self.perturbation = perturbation
+        self.telemetry_every = telemetry_every
+        self._ascent: _Ascent | None = None
+        self._buffers: dict[Tensor, Tensor] = {}
+        self._names = {p: name for name, p in model.named_parameters()} if model is not None else {}
+        self._steps = 0
+        self._gap: Tensor | float | None = None
+        self._report: dict[str, Any] = {}
+        self._telemetry_wanted = True
+        base.defaults.update(own)
+        super().__init__(base.param_groups, base.defaults)
+        self._shares = True
+
+    # ---- one optimizer, not two ---------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._shares:
+            self.base_optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._shares:
+            self.base_optimizer.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        if self._shares:
+            self.base_optimizer.defaults = defaults
+
+    @property
+    def KEEPS_QUANTIZERS_FRESH(self) -> bool:
+        """quant.state's hook asks: true where the base optimizer writes the quantized copies itself."""
+        return getattr(self.base_optimizer, "KEEPS_QUANTIZERS_FRESH", False)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if not self._shares:  # called by Optimizer.__init__ for a group that the base already has
+            for key in ("rho", "eta", "adaptive"):
+                param_group.setdefault(key, self.defaults[key])
+            return
+        self._refuse_between_halves("add_param_group")
+        _check_keys({key: param_group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+        self.base_optimizer.add_param_group(param_group)
+
+    def _refuse_between_halves(self, what: str) -> None:
+        if self._ascent is not None:
+            raise RuntimeError(f"{what}: the weights are perturbed; call second_step() or restore() first")
+
+    # ---- the first half -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first_step(
+        self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
+    ) -> None:  # fmt: skip
+        """Ascent: keeps a copy of every weight that has a gradient and moves it by delta.
+
+        loss: the loss at the weights, for telemetry and an adaptive radius. scaler: the GradScaler that scaled the
+        loss; the gradients are unscaled here unless ``scaler.unscale_(optimizer)`` was called before. Raises
+        RuntimeError when called twice (the weights are restored), TypeError for gradients that it cannot use.
+        """
+        if self._ascent is not None:
+            self.restore()
+            raise RuntimeError("first_step: called twice without second_step between; the weights were restored")
+        ascent = _Ascent([[id(p) for p in group["params"]] for group in self.param_groups], scaler=scaler)
+        buckets = self._buckets()
+        self._check_loss("first_step", loss)
+        if scaler is not None:
+            ascent.found_inf = _unscale_first(scaler, self)
+        total = self._squared_norm(buckets)
+        norm = total.sqrt()
+        record = self._records()
+        keep_firsts = record or self._NEEDS_FIRSTS
+        rho = self._radius()
+        self._report = {"loss": _detached(loss), "gradient_norm": norm}
+        try:
+            self._ascent = ascent
+            for bucket in buckets:
+                radius = bucket.group["rho"] if rho is None else rho
+                coefficients = self._coefficients(radius, norm, bucket.weights[0])
+                self._report.setdefault("rho", radius)
+                kept = [self._buffer(p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
+                quantizers = [WeightQuantizer.of(p) for p in bucket.params]
+                for q, p in zip(quantizers, bucket.params, strict=True):
+                    if q is not None:
+                        q.leaving(p)
+                ops.run_sam_perturb(
+                    bucket.weights, bucket.grads, kept, coefficients, bucket.adaptive, float(bucket.group["eta"])
+                )
+                ascent.kept += zip(bucket.params, bucket.weights, kept, strict=True)
+                for q, p in zip(quantizers, bucket.params, strict=True):
+                    if q is not None:
+                        q.away(p)
+                ascent.coefficients.append(coefficients)
+        except BaseException:
+            self.restore()
+            raise
+        if keep_firsts:
+            for bucket in buckets:  # taken over where they are dropped anyway
+                firsts = bucket.grads if zero_grad else [g.clone() for g in bucket.grads]
+                ascent.firsts.update(zip(bucket.params, firsts, strict=True))
+        if zero_grad:
+            self.zero_grad()
+
+    ascent_step = first_step
+    _NEEDS_FIRSTS = False
+
+    def _check_loss(self, where: str, loss: Any) -> None:
+        """Raises where the radius needs a loss that was not given."""
+
+    def _buckets(self) -> list[_Bucket]:
+        """Every parameter that has a gradient; raises before anything is written."""
+        buckets: dict[Any, _Bucket] = {}
+        for group in self.param_groups:
+            _check_keys({key: group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                g = p.grad
+                if g is None:
+                    continue
+                name = names[i] if names else self._names.get(p)
+                what = name or f"params[{i}]"
+                if g.layout != torch.strided:
+                    raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
+                if g.dtype != p.dtype:
+                    raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
+                ops.check_float_tensor(what, p)
+                if (sharding := _sharding(p)) is not None:
+                    if self.perturbation == "local":
+                        raise ValueError(f'perturbation: "local" is for whole parameters (DDP), {what} is sharded')
+                    if _sharding(g) != sharding:
+                        g = g.redistribute(p.device_mesh, p.placements)
+                w, g = _local(p), _local(g)
+                rho = group["rho"]
+                key = (w.device, w.dtype == torch.float64, id(rho) if isinstance(rho, Tensor) else float(rho),
+                       float(group["eta"]))  # fmt: skip
+                bucket = buckets.setdefault(key, _Bucket(group))
+                bucket.params.append(p)
+                bucket.weights.append(w)
+                bucket.grads.append(g)
+                bucket.adaptive.append(int(_is_adaptive(group["adaptive"], name, p)))
+        return list(buckets.values())
+
+    def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
+        """sum (T g)^2 over all parameters and ranks: float64, on the device."""
+        sums: dict[Any, Tensor] = {}
+        for bucket in buckets:
+            by_sharding: dict[Any, list[int]] = {}
+            for i, p in enumerate(bucket.params):
+                by_sharding.setdefault(_sharding(p), []).append(i)
+            for sharding, members in by_sharding.items():
+                part = ops.run_sam_norm(
+                    [bucket.weights[i] for i in members], [bucket.grads[i] for i in members],
+                    [bucket.adaptive[i] for i in members], float(bucket.group["eta"]),
+                )  # fmt: skip
+                sums[sharding] = sums[sharding] + part.to(sums[sharding].device) if sharding in sums else part
+        return _add_over_ranks(self._by_sharding(sums, ()))
+
+    def _by_sharding(self, sums: dict[Any, Tensor], shape: tuple[int, ...]) -> dict[Any, Tensor]:
+        """``sums`` with a zero for every sharding that has none here, in an order that all ranks share."""
+        complete: dict[Any, Tensor] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                key = _sharding(p)
+                if key not in complete:
+                    zero = torch.zeros(shape, dtype=torch.float64, device=_local(p).device)
+                    complete[key] = sums.get(key, zero)
+        return complete
+
+    def _radius(self) -> Tensor | float | None:
+        """The radius of this step where it is not the groups' own."""
+        return None
+
+    def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
+        """(c, a) on the device of ``like``; (0, 0) where the norm is zero, inf or NaN."""
+        return _coefficients(rho, 0.0, norm, like)
+
+    def _buffer(self, p: Tensor, w: Tensor) -> Tensor:
+        """Room for the copy, kept from step to step."""
+        buffer = self._buffers.get(p)
+        if (
+            buffer is None or buffer.shape != w.shape or buffer.dtype != w.dtype or buffer.device != w.device
+            or buffer.stride() != w.stride()
+        ):  # fmt: skip
+            buffer = self._buffers[p] = torch.empty_like(w)
+        return buffer
+
+    # ---- the second half ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def second_step(
+        self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
+    ) -> None:  # fmt: skip
+        """Descent: every kept weight put back bit for bit, then the base optimizer's step with the second gradient.
+
+        loss: the loss at the perturbed weights, for telemetry and an adaptive radius. With the GradScaler, either
+        ``scaler.step(optimizer)`` or ``second_step(scaler=scaler)``: inf or NaN in either half skips the base's step.
+        Raises RuntimeError without a ``first_step``, or when groups or parameters have changed since.
+        """
+        ascent = self._ascent
+        if ascent is None:
+            raise RuntimeError("second_step: expected first_step() before it")
+        try:
+            if ascent.groups != [[id(p) for p in group["params"]] for group in self.param_groups]:
+                raise RuntimeError(
+                    "second_step: the parameter groups have changed since first_step(); weights restored"
+                )
+            self._check_loss("second_step", loss)
+            skipped = _unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
+            self._note_losses(loss)
+            if ascent.firsts and self._records():
+                self._report["cosine"] = self._cosine(ascent)
+            self.restore()
+            if not skipped:
+                self._merge_gradients(ascent)
+                self.base_optimizer.step()
+        finally:
+            self.restore()
+        self._report.update(step=self._steps + 1, skipped=skipped)
+        self._steps += 1
+        self._telemetry_wanted = False
+        self._opt_called = True  # what an LR scheduler looks at before it warns
+        if zero_grad:
+            self.zero_grad()
+
+    descent_step = second_step
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Puts every perturbed weight back, bit for bit, and forgets the first half. Does nothing between steps.
+
+        Call it when you give a second half up (``step(closure)`` does so by itself).
+        """
+        ascent, self._ascent = self._ascent, None
+        if ascent is None or not ascent.kept:
+            return
+        together: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for item in ascent.kept:
+            together.setdefault((item[1].device, item[1].dtype == torch.float64), []).append(item)
+        for items in together.values():
+            ops.sam_restore_([w for _, w, _ in items], [kept for _, _, kept in items])
+        for p, _, _ in ascent.kept:
+            if (q := WeightQuantizer.of(p)) is not None:
+                q.returned(p)
+
+    def _merge_gradients(self, ascent: _Ascent) -> None:
+        """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
+
+    def _note_losses(self, loss: Tensor | float | None) -> None:
+        self._report["perturbed_loss"] = _detached(loss)
+        first = self._report.get("loss")
+        if loss is not None and first is not None:
+            self._gap = self._report["perturbed_loss"] - first  # type: ignore[operator]
+            self._report["surrogate_gap"] = self._gap
+
+    # ---- both halves --------------------------------------------------------------------------------------------
+
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Any] | None = None, *, scaler: Any = None
+    ) -> Any:  # fmt: skip
+        """Both halves; ``closure`` computes the loss and its gradients (of all micro-batches) and returns the loss.
+
+        It is evaluated twice, gradients are cleared before each, and the first loss is returned. With a ``scaler``,
+        the closure calls ``scaler.scale(loss).backward()``. Whatever goes wrong in the second half, the weights are
+        restored. Between ``first_step`` and ``second_step``, ``step()`` is the second one: this is how
+        ``GradScaler.step(optimizer)`` and Lightning arrive there.
+        """
+        if closure is None:
+            if self._ascent is not None:
+                return self.second_step(scaler=scaler)
+            raise ValueError(
+                "closure: expected a function that computes the loss and its gradients, because a step needs them "
+                "twice, got None; by hand use first_step() and second_step()"
+            )
+        if not callable(closure):
+            raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
+        if self._ascent is not None:
+            self.restore()
+            raise RuntimeError("step: called with a closure between first_step and second_step; weights restored")
+        local = contextlib.nullcontext()
+        if self.perturbation == "local":
+            if not hasattr(self.model, "no_sync"):
+                raise ValueError('model: expected the DistributedDataParallel model with perturbation="local"')
+            local = self.model.no_sync()  # type: ignore[union-attr,operator]
+        self.zero_grad()
+        with torch.enable_grad(), local:
+            loss = _checked_loss(closure())
+        self.first_step(zero_grad=True, loss=loss, scaler=scaler)
+        try:
+            frozen = contextlib.nullcontext() if self.model is None else frozen_batchnorm_stats(self.model)
+            with torch.enable_grad(), frozen:
+                perturbed = _checked_loss(closure())
+            self.second_step(loss=perturbed, scaler=scaler)
+        finally:
+            self.restore()
+        return loss
+
+    # ---- telemetry ----------------------------------------------------------------------------------------------
+
+    def _records(self) -> bool:
+        """Whether this step takes the cosine; all ranks that share parameters must agree, so asking does not count."""
+        every = self.telemetry_every
+        if every and self._steps % every == 0:
+            return True
+        sharded = any(_sharding(p) is not None for group in self.param_groups for p in group["params"])
+        return self._telemetry_wanted and not sharded
+
+    def _cosine(self, ascent: _Ascent) -> Tensor:
+        """Between both gradients, over all parameters and ranks: float64, on the device."""
+        sums: dict[Any, Tensor] = {}
+        for p, first in ascent.firsts.items():
+            if p.grad is None:
+                continue
+            a, b = first.flatten().float(), _local(p.grad).flatten().float()
+            part = torch.stack([a @ b, a @ a, b @ b]).double()
+            key = _sharding(p)
+            sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
+        dot, one, other = _add_over_ranks(self._by_sharding(sums, (3,)))
+        return dot / (one * other).sqrt()
+
+    def telemetry(self) -> dict[str, Any]:
+        """Numbers of the last step; waits for the device. Empty before the first.
+
+        ``step``, ``rho`` (the first group's, or the adaptive one), ``gradient_norm`` (||T g||), ``perturbed`` (False
+        where that was zero, inf or NaN, which ``reason`` tells), ``skipped`` (GradScaler found inf: no base step);
+        ``loss``, ``perturbed_loss`` and ``surrogate_gap`` (their difference) where the losses were given; ``cosine``
+        between both gradients at every ``telemetry_every``-th step and at the step after a call of ``telemetry``.
+        """
+        self._telemetry_wanted = True
+        if "step" not in self._report:
+            return {}
+        report = {
+            key: value.item() if isinstance(value, Tensor) else value
+            for key, value in self._report.items()
+            if value is not None
+        }
+        norm = report["gradient_norm"]
+        report["perturbed"] = math.isfinite(norm) and norm > 0
+        if not report["perturbed"]:
+            kind = "zero" if norm == 0 else "NaN" if math.isnan(norm) else "inf"
+            report["reason"] = f"the gradient's norm was {kind}: weights not perturbed"
+        return report
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's (groups hold rho, eta, adaptive), and under ``sam`` the surrogate gap and step count."""
+        self._refuse_between_halves("state_dict")
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        gap = self._gap
+        packed = self.base_optimizer.state_dict()
+        packed["sam"] = {"steps": self._steps, "gap": gap.clone() if isinstance(gap, Tensor) else gap}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
+        self._refuse_between_halves("load_state_dict")
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        own = state_dict.get("sam", {})
+        before = [{k: group[k] for k in ("rho", "eta", "adaptive")} for group in self.param_groups]
+        self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "sam"})
+        for group, kept in zip(self.param_groups, before, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+        self._steps = own.get("steps", 0)
+        self._gap = own.get("gap")
+        self._report = {}
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_between_halves("copy")
+        own = ("base_optimizer", "model", "perturbation", "telemetry_every", "_steps", "_gap", "_shares", "_settings")
+        return {name: self.__dict__[name] for name in own if name in self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._ascent, self._buffers, self._report, self._telemetry_wanted = None, {}, {}, True
+        super().__setstate__(state)
+        self._names = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+
+
+class ASAM(SAM):
+    """SAM with the scale-invariant radius of ASAM: T = |w| + eta for weights (by name, or 2 and more dimensions).
+
+    Source: Kwon, Kim, Park, Choi, ASAM, ICML 2021.
+    """
+
+    def __init__(
+        self, params: Any, base_optimizer: type[Optimizer] | None = None, rho: float | Tensor = 0.5,
+        adaptive: bool | None = None, eta: float = 0.01, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
+
+
+class AlignedSAM(SAM):
+    """Aligned gradients (SAGM; ASGA's inner step): minimises L(w) + L_p(w - a grad L(w)) with L_p(w) = L(w + delta).
+
+        delta = (rho_t T^2 / ||T g|| - a) g;   the base steps with (g + g') / 2
+        rho_t = clip(ln(1 + max(h, 0)), rho_min, rho_max),   h the surrogate gap L_p - L of the step before
+
+    align: a >= 0. rho_max: switches the adaptive radius on (``rho`` is then the first step's, and the losses must be
+    given to ``first_step`` and ``second_step``; ``step(closure)`` does). Under ``torch.distributed`` the gap is
+    averaged over ``process_group``, so that every rank has the same radius. A parameter that received one of the two
+    gradients counts the other as zero. ``perturbation="local"`` is refused: the first gradient is part of the step.
+    Sources: Wang et al., SAGM, CVPR 2023; Ma et al., ASGA, ICML 2025.
+    """
+
+    _NEEDS_FIRSTS = True
+
+    def __init__(
+        self, params: Any, base_optimizer: type[Optimizer] | None = None, rho: float | Tensor = 0.05,
+        adaptive: bool | None = False, eta: float = 0.01, *, align: float = 0.001, rho_max: float | None = None,
+        rho_min: float = 0.0, process_group: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        align = ops._number("align", align, 0.0)
+        rho_min = ops._number("rho_min", rho_min, 0.0)
+        if rho_max is not None:
+            rho_max = ops._number("rho_max", rho_max, rho_min)
+        if options.get("perturbation", "global") == "local":
+            raise ValueError(
+                'perturbation: expected "global", because the first gradient is part of the step, got "local"'
+            )
+        self._settings = {"align": align, "rho_min": rho_min, "rho_max": rho_max, "process_group": process_group}
+        super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # a process group cannot be copied
+        return {**state, "_settings": {**self._settings, "process_group": None}}
+
+    def _radius(self) -> Tensor | float | None:
+        low, high = self._settings["rho_min"], self._settings["rho_max"]
+        if high is None or self._gap is None:
+            return None
+        gap = self._gap if isinstance(self._gap, Tensor) else torch.tensor(float(self._gap))
+        return gap.clamp(min=0).log1p().clamp(low, high)
+
+    def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
+        return _coefficients(rho, self._settings["align"], norm, like)
+
+    def _check_loss(self, where: str, loss: Any) -> None:
+        if self._settings["rho_max"] is not None and loss is None:
+            raise ValueError(f"loss: expected {where}(loss=...), which the radius follows with rho_max, got None")
+
+    def _note_losses(self, loss: Tensor | float | None) -> None:
+        super()._note_losses(loss)
+        if self._settings["rho_max"] is None:
+            return
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            group = self._settings["process_group"]
+            gap = torch.as_tensor(self._gap, dtype=torch.float32).clone()
+            distributed.all_reduce(gap, group=group)
+            self._gap = gap / distributed.get_world_size(group)
+
+    def _merge_gradients(self, ascent: _Ascent) -> None:
+        # one pair of coefficients for each launch: they are all zero or none of them is
+        coefficients = {(c.device, c.dtype == torch.float64): c for c in ascent.coefficients}
+        together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                first = ascent.firsts.get(p)
+                if first is None and p.grad is None:
+                    continue
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                second = _local(p.grad)
+                first = torch.zeros_like(second) if first is None else first
+                together.setdefault((second.device, second.dtype == torch.float64), []).append((second, first))
+        for key, items in together.items():
+            if key in coefficients:
+                ops.sam_average_([g for g, _ in items], [first for _, first in items], coefficients[key])
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Optimizer:
+    """The base optimizer: the one that was given, or one made of parameters and a class."""
+    if isinstance(params, Optimizer):
+        if base_optimizer is not None or options:
+            given = "base_optimizer" if base_optimizer is not None else next(iter(options))
+            raise TypeError(f"{given}: not expected beside a base optimizer that is already made")
+        base = params
+    else:
+        if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
+            got = type(params).__name__ if base_optimizer is None else repr(base_optimizer)
+            raise TypeError(
+                "base_optimizer: expected a torch.optim.Optimizer as first argument, or parameters and an Optimizer "
+                f"class, got {got}"
+            )
+        base = base_optimizer(params, **options)
+    if isinstance(base, SAM):
+        raise TypeError("base_optimizer: expected an optimizer that is not itself sharpness-aware, got a SAM")
+    return base
+
+
+def _check_keys(keys: dict[str, Any]) -> None:
+    ops.rate_tensor("rho", keys["rho"], 0.0)
+    ops._number("eta", keys["eta"], 0.0)
+    if keys["adaptive"] not in (True, False, None):
+        raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
+
+
+def _is_adaptive(adaptive: bool | None, name: str | None, p: Tensor) -> bool:
+    if adaptive is not None:
+        return bool(adaptive)
+    return "weight" in name if name else p.dim() >= 2
+
+
+def _coefficients(rho: Any, align: float, norm: Tensor, like: Tensor) -> Tensor:
+    """(c, a) = (rho / norm, align) as float32 (float64 for float64 weights), zeros where there is no direction."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(rho, Tensor):
+        rho = rho.detach().to(norm.device)
+    c = (rho / norm).to(dtype)
+    pair = torch.stack([c, torch.full_like(c, align)])
+    usable = (norm > 0) & norm.isfinite() & c.isfinite()
+    return torch.where(usable, pair, torch.zeros_like(pair)).to(like.device)
+
+
+def _checked_loss(loss: Any) -> Any:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            raise TypeError(f"closure: expected it to return a scalar loss, got a tensor of shape {tuple(loss.shape)}")
+    elif isinstance(loss, bool) or not isinstance(loss, (int, float)):
+        raise TypeError(f"closure: expected it to return the loss, got {loss!r}")
+    return loss
+
+
+def _detached(loss: Any) -> Any:
+    return loss.detach().reshape(()) if isinstance(loss, Tensor) else loss
+
+
+# GradScaler keeps one stage for each optimizer and step: ready, unscaled, stepped. A step of two halves needs it twice,
+# which its public interface has no word for.
+
+
+def _unscale_first(scaler: Any, optimizer: SAM) -> Tensor | None:
+    """Unscales the first gradients unless that is done, and makes the scaler ready for the second; what it found."""
+    from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
+
+    if not scaler.is_enabled():
+        return None
+    state = scaler._per_optimizer_states[id(optimizer)]
+    if state["stage"] is OptState.READY:
+        scaler.unscale_(optimizer)
+    state = scaler._per_optimizer_states[id(optimizer)]
+    found = list(state["found_inf_per_device"].values())
+    scaler._per_optimizer_states[id(optimizer)] = _refresh_per_optimizer_state()
+    return torch.stack([f.to(found[0].device) for f in found]).sum() if found else None
+
+
+def _unscale_second(scaler: Any, optimizer: SAM, first_found: Tensor | None) -> bool:
+    """Unscales the second gradients unless that is done; whether either half had inf or NaN. Waits, as GradScaler does.
+
+    The first half's finding is put beside the second's, so that ``scaler.update()`` lowers the scale for both.
+    """
+    from torch.amp.grad_scaler import OptState
+
+    by_scaler = getattr(optimizer, "found_inf", None)  # set while GradScaler.step(optimizer) calls step()
+    if by_scaler is not None:
+        if (scale := optimizer.grad_scale) is not None:  # type: ignore[attr-defined]
+            inverse = scale.double().reciprocal().float()
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            for g in grads:
+                _local(g).mul_(inverse.to(g.device))
+        found = by_scaler
+    elif scaler is not None and scaler.is_enabled():
+        if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+            scaler.unscale_(optimizer)
+        found = sum(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
+        scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
+    else:
+        return False
+    if first_found is not None and scaler is not None:
+        for f in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            f += first_found.to(f.device)
+        found = found + first_found.to(found.device)
+    return bool(found.item() if isinstance(found, Tensor) else found)

@@ -1,0 +1,853 @@
+"""Contract: SAM, ASAM and AlignedSAM are torch.optim optimizers over any base, and hurt nobody where others do.
+
+1. A step is the formula of docs/mathematics.md, section 4, in float64; at rho = 0 it is the base optimizer.
+2. Every perturbed weight comes back bit for bit: without a second gradient, after an exception, in bf16 and fp16.
+3. Zero, inf or NaN norms perturb nothing, and telemetry says so.
+4. The pains of PEERS.md: GradScaler, resume, accumulation, BatchNorm, LR schedulers; a test named after each.
+5. ASAM is invariant to rescaling of consecutive ReLU layers; SAM is not.
+6. Quantized layers: the forward at w + delta quantizes w + delta, the one after a step quantizes the new weights.
+7. Bad input: an error that names the argument, weights restored.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import askew_kernels as ak
+from askew_kernels import ops
+from askew_kernels.optim import ASAM, SAM, AlignedSAM, ASkewAdamW, ASkewSGD, frozen_batchnorm_stats
+from askew_kernels.quant import QuantConfig, Uniform, WeightQuantizer
+
+X = torch.randn(40, 12, 8, generator=torch.Generator().manual_seed(5))
+Y = torch.randint(0, 4, (40, 12), generator=torch.Generator().manual_seed(6))
+KINDS = {
+    "SAM": (SAM, {}),
+    "ASAM": (ASAM, {}),
+    "AlignedSAM": (AlignedSAM, {"align": 0.02, "rho_max": 0.3, "rho_min": 0.01}),
+}
+BASES = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "ASkewSGD": lambda p: ASkewSGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "ASkewAdamW": lambda p: ASkewAdamW(p, lr=0.01),
+}
+CONFIG = QuantConfig(Uniform(4), "sawb")
+
+
+@pytest.fixture(autouse=True)
+def small():
+    """A seed, and one thread: these networks are too small for more."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(quantized=False, dtype=torch.float32, norm=True):
+    torch.manual_seed(1)
+    middle = [nn.BatchNorm1d(16)] if norm else []
+    model = nn.Sequential(nn.Linear(8, 16), *middle, nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+    return ak.quantize_(model, CONFIG) if quantized else model
+
+
+def groups(model):
+    return ak.param_groups(model) if any(WeightQuantizer.of(p) for p in model.parameters()) else model.parameters()
+
+
+def loss_of(model, i):
+    output = model(X[i].to(next(model.parameters()).dtype))
+    return functional.cross_entropy(output if output.dtype == torch.float64 else output.float(), Y[i])
+
+
+def closure_of(model, i):
+    def closure():
+        loss = loss_of(model, i)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(model, optimizer, start, stop, scheduler=None):
+    for i in range(start, stop):
+        optimizer.step(closure_of(model, i))
+        if scheduler is not None:
+            scheduler.step()
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def first_half(model, optimizer, i=0, **options):
+    loss = loss_of(model, i)
+    loss.backward()
+    optimizer.first_step(zero_grad=True, loss=loss, **options)
+
+
+# ---- the formulas ---------------------------------------------------------------------------------------------------
+
+
+def written_out(model, cls, rho, eta, align, adaptive, i):
+    """(w + delta, gradient that the base sees) of every parameter, from torch.autograd and the formulas."""
+    params = list(model.parameters())
+    before = weights(model)
+    firsts = torch.autograd.grad(loss_of(model, i), params)
+    ts = [w.abs() + eta if a else torch.ones_like(w) for w, a in zip(before, adaptive, strict=True)]
+    norm = sum(((t * g) ** 2).sum() for t, g in zip(ts, firsts, strict=True)).sqrt()
+    moved = [w + (rho / norm * t * t - align) * g for w, t, g in zip(before, ts, firsts, strict=True)]
+    with torch.no_grad():
+        for p, m in zip(params, moved, strict=True):
+            p.copy_(m)
+    seconds = torch.autograd.grad(loss_of(model, i), params)
+    with torch.no_grad():
+        for p, w in zip(params, before, strict=True):
+            p.copy_(w)
+    merged = [(f + s) / 2 for f, s in zip(firsts, seconds, strict=True)] if cls is AlignedSAM else seconds
+    return moved, merged
+
+
+@pytest.mark.parametrize("adaptive", [True, False, None])
+@pytest.mark.parametrize("cls", [SAM, ASAM, AlignedSAM])
+def test_a_step_is_the_formula_in_float64(cls, adaptive):
+    """Every operation in float64: a few roundings of 2^-53 of numbers below 10."""
+    model = network(dtype=torch.float64, norm=False)
+    options = {"align": 0.03} if cls is AlignedSAM else {}
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = cls(base, rho=0.2, eta=0.05, adaptive=adaptive, **options)
+    adapted = [p.dim() >= 2 if adaptive is None else adaptive for p in model.parameters()]
+    for i in range(3):
+        before = weights(model)
+        moved, gradients = written_out(model, cls, 0.2, 0.05, options.get("align", 0.0), adapted, i)
+        optimizer.zero_grad()
+        first_half(model, optimizer, i)
+        for p, m in zip(model.parameters(), moved, strict=True):
+            torch.testing.assert_close(p.detach(), m, rtol=1e-13, atol=1e-13)
+        loss_of(model, i).backward()
+        optimizer.second_step(zero_grad=True)
+        for p, w, g in zip(model.parameters(), before, gradients, strict=True):
+            torch.testing.assert_close(p.detach(), w - 0.1 * g, rtol=1e-12, atol=1e-12)
+
+
+def test_names_decide_what_is_adapted():
+    """As published where names are known: "weight" in it, which takes in BatchNorm's; else 2 or more dimensions."""
+    model = network()
+    named = ASAM(torch.optim.SGD(model.named_parameters(), lr=0.1))
+    given = ASAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    unknown = ASAM(torch.optim.SGD(model.parameters(), lr=0.1))
+    forced = SAM(torch.optim.SGD(model.parameters(), lr=0.1), adaptive=True)
+    loss_of(model, 0).backward()
+    by_name = [int("weight" in name) for name, _ in model.named_parameters()]
+    for optimizer, expected in ((named, by_name), (given, by_name), (unknown, [1, 0, 0, 0, 1, 0]), (forced, [1] * 6)):
+        assert optimizer._buckets()[0].adaptive == expected
+
+
+def test_the_norm_is_over_all_groups_and_rho_is_each_group_s_own():
+    model = network(norm=False)
+    first, second = list(model[0].parameters()), list(model[2].parameters())
+    base = torch.optim.SGD([{"params": first, "rho": 0.3}, {"params": second}], lr=0.1)
+    optimizer = SAM(base, rho=0.1)
+    before = weights(model)
+    loss_of(model, 0).backward()
+    norm = math.sqrt(sum(float((p.grad.double() ** 2).sum()) for p in model.parameters()))
+    optimizer.first_step()
+    for p, w, rho in zip(model.parameters(), before, (0.3, 0.3, 0.1, 0.1), strict=True):
+        torch.testing.assert_close(p.detach() - w, rho / norm * p.grad, rtol=1e-4, atol=1e-7)
+    optimizer.restore()
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", [SAM, ASAM])
+def test_rho_0_is_the_base_optimizer(kind, base):
+    """Bit for bit after 20 steps."""
+    ours, theirs = network("ASkew" in base), network("ASkew" in base)
+    optimizer, twin = kind(BASES[base](groups(ours)), rho=0.0, model=ours), BASES[base](groups(theirs))
+    for i in range(20):
+        optimizer.step(closure_of(ours, i))
+        twin.zero_grad()
+        loss_of(theirs, i).backward()
+        twin.step()
+    assert same(weights(ours), weights(theirs))
+    assert same(ours.buffers(), theirs.buffers())
+
+
+def test_aligned_with_rho_0_and_align_0_is_the_base_optimizer():
+    ours, theirs = network(), network()
+    optimizer, twin = (
+        AlignedSAM(BASES["SGD"](ours.parameters()), rho=0.0, align=0.0, model=ours),
+        BASES["SGD"](theirs.parameters()),
+    )
+    for i in range(20):
+        optimizer.step(closure_of(ours, i))
+        twin.zero_grad()
+        loss_of(theirs, i).backward()
+        twin.step()
+    assert same(weights(ours), weights(theirs))
+
+
+def test_adaptive_radius_follows_the_surrogate_gap():
+    model = network()
+    optimizer = AlignedSAM(BASES["SGD"](model.parameters()), rho=0.07, rho_max=0.05, rho_min=0.001, model=model)
+    optimizer.step(closure_of(model, 0))
+    report = optimizer.telemetry()
+    assert report["rho"] == 0.07
+    for i in range(1, 6):
+        wanted = min(max(math.log1p(max(report["surrogate_gap"], 0)), 0.001), 0.05)
+        optimizer.step(closure_of(model, i))
+        report = optimizer.telemetry()
+        assert report["rho"] == pytest.approx(wanted, rel=1e-5)
+    model = network()
+    optimizer = AlignedSAM(BASES["SGD"](model.parameters()), rho_max=0.05)
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match=r"first_step\(loss"):
+        optimizer.first_step()
+    before = weights(model)
+    optimizer.first_step(loss=1.0)
+    with pytest.raises(ValueError, match=r"second_step\(loss"):
+        optimizer.second_step()
+    assert same(weights(model), before)
+
+
+def test_asam_is_invariant_to_rescaling_of_relu_layers_and_sam_is_not():
+    """w1 -> c w1, w2 -> w2 / c leaves the network as it is, and with eta = 0 the loss that ASAM perturbs to."""
+    torch.manual_seed(4)
+    losses = {}
+    for c in (1.0, 8.0):
+        model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)).double()
+        g = torch.Generator().manual_seed(9)
+        with torch.no_grad():
+            for p, factor in zip(model.parameters(), (c, 1 / c), strict=True):
+                p.copy_(torch.randn(p.shape, generator=g).double() * 0.4 * factor)
+        for kind, rho in ((SAM, 0.2), (ASAM, 0.2)):
+            optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.1), rho=rho, eta=0.0)
+            optimizer.zero_grad()
+            first_half(model, optimizer)
+            losses[kind, c] = loss_of(model, 0).item()
+            optimizer.restore()
+    assert losses[ASAM, 8.0] == pytest.approx(losses[ASAM, 1.0], rel=1e-12)
+    assert abs(losses[SAM, 8.0] - losses[SAM, 1.0]) > 0.05
+
+
+# ---- weights come back ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pain_a_parameter_unused_in_the_second_pass_stays_perturbed(kind, dtype):
+    """Here every perturbed tensor is restored from its copy, whether it received a second gradient or not."""
+    cls, options = KINDS[kind]
+    model = network(dtype=dtype, norm=False)
+    optimizer = cls(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, **options)
+    before = weights(model)
+    first_half(model, optimizer)
+    assert not same(weights(model), before)
+    model[2](torch.relu(torch.ones(3, 16, dtype=dtype))).sum().backward()  # the first layer takes no part
+    assert model[0].weight.grad is None
+    optimizer.second_step(loss=1.0)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_half_raises(kind):
+    cls, options = KINDS[kind]
+    model = network()
+    optimizer = cls(BASES["SGD"](model.parameters()), rho=0.5, model=model, **options)
+    train(model, optimizer, 0, 2)
+    before, calls = weights(model), []
+
+    def closure():
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("a worker died")
+        return closure_of(model, 3)()
+
+    with pytest.raises(KeyError):
+        optimizer.step(closure)
+    assert same(weights(model), before)
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+    train(model, optimizer, 3, 4)
+
+
+def test_the_base_step_raises(generator):
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise OSError("disk full")
+
+    model = network()
+    optimizer = SAM(Broken(model.parameters(), lr=0.1), rho=0.5)
+    before = weights(model)
+    with pytest.raises(OSError):
+        optimizer.step(closure_of(model, 0))
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_without_direction_perturbs_nothing_and_says_so(kind, bad):
+    cls, options = KINDS[kind]
+    model = network()
+    optimizer = cls(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, **options)
+    loss_of(model, 0).backward()
+    for p in model.parameters():
+        p.grad.mul_(0)
+    model[0].weight.grad[0, 0] = bad
+    before = weights(model)
+    optimizer.first_step(zero_grad=True, loss=1.0)
+    assert same(weights(model), before)
+    loss_of(model, 0).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.second_step(loss=1.0)
+    report = optimizer.telemetry()
+    assert report["perturbed"] is False
+    assert {0.0: "zero", math.inf: "inf"}.get(bad, "NaN") in report["reason"]
+    for p, w, g in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(p.detach(), w - 0.1 * g, rtol=0, atol=1e-7)  # the second gradient as it is
+
+
+# ---- pains of others ------------------------------------------------------------------------------------------------
+
+
+def scaled_half(scaler, model, i):
+    loss = loss_of(model, i)
+    scaler.scale(loss).backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("by", ["scaler.step", "second_step"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pain_grad_scaler(kind, by):
+    """Both halves are unscaled once: powers of two, so the run equals the one without a scaler bit for bit."""
+    cls, options = KINDS[kind]
+    ours, theirs = network(), network()
+    optimizer = cls(BASES["SGD"](ours.parameters()), **options)
+    twin = cls(BASES["SGD"](theirs.parameters()), **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    for i in range(8):
+        loss = scaled_half(scaler, ours, i)
+        if i % 2:  # unscaled by hand, for clipping
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(ours.parameters(), 1e9)
+        optimizer.first_step(zero_grad=True, loss=loss, scaler=scaler)
+        loss2 = scaled_half(scaler, ours, i)
+        if i % 3 == 1:
+            scaler.unscale_(optimizer)
+        if by == "second_step":
+            optimizer.second_step(zero_grad=True, loss=loss2, scaler=scaler)
+        elif kind == "AlignedSAM":  # needs the loss
+            optimizer.second_step(zero_grad=True, loss=loss2, scaler=scaler)
+        else:
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+        scaler.update()
+        first_half(theirs, twin, i)
+        loss2 = loss_of(theirs, i)
+        loss2.backward()
+        twin.second_step(zero_grad=True, loss=loss2)
+    assert scaler.get_scale() == 2.0**12
+    assert same(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("by", ["scaler.step", "second_step", "step"])
+@pytest.mark.parametrize("half", [0, 1])
+def test_pain_grad_scaler_inf_in_either_half_skips_both_and_restores(half, by):
+    model = network()
+    optimizer = SAM(BASES["SGD"](model.parameters()), rho=0.5)
+    train(model, optimizer, 0, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict())
+    calls = []
+
+    def closure():
+        loss = scaled_half(scaler, model, 3)
+        if len(calls) == half:
+            model[0].weight.grad[0, 0] = math.inf
+        calls.append(1)
+        return loss
+
+    if by == "step":
+        optimizer.step(closure, scaler=scaler)
+    else:
+        optimizer.zero_grad()
+        closure()
+        optimizer.first_step(zero_grad=True, scaler=scaler)
+        closure()
+        scaler.step(optimizer) if by == "scaler.step" else optimizer.second_step(scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 2.0**9
+    assert same(weights(model), before)
+    assert optimizer.telemetry()["skipped"] is True
+    assert same_state(optimizer.base_optimizer.state_dict(), {k: v for k, v in state.items() if k != "sam"})
+    calls += [1, 1]
+    train(model, optimizer, 3, 4)  # and goes on
+
+
+def same_state(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_pain_resume_loses_base_state(kind, base):
+    """10 + 10 steps through a checkpoint are 20 steps, bit for bit."""
+    cls, options = KINDS[kind]
+    quantized = "ASkew" in base
+
+    def fresh():
+        model = network(quantized)
+        optimizer = cls(BASES[base](groups(model)), model=model, **options)
+        return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+    whole, optimizer, scheduler = fresh()
+    train(whole, optimizer, 0, 20, scheduler)
+    half, optimizer, scheduler = fresh()
+    train(half, optimizer, 0, 10, scheduler)
+    optimizer.param_groups[0]["rho"] = optimizer.param_groups[0]["rho"]
+    file = io.BytesIO()
+    torch.save([half.state_dict(), optimizer.state_dict(), scheduler.state_dict()], file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    resumed, optimizer, scheduler = fresh()
+    resumed.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    scheduler.load_state_dict(saved[2])
+    train(resumed, optimizer, 10, 20, scheduler)
+    assert same(weights(resumed), weights(whole))
+    assert same(resumed.buffers(), whole.buffers())
+
+
+def test_checkpoints_of_the_base_alone_and_of_a_scheduled_rho():
+    model = network()
+    base = BASES["SGD"](model.parameters())
+    for i in range(3):
+        base.zero_grad()
+        loss_of(model, i).backward()
+        base.step()
+    saved = copy.deepcopy(base.state_dict())
+    optimizer = ASAM(BASES["SGD"](model.parameters()), rho=0.7)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rho"] == 0.7 and len(optimizer.state) == 6
+    optimizer.param_groups[0]["rho"] = 0.3
+    other = ASAM(BASES["SGD"](model.parameters()), rho=0.7)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.param_groups[0]["rho"] == 0.3 and other.base_optimizer.param_groups is other.param_groups
+
+
+def test_pain_gradient_accumulation():
+    """Several micro-batches in each half are one large batch, to the rounding of sums (batch statistics aside)."""
+    ours, theirs = network(norm=False, dtype=torch.float64), network(norm=False, dtype=torch.float64)
+    optimizer = ASAM(torch.optim.SGD(ours.parameters(), lr=0.1, momentum=0.9))
+    twin = ASAM(torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9))
+
+    def micro(i):
+        for part in range(3):
+            rows = slice(4 * part, 4 * part + 4)
+            (functional.cross_entropy(ours(X[i][rows].double()), Y[i][rows]) / 3).backward()
+
+    for i in range(5):
+        micro(i)
+        optimizer.first_step(zero_grad=True)
+        micro(i)
+        optimizer.second_step(zero_grad=True)
+        twin.step(lambda i=i: closure_of(theirs, i)())
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_clipping_between_the_halves():
+    """The ascent's direction does not feel it, the descent does."""
+    model = network(norm=False)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=1.0), rho=0.1)
+    before = weights(model)
+    loss_of(model, 0).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.first_step(zero_grad=True)
+    moved = math.sqrt(
+        sum(float(((p.detach() - w) ** 2).sum()) for p, w in zip(model.parameters(), before, strict=True))
+    )
+    assert moved == pytest.approx(0.1, rel=1e-3)
+    loss_of(model, 0).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    optimizer.second_step(zero_grad=True)
+    stepped = math.sqrt(
+        sum(float(((p.detach() - w) ** 2).sum()) for p, w in zip(model.parameters(), before, strict=True))
+    )
+    assert stepped == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_pain_batchnorm_statistics_updated_twice():
+    """step(closure) with the model updates them once, by the first pass: as training without SAM does."""
+    ours, theirs = network(), network()
+    optimizer = SAM(torch.optim.SGD(ours.parameters(), lr=0.0), rho=0.5, model=ours)
+    train(ours, optimizer, 0, 3)
+    for i in range(3):
+        loss_of(theirs, i)
+    assert same(ours.buffers(), theirs.buffers())
+    assert int(ours[1].num_batches_tracked) == 3
+
+
+def test_frozen_batchnorm_stats():
+    model = nn.Sequential(
+        nn.Conv1d(1, 3, 1), nn.BatchNorm1d(3), nn.InstanceNorm1d(3, track_running_stats=True),
+        nn.BatchNorm1d(3, momentum=None), nn.BatchNorm1d(3, track_running_stats=False), nn.InstanceNorm1d(3),
+    )  # fmt: skip
+    model[3].eval()
+    x = torch.randn(4, 1, 9)
+    model(x)
+    before, expected = [b.clone() for b in model.buffers()], copy.deepcopy(model)(x)
+    with frozen_batchnorm_stats(model):
+        y = model(x)
+    y.sum().backward()  # after the block
+    assert same(model.buffers(), before) and torch.equal(y, expected)
+    with pytest.raises(ZeroDivisionError), frozen_batchnorm_stats(model):
+        raise ZeroDivisionError
+    assert model[1].track_running_stats and model[3].track_running_stats and model[2].momentum == 0.1
+    assert not model[4].track_running_stats
+    model(x)
+    assert not same(model.buffers(), before)
+    with pytest.raises(TypeError, match="model"), frozen_batchnorm_stats(None):
+        pass
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_pain_lr_schedulers_warn_or_refuse(by_hand):
+    model = network()
+    optimizer = ASAM(ASkewSGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    schedulers = [
+        torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=10),
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for i in range(3):
+            if by_hand:
+                optimizer.zero_grad()
+                first_half(model, optimizer, i)
+                loss_of(model, i).backward()
+                optimizer.second_step()
+            else:
+                optimizer.step(closure_of(model, i))
+            for scheduler in schedulers:
+                scheduler.step()
+    assert (
+        optimizer.param_groups[0]["lr"]
+        == optimizer.base_optimizer.param_groups[0]["lr"]
+        == schedulers[-1].get_last_lr()[0]
+    )
+
+
+def test_one_optimizer_not_two():
+    """param_groups, defaults and state are the base's own objects, also after loading and in copies."""
+    model = network()
+    base = torch.optim.AdamW(model.parameters(), lr=0.01)
+    optimizer = ASAM(base, model=model)
+    train(model, optimizer, 0, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    base.load_state_dict(base.state_dict())
+    twin = copy.deepcopy(optimizer)
+    pickled = pickle.loads(pickle.dumps(optimizer))
+    for one in (optimizer, twin, pickled):
+        assert one.param_groups is one.base_optimizer.param_groups
+        assert one.state is one.base_optimizer.state and one.defaults is one.base_optimizer.defaults
+        assert one.defaults["rho"] == 0.5
+    assert twin.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
+    train(twin.model, twin, 2, 5)
+    train(model, optimizer, 2, 5)
+    assert same(weights(model), weights(twin.model))
+    extra = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [extra], "rho": 0.1})
+    assert base.param_groups[1]["rho"] == 0.1 and base.param_groups[1]["eta"] == 0.01
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "rho": -1.0})
+    assert len(base.param_groups) == 2
+    assert "rho: 0.1" in repr(optimizer)
+
+
+def test_davda54_constructor():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, adaptive=True, lr=0.2, momentum=0.9)
+    assert type(optimizer.base_optimizer) is torch.optim.SGD
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["adaptive"], group["lr"], group["momentum"]) == (0.1, True, 0.2, 0.9)
+    optimizer = ASAM(model.parameters(), base_optimizer=torch.optim.AdamW, lr=0.2)
+    assert optimizer.param_groups[0]["rho"] == 0.5 and optimizer.param_groups[0]["eta"] == 0.01
+    assert optimizer.ascent_step.__func__ is SAM.first_step and optimizer.descent_step.__func__ is SAM.second_step
+
+
+def test_annealing_and_hooks():
+    model = network(True)
+    optimizer = SAM(ASkewSGD(ak.param_groups(model), lr=0.1), model=model)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=1, total=4)
+    seen = []
+    optimizer.register_step_post_hook(lambda *a: seen.append("step"))
+    optimizer.register_state_dict_post_hook(lambda o, d: seen.append("state"))
+    for i in range(4):
+        optimizer.step(closure_of(model, i))
+        annealing.step()
+    optimizer.state_dict()
+    assert seen == ["step"] * 4 + ["state"]
+    assert optimizer.base_optimizer.param_groups[0]["eps"] < 1
+
+
+def test_compiled_model():
+    """torch.compile's model sees the perturbed weights and the restored ones."""
+    ours, theirs = network(), network()
+    optimizer = ASAM(BASES["SGD"](ours.parameters()), model=ours)
+    twin = ASAM(BASES["SGD"](theirs.parameters()), model=theirs)
+    compiled = torch.compile(ours, backend="aot_eager")
+
+    def closure(i):
+        loss = functional.cross_entropy(compiled(X[i]), Y[i])
+        loss.backward()
+        return loss
+
+    for i in range(4):
+        optimizer.step(lambda i=i: closure(i))
+        twin.step(closure_of(theirs, i))
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    for p, q in zip(ours.buffers(), theirs.buffers(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+# ---- quantized layers -----------------------------------------------------------------------------------------------
+
+
+def assert_multiplies_by(layer, expected):
+    """The layer's forward, seen from outside; levels are 0.02 and more apart."""
+    with torch.no_grad():
+        got = (layer(torch.eye(layer.weight.shape[1])) - layer.bias).T
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("base", ["ASkewSGD", "ASkewAdamW", "SGD"])
+def test_hard_forward_never_uses_a_stale_copy(base, frozen):
+    """At w + delta it quantizes w + delta, with the scale that w has; after a step it quantizes the new weights."""
+    model = network(True)
+    optimizer = SAM(BASES[base](groups(model)), rho=2.0, model=model)
+    layer = model[0]
+
+    def now(scale=None):
+        scale = layer.quantizer.current_scale(layer.weight) if scale is None else scale
+        return ops.fake_quantize(layer.weight.detach(), scale.clone(), layer.config.weight)
+
+    if frozen and base != "SGD":
+        ak.EpsilonAnnealing(optimizer, hold=0, total=4).step()
+    for i in range(6):
+        optimizer.zero_grad()
+        before, scale = now(), layer.quantizer.current_scale(layer.weight).clone()
+        assert_multiplies_by(layer, before)
+        first_half(model, optimizer, i)
+        assert not torch.equal(now(scale), before)
+        assert_multiplies_by(layer, now(scale))
+        if i == 3:  # given up half-way
+            optimizer.restore()
+            assert_multiplies_by(layer, before)
+            first_half(model, optimizer, i)
+        loss_of(model, i).backward()
+        optimizer.second_step(zero_grad=True)
+        assert_multiplies_by(layer, now())
+
+
+def test_the_base_starts_from_the_kept_weights(monkeypatch):
+    """The scale of an ASkewSGD step is that of the kept weights, not of the perturbed ones, and costs no extra pass."""
+    ours, theirs = network(True), network(True)
+    optimizer = SAM(ASkewSGD(ak.param_groups(ours), lr=0.1, momentum=0.9), rho=1.0, model=ours)
+    twin = ASkewSGD(ak.param_groups(theirs), lr=0.1, momentum=0.9)
+    passes, rule_scale = [], WeightQuantizer._rule_scale
+    monkeypatch.setattr(WeightQuantizer, "_rule_scale", lambda q, w: (passes.append(w), rule_scale(q, w))[1])
+    for i in range(6):
+        optimizer.zero_grad()
+        first_half(ours, optimizer, i)
+        with frozen_batchnorm_stats(ours):
+            loss_of(ours, i).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        passes.clear()
+        optimizer.second_step()
+        assert not passes or i == 0
+        twin.step()
+        assert same(weights(ours), weights(theirs))
+
+
+# ---- telemetry ------------------------------------------------------------------------------------------------------
+
+
+def test_telemetry():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, telemetry_every=4)
+    assert optimizer.telemetry() == {}
+    seen = []
+    for i in range(6):
+        losses, gradients = [], []
+
+        def closure(i=i, losses=losses, gradients=gradients):
+            loss = closure_of(model, i)()
+            losses.append(float(loss))
+            gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+            return loss
+
+        optimizer.step(closure)
+        if i in (0, 3, 4):  # asking counts for the step after
+            report = optimizer.telemetry()
+            assert report["step"] == i + 1 and report["rho"] == 0.3 and report["perturbed"] and not report["skipped"]
+            assert report["loss"] == losses[0] and report["perturbed_loss"] == losses[1]
+            assert report["surrogate_gap"] == pytest.approx(losses[1] - losses[0], abs=1e-6)
+            assert report["gradient_norm"] == pytest.approx(float(gradients[0].norm()), rel=1e-5)
+            seen.append("cosine" in report)
+            if seen[-1]:
+                cosine = float(gradients[0] @ gradients[1] / gradients[0].norm() / gradients[1].norm())
+                assert report["cosine"] == pytest.approx(cosine, abs=1e-4)
+    assert seen == [True, False, True]
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    """Neither half looks at a value on the host: no item(), no float(), no bool() of a tensor."""
+    model = network()
+    optimizer = AlignedSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho_max=0.1, telemetry_every=1)
+    loss = loss_of(model, 0)
+    loss.backward()
+
+    def refuse(*_):
+        raise AssertionError("a value was waited for")
+
+    for name in ("item", "__float__", "__bool__", "tolist", "cpu", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for _ in range(2):
+        optimizer.first_step(loss=loss)
+        optimizer.second_step(loss=loss)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_constructor_arguments():
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for call, error, match in (
+        (lambda: SAM(sgd, rho=-0.1), ValueError, "rho"),
+        (lambda: SAM(sgd, rho="a"), TypeError, "rho"),
+        (lambda: SAM(sgd, rho=math.nan), ValueError, "rho"),
+        (lambda: ASAM(sgd, eta=-1e-3), ValueError, "eta"),
+        (lambda: SAM(sgd, adaptive="yes"), TypeError, "adaptive"),
+        (lambda: SAM(model.parameters()), TypeError, "base_optimizer"),
+        (lambda: SAM(model, rho=0.1), TypeError, "base_optimizer"),
+        (lambda: SAM(model.parameters(), nn.Linear), TypeError, "base_optimizer"),
+        (lambda: SAM(sgd, torch.optim.SGD), TypeError, "base_optimizer"),
+        (lambda: SAM(sgd, lr=0.1), TypeError, "lr"),
+        (lambda: SAM(SAM(sgd)), TypeError, "base_optimizer"),
+        (lambda: SAM(sgd, model=3), TypeError, "model"),
+        (lambda: SAM(sgd, perturbation="mine"), ValueError, "perturbation"),
+        (lambda: SAM(sgd, telemetry_every=-1), ValueError, "telemetry_every"),
+        (lambda: AlignedSAM(sgd, align=-1.0), ValueError, "align"),
+        (lambda: AlignedSAM(sgd, rho_max=0.1, rho_min=0.2), ValueError, "rho_max"),
+        (lambda: AlignedSAM(sgd, perturbation="local"), ValueError, "perturbation"),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+
+
+def test_bad_steps():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
+    before = weights(model)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step()
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step(3)
+    with pytest.raises(RuntimeError, match="first_step"):
+        optimizer.second_step()
+    with pytest.raises(TypeError, match="closure.*None"):
+        optimizer.step(lambda: None)
+    returned = iter([loss_of(model, 0), None])
+    with pytest.raises(TypeError, match="closure.*None"):
+        optimizer.step(lambda: closure_of(model, 0)() and next(returned))
+    assert same(weights(model), before)
+    first_half(model, optimizer)
+    for name, argument in (("state_dict", ()), ("load_state_dict", ({},)), ("add_param_group", ({"params": []},))):
+        with pytest.raises(RuntimeError, match=name):
+            getattr(optimizer, name)(*argument)
+    with pytest.raises(RuntimeError, match="called twice"):
+        optimizer.first_step()
+    assert same(weights(model), before)
+    first_half(model, optimizer)
+    with pytest.raises(RuntimeError, match="closure between"):
+        optimizer.step(closure_of(model, 0))
+    assert same(weights(model), before)
+
+
+def test_groups_changed_between_the_halves():
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
+    before = weights(model)
+    first_half(model, optimizer)
+    removed = optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(RuntimeError, match="groups have changed"):
+        optimizer.second_step()
+    assert same(weights(model), before)
+    optimizer.param_groups[0]["params"].append(removed)
+    first_half(model, optimizer)
+    optimizer.base_optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    with pytest.raises(RuntimeError, match="groups have changed"):
+        optimizer.second_step()
+    assert same(weights(model), before)
+
+
+def test_gradients_that_cannot_be_used():
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = SAM(torch.optim.SGD(table.parameters(), lr=0.1), model=table)
+    with pytest.raises(TypeError, match="weight.*sparse"):
+        optimizer.step(lambda: (loss := table(torch.tensor([1])).sum(), loss.backward())[0])
+    phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = SAM(torch.optim.SGD([phase], lr=0.1))
+    phase.grad = torch.ones_like(phase)
+    with pytest.raises(TypeError, match="complex"):
+        optimizer.first_step()
+    model = network()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
+    optimizer.param_groups[0]["rho"] = -1.0
+    loss_of(model, 0).backward()
+    with pytest.raises(ValueError, match="rho"):
+        optimizer.first_step()
+    optimizer.param_groups[0]["rho"] = 0.1
+    optimizer.zero_grad()
+    optimizer.first_step()  # no gradient at all: nothing is perturbed
+    optimizer.second_step()
+    assert optimizer.telemetry()["perturbed"] is False
+
+
+def test_kept_gradients_are_not_the_user_s():
+    """AlignedSAM's first gradients survive whatever happens to p.grad between the halves."""
+    results = []
+    for zero in (True, None, False):
+        model = network(norm=False)
+        optimizer = AlignedSAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.2, align=0.01)
+        for i in range(3):
+            loss_of(model, i).backward()
+            optimizer.first_step(zero_grad=bool(zero))
+            if not zero:
+                optimizer.zero_grad(set_to_none=zero is None)
+            loss_of(model, i).backward()
+            optimizer.second_step(zero_grad=True)
+        results.append(weights(model))
+    assert same(results[0], results[1]) and same(results[0], results[2])
