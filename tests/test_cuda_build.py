@@ -18,7 +18,7 @@ import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHS = ("80", "90")
-SOURCES = ("elementwise", "update")
+SOURCES = ("elementwise", "update", "sam")
 NVCC = shutil.which("nvcc") or next(
     (p for p in (os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc"),) if os.path.isfile(p)), None
 )
@@ -34,6 +34,7 @@ KERNELS = {  # source -> hot kernels, and how many instances (storage types x gr
         "row_sums_kernel": 3,
     },
     "update": {"update_kernel": 18},
+    "sam": {"sam_norm_kernel": 3, "sam_perturb_kernel": 3, "sam_restore_kernel": 3, "sam_average_kernel": 3},
 }
 
 
@@ -94,7 +95,7 @@ def test_no_spills_and_no_local_memory(compiled, source, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_leave_room_for_the_blocks_that_launch_cuh_counts_on(compiled, arch):
-    for source, blocks in (("elementwise", 3), ("update", 2)):
+    for source, blocks in (("elementwise", 3), ("update", 2), ("sam", 3)):
         for name, used in functions(compiled[source][1][arch]).items():
             assert used["registers"] <= 65536 // 256 // blocks // 8 * 8, (name, used)
 
@@ -108,7 +109,7 @@ def test_hot_kernels_use_128_bit_access(compiled, source):
         assert len(bodies) == KERNELS[source][kernel]
         for body in bodies:
             assert re.search(r"ld\.global(\.\w+)*\.v(4\.[bfu]32|2\.[bfu]64)", body), f"{kernel}: no 128-bit load"
-            if kernel != "row_sums_kernel":
+            if kernel not in ("row_sums_kernel", "sam_norm_kernel"):
                 assert re.search(r"st\.global(\.\w+)*\.v(4\.[bfu]32|2\.[bfu]64)", body), f"{kernel}: no 128-bit store"
             assert ".local" not in body, f"{kernel}: local memory"
 

@@ -86,6 +86,14 @@ class UpdateTensor(ctypes.Structure):
     )
 
 
+class SamTensor(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in "w g kept".split()] + [
+        ("type", ctypes.c_int),
+        ("adaptive", ctypes.c_bool),
+        ("n", ctypes.c_int64),
+    ]
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """The kernels, compiled for the CPU; kept in the temporary folder by the hash of everything that is compiled."""
@@ -495,3 +503,83 @@ def test_division_by_a_scale_is_correctly_rounded(kernels):
     got = torch.empty(n)
     kernels.emulated_divide(pointer(a), pointer(b), pointer(got), ctypes.c_int64(n))
     assert torch.equal(got, a / b)
+
+
+# ---- sharpness-aware passes -----------------------------------------------------------------------------------------
+
+LENGTHS = [0, 1, 7, 32, 129, 1000, 4096, 20_003, 40_000]
+
+
+def sam_problem(lengths, dtypes, seed):
+    """(weights, gradients, adaptive), cycling through the storage types."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = list(itertools.islice(itertools.cycle(dtypes), len(lengths)))
+
+    def make():
+        return [torch.randn(n, generator=g).mul(0.5).to(t) for n, t in zip(lengths, kinds, strict=True)]
+
+    return make(), make(), [i % 2 for i in range(len(lengths))]
+
+
+def sam_tensors(ws, gs, kept, adaptive):
+    tensors = (SamTensor * len(ws))()
+    for t, w, g, keep, adapted in zip(tensors, ws, gs, kept, adaptive, strict=True):
+        t.w, t.g, t.kept = pointer(w), pointer(g), pointer(keep)
+        t.type, t.adaptive, t.n = TYPES[w.dtype], bool(adapted), w.numel()
+    return tensors, ctypes.c_size_t(len(ws))
+
+
+@pytest.mark.parametrize("coefficients", [(0.3, 0.0), (2.0, 0.5), (0.0, 0.01), (0.0, 0.0)])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_sam_perturb_restore_average(kernels, shift, coefficients):
+    weights, gradients, adaptive = sam_problem(LENGTHS * 3, TYPES, 1)
+    gradients[5][3] = float("nan")
+    pair = torch.tensor(coefficients)
+    ws, gs, keeps, guards = [], [], [], []
+    for w, g in zip(weights, gradients, strict=True):
+        for where, values in ((ws, w), (gs, g), (keeps, torch.full_like(w, 99.0))):
+            view, intact = guarded(values, shift)
+            where.append(view)
+            guards.append(intact)
+    tensors, n = sam_tensors(ws, gs, keeps, adaptive)
+    assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(pair))
+    expected, kept = [w.clone() for w in weights], [torch.empty_like(w) for w in weights]
+    reference.sam_perturb_(expected, gradients, kept, pair, adaptive, 0.01)
+    assert all(map(same, ws, expected)) and all(map(same, keeps, weights))
+    assert not kernels.emulated_sam_restore(tensors, n)
+    assert all(map(same, ws, weights))
+    tensors, n = sam_tensors(ws, gs, [None] * len(ws), adaptive)
+    assert not kernels.emulated_sam_average(tensors, n, pointer(pair))
+    means = [w.clone() for w in weights]
+    reference.sam_average_(means, gradients, pair)
+    assert all(map(same, ws, means)) and all(intact() for intact in guards)
+
+
+def test_sam_restores_every_bit(kernels):
+    for dtype in (torch.bfloat16, torch.float16):
+        patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
+        w, keep = patterns.view(dtype).clone(), torch.zeros(2**16, dtype=dtype)
+        tensors, n = sam_tensors([w], [torch.ones_like(w)], [keep], [1])
+        assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(torch.tensor([0.1, 0.0])))
+        assert not kernels.emulated_sam_restore(tensors, n)
+        assert torch.equal(keep.view(torch.int16), patterns) and torch.equal(w.view(torch.int16), patterns)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_sam_norm(kernels, dtype):
+    for lengths, shift in (([0], 0), ([1], 0), (LENGTHS, 1), (LENGTHS, 0), ([5] * 700 + [70_000], 0)):
+        weights, gradients, adaptive = sam_problem(lengths, [dtype], 2)
+        ws, gs = ([guarded(t, shift)[0] for t in ts] for ts in (weights, gradients))
+        total = torch.full((1,), float("nan"), dtype=torch.float64)
+        tensors, n = sam_tensors(ws, gs, [None] * len(ws), adaptive)
+        assert not kernels.emulated_sam_norm(tensors, n, ctypes.c_float(0.01), pointer(total))
+        expected = reference.sam_norm(weights, gradients, adaptive, 0.01)
+        # the same float32 squares; a thread adds at most 128 of them and a warp 5 more in float32, the rest is doubles
+        assert torch.allclose(total[0], expected, rtol=135 * 2.0**-24, atol=0)
+        again = torch.empty(1, dtype=torch.float64)
+        kernels.emulated_sam_norm(tensors, n, ctypes.c_float(0.01), pointer(again))
+        assert torch.equal(total, again)
+    gradients[3][2] = float("inf")
+    kernels.emulated_sam_norm(*sam_tensors(weights, gradients, [None] * len(ws), adaptive), ctypes.c_float(0.01),
+                              pointer(total))  # fmt: skip
+    assert not total.isfinite().any()

@@ -62,5 +62,23 @@ size_t update_scratch(const UpdateTensor* tensors, size_t n);
 cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates, void* scratch,
                    cudaStream_t stream);
 
+// Sharpness-aware passes over a list of tensors of n elements each.
+struct SamTensor {
+  void* w;        // sam_average: the second gradient
+  const void* g;  // sam_average: the first gradient; unused by sam_restore
+  void* kept;     // the copy of w; unused by sam_norm and sam_average
+  int type;
+  bool adaptive;
+  int64_t n;
+};
+
+// sum = sum (T g)^2. scratch: sam_norm_scratch bytes of device memory, aligned to 8.
+size_t sam_norm_scratch(const SamTensor* tensors, size_t n);
+cudaError_t sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum, void* scratch, cudaStream_t stream);
+// kept = w, w += (c T^2 - a) g with (c, a) read on the device.
+cudaError_t sam_perturb(const SamTensor* tensors, size_t n, float eta, const float* coefficients, cudaStream_t stream);
+cudaError_t sam_restore(const SamTensor* tensors, size_t n, cudaStream_t stream);
+cudaError_t sam_average(const SamTensor* tensors, size_t n, const float* coefficients, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace askew

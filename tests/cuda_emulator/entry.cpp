@@ -2,6 +2,7 @@
 #include "emulator.h"
 
 #include "../../csrc/cuda/elementwise.cu"
+#include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/update.cu"
 
 using namespace askew;
@@ -35,6 +36,17 @@ int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float
 int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates) {
   auto scratch = poisoned(cuda::update_scratch(tensors, n));
   return cuda::update(tensors, n, rule, *h, *rates, scratch.data(), nullptr);
+}
+int emulated_sam_norm(const cuda::SamTensor* tensors, size_t n, float eta, double* sum) {
+  auto scratch = poisoned(cuda::sam_norm_scratch(tensors, n));
+  return cuda::sam_norm(tensors, n, eta, sum, scratch.data(), nullptr);
+}
+int emulated_sam_perturb(const cuda::SamTensor* tensors, size_t n, float eta, const float* coefficients) {
+  return cuda::sam_perturb(tensors, n, eta, coefficients, nullptr);
+}
+int emulated_sam_restore(const cuda::SamTensor* tensors, size_t n) { return cuda::sam_restore(tensors, n, nullptr); }
+int emulated_sam_average(const cuda::SamTensor* tensors, size_t n, const float* coefficients) {
+  return cuda::sam_average(tensors, n, coefficients, nullptr);
 }
 // Division by a scale as the kernels do it, for comparison with the exact quotient.
 void emulated_divide(const float* a, const float* b, float* quotient, int64_t n) {
