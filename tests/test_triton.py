@@ -534,6 +534,62 @@ def test_errors(interpreter):
         triton(*problem.sgd())
 
 
+# ---- sharpness-aware passes -----------------------------------------------------------------------------------------
+
+LENGTHS = [0, 1, 7, 129, 2048, 5000]
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("coefficients", [(0.3, 0.0), (2.0, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sam(triton, dtype, coefficients, offset):
+    g = torch.Generator().manual_seed(2)
+    ws, gs, seconds = ([torch.randn(n, generator=g).to(dtype) for n in LENGTHS] for _ in range(3))
+    gs[4][7] = float("nan")
+    adaptive, pair = [1, 0, 1, 1, 0, 1], torch.tensor(coefficients)
+    moved, kept = [w.clone() for w in ws], [torch.full_like(w, 9.0) for w in ws]
+    expected, copies = [w.clone() for w in ws], [torch.empty_like(w) for w in ws]
+    triton("sam_perturb_", [moved, gs, kept, pair, adaptive, 0.01], offset=offset)
+    reference.sam_perturb_(expected, gs, copies, pair, adaptive, 0.01)
+    for a, b, keep, w in zip(moved, expected, kept, ws, strict=True):
+        assert_same(a, b)
+        assert_same(keep, w)
+    triton("sam_restore_", [moved, kept], offset=offset)
+    for a, w in zip(moved, ws, strict=True):
+        assert_same(a, w)
+    means, wanted = [s.clone() for s in seconds], [s.clone() for s in seconds]
+    triton("sam_average_", [means, gs, pair], offset=offset)
+    reference.sam_average_(wanted, gs, pair)
+    for a, b in zip(means, wanted, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sam_norm(triton, dtype):
+    ws, gs = ([torch.randn(n).to(dtype) for n in LENGTHS] for _ in range(2))
+    adaptive = [1, 0, 1, 1, 0, 1]
+    got, expected = triton.sam_norm(ws, gs, adaptive, 0.01), reference.sam_norm(ws, gs, adaptive, 0.01)
+    assert got.dtype == torch.float64 and got.shape == ()
+    assert abs(got - expected) <= expected * SUM_ERROR
+    gs[3][128] = float("inf")
+    assert not triton.sam_norm(ws, gs, adaptive, 0.01).isfinite()
+
+
+def test_sam_errors(interpreter):
+    triton = Runner(interpreter)
+    w, pair = torch.zeros(4), torch.zeros(2)
+    for call, match in (
+        (lambda: triton.sam_norm([w], [w[:3]], [0], 0.0), "grads"),
+        (lambda: triton.sam_norm([w], [w], [], 0.0), "adaptive"),
+        (lambda: triton.sam_perturb_([w], [w], [w.half()], pair, [0], 0.0), "kept"),
+        (lambda: triton.sam_perturb_([w], [w], [w.clone()], torch.zeros(3), [0], 0.0), "coefficients"),
+        (lambda: triton.sam_restore_([w], []), "kept"),
+        (lambda: triton.sam_average_([w], [w.double()], pair), "firsts"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=match):
+            call()
+
+
 # ---- ahead-of-time compilation --------------------------------------------------------------------------------------
 
 
@@ -614,6 +670,13 @@ def compile_all():
         "sgd, bf16 copy and sums": lambda: step("sgd", copy=bf16),
         "sgd bf16": lambda: step("sgd", dtype=bf16, copy=bf16),
         "adamw, bf16 copy and sums": lambda: step("adamw", copy=bf16),
+        "sam norm": lambda: kernels.sam_norm([x], [x], [1], 0.01),
+        "sam perturb": lambda: kernels.sam_perturb_([x.clone()], [x], [x.clone()], torch.zeros(2), [1], 0.01),
+        "sam perturb bf16": lambda: kernels.sam_perturb_(
+            [x.to(bf16)], [x.to(bf16)], [x.to(bf16)], torch.zeros(2), [0], 0.01
+        ),
+        "sam restore": lambda: kernels.sam_restore_([x], [x.clone()]),
+        "sam average": lambda: kernels.sam_average_([x], [x.clone()], torch.zeros(2)),
     }
     report = {}
     for arch in (80, 90):
@@ -662,6 +725,7 @@ def test_compiles_to_vectors_without_spills(compiled, arch):
     expected = {
         "quantize bf16": (2, 2), "quantize to bf16": (4, 2), "straight-through": (8, 4), "row sums": (8, 0),
         "sgd": (3, 2), "sgd, bf16 copy and sums": (3, 2), "sgd bf16": (3, 3), "adamw, bf16 copy and sums": (4, 3),
+        "sam norm": (8, 0), "sam perturb": (8, 8), "sam perturb bf16": (4, 4), "sam average": (8, 4),
     }  # fmt: skip
     for case, facts in compiled[arch].items():
         loads, stores = expected.get(case, (4, 4))

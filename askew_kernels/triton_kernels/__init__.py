@@ -12,6 +12,7 @@ from .elementwise import (
     row_sums,
     ste_clip_,
 )
+from .sam import sam_average_, sam_norm, sam_perturb_, sam_restore_
 from .update import skew_adamw_, skew_sgd_
 
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "fake_quantize_out_",
     "project_interval_",
     "row_sums",
+    "sam_average_",
+    "sam_norm",
+    "sam_perturb_",
+    "sam_restore_",
     "skew_adamw_",
     "skew_sgd_",
     "ste_clip_",

@@ -356,3 +356,30 @@ def stochastic_level(w, uniform, scale, lo, hi, levels, KIND: tl.constexpr, N_LE
     """The bracket's far end with probability u, else the nearest level: E[level] = w / s inside the hull."""
     near, far, _, u, _ = offset(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)
     return tl.where(uniform < u, far, near)
+
+
+# ---- sam.inl --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sam_scaled(w, g, eta, ADAPTIVE: tl.constexpr):
+    """T g with T = |w| + eta where adapted, else 1."""
+    if ADAPTIVE:
+        return (tl.abs(w) + eta) * g
+    else:
+        return g
+
+
+@triton.jit
+def sam_perturbed(w, g, eta, c, a, ADAPTIVE: tl.constexpr):
+    """w + (c T^2 - a) g."""
+    if ADAPTIVE:
+        t = tl.abs(w) + eta
+        return w + (c * (t * t) - a) * g
+    else:
+        return w + (c - a) * g
+
+
+@triton.jit
+def sam_mean(second, first):
+    return 0.5 * (second + first)

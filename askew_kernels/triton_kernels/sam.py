@@ -1,0 +1,142 @@
+"""The sharpness-aware operators in Triton: norm, perturbation with a copy kept, restore, mean of two gradients.
+
+One launch for each tensor, a flat run of elements cut into blocks of ``BLOCK``. Coefficients are read on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elementwise import BLOCK, check_dense, check_like, check_storage, on_device
+from .math import EXACT, narrow, sam_mean, sam_perturbed, sam_scaled, widen
+
+# ---- kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def sam_norm_kernel(w_ptr, g_ptr, out_ptr, eta, n, ADAPTIVE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """The block's sum of (T g)^2."""
+    start = tl.program_id(0).to(INDEX) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    valid = lane < n - start
+    w = widen(tl.load(w_ptr + start + lane, mask=valid, other=0.0))
+    x = sam_scaled(w, widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0)), eta, ADAPTIVE)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(x * x, 0))
+
+
+@triton.jit
+def sam_perturb_kernel(
+    w_ptr, g_ptr, kept_ptr, coefficients, eta, n, ADAPTIVE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
+):
+    """kept = w; w += delta, where the coefficients are not both 0."""
+    start = tl.program_id(0).to(INDEX) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    valid = lane < n - start
+    c = tl.load(coefficients)
+    a = tl.load(coefficients + 1)
+    w = tl.load(w_ptr + start + lane, mask=valid, other=0.0)
+    tl.store(kept_ptr + start + lane, w, mask=valid)
+    moves = tl.abs(c) + tl.abs(a) + tl.zeros([BLOCK], tl.float32) > 0.0
+    g = widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0))
+    moved = sam_perturbed(widen(w), g, eta, c, a, ADAPTIVE)
+    tl.store(w_ptr + start + lane, narrow(moved, w_ptr.dtype.element_ty), mask=valid & moves)
+
+
+@triton.jit
+def copy_kernel(to_ptr, from_ptr, n, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(INDEX) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    valid = lane < n - start
+    tl.store(to_ptr + start + lane, tl.load(from_ptr + start + lane, mask=valid), mask=valid)
+
+
+@triton.jit
+def sam_average_kernel(g_ptr, first_ptr, coefficients, n, INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """g = (g + first) / 2, where the coefficients are not both 0."""
+    start = tl.program_id(0).to(INDEX) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    valid = lane < n - start
+    size = tl.abs(tl.load(coefficients)) + tl.abs(tl.load(coefficients + 1))
+    valid = valid & (size + tl.zeros([BLOCK], tl.float32) > 0.0)
+    g = widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0))
+    mean = sam_mean(g, widen(tl.load(first_ptr + start + lane, mask=valid, other=0.0)))
+    tl.store(g_ptr + start + lane, narrow(mean, g_ptr.dtype.element_ty), mask=valid)
+
+
+# ---- operators ----------------------------------------------------------------------------------------------------
+
+
+def _check(tensors: Sequence[Tensor], **beside: Sequence[Tensor]) -> None:
+    """Everything, before the first write."""
+    for name, others in beside.items():
+        if len(others) != len(tensors):
+            raise ValueError(f"{name}: expected {len(tensors)}, got {len(others)}")
+    for i, t in enumerate(tensors):
+        check_dense(t, "params")
+        check_storage(t, "params")
+        for name, others in beside.items():
+            check_like(others[i], t, name)
+            if others[i].dtype != t.dtype:
+                raise TypeError(f"{name}: expected {t.dtype}, the dtype of its parameter, got {others[i].dtype}")
+
+
+def _check_coefficients(coefficients: Tensor) -> None:
+    check_dense(coefficients, "coefficients")
+    if coefficients.dtype != torch.float32 or coefficients.numel() != 2:
+        raise ValueError(f"coefficients: expected float32 of shape (2,), got {coefficients.dtype}")
+
+
+def _check_adaptive(adaptive: Sequence[int], n: int) -> None:
+    if len(adaptive) != n:
+        raise ValueError(f"adaptive: expected {n} integers, got {len(adaptive)}")
+
+
+def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
+    n = like.numel()
+    if n == 0:
+        return
+    index = tl.int32 if n < 2**31 else tl.int64
+    with on_device(like):
+        kernel[(triton.cdiv(n, BLOCK),)](*arguments, n, **constants, INDEX=index, BLOCK=BLOCK, num_warps=4, **EXACT)
+
+
+def sam_norm(params: list[Tensor], grads: list[Tensor], adaptive: list[int], eta: float) -> Tensor:
+    """sum (T g)^2 over the list: float32 in a block, float64 over the blocks, the same bits every time."""
+    _check(params, grads=grads)
+    _check_adaptive(adaptive, len(params))
+    blocks = [triton.cdiv(p.numel(), BLOCK) for p in params]
+    parts = params[0].new_empty(sum(blocks), dtype=torch.float32)
+    for w, g, adapted, part in zip(params, grads, adaptive, parts.split(blocks), strict=True):
+        _launch(sam_norm_kernel, w, w, g, part, float(eta), ADAPTIVE=bool(adapted))
+    return parts.sum(dtype=torch.float64)
+
+
+def sam_perturb_(
+    params: list[Tensor], grads: list[Tensor], kept: list[Tensor], coefficients: Tensor, adaptive: list[int], eta: float
+) -> None:
+    """kept = w, w <- w + (c T^2 - a) g; see ``ops.sam_perturb_``."""
+    _check(params, grads=grads, kept=kept)
+    _check_adaptive(adaptive, len(params))
+    _check_coefficients(coefficients)
+    for w, g, keep, adapted in zip(params, grads, kept, adaptive, strict=True):
+        _launch(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
+
+
+def sam_restore_(params: list[Tensor], kept: list[Tensor]) -> None:
+    """w = kept, bit for bit."""
+    _check(params, kept=kept)
+    for w, keep in zip(params, kept, strict=True):
+        _launch(copy_kernel, w, w, keep)
+
+
+def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor) -> None:
+    """g <- (g + first) / 2; see ``ops.sam_average_``."""
+    _check(grads, firsts=firsts)
+    _check_coefficients(coefficients)
+    for g, first in zip(grads, firsts, strict=True):
+        _launch(sam_average_kernel, g, g, first, coefficients)
