@@ -56,14 +56,19 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
 # ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
+def _is_sharded(p: Tensor) -> bool:
+    """A DTensor; asked of the type, which costs least."""
+    return hasattr(type(p), "to_local")
+
+
 def _local(t: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t  # type: ignore[attr-defined]
+    return t.to_local() if _is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def _sharding(p: Tensor) -> Any:
     """What tells over which ranks sums must be added: a DTensor's mesh and placements; None for a whole tensor."""
-    return (p.device_mesh, p.placements) if hasattr(p, "to_local") else None  # type: ignore[attr-defined]
+    return (p.device_mesh, p.placements) if _is_sharded(p) else None  # type: ignore[attr-defined]
 
 
 def _add_over_ranks(sums: dict[Any, Tensor]) -> Tensor:
@@ -101,7 +106,8 @@ class _Ascent:
 
     groups: list[list[int]]  # ids of the parameters, to notice other groups
     kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # parameter, this rank's part, its copy
-    firsts: dict[Tensor, Tensor] = field(default_factory=dict)  # first gradients, where they are needed again
+    # first gradients and their versions, where they are needed again
+    firsts: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
     coefficients: list[Tensor] = field(default_factory=list)  # of each launch
     scaler: Any = None
     found_inf: Tensor | None = None  # in the first half
@@ -271,9 +277,9 @@ class SAM(Optimizer):
             self.restore()
             raise
         if keep_firsts:
-            for bucket in buckets:  # taken over where they are dropped anyway
-                firsts = bucket.grads if zero_grad else [g.clone() for g in bucket.grads]
-                ascent.firsts.update(zip(bucket.params, firsts, strict=True))
+            for bucket in buckets:  # for telemetry alone they are not copied: _cosine sees whether they are the same
+                firsts = [g.clone() for g in bucket.grads] if self._NEEDS_FIRSTS and not zero_grad else bucket.grads
+                ascent.firsts.update((p, (g, g._version)) for p, g in zip(bucket.params, firsts, strict=True))
         if zero_grad:
             self.zero_grad()
 
@@ -288,32 +294,34 @@ class SAM(Optimizer):
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
             _check_keys({key: group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
-            names = group.get("param_names")
+            rho, adaptive, names = group["rho"], group["adaptive"], group.get("param_names")
+            own = (id(rho) if isinstance(rho, Tensor) else float(rho), float(group["eta"]))
             for i, p in enumerate(group["params"]):
                 g = p.grad
                 if g is None:
                     continue
                 name = names[i] if names else self._names.get(p)
-                what = name or f"params[{i}]"
-                if g.layout != torch.strided:
-                    raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
-                if g.dtype != p.dtype:
+                if g.layout != torch.strided or g.dtype != p.dtype or p.dtype not in ops.FLOAT_TYPES:
+                    what = name or f"params[{i}]"
+                    if g.layout != torch.strided:
+                        raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
+                    ops.check_float_tensor(what, p)
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
-                ops.check_float_tensor(what, p)
-                if (sharding := _sharding(p)) is not None:
+                w = p
+                if _is_sharded(p):
                     if self.perturbation == "local":
-                        raise ValueError(f'perturbation: "local" is for whole parameters (DDP), {what} is sharded')
-                    if _sharding(g) != sharding:
-                        g = g.redistribute(p.device_mesh, p.placements)
-                w, g = _local(p), _local(g)
-                rho = group["rho"]
-                key = (w.device, w.dtype == torch.float64, id(rho) if isinstance(rho, Tensor) else float(rho),
-                       float(group["eta"]))  # fmt: skip
-                bucket = buckets.setdefault(key, _Bucket(group))
+                        raise ValueError('perturbation: "local" is for whole parameters (DDP), got a sharded one')
+                    if _sharding(g) != _sharding(p):
+                        g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+                    w, g = _local(p), _local(g)
+                key = (w.device, w.dtype == torch.float64, *own)
+                bucket = buckets.get(key)
+                if bucket is None:
+                    bucket = buckets[key] = _Bucket(group)
                 bucket.params.append(p)
                 bucket.weights.append(w)
                 bucket.grads.append(g)
-                bucket.adaptive.append(int(_is_adaptive(group["adaptive"], name, p)))
+                bucket.adaptive.append(int(_is_adaptive(adaptive, name, p)))
         return list(buckets.values())
 
     def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
@@ -353,10 +361,8 @@ class SAM(Optimizer):
     def _buffer(self, p: Tensor, w: Tensor) -> Tensor:
         """Room for the copy, kept from step to step."""
         buffer = self._buffers.get(p)
-        if (
-            buffer is None or buffer.shape != w.shape or buffer.dtype != w.dtype or buffer.device != w.device
-            or buffer.stride() != w.stride()
-        ):  # fmt: skip
+        like = (w.shape, w.stride(), w.dtype, w.device)
+        if buffer is None or like != (buffer.shape, buffer.stride(), buffer.dtype, buffer.device):
             buffer = self._buffers[p] = torch.empty_like(w)
         return buffer
 
@@ -413,7 +419,7 @@ class SAM(Optimizer):
         for item in ascent.kept:
             together.setdefault((item[1].device, item[1].dtype == torch.float64), []).append(item)
         for items in together.values():
-            ops.sam_restore_([w for _, w, _ in items], [kept for _, _, kept in items])
+            ops.run_sam_restore([w for _, w, _ in items], [kept for _, _, kept in items])
         for p, _, _ in ascent.kept:
             if (q := WeightQuantizer.of(p)) is not None:
                 q.returned(p)
@@ -480,10 +486,19 @@ class SAM(Optimizer):
         sharded = any(_sharding(p) is not None for group in self.param_groups for p in group["params"])
         return self._telemetry_wanted and not sharded
 
-    def _cosine(self, ascent: _Ascent) -> Tensor:
-        """Between both gradients, over all parameters and ranks: float64, on the device."""
+    def _cosine(self, ascent: _Ascent) -> Tensor | None:
+        """Between both gradients, over all parameters and ranks: float64, on the device.
+
+        None where the first gradients were overwritten in place (``zero_grad(set_to_none=False)``).
+        """
+        if any(
+            g._version != version or _local(p.grad) is g
+            for p, (g, version) in ascent.firsts.items()
+            if p.grad is not None
+        ):
+            return None
         sums: dict[Any, Tensor] = {}
-        for p, first in ascent.firsts.items():
+        for p, (first, _) in ascent.firsts.items():
             if p.grad is None:
                 continue
             a, b = first.flatten().float(), _local(p.grad).flatten().float()
@@ -637,7 +652,7 @@ class AlignedSAM(SAM):
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                first = ascent.firsts.get(p)
+                first = ascent.firsts.get(p, (None, 0))[0]
                 if first is None and p.grad is None:
                     continue
                 if p.grad is None:

@@ -1,6 +1,12 @@
 // The sharpness-aware passes: norm, perturbation with a copy kept, restore, mean of two gradients. Included by
 // loops.inl, whose streams and sums they use.
 
+// Brings in what will be read half a band later: the hardware's own prefetching stops at every page.
+template <int T>
+ASKEW_FN void prefetch(const Stream& s, int64_t i) {
+  __builtin_prefetch(s.template at<typename Storage<T>::type>(i + kBand));
+}
+
 template <int T>
 struct SamNormLoop {
   static constexpr int kStreams = 2;
@@ -13,6 +19,8 @@ struct SamNormLoop {
     for (const int64_t end = i + n; i < end; i += 16)
       for (int k = 0; k < kVectors; ++k) {
         const int64_t at = i + k * ASKEW_LANES;
+        prefetch<T>(l.streams[0], at);
+        prefetch<T>(l.streams[1], at);
         const vf x = sam_scaled(load<T>(l.streams[0], at), load<T>(l.streams[1], at), l.arg);
         squares[k] += x * x;
       }
@@ -84,6 +92,8 @@ struct SamPerturbLoop {
     const SamPerturbLoop l = *this;
     const bool still = stands_still(l.arg);
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      prefetch<T>(l.streams[0], i);
+      prefetch<T>(l.streams[1], i);
       typename Raw<T>::type bits;
       __builtin_memcpy(&bits, l.streams[0].template at<S>(i), sizeof bits);
       store_bits(l.streams[2].template at<S>(i), bits, PAST_CACHES);
@@ -115,6 +125,7 @@ struct CopyLoop {
     typedef typename Storage<T>::type S;
     const CopyLoop l = *this;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      prefetch<T>(l.streams[1], i);
       typename Raw<T>::type bits;
       __builtin_memcpy(&bits, l.streams[1].template at<S>(i), sizeof bits);
       store_bits(l.streams[0].template at<S>(i), bits, PAST_CACHES);
