@@ -642,7 +642,7 @@ class AlignedSAM(SAM):
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             group = self._settings["process_group"]
-            gap = torch.as_tensor(self._gap, dtype=torch.float32).clone()
+            gap = torch.as_tensor(self._gap).double().clone()
             distributed.all_reduce(gap, group=group)
             self._gap = gap / distributed.get_world_size(group)
 
