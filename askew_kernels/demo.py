@@ -168,6 +168,14 @@ class Result:
 _data: dict[tuple[Callable[[int], Data], int], Data] = {}
 
 
+def cached(load: Callable[[int], Data], seed: int) -> Data:
+    """What a seed trains and tests on (of the digits, its fold), made once in a process."""
+    fold = seed % 5 if load is load_digits else 0
+    if (load, fold) not in _data:
+        _data[load, fold] = load(fold)
+    return _data[load, fold]
+
+
 def _is_inner(model: nn.Sequential) -> Callable[[nn.Module, str], bool]:
     """Neither the first nor the last layer with a weight matrix."""
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -178,10 +186,7 @@ def train(job: Job) -> Result:
     """Trains one model; the seed decides initialisation, data order and fold, whatever the method and the width."""
     started = time.perf_counter()
     load, build, epochs = TASKS[job.task]
-    fold = job.seed % 5 if load is load_digits else 0
-    if (load, fold) not in _data:
-        _data[load, fold] = load(fold)
-    x, x_test, y, y_test = _data[load, fold]
+    x, x_test, y, y_test = cached(load, job.seed)
     torch.manual_seed(job.seed)
     model = build().train()
     batches = len(x) // BATCH
@@ -352,6 +357,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"of: {', '.join(TASKS)}")
     parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)}")
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
+    parser.add_argument("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
     parser.add_argument("--no-bench", action="store_true", help="leave the throughput table out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
 
@@ -360,7 +366,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_all(jobs: list[Job], workers: int) -> Iterator[Result]:
+def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train) -> Iterator[Any]:
     if workers <= 1:
         threads = torch.get_num_threads()
         _one_thread()  # these networks are too small for more
@@ -399,6 +405,10 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f'demo: {error.name} is not installed; pip install "askew_kernels[demo]"', file=sys.stderr)
         return 2
+    if args.sam:
+        from . import demo_sam
+
+        return demo_sam.run(args)
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
     seeds = args.seeds or (5 if args.full else 2)
