@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Result:
 # ---- sharpness ------------------------------------------------------------------------------------------------------
 
 
-def largest_eigenvalue(loss: Callable[[], Tensor], params: list[Tensor], steps: int = LANCZOS_STEPS) -> float:
+def largest_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], steps: int = LANCZOS_STEPS) -> float:
     """Of the Hessian of ``loss`` at ``params``: Lanczos with full reorthogonalisation on Hessian-vector products."""
     gradients = torch.autograd.grad(loss(), params, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])
@@ -89,7 +89,7 @@ def largest_eigenvalue(loss: Callable[[], Tensor], params: list[Tensor], steps: 
     return float(torch.linalg.eigvalsh(matrix + matrix.triu(1).T)[-1])
 
 
-def rise_within(loss: Callable[[], Tensor], params: list[Tensor], reach: float, steps: int = ASCENT_STEPS) -> float:
+def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: float, steps: int = ASCENT_STEPS) -> float:
     """How far gradient ascent on the sphere of radius ``reach`` raises the loss; ``params`` are put back."""
     before = [p.detach().clone() for p in params]
     here = highest = float(loss().detach())

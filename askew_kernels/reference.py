@@ -270,13 +270,30 @@ def _apply(make_base, params, grads, states, scales, levels, grids, dequantized,
             out.copy_(torch.stack([p.double().sum() for p in parts]))
 
 
+def descend(
+    params: list[Tensor], grads: list[Tensor], kept: list[Tensor] | None, firsts: list[Tensor] | None,
+    coefficients: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    """A sharpness-aware step starts from the kept weights; returns the gradients, or their mean with the first ones."""
+    means = list(grads)
+    for i, p in enumerate(params):
+        if (keep := _present(kept or [], i)) is not None:
+            sam_restore_([p], [keep])
+        if (first := _present(firsts or [], i)) is not None:
+            means[i] = grads[i].clone()
+            sam_average_([means[i]], [first], coefficients)  # type: ignore[arg-type]
+    return means
+
+
 def skew_sgd_(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], scales: list[Tensor],
     levels: list[Tensor], grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
     lr: Tensor, eps: Tensor, alpha: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
     direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
+    kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None, coefficients: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One ASkewSGD step over a tensor list; see ``ops.skew_sgd_``."""
+    grads = descend(params, grads, kept, firsts, coefficients)
 
     def make_base(values, updated):
         def base(g, w):
@@ -298,9 +315,11 @@ def skew_adamw_(
     scales: list[Tensor], levels: list[Tensor], grids: list[int], dequantized: list[Tensor],
     row_sums: list[Tensor], totals: list[Tensor], step: Tensor, lr: Tensor, eps: Tensor, alpha: float, beta1: float,
     beta2: float, adam_eps: float, weight_decay: float, direction: bool, clamp: bool, maximize: bool,
-    skip_nonfinite: bool,
+    skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
+    coefficients: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
+    grads = descend(params, grads, kept, firsts, coefficients)
     first_correction = 1 / (1 - beta1 ** float(step))
     root_second_correction = 1 / math.sqrt(1 - beta2 ** float(step))
 

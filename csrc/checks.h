@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "math/types.h"
@@ -99,6 +100,34 @@ inline void check_coefficients(const Tensor& t, bool on_cpu) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == 2 && t.is_cpu() == on_cpu,
                   "coefficients: expected float32 of shape (2,) on the device of params");
 }
+
+// What a sharpness-aware optimizer hands to the base update, beside each parameter.
+struct Descent {
+  std::vector<Tensor> kept, firsts;
+  std::optional<Tensor> coefficients;  // where there are firsts
+
+  Descent(const std::optional<std::vector<Tensor>>& kept, const std::optional<std::vector<Tensor>>& firsts,
+          const std::optional<Tensor>& coefficients)
+      : coefficients(coefficients) {
+    if (kept) this->kept = *kept;
+    if (firsts) this->firsts = *firsts;
+  }
+  const Tensor* beside(const std::vector<Tensor>& list, size_t i, size_t n, const Tensor& w, const char* name) const {
+    const Tensor* t = present(list, i, n, name);
+    if (t) {
+      check_like(*t, w, name);
+      STD_TORCH_CHECK(t->scalar_type() == w.scalar_type(), name, ": expected the dtype of the parameter");
+    }
+    return t;
+  }
+  // (c, a), or null; both 0: nothing was perturbed, and the first gradients do not count.
+  const float* pair(bool on_cpu) const {
+    if (firsts.empty()) return nullptr;
+    STD_TORCH_CHECK(coefficients.has_value(), "coefficients: expected beside firsts");
+    check_coefficients(*coefficients, on_cpu);
+    return static_cast<const float*>(coefficients->data_ptr());
+  }
+};
 
 inline void set_betas(Hyper& h, double beta1, double beta2, double step) {
   h.one_minus_beta1 = (float)(1.0 - beta1);

@@ -82,7 +82,7 @@ class UpdateTensor(ctypes.Structure):
             ("rows", ctypes.c_int64),
             ("cols", ctypes.c_int64),
         ]
-        + [("grid", GridArg)]
+        + [("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p)]
     )
 
 
@@ -328,7 +328,7 @@ def make_problem(specs, o, seed):
 WRITTEN = ("params", "a", "b", "dequantized", "row_sums", "totals")
 
 
-def run_kernels(kernels, specs, p, o, on_device=False):
+def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, coefficients=None):
     """One step by the kernels; returns what was written, and whether the guards around it are intact."""
     out, guards = {k: [] for k in WRITTEN}, []
     inputs = []  # kept alive
@@ -348,6 +348,7 @@ def run_kernels(kernels, specs, p, o, on_device=False):
         t.dequantized, t.row_sums, t.totals = (pointer(out[k][i]) for k in ("dequantized", "row_sums", "totals"))
         t.type, t.dequantized_type = TYPES[dtype], TYPES[copy or torch.float32]
         t.rows, t.cols = rows, cols
+        t.kept, t.first = (pointer(list[i]) if list else None for list in (kept, firsts))
         t.grid = grid_arg(grid)
     h = hyper(o)
     rates = Rates(Scalar(0, None, False), Scalar(0, None, False), Scalar(0, None, False), o["beta1"], o["beta2"])
@@ -360,7 +361,12 @@ def run_kernels(kernels, specs, p, o, on_device=False):
         )
         h.lr = h.eps = h.cap = h.first_correction = h.root_second_correction = float("nan")
     assert not kernels.emulated_update(
-        tensors, ctypes.c_size_t(len(specs)), int(o["adamw"]), ctypes.byref(h), ctypes.byref(rates)
+        tensors,
+        ctypes.c_size_t(len(specs)),
+        int(o["adamw"]),
+        ctypes.byref(h),
+        ctypes.byref(rates),
+        pointer(coefficients),
     )
     return out, all(intact() for intact in guards)
 
@@ -583,3 +589,21 @@ def test_sam_norm(kernels, dtype):
     kernels.emulated_sam_norm(*sam_tensors(weights, gradients, [None] * len(ws), adaptive), ctypes.c_float(0.01),
                               pointer(total))  # fmt: skip
     assert not total.isfinite().any()
+
+
+@pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
+@pytest.mark.parametrize("name", ["clamp", "adamw"])
+def test_descent_inside_the_update(kernels, name, coefficients):
+    """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
+    o = {**DEFAULTS, **OPTIONS[name]}
+    specs = [(2, 129, "uniform4", torch.float32, 1, None, True, True), (40, 32, "binary", torch.bfloat16, 0,
+             torch.float32, False, True), (1, 20_000, "nf4", torch.float16, 0, None, True, False)]  # fmt: skip
+    p = make_problem(specs, o, 6)
+    firsts = [torch.randn(g.shape, generator=torch.Generator().manual_seed(1)).to(g.dtype) for g in p["grads"]]
+    pair = torch.tensor(coefficients)
+    plain = {**p, "grads": [g.clone() for g in p["grads"]]}
+    reference.sam_average_(plain["grads"], firsts, pair)
+    expected, _ = run_kernels(kernels, specs, plain, o)
+    moved = {**p, "params": [torch.full_like(w, 55.0) for w in p["params"]]}
+    got, intact = run_kernels(kernels, specs, moved, o, kept=p["params"], firsts=firsts, coefficients=pair)
+    assert intact and all(same(a, b) for k in WRITTEN for a, b in zip(got[k], expected[k], strict=True))

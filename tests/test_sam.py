@@ -703,7 +703,7 @@ def test_telemetry():
 
         def closure(i=i, losses=losses, gradients=gradients):
             loss = closure_of(model, i)()
-            losses.append(float(loss))
+            losses.append(loss.item())
             gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
             return loss
 
@@ -851,3 +851,77 @@ def test_kept_gradients_are_not_the_user_s():
             optimizer.second_step(zero_grad=True)
         results.append(weights(model))
     assert same(results[0], results[1]) and same(results[0], results[2])
+
+
+# ---- the descent inside the base's update ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["ASkewSGD", "ASkewAdamW"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_restore_costs_no_pass_over_an_askew_base(kind, base, monkeypatch):
+    """The update reads the kept copy: quantized weights are not restored before; the run is the same bit for bit."""
+    cls, options = KINDS[kind]
+    runs = []
+    for inside in (True, False):
+        model = network(True)
+        optimizer = cls(BASES[base](groups(model)), model=model, **options)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=4, total=12)
+        if not inside:
+            optimizer._descends_inside = lambda ascent: {}
+        for i in range(8):
+            restored, real = [], ops.run_sam_restore
+            monkeypatch.setattr(ops, "run_sam_restore", lambda p, k, r=restored, f=real: (r.extend(p), f(p, k)))
+            optimizer.step(closure_of(model, i))
+            monkeypatch.setattr(ops, "run_sam_restore", real)
+            quantized = [p for p in restored if WeightQuantizer.of(p) is not None]
+            assert len(quantized) == (0 if inside and i else 2)  # the first step must look at the weights for its scale
+            annealing.step()
+        runs.append((weights(model), copy.deepcopy(optimizer.state_dict())))
+    assert same(runs[0][0], runs[1][0])
+    assert same_state(runs[0][1], runs[1][1])
+
+
+def test_an_askew_base_that_raises_or_skips_a_weight():
+    model = network(True)
+    optimizer = SAM(ASkewSGD(ak.param_groups(model), lr=0.1), rho=1.0, model=model)
+    train(model, optimizer, 0, 2)
+    before = weights(model)
+    first_half(model, optimizer, 2)
+    loss_of(model, 2).backward()
+    optimizer.param_groups[1]["lr"] = -1.0  # found by the base's own checks
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.second_step()
+    assert same(weights(model), before)
+    optimizer.param_groups[1]["lr"] = 0.1
+    optimizer.zero_grad()
+    first_half(model, optimizer, 2)
+    loss_of(model, 2).backward()
+
+    def forget(*_):
+        model[0].weight.grad = None
+
+    hook = optimizer.base_optimizer.register_step_pre_hook(forget)
+    optimizer.second_step()
+    hook.remove()
+    assert torch.equal(model[0].weight, before[0]) and not torch.equal(model[3].weight, before[4])
+    train(model, optimizer, 3, 5)
+
+
+def test_weights_perturbed_out_of_the_hull_get_no_gradient():
+    """A layer that knows all weights inside clips no gradients; perturbed ones may stand outside."""
+    model = network(True, norm=False)
+    optimizer = SAM(ASkewSGD(ak.param_groups(model), lr=0.01), rho=4.0)
+    ak.EpsilonAnnealing(optimizer, hold=0, total=20).step()  # frozen scale, clamped to the hull
+    layer = model[0]
+    train(model, optimizer, 0, 3)
+    assert layer.quantizer.all_inside(layer.weight)
+    optimizer.zero_grad()
+    first_half(model, optimizer, 3)
+    assert not layer.quantizer.all_inside(layer.weight)
+    low, high = (layer.quantizer.scale[:, None] * c for c in (-8, 7))
+    outside = (layer.weight < low) | (layer.weight > high)
+    assert outside.any()
+    loss_of(model, 3).backward()
+    assert not layer.weight.grad[outside].any() and layer.weight.grad[~outside].any()
+    optimizer.restore()
+    assert layer.quantizer.all_inside(layer.weight)

@@ -16,7 +16,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import DTYPES, EPSILON, TINY, same_bits
+from oracles import DTYPES, EPSILON, TINY, Uniform, same_bits
 
 from askew_kernels import ops, reference, runtime
 
@@ -267,3 +267,40 @@ def test_operators_check_before_they_touch_memory(generator):
     ):
         with pytest.raises(RuntimeError):
             call()
+
+
+@pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, generator):
+    """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
+    grid, shapes = Uniform(4), [(3, 129), (40, 32), (1, 40_000), (2, 7)]
+    ws, gs, firsts = ([some(s, dtype, generator, 0.5) for s in shapes] for _ in range(3))
+    gs[0][0, 0], firsts[1][0, 0] = math.inf, math.nan
+    scales = [torch.full((s[0],), 0.1) for s in shapes]
+    pair = torch.tensor(coefficients)
+
+    def run(params, grads, *descent):
+        states = [[torch.full_like(w, 0.1) for w in ws] for _ in range(1 if rule == "sgd" else 2)]
+        names = ("momentum_buffers",) if rule == "sgd" else ("exp_avgs", "exp_avg_sqs")
+        copies = [torch.zeros_like(w) for w in ws]
+        stats = ops.SkewStats.empty_for(ws, scales)
+        rates = [torch.tensor(0.1), torch.tensor(0.3)]
+        numbers = [0.7, 0.9, 0.0, 0.01, False] if rule == "sgd" else [0.7, 0.9, 0.99, 1e-8, 0.01]
+        if rule == "adamw":
+            rates = [torch.tensor(2.0), *rates]
+        ops.run_skew_update(
+            f"skew_{rule}_", params, grads, dict(zip(names, states, strict=True)), scales,
+            [grid.levels_tensor(torch.device("cpu"))] * len(ws), grid.encoding * len(ws), copies, stats, rates,
+            [*numbers, False, True, False, False], contiguous=True, descent=descent,
+        )  # fmt: skip
+        return [*params, *itertools.chain(*states), *copies, *stats.row_sums, *stats.totals]
+
+    means = [g.clone() for g in gs]
+    ops.sam_average_(means, firsts, pair)
+    expected = run([w.clone() for w in ws], means)
+    got = run([torch.full_like(w, 55.0) for w in ws], [g.clone() for g in gs], [w.clone() for w in ws], firsts, pair)
+    assert all(map(same_bits, got, expected))
+    partly = [w.clone() if i % 2 else torch.empty(0, dtype=dtype) for i, w in enumerate(ws)]
+    got = run([torch.full_like(w, 55.0) if i % 2 else w.clone() for i, w in enumerate(ws)], means, partly)
+    assert all(map(same_bits, got, expected))

@@ -336,11 +336,12 @@ def _skew_update(
 def run_skew_update(
     name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
-    rates: list[Tensor], numbers: list[Any], contiguous: bool = False,
+    rates: list[Tensor], numbers: list[Any], contiguous: bool = False, descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
-    ``contiguous``: every tensor but the gradients is known to be.
+    ``contiguous``: every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a
+    sharpness-aware step (see ``schema``); needs ``contiguous``.
     """
     in_place = _InPlace()
     if contiguous:
@@ -358,7 +359,7 @@ def run_skew_update(
 
     runtime.operator(name, params[0])(
         writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers,
+        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
     )  # fmt: skip
     in_place.finish()
     written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]

@@ -8,6 +8,8 @@ Arguments shared by all of them:
   integers a tensor;
 * ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
 * in a list, a tensor without elements stands for "absent";
+* ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
+  read in place of the parameter, the mean of gradient and first gradient in place of the gradient;
 * ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device.
 
 Implementations: C++ for CPU and CUDA (``csrc``), ``triton_kernels``, ``reference``; ``runtime`` chooses.
@@ -23,6 +25,7 @@ from ..reference import NUM_ROW_SUMS
 _SKEW_TAIL = (
     "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
 )
+_DESCENT = "Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None"
 _OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
 
 SCHEMAS = {
@@ -36,11 +39,11 @@ SCHEMAS = {
     "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
     f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
     + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
-    + ") -> ()",
+    + f", {_DESCENT}) -> ()",
     "skew_adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
     f" Tensor[] scales, Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, "
     + _SKEW_TAIL.format(base="float beta1, float beta2, float adam_eps", nesterov="")
-    + ") -> ()",
+    + f", {_DESCENT}) -> ()",
     "sam_norm": "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
     "sam_perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
     " float eta) -> ()",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..quant import WeightQuantizer
+from .skewed import _Skewed
 
 PERTURBATIONS = ("global", "local")
 
@@ -391,10 +392,13 @@ class SAM(Optimizer):
             self._note_losses(loss)
             if ascent.firsts and self._records():
                 self._report["cosine"] = self._cosine(ascent)
-            self.restore()
-            if not skipped:
-                self._merge_gradients(ascent)
-                self.base_optimizer.step()
+            if skipped:
+                self.restore()
+            else:
+                inside = self._descends_inside(ascent)
+                self.restore(but=inside)
+                self._merge_gradients(ascent, inside)
+                self._step_base(ascent, inside)
         finally:
             self.restore()
         self._report.update(step=self._steps + 1, skipped=skipped)
@@ -406,25 +410,66 @@ class SAM(Optimizer):
 
     descent_step = second_step
 
+    def _descends_inside(self, ascent: _Ascent) -> dict[Tensor, Tensor]:
+        """The copies that the base's own update reads in place of the weights, so that restoring them costs no pass.
+
+        ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them.
+        """
+        base = self.base_optimizer
+        if not isinstance(base, _Skewed):
+            return {}
+        kept = {p: copy for p, _, copy in ascent.kept if p.grad is not None and p.is_contiguous()}
+        inside = {}
+        for group in base.param_groups:
+            for p in group["params"] if group["grid"] is not None else []:
+                if p in kept and (q := WeightQuantizer.of(p)) is not None and q.home_has_scale(p):
+                    inside[p] = kept[p]
+        return inside
+
+    def _step_base(self, ascent: _Ascent, inside: dict[Tensor, Tensor]) -> None:
+        """The base optimizer's step; what it has not taken from ``inside`` is restored, before or by an error."""
+        base = self.base_optimizer
+        if not inside:
+            base.step()
+            return
+        assert isinstance(base, _Skewed)
+        for p in inside:
+            WeightQuantizer.of(p).returned(p)  # type: ignore[union-attr]
+        base.kept = dict(inside)
+        try:
+            base.step()
+            unused = dict(base.kept)
+        except BaseException:
+            unused = inside
+            raise
+        finally:
+            base.kept, base.firsts, base.coefficients = {}, {}, None
+            ascent.kept = [item for item in ascent.kept if item[0] in unused]
+
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore(self, *, but: Container[Tensor] = ()) -> None:
         """Puts every perturbed weight back, bit for bit, and forgets the first half. Does nothing between steps.
 
-        Call it when you give a second half up (``step(closure)`` does so by itself).
+        Call it when you give a second half up (``step(closure)`` does so by itself). ``but``: weights that stay
+        perturbed for now, and with them the first half.
         """
         ascent, self._ascent = self._ascent, None
         if ascent is None or not ascent.kept:
             return
+        going = [item for item in ascent.kept if item[0] not in but]
+        staying = [item for item in ascent.kept if item[0] in but]
+        if staying:
+            ascent.kept, self._ascent = staying, ascent
         together: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for item in ascent.kept:
+        for item in going:
             together.setdefault((item[1].device, item[1].dtype == torch.float64), []).append(item)
         for items in together.values():
             ops.run_sam_restore([w for _, w, _ in items], [kept for _, _, kept in items])
-        for p, _, _ in ascent.kept:
+        for p, _, _ in going:
             if (q := WeightQuantizer.of(p)) is not None:
                 q.returned(p)
 
-    def _merge_gradients(self, ascent: _Ascent) -> None:
+    def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
     def _note_losses(self, loss: Tensor | float | None) -> None:
@@ -646,7 +691,7 @@ class AlignedSAM(SAM):
             distributed.all_reduce(gap, group=group)
             self._gap = gap / distributed.get_world_size(group)
 
-    def _merge_gradients(self, ascent: _Ascent) -> None:
+    def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
         coefficients = {(c.device, c.dtype == torch.float64): c for c in ascent.coefficients}
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
@@ -659,6 +704,11 @@ class AlignedSAM(SAM):
                     p.grad = torch.zeros_like(p)
                 second = _local(p.grad)
                 first = torch.zeros_like(second) if first is None else first
+                if p in inside:
+                    self.base_optimizer.firsts[p] = first  # type: ignore[attr-defined]
+                    key = second.device, second.dtype == torch.float64
+                    self.base_optimizer.coefficients = coefficients[key]  # type: ignore[attr-defined]
+                    continue
                 together.setdefault((second.device, second.dtype == torch.float64), []).append((second, first))
         for key, items in together.items():
             if key in coefficients:

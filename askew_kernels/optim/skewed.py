@@ -98,6 +98,11 @@ class _Skewed(Optimizer):
         self._totals: dict[Tensor, Tensor] = {}
         self._telemetry_step = 0
         self._plans: dict[int, _Plan] = {}
+        # Of a sharpness-aware step: kept weights to start from, taken out as they are used; first gradients to
+        # average with, and the coefficients that tell whether they count.
+        self.kept: dict[Tensor, Tensor] = {}
+        self.firsts: dict[Tensor, Tensor] = {}
+        self.coefficients: Tensor | None = None
         super().__init__(params, defaults)
 
     # ---- groups -------------------------------------------------------------------------------------------------
@@ -266,7 +271,7 @@ class _Skewed(Optimizer):
                 self.OPERATOR, members, [p.grad for p in members], states, scales, launch.levels,  # type: ignore[misc]
                 launch.encodings, launch.copies, ops.SkewStats(launch.sums, totals), [*leading, *rates],
                 [*numbers, group["skew"] == "direction", launch.clamp, group["maximize"], group["skip_nonfinite"]],
-                contiguous=launch.contiguous,
+                contiguous=launch.contiguous, descent=self._descent(members),
             )  # fmt: skip
         except BaseException:
             for q in quantizers:  # their scales have moved on
@@ -275,6 +280,17 @@ class _Skewed(Optimizer):
         clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
         for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
             q.updated(p, copied, summed, clamped)
+            self.kept.pop(p, None)
+
+    def _descent(self, members: list[Tensor]) -> list[Any]:
+        """kept, firsts and coefficients for the operator; nothing in a usual step."""
+        if not self.kept:
+            return []
+        absent = torch.empty(0, device=members[0].device, dtype=members[0].dtype)
+        kept, firsts = ([some.get(p, absent) for p in members] for some in (self.kept, self.firsts))
+        if not self.firsts or self.coefficients is None:
+            return [kept]
+        return [kept, firsts, self.coefficients]
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
@@ -381,6 +397,7 @@ class _Skewed(Optimizer):
         return {**super().__getstate__(), "telemetry_every": self.telemetry_every, "_steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self.kept, self.firsts, self.coefficients = {}, {}, None
         self._totals, self._telemetry_wanted, self._telemetry_step, self._plans = {}, True, 0, {}
         super().__setstate__(state)
         for group in self.param_groups:  # a copied parameter has lost its quantizer

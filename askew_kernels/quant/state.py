@@ -82,7 +82,8 @@ class WeightQuantizer:
         self._version: tuple[Any, ...] | None = None
         self._sums_valid = False
         self._inside = False
-        self._at_home: tuple[bool, Tensor | None] = (False, None)  # sums valid, scale; while the weight is perturbed
+        # while the weight is perturbed: sums valid, all weights inside the hull, scale
+        self._at_home: tuple[bool, bool, Tensor | None] = (False, False, None)
         self._restored = False
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -268,17 +269,21 @@ class WeightQuantizer:
     def leaving(self, weight: Tensor) -> None:
         """The weight is about to be perturbed: what is known of it as it stands will be true again."""
         self._sync(weight)
-        self._at_home = (self._sums_valid, self.scale)
+        self._at_home = (self._sums_valid, self._inside, self.scale)
 
     def away(self, weight: Tensor) -> None:
-        """It was perturbed: the scale stays, the copies do not belong to it."""
-        self._sums_valid = False
+        """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
+        self._sums_valid = self._inside = False
         self._fresh.clear()
         self._version = version_of(weight)
 
+    def home_has_scale(self, weight: Tensor) -> bool:
+        """Once it is back, a step need not read it to know its scale."""
+        return self.frozen or (self._at_home[0] and self.batches(weight))
+
     def returned(self, weight: Tensor) -> None:
         """It is back, bit for bit."""
-        self._sums_valid, scale = self._at_home
+        self._sums_valid, self._inside, scale = self._at_home
         if not self.frozen:
             self.scale = scale
         self._fresh.clear()

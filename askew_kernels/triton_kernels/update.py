@@ -33,6 +33,7 @@ from .elementwise import (
     scalar_argument,
 )
 from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
+from .sam import sam_average_, sam_restore_
 
 SEGMENT = tl.constexpr(32)  # columns of a segment
 SEGMENTS = tl.constexpr(32)  # segments of a tile
@@ -486,13 +487,29 @@ def _update(lists: _Lists, grids: Sequence[int], rule: int, lr: Tensor, eps: Ten
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
+def descend(params, grads, kept, firsts, coefficients):
+    """A sharpness-aware step's weights and gradients, by passes of their own (``reference.descend``)."""
+    n = len(params)
+    some = [i for i in range(n) if _present(kept or [], i, n, "kept") is not None]
+    sam_restore_([params[i] for i in some], [kept[i] for i in some])
+    some = [i for i in range(n) if _present(firsts or [], i, n, "firsts") is not None]
+    means = list(grads)
+    for i in some:
+        means[i] = grads[i].clone()
+    if some:
+        sam_average_([means[i] for i in some], [firsts[i] for i in some], coefficients)
+    return means
+
+
 def skew_sgd_(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], scales: list[Tensor],
     levels: list[Tensor], grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
     lr: Tensor, eps: Tensor, alpha: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
     direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
+    kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None, coefficients: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One ASkewSGD step over a tensor list; see ``ops.skew_sgd_``."""
+    grads = descend(params, grads, kept, firsts, coefficients)
     _update(
         _Lists(params, grads, momentum_buffers, [], scales, levels, dequantized, row_sums, totals), grids, SGD.value,
         lr, eps, lambda _: (1.0, 1.0, False), alpha=alpha, weight_decay=weight_decay, momentum=momentum,
@@ -507,9 +524,11 @@ def skew_adamw_(
     scales: list[Tensor], levels: list[Tensor], grids: list[int], dequantized: list[Tensor],
     row_sums: list[Tensor], totals: list[Tensor], step: Tensor, lr: Tensor, eps: Tensor, alpha: float, beta1: float,
     beta2: float, adam_eps: float, weight_decay: float, direction: bool, clamp: bool, maximize: bool,
-    skip_nonfinite: bool,
+    skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
+    coefficients: Tensor | None = None,
 ) -> None:  # fmt: skip
     """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
+    grads = descend(params, grads, kept, firsts, coefficients)
     step, step_on_device = scalar_argument(step, "step")
 
     def corrections(like: Tensor):

@@ -20,6 +20,8 @@ struct UpdateTensor {
   int type, dequantized_type;
   int64_t rows, cols;
   GridArg grid;
+  const void* kept;   // read in place of w, whose content does not matter then; may be null
+  const void* first;  // a gradient whose mean with g takes g's place; may be null
 };
 
 struct Loops {

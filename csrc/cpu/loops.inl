@@ -262,6 +262,45 @@ struct ProjectLoop {
   }
 };
 
+#define ASKEW_BY_GRID(GRID, CALL) \
+  switch ((GRID).kind) {          \
+    case kUniform: {              \
+      typedef UniformGrid Grid;   \
+      CALL;                       \
+      break;                      \
+    }                             \
+    case kBinary: {               \
+      typedef BinaryGrid Grid;    \
+      CALL;                       \
+      break;                      \
+    }                             \
+    default: {                    \
+      typedef CodebookGrid Grid;  \
+      CALL;                       \
+      break;                      \
+    }                             \
+  }
+#define ASKEW_BY_TYPE(TYPE, CALL)  \
+  switch (TYPE) {                  \
+    case kFloat32: {               \
+      constexpr int T = kFloat32;  \
+      CALL;                        \
+      break;                       \
+    }                              \
+    case kBFloat16: {              \
+      constexpr int T = kBFloat16; \
+      CALL;                        \
+      break;                       \
+    }                              \
+    default: {                     \
+      constexpr int T = kFloat16;  \
+      CALL;                        \
+      break;                       \
+    }                              \
+  }
+
+#include "sam_loops.inl"
+
 // ---- the update: one read and one write of everything -------------------------------------------------------
 //
 // A band of at most kBand columns is taken through short loops one after the other while it stays in the L1 cache:
@@ -390,7 +429,8 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
   if (totals)
     for (int j = 0; j < kTotals; ++j) clear(lanes[j]);
   Trace trace;
-  int64_t traced = 0;  // columns of the trace in use
+  alignas(64) char mean[2 * kBand * size];  // of two gradients; twice as long for what StepLoop brings in ahead
+  int64_t traced = 0;                       // columns of the trace in use
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
     if (row_sums) clear(sums);
@@ -406,8 +446,14 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
       const int64_t start = totals ? traced : 0;
       const auto part = [&](float* of) { return Stream{of + start - (base + c), 4, true}; };  // at an element's index
       const Stream w_read{t.w, size, false}, level = part(trace.level), none{};
+      if (t.kept) for_columns(CopyLoop<T, false>{{w, {(void*)t.kept, size, false}}}, base, c, c + n);
+      Stream descent = g;
+      if (t.first) {
+        descent = {mean - (base + c) * size, size, true};
+        for_columns(SamMeanLoop<T>{{descent, g, {(void*)t.first, size, false}}}, base, c, c + n);
+      }
       if (totals) for_columns(LevelsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
-      for_columns(StepLoop<T, Rule, Grid, Options, STATEFUL>{{w, g, a, b, totals ? part(trace.excess) : none,
+      for_columns(StepLoop<T, Rule, Grid, Options, STATEFUL>{{w, descent, a, b, totals ? part(trace.excess) : none,
                                                               totals ? part(trace.descent) : none,
                                                               totals ? part(trace.gradient) : none},
                                                              row,
@@ -441,43 +487,6 @@ void update_typed(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_
 }
 
 // ---- choosing the template: storage type x grid (x rule) ----------------------------------------------------
-
-#define ASKEW_BY_GRID(GRID, CALL) \
-  switch ((GRID).kind) {          \
-    case kUniform: {              \
-      typedef UniformGrid Grid;   \
-      CALL;                       \
-      break;                      \
-    }                             \
-    case kBinary: {               \
-      typedef BinaryGrid Grid;    \
-      CALL;                       \
-      break;                      \
-    }                             \
-    default: {                    \
-      typedef CodebookGrid Grid;  \
-      CALL;                       \
-      break;                      \
-    }                             \
-  }
-#define ASKEW_BY_TYPE(TYPE, CALL)  \
-  switch (TYPE) {                  \
-    case kFloat32: {               \
-      constexpr int T = kFloat32;  \
-      CALL;                        \
-      break;                       \
-    }                              \
-    case kBFloat16: {              \
-      constexpr int T = kBFloat16; \
-      CALL;                        \
-      break;                       \
-    }                              \
-    default: {                     \
-      constexpr int T = kFloat16;  \
-      CALL;                        \
-      break;                       \
-    }                              \
-  }
 
 template <class Loop>
 ASKEW_FN void for_tile(int64_t cols, Tile t, const float* scale, const GridArg& grid, Loop loop) {
@@ -539,8 +548,6 @@ static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, d
   else
     update_rule<Sgd, false>(t, h, tile, row_sums, totals);
 }
-
-#include "sam_loops.inl"
 
 static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip,    project,    row_sums,
                             update,         sam_norm,      sam_perturb,         sam_restore, sam_average};

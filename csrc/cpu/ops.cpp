@@ -158,6 +158,7 @@ struct Lists {  // the tensor lists of one update
   const std::vector<int64_t>& grids;
   const std::vector<Tensor>&dequantized, &row_sums, &totals;
   const char *a_name, *b_name;
+  Descent descent;
 };
 
 void update(const Lists& l, int rule, const Hyper& hyper) {
@@ -178,6 +179,7 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
   jobs.reserve(n);
   int64_t tiles = 0, elements = 0;
   size_t partial_rows = 0, partial_totals = 0;
+  const float* const pair = l.descent.pair(true);
   for (size_t i = 0; i < n; ++i) {  // every check comes before the first write
     const Tensor &w = l.params[i], &g = l.grads[i], &s = l.scales[i];
     const Matrix m = as_matrix(w, s);
@@ -203,6 +205,9 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
     }
     STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b),
                     "exp_avgs, exp_avg_sqs: expected for every parameter");
+    if (const Tensor* kept = l.descent.beside(l.descent.kept, i, n, w, "kept")) t.kept = kept->data_ptr();
+    const Tensor* first = l.descent.beside(l.descent.firsts, i, n, w, "firsts");
+    if (first && (pair[0] != 0.f || pair[1] != 0.f)) t.first = first->data_ptr();
     if (const Tensor* copy = present(l.dequantized, i, n, "dequantized")) {
       check_like(*copy, w, "dequantized");
       t.dequantized = copy->data_ptr();
@@ -262,7 +267,8 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               std::vector<Tensor> scales, std::vector<Tensor> levels, std::vector<int64_t> grids,
               std::vector<Tensor> dequantized, std::vector<Tensor> row_sums, std::vector<Tensor> totals, Tensor lr,
               Tensor eps, double alpha, double momentum, double dampening, double weight_decay, bool nesterov,
-              bool direction, bool clamp, bool maximize, bool skip_nonfinite) {
+              bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<std::vector<Tensor>> kept,
+              std::optional<std::vector<Tensor>> firsts, std::optional<Tensor> coefficients) {
   Hyper h{};
   set_rates(h, cpu_scalar(lr, "lr"), cpu_scalar(eps, "eps"));
   h.alpha = (float)alpha;
@@ -285,7 +291,8 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
           row_sums,
           totals,
           "momentum_buffers",
-          ""},
+          "",
+          Descent(kept, firsts, coefficients)},
          kSgd, h);
 }
 
@@ -294,7 +301,8 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 std::vector<int64_t> grids, std::vector<Tensor> dequantized, std::vector<Tensor> row_sums,
                 std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1,
                 double beta2, double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize,
-                bool skip_nonfinite) {
+                bool skip_nonfinite, std::optional<std::vector<Tensor>> kept, std::optional<std::vector<Tensor>> firsts,
+                std::optional<Tensor> coefficients) {
   Hyper h{};
   set_rates(h, cpu_scalar(lr, "lr"), cpu_scalar(eps, "eps"));
   set_betas(h, beta1, beta2, cpu_scalar(step, "step"));
@@ -306,7 +314,7 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   h.maximize = maximize;
   h.skip_nonfinite = skip_nonfinite;
   update({params, grads, exp_avgs, exp_avg_sqs, scales, levels, grids, dequantized, row_sums, totals, "exp_avgs",
-          "exp_avg_sqs"},
+          "exp_avg_sqs", Descent(kept, firsts, coefficients)},
          kAdamW, h);
 }
 

@@ -144,18 +144,21 @@ static void sam_restore(void* w, const void* kept, int type, bool past_caches, T
 }
 
 template <int T>
-struct SamAverageLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // second, first
+struct SamMeanLoop {
+  static constexpr int kStreams = 3;
+  Stream streams[kStreams];  // mean, second, first
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const SamAverageLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
-      store<T>(l.streams[0], i, sam_mean(load<T>(l.streams[0], i), load<T>(l.streams[1], i)));
+    const SamMeanLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      prefetch<T>(l.streams[1], i);
+      prefetch<T>(l.streams[2], i);
+      store<T>(l.streams[0], i, sam_mean(load<T>(l.streams[1], i), load<T>(l.streams[2], i)));
+    }
   }
 };
 
 static void sam_average(void* g, const void* first, int type, Tile t) {
   const int size = type_size(type);
-  const Stream second{g, size, true}, other{(void*)first, size, false};
-  ASKEW_BY_TYPE(type, for_columns(SamAverageLoop<T>{{second, other}}, 0, t.col0, t.col1))
+  const Stream mean{g, size, true}, second{g, size, false}, other{(void*)first, size, false};
+  ASKEW_BY_TYPE(type, for_columns(SamMeanLoop<T>{{mean, second, other}}, 0, t.col0, t.col1))
 }

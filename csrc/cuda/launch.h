@@ -47,6 +47,8 @@ struct UpdateTensor {
   int type, dequantized_type;
   Matrix m;
   GridArg grid;
+  const void* kept;   // read in place of w, whose content does not matter then; may be null
+  const void* first;  // a gradient whose mean with g takes g's place; may be null
 };
 
 // Replaces members of Hyper where they stand on the device.
@@ -57,10 +59,11 @@ struct Rates {
 };
 
 // One step of `rule` for a list of tensors. h is complete where no rate is on the device. scratch: update_scratch
-// bytes of device memory, aligned to 8.
+// bytes of device memory, aligned to 8. coefficients: (c, a) on the device, needed where a tensor has a `first`, which
+// does not count where both are 0.
 size_t update_scratch(const UpdateTensor* tensors, size_t n);
-cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates, void* scratch,
-                   cudaStream_t stream);
+cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates,
+                   const float* coefficients, void* scratch, cudaStream_t stream);
 
 // Sharpness-aware passes over a list of tensors of n elements each.
 struct SamTensor {

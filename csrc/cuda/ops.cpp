@@ -128,6 +128,7 @@ struct Lists {  // the tensor lists of one update
   const std::vector<int64_t>& grids;
   const std::vector<Tensor>&dequantized, &row_sums, &totals;
   const char *a_name, *b_name;
+  Descent descent;
 };
 
 void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rates, const char* name) {
@@ -162,6 +163,8 @@ void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rat
     }
     STD_TORCH_CHECK(rule == kSgd || w.numel() == 0 || (t.a && t.b),
                     "exp_avgs, exp_avg_sqs: expected for every parameter");
+    if (const Tensor* kept = l.descent.beside(l.descent.kept, i, n, w, "kept")) t.kept = kept->data_ptr();
+    if (const Tensor* first = l.descent.beside(l.descent.firsts, i, n, w, "firsts")) t.first = first->data_ptr();
     if (const Tensor* copy = present(l.dequantized, i, n, "dequantized")) {
       check_like(*copy, w, "dequantized");
       t.dequantized = copy->data_ptr();
@@ -183,14 +186,17 @@ void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rat
   }
   const OnDevice device(l.params[0]);
   Tensor scratch = scratch_bytes(l.params[0], cuda::update_scratch(tensors.data(), n));
-  check_cuda(cuda::update(tensors.data(), n, rule, hyper, rates, scratch.data_ptr(), device.stream), name);
+  check_cuda(
+      cuda::update(tensors.data(), n, rule, hyper, rates, l.descent.pair(false), scratch.data_ptr(), device.stream),
+      name);
 }
 
 void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
               std::vector<Tensor> scales, std::vector<Tensor> levels, std::vector<int64_t> grids,
               std::vector<Tensor> dequantized, std::vector<Tensor> row_sums, std::vector<Tensor> totals, Tensor lr,
               Tensor eps, double alpha, double momentum, double dampening, double weight_decay, bool nesterov,
-              bool direction, bool clamp, bool maximize, bool skip_nonfinite) {
+              bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<std::vector<Tensor>> kept,
+              std::optional<std::vector<Tensor>> firsts, std::optional<Tensor> coefficients) {
   const cuda::Rates rates{scalar(lr, "lr"), scalar(eps, "eps"), {0, nullptr, false}, 0, 0};
   Hyper h{};
   set_rates(h, rates.lr.value, rates.eps.value);
@@ -214,7 +220,8 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
           row_sums,
           totals,
           "momentum_buffers",
-          ""},
+          "",
+          Descent(kept, firsts, coefficients)},
          kSgd, h, rates, "skew_sgd_");
 }
 
@@ -223,7 +230,8 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 std::vector<int64_t> grids, std::vector<Tensor> dequantized, std::vector<Tensor> row_sums,
                 std::vector<Tensor> totals, Tensor step, Tensor lr, Tensor eps, double alpha, double beta1,
                 double beta2, double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize,
-                bool skip_nonfinite) {
+                bool skip_nonfinite, std::optional<std::vector<Tensor>> kept, std::optional<std::vector<Tensor>> firsts,
+                std::optional<Tensor> coefficients) {
   const cuda::Rates rates{scalar(lr, "lr"), scalar(eps, "eps"), scalar(step, "step"), beta1, beta2};
   Hyper h{};
   set_rates(h, rates.lr.value, rates.eps.value);
@@ -236,7 +244,7 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
   h.maximize = maximize;
   h.skip_nonfinite = skip_nonfinite;
   update({params, grads, exp_avgs, exp_avg_sqs, scales, levels, grids, dequantized, row_sums, totals, "exp_avgs",
-          "exp_avg_sqs"},
+          "exp_avg_sqs", Descent(kept, firsts, coefficients)},
          kAdamW, h, rates, "skew_adamw_");
 }
 

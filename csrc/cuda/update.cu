@@ -10,7 +10,9 @@ namespace {
 
 struct Entry {  // one tensor of a launch
   void* w;
+  const void* from;  // what is read as w: itself, or the copy that was kept of it
   const void* g;
+  const void* first;  // the first of two gradients; may be null
   void *a, *b;
   const float* scale;
   void* dequantized;
@@ -26,7 +28,8 @@ constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 
 struct List {
   Hyper h;
-  const Hyper* device_h;  // replaces h's rates where they stand on the device; may be null
+  const float* coefficients;  // both 0: first gradients do not count; null where there are none
+  const Hyper* device_h;      // replaces h's rates where they stand on the device; may be null
   int n;
   uint32_t first_block[kTensors];
   Entry entry[kTensors];
@@ -88,13 +91,25 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
     h.root_second_correction = list.device_h->root_second_correction;
   }
 
+  const void* const first = t.first && (list.coefficients[0] != 0.f || list.coefficients[1] != 0.f) ? t.first : nullptr;
   const AnyOptions options{h};
   Walk<T> walk(t.cut, block);
   Sums sums{0, 0, 0};
   Totals totals{};
   for (int taken = 0; taken < walk.count; ++taken) {
     const Spot spot = walk.take(taken);
-    Words w = load(t.w, spot, walk), g = load(t.g, spot, walk), a, b;
+    Words w = load(t.from, spot, walk), g = load(t.g, spot, walk), a, b;
+    if (first) {
+      const Words other = load(first, spot, walk);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        float mean[kPer];
+#pragma unroll
+        for (int e = 0; e < kPer; ++e)
+          mean[e] = sam_mean(Storage<T>::get(g.word[q], e), Storage<T>::get(other.word[q], e));
+        g.word[q] = Storage<T>::put(mean);
+      }
+    }
     if (t.a) a = load(t.a, spot, walk);
     if (t.b) b = load(t.b, spot, walk);
     const auto row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
@@ -174,7 +189,7 @@ __global__ void rates_kernel(Rates r, int rule, Hyper* h) {
 Cut cut_of(const UpdateTensor& t) {
   const int width = per_vector(t.type);
   bool vectors = t.m.cols % width == 0;
-  for (const void* p : {(const void*)t.w, t.g, (const void*)t.a, (const void*)t.b})
+  for (const void* p : {(const void*)t.w, t.g, (const void*)t.a, (const void*)t.b, t.kept, t.first})
     vectors = vectors && aligned(p, t.type, width);
   return make_cut(t.m, width, vectors && aligned(t.dequantized, t.dequantized_type, width));
 }
@@ -210,8 +225,8 @@ size_t update_scratch(const UpdateTensor* tensors, size_t n) {
   return kRatesBytes + doubles * sizeof(double);
 }
 
-cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates, void* scratch,
-                   cudaStream_t stream) {
+cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates,
+                   const float* coefficients, void* scratch, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
   const auto note = [&](cudaError_t e) { error = error == cudaSuccess ? e : error; };
   Hyper* const device_h = rates.on_device() ? (Hyper*)scratch : nullptr;
@@ -222,6 +237,7 @@ cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper&
   finisher.stream = stream;
   List list;
   list.h = h;
+  list.coefficients = coefficients;
   list.device_h = device_h;
   for (const int type : {kFloat32, kBFloat16, kFloat16})
     for (const int kind : {kUniform, kBinary, kCodebook}) {
@@ -251,8 +267,9 @@ cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper&
         }
         if (own == 0) continue;
         list.first_block[list.n] = blocks;
-        list.entry[list.n++] = {t.w,  t.g,    t.a,    t.b, t.scale,           t.dequantized,
-                                sums, totals, t.grid, cut, t.dequantized_type};
+        list.entry[list.n++] = {
+            t.w, t.kept ? t.kept : t.w, t.g, t.first, t.a, t.b, t.scale, t.dequantized, sums, totals, t.grid,
+            cut, t.dequantized_type};
         blocks += (uint32_t)own;
       }
       if (list.n) note(launch_update(type, rule, kind, list, blocks, stream));

@@ -33,9 +33,10 @@ int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float
   auto scratch = poisoned(cuda::row_sums_scratch(x, type, {rows, cols}));
   return cuda::row_sums(x, type, {rows, cols}, sums, scratch.data(), nullptr);
 }
-int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates) {
+int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates,
+                    const float* coefficients) {
   auto scratch = poisoned(cuda::update_scratch(tensors, n));
-  return cuda::update(tensors, n, rule, *h, *rates, scratch.data(), nullptr);
+  return cuda::update(tensors, n, rule, *h, *rates, coefficients, scratch.data(), nullptr);
 }
 int emulated_sam_norm(const cuda::SamTensor* tensors, size_t n, float eta, double* sum) {
   auto scratch = poisoned(cuda::sam_norm_scratch(tensors, n));
