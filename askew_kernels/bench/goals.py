@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .rows import Row
 from .suites.linear import AFTER_STEP, BREVITAS, HARD, TORCHAO
+from .suites.sam import FOREIGN, INSIDE
 from .suites.startup import BEYOND_TORCH
 from .suites.step import BNB_ADAMW, FRESH, IN_PLACE, PARQ, PUBLISHED
 from .suites.train import AUTOCAST, OURS, OURS_AUTOCAST
@@ -81,6 +82,7 @@ def memory_share(r: Row) -> float | None:
 _HOLD, _FROZEN, _SAME = "ASkewSGD hold", "ASkewSGD eps=0.3, scale frozen", "ASkewSGD eps=0.3, scale each step"
 _LIST, _BOTH = "SGD momentum step, tensor list", "linear forward + backward"
 _CHANNEL, _GROUP = "fake quantize per channel, forward + backward", "fake quantize per group of 128, forward + backward"
+_SAM = "ASAM perturb and restore, tensor list"
 _ALLOCATORS = ("default", "warm")
 
 GOALS: list[Goal] = [
@@ -111,6 +113,10 @@ GOALS: list[Goal] = [
                  ratio(op, "ops.fake_quantize", "torch.compile", allocator)),
         )
     ],
+    Goal("ASAM perturb + restore over a foreign base ÷ SGD fused", "sam", "<=", 3.6,
+         ratio(_SAM, f"{FOREIGN}, restored")),
+    Goal("what ASAM adds to an ASkewSGD step ÷ SGD fused", "sam", "<=", 2.4,
+         lambda rows: ratio(_SAM, INSIDE)(rows) - ratio(_SAM, _HOLD)(rows)),
     Goal("AskewLinear relaxed forward ÷ nn.Linear", "linear", "<=", 1.05,
          ratio("linear forward", "AskewLinear relaxed")),
     Goal("AskewLinear hard forward, fresh copy ÷ nn.Linear", "linear", "<=", 1.05, ratio("linear forward", HARD)),

@@ -23,7 +23,7 @@ struct Entry {  // one tensor of a launch
   int dequantized_type;
 };
 
-constexpr int kTensors = 224;
+constexpr int kTensors = 200;
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 
 struct List {

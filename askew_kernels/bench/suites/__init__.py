@@ -3,6 +3,7 @@
 from ..harness import Entry
 from .fake_quant import FAKE_QUANT
 from .linear import LINEAR
+from .sam import SAM
 from .startup import STARTUP
 from .step import STEP
 from .train import TRAIN
@@ -12,5 +13,6 @@ SUITES: dict[str, list[Entry]] = {
     "fake_quant": FAKE_QUANT,
     "linear": LINEAR,
     "train": TRAIN,
+    "sam": SAM,
     "startup": STARTUP,
 }

@@ -1,0 +1,223 @@
+"""Suite ``sam``: what the perturbation and the restore of a sharpness-aware step cost beside the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import optim
+from .. import peers
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
+from .common import (
+    ALPHA,
+    GRID,
+    LR,
+    Inputs,
+    compare,
+    forced,
+    in_backend,
+    our_backend,
+    resnet18_shapes,
+    why_no_compile,
+)
+from .step import askew_step, torch_step
+
+RHO, ETA = 0.5, 0.01
+FOREIGN, INSIDE = "ASAM over SGD", "ASAM over ASkewSGD, with its step"
+
+
+class NoStep(torch.optim.SGD):
+    """For peers whose restore comes with the base's step."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        return None
+
+
+class AsamCheck:
+    """Every weight at w + rho T^2 g / |T g| after ``perturb``, and back bit for bit after ``restore``."""
+
+    def __init__(self, inputs: Inputs, weights: Sequence[Tensor], perturb: Callable[[], Any],
+                 restore: Callable[[], Any], everywhere: bool = False) -> None:  # fmt: skip
+        self.inputs, self.weights, self.perturb, self.restore = inputs, weights, perturb, restore
+        # everywhere: T = |w| for every tensor, as in the implementations that came first
+        self.adapted = [everywhere or q for q in inputs.skewed]
+        self.eta = 0.0 if everywhere else ETA
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        before = [w.detach().clone() for w in self.weights]
+        ts = [w.abs() + self.eta if a else torch.ones_like(w) for w, a in zip(before, self.adapted, strict=True)]
+        norm = sum(((t * g).double() ** 2).sum() for t, g in zip(ts, self.inputs.grads, strict=True)) ** 0.5
+        self.perturb()
+        for i, (w, b, t, g) in enumerate(zip(self.weights, before, ts, self.inputs.grads, strict=True)):
+            delta = RHO / norm * (t * t * g).double()
+            compare(f"tensor {i}", w.detach() - b, delta, delta.abs() + b.double().abs() * 1e-6, 0.1)
+        self.restore()
+        if not all(map(torch.equal, self.weights, before)):
+            raise CheckFailed("a weight did not come back bit for bit")
+
+
+def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., tuple], kind: str = "peer", **how: Any) -> Impl:
+    """``make(weights, gradients, adapted)`` gives (perturb, restore)."""
+    params = inputs.parameters()
+    perturb, restore = make(params, inputs.grads_of(params), inputs.skewed)
+    everywhere = how.pop("everywhere", False)
+    check = AsamCheck(inputs, params, perturb, restore, everywhere)
+
+    def run() -> None:
+        perturb()
+        restore()
+
+    return Impl(name, run, kind, sam_traffic(inputs, restore=True), check, **how)
+
+
+def sam_traffic(inputs: Inputs, restore: bool) -> Traffic:
+    """Norm: w, g; perturb: g, w updated, copy written; restore: copy read, w written."""
+    n = inputs.bytes
+    return Traffic(read=(3 + restore) * n, updated=n, written=(1 + restore) * n)
+
+
+def asam_foreach(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+    """Lean eager: torch._foreach, buffers kept from step to step."""
+    kept = [torch.empty_like(p) for p in params]
+    weights = [p for p, a in zip(params, adapted, strict=True) if a]
+    of_weights = [g for g, a in zip(grads, adapted, strict=True) if a]
+    others = [(p, g) for p, g, a in zip(params, grads, adapted, strict=True) if not a]
+
+    @torch.no_grad()
+    def perturb() -> None:
+        ts = torch._foreach_abs(weights)
+        torch._foreach_add_(ts, ETA)
+        scaled = torch._foreach_mul(ts, of_weights)
+        norms = torch._foreach_norm([*scaled, *(g for _, g in others)])
+        c = RHO / torch.linalg.vector_norm(torch.stack(norms))
+        torch._foreach_copy_(kept, params)
+        torch._foreach_mul_(scaled, ts)
+        torch._foreach_mul_(scaled, c)
+        torch._foreach_add_(weights, scaled)
+        torch._foreach_add_([p for p, _ in others], torch._foreach_mul([g for _, g in others], c))
+
+    @torch.no_grad()
+    def restore() -> None:
+        torch._foreach_copy_(params, kept)
+
+    return perturb, restore
+
+
+def asam_by_tensor(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+    """As davda54/sam writes it, with ASAM's T: a Python loop over tensors, a fresh clone of each."""
+    kept: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def perturb() -> None:
+        norm = torch.norm(torch.stack([
+            ((p.abs() + ETA if a else 1.0) * g).norm(p=2) for p, g, a in zip(params, grads, adapted, strict=True)
+        ]), p=2)  # fmt: skip
+        scale = RHO / (norm + 1e-12)
+        for i, (p, g, a) in enumerate(zip(params, grads, adapted, strict=True)):
+            kept[i] = p.data.clone()
+            p.add_((torch.pow(p.abs() + ETA, 2) if a else 1.0) * g * scale)
+
+    @torch.no_grad()
+    def restore() -> None:
+        for i, p in enumerate(params):
+            p.data = kept[i]
+
+    return perturb, restore
+
+
+def squared_norm_of(w: Tensor, g: Tensor, adapted: bool) -> Tensor:
+    x = (w.abs() + ETA) * g if adapted else g
+    return (x * x).sum()
+
+
+def perturb_one_(w: Tensor, g: Tensor, kept: Tensor, c: Tensor, adapted: bool) -> None:
+    kept.copy_(w)
+    t = w.abs() + ETA
+    w.add_(c * (t * t) * g if adapted else c * g)
+
+
+def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+    weights, grads = ([t.detach().flatten() for t in tensors] for tensors in (params, grads))  # fewer shapes
+    kept = [torch.empty_like(p) for p in weights]
+    norm_of, move_ = (torch.compile(f, dynamic=True) for f in (squared_norm_of, perturb_one_))
+
+    @torch.no_grad()
+    def perturb() -> None:
+        squares = [norm_of(w, g, a) for w, g, a in zip(weights, grads, adapted, strict=True)]
+        c = RHO / torch.stack(squares).sum().sqrt()
+        for w, g, k, a in zip(weights, grads, kept, adapted, strict=True):
+            move_(w, g, k, c, a)
+
+    @torch.no_grad()
+    def restore() -> None:
+        torch._foreach_copy_(weights, kept)
+
+    return perturb, restore
+
+
+def asam_ours(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+    optimizer = optim.ASAM(torch.optim.SGD(params, lr=LR), rho=RHO, eta=ETA, telemetry_every=0)
+    return optimizer.first_step, optimizer.restore
+
+
+def asam_pytorch_optimizer(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+    optimizer = peers.load("pytorch_optimizer").SAM(params, NoStep, rho=RHO, adaptive=True, lr=LR)
+    return optimizer.first_step, optimizer.second_step
+
+
+def asam_inside(context: Context, inputs: Inputs, backend: str, missing: str) -> list[Impl]:
+    """The whole step over ASkewSGD, and ASkewSGD's step alone: the difference is what the two halves add."""
+    alone = askew_step(context, inputs, backend, missing)
+    name = f"{INSIDE} ({backend})" if backend else INSIDE
+    if missing:
+        return [Impl(name, kind="ours", backend=backend, missing=missing), alone]
+    params = inputs.parameters()
+    groups = [{"params": [p for p, q in zip(params, inputs.skewed, strict=True) if q], "grid": GRID},
+              {"params": [p for p, q in zip(params, inputs.skewed, strict=True) if not q], "fused": True}]  # fmt: skip
+    base = optim.ASkewSGD(groups, lr=LR, alpha=ALPHA)
+    optimizer = optim.ASAM(base, rho=RHO, eta=ETA, telemetry_every=0)
+
+    def run() -> None:
+        optimizer.first_step()
+        optimizer.second_step()
+
+    traffic = Traffic(read=4 * inputs.bytes, updated=2 * inputs.bytes, written=inputs.bytes)
+    check = AsamCheck(inputs, params, optimizer.first_step, optimizer.restore)
+    return [Impl(name, in_backend(backend, run), "ours", traffic, check, backend=our_backend(context, backend)), alone]
+
+
+def sam_case(context: Context) -> Case:
+    """ASAM's perturbation and restore over ResNet-18's list, in units of one fused SGD step."""
+    inputs = Inputs(context, resnet18_shapes() * (8 if context.is_cuda and not context.quick else 1))
+    why_not = why_no_compile(context) or ("left out of --quick" if context.quick else "")
+    impls = [torch_step(inputs, "torch SGD fused", "sgd", fused=True)]
+    for backend, missing in context.backends():
+        name = f"{FOREIGN}, restored ({backend})" if backend else f"{FOREIGN}, restored"
+        if missing:
+            impls.append(Impl(name, kind="ours", backend=backend, missing=missing))
+            continue
+        with forced(backend):
+            impl = asam_in_turns(inputs, name, asam_ours, "ours", backend=our_backend(context, backend))
+        impl.run = in_backend(backend, impl.run)
+        impls.append(impl)
+    for backend, missing in context.backends():
+        impls += asam_inside(context, inputs, backend, missing)
+    impls.append(asam_in_turns(inputs, "eager, lean foreach", asam_foreach))
+    impls.append(asam_in_turns(inputs, "eager, one tensor after the other", asam_by_tensor))
+    if why_not:
+        impls.append(Impl("torch.compile, by tensor", missing=why_not))
+    else:
+        impls.append(asam_in_turns(inputs, "torch.compile, by tensor", asam_compiled, report_first_call=True))
+    impls.append(
+        peers.peer(
+            "pytorch-optimizer, T = |w| for every tensor", "pytorch_optimizer",
+            lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, everywhere=True),
+        )
+    )  # fmt: skip
+    return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
+
+
+SAM = [Entry("ASAM perturb and restore, tensor list", sam_case)]
