@@ -142,11 +142,3 @@ def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
 def bitsandbytes_optimizer(kind: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """kind: the name of a class of ``bitsandbytes.optim``, e.g. "AdamW8bit"."""
     return getattr(load("bitsandbytes").optim, kind)(params, **options)
-
-
-# ---- pytorch-optimizer -----------------------------------------------------------------------------------------------
-
-
-def pytorch_optimizer_sam(params: Any, adaptive: bool, rho: float, **base: Any) -> Any:
-    """SAM or ASAM over torch.optim.SGD."""
-    return load("pytorch_optimizer").SAM(params, torch.optim.SGD, rho=rho, adaptive=adaptive, **base)

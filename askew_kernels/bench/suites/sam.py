@@ -146,7 +146,7 @@ def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequen
 
     @torch.no_grad()
     def perturb() -> None:
-        squares = [norm_of(w, g, a) for w, g, a in zip(weights, grads, adapted, strict=True)]
+        squares: list[Tensor] = [norm_of(w, g, a) for w, g, a in zip(weights, grads, adapted, strict=True)]
         c = RHO / torch.stack(squares).sum().sqrt()
         for w, g, k, a in zip(weights, grads, kept, adapted, strict=True):
             move_(w, g, k, c, a)
