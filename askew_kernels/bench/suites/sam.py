@@ -142,11 +142,11 @@ def perturb_one_(w: Tensor, g: Tensor, kept: Tensor, c: Tensor, adapted: bool) -
 def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
     weights, grads = ([t.detach().flatten() for t in tensors] for tensors in (params, grads))  # fewer shapes
     kept = [torch.empty_like(p) for p in weights]
-    norm_of, move_ = (torch.compile(f, dynamic=True) for f in (squared_norm_of, perturb_one_))
+    norm_of, move_ = torch.compile(squared_norm_of, dynamic=True), torch.compile(perturb_one_, dynamic=True)
 
     @torch.no_grad()
     def perturb() -> None:
-        squares: list[Tensor] = [norm_of(w, g, a) for w, g, a in zip(weights, grads, adapted, strict=True)]
+        squares = [norm_of(w, g, a) for w, g, a in zip(weights, grads, adapted, strict=True)]
         c = RHO / torch.stack(squares).sum().sqrt()
         for w, g, k, a in zip(weights, grads, kept, adapted, strict=True):
             move_(w, g, k, c, a)
