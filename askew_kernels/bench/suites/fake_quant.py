@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -146,13 +147,25 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
         impls.append(Impl("brevitas", missing="left out: no group of columns among its ready-made weight quantizers"))
     else:
         impls.append(peers.peer("brevitas", "brevitas", brevitas))
-    if why_not := why_no_compile(context) or ("left out of --quick" if context.quick else ""):
-        impls.append(Impl("torch.compile", missing=why_not))
+
+    def both_passes(t: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        x = t / s
+        return x.clamp(LO, HI).round() * s, torch.where((x >= LO) & (x <= HI), g, 0.0)
+
+    why_not = why_no_compile(context) or ("left out of --quick" if context.quick else "")
+    if why_not:
+        impls += [Impl(name, missing=why_not) for name in (COMPILED, COMPILED_BOTH)]
     else:
         run = forward_backward(compiled(eager), rows)
-        impls.append(Impl("torch.compile", run, "peer", traffic, check, first_call="compilation included"))
+        impls.append(Impl(COMPILED, run, "peer", traffic, check, first_call="compilation included"))
+        t, incoming, function = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
+        together = Impl(COMPILED_BOTH, lambda: function(t, incoming, column), "peer", traffic, check)
+        impls.append(dataclasses.replace(together, first_call="compilation included"))
     return Case(square(n), "float32", "two copies", impls, n * n)
 
+
+# The second computes output and gradient together, as no training step can: what the compiler makes of it at best.
+COMPILED, COMPILED_BOTH = "torch.compile", "torch.compile, both passes in one graph"
 
 FAKE_QUANT = [
     Entry(f"fake quantize per {text}, forward + backward", functools.partial(fake_quantize_case, granularity=g),
