@@ -394,6 +394,13 @@ def test_pages_and_filled_documents(tmp_path, capsys):
     assert "README.md: holds no <!-- bench:NAME -->" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/notes.md"])
+def test_documents_hold_what_the_committed_rows_make(document):
+    measured = rows.read_rows(ROOT / "benchmarks/results/cpu/rows.json")
+    text = (ROOT / document).read_text()
+    assert report.fill(text, measured) == text, "make readme"
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 

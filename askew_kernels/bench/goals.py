@@ -228,7 +228,7 @@ HEADLINES: list[Headline] = [
     Headline("QAT linear layer, forward + backward", "linear", _BOTH, "nn.Linear", HARD,
              ((TORCHAO, "torchao"), (BREVITAS, "brevitas"))),
     *[
-        Headline(f"QAT {op}", "train", op, "float", OURS,
+        Headline("QAT training step", "train", op, "float", OURS,
                  (("torchao QAT", "torchao"), ("brevitas QAT", "brevitas"), (AUTOCAST, "bf16 autocast, no QAT")))
         for op in ("training step, MLP", "training step, ResNet-18", "training step, GPT")
     ],

@@ -145,6 +145,7 @@ def pyplot() -> Any:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "askew_kernels"  # the same rows make the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot as plt
 
     return plt

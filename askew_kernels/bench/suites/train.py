@@ -256,9 +256,8 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
             optimizer = optim.ASkewAdamW(groups, lr=task.lr)
         else:
             optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9)
-        schedule = annealing.EpsilonAnnealing(
-            optimizer, hold=task.steps // 10, total=task.steps, power=12.0, keep_pull=True
-        )
+        # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
+        schedule = annealing.EpsilonAnnealing(optimizer, hold=task.steps // 10, total=20 * task.steps)
         training = Training(task, context, model, optimizer, [schedule], autocast)
         made = impl(name, "ours", training, our_backend(context, backend), "SAWB scale")
         made.run = in_backend(backend, training.step)
