@@ -27,9 +27,11 @@ class LinearCheck:
         inside = torch.ones_like(w)
         got = run()
         quantizer = quant.WeightQuantizer.of(self.layer.weight)
-        if self.hard and quantizer is not None and quantizer.scale is not None:
-            scale = quantizer.scale[:32]  # a last bit of difference would put a weight on another level
-            compare("scale", scale, sawb(w), sawb(w), 1e-3)  # a step uses the scale of the weights it found
+        if self.hard:
+            scale = sawb(w)
+            if quantizer is not None and quantizer.scale is not None:
+                compare("scale", quantizer.scale[:32], scale, scale, 1e-3)  # a step uses that of the weights it found
+                scale = quantizer.scale[:32]  # a last bit of difference would put a weight on another level
             levels = torch.empty(0, device=w.device)
             inside = ((w / scale[:, None] >= LO) & (w / scale[:, None] <= HI)).to(w.dtype)
             w = reference.fake_quantize(w, scale, levels, GRID.encoding, True, False, 0)
