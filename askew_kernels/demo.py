@@ -452,7 +452,8 @@ def run(args: argparse.Namespace) -> int:
     for heading in ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float"):
         table.add_column(heading, justify="left" if heading in ("network", "weights") else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(cell.replace(" ± ", "±").replace(" / ", "/") for cell in _cells(row)))
+        cells = [cell.replace(" ± ", "±").replace(" / ", "/") for cell in _cells(row)]
+        table.add_row(*cells[:-2], *(cell.split("±")[0] for cell in cells[-2:]))  # fits into 80 columns
     console.print(table)
     console.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
