@@ -25,7 +25,7 @@ from askew_kernels import __main__ as cli
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from askew_kernels.bench.suites import common, fake_quant, startup, step, train
+from askew_kernels.bench.suites import common, fake_quant, sam, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -48,10 +48,11 @@ def one_thread():
 def small(monkeypatch, side=64):
     """Every suite at a size where nothing takes time, without the compiler and other libraries."""
     monkeypatch.setattr(Context, "side", side)
-    for module in (step, fake_quant):
+    for module in (step, fake_quant, sam):
         monkeypatch.setattr(module, "why_no_compile", lambda context: "left out of this test")
     monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
-    monkeypatch.setattr(step, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
+    for module in (step, sam):
+        monkeypatch.setattr(module, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
 
 
 def rows_of(suite, op):
@@ -438,7 +439,7 @@ def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, startup or all, got 'speed'"),
+        (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, sam, startup or all, got 'speed'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["--allocator", "hot"], "--allocator: expected default, warm, both or auto, got 'hot'"),
         (["--json", "/proc/nowhere/rows.json"], "/proc/nowhere/"),

@@ -47,6 +47,7 @@ class AsamCheck:
         self.eta = 0.0 if everywhere else ETA
 
     def __call__(self, run: Callable[[], Any]) -> None:
+        run()
         before = [w.detach().clone() for w in self.weights]
         ts = [w.abs() + self.eta if a else torch.ones_like(w) for w, a in zip(before, self.adapted, strict=True)]
         norm = sum(((t * g).double() ** 2).sum() for t, g in zip(ts, self.inputs.grads, strict=True)) ** 0.5
