@@ -70,7 +70,7 @@ def largest_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], ste
     """Of the Hessian of ``loss`` at ``params``: Lanczos with full reorthogonalisation on Hessian-vector products."""
     gradients = torch.autograd.grad(loss(), params, create_graph=True)
     flat = torch.cat([g.reshape(-1) for g in gradients])
-    start = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(0))
+    start = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(0)).to(flat)
     basis = [start / start.norm()]
     alphas, betas = [], []
     for _ in range(min(steps, flat.numel())):
