@@ -380,3 +380,65 @@ def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor
         dtype = compute_dtype(g.dtype)
         mean = 0.5 * (g.to(dtype) + first.reshape(g.shape).to(dtype))
         g.copy_(torch.where((coefficients == 0).all(), g.to(dtype), mean))
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
+
+
+def row_bytes(cols: int, bits: int) -> int:
+    """Bytes of a row of ``cols`` codes: ceil(bits cols / 8), five codes a byte for TRITS."""
+    return -(-cols // 5) if bits == TRITS else -(-cols * bits // 8)
+
+
+def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``quant.pack_codes``."""
+    n = packed.shape[0]
+    if bits == TRITS:
+        powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
+        digits = packed[..., None] // powers % 3
+        return digits.reshape(n, -1)[:, :cols].contiguous()
+    words = -(-cols // 8)  # eight codes are `bits` whole bytes
+    padded = torch.nn.functional.pad(packed, (0, words * bits - packed.shape[1])).reshape(n, words, bits)
+    word = torch.zeros(n, words, dtype=torch.int64, device=packed.device)
+    for j in range(bits):
+        word |= padded[..., j].to(torch.int64) << (8 * j)
+    codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
+    return codes.reshape(n, -1)[:, :cols].contiguous()
+
+
+def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """All levels of a grid, ascending, float32: what a code indexes."""
+    kind, lo, hi = grid
+    if kind == CODEBOOK:
+        return levels.to(device)
+    step = 2 if kind == BINARY else 1
+    return torch.arange(lo, hi + 1, step, dtype=torch.float32, device=device)
+
+
+def lowbit_weight(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """(n, cols) weights s c, rounded once to ``dtype``; a code above the highest level counts as the highest."""
+    kind = compute_dtype(dtype)
+    table = level_table(levels, grid, codes.device).to(kind)
+    index = unpack_codes(codes, bits, cols).clamp_(max=len(table) - 1)
+    rows = scale.numel()
+    level = table[index.int()].reshape(rows, index.numel() // rows if rows else 0)
+    return (scale.to(kind).reshape(-1, 1) * level).to(dtype).reshape(index.shape)
+
+
+def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+    """out = s c, in the storage type of ``out`` (n, cols)."""
+    out.copy_(lowbit_weight(codes, scale, levels, grid, bits, out.shape[1], out.dtype))
+
+
+def lowbit_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """y = x W^T + b with W = s c in the storage type of x; sums in float32."""
+    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], x.dtype)
+    kind = compute_dtype(x.dtype)
+    y = x.to(kind) @ weight.to(kind).t()
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)

@@ -1,0 +1,113 @@
+"""Packed weights: level indices, ``bits`` each, in bytes; this code is the format's specification (docs/packed.md).
+
+A weight of shape (n, …) is a matrix of n rows, one for each output channel, of ``cols`` weights. A weight's code is the
+index of its level, 0 for the lowest. Each row is packed on its own and padded with zero bits to whole bytes, so a row,
+and with it an output channel, can be found without reading the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import TRITS, row_bytes, unpack_codes
+from .grids import Codebook, Grid, Ternary, Uniform
+
+__all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
+           "unpack_weight"]  # fmt: skip
+
+SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def code_bits(grid: Grid, trits: bool = False) -> int:
+    """Bits of a code of this grid: 1 … 8, or ``TRITS`` for five ternary codes in a byte (1.6 bits each).
+
+    Raises ValueError for inclusive grids (2^k + 1 levels), codebooks of more than 16 levels, and ``trits`` with more
+    than three levels.
+    """
+    if isinstance(grid, Uniform) and grid.inclusive:
+        raise ValueError(
+            f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; train with "
+            f"Uniform(bits={grid.bits}) or narrow=True"
+        )
+    if isinstance(grid, Codebook) and len(grid.levels) > 16:
+        raise ValueError(f"grid: codebooks are packed up to 16 levels, got {len(grid.levels)}")
+    if trits and not isinstance(grid, Ternary):
+        raise ValueError(f"trits: five codes a byte are for Ternary(), got {grid}")
+    return TRITS if trits else grid.bits
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(n, cols) codes as (n, row_bytes(cols, bits)) uint8.
+
+    ``bits`` in 1 … 8: a row is one string of bits, bit b being bit b mod 8 (0 the least significant) of byte b div 8;
+    bit i of code j is bit ``bits j + i``. ``bits = TRITS``: byte i is sum over d < 5 of 3^d code[5 i + d].
+    The rest of the last byte is 0. Raises ValueError where a code does not fit.
+    """
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
+        raise ValueError(f"codes: expected uint8 of shape (n, cols), got {codes.dtype} {tuple(codes.shape)}")
+    if bits != TRITS and not 1 <= bits <= 8:
+        raise ValueError(f"bits: expected 1 to 8, or TRITS, got {bits}")
+    n, cols = codes.shape
+    top = 2 if bits == TRITS else 2**bits - 1
+    if codes.numel() and int(codes.max()) > top:
+        raise ValueError(f"codes: expected at most {top}, got {int(codes.max())}")
+    if bits == TRITS:
+        digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -1, 5)
+        powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
+        return (digits * powers).sum(-1, dtype=torch.uint8)
+    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -1, 8)  # eight codes are `bits` whole bytes
+    word = torch.zeros(groups.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        word |= groups[..., i].to(torch.int64) << (bits * i)
+    packed = torch.stack([((word >> (8 * j)) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
+    return packed.reshape(n, -1)[:, : row_bytes(cols, bits)].contiguous()
+
+
+def level_codes(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Index of Q(w/s), uint8, in the shape of ``w``; NaN has no index."""
+    matrix, s = reference._rows(w, scale)
+    level = reference.nearest(matrix / s, grid.levels_tensor(w.device), grid.encoding)
+    table = reference.level_table(grid.levels_tensor(w.device), grid.encoding, w.device).to(level.dtype)
+    return torch.searchsorted(table, level.contiguous()).to(torch.uint8).reshape(w.shape)
+
+
+@torch.no_grad()
+def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) -> Tensor:
+    """(n, row_bytes) uint8 codes of Q(w/s), n = w.shape[0]; ``unpack_weight`` gives s Q(w/s) back, bit for bit.
+
+    w: at least one dimension, float; scale: one for the tensor, each channel or each group. Raises ValueError for
+    grids that cannot be packed and for NaN in ``w``.
+    """
+    bits = code_bits(grid, trits)
+    if w.dim() < 1:
+        raise ValueError("w: expected at least one dimension")
+    if bool(w.isnan().any()):
+        raise ValueError(f"w: {int(w.isnan().sum())} of {w.numel()} weights are NaN")
+    return pack_codes(level_codes(w, scale, grid).reshape(w.shape[0], w.numel() // max(w.shape[0], 1)), bits)
+
+
+@torch.no_grad()
+def unpack_weight(
+    codes: Tensor, scale: Tensor, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
+    *, trits: bool = False,
+) -> Tensor:  # fmt: skip
+    """s c in ``dtype``: the product in float32 (float64 for float64), rounded once, as ``ops.fake_quantize`` does."""
+    cols = 1
+    for n in shape[1:]:
+        cols *= n
+    bits = code_bits(grid, trits)
+    levels = grid.levels_tensor(codes.device)
+    return reference.lowbit_weight(codes, scale, levels, grid.encoding, bits, cols, dtype).reshape(shape)
+
+
+def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
+    """Raises ValueError where a code has no level (possible only where there are fewer levels than codes)."""
+    if bits == TRITS:
+        if codes.numel() and int(codes.max()) > 242:
+            raise ValueError(f"codes: five ternary codes give bytes up to 242, got {int(codes.max())}")
+    elif levels < 2**bits and codes.numel():
+        top = int(unpack_codes(codes, bits, cols).max())
+        if top >= levels:
+            raise ValueError(f"codes: expected indices of {levels} levels, got {top}")
