@@ -848,6 +848,9 @@ def operator_samples():
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
+        codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
+        yield "lowbit_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
+        yield "lowbit_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
         rates = (torch.tensor(0.1), torch.tensor(0.3))
         yield "skew_sgd_", (

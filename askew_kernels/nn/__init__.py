@@ -2,7 +2,9 @@
 
 from .convert import dequantize_, hard_quantize_, param_groups, quantize_, quantized_layers
 from .layers import AskewConv2d, AskewLinear
+from .packed import PackedConv2d, PackedLinear, pack_, packed_layers, unpack_
 
 __all__ = [
-    "AskewConv2d", "AskewLinear", "dequantize_", "hard_quantize_", "param_groups", "quantize_", "quantized_layers",
+    "AskewConv2d", "AskewLinear", "PackedConv2d", "PackedLinear", "dequantize_", "hard_quantize_", "pack_",
+    "packed_layers", "param_groups", "quantize_", "quantized_layers", "unpack_",
 ]  # fmt: skip

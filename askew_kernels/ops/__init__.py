@@ -32,6 +32,14 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
 
             schema.library.impl(_name, _late, _key)
 
+NOT_COMPILED = ("lowbit_dequantize_", "lowbit_linear")  # for CUDA: the reference serves
+if runtime.has_cuda_kernels():
+    for _name in NOT_COMPILED:
+        schema.library.impl(_name, getattr(reference, _name), "CUDA")
+if runtime._C is not None:
+    for _name in NOT_COMPILED:
+        schema.library.impl(_name, getattr(reference, _name), "CPU")
+
 
 # ---- checks -------------------------------------------------------------------------------------------------------
 
@@ -598,3 +606,75 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     flat = _Flat(grads)
     runtime.operator("sam_average_", grads[0])(flat.write(grads), flat.read(firsts), coefficients)
     flat.finish(grads)
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+
+def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
+    """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight."""
+    check_grid(grid)
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.is_contiguous():
+        raise ValueError("codes: expected a contiguous uint8 tensor of shape (n, row_bytes)")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 8:
+        raise ValueError(f"bits: expected 1 to 8, or 0 for five trits a byte, got {bits!r}")
+    if codes.shape[1] != reference.row_bytes(cols, bits):
+        raise ValueError(
+            f"codes: expected {reference.row_bytes(cols, bits)} bytes a row for {cols} weights of "
+            f"{bits or 'five to a byte'}{' bits' if bits else ''}, got {codes.shape[1]}"
+        )
+    if not isinstance(scale, Tensor) or not scale.is_floating_point() or scale.device != codes.device:
+        raise ValueError(f"scale: expected a float tensor on {codes.device}")
+    rows, n = scale.numel(), codes.shape[0]
+    if not (rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n):
+        raise ValueError(f"scale: expected 1, {n} or {n} * groups scales for ({n}, {cols}) weights, got {rows}")
+    return scale.detach().float().reshape(-1).contiguous()
+
+
+@torch.no_grad()
+def lowbit_dequantize(
+    codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once.
+
+    codes: (n, row_bytes) uint8, as ``quant.pack_codes`` writes them; scale: 1, n or n * groups. A code above the
+    highest level counts as the highest. Raises ValueError naming the argument. Source: docs/packed.md.
+    """
+    scale = _check_codes(codes, scale, grid, bits, cols)
+    out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
+    runtime.operator("lowbit_dequantize_", out)(
+        codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, out
+    )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def lowbit_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """y = x W^T + b without W in memory; no gradient.
+
+    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it; products and sums in float32, the result
+    rounded once to the type of x. The order of the sums is not torch's: in float32, y is within
+    (cols + 2) 2^-24 sum |x W| + 2^-24 |b| of the exact value. It does not depend on the number of threads.
+
+    x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
+    Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
+    """
+    check_float_tensor("x", x)
+    if x.dim() < 1:
+        raise ValueError("x: expected shape (…, cols), got a scalar")
+    cols = x.shape[-1]
+    scale = _check_codes(codes, scale, grid, bits, cols)
+    if x.device != codes.device:
+        raise ValueError(f"x: expected on the device of codes ({codes.device}), got {x.device}")
+    n = codes.shape[0]
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(f"bias: expected {x.dtype} of shape ({n},) on {x.device}, got {bias.dtype} "
+                         f"{tuple(bias.shape)} on {bias.device}")  # fmt: skip
+    flat = x.detach().reshape(-1, cols).contiguous()
+    y = runtime.operator("lowbit_linear", flat)(
+        flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
+        None if bias is None else bias.detach().contiguous(),
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], n)

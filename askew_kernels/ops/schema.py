@@ -11,6 +11,8 @@ Arguments shared by all of them:
 * ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
   read in place of the parameter, the mean of gradient and first gradient in place of the gradient;
 * ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device.
+* ``codes`` is uint8 (n, row_bytes), level indices of ``bits`` bits each, 0 standing for five trits a byte
+  (docs/packed.md);
 
 Implementations: C++ for CPU and CUDA (``csrc``), ``triton_kernels``, ``reference``; ``runtime`` chooses.
 """
@@ -36,6 +38,9 @@ SCHEMAS = {
     "ste_clip_": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> ()",
     "project_interval_": "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()",
     "row_sums": "(Tensor x, int rows) -> Tensor",
+    "lowbit_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
+    "lowbit_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
+    " -> Tensor",
     "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
     f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
     + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
@@ -68,9 +73,14 @@ def _sam_norm(params: list[Tensor], *_args) -> Tensor:
     return params[0].new_empty((), dtype=torch.float64)
 
 
+def _lowbit_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0]))
+
+
 _FAKES = {
     "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
     "sam_norm": _sam_norm,
+    "lowbit_linear": _lowbit_linear,
 }  # fmt: skip
 for _name in SCHEMAS:
     torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)
