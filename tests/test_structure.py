@@ -26,6 +26,7 @@ LAYERS = {  # room: what it may import of the package
 LAYERS["quant"] = LAYERS["ops"] | {"ops"}
 LAYERS["constraint"] = LAYERS["quant"] | {"quant"}
 LAYERS["optim"] = LAYERS["nn"] = LAYERS["constraint"] | {"constraint", "annealing"}
+LAYERS["files"] = LAYERS["optim"] | {"nn"}
 LAYERS["search"] = LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
 
 

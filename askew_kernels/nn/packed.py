@@ -19,9 +19,6 @@ from ..quant import QuantConfig, code_bits, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer, _autocast_dtype, _conv_arguments
 
-# A batch of at most this many rows is multiplied with the packed codes; a larger one with weights unpacked before.
-PACKED_BATCH = 16
-
 
 class PackedLayer(nn.Module):
     """What the packed layers share. ``config``: grid and granularity; ``trits``: five ternary codes in a byte;
