@@ -652,11 +652,10 @@ def lowbit_dequantize(
 def lowbit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + b without W in memory; no gradient.
+    """y = x W^T + b from packed codes; no gradient.
 
-    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it; products and sums in float32, the result
-    rounded once to the type of x. The order of the sums is not torch's: in float32, y is within
-    (cols + 2) 2^-24 sum |x W| + 2^-24 |b| of the exact value. It does not depend on the number of threads.
+    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it, bit for bit the weights that were packed. There is
+    no fused kernel yet: W is unpacked for the call and torch's own product taken.
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
