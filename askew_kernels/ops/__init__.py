@@ -654,8 +654,8 @@ def lowbit_linear(
 ) -> Tensor:  # fmt: skip
     """y = x W^T + b from packed codes; no gradient.
 
-    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it, bit for bit the weights that were packed. There is
-    no fused kernel yet: W is unpacked for the call and torch's own product taken.
+    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it, bit for bit the weights that were packed. There
+    is no fused kernel yet: W is unpacked for the call and torch's own product taken.
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
