@@ -22,6 +22,7 @@ import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -567,7 +568,8 @@ def run(arguments: argparse.Namespace) -> int:
     results: list[Result] = []
     if arguments.resume and rows.is_file():
         results = [Result(**json.loads(line)) for line in rows.read_text().splitlines()]
-    console = Console()
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 130  # a file or a CI log
+    console = Console(width=width, highlight=False)
 
     def write_rows() -> None:
         write_atomic(rows, "".join(json.dumps(asdict(r)) + "\n" for r in results))
