@@ -738,6 +738,62 @@ def test_nothing_waits_for_the_device(monkeypatch):
         optimizer.second_step(loss=loss)
 
 
+def test_the_gap_stays_in_one_tensor():
+    """A captured graph reads the radius where the capture found it; a loaded checkpoint is not written to."""
+    model = network()
+    optimizer = AlignedSAM(BASES["SGD"](model.parameters()), rho_max=0.3)
+    train(model, optimizer, 0, 1)
+    gap, saved = optimizer._gap, optimizer.state_dict()
+    before = saved["sam"]["gap"].clone()
+    train(model, optimizer, 1, 3)
+    assert optimizer._gap is gap and not torch.equal(gap, before)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 1, 3)
+    assert torch.equal(saved["sam"]["gap"], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("base", ["SGD", "ASkewSGD"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_graph_of_both_halves(kind, base):
+    """Forward, backward and both halves in one graph; replays train as eager steps do."""
+    cls, options = KINDS[kind]
+    made = []
+    for _ in range(2):
+        model = network(norm=False).cuda()
+        made.append((model, cls(BASES[base](model.parameters()), telemetry_every=0, **options)))
+    x, y = X[0].cuda(), Y[0].cuda()
+
+    def step(model, optimizer):
+        for half in (optimizer.first_step, optimizer.second_step):
+            loss = functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            half(loss=loss.detach())
+
+    (model, optimizer), (eager, eager_optimizer) = made
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles, uploads and allocates
+            step(model, optimizer)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # raises where either half waits for the device
+        step(model, optimizer)
+    for i in range(1, 4):
+        x.copy_(X[i])
+        y.copy_(Y[i])
+        graph.replay()
+    for i in (0, 0, 0, 1, 2, 3):
+        x.copy_(X[i])
+        y.copy_(Y[i])
+        step(eager, eager_optimizer)
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -476,8 +476,16 @@ class SAM(Optimizer):
         self._report["perturbed_loss"] = _detached(loss)
         first = self._report.get("loss")
         if loss is not None and first is not None:
-            self._gap = self._report["perturbed_loss"] - first  # type: ignore[operator]
-            self._report["surrogate_gap"] = self._gap
+            gap = self._report["surrogate_gap"] = self._report["perturbed_loss"] - first  # type: ignore[operator]
+            self._keep_gap(gap)
+
+    def _keep_gap(self, gap: Tensor | float) -> None:
+        """For the next step's radius; in the same tensor every time, where the replay of a CUDA graph looks for it."""
+        old = self._gap
+        if isinstance(gap, Tensor) and isinstance(old, Tensor) and (gap.dtype, gap.device) == (old.dtype, old.device):
+            old.copy_(gap)
+        else:
+            self._gap = gap.clone() if isinstance(gap, Tensor) else gap
 
     # ---- both halves --------------------------------------------------------------------------------------------
 
@@ -602,7 +610,8 @@ class SAM(Optimizer):
             for key, value in kept.items():
                 group.setdefault(key, value)
         self._steps = own.get("steps", 0)
-        self._gap = own.get("gap")
+        gap = own.get("gap")
+        self._gap = gap.clone() if isinstance(gap, Tensor) else gap
         self._report = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -680,16 +689,14 @@ class AlignedSAM(SAM):
         if self._settings["rho_max"] is not None and loss is None:
             raise ValueError(f"loss: expected {where}(loss=...), which the radius follows with rho_max, got None")
 
-    def _note_losses(self, loss: Tensor | float | None) -> None:
-        super()._note_losses(loss)
-        if self._settings["rho_max"] is None:
-            return
+    def _keep_gap(self, gap: Tensor | float) -> None:
         distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
+        if self._settings["rho_max"] is not None and distributed.is_available() and distributed.is_initialized():
             group = self._settings["process_group"]
-            gap = torch.as_tensor(self._gap).double().clone()
+            gap = torch.as_tensor(gap).double().clone()
             distributed.all_reduce(gap, group=group)
-            self._gap = gap / distributed.get_world_size(group)
+            gap = gap / distributed.get_world_size(group)
+        super()._keep_gap(gap)
 
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
