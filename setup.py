@@ -24,7 +24,8 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+import setuptools
+from setuptools import Distribution, Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -127,8 +128,9 @@ class BuildExt(build_ext):
 
         temp = Path(self.build_temp)
         temp.mkdir(parents=True, exist_ok=True)
-        include = [f"-I{CSRC}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_paths()['include']}",
-                   f"-isystem{pybind11.get_include()}"]  # fmt: skip
+        # pybind11's own headers first: the copy that some torch carries refuses to be included beside the stable ABI
+        include = [f"-I{CSRC}", f"-isystem{pybind11.get_include()}", f"-isystem{torch / 'include'}",
+                   f"-isystem{sysconfig.get_paths()['include']}"]  # fmt: skip
         headers = [p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cuh")] + [Path(__file__)]
         newest = max(p.stat().st_mtime for p in headers)
 
@@ -214,4 +216,19 @@ class BuildExt(build_ext):
             (folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
 
-setup(ext_modules=[Extension("askew_kernels._C", sources=[], optional=True)], cmdclass={"build_ext": BuildExt})
+class WithoutMetadata(Distribution):
+    """For ``build_ext --inplace``, which needs none of it, with a setuptools too old to read our pyproject.toml."""
+
+    def parse_config_files(self, filenames=None, ignore_option_errors=False):
+        pass
+
+
+old = int(setuptools.__version__.partition(".")[0]) < 77
+if old and "build_ext" not in sys.argv:
+    sys.exit(f"askew_kernels: to build it takes setuptools >= 77, found {setuptools.__version__}: upgrade setuptools, "
+             "or let pip bring its own by leaving --no-build-isolation out")  # fmt: skip
+setup(
+    ext_modules=[Extension("askew_kernels._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExt},
+    distclass=WithoutMetadata if old else Distribution,
+)
