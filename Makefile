@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+CONSTRAINTS := constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full lint format bench peers paper readme info gpu-check install clean
+.PHONY: demo test test-full test-oldest lint format bench peers paper readme info gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
 RESULTS := benchmarks/results/cpu
@@ -17,6 +18,10 @@ test: install
 
 test-full: install
 	$(PY) -m pytest
+
+# With the oldest torch that is served; pip takes its CUDA build, several GB.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: install
 	$(VENV)/bin/ruff format --check .
@@ -35,7 +40,7 @@ bench: install
 
 # The libraries that bench compares with; it names those that are missing.
 peers: install
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]' --no-build-isolation
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[peers]' --no-build-isolation
 
 paper: install
 	$(PY) -m askew_kernels paper
@@ -54,10 +59,10 @@ gpu-check:
 install: $(VENV)/.installed
 
 # torch first: anything that asks for torch would otherwise bring in another build of it.
-$(VENV)/.requirements: constraints.txt requirements-dev.txt
+$(VENV)/.requirements: $(CONSTRAINTS) requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -r requirements-dev.txt
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
@@ -65,4 +70,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results
+	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results

@@ -228,7 +228,7 @@ if old and "build_ext" not in sys.argv:
     sys.exit(f"askew_kernels: to build it takes setuptools >= 77, found {setuptools.__version__}: upgrade setuptools, "
              "or let pip bring its own by leaving --no-build-isolation out")  # fmt: skip
 setup(
-    ext_modules=[Extension("askew_kernels._C", sources=[], optional=True)],
+    ext_modules=[Extension("askew_kernels._C", sources=[], optional=MODE != "full")],
     cmdclass={"build_ext": BuildExt},
     distclass=WithoutMetadata if old else Distribution,
 )

@@ -26,7 +26,7 @@ struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), stream(nullptr) {
     void* current = nullptr;
     if (aoti_torch_get_current_cuda_stream)
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+      TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };
