@@ -20,6 +20,7 @@ from .rows import (
     allocator_in_use,
     by_suite,
     check_writable,
+    error,
     read_rows,
     rows_to_csv,
     rows_to_json,
@@ -27,12 +28,10 @@ from .rows import (
 )  # fmt: skip
 
 
-def error(text: object) -> None:
-    print(f"askew_kernels: {text}", file=sys.stderr)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("what", nargs="?", choices=["tune"], metavar="tune",
+        help="find this device's launch parameters (--device, --quick, --json); else: measure suites")  # fmt: skip
     add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, startup or all (default)")
     add("--op", default="", metavar="TEXT", help="only operations whose name contains this")
     add("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
@@ -106,6 +105,10 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, str, bool]]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suites; whatever ends it, the rows that were finished are printed and written."""
+    if arguments.what == "tune":
+        from . import tune
+
+        return tune.run(arguments)
     rows: list[Row] = []
     old: list[Row] = []
     planned: list[tuple[str, str, bool]] = []

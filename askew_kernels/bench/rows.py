@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,10 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 class BenchError(Exception):
     """What the user can change: one clear line, no traceback."""
+
+
+def error(text: object) -> None:
+    print(f"askew_kernels: {text}", file=sys.stderr)
 
 
 @dataclass
