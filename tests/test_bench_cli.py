@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -286,12 +287,16 @@ def test_failures_are_named_and_the_others_are_timed():
     def build():
         raise TypeError("an API that changed")
 
+    def exits():
+        sys.exit(0)
+
     later = iter([None, None, None])  # a later call raises
 
     impls = [
         Impl("base"), Impl("wrong", check=wrong), Impl("broken", broken), Impl("absent", missing="not installed"),
         peers.peer("unbuilt", "json", build), Impl("breaks later", lambda: next(later)),
-        peers.peer("not here", "no_such_library", build, "left out here"),
+        peers.peer("not here", "no_such_library", build, "left out here"), Impl("exits", exits),
+        peers.peer("exits early", "json", exits),
     ]  # fmt: skip
     measured = {r.impl: r for r in some_rows(*impls)}
     assert measured["base"].p50 is not None
@@ -301,11 +306,28 @@ def test_failures_are_named_and_the_others_are_timed():
     assert measured["unbuilt"].note == "failed: TypeError: an API that changed"
     assert measured["breaks later"].note.startswith("failed: StopIteration") and measured["breaks later"].p50 is None
     assert measured["not here"].note == "missing: left out here"
+    assert measured["exits"].failed and measured["exits early"].note == "failed: SystemExit: 0"
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert 'brevitas is not installed: pip install "askew_kernels[peers]"' in peers.why_missing("brevitas")
+    assert peers.why_missing("liger_kernel") == "liger-kernel is not installed: pip install liger-kernel"
+
+
+def test_peers_of_a_gpu_are_named(monkeypatch):
+    """The cases as a GPU would have them, built on the CPU; nothing is run."""
+    monkeypatch.setattr(Context, "is_cuda", True)
+    monkeypatch.setattr(Context, "side", 64)
+    monkeypatch.setattr(Context, "backends", lambda self: [("", "")])
+    monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
+    context = Context(CPU, quick=True)
+    forward = next(e for e in suites.SUITES["linear"] if e.op == "linear forward").build(context)
+    missing = {i.name: i.missing for i in forward.impls if i.missing}
+    assert "torchao is" in missing["torchao int4 weight-only"] and "gemlite is" in missing["gemlite 4-bit"]
+    gpt, mlp = (next(e for e in suites.SUITES["train"] if e.op.endswith(n)).build(context) for n in ("GPT", "MLP"))
+    assert any(i.name == train.LIGER and "liger_kernel is" in i.missing for i in gpt.impls)
+    assert not any(i.name == train.LIGER for i in mlp.impls)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -481,6 +503,70 @@ def test_what_ends_a_run_keeps_the_finished_rows(raised, code, message, tmp_path
     assert cli.main(arguments) == code
     assert [r["impl"] for r in json.loads(path.read_text())["rows"]] == ["base"]
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "interrupted; 2 finished rows kept"),
+        (signal.SIGTERM, 143, "terminated; 2 finished rows kept"),
+    ],
+)
+def test_a_signal_in_the_middle_of_a_case(number, code, message, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run():
+        calls.append(0)
+        if len(calls) > 4:
+            signal.raise_signal(number)
+
+    later = Entry("later", lambda context: Case("4", "float32", "base", [Impl("base", run)], 0))
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"), Impl("other")), later])
+    path = tmp_path / "rows.json"
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)]) == code
+    assert [r["impl"] for r in json.loads(path.read_text())["rows"]] == ["base", "other"]
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def full_disk(bytes_left):
+    """From now on no file of this process may grow beyond so many bytes; undone by calling what is returned."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_a_disk_that_runs_full_keeps_what_was_written(tmp_path, monkeypatch, capsys):
+    entries = [
+        Entry(f"op {i}", lambda context: Case("4", "float32", "base", [Impl("base"), Impl("other")], 0))
+        for i in range(4)
+    ]
+    monkeypatch.setitem(suites.SUITES, "linear", entries)
+    path = tmp_path / "rows.json"
+    undo = full_disk(4000)
+    try:
+        code = cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)])
+    finally:
+        undo()
+    out, err = capsys.readouterr()
+    kept = json.loads(path.read_text())["rows"]
+    assert code == 1 and 0 < len(kept) < 8
+    message = f"{path}: cannot be written (File too large); "
+    assert message in err and "finished rows kept" in err and err.count(str(path)) == 1
+    assert "other" in out and [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+def test_a_device_is_written_to_and_never_replaced(monkeypatch, capsys):
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"))])
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", "/dev/full"]) == 1
+    err = capsys.readouterr().err
+    assert "/dev/full: cannot be written (No space left on device)" in err
+    assert Path("/dev/full").is_char_device() and not list(Path("/dev").glob(".full*"))
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_failed_implementation_makes_the_exit_code_1(monkeypatch, capsys):

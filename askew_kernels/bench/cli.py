@@ -149,7 +149,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             _report(rows, old, arguments)
         except BenchError as problem:
-            error(problem)
+            if str(problem) != stopped:  # a full disk ends the run and then cannot take the plots either
+                error(problem)
             code = code or 1
         except KeyboardInterrupt:
             stopped, code = "interrupted", 130
@@ -226,9 +227,9 @@ def _measure(planned: list[tuple[str, str, bool]], device: Any, arguments: argpa
 
 
 def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> None:
-    """Tables to stdout, files, plots."""
-    _write(rows, arguments)
+    """Tables to stdout, then files and plots: where a disk is full the rows have been seen."""
     if not rows:
+        _write(rows, arguments)
         return
     if arguments.plain:
         print(report.plain_report(rows))
@@ -244,6 +245,7 @@ def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> N
             console.print(table)
     if old:
         print("\n".join([f"since {arguments.compare}:", *report.comparison_report(old, rows)]))
+    _write(rows, arguments)
     written = [path for path in (arguments.json, arguments.csv) if path]
     plots: dict[str, bytes] = {}
     if arguments.plot:

@@ -39,6 +39,10 @@ WARM_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000
 ALLOCATORS = ("default", "warm")
 
 
+# What an implementation may end with without taking the others with it; some libraries call sys.exit.
+FAULTS = (Exception, SystemExit)
+
+
 class CheckFailed(Exception):
     """An implementation's result is not the reference's; it is not timed."""
 
@@ -238,7 +242,7 @@ def interleave(
                     if impl.prepare is not None:
                         impl.prepare()
                     times[impl.name].append(impl.run() if impl.own_clock else clock(impl.run))
-                except Exception as error:
+                except FAULTS as error:
                     failures[impl.name] = first_line(error)
                 tick()
     finally:
@@ -394,7 +398,7 @@ def run_case(
             continue
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a peer's fault must not take the others with it
+        except FAULTS as error:
             yield row(impl, note=f"failed: {first_line(error)}")
             continue
         if impl.first_call:
