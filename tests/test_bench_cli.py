@@ -394,6 +394,25 @@ def test_compare_and_from_measure_nothing(tmp_path, capsys):
     assert "0 of 1 rows moved" in capsys.readouterr().out
 
 
+def test_parts_are_measured_apart_and_put_together(tmp_path, monkeypatch, capsys):
+    entries = [fake_entry(Impl("base")) for _ in range(5)]
+    entries = [Entry(f"op {i}", e.build) for i, e in enumerate(entries)]
+    monkeypatch.setitem(suites.SUITES, "linear", entries)
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    for i, path in enumerate(files):
+        arguments = ["bench", "--plain", "--quick", "--suite", "linear", "--part", f"{i + 1}/3", "--json", str(path)]
+        assert cli.main(arguments) == 0
+    parts = [rows.read_rows(path) for path in files]
+    assert sorted(r.op for part in parts for r in part) == [e.op for e in entries] and all(parts)
+    again = [rows.Row(**{**vars(r), "note": "again"}) for r in parts[1]]
+    (tmp_path / "again.json").write_text(rows.rows_to_json(again))
+    together = [str(path) for path in (files[2], files[1], files[0], tmp_path / "again.json")]
+    assert cli.main(["bench", "--plain", "--from", *together, "--json", str(tmp_path / "all.json")]) == 0
+    made = rows.read_rows(tmp_path / "all.json")
+    assert [r.op for r in made] == [e.op for e in entries]  # each once, in the registry's order
+    assert {r.op for r in made if r.note == "again"} == {r.op for r in parts[1]}
+
+
 def test_pages_and_filled_documents(tmp_path, capsys):
     path, page, document = (tmp_path / name for name in ("rows.json", "page.md", "README.md"))
     template = vars(some_rows()[0])
@@ -463,6 +482,7 @@ def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
     [
         (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, sam, startup or all, got 'speed'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--part", "3/2"], "--part: expected I/N with 1 <= I <= N, e.g. 2/5, got '3/2'"),
         (["--allocator", "hot"], "--allocator: expected default, warm, both or auto, got 'hot'"),
         (["--json", "/proc/nowhere/rows.json"], "/proc/nowhere/"),
         (["--csv", "/"], "is a folder"),

@@ -448,14 +448,23 @@ def run_case(
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def entries_of(
-    suite: str, device: torch.device, quick: bool = False, only_warm: bool = False, op: str = ""
-) -> list[Entry]:
-    """The suite's entries for this request; op: part of their operation's name."""
-    from .suites import SUITES
+@dataclass(frozen=True)
+class Choice:
+    """Which entries of a suite; op: part of their operation's name; part: (i, n), the i-th of n parts of them."""
 
-    fitting = [e for e in SUITES[suite] if device.type in e.devices and (e.quick or not quick)]
-    return [e for e in fitting if op in e.op and (e.warm or not only_warm)]
+    suite: str
+    quick: bool = False
+    only_warm: bool = False
+    op: str = ""
+    part: tuple[int, int] = (1, 1)
+
+    def entries(self, device: torch.device) -> list[Entry]:
+        from .suites import SUITES
+
+        fitting = [e for e in SUITES[self.suite] if device.type in e.devices and (e.quick or not self.quick)]
+        fitting = [e for e in fitting if self.op in e.op and (e.warm or not self.only_warm)]
+        i, n = self.part
+        return fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
 
 
 def run_entries(
@@ -479,15 +488,12 @@ def run_entries(
             torch.cuda.empty_cache()
 
 
-def run_entries_warm(
-    suite: str, device: torch.device, quick: bool, only_warm: bool, op: str, tick: Callable[[str], None]
-) -> Iterator[Row]:
-    """The rows of a suite in a child process whose glibc keeps freed memory."""
+def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of these entries in a child process whose glibc keeps freed memory."""
     if platform.libc_ver()[0] != "glibc":
         raise BenchError("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES)))
-    command = [sys.executable, "-m", "askew_kernels.bench", suite, device.type, op]
-    command += ["quick"] * quick + ["only-warm"] * only_warm
+    command = [sys.executable, "-m", "askew_kernels.bench", device.type, json.dumps(asdict(choice))]
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -512,7 +518,7 @@ def run_entries_warm(
             drain.join(5)
         if code:
             last = errors[-1].strip() if errors else f"exit code {code}"
-            raise BenchError(f"{suite} with the warm allocator: {last}")
+            raise BenchError(f"{choice.suite} with the warm allocator: {last}")
     finally:
         if child.poll() is None:
             child.kill()
@@ -521,15 +527,15 @@ def run_entries_warm(
 
 def child_main(arguments: list[str]) -> int:
     """Entry point of the child process: rows and ticks as JSON lines on stdout."""
-    suite, name, op, *rest = arguments
-    device, quick = torch.device(name), "quick" in rest
+    device = torch.device(arguments[0])
+    choice = Choice(**json.loads(arguments[1]))
 
     def send(message: dict) -> None:
         print(json.dumps(message), flush=True)
 
     try:
-        entries = entries_of(suite, device, quick, "only-warm" in rest, op)
-        for row in run_entries(suite, entries, device, quick, lambda text: send({"tick": text})):
+        rows = run_entries(choice.suite, choice.entries(device), device, choice.quick, lambda t: send({"tick": t}))
+        for row in rows:
             send({"row": asdict(row)})
     except KeyboardInterrupt:
         return 130

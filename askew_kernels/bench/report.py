@@ -285,7 +285,7 @@ def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
     cases = [shown for case in by_case(rows).values() if (shown := _shown(case))]
     sized = [case for case in cases if case[0].op.endswith("by size")]
     single = [case for case in cases if not case[0].op.endswith("by size")]
-    trained = [case for case in cases if any(r.losses for r in case)]
+    trained = [case for case in cases if any(r.losses for r in case) and case[0].allocator == cases[0][0].allocator]
     files: dict[str, bytes] = {}
     for ending, draw, members in (
         ("", _plot_cases, single),

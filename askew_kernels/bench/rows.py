@@ -95,6 +95,14 @@ def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return suites
 
 
+def merged(runs: Iterable[Iterable[Row]]) -> list[Row]:
+    """The rows of several runs; a case that was measured again replaces the earlier one whole."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for rows in runs:
+        cases |= by_case(rows)
+    return [r for rows in cases.values() for r in rows]
+
+
 # ---- where and with what ---------------------------------------------------------------------------------------------
 
 

@@ -327,7 +327,7 @@ def gpt_case(context: Context) -> Case:
 
 
 TRAIN = [
-    Entry("training step, MLP", mlp_case),
-    Entry("training step, ResNet-18", resnet_case),
-    Entry("training step, GPT", gpt_case),
+    Entry("training step, MLP", mlp_case, warm=True),
+    Entry("training step, ResNet-18", resnet_case, warm=True),
+    Entry("training step, GPT", gpt_case, warm=True),
 ]
