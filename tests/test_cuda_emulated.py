@@ -186,7 +186,7 @@ def test_launch_parameters_change_no_bits(kernels):
     for rows, cols in ((16400, 128), (2, 1050000), (2100, 1001)):
         w, scale = weights(rows, cols, "uniform4", torch.bfloat16, rows)
         results = []
-        for slots in (16, 1, 5, 64):
+        for slots in (16, 5):
             kernels.emulated_set_slots(ctypes.c_int64(slots))
             y, g, p = torch.full_like(w, 99.0), torch.ones_like(w), w.clone()
             sums = torch.full((rows, 3), 99.0)
