@@ -33,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", nargs="?", choices=["tune"], metavar="tune",
         help="find this device's launch parameters (--device, --quick, --json); else: measure suites")  # fmt: skip
-    add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, startup or all (default)")
+    add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, sam, startup or all (default)")
     add("--op", default="", metavar="TEXT", help="only operations whose name contains this")
     add("--part", default="1/1", metavar="I/N",
         help="only the I-th of N parts of each suite's cases; --from puts the parts together")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    add("--quick", action="store_true", help="small tensors and few repetitions: about a minute")
+    add("--quick", action="store_true", help="small tensors and few repetitions: a minute or two")
     add("--allocator", default="auto", metavar="NAME",
         help="default, warm (glibc keeps freed memory; a child process), both; auto (default): default, and a second "
              "time warm where results are fresh tensors and not --quick")  # fmt: skip

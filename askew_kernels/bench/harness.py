@@ -388,7 +388,8 @@ def run_case(
     peaks: dict[str, int | None] = {}
     for impl in case.impls:
         if impl.missing or impl.failed:
-            yield row(impl, note=f"missing: {impl.missing}" if impl.missing else f"failed: {impl.failed}")
+            left_out = impl.missing if impl.missing.startswith("left out") else f"missing: {impl.missing}"
+            yield row(impl, note=left_out if impl.missing else f"failed: {impl.failed}")
             continue
         tick(impl.name)
         try:
