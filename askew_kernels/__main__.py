@@ -16,8 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "GLIBC_TUNABLES",
-               "CUDA_VISIBLE_DEVICES")  # fmt: skip
+ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
+               "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
 def error(text: object) -> None:
@@ -44,6 +44,15 @@ def collect_info() -> dict[str, Any]:
         backends[device] = {"backend": backend, "why": why}
         if device == "cuda" and not cuda_here:
             backends[device] = {"backend": "none", "why": no_gpu}
+    tuning = {}
+    for device in ("cpu", *(["cuda"] if cuda_here else [])):
+        table, why = runtime.tuning_table(device)
+        sections = ("cpu",) if device == "cpu" else ("cuda", "triton")
+        tuning[device] = {
+            "table": table.name if table is not None else "built-in values",
+            "why": why,
+            "parameters": {section: runtime.tuning(section, device) for section in sections},
+        }
     triton_version = ""
     if runtime.has_triton():
         from importlib import metadata
@@ -73,8 +82,14 @@ def collect_info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda_here else [],
         "backends": backends,
+        "tuning": tuning,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
+
+
+def _tuning_text(t: dict[str, Any]) -> str:
+    values = ", ".join(f"{name} {value}" for section in t["parameters"].values() for name, value in section.items())
+    return f"{t['table']}: {t['why']} ({values or 'nothing is compiled'})"
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -102,6 +117,7 @@ def info(arguments: argparse.Namespace) -> int:
         ("CUDA kernels", cuda),
         ("GPUs", ", ".join(facts["gpus"]) or "none"),
         *((f"backend on {device}", f"{b['backend']}: {b['why']}") for device, b in facts["backends"].items()),
+        *((f"tuning on {device}", _tuning_text(t)) for device, t in facts["tuning"].items()),
         ("environment", ", ".join(f"{k}={v}" for k, v in facts["environment"].items()) or "nothing set"),
     ]
     for name, text in lines:

@@ -4,23 +4,28 @@ Environment (read once, at import):
 
 * ``ASKEW_CPU_CAPABILITY`` = baseline | avx2 | avx512: the instruction set of the CPU loops;
 * ``ASKEW_BACKEND`` = auto | cpp | triton | reference: the implementation of every operator; ``auto`` takes C++ where
-  it was built for the device, then Triton (CUDA only), then the reference.
+  it was built for the device, then Triton (CUDA only), then the reference;
+* ``ASKEW_TUNING`` = auto | default | FILE.json: the launch parameters; ``auto`` takes the table that the package holds
+  for the device, else the built-in ones, ``default`` the built-in ones whatever the device.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+import platform
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from . import reference
+from . import tuning as tables
 
 BACKENDS = ("cpp", "triton", "reference")
 
@@ -55,6 +60,7 @@ def force_cpu_capability(name: str) -> None:
     if _C is None:
         raise ValueError(f"cpu capability: nothing is compiled ({why_not_compiled()})")
     _C.force_cpu_capability(name)
+    _tune("cpu")
 
 
 def has_cuda_kernels() -> bool:
@@ -150,10 +156,107 @@ def operator(name: str, like: torch.Tensor) -> Callable:
         return getattr(backend_module(_forced), name)  # type: ignore[arg-type]
     if like.dtype == torch.float64:
         return getattr(reference, name)
+    if not _cuda_tuned and like.is_cuda and not torch.compiler.is_compiling():
+        _tune("cuda")
     found = _operators.get(name)
     if found is None:
         found = _operators[name] = getattr(torch.ops.askew, name).default
     return found
+
+
+# ---- launch parameters -----------------------------------------------------------------------------------------------
+
+built_in_tuning: tables.Values = {"triton": tables.TRITON}
+if _C is not None:
+    _compiled = _C.tuning()
+    built_in_tuning |= {s: {name: _compiled[name] for name in tables.PARAMETERS[s]} for s in ("cpu", "cuda")}
+_given: tables.Table | None = None  # chosen by hand: serves every device
+_cuda_tuned = False  # whether the C++ CUDA kernels have the values for the GPU; a GPU is not asked at import
+
+
+@functools.cache
+def cpu_name() -> str:
+    """As the operating system calls it, e.g. "AMD EPYC 9654 96-Core Processor"."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def tuning_device(device: torch.device | str = "cpu") -> tables.Device:
+    """What the table of a device is looked up by."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return tables.Device("cuda", torch.cuda.get_device_name(device), f"{major}.{minor}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return tables.Device("cpu", cpu_name(), cpu_capability(), cores)
+
+
+_shipped = functools.cache(tables.shipped)
+
+
+def tuning_table(device: torch.device | str = "cpu") -> tuple[tables.Table | None, str]:
+    """(the table that serves a device, None for the built-in values; why)."""
+    if _given is not None:
+        return _given, "chosen by ASKEW_TUNING or use_tuning"
+    return tables.choose(tuning_device(device), _shipped())
+
+
+def tuning(section: str, device: torch.device | str = "cpu") -> dict[str, int]:
+    """The launch parameters of ``cpu``, ``cuda`` or ``triton`` on a device; empty where there is no such kernel."""
+    table, _ = tuning_table(device)
+    values = built_in_tuning.get(section, {})
+    return {**values, **(table.parameters.get(section, {}) if table is not None and values else {})}
+
+
+@functools.cache
+def triton_tuning(index: int | None) -> dict[str, int]:
+    """``tuning("triton")`` on GPU number ``index``, kept; None: Triton's interpreter."""
+    return tuning("triton", "cpu" if index is None else torch.device("cuda", index))
+
+
+def _tune(section: str) -> None:
+    """Hands the values to the C++ operators; on several GPUs those of the current one count."""
+    global _cuda_tuned
+    if section == "cuda":
+        _cuda_tuned = True
+    if _C is not None:
+        _C.set_tuning(tuning(section, section))
+
+
+def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "auto") -> None:
+    """Use these launch parameters from now on: ``"auto"`` (the package's table for each device), ``"default"`` (the
+    built-in values), a JSON file made by ``bench tune``, or ``{"cpu": {"prefetch_columns": 1024}}``. What is not named
+    keeps its built-in value. To be called while no operator runs. Raises ValueError before anything changes.
+    """
+    if isinstance(source, Mapping):
+        given: tables.Table | None = tables.Table("given values", None, tables.check_values(source, "tuning"))
+    elif source == "auto":
+        given = None
+    elif source == "default":
+        given = tables.Table("built-in values", None, {})
+    else:
+        given = tables.read_table(Path(source))
+    _give_tuning(given)
+
+
+def _give_tuning(table: tables.Table | None) -> None:
+    global _given, _cuda_tuned
+    _given, _cuda_tuned = table, False
+    triton_tuning.cache_clear()
+    _tune("cpu")
+
+
+@contextlib.contextmanager
+def kept_tuning() -> Iterator[None]:
+    """Whatever ``use_tuning`` does inside is undone at the end."""
+    before = _given
+    try:
+        yield
+    finally:
+        _give_tuning(before)
 
 
 if _capability := os.environ.get("ASKEW_CPU_CAPABILITY"):
@@ -167,3 +270,10 @@ if _backend := os.environ.get("ASKEW_BACKEND"):
         set_backend(_backend)
     except ValueError as error:
         raise ValueError(f"ASKEW_BACKEND: {error}") from None
+if _source := os.environ.get("ASKEW_TUNING"):
+    try:
+        use_tuning(_source)
+    except ValueError as error:
+        raise ValueError(f"ASKEW_TUNING: {error}") from None
+else:
+    use_tuning()

@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,8 +89,8 @@ def test_step_rows(monkeypatch, op, baseline, bytes_a_weight):
     for impl, each in bytes_a_weight.items():
         assert measured[impl].bytes == each * 64 * 64
     for r in measured.values():
-        if r.note.startswith("missing"):
-            assert r.p50 is None and r.ratio is None
+        if r.p50 is None:
+            assert r.note.startswith(("missing: ", "left out of")) and r.ratio is None
             continue
         if "first call" in r.impl:
             assert r.p50 > 0 and r.repetitions == 1
@@ -135,7 +136,7 @@ def test_fake_quantize_rows(monkeypatch):
 def test_linear_rows_are_checked(monkeypatch):
     small(monkeypatch)
     for entry in [e for e in suites.SUITES["linear"] if e.quick]:
-        measured = [r for r in rows_of("linear", entry.op) if not r.note.startswith("missing")]
+        measured = [r for r in rows_of("linear", entry.op) if r.p50 is not None or r.failed]
         assert {r.kind for r in measured} == {"baseline", "ours", "ceiling"} and not any(r.failed for r in measured)
         product = next(r for r in measured if r.impl == harness.PRODUCT)
         assert product.rate == pytest.approx(2 * 64**3 / product.p50 / 1e6) and product.rate_unit == "GFLOP/s"
@@ -286,12 +287,16 @@ def test_failures_are_named_and_the_others_are_timed():
     def build():
         raise TypeError("an API that changed")
 
+    def exits():
+        sys.exit(0)
+
     later = iter([None, None, None])  # a later call raises
 
     impls = [
         Impl("base"), Impl("wrong", check=wrong), Impl("broken", broken), Impl("absent", missing="not installed"),
         peers.peer("unbuilt", "json", build), Impl("breaks later", lambda: next(later)),
-        peers.peer("not here", "no_such_library", build, "left out here"),
+        peers.peer("not here", "no_such_library", build, "left out here"), Impl("exits", exits),
+        peers.peer("exits early", "json", exits),
     ]  # fmt: skip
     measured = {r.impl: r for r in some_rows(*impls)}
     assert measured["base"].p50 is not None
@@ -300,12 +305,29 @@ def test_failures_are_named_and_the_others_are_timed():
     assert measured["absent"].note == "missing: not installed" and measured["absent"].p50 is None
     assert measured["unbuilt"].note == "failed: TypeError: an API that changed"
     assert measured["breaks later"].note.startswith("failed: StopIteration") and measured["breaks later"].p50 is None
-    assert measured["not here"].note == "missing: left out here"
+    assert measured["not here"].note == "left out here"
+    assert measured["exits"].failed and measured["exits early"].note == "failed: SystemExit: 0"
 
 
 def test_a_missing_peer_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert 'brevitas is not installed: pip install "askew_kernels[peers]"' in peers.why_missing("brevitas")
+    assert peers.why_missing("liger_kernel") == "liger-kernel is not installed: pip install liger-kernel"
+
+
+def test_peers_of_a_gpu_are_named(monkeypatch):
+    """The cases as a GPU would have them, built on the CPU; nothing is run."""
+    monkeypatch.setattr(Context, "is_cuda", True)
+    monkeypatch.setattr(Context, "side", 64)
+    monkeypatch.setattr(Context, "backends", lambda self: [("", "")])
+    monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
+    context = Context(CPU, quick=True)
+    forward = next(e for e in suites.SUITES["linear"] if e.op == "linear forward").build(context)
+    missing = {i.name: i.missing for i in forward.impls if i.missing}
+    assert "torchao is" in missing["torchao int4 weight-only"] and "gemlite is" in missing["gemlite 4-bit"]
+    gpt, mlp = (next(e for e in suites.SUITES["train"] if e.op.endswith(n)).build(context) for n in ("GPT", "MLP"))
+    assert any(i.name == train.LIGER and "liger_kernel is" in i.missing for i in gpt.impls)
+    assert not any(i.name == train.LIGER for i in mlp.impls)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -370,6 +392,25 @@ def test_compare_and_from_measure_nothing(tmp_path, capsys):
     path.write_text(rows.rows_to_json(some_rows()))
     assert cli.main(["bench", "--plain", "--from", str(path), "--compare", str(path)]) == 0
     assert "0 of 1 rows moved" in capsys.readouterr().out
+
+
+def test_parts_are_measured_apart_and_put_together(tmp_path, monkeypatch, capsys):
+    entries = [fake_entry(Impl("base")) for _ in range(5)]
+    entries = [Entry(f"op {i}", e.build) for i, e in enumerate(entries)]
+    monkeypatch.setitem(suites.SUITES, "linear", entries)
+    files = [tmp_path / f"{i}.json" for i in range(3)]
+    for i, path in enumerate(files):
+        arguments = ["bench", "--plain", "--quick", "--suite", "linear", "--part", f"{i + 1}/3", "--json", str(path)]
+        assert cli.main(arguments) == 0
+    parts = [rows.read_rows(path) for path in files]
+    assert sorted(r.op for part in parts for r in part) == [e.op for e in entries] and all(parts)
+    again = [rows.Row(**{**vars(r), "note": "again"}) for r in parts[1]]
+    (tmp_path / "again.json").write_text(rows.rows_to_json(again))
+    together = [str(path) for path in (files[2], files[1], files[0], tmp_path / "again.json")]
+    assert cli.main(["bench", "--plain", "--from", *together, "--json", str(tmp_path / "all.json")]) == 0
+    made = rows.read_rows(tmp_path / "all.json")
+    assert [r.op for r in made] == [e.op for e in entries]  # each once, in the registry's order
+    assert {r.op for r in made if r.note == "again"} == {r.op for r in parts[1]}
 
 
 def test_pages_and_filled_documents(tmp_path, capsys):
@@ -441,6 +482,7 @@ def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
     [
         (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, sam, startup or all, got 'speed'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["--part", "3/2"], "--part: expected I/N with 1 <= I <= N, e.g. 2/5, got '3/2'"),
         (["--allocator", "hot"], "--allocator: expected default, warm, both or auto, got 'hot'"),
         (["--json", "/proc/nowhere/rows.json"], "/proc/nowhere/"),
         (["--csv", "/"], "is a folder"),
@@ -481,6 +523,70 @@ def test_what_ends_a_run_keeps_the_finished_rows(raised, code, message, tmp_path
     assert cli.main(arguments) == code
     assert [r["impl"] for r in json.loads(path.read_text())["rows"]] == ["base"]
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [
+        (signal.SIGINT, 130, "interrupted; 2 finished rows kept"),
+        (signal.SIGTERM, 143, "terminated; 2 finished rows kept"),
+    ],
+)
+def test_a_signal_in_the_middle_of_a_case(number, code, message, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def run():
+        calls.append(0)
+        if len(calls) > 4:
+            signal.raise_signal(number)
+
+    later = Entry("later", lambda context: Case("4", "float32", "base", [Impl("base", run)], 0))
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"), Impl("other")), later])
+    path = tmp_path / "rows.json"
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)]) == code
+    assert [r["impl"] for r in json.loads(path.read_text())["rows"]] == ["base", "other"]
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+
+
+def full_disk(bytes_left):
+    """From now on no file of this process may grow beyond so many bytes; undone by calling what is returned."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_a_disk_that_runs_full_keeps_what_was_written(tmp_path, monkeypatch, capsys):
+    entries = [
+        Entry(f"op {i}", lambda context: Case("4", "float32", "base", [Impl("base"), Impl("other")], 0))
+        for i in range(4)
+    ]
+    monkeypatch.setitem(suites.SUITES, "linear", entries)
+    path = tmp_path / "rows.json"
+    undo = full_disk(4000)
+    try:
+        code = cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)])
+    finally:
+        undo()
+    out, err = capsys.readouterr()
+    kept = json.loads(path.read_text())["rows"]
+    assert code == 1 and 0 < len(kept) < 8
+    message = f"{path}: cannot be written (File too large); "
+    assert message in err and "finished rows kept" in err and err.count(str(path)) == 1
+    assert "other" in out and [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full")
+def test_a_device_is_written_to_and_never_replaced(monkeypatch, capsys):
+    monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"))])
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", "/dev/full"]) == 1
+    err = capsys.readouterr().err
+    assert "/dev/full: cannot be written (No space left on device)" in err
+    assert Path("/dev/full").is_char_device() and not list(Path("/dev").glob(".full*"))
+    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", "/dev/null"]) == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_failed_implementation_makes_the_exit_code_1(monkeypatch, capsys):

@@ -98,7 +98,7 @@ class SamTensor(ctypes.Structure):
 def kernels():
     """The kernels, compiled for the CPU; kept in the temporary folder by the hash of everything that is compiled."""
     sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.[hc]u*"), ROOT / "csrc/cuda/launch.h",
-                      *(ROOT / "csrc/math").iterdir()])  # fmt: skip
+                      ROOT / "csrc/tuning.h", *(ROOT / "csrc/math").iterdir()])  # fmt: skip
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"askew_cuda_emulated_{digest}.so"
     if not target.is_file():
@@ -179,6 +179,30 @@ def weights(rows, cols, grid, dtype, seed, spread=1.15):
 
 
 CASES = list(itertools.product(GRIDS, TYPES))
+
+
+def test_launch_parameters_change_no_bits(kernels):
+    """Matrices that are large enough for them to count: short rows, rows in pieces, odd rows; sums included."""
+    for rows, cols in ((16400, 128), (2, 1050000), (2100, 1001)):
+        w, scale = weights(rows, cols, "uniform4", torch.bfloat16, rows)
+        results = []
+        for slots in (16, 5):
+            kernels.emulated_set_slots(ctypes.c_int64(slots))
+            y, g, p = torch.full_like(w, 99.0), torch.ones_like(w), w.clone()
+            sums = torch.full((rows, 3), 99.0)
+            eps = Scalar(0.3, None, False)
+            common = (pointer(scale), grid_arg("uniform4"))
+            size = matrix(w, scale)
+            assert not kernels.emulated_fake_quantize(
+                pointer(w), 1, pointer(y), 1, *common, *size, 0, ctypes.c_uint64(0)
+            )
+            assert not kernels.emulated_ste_clip(pointer(g), pointer(w), 1, pointer(g), *common, *size)
+            assert not kernels.emulated_project_interval(pointer(p), 1, *common, eps, *size)
+            assert not kernels.emulated_row_sums(pointer(w), 1, *size, pointer(sums))
+            results.append((y, g, p, sums))
+        kernels.emulated_set_slots(ctypes.c_int64(16))
+        for other in results[1:]:
+            assert all(map(same, results[0], other))
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)

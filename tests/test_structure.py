@@ -20,7 +20,8 @@ import askew_kernels
 PACKAGE = Path(askew_kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
 LAYERS = {  # room: what it may import of the package
-    "reference": set(), "annealing": set(), "runtime": {"reference"}, "triton_kernels": {"reference", "runtime"},
+    "reference": set(), "annealing": set(), "tuning": set(), "runtime": {"reference", "tuning"},
+    "triton_kernels": {"reference", "runtime"},
     "ops": {"reference", "runtime", "triton_kernels"},
 }  # fmt: skip
 LAYERS["quant"] = LAYERS["ops"] | {"ops"}

@@ -20,6 +20,8 @@ from .rows import (
     allocator_in_use,
     by_suite,
     check_writable,
+    error,
+    merged,
     read_rows,
     rows_to_csv,
     rows_to_json,
@@ -27,16 +29,16 @@ from .rows import (
 )  # fmt: skip
 
 
-def error(text: object) -> None:
-    print(f"askew_kernels: {text}", file=sys.stderr)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, startup or all (default)")
+    add("what", nargs="?", choices=["tune"], metavar="tune",
+        help="find this device's launch parameters (--device, --quick, --json); else: measure suites")  # fmt: skip
+    add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, sam, startup or all (default)")
     add("--op", default="", metavar="TEXT", help="only operations whose name contains this")
+    add("--part", default="1/1", metavar="I/N",
+        help="only the I-th of N parts of each suite's cases; --from puts the parts together")  # fmt: skip
     add("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-    add("--quick", action="store_true", help="small tensors and few repetitions: about a minute")
+    add("--quick", action="store_true", help="small tensors and few repetitions: a minute or two")
     add("--allocator", default="auto", metavar="NAME",
         help="default, warm (glibc keeps freed memory; a child process), both; auto (default): default, and a second "
              "time warm where results are fresh tensors and not --quick")  # fmt: skip
@@ -77,8 +79,16 @@ def need(module: str, purpose: str) -> None:
         raise BenchError(f'{purpose} needs {module}, which is not installed: pip install "askew_kernels[bench]"')
 
 
-def plan(arguments: argparse.Namespace) -> list[tuple[str, str, bool]]:
-    """(suite, allocator, only its entries that are marked warm). Raises BenchError where the request makes no sense."""
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/5" -> (2, 5)."""
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise BenchError(f"--part: expected I/N with 1 <= I <= N, e.g. 2/5, got {text!r}")
+    return int(i), int(n)
+
+
+def plan(arguments: argparse.Namespace) -> list[tuple[harness.Choice, str]]:
+    """(entries, allocator). Raises BenchError where the request makes no sense."""
     from .suites import SUITES
 
     suites = list(SUITES) if arguments.suite == "all" else [arguments.suite]
@@ -87,6 +97,7 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, str, bool]]:
             raise BenchError(f"--suite: expected {', '.join(SUITES)} or all, got {suite!r}")
     if arguments.allocator not in ("auto", "both", *harness.ALLOCATORS):
         raise BenchError(f"--allocator: expected default, warm, both or auto, got {arguments.allocator!r}")
+    part = parse_part(arguments.part)
     here = allocator_in_use()
     planned = []
     for suite in suites:
@@ -100,15 +111,20 @@ def plan(arguments: argparse.Namespace) -> list[tuple[str, str, bool]]:
                 wanted.append(("warm", True))
         if here != "default" and any(name == "default" for name, _ in wanted):
             raise BenchError("--allocator default: GLIBC_TUNABLES already asks for the warm one; unset it")
-        planned += [(suite, allocator, only_warm) for allocator, only_warm in wanted]
+        for allocator, only_warm in wanted:
+            planned.append((harness.Choice(suite, arguments.quick, only_warm, arguments.op, part), allocator))
     return planned
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the suites; whatever ends it, the rows that were finished are printed and written."""
+    if arguments.what == "tune":
+        from . import tune
+
+        return tune.run(arguments)
     rows: list[Row] = []
     old: list[Row] = []
-    planned: list[tuple[str, str, bool]] = []
+    planned: list[tuple[harness.Choice, str]] = []
     try:
         if not arguments.plain:
             need("rich", "bench (without --plain)")
@@ -117,7 +133,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.compare:
             old = read_rows(arguments.compare)
         if arguments.rows:
-            rows = [r for path in arguments.rows for r in read_rows(path)]
+            rows = in_order(merged(read_rows(path) for path in arguments.rows))
         else:
             planned = plan(arguments)
             device = harness.check_device(arguments.device)
@@ -146,7 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             _report(rows, old, arguments)
         except BenchError as problem:
-            error(problem)
+            if str(problem) != stopped:  # a full disk ends the run and then cannot take the plots either
+                error(problem)
             code = code or 1
         except KeyboardInterrupt:
             stopped, code = "interrupted", 130
@@ -192,24 +209,40 @@ def _progress(plain: bool, total: int) -> Iterator[Callable[[str | None, int | N
         yield show_bar
 
 
-def _measure(planned: list[tuple[str, str, bool]], device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
+def in_order(rows: list[Row]) -> list[Row]:
+    """As one run measures them: by suite, allocator and operation."""
+    from .suites import SUITES
+
+    ops = {suite: [e.op for e in entries] for suite, entries in SUITES.items()}
+
+    def place(r: Row) -> tuple[int, str, int]:
+        known = ops.get(r.suite, [])
+        suite = [*ops].index(r.suite) if r.suite in ops else len(ops)
+        return suite, r.allocator, known.index(r.op) if r.op in known else len(known)
+
+    return sorted(rows, key=place)
+
+
+def _measure(
+    planned: list[tuple[harness.Choice, str]], device: Any, arguments: argparse.Namespace, rows: list[Row]
+) -> None:
     """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
-    quick = arguments.quick
-    op = arguments.op
-    entries = [harness.entries_of(suite, device, quick, only_warm, op) for suite, _, only_warm in planned]
+    entries = [choice.entries(device) for choice, _ in planned]
     if not any(entries):
-        raise BenchError(f"--op: no operation of these suites has {op!r} in its name")
+        raise BenchError(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
     with _progress(arguments.plain, sum(map(len, entries))) as show:
         before = 0
-        for (suite, allocator, only_warm), members in zip(planned, entries, strict=True):
+        for (choice, allocator), members in zip(planned, entries, strict=True):
 
-            def tick(name: str, suite: str = suite, allocator: str = allocator) -> None:
+            def tick(name: str, suite: str = choice.suite, allocator: str = allocator) -> None:
                 show(f"{suite} ({allocator}): {name}"[:100].replace("[", r"\["), None)
 
             if allocator == allocator_in_use():
-                run = harness.run_entries(suite, members, device, quick, tick)
+                run = harness.run_entries(choice.suite, members, device, choice.quick, tick)
+            elif members:
+                run = harness.run_entries_warm(choice, device, tick)
             else:
-                run = harness.run_entries_warm(suite, device, quick, only_warm, op, tick)
+                continue
             cases: set[tuple[str, ...]] = set()
             for row in run:
                 if cases and row.case not in cases:
@@ -223,9 +256,9 @@ def _measure(planned: list[tuple[str, str, bool]], device: Any, arguments: argpa
 
 
 def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> None:
-    """Tables to stdout, files, plots."""
-    _write(rows, arguments)
+    """Tables to stdout, then files and plots: where a disk is full the rows have been seen."""
     if not rows:
+        _write(rows, arguments)
         return
     if arguments.plain:
         print(report.plain_report(rows))
@@ -241,6 +274,7 @@ def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> N
             console.print(table)
     if old:
         print("\n".join([f"since {arguments.compare}:", *report.comparison_report(old, rows)]))
+    _write(rows, arguments)
     written = [path for path in (arguments.json, arguments.csv) if path]
     plots: dict[str, bytes] = {}
     if arguments.plot:

@@ -39,6 +39,10 @@ WARM_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000
 ALLOCATORS = ("default", "warm")
 
 
+# What an implementation may end with without taking the others with it; some libraries call sys.exit.
+FAULTS = (Exception, SystemExit)
+
+
 class CheckFailed(Exception):
     """An implementation's result is not the reference's; it is not timed."""
 
@@ -238,7 +242,7 @@ def interleave(
                     if impl.prepare is not None:
                         impl.prepare()
                     times[impl.name].append(impl.run() if impl.own_clock else clock(impl.run))
-                except Exception as error:
+                except FAULTS as error:
                     failures[impl.name] = first_line(error)
                 tick()
     finally:
@@ -384,7 +388,8 @@ def run_case(
     peaks: dict[str, int | None] = {}
     for impl in case.impls:
         if impl.missing or impl.failed:
-            yield row(impl, note=f"missing: {impl.missing}" if impl.missing else f"failed: {impl.failed}")
+            left_out = impl.missing if impl.missing.startswith("left out") else f"missing: {impl.missing}"
+            yield row(impl, note=left_out if impl.missing else f"failed: {impl.failed}")
             continue
         tick(impl.name)
         try:
@@ -394,7 +399,7 @@ def run_case(
             continue
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a peer's fault must not take the others with it
+        except FAULTS as error:
             yield row(impl, note=f"failed: {first_line(error)}")
             continue
         if impl.first_call:
@@ -444,14 +449,23 @@ def run_case(
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
-def entries_of(
-    suite: str, device: torch.device, quick: bool = False, only_warm: bool = False, op: str = ""
-) -> list[Entry]:
-    """The suite's entries for this request; op: part of their operation's name."""
-    from .suites import SUITES
+@dataclass(frozen=True)
+class Choice:
+    """Which entries of a suite; op: part of their operation's name; part: (i, n), the i-th of n parts of them."""
 
-    fitting = [e for e in SUITES[suite] if device.type in e.devices and (e.quick or not quick)]
-    return [e for e in fitting if op in e.op and (e.warm or not only_warm)]
+    suite: str
+    quick: bool = False
+    only_warm: bool = False
+    op: str = ""
+    part: tuple[int, int] = (1, 1)
+
+    def entries(self, device: torch.device) -> list[Entry]:
+        from .suites import SUITES
+
+        fitting = [e for e in SUITES[self.suite] if device.type in e.devices and (e.quick or not self.quick)]
+        fitting = [e for e in fitting if self.op in e.op and (e.warm or not self.only_warm)]
+        i, n = self.part
+        return fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
 
 
 def run_entries(
@@ -475,15 +489,12 @@ def run_entries(
             torch.cuda.empty_cache()
 
 
-def run_entries_warm(
-    suite: str, device: torch.device, quick: bool, only_warm: bool, op: str, tick: Callable[[str], None]
-) -> Iterator[Row]:
-    """The rows of a suite in a child process whose glibc keeps freed memory."""
+def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of these entries in a child process whose glibc keeps freed memory."""
     if platform.libc_ver()[0] != "glibc":
         raise BenchError("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
     tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES)))
-    command = [sys.executable, "-m", "askew_kernels.bench", suite, device.type, op]
-    command += ["quick"] * quick + ["only-warm"] * only_warm
+    command = [sys.executable, "-m", "askew_kernels.bench", device.type, json.dumps(asdict(choice))]
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -508,7 +519,7 @@ def run_entries_warm(
             drain.join(5)
         if code:
             last = errors[-1].strip() if errors else f"exit code {code}"
-            raise BenchError(f"{suite} with the warm allocator: {last}")
+            raise BenchError(f"{choice.suite} with the warm allocator: {last}")
     finally:
         if child.poll() is None:
             child.kill()
@@ -517,15 +528,15 @@ def run_entries_warm(
 
 def child_main(arguments: list[str]) -> int:
     """Entry point of the child process: rows and ticks as JSON lines on stdout."""
-    suite, name, op, *rest = arguments
-    device, quick = torch.device(name), "quick" in rest
+    device = torch.device(arguments[0])
+    choice = Choice(**json.loads(arguments[1]))
 
     def send(message: dict) -> None:
         print(json.dumps(message), flush=True)
 
     try:
-        entries = entries_of(suite, device, quick, "only-warm" in rest, op)
-        for row in run_entries(suite, entries, device, quick, lambda text: send({"tick": text})):
+        rows = run_entries(choice.suite, choice.entries(device), device, choice.quick, lambda t: send({"tick": t}))
+        for row in rows:
             send({"row": asdict(row)})
     except KeyboardInterrupt:
         return 130

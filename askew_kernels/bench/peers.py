@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import Impl, first_line
+from .harness import FAULTS, Impl, first_line
 
 DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
                  "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
                  "triton": "triton"}  # fmt: skip
+GPU_LIBRARIES = ("gemlite", "liger_kernel")  # of no use without a GPU, so not among the extra's
 
 
 @functools.cache
@@ -41,6 +42,8 @@ def why_missing(module: str) -> str:
     """ "" where the library is installed, else what to install."""
     if importlib.util.find_spec(module) is not None:
         return ""
+    if module in GPU_LIBRARIES:
+        return f"{DISTRIBUTIONS[module]} is not installed: pip install {DISTRIBUTIONS[module]}"
     return f'{DISTRIBUTIONS[module]} is not installed: pip install "askew_kernels[peers]"'
 
 
@@ -62,7 +65,7 @@ def peer(name: str, library: str, build: Callable[[], Impl], left_out: str = "")
         return Impl(name, missing=missing)
     try:
         impl = build()
-    except Exception as error:  # a peer's fault must not take the others with it
+    except FAULTS as error:
         return Impl(name, failed=first_line(error))
     impl.name = name
     return impl
@@ -106,6 +109,16 @@ def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optim
     return optim.QuantOptimizer(base, quant.UnifQuantizer(), prox, quant_per_channel=True)
 
 
+def torchao_int4(layer: nn.Linear) -> nn.Module:
+    """int4 weights in groups of 128 for inference, bfloat16 activations, torch's own kernel (tinygemm); CUDA."""
+    load("torchao")
+    quantization = load("torchao.quantization")
+    config = quantization.Int4WeightOnlyConfig(128, False, int4_packing_format="tile_packed_to_4d")
+    made = layer.to(torch.bfloat16)
+    quantization.quantize_(made, config)
+    return Converted(made, torch.bfloat16)
+
+
 # ---- brevitas --------------------------------------------------------------------------------------------------------
 
 
@@ -124,6 +137,46 @@ def brevitas_layer(layer: nn.Module, bits: int, per_channel: bool = True) -> nn.
         made = layers.QuantLinear(layer.in_features, layer.out_features, **options)
     made.load_state_dict(layer.state_dict(), strict=False)  # its quantizers bring entries of their own
     return made.to(layer.weight.device)  # type: ignore[arg-type]
+
+
+# ---- gemlite, Liger: on a GPU only -----------------------------------------------------------------------------------
+
+
+class Converted(nn.Module):
+    """A layer that takes activations of another type than the case's: the conversion is part of its time."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.dtype = layer, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.dtype)).to(x.dtype)
+
+
+def gemlite_linear(layer: nn.Linear, bits: int, group: int = 128) -> nn.Module:
+    """Weights of ``bits`` in groups for inference, float16 activations: w = (code - zero) * scale."""
+    core = load("gemlite.core")
+    made = core.GemLiteLinear(
+        bits, group_size=group, in_features=layer.in_features, out_features=layer.out_features,
+        input_dtype=core.DType.FP16, output_dtype=core.DType.FP16, scaled_activations=False,
+    )  # fmt: skip
+    w = layer.weight.detach().reshape(-1, group)
+    zero = 2 ** (bits - 1)
+    scale = w.abs().amax(1, keepdim=True) / (zero - 0.5)
+    codes = (w / scale + zero).round().clamp(0, 2 * zero - 1).to(torch.uint8).reshape(layer.weight.shape)
+    bias = None if layer.bias is None else layer.bias.detach().half()
+    made.pack(codes, scale.half(), torch.full_like(scale, zero).half(), bias)
+    return Converted(made, torch.float16)
+
+
+def liger_layer_norm(layer: nn.LayerNorm) -> nn.Module:
+    made = load("liger_kernel.transformers").LigerLayerNorm(layer.normalized_shape[0], eps=layer.eps, bias=True)
+    made.load_state_dict(layer.state_dict())
+    return made.to(layer.weight.device)
+
+
+def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    return load("liger_kernel.transformers").LigerCrossEntropyLoss()
 
 
 # ---- bitsandbytes ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .goals import HeadlineFigures, goals, headline_figures
@@ -36,8 +36,29 @@ def _rate(r: Row) -> str:
     return "" if r.rate is None else f"{_significant(r.rate)} {r.rate_unit.replace('million weights', 'Mw')}"
 
 
+def _where(r: Row) -> str:
+    """Shape, type and allocator of a case."""
+    allocator = f"{r.allocator} allocator" if r.device_type == "cpu" else ""
+    return ", ".join(filter(None, (r.shape, r.dtype, allocator)))
+
+
+# Heading -> text of a row's cell; a column that a suite leaves empty is not shown.
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "median ms": lambda r: _significant(r.p50),
+    "p20–p80": lambda r: f"{_significant(r.p20)}–{_significant(r.p80)}",
+    "× baseline": lambda r: _significant(r.ratio),
+    "limit ms": lambda r: _significant(r.limit),
+    "GB/s": lambda r: _significant(r.gb_per_s),
+    "% of copy": lambda r: "" if r.percent_of_copy is None else f"{r.percent_of_copy:.0f}",
+    "rate": _rate,
+    "peak extra": lambda r: _size(r.peak_bytes),
+}
+
+
 def suite_table(suite: str, rows: list[Row]) -> Any:
-    """A rich table of one suite's rows, one section for each case."""
+    """A rich table of one suite's rows, one section for each case, and below it the notes and what is not there."""
+    from rich.console import Group
+    from rich.markup import escape
     from rich.table import Table
 
     first = rows[0]
@@ -45,27 +66,25 @@ def suite_table(suite: str, rows: list[Row]) -> Any:
     title = f"{suite}: {first.device}, {first.threads} threads, torch {first.torch}{quick}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     table.add_column("implementation", overflow="fold", min_width=30)
-    for name in ("median ms", "p20–p80", "× baseline", "limit ms", "GB/s", "% of copy", "rate", "peak extra"):
+    columns = {name: cell for name, cell in COLUMNS.items() if any(cell(r) for r in rows if r.p50 is not None)}
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     styles = {"ours": "green", "baseline": "cyan", "ceiling": "dim"}
+    below: dict[str, None] = {}
     for case in by_case(rows).values():
-        head = case[0]
-        allocator = f", {head.allocator} allocator" if head.device_type == "cpu" else ""
         table.add_section()
-        table.add_row(f"[bold]{head.op}[/bold] {head.shape} {head.dtype}{allocator}")
+        table.add_row(f"[bold]{escape(case[0].op)}[/bold]\n{escape(_where(case[0]))}")
         for r in case:
             style = "red" if r.failed else styles.get(r.kind, "")
-            if r.p50 is None:
-                table.add_row(f"  {r.impl}: {r.note}", style=style or "dim")
+            if r.p50 is None and not r.failed:
+                below[f"{r.impl}: {r.note}"] = None
                 continue
-            name = f"  {r.impl}" + (f" ({r.note})" if r.note else "")
-            table.add_row(
-                name, _significant(r.p50), f"{_significant(r.p20)}–{_significant(r.p80)}",
-                "" if r.ratio is None else f"{_significant(r.ratio)}", _significant(r.limit), _significant(r.gb_per_s),
-                "" if r.percent_of_copy is None else f"{r.percent_of_copy:.0f}", _rate(r), _size(r.peak_bytes),
-                style=style,
-            )  # fmt: skip
-    return table
+            if r.note and r.kind != "ceiling" and not r.failed:
+                below[f"{r.impl}: {r.note}"] = None
+            name = r.impl.partition(": first call")[0] + (", first call" if ": first call" in r.impl else "")
+            cells = ["failed"] if r.failed else [cell(r) for cell in columns.values()]
+            table.add_row(f"  {escape(name)}", *cells, style=style)
+    return Group(table, *(f"  [dim]{escape(text)}[/dim]" for text in below))
 
 
 def plain_report(rows: list[Row]) -> str:
@@ -73,7 +92,7 @@ def plain_report(rows: list[Row]) -> str:
     lines = []
     for case in by_case(rows).values():
         head = case[0]
-        lines.append(f"{head.suite}: {head.op}, {head.shape} {head.dtype}, {head.device}, {head.allocator} allocator")
+        lines.append(f"{head.suite}: {head.op}, {_where(head)}, {head.device}")
         for r in case:
             if r.p50 is None:
                 lines.append(f"  {r.impl}: {r.note}")
@@ -285,7 +304,7 @@ def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
     cases = [shown for case in by_case(rows).values() if (shown := _shown(case))]
     sized = [case for case in cases if case[0].op.endswith("by size")]
     single = [case for case in cases if not case[0].op.endswith("by size")]
-    trained = [case for case in cases if any(r.losses for r in case)]
+    trained = [case for case in cases if any(r.losses for r in case) and case[0].allocator == cases[0][0].allocator]
     files: dict[str, bytes] = {}
     for ending, draw, members in (
         ("", _plot_cases, single),
@@ -362,8 +381,7 @@ def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
         lines += [f"\n![{name}]({name})" for name in plots if re.fullmatch(rf"{suite}(-[a-z-]+)?\.png", name)]
         for case in by_case(members).values():
             head = case[0]
-            allocator = f", {head.allocator} allocator" if head.device_type == "cpu" else ""
-            lines += ["", f"**{head.op}**, {head.shape} {head.dtype}{allocator}", ""]
+            lines += ["", f"**{head.op}**, {_where(head)}", ""]
             lines += ["| implementation | median ms | p20–p80 | ÷ baseline | GB/s | % of copy | rate | peak extra |",
                       "|---|---|---|---|---|---|---|---|"]  # fmt: skip
             for r in case:

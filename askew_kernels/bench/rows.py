@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +23,10 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 class BenchError(Exception):
     """What the user can change: one clear line, no traceback."""
+
+
+def error(text: object) -> None:
+    print(f"askew_kernels: {text}", file=sys.stderr)
 
 
 @dataclass
@@ -90,6 +95,14 @@ def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return suites
 
 
+def merged(runs: Iterable[Iterable[Row]]) -> list[Row]:
+    """The rows of several runs; a case that was measured again replaces the earlier one whole."""
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for rows in runs:
+        cases |= by_case(rows)
+    return [r for rows in cases.values() for r in rows]
+
+
 # ---- where and with what ---------------------------------------------------------------------------------------------
 
 
@@ -140,13 +153,20 @@ def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the new one, never half of it. Raises BenchError where that cannot be written."""
+    """A reader sees the old file or the new one, never half of it. Raises BenchError where that cannot be written.
+
+    What is there and no file, such as /dev/stdout, is written to and not replaced.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise BenchError(f"{path}: is a folder, expected a file's name")
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         raise BenchError(f"{path}: cannot be written ({error.strerror or error})") from None
@@ -160,6 +180,8 @@ def check_writable(path: Path, folder: bool = False) -> None:
     probe = (path if folder else path.parent) / f".askew-{os.getpid()}.tmp"
     if not folder and path.is_dir():
         raise BenchError(f"{path}: is a folder, expected a file's name")
+    if not folder and path.exists() and not path.is_file():
+        return  # e.g. /dev/stdout
     write_atomic(probe, "")
     probe.unlink()
 

@@ -1,8 +1,8 @@
 """The elementwise operators in Triton: fake quantization, its straight-through backward, projection, row sums.
 
-A tensor is a flat run of elements cut into blocks of ``BLOCK``, so that every load and store is a full vector
-whatever the row length; only the scale depends on the row, and ``block_scale`` finds it with at most one integer
-multiplication an element.
+A tensor is a flat run of elements cut into blocks, so that every load and store is a full vector whatever the row
+length; only the scale depends on the row, and ``block_scale`` finds it with at most one integer multiplication an
+element. Block and warps are launch parameters (``tuning``), except where sums are taken: their order decides bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..reference import CODEBOOK as CODEBOOK_KIND
 from ..reference import NUM_ROW_SUMS
+from ..runtime import triton_tuning
 from .math import (
     EXACT,
     element_uniforms,
@@ -31,7 +32,7 @@ from .math import (
 )
 
 STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-BLOCK = 2048  # elements of one program: four 16-byte vectors of fp32 a thread
+SUM_BLOCK = 2048  # elements that a program of the sums holds at a time: four 16-byte vectors of fp32 a thread
 
 # How the rows of a tensor lie in its blocks.
 ONE_ROW = tl.constexpr(0)  # one scale for all
@@ -101,6 +102,12 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
+def block_and_warps(like: Tensor) -> tuple[int, int]:
+    """Elements of a program and its warps, for elementwise kernels on the device of ``like``."""
+    values = triton_tuning(like.device.index)
+    return values["block"], values["warps"]
+
+
 def signed32(bits: int) -> int:
     """The low 32 bits as a signed integer: always the same argument type, whatever the value."""
     return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
@@ -113,22 +120,24 @@ def _launch(kernel, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], *
     n = x.numel()
     if n == 0:
         return
+    block, warps = block_and_warps(x)
     power = 0
     if rows == 1:
         mode = ONE_ROW
-    elif cols % BLOCK == 0:
+    elif cols % block == 0:
         mode = WHOLE
     elif cols & (cols - 1) == 0:
         mode, power = POWER, cols
     else:
-        mode = SHORT if cols < BLOCK else LONG
-    # local // cols = umulhi(local, magic), exact while local * cols < 2^32; local < 2 BLOCK here
+        mode = SHORT if cols < block else LONG
+    # local // cols = umulhi(local, magic), exact while local * cols < 2^32; local < 2 block here
     magic = -(-(2**32) // cols) if mode is SHORT else 0
     with on_device(x):
-        kernel[(triton.cdiv(n, BLOCK),)](
+        kernel[(triton.cdiv(n, block),)](
             *arguments, scale, levels if n_levels else scale, float(grid[1]), float(grid[2]), n, cols, magic,
             KIND=kind, N_LEVELS=n_levels, MODE=mode.value, COLS=power,
-            INDEX=tl.int32 if n < 2**31 else tl.int64, BLOCK=BLOCK, num_warps=4, **constants, **EXACT,
+            INDEX=tl.int32 if n < 2**31 else tl.int64, BLOCK=block, num_warps=warps, **constants,
+            **EXACT,
         )  # fmt: skip
 
 
@@ -298,16 +307,16 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     cols = n // rows
     if n == 0:
         return x.new_zeros((rows, NUM_ROW_SUMS), dtype=torch.float32)
-    width = min(triton.next_power_of_2(cols), BLOCK)
+    width = min(triton.next_power_of_2(cols), SUM_BLOCK)
     steps = min(triton.cdiv(cols, width), 8)
     pieces = triton.cdiv(cols, width * steps)
     out = x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
     parts = out if pieces == 1 else x.new_empty((NUM_ROW_SUMS, rows, pieces), dtype=torch.float32)
     row_stride, sum_stride = (NUM_ROW_SUMS, 1) if pieces == 1 else (pieces, rows * pieces)
     with on_device(x):
-        row_sums_kernel[(triton.cdiv(rows, BLOCK // width) * pieces,)](
-            x, parts, rows, cols, pieces, row_stride, sum_stride, R=BLOCK // width, C=width, STEPS=steps, num_warps=4,
-            **EXACT,
+        row_sums_kernel[(triton.cdiv(rows, SUM_BLOCK // width) * pieces,)](
+            x, parts, rows, cols, pieces, row_stride, sum_stride, R=SUM_BLOCK // width, C=width, STEPS=steps,
+            num_warps=4, **EXACT,
         )  # fmt: skip
     if pieces > 1:
         out[:, :2] = parts[:2].sum(2, dtype=torch.float64).T

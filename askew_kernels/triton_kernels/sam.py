@@ -1,6 +1,6 @@
 """The sharpness-aware operators in Triton: norm, perturbation with a copy kept, restore, mean of two gradients.
 
-One launch for each tensor, a flat run of elements cut into blocks of ``BLOCK``. Coefficients are read on the device.
+One launch for each tensor, a flat run of elements cut into blocks. Coefficients are read on the device.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import BLOCK, check_dense, check_like, check_storage, on_device
+from .elementwise import SUM_BLOCK, block_and_warps, check_dense, check_like, check_storage, on_device
 from .math import EXACT, narrow, sam_mean, sam_perturbed, sam_scaled, widen
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
@@ -96,23 +96,24 @@ def _check_adaptive(adaptive: Sequence[int], n: int) -> None:
         raise ValueError(f"adaptive: expected {n} integers, got {len(adaptive)}")
 
 
-def _launch(kernel, like: Tensor, *arguments, **constants) -> None:
+def _launch(kernel, like: Tensor, *arguments, sums: bool = False, **constants) -> None:
     n = like.numel()
     if n == 0:
         return
+    block, warps = (SUM_BLOCK, 4) if sums else block_and_warps(like)
     index = tl.int32 if n < 2**31 else tl.int64
     with on_device(like):
-        kernel[(triton.cdiv(n, BLOCK),)](*arguments, n, **constants, INDEX=index, BLOCK=BLOCK, num_warps=4, **EXACT)
+        kernel[(triton.cdiv(n, block),)](*arguments, n, **constants, INDEX=index, BLOCK=block, num_warps=warps, **EXACT)
 
 
 def sam_norm(params: list[Tensor], grads: list[Tensor], adaptive: list[int], eta: float) -> Tensor:
     """sum (T g)^2 over the list: float32 in a block, float64 over the blocks, the same bits every time."""
     _check(params, grads=grads)
     _check_adaptive(adaptive, len(params))
-    blocks = [triton.cdiv(p.numel(), BLOCK) for p in params]
+    blocks = [triton.cdiv(p.numel(), SUM_BLOCK) for p in params]
     parts = params[0].new_empty(sum(blocks), dtype=torch.float32)
     for w, g, adapted, part in zip(params, grads, adaptive, parts.split(blocks), strict=True):
-        _launch(sam_norm_kernel, w, w, g, part, float(eta), ADAPTIVE=bool(adapted))
+        _launch(sam_norm_kernel, w, w, g, part, float(eta), sums=True, ADAPTIVE=bool(adapted))
     return parts.sum(dtype=torch.float64)
 
 

@@ -10,6 +10,7 @@
 // columns, then go to 16 double lanes, which one fixed tree adds up at the end of the tile's row.
 #include "loops.h"
 #include "../math/portability.h"
+#include "../tuning.h"
 
 #include <initializer_list>  // braces in range-for; declares no function that could be linked
 
@@ -90,11 +91,11 @@ ASKEW_FN void store(const Stream& s, int64_t i, Pair v) {
   store<T>(s, i, v.lo);
   store<T>(s, i + ASKEW_LANES, v.hi);
 }
-// Brings in what comes a band later, so that memory keeps busy during the arithmetic. Never of null: that costs a
-// failed page walk.
+// Brings in what stands `ahead` columns later, so that memory keeps busy during the arithmetic. Never of null: that
+// costs a failed page walk.
 template <int T>
-ASKEW_FN void prefetch_band(const Stream& s, int64_t i) {
-  __builtin_prefetch(s.at<typename Storage<T>::type>(i + kBand));
+ASKEW_FN void prefetch(const Stream& s, int64_t i, int64_t ahead) {
+  __builtin_prefetch(s.at<typename Storage<T>::type>(i + ahead));
 }
 template <class Grid>
 ASKEW_FN Row<Pair, Grid> pair_of(const Row<vf, Grid>& r) {
@@ -204,9 +205,10 @@ struct QuantizeLoop {
   Row<vf, Grid> row;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const QuantizeLoop l = *this;
+    const int64_t ahead = tuning.prefetch_columns;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch_band<T>(l.streams[0], i);
-      prefetch_band<T>(l.streams[1], i);
+      prefetch<T>(l.streams[0], i, ahead);
+      prefetch<T>(l.streams[1], i, ahead);
       store_as(l.y_type, l.streams[1], i, quantize_dequantize(load<T>(l.streams[0], i), l.row));
     }
   }
@@ -242,8 +244,9 @@ struct SteClipLoop {
     SteClipLoop l = *this;
     l.row.low = Storage<T>::rounded(l.row.low);  // the ends as a clamped weight is stored
     l.row.high = Storage<T>::rounded(l.row.high);
+    const int64_t ahead = tuning.prefetch_columns;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      for (const Stream& s : l.streams) prefetch_band<T>(s, i);
+      for (const Stream& s : l.streams) prefetch<T>(s, i, ahead);
       store<T>(l.streams[2], i, pass_inside(load<T>(l.streams[0], i), load<T>(l.streams[1], i), l.row));
     }
   }
@@ -326,7 +329,7 @@ struct UsualOptions {
   ASKEW_INLINE bool skip_nonfinite() const { return false; }
 };
 
-// The step itself. It also brings in the next band, so that memory keeps busy while this one is computed.
+// The step itself. It also brings in what comes next, so that memory keeps busy while this is computed.
 template <int T, class Rule, class Grid, class Options, bool STATEFUL>
 struct StepLoop {
   static constexpr int kStreams = 7;
@@ -336,10 +339,10 @@ struct StepLoop {
 
   // One vector or pair; returns the new weights as they are stored.
   template <class F>
-  ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row) const {
+  ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row, int64_t ahead) const {
     const bool has_b = STATEFUL && streams[3].data, traced = Options::kTraces && streams[4].data;
     for (int k = 0; k < (has_b ? 4 : STATEFUL ? 3 : 2); ++k)
-      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) prefetch_band<T>(streams[k], i + c);
+      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) prefetch<T>(streams[k], i + c, ahead);
     F old, g, a{}, b{};
     load<T>(streams[0], i, old);
     load<T>(streams[1], i, g);
@@ -367,9 +370,9 @@ struct StepLoop {
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const StepLoop l = *this;  // what a store cannot change
     const Row<Pair, Grid> twice = pair_of(l.row);
-    const int64_t end = i + n;
-    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice);
-    if (i < end) l.step(i, l.row);
+    const int64_t end = i + n, ahead = tuning.prefetch_columns;
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, ahead);
+    if (i < end) l.step(i, l.row, ahead);
   }
 };
 

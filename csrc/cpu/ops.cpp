@@ -7,28 +7,29 @@
 #include <cstring>
 
 #include "../checks.h"
+#include "../tuning.h"
 #include "loops.h"
 #include "output_pool.h"
 
 namespace askew {
 namespace {
 
-constexpr int64_t kPiece = 16384;   // columns of a long row in one piece; a multiple of the loops' block
-constexpr int64_t kSerial = 32768;  // fewer elements than this are not worth waking threads for
+constexpr int64_t kPiece = 16384;  // columns of a row whose sums are taken together; a multiple of the loops' band
 
-// A (rows, cols) matrix cut into tiles: pieces of long rows, or bands of short rows.
+// A (rows, cols) matrix cut into tiles: pieces of long rows, or bands of short rows, `piece` elements each or a little
+// more. Where sums are taken the piece decides their bits and is kPiece.
 struct Tiling {
-  int64_t rows, cols, pieces_per_row, rows_per_band, tiles;
-  explicit Tiling(Matrix m) : rows(m.rows), cols(m.cols) {
+  int64_t rows, cols, piece, pieces_per_row, rows_per_band, tiles;
+  explicit Tiling(Matrix m, int64_t piece = kPiece) : rows(m.rows), cols(m.cols), piece(piece) {
     if (rows == 0 || cols == 0) rows = cols = 0;
-    pieces_per_row = cols > 2 * kPiece ? (cols + kPiece - 1) / kPiece : 1;
-    rows_per_band = pieces_per_row > 1 || cols == 0 ? 1 : (kPiece + cols - 1) / cols;
+    pieces_per_row = cols > 2 * piece ? (cols + piece - 1) / piece : 1;
+    rows_per_band = pieces_per_row > 1 || cols == 0 ? 1 : (piece + cols - 1) / cols;
     tiles = pieces_per_row > 1 ? rows * pieces_per_row : (rows + rows_per_band - 1) / rows_per_band;
   }
   Tile operator[](int64_t i) const {
     if (pieces_per_row > 1) {
-      const int64_t row = i / pieces_per_row, first = (i % pieces_per_row) * kPiece;
-      return {row, row + 1, first, first + kPiece < cols ? first + kPiece : cols};
+      const int64_t row = i / pieces_per_row, first = (i % pieces_per_row) * piece;
+      return {row, row + 1, first, first + piece < cols ? first + piece : cols};
     }
     const int64_t first = i * rows_per_band;
     return {first, first + rows_per_band < rows ? first + rows_per_band : rows, 0, cols};
@@ -37,7 +38,7 @@ struct Tiling {
 
 template <class F>
 void for_tiles(int64_t tiles, int64_t elements, const F& f) {
-  if (elements <= kSerial || tiles <= 1) {
+  if (elements <= tuning.serial_elements || tiles <= 1) {
     f(0, tiles);
     return;
   }
@@ -46,7 +47,7 @@ void for_tiles(int64_t tiles, int64_t elements, const F& f) {
 
 template <class F>
 void over_matrix(Matrix m, const F& body) {
-  const Tiling tiling(m);
+  const Tiling tiling(m, tuning.piece_columns);
   for_tiles(tiling.tiles, m.rows * m.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(tiling[i]);
   });
@@ -320,8 +321,6 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
 
 // ---- sharpness-aware passes over a list of tensors, each taken as one long row -----------------------------------
 
-constexpr int64_t kPastCaches = 16 << 20;  // bytes of a list from which on what is written is not read again soon
-
 struct FlatList {
   struct Job {
     void* w;
@@ -350,7 +349,7 @@ struct FlatList {
     jobs.push_back(job);
   }
   bool past_caches(int written) const {  // -1: w, else other[written]
-    if (bytes < kPastCaches) return false;
+    if (bytes < tuning.streaming_bytes) return false;
     for (const Job& j : jobs)
       if ((uintptr_t)(written < 0 ? j.w : j.other[written]) % 64) return false;
     return true;

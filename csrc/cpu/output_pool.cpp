@@ -11,12 +11,12 @@
 #endif
 
 #include "../checks.h"
+#include "../tuning.h"
 
 namespace askew {
 namespace {
 
-constexpr int64_t kSmallest = 1 << 20;  // below, malloc reuses its own memory
-constexpr size_t kAlign = 2 << 20;      // a huge page
+constexpr size_t kAlign = 2 << 20;  // a huge page
 
 struct Buffer {
   void* data;
@@ -85,7 +85,8 @@ Tensor pooled_empty_like(const Tensor& like) {
     std::lock_guard<std::mutex> lock(pool().mutex);
     enabled = pool().limit > 0;
   }
-  if (!enabled || bytes < kSmallest) return torch::stable::new_empty(like, sizes);
+  if (!enabled || bytes < tuning.pooled_bytes)  // below, malloc reuses its own memory
+    return torch::stable::new_empty(like, sizes);
   const Buffer b = acquire(bytes);
   if (!b.data) return torch::stable::new_empty(like, sizes);  // torch's own out-of-memory error
   std::vector<int64_t> strides(sizes.size());

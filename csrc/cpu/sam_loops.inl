@@ -1,12 +1,6 @@
 // The sharpness-aware passes: norm, perturbation with a copy kept, restore, mean of two gradients. Included by
 // loops.inl, whose streams and sums they use.
 
-// Brings in what will be read half a band later: the hardware's own prefetching stops at every page.
-template <int T>
-ASKEW_FN void prefetch(const Stream& s, int64_t i) {
-  __builtin_prefetch(s.template at<typename Storage<T>::type>(i + kBand));
-}
-
 template <int T>
 struct SamNormLoop {
   static constexpr int kStreams = 2;
@@ -15,12 +9,13 @@ struct SamNormLoop {
   Lanes16* sum;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const SamNormLoop l = *this;
+    const int64_t ahead = tuning.prefetch_columns;
     vf squares[kVectors] = {};
     for (const int64_t end = i + n; i < end; i += 16)
       for (int k = 0; k < kVectors; ++k) {
         const int64_t at = i + k * ASKEW_LANES;
-        prefetch<T>(l.streams[0], at);
-        prefetch<T>(l.streams[1], at);
+        prefetch<T>(l.streams[0], at, ahead);
+        prefetch<T>(l.streams[1], at, ahead);
         const vf x = sam_scaled(load<T>(l.streams[0], at), load<T>(l.streams[1], at), l.arg);
         squares[k] += x * x;
       }
@@ -90,10 +85,11 @@ struct SamPerturbLoop {
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     typedef typename Storage<T>::type S;
     const SamPerturbLoop l = *this;
+    const int64_t ahead = tuning.prefetch_columns;
     const bool still = stands_still(l.arg);
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[0], i);
-      prefetch<T>(l.streams[1], i);
+      prefetch<T>(l.streams[0], i, ahead);
+      prefetch<T>(l.streams[1], i, ahead);
       typename Raw<T>::type bits;
       __builtin_memcpy(&bits, l.streams[0].template at<S>(i), sizeof bits);
       store_bits(l.streams[2].template at<S>(i), bits, PAST_CACHES);
@@ -124,8 +120,9 @@ struct CopyLoop {
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     typedef typename Storage<T>::type S;
     const CopyLoop l = *this;
+    const int64_t ahead = tuning.prefetch_columns;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[1], i);
+      prefetch<T>(l.streams[1], i, ahead);
       typename Raw<T>::type bits;
       __builtin_memcpy(&bits, l.streams[1].template at<S>(i), sizeof bits);
       store_bits(l.streams[0].template at<S>(i), bits, PAST_CACHES);
@@ -149,9 +146,10 @@ struct SamMeanLoop {
   Stream streams[kStreams];  // mean, second, first
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const SamMeanLoop l = *this;
+    const int64_t ahead = tuning.prefetch_columns;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[1], i);
-      prefetch<T>(l.streams[2], i);
+      prefetch<T>(l.streams[1], i, ahead);
+      prefetch<T>(l.streams[2], i, ahead);
       store<T>(l.streams[0], i, sam_mean(load<T>(l.streams[1], i), load<T>(l.streams[2], i)));
     }
   }

@@ -1,5 +1,6 @@
 // The passes with one read and one write: quantize-dequantize, straight-through clip, interval projection; row sums.
 #include "launch.cuh"
+#include "../tuning.h"
 
 namespace askew {
 namespace cuda {
@@ -150,10 +151,14 @@ __global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __g
   });
 }
 
-// The cut for a pass over x (and others beside it) of one storage type.
+// The cut for an elementwise pass over x (and others beside it) of one storage type.
 Cut cut_for(Matrix m, int type, bool all_aligned) {
   const int width = per_vector(type);
-  return make_cut(m, width, all_aligned && m.cols % width == 0);
+  return make_cut(m, width, all_aligned && m.cols % width == 0, tuning.slots);
+}
+Cut cut_for_sums(Matrix m, int type, const void* x) {
+  const int width = per_vector(type);
+  return make_cut(m, width, aligned(x, type, width) && m.cols % width == 0);
 }
 
 }  // namespace
@@ -209,14 +214,14 @@ cudaError_t project_interval(void* w, int type, const float* scale, GridArg grid
 }
 
 size_t row_sums_scratch(const void* x, int type, Matrix m) {
-  const Cut cut = cut_for(m, type, aligned(x, type, per_vector(type)));
+  const Cut cut = cut_for_sums(m, type, x);
   return cut.pieces > 1 ? (size_t)(m.rows * cut.pieces) * kRowSums * sizeof(double) : 0;
 }
 
 cudaError_t row_sums(const void* x, int type, Matrix m, float* sums, void* scratch, cudaStream_t stream) {
   Pass p{};
   p.x = x;
-  p.cut = cut_for(m, type, aligned(x, type, per_vector(type)));
+  p.cut = cut_for_sums(m, type, x);
   if (m.cols == 0) return cudaMemsetAsync(sums, 0, (size_t)m.rows * kRowSums * sizeof(float), stream);
   p.y = p.cut.pieces > 1 ? scratch : (void*)sums;
   const unsigned blocks = (unsigned)blocks_of(p.cut);

@@ -79,14 +79,15 @@ struct Cut {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // vectors: every pointer is aligned to its vector and cols is a multiple of `width`, elements in a vector.
-inline Cut make_cut(Matrix m, int width, bool vectors) {
+// most_slots: of a thread, where the matrix is large; the order of sums depends on it, so passes that sum leave it.
+inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = 16) {
   Cut c{};
   c.vectors = vectors;
   c.rows = m.rows;
   c.cols = m.cols;
   c.pieces = 1;
   // small matrices are spread over more blocks
-  const int64_t depth = m.rows * m.cols >= (1 << 21) ? 16 : 4;
+  const int64_t depth = m.rows * m.cols >= (1 << 21) ? most_slots : 4;
   if (m.rows == 0 || m.cols == 0) return c;
   const int64_t units = vectors ? m.cols / width : m.cols;  // what neighbouring threads take
   const int64_t per_thread = vectors ? 1 : width;           // units in a thread's slot

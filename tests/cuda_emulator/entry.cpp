@@ -17,6 +17,7 @@ std::vector<double> poisoned(size_t bytes) {  // scratch that a kernel must writ
 
 extern "C" {
 
+void emulated_set_slots(int64_t slots) { tuning.slots = slots; }
 int emulated_fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid,
                            int64_t rows, int64_t cols, int stochastic, uint64_t seed) {
   return cuda::fake_quantize(x, x_type, y, y_type, scale, grid, {rows, cols}, stochastic, seed, nullptr);

@@ -142,6 +142,14 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
     if what == "forward":
         build = lambda: peer_impl(peers.bitsandbytes_linear4bit(float_layer()), "inference: 4-bit NF4 storage")  # noqa: E731
         impls.append(peers.peer("bitsandbytes Linear4bit", "bitsandbytes", build))
+        if context.is_cuda:
+            half = "inference: 4 bits in groups of 128, {} activations"
+            impls += [
+                peers.peer("torchao int4 weight-only", "torchao",
+                           lambda: peer_impl(peers.torchao_int4(float_layer()), half.format("bfloat16"))),
+                peers.peer("gemlite 4-bit", "gemlite",
+                           lambda: peer_impl(peers.gemlite_linear(float_layer(), BITS), half.format("float16"))),
+            ]  # fmt: skip
     work = (6 if backward else 2) * tokens * outputs * inputs / 1e9
     shape = f"{tokens} tokens x {inputs} x {outputs}"
     return Case(shape, "float32", "nn.Linear", impls, 0, product=(tokens, inputs, outputs), work=work,

@@ -466,9 +466,9 @@ SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384)) 
 
 STEP = [
     Entry("SGD step", sgd_case, warm=True),
-    Entry("SGD momentum step", momentum_case),
+    Entry("SGD momentum step", momentum_case, warm=True),
     Entry("SGD momentum step, tensor list", resnet18_case, warm=True),
-    Entry("AdamW step", adamw_case),
+    Entry("AdamW step", adamw_case, warm=True),
     Entry("SGD step, published formulation", published_case),
     Entry("SGD step, tensor list", lambda context: sgd_list_case(context, "ResNet-18", resnet18_shapes())),
     *[

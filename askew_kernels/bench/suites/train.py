@@ -170,9 +170,10 @@ class Training:
     def __init__(
         self, task: Task, context: Context, model: nn.Module, optimizer: torch.optim.Optimizer,
         schedules: list[Any] | None = None, autocast: bool = False,
+        loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
     ) -> None:  # fmt: skip
         self.task, self.model, self.optimizer, self.schedules = task, model, optimizer, schedules or []
-        self.device, self.autocast = context.device, autocast
+        self.device, self.autocast, self.loss = context.device, autocast, loss
         self.losses: list[Tensor] = []
         self.ready: Batch | None = None
 
@@ -188,7 +189,7 @@ class Training:
             context = torch.autocast(self.device.type, torch.bfloat16)
         with context:
             logits = self.model(x)
-            loss = functional.cross_entropy(logits.float().flatten(0, -2), y.flatten())
+            loss = self.loss(logits.float().flatten(0, -2), y.flatten())
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -241,6 +242,13 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
 
         return build
 
+    def liger() -> Impl:
+        model = fresh()
+        norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        _replace(model, norms, peers.liger_layer_norm)
+        training = Training(task, context, model, plain(model), loss=peers.liger_cross_entropy())
+        return impl("", "peer", training, note="no QAT")
+
     def ours(backend: str, missing: str, autocast: bool) -> Impl:
         name = (OURS_AUTOCAST if autocast else OURS) + (f" ({backend})" if backend else "")
         if missing:
@@ -271,12 +279,15 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
         peers.peer("torchao QAT", "torchao", peer_training(lambda m: peers.torchao_linear(m, BITS)), no_torchao)
     )
     impls.append(peers.peer("brevitas QAT", "brevitas", peer_training(lambda m: peers.brevitas_layer(m, BITS))))
+    if context.is_cuda and any(isinstance(m, nn.LayerNorm) for m in model.modules()):
+        impls.append(peers.peer(LIGER, "liger_kernel", liger))
     for backend, missing in context.backends():
         impls += [ours(backend, missing, autocast) for autocast in ((False, True) if context.is_cuda else (False,))]
     return impls
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+LIGER = "float, Liger's layer norm and cross entropy"
 
 
 def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
@@ -316,7 +327,7 @@ def gpt_case(context: Context) -> Case:
 
 
 TRAIN = [
-    Entry("training step, MLP", mlp_case),
-    Entry("training step, ResNet-18", resnet_case),
-    Entry("training step, GPT", gpt_case),
+    Entry("training step, MLP", mlp_case, warm=True),
+    Entry("training step, ResNet-18", resnet_case, warm=True),
+    Entry("training step, GPT", gpt_case, warm=True),
 ]

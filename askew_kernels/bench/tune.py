@@ -1,0 +1,281 @@
+"""``python -m askew_kernels bench tune``: finds the launch parameters of this device and writes them as a table.
+
+Each parameter by itself, the others at their built-in values: every value that is tried must give the same bits as the
+built-in one, then all run in turns over the passes that the parameter serves. A value replaces the built-in one only
+where its time (20th percentile, geometric mean over the passes) is at least 3 % shorter, twice: what stands in a table
+is no noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, quant, runtime, tuning
+from . import harness
+from .rows import BenchError, check_writable, environment, error, write_atomic
+from .suites.common import resnet18_shapes
+
+LEAST_GAIN = 0.97
+GRID = quant.Uniform(bits=4)
+
+Values = dict[str, int]
+Build = Callable[[torch.device], Callable[[], Sequence[Tensor]]]  # run() gives the tensors that it wrote
+
+
+# ---- what is run: the passes, each on tensors of its own -------------------------------------------------------------
+
+
+@functools.lru_cache(4)  # every value that is tried gets the same numbers again
+def _drawn(shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
+    return 0.02 * torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def _normal(shape: tuple[int, ...], device: torch.device, seed: int = 0) -> Tensor:
+    return _drawn(shape, device, seed).clone()
+
+
+def _scale(rows: int, device: torch.device) -> Tensor:
+    return torch.full((rows,), 0.01, device=device)
+
+
+def quantize(rows: int, cols: int, scales: int, dtype: torch.dtype = torch.float32) -> Build:
+    """Into an existing tensor."""
+
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        x, s = _normal((rows, cols), device).to(dtype), _scale(scales, device)
+        out = torch.empty_like(x)
+        return lambda: [ops.fake_quantize_out_(x, s, GRID, out)]
+
+    return build
+
+
+def quantize_fresh(rows: int, cols: int) -> Build:
+    """Into a new tensor, which is freed before the next call."""
+
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        x, s = _normal((rows, cols), device), _scale(rows, device)
+        return lambda: [ops.fake_quantize(x, s, GRID)]
+
+    return build
+
+
+def clip(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Build:
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        x, g = (_normal((rows, cols), device, seed).to(dtype) for seed in (0, 1))
+        s = _scale(rows, device)
+        return lambda: [ops.ste_clip_(g, x, s, GRID)]
+
+    return build
+
+
+def step(rows: int, cols: int, momentum: float) -> Build:
+    """An annealed ASkewSGD step."""
+
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        w, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
+        buffers = [torch.zeros_like(w)] if momentum else None
+
+        def run() -> Sequence[Tensor]:
+            ops.skew_sgd_([w], [g], buffers, [s], [GRID], lr=0.05, eps=0.3, momentum=momentum)
+            return [w, *(buffers or [])]
+
+        return run
+
+    return build
+
+
+def perturb_and_restore(shapes: Sequence[tuple[int, ...]]) -> Build:
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        weights = [_normal(shape, device, i) for i, shape in enumerate(shapes)]
+        grads = [_normal(shape, device, 1000 + i) for i, shape in enumerate(shapes)]
+        kept = [torch.empty_like(w) for w in weights]
+        coefficients = torch.tensor([0.1, 0.0], device=device)
+
+        def run() -> Sequence[Tensor]:
+            ops.sam_perturb_(weights, grads, kept, coefficients, adaptive=True)
+            ops.sam_restore_(weights, kept)
+            return [*weights, *kept]
+
+        return run
+
+    return build
+
+
+def passes(section: str, name: str, quick: bool) -> dict[str, Build]:
+    """What a parameter is judged by."""
+    n = 1024 if quick else 4096
+    if section in ("cuda", "triton"):
+        n = 1024 if quick else 8192
+        made = {f"quantize {n}x{n}": quantize(n, n, n), f"clip {n}x{n}": clip(n, n)}
+        if not quick:
+            made[f"quantize {n}x{n}, groups of 128"] = quantize(n, n, n * n // 128)
+            made[f"quantize {n}x{n} bfloat16"] = quantize(n, n, n, torch.bfloat16)
+        return made
+    large = {f"quantize {n}x{n}": quantize(n, n, n), f"clip {n}x{n}": clip(n, n)}
+    if name == "prefetch_columns":
+        steps = {f"step {n}x{n}": step(n, n, 0.0), f"momentum step {n}x{n}": step(n, n, 0.9)}
+        return {**large, **steps}
+    if name == "piece_columns":
+        return {**large, f"quantize {n * n} in one row": quantize(1, n * n, 1)}
+    if name == "serial_elements":
+        heights = (128, 256, 512, 1024)
+        small = {f"quantize {rows}x128": quantize(rows, 128, rows) for rows in heights}
+        return {**small, **{f"step {rows}x128": step(rows, 128, 0.0) for rows in heights}}
+    if name == "streaming_bytes":
+        lists = {f"perturb, restore {m}x1024": perturb_and_restore([(m, 1024)]) for m in (1024, 4096)}
+        return lists if quick else {**lists, "perturb, restore ResNet-18": perturb_and_restore(resnet18_shapes())}
+    return {f"quantize {size}x{size}, fresh": quantize_fresh(size, size) for size in (256, 512, 1024, n)}
+
+
+# ---- what is tried ---------------------------------------------------------------------------------------------------
+
+
+def trials(section: str) -> Iterator[tuple[str, list[Values]]]:
+    """(what is judged together, the values that are tried, the built-in ones first). Triton's two are one choice."""
+    known, built_in = tuning.PARAMETERS[section], runtime.built_in_tuning[section]
+    groups = [tuple(known)] if section == "triton" else [(name,) for name in known]
+    for names in groups:
+        first = {name: built_in[name] for name in names}
+        tried = [dict(zip(names, v, strict=True)) for v in itertools.product(*(known[name].tried for name in names))]
+        yield " and ".join(names), [first, *(v for v in tried if v != first)]
+
+
+def _same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
+
+
+def _text(values: Values) -> str:
+    return ", ".join("never" if v == tuning.NEVER else str(v) for v in values.values())
+
+
+def check_bits(
+    section: str, name: str, candidates: list[Values], judged: dict[str, Build], device: torch.device
+) -> None:
+    """Raises BenchError where a value gives other bits than the first one."""
+    for what, build in judged.items():
+        expected: list[Tensor] = []
+        for candidate in candidates:
+            runtime.use_tuning({section: candidate})
+            found = build(device)()
+            expected = expected or [t.clone() for t in found]
+            if not _same_bits(found, expected):
+                raise BenchError(f"{section}: {name} = {_text(candidate)} changes the bits of {what}")
+
+
+def in_turns(
+    section: str, candidates: list[Values], judged: dict[str, Build], device: torch.device, quick: bool
+) -> tuple[list[float], list[list[float]]]:
+    """For each candidate its time over that of the first, the geometric mean over the passes; and its milliseconds."""
+    clock = harness.CudaClock(device) if device.type == "cuda" else harness.CpuClock()
+    times: list[list[float]] = [[] for _ in candidates]
+    for what, build in judged.items():
+        run = build(device)
+        impls = [
+            harness.Impl(_text(c), run, prepare=functools.partial(runtime.use_tuning, {section: c})) for c in candidates
+        ]
+        measured, failures = harness.interleave(impls, clock, quick)
+        if failures:
+            raise BenchError(f"{what}: {next(iter(failures.values()))}")
+        for each, impl in zip(times, impls, strict=True):
+            each.append(harness.percentile(measured[impl.name], 0.2))
+    scores = [math.exp(statistics.fmean(math.log(a / b) for a, b in zip(t, times[0], strict=True))) for t in times]
+    return scores, times
+
+
+def measure(section: str, device: torch.device, quick: bool) -> tuple[Values, list[dict[str, Any]]]:
+    """Prints a table for each parameter; (what differs from the built-in values; what was tried, with its time over
+    that of the built-in value)."""
+    best: Values = {}
+    found: list[dict[str, Any]] = []
+    for name, candidates in trials(section):
+        judged = passes(section, name, quick)
+        check_bits(section, name, candidates, judged, device)
+        scores, times = in_turns(section, candidates, judged, device, quick)
+        first = scores.index(min(scores))
+        again = 1.0
+        if first and scores[first] <= LEAST_GAIN:
+            again = in_turns(section, [candidates[0], candidates[first]], judged, device, quick)[0][1]
+        chosen = first if again <= LEAST_GAIN else 0
+        if chosen:
+            best |= candidates[chosen]
+        print(f"{section}: {name} (passes: {'; '.join(judged)})")
+        for i, (c, score, each) in enumerate(zip(candidates, scores, times, strict=True)):
+            notes = ["built-in"] * (i == 0) + [f"again {again:.3f}"] * (i == first and again != 1)
+            notes += ["<- chosen"] * (i == chosen)
+            print("  ".join([f"  {_text(c):>12}  {score:5.3f}", *(f"{t:8.3f} ms" for t in each), *notes]))
+            found.append({"section": section, **c, "time": round(score, 4)})
+    return best, found
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def file_name(device: tuning.Device) -> str:
+    """E.g. "nvidia-h200-9.0.json"."""
+    cores = f"-{device.cores}-cores" if device.cores else ""
+    return re.sub(r"[^a-z0-9.]+", "-", f"{device.name}-{device.capability}{cores}".lower()).strip("-") + ".json"
+
+
+def document(key: tuning.Device, parameters: tuning.Values, tried: list[dict[str, Any]], where: dict[str, Any]) -> str:
+    """The table as JSON, a line for each value that was tried."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    facts = {name: where[name] for name in ("askew", "torch", "commit", "threads", "quick")}
+    made = {
+        "device": {name: value for name, value in vars(key).items() if value},
+        "parameters": parameters,
+        "found": {"time": now, **facts, "tried": []},
+    }
+    lines = ",\n   ".join(map(json.dumps, tried))
+    return json.dumps(made, indent=1).replace('"tried": []', f'"tried": [\n   {lines}\n  ]') + "\n"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole command; returns the exit code. Nothing is written before all is measured."""
+    try:
+        device = harness.check_device(arguments.device)
+        for option in ("op", "csv", "plot", "page", "compare", "rows", "fill"):
+            if getattr(arguments, option):
+                raise BenchError(f"bench tune: takes --device, --quick and --json, not --{option}")
+        served = {"cpu": device.type == "cpu" and runtime._C is not None}
+        served["cuda"] = device.type == "cuda" and runtime._cuda_archs_fit()
+        served["triton"] = device.type == "cuda" and runtime.has_triton()
+        if not any(served.values()):
+            why = runtime.why_not_compiled() or runtime.choose_backend(device.type)[1]
+            raise BenchError(f"bench tune: no kernels with launch parameters for {device.type} ({why})")
+        if arguments.json is not None:
+            check_writable(arguments.json)
+    except BenchError as problem:
+        error(problem)
+        return 2
+    key = runtime.tuning_device(device)
+    print(f"{key}; torch {torch.__version__}, {torch.get_num_threads()} threads; time ÷ that of the built-in value")
+    parameters: tuning.Values = {}
+    tried: list[dict[str, Any]] = []
+    try:
+        with runtime.kept_tuning():
+            for section in [s for s in served if served[s]]:
+                with runtime.use_backend("triton" if section == "triton" else "cpp"):
+                    parameters[section], rows = measure(section, device, arguments.quick)
+                tried += rows
+        changed = [f"{s}.{name} = {v}" for s, values in parameters.items() for name, v in values.items()]
+        print("better than the built-in values: " + (", ".join(changed) or "none"))
+        if arguments.json is not None:
+            write_atomic(arguments.json, document(key, parameters, tried, environment(device, arguments.quick)))
+            print(f"wrote {arguments.json}: use it with ASKEW_TUNING={arguments.json}, or ship it as "
+                  f"askew_kernels/tuning/{file_name(key)}")  # fmt: skip
+    except BenchError as problem:
+        error(problem)
+        return 1
+    return 0

@@ -1,0 +1,148 @@
+"""Launch parameters for each kind of device: what they are, and the tables of this folder that hold tuned ones.
+
+They decide how fast a result comes, never its bits (a test sets odd values and compares). A table is a JSON file::
+
+    {"device": {"type": "cpu", "name": "AMD EPYC 9654", "capability": "avx512", "cores": 8},
+     "parameters": {"cpu": {"prefetch_columns": 1024}},
+     "found": {"time": "2026-11-21T12:00:00+00:00", "torch": "2.13.0", …}}
+
+``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++) and ``triton`` with those
+values that differ from the built-in ones; ``found`` says how it came about and is not read. ``bench tune`` makes such
+tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A whole number in [low, high]; ``tried``: what ``bench tune`` compares with the built-in value."""
+
+    low: int
+    high: int
+    tried: tuple[int, ...]
+    power_of_two: bool = False
+
+    def expected(self) -> str:
+        return f"{'a power of two' if self.power_of_two else 'an integer'} from {self.low} to {self.high}"
+
+    def accepts(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
+            return False
+        return not self.power_of_two or value & (value - 1) == 0
+
+
+NEVER = 1 << 60  # bytes that no list has
+
+# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h and TRITON.
+PARAMETERS: dict[str, dict[str, Parameter]] = {
+    "cpu": {
+        "prefetch_columns": Parameter(0, 1 << 16, (128, 256, 512, 1024, 2048)),
+        "piece_columns": Parameter(16, 1 << 30, (4096, 16384, 65536)),
+        "serial_elements": Parameter(0, 1 << 40, (8192, 16384, 32768, 65536, 131072)),
+        "streaming_bytes": Parameter(0, NEVER, (1 << 20, 4 << 20, 16 << 20, 64 << 20, NEVER)),
+        "pooled_bytes": Parameter(1, NEVER, (1 << 18, 1 << 20, 4 << 20, NEVER)),
+    },
+    "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
+    "triton": {
+        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), power_of_two=True),
+        "warps": Parameter(1, 16, (2, 4, 8), power_of_two=True),
+    },
+}
+
+# The elementwise kernels' elements of a program and its warps: four 16-byte vectors of fp32 a thread.
+TRITON = {"block": 2048, "warps": 4}
+
+Values = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a table is keyed by. capability: the CPU loops' instruction set, or "9.0" for sm_90; cores: of a CPU."""
+
+    type: str
+    name: str
+    capability: str
+    cores: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.capability}" + (f", {self.cores} cores" if self.type == "cpu" else "")
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    device: Device | None
+    parameters: Values
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def check_values(parameters: object, where: str) -> Values:
+    """``parameters`` as sections of values. Raises ValueError that begins with ``where`` and names the key."""
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"{where}: parameters: expected an object with the sections {', '.join(PARAMETERS)}")
+    checked: Values = {}
+    for section, values in parameters.items():
+        if section not in PARAMETERS:
+            raise ValueError(f"{where}: parameters: expected the sections {', '.join(PARAMETERS)}, got {section!r}")
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where}: {section}: expected an object of names and integers, got {values!r}")
+        for name, value in values.items():
+            known = PARAMETERS[section].get(name)
+            if known is None:
+                raise ValueError(f"{where}: {section}: expected {', '.join(PARAMETERS[section])}, got {name!r}")
+            if not known.accepts(value):
+                raise ValueError(f"{where}: {section}.{name}: expected {known.expected()}, got {value!r}")
+        checked[section] = dict(values)
+    return checked
+
+
+def _device(found: object, where: str) -> Device:
+    wanted = {"type": str, "name": str, "capability": str, "cores": int}
+    if not isinstance(found, Mapping) or not {"type", "name", "capability"} <= set(found) <= set(wanted):
+        raise ValueError(f"{where}: device: expected an object with type, name, capability and, for a CPU, cores")
+    for key, value in found.items():
+        if not isinstance(value, wanted[key]) or isinstance(value, bool):
+            raise ValueError(f"{where}: device.{key}: expected {wanted[key].__name__}, got {value!r}")
+    return Device(**found)
+
+
+def read_table(path: Path) -> Table:
+    """Raises ValueError, one line that names the file and the key."""
+    try:
+        document = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(document, dict) or "parameters" not in document:
+        raise ValueError(f"{path}: parameters: missing")
+    for key in document:
+        if key not in ("device", "parameters", "found"):
+            raise ValueError(f"{path}: expected device, parameters and found, got {key!r}")
+    device = _device(document["device"], str(path)) if "device" in document else None
+    return Table(path.name, device, check_values(document["parameters"], str(path)), document.get("found", {}))
+
+
+def shipped(folder: Path = FOLDER) -> list[Table]:
+    """The tables of the package, by name."""
+    return [read_table(path) for path in sorted(folder.glob("*.json"))]
+
+
+def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
+    """(the table made for this device, why this one). Name and capability decide; of several the one whose number of
+    cores is nearest."""
+    fitting = [t for t in tables if t.device and t.device.type == device.type and t.device.name == device.name]
+    fitting = [t for t in fitting if t.device and t.device.capability == device.capability]
+    if not fitting:
+        return None, f"no table for {device}"
+    best = min(fitting, key=lambda t: abs(t.device.cores - device.cores))  # type: ignore[union-attr]
+    return best, f"made for {best.device}"
