@@ -367,7 +367,7 @@ def _one_thread() -> None:
 
 
 def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train) -> Iterator[Any]:
-    if workers <= 1:
+    if workers <= 1 or not jobs:
         threads = torch.get_num_threads()
         _one_thread()  # these networks are too small for more
         try:

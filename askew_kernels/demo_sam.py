@@ -257,7 +257,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     [v[1] for _, v in known if v], fmt="o", color=colour, capsize=2, markersize=4, label=name,
                 )  # fmt: skip
             if kind is not None:
-                axis.set_yscale("log")
+                axis.set_ylim(bottom=0)
             axis.set_xticks(range(len(part)), [row["width"] for row in part], fontsize=8)
             axis.set_title(f"{task}: {title}", fontsize=9)
             axis.grid(axis="y", alpha=0.3)
