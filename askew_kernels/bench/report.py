@@ -114,7 +114,8 @@ def goals_table(rows: list[Row]) -> Any:
     results = goals(rows)
     if not results:
         return None
-    title = "goals" + (" (quick sizes: an indication only)" if any(r.quick for r in rows) else "")
+    quick = any(r.quick for r in rows)
+    title = "goals" + (", with the figures of the quick sizes; without --quick they are judged" if quick else "")
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     for name in ("goal", "wanted", "measured", ""):
         table.add_column(name, justify="left" if name == "goal" else "right", overflow="fold")
@@ -123,7 +124,7 @@ def goals_table(rows: list[Row]) -> Any:
         if g.measured is None:
             table.add_row(g.goal, f"{sign} {g.wanted:g}", "not measured", "–", style="dim")
         else:
-            mark = "[green]✓[/green]" if g.reached else "[red]✗[/red]"
+            mark = "" if quick else "[green]✓[/green]" if g.reached else "[red]✗[/red]"
             table.add_row(g.goal, f"{sign} {g.wanted:g}", f"{g.measured:.3g}", mark)
     return table
 
