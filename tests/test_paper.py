@@ -115,3 +115,19 @@ def test_command_writes_resumes_and_is_interrupted(tmp_path, monkeypatch, capsys
 def test_text_model_trains_at_every_width():
     r = paper.train_text("binary", "hard", seed=0, steps=20)
     assert r.loss < 4.9 and r.test_loss < 4.9 and len(r.curve) == 20  # ln 128 = 4.85 to begin with
+
+
+def test_text_is_summarised_over_seeds(tmp_path, monkeypatch):
+    """Accuracy is NaN there; the float model stands beside every width; the test loss decides."""
+
+    def train_text(width, method, seed, steps):
+        loss = {"float": 1.0, "straight-through": 2.0, "relaxed": 3.0, "hard": 1.5}[method] + 0.01 * seed
+        test_loss = loss + 0.001 * seed * len(method)
+        return paper.Result("text", width, method, seed, loss, test_loss, float("nan"), [loss], 0.1)
+
+    monkeypatch.setattr(paper, "train_text", train_text)
+    arguments = ["paper", "--experiments", "text", "--text-seeds", "3", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert page.count("| float | 1.0100 ± 0.0100 |") == 5 and "**binary**, 3 seeds" in page
+    assert "Of 10 comparisons: 5 HIGHER, 5 lower." in page and (tmp_path / "text.png").is_file()

@@ -36,6 +36,10 @@ def _rate(r: Row) -> str:
     return "" if r.rate is None else f"{_significant(r.rate)} {r.rate_unit.replace('million weights', 'Mw')}"
 
 
+def _threads(r: Row) -> str:
+    return f"{r.threads} thread{'s' if r.threads != 1 else ''}"
+
+
 def _where(r: Row) -> str:
     """Shape, type and allocator of a case."""
     allocator = f"{r.allocator} allocator" if r.device_type == "cpu" else ""
@@ -63,7 +67,7 @@ def suite_table(suite: str, rows: list[Row]) -> Any:
 
     first = rows[0]
     quick = "; quick: small tensors that may fit the caches, not the goals' sizes" if first.quick else ""
-    title = f"{suite}: {first.device}, {first.threads} threads, torch {first.torch}{quick}"
+    title = f"{suite}: {first.device}, {_threads(first)}, torch {first.torch}{quick}"
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
     table.add_column("implementation", overflow="fold", min_width=30)
     columns = {name: cell for name, cell in COLUMNS.items() if any(cell(r) for r in rows if r.p50 is not None)}
@@ -185,7 +189,7 @@ def save_figure(figure: Any) -> dict[str, bytes]:
 
 def _subtitle(r: Row) -> str:
     quick = ", quick sizes" if r.quick else ""
-    return f"{r.device}, {r.threads} threads, torch {r.torch}, {r.commit or 'no commit'}{quick}"
+    return f"{r.device}, {_threads(r)}, torch {r.torch}, {r.commit or 'no commit'}{quick}"
 
 
 def _limit_ratio(case: list[Row]) -> tuple[float, str] | None:
@@ -351,7 +355,7 @@ def summary_table(rows: Sequence[Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     first = figures[0].ours
     peers = f"; {first.versions}" if first.versions else ""
-    lines += ["", f"{first.device}, {first.threads} threads, torch {first.torch}{peers}; commit {first.commit}; "
+    lines += ["", f"{first.device}, {_threads(first)}, torch {first.torch}{peers}; commit {first.commit}; "
               f"medians, default allocator."]  # fmt: skip
     return "\n".join(lines)
 
@@ -368,7 +372,7 @@ def goals_markdown(rows: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     """A Markdown page of a whole run: where, goals, every row, the plots."""
     first = rows[0]
-    where = [f"{first.threads} threads", f"torch {first.torch}", first.versions, f"Python {first.python}",
+    where = [_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}",
              f"commit {first.commit or 'unknown'}", first.time[:10]]  # fmt: skip
     lines = [
         f"# Measured on {first.device}",

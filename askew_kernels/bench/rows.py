@@ -59,6 +59,7 @@ class Row:
     threads: int
     backend: str
     allocator: str
+    tuning: str  # the table of launch parameters, or "built-in values"
     quick: bool
     torch: str
     versions: str  # of what else took part: "triton 3.6.0, torchao 0.18.0"
@@ -139,13 +140,15 @@ def allocator_in_use() -> str:
 
 def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
     """The fields of a row that are the same for a whole run."""
-    from .. import __version__
+    from .. import __version__, runtime
     from .peers import versions
 
+    table, _ = runtime.tuning_table(device)
     return {
         "device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
-        "allocator": allocator_in_use(), "quick": quick, "torch": torch.__version__, "versions": versions(),
-        "askew": __version__, "python": platform.python_version(), "commit": _commit(),
+        "allocator": allocator_in_use(), "tuning": table.name if table else "built-in values", "quick": quick,
+        "torch": torch.__version__, "versions": versions(), "askew": __version__,
+        "python": platform.python_version(), "commit": _commit(),
     }  # fmt: skip
 
 

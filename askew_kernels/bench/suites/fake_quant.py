@@ -140,7 +140,7 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
         Impl("eager straight-through", forward_backward(eager, rows), "peer", traffic, check),
     ]
     if granularity == "tensor":
-        impls.append(Impl("torchao QAT", missing="torchao's QAT quantizers have no per-tensor granularity"))
+        impls.append(Impl("torchao QAT", missing="left out: torchao's QAT quantizers have no per-tensor granularity"))
     else:
         impls.append(peers.peer("torchao QAT", "torchao", torchao))
     if group:
