@@ -86,12 +86,28 @@ def test_packed_weights_are_the_trained_ones(name, dtype):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_forward_with_unpacked_weights_is_the_same_bits(name):
-    model, x = quantized(CONFIGS[name]), picture(batch=40)
+def test_the_forward_is_that_of_the_trained_model(name):
+    """Float32 sums in another order."""
+    for batch in (1, 5, 40, 130):
+        model, x = quantized(CONFIGS[name]), picture(batch=batch)
+        with torch.no_grad():
+            want = model(x)
+            got = ak.pack_(model)(x)
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_int8_activations():
+    model, x = quantized(CONFIGS["int4 group"]), picture(batch=20)
     with torch.no_grad():
         want = model(x)
-        got = ak.pack_(model)(x)
-    assert same_bits(got, want)
+        got = ak.pack_(model, activations="int8")(x)
+    assert model[5].activations == "int8" and "activations=int8" in repr(model[5])
+    error = float((got - want).norm() / want.norm())
+    assert 1e-4 < error < 0.03  # not the float product, and near it
+    with pytest.raises(ValueError, match=r'^0: activations: "int8" needs a grid of integer levels'):
+        ak.pack_(quantized(CONFIGS["nf4"]), activations="int8")
+    with pytest.raises(ValueError, match="^0: activations: expected .float. or .int8., got 'int4'"):
+        ak.pack_(quantized(CONFIGS["int8"]), activations="int4")
 
 
 def test_autocast_and_gradients_of_the_input():
@@ -102,7 +118,7 @@ def test_autocast_and_gradients_of_the_input():
     model(leaf).square().sum().backward()
     ak.pack_(model)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert same_bits(model(x), want)
+        torch.testing.assert_close(model(x), want, rtol=0.02, atol=0.02)  # bfloat16 weights were rounded, s c is not
     other = x.clone().requires_grad_()
     model(other).square().sum().backward()
     assert torch.equal(other.grad, leaf.grad)
