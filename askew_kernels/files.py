@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from .nn.convert import LAYERS as FLOAT_LAYERS
 from .nn.layers import QuantizedLayer
-from .nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, packed_layers, replace_modules, set_activations
+from .nn.packed import (
+    PackedConv2d,
+    PackedLayer,
+    PackedLinear,
+    conv_geometry,
+    packed_layers,
+    replace_modules,
+    set_activations,
+)
 from .quant import QuantConfig, check_codes
 
 VERSION = 1

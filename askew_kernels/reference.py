@@ -447,7 +447,7 @@ def lowbit_linear(
 def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, s): each row of ``x`` as round(x / s), s = max |x| / 127, in float32; s is NaN where a row is not finite."""
     top = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
-    inverse = torch.where(top > 0, 127 / top, torch.zeros_like(top))
+    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, torch.zeros_like(top))  # `127 / top` rounds twice
     usable = (top.isfinite() & inverse.isfinite())[:, None]
     q = torch.where(usable, (x * inverse[:, None]).round(), torch.zeros_like(x))
     return q, torch.where(top.isfinite(), top / 127, torch.full_like(top, float("nan")))

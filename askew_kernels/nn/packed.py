@@ -244,7 +244,8 @@ def pack_(
 
     The packed weight is the trained one, bit for bit. ``trits``: ternary layers with five codes in a byte (1.6 bits a
     weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are kept. ``activations``: "int8" lets the
-    linear layers round their inputs to int8, row by row, when they run on a CPU (``PackedLinear``); files do not keep it.
+    linear layers round their inputs to int8, row by row, when they run on a CPU (``PackedLinear``); files keep no such
+    choice.
 
     Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
     (inclusive), and, unless ``force=True`` rounds them, weights that are not hard-quantized and scales that

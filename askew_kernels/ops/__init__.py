@@ -684,7 +684,7 @@ def lowbit_linear(
     check_activations(activations, grid)
     if activations == "int8" and cols * 127 * (len(grid.levels) - 1) >= 2**31:
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
-    flat = x.detach().reshape(-1, cols).contiguous()
+    flat = x.detach().reshape(math.prod(x.shape[:-1]), cols).contiguous()
     y = runtime.operator("lowbit_linear_int8" if activations == "int8" else "lowbit_linear", flat)(
         flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
         None if bias is None else bias.detach().contiguous(),

@@ -59,7 +59,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -(-cols // 5), 5)
         powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
         return (digits * powers).sum(-1, dtype=torch.uint8)
-    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)  # eight codes are `bits` whole bytes
+    # eight codes are `bits` whole bytes
+    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)
     word = torch.zeros(groups.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= groups[..., i].to(torch.int64) << (bits * i)

@@ -139,7 +139,7 @@ ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) { return _mm512_dpbusd_epi32(sums, codes, input); }
 ASKEW_FN vi lane_sums(Sums sums) { return (vi)sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 2; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
 #elif ASKEW_LANES == 16 && defined(__AVX512BW__)
 typedef __m512i Codes;
 typedef __m512i Sums;  // int16, two products each: added up in int32 before they overflow
@@ -191,7 +191,7 @@ ASKEW_FN Sums add_products(Sums sums, const Codes& codes, const Codes& input) {
   return sums;
 }
 ASKEW_FN vi lane_sums(Sums sums) { return sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 2; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
 #endif
 
 struct Int8Rows {
