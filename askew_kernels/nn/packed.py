@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ops
+from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer, _autocast_dtype, _conv_arguments
@@ -154,9 +154,22 @@ class PackedLinear(PackedLayer):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
             return functional.linear(x, self.dequantize(x.dtype), bias)
-        return ops.lowbit_linear(
-            x, self.weight_codes, self.weight_scale, self.config.weight, self.bits, bias, self.activations
-        )
+        if not torch.is_grad_enabled():
+            return self._product(x, bias)
+        with torch.no_grad():
+            return self._product(x, bias)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``ops.lowbit_linear`` without its checks, which this layer has passed and which cost as much as a small product."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
+        grid = self.config.weight
+        flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
+        y = runtime.operator("lowbit_linear_int8" if self.activations == "int8" else "lowbit_linear", flat)(
+            flat.contiguous(), self.weight_codes, self.weight_scale.float(), grid.levels_tensor(x.device),
+            grid.encoding, self.bits, bias,
+        )  # fmt: skip
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

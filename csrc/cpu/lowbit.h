@@ -6,7 +6,8 @@ namespace askew {
 
 struct LowbitWeight {
   const uint8_t* codes;   // (n, row_bytes)
-  const uint8_t* digits;  // bits == 0: (243, 8), the five codes of a byte and padding
+  const uint8_t* digits;  // bits == 0: (256, 8), the five codes of a byte and padding; above 242 those of 242
+  const uint32_t* words;  // the same codes in a word, four bits each
   const float* scale;     // (1), (n) or (n * groups)
   float table[16];        // level of the code in the low `bits` bits of the index, where there are at most 4
   float lo, hi, step;     // levels lo, lo + step … hi, but for a codebook

@@ -1,7 +1,7 @@
 // Packed weights, included once per instruction set; like loops.inl it sees no torch and no standard library.
 //
-// decode: // Eight codes of at most 4 bits (four of at most 8) lie in one 32-bit word: it is broadcast, each lane shifts by its
-// own place, and a permutation of a register of 16 levels turns the code into its level.
+// decode: // Eight codes of at most 4 bits (four of at most 8) lie in one 32-bit word: it is broadcast, each lane
+// shifts by its own place, and a permutation of a register of 16 levels turns the code into its level.
 #include "lowbit.h"
 #include "../math/portability.h"
 
@@ -51,12 +51,12 @@ ASKEW_FN vu widened(const uint8_t* p) {
 }
 
 // Codes as bytes in the order of the columns, followed by zeros up to a multiple of 64.
-ASKEW_FN void unpack_row(const LowbitWeight& w, int64_t row, uint8_t* out) {
+ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t end = rounded_up(w.cols, 64);
   if (w.bits == 0) {
-    for (int64_t i = 0; i < w.row_bytes; ++i)
-      __builtin_memcpy(out + 5 * i, w.digits + 8 * (p[i] < 243 ? p[i] : 242), 8);
+    for (int64_t i = 0; i < w.row_bytes; ++i) __builtin_memcpy(out + 5 * i, w.digits + 8 * p[i], 8);
   } else if (w.bits == 8) {
     __builtin_memcpy(out, p, w.cols);
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
@@ -91,13 +91,14 @@ ASKEW_FN void unpack_row(const LowbitWeight& w, int64_t row, uint8_t* out) {
 // The level of each byte's code.
 ASKEW_FN vf levels_of(const LowbitWeight& w, const uint8_t* p) {
   const vu code = widened(p);
-  if (w.bits && w.bits <= 4) return lookup(w.table, code);
+  if (w.bits <= 4) return lookup(w.table, code);
   const vf level = __builtin_convertvector((vi)code, vf) + w.lo;
   return select(level > w.hi, vf{} + w.hi, level);
 }
 
 template <int T>
-ASKEW_FN void decode_typed(const LowbitWeight& w, int64_t row, float* out, uint8_t* bytes) {
+ASKEW_FN void decode_typed(const LowbitWeight& weight, int64_t row, float* out, uint8_t* bytes) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
   unpack_row(w, row, bytes);
   const int64_t groups = w.groups ? w.groups : 1, length = w.cols / groups;
   const float* scale = w.scale + (w.groups ? row * w.groups : 0);
@@ -218,9 +219,8 @@ ASKEW_FN void sums_of(const vf* v, float* sum) {
     const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_add_ps(
-        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     return;
@@ -234,21 +234,29 @@ ASKEW_FN float row_scale(const LowbitWeight& w, int64_t row) { return w.scale[w.
 // A block of codes is one vector of words, one for each lane; a word's codes are consecutive columns.
 template <int BITS>
 struct Block {
-  static constexpr int kCodes = BITS == 3 ? 8 : BITS < 5 ? 32 / BITS : 1;  // in a lane
+  static constexpr int kShift = BITS == 0 ? 4 : BITS;
+  static constexpr int kCodes = BITS == 0 ? 5 : BITS == 3 ? 8 : BITS < 5 ? 32 / kShift : 1;  // in a lane
   static constexpr int kCols = kCodes * ASKEW_LANES;
-  static constexpr int kBytes = kCols * BITS / 8;
+  static constexpr int kBytes = BITS == 0 ? ASKEW_LANES : kCols * BITS / 8;
 };
 
 template <int BITS>
-ASKEW_FN vu words_of(const uint8_t* p) {
+ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p) {
   vu word;
-  if (BITS == 3) {
+  if (BITS == 0) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+    word = (vu)_mm512_i32gather_epi32((__m512i)widened(p), w.words, 4);
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+    word = (vu)_mm256_i32gather_epi32((const int*)w.words, (__m256i)widened(p), 4);
+#else
+    for (int i = 0; i < ASKEW_LANES; ++i) word[i] = w.words[p[i]];
+#endif
+  } else if (BITS == 3) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
     const __m512i bytes = _mm512_maskz_loadu_epi32(0x0fff, p);
-    const __m512i quarters = _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), bytes);
-    const __m512i spread = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    const __m512i quarters =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), bytes);
+    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
     word = (vu)_mm512_shuffle_epi8(quarters, spread);
 #else
     for (int i = 0; i < ASKEW_LANES; ++i) word[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
@@ -300,25 +308,15 @@ ASKEW_FN vf scales_of(const LaneScales& s, const float* p, int64_t left) {
 #include "lowbit_float.inl"
 #include "lowbit_int8.inl"
 
-static const LowbitLoops table = {decode,
-                                  store,
-                                  load,
-                                  width,
-                                  arrange,
-                                  scratch,
+static const LowbitLoops table = {decode,       store,       load,
+                                  width,        arrange,     scratch,
                                   multiply,
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
-                                  tables_width,
-                                  make_tables,
-                                  multiply_tables,
+                                  tables_width, make_tables, multiply_tables,
 #else
-                                  nullptr,
-                                  nullptr,
-                                  nullptr,
+                                  nullptr,    nullptr,  nullptr,
 #endif
-                                  int8_width,
-                                  quantize,
-                                  int8_scratch,
+                                  int8_width,   quantize,    int8_scratch,
                                   multiply_int8};
 
 }  // namespace ASKEW_ISA

@@ -1,11 +1,13 @@
 // Float activations times packed weights. A lane's word holds consecutive columns: shifting all lanes by one code at a
 // time needs no other unpacking, provided that the input was arranged in that order once.
 
-enum Form : int { kBytes = 8, kDecoded = 32 };  // else the bits of a code: 1 to 4
+enum Form : int { kBytes = 8, kDecoded = 32 };  // else the bits of a code: 1 to 4, or 0 for trits
 
 // How rows are read: as they stand, as bytes made of them, or as decoded floats where groups end inside a lane.
 ASKEW_FN int form_of(const LowbitWeight& w) {
   switch (w.bits) {
+    case 0:
+      return groups_fit(w, Block<0>::kCols, Block<0>::kCodes) ? 0 : kDecoded;
     case 1:
       return groups_fit(w, Block<1>::kCols, Block<1>::kCodes) ? 1 : kDecoded;
     case 2:
@@ -21,6 +23,8 @@ ASKEW_FN int form_of(const LowbitWeight& w) {
 
 static int64_t width(const LowbitWeight& w) {
   switch (form_of(w)) {
+    case 0:
+      return rounded_up(w.cols, Block<0>::kCols);
     case 1:
       return rounded_up(w.cols, Block<1>::kCols);
     case 2:
@@ -35,7 +39,8 @@ static int64_t width(const LowbitWeight& w) {
 }
 
 template <int BITS>
-ASKEW_FN void arrange_blocks(const LowbitWeight& w, const float* x, float* out) {
+ASKEW_FN void arrange_blocks(const LowbitWeight& weight, const float* x, float* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
   constexpr int kCodes = Block<BITS>::kCodes;
   for (int64_t c = 0; c < w.cols; c += Block<BITS>::kCols, out += Block<BITS>::kCols) {
     if (c + Block<BITS>::kCols <= w.cols) {
@@ -51,6 +56,8 @@ ASKEW_FN void arrange_blocks(const LowbitWeight& w, const float* x, float* out) 
 
 static void arrange(const LowbitWeight& w, const float* x, float* out) {
   switch (form_of(w)) {
+    case 0:
+      return arrange_blocks<0>(w, x, out);
     case 1:
       return arrange_blocks<1>(w, x, out);
     case 2:
@@ -89,8 +96,7 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
     scale = w.scale + row * w.groups;
     until = lanes.blocks;
   }
-  ASKEW_UNROLL for (int r = 0; r < R; ++r)
-    ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vf{};
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vf{};
   for (int64_t i = 0; i < blocks; ++i) {
     vu word[R];
     vf level[R], s[R], own[R];
@@ -100,11 +106,11 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
       if (FORM == kDecoded) {
         level[r] = Floats::load((const float*)from);
       } else if (i < whole) {
-        word[r] = words_of<kBits>(from);
+        word[r] = words_of<kBits>(w, from);
       } else {  // the last bytes of a row
         uint8_t padded[block::kBytes] = {};
         __builtin_memcpy(padded, from, w.row_bytes - whole * kStep);
-        word[r] = words_of<kBits>(padded);
+        word[r] = words_of<kBits>(w, padded);
       }
       if (GROUPED) s[r] = scales_of(lanes, scale + r * w.groups, left);
       own[r] = vf{};
@@ -113,7 +119,7 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
     ASKEW_UNROLL for (int k = 0; k < block::kCodes; ++k) {
       ASKEW_UNROLL for (int r = 0; r < R; ++r) {
         if (FORM == kBytes) level[r] = __builtin_convertvector((vi)word[r], vf) + w.lo;
-        if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? FORM * k : 0));
+        if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? block::kShift * k : 0));
         if (GROUPED && B > 1) level[r] = level[r] * s[r];
       }
       ASKEW_UNROLL for (int b = 0; b < B; ++b) {
@@ -126,8 +132,7 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
         }
       }
     }
-    if (GROUPED && B == 1)
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
+    if (GROUPED && B == 1) ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
     if (GROUPED) {
       const int64_t done = lanes.blocks ? i + 1 == until : lanes.groups;
       if (lanes.blocks && done) until += lanes.blocks;
@@ -142,11 +147,10 @@ __attribute__((noinline)) void multiply_tile(const LowbitWeight& w, const uint8_
                                              const float* x, int64_t width, const float* bias, float* y) {
   vf sum[R][B];
   dot_tile<FORM, GROUPED, R, B>(w, p, stride, row, x, width, sum);
-  ASKEW_UNROLL for (int b = 0; b < B; ++b)
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
-      const float s = GROUPED || FORM == kDecoded ? 1.f : row_scale(w, row + r);
-      y[b * w.n + row + r] = sum_of(sum[r][b]) * s + (bias ? bias[row + r] : 0.f);
-    }
+  ASKEW_UNROLL for (int b = 0; b < B; ++b) ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+    const float s = GROUPED || FORM == kDecoded ? 1.f : row_scale(w, row + r);
+    y[b * w.n + row + r] = sum_of(sum[r][b]) * s + (bias ? bias[row + r] : 0.f);
+  }
 }
 
 template <int FORM, bool GROUPED, int R>
@@ -157,7 +161,7 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
   if (FORM == kDecoded) {
     stride = (rounded_up(w.cols, 64) + kPadding) * 4;
     ASKEW_UNROLL for (int r = 0; r < R; ++r)
-      decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
+        decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
     p = (const uint8_t*)scratch;
   } else if (FORM == kBytes && w.bits != 8) {
     stride = rounded_up(w.cols, 64) + kPadding;
@@ -178,8 +182,7 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
     multiply_tile<FORM, GROUPED, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
   for (; b + 2 <= batch; b += 2)
     multiply_tile<FORM, GROUPED, R, 2>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
-  for (; b < batch; ++b)
-    multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+  for (; b < batch; ++b) multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
 }
 
 template <int FORM, bool GROUPED>
@@ -196,10 +199,12 @@ ASKEW_FN void multiply_form(const LowbitWeight& w, int64_t row0, int64_t row1, c
 
 static void multiply(const LowbitWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
                      const float* bias, float* y, char* scratch) {
-#define ASKEW_FORM(FORM)                                                                   \
-  (w.groups > 1 ? multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch)     \
+#define ASKEW_FORM(FORM)                                                               \
+  (w.groups > 1 ? multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch) \
                 : multiply_form<FORM, false>(w, row0, row1, x, batch, bias, y, scratch))
   switch (form_of(w)) {
+    case 0:
+      return ASKEW_FORM(0);
     case 1:
       return ASKEW_FORM(1);
     case 2:
@@ -304,8 +309,8 @@ ASKEW_FN void tables_band(const LowbitWeight& w, int64_t row, int64_t rows, cons
       ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) index[g] = (vu)codes[g][c - first];
       ASKEW_UNROLL for (int k = 0; k < 8; ++k) {
         const __m512 sums = _mm512_loadu_ps(t + 16 * k);
-        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g)
-          sum[g] = sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
+        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) sum[g] =
+            sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
       }
       if (c + 1 == until) {
         ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
@@ -322,12 +327,11 @@ ASKEW_FN void tables_band(const LowbitWeight& w, int64_t row, int64_t rows, cons
       }
     }
   }
-  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g)
-    for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
-      const int64_t r = row + 16 * g + i;
-      const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
-      y[r] = dot + (bias ? bias[r] : 0.f);
-    }
+  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
+    const int64_t r = row + 16 * g + i;
+    const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
+    y[r] = dot + (bias ? bias[r] : 0.f);
+  }
 }
 
 static void multiply_tables(const LowbitWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,

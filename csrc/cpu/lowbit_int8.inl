@@ -44,7 +44,9 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   }
 }
 
-static void quantize(const LowbitWeight& w, const float* x, int8_t* q, float* scale, float* sums, int8_t* scratch) {
+static void quantize(const LowbitWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
+                     int8_t* scratch) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
   const int parts = int8_parts(w);
   const int64_t width = int8_width(w), cols = w.cols;
   uint32_t most = 0;  // as bits: above those of inf is NaN
@@ -97,13 +99,15 @@ static int64_t int8_scratch(const LowbitWeight& w) {
 }
 
 template <int BITS>
-ASKEW_FN void unpack_arranged(const LowbitWeight& w, int64_t row, uint8_t* out) {
+ASKEW_FN void unpack_arranged(const LowbitWeight& weight, int64_t row, uint8_t* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t whole = w.row_bytes / (4 * ASKEW_LANES), blocks = int8_width(w) * BITS / (32 * ASKEW_LANES);
   constexpr uint32_t kMask = 0x01010101u * ((1u << BITS) - 1);
   const bool ternary = w.n_levels == 3;
   for (int64_t i = 0; i < blocks; ++i, p += 4 * ASKEW_LANES) {
     vu word;
+    __builtin_prefetch(p + kInt8Rows * w.row_bytes);  // of the rows that come next
     if (i < whole) {
       __builtin_memcpy(&word, p, sizeof word);
     } else {
@@ -127,8 +131,9 @@ ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
   if (parts == 2) return unpack_arranged<4>(w, row, out);
   unpack_row(w, row, out);
   const int top = w.n_levels - 1;
+  const int64_t cols = w.cols;
   if (w.bits && top + 1 < 1 << w.bits)
-    for (int64_t c = 0; c < w.cols; ++c) out[c] = out[c] < top ? out[c] : (uint8_t)top;
+    for (int64_t c = 0; c < cols; ++c) out[c] = out[c] < top ? out[c] : (uint8_t)top;
 }
 
 // Sums of four products in each lane.
@@ -154,8 +159,7 @@ ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
 ASKEW_FN vi wide_products(Codes codes, Codes input) {
   const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(255)),
                                          _mm512_srai_epi16(_mm512_slli_epi16(input, 8), 8));
-  return (vi)_mm512_add_epi32(even,
-                              _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(input, 8)));
+  return (vi)_mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(input, 8)));
 }
 #define ASKEW_WIDE 1
 #elif ASKEW_LANES == 8 && defined(__AVX2__)
@@ -171,8 +175,7 @@ ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
 ASKEW_FN vi wide_products(Codes codes, Codes input) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(input, 8), 8));
-  return (vi)_mm256_add_epi32(even,
-                              _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(input, 8)));
+  return (vi)_mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(input, 8)));
 }
 #define ASKEW_WIDE 1
 #else
@@ -204,14 +207,12 @@ template <int R, int B, bool WIDE>
 ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
                         vi (&sum)[R][B]) {
   constexpr int kStep = 4 * ASKEW_LANES;
-  ASKEW_UNROLL for (int r = 0; r < R; ++r)
-    ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
   for (int64_t i = 0; i < bytes;) {
     const int64_t end = bytes - i > most * kStep ? i + most * kStep : bytes;
 #if defined(ASKEW_WIDE)
     if (WIDE) {
-      for (; i < end; i += kStep)
-        ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+      for (; i < end; i += kStep) ASKEW_UNROLL for (int b = 0; b < B; ++b) {
           const Codes input = load_bytes(q + b * width + i);
           ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][b] += wide_products(load_bytes(codes + r * width + i), input);
         }
@@ -219,8 +220,7 @@ ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, in
     }
 #endif
     Sums own[R][B];
-    ASKEW_UNROLL for (int r = 0; r < R; ++r)
-      ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = zero_sums();
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = zero_sums();
     for (; i < end; i += kStep) {
       Codes code[R];
       ASKEW_UNROLL for (int r = 0; r < R; ++r) code[r] = load_bytes(codes + r * width + i);
@@ -229,8 +229,7 @@ ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, in
         ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r][b] = add_products(own[r][b], code[r], input);
       }
     }
-    ASKEW_UNROLL for (int r = 0; r < R; ++r)
-      ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[r][b]);
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[r][b]);
   }
 }
 
@@ -242,9 +241,8 @@ ASKEW_FN void int8_span(const uint8_t* codes, const int8_t* q, int64_t width, in
   ASKEW_UNROLL for (int b = 0; b < B; ++b) {
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
       Sums own = zero_sums();
-      ASKEW_UNROLL for (int v = 0; v < V; ++v)
-        own = add_products(own, load_bytes(codes + r * width + v * 4 * ASKEW_LANES),
-                           load_bytes(q + b * width + v * 4 * ASKEW_LANES));
+      ASKEW_UNROLL for (int v = 0; v < V; ++v) own = add_products(
+          own, load_bytes(codes + r * width + v * 4 * ASKEW_LANES), load_bytes(q + b * width + v * 4 * ASKEW_LANES));
       sum[r][b] = lane_sums(own);
     }
   }
@@ -257,19 +255,17 @@ ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int
   const int8_t* q = x.q + token * rows.width;
   vi sum[R][B];
   vf total[B][R];
-  ASKEW_UNROLL for (int r = 0; r < R; ++r)
-    ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] = vf{};
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] = vf{};
   for (int64_t g = 0; g < rows.groups; g += ASKEW_LANES)
-    ASKEW_UNROLL for (int r = 0; r < R; ++r)
-      ASKEW_UNROLL for (int b = 0; b < B; ++b)
-        total[b][r] = multiply_add(Floats::load(rows.scales + r * rows.groups + g),
-                                   Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
+        multiply_add(Floats::load(rows.scales + r * rows.groups + g),
+                     Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
   for (int64_t i = 0, g = 0; i < rows.width; i += step, g += lanes.groups) {
     int8_span<R, B, WIDE, V>(rows.codes + i, q + i, rows.width, step, most, sum);
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
       const vf s = scales_of(lanes, rows.scales + r * rows.groups + g, w.groups - g);
-      ASKEW_UNROLL for (int b = 0; b < B; ++b)
-        total[b][r] = multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
+      ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
+          multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
     }
   }
   ASKEW_UNROLL for (int b = 0; b < B; ++b) sums_of<R>(total[b], dot[b]);

@@ -29,7 +29,8 @@ bool has_vnni() { return false; }
 
 const LowbitLoops& lowbit_loops() {
   const char* name = loops().name;
-  if (!std::strcmp(name, "avx512")) return has_vnni() && lowbit_avx512_vnni() ? *lowbit_avx512_vnni() : *lowbit_avx512();
+  if (!std::strcmp(name, "avx512"))
+    return has_vnni() && lowbit_avx512_vnni() ? *lowbit_avx512_vnni() : *lowbit_avx512();
   if (!std::strcmp(name, "avx2")) return *lowbit_avx2();
   return *lowbit_baseline();
 }
@@ -50,15 +51,22 @@ class Scratch {
   void* data_;
 };
 
-// The five codes of each byte below 243, eight bytes apart.
-const uint8_t* trit_digits() {
-  static const std::vector<uint8_t> table = [] {
-    std::vector<uint8_t> t(243 * 8);
-    for (int byte = 0; byte < 243; ++byte)
-      for (int d = 0, rest = byte; d < 5; ++d, rest /= 3) t[byte * 8 + d] = (uint8_t)(rest % 3);
-    return t;
-  }();
-  return table.data();
+// The five codes of each byte, as bytes and in one word.
+struct Trits {
+  uint8_t digits[256][8] = {};
+  uint32_t words[256] = {};
+  Trits() {
+    for (int byte = 0; byte < 256; ++byte)
+      for (int d = 0, rest = std::min(byte, 242); d < 5; ++d, rest /= 3) {
+        digits[byte][d] = (uint8_t)(rest % 3);
+        words[byte] |= (uint32_t)(rest % 3) << 4 * d;
+      }
+  }
+};
+
+const Trits& trits() {
+  static const Trits table;
+  return table;
 }
 
 LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& levels, const std::vector<int64_t>& grid,
@@ -81,7 +89,8 @@ LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& l
                   "scale: ", rows, " scales do not fit ", w.n, " rows of ", cols);
   w.codes = static_cast<const uint8_t*>(codes.data_ptr());
   w.scale = static_cast<const float*>(scale.data_ptr());
-  w.digits = trit_digits();
+  w.digits = trits().digits[0];
+  w.words = trits().words;
   const GridArg g = grid_arg(grid, levels);
   w.lo = g.lo;
   w.hi = g.hi;
@@ -89,9 +98,9 @@ LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& l
   w.n_levels = g.kind == kCodebook ? g.n_levels : (int)((g.hi - g.lo) / w.step) + 1;
   const int most = bits == 0 ? 3 : g.kind == kCodebook && bits > 4 ? 16 : 1 << bits;
   STD_TORCH_CHECK(w.n_levels <= most, "levels: expected at most ", most, " of ", bits, " bits, got ", w.n_levels);
-  if (bits && bits <= 4)
+  if (bits <= 4)
     for (int i = 0; i < 16; ++i) {
-      const int k = std::min(i & ((1 << bits) - 1), w.n_levels - 1);
+      const int k = std::min(bits ? i & ((1 << bits) - 1) : i, w.n_levels - 1);
       w.table[i] = g.kind == kCodebook ? g.levels[k] : g.lo + w.step * (float)k;
     }
   return w;
