@@ -160,7 +160,7 @@ class PackedLinear(PackedLayer):
             return self._product(x, bias)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``ops.lowbit_linear`` without its checks, which this layer has passed and which cost as much as a small product."""
+        """``ops.lowbit_linear`` without its checks, passed by this layer; they cost as much as a small product."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
         grid = self.config.weight

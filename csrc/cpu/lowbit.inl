@@ -1,7 +1,7 @@
 // Packed weights, included once per instruction set; like loops.inl it sees no torch and no standard library.
 //
-// decode: // Eight codes of at most 4 bits (four of at most 8) lie in one 32-bit word: it is broadcast, each lane
-// shifts by its own place, and a permutation of a register of 16 levels turns the code into its level.
+// Codes of at most 4 bits become levels by one permutation of a register of 16 levels, which reads the low four bits of
+// each lane.
 #include "lowbit.h"
 #include "../math/portability.h"
 

@@ -5,6 +5,7 @@ Weights are cold: 128 MiB of other memory is read before each call, as the other
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 import warnings
@@ -54,19 +55,30 @@ class PackedCheck:
             raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {self.relative}")
 
 
-def packed_layer(layer: nn.Linear, name: str, activations: str = "float") -> ask_nn.PackedLinear:
+@functools.lru_cache(2 * len(GRIDS))
+def packed_weight(name: str, side: int, device: str) -> ask_nn.PackedLinear:
+    """Of ``float_layer``; packing takes longer than the measurements, so one serves every batch."""
     config, trits = GRIDS[name]
-    packed = ask_nn.PackedLinear.from_quantized(ask_nn.AskewLinear.from_float(layer, config), force=True, trits=trits)
+    layer = ask_nn.AskewLinear.from_float(float_layer(side, device), config)
+    return ask_nn.PackedLinear.from_quantized(layer, force=True, trits=trits).eval()
+
+
+def float_layer(side: int, device: str) -> nn.Linear:
+    torch.manual_seed(4)
+    return nn.Linear(side, side, device=device)
+
+
+def packed_layer(name: str, side: int, device: str, activations: str) -> ask_nn.PackedLinear:
+    packed = copy.copy(packed_weight(name, side, device))  # the same tensors
     packed.activations = activations
-    return packed.eval()
+    return packed
 
 
 def linear_case(context: Context, batch: int) -> Case:
     side = context.side
     g = torch.Generator(context.device).manual_seed(3)
     x = torch.randn(batch, side, device=context.device, generator=g)
-    torch.manual_seed(4)
-    layer = nn.Linear(side, side, device=context.device)
+    layer = float_layer(side, str(context.device))
     other = torch.zeros(1 << (20 if context.quick else 25), device=context.device)
 
     def call(made: Callable[[Tensor], Tensor], value: Tensor = x) -> Callable[[], Any]:
@@ -91,7 +103,7 @@ def linear_case(context: Context, batch: int) -> Case:
             ["float", "int8"] if isinstance(config.weight, (quant.Uniform, quant.Binary, quant.Ternary)) else ["float"]
         )
         for activations in kinds if not context.is_cuda else ["float"]:
-            packed = packed_layer(layer, name, activations)
+            packed = packed_layer(name, side, str(context.device), activations)
             int8 = activations == "int8"
             impls.append(impl(ours(name) + INT8 * int8, packed, packed.packed_bytes, kind="ours", backend=backend,
                               check=PackedCheck(packed, x, 0.03 if int8 else 1e-4)))  # fmt: skip
