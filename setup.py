@@ -45,9 +45,14 @@ LOOP_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
+AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 ISA_FLAGS = {
-    "loops_avx2.cpp": ["-mavx2", "-mfma"],
-    "loops_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "loops_avx2.cpp": AVX2_FLAGS,
+    "loops_avx512.cpp": AVX512_FLAGS,
+    "loops_lowbit_avx2.cpp": AVX2_FLAGS,
+    "loops_lowbit_avx512.cpp": AVX512_FLAGS,
+    "loops_lowbit_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from .nn.convert import LAYERS as FLOAT_LAYERS
 from .nn.layers import QuantizedLayer
-from .nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, packed_layers, replace_modules
+from .nn.packed import (
+    PackedConv2d,
+    PackedLayer,
+    PackedLinear,
+    conv_geometry,
+    packed_layers,
+    replace_modules,
+    set_activations,
+)
 from .quant import QuantConfig, check_codes
 
 VERSION = 1
@@ -206,12 +214,15 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     write_packed(path, model.state_dict(), layers)
 
 
-def load_packed(path: str | os.PathLike, model: nn.Module, *, verify: bool = True) -> nn.Module:
+def load_packed(
+    path: str | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float"
+) -> nn.Module:
     """Fills ``model`` from a packed file, in place, and returns it.
 
     Its nn.Linear and nn.Conv2d (or their quantized or packed twins) that the file has packed are replaced; every other
     tensor is loaded, strictly. A model on the meta device is given the file's own memory-mapped tensors: the file
     must not be changed in place while they are in use. ``verify=False`` skips the checksum, which reads it all once.
+    ``activations``: as in ``pack_``.
 
     Raises PackedFileError naming what does not fit (names, shapes, grid, geometry, format version, damage), and then
     leaves the model as it was; ImportError without safetensors.
@@ -220,7 +231,7 @@ def load_packed(path: str | os.PathLike, model: nn.Module, *, verify: bool = Tru
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     file = PackedFile(path, verify)
     new: dict[str, nn.Module] = {}
-    made: dict[int, nn.Module] = {}
+    made: dict[int, PackedLayer] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, d in file.layers.items():
         old = modules.get(name)
@@ -229,6 +240,10 @@ def load_packed(path: str | os.PathLike, model: nn.Module, *, verify: bool = Tru
         _check_fits(file, name, d, old)
         if id(old) not in made:
             made[id(old)] = _filled(file, name, old)
+            try:
+                set_activations(made[id(old)], activations)
+            except ValueError as error:
+                raise file._error(f"layer {name}: {error}") from None
         new[name] = made[id(old)]
     extra = [name for name in packed_layers(model) if name not in new]
     if extra:

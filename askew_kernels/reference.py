@@ -398,14 +398,14 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     if bits == TRITS:
         powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
         digits = packed[..., None] // powers % 3
-        return digits.reshape(n, -1)[:, :cols].contiguous()
+        return digits.flatten(1)[:, :cols].contiguous()
     words = -(-cols // 8)  # eight codes are `bits` whole bytes
     padded = torch.nn.functional.pad(packed, (0, words * bits - packed.shape[1])).reshape(n, words, bits)
     word = torch.zeros(n, words, dtype=torch.int64, device=packed.device)
     for j in range(bits):
         word |= padded[..., j].to(torch.int64) << (8 * j)
     codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
-    return codes.reshape(n, -1)[:, :cols].contiguous()
+    return codes.flatten(1)[:, :cols].contiguous()
 
 
 def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "cpu") -> Tensor:
@@ -437,8 +437,28 @@ def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[
 def lowbit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
 ) -> Tensor:
-    """y = x W^T + b with W = s c in the storage type of x; sums in float32."""
-    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], x.dtype)
+    """y = x W^T + b with W = s c in float32, sums in float32, rounded once to the type of x."""
     kind = compute_dtype(x.dtype)
-    y = x.to(kind) @ weight.to(kind).t()
+    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
+    y = x.to(kind) @ weight.t()
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x`` as round(x / s), s = max |x| / 127, in float32; s is NaN where a row is not finite."""
+    top = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, torch.zeros_like(top))  # `127 / top` rounds twice
+    usable = (top.isfinite() & inverse.isfinite())[:, None]
+    q = torch.where(usable, (x * inverse[:, None]).round(), torch.zeros_like(x))
+    return q, torch.where(top.isfinite(), top / 127, torch.full_like(top, float("nan")))
+
+
+def lowbit_linear_int8(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """y = s_x (q W^T) + b with x = s_x q rounded to int8 token by token, W = s c in float32."""
+    kind = compute_dtype(x.dtype)
+    q, s = int8_tokens(x.to(kind))
+    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
+    y = s[:, None] * (q @ weight.t())
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)

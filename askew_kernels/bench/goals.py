@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from .rows import Row
 from .suites.fake_quant import COMPILED, COMPILED_BOTH
 from .suites.linear import AFTER_STEP, BREVITAS, HARD, TORCHAO
+from .suites.packed import DYNAMIC, INT8, TORCH_INT4, TORCH_INT8, ours
 from .suites.sam import FOREIGN, INSIDE
 from .suites.startup import BEYOND_TORCH
 from .suites.step import BNB_ADAMW, FRESH, IN_PLACE, PARQ, PUBLISHED
@@ -115,6 +116,19 @@ GOALS: list[Goal] = [
             Goal(f"fake_quantize {label} ÷ torch.compile, {allocator} allocator", "fake_quant", "<=", 1.0,
                  ratio_to_best(op, "ops.fake_quantize", (COMPILED, COMPILED_BOTH), allocator)),
         )
+    ],
+    *[
+        Goal(f"PackedLinear {name}, batch {batch}: times faster than nn.Linear", "packed", ">=", wanted,
+             ratio(f"packed linear, batch {batch}", "nn.Linear", ours(name)))
+        for name, batch, wanted in (
+            ("4-bit group 128", 1, 7.0), ("binary", 1, 14.0), ("4-bit" + INT8, 16, 10.0), ("4-bit" + INT8, 256, 4.3),
+        )
+    ],
+    *[
+        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} of torch's", "packed", "<=", 1.0,
+             ratio_to_best(f"packed linear, batch {batch}", ours(name), rivals))
+        for batch in (1, 16, 256, 4096)
+        for name, rivals in (("4-bit group 128", (TORCH_INT4, TORCH_INT8)), ("4-bit" + INT8, (DYNAMIC,)))
     ],
     Goal("ASAM perturb + restore over a foreign base ÷ SGD fused", "sam", "<=", 3.6,
          ratio(_SAM, f"{FOREIGN}, restored")),

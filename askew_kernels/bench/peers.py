@@ -7,6 +7,7 @@ others. Nothing is imported before a case asks for it: some of these packages ta
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import importlib.util
@@ -99,6 +100,14 @@ def torchao_linear(layer: nn.Linear, bits: int, group: int | None = None) -> nn.
     )
     made.load_state_dict(layer.state_dict())
     return made.to(layer.weight.device)
+
+
+def torchao_inference(layer: nn.Linear, config: str) -> nn.Module:
+    """A copy of this layer, quantized for inference by ``torchao.quantization.<config>()``."""
+    quantization = load("torchao.quantization")
+    made = nn.Sequential(copy.deepcopy(layer))
+    quantization.quantize_(made, getattr(quantization, config)())
+    return made
 
 
 def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:

@@ -32,13 +32,10 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
 
             schema.library.impl(_name, _late, _key)
 
-NOT_COMPILED = ("lowbit_dequantize_", "lowbit_linear")  # for CUDA: the reference serves
+NOT_COMPILED = ("lowbit_dequantize_", "lowbit_linear", "lowbit_linear_int8")  # for CUDA: the reference serves
 if runtime.has_cuda_kernels():
     for _name in NOT_COMPILED:
         schema.library.impl(_name, getattr(reference, _name), "CUDA")
-if runtime._C is not None:
-    for _name in NOT_COMPILED:
-        schema.library.impl(_name, getattr(reference, _name), "CPU")
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
@@ -631,6 +628,14 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
     return scale.detach().float().reshape(-1).contiguous()
 
 
+def check_activations(activations: Any, grid: Any) -> None:
+    """ValueError unless "float" or "int8", which needs integer levels."""
+    if activations not in ("float", "int8"):
+        raise ValueError(f'activations: expected "float" or "int8", got {activations!r}')
+    if activations == "int8" and grid.kind == reference.CODEBOOK:
+        raise ValueError(f'activations: "int8" needs a grid of integer levels, got {grid}')
+
+
 @torch.no_grad()
 def lowbit_dequantize(
     codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int, dtype: torch.dtype = torch.float32
@@ -650,15 +655,20 @@ def lowbit_dequantize(
 
 @torch.no_grad()
 def lowbit_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None
+    x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None,
+    activations: str = "float",
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + b from packed codes; no gradient.
+    """y = x W^T + b from packed codes, W = s c never unpacked as a whole; no gradient.
 
-    W = s c, rounded to the type of x as ``lowbit_dequantize`` gives it, bit for bit the weights that were packed. There
-    is no fused kernel yet: W is unpacked for the call and torch's own product taken.
+    Sums in float32 of unrounded float32 products, then rounded once to the type of x: |y - exact| is at most
+    cols 2^-24 sum |x| |w|, for bfloat16 and float16 plus half a unit in the last place of y.
+    ``activations="int8"``: each row of x is rounded to s_x q, s_x = max |x| / 127, q an integer; the sums of q c are
+    exact. That moves y by at most s_x / 2 sum |w|, usually by about 1 % of the root mean square of y (docs/packed.md).
+    A row of x that holds inf or NaN gives NaN.
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
-    Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
+    Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument, for int8 also where the grid's
+    levels are not integers. Source: docs/packed.md.
     """
     check_float_tensor("x", x)
     if x.dim() < 1:
@@ -671,8 +681,11 @@ def lowbit_linear(
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ValueError(f"bias: expected {x.dtype} of shape ({n},) on {x.device}, got {bias.dtype} "
                          f"{tuple(bias.shape)} on {bias.device}")  # fmt: skip
-    flat = x.detach().reshape(-1, cols).contiguous()
-    y = runtime.operator("lowbit_linear", flat)(
+    check_activations(activations, grid)
+    if activations == "int8" and cols * 127 * (len(grid.levels) - 1) >= 2**31:
+        raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
+    flat = x.detach().reshape(math.prod(x.shape[:-1]), cols).contiguous()
+    y = runtime.operator("lowbit_linear_int8" if activations == "int8" else "lowbit_linear", flat)(
         flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
         None if bias is None else bias.detach().contiguous(),
     )  # fmt: skip

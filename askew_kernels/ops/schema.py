@@ -41,6 +41,8 @@ SCHEMAS = {
     "lowbit_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
     "lowbit_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
     " -> Tensor",
+    "lowbit_linear_int8": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
+    " -> Tensor",
     "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
     f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
     + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
@@ -80,7 +82,7 @@ def _lowbit_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
 _FAKES = {
     "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
     "sam_norm": _sam_norm,
-    "lowbit_linear": _lowbit_linear,
+    "lowbit_linear": _lowbit_linear, "lowbit_linear_int8": _lowbit_linear,
 }  # fmt: skip
 for _name in SCHEMAS:
     torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)

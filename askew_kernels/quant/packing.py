@@ -7,6 +7,8 @@ and with it an output channel, can be found without reading the others.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,15 +56,16 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) > top:
         raise ValueError(f"codes: expected at most {top}, got {int(codes.max())}")
     if bits == TRITS:
-        digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -1, 5)
+        digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -(-cols // 5), 5)
         powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
         return (digits * powers).sum(-1, dtype=torch.uint8)
-    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -1, 8)  # eight codes are `bits` whole bytes
+    # eight codes are `bits` whole bytes
+    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)
     word = torch.zeros(groups.shape[:2], dtype=torch.int64, device=codes.device)
     for i in range(8):
         word |= groups[..., i].to(torch.int64) << (bits * i)
     packed = torch.stack([((word >> (8 * j)) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
-    return packed.reshape(n, -1)[:, : row_bytes(cols, bits)].contiguous()
+    return packed.flatten(1)[:, : row_bytes(cols, bits)].contiguous()
 
 
 def level_codes(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -85,7 +88,7 @@ def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) ->
         raise ValueError("w: expected at least one dimension")
     if bool(w.isnan().any()):
         raise ValueError(f"w: {int(w.isnan().sum())} of {w.numel()} weights are NaN")
-    return pack_codes(level_codes(w, scale, grid).reshape(w.shape[0], w.numel() // max(w.shape[0], 1)), bits)
+    return pack_codes(level_codes(w, scale, grid).reshape(w.shape[0], math.prod(w.shape[1:])), bits)
 
 
 @torch.no_grad()
@@ -94,10 +97,7 @@ def unpack_weight(
     *, trits: bool = False,
 ) -> Tensor:  # fmt: skip
     """s c in ``dtype``: the product in float32 (float64 for float64), rounded once, as ``ops.fake_quantize`` does."""
-    cols = 1
-    for n in shape[1:]:
-        cols *= n
-    bits = code_bits(grid, trits)
+    cols, bits = math.prod(shape[1:]), code_bits(grid, trits)
     levels = grid.levels_tensor(codes.device)
     return reference.lowbit_weight(codes, scale, levels, grid.encoding, bits, cols, dtype).reshape(shape)
 

@@ -3,6 +3,7 @@
 from ..harness import Entry
 from .fake_quant import FAKE_QUANT
 from .linear import LINEAR
+from .packed import PACKED
 from .sam import SAM
 from .startup import STARTUP
 from .step import STEP
@@ -12,6 +13,7 @@ SUITES: dict[str, list[Entry]] = {
     "step": STEP,
     "fake_quant": FAKE_QUANT,
     "linear": LINEAR,
+    "packed": PACKED,
     "train": TRAIN,
     "sam": SAM,
     "startup": STARTUP,

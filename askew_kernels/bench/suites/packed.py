@@ -1,0 +1,219 @@
+"""Suite ``packed``: layers that compute from packed weights beside ``nn.Linear`` and other libraries' inference layers.
+
+Weights are cold: 128 MiB of other memory is read before each call, as the other layers of a model would.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import files, quant, runtime
+from ... import nn as ask_nn
+from .. import peers
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
+from .linear import NearCheck
+
+GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
+    "8-bit": (quant.QuantConfig(quant.Uniform(8), scale="absmax"), False),
+    "4-bit group 128": (quant.QuantConfig(quant.Uniform(4), "absmax", "per_group", 128), False),
+    "4-bit": (quant.QuantConfig(quant.Uniform(4), scale="absmax"), False),
+    "3-bit": (quant.QuantConfig(quant.Uniform(3), scale="absmax"), False),
+    "ternary": (quant.QuantConfig(quant.Ternary(), scale="mean"), False),
+    "ternary, 1.6 bits": (quant.QuantConfig(quant.Ternary(), scale="mean"), True),
+    "binary": (quant.QuantConfig(quant.Binary(), scale="mean"), False),
+}
+INT8 = ", int8 activations"
+TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
+DYNAMIC = "torch dynamic quantized Linear"
+
+
+def ours(name: str) -> str:
+    return f"PackedLinear {name}"
+
+
+class PackedCheck:
+    """Against float64 with the unpacked weight, as a root mean square: 3 % where the input is rounded to int8."""
+
+    def __init__(self, layer: Any, x: Tensor, relative: float) -> None:
+        self.layer, self.x, self.relative = layer, x[:4], relative
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        got = run()[:4].double()
+        w, bias = self.layer.dequantize(torch.float32).double(), self.layer.bias.detach().double()
+        expected = self.x.double() @ w.t() + bias
+        error = float((got - expected).norm() / expected.norm())
+        if not error <= self.relative:
+            raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {self.relative}")
+
+
+@functools.lru_cache(2 * len(GRIDS))
+def packed_weight(name: str, side: int, device: str) -> ask_nn.PackedLinear:
+    """Of ``float_layer``; packing takes longer than the measurements, so one serves every batch."""
+    config, trits = GRIDS[name]
+    layer = ask_nn.AskewLinear.from_float(float_layer(side, device), config)
+    return ask_nn.PackedLinear.from_quantized(layer, force=True, trits=trits).eval()
+
+
+def float_layer(side: int, device: str) -> nn.Linear:
+    torch.manual_seed(4)
+    return nn.Linear(side, side, device=device)
+
+
+def packed_layer(name: str, side: int, device: str, activations: str) -> ask_nn.PackedLinear:
+    packed = copy.copy(packed_weight(name, side, device))  # the same tensors
+    packed.activations = activations
+    return packed
+
+
+def linear_case(context: Context, batch: int) -> Case:
+    side = context.side
+    g = torch.Generator(context.device).manual_seed(3)
+    x = torch.randn(batch, side, device=context.device, generator=g)
+    layer = float_layer(side, str(context.device))
+    other = torch.zeros(1 << (20 if context.quick else 25), device=context.device)
+
+    def call(made: Callable[[Tensor], Tensor], value: Tensor = x) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return made(value)
+
+        return run
+
+    def impl(name: str, made: Callable[[Tensor], Tensor], read: int, **options: Any) -> Impl:
+        value = options.pop("value", x)
+        return Impl(name, call(made, value), traffic=Traffic(read=read), prepare=other.sum, **options)
+
+    impls = [impl("nn.Linear", layer, 4 * side * side, kind="baseline")]
+    with torch.no_grad():
+        half = nn.Linear(side, side, device=context.device, dtype=torch.bfloat16)
+        half.load_state_dict(layer.state_dict())
+    impls.append(impl("nn.Linear bf16", half, 2 * side * side, value=x.bfloat16()))
+    backend = runtime.choose_backend(context.device.type)[0]
+    for name, (config, _) in GRIDS.items():
+        kinds = (
+            ["float", "int8"] if isinstance(config.weight, (quant.Uniform, quant.Binary, quant.Ternary)) else ["float"]
+        )
+        for activations in kinds if not context.is_cuda else ["float"]:
+            packed = packed_layer(name, side, str(context.device), activations)
+            int8 = activations == "int8"
+            impls.append(impl(ours(name) + INT8 * int8, packed, packed.packed_bytes, kind="ours", backend=backend,
+                              check=PackedCheck(packed, x, 0.03 if int8 else 1e-4)))  # fmt: skip
+    if not context.is_cuda:
+        impls += _torch_peers(layer, x, impl)
+    return Case(f"{batch} x {side} x {side}", "float32", "nn.Linear", impls, 0, work=2 * batch * side * side / 1e9,
+                work_unit="GFLOP")  # fmt: skip
+
+
+def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
+    """What torch itself brings for the CPU, each with its own quantizer; the bias is left out where it takes none."""
+    w, half = layer.weight.detach(), x.bfloat16()
+    n, k = w.shape
+    near = functools.partial(NearCheck, layer, x)
+
+    def int4() -> Impl:
+        low, high = w.reshape(n, -1, 128).amin(2), w.reshape(n, -1, 128).amax(2)
+        scale = (high - low) / 15
+        q = ((w.reshape(n, -1, 128) - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+        zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
+        made = lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)  # noqa: E731
+        return impl("", made, n * k // 2, value=half, check=near())
+
+    def int8() -> Impl:
+        scale = w.abs().amax(1) / 127
+        codes, s = (w / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+        made = lambda v: torch.ops.aten._weight_int8pack_mm(v, codes, s)  # noqa: E731
+        return impl("", made, n * k, value=half, check=near(least=0.0))
+
+    def dynamic() -> Impl:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
+        return impl("", made, n * k, check=near(least=0.0))
+
+    return [
+        peers.peer(TORCH_INT4, "torch", int4), peers.peer(TORCH_INT8, "torch", int8),
+        peers.peer(DYNAMIC, "torch", dynamic),
+        peers.peer("torchao int8 weight-only", "torchao", lambda: impl(
+            "", peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, check=near(least=0.0))),
+        peers.peer("torchao int8 dynamic", "torchao", lambda: impl(
+            "", peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, check=near(least=0.0))),
+        peers.peer("bitsandbytes Linear4bit", "bitsandbytes", lambda: impl(
+            "", peers.bitsandbytes_linear4bit(layer), n * k // 2, check=near())),
+    ]  # fmt: skip
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def file_case(context: Context, name: str) -> Case:
+    """A model of 100 million weights (4 million with ``quick``): save, load into one on the meta device, read it all.
+
+    The work of a call is the file's size, so the rate is GB/s; ``note`` says how many times smaller than float32."""
+    side, layers = (1024, 4) if context.quick else (4096, 6)
+    config, trits = GRIDS[name]
+    torch.manual_seed(4)
+    with torch.device("meta"):
+        empty = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)])
+    model = ask_nn.quantize_(nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)]), config)
+    ask_nn.pack_(model, force=True, trits=trits)
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "model.safetensors"
+    files.save_packed(model, path)
+    size = path.stat().st_size
+    note = f"{4 * layers * side * side / size:.2f} times smaller than float32"
+
+    def save() -> Any:
+        files.save_packed(model, path)
+        return folder  # kept as long as this is
+
+    def load(verify: bool) -> Callable[[], Any]:
+        def run() -> Any:
+            target = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in empty])
+            return files.load_packed(path, target, verify=verify)
+
+        return run
+
+    def check(run: Callable[[], Any]) -> None:
+        loaded = run()
+        if isinstance(loaded, nn.Module):
+            for key, t in loaded.state_dict().items():
+                if not torch.equal(t, model.state_dict()[key]):
+                    raise CheckFailed(f"{key}: is not what was saved")
+
+    impls = [
+        Impl(
+            "torch.save, the same tensors", lambda: torch.save(model.state_dict(), path.with_suffix(".pt")), "baseline"
+        ),
+        Impl("save_packed", save, "ours", check=check, backend="python", note=note),
+        Impl("load_packed", load(True), "ours", check=check, backend="python"),
+        Impl("load_packed, verify=False", load(False), "ours", check=check, backend="python"),
+    ]
+    return Case(
+        f"{layers} x {side} x {side}, {name}", "uint8", impls[0].name, impls, 0, work=size / 1e9, work_unit="GB"
+    )
+
+
+BATCHES = (1, 16, 256, 4096)
+FILES = ("4-bit group 128", "ternary", "binary")
+
+PACKED = [
+    *[
+        Entry(f"packed linear, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cpu",),
+              quick=batch <= 16)
+        for batch in BATCHES
+    ],
+    *[
+        Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
+        for name in FILES
+    ],
+]  # fmt: skip

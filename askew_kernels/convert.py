@@ -1,0 +1,91 @@
+"""``python -m askew_kernels convert``: a safetensors state_dict to a packed file."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import files, inspection, quant
+from .quant import QuantConfig, compute_scale, pack_weight, unpack_weight
+
+
+@torch.no_grad()
+def convert_file(
+    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False
+) -> None:
+    """Packs the weights of a safetensors state_dict: ``<name>.weight`` of two or four dimensions, name like ``only``.
+
+    Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
+    PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
+    nothing matches.
+    """
+    library = files._safetensors()
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"{source}: no such file")
+    try:
+        tensors: dict[str, Tensor] = library.torch.load_file(str(source))
+    except (OSError, ValueError, library.SafetensorError) as error:
+        raise files.PackedFileError(f"{source}: not a whole safetensors file ({error})") from None
+    layers = {}
+    for key in list(tensors):
+        name, _, leaf = key.rpartition(".")
+        w = tensors[key]
+        if (
+            leaf != "weight"
+            or w.dim() not in (2, 4)
+            or not w.is_floating_point()
+            or not fnmatch.fnmatchcase(name, only)
+        ):
+            continue
+        try:
+            scale = tensors.get(f"{name}.weight_scale")
+            if scale is None:
+                scale = compute_scale(w, config.weight, config.scale, config.granularity, config.group_size)
+            codes = pack_weight(w, scale, config.weight)
+            off = int((unpack_weight(codes, scale, config.weight, tuple(w.shape), w.dtype) != w).sum())
+            if off and not force:
+                raise ValueError(f"weight: {off} of {w.numel()} weights are not on their levels; --force rounds them")
+        except ValueError as error:
+            raise files.PackedFileError(f"{source}: {name}: {error}") from None
+        del tensors[key]
+        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
+        kind = "linear" if w.dim() == 2 else "conv2d"
+        layers[name] = {"kind": kind, "config": config.to_dict(), "trits": False, "shape": list(w.shape),
+                        "dtype": str(w.dtype).removeprefix("torch.")}  # fmt: skip
+    if not layers:
+        raise files.PackedFileError(f"{source}: no <name>.weight of two or four dimensions matches {only!r}")
+    files.write_packed(target, tensors, layers)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="IN", help="safetensors, keys as in a state_dict")
+    parser.add_argument("target", type=Path, metavar="OUT")
+    grid = parser.add_mutually_exclusive_group(required=True)
+    grid.add_argument("--bits", type=int, help="uniform grid of 2 to 8 bits")
+    grid.add_argument("--grid", choices=("binary", "ternary"))
+    parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax, mean below 2 bits)")
+    parser.add_argument("--group-size", type=int, metavar="G", help="a scale for each G weights; default each channel")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="names of the layers to pack, with * and ?")
+    parser.add_argument("--force", action="store_true", help="round weights that are not on their levels")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        grid: Any = quant.grid_from_dict({"grid": arguments.grid}) if arguments.grid else quant.Uniform(arguments.bits)
+        config = QuantConfig(
+            grid, arguments.scale or ("mean" if arguments.grid else "absmax"),
+            "per_group" if arguments.group_size else "per_channel", arguments.group_size,
+        )  # fmt: skip
+        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
+        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False)))
+    except (ValueError, TypeError, OSError, ImportError) as problem:
+        print(f"convert: {problem}", file=sys.stderr)
+        return 2
+    return 0

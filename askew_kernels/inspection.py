@@ -1,0 +1,253 @@
+"""What quantization costs a model, layer by layer: bits, bytes, error, outliers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .files import PackedFile, PackedFileError, _safetensors
+from .nn.layers import QuantizedLayer
+from .nn.packed import PackedLayer
+from .quant import Grid, unpack_weight
+from .quant.packing import row_bytes
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer. ``bits``: of a code (1.6 for trits); ``bytes``: codes and scales as packed; ``float_bytes``: of the
+    weight in float32; ``error``: ||w - w^|| / ||w|| (None where only w^ is known); ``outliers``: share of weights
+    outside the hull; ``output_error``: ||y - y^|| / ||y|| of the layer alone on the calibration batch, or None."""
+
+    name: str
+    grid: str
+    bits: float
+    weights: int
+    bytes: int
+    float_bytes: int
+    error: float | None = None
+    outliers: float | None = None
+    output_error: float | None = None
+
+    @property
+    def compression(self) -> float:
+        return self.float_bytes / self.bytes if self.bytes else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Layers, and the bytes of the tensors that are not packed. ``str`` is a table."""
+
+    layers: tuple[LayerReport, ...]
+    other_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return self.other_bytes + sum(r.bytes for r in self.layers)
+
+    @property
+    def float_bytes(self) -> int:
+        return self.other_bytes + sum(r.float_bytes for r in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(r) | {"compression": r.compression} for r in self.layers],
+            "other_bytes": self.other_bytes,
+            "bytes": self.bytes,
+            "float_bytes": self.float_bytes,
+        }
+
+    def __str__(self) -> str:
+        def number(value: float | None, form: str) -> str:
+            return "-" if value is None else format(value, form)
+
+        head = ("layer", "grid", "bits", "weights", "bytes", "x fp32", "error", "outliers", "output error")
+        rows = [
+            (r.name, r.grid, f"{r.bits:g}", str(r.weights), str(r.bytes), f"{r.compression:.2f}",
+             number(r.error, ".4f"), number(r.outliers, ".3%"), number(r.output_error, ".4f"))
+            for r in self.layers
+        ]  # fmt: skip
+        rows.append(("other tensors", "", "", "", str(self.other_bytes), "", "", "", ""))
+        ratio = f"{self.float_bytes / self.bytes:.2f}" if self.bytes else "-"
+        rows.append(("all", "", "", str(sum(r.weights for r in self.layers)), str(self.bytes), ratio, "", "", ""))
+        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+        lines = []
+        for row in (head, *rows):
+            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        names, place = [r.name for r in self.layers], range(len(self.layers))
+        figure = Figure(figsize=(9, 1.6 + 0.28 * len(names)), layout="constrained")
+        size, error = figure.subplots(1, 2, sharey=True)
+        size.barh(place, [r.float_bytes for r in self.layers], color="0.85", label="float32")
+        size.barh(place, [r.bytes for r in self.layers], height=0.5, label="packed")
+        size.set(xscale="log", xlabel="bytes", yticks=list(place), yticklabels=names)
+        size.invert_yaxis()
+        for what, label in (("error", "weight"), ("output_error", "output")):
+            known = [(i, getattr(r, what)) for i, r in enumerate(self.layers) if getattr(r, what) is not None]
+            if known:
+                error.plot([v for _, v in known], [i for i, _ in known], "o", label=label)
+        error.set(xlabel="relative error (2-norm)", xlim=(0, None))
+        for axes in (size, error):
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
+        FigureCanvasAgg(figure).print_figure(str(path), dpi=120)
+
+
+def short_name(grid: Grid, trits: bool = False) -> str:
+    d = grid.to_dict()
+    if d["grid"] == "uniform":
+        flags = "".join(f", {k}" for k in ("narrow", "inclusive") if d[k]) + ("" if d["signed"] else ", unsigned")
+        return f"uniform {d['bits']}{flags}"
+    return f"codebook {len(grid.levels)}" if d["grid"] == "codebook" else d["grid"] + (" (trits)" if trits else "")
+
+
+def packed_report(name: str, layer: Any) -> LayerReport:
+    """Of a packed layer; its tensors may be on the meta device."""
+    weights = layer.weight_codes.shape[0] * layer.cols
+    bits = layer.bits or 1.6
+    return LayerReport(
+        name, short_name(layer.config.weight, layer.trits), bits, weights, layer.packed_bytes, 4 * weights
+    )
+
+
+def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) -> Report:
+    """Of a packed file, without a model; a layer that is stored once and used twice counts its bytes once.
+
+    ``original``: the state_dict before quantization; error and outliers are then those of its ``<name>.weight``.
+    Raises PackedFileError where a layer is missing there or has another shape.
+    """
+    reports: list[LayerReport] = []
+    counted: set[str] = set()
+    for name in file.layers:
+        layer = file.empty_layer(name)
+        r = packed_report(name, layer)
+        keys = [f"{name}.weight_codes", f"{name}.weight_scale"]
+        if not set(keys) <= set(file.stored):
+            r = replace(r, bytes=0, float_bytes=0)
+        if original is not None:
+            w = original.get(f"{name}.weight")
+            if w is None or tuple(w.shape) != layer.shape:
+                found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
+                raise PackedFileError(f"{file.path}: layer {name}: {name}.weight {found} in the original")
+            codes, scale = (file.tensors[k] for k in keys)
+            w_hat = unpack_weight(codes, scale, layer.config.weight, layer.shape, torch.float64, trits=layer.trits)
+            error, outliers = _errors(w, w_hat, scale, layer.config.weight)
+            r = replace(r, error=error, outliers=outliers)
+        counted.update(keys)
+        reports.append(r)
+    rest = [file.tensors[k] for k in file.stored if k not in counted]
+    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in rest))
+
+
+@torch.no_grad()
+def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float, float]:
+    """(||w - w^|| / ||w||, share of w outside the hull)."""
+    w, scale = w.detach().double(), scale.double()
+    x = w.reshape(scale.numel(), -1) / scale.reshape(-1, 1)
+    outside = (x < grid.levels[0]) | (x > grid.levels[-1])
+    norm = float(w.norm())
+    error = float((w - w_hat.double()).norm()) / norm if norm else 0.0
+    return error, float(outside.double().mean()) if w.numel() else 0.0
+
+
+@torch.no_grad()
+def _quantized_report(name: str, layer: Any) -> LayerReport:
+    grid, w, scale = layer.config.weight, layer.weight, layer.weight_scale
+    n = w.shape[0]
+    size = n * row_bytes(w.numel() // max(n, 1), grid.bits) + 4 * scale.numel()
+    error, outliers = _errors(w, layer.quantized_weight(), scale, grid)
+    return LayerReport(name, short_name(grid), grid.bits, w.numel(), size, 4 * w.numel(), error, outliers)
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
+    """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
+
+    error = ||w - w^|| / ||w|| and outliers (share of w outside the hull) are of the float weights, so of layers that
+    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model; each quantized layer then
+    also gets ||y - y^|| / ||y||, of its output with float against quantized weights on the same input.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    outputs: dict[str, float] = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
+    if batch is not None:
+        outputs = _output_errors(model, batch, {n: m for n, m in layers.items() if isinstance(m, QuantizedLayer)})
+    reports, covered = [], 0
+    for name, m in layers.items():
+        if isinstance(m, PackedLayer):
+            reports.append(packed_report(name, m))
+            covered += m.packed_bytes
+        else:
+            r = _quantized_report(name, m)
+            reports.append(replace(r, output_error=outputs.get(name)))
+            covered += m.weight.numel() * m.weight.element_size()
+    total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return Report(tuple(reports), total - covered)
+
+
+def _output_errors(model: nn.Module, batch: Tensor, layers: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def hook(name: str) -> Any:
+        def compare(layer: Any, inputs: tuple) -> None:
+            exact = layer.to_float()(*inputs).double()
+            norm = float(exact.norm())
+            got = layer._hard_forward(inputs[0], layer.quantized_weight(), None).double()
+            found[name] = float((got - exact).norm()) / norm if norm else 0.0
+
+        return compare
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()(batch)
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+# ---- python -m askew_kernels inspect ---------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--original", type=Path, metavar="FILE", help="safetensors of the float model: adds the errors")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write an image of sizes and errors")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        original = None
+        if arguments.original is not None:
+            library = _safetensors()
+            try:
+                original = library.torch.load_file(str(arguments.original))
+            except (ValueError, library.SafetensorError) as error:
+                raise PackedFileError(f"{arguments.original}: not a whole safetensors file ({error})") from None
+        report = report_of_file(PackedFile(arguments.file), original)
+        if arguments.plot is not None:
+            report.plot(arguments.plot)
+    except (ValueError, OSError, ImportError) as problem:
+        print(f"inspect: {problem}", file=sys.stderr)
+        return 2
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    return 0

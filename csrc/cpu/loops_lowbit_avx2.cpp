@@ -1,0 +1,12 @@
+// Compiled with AVX2 switched on where the compiler targets x86-64 (setup.py); empty elsewhere.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#define ASKEW_LANES 8
+#define ASKEW_ISA avx2
+#include "lowbit.inl"
+
+const askew::LowbitLoops* askew::lowbit_avx2() { return &avx2::table; }
+#else
+#include "lowbit.h"
+const askew::LowbitLoops* askew::lowbit_avx2() { return nullptr; }
+#endif

@@ -1,0 +1,12 @@
+// Compiled with AVX-512 (F, BW, DQ, VL) switched on where the compiler targets x86-64 (setup.py); empty elsewhere.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define ASKEW_LANES 16
+#define ASKEW_ISA avx512
+#include "lowbit.inl"
+
+const askew::LowbitLoops* askew::lowbit_avx512() { return &avx512::table; }
+#else
+#include "lowbit.h"
+const askew::LowbitLoops* askew::lowbit_avx512() { return nullptr; }
+#endif

@@ -1,0 +1,6 @@
+// Any CPU: four lanes (SSE2 on x86-64, NEON on ARM).
+#define ASKEW_LANES 4
+#define ASKEW_ISA baseline
+#include "lowbit.inl"
+
+const askew::LowbitLoops* askew::lowbit_baseline() { return &baseline::table; }

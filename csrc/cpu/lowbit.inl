@@ -1,0 +1,323 @@
+// Packed weights, included once per instruction set; like loops.inl it sees no torch and no standard library.
+//
+// Codes of at most 4 bits become levels by one permutation of a register of 16 levels, which reads the low four bits of
+// each lane.
+#include "lowbit.h"
+#include "../math/portability.h"
+
+namespace askew {
+namespace ASKEW_ISA {
+
+#include "../math/scalar.inl"
+#include "vec.inl"
+
+typedef Storage<kFloat32> Floats;
+#define ASKEW_UNROLL _Pragma("GCC unroll 32")  // else arrays of vectors stay in memory
+
+ASKEW_FN vf multiply_add(vf a, vf b, vf c) {
+#if defined(__FMA__)
+  return fused_multiply_add(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// table[i]: the level of the code in the low `bits` bits of i, so what stands above it need not be cleared.
+ASKEW_FN vf lookup(const float* table, vu code) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(table));
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)code);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)code);
+  return (vf)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)code, 28)));  // bit 3 chooses
+#else
+  vf level;
+  for (int i = 0; i < ASKEW_LANES; ++i) level[i] = table[code[i] & 15];
+  return level;
+#endif
+}
+
+// LANES bytes as integers.
+ASKEW_FN vu widened(const uint8_t* p) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return (vu)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+  return (vu)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+  vu word;
+  for (int i = 0; i < ASKEW_LANES; ++i) word[i] = p[i];
+  return word;
+#endif
+}
+
+// Codes as bytes in the order of the columns, followed by zeros up to a multiple of 64.
+ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  const uint8_t* p = w.codes + row * w.row_bytes;
+  const int64_t end = rounded_up(w.cols, 64);
+  if (w.bits == 0) {
+    for (int64_t i = 0; i < w.row_bytes; ++i) __builtin_memcpy(out + 5 * i, w.digits + 8 * p[i], 8);
+  } else if (w.bits == 8) {
+    __builtin_memcpy(out, p, w.cols);
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+  } else if (w.bits == 4) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int64_t i = 0; i < w.row_bytes; i += 32) {
+      const int64_t left = w.row_bytes - i;
+      const __m256i bytes = _mm256_maskz_loadu_epi8(left < 32 ? (1u << left) - 1 : ~0u, p + i);
+      const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
+      _mm512_storeu_si512(out + 2 * i, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), mask));
+    }
+#endif
+  } else {
+    const int k = w.bits;
+    const uint64_t halves = ((1ull << 4 * k) - 1), quarters = ((1ull << 2 * k) - 1) * 0x0000000100000001ull,
+                   codes = ((1ull << k) - 1) * 0x0001000100010001ull;
+    for (int64_t i = 0, at = 0; i < w.cols; i += 8, at += k) {  // eight codes are k bytes, moved apart by halves
+      uint64_t word = 0;
+      if (at + 8 <= w.row_bytes)
+        __builtin_memcpy(&word, p + at, 8);
+      else
+        __builtin_memcpy(&word, p + at, w.row_bytes - at);
+      word = (word & halves) | ((word >> 4 * k & halves) << 32);
+      word = (word & quarters) | ((word >> 2 * k & quarters) << 16);
+      word = (word & codes) | ((word >> k & codes) << 8);
+      __builtin_memcpy(out + i, &word, 8);
+    }
+  }
+  for (int64_t c = w.cols; c < end; ++c) out[c] = 0;
+}
+
+// The level of each byte's code.
+ASKEW_FN vf levels_of(const LowbitWeight& w, const uint8_t* p) {
+  const vu code = widened(p);
+  if (w.bits <= 4) return lookup(w.table, code);
+  const vf level = __builtin_convertvector((vi)code, vf) + w.lo;
+  return select(level > w.hi, vf{} + w.hi, level);
+}
+
+template <int T>
+ASKEW_FN void decode_typed(const LowbitWeight& weight, int64_t row, float* out, uint8_t* bytes) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  unpack_row(w, row, bytes);
+  const int64_t groups = w.groups ? w.groups : 1, length = w.cols / groups;
+  const float* scale = w.scale + (w.groups ? row * w.groups : 0);
+  if (length % ASKEW_LANES == 0 || groups == 1) {
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t c = g * length; c < (g + 1) * length; c += ASKEW_LANES)
+        Floats::store(out + c, Storage<T>::rounded(levels_of(w, bytes + c) * scale[g]));
+  } else {
+    for (int64_t c = 0; c < w.cols; c += ASKEW_LANES) Floats::store(out + c, levels_of(w, bytes + c));
+    for (int64_t g = 0, c = 0; g < groups; ++g)
+      for (; c < (g + 1) * length; ++c) out[c] *= scale[g];
+    for (int64_t c = 0; c < w.cols; c += ASKEW_LANES)
+      Floats::store(out + c, Storage<T>::rounded(Floats::load(out + c)));
+  }
+  for (int64_t c = w.cols; c % 64; ++c) out[c] = 0;
+}
+
+static void decode(const LowbitWeight& w, int64_t row, int type, float* out, uint8_t* bytes) {
+  if (type == kFloat32)
+    decode_typed<kFloat32>(w, row, out, bytes);
+  else if (type == kBFloat16)
+    decode_typed<kBFloat16>(w, row, out, bytes);
+  else
+    decode_typed<kFloat16>(w, row, out, bytes);
+}
+
+template <int T>
+ASKEW_FN void store_typed(const float* row, int64_t cols, void* out) {
+  typedef typename Storage<T>::type S;
+  S* to = (S*)out;
+  int64_t c = 0;
+  for (; c + ASKEW_LANES <= cols; c += ASKEW_LANES) Storage<T>::store(to + c, Floats::load(row + c));
+  if (c < cols) {
+    S last[ASKEW_LANES];
+    Storage<T>::store(last, Floats::load(row + c));  // the row is padded
+    __builtin_memcpy(to + c, last, (cols - c) * sizeof(S));
+  }
+}
+
+static void store(const float* row, int64_t cols, void* out, int type) {
+  if (type == kFloat32)
+    store_typed<kFloat32>(row, cols, out);
+  else if (type == kBFloat16)
+    store_typed<kBFloat16>(row, cols, out);
+  else
+    store_typed<kFloat16>(row, cols, out);
+}
+
+template <int T>
+ASKEW_FN void load_typed(const void* in, int64_t count, float* out) {
+  typedef typename Storage<T>::type S;
+  const S* from = (const S*)in;
+  int64_t c = 0;
+  for (; c + ASKEW_LANES <= count; c += ASKEW_LANES) Floats::store(out + c, Storage<T>::load(from + c));
+  if (c < count) {
+    S last[ASKEW_LANES] = {};
+    __builtin_memcpy(last, from + c, (count - c) * sizeof(S));
+    float wide[ASKEW_LANES];
+    Floats::store(wide, Storage<T>::load(last));
+    __builtin_memcpy(out + c, wide, (count - c) * 4);
+  }
+}
+
+static void load(const void* in, int64_t count, int type, float* out) {
+  if (type == kFloat32)
+    load_typed<kFloat32>(in, count, out);
+  else if (type == kBFloat16)
+    load_typed<kBFloat16>(in, count, out);
+  else
+    load_typed<kFloat16>(in, count, out);
+}
+
+// The sum of all lanes by one fixed tree.
+ASKEW_FN float sum_of(vf v) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float t[ASKEW_LANES];
+  __builtin_memcpy(t, &v, sizeof t);
+  for (int width = ASKEW_LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+  return t[0];
+#endif
+}
+
+ASKEW_FN int32_t sum_of(vi v) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < ASKEW_LANES; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// The sums of R vectors; of four at once by adding them lane by lane while they are transposed.
+template <int R>
+ASKEW_FN void sums_of(const vi* v, float* sum) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  if (R == 4) {
+    const __m512i a = (__m512i)v[0], b = (__m512i)v[1], c = (__m512i)v[2], d = (__m512i)v[3];
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_storeu_ps(sum, _mm_cvtepi32_ps(four));
+    return;
+  }
+#endif
+  for (int r = 0; r < R; ++r) sum[r] = (float)sum_of(v[r]);
+}
+
+template <int R>
+ASKEW_FN void sums_of(const vf* v, float* sum) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  if (R == 4) {
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    return;
+  }
+#endif
+  for (int r = 0; r < R; ++r) sum[r] = sum_of(v[r]);
+}
+
+ASKEW_FN float row_scale(const LowbitWeight& w, int64_t row) { return w.scale[w.groups ? row * w.groups : 0]; }
+
+// A block of codes is one vector of words, one for each lane; a word's codes are consecutive columns.
+template <int BITS>
+struct Block {
+  static constexpr int kShift = BITS == 0 ? 4 : BITS;
+  static constexpr int kCodes = BITS == 0 ? 5 : BITS == 3 ? 8 : BITS < 5 ? 32 / kShift : 1;  // in a lane
+  static constexpr int kCols = kCodes * ASKEW_LANES;
+  static constexpr int kBytes = BITS == 0 ? ASKEW_LANES : kCols * BITS / 8;
+};
+
+template <int BITS>
+ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p) {
+  vu word;
+  if (BITS == 0) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+    word = (vu)_mm512_i32gather_epi32((__m512i)widened(p), w.words, 4);
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+    word = (vu)_mm256_i32gather_epi32((const int*)w.words, (__m256i)widened(p), 4);
+#else
+    for (int i = 0; i < ASKEW_LANES; ++i) word[i] = w.words[p[i]];
+#endif
+  } else if (BITS == 3) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+    const __m512i bytes = _mm512_maskz_loadu_epi32(0x0fff, p);
+    const __m512i quarters =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), bytes);
+    const __m512i spread = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    word = (vu)_mm512_shuffle_epi8(quarters, spread);
+#else
+    for (int i = 0; i < ASKEW_LANES; ++i) word[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
+#endif
+  } else if (BITS == 8) {
+    word = widened(p);
+  } else {
+    __builtin_memcpy(&word, p, sizeof word);
+  }
+  return word;
+}
+
+// Which scale of a row each lane of a block takes, where groups end with lanes.
+struct LaneScales {
+  int64_t blocks;  // in a group; 0: several groups in a block
+  int64_t groups;  // in a block
+  vi group;        // of a lane, from the block's first
+};
+
+ASKEW_FN bool groups_fit(const LowbitWeight& w, int64_t block_cols, int64_t lane_cols) {
+  if (w.groups <= 1) return true;
+  const int64_t length = w.cols / w.groups;
+  return length % block_cols == 0 || (block_cols % length == 0 && length % lane_cols == 0);
+}
+
+ASKEW_FN LaneScales lane_scales(const LowbitWeight& w, int64_t block_cols, int64_t lane_cols) {
+  LaneScales s = {0, 1, {}};
+  if (w.groups <= 1) return s;
+  const int64_t length = w.cols / w.groups;
+  s.blocks = length / block_cols;
+  if (!s.blocks) s.groups = block_cols / length;
+  for (int i = 0; i < ASKEW_LANES; ++i) s.group[i] = s.blocks ? 0 : (int32_t)(i * lane_cols / length);
+  return s;
+}
+
+// The lanes' scales in a block whose first group is the first of the `left` at p.
+ASKEW_FN vf scales_of(const LaneScales& s, const float* p, int64_t left) {
+  if (s.groups == 1) return vf{} + p[0];
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  const __mmask16 there = (__mmask16)((1u << (s.groups < left ? s.groups : left)) - 1);
+  return (vf)_mm512_permutexvar_ps((__m512i)s.group, _mm512_maskz_loadu_ps(there, p));
+#else
+  vf scale;
+  for (int i = 0; i < ASKEW_LANES; ++i) scale[i] = p[s.group[i] < left ? s.group[i] : left - 1];
+  return scale;
+#endif
+}
+
+#include "lowbit_float.inl"
+#include "lowbit_int8.inl"
+
+static const LowbitLoops table = {decode,       store,       load,
+                                  width,        arrange,     scratch,
+                                  multiply,
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+                                  tables_width, make_tables, multiply_tables,
+#else
+                                  nullptr,    nullptr,  nullptr,
+#endif
+                                  int8_width,   quantize,    int8_scratch,
+                                  multiply_int8};
+
+}  // namespace ASKEW_ISA
+}  // namespace askew

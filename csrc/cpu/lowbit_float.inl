@@ -1,0 +1,353 @@
+// Float activations times packed weights. A lane's word holds consecutive columns: shifting all lanes by one code at a
+// time needs no other unpacking, provided that the input was arranged in that order once.
+
+enum Form : int { kBytes = 8, kDecoded = 32 };  // else the bits of a code: 1 to 4, or 0 for trits
+
+// How rows are read: as they stand, as bytes made of them, or as decoded floats where groups end inside a lane.
+ASKEW_FN int form_of(const LowbitWeight& w) {
+  switch (w.bits) {
+    case 0:
+      return groups_fit(w, Block<0>::kCols, Block<0>::kCodes) ? 0 : kDecoded;
+    case 1:
+      return groups_fit(w, Block<1>::kCols, Block<1>::kCodes) ? 1 : kDecoded;
+    case 2:
+      return groups_fit(w, Block<2>::kCols, Block<2>::kCodes) ? 2 : kDecoded;
+    case 3:
+      return groups_fit(w, Block<3>::kCols, Block<3>::kCodes) ? 3 : kDecoded;
+    case 4:
+      return groups_fit(w, Block<4>::kCols, Block<4>::kCodes) ? 4 : kDecoded;
+    default:
+      return groups_fit(w, ASKEW_LANES, 1) ? kBytes : kDecoded;
+  }
+}
+
+static int64_t width(const LowbitWeight& w) {
+  switch (form_of(w)) {
+    case 0:
+      return rounded_up(w.cols, Block<0>::kCols);
+    case 1:
+      return rounded_up(w.cols, Block<1>::kCols);
+    case 2:
+      return rounded_up(w.cols, Block<2>::kCols);
+    case 3:
+      return rounded_up(w.cols, Block<3>::kCols);
+    case 4:
+      return rounded_up(w.cols, Block<4>::kCols);
+    default:
+      return rounded_up(w.cols, ASKEW_LANES);
+  }
+}
+
+template <int BITS>
+ASKEW_FN void arrange_blocks(const LowbitWeight& weight, const float* x, float* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  constexpr int kCodes = Block<BITS>::kCodes;
+  for (int64_t c = 0; c < w.cols; c += Block<BITS>::kCols, out += Block<BITS>::kCols) {
+    if (c + Block<BITS>::kCols <= w.cols) {
+      for (int k = 0; k < kCodes; ++k)
+        for (int i = 0; i < ASKEW_LANES; ++i) out[k * ASKEW_LANES + i] = x[c + i * kCodes + k];
+    } else {
+      for (int k = 0; k < kCodes; ++k)
+        for (int i = 0; i < ASKEW_LANES; ++i)
+          out[k * ASKEW_LANES + i] = c + i * kCodes + k < w.cols ? x[c + i * kCodes + k] : 0;
+    }
+  }
+}
+
+static void arrange(const LowbitWeight& w, const float* x, float* out) {
+  switch (form_of(w)) {
+    case 0:
+      return arrange_blocks<0>(w, x, out);
+    case 1:
+      return arrange_blocks<1>(w, x, out);
+    case 2:
+      return arrange_blocks<2>(w, x, out);
+    case 3:
+      return arrange_blocks<3>(w, x, out);
+    case 4:
+      return arrange_blocks<4>(w, x, out);
+    default:
+      __builtin_memcpy(out, x, w.cols * 4);
+      for (int64_t c = w.cols; c % ASKEW_LANES; ++c) out[c] = 0;
+  }
+}
+
+constexpr int kRows = 4;  // that the kernel has in flight for one input
+
+static int64_t scratch(const LowbitWeight& w) {
+  const int form = form_of(w);
+  const int64_t cols = rounded_up(w.cols, 64) + kPadding;
+  return form == kDecoded ? kRows * cols * 4 + cols : form == kBytes ? kRows * cols : kPadding;
+}
+
+// sum[r][b] = row r times input b, for R rows from p, `stride` bytes apart.
+template <int FORM, bool GROUPED, int R, int B>
+ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row, const float* x,
+                       int64_t width, vf (&sum)[R][B]) {
+  constexpr int kBits = FORM == kDecoded ? 8 : FORM;
+  typedef Block<kBits> block;
+  constexpr int kStep = FORM == kDecoded ? 4 * ASKEW_LANES : block::kBytes;
+  const int64_t blocks = width / block::kCols, whole = FORM <= 4 ? w.row_bytes / kStep : blocks;
+  LaneScales lanes;
+  const float* scale = nullptr;
+  int64_t left = w.groups, until = 0;
+  if (GROUPED) {
+    lanes = lane_scales(w, block::kCols, block::kCodes);
+    scale = w.scale + row * w.groups;
+    until = lanes.blocks;
+  }
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vf{};
+  for (int64_t i = 0; i < blocks; ++i) {
+    vu word[R];
+    vf level[R], s[R], own[R];
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+      const uint8_t* from = p + r * stride + i * kStep;
+      if (FORM <= 4) __builtin_prefetch(from + R * stride);  // of the rows that come next
+      if (FORM == kDecoded) {
+        level[r] = Floats::load((const float*)from);
+      } else if (i < whole) {
+        word[r] = words_of<kBits>(w, from);
+      } else {  // the last bytes of a row
+        uint8_t padded[block::kBytes] = {};
+        __builtin_memcpy(padded, from, w.row_bytes - whole * kStep);
+        word[r] = words_of<kBits>(w, padded);
+      }
+      if (GROUPED) s[r] = scales_of(lanes, scale + r * w.groups, left);
+      own[r] = vf{};
+    }
+    const float* at = x + i * block::kCols;
+    ASKEW_UNROLL for (int k = 0; k < block::kCodes; ++k) {
+      ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+        if (FORM == kBytes) level[r] = __builtin_convertvector((vi)word[r], vf) + w.lo;
+        if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? block::kShift * k : 0));
+        if (GROUPED && B > 1) level[r] = level[r] * s[r];
+      }
+      ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+        const vf input = Floats::load(at + b * width + k * ASKEW_LANES);
+        ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+          if (GROUPED && B == 1)
+            own[r] = multiply_add(level[r], input, own[r]);
+          else
+            sum[r][b] = multiply_add(level[r], input, sum[r][b]);
+        }
+      }
+    }
+    if (GROUPED && B == 1) ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
+    if (GROUPED) {
+      const int64_t done = lanes.blocks ? i + 1 == until : lanes.groups;
+      if (lanes.blocks && done) until += lanes.blocks;
+      scale += done;
+      left -= done;
+    }
+  }
+}
+
+template <int FORM, bool GROUPED, int R, int B>
+__attribute__((noinline)) void multiply_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row,
+                                             const float* x, int64_t width, const float* bias, float* y) {
+  vf sum[R][B];
+  dot_tile<FORM, GROUPED, R, B>(w, p, stride, row, x, width, sum);
+  ASKEW_UNROLL for (int b = 0; b < B; ++b) ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+    const float s = GROUPED || FORM == kDecoded ? 1.f : row_scale(w, row + r);
+    y[b * w.n + row + r] = sum_of(sum[r][b]) * s + (bias ? bias[row + r] : 0.f);
+  }
+}
+
+template <int FORM, bool GROUPED, int R>
+ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, int64_t batch, int64_t width,
+                            const float* bias, float* y, char* scratch) {
+  const uint8_t* p = w.codes + row * w.row_bytes;
+  int64_t stride = w.row_bytes;
+  if (FORM == kDecoded) {
+    stride = (rounded_up(w.cols, 64) + kPadding) * 4;
+    ASKEW_UNROLL for (int r = 0; r < R; ++r)
+        decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
+    p = (const uint8_t*)scratch;
+  } else if (FORM == kBytes && w.bits != 8) {
+    stride = rounded_up(w.cols, 64) + kPadding;
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
+    p = (const uint8_t*)scratch;
+  } else if (FORM == kBytes && w.cols % ASKEW_LANES) {
+    stride = rounded_up(w.cols, 64) + kPadding;
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
+    p = (const uint8_t*)scratch;
+  }
+  constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
+  int64_t b = 0;
+  if (R == kRows) {
+    multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x, width, bias, y);
+    return;
+  }
+  for (; b + kInputs <= batch; b += kInputs)
+    multiply_tile<FORM, GROUPED, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+  for (; b + 2 <= batch; b += 2)
+    multiply_tile<FORM, GROUPED, R, 2>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+  for (; b < batch; ++b) multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+}
+
+template <int FORM, bool GROUPED>
+ASKEW_FN void multiply_form(const LowbitWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
+                            const float* bias, float* y, char* scratch) {
+  const int64_t wide = width(w);
+  int64_t row = row0;
+  if (batch == 1)
+    for (; row + kRows <= row1; row += kRows)
+      multiply_rows<FORM, GROUPED, kRows>(w, row, x, batch, wide, bias, y, scratch);
+  for (; row + 2 <= row1; row += 2) multiply_rows<FORM, GROUPED, 2>(w, row, x, batch, wide, bias, y, scratch);
+  for (; row < row1; ++row) multiply_rows<FORM, GROUPED, 1>(w, row, x, batch, wide, bias, y, scratch);
+}
+
+static void multiply(const LowbitWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
+                     const float* bias, float* y, char* scratch) {
+#define ASKEW_FORM(FORM)                                                               \
+  (w.groups > 1 ? multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch) \
+                : multiply_form<FORM, false>(w, row0, row1, x, batch, bias, y, scratch))
+  switch (form_of(w)) {
+    case 0:
+      return ASKEW_FORM(0);
+    case 1:
+      return ASKEW_FORM(1);
+    case 2:
+      return ASKEW_FORM(2);
+    case 3:
+      return ASKEW_FORM(3);
+    case 4:
+      return ASKEW_FORM(4);
+    case kBytes:
+      return ASKEW_FORM(kBytes);
+    default:
+      return multiply_form<kDecoded, false>(w, row0, row1, x, batch, bias, y, scratch);
+  }
+#undef ASKEW_FORM
+}
+
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+// Codes of 1 and 2 bits: four bits of a row choose among 16 sums of inputs (four inputs or two), which fit one
+// register. A lane is a row here: 16 rows look up in the same table at once.
+constexpr int kBands = 4;  // of 16 rows that share a table while it is in a register
+
+static int64_t tables_width(const LowbitWeight& w) {
+  const int64_t word = w.bits ? 32 / w.bits : 1;
+  if ((w.bits != 1 && w.bits != 2) || (w.groups > 1 && w.cols / w.groups % word)) return 0;
+  return rounded_up(w.row_bytes, 64) * 2 * 16;
+}
+
+static void make_tables(const LowbitWeight& w, const float* x, float* out) {
+  const int codes = 4 / w.bits;
+  const int64_t tables = rounded_up(w.row_bytes, 64) * 2;
+  vu index;
+  for (int i = 0; i < 16; ++i) index[i] = i;
+  vf level[4];
+  for (int i = 0; i < codes; ++i) level[i] = lookup(w.table, index >> (w.bits * i));
+  for (int64_t t = 0; t < tables; ++t) {
+    vf sum{};
+    for (int i = 0; i < codes; ++i)
+      if (t * codes + i < w.cols) sum = multiply_add(level[i], vf{} + x[t * codes + i], sum);
+    Floats::store(out + 16 * t, sum);
+  }
+}
+
+// to[c][r] = word c of row r, for 16 rows of 64 bytes.
+ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* to) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + at);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i p = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x44), q = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xee);
+    const __m512i r = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x44),
+                  s = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xee);
+    to[i] = _mm512_shuffle_i32x4(p, r, 0x88);
+    to[i + 4] = _mm512_shuffle_i32x4(p, r, 0xdd);
+    to[i + 8] = _mm512_shuffle_i32x4(q, s, 0x88);
+    to[i + 12] = _mm512_shuffle_i32x4(q, s, 0xdd);
+  }
+}
+
+template <int BANDS>
+ASKEW_FN void tables_band(const LowbitWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
+                          float* y) {
+  const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
+  const int64_t words = (w.row_bytes + 3) / 4;
+  vf sum[BANDS], total[BANDS];
+  const uint8_t* from[BANDS][16];
+  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+    sum[g] = total[g] = vf{};
+    for (int i = 0; i < 16; ++i) {  // past the end: the last row again
+      const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
+      from[g][i] = w.codes + (row + r) * w.row_bytes;
+    }
+  }
+  __m512i codes[BANDS][16];
+  int64_t until = length, group = 0;
+  for (int64_t at = 0; at < w.row_bytes; at += 64) {
+    ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+      if (at + 64 <= w.row_bytes) {
+        transpose_words(from[g], at, codes[g]);
+      } else {
+        uint8_t padded[16][64] = {};
+        const uint8_t* rows_of[16];
+        for (int i = 0; i < 16; ++i) {
+          __builtin_memcpy(padded[i], from[g][i] + at, w.row_bytes - at);
+          rows_of[i] = padded[i];
+        }
+        transpose_words(rows_of, 0, codes[g]);
+      }
+    }
+    const float* t = tables + at * 2 * 16;
+    const int64_t first = at / 4, last = first + 16 < words ? first + 16 : words;
+    for (int64_t c = first; c < last; ++c, t += 8 * 16) {
+      vu index[BANDS];
+      ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) index[g] = (vu)codes[g][c - first];
+      ASKEW_UNROLL for (int k = 0; k < 8; ++k) {
+        const __m512 sums = _mm512_loadu_ps(t + 16 * k);
+        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) sum[g] =
+            sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
+      }
+      if (c + 1 == until) {
+        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+          vf scale;
+          for (int i = 0; i < 16; ++i) {
+            const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
+            scale[i] = w.scale[(row + r) * w.groups + group];
+          }
+          total[g] = multiply_add(sum[g], scale, total[g]);
+          sum[g] = vf{};
+        }
+        until += length;
+        ++group;
+      }
+    }
+  }
+  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
+    const int64_t r = row + 16 * g + i;
+    const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
+    y[r] = dot + (bias ? bias[r] : 0.f);
+  }
+}
+
+static void multiply_tables(const LowbitWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                            const float* bias, float* y) {
+  const int64_t wide = tables_width(w);
+  int64_t row = row0;
+  for (; row < row1; row += 16 * kBands) {
+    const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
+    for (int64_t b = 0; b < batch; ++b) {
+      if (rows > 32)
+        tables_band<4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+      else if (rows > 16)
+        tables_band<2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+      else
+        tables_band<1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+    }
+  }
+}
+#endif

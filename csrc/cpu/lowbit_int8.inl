@@ -1,0 +1,363 @@
+// int8 activations times packed weights: sums of (code, 0 … 255) times (input, -127 … 127) in integers, which are
+// exact, then one float32 product with the scales of a weight's group and of the token. A level is lo + step * code,
+// so lo times the sum of the inputs is added; with several groups that is a float32 sum over the groups.
+//
+// Codes are unpacked to bytes, four rows at a time, into a buffer that stays in L1, and meet every token of the batch
+// there. Codes of 1, 2 and 4 bits are unpacked a vector of words at a time, all words shifted by one code, and the
+// input is brought into that order; others into the order of the columns.
+
+constexpr int kInt8Rows = 4;
+
+// Vectors of codes that a block of words gives; a lane's word holds 4 of them consecutive columns. 0: groups end
+// inside a lane, and sums are made one group at a time.
+ASKEW_FN int int8_parts(const LowbitWeight& w) {
+  const int parts = w.bits == 1 ? 8 : w.bits == 2 ? 4 : w.bits == 4 ? 2 : 1;
+  return groups_fit(w, parts * 4 * ASKEW_LANES, parts * 4) ? parts : 0;
+}
+
+static int64_t int8_width(const LowbitWeight& w) {
+  const int parts = int8_parts(w);
+  return rounded_up(w.cols, parts ? parts * 4 * ASKEW_LANES : 64);
+}
+
+template <int PARTS>
+ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
+  constexpr int kVector = 4 * ASKEW_LANES;
+  for (int64_t c = 0; c < width; c += PARTS * kVector, out += PARTS * kVector) {
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+    ASKEW_UNROLL for (int k = 0; k < PARTS; ++k) {
+      const __m512i from = _mm512_loadu_si512(x + c + k * kVector);
+      ASKEW_UNROLL for (int v = 0; v < PARTS; ++v) {
+        int8_t* to = out + v * kVector + k * kVector / PARTS;
+        if (PARTS == 2)
+          _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(from, 8 * v)));
+        else if (PARTS == 4)
+          _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(from, 8 * v)));
+        else
+          _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(_mm512_srli_epi64(from, 8 * v)));
+      }
+    }
+#else
+    for (int v = 0; v < PARTS; ++v)
+      for (int i = 0; i < kVector; ++i) out[v * kVector + i] = x[c + i * PARTS + v];
+#endif
+  }
+}
+
+static void quantize(const LowbitWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
+                     int8_t* scratch) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  const int parts = int8_parts(w);
+  const int64_t width = int8_width(w), cols = w.cols;
+  uint32_t most = 0;  // as bits: above those of inf is NaN
+  for (int64_t c = 0; c < cols; ++c) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, x + c, 4);
+    bits &= 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  float top;
+  __builtin_memcpy(&top, &most, 4);
+  const bool finite = most < 0x7f800000u;
+  const float inverse = finite && top > 0 ? 127.f / top : 0.f;
+  *scale = finite ? top / 127.f : __builtin_nanf("");
+  int8_t* to = parts == 1 || !parts ? q : scratch;
+  if (finite && inverse < __builtin_inff()) {
+    int64_t c = 0;
+    for (; c + ASKEW_LANES <= cols; c += ASKEW_LANES) {
+      typedef int8_t Bytes __attribute__((vector_size(ASKEW_LANES)));
+      const vi rounded = __builtin_convertvector(round_even(Floats::load(x + c) * inverse), vi);
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+      const Bytes bytes = (Bytes)_mm512_cvtepi32_epi8((__m512i)rounded);
+#else
+      const Bytes bytes = __builtin_convertvector(rounded, Bytes);
+#endif
+      __builtin_memcpy(to + c, &bytes, sizeof bytes);
+    }
+    for (; c < cols; ++c) to[c] = (int8_t)((x[c] * inverse + 12582912.f) - 12582912.f);
+  } else {  // nothing but zeros and subnormal numbers, or a token that is not finite: its scale is NaN
+    for (int64_t c = 0; c < cols; ++c) to[c] = 0;
+  }
+  for (int64_t c = cols; c < width; ++c) to[c] = 0;
+  const int64_t groups = w.groups > 1 ? w.groups : 1, length = cols / groups, padded = padded_groups(w);
+  for (int64_t g = 0; g < padded; ++g) sums[g] = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    int32_t sum = 0;
+    for (int64_t c = g * length; c < (g + 1) * length; ++c) sum += to[c];
+    sums[g] = (float)sum * (w.lo / w.step);
+  }
+  if (parts == 8)
+    arrange_bytes<8>(scratch, width, q);
+  else if (parts == 4)
+    arrange_bytes<4>(scratch, width, q);
+  else if (parts == 2)
+    arrange_bytes<2>(scratch, width, q);
+}
+
+static int64_t int8_scratch(const LowbitWeight& w) {
+  return kInt8Rows * (rounded_up(int8_width(w), 64) + kPadding + padded_groups(w) * 4);
+}
+
+template <int BITS>
+ASKEW_FN void unpack_arranged(const LowbitWeight& weight, int64_t row, uint8_t* out) {
+  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  const uint8_t* p = w.codes + row * w.row_bytes;
+  const int64_t whole = w.row_bytes / (4 * ASKEW_LANES), blocks = int8_width(w) * BITS / (32 * ASKEW_LANES);
+  constexpr uint32_t kMask = 0x01010101u * ((1u << BITS) - 1);
+  const bool ternary = w.n_levels == 3;
+  for (int64_t i = 0; i < blocks; ++i, p += 4 * ASKEW_LANES) {
+    vu word;
+    __builtin_prefetch(p + kInt8Rows * w.row_bytes);  // of the rows that come next
+    if (i < whole) {
+      __builtin_memcpy(&word, p, sizeof word);
+    } else {
+      uint8_t padded[4 * ASKEW_LANES] = {};
+      __builtin_memcpy(padded, p, w.row_bytes - whole * 4 * ASKEW_LANES);
+      __builtin_memcpy(&word, padded, sizeof word);
+    }
+    ASKEW_UNROLL for (int v = 0; v < 8 / BITS; ++v, out += 4 * ASKEW_LANES) {
+      vu codes = (word >> (v * BITS)) & kMask;
+      if (BITS == 2 && ternary) codes = codes & ~((codes >> 1) & 0x01010101u);  // 3, which has no level, counts as 2
+      __builtin_memcpy(out, &codes, sizeof codes);
+    }
+  }
+}
+
+// Codes of a row as bytes; without parts in the order of the columns.
+ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
+  const int parts = int8_parts(w);
+  if (parts == 8) return unpack_arranged<1>(w, row, out);
+  if (parts == 4) return unpack_arranged<2>(w, row, out);
+  if (parts == 2) return unpack_arranged<4>(w, row, out);
+  unpack_row(w, row, out);
+  const int top = w.n_levels - 1;
+  const int64_t cols = w.cols;
+  if (w.bits && top + 1 < 1 << w.bits)
+    for (int64_t c = 0; c < cols; ++c) out[c] = out[c] < top ? out[c] : (uint8_t)top;
+}
+
+// Sums of four products in each lane.
+#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
+typedef __m512i Codes;
+typedef __m512i Sums;  // int32, four products each
+ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
+ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) { return _mm512_dpbusd_epi32(sums, codes, input); }
+ASKEW_FN vi lane_sums(Sums sums) { return (vi)sums; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
+#elif ASKEW_LANES == 16 && defined(__AVX512BW__)
+typedef __m512i Codes;
+typedef __m512i Sums;  // int16, two products each: added up in int32 before they overflow
+ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
+ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
+  return _mm512_add_epi16(sums, _mm512_maddubs_epi16(codes, input));
+}
+ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
+ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
+// Codes above 129 times 127, two of them, leave int16: low and high bytes of 16 bits apart.
+ASKEW_FN vi wide_products(Codes codes, Codes input) {
+  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(255)),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(input, 8), 8));
+  return (vi)_mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(input, 8)));
+}
+#define ASKEW_WIDE 1
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+typedef __m256i Codes;
+typedef __m256i Sums;
+ASKEW_FN Codes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+ASKEW_FN Sums zero_sums() { return _mm256_setzero_si256(); }
+ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, input));
+}
+ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
+ASKEW_FN vi wide_products(Codes codes, Codes input) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(input, 8), 8));
+  return (vi)_mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(input, 8)));
+}
+#define ASKEW_WIDE 1
+#else
+struct Codes {
+  uint8_t byte[4 * ASKEW_LANES];
+};
+typedef vi Sums;
+ASKEW_FN Codes load_bytes(const void* p) {
+  Codes codes;
+  __builtin_memcpy(&codes, p, sizeof codes);
+  return codes;
+}
+ASKEW_FN Sums zero_sums() { return vi{}; }
+ASKEW_FN Sums add_products(Sums sums, const Codes& codes, const Codes& input) {
+  for (int i = 0; i < 4 * ASKEW_LANES; ++i) sums[i / 4] += codes.byte[i] * (int8_t)input.byte[i];
+  return sums;
+}
+ASKEW_FN vi lane_sums(Sums sums) { return sums; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
+#endif
+
+struct Int8Rows {
+  const uint8_t* codes;  // R rows of `width` bytes
+  const float* scales;   // R rows of padded_groups
+  int64_t width, groups;
+};
+
+template <int R, int B, bool WIDE>
+ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
+                        vi (&sum)[R][B]) {
+  constexpr int kStep = 4 * ASKEW_LANES;
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
+  for (int64_t i = 0; i < bytes;) {
+    const int64_t end = bytes - i > most * kStep ? i + most * kStep : bytes;
+#if defined(ASKEW_WIDE)
+    if (WIDE) {
+      for (; i < end; i += kStep) ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+          const Codes input = load_bytes(q + b * width + i);
+          ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][b] += wide_products(load_bytes(codes + r * width + i), input);
+        }
+      continue;
+    }
+#endif
+    Sums own[R][B];
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = zero_sums();
+    for (; i < end; i += kStep) {
+      Codes code[R];
+      ASKEW_UNROLL for (int r = 0; r < R; ++r) code[r] = load_bytes(codes + r * width + i);
+      ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+        const Codes input = load_bytes(q + b * width + i);
+        ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r][b] = add_products(own[r][b], code[r], input);
+      }
+    }
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[r][b]);
+  }
+}
+
+// The same for V vectors, few enough for int16; 0: int8_sums.
+template <int R, int B, bool WIDE, int V>
+ASKEW_FN void int8_span(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
+                        vi (&sum)[R][B]) {
+  if (V == 0) return int8_sums<R, B, WIDE>(codes, q, width, bytes, most, sum);
+  ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+      Sums own = zero_sums();
+      ASKEW_UNROLL for (int v = 0; v < V; ++v) own = add_products(
+          own, load_bytes(codes + r * width + v * 4 * ASKEW_LANES), load_bytes(q + b * width + v * 4 * ASKEW_LANES));
+      sum[r][b] = lane_sums(own);
+    }
+  }
+}
+
+template <int R, int B, bool WIDE, int V>
+ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, const LaneScales& lanes,
+                          int64_t step, int64_t token, float (&dot)[B][R]) {
+  const int64_t most = WIDE ? INT64_MAX / 128 : vectors_in_flight(w.n_levels - 1);
+  const int8_t* q = x.q + token * rows.width;
+  vi sum[R][B];
+  vf total[B][R];
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] = vf{};
+  for (int64_t g = 0; g < rows.groups; g += ASKEW_LANES)
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
+        multiply_add(Floats::load(rows.scales + r * rows.groups + g),
+                     Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
+  for (int64_t i = 0, g = 0; i < rows.width; i += step, g += lanes.groups) {
+    int8_span<R, B, WIDE, V>(rows.codes + i, q + i, rows.width, step, most, sum);
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+      const vf s = scales_of(lanes, rows.scales + r * rows.groups + g, w.groups - g);
+      ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
+          multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
+    }
+  }
+  ASKEW_UNROLL for (int b = 0; b < B; ++b) sums_of<R>(total[b], dot[b]);
+}
+
+template <int R, int B, bool GROUPED, bool WIDE>
+__attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row,
+                                         int64_t token, const float* bias, float* y) {
+  float dot[B][R];
+  if (!GROUPED) {
+    const int64_t most = WIDE ? INT64_MAX / 128 : vectors_in_flight(w.n_levels - 1);
+    vi sum[R][B];
+    int8_sums<R, B, WIDE>(rows.codes, x.q + token * rows.width, rows.width, rows.width, most, sum);
+    ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+      vi own[R];
+      ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r] = sum[r][b];
+      sums_of<R>(own, dot[b]);
+      const float correction = x.sums[(token + b) * rows.groups];
+      ASKEW_UNROLL for (int r = 0; r < R; ++r) dot[b][r] = (dot[b][r] + correction) * rows.scales[r * rows.groups];
+    }
+  } else {
+    const int parts = int8_parts(w);
+    const LaneScales lanes = lane_scales(w, parts * 4 * ASKEW_LANES, parts * 4);
+    const int64_t step = parts * 4 * ASKEW_LANES * (lanes.blocks ? lanes.blocks : 1);
+    if (!WIDE && lanes.blocks <= 1 && parts == 2 && vectors_in_flight(w.n_levels - 1) >= 2)
+      int8_groups<R, B, WIDE, 2>(w, rows, x, lanes, step, token, dot);
+    else
+      int8_groups<R, B, WIDE, 0>(w, rows, x, lanes, step, token, dot);
+  }
+  ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+    const float s = w.step * x.scale[token + b];
+    float* to = y + (token + b) * w.n + row;
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) to[r] = dot[b][r] * s + (bias ? bias[row + r] : 0.f);
+  }
+}
+
+// Groups that end inside a lane: one group at a time, column by column.
+ASKEW_FN void int8_plain(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int r,
+                         int64_t token, const float* bias, float* y) {
+  const int64_t length = w.cols / w.groups;
+  const uint8_t* codes = rows.codes + r * rows.width;
+  const int8_t* q = x.q + token * rows.width;
+  float dot = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    int32_t sum = 0;
+    for (int64_t c = g * length; c < (g + 1) * length; ++c) sum += codes[c] * q[c];
+    dot += ((float)sum + x.sums[token * rows.groups + g]) * rows.scales[r * rows.groups + g];
+  }
+  y[token * w.n + row + r] = dot * (w.step * x.scale[token]) + (bias ? bias[row + r] : 0.f);
+}
+
+template <int R, bool GROUPED, bool WIDE>
+ASKEW_FN void int8_rows(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
+                        int64_t token1, const float* bias, float* y) {
+  constexpr int kTokens = ASKEW_LANES == 16 ? 4 : 2;
+  int64_t t = token0;
+  for (; t + kTokens <= token1; t += kTokens) int8_tile<R, kTokens, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
+  for (; t < token1; ++t) int8_tile<R, 1, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
+}
+
+static void multiply_int8(const LowbitWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
+                          int64_t token1, const float* bias, float* y, char* scratch) {
+  const int64_t width = int8_width(w), groups = padded_groups(w), count = w.groups > 1 ? w.groups : 1;
+  float* scales = (float*)scratch;
+  uint8_t* codes = (uint8_t*)(scales + kInt8Rows * groups);
+  const Int8Rows rows = {codes, scales, width, groups};
+  const bool grouped = w.groups > 1, wide = !vectors_in_flight(w.n_levels - 1);
+  for (int64_t row = row0; row < row1;) {
+    const int step = row + kInt8Rows <= row1 ? kInt8Rows : 1;
+    for (int r = 0; r < step; ++r) {
+      unpack_int8(w, row + r, codes + r * width);
+      for (int64_t g = 0; g < groups; ++g)
+        scales[r * groups + g] = g < count ? w.scale[w.groups ? (row + r) * w.groups + g : 0] : 0;
+    }
+    if (!int8_parts(w)) {
+      for (int r = 0; r < step; ++r)
+        for (int64_t t = token0; t < token1; ++t) int8_plain(w, rows, x, row, r, t, bias, y);
+    } else if (step == 1) {
+      if (wide)
+        grouped ? int8_rows<1, true, true>(w, rows, x, row, token0, token1, bias, y)
+                : int8_rows<1, false, true>(w, rows, x, row, token0, token1, bias, y);
+      else
+        grouped ? int8_rows<1, true, false>(w, rows, x, row, token0, token1, bias, y)
+                : int8_rows<1, false, false>(w, rows, x, row, token0, token1, bias, y);
+    } else {
+      if (wide)
+        grouped ? int8_rows<kInt8Rows, true, true>(w, rows, x, row, token0, token1, bias, y)
+                : int8_rows<kInt8Rows, false, true>(w, rows, x, row, token0, token1, bias, y);
+      else
+        grouped ? int8_rows<kInt8Rows, true, false>(w, rows, x, row, token0, token1, bias, y)
+                : int8_rows<kInt8Rows, false, false>(w, rows, x, row, token0, token1, bias, y);
+    }
+    row += step;
+  }
+}
