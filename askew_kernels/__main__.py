@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | demo | paper``.
+"""``python -m askew_kernels info | bench | demo | paper | search | analyze``.
 
 Exit codes: 0 done; 1 something failed while it ran (what was finished is kept); 2 the request cannot be served;
 130 interrupted.
@@ -116,6 +116,7 @@ COMMANDS = {
     "bench": ("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
     "demo": ("askew_kernels.demo", "demo", "train real models quantization-aware"),
     "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
+    "analyze": ("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
 }
 
 

@@ -27,7 +27,8 @@ LAYERS["quant"] = LAYERS["ops"] | {"ops"}
 LAYERS["constraint"] = LAYERS["quant"] | {"quant"}
 LAYERS["optim"] = LAYERS["nn"] = LAYERS["constraint"] | {"constraint", "annealing"}
 LAYERS["files"] = LAYERS["optim"] | {"nn"}
-LAYERS["search"] = LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
+LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
+LAYERS["search"] = LAYERS["analysis"] | {"analysis"}
 
 
 def modules():
