@@ -116,6 +116,7 @@ COMMANDS = {
     "bench": ("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
     "demo": ("askew_kernels.demo", "demo", "train real models quantization-aware"),
     "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
+    "search": ("askew_kernels.demo_search", "search", "which layer deserves which bits: from float to packed"),
     "analyze": ("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
 }
 
