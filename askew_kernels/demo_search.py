@@ -31,9 +31,9 @@ from .demo import BATCH, LABEL_SMOOTHING, RECIPE, Data, _mnist1d_cnn, _run_all, 
 
 WEIGHT_BITS = (1, 2, 3, 4, 8)
 BUDGETS = (1.25, 1.75)
-FLOAT_EPOCHS, AWARE_EPOCHS = 10, 5
+FLOAT_EPOCHS, AWARE_EPOCHS = 8, 3
 FLOAT_LR, AWARE_LR, MOMENTUM = 0.2, 0.1, 0.9
-STEPS, STRENGTH_LR = 150, 0.05
+STEPS, STRENGTH_LR = 100, 0.05
 
 
 # ---- data and networks: what a policy is found on, and where it is used ----------------------------------------------
@@ -63,7 +63,7 @@ def digits_as_signals(fold: int = 0) -> Data:
 
 def some_mnist1d(fold: int = 0) -> Data:
     """5 % of mnist1d's training signals: another 200 for each seed."""
-    x, x_test, y, y_test = load_mnist1d()
+    x, x_test, y, y_test = cached(load_mnist1d, 0)
     rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(fold))[: len(x) // 20]
     return x[rows], x_test, y[rows], y_test
 
@@ -145,7 +145,7 @@ def fit(model: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module:
         annealing = EpsilonAnnealing(optimizer, hold=hold, total=end, **recipe)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=FLOAT_LR, momentum=MOMENTUM)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * k / max(1, total))))
     for _ in range(epochs):
         for x, y in loader:
             optimizer.zero_grad()

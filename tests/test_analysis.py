@@ -1,4 +1,4 @@
-"""Contract: what ``ak.analysis`` says of a loss and of a training run is true (docs/mathematics.md, section 6).
+"""Contract: what ``ak.analysis`` says of a loss and of a training run is true (docs/mathematics.md, section 7).
 
 1. Eigenvalues and traces are the Hessian's: against dense Hessians, closed forms, whole and by layer.
 2. On a quadratic every quantity of a certificate equals its closed form; on logistic regression it holds at every step

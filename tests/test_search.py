@@ -227,16 +227,16 @@ def test_latency_table():
 
 def test_knapsack_is_the_optimum():
     g = torch.Generator().manual_seed(0)
-    for trial in range(20):
-        tables = {f"l{i}": torch.randint(1, 50, (3, 2), generator=g).double() for i in range(4)}
+    for trial in range(8):
+        tables = {f"l{i}": torch.randint(1, 50, (3, 2), generator=g).double() for i in range(3)}
         cost = search.cost.Cost("bytes", tables)
         values = {n: torch.randn(3, 2, generator=g, dtype=torch.float64) for n in tables}
         low, high = cost.range
-        limit = low + (high - low) * (trial / 19)
+        limit = low + (high - low) * (trial / 7)
         choice = search.knapsack(values, cost, limit)
         best = max(
             (sum(float(values[n][c]) for n, c in zip(tables, chosen, strict=True))
-             for chosen in itertools.product(itertools.product(range(3), range(2)), repeat=4)
+             for chosen in itertools.product(itertools.product(range(3), range(2)), repeat=3)
              if cost.of(dict(zip(tables, chosen, strict=True))) <= limit),
         )  # fmt: skip
         assert cost.of(choice) <= limit
@@ -271,7 +271,7 @@ def test_budget_out_of_reach_says_the_reach():
 
 
 @pytest.mark.parametrize("kind", ["average_bits", "bitops", "bytes"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_every_method_keeps_every_budget(kind, share):
     torch.manual_seed(0)
     model, (x, y) = mlp(), data()
@@ -295,6 +295,9 @@ def test_every_method_keeps_every_budget(kind, share):
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
+
+
+STEPS = {"joint": 60, "alternating": 120}
 
 
 class Delicate(nn.Module):
@@ -323,7 +326,8 @@ def test_search_moves_bits_to_where_they_matter(method, schedule):
         functional.mse_loss(model(x), y).backward()
         fit.step()
     policy = search.search_policy(
-        model, [(x, y)], functional.mse_loss, weight_bits=(2, 8), budget=Budget(average_bits=4.9), steps=120, lr=1e-4,
+        model, [(x, y)], functional.mse_loss, weight_bits=(2, 8), budget=Budget(average_bits=4.9),
+        steps=STEPS[schedule], lr=1e-4,
         strength_lr=0.1, method=method, schedule=schedule, progress=False,
     )  # fmt: skip
     assert policy.weight_bits["needed"] == 8 and policy.weight_bits["idle"] == 2
@@ -434,7 +438,7 @@ def test_bad_arguments(options, match):
 
 def test_without_a_budget_the_weight_of_the_cost_decides():
     cheap, dear = (
-        quick(budget=None, cost_weight=w, steps=60, strength_lr=0.2, weight_bits=(2, 8)) for w in (50.0, 0.0)
+        quick(budget=None, cost_weight=w, steps=30, strength_lr=0.3, weight_bits=(2, 8)) for w in (50.0, 0.0)
     )
     assert set(cheap.weight_bits.values()) == {2}
     assert cheap.report["chosen"]["bitops"] < dear.report["chosen"]["bitops"]
@@ -516,7 +520,9 @@ def test_transfer_by_pattern():
 
 def test_policies_that_do_not_fit_name_the_layers():
     policy = policy_of(mlp(depth=2), (4, 4, 4))
-    with pytest.raises(PolicyError, match=r"no entry for 2 \(inner depthwise \*\).*no layer for 2"):
+    with pytest.raises(
+        PolicyError, match=r"no entry for 0 \(first conv2d \*\), 2 \(inner depthwise \*\); no layer for 0, 2"
+    ):
         policy.configs(cnn(), by="role")
     model = mlp(depth=3)
     before = copy.deepcopy(model)
@@ -534,6 +540,10 @@ def test_policies_that_do_not_fit_name_the_layers():
     assert type(one[0]) is nn.Linear and str(before) == str(model)
 
 
+ONE = """{"askew_policy": 1, "layers": [
+    {"name": "a", "kind": "linear", "role": "", "position": 0, "weight_bits": BITS}]}"""
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -543,10 +553,8 @@ def test_policies_that_do_not_fit_name_the_layers():
         ('{"askew_policy": 1}', "'layers'"),
         ('{"askew_policy": 1, "layers": []}', "has no layers"),
         ('{"askew_policy": 1, "layers": [{"name": "a"}]}', "missing"),
-        ('{"askew_policy": 1, "layers": [{"name": "a", "kind": "linear", "role": "", "position": 0, "weight_bits": 9}]}',
-         "a: weight_bits: expected 1 to 8 or None, got 9"),
-        ('{"askew_policy": 1, "layers": [{"name": "a", "kind": "linear", "role": "", "position": 0, "weight_bits": null,'
-         ' "act_bits": 4}]}', "act_bits: expected None"),
+        (ONE.replace("BITS", "9"), "a: weight_bits: expected 1 to 8 or None, got 9"),
+        (ONE.replace("BITS", 'null, "act_bits": 4'), "act_bits: expected None"),
     ],
 )  # fmt: skip
 def test_damaged_policies(tmp_path, text, match):

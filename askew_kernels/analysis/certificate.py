@@ -1,4 +1,4 @@
-"""What a step promised and what it did, from the sums that the update pass leaves behind (docs/mathematics.md, 6)."""
+"""What a step promised and what it did, from the sums that the update pass leaves behind (docs/mathematics.md, 7)."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from typing import Any
 from torch import nn
 
 from ..quant import Binary, Grid, QuantConfig, Uniform
-from ..quant.scales import SAWB_COEFFICIENTS
 
 VERSION = 1
 WEIGHT_BITS = range(1, 9)
@@ -34,8 +33,11 @@ def weight_grid(bits: int) -> Grid:
 
 
 def scale_rule(grid: Grid) -> str:
-    """The scale rule of a candidate: mean for binary, SAWB where it has coefficients, else the least squared error."""
-    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits in SAWB_COEFFICIENTS else "mse"
+    """The scale rule of a candidate: mean for binary, SAWB up to 4 bits, the largest magnitude above.
+
+    At 8 bits SAWB takes two large numbers from each other, and cuts small rows off far inside (docs/notes.md).
+    """
+    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits <= 4 else "absmax"
 
 
 # ---- roles ----------------------------------------------------------------------------------------------------------

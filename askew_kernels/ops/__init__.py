@@ -187,7 +187,7 @@ def mix_fake_quantize(
     x: any shape, float; scales: (candidates, rows) positive, as for ``fake_quantize``; strengths: (candidates,);
     grids: up to 8 of Uniform, Ternary, Binary, or None for x itself, whose scale is not looked at. Sums in float64.
     Returns a contiguous tensor like ``x``. Raises TypeError/ValueError naming the argument.
-    Source: Cai, Vasconcelos, EdMIPS, CVPR 2020; Esser et al., LSQ, ICLR 2020; docs/mathematics.md, section 5.
+    Source: Cai, Vasconcelos, EdMIPS, CVPR 2020; Esser et al., LSQ, ICLR 2020; docs/mathematics.md, section 6.
     """
     check_float_tensor("x", x)
     encodings = candidate_encodings(grids)

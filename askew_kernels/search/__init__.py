@@ -1,4 +1,4 @@
-"""Mixed-precision search: which layer deserves which bits (docs/search.md; docs/mathematics.md, section 5).
+"""Mixed-precision search: which layer deserves which bits (docs/search.md; docs/mathematics.md, section 6).
 
     policy = search_policy(model, loader, loss_fn, weight_bits=(2, 3, 4, 8), budget=Budget(average_bits=3.0))
     policy.save("policy.json");  ak.quantize_(target, policy)

@@ -275,7 +275,10 @@ def latency_table(
     layers = candidate_layers(model)
 
     def keep(name: str) -> Callable[[nn.Module, tuple, Any], None]:
-        return lambda module, given, y: inputs.setdefault(name, given[0].detach().clone())
+        def hook(module: nn.Module, given: tuple, y: Any) -> None:  # what a hook returns would replace y
+            inputs.setdefault(name, given[0].detach().clone())
+
+        return hook
 
     handles = [m.register_forward_hook(keep(name)) for name, m in layers.items()]
     try:

@@ -109,11 +109,14 @@ class MixedLayer(nn.Module):
 
 
 def _coefficients(grid: Grid) -> tuple[float, float, float]:
-    """The candidate's scale rule over (rms, mean|w|, max|w|): mean, SAWB, or absmax where SAWB has no coefficients."""
-    if scale_rule(grid) == "mean":
+    """The candidate's scale rule over (rms, mean|w|, max|w|)."""
+    rule = scale_rule(grid)
+    if rule == "mean":
         return 0.0, 1.0, 0.0
-    c1, c2 = SAWB_COEFFICIENTS.get(grid.bits, (0.0, 0.0))
-    return c1 / grid.c_max, -c2 / grid.c_max, 0.0 if c1 else 1 / grid.c_max
+    if rule == "absmax":
+        return 0.0, 0.0, 1 / grid.c_max
+    c1, c2 = SAWB_COEFFICIENTS[grid.bits]
+    return c1 / grid.c_max, -c2 / grid.c_max, 0.0
 
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:

@@ -249,7 +249,7 @@ class Search:
         with torch.no_grad():
             row = {"step": self.step, "loss": float(first), "expected": float(self.expected_cost())}
         if isinstance(optimizer, AlignedSAM):
-            row |= {key: float(optimizer._report[key]) for key in ("surrogate_gap", "rho")}
+            row |= {"surrogate_gap": float(optimizer._gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
         self.history.append(row)
         return row
 
