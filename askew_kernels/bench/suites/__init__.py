@@ -4,6 +4,7 @@ from ..harness import Entry
 from .fake_quant import FAKE_QUANT
 from .linear import LINEAR
 from .sam import SAM
+from .search import SEARCH
 from .startup import STARTUP
 from .step import STEP
 from .train import TRAIN
@@ -14,5 +15,6 @@ SUITES: dict[str, list[Entry]] = {
     "linear": LINEAR,
     "train": TRAIN,
     "sam": SAM,
+    "search": SEARCH,
     "startup": STARTUP,
 }
