@@ -7,7 +7,7 @@ optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
 annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
 """
 
-from . import nn, ops, optim, quant, runtime
+from . import analysis, nn, ops, optim, quant, runtime, search
 from .annealing import EpsilonAnnealing
 from .files import load_packed, save_packed
 from .inspection import inspect
@@ -17,7 +17,7 @@ from .quant import QuantConfig
 __version__ = "0.1.0"
 
 __all__ = [
-    "EpsilonAnnealing", "QuantConfig", "__version__", "dequantize_", "hard_quantize_", "inspect",
+    "EpsilonAnnealing", "QuantConfig", "__version__", "analysis", "dequantize_", "hard_quantize_", "inspect",
     "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant", "quantize_", "runtime", "save_packed",
-    "unpack_",
+    "search", "unpack_",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | demo | paper | inspect | convert``.
+"""``python -m askew_kernels info | bench | demo | paper | search | analyze | inspect | convert``.
 
 Exit codes: 0 done; 1 something failed while it ran (what was finished is kept); 2 the request cannot be served;
 130 interrupted.
@@ -132,6 +132,8 @@ COMMANDS = {
     "bench": ("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
     "demo": ("askew_kernels.demo", "demo", "train real models quantization-aware"),
     "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
+    "search": ("askew_kernels.demo_search", "search", "which layer deserves which bits: from float to packed"),
+    "analyze": ("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
     "inspect": ("askew_kernels.inspection", "deploy", "bits, bytes and errors of a packed file, layer by layer"),
     "convert": ("askew_kernels.convert", "deploy", "pack a safetensors state_dict"),
 }

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import EpsilonAnnealing, QuantConfig, dequantize_, hard_quantize_, optim, param_groups, quantize_
+from .analysis import hessian_eigenvalues
 from .demo import BATCH, LABEL_SMOOTHING, LR, MOMENTUM, RECIPE, TASKS, WIDTHS, _is_inner, _run_all, cached
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -39,7 +40,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 EPOCHS = {"digits / MLP": 20, "mnist1d / MLP": 10}
 QUANTIZED = ("4 bits", "2 bits", "ternary")
 REACH = 0.5  # norm of the perturbation that the loss is raised by
-LANCZOS_STEPS, ASCENT_STEPS = 20, 5
+ASCENT_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -64,29 +65,6 @@ class Result:
 
 
 # ---- sharpness ------------------------------------------------------------------------------------------------------
-
-
-def largest_eigenvalue(loss: Callable[[], Tensor], params: Sequence[Tensor], steps: int = LANCZOS_STEPS) -> float:
-    """Of the Hessian of ``loss`` at ``params``: Lanczos with full reorthogonalisation on Hessian-vector products."""
-    gradients = torch.autograd.grad(loss(), params, create_graph=True)
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    start = torch.randn(flat.numel(), generator=torch.Generator().manual_seed(0)).to(flat)
-    basis = [start / start.norm()]
-    alphas, betas = [], []
-    for _ in range(min(steps, flat.numel())):
-        product = torch.autograd.grad(flat, params, basis[-1], retain_graph=True)
-        v = torch.cat([p.reshape(-1) for p in product])
-        alphas.append(float(v @ basis[-1]))
-        known = torch.stack(basis)
-        for _ in range(2):  # once is not enough in float32
-            v = v - known.T @ (known @ v)
-        betas.append(float(v.norm()))
-        if betas[-1] < 1e-6 * max(map(abs, alphas)):
-            break
-        basis.append(v / betas[-1])
-    n = len(alphas)
-    matrix = torch.diag(torch.tensor(alphas)) + torch.diag(torch.tensor(betas[: n - 1]), 1)
-    return float(torch.linalg.eigvalsh(matrix + matrix.triu(1).T)[-1])
 
 
 def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: float, steps: int = ASCENT_STEPS) -> float:
@@ -167,7 +145,7 @@ def train(job: Job) -> Result:
     def loss() -> Tensor:
         return functional.cross_entropy(model(x), y)
 
-    return Result(**asdict(job), accuracy=test, after=after, eigenvalue=largest_eigenvalue(loss, params),
+    return Result(**asdict(job), accuracy=test, after=after, eigenvalue=hessian_eigenvalues(loss, params)[0],
                   rise=rise_within(loss, params, REACH), seconds=time.perf_counter() - started)  # fmt: skip
 
 

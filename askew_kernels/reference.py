@@ -155,6 +155,55 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
     grad.copy_(fake_quantize_backward(grad, x, scale, levels, grid))
 
 
+FLOAT = 0  # a candidate's kind: no quantization
+
+
+def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """(scale, x / s in the hull, Q(x / s), inside, top level) of each candidate, (rows, cols)."""
+    found, none = [], torch.empty(0, device=x.device)
+    for k in range(len(scales)):
+        grid = grids[3 * k : 3 * k + 3]
+        w, s = _rows(x, scales[k])
+        if grid[0] == FLOAT:
+            found.append(
+                (torch.ones_like(s), w, w, torch.ones_like(w, dtype=torch.bool), torch.ones((), dtype=w.dtype))
+            )
+            continue
+        placed = clamp_hull(w, s, none, grid) / s
+        found.append((s, placed, nearest(placed, none, grid), _inside(x, scales[k], none, grid),
+                      torch.tensor(float(max(grid[2], 1)), dtype=w.dtype)))  # fmt: skip
+    return found
+
+
+def mix_fake_quantize(
+    x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
+) -> Tensor:
+    """y = sum_k p_k s_k Q_k(x / s_k), added up in the order of the candidates; see ``ops.mix_fake_quantize``."""
+    y = None
+    for p, (s, _, q, _, _) in zip(strengths.to(compute_dtype(x.dtype)), _candidates(x, scales, grids), strict=True):
+        part = p * (s * q)
+        y = part if y is None else y + part
+    return y.to(x.dtype).reshape(x.shape)  # type: ignore[union-attr]
+
+
+def mix_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, strengths and scales (zeros unless ``learned``)."""
+    dtype = compute_dtype(x.dtype)
+    g = grad.reshape(scales.shape[1], -1).to(dtype) if x.numel() else grad.reshape(scales.shape[1], 0).to(dtype)
+    gate = torch.zeros_like(g)
+    to_strengths, to_scales = torch.zeros_like(strengths), torch.zeros_like(scales)
+    for k, (s, placed, q, inside, top) in enumerate(_candidates(x, scales, grids)):
+        p = strengths[k].to(dtype)
+        gate = gate + (torch.where(inside, p, torch.zeros_like(p)) if ste_clip else p)
+        to_strengths[k] = (s.double() * (g * q).double().sum(1, keepdim=True)).sum()
+        if learned and grids[3 * k] != FLOAT and x.numel():
+            sums = (g * torch.where(inside, q - placed, q)).double().sum(1)
+            to_scales[k] = p.double() * sums / math.sqrt(g.shape[1] * float(top))
+    return (g * gate).to(x.dtype).reshape(x.shape), to_strengths, to_scales
+
+
 # ---- the interval constraint ----------------------------------------------------------------------------------------
 
 

@@ -646,7 +646,7 @@ def test_telemetry_every():
         seen = []
         for i in range(7):
             train(model, optimizer, i, i + 1)
-            seen.append(optimizer._telemetry_step)
+            seen.append(optimizer._record.step)
         if every:
             assert seen == want
         else:

@@ -30,7 +30,8 @@ LAYERS["optim"] = LAYERS["nn"] = LAYERS["constraint"] | {"constraint", "annealin
 LAYERS["files"] = LAYERS["optim"] | {"nn"}
 LAYERS["inspection"] = LAYERS["files"] | {"files"}
 LAYERS["convert"] = LAYERS["inspection"] | {"inspection"}
-LAYERS["search"] = LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
+LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
+LAYERS["search"] = LAYERS["analysis"] | {"analysis"}
 
 
 def modules():

@@ -534,6 +534,32 @@ def test_errors(interpreter):
         triton(*problem.sgd())
 
 
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+CANDIDATES = {"weights": [1, -2, 1, 1, -8, 7, 1, -128, 127], "mixed": [2, -1, 1, 0, 0, 0, 1, 0, 15]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_mix_fake_quantize(triton, name, dtype):
+    grids = CANDIDATES[name]
+    for k, shape in enumerate(SHAPES):
+        x, g = weights(shape, dtype), weights(shape, dtype, seed=5)
+        x, g = torch.nan_to_num(x, 0.5, 2.0, -2.0), torch.nan_to_num(g, 0.5, 2.0, -2.0)
+        s = torch.stack([scales(shape[0]), 0.5 * scales(shape[0]), 2 * scales(shape[0])])
+        p = torch.tensor([0.2, 0.5, 0.3])
+        expected = reference.mix_fake_quantize(x, s, p, grids, True, True)
+        assert_same(triton.mix_fake_quantize(x, s, p, grids, True, True, offset=k % 2) + 0.0, expected + 0.0, shape)
+        for clip in (True, False):
+            wanted = reference.mix_fake_quantize_backward(g, x, s, p, grids, clip, True)
+            got = triton.mix_fake_quantize_backward(g, x, s, p, grids, clip, True)
+            assert_same(got[0] + 0.0, wanted[0] + 0.0, shape)
+            # float32 sums of at most 2048 products, each at most |g| (2 c_max + 1) scales
+            size = float(g.float().abs().sum()) * 256 * float(s.max())
+            for a, b in zip(got[1:], wanted[1:], strict=True):
+                assert (a - b).abs().max() <= size * SUM_ERROR if a.numel() else True, shape
+
+
 # ---- sharpness-aware passes -----------------------------------------------------------------------------------------
 
 LENGTHS = [0, 1, 7, 129, 2048, 5000]
@@ -655,6 +681,7 @@ def compile_all():
 
     bf16 = torch.bfloat16
     x, s = torch.zeros(4, 4096), torch.ones(4)
+    mixture = torch.ones(4, 4), torch.ones(4) / 4, [1, -2, 1, 1, -4, 3, 1, -8, 7, 0, 0, 0]
     cases = {
         "quantize per tensor": lambda: quantize((1, 8192)),
         "quantize long rows": lambda: quantize((4, 4608)),
@@ -671,6 +698,9 @@ def compile_all():
         "sgd bf16": lambda: step("sgd", dtype=bf16, copy=bf16),
         "adamw, bf16 copy and sums": lambda: step("adamw", copy=bf16),
         "sam norm": lambda: kernels.sam_norm([x], [x], [1], 0.01),
+        "mix": lambda: kernels.mix_fake_quantize(x, *mixture, True, False),
+        "mix bf16": lambda: kernels.mix_fake_quantize(x.to(bf16), *mixture, True, False),
+        "mix gradient": lambda: kernels.mix_fake_quantize_backward(x, x, *mixture, True, False),
         "sam perturb": lambda: kernels.sam_perturb_([x.clone()], [x], [x.clone()], torch.zeros(2), [1], 0.01),
         "sam perturb bf16": lambda: kernels.sam_perturb_(
             [x.to(bf16)], [x.to(bf16)], [x.to(bf16)], torch.zeros(2), [0], 0.01
@@ -726,6 +756,7 @@ def test_compiles_to_vectors_without_spills(compiled, arch):
         "quantize bf16": (2, 2), "quantize to bf16": (4, 2), "straight-through": (8, 4), "row sums": (8, 0),
         "sgd": (3, 2), "sgd, bf16 copy and sums": (3, 2), "sgd bf16": (3, 3), "adamw, bf16 copy and sums": (4, 3),
         "sam norm": (8, 0), "sam perturb": (8, 8), "sam perturb bf16": (4, 4), "sam average": (8, 4),
+        "mix bf16": (2, 2), "mix gradient": (4, 2),
     }  # fmt: skip
     for case, facts in compiled[arch].items():
         loads, stores = expected.get(case, (4, 4))
@@ -733,7 +764,8 @@ def test_compiles_to_vectors_without_spills(compiled, arch):
         assert not facts["inexact"] and not facts["local"], (case, facts)
         assert facts.get("stack_used", 0) == 0 and facts.get("local_used", 0) == 0, (case, facts)
         # 64 registers let 1024 threads stay on a multiprocessor; the sums of the update are worth 96.
-        assert facts.get("reg_used", 0) <= (96 if "sums" in case or "sgd bf16" in case else 64), (case, facts)
+        many = "sums" in case or case in ("sgd bf16", "mix gradient")
+        assert facts.get("reg_used", 0) <= (96 if many else 64), (case, facts)
 
 
 def test_changing_numbers_compile_nothing(compiled):

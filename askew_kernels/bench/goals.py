@@ -11,6 +11,7 @@ from .suites.fake_quant import COMPILED, COMPILED_BOTH
 from .suites.linear import AFTER_STEP, BREVITAS, HARD, TORCHAO
 from .suites.packed import DYNAMIC, INT8, TORCH_INT4, TORCH_INT8, ours
 from .suites.sam import FOREIGN, INSIDE
+from .suites.search import EDMIPS, MIXED
 from .suites.startup import BEYOND_TORCH
 from .suites.step import BNB_ADAMW, FRESH, IN_PLACE, PARQ, PUBLISHED
 from .suites.train import AUTOCAST, OURS, OURS_AUTOCAST
@@ -134,6 +135,13 @@ GOALS: list[Goal] = [
          ratio(_SAM, f"{FOREIGN}, restored")),
     Goal("what ASAM adds to an ASkewSGD step ÷ SGD fused", "sam", "<=", 2.4,
          lambda rows: ratio(_SAM, INSIDE)(rows) - ratio(_SAM, _HOLD)(rows)),
+    *[
+        Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "search", "<=", 1.5,
+             ratio("search step, linear layer", MIXED, None, allocator))
+        for allocator in _ALLOCATORS
+    ],
+    Goal("search step: times faster than EdMIPS-style eager", "search", ">=", 1.0,
+         ratio("search step, linear layer", EDMIPS, MIXED)),
     Goal("AskewLinear relaxed forward ÷ nn.Linear", "linear", "<=", 1.05,
          ratio("linear forward", "AskewLinear relaxed")),
     Goal("AskewLinear hard forward, fresh copy ÷ nn.Linear", "linear", "<=", 1.05, ratio("linear forward", HARD)),

@@ -3,8 +3,10 @@
 from .convert import dequantize_, hard_quantize_, param_groups, quantize_, quantized_layers
 from .layers import AskewConv2d, AskewLinear
 from .packed import PackedConv2d, PackedLinear, pack_, packed_layers, unpack_
+from .policy import LayerPolicy, Policy, PolicyError
 
 __all__ = [
-    "AskewConv2d", "AskewLinear", "PackedConv2d", "PackedLinear", "dequantize_", "hard_quantize_", "pack_",
-    "packed_layers", "param_groups", "quantize_", "quantized_layers", "unpack_",
+    "AskewConv2d", "AskewLinear", "LayerPolicy", "PackedConv2d", "PackedLinear", "Policy", "PolicyError",
+    "dequantize_", "hard_quantize_", "pack_", "packed_layers", "param_groups", "quantize_", "quantized_layers",
+    "unpack_",
 ]  # fmt: skip

@@ -11,25 +11,30 @@ from torch import nn
 
 from ..quant import QuantConfig
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer
+from .policy import Policy
 
 LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
 
 
 def quantize_(
     model: nn.Module,
-    config: QuantConfig | Mapping[str, QuantConfig | None] | None = None,
+    config: QuantConfig | Mapping[str, QuantConfig | None] | Policy | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
 ) -> nn.Module:
     """Replaces every nn.Linear and nn.Conv2d of ``model``, in place, by its quantized twin; returns the model.
 
     config: one ``QuantConfig`` for all, or ``{pattern: config}`` where a pattern is a module's full name with ``*``
-    and ``?`` and the first that matches counts (None, or no match: left alone). filter_fn(module, fqn): whether to
+    and ``?`` and the first that matches counts (None, or no match: left alone), or a ``Policy``, which must fit the
+    model by name or by role. filter_fn(module, fqn): whether to
     replace this one, e.g. to leave the first and the last layer alone. Parameters stay the same objects under the
     same names. Raises TypeError/ValueError before anything is replaced; a pattern that matches no layer is an error.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    by_name = config.configs(model) if isinstance(config, Policy) else None
     patterns: dict[str, QuantConfig | None]
+    if isinstance(config, Policy):
+        config = by_name
     patterns = dict(config) if isinstance(config, Mapping) else {"*": config if config is not None else QuantConfig()}
     for pattern, value in patterns.items():
         if value is not None and not isinstance(value, QuantConfig):
@@ -39,13 +44,16 @@ def quantize_(
     for name, module in model.named_modules(remove_duplicate=False):
         if type(module) not in LAYERS or (filter_fn is not None and not filter_fn(module, name)):
             continue
-        match = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
+        if by_name is not None:  # exact, whatever characters a name has
+            match = name if name in by_name else None
+        else:
+            match = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
         if match is None:
             continue
         used.add(match)
         if (chosen := patterns[match]) is not None:
             found.append((name, chosen))
-    if isinstance(config, Mapping) and (unused := [p for p in patterns if p not in used]):
+    if isinstance(config, Mapping) and by_name is None and (unused := [p for p in patterns if p not in used]):
         raise ValueError(f"config: no nn.Linear or nn.Conv2d matches {', '.join(map(repr, unused))}")
     replaced: dict[int, nn.Module] = {}
     swaps = []

@@ -8,6 +8,7 @@ and is recomputed otherwise.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
-from ..quant import QuantConfig, WeightQuantizer
+from ..quant import QuantConfig, WeightQuantizer, activation_scales
 
 SCALE_KEY = "weight_scale"
 
@@ -77,6 +78,16 @@ class _HardConv2d(torch.autograd.Function):
         if need[1]:
             grad_w = _clipped(grad_w, weight, ctx.clip)
         return grad_x, grad_w, grad_b.to(ctx.bias_dtype) if need[2] else None, None, None, None
+
+
+def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
+    """s Q(x/s) of a layer's input, straight-through; s = max|x| / c_max over the last ``token_dims`` dimensions."""
+    rows = math.prod(x.shape[: max(0, x.dim() - token_dims)])
+    scale = activation_scales(x, [grid.c_max], rows)[0]
+    wide = x.dtype == torch.float64
+    return ops.autograd.fake_quantize(
+        x.contiguous(), scale.double() if wide else scale, grid.levels_tensor(x.device), grid.encoding, False, False, 0
+    )
 
 
 def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
@@ -212,6 +223,8 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return new.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.config.activation is not None:
+            x = quantized_input(x, self.config.activation, 1)
         if self._uses_float():
             return functional.linear(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -246,6 +259,8 @@ class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
         return new.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.config.activation is not None:
+            x = quantized_input(x, self.config.activation, 3)
         if self._uses_float():
             return self._conv_forward(x, self.weight, self.bias)
         if torch.compiler.is_compiling():

@@ -17,7 +17,7 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
-from .layers import AskewConv2d, AskewLinear, QuantizedLayer, _autocast_dtype, _conv_arguments
+from .layers import AskewConv2d, AskewLinear, QuantizedLayer, _autocast_dtype, _conv_arguments, quantized_input
 
 
 class PackedLayer(nn.Module):
@@ -74,6 +74,11 @@ class PackedLayer(nn.Module):
         return ops.lowbit_dequantize(
             self.weight_codes, self.weight_scale, self.config.weight, self.bits, self.cols, dtype or self.weight_dtype
         ).reshape(self.shape)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """The input as the trained layer has taken it."""
+        grid = self.config.activation
+        return x if grid is None else quantized_input(x, grid, 1 if self.kind == "linear" else 3)
 
     @property
     def packed_bytes(self) -> int:
@@ -150,6 +155,7 @@ class PackedLinear(PackedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         low = _autocast_dtype(x)
+        x = self._input(x)
         x = x if low is None else x.to(low)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
@@ -219,6 +225,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         low = _autocast_dtype(x)
+        x = self._input(x)
         x = x if low is None else x.to(low)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._conv_forward(x, self.dequantize(x.dtype), bias)

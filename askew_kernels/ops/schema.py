@@ -10,6 +10,8 @@ Arguments shared by all of them:
 * in a list, a tensor without elements stands for "absent";
 * ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
   read in place of the parameter, the mean of gradient and first gradient in place of the gradient;
+* ``scales`` is float32 (candidates, rows), ``strengths`` float32 (candidates,), with ``grids`` of three integers a
+  candidate, where kind 0 is no quantization at all;
 * ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device.
 * ``codes`` is uint8 (n, row_bytes), level indices of ``bits`` bits each, 0 standing for five trits a byte
   (docs/packed.md);
@@ -36,6 +38,10 @@ SCHEMAS = {
     "fake_quantize_out_": "(Tensor x, Tensor scale, Tensor levels, int[] grid, Tensor(a!) out) -> ()",
     "fake_quantize_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> Tensor",
     "ste_clip_": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> ()",
+    "mix_fake_quantize": "(Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip, bool learned)"
+    " -> Tensor",
+    "mix_fake_quantize_backward": "(Tensor grad, Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip,"
+    " bool learned) -> (Tensor, Tensor, Tensor)",
     "project_interval_": "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()",
     "row_sums": "(Tensor x, int rows) -> Tensor",
     "lowbit_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
@@ -67,6 +73,10 @@ def _fake_quantize(x: Tensor, *_args) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _mix_backward(grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, *_args) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake_quantize(x), torch.empty_like(strengths), torch.empty_like(scales)
+
+
 def _row_sums(x: Tensor, rows: int) -> Tensor:
     return x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
 
@@ -81,6 +91,7 @@ def _lowbit_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
 
 _FAKES = {
     "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
+    "mix_fake_quantize": _fake_quantize, "mix_fake_quantize_backward": _mix_backward,
     "sam_norm": _sam_norm,
     "lowbit_linear": _lowbit_linear, "lowbit_linear_int8": _lowbit_linear,
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.sgd import sgd
 from .. import ops, reference
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.state import ScaleBatch, next_scales
+from .telemetry import Record, TelemetryLog
 
 FREEZE_SCALE = ("anneal", "init", "never")
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
@@ -89,14 +91,14 @@ class _Skewed(Optimizer):
     OPERATOR: str
     TAKES_SPARSE: bool  # in groups without a grid
 
-    def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int) -> None:
+    def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int, telemetry_log: Any = None) -> None:
         if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
             raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
         self.telemetry_every = telemetry_every
         self._steps = 0
         self._telemetry_wanted = True
-        self._totals: dict[Tensor, Tensor] = {}
-        self._telemetry_step = 0
+        self._record = Record()
+        self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
         self._plans: dict[int, _Plan] = {}
         # Of a sharpness-aware step: kept weights to start from, taken out as they are used; first gradients to
         # average with, and the coefficients that tell whether they count.
@@ -194,17 +196,20 @@ class _Skewed(Optimizer):
         every = self.telemetry_every
         record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
         if record:
-            self._totals = {}
+            self._record = Record(self._steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
-            self._telemetry_step = self._steps + 1
         for index, (group, params) in enumerate(work):
             if not params:
                 continue
             if group["grid"] is None:
                 self._plain_step(group, params)
             else:
+                if record:
+                    self._record.keep_rates(index, group)
                 self._skewed_step(index, group, params, rates[index], record)
         self._steps += 1
+        if record and self._log is not None:
+            self._log.recorded(self._record, self.param_groups)
         return loss
 
     @staticmethod
@@ -264,7 +269,7 @@ class _Skewed(Optimizer):
         totals = []
         if record:
             totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
-            self._totals.update(zip(members, totals, strict=True))
+            self._record.totals.update(zip(members, totals, strict=True))
         leading, numbers = self._numbers(group, launch)
         try:
             ops.run_skew_update(
@@ -317,29 +322,22 @@ class _Skewed(Optimizer):
         """What the passes summed up, for each quantized tensor of the last recorded step.
 
         A step is recorded when ``telemetry()`` was called since the step before, and every ``telemetry_every``-th.
-        Keys: ``step``, ``name`` (or index), ``numel``, ``eps``, ``fraction_infeasible`` and ``mean_violation``
-        (sum max(0, -h) / numel) at the point where the step started, ``flips`` (weights whose nearest level changed),
-        ``velocity_norm`` (‖v‖, w moved by lr v), ``grad_velocity`` (g·v), ``nonfinite`` (gradient elements). Waits
-        for the device. Empty before the first step.
+        Keys: ``step``, ``name`` (or index), ``numel``, ``lr``, ``eps``, ``alpha``, ``fraction_infeasible`` and
+        ``mean_violation`` (sum max(0, -h) / numel) at the point where the step started, ``flips`` (weights whose
+        nearest level changed), ``velocity_norm`` (‖v‖, w moved by lr v), ``grad_velocity`` (g·v), ``nonfinite``
+        (gradient elements). Waits for the device. Empty before the first step.
         """
         self._telemetry_wanted = True
-        report = []
-        index = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                if (totals := self._totals.get(p)) is not None:
-                    t = dict(zip(ops.SkewStats.NAMES, totals.tolist(), strict=True))
-                    n = max(1, p.numel())
-                    report.append({
-                        "step": self._telemetry_step, "name": names[i] if names else index, "numel": p.numel(),
-                        "eps": float(group["eps"]), "fraction_infeasible": t["infeasible"] / n,
-                        "mean_violation": t["violation"] / n, "flips": t["flips"],
-                        "velocity_norm": t["velocity_squared"] ** 0.5, "grad_velocity": t["grad_velocity"],
-                        "nonfinite": t["nonfinite"],
-                    })  # fmt: skip
-                index += 1
-        return report
+        return self._record.rows(self.param_groups)
+
+    def log(self, **numbers: Any) -> None:
+        """A line in ``telemetry_log`` (nothing without one): your numbers (loss=…, accuracy=…, sharpness=…).
+
+        With ``epoch=…`` it also holds a histogram of every quantized weight, one frame of the report. The last
+        recorded step is written as well; call it at the end of a run.
+        """
+        if self._log is not None:
+            self._log.note(self._steps, self.param_groups, numbers)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -366,7 +364,7 @@ class _Skewed(Optimizer):
             rest["state"][index] = {k: v for k, v in state.items() if k not in _QUANTIZER_KEYS}
         super().load_state_dict(rest)
         self._steps = state_dict.get("askew_steps", 0)
-        self._totals = {}
+        self._record = Record()
         for saved, group in zip(groups, self.param_groups, strict=True):
             if group["grid"] is None:
                 continue
@@ -398,7 +396,7 @@ class _Skewed(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.kept, self.firsts, self.coefficients = {}, {}, None
-        self._totals, self._telemetry_wanted, self._telemetry_step, self._plans = {}, True, 0, {}
+        self._record, self._log, self._telemetry_wanted, self._plans = Record(), None, True, {}
         super().__setstate__(state)
         for group in self.param_groups:  # a copied parameter has lost its quantizer
             for p in group["params"] if group["grid"] is not None else []:
@@ -435,7 +433,9 @@ class ASkewSGD(_Skewed):
 
     lr and eps may be floats or 0-dim tensors. While the scale moves, a step uses the scale of the weights as the step
     found them, and the layer's next forward uses that scale with the new weights.
-    ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never).
+    ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never). ``telemetry_log``: a
+    file to which every recorded step and what ``log(…)`` is given are appended, as lines of JSON (``optim.telemetry``);
+    not part of copies and checkpoints.
     Raises TypeError/ValueError naming the argument before anything is written.
     """
 
@@ -446,14 +446,15 @@ class ASkewSGD(_Skewed):
         self, params: Any, lr: float | Tensor = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
         weight_decay: float = 0.0, nesterov: bool = False, *, alpha: float = 1.0, eps: float | Tensor = 1.0,
         skew: str = "gradient", freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False,
-        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10, **grid_options: Any,
+        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10,
+        telemetry_log: str | os.PathLike | None = None, **grid_options: Any,
     ) -> None:  # fmt: skip
         defaults = dict(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, alpha=alpha,
             eps=eps, skew=skew, freeze_scale=freeze_scale, skip_nonfinite=skip_nonfinite, maximize=maximize,
             foreach=foreach, fused=fused, **_grid_defaults(grid_options),
         )  # fmt: skip
-        super().__init__(params, defaults, telemetry_every)
+        super().__init__(params, defaults, telemetry_every, telemetry_log)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -510,14 +511,15 @@ class ASkewAdamW(_Skewed):
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8,
         weight_decay: float = 1e-2, *, alpha: float = 1.0, eps: float | Tensor = 1.0, skew: str = "gradient",
         freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False, foreach: bool | None = None,
-        fused: bool | None = None, telemetry_every: int = 10, **grid_options: Any,
+        fused: bool | None = None, telemetry_every: int = 10, telemetry_log: str | os.PathLike | None = None,
+        **grid_options: Any,
     ) -> None:  # fmt: skip
         defaults = dict(
             lr=lr, betas=betas, adam_eps=adam_eps, weight_decay=weight_decay, alpha=alpha, eps=eps, skew=skew,
             freeze_scale=freeze_scale, skip_nonfinite=skip_nonfinite, maximize=maximize, foreach=foreach, fused=fused,
             **_grid_defaults(grid_options),
         )  # fmt: skip
-        super().__init__(params, defaults, telemetry_every)
+        super().__init__(params, defaults, telemetry_every, telemetry_log)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -20,6 +20,8 @@ class QuantConfig:
     ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
     for the gradient; ``"relaxed"`` computes with the float weights in training and with s Q(w/s) in eval, as published.
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
+    ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
+    or image by image (nn.Conv2d); None (default): the input stays float.
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
@@ -31,10 +33,13 @@ class QuantConfig:
     forward: str = "hard"
     sawb_coefficients: tuple[float, float] | None = None
     ste_clip: bool = True
+    activation: Grid | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Grid):
             raise TypeError(f"weight: expected a grid such as Uniform(bits=4), got {self.weight!r}")
+        if self.activation is not None and not isinstance(self.activation, Grid):
+            raise TypeError(f"activation: expected a grid such as Uniform(bits=8), or None, got {self.activation!r}")
         if self.forward not in FORWARDS:
             raise ValueError(f"forward: expected one of {', '.join(FORWARDS)}, got {self.forward!r}")
         if self.sawb_coefficients is not None:
@@ -45,6 +50,7 @@ class QuantConfig:
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)
 
     def to_dict(self) -> dict[str, Any]:
+        activation = {} if self.activation is None else {"activation": self.activation.to_dict()}
         return {
             "weight": self.weight.to_dict(),
             "scale": self.scale,
@@ -53,12 +59,15 @@ class QuantConfig:
             "forward": self.forward,
             "sawb_coefficients": None if self.sawb_coefficients is None else list(self.sawb_coefficients),
             "ste_clip": self.ste_clip,
+            **activation,
         }
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> QuantConfig:
         arguments = dict(d)
         arguments["weight"] = grid_from_dict(arguments.get("weight", {}))
+        if arguments.get("activation") is not None:
+            arguments["activation"] = grid_from_dict(arguments["activation"])
         try:
             return cls(**arguments)
         except TypeError as error:

@@ -6,7 +6,7 @@ row that holds inf or NaN, gets scale 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,20 @@ def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return chosen
+
+
+@torch.no_grad()
+def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
+    """(len(c_maxes), rows) float32: max|x| / c_max of each row of ``x``; 1 where that is 0, inf or NaN.
+
+    Nothing waits for the device. ``rows``: tokens or images.
+    """
+    flat = x.detach().reshape(rows, x.numel() // rows if rows else 0)
+    if flat.numel() == 0:
+        return torch.ones(len(c_maxes), rows, device=x.device)
+    tops = flat.abs().amax(1).float()
+    scales = torch.stack([tops / c for c in c_maxes])
+    return torch.where((scales > 0) & scales.isfinite(), scales, torch.ones_like(scales))
 
 
 @torch.no_grad()

@@ -24,6 +24,15 @@ struct UpdateTensor {
   const void* first;  // a gradient whose mean with g takes g's place; may be null
 };
 
+struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
+  const void* x;
+  int type, n;  // storage type; number of candidates
+  int64_t rows, cols;
+  const float *scales, *strengths;  // (n, rows), (n,)
+  GridArg grids[kMostCandidates];
+  bool clip, learned;
+};
+
 struct Loops {
   const char* name;
   // y = s Q(w/s); y may have another storage type
@@ -45,6 +54,9 @@ struct Loops {
   void (*sam_perturb)(void* w, const void* g, void* kept, int type, SamArg, bool past_caches, Tile);  // w += delta
   void (*sam_restore)(void* w, const void* kept, int type, bool past_caches, Tile);                   // w = kept
   void (*sam_average)(void* g, const void* first, int type, Tile);                                    // g = mean
+  // A mixture of quantizations. sums: [rows of the tile][n][2]: of G Q, and of LSQ's terms where scales are learned
+  void (*mix)(const MixArg&, void* y, Tile);
+  void (*mix_gradient)(const MixArg&, const void* g, void* out, Tile, double* sums);
 };
 
 const Loops* loops_baseline();

@@ -303,6 +303,7 @@ struct ProjectLoop {
   }
 
 #include "sam_loops.inl"
+#include "mix_loops.inl"
 
 // ---- the update: one read and one write of everything -------------------------------------------------------
 //
@@ -552,8 +553,9 @@ static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, d
     update_rule<Sgd, false>(t, h, tile, row_sums, totals);
 }
 
-static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip,    project,    row_sums,
-                            update,         sam_norm,      sam_perturb,         sam_restore, sam_average};
+static const Loops table = {ASKEW_ISA_NAME, fake_quantize, stochastic_quantize, ste_clip,    project,     row_sums,
+                            update,         sam_norm,      sam_perturb,         sam_restore, sam_average, mix,
+                            mix_gradient};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

@@ -55,6 +55,17 @@ struct BinaryGrid {  // -1, +1
   }
 };
 
+struct FloatGrid {  // every number is a level; taken with scale 1
+  static constexpr bool kTiesToEven = false;
+  ASKEW_FN FloatGrid make(const GridArg&) { return {}; }
+  ASKEW_INLINE float low() const { return -__builtin_inff(); }
+  ASKEW_INLINE float high() const { return __builtin_inff(); }
+  template <class F>
+  ASKEW_INLINE F nearest(F x) const {
+    return x;
+  }
+};
+
 struct CodebookGrid {
   static constexpr bool kTiesToEven = false;
   const float* levels;
@@ -111,10 +122,20 @@ ASKEW_FN F clamp_hull(F w, const Row<F, Grid>& row) {
   return clamp_between(w, row.low, row.high);
 }
 
+// w / s moved into the hull.
+template <class F, class Grid>
+ASKEW_FN F in_hull(F w, const Row<F, Grid>& row) {
+  return divide(clamp_hull(w, row), row.scale);
+}
+template <class F>
+ASKEW_FN F in_hull(F w, const Row<F, FloatGrid>&) {
+  return w;
+}
+
 // Q(w / s), for any w: +-inf gives an end, NaN stays NaN.
 template <class F, class Grid>
 ASKEW_FN F nearest_level(F w, const Row<F, Grid>& row) {
-  return row.grid.nearest(divide(clamp_hull(w, row), row.scale));
+  return row.grid.nearest(in_hull(w, row));
 }
 
 // y = s * Q(w / s)

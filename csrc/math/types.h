@@ -4,7 +4,8 @@
 
 namespace askew {
 
-enum GridKind : int { kUniform = 1, kBinary = 2, kCodebook = 3 };
+// kFloat: every number is a level; only among the candidates of a mixture
+enum GridKind : int { kFloat = 0, kUniform = 1, kBinary = 2, kCodebook = 3 };
 enum StorageType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Rule : int { kSgd = 0, kAdamW = 1 };
 
@@ -28,6 +29,8 @@ struct SamArg {  // a sharpness-aware perturbation by (c T^2 - a) g, T = |w| + e
   bool adaptive;
   float eta, c, a;
 };
+
+constexpr int kMostCandidates = 8;  // of a mixture
 
 // Sums that the passes accumulate, in this order everywhere.
 enum RowSum : int { kSumAbs = 0, kSumSquares = 1, kMaxAbs = 2, kRowSums = 3 };

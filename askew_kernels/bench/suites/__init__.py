@@ -5,6 +5,7 @@ from .fake_quant import FAKE_QUANT
 from .linear import LINEAR
 from .packed import PACKED
 from .sam import SAM
+from .search import SEARCH
 from .startup import STARTUP
 from .step import STEP
 from .train import TRAIN
@@ -16,5 +17,6 @@ SUITES: dict[str, list[Entry]] = {
     "packed": PACKED,
     "train": TRAIN,
     "sam": SAM,
+    "search": SEARCH,
     "startup": STARTUP,
 }

@@ -1,0 +1,120 @@
+"""Suite ``search``: one step of a layer with four candidate widths beside the same layer's quantization-aware step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ... import nn as ask_nn
+from ... import optim, quant
+from ...search import MixedLinear
+from ..harness import Case, CheckFailed, Context, Entry, Impl
+from .common import GRAD_STD, GRID, LR, compare, in_backend, our_backend
+
+WEIGHT_BITS = (2, 3, 4, 8)
+MIXED, EDMIPS, SINGLE = "MixedLinear, 4 candidates", "EdMIPS-style eager, 4 candidates", "AskewLinear, 4 bits"
+
+
+class EagerMix(nn.Linear):
+    """As EdMIPS writes it: every candidate rounded by eager operations on its own, then weighted and added up."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_strengths = nn.Parameter(torch.zeros(len(WEIGHT_BITS), device=layer.weight.device))
+
+    def mixed_weight(self) -> Tensor:
+        p = torch.softmax(self.weight_strengths, 0)
+        total: Any = 0
+        for k, scale in enumerate(_scales(self.weight)):
+            top = 2 ** (WEIGHT_BITS[k] - 1)
+            c = (self.weight / scale[:, None]).clamp(-top, top - 1)
+            total = total + p[k] * ((c + (c.round() - c).detach()) * scale[:, None])
+        return total
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.mixed_weight(), self.bias)
+
+
+@torch.no_grad()
+def _scales(w: Tensor) -> list[Tensor]:
+    """What MixedLinear takes: SAWB up to 4 bits, absmax above; by reductions without temporaries of weight size."""
+    cols = w.shape[1]
+    mean = torch.linalg.vector_norm(w, 1, dim=1) / cols
+    rms = torch.linalg.vector_norm(w, 2, dim=1) / cols**0.5
+    amax = torch.linalg.vector_norm(w, torch.inf, dim=1)
+    found = []
+    for bits in WEIGHT_BITS:
+        c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
+        clip = c1 * rms - c2 * mean if bits <= 4 else amax
+        found.append(torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1))
+    return found
+
+
+class MixCheck:
+    """The mixed weight of the first 32 outputs against float64, and a gradient that reaches the strengths."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    def __call__(self, run: Callable[[], Any]) -> None:
+        w = self.layer.weight.detach()[:32].double()
+        scales, p = _scales(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
+        expected = sum(
+            p[k] * s[:, None] * (w / s[:, None]).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
+            for k, (b, s) in enumerate(zip(WEIGHT_BITS, scales, strict=True))
+        )
+        compare("mixed weight", self.layer.mixed_weight().detach()[:32], expected, w.abs() + w.abs().mean(), 1e-4, 0.02)  # type: ignore[arg-type]
+        run()
+        grad = self.layer.weight_strengths.grad
+        if grad is None or not bool((grad.isfinite() & (grad != 0)).all()):
+            raise CheckFailed("the strengths received no gradient")
+
+
+def search_case(context: Context) -> Case:
+    """Forward, backward and the optimizer's step of one layer; nothing is perturbed (a sharpness-aware search takes two
+    gradients, as sharpness-aware training does)."""
+    tokens, n = (64 if context.quick else 512), context.side
+    g = torch.Generator(context.device).manual_seed(3)
+    x = torch.randn(tokens, n, device=context.device, generator=g)
+    grad = torch.randn(tokens, n, device=context.device, generator=g) * GRAD_STD
+
+    def float_layer() -> nn.Linear:
+        torch.manual_seed(4)
+        return nn.Linear(n, n, device=context.device)
+
+    def step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        leaf = x.clone().requires_grad_()
+
+        def run() -> None:
+            optimizer.zero_grad()
+            layer(leaf).backward(grad)
+            optimizer.step()
+
+        return run
+
+    def single(backend: str) -> Impl:
+        layer = ask_nn.AskewLinear.from_float(float_layer(), quant.QuantConfig(weight=GRID))
+        optimizer = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}, {"params": [layer.bias]}], lr=LR)
+        kind = "baseline" if backend == (context.backends()[0][0]) else "ours"
+        return Impl(SINGLE, in_backend(backend, step(layer, optimizer)), kind, backend=our_backend(context, backend))
+
+    def mixed(layer: Any, name: str, kind: str, backend: str = "") -> Impl:
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=LR, fused=True)
+        of = our_backend(context, backend) if kind == "ours" else "torch"
+        return Impl(name, in_backend(backend, step(layer, optimizer)), kind, None, MixCheck(layer), backend=of)
+
+    made = MixedLinear.from_float(
+        float_layer(), weight_bits=WEIGHT_BITS, act_bits=(None,), signed=True, learned=False
+    )  # fmt: skip
+    backend = "triton" if context.is_cuda else ""  # the mixture has no CUDA kernel of its own
+    impls = [single(context.backends()[0][0]), mixed(made, MIXED, "ours", backend),
+             mixed(EagerMix(float_layer()), EDMIPS, "peer")]  # fmt: skip
+    return Case(f"{tokens} tokens x {n} x {n}", "float32", SINGLE, impls, 0)
+
+
+SEARCH = [Entry("search step, linear layer", search_case, warm=True)]

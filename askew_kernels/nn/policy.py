@@ -1,0 +1,279 @@
+"""Policies: which layer gets which bits, how that is kept, and how it is carried over to another model.
+
+A layer's *role* does not depend on shapes: what kind it is, whether it is the model's first, its last or an inner one,
+and its name without numbers; its *position* is how far into the layers of that role it stands, from 0 to 1. A wider
+model has the same names, a deeper one the same roles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..quant import Binary, Grid, QuantConfig, Uniform
+
+VERSION = 1
+WEIGHT_BITS = range(1, 9)
+ACT_BITS = range(2, 9)
+
+
+def weight_grid(bits: int) -> Grid:
+    """The grid of a weight candidate: Binary() for 1 bit, else Uniform(bits)."""
+    return Binary() if bits == 1 else Uniform(bits=bits)
+
+
+def scale_rule(grid: Grid) -> str:
+    """The scale rule of a candidate: mean for binary, SAWB up to 4 bits, the largest magnitude above.
+
+    At 8 bits SAWB takes two large numbers from each other, and cuts small rows off far inside (docs/notes.md).
+    """
+    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits <= 4 else "absmax"
+
+
+# ---- roles ----------------------------------------------------------------------------------------------------------
+
+
+def kind_of(module: nn.Module) -> str:
+    """linear, conv2d or depthwise."""
+    if not isinstance(module, nn.Conv2d):
+        return "linear"
+    return "depthwise" if module.groups > 1 and module.groups == module.in_channels else "conv2d"
+
+
+def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: layer} of every nn.Linear and nn.Conv2d and what is made of them, in order, each once."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def layer_roles(model: nn.Module) -> dict[str, tuple[str, str, float]]:
+    """{name: (kind, role, position)} of every linear and convolutional layer."""
+    layers = candidate_layers(model)
+    names = list(layers)
+    roles: dict[str, tuple[str, str]] = {}
+    for i, (name, module) in enumerate(layers.items()):
+        place = "first" if i == 0 else "last" if i == len(names) - 1 else "inner"
+        kind = kind_of(module)
+        roles[name] = kind, f"{place} {kind} {re.sub(r'[0-9]+', '*', name)}"
+    members: dict[str, list[str]] = {}
+    for name, (_, role) in roles.items():
+        members.setdefault(role, []).append(name)
+    return {
+        name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
+        for name, (kind, role) in roles.items()
+    }
+
+
+# ---- the policy -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """One layer. ``name``: its full name, or a pattern with ``*`` and ``?``; ``weight_bits`` 1…8, or None to leave it
+    float; ``act_bits`` 2…8, or None for a float input; ``act_signed``: whether the input has negative values."""
+
+    name: str
+    kind: str
+    role: str
+    position: float
+    weight_bits: int | None
+    act_bits: int | None = None
+    act_signed: bool = True
+
+    def __post_init__(self) -> None:
+        for what, bits, known in (
+            ("weight_bits", self.weight_bits, WEIGHT_BITS),
+            ("act_bits", self.act_bits, ACT_BITS),
+        ):
+            if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
+                raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
+        if self.weight_bits is None and self.act_bits is not None:
+            raise ValueError(f"{self.name}: act_bits: expected None for a layer that is left float")
+        if not isinstance(self.position, (int, float)) or not 0 <= self.position <= 1:
+            raise ValueError(f"{self.name}: position: expected a number in [0, 1], got {self.position!r}")
+
+    def config(self) -> QuantConfig | None:
+        if self.weight_bits is None:
+            return None
+        grid = weight_grid(self.weight_bits)
+        activation = None if self.act_bits is None else Uniform(bits=self.act_bits, signed=self.act_signed)
+        return QuantConfig(weight=grid, scale=scale_rule(grid), activation=activation)
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be read, or does not fit a model; the text names the layers."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The bits of every layer of a model, and how they were found (``report``, JSON-ready).
+
+    ``ak.quantize_(model, policy)`` applies it: by name where names and kinds agree with the model's, otherwise by role,
+    for each layer from the layer of the same role that stands nearest. ``save`` and ``load`` are JSON.
+    """
+
+    layers: tuple[LayerPolicy, ...]
+    report: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise PolicyError("policy: has no layers")
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise PolicyError(f"policy: {next(n for n in names if names.count(n) > 1)!r} is there twice")
+
+    def __iter__(self) -> Iterator[LayerPolicy]:
+        return iter(self.layers)
+
+    @property
+    def weight_bits(self) -> dict[str, int | None]:
+        return {layer.name: layer.weight_bits for layer in self.layers}
+
+    @property
+    def act_bits(self) -> dict[str, int | None]:
+        return {layer.name: layer.act_bits for layer in self.layers}
+
+    # ---- a model's configs ----
+
+    def configs(self, model: nn.Module, by: str = "auto") -> dict[str, QuantConfig | None]:
+        """{layer: QuantConfig, or None to leave it float} for every linear and convolutional layer of ``model``.
+
+        by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
+        fits, else by role. Raises PolicyError naming the layers that have no entry and the entries that have no layer.
+        """
+        if by not in ("auto", "name", "role"):
+            raise ValueError(f"by: expected auto, name or role, got {by!r}")
+        roles = layer_roles(model)
+        if not roles:
+            raise PolicyError("model: has no nn.Linear or nn.Conv2d that a policy could speak of")
+        why = []
+        for way, find in (("name", self._by_name), ("role", self._by_role)):
+            if by in ("auto", way):
+                found, problems = find(roles)
+                if not problems:
+                    return {name: layer.config() for name, layer in found.items()}
+                why.append(f"by {way}: {'; '.join(problems)}")
+        raise PolicyError("policy: does not fit the model " + ". ".join(why))
+
+    def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
+        found: dict[str, LayerPolicy] = {}
+        wrong = []
+        for name, (kind, _, _) in roles.items():
+            match = next((p for p in self.layers if p.name == name or fnmatch.fnmatchcase(name, p.name)), None)
+            if match is not None and match.kind != kind:
+                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
+            elif match is not None:
+                found[name] = match
+        if wrong:
+            return found, wrong
+        used = {layer.name for layer in found.values()}
+        return found, _missing(
+            [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
+        )
+
+    def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
+        known: dict[str, list[LayerPolicy]] = {}
+        for layer in self.layers:
+            known.setdefault(layer.role, []).append(layer)
+        found = {
+            name: min(known[role], key=lambda p: abs(p.position - position))
+            for name, (_, role, position) in roles.items()
+            if role in known
+        }
+        present = {role for _, role, _ in roles.values()}
+        extra = [p.name for p in self.layers if p.role not in present]
+        without = [f"{n} ({roles[n][1]})" for n in roles if n not in found]
+        return found, _missing(without, extra)
+
+    # ---- files and tables ----
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"askew_policy": VERSION, "layers": [dataclasses.asdict(layer) for layer in self.layers],
+                "report": self.report}  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, d: Any) -> Policy:
+        """The inverse of ``to_dict``; PolicyError says what is wrong."""
+        if not isinstance(d, dict) or d.get("askew_policy") != VERSION:
+            found = d.get("askew_policy") if isinstance(d, dict) else type(d).__name__
+            raise PolicyError(f"policy: expected a policy of version {VERSION}, got {found!r}")
+        try:
+            layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
+            return cls(layers, dict(d.get("report", {})))
+        except (TypeError, KeyError) as problem:
+            raise PolicyError(f"policy: {problem}") from None
+        except ValueError as problem:
+            raise problem if isinstance(problem, PolicyError) else PolicyError(f"policy: {problem}") from None
+
+    def save(self, path: str | os.PathLike) -> None:
+        """JSON; the file appears only when it is whole."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Policy:
+        """Raises FileNotFoundError; PolicyError naming the file."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except PolicyError as problem:
+            raise PolicyError(f"{path}: {problem}") from None
+        except ValueError as problem:
+            raise PolicyError(f"{path}: not JSON ({problem})") from None
+
+    def table(self) -> str:
+        """Bits by layer, and what the report says of costs, as text."""
+        width = max(len("layer"), *(len(layer.name) for layer in self.layers))
+        lines = [f"{'layer':<{width}}  kind       weights  inputs"]
+        for p in self.layers:
+            weights = "float" if p.weight_bits is None else str(p.weight_bits)
+            inputs = "float" if p.act_bits is None else f"{p.act_bits}{'' if p.act_signed else ' unsigned'}"
+            lines.append(f"{p.name:<{width}}  {p.kind:<9}  {weights:>7}  {inputs}")
+        for key in ("expected", "chosen"):
+            costs = self.report.get(key)
+            if isinstance(costs, dict):
+                lines.append(f"{key}: " + ", ".join(f"{name} {_short(value)}" for name, value in costs.items()))
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike) -> None:
+        """Bits by layer, as a bar chart."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(4.0, 0.5 * len(self.layers) + 1.5), 3.2), layout="constrained")
+        axis = figure.subplots()
+        places = range(len(self.layers))
+        axis.bar([i - 0.2 for i in places], [p.weight_bits or 32 for p in self.layers], 0.4, label="weights")
+        if any(p.act_bits for p in self.layers):
+            axis.bar([i + 0.2 for i in places], [p.act_bits or 32 for p in self.layers], 0.4, label="inputs")
+        axis.set_xticks(list(places), [p.name for p in self.layers], rotation=60, fontsize=8)
+        axis.set_ylabel("bits")
+        axis.legend(fontsize=8)
+        figure.savefig(path, dpi=120)
+
+
+def _missing(layers: list[str], entries: list[str]) -> list[str]:
+    found = []
+    if layers:
+        found.append(f"no entry for {', '.join(layers)}")
+    if entries:
+        found.append(f"no layer for {', '.join(entries)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,156 @@
+"""What the update passes summed up, as rows and as lines of a log that ``python -m askew_kernels analyze`` reads.
+
+The log is JSON lines, one object a line, appended and closed each time, so that a killed run leaves whole lines:
+
+========  =============================================================================================================
+``kind``  what follows
+========  =============================================================================================================
+``run``   once for each optimizer: ``version``, ``optimizer``, ``tensors`` (name, numel, grid)
+``step``  a recorded step: ``step``, ``loss`` (where ``step(closure)`` gave one), ``tensors``: ``telemetry()``'s rows
+``note``  what ``optimizer.log(…)`` was given, with ``step``; ``histograms`` of the weights where it has an ``epoch``
+========  =============================================================================================================
+
+A step's line is written when the next one is recorded, so that no step waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..quant import WeightQuantizer
+
+VERSION = 1
+BINS_PER_LEVEL, MOST_BINS = 16, 256
+
+
+@dataclass
+class Record:
+    """One recorded step: sums and rates as they were, still on the device."""
+
+    step: int = 0
+    rates: dict[int, dict[str, Any]] = field(default_factory=dict)  # by index of the group
+    totals: dict[Tensor, Tensor] = field(default_factory=dict)
+    loss: Any = None
+
+    def keep_rates(self, index: int, group: dict[str, Any]) -> None:
+        """Schedules fill tensors in place: the step's own are copied."""
+        found = {key: group[key] for key in ("lr", "eps", "alpha")}
+        self.rates[index] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+
+    def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        report = []
+        for number, (name, p, index) in enumerate(_tensors(groups)):
+            if (totals := self.totals.get(p)) is None or index not in self.rates:
+                continue
+            t = dict(zip(ops.SkewStats.NAMES, totals.tolist(), strict=True))
+            n = max(1, p.numel())
+            report.append({
+                "step": self.step, "name": number if name is None else name, "numel": p.numel(),
+                **{key: float(value) for key, value in self.rates[index].items()},
+                "fraction_infeasible": t["infeasible"] / n, "mean_violation": t["violation"] / n,
+                "flips": t["flips"], "velocity_norm": t["velocity_squared"] ** 0.5,
+                "grad_velocity": t["grad_velocity"], "nonfinite": t["nonfinite"],
+            })  # fmt: skip
+        return report
+
+
+def _tensors(groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor, int]]:
+    """(name or None, parameter, index of its group), in order."""
+    found: list[tuple[Any, Tensor, int]] = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [None] * len(group["params"])
+        found += [(name, p, index) for name, p in zip(names, group["params"], strict=True)]
+    return found
+
+
+@torch.no_grad()
+def weight_histogram(p: Tensor) -> dict[str, Any] | None:
+    """Counts of w / s over the hull and a level beyond it; None where the scale is not known yet."""
+    q = WeightQuantizer.of(p)
+    if q is None or p.numel() == 0:
+        return None
+    levels = q.config.weight.levels
+    scale = q.current_scale(p)
+    x = (p.detach().float().reshape(scale.numel(), -1) / scale[:, None]).flatten()
+    gap = (levels[-1] - levels[0]) / (len(levels) - 1)
+    low, high = levels[0] - gap, levels[-1] + gap
+    bins = min(MOST_BINS, BINS_PER_LEVEL * (len(levels) + 1))
+    counts = torch.histc(x[x.isfinite()].clamp(low, high), bins, low, high)
+    return {"levels": list(levels), "low": low, "high": high, "counts": [int(c) for c in counts.tolist()]}
+
+
+class TelemetryLog:
+    """Lines of one optimizer, appended to ``path``. Raises OSError where that cannot be written."""
+
+    def __init__(self, path: str | os.PathLike, optimizer: str) -> None:
+        self.path, self.optimizer = Path(path), optimizer
+        with self.path.open("a"):
+            pass
+        self.pending: Record | None = None
+        self._begun = False
+
+    def _append(self, groups: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
+        if not self._begun:
+            tensors = [
+                {"name": number if name is None else name, "numel": p.numel(),
+                 "grid": None if (grid := groups[index].get("grid")) is None else grid.to_dict()}
+                for number, (name, p, index) in enumerate(_tensors(groups))
+            ]  # fmt: skip
+            head = {"kind": "run", "version": VERSION, "optimizer": self.optimizer, "time": time.time()}
+            lines = [{**head, "tensors": tensors}, *lines]
+            self._begun = True
+        text = "".join(json.dumps(_plain(line), allow_nan=False) + "\n" for line in lines)
+        try:
+            with self.path.open("a") as stream:
+                stream.write(text)
+        except OSError as problem:  # a training run is worth more than its log
+            warnings.warn(f"telemetry_log: {self.path}: {problem.strerror}; the line is lost", stacklevel=4)
+
+    def recorded(self, record: Record, groups: list[dict[str, Any]]) -> None:
+        """Keeps the step that was just recorded, and writes the one before."""
+        self.flush(groups)
+        self.pending = record
+
+    def flush(self, groups: list[dict[str, Any]]) -> None:
+        record, self.pending = self.pending, None
+        if record is not None:
+            line: dict[str, Any] = {"kind": "step", "step": record.step}
+            if record.loss is not None:
+                line["loss"] = float(record.loss)
+            self._append(groups, [{**line, "tensors": record.rows(groups)}])
+
+    def note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
+        self.flush(groups)
+        line = {"kind": "note", "step": step, **numbers}
+        if "epoch" in numbers:
+            found = {
+                str(number if name is None else name): weight_histogram(p)
+                for number, (name, p, index) in enumerate(_tensors(groups))
+                if groups[index].get("grid") is not None
+            }
+            line["histograms"] = {name: h for name, h in found.items() if h is not None}
+        self._append(groups, [line])
+
+
+def _plain(value: Any) -> Any:
+    """JSON-ready: tensors as numbers or lists, numbers that JSON does not know as null."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

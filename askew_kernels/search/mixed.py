@@ -1,0 +1,227 @@
+"""Layers whose weight and input are mixtures of their candidate quantizations, and the calls that make and remove them.
+
+    w_hat = sum_b softmax(β / T)_b s_b Q_b(w / s_b)        and alike for the input
+
+One pass reads w for all candidates, and one pass back gives the gradients of w and β (``ops.mix_fake_quantize``). The
+scales of all candidates come from one pass of row sums, without waiting for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import ops, reference
+from ..nn.layers import _conv_arguments
+from ..nn.policy import ACT_BITS, WEIGHT_BITS, scale_rule, weight_grid
+from ..quant import Grid, Uniform, activation_scales
+from ..quant.scales import SAWB_COEFFICIENTS
+
+
+def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
+    """Ascending and without repetition, None last. ValueError where there are none or one is not known."""
+    found = list(dict.fromkeys(bits))
+    if not found:
+        raise ValueError(f"{name}: expected at least one candidate, got none")
+    if len(found) > ops.MOST_CANDIDATES:
+        raise ValueError(f"{name}: expected at most {ops.MOST_CANDIDATES} candidates, got {len(found)}")
+    for b in found:
+        if (b is None and not none) or (b is not None and (isinstance(b, bool) or b not in known)):
+            raise ValueError(f"{name}: expected {known[0]} to {known[-1]}{' or None' if none else ''}, got {b!r}")
+    return (*sorted(b for b in found if b is not None), *([None] if None in found else []))
+
+
+class MixedLayer(nn.Module):
+    """What the mixed layers share.
+
+    ``weight_strengths`` and ``act_strengths`` are β, one number a candidate; ``temperature`` is T. A single candidate
+    has no strength to learn; ``act_bits=(None,)`` leaves the input alone.
+    """
+
+    weight: Any
+    bias: Any
+    TOKEN_DIMS: int
+
+    def _attach(self, weight_bits: Sequence[int], act_bits: Sequence[int | None], signed: bool, learned: bool) -> None:
+        self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+        self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+        self.signed, self.learned, self.temperature = signed, learned, 1.0
+        self.weight_grids = [weight_grid(b) for b in self.weight_bits]  # type: ignore[arg-type]
+        self.act_grids: list[Grid | None] = [
+            None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
+        ]
+        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], dtype=torch.float64)
+        self._absmax = torch.tensor([1 / g.c_max for g in self.weight_grids], dtype=torch.float64)
+        self._weight_codes = ops.candidate_encodings(self.weight_grids)
+        self._act_codes = ops.candidate_encodings(self.act_grids)
+        place = {"device": self.weight.device}
+        kind = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        self.weight_strengths = nn.Parameter(torch.zeros(len(self.weight_bits), dtype=kind, **place))
+        self.act_strengths = nn.Parameter(torch.zeros(len(self.act_bits), dtype=kind, **place))
+        self.weight_strengths.requires_grad_(len(self.weight_bits) > 1)
+        self.act_strengths.requires_grad_(len(self.act_bits) > 1)
+        if learned:  # LSQ's start
+            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=1e-12)
+            tops = torch.tensor([g.c_max for g in self.weight_grids], dtype=kind, **place)
+            self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
+
+    def weight_probabilities(self) -> Tensor:
+        """softmax(β / T) of the weight's candidates."""
+        return torch.softmax(self.weight_strengths / self.temperature, 0)
+
+    def act_probabilities(self) -> Tensor:
+        return torch.softmax(self.act_strengths / self.temperature, 0)
+
+    @torch.no_grad()
+    def _rule_scales(self) -> Tensor:
+        """(candidates, rows): every candidate's rule is a row of coefficients of (rms, mean|w|, max|w|)."""
+        rows = self.weight.shape[0]
+        if self.weight.numel() == 0:
+            return torch.ones(len(self.weight_grids), rows, device=self.weight.device)
+        sums = ops.row_sums(self.weight.detach(), rows).double().T / (self.weight.numel() // rows)
+        top = sums[reference.MAX_ABS] * (self.weight.numel() // rows)
+        stats = torch.stack([sums[reference.SUM_SQUARES].sqrt(), sums[reference.SUM_ABS], top])
+        rule, tops = self._coefficients.to(stats.device), self._absmax.to(stats.device)
+        scales, absmax = rule @ stats, tops[:, None] * top
+        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax).clamp(min=1e-12)
+        return torch.where(absmax.isfinite() & (absmax > 0), scales, torch.ones_like(scales)).float()
+
+    def mixed_weight(self) -> Tensor:
+        """sum_b p_b s_b Q_b(w / s_b), differentiable."""
+        scales = self.weight_scales.clamp(min=1e-12) if self.learned else self._rule_scales()
+        return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
+
+    def mixed_input(self, x: Tensor) -> Tensor:
+        if self.act_grids == [None]:
+            return x
+        rows = math.prod(x.shape[: max(0, x.dim() - self.TOKEN_DIMS)])
+        scales = activation_scales(x, [1.0 if g is None else g.c_max for g in self.act_grids], rows)
+        return _mix(x, scales, self.act_probabilities(), self._act_codes, False, False)
+
+    def extra_repr(self) -> str:
+        inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
+
+
+def _coefficients(grid: Grid) -> tuple[float, float, float]:
+    """The candidate's scale rule over (rms, mean|w|, max|w|)."""
+    rule = scale_rule(grid)
+    if rule == "mean":
+        return 0.0, 1.0, 0.0
+    if rule == "absmax":
+        return 0.0, 0.0, 1 / grid.c_max
+    c1, c2 = SAWB_COEFFICIENTS[grid.bits]
+    return c1 / grid.c_max, -c2 / grid.c_max, 0.0
+
+
+def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
+    """The operator without checks: scales come from rules that give nothing else than positive numbers."""
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return ops.autograd.mix_fake_quantize(x.contiguous(), scales.to(kind), strengths.to(kind), codes, clip, learned)
+
+
+class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
+    """nn.Linear whose weight and input are mixtures."""
+
+    TOKEN_DIMS = 1
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, **candidates: Any) -> MixedLinear:
+        """Shares the Parameter objects of ``linear``."""
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        new.weight, new.bias = linear.weight, linear.bias
+        new._attach(**candidates)
+        return new.train(linear.training)
+
+    def to_float(self) -> nn.Linear:
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        new.weight, new.bias = self.weight, self.bias
+        return new.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(self.mixed_input(x), self.mixed_weight(), self.bias)
+
+
+class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
+    """nn.Conv2d whose weight and input are mixtures."""
+
+    TOKEN_DIMS = 3
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, **candidates: Any) -> MixedConv2d:
+        """Shares the Parameter objects of ``conv``."""
+        new = cls(**_conv_arguments(conv))
+        new.weight, new.bias = conv.weight, conv.bias
+        new._attach(**candidates)
+        return new.train(conv.training)
+
+    def to_float(self) -> nn.Conv2d:
+        new = nn.Conv2d(**_conv_arguments(self))
+        new.weight, new.bias = self.weight, self.bias
+        return new.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(self.mixed_input(x), self.mixed_weight(), self.bias)
+
+
+MIXED: dict[type[nn.Module], Any] = {nn.Linear: MixedLinear, nn.Conv2d: MixedConv2d}
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
+    """{name: nn.Linear or nn.Conv2d} that the search is about, each module once; ValueError where there is none."""
+    found = {
+        name: m for name, m in model.named_modules()
+        if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))
+    }  # fmt: skip
+    if not found:
+        raise ValueError("model: no nn.Linear or nn.Conv2d to quantize" + (" passes filter_fn" if filter_fn else ""))
+    if "" in found:
+        raise ValueError("model: is itself a layer; wrap it in nn.Sequential")
+    return found
+
+
+def mix_(
+    model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
+    filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
+) -> nn.Module:  # fmt: skip
+    """Replaces nn.Linear and nn.Conv2d of ``model``, in place, by mixtures of their candidates; returns the model.
+
+    weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
+    values (default: it has). learned: scales are parameters (LSQ) instead of following their rule. Parameters stay the
+    same objects. Raises ValueError before anything is replaced.
+    """
+    layers = chosen_layers(model, filter_fn)
+    check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+    check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+    made: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        made[id(layer)] = MIXED[type(layer)].from_float(
+            layer, weight_bits=weight_bits, act_bits=act_bits, signed=(signed or {}).get(name, True), learned=learned
+        )
+    _swap(model, made)
+    return model
+
+
+def unmix_(model: nn.Module) -> nn.Module:
+    """The inverse of ``mix_``: float layers with the same Parameter objects, in place."""
+    _swap(model, {id(m): m.to_float() for m in mixed_layers(model).values()})
+    return model
+
+
+def _swap(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
+    """Puts ``made[id(old)]`` wherever ``old`` stands, under each of its names."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in made and name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made[id(module)])
+
+
+def mixed_layers(model: nn.Module) -> dict[str, Any]:
+    """{name: layer} of the mixed layers in ``model``."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, MixedLayer)}

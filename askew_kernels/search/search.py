@@ -1,0 +1,461 @@
+"""The differentiable search, with aligned sharpness-aware steps (ASGA) or without."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.policy import Policy
+from ..optim import AlignedSAM
+from .cost import Budget, Latency, MacsHook
+from .mixed import FilterFn, mix_, mixed_layers
+from .space import Space
+
+METHODS = ("asga", "plain")
+SCHEDULES = ("joint", "alternating")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the outcome, besides model, data and loss; a checkpoint is only taken up by equal ones."""
+
+    method: str
+    schedule: str
+    steps: int
+    lr: float
+    strength_lr: float
+    weight_decay: float
+    cost_weight: float
+    temperature: tuple[float, float]
+    rho: float
+    rho_min: float
+    rho_max: float
+    align: float
+    learned_scales: bool
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, known in (("method", METHODS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps: expected an int >= 1, got {self.steps!r}")
+        for name in ("lr", "strength_lr", "weight_decay", "cost_weight", "rho", "rho_min", "rho_max", "align"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if len(self.temperature) != 2 or not all(0 < t < math.inf for t in self.temperature):
+            raise ValueError(f"temperature: expected (first, last), both > 0, got {self.temperature!r}")
+        if self.rho_max < self.rho_min:
+            raise ValueError(f"rho_max: expected at least rho_min = {self.rho_min}, got {self.rho_max}")
+
+
+class Feed:
+    """Batches without end from anything that can be iterated again; knows its place, to resume.
+
+    The order that a shuffling loader takes comes from torch's generator (or the loader's own), whose state at the
+    start of a pass is part of the place.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.iterator, self.index, self.drawn = loader, None, 0, 0
+        self.start: dict[str, Tensor] = {}
+        self.ahead: tuple[Any, Any] | None = None
+
+    def _generators(self) -> dict[str, Any]:
+        own = getattr(self.loader, "generator", None)
+        found: dict[str, Any] = {"torch": torch.default_generator}
+        return found | ({"loader": own} if isinstance(own, torch.Generator) else {})
+
+    def _random_state(self) -> dict[str, Tensor]:
+        return {name: g.get_state() for name, g in self._generators().items()}
+
+    def _set_random_state(self, states: Mapping[str, Tensor]) -> None:
+        for name, g in self._generators().items():
+            if name in states:
+                g.set_state(states[name])
+
+    def _begin(self) -> None:
+        self.start, self.index = self._random_state(), 0
+        self.iterator = iter(self.loader)
+
+    def peek(self) -> tuple[Any, Any]:
+        """The next batch, which stays the next."""
+        if self.ahead is None:
+            self.ahead = self._next()
+        return self.ahead
+
+    def next(self) -> tuple[Any, Any]:
+        batch, self.ahead = self.peek(), None
+        return batch
+
+    def _next(self) -> tuple[Any, Any]:
+        for attempt in range(2):
+            if self.iterator is None:
+                self._begin()
+            try:
+                batch = next(self.iterator)  # type: ignore[arg-type]
+            except StopIteration:
+                if attempt or self.index == 0:
+                    break
+                self.iterator = None
+                continue
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError(f"loader: expected batches (x, y), got a {type(batch).__name__}")
+            self.index += 1
+            self.drawn += 1
+            return batch[0], batch[1]
+        if self.drawn == 0:
+            raise ValueError("loader: yielded no batch")
+        raise ValueError(
+            f"loader: exhausted after {self.drawn} batches; expected one to iterate again (a DataLoader, a list)"
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"start": self.start, "index": self.index, "drawn": self.drawn, "now": self._random_state()}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.ahead = None
+        self._set_random_state(state["start"])
+        self._begin()
+        for _ in range(state["index"]):
+            next(self.iterator, None)  # type: ignore[arg-type]
+        self.index, self.drawn = state["index"], state["drawn"]
+        self._set_random_state(state["now"])
+
+
+class _Ranks:
+    """Averages over the processes of torch.distributed; nothing where there is one."""
+
+    def __init__(self) -> None:
+        dist = torch.distributed
+        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.first = self.size == 1 or dist.get_rank() == 0
+
+    def same_start(self, module: nn.Module) -> None:
+        if self.size > 1:
+            for t in (*module.parameters(), *module.buffers()):
+                torch.distributed.broadcast(t.detach(), 0)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        if self.size > 1:
+            for t in tensors:
+                torch.distributed.all_reduce(t)
+                t /= self.size
+
+
+class Search:
+    """One search: the mixed copy of the model, its optimizers, and where it stands."""
+
+    def __init__(self, model: nn.Module, feed: Feed, loss_fn: Callable[..., Tensor], space: Space, s: Settings) -> None:
+        self.feed, self.loss_fn, self.space, self.settings = feed, loss_fn, space, s
+        self.model = copy.deepcopy(model)
+        searched = set(space.names)
+        mix_(self.model, space.weight_bits, space.act_bits, lambda _m, name: name in searched, signed=space.signed,
+             learned=s.learned_scales)  # fmt: skip
+        self.layers = mixed_layers(self.model)
+        self.model.train()
+        self.ranks = _Ranks()
+        self.ranks.same_start(self.model)
+        strengths = [p for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths) if p.requires_grad]
+        own = {id(p) for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths)}
+        weights = [p for p in self.model.parameters() if id(p) not in own and p.requires_grad]
+        groups = [
+            {"params": weights, "lr": s.lr, "weight_decay": s.weight_decay},
+            {"params": strengths, "lr": s.strength_lr, "weight_decay": 0.0},
+        ]
+        groups = [g for g in groups if g["params"]]
+        if not groups:
+            raise ValueError("model: has no parameter that requires a gradient")
+        parts = [groups] if s.schedule == "joint" else [[g] for g in groups]
+        self.optimizers = [self._optimizer(part) for part in parts]
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        s = self.settings
+        base = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+        if s.method == "plain":
+            return base
+        return AlignedSAM(base, rho=s.rho, align=s.align, rho_min=s.rho_min, rho_max=s.rho_max, model=self.model,
+                          telemetry_every=0)  # fmt: skip
+
+    # ---- the loss -----------------------------------------------------------------------------------------------
+
+    def probabilities(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {name: (m.weight_probabilities(), m.act_probabilities()) for name, m in self.layers.items()}
+
+    def expected_cost(self) -> Tensor:
+        return self.space.cost.expected(self.probabilities())
+
+    def penalty(self, expected: Tensor) -> Tensor:
+        """λ |E[cost] / budget − 1|: the budget is there to be used up; without one, λ E[cost] / cost at 8 bits."""
+        budget = self.space.budget
+        if budget is None:
+            return self.settings.cost_weight * expected / self.space.cost_8bit
+        return self.settings.cost_weight * (expected / budget.limit - 1).abs()
+
+    def _anneal(self, step: int) -> None:
+        """Temperature and learning rates of a step, counted from 0."""
+        s, k = self.settings, step / max(1, self.settings.steps - 1)
+        first, last = s.temperature
+        for layer in self.layers.values():
+            layer.temperature = first * (last / first) ** k
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
+                group["lr"] = group["initial_lr"] * 0.5 * (1 + math.cos(math.pi * min(1.0, k)))
+
+    def advance(self) -> dict[str, float]:
+        """One step; what it was like."""
+        self._anneal(self.step)
+        x, y = self.feed.next()
+        device = next(self.model.parameters()).device
+        x, y = (t.to(device) if isinstance(t, Tensor) else t for t in (x, y))
+        optimizer = self.optimizers[self.step % len(self.optimizers)]
+        every = list(self.model.parameters())
+        task: list[Tensor] = []
+
+        def closure() -> Tensor:
+            for p in every:  # also of what the other optimizer steps
+                p.grad = None
+            loss = self.loss_fn(self.model(x), y)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(f"loss_fn: expected a scalar tensor, got {loss!r:.80}")
+            if not bool(loss.detach().isfinite()):
+                raise ValueError(f"loss: expected a finite number, got {float(loss.detach())} at step {self.step + 1}")
+            task.append(loss.detach())
+            total = loss + self.penalty(self.expected_cost())
+            total.backward()
+            self.ranks.average([p.grad for p in every if p.grad is not None])
+            return total.detach()
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+        first = task[0].clone()
+        self.ranks.average([first])
+        self.step += 1
+        with torch.no_grad():
+            row = {"step": self.step, "loss": float(first), "expected": float(self.expected_cost())}
+        if isinstance(optimizer, AlignedSAM):
+            row |= {"surrogate_gap": float(optimizer._gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
+        self.history.append(row)
+        return row
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        budget = self.space.budget
+        return {
+            "settings": dataclasses.asdict(self.settings), "weight_bits": list(self.space.weight_bits),
+            "act_bits": list(self.space.act_bits), "budget": None if budget is None else [budget.kind, budget.limit],
+            "layers": self.space.names,
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Everything that the next step depends on; the file is replaced only by a whole one."""
+        state = {
+            "askew_search": 1, "identity": self._identity(), "step": self.step, "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
+            "history": self.history, "seconds": self.seconds,
+        }  # fmt: skip
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, path: Path) -> None:
+        """Takes up where ``save`` stopped. ValueError for what is not a checkpoint of this very search."""
+        try:
+            state = torch.load(path, weights_only=True, map_location=next(self.model.parameters()).device)
+            known = isinstance(state, dict) and state.get("askew_search") == 1
+        except Exception as problem:
+            raise ValueError(f"{path}: not a checkpoint of a search ({type(problem).__name__})") from None
+        if not known:
+            raise ValueError(f"{path}: not a checkpoint of a search")
+        mine, theirs = _flat(self._identity()), _flat(state["identity"])
+        different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
+        if different:
+            raise ValueError(
+                f"{path}: of another search ({', '.join(different)} differ); give another file or remove it"
+            )
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
+        self._anneal(max(0, self.step - 1))
+        self.feed.resume({**state["feed"], "start": _on_cpu(state["feed"]["start"]),
+                          "now": _on_cpu(state["feed"]["now"])})  # fmt: skip
+
+    # ---- the end ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def values(self) -> dict[str, Tensor]:
+        """log p of every pair of candidates, (Kw, Ka) a layer."""
+        found = {}
+        for name, m in self.layers.items():
+            weights, acts = (torch.log_softmax(b.double() / m.temperature, 0).cpu()
+                             for b in (m.weight_strengths, m.act_strengths))  # fmt: skip
+            found[name] = weights[:, None] + acts[None]
+        return found
+
+    def policy(self) -> Policy:
+        values = self.values()
+        choice = self.space.choose(values)
+        best = {n: tuple(int(i) for i in divmod(int(v.argmax()), v.shape[1])) for n, v in values.items()}
+        last = self.history[-max(1, len(self.history) // 10) :]
+        with torch.no_grad():
+            expected = float(self.expected_cost())
+        report: dict[str, Any] = {
+            "method": self.settings.method, "settings": dataclasses.asdict(self.settings), "seconds": self.seconds,
+            "expected": {self.space.cost.kind: expected}, "by_knapsack": choice != best,
+            "loss": sum(r["loss"] for r in last) / len(last),
+            "probabilities": {
+                name: {"weights": w.tolist(), "inputs": a.tolist()}
+                for name, (w, a) in ((n, (p[0].detach(), p[1].detach())) for n, p in self.probabilities().items())
+            },
+            "history": self.history[:: max(1, len(self.history) // 200)],
+        }  # fmt: skip
+        if "surrogate_gap" in last[-1]:
+            report["surrogate_gap"] = sum(r["surrogate_gap"] for r in last) / len(last)
+        return self.space.policy(choice, report)
+
+
+def _flat(d: Mapping[str, Any]) -> dict[str, Any]:
+    """One level, sequences as lists (JSON and torch.save do not agree on tuples)."""
+    found: dict[str, Any] = {}
+    for key, value in d.items():
+        found |= _flat(value) if isinstance(value, Mapping) else {
+            key: list(value) if isinstance(value, (tuple, list)) else value
+        }  # fmt: skip
+    return found
+
+
+def _on_cpu(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.cpu() for name, t in states.items()}
+
+
+Progress = Callable[[dict[str, float]], None]
+
+
+def _bar(steps: int, done: int, cost: str) -> Iterator[Any]:
+    """A generator that shows what is sent to it: rich's progress bar where it is installed, else nothing."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        while True:
+            yield
+    columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.description}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=steps, completed=done)
+        while True:
+            row = yield
+            if row is not None:
+                text = f"loss {row['loss']:.3f}, expected {cost} {row['expected']:.4g}"
+                progress.update(task, completed=row["step"], description=text)
+
+
+def search_policy(
+    model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor], *, weight_bits: Sequence[int] = (2, 3, 4, 8),
+    act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, cost_weight: float = 1.0,
+    steps: int = 500, method: str = "asga", schedule: str = "joint", lr: float = 1e-3, strength_lr: float = 0.02,
+    weight_decay: float = 0.0, temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
+    rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
+    filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+    latency: Latency | None = None, checkpoint: str | os.PathLike | None = None, checkpoint_every: int = 50,
+    progress: bool | Progress | None = None,
+) -> Policy:  # fmt: skip
+    """The bits of every nn.Linear and nn.Conv2d of ``model``, searched on a small proxy data set.
+
+    Every layer becomes a mixture of its candidate quantizations (``mix_``), in a copy of the model; weights and
+    strengths β are trained together, and the strongest candidates are the policy::
+
+        min over w, β of  loss_fn(model(x), y) + λ |E[cost] / budget − 1|
+        without a budget: loss_fn(model(x), y) + λ E[cost] / cost at 8 bits
+
+    ===================  =============================================================================================
+    ``loader``           yields (x, y) and can be iterated again: a DataLoader, a list
+    ``weight_bits``      of 1 … 8; ``act_bits`` of 2 … 8 and None (float)
+    ``budget``           the chosen policy never exceeds it: the strongest candidates where they meet it, else the exact
+                         knapsack on the learned log-probabilities
+    ``cost_weight``      λ
+    ``method``           ``"asga"``: ``AlignedSAM`` over weights and strengths, radius from the surrogate gap within
+                         [rho_min, rho_max], ``rho`` at first; ``"plain"``: the same base optimizer (AdamW) alone
+    ``schedule``         ``"joint"``: one step for both; ``"alternating"``: weights and strengths in turn, each on its
+                         own batches
+    ``temperature``      T of softmax(β / T), from first to last, geometrically; learning rates fall along a cosine
+    ``learned_scales``   scales are learned (LSQ) instead of following their rule
+    ``filter_fn``        (module, name) -> whether to search this layer; the others stay float
+    ``hooks``            MACs of other modules (``trace``); ``latency``: the table of ``Budget(latency=…)``
+    ``checkpoint``       a file written every ``checkpoint_every`` steps, whole or not at all; where it is there, the
+                         search goes on from it and ends as if it had never stopped
+    ``progress``         True: a progress bar; a function: called with each step's row; None: a bar on a terminal
+    ===================  =============================================================================================
+
+    The seed decides everything that torch's generators do; the caller's are left as they were. Under torch.distributed
+    give each process its part of every batch: gradients are averaged, every process returns the same policy.
+    ``policy.report``: costs expected and chosen, loss, surrogate gap, probabilities, time, history.
+    Raises BudgetError (with the reachable range), ValueError naming the argument: no layer to quantize, no candidates,
+    a loader that yields nothing or is exhausted, a loss that is not finite. Source: Ma et al., ICML 2025; Cai,
+    Vasconcelos, EdMIPS, CVPR 2020.
+    """
+    settings = Settings(
+        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, tuple(temperature), rho, rho_min, rho_max,
+        align, learned_scales, seed,
+    )  # fmt: skip
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")
+    path = None if checkpoint is None else Path(checkpoint)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(seed)
+        feed = Feed(loader)
+        x, _ = feed.peek()  # for the traced forward
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        example = x.to(device) if isinstance(x, Tensor) else x
+        space = Space(model, example, weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency)
+        search = Search(model, feed, loss_fn, space, settings)
+        if path is not None and path.is_file():
+            search.load(path)
+        show = _shown(progress, search)
+        started = time.perf_counter() - search.seconds
+        try:
+            while search.step < steps:
+                row = search.advance()
+                search.seconds = time.perf_counter() - started
+                show(row)
+                if (
+                    path is not None
+                    and search.ranks.first
+                    and (search.step % checkpoint_every == 0 or search.step == steps)
+                ):
+                    search.save(path)
+        finally:
+            show(None)
+        return search.policy()
+
+
+def _shown(progress: bool | Progress | None, search: Search) -> Callable[[dict[str, float] | None], None]:
+    """What is called with each step's row, and with None at the end."""
+    if callable(progress):
+        return lambda row: None if row is None else progress(row)  # type: ignore[operator]
+    if progress is False or not search.ranks.first or (progress is None and not sys.stderr.isatty()):
+        return lambda row: None
+    bar: Any = _bar(search.settings.steps, search.step, search.space.cost.kind)
+    next(bar)
+    return lambda row: bar.close() if row is None else bar.send(row)

@@ -1,0 +1,143 @@
+"""The mixture of several quantizations in Triton: one read of x for all candidates, one pass for all gradients.
+
+The candidates are compile-time constants, so that each kernel is unrolled over them. The forward takes a tensor as a
+flat run (``elementwise``); the backward takes tiles of R rows × C columns and leaves one sum a row and tile.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .elementwise import _launch, as_matrix, block_scale, check_dense, check_like, on_device
+from .math import EXACT, in_hull, narrow, nearest, quantize_dequantize, widen
+
+TILE = 1024  # elements of a program of the backward: it holds x, G and the gate of each in registers
+FLOAT = tl.constexpr(0)  # a candidate's kind: no quantization
+
+
+@triton.jit(do_not_specialize=["magic"])
+def mix_kernel(
+    x_ptr, y_ptr, p_ptr, rows, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
+    KINDS: tl.constexpr, LOWS: tl.constexpr, HIGHS: tl.constexpr,
+):  # fmt: skip
+    """y = sum_k p_k s_k Q_k(x / s_k), in the order of the candidates."""
+    start = tl.program_id(0).to(INDEX) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    valid = lane < n - start
+    x = widen(tl.load(x_ptr + start + lane, mask=valid, other=0.0))
+    y = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        p = tl.load(p_ptr + k)
+        if KINDS[k] == FLOAT:
+            part = p * x
+        else:
+            scale = block_scale(scale_ptr + k * rows, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
+            part = p * quantize_dequantize(x, scale, LOWS[k], HIGHS[k], levels, KINDS[k], 0)
+        y = part if k == 0 else y + part
+    tl.store(y_ptr + start + lane, narrow(y, y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def mix_gradient_kernel(
+    g_ptr, x_ptr, out_ptr, p_ptr, scale_ptr, parts_ptr, rows, cols, pieces, K: tl.constexpr, KINDS: tl.constexpr,
+    LOWS: tl.constexpr, HIGHS: tl.constexpr, CLIP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """x's gradient, and of each row and piece the sums that strengths and scales take theirs from."""
+    piece = tl.program_id(0) % pieces
+    row = (tl.program_id(0) // pieces).to(tl.int64) * R + tl.arange(0, R)
+    column = piece.to(tl.int64) * C + tl.arange(0, C)
+    valid = (row < rows)[:, None] & (column < cols)[None, :]
+    at = row[:, None] * cols + column[None, :]
+    g = widen(tl.load(g_ptr + at, mask=valid, other=0.0))
+    x = widen(tl.load(x_ptr + at, mask=valid, other=0.0))
+    gate = tl.zeros([R, C], tl.float32)
+    for k in tl.static_range(K):
+        p = tl.load(p_ptr + k)
+        out = parts_ptr + (2 * k * rows + row) * pieces + piece
+        if KINDS[k] == FLOAT:
+            gate += p
+            tl.store(out, tl.sum(g * x, 1), mask=row < rows)
+            tl.store(out + rows * pieces, tl.zeros([R], tl.float32), mask=row < rows)
+        else:
+            scale = tl.load(scale_ptr + k * rows + row, mask=row < rows, other=1.0)[:, None]
+            placed = in_hull(x, scale, LOWS[k], HIGHS[k])
+            q = nearest(placed, scale_ptr, KINDS[k], 0)
+            low = widen(narrow(scale * LOWS[k], x_ptr.dtype.element_ty))  # as clamped x is stored
+            high = widen(narrow(scale * HIGHS[k], x_ptr.dtype.element_ty))
+            outside = (x < low) | (x > high)
+            if CLIP:
+                gate += tl.where(outside, 0.0, p)
+            else:
+                gate += p
+            tl.store(out, tl.sum(g * q, 1), mask=row < rows)
+            tl.store(out + rows * pieces, tl.sum(g * tl.where(outside, q, q - placed), 1), mask=row < rows)
+    tl.store(out_ptr + at, narrow(g * gate, out_ptr.dtype.element_ty), mask=valid)
+
+
+# ---- operators ----------------------------------------------------------------------------------------------------
+
+
+def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> dict:
+    """The candidates as compile-time constants, after checking that everything fits."""
+    for name, t in (("scales", scales), ("strengths", strengths)):
+        check_dense(t, name)
+        if t.dtype != torch.float32 or t.device != x.device:
+            raise TypeError(f"{name}: expected float32 on {x.device}, got {t.dtype} on {t.device}")
+    count = strengths.numel()
+    if scales.shape[0] != count or len(grids) != 3 * count or not 1 <= count <= 8:
+        raise ValueError(
+            f"strengths: expected one for each of 1 to 8 candidates, got {count} and {len(grids)} integers"
+        )
+    if any(kind not in (0, 1, 2) for kind in grids[::3]):
+        raise ValueError(f"grids: expected uniform, binary or no grid, got {grids}")
+    as_matrix(x, scales[0])
+    lows, highs = (tuple(float(c) for c in grids[i::3]) for i in (1, 2))
+    return {"K": count, "KINDS": tuple(grids[::3]), "LOWS": lows, "HIGHS": highs}
+
+
+def mix_fake_quantize(
+    x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
+) -> Tensor:
+    """y = sum_k p_k s_k Q_k(x / s_k); see ``ops.mix_fake_quantize``."""
+    candidates = _check(x, scales, strengths, grids)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # the first candidate's scales stand at the front, the others `rows` further each; the grid is not looked at
+    _launch(mix_kernel, x, scales[0], scales.new_empty(0), [1, 0, 1], x, y, strengths, scales.shape[1], **candidates)
+    return y
+
+
+def mix_fake_quantize_backward(
+    grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, strengths and scales (zeros unless ``learned``)."""
+    candidates = _check(x, scales, strengths, grids)
+    check_like(grad, x, "grad")
+    if grad.dtype != x.dtype:
+        raise TypeError(f"grad: expected {x.dtype}, the dtype of x, got {grad.dtype}")
+    rows, cols = as_matrix(x, scales[0])
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel() == 0:
+        return out, torch.zeros_like(strengths), torch.zeros_like(scales)
+    width = min(triton.next_power_of_2(cols), TILE)
+    pieces = triton.cdiv(cols, width)
+    parts = x.new_empty((len(strengths), 2, rows, pieces), dtype=torch.float32)
+    with on_device(x):
+        mix_gradient_kernel[(triton.cdiv(rows, TILE // width) * pieces,)](
+            grad, x, out, strengths, scales, parts, rows, cols, pieces, **candidates, CLIP=ste_clip,
+            R=TILE // width, C=width, num_warps=4, **EXACT,
+        )  # fmt: skip
+    sums = parts.sum(3, dtype=torch.float64)
+    kinds = torch.tensor(grids[::3], device=x.device)[:, None]
+    factor = torch.where(kinds == 0, torch.ones_like(scales), scales).double()
+    to_strengths = (factor * sums[:, 0]).sum(1).float()
+    if not learned:
+        return out, to_strengths, torch.zeros_like(scales)
+    tops = torch.tensor([math.sqrt(cols * max(hi, 1)) for hi in grids[2::3]], dtype=torch.float64, device=x.device)
+    to_scales = strengths.double()[:, None] * sums[:, 1] / tops[:, None]
+    return out, to_strengths, torch.where(kinds == 0, torch.zeros_like(to_scales), to_scales).float()

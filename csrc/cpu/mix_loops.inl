@@ -1,0 +1,152 @@
+// The mixture of several quantizations of one tensor, y = sum_k p_k s_k Q_k(x / s_k), and its gradients. Included by
+// loops.inl, whose streams and sums they use. Every candidate takes a band of columns that stays in the L1 cache, so
+// memory sees x once whatever their number.
+
+template <int T, class Grid>
+struct MixLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // x, the sum so far (float)
+  Row<vf, Grid> row;
+  float p;
+  bool first;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const MixLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      const vf y = l.p * quantize_dequantize(load<T>(l.streams[0], i), l.row);
+      store<kFloat32>(l.streams[1], i, l.first ? y : load<kFloat32>(l.streams[1], i) + y);
+    }
+  }
+};
+
+// What each candidate adds to the gradients: its strength to the gate of x's where x is inside its hull, G Q to the sum
+// that the strength's gradient is made of, and with `learned` G (Q - x/s) inside, G Q outside to the scale's.
+template <int T, class Grid>
+struct MixGradientLoop {
+  static constexpr int kStreams = 3;
+  Stream streams[kStreams];  // G, x, the gate so far (float)
+  Row<vf, Grid> row;
+  float p;
+  bool first, clip, learned;
+  Lanes16* sums;  // 2
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const MixGradientLoop l = *this;
+    const vf low = Storage<T>::rounded(l.row.low), high = Storage<T>::rounded(l.row.high);  // as clamped x is stored
+    vf strength[kVectors] = {}, scale[kVectors] = {};
+    for (const int64_t end = i + n; i < end; i += 16)
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t at = i + k * ASKEW_LANES;
+        const vf g = load<T>(l.streams[0], at), x = load<T>(l.streams[1], at);
+        const vf placed = in_hull(x, l.row), q = l.row.grid.nearest(placed);
+        const vi outside = (x < low) | (x > high);
+        const vf gate = l.clip ? select(outside, vf{}, vf{} + l.p) : vf{} + l.p;
+        store<kFloat32>(l.streams[2], at, l.first ? gate : load<kFloat32>(l.streams[2], at) + gate);
+        strength[k] += g * q;
+        if (l.learned) scale[k] += g * select(outside, q, q - placed);
+      }
+    for (int k = 0; k < kVectors; ++k) {
+      l.sums[0].now[k] += strength[k];
+      l.sums[1].now[k] += scale[k];
+    }
+  }
+};
+
+template <int T>
+struct MixStoreLoop {
+  static constexpr int kStreams = 2;
+  Stream streams[kStreams];  // the sum (float), y
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const MixStoreLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store<T>(l.streams[1], i, load<kFloat32>(l.streams[0], i));
+  }
+};
+
+template <int T>
+struct MixGateLoop {
+  static constexpr int kStreams = 3;
+  Stream streams[kStreams];  // G, the gate (float), x's gradient
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const MixGateLoop l = *this;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
+      store<T>(l.streams[2], i, load<T>(l.streams[0], i) * load<kFloat32>(l.streams[1], i));
+  }
+};
+
+#define ASKEW_BY_CANDIDATE(GRID, CALL) \
+  switch ((GRID).kind) {               \
+    case kFloat: {                     \
+      typedef FloatGrid Grid;          \
+      CALL;                            \
+      break;                           \
+    }                                  \
+    case kBinary: {                    \
+      typedef BinaryGrid Grid;         \
+      CALL;                            \
+      break;                           \
+    }                                  \
+    default: {                         \
+      typedef UniformGrid Grid;        \
+      CALL;                            \
+      break;                           \
+    }                                  \
+  }
+
+template <class Grid>
+ASKEW_FN Row<vf, Grid> candidate_row(const MixArg& m, int k, int64_t r) {
+  const float scale = m.grids[k].kind == kFloat ? 1.f : m.scales[k * m.rows + r];
+  return make_row(vf{} + scale, Grid::make(m.grids[k]));
+}
+
+template <int T>
+void mix_typed(const MixArg& m, void* y, Tile t) {
+  constexpr int size = sizeof(typename Storage<T>::type);
+  alignas(64) float sum[kBand];
+  const Stream x{(void*)m.x, size, false}, out{y, size, true};
+  for (int64_t r = t.row0; r < t.row1; ++r)
+    for (int64_t c = t.col0; c < t.col1; c += kBand) {
+      const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
+      const Stream so_far{sum - (base + c), 4, true};
+      for (int k = 0; k < m.n; ++k)
+        ASKEW_BY_CANDIDATE(m.grids[k],
+                           for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k},
+                                       base, c, end))
+      for_columns(MixStoreLoop<T>{{so_far, out}}, base, c, end);
+    }
+}
+
+template <int T>
+void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, double* sums) {
+  constexpr int size = sizeof(typename Storage<T>::type);
+  alignas(64) float gate[kBand];
+  const Stream x{(void*)m.x, size, false}, g{(void*)grad, size, false}, result{out, size, true};
+  Lanes16 lanes[kMostCandidates][2];
+  for (int64_t r = t.row0; r < t.row1; ++r, sums += 2 * m.n) {
+    for (int k = 0; k < m.n; ++k)
+      for (Lanes16& l : lanes[k]) clear(l);
+    for (int64_t c = t.col0; c < t.col1; c += kBand) {
+      const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
+      const Stream so_far{gate - (base + c), 4, true};
+      for (int k = 0; k < m.n; ++k) {
+        ASKEW_BY_CANDIDATE(m.grids[k],
+                           for_columns(MixGradientLoop<T, Grid>{{g, x, so_far},
+                                                                candidate_row<Grid>(m, k, r),
+                                                                m.strengths[k],
+                                                                !k,
+                                                                m.clip,
+                                                                m.learned,
+                                                                lanes[k]},
+                                       base, c, end))
+        for (Lanes16& l : lanes[k]) flush(l);
+      }
+      for_columns(MixGateLoop<T>{{g, so_far, result}}, base, c, end);
+    }
+    for (int k = 0; k < m.n; ++k)
+      for (int j = 0; j < 2; ++j) sums[2 * k + j] = finish(lanes[k][j]);
+  }
+}
+
+static void mix(const MixArg& m, void* y, Tile t) { ASKEW_BY_TYPE(m.type, mix_typed<T>(m, y, t)) }
+
+static void mix_gradient(const MixArg& m, const void* grad, void* out, Tile t, double* sums) {
+  ASKEW_BY_TYPE(m.type, mix_gradient_typed<T>(m, grad, out, t, sums))
+}
