@@ -211,7 +211,9 @@ def sam_case(context: Context) -> Case:
     if why_not:
         impls.append(Impl("torch.compile, by tensor", missing=why_not))
     else:
-        impls.append(asam_in_turns(inputs, "torch.compile, by tensor", asam_compiled, first_call="compilation included"))
+        impls.append(
+            asam_in_turns(inputs, "torch.compile, by tensor", asam_compiled, first_call="compilation included")
+        )
     impls.append(
         peers.peer(
             "pytorch-optimizer, T = |w| for every tensor", "pytorch_optimizer",
