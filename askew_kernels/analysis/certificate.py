@@ -171,7 +171,7 @@ class Certificate:
         if not self._stepped:
             raise RuntimeError("update: expected an optimizer.step() since the last update")
         self._stepped = False
-        value, precision = float(loss), _precision(loss)
+        value, precision = float(loss.detach() if isinstance(loss, Tensor) else loss), _precision(loss)
         if self.rows and self.rows[-1]["measured"] is None:
             self._measure(self.rows[-1], value, precision)
         big_l, tensors = self.L, self.optimizer.telemetry()

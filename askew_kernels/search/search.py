@@ -105,7 +105,7 @@ class Feed:
             if self.iterator is None:
                 self._begin()
             try:
-                batch = next(self.iterator)  # type: ignore[arg-type]
+                batch = next(self.iterator)  # type: ignore[call-overload]
             except StopIteration:
                 if attempt or self.index == 0:
                     break
@@ -130,7 +130,7 @@ class Feed:
         self._set_random_state(state["start"])
         self._begin()
         for _ in range(state["index"]):
-            next(self.iterator, None)  # type: ignore[arg-type]
+            next(self.iterator, None)  # type: ignore[call-overload]
         self.index, self.drawn = state["index"], state["drawn"]
         self._set_random_state(state["now"])
 
@@ -415,8 +415,8 @@ def search_policy(
     Vasconcelos, EdMIPS, CVPR 2020.
     """
     settings = Settings(
-        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, tuple(temperature), rho, rho_min, rho_max,
-        align, learned_scales, seed,
+        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight,
+        tuple(temperature), rho, rho_min, rho_max, align, learned_scales, seed,  # type: ignore[arg-type]
     )  # fmt: skip
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")

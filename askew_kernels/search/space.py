@@ -89,7 +89,7 @@ class Space:
         self.roles = layer_roles(model)
         self.all_layers = list(candidate_layers(model))
         kind = "bitops" if budget is None else budget.kind
-        self.cost = cost_of(kind, self.profile, self.weight_bits, self.act_bits, latency)
+        self.cost = cost_of(kind, self.profile, self.weight_bits, self.act_bits, latency)  # type: ignore[arg-type]
         # what λ counts in: every layer at 8 bits, or for a latency the most there is
         at_8 = cost_of(kind, self.profile, [8], [8], latency).range[1] if kind != "latency" else self.cost.range[1]
         self.cost_8bit = at_8 or 1.0

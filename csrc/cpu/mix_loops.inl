@@ -107,9 +107,9 @@ void mix_typed(const MixArg& m, void* y, Tile t) {
       const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
       const Stream so_far{sum - (base + c), 4, true};
       for (int k = 0; k < m.n; ++k)
-        ASKEW_BY_CANDIDATE(m.grids[k],
-                           for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k},
-                                       base, c, end))
+        ASKEW_BY_CANDIDATE(
+            m.grids[k],
+            for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k}, base, c, end))
       for_columns(MixStoreLoop<T>{{so_far, out}}, base, c, end);
     }
 }
@@ -127,15 +127,12 @@ void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, do
       const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
       const Stream so_far{gate - (base + c), 4, true};
       for (int k = 0; k < m.n; ++k) {
-        ASKEW_BY_CANDIDATE(m.grids[k],
-                           for_columns(MixGradientLoop<T, Grid>{{g, x, so_far},
-                                                                candidate_row<Grid>(m, k, r),
-                                                                m.strengths[k],
-                                                                !k,
-                                                                m.clip,
-                                                                m.learned,
-                                                                lanes[k]},
-                                       base, c, end))
+        ASKEW_BY_CANDIDATE(
+            m.grids[k],
+            for_columns(
+                MixGradientLoop<T, Grid>{
+                    {g, x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k, m.clip, m.learned, lanes[k]},
+                base, c, end))
         for (Lanes16& l : lanes[k]) flush(l);
       }
       for_columns(MixGateLoop<T>{{g, so_far, result}}, base, c, end);
