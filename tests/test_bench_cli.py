@@ -543,7 +543,11 @@ def test_a_signal_in_the_middle_of_a_case(number, code, message, tmp_path, monke
     later = Entry("later", lambda context: Case("4", "float32", "base", [Impl("base", run)], 0))
     monkeypatch.setitem(suites.SUITES, "linear", [fake_entry(Impl("base"), Impl("other")), later])
     path = tmp_path / "rows.json"
-    assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert cli.main(["bench", "--plain", "--quick", "--suite", "linear", "--json", str(path)]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert [r["impl"] for r in json.loads(path.read_text())["rows"]] == ["base", "other"]
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
