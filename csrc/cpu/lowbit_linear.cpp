@@ -11,6 +11,7 @@
 #include "../checks.h"
 #include "loops.h"
 #include "lowbit.h"
+#include "output_pool.h"
 
 namespace askew {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 constexpr int64_t kPiece = 1 << 16;   // weights times inputs that are worth a thread
 constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache while all rows pass
 constexpr int64_t kManyTokens = 96;   // from here on the library's float32 product of decoded panels is faster
-constexpr int64_t kPanel = 1 << 20;   // weights of a panel: 4 MiB decoded
+constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -210,7 +211,7 @@ void multiply_panels(const Product& p) {
     l.load(p.x.data_ptr(), p.batch * w.cols, p.type, static_cast<float*>(inputs.data_ptr()));
   }
   const int64_t shape[2] = {rows, w.cols};
-  const Tensor panel = torch::stable::new_empty(inputs, {shape, 2});
+  const Tensor panel = pooled_empty_like(torch::stable::new_empty(inputs, {shape, 2}));
   float* decoded = static_cast<float*>(panel.data_ptr());
   for (int64_t first = 0; first < w.n; first += rows) {
     const int64_t count = std::min(rows, w.n - first);

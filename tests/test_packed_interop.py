@@ -1,0 +1,103 @@
+"""Contract: packed models in other hands.
+
+1. ``torch.compile(fullgraph=True)`` and ``torch.export`` give what the model gives.
+2. ONNX files hold integers of 4 or 8 bits, and onnxruntime computes the model's outputs from them.
+3. Linear layers of a ``transformers`` model are quantized by pattern, packed, saved and loaded.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import NF4
+from torch import nn
+
+import askew_kernels as ak
+from askew_kernels.quant import Binary, Codebook, Ternary, Uniform
+
+CONFIGS = {
+    "int4 tensor": ak.QuantConfig(Uniform(4), granularity="per_tensor"),
+    "int4 channel": ak.QuantConfig(Uniform(4), scale="absmax"),
+    "int4 group": ak.QuantConfig(Uniform(4), granularity="per_group", group_size=16, scale="absmax"),
+    "int8": ak.QuantConfig(Uniform(8), scale="absmax"),
+    "binary": ak.QuantConfig(Binary(), scale="mean"),
+    "ternary": ak.QuantConfig(Ternary(), scale="mean"),
+}
+
+
+def build():
+    return nn.Sequential(nn.Conv2d(16, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4, 32, bias=False),
+                         nn.ReLU(), nn.Linear(32, 5))  # fmt: skip
+
+
+def packed(config, **options):
+    torch.manual_seed(2)
+    return ak.pack_(ak.quantize_(build(), config), force=True, **options).eval()
+
+
+X = torch.randn(3, 16, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_compiled_without_graph_breaks(activations):
+    model = packed(CONFIGS["int4 group"], activations=activations)
+    with torch.no_grad():
+        want = model(X)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(X)
+    torch.testing.assert_close(got, want)
+
+
+def test_exported():
+    model = packed(CONFIGS["ternary"])
+    with torch.no_grad():
+        program = torch.export.export(model, (X,))
+        torch.testing.assert_close(program.module()(X), model(X))
+        assert any("lowbit_linear" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_onnx(name, tmp_path):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from askew_kernels.onnx import export_onnx
+
+    model, path = packed(CONFIGS[name]), tmp_path / "model.onnx"
+    export_onnx(model, X, path, input_names=["x"], dynamic_axes={"x": {0: "batch"}})
+    kinds = {t.name: t.data_type for t in onnx.load(path).graph.initializer}
+    integers = onnx.TensorProto.INT8 if name == "int8" else onnx.TensorProto.INT4
+    assert [kinds[f"{i}.weight_levels"] for i in (0, 3, 5)] == [integers] * 3
+    assert not any(k.endswith(".weight") for k in kinds)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(session.run(None, {"x": X.numpy()})[0]), model(X), rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_names_what_it_cannot_hold(tmp_path):
+    pytest.importorskip("onnx")
+    from askew_kernels.onnx import export_onnx
+
+    with pytest.raises(ValueError, match="^0: DequantizeLinear needs integer levels"):
+        export_onnx(packed(ak.QuantConfig(Codebook(NF4), scale="absmax")), X, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_llama_by_pattern(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("safetensors")
+
+    def small():
+        torch.manual_seed(3)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32)).eval()  # fmt: skip
+
+    config = ak.QuantConfig(Uniform(4), scale="absmax", granularity="per_group", group_size=32)
+    model = ak.quantize_(small(), {"model.layers.*": config})
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        want = ak.hard_quantize_(model)(tokens).logits
+        got = ak.pack_(model)(tokens).logits
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        ak.save_packed(model, tmp_path / "llama.safetensors")
+        loaded = ak.load_packed(tmp_path / "llama.safetensors", small())
+        assert torch.equal(loaded(tokens).logits, got)
+    assert len(ak.nn.packed_layers(loaded)) == 14 and type(loaded.lm_head) is nn.Linear
