@@ -123,7 +123,7 @@ GOALS: list[Goal] = [
          lambda rows: ratio(_SAM, INSIDE)(rows) - ratio(_SAM, _HOLD)(rows)),
     *[
         Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "search", "<=", 1.5,
-             ratio("search step, linear layer", MIXED, None, allocator))
+             ratio("search step, linear layer", MIXED, "", allocator))
         for allocator in _ALLOCATORS
     ],
     Goal("search step: times faster than EdMIPS-style eager", "search", ">=", 1.0,

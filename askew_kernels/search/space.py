@@ -81,8 +81,9 @@ class Space:
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
-        self.weight_bits: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
-        self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+        found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+        self.weight_bits: tuple[int, ...] = found
+        self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
         self.budget = budget
         self.profile = trace(model, example, list(chosen_layers(model, filter_fn)), act_bits=self.act_bits, hooks=hooks)
         self.names = list(self.profile.layers)
