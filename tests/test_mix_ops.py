@@ -4,7 +4,7 @@
    same bits on the CPU), for every candidate grid, storage type, granularity and odd shape.
 2. The gradients equal autograd's through an eager transcription in float64: straight-through for x, exact for the
    strengths, LSQ for learned scales.
-3. Schema, fake kernel and autograd registration pass ``opcheck``; bad arguments are named.
+3. Bad arguments are named. (Schema, fake kernel and autograd registration: ``opcheck`` in test_ops.py.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CANDIDATES = {
     "float": (None,),
     "eight": (Binary(), *(Uniform(b) for b in range(2, 8)), None),
 }
-SHAPES = [(1, 1), (3, 7), (4, 129), (2, 512), (5, 1040), (1, 33000), (2, 40001), (64, 600)]
+SHAPES = [(1, 1), (3, 7), (4, 129), (5, 1040), (2, 40001), (64, 600)]
 
 
 def problem(name, shape, dtype, generator):
@@ -177,19 +177,6 @@ def test_layouts_and_granularities(generator):
         plain = x.contiguous()
         parts = [ops.fake_quantize(plain, s, g) for s, g in zip(scales, (Uniform(2), Uniform(4)), strict=True)]
         assert torch.equal(y, 0.5 * parts[0] + 0.5 * parts[1])
-
-
-def test_registration():
-    x = torch.randn(4, 6, requires_grad=True)
-    scales, strengths = (torch.rand(2, 4) + 0.5).requires_grad_(), torch.tensor([0.3, 0.7], requires_grad=True)
-    encodings = ops.candidate_encodings((Uniform(2), None))
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.askew.mix_fake_quantize.default, (x, scales, strengths, encodings, True, True),
-                          test_utils=tests)  # fmt: skip
-    torch.library.opcheck(
-        torch.ops.askew.mix_fake_quantize_backward.default,
-        (torch.randn(4, 6), x.detach(), scales.detach(), strengths.detach(), encodings, True, True),
-    )
 
 
 def test_float64_runs_on_the_reference_and_passes_gradcheck():

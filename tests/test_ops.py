@@ -862,6 +862,11 @@ def operator_samples():
             torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.1, False, True, False, False,
         )  # fmt: skip
     x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
+    scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])
+    candidates = [1, -2, 1, 0, 0, 0]
+    leaves = [t.clone().requires_grad_() for t in (x, scales, strengths)]
+    yield "mix_fake_quantize", (*leaves, candidates, True, True)
+    yield "mix_fake_quantize_backward", (y, x, scales, strengths, candidates, True, True)
     yield "sam_norm", ([x, y], [y, z], [1, 0], 0.01)
     yield (
         "sam_perturb_",

@@ -52,7 +52,7 @@ def weight_errors(model: nn.Module, space: Space) -> dict[str, tuple[Tensor, flo
     """{layer: (‖w − ŵ‖² of each weight candidate, ‖w‖²)}"""
     found = {}
     for name in space.names:
-        w = model.get_submodule(name).weight.detach().float()  # type: ignore[operator]
+        w = model.get_parameter(f"{name}.weight").detach().float()
         errors = []
         for bits in space.weight_bits:
             grid = weight_grid(bits)

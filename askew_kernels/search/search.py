@@ -37,7 +37,7 @@ class Settings:
     strength_lr: float
     weight_decay: float
     cost_weight: float
-    temperature: tuple[float, float]
+    temperature: tuple[float, ...]
     rho: float
     rho_min: float
     rho_max: float
@@ -69,7 +69,8 @@ class Feed:
     """
 
     def __init__(self, loader: Any) -> None:
-        self.loader, self.iterator, self.index, self.drawn = loader, None, 0, 0
+        self.loader, self.index, self.drawn = loader, 0, 0
+        self.iterator: Any = None
         self.start: dict[str, Tensor] = {}
         self.ahead: tuple[Any, Any] | None = None
 
@@ -105,7 +106,7 @@ class Feed:
             if self.iterator is None:
                 self._begin()
             try:
-                batch = next(self.iterator)  # type: ignore[call-overload]
+                batch = next(self.iterator)
             except StopIteration:
                 if attempt or self.index == 0:
                     break
@@ -130,7 +131,7 @@ class Feed:
         self._set_random_state(state["start"])
         self._begin()
         for _ in range(state["index"]):
-            next(self.iterator, None)  # type: ignore[call-overload]
+            next(self.iterator, None)
         self.index, self.drawn = state["index"], state["drawn"]
         self._set_random_state(state["now"])
 
@@ -415,8 +416,8 @@ def search_policy(
     Vasconcelos, EdMIPS, CVPR 2020.
     """
     settings = Settings(
-        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight,
-        tuple(temperature), rho, rho_min, rho_max, align, learned_scales, seed,  # type: ignore[arg-type]
+        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho, rho_min, rho_max,
+        align, learned_scales, seed,
     )  # fmt: skip
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")

@@ -81,15 +81,16 @@ class Space:
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
-        self.weight_bits: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
-        self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+        found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+        self.weight_bits: tuple[int, ...] = found
+        self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
         self.budget = budget
         self.profile = trace(model, example, list(chosen_layers(model, filter_fn)), act_bits=self.act_bits, hooks=hooks)
         self.names = list(self.profile.layers)
         self.roles = layer_roles(model)
         self.all_layers = list(candidate_layers(model))
         kind = "bitops" if budget is None else budget.kind
-        self.cost = cost_of(kind, self.profile, self.weight_bits, self.act_bits, latency)  # type: ignore[arg-type]
+        self.cost = cost_of(kind, self.profile, self.weight_bits, self.act_bits, latency)
         # what λ counts in: every layer at 8 bits, or for a latency the most there is
         at_8 = cost_of(kind, self.profile, [8], [8], latency).range[1] if kind != "latency" else self.cost.range[1]
         self.cost_8bit = at_8 or 1.0
