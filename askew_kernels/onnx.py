@@ -47,10 +47,13 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | os.PathLi
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
     plain = unpack_(copy.deepcopy(model)).float().eval()
-    buffer = io.BytesIO()
+    buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
-        torch.onnx.export(plain, example, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options)
+        arguments: Any = (example,) if isinstance(example, Tensor) else example
+        torch.onnx.export(
+            plain, arguments, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options
+        )
     made = onnx.load_from_string(buffer.getvalue())
     graph, kept, nodes = made.graph, [], []
     for initializer in graph.initializer:
@@ -93,7 +96,7 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | os.PathLi
         temporary.unlink(missing_ok=True)
 
 
-def _integers(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, int]]:
+def _integers(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(levels as integers, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
     grid = layer.config.weight
     table = level_table(grid.levels_tensor(), grid.encoding).to(torch.int16)
