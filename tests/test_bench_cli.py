@@ -480,7 +480,7 @@ def test_bench_in_a_process_and_with_the_warm_allocator(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "speed"], "--suite: expected step, fake_quant, linear, train, sam, startup or all, got 'speed'"),
+        (["--suite", "speed"], f"--suite: expected {', '.join(suites.SUITES)} or all, got 'speed'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["--part", "3/2"], "--part: expected I/N with 1 <= I <= N, e.g. 2/5, got '3/2'"),
         (["--allocator", "hot"], "--allocator: expected default, warm, both or auto, got 'hot'"),
