@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from .. import ops
 from ..nn import hard_quantize_, pack_, quantize_
@@ -287,6 +286,8 @@ def latency_table(
     finally:
         for handle in handles:
             handle.remove()
+    from torch.utils.benchmark import Timer  # brings in setuptools: a fifth of a second that others need not wait for
+
     table: dict[str, dict[str, float]] = {}
     for name, given in inputs.items():
         for bits in weight_bits:
