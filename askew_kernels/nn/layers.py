@@ -200,6 +200,20 @@ class QuantizedLayer(nn.Module):
         return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={c.forward}"
 
 
+def plain_linear(layer: Any, weight: nn.Parameter) -> nn.Linear:
+    """An nn.Linear of ``layer``'s sizes with this weight and ``layer``'s bias Parameter."""
+    new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    new.weight, new.bias = weight, layer.bias
+    return new.train(layer.training)
+
+
+def plain_conv2d(layer: Any, weight: nn.Parameter) -> nn.Conv2d:
+    """An nn.Conv2d of ``layer``'s geometry with this weight and ``layer``'s bias Parameter."""
+    new = nn.Conv2d(**_conv_arguments(layer))
+    new.weight, new.bias = weight, layer.bias
+    return new.train(layer.training)
+
+
 class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
@@ -218,9 +232,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
     def to_float(self) -> nn.Linear:
         """An nn.Linear with the same Parameter objects (the latent weights)."""
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        new.weight, new.bias = self.weight, self.bias
-        return new.train(self.training)
+        return plain_linear(self, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.activation is not None:
@@ -254,9 +266,7 @@ class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
 
     def to_float(self) -> nn.Conv2d:
         """An nn.Conv2d with the same Parameter objects (the latent weights)."""
-        new = nn.Conv2d(**_conv_arguments(self))
-        new.weight, new.bias = self.weight, self.bias
-        return new.train(self.training)
+        return plain_conv2d(self, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.activation is not None:

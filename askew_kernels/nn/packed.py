@@ -17,7 +17,16 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
-from .layers import AskewConv2d, AskewLinear, QuantizedLayer, _autocast_dtype, _conv_arguments, quantized_input
+from .layers import (
+    AskewConv2d,
+    AskewLinear,
+    QuantizedLayer,
+    _autocast_dtype,
+    _conv_arguments,
+    plain_conv2d,
+    plain_linear,
+    quantized_input,
+)
 
 
 class PackedLayer(nn.Module):
@@ -48,6 +57,22 @@ class PackedLayer(nn.Module):
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
         empty = nn.Parameter(torch.zeros(shape[0], dtype=self.weight_dtype, device=device)) if bias else None
         self.register_parameter("bias", empty)
+
+    @classmethod
+    def from_quantized(
+        cls, layer: Any, *, force: bool = False, trits: bool = False, scale_dtype: torch.dtype = torch.float32
+    ) -> Any:
+        """Packs the weight of ``layer`` (an AskewLinear for a PackedLinear, and so on); its bias is shared. Raises
+        ValueError where that would change a weight, unless ``force``."""
+        new = cls.like(layer, layer.config, trits, scale_dtype, layer.weight.dtype, "meta")
+        new._take(layer, force)
+        return new.train(layer.training)
+
+    @classmethod
+    def like(cls, layer: Any, config: QuantConfig, trits: bool, scale_dtype: torch.dtype, dtype: torch.dtype,
+             device: Any) -> Any:  # fmt: skip
+        """Empty, of the sizes of ``layer``."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def _take(self, layer: QuantizedLayer, force: bool) -> None:
@@ -131,16 +156,6 @@ class PackedLinear(PackedLayer):
         self._attach((out_features, in_features), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
     @classmethod
-    def from_quantized(
-        cls, layer: AskewLinear, *, force: bool = False, trits: bool = False, scale_dtype: torch.dtype = torch.float32
-    ) -> PackedLinear:
-        """Packs ``layer``'s weight; its bias is shared. Raises ValueError where that would change a weight, unless
-        ``force``."""
-        new = cls.like(layer, layer.config, trits, scale_dtype, layer.weight.dtype, "meta")
-        new._take(layer, force)
-        return new.train(layer.training)
-
-    @classmethod
     def like(cls, layer: Any, config: QuantConfig, trits: bool, scale_dtype: torch.dtype, dtype: torch.dtype,
              device: Any) -> PackedLinear:  # fmt: skip
         """Empty, of the sizes of ``layer``."""
@@ -149,9 +164,7 @@ class PackedLinear(PackedLayer):
 
     def to_float(self) -> nn.Linear:
         """An nn.Linear with the unpacked weight and the same bias Parameter."""
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        new.weight, new.bias = nn.Parameter(self.dequantize()), self.bias
-        return new.train(self.training)
+        return plain_linear(self, nn.Parameter(self.dequantize()))
 
     def forward(self, x: Tensor) -> Tensor:
         low = _autocast_dtype(x)
@@ -199,15 +212,6 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
         self._attach(shape, bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
     @classmethod
-    def from_quantized(
-        cls, layer: AskewConv2d, *, force: bool = False, trits: bool = False, scale_dtype: torch.dtype = torch.float32
-    ) -> PackedConv2d:
-        """As ``PackedLinear.from_quantized``."""
-        new = cls.like(layer, layer.config, trits, scale_dtype, layer.weight.dtype, "meta")
-        new._take(layer, force)
-        return new.train(layer.training)
-
-    @classmethod
     def like(cls, layer: Any, config: QuantConfig, trits: bool, scale_dtype: torch.dtype, dtype: torch.dtype,
              device: Any) -> PackedConv2d:  # fmt: skip
         """Empty, of the geometry of ``layer``."""
@@ -216,9 +220,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
 
     def to_float(self) -> nn.Conv2d:
         """An nn.Conv2d with the unpacked weight and the same bias Parameter."""
-        new = nn.Conv2d(**_conv_arguments(self))
-        new.weight, new.bias = nn.Parameter(self.dequantize()), self.bias
-        return new.train(self.training)
+        return plain_conv2d(self, nn.Parameter(self.dequantize()))
 
     def description(self) -> dict[str, Any]:
         return super().description() | {"geometry": conv_geometry(self)}

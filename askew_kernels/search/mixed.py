@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops, reference
-from ..nn.layers import _conv_arguments
+from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
 from ..nn.policy import ACT_BITS, WEIGHT_BITS, scale_rule, weight_grid
 from ..quant import Grid, Uniform, activation_scales
 from ..quant.scales import SAWB_COEFFICIENTS
@@ -139,9 +139,7 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
         return new.train(linear.training)
 
     def to_float(self) -> nn.Linear:
-        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        new.weight, new.bias = self.weight, self.bias
-        return new.train(self.training)
+        return plain_linear(self, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(self.mixed_input(x), self.mixed_weight(), self.bias)
@@ -161,9 +159,7 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
         return new.train(conv.training)
 
     def to_float(self) -> nn.Conv2d:
-        new = nn.Conv2d(**_conv_arguments(self))
-        new.weight, new.bias = self.weight, self.bias
-        return new.train(self.training)
+        return plain_conv2d(self, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(self.mixed_input(x), self.mixed_weight(), self.bias)
