@@ -143,6 +143,11 @@ def backend_module(name: str) -> ModuleType:
     return reference if name == "reference" else importlib.import_module("askew_kernels.triton_kernels")
 
 
+def implementation(backend: str, name: str) -> Callable:
+    """Operator ``name`` of a Python backend; the reference's where Triton has none."""
+    return getattr(backend_module(backend), name, None) or getattr(reference, name)
+
+
 _operators: dict[str, Callable] = {}
 
 
@@ -152,8 +157,8 @@ def operator(name: str, like: torch.Tensor) -> Callable:
     Usually ``torch.ops.askew.<name>``, which the dispatcher brings to the device's implementation. A forced backend
     is called directly, and float64 (tests, gradcheck) always means the reference.
     """
-    if _forced not in (None, "cpp"):
-        return getattr(backend_module(_forced), name)  # type: ignore[arg-type]
+    if _forced is not None and _forced != "cpp":
+        return implementation(_forced, name)
     if like.dtype == torch.float64:
         return getattr(reference, name)
     if not _cuda_tuned and like.is_cuda and not torch.compiler.is_compiling():

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 import askew_kernels
+from askew_kernels import reference, runtime
+from askew_kernels.ops import schema
 
 PACKAGE = Path(askew_kernels.__file__).parent
 CSRC = PACKAGE.parent / "csrc"
@@ -149,3 +151,15 @@ def test_public_names_exist_and_are_documented():
             assert hasattr(module, name)
     for name in ("fake_quantize", "project_interval_", "skew_sgd_", "skew_adamw_", "row_sums", "ste_clip_"):
         assert len(getattr(askew_kernels.ops, name).__doc__) > 60
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_every_backend_has_every_operator(backend, monkeypatch):
+    """Its own, or the reference's where Triton has none: forcing a backend never ends in an AttributeError."""
+    if backend == "triton" and not runtime.has_triton():
+        pytest.skip("triton is not installed")
+    for name in schema.SCHEMAS:
+        assert callable(runtime.implementation(backend, name)), name
+    monkeypatch.delattr(runtime.backend_module(backend), "row_sums", raising=True)
+    if backend == "triton":
+        assert runtime.implementation(backend, "row_sums") is reference.row_sums

@@ -22,22 +22,15 @@ SKEWS = ("gradient", "direction")
 
 # ---- where nothing is compiled for a device, the operator is Triton's or the reference's -------------------------
 
-WITHOUT_CUDA = ("mix_fake_quantize", "mix_fake_quantize_backward")  # compiled for the CPU only
-
 for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
-    _compiled = runtime._C is not None and (_device == "cpu" or runtime.has_cuda_kernels())
-    _use_triton = _device == "cuda" and runtime.has_triton()
-    for _name in schema.SCHEMAS if not _compiled else WITHOUT_CUDA if _device == "cuda" else ():
+    for _name in schema.SCHEMAS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"askew::{_name}", _key):
+            continue
 
-        def _late(*args: Any, _name: str = _name, _triton: bool = _use_triton) -> Any:
-            return getattr(runtime.backend_module("triton" if _triton else "reference"), _name)(*args)
+        def _late(*args: Any, _name: str = _name, _triton: bool = _device == "cuda" and runtime.has_triton()) -> Any:
+            return runtime.implementation("triton" if _triton else "reference", _name)(*args)
 
         schema.library.impl(_name, _late, _key)
-
-NOT_COMPILED = ("lowbit_dequantize_", "lowbit_linear", "lowbit_linear_int8")  # for CUDA: the reference serves
-if runtime.has_cuda_kernels():
-    for _name in NOT_COMPILED:
-        schema.library.impl(_name, getattr(reference, _name), "CUDA")
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------
