@@ -74,6 +74,36 @@ inline GridArg grid_arg(const std::vector<int64_t>& grid, const Tensor& levels) 
   return grid_arg(grid.data(), levels);
 }
 
+// A packed weight of `cols` columns.
+inline LowbitArg lowbit_arg(const Tensor& codes, const Tensor& scale, const Tensor& levels,
+                            const std::vector<int64_t>& grid, int64_t bits, int64_t cols) {
+  check_dense(codes, "codes");
+  check_dense(scale, "scale");
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2,
+                  "codes: expected uint8 of shape (n, row_bytes)");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_cpu() == codes.is_cpu(),
+                  "scale: expected float32 on the device of codes");
+  STD_TORCH_CHECK(bits >= 0 && bits <= 8, "bits: expected 1 to 8, or 0 for five trits a byte, got ", bits);
+  LowbitArg w{};
+  w.codes = static_cast<const uint8_t*>(codes.data_ptr());
+  w.scale = static_cast<const float*>(scale.data_ptr());
+  w.grid = grid_arg(grid, levels);
+  w.bits = (int)bits;
+  w.n = codes.size(0);
+  w.cols = cols;
+  w.row_bytes = bits ? (cols * bits + 7) / 8 : (cols + 4) / 5;
+  STD_TORCH_CHECK(codes.size(1) == w.row_bytes, "codes: expected ", w.row_bytes, " bytes a row, got ", codes.size(1));
+  const int64_t rows = scale.numel();
+  w.groups = rows == 1 ? 0 : w.n ? rows / w.n : 1;
+  STD_TORCH_CHECK(rows == 1 || (rows == w.groups * w.n && (w.groups == 1 || (w.groups && cols % w.groups == 0))),
+                  "scale: ", rows, " scales do not fit ", w.n, " rows of ", cols);
+  const bool codebook = w.grid.kind == kCodebook;
+  w.n_levels = codebook ? w.grid.n_levels : (int)((w.grid.hi - w.grid.lo) / (w.grid.kind == kBinary ? 2 : 1)) + 1;
+  const int most = bits == 0 ? 3 : codebook && bits > 4 ? 16 : 1 << bits;
+  STD_TORCH_CHECK(w.n_levels <= most, "levels: expected at most ", most, " of ", bits, " bits, got ", w.n_levels);
+  return w;
+}
+
 // Entry i of a list that may be empty (absent for all) or hold tensors without elements (absent for one).
 inline const Tensor* present(const std::vector<Tensor>& list, size_t i, size_t n, const char* name) {
   STD_TORCH_CHECK(list.empty() || list.size() == n, name, ": expected 0 or ", n, " tensors, got ", list.size());
@@ -128,6 +158,37 @@ struct Descent {
     return static_cast<const float*>(coefficients->data_ptr());
   }
 };
+
+// A mixture's arguments: scales (candidates, rows), strengths (candidates,), three integers a candidate.
+inline MixArg mix_arg(const Tensor& x, const Tensor& scales, const Tensor& strengths, const std::vector<int64_t>& grids,
+                      bool clip, bool learned) {
+  MixArg m{};
+  check_dense(x, "x");
+  check_dense(scales, "scales");
+  check_dense(strengths, "strengths");
+  m.type = storage_type(x, "x");
+  m.n = (int)strengths.numel();
+  STD_TORCH_CHECK(m.n >= 1 && m.n <= kMostCandidates, "strengths: expected 1 to ", kMostCandidates, ", got ", m.n);
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && strengths.scalar_type() == ScalarType::Float &&
+                      scales.is_cpu() == x.is_cpu() && strengths.is_cpu() == x.is_cpu() && scales.numel() % m.n == 0,
+                  "scales, strengths: expected float32 of shape (candidates, rows) and (candidates,) beside x");
+  STD_TORCH_CHECK((int64_t)grids.size() == 3 * m.n, "grids: expected ", 3 * m.n, " integers");
+  const int64_t n = x.numel();
+  m.rows = scales.numel() / m.n;
+  STD_TORCH_CHECK(n == 0 || (m.rows > 0 && n % m.rows == 0), "scales: ", m.rows, " rows do not divide ", n,
+                  " elements");
+  m.cols = m.rows ? n / m.rows : 0;
+  for (int k = 0; k < m.n; ++k) {
+    m.grids[k] = {(int)grids[3 * k], (float)grids[3 * k + 1], (float)grids[3 * k + 2], nullptr, 0};
+    STD_TORCH_CHECK(m.grids[k].kind >= kFloat && m.grids[k].kind <= kBinary, "grids: unknown kind ", m.grids[k].kind);
+  }
+  m.x = x.data_ptr();
+  m.scales = static_cast<const float*>(scales.data_ptr());
+  m.strengths = static_cast<const float*>(strengths.data_ptr());
+  m.clip = clip;
+  m.learned = learned;
+  return m;
+}
 
 inline void set_betas(Hyper& h, double beta1, double beta2, double step) {
   h.one_minus_beta1 = (float)(1.0 - beta1);

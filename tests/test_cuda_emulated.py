@@ -631,3 +631,119 @@ def test_descent_inside_the_update(kernels, name, coefficients):
     moved = {**p, "params": [torch.full_like(w, 55.0) for w in p["params"]]}
     got, intact = run_kernels(kernels, specs, moved, o, kept=p["params"], firsts=firsts, coefficients=pair)
     assert intact and all(same(a, b) for k in WRITTEN for a, b in zip(got[k], expected[k], strict=True))
+
+
+# ---- mixtures -------------------------------------------------------------------------------------------------------
+
+
+class MixArg(ctypes.Structure):
+    _fields_ = [("x", ctypes.c_void_p), ("type", ctypes.c_int), ("n", ctypes.c_int), ("rows", ctypes.c_int64),
+                ("cols", ctypes.c_int64), ("scales", ctypes.c_void_p), ("strengths", ctypes.c_void_p),
+                ("grids", GridArg * 8), ("clip", ctypes.c_bool), ("learned", ctypes.c_bool)]  # fmt: skip
+
+
+MIXTURES = {
+    "weights": [1, -2, 1, 1, -4, 3, 1, -8, 7, 1, -128, 127],
+    "activations": [1, 0, 15, 1, 0, 255, 0, 0, 0],
+    "one": [2, -1, 1],
+    "eight": [2, -1, 1, 1, -1, 1, 1, -2, 1, 1, -4, 3, 1, -8, 7, 1, -16, 15, 1, -32, 31, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixture(kernels, name, dtype):
+    """Value and x's gradient bit for bit; the sums within the roundings of a row's tree and, for every element that
+    stands on an end of the hull or a tie, nothing more: q is the same there."""
+    grids = MIXTURES[name]
+    n = len(grids) // 3
+    for seed, ((rows, cols), shift) in enumerate(itertools.product([*SHAPES, (300, 3)], (0, 1))):
+        w, _ = weights(rows, cols, "uniform4", dtype, seed)
+        w[~w.isfinite()] = 0.25
+        g = torch.Generator().manual_seed(seed)
+        scales = torch.rand(n, rows, generator=g) + 0.05
+        strengths = torch.softmax(torch.randn(n, generator=g), 0)
+        x, _ = guarded(w, shift)
+        grad, _ = guarded(torch.randn(w.shape, generator=g).to(dtype), shift)
+        clip, learned = seed % 3 != 0, seed % 2 == 0
+        arg = MixArg(x.data_ptr() if x.numel() else None, TYPES[dtype], n, rows, cols, scales.data_ptr(),
+                     strengths.data_ptr(), (GridArg * 8)(*[GridArg(*grids[i : i + 3], None, 0)
+                                                           for i in range(0, 3 * n, 3)]), clip, learned)  # fmt: skip
+        y, intact = guarded(torch.full_like(w, 99.0), shift)
+        assert not kernels.emulated_mix(ctypes.byref(arg), pointer(y))
+        expected = reference.mix_fake_quantize(w, scales, strengths, grids, clip, learned)
+        assert same(y, expected) and intact(), (rows, cols, shift)
+        out, intact = guarded(torch.full_like(w, 99.0), shift)
+        to_strengths, to_scales = torch.full((n,), 99.0), torch.full((n, rows), 99.0)
+        assert not kernels.emulated_mix_gradient(ctypes.byref(arg), pointer(grad), pointer(out), pointer(to_strengths),
+                                                 pointer(to_scales))  # fmt: skip
+        wanted = reference.mix_fake_quantize_backward(grad, w, scales, strengths, grids, clip, learned)
+        assert same(out, wanted[0]) and intact(), (rows, cols, shift)
+        # a thread adds at most 16 slots of 8 products, a block 5 + 8 more; each product is rounded twice
+        sizes = [g.abs().reshape(rows, -1).double().sum(1) * max(abs(lo), hi, 1) if kind else
+                 (g.abs() * w.float().abs()).reshape(rows, -1).double().sum(1)
+                 for g in [grad.float()] for kind, lo, hi in zip(*[iter(grids)] * 3, strict=True)]  # fmt: skip
+        error = 145 * 2.0**-24
+        for k, size in enumerate(sizes):
+            factor = scales[k].double() if grids[3 * k] else torch.ones(rows, dtype=torch.float64)
+            bound = error * (factor * size).sum() + 1e-30
+            assert (to_strengths[k].double() - wanted[1][k].double()).abs() <= bound, (rows, cols, shift, k)
+            gain = float(strengths[k]) / (max(cols, 1) * max(grids[3 * k + 2], 1)) ** 0.5
+            assert ((to_scales[k].double() - wanted[2][k].double()).abs() <= 2 * error * gain * size + 1e-30).all()
+
+
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+
+class LowbitArg(ctypes.Structure):
+    _fields_ = [("codes", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("grid", GridArg), ("bits", ctypes.c_int),
+                ("n_levels", ctypes.c_int), ("n", ctypes.c_int64), ("cols", ctypes.c_int64),
+                ("row_bytes", ctypes.c_int64), ("groups", ctypes.c_int64)]  # fmt: skip
+
+
+LOWBIT = {  # bits of a code (0: five trits a byte), grid, levels
+    "int4": (4, [1, -8, 7], EMPTY), "narrow4": (4, [1, -7, 7], EMPTY), "int8": (8, [1, -128, 127], EMPTY),
+    "two": (2, [1, 0, 3], EMPTY), "ternary": (2, [1, -1, 1], EMPTY), "binary": (1, [2, -1, 1], EMPTY),
+    "trits": (0, [1, -1, 1], EMPTY), "three": (3, [1, -4, 3], EMPTY), "five": (5, [1, -16, 15], EMPTY),
+    "nf4": (4, [3, 0, 0], NF4),
+}  # fmt: skip
+# (n, cols, groups): nothing, one scale, one a row, groups that end with words, inside words; rows of whole vectors
+PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), (18, 256, 8), (7, 2176, 17), (2, 96, 6)]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("name", LOWBIT)
+def test_packed_weights(kernels, name, dtype):
+    """The decoded weight bit for bit; products of one, few and many inputs as exact as ``ops.lowbit_linear`` says."""
+    bits, grid, levels = LOWBIT[name]
+    for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED, (0, 1))):
+        g = torch.Generator().manual_seed(seed)
+        bytes_of_row = reference.row_bytes(cols, bits)
+        # the bytes of the last row end with the buffer's guard; bits past the last code are random
+        codes, _ = guarded(
+            torch.randint(243 if bits == 0 else 256, (n, bytes_of_row), generator=g).to(torch.uint8), 5 * shift
+        )
+        scale = torch.rand(max(groups * n, 1), generator=g) + 0.1
+        found = grid[0] == 3
+        n_levels = levels.numel() if found else (grid[2] - grid[1]) // (2 if grid[0] == 2 else 1) + 1
+        arg = LowbitArg(codes.data_ptr() if codes.numel() else None, scale.data_ptr(),
+                        GridArg(*grid, levels.data_ptr() if found else None, levels.numel()), bits, n_levels, n, cols,
+                        bytes_of_row, groups)  # fmt: skip
+        out, intact = guarded(torch.full((n, cols), 99.0, dtype=dtype), shift)
+        assert not kernels.emulated_lowbit_dequantize(ctypes.byref(arg), pointer(out), TYPES[dtype])
+        expected = torch.empty(n, cols, dtype=dtype)
+        reference.lowbit_dequantize_(codes, scale, levels, grid, bits, expected)
+        assert same(out, expected) and intact(), (n, cols, groups, shift)
+        weight = reference.lowbit_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
+        for tokens in (1, 4) if seed % 2 else (0, 7):
+            x, _ = guarded(torch.randn(tokens, cols, generator=g).to(dtype), shift)
+            bias = torch.randn(n, generator=g).to(dtype) if seed % 3 else None
+            y, intact = guarded(torch.full((tokens, n), 99.0, dtype=dtype), shift)
+            assert not kernels.emulated_lowbit_linear(
+                ctypes.byref(arg), pointer(x), ctypes.c_int64(tokens), pointer(bias), pointer(y), TYPES[dtype]
+            )
+            exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+            if bias is not None:
+                exact, size = exact + bias.double(), size + bias.double().abs()
+            bound = (cols + 3) * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-38
+            assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)

@@ -86,8 +86,9 @@ class MixedLayer(nn.Module):
         sums = ops.row_sums(self.weight.detach(), rows).double().T / (self.weight.numel() // rows)
         top = sums[reference.MAX_ABS] * (self.weight.numel() // rows)
         stats = torch.stack([sums[reference.SUM_SQUARES].sqrt(), sums[reference.SUM_ABS], top])
-        rule, tops = self._coefficients.to(stats.device), self._absmax.to(stats.device)
-        scales, absmax = rule @ stats, tops[:, None] * top
+        if self._coefficients.device != stats.device:  # once: each copy to a GPU waits for it
+            self._coefficients, self._absmax = self._coefficients.to(stats.device), self._absmax.to(stats.device)
+        scales, absmax = self._coefficients @ stats, self._absmax[:, None] * top
         scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax).clamp(min=1e-12)
         return torch.where(absmax.isfinite() & (absmax > 0), scales, torch.ones_like(scales)).float()
 

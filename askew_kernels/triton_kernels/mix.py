@@ -6,6 +6,7 @@ flat run (``elementwise``); the backward takes tiles of R rows × C columns and 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -101,6 +102,15 @@ def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> di
     return {"K": count, "KINDS": tuple(grids[::3]), "LOWS": lows, "HIGHS": highs}
 
 
+@functools.lru_cache(256)
+def _constants(kinds: tuple[int, ...], his: tuple[int, ...], cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(whether a candidate has a scale, LSQ's factor), (candidates, 1) each; kept, because copying them to a GPU waits
+    for it."""
+    lsq = [0.0 if kind == 0 else 1 / math.sqrt(cols * max(hi, 1)) for kind, hi in zip(kinds, his, strict=True)]
+    has_scale = torch.tensor([kind != 0 for kind in kinds], device=device)
+    return has_scale[:, None], torch.tensor(lsq, dtype=torch.float64, device=device)[:, None]
+
+
 def mix_fake_quantize(
     x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
 ) -> Tensor:
@@ -133,11 +143,10 @@ def mix_fake_quantize_backward(
             R=TILE // width, C=width, num_warps=4, **EXACT,
         )  # fmt: skip
     sums = parts.sum(3, dtype=torch.float64)
-    kinds = torch.tensor(grids[::3], device=x.device)[:, None]
-    factor = torch.where(kinds == 0, torch.ones_like(scales), scales).double()
+    has_scale, lsq = _constants(tuple(grids[::3]), tuple(grids[2::3]), cols, x.device)
+    factor = torch.where(has_scale, scales, torch.ones_like(scales)).double()
     to_strengths = (factor * sums[:, 0]).sum(1).float()
     if not learned:
         return out, to_strengths, torch.zeros_like(scales)
-    tops = torch.tensor([math.sqrt(cols * max(hi, 1)) for hi in grids[2::3]], dtype=torch.float64, device=x.device)
-    to_scales = strengths.double()[:, None] * sums[:, 1] / tops[:, None]
-    return out, to_strengths, torch.where(kinds == 0, torch.zeros_like(to_scales), to_scales).float()
+    to_scales = strengths.double()[:, None] * sums[:, 1] * lsq
+    return out, to_strengths, torch.where(has_scale, to_scales, torch.zeros_like(to_scales)).float()

@@ -24,15 +24,6 @@ struct UpdateTensor {
   const void* first;  // a gradient whose mean with g takes g's place; may be null
 };
 
-struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
-  const void* x;
-  int type, n;  // storage type; number of candidates
-  int64_t rows, cols;
-  const float *scales, *strengths;  // (n, rows), (n,)
-  GridArg grids[kMostCandidates];
-  bool clip, learned;
-};
-
 struct Loops {
   const char* name;
   // y = s Q(w/s); y may have another storage type

@@ -72,37 +72,26 @@ const Trits& trits() {
 
 LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& levels, const std::vector<int64_t>& grid,
                        int64_t bits, int64_t cols) {
-  check_dense(codes, "codes");
-  check_dense(scale, "scale");
-  STD_TORCH_CHECK(codes.is_cpu() && codes.scalar_type() == ScalarType::Byte && codes.dim() == 2,
-                  "codes: expected uint8 of shape (n, row_bytes) on the CPU");
-  STD_TORCH_CHECK(scale.is_cpu() && scale.scalar_type() == ScalarType::Float, "scale: expected float32 on the CPU");
-  STD_TORCH_CHECK(bits >= 0 && bits <= 8, "bits: expected 1 to 8, or 0 for five trits a byte, got ", bits);
+  STD_TORCH_CHECK(codes.is_cpu(), "codes: expected on the CPU");
+  const LowbitArg a = lowbit_arg(codes, scale, levels, grid, bits, cols);
   LowbitWeight w{};
-  w.n = codes.size(0);
-  w.cols = cols;
-  w.bits = (int)bits;
-  w.row_bytes = bits ? (cols * bits + 7) / 8 : (cols + 4) / 5;
-  STD_TORCH_CHECK(codes.size(1) == w.row_bytes, "codes: expected ", w.row_bytes, " bytes a row, got ", codes.size(1));
-  const int64_t rows = scale.numel();
-  w.groups = rows == 1 ? 0 : w.n ? rows / w.n : 1;
-  STD_TORCH_CHECK(rows == 1 || (rows == w.groups * w.n && (w.groups == 1 || (w.groups && cols % w.groups == 0))),
-                  "scale: ", rows, " scales do not fit ", w.n, " rows of ", cols);
-  w.codes = static_cast<const uint8_t*>(codes.data_ptr());
-  w.scale = static_cast<const float*>(scale.data_ptr());
+  w.codes = a.codes;
+  w.scale = a.scale;
+  w.bits = a.bits;
+  w.n_levels = a.n_levels;
+  w.n = a.n;
+  w.cols = a.cols;
+  w.row_bytes = a.row_bytes;
+  w.groups = a.groups;
   w.digits = trits().digits[0];
   w.words = trits().words;
-  const GridArg g = grid_arg(grid, levels);
-  w.lo = g.lo;
-  w.hi = g.hi;
-  w.step = g.kind == kBinary ? 2 : 1;
-  w.n_levels = g.kind == kCodebook ? g.n_levels : (int)((g.hi - g.lo) / w.step) + 1;
-  const int most = bits == 0 ? 3 : g.kind == kCodebook && bits > 4 ? 16 : 1 << bits;
-  STD_TORCH_CHECK(w.n_levels <= most, "levels: expected at most ", most, " of ", bits, " bits, got ", w.n_levels);
+  w.lo = a.grid.lo;
+  w.hi = a.grid.hi;
+  w.step = a.grid.kind == kBinary ? 2 : 1;
   if (bits <= 4)
     for (int i = 0; i < 16; ++i) {
       const int k = std::min(bits ? i & ((1 << bits) - 1) : i, w.n_levels - 1);
-      w.table[i] = g.kind == kCodebook ? g.levels[k] : g.lo + w.step * (float)k;
+      w.table[i] = a.grid.kind == kCodebook ? a.grid.levels[k] : w.lo + w.step * (float)k;
     }
   return w;
 }

@@ -42,36 +42,6 @@ struct MixTiles {
   }
 };
 
-MixArg mix_arg(const Tensor& x, const Tensor& scales, const Tensor& strengths, const std::vector<int64_t>& grids,
-               bool clip, bool learned) {
-  MixArg m{};
-  check_dense(x, "x");
-  check_dense(scales, "scales");
-  check_dense(strengths, "strengths");
-  m.type = storage_type(x, "x");
-  m.n = (int)strengths.numel();
-  STD_TORCH_CHECK(m.n >= 1 && m.n <= kMostCandidates, "strengths: expected 1 to ", kMostCandidates, ", got ", m.n);
-  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && strengths.scalar_type() == ScalarType::Float &&
-                      scales.is_cpu() && strengths.is_cpu() && scales.numel() % m.n == 0,
-                  "scales, strengths: expected float32 of shape (candidates, rows) and (candidates,) beside x");
-  STD_TORCH_CHECK((int64_t)grids.size() == 3 * m.n, "grids: expected ", 3 * m.n, " integers");
-  const int64_t n = x.numel();
-  m.rows = scales.numel() / m.n;
-  STD_TORCH_CHECK(n == 0 || (m.rows > 0 && n % m.rows == 0), "scales: ", m.rows, " rows do not divide ", n,
-                  " elements");
-  m.cols = m.rows ? n / m.rows : 0;
-  for (int k = 0; k < m.n; ++k) {
-    m.grids[k] = {(int)grids[3 * k], (float)grids[3 * k + 1], (float)grids[3 * k + 2], nullptr, 0};
-    STD_TORCH_CHECK(m.grids[k].kind >= kFloat && m.grids[k].kind <= kBinary, "grids: unknown kind ", m.grids[k].kind);
-  }
-  m.x = x.data_ptr();
-  m.scales = static_cast<const float*>(scales.data_ptr());
-  m.strengths = static_cast<const float*>(strengths.data_ptr());
-  m.clip = clip;
-  m.learned = learned;
-  return m;
-}
-
 Tensor mix_fake_quantize(Tensor x, Tensor scales, Tensor strengths, std::vector<int64_t> grids, bool clip,
                          bool learned) {
   const MixArg m = mix_arg(x, scales, strengths, grids, clip, learned);

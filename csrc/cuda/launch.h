@@ -83,5 +83,18 @@ cudaError_t sam_perturb(const SamTensor* tensors, size_t n, float eta, const flo
 cudaError_t sam_restore(const SamTensor* tensors, size_t n, cudaStream_t stream);
 cudaError_t sam_average(const SamTensor* tensors, size_t n, const float* coefficients, cudaStream_t stream);
 
+// y = sum_k p_k s_k Q_k(x / s_k), and the gradients of x (out), strengths and scales. scratch: mix_gradient_scratch
+// bytes of device memory, aligned to 8.
+cudaError_t mix(const MixArg& m, void* y, cudaStream_t stream);
+size_t mix_gradient_scratch(const MixArg& m, const void* g, const void* out);
+cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales,
+                         void* scratch, cudaStream_t stream);
+
+// out = s c, (n, cols).
+cudaError_t lowbit_dequantize(const LowbitArg& w, void* out, int type, cudaStream_t stream);
+// y = x W^T + bias for (tokens, cols) inputs, four at a time; x, bias (may be null) and y have one storage type.
+cudaError_t lowbit_linear(const LowbitArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
+                          cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace askew

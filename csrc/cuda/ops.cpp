@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
+
 #include "../checks.h"
 #include "launch.h"
 
@@ -321,6 +323,58 @@ void sam_average(std::vector<Tensor> grads, std::vector<Tensor> firsts, Tensor c
       "sam_average_");
 }
 
+Tensor mix_fake_quantize(Tensor x, Tensor scales, Tensor strengths, std::vector<int64_t> grids, bool clip,
+                         bool learned) {
+  const OnDevice device(x);
+  const MixArg m = mix_arg(x, scales, strengths, grids, clip, learned);
+  Tensor y = empty_result(x);
+  check_cuda(cuda::mix(m, y.data_ptr(), device.stream), "mix_fake_quantize");
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mix_fake_quantize_backward(Tensor grad, Tensor x, Tensor scales, Tensor strengths,
+                                                              std::vector<int64_t> grids, bool clip, bool learned) {
+  const OnDevice device(x);
+  const MixArg m = mix_arg(x, scales, strengths, grids, clip, learned);
+  check_like(grad, x, "grad");
+  STD_TORCH_CHECK(storage_type(grad, "grad") == m.type, "grad: expected the dtype of x");
+  Tensor out = empty_result(x), to_strengths = empty_result(strengths), to_scales = empty_result(scales);
+  Tensor scratch = scratch_bytes(x, cuda::mix_gradient_scratch(m, grad.data_ptr(), out.data_ptr()));
+  check_cuda(cuda::mix_gradient(m, grad.data_ptr(), out.data_ptr(), static_cast<float*>(to_strengths.data_ptr()),
+                                static_cast<float*>(to_scales.data_ptr()), scratch.data_ptr(), device.stream),
+             "mix_fake_quantize_backward");
+  return {out, to_strengths, to_scales};
+}
+
+void lowbit_dequantize(Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits, Tensor out) {
+  check_dense(out, "out");
+  STD_TORCH_CHECK(!out.is_cpu() && out.dim() == 2 && out.size(0) == codes.size(0), "out: expected shape (n, cols)");
+  const OnDevice device(codes);
+  check_cuda(cuda::lowbit_dequantize(lowbit_arg(codes, scale, levels, grid, bits, out.size(1)), out.data_ptr(),
+                                     storage_type(out, "out"), device.stream),
+             "lowbit_dequantize_");
+}
+
+Tensor lowbit_linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
+                     std::optional<Tensor> bias) {
+  check_dense(x, "x");
+  STD_TORCH_CHECK(!x.is_cpu() && x.dim() == 2 && !codes.is_cpu(), "x: expected shape (batch, cols) beside the codes");
+  const int type = storage_type(x, "x");
+  const LowbitArg w = lowbit_arg(codes, scale, levels, grid, bits, x.size(1));
+  if (bias) {
+    check_dense(*bias, "bias");
+    STD_TORCH_CHECK(!bias->is_cpu() && bias->numel() == w.n && storage_type(*bias, "bias") == type, "bias: expected ",
+                    w.n, " elements in the type of x");
+  }
+  const OnDevice device(x);
+  const int64_t shape[2] = {x.size(0), w.n};
+  Tensor y = torch::stable::new_empty(x, {shape, 2});
+  check_cuda(cuda::lowbit_linear(w, x.data_ptr(), x.size(0), bias ? bias->data_ptr() : nullptr, y.data_ptr(), type,
+                                 device.stream),
+             "lowbit_linear");
+  return y;
+}
+
 }  // namespace
 }  // namespace askew
 
@@ -333,6 +387,10 @@ STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) {
   m.impl("row_sums", TORCH_BOX(&askew::row_sums));
   m.impl("skew_sgd_", TORCH_BOX(&askew::skew_sgd));
   m.impl("skew_adamw_", TORCH_BOX(&askew::skew_adamw));
+  m.impl("lowbit_dequantize_", TORCH_BOX(&askew::lowbit_dequantize));
+  m.impl("lowbit_linear", TORCH_BOX(&askew::lowbit_linear));
+  m.impl("mix_fake_quantize", TORCH_BOX(&askew::mix_fake_quantize));
+  m.impl("mix_fake_quantize_backward", TORCH_BOX(&askew::mix_fake_quantize_backward));
   m.impl("sam_norm", TORCH_BOX(&askew::sam_norm));
   m.impl("sam_perturb_", TORCH_BOX(&askew::sam_perturb));
   m.impl("sam_restore_", TORCH_BOX(&askew::sam_restore));

@@ -25,12 +25,29 @@ struct Hyper {                // one optimizer step, the same for every tensor o
   bool nesterov, direction, clamp, maximize, skip_nonfinite;
 };
 
+struct LowbitArg {       // a packed weight (docs/packed.md)
+  const uint8_t* codes;  // (n, row_bytes)
+  const float* scale;    // (1), (n) or (n * groups)
+  GridArg grid;
+  int bits, n_levels;                  // bits: 1 ... 8; 0: five trits a byte
+  int64_t n, cols, row_bytes, groups;  // groups: scales of a row; 0: one scale for all
+};
+
 struct SamArg {  // a sharpness-aware perturbation by (c T^2 - a) g, T = |w| + eta where adaptive, else 1
   bool adaptive;
   float eta, c, a;
 };
 
 constexpr int kMostCandidates = 8;  // of a mixture
+
+struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
+  const void* x;
+  int type, n;  // storage type; number of candidates
+  int64_t rows, cols;
+  const float *scales, *strengths;  // (n, rows), (n,)
+  GridArg grids[kMostCandidates];
+  bool clip, learned;
+};
 
 // Sums that the passes accumulate, in this order everywhere.
 enum RowSum : int { kSumAbs = 0, kSumSquares = 1, kMaxAbs = 2, kRowSums = 3 };

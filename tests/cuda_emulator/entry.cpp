@@ -2,6 +2,8 @@
 #include "emulator.h"
 
 #include "../../csrc/cuda/elementwise.cu"
+#include "../../csrc/cuda/lowbit.cu"
+#include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/update.cu"
 
@@ -49,6 +51,17 @@ int emulated_sam_perturb(const cuda::SamTensor* tensors, size_t n, float eta, co
 int emulated_sam_restore(const cuda::SamTensor* tensors, size_t n) { return cuda::sam_restore(tensors, n, nullptr); }
 int emulated_sam_average(const cuda::SamTensor* tensors, size_t n, const float* coefficients) {
   return cuda::sam_average(tensors, n, coefficients, nullptr);
+}
+int emulated_lowbit_dequantize(const LowbitArg* w, void* out, int type) {
+  return cuda::lowbit_dequantize(*w, out, type, nullptr);
+}
+int emulated_lowbit_linear(const LowbitArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
+  return cuda::lowbit_linear(*w, x, tokens, bias, y, type, nullptr);
+}
+int emulated_mix(const MixArg* m, void* y) { return cuda::mix(*m, y, nullptr); }
+int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_strengths, float* to_scales) {
+  auto scratch = poisoned(cuda::mix_gradient_scratch(*m, g, out));
+  return cuda::mix_gradient(*m, g, out, to_strengths, to_scales, scratch.data(), nullptr);
 }
 // Division by a scale as the kernels do it, for comparison with the exact quotient.
 void emulated_divide(const float* a, const float* b, float* quotient, int64_t n) {

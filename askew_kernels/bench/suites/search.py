@@ -108,11 +108,16 @@ def search_case(context: Context) -> Case:
         of = our_backend(context, backend) if kind == "ours" else "torch"
         return Impl(name, in_backend(backend, step(layer, optimizer)), kind, None, MixCheck(layer), backend=of)
 
-    made = MixedLinear.from_float(
-        float_layer(), weight_bits=WEIGHT_BITS, act_bits=(None,), signed=True, learned=False
-    )  # fmt: skip
-    backend = "triton" if context.is_cuda else ""  # the mixture has no CUDA kernel of its own
-    impls = [single(context.backends()[0][0]), mixed(made, MIXED, "ours", backend),
+    def ours(backend: str, missing: str) -> Impl:
+        name = f"{MIXED} ({backend})" if backend else MIXED
+        if missing:
+            return Impl(name, kind="ours", backend=backend, missing=missing)
+        made = MixedLinear.from_float(
+            float_layer(), weight_bits=WEIGHT_BITS, act_bits=(None,), signed=True, learned=False
+        )
+        return mixed(made, name, "ours", backend)
+
+    impls = [single(context.backends()[0][0]), *(ours(*backend) for backend in context.backends()),
              mixed(EagerMix(float_layer()), EDMIPS, "peer")]  # fmt: skip
     return Case(f"{tokens} tokens x {n} x {n}", "float32", SINGLE, impls, 0)
 

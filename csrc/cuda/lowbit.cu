@@ -1,0 +1,264 @@
+// Packed weights (docs/packed.md): decoding, and products with few inputs from the codes.
+//
+// A warp takes kRows rows of the weight; its lanes read 16 bytes of codes each, side by side, and the inputs that
+// belong to them, which all warps share in the L1 cache. Integer levels are made without a conversion, of which an SM
+// does only 16 a cycle: the code becomes the low bits of the float 2^23, or, with one bit, the sign of 1. PREDICTED,
+// H200: at 4.3 TB/s an SM meets 38 codes of 4 bits in each cycle; shift and mask, insertion, subtraction and
+// multiply-add are about 3.5 of its 128 lane-operations a code, so one input is bound by memory, two are by arithmetic.
+#include "launch.cuh"
+
+namespace askew {
+namespace cuda {
+namespace {
+
+constexpr int kRows = 2;      // of a warp
+constexpr int kTogether = 4;  // inputs that one reading of the codes serves
+constexpr int kWords = 4;     // of 32 bits that a lane reads at once
+
+struct LowbitPass {
+  LowbitArg w;
+  int length;  // columns of a group
+  const void *x, *bias;
+  void* y;
+  int tokens, y_type;
+  bool code_vectors, x_vectors;  // 16-byte access is possible
+};
+
+__device__ __forceinline__ uint32_t code_at(const LowbitArg& w, const uint8_t* row, int64_t k) {
+  if (w.bits == 0) {
+    uint32_t byte = row[k / 5];
+    for (int digit = (int)(k % 5); digit; --digit) byte /= 3;
+    return byte % 3;
+  }
+  const int64_t at = k * w.bits;
+  uint32_t bytes = row[at >> 3];
+  if ((at & 7) + w.bits > 8) bytes |= (uint32_t)row[(at >> 3) + 1] << 8;
+  return bytes >> (at & 7) & ((1u << w.bits) - 1);
+}
+
+// A code above the highest level counts as the highest.
+__device__ __forceinline__ float level_of(const LowbitArg& w, uint32_t code) {
+  const int k = min((int)code, w.n_levels - 1);
+  if (w.grid.kind == kCodebook) return w.grid.levels[k];
+  return w.grid.lo + (w.grid.kind == kBinary ? 2.f : 1.f) * (float)k;
+}
+
+__device__ __forceinline__ float scale_of(const LowbitPass& p, int64_t row, int64_t k) {
+  return p.w.scale[p.w.groups ? row * p.w.groups + (p.w.groups > 1 ? (int)k / p.length : 0) : 0];
+}
+
+template <int T>
+__device__ __forceinline__ void store_one(void* p, int64_t i, float v) {
+  const float pair[2] = {v, 0.f};
+  if (T == kFloat32)
+    ((float*)p)[i] = v;
+  else
+    ((uint16_t*)p)[i] = (uint16_t)Storage<T>::put(pair);
+}
+template <int T>
+__device__ __forceinline__ float load_one(const void* p, int64_t i) {
+  if (T == kFloat32) return ((const float*)p)[i];
+  return Storage<T>::get(((const uint16_t*)p)[i], 0);
+}
+
+// A thread takes one weight after the other of a row's piece, neighbours side by side.
+constexpr int kDecoded = 8;  // weights of a thread
+template <int T>
+__global__ void __launch_bounds__(kThreads) lowbit_dequantize_kernel(const __grid_constant__ LowbitPass p) {
+  const int pieces = (int)((p.w.cols + kThreads * kDecoded - 1) / (kThreads * kDecoded));
+  const int64_t row = blockIdx.x / (uint32_t)pieces;
+  const int64_t first = (int64_t)(blockIdx.x % (uint32_t)pieces) * (kThreads * kDecoded) + threadIdx.x;
+  const uint8_t* codes = p.w.codes + row * p.w.row_bytes;
+#pragma unroll
+  for (int i = 0; i < kDecoded; ++i) {
+    const int64_t k = first + i * kThreads;
+    if (k < p.w.cols)
+      store_one<T>(p.y, row * p.w.cols + k, scale_of(p, row, k) * level_of(p.w, code_at(p.w, codes, k)));
+  }
+}
+
+// 16 bytes of a row from `at`, zeros past its end.
+__device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const LowbitPass& p, uint32_t* word) {
+  if (p.code_vectors) {
+    const uint4 v = at < p.w.row_bytes ? *(const uint4*)(row + at) : make_uint4(0, 0, 0, 0);
+    word[0] = v.x;
+    word[1] = v.y;
+    word[2] = v.z;
+    word[3] = v.w;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    word[i] = 0;
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+      if (at + 4 * i + b < p.w.row_bytes) word[i] |= (uint32_t)row[at + 4 * i + b] << 8 * b;
+  }
+}
+
+// N inputs of a token from column k, zeros past the end.
+template <int T, int N>
+__device__ __forceinline__ void load_inputs(const LowbitPass& p, int64_t token, int64_t k, float* x) {
+  typedef typename Storage<T>::type S;
+  constexpr int kPer = Storage<T>::kPerVector, kPerWord = Storage<T>::kPerWord;
+  const S* at = (const S*)p.x + token * p.w.cols + k;
+  if (p.x_vectors && N % kPer == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += kPer) {
+      const uint4 v = k + i < p.w.cols ? *(const uint4*)(at + i) : make_uint4(0, 0, 0, 0);
+      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) x[i + j] = Storage<T>::get(word[j / kPerWord], j % kPerWord);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = k + i < p.w.cols ? load_one<T>(at, i) : 0.f;
+}
+
+__device__ __forceinline__ float add_warp(float v) { return add_lanes(v, 5); }
+
+// Codes of 1, 2, 4 or 8 bits, integer levels, groups that end with words.
+template <int T, int BITS, int M>
+__global__ void __launch_bounds__(kThreads) lowbit_words_kernel(const __grid_constant__ LowbitPass p) {
+  constexpr int kPer = 32 / BITS;
+  const int lane = threadIdx.x & 31;
+  const int64_t first = ((int64_t)blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5)) * kRows;
+  if (first >= p.w.n) return;
+  const uint8_t* codes[kRows];
+  int64_t row[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = first + r < p.w.n ? first + r : p.w.n - 1;  // past the end: the last one again
+    codes[r] = p.w.codes + row[r] * p.w.row_bytes;
+  }
+  const float below = 8388608.f - p.w.grid.lo, top = p.w.grid.hi;
+  float sum[kRows][M] = {};
+  for (int64_t at = lane * (4 * kWords); at < p.w.row_bytes; at += 32 * 4 * kWords) {
+    uint32_t word[kRows][kWords];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load_codes(codes[r], at, p, word[r]);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int64_t k = (at + 4 * i) * (8 / BITS);
+      float x[M][kPer];
+#pragma unroll
+      for (int m = 0; m < M; ++m) load_inputs<T, kPer>(p, m, k, x[m]);
+      float scale[kRows];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) scale[r] = p.w.groups > 1 && k < p.w.cols ? scale_of(p, row[r], k) : 1.f;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        float part[M] = {};
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) {
+          float level;
+          if (BITS == 1) {
+            level = __uint_as_float(0xbf800000u ^ (word[r][i] << (31 - j) & 0x80000000u));
+          } else {
+            const uint32_t code = word[r][i] >> (BITS * j) & ((1u << BITS) - 1);
+            level = __uint_as_float(code | 0x4b000000u) - below;
+            level = level > top ? top : level;
+          }
+#pragma unroll
+          for (int m = 0; m < M; ++m) part[m] = __fmaf_rn(level, x[m][j], part[m]);
+        }
+#pragma unroll
+        for (int m = 0; m < M; ++m) sum[r][m] = __fmaf_rn(part[m], scale[r], sum[r][m]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float y = add_warp(sum[r][m]);
+      if (lane || first + r >= p.w.n || m >= p.tokens) continue;
+      if (p.w.groups <= 1) y *= scale_of(p, row[r], 0);
+      if (p.bias) y += load_one<T>(p.bias, row[r]);
+      store_one<T>(p.y, m * p.w.n + row[r], y);
+    }
+}
+
+// Every other format: a warp takes a row, code by code.
+template <int T>
+__global__ void __launch_bounds__(kThreads) lowbit_codes_kernel(const __grid_constant__ LowbitPass p) {
+  const int lane = threadIdx.x & 31;
+  const int64_t row = (int64_t)blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5);
+  if (row >= p.w.n) return;
+  const uint8_t* codes = p.w.codes + row * p.w.row_bytes;
+  float sum[kTogether] = {};
+  for (int64_t k = lane; k < p.w.cols; k += 32) {
+    float level = level_of(p.w, code_at(p.w, codes, k));
+    if (p.w.groups > 1) level *= scale_of(p, row, k);
+#pragma unroll
+    for (int m = 0; m < kTogether; ++m)
+      if (m < p.tokens) sum[m] = __fmaf_rn(level, load_one<T>(p.x, m * p.w.cols + k), sum[m]);
+  }
+#pragma unroll
+  for (int m = 0; m < kTogether; ++m) {
+    float y = add_warp(sum[m]);
+    if (lane || m >= p.tokens) continue;
+    if (p.w.groups <= 1) y *= scale_of(p, row, 0);
+    if (p.bias) y += load_one<T>(p.bias, row);
+    store_one<T>(p.y, m * p.w.n + row, y);
+  }
+}
+
+template <int T, int BITS>
+cudaError_t launch_words(const LowbitPass& p, cudaStream_t stream) {
+  const unsigned blocks = (unsigned)ceil_div(p.w.n, kRows * (kThreads / 32));
+  if (p.tokens == 1) return launch((lowbit_words_kernel<T, BITS, 1>), blocks, kThreads, stream, p);
+  return launch((lowbit_words_kernel<T, BITS, kTogether>), blocks, kThreads, stream, p);
+}
+
+template <int T>
+cudaError_t launch_linear(const LowbitPass& p, cudaStream_t stream) {
+  const int bits = p.w.bits;
+  const bool words = bits && 8 % bits == 0 && p.w.grid.kind != kCodebook;
+  if (words && (p.w.groups <= 1 || p.length % (32 / bits) == 0)) {
+    if (bits == 1) return launch_words<T, 1>(p, stream);
+    if (bits == 2) return launch_words<T, 2>(p, stream);
+    if (bits == 4) return launch_words<T, 4>(p, stream);
+    return launch_words<T, 8>(p, stream);
+  }
+  return launch((lowbit_codes_kernel<T>), (unsigned)ceil_div(p.w.n, kThreads / 32), kThreads, stream, p);
+}
+
+LowbitPass lowbit_pass(const LowbitArg& w) {
+  LowbitPass p{};
+  p.w = w;
+  p.length = (int)(w.cols / (w.groups > 1 ? w.groups : 1));
+  return p;
+}
+
+}  // namespace
+
+cudaError_t lowbit_dequantize(const LowbitArg& w, void* out, int type, cudaStream_t stream) {
+  if (w.n == 0 || w.cols == 0) return cudaSuccess;
+  LowbitPass p = lowbit_pass(w);
+  p.y = out;
+  const unsigned blocks = (unsigned)(w.n * ceil_div(w.cols, kThreads * kDecoded));
+  ASKEW_BY_TYPE(type, return launch((lowbit_dequantize_kernel<T>), blocks, kThreads, stream, p))
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t lowbit_linear(const LowbitArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
+                          cudaStream_t stream) {
+  LowbitPass p = lowbit_pass(w);
+  p.bias = bias;
+  const int64_t size = type_size(type);
+  p.code_vectors = (uintptr_t)w.codes % 16 == 0 && w.row_bytes % 16 == 0;
+  p.x_vectors = (uintptr_t)x % 16 == 0 && w.cols * size % 16 == 0;
+  cudaError_t error = cudaSuccess;
+  for (int64_t t = 0; t < tokens && error == cudaSuccess; t += p.tokens) {
+    p.tokens = tokens - t >= kTogether ? kTogether : 1;  // a rest of two or three one after the other
+    p.x = (const char*)x + t * w.cols * size;
+    p.y = (char*)y + t * w.n * size;
+    ASKEW_BY_TYPE(type, error = launch_linear<T>(p, stream))
+  }
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace askew
