@@ -82,6 +82,7 @@ def _cuda_archs_fit() -> bool:
     return False
 
 
+@functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -116,6 +116,73 @@ def test_int8_activations():
         ak.pack_(quantized(CONFIGS["int8"]), activations="int4")
 
 
+CONVOLUTIONS = {
+    "plain": {"kernel_size": 3},
+    "strided": {"kernel_size": (3, 2), "stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)},
+    "same": {"kernel_size": 4, "padding": "same", "dilation": 2},
+    "valid": {"kernel_size": 3, "padding": "valid", "bias": False},
+    "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect", "stride": 2},
+    "circular": {"kernel_size": 3, "padding": (0, 2), "padding_mode": "circular"},
+    "point": {"kernel_size": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_from_the_codes(name, dtype, monkeypatch):
+    """Few output positions, all at once and line by line, as exact as a float32 sum; many unpack the weight."""
+    torch.manual_seed(5)
+    conv = nn.Conv2d(6, 10, **CONVOLUTIONS[name]).to(dtype)
+    layer = ak.pack_(ak.quantize_(nn.Sequential(conv), CONFIGS["int4 channel"]), force=True)[0]
+    calls = []
+    product = PackedConv2d._product
+    monkeypatch.setattr(PackedConv2d, "_product", lambda self, x, b: calls.append(len(x)) or product(self, x, b))
+    x = torch.randn(2, 6, 7, 6).to(dtype)
+    weight = ops.lowbit_dequantize(layer.weight_codes, layer.weight_scale, layer.config.weight, 4, layer.cols)
+    exact_layer = copy.deepcopy(layer).to_float().double()  # which shares the bias
+    exact_layer.weight = nn.Parameter(weight.double().reshape(layer.shape))
+    with torch.no_grad():
+        exact = exact_layer(x.double())
+        sizes = copy.deepcopy(exact_layer)
+        sizes.weight.abs_()
+        if sizes.bias is not None:
+            sizes.bias.abs_()
+        bound = (layer.cols + 3) * 2.0**-24 * sizes(x.double().abs()) + EPSILON[dtype] * exact.abs() + TINY[dtype]
+        for patches, batch in ((1 << 22, x), (1, x), (1 << 22, x.to(memory_format=torch.channels_last))):
+            monkeypatch.setattr(ak.nn.packed, "PATCHES", patches)
+            y = layer(batch)
+            assert y.dtype == dtype and y.shape == exact.shape and ((y.double() - exact).abs() <= bound).all()
+        positions = exact.numel() // exact.shape[1]
+        assert positions < 96 and sum(calls) == 3 * positions and len(calls) == 2 + exact.shape[2]
+        assert torch.equal(layer(x[0]), layer(x[:1])[0])
+        assert layer(batch).is_contiguous(memory_format=torch.channels_last)
+        del calls[:]
+        many = x.repeat(96, 1, 1, 1)
+        assert torch.equal(layer(many), layer.to_float()(many)) and not calls
+        if name == "plain":
+            with pytest.raises(RuntimeError, match="Kernel size can.t be greater"):
+                layer(torch.zeros(1, 6, 2, 2, dtype=dtype))
+            with pytest.raises(RuntimeError, match="channels"):
+                layer(torch.zeros(1, 5, 7, 6, dtype=dtype))
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None and not calls
+
+
+def test_int8_convolutions():
+    """Each patch is rounded by its own scale: near the float convolution, at any number of positions; groups unpack."""
+    for batch in (1, 40):
+        model, x = quantized(CONFIGS["int4 channel"]), picture(batch=batch)
+        with torch.no_grad():
+            want = model[0](x)
+            grouped = model[3](model[:3](x))
+            ak.pack_(model, activations="int8")
+            got = model[0](x)
+            error = float((got - want).norm() / want.norm())
+            assert 1e-4 < error < 0.02 and "activations=int8" in repr(model[0])
+            assert torch.equal(model[3](model[:3](x)), model[3].to_float()(model[:3](x))) and grouped.shape
+
+
 def test_autocast_and_gradients_of_the_input():
     model, x = quantized(CONFIGS["int4 channel"]), picture(batch=40)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():

@@ -616,6 +616,81 @@ def test_sam_errors(interpreter):
             call()
 
 
+# ---- packed weights -------------------------------------------------------------------------------------------------
+
+LOWBIT = {  # (grid, bits of a code, 0 for five trits a byte); codes above the highest level count as the highest
+    "int4": ("uniform4", 4), "narrow": ("narrow2", 2), "eight": ("unsigned8", 8), "binary": ("binary", 1),
+    "trits": ("narrow2", 0), "three": ("three", 3), "five": ("five", 5), "nf4": ("nf4", 4),
+}  # fmt: skip
+LOWBIT_GRIDS = {**GRIDS, "three": (NONE, [1, -4, 3]), "five": (NONE, [1, -15, 15])}
+PACKED_SHAPES = [
+    (1, 1, 0),
+    (3, 7, 1),
+    (5, 40, 1),
+    (6, 96, 3),
+    (70, 128, 4),
+    (9, 640, 5),
+    (4, 192, 4),
+]  # (n, cols, groups)
+
+
+def packed(name, n, cols, groups, seed=0):
+    """(codes, scale, levels, grid, bits): random bytes, trits below 243; the padding bits of a row are random too."""
+    grid_name, bits = LOWBIT[name]
+    levels, grid = LOWBIT_GRIDS[grid_name]
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(243 if bits == 0 else 256, (n, reference.row_bytes(cols, bits)), generator=g).to(torch.uint8)
+    scale = torch.rand(max(1, groups * n), generator=g) + 0.1
+    return codes, scale, levels, grid, bits
+
+
+@pytest.mark.parametrize("name", LOWBIT)
+def test_lowbit_dequantize(triton, name):
+    for n, cols, groups in [*PACKED_SHAPES, (2, 1500, 1), (0, 5, 1), (2, 0, 1)]:
+        codes, scale, levels, grid, bits = packed(name, n, cols, groups)
+        for dtype in DTYPES:
+            out, expected = (torch.full((n, cols), float("nan"), dtype=dtype) for _ in range(2))
+            triton.lowbit_dequantize_(codes, scale, levels, grid, bits, out)
+            reference.lowbit_dequantize_(codes, scale, levels, grid, bits, expected)
+            assert_same(out, expected, (n, cols, groups, dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in LOWBIT]
+    + [(name, torch.bfloat16) for name in ("int4", "binary", "trits", "nf4")]
+    + [("int4", torch.float16)],
+)
+def test_lowbit_linear(triton, name, dtype):
+    """Few inputs (rows in words, in bytes, code by code), many (tiles, shares of the columns), tails, bias or none."""
+    for number, (n, cols, groups) in enumerate([*PACKED_SHAPES, (2, 1500, 1), (2, 0, 1)]):
+        for tokens in (1, 0, 17) if number % 2 else (8, 20):
+            codes, scale, levels, grid, bits = packed(name, n, cols, groups, number)
+            g = torch.Generator().manual_seed(tokens)
+            x = torch.randn(tokens, cols, generator=g).to(dtype)
+            bias = torch.randn(n, generator=g).to(dtype) if number % 2 else None
+            y = triton.lowbit_linear(x, codes, scale, levels, grid, bits, bias)
+            weight = reference.lowbit_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
+            exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+            if bias is not None:
+                exact, size = exact + bias.double(), size + bias.double().abs()
+            bound = (cols + 3) * 2.0**-24 * size + ROUNDING[dtype] * exact.abs() + 1e-38
+            assert y.dtype == dtype and y.shape == (tokens, n)
+            wrong = ~((y.double() - exact).abs() <= bound)
+            assert not wrong.any(), (n, cols, groups, tokens, y[wrong][:4], exact[wrong][:4])
+
+
+def test_lowbit_linear_of_special_values(triton):
+    codes, scale, levels, grid, bits = packed("int4", 3, 64, 1)
+    for tokens in (2, 20):
+        x = torch.ones(tokens, 64)
+        x[0, 5], x[1, 63] = float("nan"), float("inf")
+        y = triton.lowbit_linear(x, codes, scale, levels, grid, bits, None)
+        expected = reference.lowbit_linear(x, codes, scale, levels, grid, bits, None)
+        assert torch.equal(y.isnan(), expected.isnan()) and y[0].isnan().all() and not y[2:].isnan().any()
+        assert torch.equal(y.isinf(), expected.isinf())
+
+
 # ---- ahead-of-time compilation --------------------------------------------------------------------------------------
 
 
@@ -662,6 +737,7 @@ def compile_all():
             "stores": len(re.findall(r"st\.global[\w.:]*\.v4", ptx)),
             "inexact": re.findall(r"fma\.rn\.f32|\.ftz|\.approx[\w.]*|div\.full[\w.]*|\batom\.|\bred\.", ptx),
             "local": ".local" in ptx,
+            "mma": "mma" in ptx,
         }
         if cuobjdump.exists():
             binary = Path(os.environ["TRITON_CACHE_DIR"]) / "kernel.cubin"
@@ -681,6 +757,7 @@ def compile_all():
 
     bf16 = torch.bfloat16
     x, s = torch.zeros(4, 4096), torch.ones(4)
+    codes, groups = torch.zeros(4, 2048, dtype=torch.uint8), torch.ones(4 * 32)
     mixture = torch.ones(4, 4), torch.ones(4) / 4, [1, -2, 1, 1, -4, 3, 1, -8, 7, 0, 0, 0]
     cases = {
         "quantize per tensor": lambda: quantize((1, 8192)),
@@ -706,6 +783,14 @@ def compile_all():
             [x.to(bf16)], [x.to(bf16)], [x.to(bf16)], torch.zeros(2), [0], 0.01
         ),
         "sam restore": lambda: kernels.sam_restore_([x], [x.clone()]),
+        "lowbit dequantize": lambda: kernels.lowbit_dequantize_(codes, s, levels, grid, 4, x.to(bf16)),
+        "lowbit few bf16": lambda: kernels.lowbit_linear(x[:1].to(bf16), codes, groups, levels, grid, 4, None),
+        "lowbit few binary": lambda: kernels.lowbit_linear(
+            x[:2], codes[:, :512].contiguous(), s, NONE, [2, -1, 1], 1, s
+        ),
+        "lowbit many bf16": lambda: kernels.lowbit_linear(
+            torch.zeros(64, 4096, dtype=bf16), codes, groups, levels, grid, 4, None
+        ),
         "sam average": lambda: kernels.sam_average_([x], [x.clone()], torch.zeros(2)),
     }
     report = {}
@@ -759,6 +844,10 @@ def test_compiles_to_vectors_without_spills(compiled, arch):
         "mix bf16": (2, 2), "mix gradient": (4, 2),
     }  # fmt: skip
     for case, facts in compiled[arch].items():
+        if case.startswith("lowbit"):  # sums in float32, of which each product and sum may be one operation
+            assert ("many" in case) == facts["mma"]  # matrix units, where there are rows enough for them
+            assert not facts["local"] and facts.get("stack_used", 0) == 0 and facts.get("local_used", 0) == 0, facts
+            continue
         loads, stores = expected.get(case, (4, 4))
         assert (facts["loads"], facts["stores"]) == (loads, stores), (case, facts)
         assert not facts["inexact"] and not facts["local"], (case, facts)

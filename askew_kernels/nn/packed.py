@@ -1,5 +1,8 @@
 """Layers for inference whose weight is packed codes, and the call that makes them from trained layers.
 
+Where the product is made from the codes (``PackedLayer._reads_codes``) the weight is never unpacked as a whole;
+elsewhere it is unpacked for the call, and torch's own product taken.
+
 ``weight_codes`` (n, row_bytes) uint8 and ``weight_scale`` (rows,) are buffers; the weight is s c, bit for bit the one
 that was trained (docs/packed.md). Casting a model (``model.half()``) changes the type it computes in, never its codes
 and scales.
@@ -7,6 +10,7 @@ and scales.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -28,15 +32,25 @@ from .layers import (
     quantized_input,
 )
 
+FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
+FEW_IN_CUDA = (
+    8  # rows of x up to which the CUDA kernel, which does not use the matrix units, takes them before Triton's
+)
+FEW_POSITIONS = 96  # output positions of a convolution up to which float products are made from the codes
+PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
+_TRITON = runtime.has_triton()
+
 
 class PackedLayer(nn.Module):
     """What the packed layers share. ``config``: grid and granularity; ``trits``: five ternary codes in a byte;
-    ``weight_dtype``: the type that was trained, in which ``dequantize`` gives the weight."""
+    ``weight_dtype``: the type that was trained, in which ``dequantize`` gives the weight; ``activations``: "float", or
+    "int8", which lets a CPU round each row of the input to int8 on the way."""
 
     weight_codes: Tensor
     weight_scale: Tensor
     bias: Any
     kind: str
+    activations = "float"
 
     def _attach(
         self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
@@ -105,6 +119,32 @@ class PackedLayer(nn.Module):
         grid = self.config.activation
         return x if grid is None else quantized_input(x, grid, 1 if self.kind == "linear" else 3)
 
+    def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Input and bias in the type that the product is made in."""
+        low = _autocast_dtype(x)
+        x = self._input(x)
+        x = x if low is None else x.to(low)
+        return x, None if self.bias is None else self.bias.to(x.dtype)
+
+    def _reads_codes(self, x: Tensor, rows: int) -> bool:
+        """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
+        is there, and never where x wants a gradient."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        return x.device.type == "cpu" or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``ops.lowbit_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
+        grid = self.config.weight
+        name = "lowbit_linear_int8" if self.activations == "int8" and not x.is_cuda else "lowbit_linear"
+        product = runtime.operator(name, x)
+        if x.is_cuda and len(x) > FEW_IN_CUDA and runtime._forced is None and not torch.compiler.is_compiling():
+            product = runtime.implementation("triton", name)
+        return product(
+            x.contiguous(), self.weight_codes, self.weight_scale.float(), grid.levels_tensor(x.device), grid.encoding,
+            self.bits, bias,
+        )  # fmt: skip
+
     @property
     def packed_bytes(self) -> int:
         """Bytes of codes and scales."""
@@ -132,19 +172,18 @@ class PackedLayer(nn.Module):
         c = self.config
         group = f", group_size={c.group_size}" if c.group_size else ""
         packing = ", trits" if self.trits else ""
-        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}"
+        int8 = ", activations=int8" if self.activations == "int8" else ""
+        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"
 
 
 class PackedLinear(PackedLayer):
     """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
 
-    On the CPU ``ops.lowbit_linear`` computes it from the codes; ``activations="int8"`` rounds each row of x to int8 on
-    the way, which is faster from a few rows on and as exact as ``ops.lowbit_linear`` says. Elsewhere, and where x
-    wants a gradient, the weight is unpacked for the call and torch's own product taken.
+    From the codes, as exact as ``ops.lowbit_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
+    rows on, and on a GPU with Triton up to ``FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
 
     kind = "linear"
-    activations = "float"
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
@@ -167,37 +206,30 @@ class PackedLinear(PackedLayer):
         return plain_linear(self, nn.Parameter(self.dequantize()))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = _autocast_dtype(x)
-        x = self._input(x)
-        x = x if low is None else x.to(low)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
-            return functional.linear(x, self.dequantize(x.dtype), bias)
-        if not torch.is_grad_enabled():
-            return self._product(x, bias)
-        with torch.no_grad():
-            return self._product(x, bias)
-
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``ops.lowbit_linear`` without its checks, passed by this layer; they cost as much as a small product."""
+        x, bias = self._prepared(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
-        grid = self.config.weight
-        flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), self.in_features)
-        y = runtime.operator("lowbit_linear_int8" if self.activations == "int8" else "lowbit_linear", flat)(
-            flat.contiguous(), self.weight_codes, self.weight_scale.float(), grid.levels_tensor(x.device),
-            grid.encoding, self.bits, bias,
-        )  # fmt: skip
-        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
+        rows = math.prod(x.shape[:-1])
+        if not self._reads_codes(x, rows):
+            return functional.linear(x, self.dequantize(x.dtype), bias)
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            if x.dim() == 2:
+                return self._product(x, bias)
+            return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        int8 = ", activations=int8" if self.activations == "int8" else ""
-        return sizes + super().extra_repr() + int8
+        return sizes + super().extra_repr()
 
 
 class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
-    """nn.Conv2d with a packed weight: groups, stride, dilation, padding and all padding modes."""
+    """nn.Conv2d with a packed weight: groups, stride, dilation, padding and all padding modes.
+
+    On a CPU, without groups, the product is made from the codes for fewer than ``FEW_POSITIONS`` output positions (late
+    layers, small batches), and with ``activations="int8"`` for any number: each output position is a row of x, its
+    patch, and no more than ``PATCHES`` numbers of them stand in memory. Elsewhere the weight is unpacked for the call,
+    with the very results of the hard-quantized layer.
+    """
 
     kind = "conv2d"
 
@@ -226,11 +258,42 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
         return super().description() | {"geometry": conv_geometry(self)}
 
     def forward(self, x: Tensor) -> Tensor:
-        low = _autocast_dtype(x)
-        x = self._input(x)
-        x = x if low is None else x.to(low)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        x, bias = self._prepared(x)
+        if x.device.type == "cpu" and self.groups == 1 and x.dim() in (3, 4) and x.shape[-3] == self.in_channels:
+            batch = x if x.dim() == 4 else x[None]
+            height, width = self._positions(batch)
+            few = len(batch) * height * width < FEW_POSITIONS
+            whole = height > 0 and width > 0  # torch's own product says what is wrong otherwise
+            if whole and (few or self.activations == "int8") and self._reads_codes(x, 1):
+                with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+                    y = self._from_codes(batch, bias, height, width)
+                return y if x.dim() == 4 else y[0]
         return self._conv_forward(x, self.dequantize(x.dtype), bias)
+
+    def _positions(self, x: Tensor) -> tuple[int, int]:
+        """(height, width) of the output."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        sizes = (x.shape[2] + top + bottom, x.shape[3] + left + right)
+        geometry = zip(sizes, self.kernel_size, self.stride, self.dilation, strict=True)
+        height, width = ((size - gap * (k - 1) - 1) // step + 1 for size, k, step, gap in geometry)
+        return height, width
+
+    def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        if any(self._reversed_padding_repeated_twice):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = functional.pad(x, self._reversed_padding_repeated_twice, mode)
+        y = x.new_empty(len(x), height, width, self.out_channels)
+        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        lines = max(1, PATCHES // max(1, len(x) * width * self.cols))  # of the output, at a time
+        for first in range(0, height, lines):
+            last = min(first + lines, height)
+            part = x[:, :, first * self.stride[0] : (last - 1) * self.stride[0] + reach]
+            patches = functional.unfold(part, self.kernel_size, self.dilation, 0, self.stride)
+            rows = self._product(patches.transpose(1, 2).reshape(-1, self.cols), bias)
+            y[:, first:last] = rows.reshape(len(x), last - first, width, self.out_channels)
+        y = y.permute(0, 3, 1, 2)
+        return y if channels_last else y.contiguous()
 
 
 def conv_geometry(conv: nn.Conv2d) -> dict[str, Any]:
@@ -252,10 +315,9 @@ def replace_modules(model: nn.Module, new: dict[str, nn.Module]) -> None:
 
 
 def set_activations(layer: PackedLayer, activations: str) -> None:
-    """Sets ``layer.activations`` of a PackedLinear; ValueError where it is unknown or the grid does not allow it."""
+    """Sets ``layer.activations``; ValueError where it is unknown or the grid does not allow it."""
     ops.check_activations(activations, layer.config.weight)
-    if isinstance(layer, PackedLinear):
-        layer.activations = activations
+    layer.activations = activations
 
 
 def pack_(
@@ -266,8 +328,7 @@ def pack_(
 
     The packed weight is the trained one, bit for bit. ``trits``: ternary layers with five codes in a byte (1.6 bits a
     weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are kept. ``activations``: "int8" lets the
-    linear layers round their inputs to int8, row by row, when they run on a CPU (``PackedLinear``); files keep no such
-    choice.
+    layers round their inputs to int8, row by row or patch by patch, when they run on a CPU; files keep no such choice.
 
     Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
     (inclusive), and, unless ``force=True`` rounds them, weights that are not hard-quantized and scales that

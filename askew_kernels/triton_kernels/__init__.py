@@ -12,6 +12,7 @@ from .elementwise import (
     row_sums,
     ste_clip_,
 )
+from .lowbit import lowbit_dequantize_, lowbit_linear
 from .mix import mix_fake_quantize, mix_fake_quantize_backward
 from .sam import sam_average_, sam_norm, sam_perturb_, sam_restore_
 from .update import skew_adamw_, skew_sgd_
@@ -20,6 +21,8 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_out_",
+    "lowbit_dequantize_",
+    "lowbit_linear",
     "mix_fake_quantize",
     "mix_fake_quantize_backward",
     "project_interval_",

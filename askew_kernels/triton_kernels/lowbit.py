@@ -1,0 +1,295 @@
+"""Packed weights in Triton: decoding, and products from the codes (docs/packed.md has the bytes).
+
+Up to ``FEW`` inputs a program takes some rows of the weight and reads their codes once, in words where groups end with
+words, for all inputs. More inputs go through the matrix units in tiles whose levels are made on the way: integer levels
+are exact in every storage type, so the products are, and a group's scale multiplies its sum. Where tiles do not fill
+the GPU they share the columns, and the parts are added in a fixed order. Sums are float32 and not rounded in between.
+How many steps a program takes is a compile-time constant (a model has few widths), so that loops can be pipelined.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import BINARY as BINARY_KIND
+from ..reference import CODEBOOK as CODEBOOK_KIND
+from ..reference import row_bytes
+from .elementwise import check_dense, check_grid, check_storage, on_device
+from .math import _INTERPRETED, BINARY, CODEBOOK, narrow, widen
+
+FEW = 8  # inputs that the product without matrix units takes at once
+PROGRAMS = 264  # that keep a large GPU busy: two for each of 132 multiprocessors
+LOWEST = tl.constexpr(8388608.0)  # 2^23: from here on the bits of a float's mantissa count ones
+LOWEST_BITS = tl.constexpr(0x4B000000)
+
+
+# ---- codes and levels -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def code_at(row_ptr, k, valid, row_bytes, BITS: tl.constexpr):
+    """Code k of the row at ``row_ptr``; 0 where not ``valid``."""
+    if BITS == 0:  # five trits a byte
+        byte = tl.load(row_ptr + k // 5, mask=valid, other=0).to(tl.int32)
+        digit = k % 5
+        power = tl.where(digit < 2, tl.where(digit == 0, 1, 3), tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81)))
+        return byte // power % 3
+    elif 8 % BITS == 0:
+        byte = tl.load(row_ptr + k // (8 // BITS), mask=valid, other=0).to(tl.int32)
+        return (byte >> (k % (8 // BITS) * BITS)) & ((1 << BITS) - 1)
+    else:  # a code may cross into the next byte
+        at = k * BITS // 8
+        low = tl.load(row_ptr + at, mask=valid, other=0).to(tl.int32)
+        high = tl.load(row_ptr + at + 1, mask=valid & (at + 1 < row_bytes), other=0).to(tl.int32)
+        return ((low | (high << 8)) >> (k * BITS % 8)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def level_of(code, lo, top, levels, KIND: tl.constexpr):
+    """The level of each code, float32; a code above the highest counts as the highest."""
+    code = tl.minimum(code, top)
+    if KIND == CODEBOOK:
+        return tl.load(levels + code)
+    elif KIND == BINARY:
+        return code.to(tl.float32) * 2.0 + lo
+    else:
+        return code.to(tl.float32) + lo
+
+
+@triton.jit
+def word_levels(
+    word, lo, top, levels, J: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr,
+):  # fmt: skip
+    """2^((BITS J) mod 16) times the level of code J of each word.
+
+    For integers: mask, put the bits into the mantissa of 2^23, subtract; exact, and without a conversion, of which a
+    multiprocessor makes only 16 a cycle.
+    """
+    if KIND == CODEBOOK:
+        return tl.load(levels + tl.minimum((word >> (BITS * J)) & ((1 << BITS) - 1), top))
+    else:
+        AT: tl.constexpr = (BITS * J) % 16
+        half = word if BITS * J < 16 else word >> 16
+        if KIND == BINARY:  # 2 c - 1
+            half = half << 1 if BITS * J < 16 else word >> 15
+            bits = half & (2 << AT)
+        else:
+            bits = half & (((1 << BITS) - 1) << AT)
+        level = (bits | LOWEST_BITS).to(tl.float32, bitcast=True) - (LOWEST - lo * (1 << AT))
+        if CLAMP:
+            level = tl.minimum(level, (top + lo) * (1 << AT))
+        return level
+
+
+# ---- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def dequantize_kernel(
+    codes_ptr, scale_ptr, out_ptr, levels, lo, top, cols, row_bytes, groups, length, KIND: tl.constexpr,
+    BITS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """out = s c, one piece of a row a program."""
+    pieces = tl.cdiv(cols, C)
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    k = tl.program_id(0) % pieces * C + tl.arange(0, C)
+    valid = k < cols
+    level = level_of(code_at(codes_ptr + row * row_bytes, k, valid, row_bytes, BITS), lo, top, levels, KIND)
+    scale = tl.load(scale_ptr + row * groups + k // length, mask=valid, other=1.0)
+    tl.store(out_ptr + row * cols + k, narrow(scale * level, out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def few_kernel(
+    x_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, levels, lo, top, tokens, n, cols, row_bytes, groups, length,
+    KIND: tl.constexpr, BITS: tl.constexpr, WORD: tl.constexpr, CLAMP: tl.constexpr, GROUPED: tl.constexpr,
+    BIAS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, W: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """y = x W^T + b for M inputs and N rows. WORD: bits of the words that are read, 0 for one code at a time."""
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    there = tl.minimum(row, n - 1).to(tl.int64)  # rows past the end: the last one again
+    token = tl.program_id(1) * M + tl.arange(0, M)
+    of_token = (token.to(tl.int64) * cols)[:, None]
+    live = (token < tokens)[:, None]
+    total = tl.zeros([M, N, W], tl.float32)
+    if WORD > 0:
+        PER: tl.constexpr = WORD // BITS
+        words = tl.cdiv(row_bytes * 8, WORD)
+        for step in range(STEPS):
+            at = step * W + tl.arange(0, W)
+            word = tl.load(codes_ptr + there[:, None] * words + at[None, :], mask=(at < words)[None, :], other=0)
+            word = word.to(tl.int32)
+            part = tl.zeros([M, N, W], tl.float32)
+            for j in tl.static_range(PER):
+                k = at * PER + j
+                x = widen(tl.load(x_ptr + of_token + k[None, :], mask=live & (k < cols)[None, :], other=0.0))
+                if KIND != CODEBOOK:
+                    x = x * (1.0 / (1 << ((BITS * j) % 16)))
+                part += x[:, None, :] * word_levels(word, lo, top, levels, j, BITS, KIND, CLAMP)[None, :, :]
+            if GROUPED:
+                k = at * PER
+                scale = tl.load(scale_ptr + there[:, None] * groups + (k // length)[None, :],
+                                mask=(k < cols)[None, :], other=0.0)  # fmt: skip
+                total += part * scale[None, :, :]
+            else:
+                total += part
+    else:
+        for step in range(STEPS):
+            k = step * W + tl.arange(0, W)
+            valid = (k < cols)[None, :]
+            x = widen(tl.load(x_ptr + of_token + k[None, :], mask=live & valid, other=0.0))
+            code = code_at(codes_ptr + there[:, None] * row_bytes, k[None, :], valid, row_bytes, BITS)
+            level = level_of(code, lo, top, levels, KIND)
+            if GROUPED:
+                level *= tl.load(scale_ptr + there[:, None] * groups + (k // length)[None, :], mask=valid, other=0.0)
+            total += x[:, None, :] * level[None, :, :]
+    y = tl.sum(total, 2)
+    if not GROUPED:
+        y = y * tl.load(scale_ptr + there * groups)[None, :]
+    if BIAS:
+        y = y + widen(tl.load(bias_ptr + there))[None, :]
+    to = y_ptr + (token.to(tl.int64) * n)[:, None] + row[None, :]
+    tl.store(to, narrow(y, y_ptr.dtype.element_ty), mask=live & (row < n)[None, :])
+
+
+@triton.jit
+def many_kernel(
+    x_ptr, codes_ptr, scale_ptr, bias_ptr, y_ptr, levels, lo, top, tokens, n, cols, row_bytes, groups, length,
+    KIND: tl.constexpr, BITS: tl.constexpr, EXACT_LEVELS: tl.constexpr, GROUPED: tl.constexpr, BIAS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """A tile of y = x W^T + b over one share of the columns; y is (shares, tokens, n)."""
+    row = tl.program_id(0) * N + tl.arange(0, N)
+    there = tl.minimum(row, n - 1).to(tl.int64)
+    token = tl.program_id(1) * M + tl.arange(0, M)
+    live = (token < tokens)[:, None]
+    of_token = (token.to(tl.int64) * cols)[:, None]
+    start = tl.program_id(2) * (STEPS * K)
+    total = tl.zeros([M, N], tl.float32)
+    for step in range(STEPS):
+        first = start + step * K
+        k = first + tl.arange(0, K)
+        x = tl.load(x_ptr + of_token + k[None, :], mask=live & (k < cols)[None, :], other=0.0)
+        valid = (k < cols)[:, None]
+        code = code_at(codes_ptr + there[None, :] * row_bytes, k[:, None], valid, row_bytes, BITS)
+        level = level_of(code, lo, top, levels, KIND)
+        if EXACT_LEVELS:
+            if _INTERPRETED:  # which multiplies the bits of bfloat16
+                part = tl.dot(widen(x), level, input_precision="ieee")
+            else:
+                part = tl.dot(x, level.to(x.dtype), input_precision="ieee")
+            if GROUPED:  # K divides the group
+                part = part * tl.load(scale_ptr + there * groups + first // length)[None, :]
+            total += part
+        else:
+            if GROUPED:
+                level *= tl.load(scale_ptr + there[None, :] * groups + (k // length)[:, None], mask=valid, other=0.0)
+            total += tl.dot(widen(x), level, input_precision="ieee")
+    if not GROUPED:
+        total = total * tl.load(scale_ptr + there * groups)[None, :]
+    if BIAS:
+        total = total + widen(tl.load(bias_ptr + there))[None, :]
+    to = y_ptr + ((tl.program_id(2).to(tl.int64) * tokens + token) * n)[:, None] + row[None, :]
+    tl.store(to, narrow(total, y_ptr.dtype.element_ty), mask=live & (row < n)[None, :])
+
+
+# ---- operators ------------------------------------------------------------------------------------------------------
+
+
+def _weight(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int
+) -> tuple[int, int, int, dict]:
+    """(n, groups, length of a group, arguments that all kernels share) after checking that everything fits."""
+    check_dense(codes, "codes")
+    check_dense(scale, "scale")
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or not 0 <= bits <= 8:
+        raise TypeError(f"codes: expected uint8 of shape (n, row_bytes) and 0 to 8 bits, got {codes.dtype}, {bits}")
+    if scale.dtype != torch.float32 or scale.device != codes.device:
+        raise TypeError(f"scale: expected float32 on {codes.device}, got {scale.dtype} on {scale.device}")
+    n, rows = codes.shape[0], scale.numel()
+    if codes.shape[1] != row_bytes(cols, bits):
+        raise ValueError(f"codes: expected {row_bytes(cols, bits)} bytes a row, got {codes.shape[1]}")
+    groups = 0 if rows == 1 else rows // max(n, 1)
+    if rows != max(groups * n, rows == 1) or (groups > 1 and cols % groups):
+        raise ValueError(f"scale: {rows} scales do not fit {n} rows of {cols}")
+    kind, n_levels = check_grid(grid, levels, codes)
+    step = 2 if kind == BINARY_KIND else 1
+    top = n_levels - 1 if kind == CODEBOOK_KIND else (grid[2] - grid[1]) // step
+    arguments = {"levels": levels if n_levels else scale, "lo": float(grid[1]), "top": top, "cols": cols,
+                 "row_bytes": codes.shape[1], "KIND": kind, "BITS": bits}  # fmt: skip
+    return n, groups, cols // max(groups, 1), arguments
+
+
+def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+    """out = s c, in the storage type of ``out`` (n, cols)."""
+    check_dense(out, "out")
+    check_storage(out, "out")
+    n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, out.shape[1])
+    if out.numel() == 0:
+        return
+    width = min(triton.next_power_of_2(out.shape[1]), 1024)
+    with on_device(out):
+        dequantize_kernel[(n * triton.cdiv(out.shape[1], width),)](
+            codes, scale, out, groups=groups, length=length, C=width, num_warps=4, **arguments
+        )
+
+
+def _word_bits(codes: Tensor, bits: int, cols: int, groups: int, length: int) -> int:
+    """Bits of the largest words that rows and groups consist of; 0 where a code has no place of its own in a byte."""
+    if bits == 0 or 8 % bits:
+        return 0
+    for word in (32, 8):
+        fits = groups <= 1 or length % (word // bits) == 0
+        if fits and codes.shape[1] % (word // 8) == 0 and codes.data_ptr() % (word // 8) == 0:
+            return word
+    return 0
+
+
+def lowbit_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """y = x W^T + b with W = s c, sums in float32, rounded once to the type of x; see ``ops.lowbit_linear``."""
+    check_dense(x, "x")
+    check_storage(x, "x")
+    tokens, cols = x.shape
+    n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, cols)
+    if bias is not None and (bias.numel() != n or bias.dtype != x.dtype or not bias.is_contiguous()):
+        raise ValueError(f"bias: expected {n} elements of {x.dtype}")
+    if cols == 0 and bias is not None:
+        return bias.expand(tokens, n).contiguous()
+    y = x.new_zeros(tokens, n) if cols == 0 else x.new_empty(tokens, n)
+    if y.numel() == 0 or cols == 0:
+        return y
+    arguments |= {"tokens": tokens, "n": n, "groups": groups, "length": length, "bias_ptr": x if bias is None else bias,
+                  "BIAS": bias is not None, "GROUPED": groups > 1}  # fmt: skip
+    if tokens <= FEW:
+        word = _word_bits(codes, bits, cols, groups, length)
+        with on_device(x):
+            few_kernel[(triton.cdiv(n, 4), 1)](
+                x, codes.view(torch.int32) if word == 32 else codes, scale, y_ptr=y, WORD=word,
+                CLAMP=arguments["top"] < 2**bits - 1, M=triton.next_power_of_2(tokens), N=4, W=128,
+                STEPS=triton.cdiv(codes.shape[1] * 8 // word if word else cols, 128), num_warps=4, **arguments,
+            )  # fmt: skip
+        return y
+    exact = arguments["KIND"] != CODEBOOK_KIND and (groups <= 1 or length % 16 == 0)
+    step = next(k for k in (64, 32, 16) if not (exact and groups > 1 and length % k))
+    tile = min(max(triton.next_power_of_2(tokens), 16), 64)
+    tiles = triton.cdiv(n, 64) * triton.cdiv(tokens, tile)
+    shares = max(1, min(PROGRAMS // tiles, cols // (4 * step)))
+    steps = triton.cdiv(triton.cdiv(cols, shares), step)
+    shares = triton.cdiv(cols, steps * step)
+    parts = y[None] if shares == 1 else x.new_empty((shares, tokens, n), dtype=torch.float32)
+    if shares > 1:  # the bias belongs to the sum of all
+        arguments |= {"BIAS": False}
+    with on_device(x):
+        many_kernel[(triton.cdiv(n, 64), triton.cdiv(tokens, tile), shares)](
+            x, codes, scale, y_ptr=parts, EXACT_LEVELS=exact, M=tile, N=64, K=step, STEPS=steps, num_warps=4,
+            **arguments,
+        )  # fmt: skip
+    if shares == 1:
+        return y
+    total = parts.sum(0)
+    return (total if bias is None else total + bias.float()).to(x.dtype)
