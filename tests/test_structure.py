@@ -31,7 +31,7 @@ LAYERS["constraint"] = LAYERS["quant"] | {"quant"}
 LAYERS["optim"] = LAYERS["nn"] = LAYERS["constraint"] | {"constraint", "annealing"}
 LAYERS["files"] = LAYERS["optim"] | {"nn"}
 LAYERS["inspection"] = LAYERS["files"] | {"files"}
-LAYERS["onnx"] = LAYERS["files"]
+LAYERS["onnx"] = LAYERS["torchao"] = LAYERS["files"]
 LAYERS["convert"] = LAYERS["inspection"] | {"inspection"}
 LAYERS["analysis"] = LAYERS["optim"] | {"optim", "nn"}
 LAYERS["search"] = LAYERS["analysis"] | {"analysis"}
