@@ -111,3 +111,17 @@ def test_infinite_weights_take_the_ends():
     assert unpack_weight(pack_weight(w, torch.ones(1), Uniform(4)), torch.ones(1), Uniform(4), (1, 2)).tolist() == [
         [7, -8]
     ]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_code_without_a_level_is_found_in_every_byte(bits):
+    """Grids of 2^k - 1 levels."""
+    for byte in range(256):
+        codes = torch.full((2, 3), byte, dtype=torch.uint8)
+        if int(unpack_codes(codes, bits, 24 // bits).max()) == 2**bits - 1:
+            with pytest.raises(
+                ValueError, match=f"^codes: expected indices of {2**bits - 1} levels, got {2**bits - 1}"
+            ):
+                check_codes(codes, bits, 24 // bits, 2**bits - 1)
+        else:
+            check_codes(codes, bits, 24 // bits, 2**bits - 1)

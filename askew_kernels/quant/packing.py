@@ -19,6 +19,8 @@ from .grids import Codebook, Grid, Ternary, Uniform
 __all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
            "unpack_weight"]  # fmt: skip
 
+# bits -> (shifts that leave a one where all bits of a code are ones, the places of these ones)
+ALL_ONES = {2: ((1,), 0x55), 4: ((1, 2), 0x11), 8: ((1, 2, 4), 0x01)}
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -108,6 +110,14 @@ def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
         if codes.numel() and int(codes.max()) > 242:
             raise ValueError(f"codes: five ternary codes give bytes up to 242, got {int(codes.max())}")
     elif levels < 2**bits and codes.numel():
+        if levels == 2**bits - 1 and bits in ALL_ONES:  # ternary, narrow: only the code of all ones has no level
+            shifts, places = ALL_ONES[bits]
+            for piece in codes.reshape(-1).split(1 << 20):  # which stays in the cache
+                for shift in shifts:
+                    piece = piece & (piece >> shift)
+                if bool((piece & places).any()):
+                    raise ValueError(f"codes: expected indices of {levels} levels, got {levels}")
+            return
         if 8 % bits == 0:  # a byte is bad whatever its place: 256 cases
             seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero().to(torch.uint8)
             top = int(unpack_codes(seen.cpu(), bits, 8 // bits).max())
