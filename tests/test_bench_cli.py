@@ -23,10 +23,11 @@ import pytest
 import torch
 
 from askew_kernels import __main__ as cli
+from askew_kernels import nn, optim
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from askew_kernels.bench.suites import common, fake_quant, sam, startup, step, train
+from askew_kernels.bench.suites import common, fake_quant, packed, sam, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -151,6 +152,8 @@ def test_training_rows(monkeypatch):
     small(monkeypatch)
     monkeypatch.setattr(train, "_turns", lambda context, full: 2)
     for entry in suites.SUITES["train"]:
+        if entry.build is train.log_case:
+            continue
         measured = {r.impl: r for r in harness.run_case("train", entry, Context(CPU, quick=True))}
         plain, ours = measured["float"], measured["ASkew hard"]
         assert not any(r.failed for r in measured.values())
@@ -158,6 +161,40 @@ def test_training_rows(monkeypatch):
         assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0.2) and ours.losses != plain.losses
         assert plain.rate_unit in ("images/s", "tokens/s") and ours.rate > 0
         assert measured["torchao QAT"].note.startswith(("missing: ", "left out: "))
+
+
+def test_steps_with_a_log_write_one(monkeypatch):
+    """Ten steps a call, one of them recorded; equal work with and without."""
+    monkeypatch.setattr(train, "_turns", lambda context, full: 2)
+    written = []
+    append = optim.telemetry.TelemetryLog._append
+    monkeypatch.setattr(optim.telemetry.TelemetryLog, "_append",
+                        lambda self, groups, lines: written.append(lines) or append(self, groups, lines))  # fmt: skip
+    entry = next(e for e in suites.SUITES["train"] if e.build is train.log_case)
+    measured = {r.impl: r for r in harness.run_case("train", entry, Context(CPU, quick=True))}
+    assert not any(r.failed for r in measured.values()) and measured[train.LOG].p50 > 0
+    calls = 2 + 2 + 2  # checked, measured for memory, timed: at most; a line each, written a step later
+    assert 2 <= len(written) <= calls
+
+
+def test_packed_rows_are_checked(monkeypatch):
+    small(monkeypatch, 256)
+    for batch in (1, 16):
+        measured = [r for r in rows_of("packed", f"packed linear, batch {batch}") if r.p50 is not None or r.failed]
+        assert not any(r.failed for r in measured)
+        ours = {r.impl for r in measured if r.kind == "ours"}
+        assert packed.ours("binary") in ours and packed.ours("4-bit group 128") + packed.INT8 in ours
+        by_name = {r.impl: r for r in measured}
+        assert by_name[packed.ours("4-bit")].bytes < by_name["nn.Linear"].bytes / 7
+        assert by_name[packed.TORCH_INT4].p50 > 0
+
+
+def test_a_wrong_packed_product_is_refused(monkeypatch):
+    small(monkeypatch, 256)
+    product = nn.PackedLinear._product
+    monkeypatch.setattr(nn.PackedLinear, "_product", lambda self, x, bias: 1.04 * product(self, x, bias))
+    measured = rows_of("packed", "packed linear, batch 1")
+    assert all(r.failed == (r.kind == "ours") for r in measured if r.kind in ("ours", "baseline"))
 
 
 def test_start_up_is_measured_in_new_processes(monkeypatch):

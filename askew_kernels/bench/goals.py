@@ -14,7 +14,7 @@ from .suites.sam import FOREIGN, INSIDE
 from .suites.search import EDMIPS, MIXED
 from .suites.startup import BEYOND_TORCH
 from .suites.step import BNB_ADAMW, FRESH, IN_PLACE, PARQ, PUBLISHED
-from .suites.train import AUTOCAST, OURS, OURS_AUTOCAST
+from .suites.train import AUTOCAST, LOG, OURS, OURS_AUTOCAST
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ GOALS: list[Goal] = [
         Goal(f"hard QAT {op} ÷ float", "train", "<=", 1.05, ratio(op, OURS))
         for op in ("training step, MLP", "training step, ResNet-18", "training step, GPT")
     ],
+    Goal("training steps with a telemetry log ÷ without", "train", "<=", 1.01, ratio("training steps with a log", LOG)),
     Goal("import askew_kernels, ms beyond import torch", "startup", "<=", 300,
          lambda rows: found(rows, "start-up", BEYOND_TORCH).p50 or 0.0),
     *[

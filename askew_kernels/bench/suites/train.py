@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,8 +327,49 @@ def gpt_case(context: Context) -> Case:
     return training_case(context, name, task, size * length, "tokens")
 
 
+NO_LOG, LOG = "ASkew hard", "ASkew hard, telemetry_log"
+RECORDED = 10  # steps of which one is recorded, as by default: what a call takes
+
+
+def log_case(context: Context) -> Case:
+    """Ten training steps of a small network, without a log and with one: every line that a training writes."""
+    width, size, turns = 512, 64, _turns(context, 150)
+    batch = template_batches((784,), size, context.device)
+    task = Task(lambda: mlp(width), batch, ("0", "6"), 0.02, False, turns)
+    torch.manual_seed(6)
+    initial = task.model().to(context.device).state_dict()
+    folder = tempfile.TemporaryDirectory(prefix="askew-log-")
+
+    def impl(name: str, kind: str, log: bool) -> Impl:
+        model = task.model().to(context.device)
+        model.load_state_dict(initial)
+        with torch.no_grad():
+            x, y = task.batch(0)
+            expected = float(functional.cross_entropy(model(x), y))
+        inner = set(_inner(model, task.ends))
+        config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard")
+        ask_nn.quantize_(model, config, lambda module, name: name in inner)
+        path = Path(folder.name) / "run.jsonl" if log else None
+        optimizer = optim.ASkewSGD(
+            ask_nn.param_groups(model), lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path
+        )
+        training = Training(task, context, model, optimizer)
+        batches = [task.batch(k) for k in range(RECORDED)]
+
+        def run(_kept: Any = folder) -> None:  # the folder lives as long as what writes into it
+            for training.ready in batches:
+                training.step()
+
+        return Impl(name, run, kind, check=LossCheck(training, expected), backend="torch", note="ten steps a call")
+
+    impls = [impl(NO_LOG, "baseline", False), impl(LOG, "ours", True)]
+    name = f"MLP 784-{width}-{width}-{width}-10, batch {size}, {RECORDED} steps"
+    return Case(name, "float32", NO_LOG, impls, 0, work=RECORDED * size, work_unit="images", turns=turns)
+
+
 TRAIN = [
     Entry("training step, MLP", mlp_case, warm=True),
     Entry("training step, ResNet-18", resnet_case, warm=True),
     Entry("training step, GPT", gpt_case, warm=True),
+    Entry("training steps with a log", log_case),
 ]
