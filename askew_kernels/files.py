@@ -1,7 +1,7 @@
 """Packed models as one safetensors file: codes, scales, the remaining tensors, and what they mean, as JSON.
 
 The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers": {name: description}, "aliases":
-{name: kept name}, "checksum": CRC-32}``. A description holds kind, config (grid, granularity), trits, shape, dtype, and
+{name: kept name}, "checksum": hexadecimal CRC-32}``. A description holds kind, config (grid, granularity), trits, shape, dtype, and
 for convolutions the geometry; aliases are tensors that are one in memory; the checksum covers all of it and finds
 damage (it is no defence against an author who means harm, but nothing read here is ever executed). Never pickle.
 """
@@ -34,6 +34,7 @@ from .quant import QuantConfig, check_codes
 
 VERSION = 1
 KEY = "askew_kernels"
+PENDING = "?" * 8  # in the place of a checksum that is still being made
 PIECE = 1 << 22  # bytes of a tensor that have a CRC-32 of their own
 KINDS: dict[str, Any] = {"linear": PackedLinear, "conv2d": PackedConv2d}
 TWINS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
@@ -56,8 +57,9 @@ def _bytes(t: Tensor) -> Any:
     return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
-    """CRC-32 of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each tensor.
+def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
+    tensor.
 
     By pieces, because one processor takes longer over a CRC than a disk over the bytes; zlib lets others run.
     """
@@ -71,7 +73,7 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int
             pieces = [data[i : i + PIECE] for i in range(0, len(data), PIECE)]
             for piece in pool.map(zlib.crc32, pieces) if len(pieces) > 1 else map(zlib.crc32, pieces):
                 crc = zlib.crc32(piece.to_bytes(4, "little"), crc)
-    return crc
+    return f"{crc:08x}"
 
 
 def write_packed(path: str | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
@@ -95,13 +97,21 @@ def write_packed(path: str | os.PathLike, tensors: Mapping[str, Tensor], layers:
         if t.untyped_storage().data_ptr() in seen and t.numel():
             kept[name] = t.clone()
         seen.add(t.untyped_storage().data_ptr())
-    document: dict[str, Any] = {"version": VERSION, "layers": dict(layers), "aliases": aliases}
-    document["checksum"] = _checksum(document, kept)
+    document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        library.torch.save_file(kept, str(temporary), {"format": "pt", KEY: json.dumps(document)})
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with ThreadPoolExecutor(1) as writer:  # the checksum takes as long as the disk: both at once
+            metadata = {"format": "pt", KEY: json.dumps(document)}
+            written = writer.submit(library.torch.save_file, kept, str(temporary), metadata)
+            checksum = _checksum(document, kept)
+            written.result()
+        with open(temporary, "r+b") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length)
+            file.seek(8 + header.index(PENDING.encode()))  # its first place: nothing before it is ours to choose
+            file.write(checksum.encode())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, library.SafetensorError) as error:
         raise PackedFileError(f"{path}: cannot be written ({error})") from None

@@ -186,7 +186,6 @@ def test_packed_rows_are_checked(monkeypatch):
         assert packed.ours("binary") in ours and packed.ours("4-bit group 128") + packed.INT8 in ours
         by_name = {r.impl: r for r in measured}
         assert by_name[packed.ours("4-bit")].bytes < by_name["nn.Linear"].bytes / 7
-        assert by_name[packed.TORCH_INT4].p50 > 0
 
 
 def test_a_wrong_packed_product_is_refused(monkeypatch):
