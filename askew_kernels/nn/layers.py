@@ -22,7 +22,7 @@ SCALE_KEY = "weight_scale"
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None

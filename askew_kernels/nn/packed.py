@@ -122,16 +122,19 @@ class PackedLayer(nn.Module):
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
         low = _autocast_dtype(x)
-        x = self._input(x)
-        x = x if low is None else x.to(low)
-        return x, None if self.bias is None else self.bias.to(x.dtype)
+        if self.config.activation is not None:
+            x = self._input(x)
+        if low is not None:
+            x = x.to(low)
+        bias = self._parameters["bias"]  # not `self.bias`, nor a cast to the same type: microseconds, in every call
+        return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
         is there, and never where x wants a gradient."""
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        return x.device.type == "cpu" or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON)
+        return x.is_cpu or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.lowbit_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
@@ -140,10 +143,10 @@ class PackedLayer(nn.Module):
         product = runtime.operator(name, x)
         if x.is_cuda and len(x) > FEW_IN_CUDA and runtime._forced is None and not torch.compiler.is_compiling():
             product = runtime.implementation("triton", name)
-        return product(
-            x.contiguous(), self.weight_codes, self.weight_scale.float(), grid.levels_tensor(x.device), grid.encoding,
-            self.bits, bias,
-        )  # fmt: skip
+        codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
+        if scale.dtype != torch.float32:  # type: ignore[union-attr]
+            scale = scale.float()  # type: ignore[union-attr]
+        return product(x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
 
     @property
     def packed_bytes(self) -> int:
@@ -209,7 +212,7 @@ class PackedLinear(PackedLayer):
         x, bias = self._prepared(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
-        rows = math.prod(x.shape[:-1])
+        rows = len(x) if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
             return functional.linear(x, self.dequantize(x.dtype), bias)
         with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
