@@ -36,7 +36,7 @@ FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpackin
 FEW_IN_CUDA = (
     8  # rows of x up to which the CUDA kernel, which does not use the matrix units, takes them before Triton's
 )
-FEW_POSITIONS = 96  # output positions of a convolution up to which float products are made from the codes
+FEW_POSITIONS = 40  # output positions of a convolution up to which float products are made from the codes
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 _TRITON = runtime.has_triton()
 
