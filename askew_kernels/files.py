@@ -1,9 +1,9 @@
 """Packed models as one safetensors file: codes, scales, the remaining tensors, and what they mean, as JSON.
 
 The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers": {name: description}, "aliases":
-{name: kept name}, "checksum": hexadecimal CRC-32}``. A description holds kind, config (grid, granularity), trits, shape,
-dtype, and for convolutions the geometry; aliases are tensors that are one in memory; the checksum covers all of it and
-finds damage (it is no defence against an author who means harm, but nothing read here is ever executed). Never pickle.
+{name: kept name}, "checksum": hexadecimal CRC-32}``. A description holds kind, config (grid, granularity), trits,
+shape, dtype, and for convolutions the geometry; aliases are tensors that are one in memory; the checksum covers all of
+it and finds damage (it is no defence against an author who means harm, but nothing read here is ever executed).
 """
 
 from __future__ import annotations

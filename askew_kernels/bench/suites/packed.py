@@ -34,6 +34,7 @@ GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are 
 INT8 = ", int8 activations"
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
 DYNAMIC = "torch dynamic quantized Linear"
+SAVE, LOAD = "save_packed", "load_packed"
 
 
 def ours(name: str) -> str:
@@ -194,8 +195,8 @@ def file_case(context: Context, name: str) -> Case:
         Impl(
             "torch.save, the same tensors", lambda: torch.save(model.state_dict(), path.with_suffix(".pt")), "baseline"
         ),
-        Impl("save_packed", save, "ours", check=check, backend="python", note=note),
-        Impl("load_packed", load(True), "ours", check=check, backend="python"),
+        Impl(SAVE, save, "ours", check=check, backend="python", note=note),
+        Impl(LOAD, load(True), "ours", check=check, backend="python"),
         Impl("load_packed, verify=False", load(False), "ours", check=check, backend="python"),
     ]
     return Case(
