@@ -19,7 +19,7 @@ def _library() -> Any:
         from torchao.quantization.quantize_.workflows.int4.int4_tensor import Int4Tensor
         from torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor import IntxUnpackedToInt8Tensor
     except ImportError as error:
-        raise ImportError(f"torchao's tensors need torchao >= 0.15 (pip install torchao): {error}") from None
+        raise ImportError(f"to_torchao needs torchao (tested with 0.18; pip install torchao): {error}") from None
     return IntxUnpackedToInt8Tensor, Int4Tensor
 
 

@@ -80,8 +80,10 @@ static int64_t scratch(const LowbitWeight& w) {
   return form == kDecoded ? kRows * cols * 4 + cols : form == kBytes ? kRows * cols : kPadding;
 }
 
+enum Grouped : int { kOneScale, kBlocks, kLanes };  // of a row: groups of whole blocks, or several groups in a block
+
 // sum[r][b] = row r times input b, for R rows from p, `stride` bytes apart.
-template <int FORM, bool GROUPED, int R, int B>
+template <int FORM, int GROUPED, int R, int B>
 ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row, const float* x,
                        int64_t width, vf (&sum)[R][B]) {
   constexpr int kBits = FORM == kDecoded ? 8 : FORM;
@@ -112,7 +114,8 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
         __builtin_memcpy(padded, from, w.row_bytes - whole * kStep);
         word[r] = words_of<kBits>(w, padded);
       }
-      if (GROUPED) s[r] = scales_of(lanes, scale + r * w.groups, left);
+      if (GROUPED == kBlocks) s[r] = vf{} + scale[r * w.groups];
+      if (GROUPED == kLanes) s[r] = scales_of(lanes, scale + r * w.groups, left);
       own[r] = vf{};
     }
     const float* at = x + i * block::kCols;
@@ -134,15 +137,15 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
     }
     if (GROUPED && B == 1) ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
     if (GROUPED) {
-      const int64_t done = lanes.blocks ? i + 1 == until : lanes.groups;
-      if (lanes.blocks && done) until += lanes.blocks;
+      const int64_t done = GROUPED == kBlocks || lanes.blocks ? i + 1 == until : lanes.groups;
+      if ((GROUPED == kBlocks || lanes.blocks) && done) until += lanes.blocks;
       scale += done;
       left -= done;
     }
   }
 }
 
-template <int FORM, bool GROUPED, int R, int B>
+template <int FORM, int GROUPED, int R, int B>
 __attribute__((noinline)) void multiply_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row,
                                              const float* x, int64_t width, const float* bias, float* y) {
   vf sum[R][B];
@@ -174,15 +177,22 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
   }
   constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
   int64_t b = 0;
+  constexpr int kGrouped = GROUPED ? kLanes : kOneScale;
   if (R == kRows) {
-    multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x, width, bias, y);
+    constexpr int64_t kCols = Block < FORM == kDecoded ? 8 : FORM > ::kCols;
+    if (GROUPED &&
+        w.cols / w.groups % kCols == 0)  // a loop of its own: the choice of scales costs as much as a product
+      multiply_tile<FORM, GROUPED ? kBlocks : kOneScale, R, 1>(w, p, stride, row, x, width, bias, y);
+    else
+      multiply_tile<FORM, kGrouped, R, 1>(w, p, stride, row, x, width, bias, y);
     return;
   }
   for (; b + kInputs <= batch; b += kInputs)
-    multiply_tile<FORM, GROUPED, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+    multiply_tile<FORM, kGrouped, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
   for (; b + 2 <= batch; b += 2)
-    multiply_tile<FORM, GROUPED, R, 2>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
-  for (; b < batch; ++b) multiply_tile<FORM, GROUPED, R, 1>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+    multiply_tile<FORM, kGrouped, R, 2>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+  for (; b < batch; ++b)
+    multiply_tile<FORM, kGrouped, R, 1>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
 }
 
 template <int FORM, bool GROUPED>

@@ -151,7 +151,8 @@ typedef __m512i Sums;  // int16, two products each: added up in int32 before the
 ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  return _mm512_add_epi16(sums, _mm512_maddubs_epi16(codes, input));
+  asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(_mm512_maddubs_epi16(codes, input)));  // in place: GCC copies otherwise
+  return sums;
 }
 ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
 ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
@@ -168,7 +169,8 @@ typedef __m256i Sums;
 ASKEW_FN Codes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 ASKEW_FN Sums zero_sums() { return _mm256_setzero_si256(); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, input));
+  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(_mm256_maddubs_epi16(codes, input)));  // in place: GCC copies otherwise
+  return sums;
 }
 ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
@@ -233,22 +235,25 @@ ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, in
   }
 }
 
-// The same for V vectors, few enough for int16; 0: int8_sums.
-template <int R, int B, bool WIDE, int V>
+// How many vectors stand between two changes of scale: any number; or two, few enough for int16, that are one group or
+// hold several.
+enum Span : int { kAny, kTwoOfOne, kTwoOfSeveral };
+
+template <int R, int B, bool WIDE, int SPAN>
 ASKEW_FN void int8_span(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
                         vi (&sum)[R][B]) {
-  if (V == 0) return int8_sums<R, B, WIDE>(codes, q, width, bytes, most, sum);
+  if (SPAN == kAny) return int8_sums<R, B, WIDE>(codes, q, width, bytes, most, sum);
   ASKEW_UNROLL for (int b = 0; b < B; ++b) {
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
       Sums own = zero_sums();
-      ASKEW_UNROLL for (int v = 0; v < V; ++v) own = add_products(
+      ASKEW_UNROLL for (int v = 0; v < 2; ++v) own = add_products(
           own, load_bytes(codes + r * width + v * 4 * ASKEW_LANES), load_bytes(q + b * width + v * 4 * ASKEW_LANES));
       sum[r][b] = lane_sums(own);
     }
   }
 }
 
-template <int R, int B, bool WIDE, int V>
+template <int R, int B, bool WIDE, int SPAN>
 ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, const LaneScales& lanes,
                           int64_t step, int64_t token, float (&dot)[B][R]) {
   const int64_t most = WIDE ? INT64_MAX / 128 : vectors_in_flight(w.n_levels - 1);
@@ -261,9 +266,10 @@ ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int
         multiply_add(Floats::load(rows.scales + r * rows.groups + g),
                      Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
   for (int64_t i = 0, g = 0; i < rows.width; i += step, g += lanes.groups) {
-    int8_span<R, B, WIDE, V>(rows.codes + i, q + i, rows.width, step, most, sum);
+    int8_span<R, B, WIDE, SPAN>(rows.codes + i, q + i, rows.width, step, most, sum);
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
-      const vf s = scales_of(lanes, rows.scales + r * rows.groups + g, w.groups - g);
+      const float* first = rows.scales + r * rows.groups + g;
+      const vf s = SPAN == kTwoOfOne ? vf{} + *first : scales_of(lanes, first, w.groups - g);
       ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
           multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
     }
@@ -290,10 +296,13 @@ __attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& 
     const int parts = int8_parts(w);
     const LaneScales lanes = lane_scales(w, parts * 4 * ASKEW_LANES, parts * 4);
     const int64_t step = parts * 4 * ASKEW_LANES * (lanes.blocks ? lanes.blocks : 1);
-    if (!WIDE && lanes.blocks <= 1 && parts == 2 && vectors_in_flight(w.n_levels - 1) >= 2)
-      int8_groups<R, B, WIDE, 2>(w, rows, x, lanes, step, token, dot);
+    const bool two = !WIDE && lanes.blocks <= 1 && parts == 2 && vectors_in_flight(w.n_levels - 1) >= 2;
+    if (two && lanes.blocks)
+      int8_groups<R, B, WIDE, WIDE ? kAny : kTwoOfOne>(w, rows, x, lanes, step, token, dot);
+    else if (two)
+      int8_groups<R, B, WIDE, WIDE ? kAny : kTwoOfSeveral>(w, rows, x, lanes, step, token, dot);
     else
-      int8_groups<R, B, WIDE, 0>(w, rows, x, lanes, step, token, dot);
+      int8_groups<R, B, WIDE, kAny>(w, rows, x, lanes, step, token, dot);
   }
   ASKEW_UNROLL for (int b = 0; b < B; ++b) {
     const float s = w.step * x.scale[token + b];
