@@ -352,7 +352,7 @@ def test_a_missing_peer_says_how_to_install_it(monkeypatch):
 
 
 def test_peers_of_a_gpu_are_named(monkeypatch):
-    """The cases as a GPU would have them, built on the CPU; nothing is run."""
+    """The cases as a GPU would have them, built on the CPU."""
     monkeypatch.setattr(Context, "is_cuda", True)
     monkeypatch.setattr(Context, "side", 64)
     monkeypatch.setattr(Context, "backends", lambda self: [("", "")])
@@ -361,6 +361,13 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     forward = next(e for e in suites.SUITES["linear"] if e.op == "linear forward").build(context)
     missing = {i.name: i.missing for i in forward.impls if i.missing}
     assert "torchao is" in missing["torchao int4 weight-only"] and "gemlite is" in missing["gemlite 4-bit"]
+    few = next(e for e in suites.SUITES["packed"] if e.op == "packed linear on a GPU, batch 4")
+    monkeypatch.setattr(Context, "side", 128)
+    impls = {i.name: i for i in few.build(context).impls}
+    assert "gemlite is" in impls["gemlite 4-bit"].missing and packed.ours("binary") in impls
+    for impl in impls.values():
+        if impl.check is not None and not impl.missing:
+            impl.check(impl.run)  # what a GPU would run, on the CPU
     gpt, mlp = (next(e for e in suites.SUITES["train"] if e.op.endswith(n)).build(context) for n in ("GPT", "MLP"))
     assert any(i.name == train.LIGER and "liger_kernel is" in i.missing for i in gpt.impls)
     assert not any(i.name == train.LIGER for i in mlp.impls)

@@ -177,6 +177,9 @@ GOALS: list[Goal] = [
             Goal(f"every step, {backend}: least % of the device's copy bandwidth", "step", ">=", 90,
                  worst_of(lambda r, b=backend: r.backend == b and "published" not in r.op,  # type: ignore[misc]
                           lambda r: r.percent_of_copy, min), "cuda"),
+            Goal(f"PackedLinear 4-bit group 128, batch 1, {backend}: times faster than bf16 nn.Linear", "packed",
+                 ">=", 3.3, ratio("packed linear on a GPU, batch 1", "nn.Linear",
+                                  f"{ours('4-bit group 128')} ({backend})"), "cuda"),
             Goal(f"fake_quantize, {backend}: least % of the device's copy bandwidth", "fake_quant", ">=", 90,
                  worst_of(lambda r, b=backend: r.backend == b, lambda r: r.percent_of_copy, min), "cuda"),  # type: ignore[misc]
             Goal(f"step, {backend} ÷ torch.compile", "step", "<=", 1.0,

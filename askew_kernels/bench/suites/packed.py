@@ -20,6 +20,7 @@ from ... import files, quant, runtime
 from ... import nn as ask_nn
 from .. import peers
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
+from .common import in_backend, our_backend
 from .linear import NearCheck
 
 GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
@@ -153,6 +154,42 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
     ]  # fmt: skip
 
 
+def gpu_case(context: Context, batch: int) -> Case:
+    """bfloat16 activations on a GPU, from the codes by each backend, beside torch's product and other 4-bit layers."""
+    side, device = context.side, str(context.device)
+    layer = float_layer(side, device).bfloat16()
+    g = torch.Generator(context.device).manual_seed(3)
+    x = torch.randn(batch, side, device=context.device, generator=g).bfloat16()
+    other = torch.zeros(1 << (20 if context.quick else 26), device=context.device)  # more than the L2 cache
+
+    def call(made: Callable[[Tensor], Tensor], backend: str = "") -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return made(x)
+
+        return in_backend(backend, run)
+
+    def own(name: str, backend: str, missing: str) -> Impl:
+        title = ours(name) + (f" ({backend})" if backend else "")
+        if missing:
+            return Impl(title, kind="ours", backend=backend, missing=missing)
+        made = ask_nn.AskewLinear.from_float(layer, GRIDS[name][0])
+        packed = ask_nn.PackedLinear.from_quantized(made, force=True, trits=GRIDS[name][1]).eval()
+        return Impl(title, call(packed, backend), "ours", Traffic(read=packed.packed_bytes),
+                    PackedCheck(packed, x, 0.01), other.sum, backend=our_backend(context, backend))  # fmt: skip
+
+    def peer(made: Callable[[nn.Linear], nn.Module]) -> Callable[[], Impl]:
+        return lambda: Impl("", call(made(copy.deepcopy(layer))), prepare=other.sum, check=NearCheck(layer, x))
+
+    impls = [Impl("nn.Linear", call(layer), "baseline", Traffic(read=2 * side * side), prepare=other.sum)]
+    for name in ("4-bit group 128", "4-bit", "3-bit", "ternary", "binary"):
+        impls += [own(name, *backend) for backend in context.backends()]
+    impls += [peers.peer("torchao int4 weight-only", "torchao", peer(peers.torchao_int4)),
+              peers.peer("gemlite 4-bit", "gemlite", peer(lambda m: peers.gemlite_linear(m, 4)))]  # fmt: skip
+    return Case(f"{batch} x {side} x {side}", "bfloat16", "nn.Linear", impls, side * side,
+                work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -205,6 +242,7 @@ def file_case(context: Context, name: str) -> Case:
 
 
 BATCHES = (1, 16, 256, 4096)
+GPU_BATCHES = (1, 4, 32, 64, 4096)
 FILES = ("4-bit group 128", "ternary", "binary")
 
 PACKED = [
@@ -212,6 +250,10 @@ PACKED = [
         Entry(f"packed linear, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cpu",),
               quick=batch <= 16)
         for batch in BATCHES
+    ],
+    *[
+        Entry(f"packed linear on a GPU, batch {batch}", functools.partial(gpu_case, batch=batch), devices=("cuda",))
+        for batch in GPU_BATCHES
     ],
     *[
         Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
