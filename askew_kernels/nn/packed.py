@@ -134,7 +134,7 @@ class PackedLayer(nn.Module):
         is there, and never where x wants a gradient."""
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        return x.is_cpu or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON)
+        return x.is_cpu or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON and x.dtype != torch.float64)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.lowbit_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
