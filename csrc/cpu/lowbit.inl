@@ -50,6 +50,26 @@ ASKEW_FN vu widened(const uint8_t* p) {
 #endif
 }
 
+template <int BITS>
+ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p);
+
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+// 128 codes of 3 bits, 48 bytes, as bytes: a lane's word holds eight of them, which become two words of four bytes.
+ASKEW_FN void unpack_threes(const LowbitWeight& w, const uint8_t* p, uint8_t* out) {
+  const vu word = words_of<3>(w, p);
+  __m512i four[2];
+  for (int half = 0; half < 2; ++half) {
+    const vu codes = word >> (12 * half);
+    four[half] =
+        (__m512i)((codes & 0x7u) | (codes << 5 & 0x700u) | (codes << 10 & 0x70000u) | (codes << 15 & 0x7000000u));
+  }
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi32(four[0], first, four[1]));
+  _mm512_storeu_si512(out + 64, _mm512_permutex2var_epi32(four[0], second, four[1]));
+}
+#endif
+
 // Codes as bytes in the order of the columns, followed by zeros up to a multiple of 64.
 ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) {
   const LowbitWeight w = weight;  // a copy that the stores cannot change
@@ -67,6 +87,15 @@ ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) 
       const __m256i bytes = _mm256_maskz_loadu_epi8(left < 32 ? (1u << left) - 1 : ~0u, p + i);
       const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
       _mm512_storeu_si512(out + 2 * i, _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), mask));
+    }
+  } else if (w.bits == 3) {
+    int64_t c = 0, at = 0;
+    for (; at + 48 <= w.row_bytes; c += 128, at += 48) unpack_threes(w, p + at, out + c);
+    if (c < w.cols) {
+      uint8_t bytes[48] = {}, codes[128];
+      __builtin_memcpy(bytes, p + at, w.row_bytes - at);
+      unpack_threes(w, bytes, codes);
+      __builtin_memcpy(out + c, codes, end - c);
     }
 #endif
   } else {
