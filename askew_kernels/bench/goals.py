@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .rows import Row
 from .suites.fake_quant import COMPILED, COMPILED_BOTH
 from .suites.linear import AFTER_STEP, BREVITAS, HARD, TORCHAO
-from .suites.packed import DYNAMIC, FILES, INT8, LOAD, SAVE, TORCH_INT4, TORCH_INT8, ours
+from .suites.packed import BITSANDBYTES, DYNAMIC, FILES, INT8, LOAD, SAVE, TORCH_INT4, TORCH_INT8, ours
 from .suites.sam import FOREIGN, INSIDE
 from .suites.search import EDMIPS, MIXED
 from .suites.startup import BEYOND_TORCH
@@ -126,10 +126,13 @@ GOALS: list[Goal] = [
         )
     ],
     *[
-        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} of torch's", "packed", "<=", 1.0,
+        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "packed", "<=", 1.0,
              ratio_to_best(f"packed linear, batch {batch}", ours(name), rivals))
         for batch in (1, 16, 256, 4096)
-        for name, rivals in (("4-bit group 128", (TORCH_INT4, TORCH_INT8)), ("4-bit" + INT8, (DYNAMIC,)))
+        for name, rivals in (
+            ("4-bit group 128", (TORCH_INT4, TORCH_INT8, BITSANDBYTES)), ("4-bit" + INT8, (DYNAMIC,)),
+            ("8-bit", (TORCH_INT8,)), ("8-bit" + INT8, (DYNAMIC,)),
+        )
     ],
     *[
         Goal(f"{what} of a 4-bit model of 100 million weights, GB/s", "packed", ">=", 1.0,

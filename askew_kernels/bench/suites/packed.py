@@ -34,7 +34,7 @@ GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are 
 }
 INT8 = ", int8 activations"
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
-DYNAMIC = "torch dynamic quantized Linear"
+DYNAMIC, BITSANDBYTES = "torch dynamic quantized Linear", "bitsandbytes Linear4bit"
 SAVE, LOAD = "save_packed", "load_packed"
 
 
@@ -149,7 +149,7 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
             "", peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, check=near(least=0.0))),
         peers.peer("torchao int8 dynamic", "torchao", lambda: impl(
             "", peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, check=near(least=0.0))),
-        peers.peer("bitsandbytes Linear4bit", "bitsandbytes", lambda: impl(
+        peers.peer(BITSANDBYTES, "bitsandbytes", lambda: impl(
             "", peers.bitsandbytes_linear4bit(layer), n * k // 2, check=near())),
     ]  # fmt: skip
 
