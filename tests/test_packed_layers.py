@@ -30,7 +30,7 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
-from askew_kernels.files import KEY, PackedFile, PackedFileError
+from askew_kernels.files import KEY, PENDING, PackedFile, PackedFileError
 from askew_kernels.nn import PackedConv2d, PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_codes
 
@@ -385,6 +385,16 @@ def test_a_loaded_model_is_the_saved_one(name, tmp_path):
         with torch.no_grad():
             assert same_bits(loaded(picture()), model(picture()))
     assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_names_like_the_mark_of_a_pending_checksum(tmp_path):
+    def build():
+        torch.manual_seed(1)
+        return nn.ModuleDict({PENDING: nn.Linear(8, 4), "checksum": nn.Linear(8, 4)})
+
+    model = ak.pack_(ak.quantize_(build(), CONFIGS["int8"]), force=True)
+    ak.save_packed(model, tmp_path / "m.safetensors")
+    assert same_state(ak.load_packed(tmp_path / "m.safetensors", build()).state_dict(), model.state_dict())
 
 
 def test_plain_state_dicts_load_too(saved):
