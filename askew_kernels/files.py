@@ -4,6 +4,7 @@ The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers"
 {name: kept name}, "checksum": hexadecimal CRC-32}``. A description holds kind, config (grid, granularity), trits,
 shape, dtype, and for convolutions the geometry; aliases are tensors that are one in memory; the checksum covers all of
 it and finds damage (it is no defence against an author who means harm, but nothing read here is ever executed).
+Never pickle.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
     tensor.
 
-    By pieces, because one processor takes longer over a CRC than a disk over the bytes; zlib lets others run.
+    By pieces, so that all threads share the work; zlib lets the others run meanwhile.
     """
     text = json.dumps({k: v for k, v in document.items() if k != "checksum"}, sort_keys=True)
     crc = zlib.crc32(text.encode())
@@ -100,7 +101,7 @@ def write_packed(path: str | os.PathLike, tensors: Mapping[str, Tensor], layers:
     document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with ThreadPoolExecutor(1) as writer:  # the checksum takes as long as the disk: both at once
+        with ThreadPoolExecutor(1) as writer:  # beside the checksum
             metadata = {"format": "pt", KEY: json.dumps(document)}
             written = writer.submit(library.torch.save_file, kept, str(temporary), metadata)
             checksum = _checksum(document, kept)

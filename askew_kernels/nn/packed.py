@@ -33,10 +33,8 @@ from .layers import (
 )
 
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
-FEW_IN_CUDA = (
-    8  # rows of x up to which the CUDA kernel, which does not use the matrix units, takes them before Triton's
-)
-FEW_POSITIONS = 40  # output positions of a convolution up to which float products are made from the codes
+FEW_IN_CUDA = 8  # rows up to which the CUDA kernel takes them; beyond Triton's, which has the matrix units
+FEW_POSITIONS = 40  # output positions of a convolution below which float products are made from the codes
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 _TRITON = runtime.has_triton()
 
@@ -146,7 +144,8 @@ class PackedLayer(nn.Module):
         codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
         if scale.dtype != torch.float32:  # type: ignore[union-attr]
             scale = scale.float()  # type: ignore[union-attr]
-        return product(x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
+        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
+            return product(x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
 
     @property
     def packed_bytes(self) -> int:
@@ -215,10 +214,9 @@ class PackedLinear(PackedLayer):
         rows = len(x) if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
             return functional.linear(x, self.dequantize(x.dtype), bias)
-        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            if x.dim() == 2:
-                return self._product(x, bias)
-            return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
+        if x.dim() == 2:
+            return self._product(x, bias)
+        return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -262,14 +260,13 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         x, bias = self._prepared(x)
-        if x.device.type == "cpu" and self.groups == 1 and x.dim() in (3, 4) and x.shape[-3] == self.in_channels:
+        if x.is_cpu and self.groups == 1 and x.dim() in (3, 4) and x.shape[-3] == self.in_channels:
             batch = x if x.dim() == 4 else x[None]
             height, width = self._positions(batch)
             few = len(batch) * height * width < FEW_POSITIONS
             whole = height > 0 and width > 0  # torch's own product says what is wrong otherwise
             if whole and (few or self.activations == "int8") and self._reads_codes(x, 1):
-                with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-                    y = self._from_codes(batch, bias, height, width)
+                y = self._from_codes(batch, bias, height, width)
                 return y if x.dim() == 4 else y[0]
         return self._conv_forward(x, self.dequantize(x.dtype), bias)
 

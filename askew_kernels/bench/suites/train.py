@@ -165,6 +165,14 @@ def _replace(model: nn.Module, names: list[str], made: Callable[[Any], nn.Module
         setattr(model.get_submodule(parent), leaf, made(model.get_submodule(name)))
 
 
+def _quantized(model: nn.Module, ends: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Parameter groups of ``model`` after its inner layers have become hard 4-bit ones with SAWB scales."""
+    inner = set(_inner(model, ends))
+    config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard")
+    ask_nn.quantize_(model, config, lambda module, name: name in inner)
+    return ask_nn.param_groups(model)
+
+
 class Training:
     """``step()`` is one training step; ``losses`` are those of all steps so far."""
 
@@ -255,11 +263,7 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
         if missing:
             return Impl(name, kind="ours", backend=backend, missing=missing)
         model = fresh()
-        inner = set(_inner(model, task.ends))
-        ask_nn.quantize_(
-            model, quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"), lambda module, name: name in inner
-        )
-        groups = ask_nn.param_groups(model)
+        groups = _quantized(model, task.ends)
         optimizer: torch.optim.Optimizer
         if task.adamw:
             optimizer = optim.ASkewAdamW(groups, lr=task.lr)
@@ -346,13 +350,9 @@ def log_case(context: Context) -> Case:
         with torch.no_grad():
             x, y = task.batch(0)
             expected = float(functional.cross_entropy(model(x), y))
-        inner = set(_inner(model, task.ends))
-        config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard")
-        ask_nn.quantize_(model, config, lambda module, name: name in inner)
+        groups = _quantized(model, task.ends)
         path = Path(folder.name) / "run.jsonl" if log else None
-        optimizer = optim.ASkewSGD(
-            ask_nn.param_groups(model), lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path
-        )
+        optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path)
         training = Training(task, context, model, optimizer)
         batches = [task.batch(k) for k in range(RECORDED)]
 
