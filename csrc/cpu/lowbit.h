@@ -4,16 +4,11 @@
 
 namespace askew {
 
-struct LowbitWeight {
-  const uint8_t* codes;   // (n, row_bytes)
+struct LowbitWeight : LowbitArg {
   const uint8_t* digits;  // bits == 0: (256, 8), the five codes of a byte and padding; above 242 those of 242
   const uint32_t* words;  // the same codes in a word, four bits each
-  const float* scale;     // (1), (n) or (n * groups)
   float table[16];        // level of the code in the low `bits` bits of the index, where there are at most 4
   float lo, hi, step;     // levels lo, lo + step … hi, but for a codebook
-  int bits;               // 1 ... 8; 0: five trits a byte
-  int n_levels;
-  int64_t n, cols, row_bytes, groups;  // groups: scales of a row; 0: one scale for all
 };
 
 // x quantized to int8, token by token.

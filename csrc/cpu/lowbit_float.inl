@@ -179,9 +179,9 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
   int64_t b = 0;
   constexpr int kGrouped = GROUPED ? kLanes : kOneScale;
   if (R == kRows) {
-    constexpr int64_t kCols = Block < FORM == kDecoded ? 8 : FORM > ::kCols;
-    if (GROUPED &&
-        w.cols / w.groups % kCols == 0)  // a loop of its own: the choice of scales costs as much as a product
+    constexpr int kBits = FORM == kDecoded ? 8 : FORM;
+    // a loop of its own: the choice of scales costs as much as a product
+    if (GROUPED && w.cols / w.groups % Block<kBits>::kCols == 0)
       multiply_tile<FORM, GROUPED ? kBlocks : kOneScale, R, 1>(w, p, stride, row, x, width, bias, y);
     else
       multiply_tile<FORM, kGrouped, R, 1>(w, p, stride, row, x, width, bias, y);

@@ -73,25 +73,17 @@ const Trits& trits() {
 LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& levels, const std::vector<int64_t>& grid,
                        int64_t bits, int64_t cols) {
   STD_TORCH_CHECK(codes.is_cpu(), "codes: expected on the CPU");
-  const LowbitArg a = lowbit_arg(codes, scale, levels, grid, bits, cols);
   LowbitWeight w{};
-  w.codes = a.codes;
-  w.scale = a.scale;
-  w.bits = a.bits;
-  w.n_levels = a.n_levels;
-  w.n = a.n;
-  w.cols = a.cols;
-  w.row_bytes = a.row_bytes;
-  w.groups = a.groups;
+  static_cast<LowbitArg&>(w) = lowbit_arg(codes, scale, levels, grid, bits, cols);
   w.digits = trits().digits[0];
   w.words = trits().words;
-  w.lo = a.grid.lo;
-  w.hi = a.grid.hi;
-  w.step = a.grid.kind == kBinary ? 2 : 1;
+  w.lo = w.grid.lo;
+  w.hi = w.grid.hi;
+  w.step = w.grid.kind == kBinary ? 2 : 1;
   if (bits <= 4)
     for (int i = 0; i < 16; ++i) {
       const int k = std::min(bits ? i & ((1 << bits) - 1) : i, w.n_levels - 1);
-      w.table[i] = a.grid.kind == kCodebook ? a.grid.levels[k] : w.lo + w.step * (float)k;
+      w.table[i] = w.grid.kind == kCodebook ? w.grid.levels[k] : w.lo + w.step * (float)k;
     }
   return w;
 }
