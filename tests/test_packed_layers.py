@@ -33,6 +33,7 @@ from askew_kernels import ops, reference, runtime
 from askew_kernels.files import KEY, PENDING, PackedFile, PackedFileError
 from askew_kernels.nn import PackedConv2d, PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_codes
+from askew_kernels.quant.packing import row_bytes
 
 pytest.importorskip("safetensors")
 CONFIGS = {
@@ -310,7 +311,7 @@ def test_every_instruction_set_and_number_of_threads(grid, trits, generator):
         pytest.skip("nothing is compiled")
     bits, before, threads = code_bits(grid, trits), runtime.cpu_capability(), torch.get_num_threads()
     try:
-        for cols, groups in ((1056, 1), (1024, 8)):
+        for cols, groups in ((1056, 1), (1024, 8), (321, 1), (640, 5), (2560, 2)):
             index = torch.randint(0, len(grid.levels), (130, cols), generator=generator, dtype=torch.uint8)
             codes, s = pack_codes(index, bits), torch.rand(130 * groups, generator=generator) + 0.1
             for batch in (1, 2, 13, 100):
@@ -333,6 +334,43 @@ def test_every_instruction_set_and_number_of_threads(grid, trits, generator):
     finally:
         runtime.force_cpu_capability(before)
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("grid", "trits"), [f for f in FORMATS if not isinstance(f[0], Codebook)])
+def test_int8_sums_of_the_largest_products(grid, trits, sign, backend):
+    """Codes and inputs at the ends of their ranges, where 16-bit sums overflow first; the integer sums are exact."""
+    bits, top = code_bits(grid, trits), len(grid.levels) - 1
+    for cols, groups in ((4096, 1), (4096, 32), (1280, 4), (1184, 1)):
+        index = torch.full((5, cols), top, dtype=torch.uint8)
+        index[1], index[2, ::2] = 0, 0
+        codes, s = pack_codes(index, bits), torch.ones(5 * groups)
+        level = torch.tensor(grid.levels, dtype=torch.float64)[index.long()].sum(1)
+        for batch in (1, 2, 3, 9):
+            y = ops.lowbit_linear(torch.full((batch, cols), sign * 127.0), codes, s, grid, bits, None, "int8")
+            expected = (sign * 127 * level).expand(batch, 5)
+            # one rounding of each group's sum and of the sums' sums, and of lo times the sum of the inputs
+            bound = (groups + 4) * 2.0**-23 * 127 * cols * 2 * max(map(abs, grid.levels))
+            assert ((y.double() - expected).abs() <= bound).all(), (cols, groups, batch)
+
+
+@pytest.mark.parametrize(("grid", "trits"), [*FORMATS, *((Uniform(k, narrow=True), False) for k in (2, 3, 4, 6, 8))])
+def test_codes_without_a_level_count_as_the_last(grid, trits, backend, generator):
+    """Any bytes: what every product makes of them is what ``lowbit_dequantize`` does. Files with such are refused."""
+    bits = code_bits(grid, trits)
+    cols = 1280
+    codes = torch.randint(0, 256, (8, row_bytes(cols, bits)), dtype=torch.uint8, generator=generator)
+    weight = ops.lowbit_dequantize(codes, torch.ones(8), grid, bits, cols, torch.float32).double()
+    assert set(weight.unique().tolist()) <= set(torch.tensor(grid.levels).double().tolist())
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, cols, generator=generator)
+        y = ops.lowbit_linear(x, codes, torch.ones(8), grid, bits)
+        torch.testing.assert_close(y.double(), x.double() @ weight.t(), rtol=1e-5, atol=1e-3)
+        if not isinstance(grid, Codebook):
+            q, token = reference.int8_tokens(x)
+            y = ops.lowbit_linear(x, codes, torch.ones(8), grid, bits, None, "int8")
+            expected = token.double()[:, None] * (q.double() @ weight.t())
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-3)
 
 
 def test_int8_tokens_that_are_not_finite_or_all_zero():

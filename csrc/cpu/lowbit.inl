@@ -290,8 +290,14 @@ ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p) {
 #else
     for (int i = 0; i < ASKEW_LANES; ++i) word[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
 #endif
-  } else if (BITS == 8) {
-    word = widened(p);
+  } else if (BITS == 8) {  // the float 2^23 + code
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    word = (vu)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111u, four, at);
+#else
+    word = widened(p) | 0x4b000000u;
+#endif
   } else {
     __builtin_memcpy(&word, p, sizeof word);
   }

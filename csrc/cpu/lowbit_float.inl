@@ -90,6 +90,7 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
   typedef Block<kBits> block;
   constexpr int kStep = FORM == kDecoded ? 4 * ASKEW_LANES : block::kBytes;
   const int64_t blocks = width / block::kCols, whole = FORM <= 4 ? w.row_bytes / kStep : blocks;
+  const bool without_level = w.n_levels < 1 << w.bits;  // some codes, which count as the last
   LaneScales lanes;
   const float* scale = nullptr;
   int64_t left = w.groups, until = 0;
@@ -121,7 +122,8 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
     const float* at = x + i * block::kCols;
     ASKEW_UNROLL for (int k = 0; k < block::kCodes; ++k) {
       ASKEW_UNROLL for (int r = 0; r < R; ++r) {
-        if (FORM == kBytes) level[r] = __builtin_convertvector((vi)word[r], vf) + w.lo;
+        if (FORM == kBytes) level[r] = (vf)word[r] - (8388608.f - w.lo);
+        if (FORM == kBytes && without_level) level[r] = select(level[r] > w.hi, vf{} + w.hi, level[r]);
         if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? block::kShift * k : 0));
         if (GROUPED && B > 1) level[r] = level[r] * s[r];
       }

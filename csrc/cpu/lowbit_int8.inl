@@ -2,15 +2,22 @@
 // exact, then one float32 product with the scales of a weight's group and of the token. A level is lo + step * code,
 // so lo times the sum of the inputs is added; with several groups that is a float32 sum over the groups.
 //
-// Codes are unpacked to bytes, four rows at a time, into a buffer that stays in L1, and meet every token of the batch
-// there. Codes of 1, 2 and 4 bits are unpacked a vector of words at a time, all words shifted by one code, and the
-// input is brought into that order; others into the order of the columns.
+// Codes of 1, 2 and 4 bits are unpacked a vector of words at a time, all words shifted by one code, and the input is
+// brought into that order; so are trits with AVX-512, digit by digit; others are unpacked in the order of the columns.
+// For many tokens codes are unpacked four rows at a time into a buffer that stays in L1, where they meet every token of
+// the batch; for one or two of them they stay in registers, which a buffer would cost as much as the products.
 
 constexpr int kInt8Rows = 4;
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+#define ASKEW_TRITS 1  // unpacked a vector at a time
+#endif
 
 // Vectors of codes that a block of words gives; a lane's word holds 4 of them consecutive columns. 0: groups end
 // inside a lane, and sums are made one group at a time.
 ASKEW_FN int int8_parts(const LowbitWeight& w) {
+#if defined(ASKEW_TRITS)
+  if (w.bits == 0 && groups_fit(w, 5 * 4 * ASKEW_LANES, 5 * 4)) return 5;
+#endif
   const int parts = w.bits == 1 ? 8 : w.bits == 2 ? 4 : w.bits == 4 ? 2 : 1;
   return groups_fit(w, parts * 4 * ASKEW_LANES, parts * 4) ? parts : 0;
 }
@@ -25,7 +32,7 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   constexpr int kVector = 4 * ASKEW_LANES;
   for (int64_t c = 0; c < width; c += PARTS * kVector, out += PARTS * kVector) {
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
-    ASKEW_UNROLL for (int k = 0; k < PARTS; ++k) {
+    ASKEW_UNROLL for (int k = 0; k < (PARTS == 5 ? 0 : PARTS); ++k) {
       const __m512i from = _mm512_loadu_si512(x + c + k * kVector);
       ASKEW_UNROLL for (int v = 0; v < PARTS; ++v) {
         int8_t* to = out + v * kVector + k * kVector / PARTS;
@@ -37,10 +44,10 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
           _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(_mm512_srli_epi64(from, 8 * v)));
       }
     }
-#else
+    if (PARTS != 5) continue;
+#endif
     for (int v = 0; v < PARTS; ++v)
       for (int i = 0; i < kVector; ++i) out[v * kVector + i] = x[c + i * PARTS + v];
-#endif
   }
 }
 
@@ -88,6 +95,8 @@ static void quantize(const LowbitWeight& weight, const float* x, int8_t* q, floa
   }
   if (parts == 8)
     arrange_bytes<8>(scratch, width, q);
+  else if (parts == 5)
+    arrange_bytes<5>(scratch, width, q);
   else if (parts == 4)
     arrange_bytes<4>(scratch, width, q);
   else if (parts == 2)
@@ -98,30 +107,71 @@ static int64_t int8_scratch(const LowbitWeight& w) {
   return kInt8Rows * (rounded_up(int8_width(w), 64) + kPadding + padded_groups(w) * 4);
 }
 
+// A vector of the row at p, from byte `at`; zeros beyond the row's end.
+ASKEW_FN vu row_words(const LowbitWeight& w, const uint8_t* p, int64_t at) {
+  vu word;
+  __builtin_prefetch(p + at + kInt8Rows * w.row_bytes);  // of the rows that come next
+  if (at + (int64_t)sizeof word <= w.row_bytes) {
+    __builtin_memcpy(&word, p + at, sizeof word);
+  } else {
+    uint8_t padded[sizeof word] = {};
+    __builtin_memcpy(padded, p + at, w.row_bytes - at);
+    __builtin_memcpy(&word, padded, sizeof word);
+  }
+  return word;
+}
+
+ASKEW_FN constexpr uint32_t byte_mask(int bits) { return 0x01010101u * ((1u << bits) - 1); }
+
+// A code that has no level counts as the last: 3 of three levels, 15 of 15, 255 of 255.
+template <int BITS>
+ASKEW_FN vu with_levels(const LowbitWeight& w, vu word) {
+  if (BITS == 2 && w.n_levels == 3) word = word & ~((word >> 1) & 0x55555555u);
+  if (BITS == 4 && w.n_levels == 15) {
+    const vu two = word & (word >> 1);
+    word = word ^ (two & (two >> 2) & 0x11111111u);
+  }
+  if (BITS == 8 && w.n_levels < 256) {
+    typedef uint8_t Bytes __attribute__((vector_size(4 * ASKEW_LANES)));
+    const Bytes top = Bytes{} + (uint8_t)(w.n_levels - 1);
+    word = (vu)((Bytes)word < top ? (Bytes)word : top);
+  }
+  return word;
+}
+
 template <int BITS>
 ASKEW_FN void unpack_arranged(const LowbitWeight& weight, int64_t row, uint8_t* out) {
   const LowbitWeight w = weight;  // a copy that the stores cannot change
   const uint8_t* p = w.codes + row * w.row_bytes;
-  const int64_t whole = w.row_bytes / (4 * ASKEW_LANES), blocks = int8_width(w) * BITS / (32 * ASKEW_LANES);
-  constexpr uint32_t kMask = 0x01010101u * ((1u << BITS) - 1);
-  const bool ternary = w.n_levels == 3;
-  for (int64_t i = 0; i < blocks; ++i, p += 4 * ASKEW_LANES) {
-    vu word;
-    __builtin_prefetch(p + kInt8Rows * w.row_bytes);  // of the rows that come next
-    if (i < whole) {
-      __builtin_memcpy(&word, p, sizeof word);
-    } else {
-      uint8_t padded[4 * ASKEW_LANES] = {};
-      __builtin_memcpy(padded, p, w.row_bytes - whole * 4 * ASKEW_LANES);
-      __builtin_memcpy(&word, padded, sizeof word);
-    }
+  const int64_t blocks = int8_width(w) * BITS / (32 * ASKEW_LANES);
+  for (int64_t i = 0; i < blocks; ++i) {
+    const vu word = with_levels<BITS>(w, row_words(w, p, i * 4 * ASKEW_LANES));
     ASKEW_UNROLL for (int v = 0; v < 8 / BITS; ++v, out += 4 * ASKEW_LANES) {
-      vu codes = (word >> (v * BITS)) & kMask;
-      if (BITS == 2 && ternary) codes = codes & ~((codes >> 1) & 0x01010101u);  // 3, which has no level, counts as 2
+      const vu codes = (word >> (v * BITS)) & byte_mask(BITS);
       __builtin_memcpy(out, &codes, sizeof codes);
     }
   }
 }
+
+#if defined(ASKEW_TRITS)
+// A byte b is a fraction t = b / 243, rounded up, in 16 bits: 3 t is its highest digit and the fraction of the rest.
+// Rounding adds at most 0.0012 to t, 0.1 to the last 3 t, whose digits are a third apart.
+ASKEW_FN void unpack_trits(const LowbitWeight& w, int64_t row, uint8_t* out) {
+  const uint8_t* p = w.codes + row * w.row_bytes;
+  const __m512i three = _mm512_set1_epi16(3), above = _mm512_set1_epi16(3 << 8), low = _mm512_set1_epi16(255);
+  for (int64_t at = 0; at < int8_width(w) / 5; at += 64, out += 5 * 64) {
+    const __m512i bytes = _mm512_min_epu8((__m512i)row_words(w, p, at), _mm512_set1_epi8((char)242));
+    __m512i even = _mm512_mullo_epi16(_mm512_and_si512(bytes, low), _mm512_set1_epi16(270));
+    __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(bytes, 8), _mm512_set1_epi16(270));
+    ASKEW_UNROLL for (int k = 4; k >= 0; --k) {
+      const __m512i digit = _mm512_mulhi_epu16(even, three), high = _mm512_mulhi_epu16(odd, above);
+      _mm512_storeu_si512(out + 64 * k, _mm512_or_si512(digit, _mm512_andnot_si512(low, high)));
+      even = _mm512_mullo_epi16(even, three);
+      odd = _mm512_mullo_epi16(odd, three);
+    }
+  }
+}
+#endif
 
 // Codes of a row as bytes; without parts in the order of the columns.
 ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
@@ -129,6 +179,9 @@ ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
   if (parts == 8) return unpack_arranged<1>(w, row, out);
   if (parts == 4) return unpack_arranged<2>(w, row, out);
   if (parts == 2) return unpack_arranged<4>(w, row, out);
+#if defined(ASKEW_TRITS)
+  if (parts == 5) return unpack_trits(w, row, out);
+#endif
   unpack_row(w, row, out);
   const int top = w.n_levels - 1;
   const int64_t cols = w.cols;
@@ -136,25 +189,28 @@ ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
     for (int64_t c = 0; c < cols; ++c) out[c] = out[c] < top ? out[c] : (uint8_t)top;
 }
 
-// Sums of four products in each lane.
+// Sums of four products in each lane; with the factor, which only sums in int16 take.
 #if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
 typedef __m512i Codes;
 typedef __m512i Sums;  // int32, four products each
 ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) { return _mm512_dpbusd_epi32(sums, codes, input); }
-ASKEW_FN vi lane_sums(Sums sums) { return (vi)sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
+ASKEW_FN Sums products(Codes codes, Codes input) { return add_products(zero_sums(), codes, input); }
+ASKEW_FN vi lane_sums(Sums sums, int = 1) { return (vi)sums; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT32_MAX; }
 #elif ASKEW_LANES == 16 && defined(__AVX512BW__)
 typedef __m512i Codes;
 typedef __m512i Sums;  // int16, two products each: added up in int32 before they overflow
 ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
+ASKEW_FN Sums products(Codes codes, Codes input) { return _mm512_maddubs_epi16(codes, input); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(_mm512_maddubs_epi16(codes, input)));  // in place: GCC copies otherwise
+  asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(products(codes, input)));  // in place: GCC copies otherwise
   return sums;
 }
-ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm512_madd_epi16(sums, _mm512_set1_epi16(1)); }
+ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return (vi)_mm512_madd_epi16(sums, _mm512_set1_epi16(factor)); }
+#define ASKEW_PLACES 4
 ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
 // Codes above 129 times 127, two of them, leave int16: low and high bytes of 16 bits apart.
 ASKEW_FN vi wide_products(Codes codes, Codes input) {
@@ -168,11 +224,12 @@ typedef __m256i Codes;
 typedef __m256i Sums;
 ASKEW_FN Codes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 ASKEW_FN Sums zero_sums() { return _mm256_setzero_si256(); }
+ASKEW_FN Sums products(Codes codes, Codes input) { return _mm256_maddubs_epi16(codes, input); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(_mm256_maddubs_epi16(codes, input)));  // in place: GCC copies otherwise
+  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products(codes, input)));  // in place: GCC copies otherwise
   return sums;
 }
-ASKEW_FN vi lane_sums(Sums sums) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(factor)); }
 ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
 ASKEW_FN vi wide_products(Codes codes, Codes input) {
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
@@ -195,12 +252,13 @@ ASKEW_FN Sums add_products(Sums sums, const Codes& codes, const Codes& input) {
   for (int i = 0; i < 4 * ASKEW_LANES; ++i) sums[i / 4] += codes.byte[i] * (int8_t)input.byte[i];
   return sums;
 }
-ASKEW_FN vi lane_sums(Sums sums) { return sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT64_MAX / 128; }
+ASKEW_FN Sums products(const Codes& codes, const Codes& input) { return add_products(zero_sums(), codes, input); }
+ASKEW_FN vi lane_sums(Sums sums, int = 1) { return sums; }
+ASKEW_FN int64_t vectors_in_flight(int) { return INT32_MAX; }
 #endif
 
 struct Int8Rows {
-  const uint8_t* codes;  // R rows of `width` bytes
+  const uint8_t* codes;  // R rows of `width` bytes, or of the weight itself
   const float* scales;   // R rows of padded_groups
   int64_t width, groups;
 };
@@ -235,28 +293,85 @@ ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, in
   }
 }
 
-// How many vectors stand between two changes of scale: any number; or two, few enough for int16, that are one group or
-// hold several.
-enum Span : int { kAny, kTwoOfOne, kTwoOfSeveral };
+// How much stands between two changes of scale: any number of vectors; or what BITS unpack of one vector of words (of
+// four bits where the codes are in a buffer), few enough for int16, which is one group or holds several.
+enum Span : int { kAny, kBlockOfOne, kBlockOfSeveral };
 
-template <int R, int B, bool WIDE, int SPAN>
-ASKEW_FN void int8_span(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
+// The sums over columns [begin, end) from the weight's rows. Codes of one bit need not be shifted to the bottom of a
+// byte: those at bits 0 to 3 have sums of their own, of which the lower ones are multiplied when they are added up.
+template <int BITS, int R, int B, bool WIDE, int SPAN>
+ASKEW_FN void direct_sums(const LowbitWeight& w, const uint8_t* p, const int8_t* q, int64_t width, int64_t begin,
+                          int64_t end, vi (&sum)[R][B]) {
+#if defined(ASKEW_PLACES)
+  constexpr int kPlaces = B == 1 && BITS < 4 ? ASKEW_PLACES / BITS : 1;
+#else
+  constexpr int kPlaces = 1;
+#endif
+  constexpr int kVector = 4 * ASKEW_LANES, kShifts = 8 / BITS / kPlaces, kBlock = kShifts * kPlaces * kVector;
+  constexpr int kUp = (kPlaces - 1) * BITS;
+  const int64_t blocks = WIDE ? INT32_MAX : vectors_in_flight((w.n_levels - 1) << kUp) / kShifts;
+  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
+  for (int64_t c = begin; SPAN != kAny || c < end;) {
+    const int64_t stop = (end - c) / kBlock > blocks ? c + blocks * kBlock : end;
+    Sums own[kPlaces][R][B];
+    ASKEW_UNROLL for (int k = 0; k < kPlaces; ++k) ASKEW_UNROLL for (int r = 0; r < R; ++r)
+        ASKEW_UNROLL for (int b = 0; b < B; ++b) own[k][r][b] = zero_sums();
+    do {
+      vu word[R];
+      ASKEW_UNROLL for (int r = 0; r < R; ++r) word[r] =
+          with_levels<BITS>(w, row_words(w, p + r * w.row_bytes, c * BITS / 8));
+      ASKEW_UNROLL for (int v = 0; v < kShifts * kPlaces; ++v) {
+        const int k = v % kPlaces;
+        Codes code[R];
+        ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+          const vu bytes = (word[r] >> ((v - k) * BITS)) & (byte_mask(BITS) << (k * BITS));
+          __builtin_memcpy(&code[r], &bytes, sizeof bytes);
+        }
+        ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+          const Codes input = load_bytes(q + b * width + c + v * kVector);
+          ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+#if defined(ASKEW_WIDE)
+            if (WIDE) {
+              sum[r][b] += wide_products(code[r], input);
+              continue;
+            }
+#endif
+            own[k][r][b] =
+                SPAN != kAny && v < kPlaces ? products(code[r], input) : add_products(own[k][r][b], code[r], input);
+          }
+        }
+      }
+      c += kBlock;
+    } while (SPAN == kAny && c < stop);
+    if (!WIDE)
+      ASKEW_UNROLL for (int k = 0; k < kPlaces; ++k) ASKEW_UNROLL for (int r = 0; r < R; ++r)
+          ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[k][r][b], 1 << (kUp - k * BITS));
+    if (SPAN != kAny) break;
+  }
+  if (kUp) ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] >>= kUp;
+}
+
+// The sums over columns [begin, end) of codes in a buffer, or, with BITS, from the weight's rows.
+template <int BITS, int R, int B, bool WIDE, int SPAN>
+ASKEW_FN void span_sums(const LowbitWeight& w, const Int8Rows& rows, const int8_t* q, int64_t begin, int64_t end,
                         vi (&sum)[R][B]) {
-  if (SPAN == kAny) return int8_sums<R, B, WIDE>(codes, q, width, bytes, most, sum);
+  constexpr int kVector = 4 * ASKEW_LANES;
+  if constexpr (BITS != 0) return direct_sums<BITS, R, B, WIDE, SPAN>(w, rows.codes, q, rows.width, begin, end, sum);
+  const int64_t most = WIDE ? INT32_MAX : vectors_in_flight(w.n_levels - 1);
+  if (SPAN == kAny) return int8_sums<R, B, WIDE>(rows.codes + begin, q + begin, rows.width, end - begin, most, sum);
   ASKEW_UNROLL for (int b = 0; b < B; ++b) {
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
-      Sums own = zero_sums();
-      ASKEW_UNROLL for (int v = 0; v < 2; ++v) own = add_products(
-          own, load_bytes(codes + r * width + v * 4 * ASKEW_LANES), load_bytes(q + b * width + v * 4 * ASKEW_LANES));
-      sum[r][b] = lane_sums(own);
+      const uint8_t* codes = rows.codes + r * rows.width + begin;
+      const int8_t* input = q + b * rows.width + begin;
+      const Sums own = products(load_bytes(codes), load_bytes(input));
+      sum[r][b] = lane_sums(add_products(own, load_bytes(codes + kVector), load_bytes(input + kVector)));
     }
   }
 }
 
-template <int R, int B, bool WIDE, int SPAN>
+template <int BITS, int R, int B, bool WIDE, int SPAN>
 ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, const LaneScales& lanes,
                           int64_t step, int64_t token, float (&dot)[B][R]) {
-  const int64_t most = WIDE ? INT64_MAX / 128 : vectors_in_flight(w.n_levels - 1);
   const int8_t* q = x.q + token * rows.width;
   vi sum[R][B];
   vf total[B][R];
@@ -266,10 +381,10 @@ ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int
         multiply_add(Floats::load(rows.scales + r * rows.groups + g),
                      Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
   for (int64_t i = 0, g = 0; i < rows.width; i += step, g += lanes.groups) {
-    int8_span<R, B, WIDE, SPAN>(rows.codes + i, q + i, rows.width, step, most, sum);
+    span_sums<BITS, R, B, WIDE, SPAN>(w, rows, q, i, i + step, sum);
     ASKEW_UNROLL for (int r = 0; r < R; ++r) {
       const float* first = rows.scales + r * rows.groups + g;
-      const vf s = SPAN == kTwoOfOne ? vf{} + *first : scales_of(lanes, first, w.groups - g);
+      const vf s = SPAN == kBlockOfOne ? vf{} + *first : scales_of(lanes, first, w.groups - g);
       ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
           multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
     }
@@ -277,14 +392,13 @@ ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int
   ASKEW_UNROLL for (int b = 0; b < B; ++b) sums_of<R>(total[b], dot[b]);
 }
 
-template <int R, int B, bool GROUPED, bool WIDE>
+template <int BITS, int R, int B, bool GROUPED, bool WIDE>
 __attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row,
                                          int64_t token, const float* bias, float* y) {
   float dot[B][R];
   if (!GROUPED) {
-    const int64_t most = WIDE ? INT64_MAX / 128 : vectors_in_flight(w.n_levels - 1);
     vi sum[R][B];
-    int8_sums<R, B, WIDE>(rows.codes, x.q + token * rows.width, rows.width, rows.width, most, sum);
+    span_sums<BITS, R, B, WIDE, kAny>(w, rows, x.q + token * rows.width, 0, rows.width, sum);
     ASKEW_UNROLL for (int b = 0; b < B; ++b) {
       vi own[R];
       ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r] = sum[r][b];
@@ -296,13 +410,13 @@ __attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& 
     const int parts = int8_parts(w);
     const LaneScales lanes = lane_scales(w, parts * 4 * ASKEW_LANES, parts * 4);
     const int64_t step = parts * 4 * ASKEW_LANES * (lanes.blocks ? lanes.blocks : 1);
-    const bool two = !WIDE && lanes.blocks <= 1 && parts == 2 && vectors_in_flight(w.n_levels - 1) >= 2;
-    if (two && lanes.blocks)
-      int8_groups<R, B, WIDE, WIDE ? kAny : kTwoOfOne>(w, rows, x, lanes, step, token, dot);
-    else if (two)
-      int8_groups<R, B, WIDE, WIDE ? kAny : kTwoOfSeveral>(w, rows, x, lanes, step, token, dot);
+    const bool one = !WIDE && lanes.blocks <= 1 && (BITS || parts == 2) && vectors_in_flight(w.n_levels - 1) >= parts;
+    if (one && lanes.blocks)
+      int8_groups<BITS, R, B, WIDE, WIDE ? kAny : kBlockOfOne>(w, rows, x, lanes, step, token, dot);
+    else if (one)
+      int8_groups<BITS, R, B, WIDE, WIDE ? kAny : kBlockOfSeveral>(w, rows, x, lanes, step, token, dot);
     else
-      int8_groups<R, B, WIDE, kAny>(w, rows, x, lanes, step, token, dot);
+      int8_groups<BITS, R, B, WIDE, kAny>(w, rows, x, lanes, step, token, dot);
   }
   ASKEW_UNROLL for (int b = 0; b < B; ++b) {
     const float s = w.step * x.scale[token + b];
@@ -326,47 +440,81 @@ ASKEW_FN void int8_plain(const LowbitWeight& w, const Int8Rows& rows, const Int8
   y[token * w.n + row + r] = dot * (w.step * x.scale[token]) + (bias ? bias[row + r] : 0.f);
 }
 
+typedef void (*RowsProduct)(const LowbitWeight&, const Int8Rows&, const Int8Input&, int64_t row, int64_t token0,
+                            int64_t token1, const float* bias, float* y);
+
 template <int R, bool GROUPED, bool WIDE>
-ASKEW_FN void int8_rows(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
-                        int64_t token1, const float* bias, float* y) {
+static void int8_buffered(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
+                          int64_t token1, const float* bias, float* y) {
   constexpr int kTokens = ASKEW_LANES == 16 ? 4 : 2;
   int64_t t = token0;
-  for (; t + kTokens <= token1; t += kTokens) int8_tile<R, kTokens, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
-  for (; t < token1; ++t) int8_tile<R, 1, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
+  for (; t + kTokens <= token1; t += kTokens) int8_tile<0, R, kTokens, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
+  for (; t < token1; ++t) int8_tile<0, R, 1, GROUPED, WIDE>(w, rows, x, row, t, bias, y);
+}
+
+// One token or two, from the rows of the weight itself.
+template <int BITS, bool GROUPED, bool WIDE>
+static void int8_direct(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
+                        int64_t token1, const float* bias, float* y) {
+  if (token1 - token0 == 1)
+    int8_tile<BITS, kInt8Rows, 1, GROUPED, WIDE>(w, rows, x, row, token0, bias, y);
+  else
+    int8_tile<BITS, kInt8Rows, 2, GROUPED, WIDE>(w, rows, x, row, token0, bias, y);
+}
+
+// Null for codes that are not read from their rows.
+template <bool GROUPED, bool WIDE>
+static RowsProduct direct_product(int bits) {
+  if (bits == 8) return int8_direct<8, GROUPED, WIDE>;
+  if constexpr (!WIDE) {
+    if (bits == 4) return int8_direct<4, GROUPED, WIDE>;
+    if (bits == 2) return int8_direct<2, GROUPED, WIDE>;
+    if (bits == 1) return int8_direct<1, GROUPED, WIDE>;
+  }
+  return nullptr;
+}
+
+template <bool GROUPED, bool WIDE>
+static void int8_products(const LowbitWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
+                          int64_t token1, const float* bias, float* y, char* scratch) {
+  const int64_t width = int8_width(w), groups = padded_groups(w);
+  float* scales = (float*)scratch;
+  uint8_t* codes = (uint8_t*)(scales + kInt8Rows * groups);
+  const bool parts = int8_parts(w);
+  const RowsProduct direct = parts && token1 - token0 <= 2 ? direct_product<GROUPED, WIDE>(w.bits) : nullptr;
+  __builtin_memset(scales, 0, kInt8Rows * groups * sizeof(float));
+  for (int64_t row = row0; row < row1;) {
+    const int step = row + kInt8Rows <= row1 ? kInt8Rows : 1;
+    const bool in_place = direct && step == kInt8Rows;
+    const Int8Rows rows = {in_place ? w.codes + row * w.row_bytes : codes, scales, width, groups};
+    for (int r = 0; r < step; ++r) {
+      if (!in_place) unpack_int8(w, row + r, codes + r * width);
+      if (GROUPED)
+        __builtin_memcpy(scales + r * groups, w.scale + (row + r) * w.groups, w.groups * sizeof(float));
+      else
+        scales[r * groups] = row_scale(w, row + r);
+    }
+    if (!parts) {
+      for (int r = 0; r < step; ++r)
+        for (int64_t t = token0; t < token1; ++t) int8_plain(w, rows, x, row, r, t, bias, y);
+    } else {
+      const RowsProduct product = in_place    ? direct
+                                  : step == 1 ? int8_buffered<1, GROUPED, WIDE>
+                                              : int8_buffered<kInt8Rows, GROUPED, WIDE>;
+      product(w, rows, x, row, token0, token1, bias, y);
+    }
+    row += step;
+  }
 }
 
 static void multiply_int8(const LowbitWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
                           int64_t token1, const float* bias, float* y, char* scratch) {
-  const int64_t width = int8_width(w), groups = padded_groups(w), count = w.groups > 1 ? w.groups : 1;
-  float* scales = (float*)scratch;
-  uint8_t* codes = (uint8_t*)(scales + kInt8Rows * groups);
-  const Int8Rows rows = {codes, scales, width, groups};
-  const bool grouped = w.groups > 1, wide = !vectors_in_flight(w.n_levels - 1);
-  for (int64_t row = row0; row < row1;) {
-    const int step = row + kInt8Rows <= row1 ? kInt8Rows : 1;
-    for (int r = 0; r < step; ++r) {
-      unpack_int8(w, row + r, codes + r * width);
-      for (int64_t g = 0; g < groups; ++g)
-        scales[r * groups + g] = g < count ? w.scale[w.groups ? (row + r) * w.groups + g : 0] : 0;
-    }
-    if (!int8_parts(w)) {
-      for (int r = 0; r < step; ++r)
-        for (int64_t t = token0; t < token1; ++t) int8_plain(w, rows, x, row, r, t, bias, y);
-    } else if (step == 1) {
-      if (wide)
-        grouped ? int8_rows<1, true, true>(w, rows, x, row, token0, token1, bias, y)
-                : int8_rows<1, false, true>(w, rows, x, row, token0, token1, bias, y);
-      else
-        grouped ? int8_rows<1, true, false>(w, rows, x, row, token0, token1, bias, y)
-                : int8_rows<1, false, false>(w, rows, x, row, token0, token1, bias, y);
-    } else {
-      if (wide)
-        grouped ? int8_rows<kInt8Rows, true, true>(w, rows, x, row, token0, token1, bias, y)
-                : int8_rows<kInt8Rows, false, true>(w, rows, x, row, token0, token1, bias, y);
-      else
-        grouped ? int8_rows<kInt8Rows, true, false>(w, rows, x, row, token0, token1, bias, y)
-                : int8_rows<kInt8Rows, false, false>(w, rows, x, row, token0, token1, bias, y);
-    }
-    row += step;
-  }
+#define ASKEW_WIDTH(WIDE)                                                                       \
+  (w.groups > 1 ? int8_products<true, WIDE>(w, row0, row1, x, token0, token1, bias, y, scratch) \
+                : int8_products<false, WIDE>(w, row0, row1, x, token0, token1, bias, y, scratch))
+#if defined(ASKEW_WIDE)
+  if (!vectors_in_flight(w.n_levels - 1)) return ASKEW_WIDTH(true);
+#endif
+  ASKEW_WIDTH(false);
+#undef ASKEW_WIDTH
 }
