@@ -234,6 +234,27 @@ def test_percentiles_and_turns():
     assert order[:8] == ["A", "prepare B", "B", "C"] * 2
     times, _ = harness.interleave(impls, clock, turns=23)
     assert {len(t) for t in times.values()} == {23}  # equal work
+    impls[2].calls = 4
+    times, _ = harness.interleave(impls, clock, turns=2)
+    assert times["A"] == [1.0, 1.0] and times["C"] == [0.25, 0.25]  # of one operation
+
+
+def test_a_chain_calls_every_layer_once_and_gives_the_last_result():
+    made, x = iter([lambda v: v + 1, lambda v: v + 2]), torch.ones(1)
+    assert packed.Chain(lambda: next(made), x, 2)() == 3
+    case = packed.linear_case(Context(CPU, quick=True), 1)
+    ours = next(i for i in case.impls if i.name == packed.ours("4-bit"))
+    layers = ours.run.layers
+    assert ours.calls == len(layers) and ours.prepare is None
+    assert len({layer.weight_codes.data_ptr() for layer in layers}) == len(layers)  # each has a weight of its own
+    assert ours.calls * layers[0].packed_bytes >= packed.COLD >> 5
+    assert packed.linear_case(Context(CPU, quick=True), 256).impls[0].calls == 1
+
+
+def test_help_names_every_suite(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    assert ", ".join(suites.SUITES) in " ".join(capsys.readouterr().out.split()).replace(" or all", ", or all")
 
 
 def test_short_calls_are_timed_in_blocks():

@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("what", nargs="?", choices=["tune"], metavar="tune",
         help="find this device's launch parameters (--device, --quick, --json); else: measure suites")  # fmt: skip
-    add("--suite", default="all", metavar="NAME", help="step, fake_quant, linear, train, sam, startup or all (default)")
+    add("--suite", default="all", metavar="NAME",
+        help="step, fake_quant, linear, packed, train, sam, search, startup or all (default)")  # fmt: skip
     add("--op", default="", metavar="TEXT", help="only operations whose name contains this")
     add("--part", default="1/1", metavar="I/N",
         help="only the I-th of N parts of each suite's cases; --from puts the parts together")  # fmt: skip

@@ -90,6 +90,7 @@ class Impl:
     note: str = ""
     losses: list[Any] | None = None  # a training step appends its loss here
     own_clock: bool = False  # ``run()`` gives its milliseconds itself
+    calls: int = 1  # operations in one ``run()``; what is reported is the time of one
 
 
 @dataclass
@@ -225,23 +226,23 @@ def interleave(
     times: dict[str, list[float]] = {impl.name: [] for impl in impls}
     failures: dict[str, str] = {}
 
-    def is_due(name: str, turn: int) -> bool:
-        if name in failures or turns:
-            return name not in failures
-        return turn < 3 or sum(times[name]) < budget * (2 if turn < fewest else 1)
+    def is_due(impl: Impl, turn: int) -> bool:
+        if impl.name in failures or turns:
+            return impl.name not in failures
+        return turn < 3 or impl.calls * sum(times[impl.name]) < budget * (2 if turn < fewest else 1)
 
     gc.collect()
     gc.disable()
     try:
         for turn in range(turns or most):
-            due = [impl for impl in impls if is_due(impl.name, turn)]
+            due = [impl for impl in impls if is_due(impl, turn)]
             if not due:
                 break
             for impl in due:
                 try:
                     if impl.prepare is not None:
                         impl.prepare()
-                    times[impl.name].append(impl.run() if impl.own_clock else clock(impl.run))
+                    times[impl.name].append(impl.run() if impl.own_clock else clock(impl.run) / impl.calls)
                 except FAULTS as error:
                     failures[impl.name] = first_line(error)
                 tick()

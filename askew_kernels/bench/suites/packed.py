@@ -1,6 +1,8 @@
 """Suite ``packed``: layers that compute from packed weights beside ``nn.Linear`` and other libraries' inference layers.
 
-Weights are cold: 128 MiB of other memory is read before each call, as the other layers of a model would.
+Weights are cold, as those of a model larger than the caches are: up to 16 tokens a call is one pass through a chain of
+equal layers that together hold 128 MiB, and its time is that of one layer. Beyond, 128 MiB of other memory is read
+before each call.
 """
 
 from __future__ import annotations
@@ -71,43 +73,59 @@ def float_layer(side: int, device: str) -> nn.Linear:
 
 
 def packed_layer(name: str, side: int, device: str, activations: str) -> ask_nn.PackedLinear:
-    packed = copy.copy(packed_weight(name, side, device))  # the same tensors
+    """A layer of its own, with codes and scales of its own."""
+    packed = copy.deepcopy(packed_weight(name, side, device))
     packed.activations = activations
     return packed
 
 
+COLD = 1 << 27  # bytes of weights that no cache holds
+IN_CHAIN = 16  # tokens up to which layers are chained
+
+Layer = Callable[[Tensor], Any]
+
+
+class Chain:
+    """Equal layers, one after the other, each with the same input; the result is the last one's. Their code and what
+    Python needs for them stays in the caches, as in a model, their weights do not."""
+
+    def __init__(self, made: Callable[[], Layer], value: Tensor, count: int) -> None:
+        self.layers, self.value = [made() for _ in range(count)], value
+
+    def __call__(self) -> Any:
+        y = None
+        with torch.no_grad():
+            for layer in self.layers:
+                y = layer(self.value)
+        return y
+
+
 def linear_case(context: Context, batch: int) -> Case:
-    side = context.side
+    side, cold = context.side, COLD >> 5 * context.quick
     g = torch.Generator(context.device).manual_seed(3)
     x = torch.randn(batch, side, device=context.device, generator=g)
     layer = float_layer(side, str(context.device))
-    other = torch.zeros(1 << (20 if context.quick else 25), device=context.device)
+    other = torch.zeros(cold // 4, device=context.device)
 
-    def call(made: Callable[[Tensor], Tensor], value: Tensor = x) -> Callable[[], Any]:
-        def run() -> Any:
-            with torch.no_grad():
-                return made(value)
+    def impl(name: str, made: Callable[[], Layer], read: int, **options: Any) -> Impl:
+        """``made()`` gives a layer that shares its weight with no other."""
+        count = -(-cold // read) if batch <= IN_CHAIN else 1
+        options.setdefault("prepare", other.sum if count == 1 else None)
+        return Impl(name, Chain(made, options.pop("value", x), count), traffic=Traffic(read=read), calls=count,
+                    **options)  # fmt: skip
 
-        return run
-
-    def impl(name: str, made: Callable[[Tensor], Tensor], read: int, **options: Any) -> Impl:
-        value = options.pop("value", x)
-        return Impl(name, call(made, value), traffic=Traffic(read=read), prepare=other.sum, **options)
-
-    impls = [impl("nn.Linear", layer, 4 * side * side, kind="baseline")]
-    with torch.no_grad():
-        half = nn.Linear(side, side, device=context.device, dtype=torch.bfloat16)
-        half.load_state_dict(layer.state_dict())
-    impls.append(impl("nn.Linear bf16", half, 2 * side * side, value=x.bfloat16()))
+    impls = [impl("nn.Linear", lambda: copy.deepcopy(layer), 4 * side * side, kind="baseline")]
+    half = copy.deepcopy(layer).bfloat16()
+    impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, value=x.bfloat16()))
     backend = runtime.choose_backend(context.device.type)[0]
     for name, (config, _) in GRIDS.items():
         kinds = (
             ["float", "int8"] if isinstance(config.weight, (quant.Uniform, quant.Binary, quant.Ternary)) else ["float"]
         )
         for activations in kinds if not context.is_cuda else ["float"]:
-            packed = packed_layer(name, side, str(context.device), activations)
-            int8 = activations == "int8"
-            impls.append(impl(ours(name) + INT8 * int8, packed, packed.packed_bytes, kind="ours", backend=backend,
+            made = functools.partial(packed_layer, name, side, str(context.device), activations)
+            packed, int8 = packed_weight(name, side, str(context.device)), activations == "int8"
+            impls.append(impl(ours(name) + INT8 * int8, made, packed.packed_bytes, kind="ours", backend=backend,
                               check=PackedCheck(packed, x, 0.03 if int8 else 1e-4)))  # fmt: skip
     if not context.is_cuda:
         impls += _torch_peers(layer, x, impl)
@@ -125,32 +143,42 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
         low, high = w.reshape(n, -1, 128).amin(2), w.reshape(n, -1, 128).amax(2)
         scale = (high - low) / 15
         q = ((w.reshape(n, -1, 128) - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
-        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
         zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
-        made = lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)  # noqa: E731
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+
+        def made() -> Layer:
+            codes = packed.clone()
+            return lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)
+
         return impl("", made, n * k // 2, value=half, check=near())
 
     def int8() -> Impl:
         scale = w.abs().amax(1) / 127
-        codes, s = (w / scale[:, None]).round().to(torch.int8), scale.bfloat16()
-        made = lambda v: torch.ops.aten._weight_int8pack_mm(v, codes, s)  # noqa: E731
+        q, s = (w / scale[:, None]).round().to(torch.int8), scale.bfloat16()
+
+        def made() -> Layer:
+            codes = q.clone()
+            return lambda v: torch.ops.aten._weight_int8pack_mm(v, codes, s)
+
         return impl("", made, n * k, value=half, check=near(least=0.0))
 
-    def dynamic() -> Impl:
+    def dynamic() -> Layer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
-        return impl("", made, n * k, check=near(least=0.0))
+            return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
+
+    def library(made: Callable[[], Layer], size: int, least: float) -> Callable[[], Impl]:
+        return lambda: impl("", made, size, check=near(least=least))
 
     return [
         peers.peer(TORCH_INT4, "torch", int4), peers.peer(TORCH_INT8, "torch", int8),
-        peers.peer(DYNAMIC, "torch", dynamic),
-        peers.peer("torchao int8 weight-only", "torchao", lambda: impl(
-            "", peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, check=near(least=0.0))),
-        peers.peer("torchao int8 dynamic", "torchao", lambda: impl(
-            "", peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, check=near(least=0.0))),
-        peers.peer(BITSANDBYTES, "bitsandbytes", lambda: impl(
-            "", peers.bitsandbytes_linear4bit(layer), n * k // 2, check=near())),
+        peers.peer(DYNAMIC, "torch", library(dynamic, n * k, 0.0)),
+        peers.peer("torchao int8 weight-only", "torchao", library(
+            lambda: peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, 0.0)),
+        peers.peer("torchao int8 dynamic", "torchao", library(
+            lambda: peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, 0.0)),
+        peers.peer(BITSANDBYTES, "bitsandbytes", library(
+            lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01)),
     ]  # fmt: skip
 
 
