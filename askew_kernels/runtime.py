@@ -172,7 +172,7 @@ def operator(name: str, like: torch.Tensor) -> Callable:
 
 # ---- launch parameters -----------------------------------------------------------------------------------------------
 
-built_in_tuning: tables.Values = {"triton": tables.TRITON}
+built_in_tuning: tables.Values = {"triton": tables.TRITON, "triton_packed": tables.TRITON_PACKED}
 if _C is not None:
     _compiled = _C.tuning()
     built_in_tuning |= {s: {name: _compiled[name] for name in tables.PARAMETERS[s]} for s in ("cpu", "cuda")}
@@ -211,16 +211,16 @@ def tuning_table(device: torch.device | str = "cpu") -> tuple[tables.Table | Non
 
 
 def tuning(section: str, device: torch.device | str = "cpu") -> dict[str, int]:
-    """The launch parameters of ``cpu``, ``cuda`` or ``triton`` on a device; empty where there is no such kernel."""
+    """The launch parameters of a section (``tuning.PARAMETERS``) on a device; empty where there is no such kernel."""
     table, _ = tuning_table(device)
     values = built_in_tuning.get(section, {})
     return {**values, **(table.parameters.get(section, {}) if table is not None and values else {})}
 
 
 @functools.cache
-def triton_tuning(index: int | None) -> dict[str, int]:
-    """``tuning("triton")`` on GPU number ``index``, kept; None: Triton's interpreter."""
-    return tuning("triton", "cpu" if index is None else torch.device("cuda", index))
+def triton_tuning(index: int | None, section: str = "triton") -> dict[str, int]:
+    """``tuning(section)`` on GPU number ``index``, kept; None: Triton's interpreter."""
+    return tuning(section, "cpu" if index is None else torch.device("cuda", index))
 
 
 def _tune(section: str) -> None:

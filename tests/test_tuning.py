@@ -103,6 +103,37 @@ for shape in ((3, 129), (2, 64), (1, 257)):
 print("the same bits")
 """
 
+PACKED = """
+import itertools
+import torch
+from askew_kernels import ops, reference, runtime, tuning
+from askew_kernels.bench import tune
+runtime.set_backend("triton")
+g = torch.Generator().manual_seed(0)
+small = lambda section, name, quick: {str(c): tune.packed_product(c, 20, 256, 128)
+                                      for c in (3, 20) if (c <= 8) == name.startswith("few")}
+tune.passes = small
+for name, candidates in tune.trials("triton_packed"):
+    tune.check_bits("triton_packed", name, candidates[::9], small("", name, True), torch.device("cpu"))
+    print(name, len(candidates))
+tune.trials = lambda section, trials=tune.trials: ((n, c[::9][:2]) for n, c in trials(section))
+tune.in_turns = lambda section, candidates, judged, *rest: ([1.0, 0.5], [[1.0], [0.5]])
+best, found = tune.measure("triton_packed", torch.device("cpu"), True)
+assert set(best) == set(tuning.PARAMETERS["triton_packed"]) and len(found) == 4, best
+codes = torch.randint(0, 256, (37, 80), generator=g, dtype=torch.uint8)
+grid, scale = tune.GRID, torch.rand(37 * 5, generator=g)
+exact = lambda x: x.double() @ reference.lowbit_weight(
+    codes, scale.double(), torch.empty(0).double(), grid.encoding, 4, 160, torch.float64).t()
+for few, tile in itertools.product(((1, 32, 1), (16, 256, 8)), ((16, 16, 1), (128, 128, 8))):
+    values = dict(zip(tuning.PARAMETERS["triton_packed"], (*few, *tile)))
+    runtime.use_tuning({"triton_packed": values})
+    assert runtime.triton_tuning(None, "triton_packed") == values
+    for batch in (1, 7, 33):
+        x = torch.randn(batch, 160, generator=g)
+        torch.testing.assert_close(ops.lowbit_linear(x, codes, scale, grid, 4).double(), exact(x), rtol=1e-4, atol=1e-4)
+print("the same sums")
+"""
+
 
 def python(*arguments, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
@@ -114,6 +145,15 @@ def python(*arguments, **environment):
 def test_triton_parameters_change_no_bits():
     done = python("-c", TRITON, TRITON_INTERPRET="1")
     assert done.stdout.strip() == "the same bits", done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_triton_packed_parameters_change_no_more_than_the_order_of_sums():
+    """Also all that ``bench tune`` does on a GPU for them, with Triton's interpreter."""
+    done = python("-c", PACKED, TRITON_INTERPRET="1")
+    lines = done.stdout.splitlines()
+    assert lines and lines[-1] == "the same sums", done.stderr
+    assert lines[:2] == ["few_rows and few_words and few_warps 27", "tile_rows and tile_columns and tile_warps 18"]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -175,7 +215,7 @@ def test_what_the_package_ships_is_good():
         ("[1]", "parameters: missing"),
         ('{"parameters": {}, "speed": 1}', "expected device, parameters and found, got 'speed'"),
         ('{"parameters": 3}', "parameters: expected an object with the sections cpu, cuda, triton"),
-        ('{"parameters": {"gpu": {}}}', "parameters: expected the sections cpu, cuda, triton, got 'gpu'"),
+        ('{"parameters": {"gpu": {}}}', "expected the sections cpu, cuda, triton, triton_packed, got 'gpu'"),
         ('{"parameters": {"cpu": 1}}', "cpu: expected an object of names and integers, got 1"),
         ('{"parameters": {"cpu": {"band": 1}}}', "cpu: expected prefetch_columns, piece_columns, "),
         ('{"parameters": {"cpu": {"piece_columns": 15}}}', "cpu.piece_columns: expected an integer from 16 to 107"),
@@ -253,7 +293,7 @@ def test_tune_refuses_a_value_that_changes_bits(tmp_path, monkeypatch, capsys):
     path = tmp_path / "table.json"
     assert cli.main(["bench", "tune", "--quick", "--json", str(path)]) == 1
     err = capsys.readouterr().err
-    assert "cpu: piece_columns = 4096 changes the bits of wrong" in err and err.count("\n") == 1 and not path.exists()
+    assert "cpu: piece_columns = 4096 changes the result of wrong" in err and err.count("\n") == 1 and not path.exists()
 
 
 @pytest.mark.parametrize(

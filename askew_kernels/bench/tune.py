@@ -1,9 +1,9 @@
 """``python -m askew_kernels bench tune``: finds the launch parameters of this device and writes them as a table.
 
-Each parameter by itself, the others at their built-in values: every value that is tried must give the same bits as the
-built-in one, then all run in turns over the passes that the parameter serves. A value replaces the built-in one only
-where its time (20th percentile, geometric mean over the passes) is at least 3 % shorter, twice: what stands in a table
-is no noise.
+Each choice by itself, the other parameters at their built-in values: every value that is tried must give the same bits
+as the built-in one (or sums as near as another order allows: ``tuning.SUMS``), then all run in turns over the passes
+that the choice serves. A value replaces the built-in one only where its time (20th percentile, geometric mean over the
+passes) is at least 3 % shorter, twice: what stands in a table is no noise.
 """
 
 from __future__ import annotations
@@ -113,9 +113,28 @@ def perturb_and_restore(shapes: Sequence[tuple[int, ...]]) -> Build:
     return build
 
 
+def packed_product(tokens: int, rows: int, cols: int, group: int) -> Build:
+    """bfloat16 inputs times 4-bit codes."""
+
+    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+        x = _normal((tokens, cols), device).bfloat16()
+        codes = (_normal((rows, cols // 2), device, 1) * 4e3).to(torch.int8).view(torch.uint8)
+        scale = _scale(rows * cols // group if group else rows, device)
+        return lambda: [ops.lowbit_linear(x, codes, scale, GRID, 4)]
+
+    return build
+
+
 def passes(section: str, name: str, quick: bool) -> dict[str, Build]:
-    """What a parameter is judged by."""
+    """What a parameter, or a choice of several, is judged by."""
     n = 1024 if quick else 4096
+    if section == "triton_packed":
+        n = 512 if quick else 8192
+        few, many = ((1,), (16,)) if quick else ((1, 4), (16, 64))
+        return {
+            f"{count} x {n}x{n}" + (f", groups of {group}" if group else ""): packed_product(count, n, n, group)
+            for count in (few if name.startswith("few") else many) for group in (0, 128)
+        }  # fmt: skip
     if section in ("cuda", "triton"):
         n = 1024 if quick else 8192
         made = {f"quantize {n}x{n}": quantize(n, n, n), f"clip {n}x{n}": clip(n, n)}
@@ -143,10 +162,12 @@ def passes(section: str, name: str, quick: bool) -> dict[str, Build]:
 
 
 def trials(section: str) -> Iterator[tuple[str, list[Values]]]:
-    """(what is judged together, the values that are tried, the built-in ones first). Triton's two are one choice."""
+    """(what is judged together, the values that are tried, the built-in ones first)."""
     known, built_in = tuning.PARAMETERS[section], runtime.built_in_tuning[section]
-    groups = [tuple(known)] if section == "triton" else [(name,) for name in known]
-    for names in groups:
+    choices: dict[str, list[str]] = {}
+    for name, parameter in known.items():
+        choices.setdefault(parameter.choice or name, []).append(name)
+    for names in choices.values():
         first = {name: built_in[name] for name in names}
         tried = [dict(zip(names, v, strict=True)) for v in itertools.product(*(known[name].tried for name in names))]
         yield " and ".join(names), [first, *(v for v in tried if v != first)]
@@ -156,6 +177,11 @@ def _same_bits(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True))
 
 
+def _same_sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """In bfloat16 the sums of two orders may be rounded to neighbours."""
+    return all(float((x - y).abs().max()) <= 2.0**-7 * float(y.abs().max()) for x, y in zip(a, b, strict=True))
+
+
 def _text(values: Values) -> str:
     return ", ".join("never" if v == tuning.NEVER else str(v) for v in values.values())
 
@@ -163,15 +189,16 @@ def _text(values: Values) -> str:
 def check_bits(
     section: str, name: str, candidates: list[Values], judged: dict[str, Build], device: torch.device
 ) -> None:
-    """Raises BenchError where a value gives other bits than the first one."""
+    """Raises BenchError where a value gives other bits (other sums) than the first one."""
+    same = _same_sums if section in tuning.SUMS else _same_bits
     for what, build in judged.items():
         expected: list[Tensor] = []
         for candidate in candidates:
             runtime.use_tuning({section: candidate})
             found = build(device)()
             expected = expected or [t.clone() for t in found]
-            if not _same_bits(found, expected):
-                raise BenchError(f"{section}: {name} = {_text(candidate)} changes the bits of {what}")
+            if not same(found, expected):
+                raise BenchError(f"{section}: {name} = {_text(candidate)} changes the result of {what}")
 
 
 def in_turns(
@@ -250,7 +277,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise BenchError(f"bench tune: takes --device, --quick and --json, not --{option}")
         served = {"cpu": device.type == "cpu" and runtime._C is not None}
         served["cuda"] = device.type == "cuda" and runtime._cuda_archs_fit()
-        served["triton"] = device.type == "cuda" and runtime.has_triton()
+        served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()
         if not any(served.values()):
             why = runtime.why_not_compiled() or runtime.choose_backend(device.type)[1]
             raise BenchError(f"bench tune: no kernels with launch parameters for {device.type} ({why})")
@@ -266,7 +293,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         with runtime.kept_tuning():
             for section in [s for s in served if served[s]]:
-                with runtime.use_backend("triton" if section == "triton" else "cpp"):
+                with runtime.use_backend("triton" if section.startswith("triton") else "cpp"):
                     parameters[section], rows = measure(section, device, arguments.quick)
                 tried += rows
         changed = [f"{s}.{name} = {v}" for s, values in parameters.items() for name, v in values.items()]

@@ -5,6 +5,7 @@ words, for all inputs. More inputs go through the matrix units in tiles whose le
 are exact in every storage type, so the products are, and a group's scale multiplies its sum. Where tiles do not fill
 the GPU they share the columns, and the parts are added in a fixed order. Sums are float32 and not rounded in between.
 How many steps a program takes is a compile-time constant (a model has few widths), so that loops can be pipelined.
+Rows, words, columns and warps of a program are launch parameters (``tuning``), in whose order sums are taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..reference import BINARY as BINARY_KIND
 from ..reference import CODEBOOK as CODEBOOK_KIND
 from ..reference import row_bytes
+from ..runtime import triton_tuning
 from .elementwise import check_dense, check_grid, check_storage, on_device
 from .math import _INTERPRETED, BINARY, CODEBOOK, narrow, widen
 
@@ -265,19 +267,24 @@ def lowbit_linear(
         return y
     arguments |= {"tokens": tokens, "n": n, "groups": groups, "length": length, "bias_ptr": x if bias is None else bias,
                   "BIAS": bias is not None, "GROUPED": groups > 1}  # fmt: skip
+    tuned = triton_tuning(x.device.index, "triton_packed")
     if tokens <= FEW:
+        rows, words = tuned["few_rows"], tuned["few_words"]
         word = _word_bits(codes, bits, cols, groups, length)
         with on_device(x):
-            few_kernel[(triton.cdiv(n, 4), 1)](
+            few_kernel[(triton.cdiv(n, rows), 1)](
                 x, codes.view(torch.int32) if word == 32 else codes, scale, y_ptr=y, WORD=word,
-                CLAMP=arguments["top"] < 2**bits - 1, M=triton.next_power_of_2(tokens), N=4, W=128,
-                STEPS=triton.cdiv(codes.shape[1] * 8 // word if word else cols, 128), num_warps=4, **arguments,
+                CLAMP=arguments["top"] < 2**bits - 1, M=triton.next_power_of_2(tokens), N=rows, W=words,
+                STEPS=triton.cdiv(codes.shape[1] * 8 // word if word else cols, words), num_warps=tuned["few_warps"],
+                **arguments,
             )  # fmt: skip
         return y
     exact = arguments["KIND"] != CODEBOOK_KIND and (groups <= 1 or length % 16 == 0)
-    step = next(k for k in (64, 32, 16) if not (exact and groups > 1 and length % k))
+    rows, step = tuned["tile_rows"], tuned["tile_columns"]
+    while exact and groups > 1 and length % step:
+        step //= 2
     tile = min(max(triton.next_power_of_2(tokens), 16), 64)
-    tiles = triton.cdiv(n, 64) * triton.cdiv(tokens, tile)
+    tiles = triton.cdiv(n, rows) * triton.cdiv(tokens, tile)
     shares = max(1, min(PROGRAMS // tiles, cols // (4 * step)))
     steps = triton.cdiv(triton.cdiv(cols, shares), step)
     shares = triton.cdiv(cols, steps * step)
@@ -285,9 +292,9 @@ def lowbit_linear(
     if shares > 1:  # the bias belongs to the sum of all
         arguments |= {"BIAS": False}
     with on_device(x):
-        many_kernel[(triton.cdiv(n, 64), triton.cdiv(tokens, tile), shares)](
-            x, codes, scale, y_ptr=parts, EXACT_LEVELS=exact, M=tile, N=64, K=step, STEPS=steps, num_warps=4,
-            **arguments,
+        many_kernel[(triton.cdiv(n, rows), triton.cdiv(tokens, tile), shares)](
+            x, codes, scale, y_ptr=parts, EXACT_LEVELS=exact, M=tile, N=rows, K=step, STEPS=steps,
+            num_warps=tuned["tile_warps"], **arguments,
         )  # fmt: skip
     if shares == 1:
         return y

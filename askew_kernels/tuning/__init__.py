@@ -1,14 +1,15 @@
 """Launch parameters for each kind of device: what they are, and the tables of this folder that hold tuned ones.
 
-They decide how fast a result comes, never its bits (a test sets odd values and compares). A table is a JSON file::
+They decide how fast a result comes, never its bits (a test sets odd values and compares), but for ``triton_packed``,
+whose products are float32 sums in an order that depends on them. A table is a JSON file::
 
     {"device": {"type": "cpu", "name": "AMD EPYC 9654", "capability": "avx512", "cores": 8},
      "parameters": {"cpu": {"prefetch_columns": 1024}},
      "found": {"time": "2026-11-21T12:00:00+00:00", "torch": "2.13.0", …}}
 
-``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++) and ``triton`` with those
-values that differ from the built-in ones; ``found`` says how it came about and is not read. ``bench tune`` makes such
-tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand.
+``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++), ``triton`` (elementwise)
+and ``triton_packed`` with those values that differ from the built-in ones; ``found`` says how it came about and is not
+read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Parameter:
-    """A whole number in [low, high]; ``tried``: what ``bench tune`` compares with the built-in value."""
+    """A whole number in [low, high]; ``tried``: what ``bench tune`` compares with the built-in value; ``choice``: all
+    of a section that share one are tried together."""
 
     low: int
     high: int
     tried: tuple[int, ...]
     power_of_two: bool = False
+    choice: str = ""
 
     def expected(self) -> str:
         return f"{'a power of two' if self.power_of_two else 'an integer'} from {self.low} to {self.high}"
@@ -53,13 +56,27 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
     "triton": {
-        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), power_of_two=True),
-        "warps": Parameter(1, 16, (2, 4, 8), power_of_two=True),
+        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), True, "launch"),
+        "warps": Parameter(1, 16, (2, 4, 8), True, "launch"),
+    },
+    "triton_packed": {
+        "few_rows": Parameter(1, 64, (2, 4, 8), True, "few"),
+        "few_words": Parameter(32, 1024, (64, 128, 256), True, "few"),
+        "few_warps": Parameter(1, 16, (2, 4, 8), True, "few"),
+        "tile_rows": Parameter(16, 256, (32, 64, 128), True, "tile"),
+        "tile_columns": Parameter(16, 256, (32, 64, 128), True, "tile"),
+        "tile_warps": Parameter(1, 16, (4, 8), True, "tile"),
     },
 }
+SUMS = ("triton_packed",)  # sections whose values change the order of float32 sums
 
 # The elementwise kernels' elements of a program and its warps: four 16-byte vectors of fp32 a thread.
 TRITON = {"block": 2048, "warps": 4}
+# Products from packed codes: rows of the weight that a program takes, words or columns in a step, warps; for few inputs
+# and, in tiles, for many.
+TRITON_PACKED = {
+    "few_rows": 4, "few_words": 128, "few_warps": 4, "tile_rows": 64, "tile_columns": 64, "tile_warps": 4,
+}  # fmt: skip
 
 Values = dict[str, dict[str, int]]
 
