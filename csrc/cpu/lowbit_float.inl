@@ -178,19 +178,23 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
     p = (const uint8_t*)scratch;
   }
   constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
+  constexpr int kBits = FORM == kDecoded ? 8 : FORM, kGrouped = GROUPED ? kLanes : kOneScale;
+  constexpr int kWhole =
+      GROUPED ? kBlocks : kOneScale;  // a loop of its own: the choice of scales costs as much as a product
+  const bool whole = GROUPED && w.cols / w.groups % Block<kBits>::kCols == 0;
   int64_t b = 0;
-  constexpr int kGrouped = GROUPED ? kLanes : kOneScale;
   if (R == kRows) {
-    constexpr int kBits = FORM == kDecoded ? 8 : FORM;
-    // a loop of its own: the choice of scales costs as much as a product
-    if (GROUPED && w.cols / w.groups % Block<kBits>::kCols == 0)
-      multiply_tile<FORM, GROUPED ? kBlocks : kOneScale, R, 1>(w, p, stride, row, x, width, bias, y);
+    if (whole)
+      multiply_tile<FORM, kWhole, R, 1>(w, p, stride, row, x, width, bias, y);
     else
       multiply_tile<FORM, kGrouped, R, 1>(w, p, stride, row, x, width, bias, y);
     return;
   }
   for (; b + kInputs <= batch; b += kInputs)
-    multiply_tile<FORM, kGrouped, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+    if (whole)
+      multiply_tile<FORM, kWhole, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
+    else
+      multiply_tile<FORM, kGrouped, R, kInputs>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
   for (; b + 2 <= batch; b += 2)
     multiply_tile<FORM, kGrouped, R, 2>(w, p, stride, row, x + b * width, width, bias, y + b * w.n);
   for (; b < batch; ++b)
@@ -205,7 +209,9 @@ ASKEW_FN void multiply_form(const LowbitWeight& w, int64_t row0, int64_t row1, c
   if (batch == 1)
     for (; row + kRows <= row1; row += kRows)
       multiply_rows<FORM, GROUPED, kRows>(w, row, x, batch, wide, bias, y, scratch);
-  for (; row + 2 <= row1; row += 2) multiply_rows<FORM, GROUPED, 2>(w, row, x, batch, wide, bias, y, scratch);
+  constexpr int kMany = ASKEW_LANES == 16 ? 3 : 2;
+  for (; row + kMany <= row1; row += kMany)
+    multiply_rows<FORM, GROUPED, kMany>(w, row, x, batch, wide, bias, y, scratch);
   for (; row < row1; ++row) multiply_rows<FORM, GROUPED, 1>(w, row, x, batch, wide, bias, y, scratch);
 }
 
