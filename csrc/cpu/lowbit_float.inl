@@ -179,8 +179,8 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
   }
   constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
   constexpr int kBits = FORM == kDecoded ? 8 : FORM, kGrouped = GROUPED ? kLanes : kOneScale;
-  constexpr int kWhole =
-      GROUPED ? kBlocks : kOneScale;  // a loop of its own: the choice of scales costs as much as a product
+  // groups of whole blocks have a loop of their own: the choice of scales costs as much as a product
+  constexpr int kWhole = GROUPED ? kBlocks : kOneScale;
   const bool whole = GROUPED && w.cols / w.groups % Block<kBits>::kCols == 0;
   int64_t b = 0;
   if (R == kRows) {

@@ -5,7 +5,8 @@
 // Codes of 1, 2 and 4 bits are unpacked a vector of words at a time, all words shifted by one code, and the input is
 // brought into that order; so are trits with AVX-512, digit by digit; others are unpacked in the order of the columns.
 // For many tokens codes are unpacked four rows at a time into a buffer that stays in L1, where they meet every token of
-// the batch; for one or two of them they stay in registers, which a buffer would cost as much as the products.
+// the batch; for one or two of them they stay in registers, as
+// filling a buffer would take longer than the products.
 
 constexpr int kInt8Rows = 4;
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
@@ -32,19 +33,21 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   constexpr int kVector = 4 * ASKEW_LANES;
   for (int64_t c = 0; c < width; c += PARTS * kVector, out += PARTS * kVector) {
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
-    ASKEW_UNROLL for (int k = 0; k < (PARTS == 5 ? 0 : PARTS); ++k) {
-      const __m512i from = _mm512_loadu_si512(x + c + k * kVector);
-      ASKEW_UNROLL for (int v = 0; v < PARTS; ++v) {
-        int8_t* to = out + v * kVector + k * kVector / PARTS;
-        if (PARTS == 2)
-          _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(from, 8 * v)));
-        else if (PARTS == 4)
-          _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(from, 8 * v)));
-        else
-          _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(_mm512_srli_epi64(from, 8 * v)));
+    if constexpr (PARTS != 5) {
+      ASKEW_UNROLL for (int k = 0; k < PARTS; ++k) {
+        const __m512i from = _mm512_loadu_si512(x + c + k * kVector);
+        ASKEW_UNROLL for (int v = 0; v < PARTS; ++v) {
+          int8_t* to = out + v * kVector + k * kVector / PARTS;
+          if (PARTS == 2)
+            _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(from, 8 * v)));
+          else if (PARTS == 4)
+            _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_srli_epi32(from, 8 * v)));
+          else
+            _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8(_mm512_srli_epi64(from, 8 * v)));
+        }
       }
+      continue;
     }
-    if (PARTS != 5) continue;
 #endif
     for (int v = 0; v < PARTS; ++v)
       for (int i = 0; i < kVector; ++i) out[v * kVector + i] = x[c + i * PARTS + v];
@@ -462,10 +465,16 @@ static void int8_direct(const LowbitWeight& w, const Int8Rows& rows, const Int8I
     int8_tile<BITS, kInt8Rows, 2, GROUPED, WIDE>(w, rows, x, row, token0, bias, y);
 }
 
-// Null for codes that are not read from their rows.
+// Null for codes that are not read from their rows. Where there are wide products, all grids of 8 bits take them.
 template <bool GROUPED, bool WIDE>
 static RowsProduct direct_product(int bits) {
-  if (bits == 8) return int8_direct<8, GROUPED, WIDE>;
+#if defined(ASKEW_WIDE)
+  constexpr bool kBytesHere = WIDE;
+#else
+  constexpr bool kBytesHere = true;
+#endif
+  if constexpr (kBytesHere)
+    if (bits == 8) return int8_direct<8, GROUPED, WIDE>;
   if constexpr (!WIDE) {
     if (bits == 4) return int8_direct<4, GROUPED, WIDE>;
     if (bits == 2) return int8_direct<2, GROUPED, WIDE>;
