@@ -118,7 +118,7 @@ def packed_product(tokens: int, rows: int, cols: int, group: int) -> Build:
 
     def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
         x = _normal((tokens, cols), device).bfloat16()
-        codes = (_normal((rows, cols // 2), device, 1) * 4e3).to(torch.int8).view(torch.uint8)
+        codes = (_normal((rows, cols // 2), device, 1) * 2e3).clamp(-128, 127).to(torch.int8).view(torch.uint8)
         scale = _scale(rows * cols // group if group else rows, device)
         return lambda: [ops.lowbit_linear(x, codes, scale, GRID, 4)]
 

@@ -118,17 +118,13 @@ def linear_case(context: Context, batch: int) -> Case:
     half = copy.deepcopy(layer).bfloat16()
     impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, value=x.bfloat16()))
     backend = runtime.choose_backend(context.device.type)[0]
-    for name, (config, _) in GRIDS.items():
-        kinds = (
-            ["float", "int8"] if isinstance(config.weight, (quant.Uniform, quant.Binary, quant.Ternary)) else ["float"]
-        )
-        for activations in kinds if not context.is_cuda else ["float"]:
+    for name in GRIDS:
+        for activations in ("float", "int8"):
             made = functools.partial(packed_layer, name, side, str(context.device), activations)
             packed, int8 = packed_weight(name, side, str(context.device)), activations == "int8"
             impls.append(impl(ours(name) + INT8 * int8, made, packed.packed_bytes, kind="ours", backend=backend,
                               check=PackedCheck(packed, x, 0.03 if int8 else 1e-4)))  # fmt: skip
-    if not context.is_cuda:
-        impls += _torch_peers(layer, x, impl)
+    impls += _torch_peers(layer, x, impl)
     return Case(f"{batch} x {side} x {side}", "float32", "nn.Linear", impls, 0, work=2 * batch * side * side / 1e9,
                 work_unit="GFLOP")  # fmt: skip
 
