@@ -140,6 +140,8 @@ class QuantizedLayer(nn.Module):
     TOKEN_DIMS: int  # last dimensions of the input that share one scale where it is quantized
 
     _version = 2  # of the state_dict: 1 is a float layer's
+    # what a layer that takes the place of this one does not inherit
+    own_attributes = ("config", "quantizer", "_shown", *STATE)
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
@@ -288,15 +290,16 @@ class QuantizedLayer(nn.Module):
         quantizer = self._tied()
         there = [prefix + name in state_dict for name in STATE]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        for name, found in zip(STATE, there, strict=True):
-            if not found and prefix + name in missing_keys:
+        came = prefix + "weight" in state_dict
+        for name in STATE if came else ():
+            if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
         quantizer.invalidate()
         quantizer.look()
-        if prefix + "weight" in state_dict and not any(there) and (quantizer.frozen or metadata.get("version") != 1):
+        if came and not any(there) and (quantizer.frozen or metadata.get("version") != 1):
             warnings.warn(
                 f"{prefix}weight: the checkpoint has no {STATE[0]} for this layer: "
                 + ("its frozen scale stays, whatever weights came" if quantizer.frozen else
