@@ -138,6 +138,13 @@ class WeightQuantizer:
         weight._askew_quantizer = self  # type: ignore[attr-defined]
         self.allocate(weight)
 
+    def untie(self, weight: nn.Parameter) -> None:
+        """Undoes ``tie``."""
+        if WeightQuantizer.of(weight) is self:
+            del weight._askew_quantizer
+            if type(weight) is QuantizedParameter:
+                weight.__class__ = nn.Parameter
+
     @staticmethod
     def of(weight: Tensor) -> WeightQuantizer | None:
         return getattr(weight, "_askew_quantizer", None)
