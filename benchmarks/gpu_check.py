@@ -150,7 +150,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> Result:
                     stopped = True
                     break
                 for command in group:
-                    take(f"$ {' '.join(command)}")
+                    print(f"$ {' '.join(command)}", file=log, flush=True)
                 started = []
                 for command in group:
                     started.append(Child(command, {**os.environ, **part.environment}, take))
@@ -241,6 +241,10 @@ REHEARSED = {
 }  # all that a rehearsal takes of a part
 
 
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "gpu_check", "-p",
+          "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
+
+
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -249,8 +253,7 @@ def test_command(rehearse: bool) -> list[str]:
     """Only the files that have such tests are collected: others may want what is not installed."""
     tests = sorted((ROOT / "tests").glob("test_*.py"))
     tests = [p for p in tests if (p.name == REHEARSED["tests"] if rehearse else "mark.gpu" in p.read_text())]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "gpu_check", "-p", "no:cacheprovider",
-               "--continue-on-collection-errors", *(str(p.relative_to(ROOT)) for p in tests)]  # fmt: skip
+    command = [*PYTEST, *(str(p.relative_to(ROOT)) for p in tests)]
     if rehearse:
         return [*command, "-k", "cpu and (packed_weights or mixture)"]
     return [*command, "-m", "gpu", *(["-n", "8"] if installed("xdist") else [])]
@@ -315,7 +318,12 @@ def write_page(work: Path, results: Path) -> int:
     return 0 if (results / "README.md").is_file() and code in (0, 1) else code or 1
 
 
-# ---- a plugin of pytest: failures as they happen, in full in the log -------------------------------------------------
+# ---- a plugin of pytest ----------------------------------------------------------------------------------------------
+# Failures are printed as they happen, so that a part that is stopped has them. A process whose GPU has become unusable
+# (an illegal address) ends before its next test, which xdist reports and gives the rest to a new process.
+
+_config: Any = None
+_unusable = False
 
 
 def pytest_configure(config: Any) -> None:
@@ -323,8 +331,18 @@ def pytest_configure(config: Any) -> None:
     _config = config
 
 
+def pytest_runtest_protocol() -> None:
+    if _unusable and hasattr(_config, "workerinput"):
+        os._exit(1)
+
+
 def pytest_runtest_logreport(report: Any) -> None:
-    if report.failed and not hasattr(_config, "workerinput"):
+    global _unusable
+    if not report.failed:
+        return
+    if hasattr(_config, "workerinput"):
+        _unusable = "CUDA error" in report.longreprtext
+    else:
         _say(report)
 
 
@@ -335,10 +353,10 @@ def pytest_collectreport(report: Any) -> None:
 
 def _say(report: Any) -> None:
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = (crash.message if crash else report.longreprtext).strip().splitlines()
+    text = crash.message.strip().splitlines()[:1] if crash else report.longreprtext.strip().splitlines()[-1:]
     writer = _config.pluginmanager.get_plugin("terminalreporter")
     writer.write_line("")
-    writer.write_line(f"FAILED {report.nodeid}: {text[0] if text else ''}"[:300])
+    writer.write_line(f"FAILED {report.nodeid}: {''.join(text)}"[:300])
     writer.write_line(report.longreprtext)
 
 
