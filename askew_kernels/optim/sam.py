@@ -29,6 +29,7 @@ from ..quant import WeightQuantizer
 from .skewed import _Skewed
 
 PERTURBATIONS = ("global", "local")
+_KEYS = ("rho", "eta", "adaptive")
 
 
 # ---- batch normalization --------------------------------------------------------------------------------------------
@@ -226,7 +227,7 @@ class SAM(Optimizer):
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
-        self._keep(0, None)
+        self._complete()
 
     # ---- one optimizer, not two ---------------------------------------------------------------------------------
 
@@ -264,18 +265,25 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._shares:  # called by Optimizer.__init__ for a group that the base already has
-            for key in ("rho", "eta", "adaptive"):
-                param_group.setdefault(key, self.defaults[key])
             return
         self._refuse_between_halves("add_param_group")
-        _check_keys({key: param_group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+        _check_keys({key: param_group.get(key, self.defaults[key]) for key in _KEYS})
         self.base_optimizer.add_param_group(param_group)
-        self._keep(self._steps, self._gap)
+        self._complete()
         self._note_names()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own: some keep gradients in memory of their own."""
         self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
+
+    def _complete(self) -> None:
+        """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
+        for group in self.param_groups:
+            for key in _KEYS:
+                group.setdefault(key, self.defaults[key])
+        if any("sam_gap" not in group for group in self.param_groups):
+            first = self.param_groups[0]
+            self._keep(first.get("sam_steps", 0), first.get("sam_gap"))
 
     def _note_names(self) -> None:
         self._names = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
@@ -336,6 +344,7 @@ class SAM(Optimizer):
     @torch.inference_mode(False)  # what is kept from step to step must serve outside, too
     @torch.no_grad()
     def _ascend(self, zero_grad: bool, loss: Tensor | float | None, scaler: Any) -> None:
+        self._complete()
         ascent = _Ascent([[id(p) for p in group["params"]] for group in self.param_groups], scaler=scaler)
         buckets = self._buckets()
         self._check_loss("first_step", loss)
@@ -389,7 +398,7 @@ class SAM(Optimizer):
         """Every parameter that has a gradient; raises before anything is written."""
         buckets: dict[Any, _Bucket] = {}
         for group in self.param_groups:
-            _check_keys({key: group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+            _check_keys(group)
             rho, adaptive, names = group["rho"], group["adaptive"], group.get("param_names")
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
             own = (rho_key, float(group["eta"]), bool(group.get("maximize")))
@@ -730,6 +739,7 @@ class SAM(Optimizer):
         self._refuse_between_halves("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._complete()
         packed = self.base_optimizer.state_dict()
         own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
         packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
@@ -744,14 +754,13 @@ class SAM(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
-        before = [{k: group[k] for k in ("rho", "eta", "adaptive")} for group in self.param_groups]
+        before = [{key: group.get(key, self.defaults[key]) for key in _KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, before, strict=True):
             for key, value in kept.items():
                 group.setdefault(key, value)
-        first = self.param_groups[0]
-        gap = first.get("sam_gap", own.get("gap"))
-        self._keep(first.get("sam_steps", own.get("steps", 0)), None if gap is None else float(gap))
+        first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
+        self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
         self._report = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -764,6 +773,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ascent, self._buffers, self._report, self._telemetry_wanted = None, {}, {}, True
         super().__setstate__(state)
+        self._complete()
         self._note_names()
 
 
