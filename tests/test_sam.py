@@ -893,6 +893,13 @@ def test_gradients_that_cannot_be_used():
     phase.grad = torch.ones_like(phase)
     with pytest.raises(TypeError, match="complex"):
         optimizer.first_step()
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data = model[0].weight.data
+    before = weights(model)
+    optimizer = SAM(torch.optim.SGD(model.named_parameters(), lr=0.1), rho=0.5)
+    with pytest.raises(ValueError, match="1.weight: expected memory of its own"):
+        optimizer.step(lambda: (loss := model(torch.ones(2, 3)).square().sum(), loss.backward())[0])
+    assert same(weights(model), before)
     model = network()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5)
     optimizer.param_groups[0]["rho"] = -1.0

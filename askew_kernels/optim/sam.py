@@ -397,6 +397,7 @@ class SAM(Optimizer):
     def _buckets(self) -> list[_Bucket]:
         """Every parameter that has a gradient; raises before anything is written."""
         buckets: dict[Any, _Bucket] = {}
+        places: set[int] = set()
         for group in self.param_groups:
             _check_keys(group)
             rho, adaptive, names = group["rho"], group["adaptive"], group.get("param_names")
@@ -422,6 +423,14 @@ class SAM(Optimizer):
                     if _sharding(g) != _sharding(p):
                         g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
                     w, g = _local(p), _local(g)
+                place = w.data_ptr()
+                if place in places:  # moved twice, and the second copy would be of a moved weight
+                    raise ValueError(
+                        f"{name or f'params[{i}]'}: expected memory of its own, got another parameter's; tie modules "
+                        "by one Parameter instead of two with the same data"
+                    )
+                if w.numel():
+                    places.add(place)
                 key = (w.device, w.dtype == torch.float64, *own)
                 bucket = buckets.get(key)
                 if bucket is None:
