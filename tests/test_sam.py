@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -54,6 +55,7 @@ def small():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    torch.set_default_dtype(torch.float32)
     torch.set_num_threads(threads)
 
 
@@ -1216,18 +1218,27 @@ def test_compiled_steps(kind, what):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_halves_inside_inference_mode():
-    """What a step keeps serves outside, too: buffers, the gap, the base's state."""
+@pytest.mark.parametrize("mode", ["inference", "float64", "meta"])
+def test_halves_inside_ambient_modes(mode):
+    """What a step keeps serves outside, too: buffers, the gap, the base's state; the run is the same bit for bit."""
     runs = []
-    for inference in (False, True):
+    for on in (False, True):
         model = network(norm=False)
-        with torch.inference_mode(inference):
+
+        def ambient(on=on):
+            if mode == "meta":
+                return torch.device("meta") if on else contextlib.nullcontext()
+            torch.set_default_dtype(torch.float64 if on and mode == "float64" else torch.float32)
+            return torch.inference_mode(on and mode == "inference")
+
+        with ambient():
             optimizer = AlignedSAM(BASES["SGD"](model.parameters()), rho_max=0.5)
         for i in range(2):
             for half in (optimizer.first_step, optimizer.second_step):
-                loss = closure_of(model, i)().detach()
-                with torch.inference_mode(inference):
-                    half(zero_grad=True, loss=loss)
+                loss = closure_of(model, i)()
+                with ambient():
+                    half(zero_grad=True, loss=loss.item() if i else loss.detach())
+        torch.set_default_dtype(torch.float32)
         train(model, optimizer, 2, 4)
         runs.append(weights(model))
     assert same(*runs)
