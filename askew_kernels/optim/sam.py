@@ -617,10 +617,12 @@ class SAM(Optimizer):
 
         A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays.
         """
+        if skipped:
+            return
         norm: Tensor = self._report["gradient_norm"]
         gap = gap.double().to(norm.device) if isinstance(gap, Tensor) else torch.full_like(norm, gap)
         known = self._gap.to(norm.device)
-        gap = known.clone() if skipped else torch.where(norm.isfinite() & (norm > 0), gap, known)
+        gap = torch.where(norm.isfinite() & (norm > 0), gap, known)
         if self._gap.device == gap.device:
             self._gap.copy_(gap)
         else:
