@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
+from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -141,7 +142,7 @@ class QuantizedLayer(nn.Module):
 
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
-    own_attributes = ("config", "quantizer", "_shown", *STATE)
+    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE)
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
@@ -183,12 +184,15 @@ class QuantizedLayer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new weight is never taken for the one before it: FSDP2 puts its gathered weights here in every forward,
-        at the same addresses and with the same version counters."""
+        at the same addresses and with the same version counters, and this rank's part back afterwards."""
         if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
+            quantizer.invalidate()
             old = self._parameters.get("weight")
-            if isinstance(value, nn.Parameter) and type(old) is QuantizedParameter and value is not old:
-                quantizer.invalidate()
-                if not old.is_meta and not hasattr(value, "to_local") and (quantizer.frozen or not self.training):
+            if isinstance(value, nn.Parameter) and value is not old:
+                if is_sharded(value):
+                    value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
+                    self.__dict__["_shard"] = value
+                elif type(old) is QuantizedParameter and not old.is_meta and (quantizer.frozen or not self.training):
                     warnings.warn(
                         f"{type(self).__name__}: weight was replaced; it is quantized anew "
                         f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
@@ -196,8 +200,6 @@ class QuantizedLayer(nn.Module):
                         "before quantize_, or after dequantize_",
                         stacklevel=2,
                     )  # fmt: skip
-            else:
-                quantizer.invalidate()
         super().__setattr__(name, value)
 
     @property
@@ -205,10 +207,11 @@ class QuantizedLayer(nn.Module):
         """The scale in use, float32 (rows,)."""
         if self._ordinary():
             return self.quantizer.current_scale(self.weight)
-        return self.quantizer.scale_for(self.weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
+        return self._functional_scale(self.weight)
 
     def quantized_weight(self) -> Tensor:
-        """s Q(w/s), detached, in the weight's dtype."""
+        """s Q(w/s), detached, in the weight's dtype; of a weight that is sharded over ranks the whole (a call for all
+        ranks)."""
         if self._ordinary():
             return self.quantizer.quantized(self.weight).clone()
         return self._functional_weight().detach()
@@ -220,7 +223,12 @@ class QuantizedLayer(nn.Module):
             raise RuntimeError(f"{type(self).__name__}: weight is computed by a parametrization, it cannot be written; "
                                "call torch.nn.utils.parametrize.remove_parametrizations first")  # fmt: skip
         quantizer, scale = self._tied(), self.weight_scale.clone()
-        self.weight.copy_(self.quantized_weight())
+        shard = self.__dict__.get("_shard")  # under FSDP2: what stays, also while the whole weight is gathered
+        if shard is not None:
+            part, own = local_part(shard), own_rows(shard, len(scale))
+            part.copy_(ops.fake_quantize(part, scale[own], self.config.weight))
+        if not is_sharded(self.weight):
+            self.weight.copy_(self.quantized_weight())
         quantizer.freeze(self.weight, scale)
 
     def _uses_float(self) -> bool:
@@ -235,10 +243,16 @@ class QuantizedLayer(nn.Module):
         weight = self._parameters.get("weight")
         return type(weight) is QuantizedParameter and not weight.is_meta and not weight.is_inference()
 
+    def _functional_scale(self, weight: Tensor) -> Tensor:
+        """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
+        weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+        return self.quantizer.scale_for(weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
+
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
         config, weight = self.config, self.weight
-        scale = self.quantizer.scale_for(weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
+        weight = weight.full_tensor() if is_sharded(weight) else weight
+        scale = self._functional_scale(weight)
         return ops.autograd.fake_quantize(
             weight.contiguous(), scale.double() if weight.dtype == torch.float64 else scale,
             config.weight.levels_tensor(weight.device), config.weight.encoding, config.ste_clip, False, 0,

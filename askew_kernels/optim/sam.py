@@ -26,6 +26,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .. import ops
 from ..quant import WeightQuantizer
+from ..quant.sharding import is_sharded, local_part, sharding_of
 from .skewed import _Skewed
 
 PERTURBATIONS = ("global", "local")
@@ -62,21 +63,6 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
-
-
-def _is_sharded(p: Tensor) -> bool:
-    """A DTensor; asked of the type, which costs least."""
-    return hasattr(type(p), "to_local")
-
-
-def _local(t: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
-    return t.to_local() if _is_sharded(t) else t  # type: ignore[attr-defined]
-
-
-def _sharding(p: Tensor) -> Any:
-    """What tells over which ranks sums must be added: a DTensor's mesh and placements; None for a whole tensor."""
-    return (p.device_mesh, p.placements) if _is_sharded(p) else None  # type: ignore[attr-defined]
 
 
 def _add_over_ranks(sums: dict[Any, Tensor]) -> Tensor:
@@ -301,7 +287,7 @@ class SAM(Optimizer):
     def _keep(self, steps: int, gap: Tensor | float | None) -> None:
         """Writes both to every group, where copies and checkpoints take them from."""
         if not isinstance(gap, Tensor):
-            device = next((_local(p).device for group in self.param_groups for p in group["params"]), None)
+            device = next((local_part(p).device for group in self.param_groups for p in group["params"]), None)
             device = torch.device("cpu") if device is None or device.type == "meta" else device
             gap = torch.full((), math.nan if gap is None else gap, dtype=torch.float64, device=device)
         for group in self.param_groups:
@@ -417,12 +403,12 @@ class SAM(Optimizer):
                     ops.check_float_tensor(what, p)
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
                 w = p
-                if _is_sharded(p):
+                if is_sharded(p):
                     if self.perturbation == "local":
                         raise ValueError('perturbation: "local" is for whole parameters (DDP), got a sharded one')
-                    if _sharding(g) != _sharding(p):
+                    if sharding_of(g) != sharding_of(p):
                         g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-                    w, g = _local(p), _local(g)
+                    w, g = local_part(p), local_part(g)
                 place = w.data_ptr()
                 if place in places:  # moved twice, and the second copy would be of a moved weight
                     raise ValueError(
@@ -447,7 +433,7 @@ class SAM(Optimizer):
         for bucket in buckets:
             by_sharding: dict[Any, list[int]] = {}
             for i, p in enumerate(bucket.params):
-                by_sharding.setdefault(_sharding(p), []).append(i)
+                by_sharding.setdefault(sharding_of(p), []).append(i)
             for sharding, members in by_sharding.items():
                 part = ops.run_sam_norm(
                     [bucket.weights[i] for i in members], [bucket.grads[i] for i in members],
@@ -461,9 +447,9 @@ class SAM(Optimizer):
         complete: dict[Any, Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
-                key = _sharding(p)
+                key = sharding_of(p)
                 if key not in complete:
-                    zero = torch.zeros(shape, dtype=torch.float64, device=_local(p).device)
+                    zero = torch.zeros(shape, dtype=torch.float64, device=local_part(p).device)
                     complete[key] = sums.get(key, zero)
         return complete
 
@@ -695,7 +681,7 @@ class SAM(Optimizer):
         every = self.telemetry_every
         if every and self._steps % every == 0:
             return True
-        sharded = any(_sharding(p) is not None for group in self.param_groups for p in group["params"])
+        sharded = any(sharding_of(p) is not None for group in self.param_groups for p in group["params"])
         return self._telemetry_wanted and not sharded
 
     def _cosine(self, ascent: _Ascent) -> Tensor | None:
@@ -704,7 +690,7 @@ class SAM(Optimizer):
         None where the first gradients were overwritten in place (``zero_grad(set_to_none=False)``).
         """
         if any(
-            g._version != version or _local(p.grad) is g
+            g._version != version or local_part(p.grad) is g
             for p, (g, version) in ascent.firsts.items()
             if p.grad is not None
         ):
@@ -713,9 +699,9 @@ class SAM(Optimizer):
         for p, (first, _) in ascent.firsts.items():
             if p.grad is None:
                 continue
-            a, b = first.flatten().float(), _local(p.grad).flatten().float()
+            a, b = first.flatten().float(), local_part(p.grad).flatten().float()
             part = torch.stack([a @ b, a @ a, b @ b]).double()
-            key = _sharding(p)
+            key = sharding_of(p)
             sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
         dot, one, other = _add_over_ranks(self._by_sharding(sums, (3,)))
         return dot / (one * other).sqrt()
@@ -887,7 +873,7 @@ class AlignedSAM(SAM):
                     if not p.requires_grad:
                         continue
                     p.grad = torch.zeros_like(p)
-                second = _local(p.grad)
+                second = local_part(p.grad)
                 first = torch.zeros_like(second) if first is None else first
                 if p in inside:
                     self.base_optimizer.firsts[p] = first  # type: ignore[attr-defined]
@@ -1019,7 +1005,7 @@ def _unscale_second(scaler: Any, optimizer: SAM, first_found: Tensor | None) -> 
             inverse = scale.double().reciprocal().float()
             grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             for g in grads:
-                _local(g).mul_(inverse.to(g.device))
+                local_part(g).mul_(inverse.to(g.device))
         found = by_scaler
     elif scaler is not None and scaler.is_enabled():
         if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:

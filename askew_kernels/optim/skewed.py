@@ -16,6 +16,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops, reference
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
+from ..quant.sharding import is_sharded, local_part, own_rows, share_rows, sharding_of
 from ..quant.state import ScaleBatch, next_scales
 from .telemetry import Record, TelemetryLog
 
@@ -36,6 +37,7 @@ class _Launch:
                  levels: Tensor, encoding: list[int]) -> None:  # fmt: skip
         self.members, self.quantizers, self.clamp, self.key = members, quantizers, clamp, key
         self.levels, self.encodings = [levels] * len(members), encoding * len(members)
+        self.sharded = is_sharded(members[0])
         self.steps: list[Tensor] = []  # AdamW's counters, and their versions when it last moved them
         self.step_versions: list[int] = []
 
@@ -43,6 +45,9 @@ class _Launch:
         """The outputs, and how the next scales come from them."""
         copies = [q.copy_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
         sums = [q.sums_to_write() for q in self.quantizers]
+        if self.sharded:  # the kernel sees this rank's parts, and the rows of scales and sums that are theirs
+            self.own = [own_rows(p, q.rows(p)) for q, p in zip(self.quantizers, self.members, strict=True)]
+            sums = [None if s is None else s[own] for s, own in zip(sums, self.own, strict=True)]
         self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
         together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
@@ -50,7 +55,7 @@ class _Launch:
             if q.batches(p):
                 together.setdefault(q.rule, []).append((q, p))
         self.batches = [ScaleBatch(*zip(*pairs, strict=True)) for pairs in together.values()]  # type: ignore[arg-type]
-        self.contiguous = all(p.is_contiguous() for p in self.members)
+        self.contiguous = all(local_part(p).is_contiguous() for p in self.members)
 
     def _or_empty(self, tensors: list[Tensor | None]) -> list[Tensor]:
         """An operator's list: empty where nothing is present, a tensor without elements for one that is absent."""
@@ -255,9 +260,10 @@ class _Skewed(Optimizer):
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
             frozen = quantizer.frozen and group["freeze_scale"] != "never"
-            buckets.setdefault((p.device, frozen, p.dtype == torch.float64, *self._bucket(group, p)), []).append(p)
+            key = (p.device, frozen, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            buckets.setdefault(key, []).append(p)
         launches = []
-        for (device, clamp, _, *rest), members in buckets.items():
+        for (device, clamp, _, _, *rest), members in buckets.items():
             quantizers = [self._quantizer(group, p) for p in members]
             levels = group["grid"].levels_tensor(device)
             launches.append(_Launch(members, quantizers, clamp, rest, levels, group["grid"].encoding))
@@ -279,27 +285,35 @@ class _Skewed(Optimizer):
             totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
             self._record.totals.update(zip(members, totals, strict=True))
         leading, numbers = self._numbers(group, launch)
+        weights: list[Tensor] = members
+        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
+        if launch.sharded:
+            weights, grads = [local_part(p) for p in members], [local_part(g) for g in grads]
+            states = {key: t if t is None else [local_part(b) for b in t] for key, t in states.items()}
+            scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
         try:
             ops.run_skew_update(
-                self.OPERATOR, members, [p.grad for p in members], states, scales, launch.levels,  # type: ignore[misc]
+                self.OPERATOR, weights, grads, states, scales, launch.levels,
                 launch.encodings, launch.copies, ops.SkewStats(launch.sums, totals), [*leading, *rates],
                 [*numbers, group["skew"] == "direction", launch.clamp, group["maximize"], group["skip_nonfinite"]],
-                contiguous=launch.contiguous, descent=self._descent(members),
+                contiguous=launch.contiguous, descent=self._descent(members, weights),
             )  # fmt: skip
         except BaseException:
             for q in quantizers:  # their scales have moved on
                 q.invalidate()
             raise
+        if launch.sharded and not quantizers[0].frozen:
+            share_rows(quantizers, members)
         clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
         for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
             q.updated(p, copied, summed, clamped)
             self.kept.pop(p, None)
 
-    def _descent(self, members: list[Tensor]) -> list[Any]:
+    def _descent(self, members: list[Tensor], weights: list[Tensor]) -> list[Any]:
         """kept, firsts and coefficients for the operator; nothing in a usual step."""
         if not self.kept:
             return []
-        absent = torch.empty(0, device=members[0].device, dtype=members[0].dtype)
+        absent = torch.empty(0, device=weights[0].device, dtype=weights[0].dtype)
         kept, firsts = ([some.get(p, absent) for p in members] for some in (self.kept, self.firsts))
         if not self.firsts or self.coefficients is None:
             return [kept]

@@ -37,6 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import ops, reference
 from .config import QuantConfig
 from .scales import SUM_RULES, compute_scale, num_rows, scale_from_sums
+from .sharding import is_sharded, local_part, own_rows, share_rows
 
 FOLLOWS, FROZEN, HELD = 0, 1, 2  # values of ``frozen``
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
@@ -172,7 +173,7 @@ class WeightQuantizer:
         self.scale, self.flag, self.row_sums = tensors
         self.invalidate()
 
-    def _write(self, frozen: int | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
+    def write(self, frozen: int | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
         """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
         with torch.no_grad():
             if scale is not None:
@@ -215,9 +216,11 @@ class WeightQuantizer:
             self.look()
         if self._frozen or (came and int(self.flag) == HELD):
             return self._know(weight)
+        if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
+            return self._know(weight)
         now = ops.row_sums(weight.detach(), self.rows(weight))
         if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
-            self._write(scale=self._rule_scale(weight), sums=now)
+            self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, sums=True)
 
     # ---- scale ----
@@ -254,8 +257,10 @@ class WeightQuantizer:
             self.set_scale(weight, scale)
         else:
             self.next_scale(weight)
+            if is_sharded(weight):
+                share_rows([self], [weight])
         self.revision += 1
-        self._write(frozen=FROZEN)
+        self.write(frozen=FROZEN)
         self._know(weight)
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
@@ -265,8 +270,9 @@ class WeightQuantizer:
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
         self.settle(weight)
         self.revision += 1
-        sums = None if self.frozen or weight.is_meta else ops.row_sums(weight.detach(), rows)
-        self._write(scale=scale.detach().reshape(-1), sums=sums)
+        unseen = self.frozen or weight.is_meta or is_sharded(weight)
+        sums = None if unseen else ops.row_sums(weight.detach(), rows)
+        self.write(scale=scale.detach().reshape(-1), sums=sums)
         self._know(weight, sums=sums is not None)
 
     def restore(self, weight: Tensor, scale: Tensor, frozen: bool, sums: Tensor | None = None) -> None:
@@ -275,7 +281,7 @@ class WeightQuantizer:
         if scale.numel() != self.scale.numel():
             raise ValueError(f"scale: expected shape {tuple(self.scale.shape)} for a weight of shape "
                              f"{tuple(weight.shape)}, got {tuple(scale.shape)}")  # fmt: skip
-        self._write(int(frozen), scale.detach().reshape(-1), sums)
+        self.write(int(frozen), scale.detach().reshape(-1), sums)
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -325,7 +331,7 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward != "hard" or self.copy_dtype is None:
+        if self.config.forward != "hard" or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -363,7 +369,7 @@ class WeightQuantizer:
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
         if not self._frozen:
-            self._write(frozen=HELD)
+            self.write(frozen=HELD)
         self._know(weight)
 
     def home_has_scale(self, weight: Tensor) -> bool:
@@ -374,7 +380,7 @@ class WeightQuantizer:
         """It is back, bit for bit."""
         home, self._home = self._home, None
         if not self._frozen:
-            self._write(frozen=FOLLOWS)
+            self.write(frozen=FOLLOWS)
         if home is None:
             self.invalidate()
         else:
@@ -426,11 +432,15 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
         known = q.settle(w)
         if q.frozen:
             continue
-        if known.sums and q.batches(w):
+        if is_sharded(w):
+            own = own_rows(w, q.rows(w))
+            q.write(FOLLOWS)
+            q.scale[own] = q._rule_scale(local_part(w))
+        elif known.sums and q.batches(w):
             together.setdefault((w.device, *q.rule), []).append((q, w))
         else:
-            q._write(FOLLOWS, q._rule_scale(w), ops.row_sums(w.detach(), q.rows(w)))
-        q._know(w, sums=True)  # copies of another scale are none
+            q.write(FOLLOWS, q._rule_scale(w), ops.row_sums(w.detach(), q.rows(w)))
+        q._know(w, sums=not is_sharded(w))  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
         for q, w in members:

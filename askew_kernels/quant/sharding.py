@@ -1,0 +1,73 @@
+"""Weights that are split over ranks (FSDP2's DTensors): this rank's part, its rows of the scales, and how every rank
+comes to have all of them, since each computes the forward with the whole weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .state import WeightQuantizer
+
+
+def is_sharded(t: Tensor) -> bool:
+    """A DTensor; asked of the type, which costs least."""
+    return hasattr(type(t), "to_local")
+
+
+def local_part(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    return t.to_local() if is_sharded(t) else t  # type: ignore[attr-defined]
+
+
+def sharding_of(t: Tensor) -> Any:
+    """What tells over which ranks sums must be added: a DTensor's mesh and placements; None for a whole tensor."""
+    return (t.device_mesh, t.placements) if is_sharded(t) else None  # type: ignore[attr-defined]
+
+
+def own_rows(weight: Tensor, rows: int) -> slice:
+    """Which of the weight's ``rows`` scales belong to this rank's part; all of them where it is whole.
+
+    Raises NotImplementedError where a scale would belong to more than one rank's part: a weight that is split along
+    another dimension than the first, or one scale for the whole tensor.
+    """
+    if not is_sharded(weight) or not any(p.is_shard() for p in weight.placements):  # type: ignore[attr-defined]
+        return slice(0, rows)
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = sharding_of(weight)
+    if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements):
+        raise NotImplementedError(
+            f"weight: a quantized weight may be sharded along its first dimension only, got {placements}; "
+            "leave this layer to torch.optim (no grid), or shard it by fully_shard alone"
+        )
+    if rows % weight.shape[0]:
+        raise NotImplementedError(
+            f"granularity: {rows} scale(s) for a weight of shape {tuple(weight.shape)} that is sharded over ranks; "
+            "use per_channel or per_group"
+        )
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+    each = rows // weight.shape[0]
+    return slice(offset[0] * each, (offset[0] + shape[0]) * each)
+
+
+def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+    """Brings every rank's rows of scales and sums to all ranks, for weights of one sharding: one sum over the ranks, of
+    numbers that are zero where the rows are another's. All ranks must call it."""
+    parts = []
+    for q, w in zip(quantizers, weights, strict=True):
+        own = own_rows(w, len(q.scale))
+        part = torch.zeros(len(q.scale), 1 + q.row_sums.shape[1], dtype=torch.float32, device=q.scale.device)
+        part[own, 0], part[own, 1:] = q.scale[own], q.row_sums[own]
+        parts.append(part)
+    joined = torch.cat(parts)
+    mesh, placements = sharding_of(weights[0])
+    for dim, placement in enumerate(placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
+    for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
+        q.write(scale=part[:, 0], sums=part[:, 1:])
