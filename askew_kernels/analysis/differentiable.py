@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..nn import packed_layers
@@ -37,6 +38,8 @@ def check_values(model: nn.Module) -> None:
     """TypeError for what is no module; ValueError where there is nothing to compute with, naming the tensor."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if hasattr(torch.empty(0, device="cpu"), "fake_mode"):
+        raise ValueError("model: under FakeTensorMode no tensor has values; call this outside of it")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_meta or hasattr(t, "fake_mode"):
             raise ValueError(f"model: {name} has no values ({'meta' if t.is_meta else 'a FakeTensor'}); "
@@ -72,6 +75,26 @@ def left_alone(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+def check_twice(made: Tensor) -> None:
+    """NotImplementedError for a ``@once_differentiable`` function in the graph of ``made``.
+
+    torch raises nothing where the gradient that comes in has no graph, and leaves part of the second derivative out.
+    """
+    todo, seen = [made.grad_fn], set()
+    while todo:
+        node: Any = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            raise NotImplementedError(f"{function.__name__}.backward is marked once_differentiable")  # type: ignore[union-attr]
+        todo += [following for following, _ in node.next_functions]
+
+
 def _differentiate_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Raises what torch raises where that cannot be done."""
     args, kwargs = map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), (args, kwargs))
@@ -79,6 +102,7 @@ def _differentiate_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any])
     made = [t.square().sum() for t in tensors_of(module(*args, **kwargs)) if t.requires_grad]
     for _ in range(2):
         if made:
+            check_twice(sum(made))  # type: ignore[arg-type]
             grads = torch.autograd.grad(sum(made), wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
             made = [g.square().sum() for g in grads if g is not None and g.requires_grad]
 

@@ -22,7 +22,7 @@ from ..nn import dequantize_, quantized_layers
 from ..nn.layers import quantized_input
 from ..optim import frozen_batchnorm_stats
 from .batches import batches_of, samples
-from .differentiable import check_gradients, culprit, differentiable_twice, left_alone, naming
+from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
 from .generators import seeded
 
 Product = Callable[[list[Tensor]], list[Tensor]]
@@ -47,6 +47,7 @@ def hessian_eigenvalues(
     with differentiable_twice(), seeded(seed):
         found = _finite(loss())
         with naming(lambda: "loss"):
+            check_twice(found)
             gradients = torch.autograd.grad(found, params, create_graph=True, materialize_grads=True)
             return _largest(_product_of(gradients, params), params, k, tol, seed)
 
@@ -174,6 +175,7 @@ class _Problem:
         def part(i: int) -> Product:
             loss = _finite(self.loss(i))
             with naming(lambda: self.culprit(i)):
+                check_twice(loss)
                 return _product_of(torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True), params)
 
         kept = part(0) if len(self.batches) == 1 else None
@@ -312,8 +314,8 @@ def hessian_trace(
     problem = _Problem(model, loss_fn, data, seed)
     params = list(problem.named.values())
     draws = _draws(seed)
-    traces = torch.zeros(len(params), dtype=torch.float64, device="cpu")
     with problem.ready():
+        traces = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         product = problem.product(params)
         for _ in range(samples):
             signs = [(2 * torch.randint(0, 2, p.shape, generator=draws, device="cpu") - 1).to(p) for p in params]

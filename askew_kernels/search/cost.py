@@ -149,6 +149,7 @@ COUNTED = (nn.Linear, nn.Conv2d)
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
+@torch.inference_mode(False)
 def trace(
     model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
     hooks: Mapping[type[nn.Module], MacsHook] | None = None,
@@ -213,7 +214,7 @@ def trace(
             told = f"{name or 'model'} ({type(module).__name__})"
             handles.append(module.register_forward_hook(lambda m, i, y, told=told: uncounted.setdefault(told)))
     try:
-        with torch.inference_mode(False), _evaluating(model):
+        with _evaluating(model):
             model(moved(x))
     finally:
         for handle in handles:
@@ -314,6 +315,7 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
     return float(value)
 
 
+@torch.inference_mode(False)
 def latency_table(
     model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1
 ) -> dict[str, dict[str, float]]:
@@ -334,7 +336,7 @@ def latency_table(
     check_values(model)
     handles = [m.register_forward_hook(keep(name), with_kwargs=True) for name, m in layers.items()]
     try:
-        with torch.inference_mode(False), _evaluating(model):
+        with _evaluating(model):
             model(moved(x))
     finally:
         for handle in handles:
@@ -348,7 +350,7 @@ def latency_table(
         for bits in weight_bits:
             layer = _packed_copy(layers[name], bits)
             timer = Timer("layer(x)", globals={"layer": layer, "x": given}, num_threads=torch.get_num_threads())
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 table.setdefault(name, {})[str(bits)] = 1e3 * timer.blocked_autorange(min_run_time=seconds).median
     return table
 

@@ -22,7 +22,7 @@ from ..nn.policy import Policy
 from ..optim import AlignedSAM
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
-from .space import Space
+from .space import Space, check_solver
 
 METHODS = ("asga", "plain")
 SCHEDULES = ("joint", "alternating")
@@ -411,6 +411,8 @@ def search_policy(
     )  # fmt: skip
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")
+    if budget is not None:
+        check_solver()  # before the work, not after it
     path = None if checkpoint is None else Path(checkpoint)
     with torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader) as generators:
         feed = Feed(loader, generators)

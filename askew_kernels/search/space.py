@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,14 @@ from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_
 from .mixed import FilterFn, check_candidates, chosen_layers
 
 Choice = dict[str, tuple[int, int]]
+
+
+def check_solver() -> None:
+    """ImportError without SciPy."""
+    try:
+        import scipy.optimize  # noqa: F401
+    except ImportError:
+        raise ImportError('the knapsack needs SciPy: pip install "askew_kernels[search]"') from None
 
 
 def knapsack(
@@ -29,11 +38,9 @@ def knapsack(
     have a pair of more value within it. Of equal values the cheaper is taken. Raises BudgetError where even the
     cheapest exceeds it.
     """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError:
-        raise ImportError('the knapsack needs SciPy: pip install "askew_kernels[search]"') from None
+    check_solver()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     names = list(cost.tables)
     pairs = {n: list(options[n] if options else _pairs(cost.tables[n])) for n in names}
     worth = {n: [float(values[n][pair]) for pair in pairs[n]] for n in names}
@@ -162,7 +169,7 @@ class Space:
             above[name] = [
                 (k, m) for k, m in _pairs(table) if k >= i and (m == j or (m > j and table[k, m] > table[k, j]))
             ]
-            steps = torch.arange(table.shape[0])[:, None] + torch.arange(table.shape[1])  # so that more is never equal
+            steps = torch.ones_like(table).cumsum(0).cumsum(1).sqrt()  # grows along both: more is never equal
             up = values[name].detach().double().cpu().logcumsumexp(0).logcumsumexp(1)
             score[name] = up + 1e-6 * steps
         return knapsack(score, self.cost, self.budget.limit, above)
