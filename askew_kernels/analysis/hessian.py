@@ -225,12 +225,12 @@ class _Shifted(nn.Module):
         return self.q + (w - self.w0)  # type: ignore[operator]
 
 
-def _rounded(grid: Any, dims: int) -> Callable[[nn.Module, tuple], tuple]:
-    """A layer's input as the quantized one takes it; its gradient passes."""
+def _rounded(grid: Any, dims: int) -> Callable[..., tuple]:
+    """A layer's input as the quantized one takes it, positional or by keyword; its gradient passes."""
 
-    def hook(module: nn.Module, args: tuple) -> tuple:
-        x, *rest = args
-        return quantized_input(x.detach(), grid, dims).detach() + (x - x.detach()), *rest
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> tuple[tuple, dict]:
+        (x,) = args or kwargs.values()
+        return (quantized_input(x.detach(), grid, dims).detach() + (x - x.detach()),), {}
 
     return hook
 
@@ -264,7 +264,7 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
                 weight.copy_(value)
             if layer.config.activation is not None:
                 dims = 1 if isinstance(new, nn.Linear) else 3
-                new.register_forward_pre_hook(_rounded(layer.config.activation, dims), prepend=True)
+                new.register_forward_pre_hook(_rounded(layer.config.activation, dims), prepend=True, with_kwargs=True)
     return twin, named
 
 

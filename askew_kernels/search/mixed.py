@@ -144,8 +144,8 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
     def to_float(self) -> nn.Linear:
         return plain_linear(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(self.mixed_input(x), self.mixed_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(self.mixed_input(input), self.mixed_weight(), self.bias)
 
 
 class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
@@ -164,8 +164,8 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
     def to_float(self) -> nn.Conv2d:
         return plain_conv2d(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.mixed_input(x), self.mixed_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.mixed_input(input), self.mixed_weight(), self.bias)
 
 
 MIXED: dict[type[nn.Module], Any] = {nn.Linear: MixedLinear, nn.Conv2d: MixedConv2d}
