@@ -27,6 +27,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 import askew_kernels as ak
 from askew_kernels import ops, search
@@ -522,7 +523,8 @@ def test_no_search_leaves_budget_that_a_layer_could_use(kind, share):
         "asga": quick(model, steps=2, **options),
         "plain": quick(model, steps=2, method="plain", **options),
         "random": search.random_policy(model, x, **options),
-    }
+        "hessian": search.hessian_policy(model, data(), lambda a, b: -a.square().mean(), samples=1, **options),
+    }  # a concave loss has traces below 0, and so says nothing of where bits matter
     for name, policy in made.items():
         assert policy.report["chosen"][kind] <= budget.limit
         for i, layer in enumerate(policy.layers):
@@ -866,6 +868,12 @@ def test_models_that_cannot_be_searched_say_why():
     assert search.uniform_policy(quantized, x, filter_fn=lambda m, name: name != "0").weight_bits["0"] is None
     with pytest.raises(ValueError, match="model: 0.weight has no values .meta."):
         search.uniform_policy(mlp().to("meta"), x)
+    computed = mlp(depth=3)
+    prune.l1_unstructured(computed[0], "weight", 0.5)
+    parametrizations.weight_norm(computed[2])
+    for call in (lambda: search.uniform_policy(computed, x), lambda: search.mix_(computed)):
+        with pytest.raises(ValueError, match="model: 0, 2: the weight is computed .weight_norm, pruning"):
+            call()
 
 
 def test_ambient_modes_change_nothing_in_a_search():
@@ -896,6 +904,25 @@ def test_ambient_modes_change_nothing_in_a_search():
     x = x.double()
     assert quick(wide, [(x, y)], steps=4, **options).layers
     assert set(search.latency_table(wide, x, (2,), seconds=0.001)) == {"0", "2", "4"}
+
+
+def test_compiled_models_are_searched_as_they_are_written():
+    torch.manual_seed(0)
+    model, (x, y) = mlp(), data()
+    options = {"weight_bits": (2, 4, 8), "budget": Budget(bitops=20_000)}
+
+    def everything(m):
+        return [search.uniform_policy(m, x, **options), quick(m, [(x, y)], steps=3, **options),
+                search.sensitivity_policy(m, x, **options), search.random_policy(m, x, **options),
+                search.hessian_policy(m, (x, y), functional.cross_entropy, samples=1, **options)]  # fmt: skip
+
+    known = everything(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)  # hooks that come later are not in its graph
+    assert everything(compiled) == known
+    model[2].compile(backend="eager")
+    model(x)
+    assert everything(model) == known
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -16,6 +16,12 @@ from ..nn import packed_layers
 from .batches import map_tensors, tensors_of
 
 
+def as_written() -> contextlib.AbstractContextManager:
+    """What ``torch.compile`` made runs as it is written: with its hooks, and with every derivative."""
+    compiled = "torch._dynamo" in sys.modules  # else there is none, and importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def differentiable_twice(model: nn.Module | None = None) -> Iterator[None]:
     """Gradients, also inside ``torch.inference_mode``, through the kernels that have a second derivative.
@@ -29,8 +35,7 @@ def differentiable_twice(model: nn.Module | None = None) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # something may be compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(as_written())
         yield
 
 

@@ -53,11 +53,11 @@ def random_policy(model: nn.Module, example: Any, *, seed: int = 0, **options: A
 
 
 @torch.no_grad()
-def weight_errors(model: nn.Module, space: Space) -> dict[str, tuple[Tensor, float]]:
+def weight_errors(space: Space) -> dict[str, tuple[Tensor, float]]:
     """{layer: (‖w − ŵ‖² of each weight candidate, ‖w‖²)}, each weight once."""
     found = {}
     for name in space.names:
-        w = model.get_submodule(name).weight.detach().float()  # type: ignore[union-attr, operator]
+        w = space.model.get_submodule(name).weight.detach().float()  # type: ignore[union-attr, operator]
         errors = []
         for bits in space.weight_bits:
             grid = weight_grid(bits)
@@ -67,10 +67,10 @@ def weight_errors(model: nn.Module, space: Space) -> dict[str, tuple[Tensor, flo
     return found
 
 
-def _by_errors(model: nn.Module, space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]:
+def _by_errors(space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]:
     """Minus the error that each pair of candidates brings in: the weight's, and the input's share of the same size."""
     values = {}
-    for name, (errors, size) in weight_errors(model, space).items():
+    for name, (errors, size) in weight_errors(space).items():
         inputs = [p.act_errors for p in space.profile.weights[name]]
         shares = [0.0 if a is None else sum(of_input[a] for of_input in inputs) for a in space.act_bits]
         acts = torch.tensor(shares, dtype=torch.float64, device="cpu")
@@ -82,7 +82,7 @@ def sensitivity_policy(model: nn.Module, example: Any, **options: Any) -> Policy
     """Least sum of ‖w − ŵ‖² under the budget. ``model``: a trained one."""
     started = time.perf_counter()
     space = Space(model, example, **options)
-    values = _by_errors(model, space, lambda name: 1.0)
+    values = _by_errors(space, lambda name: 1.0)
     return space.policy(_spend(space, values), _report("sensitivity", started))
 
 
@@ -98,14 +98,16 @@ def hessian_policy(
     with torch.inference_mode(False), seeded(seed, data):
         batches = batches_of(data)
     space = Space(model, batches[0][0], **options)
-    traces = hessian_trace(model, loss_fn, batches, samples=samples, seed=seed)
-    names = {id(p): name for name, p in model.named_parameters()}  # a shared one has the name of whoever comes first
-    found = {name: traces[names[id(model.get_parameter(f"{name}.weight"))]] for name in space.names}
+    traces = hessian_trace(space.model, loss_fn, batches, samples=samples, seed=seed)
+    first_names = {id(p): name for name, p in space.model.named_parameters()}  # a shared weight's trace has its first
+    found = {name: traces[first_names[id(space.model.get_parameter(f"{name}.weight"))]] for name in space.names}
     weights = {name: max(0.0, found[name]) / space.profile.layers[name].weights for name in space.names}
-    values = _by_errors(model, space, lambda name: weights[name])
+    values = _by_errors(space, lambda name: weights[name])
     return space.policy(_spend(space, values), _report("hessian", started, traces=weights, seed=seed))
 
 
 def _spend(space: Space, values: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Errors fall with every bit: the budget is what ends them, so without one all bits are taken."""
-    return space.choose(values) if space.budget is None else knapsack(values, space.cost, space.budget.limit)
+    if space.budget is None:
+        return space.choose(values)
+    return space.spend(knapsack(values, space.cost, space.budget.limit), values)  # no trace, no error: bits left

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..analysis.batches import moved, samples
-from ..analysis.differentiable import check_values, left_alone
+from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
 from ..nn import hard_quantize_, pack_, quantize_
 from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles, weight_id
@@ -123,7 +123,7 @@ def _evaluating(model: nn.Module) -> Any:
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of layers that it does not call
-        with left_alone(model), seeded(0), torch.no_grad():
+        with left_alone(model), seeded(0), torch.no_grad(), as_written():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

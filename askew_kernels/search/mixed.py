@@ -19,7 +19,7 @@ from torch.nn import functional
 from .. import ops, reference
 from ..nn import packed_layers, quantized_layers
 from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, scale_rule, weight_grid, weight_id
+from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
 from ..quant import Grid, Uniform, activation_scales
 from ..quant.scales import SAWB_COEFFICIENTS, _guarded
 
@@ -175,13 +175,17 @@ FilterFn = Callable[[nn.Module, str], bool]
 def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
     """{name: nn.Linear or nn.Conv2d} that the search is about, each module once.
 
-    ValueError where there is none, and where layers that filter_fn lets pass are quantized or packed already.
+    ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
+    quantized or packed already, or computed from other parameters.
     """
-    for found, state, back in ((quantized_layers(model), "quantized", "dequantize_"),
-                               (packed_layers(model), "packed", "unpack_ and dequantize_")):  # fmt: skip
+    computed = {n: m for n, m in candidate_layers(model).items() if m._parameters.get("weight") is None}
+    for found, state, way in (
+        (quantized_layers(model), "quantized already", "call dequantize_ first"),
+        (packed_layers(model), "packed already", "call unpack_ and dequantize_ first"),
+        (computed, "the weight is computed (weight_norm, pruning, a parametrization)", "make it a parameter first"),
+    ):
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
-            raise ValueError(f"model: {', '.join(names)}: {state} already; call {back} first, or let filter_fn pass "
-                             "them over")  # fmt: skip
+            raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
     found = {
         name: m for name, m in model.named_modules()
         if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.batches import moved, pair_of
+from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
 from ..nn.policy import Policy
 from ..optim import AlignedSAM
@@ -414,14 +415,14 @@ def search_policy(
     if budget is not None:
         check_solver()  # before the work, not after it
     path = None if checkpoint is None else Path(checkpoint)
-    with torch.inference_mode(False), torch.enable_grad(), seeded(seed, loader) as generators:
+    with torch.inference_mode(False), torch.enable_grad(), as_written(), seeded(seed, loader) as generators:
         feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         space = Space(
             model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency
         )
-        search = Search(model, feed, loss_fn, space, settings)
+        search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)
         show = _shown(progress, search)

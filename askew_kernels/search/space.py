@@ -118,6 +118,7 @@ class Space:
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.model = model = getattr(model, "_orig_mod", model)  # inside torch.compile's: names that others have too
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
         found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -151,18 +152,23 @@ class Space:
         return {name: _unravel(int(values[name].argmax()), self.cost.tables[name]) for name in self.names}
 
     def choose(self, values: Mapping[str, Tensor]) -> Choice:
-        """The best of every layer where that meets the budget, else the knapsack's choice; then what is left is spent.
-
-        values: log-probabilities, or other numbers that are better where they are larger. The rest of the budget goes
-        into more bits, exactly and so that the sum over layers of log Σ exp(values) over all pairs up to the chosen one
-        is largest: with log-probabilities that of "no layer has less than it needs". Nothing affordable is left: no
-        weight could have a later candidate, and no input one that costs more, within the budget.
-        """
+        """The best of every layer where that meets the budget, else the knapsack's choice; then ``spend``."""
         chosen = self.best(values)
         if self.budget is None:
             return chosen
         if self.cost.of(chosen) > self.budget.limit:
             chosen = knapsack(values, self.cost, self.budget.limit)
+        return self.spend(chosen, values)
+
+    def spend(self, chosen: Choice, values: Mapping[str, Tensor]) -> Choice:
+        """Puts what a choice leaves of the budget into more bits.
+
+        values: log-probabilities, or other numbers that are better where they are larger. Of the choices from the given
+        one up it is, exactly, the one with the largest sum over layers of log Σ exp(values) over all pairs up to the
+        chosen one: with log-probabilities that of "no layer has less than it needs". Nothing affordable is left: no
+        weight could have a later candidate, and no input one that costs more, within the budget.
+        """
+        assert self.budget is not None
         above, score = {}, {}
         for name, table in self.cost.tables.items():
             i, j = chosen[name]
