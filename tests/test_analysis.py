@@ -3,24 +3,34 @@
 1. Eigenvalues and traces are the Hessian's: against dense Hessians, closed forms, whole and by layer.
 2. On a quadratic every quantity of a certificate equals its closed form; on logistic regression it holds at every step
    for γ <= 1/L; it warns above 1/L̂; the feasibility limit is where the pull begins to carry weights past their level.
-3. A telemetry log holds what ``telemetry()`` says, survives what a log may meet, and becomes a page.
+3. The Hessian is that of the function that the model computes, whatever it is made of (attention, dropout, shared and
+   quantized weights, quantized inputs, nested batches); model, generators and data are as before; what has no Hessian
+   is named.
+4. A telemetry log holds what ``telemetry()`` says, survives what a log may meet, and becomes a page.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import json
 import math
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import analysis
 from askew_kernels.__main__ import main
+from askew_kernels.analysis.batches import map_tensors, samples
 
 pytest.importorskip("scipy")
 
@@ -142,6 +152,452 @@ def test_bad_input(what, match):
         what(*small_problem())
 
 
+# ---- models as they are ---------------------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """``body``, the mean over tokens, and a linear layer."""
+
+    def __init__(self, body, width=8, classes=3):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, classes)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean(1))
+
+
+class Attention(nn.Module):
+    """One head, written out or fused."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.qkv = fused, nn.Linear(8, 24)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.fused:
+            return functional.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(q @ k.mT / math.sqrt(8), -1) @ v
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def tokens():
+    g = torch.Generator().manual_seed(4)
+    return torch.randn(6, 5, 8, generator=g, dtype=torch.float64), torch.randint(0, 3, (6,), generator=g)
+
+
+def test_attention_is_differentiated_twice():
+    torch.manual_seed(0)
+    written = Head(Attention(fused=False)).double()
+    fused = Head(Attention(fused=True)).double()
+    fused.load_state_dict(written.state_dict())
+    x, y = tokens()
+    exact = torch.linalg.eigvalsh(dense_hessian(functional.cross_entropy(written(x), y), list(written.parameters())))
+    assert analysis.smoothness(fused, functional.cross_entropy, (x, y)).L == pytest.approx(float(exact[-1]), rel=1e-4)
+    found = analysis.hessian_eigenvalues(lambda: functional.cross_entropy(fused(x), y), list(fused.parameters()))
+    assert found == pytest.approx([float(exact[-1])], rel=1e-4)
+
+
+@pytest.mark.parametrize("body", [
+    lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), 1),
+    lambda: SelfAttention(8, 2, batch_first=True),
+])  # fmt: skip
+def test_torch_s_own_attention_in_both_modes(body):
+    torch.manual_seed(0)
+    model = Head(body()).double()
+    data = tokens()
+    training, evaluating = (
+        analysis.smoothness(model.train(mode), functional.cross_entropy, data).L for mode in (True, False)
+    )
+    assert training == pytest.approx(evaluating, rel=1e-6) and training > 0
+
+
+def test_dropout_has_one_set_of_masks():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    _, x, y = small_problem()
+    torch.manual_seed(3)
+    exact = torch.linalg.eigvalsh(dense_hessian(functional.cross_entropy(model(x), y), list(model.parameters())))
+    loss = functional.cross_entropy
+    found = analysis.smoothness(model, loss, (x, y), k=2, seed=3)
+    assert found.eigenvalues[""] == pytest.approx(exact.flip(0)[:2].tolist(), rel=1e-4)
+    batches = [(x[:10], y[:10]), (x[10:], y[10:])]  # run anew for every product
+    first, again, other = (analysis.smoothness(model, loss, batches, seed=s) for s in (3, 3, 4))
+    assert first == again and first != other and model.training
+    assert analysis.hessian_trace(model, loss, batches, samples=2) == analysis.hessian_trace(
+        model, loss, batches, samples=2
+    )
+    flat = analysis.loss_slice(model, loss, batches, reach=0.0, points=3)["loss"]
+    assert flat[0] == flat[1] == flat[2]  # the same function at every t
+
+
+class Drawing(nn.Module):
+    """Draws from every global generator, and may fail on the way."""
+
+    def __init__(self, fail=False):
+        super().__init__()
+        self.linear, self.fail = nn.Linear(5, 3), fail
+
+    def forward(self, x):
+        y = self.linear(x) * (1 + torch.rand(()) + random.random() + np.random.rand())
+        if self.fail:
+            raise KeyError("the model's own")
+        return y
+
+
+def generator_states():
+    name, *numbers = np.random.get_state()
+    return [torch.get_rng_state().tolist(), random.getstate(), name, *(np.asarray(n).tolist() for n in numbers)]
+
+
+@pytest.mark.parametrize("what", ["smoothness", "hessian_trace", "loss_slice"])
+def test_generators_are_seeded_and_put_back(what):
+    x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
+    torch.manual_seed(0)
+    model, function = Drawing(), getattr(analysis, what)
+    own = torch.Generator().manual_seed(5)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 5, shuffle=True, generator=own)
+    before, own_before = generator_states(), own.get_state()
+    first = function(model, functional.cross_entropy, loader)
+    assert generator_states() == before and torch.equal(own.get_state(), own_before)
+    torch.manual_seed(9), random.seed(9), np.random.seed(9), own.manual_seed(9)
+    assert function(model, functional.cross_entropy, loader) == first  # the seed alone decides
+    failing, before = Drawing(fail=True), generator_states()
+    with pytest.raises(KeyError, match="the model's own"):
+        function(failing, functional.cross_entropy, loader)
+    assert generator_states() == before
+
+
+class Counting(nn.Module):
+    """Writes one buffer in place and replaces another."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.detach().mean()
+        return x
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_models_are_left_as_they_were(fail):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(5, 6)), nn.BatchNorm1d(6), Counting(), nn.ReLU(), nn.Linear(6, 3)
+    )
+    model[4].bias.requires_grad_(False)
+    model[1].eval()
+    model[0].bias.grad = kept = torch.ones(6)
+    state = {name: (t, t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    _, x, y = small_problem()
+    data = [(x[:9].float(), y[:9]), (x[9:].float(), y[9:])]
+
+    def loss(output, target):
+        return functional.cross_entropy(output, target) * (math.nan if fail else 1.0)
+
+    for function in (analysis.smoothness, analysis.hessian_trace):
+        for given in (data, data[0]):
+            if fail:
+                with pytest.raises(ValueError, match="finite"):
+                    function(model, loss, given)
+            else:
+                assert function(model, loss, given) == function(model, loss, given)
+    analysis.loss_slice(model, loss, data, points=3)
+    now = dict((*model.named_parameters(), *model.named_buffers()))
+    assert all(now[name] is t and torch.equal(t, value) for name, (t, value) in state.items())
+    assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert model[0].bias.grad is kept and all(p.grad is None for p in model.parameters() if p is not model[0].bias)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+class Language(nn.Module):
+    """An embedding whose weight is the last layer's as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.last = nn.Linear(6, 9, bias=False)
+        self.last.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.inner(self.embedding(x))))
+
+
+def test_layers_that_share_a_quantized_weight():
+    torch.manual_seed(0)
+    model, plain = Tied().double(), Tied().double()
+    plain.load_state_dict(model.state_dict())
+    x, y = torch.randn(30, 6, dtype=torch.float64), torch.randint(0, 6, (30,))
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=2)))
+    with torch.no_grad():
+        plain.one.weight.copy_(model.one.quantized_weight())
+    assert torch.equal(plain(x), model(x))
+    for k in (1, 3):
+        found, known = (
+            analysis.smoothness(m, functional.cross_entropy, (x, y), k=k).eigenvalues[""] for m in (model, plain)
+        )
+        assert found == pytest.approx(known, rel=1e-6)
+    found, known = (analysis.hessian_trace(m, functional.cross_entropy, (x, y), samples=3) for m in (model, plain))
+    assert found.keys() == known.keys() == {"one.weight", "one.bias", "two.bias"}
+    assert found == pytest.approx(known, rel=1e-9)
+
+
+def test_a_quantized_weight_that_an_embedding_reads_as_it_is():
+    torch.manual_seed(0)
+    model = Language().double()
+    x, y = torch.randint(0, 9, (20,)), torch.randint(0, 9, (20,))
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=2)))
+    weight, inner = model.embedding.weight.detach().clone(), model.inner.quantized_weight()
+    shift = model.last.quantized_weight() - weight
+    leaf, own, bias = (t.clone().requires_grad_() for t in (weight, inner, model.inner.bias.detach()))
+    hidden = torch.tanh(functional.linear(functional.embedding(x, leaf), own, bias))
+    loss = functional.cross_entropy(functional.linear(hidden, leaf + shift), y)
+    assert loss.item() == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-12)
+    exact = torch.linalg.eigvalsh(dense_hessian(loss, [leaf, own, bias]))
+    found = analysis.smoothness(model, functional.cross_entropy, (x, y))
+    assert pytest.approx(float(exact[-1]), rel=1e-4) == found.L
+    layers = analysis.smoothness(model, functional.cross_entropy, (x, y), per_layer=True).eigenvalues
+    assert set(layers) == {"embedding", "inner"} and max(v[0] for v in layers.values()) <= found.L * (1 + 1e-4)
+    assert torch.equal(model.embedding.weight, weight) and model.last.weight is model.embedding.weight
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("forward", ["hard", "relaxed"])
+def test_quantized_inputs_and_both_forwards_are_in_the_loss(forward, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 3)
+    ).double()  # fmt: skip
+    x, y = torch.randn(7, 2, 6, 6, dtype=torch.float64), torch.randint(0, 3, (7,))
+    config = ak.QuantConfig(weight=ak.quant.Uniform(bits=3), forward=forward, activation=ak.quant.Uniform(bits=3))
+    ak.quantize_(model, config).train(training)
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert found == functional.cross_entropy(model(x), y).item()
+    assert analysis.smoothness(model, functional.cross_entropy, (x, y)).L > 0
+
+
+class Mapping(collections.UserDict):
+    """As tokenizers give them: a mapping that is no dict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    x: torch.Tensor
+    note: str = "kept"
+
+
+Pair = collections.namedtuple("Pair", "x extra")
+
+
+class Reader(nn.Module):
+    """Takes its input out of whatever it comes in."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+
+    def forward(self, batch):
+        if not isinstance(batch, torch.Tensor):
+            batch = batch.x if hasattr(batch, "x") else batch["x" if hasattr(batch, "keys") else 0]
+        return self.linear(batch[0] if isinstance(batch, list) else batch)
+
+
+CONTAINERS = {
+    "tensor": lambda x: x, "dict": lambda x: {"note": "a", "x": x}, "mapping": lambda x: Mapping(x=x, n=1),
+    "dataclass": Record, "list": lambda x: [x], "nested": lambda x: {"x": [x, x.sum(1)]}, "tuple": lambda x: (x, None),
+    "named tuple": lambda x: Pair(x, torch.tensor(1.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_batches_in_containers(kind):
+    torch.manual_seed(0)
+    model, wrap = Reader(), CONTAINERS[kind]
+    x, y = torch.randn(20, 5), torch.randint(0, 3, (20,))
+    known = analysis.smoothness(model, functional.cross_entropy, (x, y)).L
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = analysis.smoothness(model, functional.cross_entropy, (wrap(x), y)).L
+        listed = analysis.smoothness(model, functional.cross_entropy, [wrap(x), y]).L
+        uneven = [(wrap(x[:3]), y[:3]), (wrap(x[3:]), y[3:])]  # weighted by their samples
+        parts = analysis.smoothness(model, functional.cross_entropy, uneven).L
+    assert whole == listed == known and parts == pytest.approx(known, rel=1e-3)
+    with torch.inference_mode():  # tensors made here cannot be in a graph
+        inside = wrap(x.clone()), y.clone()
+        assert analysis.smoothness(model, functional.cross_entropy, inside).L == known
+
+
+def test_how_many_samples_a_batch_has():
+    x = torch.zeros(4, 3)
+    assert samples([torch.tensor(2.0), {"a": x}]) == samples({"mask": x, "positions": torch.zeros(1, 3)}) == 4
+    assert samples(torch.tensor(1.0)) == 1
+    with pytest.warns(UserWarning, match="first tensor speaks of 4 samples, another of 3"):
+        assert samples((x, x.T)) == 4
+    with pytest.warns(UserWarning, match="no tensor with a first dimension in a list"):
+        assert samples(["text"]) == 1
+    same = {"x": x, "record": Record(x)}
+    assert map_tensors(lambda t: t, same) is same
+    made = map_tensors(lambda t: t + 1, (Mapping(x=x), Pair(x, 3), Record(x)))
+    assert type(made[0]) is Mapping and type(made[1]) is Pair and made[2].note == "kept" and not x.any()
+    assert made[0]["x"].all() and made[1].x.all() and made[1].extra == 3 and made[2].x.all()
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Never(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return NeverBackward.apply(grad)
+
+
+class NeverBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad):
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise NotImplementedError("never: has no second derivative")
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
+@pytest.mark.parametrize("function", [Once, Never])
+def test_what_cannot_be_differentiated_twice_is_named(function):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Sequential(nn.Tanh(), Applied(function)), nn.Tanh(), nn.Linear(8, 3))
+    _, x, y = small_problem()
+    x = x.float()
+    before = generator_states()
+    for data in ((x, y), [(x[:5], y[:5]), (x[5:], y[5:])]):
+        for what in (analysis.smoothness, analysis.hessian_trace):
+            with pytest.raises(NotImplementedError, match=r"^1\.1 \(Applied\): cannot be differentiated twice"):
+                what(model, functional.cross_entropy, data)
+    assert generator_states() == before and not any(len(m._forward_hooks) for m in model.modules())
+    plain = nn.Linear(5, 3)
+    with pytest.raises(NotImplementedError, match="^loss_fn: cannot be differentiated twice"):
+        analysis.smoothness(plain, lambda a, b: function.apply(a).square().mean(), (x, y))
+    with pytest.raises(NotImplementedError, match="^loss: cannot be differentiated twice"):
+        analysis.hessian_eigenvalues(lambda: function.apply(plain(x)).square().mean(), list(plain.parameters()))
+    assert math.isfinite(analysis.loss_slice(model, functional.cross_entropy, (x, y), points=2)["loss"][0])
+
+
+def test_compiled_models_run_as_they_are_written():
+    model, x, y = small_problem()
+    known = analysis.smoothness(model, functional.cross_entropy, (x, y))
+    assert analysis.smoothness(torch.compile(model), functional.cross_entropy, (x, y)) == known
+
+
+def packed():
+    return ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3)))))
+
+
+def of_inference():
+    with torch.inference_mode():
+        return nn.Linear(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (packed, r"model: 0, 1: packed, .* call unpack_\(model\) first"),
+        (lambda: nn.Linear(5, 3, device="meta"), "model: weight has no values .meta."),
+        (of_inference, "model: weight was made under torch.inference_mode"),
+        (lambda: nn.BatchNorm1d(5, affine=False), "model: it has no parameters"),
+        (lambda: Reader().requires_grad_(False), None),
+    ],
+)
+def test_models_that_have_no_hessian(make, match):
+    _, x, y = small_problem()
+    for function in (analysis.smoothness, analysis.hessian_trace, analysis.loss_slice):
+        if match is None:  # frozen parameters have one
+            assert function(make(), functional.cross_entropy, (x.float(), y))
+            continue
+        with pytest.raises(ValueError, match=match):
+            function(make(), functional.cross_entropy, (x.float(), y))
+
+
+def test_losses_without_a_gradient_say_so():
+    model, x, y = small_problem()
+    for loss in (lambda a, b: a.detach().mean(), lambda a, b: b.double().mean()):
+        with pytest.raises(ValueError, match="loss: does not depend on the parameters"):
+            analysis.smoothness(model, loss, (x, y))
+    frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+    with pytest.raises(ValueError, match=r"params.1.: expected a tensor that requires a gradient"):
+        analysis.hessian_eigenvalues(lambda: frozen.sum(), [nn.Parameter(torch.ones(2)), frozen])
+    for data, match in (
+        ([{"x": x, "y": y}], "got a dict; make pairs of mappings"), ({"x": x}, "got a dict"),
+        ([(x,)], "got a tuple of 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"data: expected \(x, y\) or batches of them, {match}"):
+            analysis.smoothness(model, functional.cross_entropy, data)
+
+
+def test_ambient_modes_change_nothing():
+    model, x, y = small_problem()
+    model, x = model.float(), x.float()
+    loss = functional.cross_entropy
+
+    def everything():
+        return (analysis.smoothness(model, loss, (x, y), k=2), analysis.hessian_trace(model, loss, (x, y), samples=2),
+                analysis.loss_slice(model, loss, (x, y), points=3))  # fmt: skip
+
+    known = everything()
+    with torch.inference_mode():
+        assert everything() == known
+    with torch.no_grad(), torch.device("meta"):
+        assert everything() == known
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert everything() == known
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with FakeTensorMode(), pytest.raises(ValueError, match="under FakeTensorMode"):
+        everything()
+    with FakeTensorMode():
+        model = nn.Linear(5, 3)
+    with pytest.raises(ValueError, match="weight has no values .a FakeTensor."):
+        everything()
+
+
 # ---- certificates ---------------------------------------------------------------------------------------------------
 
 
@@ -240,6 +696,40 @@ def test_certificate_counts_parameters_without_a_grid():
     optimizer.step()
     with pytest.raises(RuntimeError):
         certificate.update(loss)
+
+
+FORMS = {
+    "with a graph": lambda t: t, "detached": lambda t: t.detach(), "one element": lambda t: t.reshape(1),
+    "float64": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "a number": lambda t: t.item(),
+    "numpy": lambda t: t.detach().numpy(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_certificate_takes_losses_as_they_come(form):
+    torch.manual_seed(0)
+    model, x, y = small_problem()
+    config = ak.QuantConfig(weight=ak.quant.Uniform(bits=4), forward="relaxed")
+    model, x = ak.quantize_(model.float(), {"0": config}), x.float()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.01)
+    certificate = analysis.Certificate(optimizer, lambda: torch.tensor(3.0, requires_grad=True))
+    make = FORMS[form]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            after = functional.cross_entropy(model(x), y)
+            if step == 0:
+                for bad in ({"loss": after.expand(2)}, {"loss": loss, "after": after.expand(2)}):
+                    with pytest.raises(ValueError, match=rf"{list(bad)[-1]}: expected one number, got .* shape \(2,\)"):
+                        certificate.update(**bad)
+            row = certificate.update(make(loss), after=make(after) if step else None)
+    one, two = (float(make(t.detach())) for t in (loss, after))
+    assert row["measured"] == pytest.approx(two - one, abs=1e-9)
+    assert all(r["measured"] is not None for r in certificate.rows) and row["holds"]
 
 
 def test_warns_above_the_smoothness_and_checks_its_arguments():

@@ -3,22 +3,31 @@
 1. Mixed layers compute the mixture of their candidates; one call makes them, another removes them without a trace.
 2. Costs are exact: MACs against counting, bytes against what ``pack_`` makes, expectations against enumeration.
 3. The knapsack is the optimum (against enumeration) and never exceeds its limit; budgets out of reach name the reach.
-4. A search moves its bits to where they matter, meets every kind of budget, is reproducible, resumes to the same end,
+   What the strongest candidates leave of a budget is spent, as well as enumeration can.
+4. Layers that share a weight are one weight: in costs, in the choice, in what a policy may say of them. Batches in any
+   container count by their samples; every generator is seeded and put back; what is left out is said by name.
+5. A search moves its bits to where they matter, meets every kind of budget, is reproducible, resumes to the same end,
    leaves model and generators alone, and is the same in two processes (test_search_distributed.py).
-5. Policies survive JSON, apply by name, pattern and role, and what does not fit is rejected by name.
+6. Policies survive JSON, apply by name, pattern and role, and what does not fit is rejected by name.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
 import itertools
 import json
 import math
+import random
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, prune
 
 import askew_kernels as ak
 from askew_kernels import ops, search
@@ -442,6 +451,491 @@ def test_without_a_budget_the_weight_of_the_cost_decides():
     )
     assert set(cheap.weight_bits.values()) == {2}
     assert cheap.report["chosen"]["bitops"] < dear.report["chosen"]["bitops"]
+
+
+# ---- what is left of a budget ---------------------------------------------------------------------------------------
+
+
+def logs_up_to(t, i, j):
+    """log of the probability of all pairs up to (i, j)."""
+    return float(torch.logsumexp(t[: i + 1, : j + 1].reshape(-1), 0))
+
+
+def space_of(model, x, kind, share, weight_bits, act_bits):
+    low, high = search.cost.cost_of(kind, search.trace(model, x), weight_bits, act_bits, lambda p, w, a: 3 + w).range
+    budget = Budget(**{kind: low + share * (high - low)})
+    return search.Space(model, x, weight_bits, act_bits, budget, latency=lambda p, w, a: 3 + w)
+
+
+def upwards(space, name, pair):
+    """Pairs with more bits that cost more, or more bits for the weight at any price."""
+    t = space.cost.tables[name]
+    return [(i, j) for i, j in itertools.product(*map(range, t.shape))
+            if i >= pair[0] and (j == pair[1] or (j > pair[1] and t[i, j] > t[i, pair[1]]))]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["average_bits", "bitops", "bytes", "latency"])
+def test_budgets_are_spent_as_well_as_enumeration_can(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 3))
+    x, g = torch.randn(4, 6), torch.Generator().manual_seed(1)
+    for share in (0.0, 0.1, 0.35, 0.6, 0.9, 1.0):
+        space = space_of(model, x, kind, share, (2, 3, 8), (4, 8))
+        limit = space.budget.limit
+        for _ in range(3):
+            logits = {n: (3 * torch.randn(3, generator=g), torch.randn(2, generator=g)) for n in space.names}
+            values = {n: w.double().log_softmax(0)[:, None] + a.double().log_softmax(0) for n, (w, a) in logits.items()}
+            chosen = space.choose(values)
+            assert space.cost.of(chosen) <= limit
+
+            def best_of(options, score, space=space, limit=limit):
+                every = (dict(zip(options, c, strict=True)) for c in itertools.product(*options.values()))
+                return max((c for c in every if space.cost.of(c) <= limit), key=score)
+
+            def likelihood(c, values=values):
+                return sum(float(values[n][p]) for n, p in c.items())
+
+            everything = {n: list(itertools.product(range(3), range(2))) for n in space.names}
+            first = best_of(everything, likelihood)  # the strongest within the budget
+            assert all(p[0] >= q[0] and p[1] >= q[1] for p, q in zip(chosen.values(), first.values(), strict=True))
+
+            def enough(c, values=values):
+                return sum(logs_up_to(values[n], *p) for n, p in c.items())
+
+            most = best_of({n: upwards(space, n, p) for n, p in first.items()}, enough)
+            assert enough(chosen) == pytest.approx(enough(most), abs=1e-4)
+            for name, pair in chosen.items():  # nothing that could still be had
+                for more in upwards(space, name, pair):
+                    assert more == pair or space.cost.of({**chosen, name: more}) > limit
+
+
+@pytest.mark.parametrize("kind", ["average_bits", "bitops", "bytes"])
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_no_search_leaves_budget_that_a_layer_could_use(kind, share):
+    torch.manual_seed(0)
+    candidates, x = (1, 2, 4, 8), data()[0]
+    model = mlp(depth=4)
+    profile = search.trace(model, x)
+    low, high = search.cost.cost_of(kind, profile, candidates, (None,)).range
+    budget = Budget(**{kind: low + share * (high - low)})
+    options = {"weight_bits": candidates, "budget": budget}
+    made = {
+        "asga": quick(model, steps=2, **options),
+        "plain": quick(model, steps=2, method="plain", **options),
+        "random": search.random_policy(model, x, **options),
+        "hessian": search.hessian_policy(model, data(), lambda a, b: -a.square().mean(), samples=1, **options),
+    }  # a concave loss has traces below 0, and so says nothing of where bits matter
+    for name, policy in made.items():
+        assert policy.report["chosen"][kind] <= budget.limit
+        for i, layer in enumerate(policy.layers):
+            for more in [b for b in candidates if b > layer.weight_bits]:
+                raised = list(policy.layers)
+                raised[i] = dataclasses.replace(layer, weight_bits=more)
+                assert search.policy_costs(Policy(tuple(raised)), profile)[kind] > budget.limit, (name, layer.name)
+    report = made["asga"].report
+    strongest = {n: candidates[int(torch.tensor(p["weights"]).argmax())] for n, p in report["probabilities"].items()}
+    assert report["raised"] == [n for n, b in made["asga"].weight_bits.items() if b > strongest[n]]
+
+
+def test_knapsack_of_many_layers_is_quick_and_not_to_be_improved():
+    g = torch.Generator().manual_seed(0)
+    tables = {f"l{i}": torch.randint(1, 9999, (4, 2), generator=g).double() for i in range(120)}
+    cost = search.cost.Cost("bytes", tables)
+    values = {n: torch.randn(4, 2, generator=g, dtype=torch.float64) for n in tables}
+    limit = sum(cost.range) / 2
+    choice = search.knapsack(values, cost, limit)
+    spent = cost.of(choice)
+    for n, t in tables.items():
+        better = t[values[n] > values[n][choice[n]]]
+        assert (spent - t[choice[n]] + better > limit).all()
+
+
+# ---- layers that share a weight -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """``a`` and ``b`` are two modules with one weight; ``c`` is one module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.b.weight, self.again = self.a.weight, self.c
+
+    def forward(self, x):
+        return self.last(self.again(torch.relu(self.c(torch.relu(self.b(torch.tanh(self.a(x))))))))
+
+
+def test_shared_weights_count_once():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(5, 8)
+    profile = search.trace(model, x, act_bits=(4, None))
+    assert list(profile.layers) == ["a", "b", "c", "last"] and profile.tied == {"b": "a"}
+    assert profile.layers["c"].macs == 2 * 64 and profile.layers["b"].macs == 64
+    tables = {k: search.cost.cost_of(k, profile, (2, 8), (4, None)).tables for k in ("average_bits", "bytes", "bitops")}
+    assert all(set(t) == {"a", "c", "last"} for t in tables.values())
+    assert tables["average_bits"]["a"].tolist() == [[128.0, 128.0], [512.0, 512.0]]
+    assert tables["bitops"]["a"].tolist() == [[2 * 64 * 2 * 4, 2 * 64 * 2 * 32], [2 * 64 * 8 * 4, 2 * 64 * 8 * 32]]
+    for bits in (2, 4):
+        policy = search.uniform_policy(model, x, weight_bits=(bits,))
+        packed = ak.pack_(ak.hard_quantize_(ak.quantize_(copy.deepcopy(model), policy)))
+        kept = {t.data_ptr(): t.numel() * t.element_size() for t in packed.buffers()}
+        assert policy.report["chosen"]["bytes"] == sum(kept.values())
+        assert policy.report["chosen"]["average_bits"] == bits
+    mixed = Policy(
+        tuple(LayerPolicy(n, "linear", "", 0.0, b) for n, b in zip(profile.layers, (2, 2, 4, 8), strict=True))
+    )
+    costs = search.policy_costs(mixed, profile)
+    assert costs["average_bits"] == (64 * 2 + 64 * 4 + 24 * 8) / 152
+    assert costs["bitops"] == (64 * 2 + 64 * 2 + 128 * 4 + 24 * 8) * 32
+    apart = Policy(tuple(dataclasses.replace(p, weight_bits=4) if p.name == "b" else p for p in mixed))
+    assert search.policy_costs(apart, profile)["average_bits"] == (64 * (2 + 4) + 64 * 4 + 24 * 8) / 152  # two copies
+    with pytest.raises(ValueError, match="policy: has no entry for b"):
+        search.policy_costs(Policy(tuple(p for p in mixed if p.name != "b")), profile)
+
+
+@pytest.mark.parametrize("kind", ["average_bits", "bitops", "bytes"])
+def test_every_method_gives_a_shared_weight_one_choice(kind):
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(32, 8)
+    y = torch.randint(0, 3, (32,))
+    options = {"weight_bits": (2, 4, 8), "act_bits": (4, 8, None)}
+    low, high = search.cost.cost_of(kind, search.trace(model, x), *options.values()).range
+    options["budget"] = Budget(**{kind: low + 0.4 * (high - low)})
+    made = [
+        quick(model, [(x, y)], steps=3, **options),
+        quick(model, [(x, y)], steps=3, learned_scales=True, schedule="alternating", **options),
+        search.uniform_policy(model, x, **options),
+        search.random_policy(model, x, **options),
+        search.sensitivity_policy(model, x, **options),
+        search.hessian_policy(model, (x, y), functional.cross_entropy, samples=2, **options),
+    ]
+    for policy in made:
+        a, b = policy.layers[:2]
+        assert (a.weight_bits, a.act_bits, a.act_signed) == (b.weight_bits, b.act_bits, b.act_signed)
+        assert policy.report["chosen"][kind] <= options["budget"].limit
+        found = search.policy_costs(policy, search.trace(model, x))[kind]
+        assert found == pytest.approx(policy.report["chosen"][kind])
+    assert made[0].report["probabilities"]["a"] == made[0].report["probabilities"]["b"]
+
+
+def test_mixtures_of_a_shared_weight_are_one():
+    torch.manual_seed(0)
+    model = search.mix_(Tied(), (2, 4), (4, None), learned=True)
+    for name in ("weight", "weight_strengths", "act_strengths", "weight_scales"):
+        assert getattr(model.a, name) is getattr(model.b, name) is not getattr(model.c, name)
+    assert model.again is model.c
+    model(torch.randn(5, 8)).square().sum().backward()
+    assert model.a.weight_strengths.grad.abs().sum() > 0
+    search.unmix_(model)
+    assert model.a.weight is model.b.weight and type(model.b) is nn.Linear
+
+
+def test_an_output_layer_with_the_embedding_s_weight():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = nn.Embedding(9, 6), nn.Linear(6, 6)
+            self.last = nn.Linear(6, 9, bias=False)
+            self.last.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.last(torch.tanh(self.inner(self.embedding(x))))
+
+    torch.manual_seed(0)
+    model, x, y = Language(), torch.randint(0, 9, (30,)), torch.randint(0, 9, (30,))
+    options = {"weight_bits": (2, 8), "budget": Budget(average_bits=6.0)}
+    policies = [
+        search.hessian_policy(model, (x, y), functional.cross_entropy, samples=2, **options),
+        search.sensitivity_policy(model, x, **options), quick(model, [(x, y)], steps=2, **options),
+    ]  # fmt: skip
+    for policy in policies:
+        assert list(policy.weight_bits) == ["inner", "last"] and policy.report["chosen"]["average_bits"] <= 6
+        ak.quantize_(copy.deepcopy(model), policy)(x)
+
+
+def test_policies_know_of_shared_weights_and_of_all_names():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(5, 8)
+    policy = search.uniform_policy(model, x, weight_bits=(4,))
+    assert list(policy.configs(model)) == ["a", "b", "c", "last", "again"]
+    quantized = ak.quantize_(copy.deepcopy(model), policy)
+    assert quantized.again is quantized.c and all(isinstance(m, ak.nn.AskewLinear) for m in quantized.children())
+    bits = {"a": 2, "b": 4, "c": 8, "last": 8}
+    roles = search.layer_roles(model)
+    apart = Policy(tuple(LayerPolicy(n, *roles[n], b) for n, b in bits.items()))
+    for by in ("auto", "name", "role"):
+        with pytest.raises(PolicyError, match="a and b share one weight, but are to have 2 and 4 bits"):
+            apart.configs(model, by=by)
+    before = str(model)
+    with pytest.raises(PolicyError, match="share one weight"):
+        ak.quantize_(model, apart)
+    assert str(model) == before
+
+
+# ---- batches, generators, what is left out --------------------------------------------------------------------------
+
+
+class Mapping(collections.UserDict):
+    """As tokenizers give them: a mapping that is no dict."""
+
+
+@dataclasses.dataclass
+class Record:
+    x: torch.Tensor
+
+
+class Reader(nn.Module):
+    """Takes its input out of whatever it comes in, and calls a layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, batch):
+        if not isinstance(batch, torch.Tensor):
+            batch = batch.x if hasattr(batch, "x") else batch["x" if hasattr(batch, "keys") else 0]
+        batch = batch["deep"] if isinstance(batch, dict) else batch
+        return self.two(input=torch.relu(self.one(batch)))
+
+
+CONTAINERS = {
+    "dict": lambda x: {"x": x, "n": 3}, "mapping": lambda x: Mapping(x=x), "dataclass": Record, "tuple": lambda x: (x,),
+    "list": lambda x: [x, None], "nested": lambda x: {"scalar": torch.tensor(2.0), "x": {"deep": x}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_batches_in_containers_count_by_their_samples(kind):
+    torch.manual_seed(0)
+    model, wrap = Reader(), CONTAINERS[kind]
+    (x, y), options = data(32), {"weight_bits": (2, 4), "budget": Budget(bitops=(30 + 15) * 3 * 32.0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in (1, 32):
+            assert {p.name: p.macs for p in search.trace(model, wrap(x[:n])).layers.values()} == {"one": 30, "two": 15}
+        assert search.uniform_policy(model, wrap(x), **options).report["chosen"]["bitops"] == 45 * 2 * 32
+        wrapped, plain = (
+            quick(model, [(w(a), b) for a, b in zip(x.split(8), y.split(8), strict=True)], steps=4, **options)
+            for w in (wrap, lambda t: t)
+        )
+        assert wrapped == plain and wrapped.report["probabilities"] == plain.report["probabilities"]
+        assert search.hessian_policy(model, (wrap(x), y), functional.cross_entropy, samples=2, **options).layers
+        assert set(search.latency_table(model, wrap(x[:2]), (2,), seconds=0.001)) == {"one", "two"}
+    with pytest.raises(ValueError, match=r"loader: expected batches \(x, y\), got a dict; make pairs of mappings"):
+        quick(model, [{"x": x, "y": y}], steps=2)
+
+
+def generator_states():
+    name, *numbers = np.random.get_state()
+    return [torch.get_rng_state().tolist(), random.getstate(), name, *(np.asarray(n).tolist() for n in numbers)]
+
+
+class Shuffled:
+    """Draws its order from one of the generators there are, and may end early."""
+
+    def __init__(self, source, passes=99):
+        self.source, self.passes = source, passes
+        self.generator = torch.Generator().manual_seed(7) if source == "own" else None
+
+    def __iter__(self):
+        self.passes -= 1
+        order = list(range(4))
+        if self.source == "python":
+            random.shuffle(order)
+        elif self.source == "numpy":
+            np.random.shuffle(order)
+        else:
+            order = torch.randperm(4, generator=self.generator).tolist()
+        yield from [] if self.passes < 0 else [loader()[i] for i in order]
+
+
+def sampled(source):
+    dataset = torch.utils.data.TensorDataset(*data())
+    own = torch.Generator().manual_seed(7)
+    if source == "loader":
+        return torch.utils.data.DataLoader(dataset, 16, shuffle=True, generator=own), own
+    sampler = torch.utils.data.RandomSampler(dataset, generator=own)
+    if source == "sampler":
+        return torch.utils.data.DataLoader(dataset, 16, sampler=sampler), own
+    batches = torch.utils.data.BatchSampler(sampler, 16, False)
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches), own
+
+
+@pytest.mark.parametrize("source", ["torch", "python", "numpy", "own", "loader", "sampler", "batch sampler"])
+def test_the_seed_decides_every_order(source, tmp_path):
+    batches, own = sampled(source) if "er" in source else (Shuffled(source), None)
+    own = own or getattr(batches, "generator", None)
+    model = mlp()
+    settings = {"steps": 9, "budget": Budget(average_bits=3.0), "method": "plain"}
+
+    def run(**more):
+        options = {**settings, "progress": False, **more}
+        return search.search_policy(model, batches, functional.cross_entropy, **options).report["probabilities"]
+
+    before, own_before = generator_states(), None if own is None else own.get_state()
+    first = run(seed=3)
+    assert generator_states() == before and (own is None or torch.equal(own.get_state(), own_before))
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    if own is not None:
+        own.manual_seed(1)
+    assert run(seed=3) == first != run(seed=4)
+
+    def stop(row):
+        if row["step"] == 6:
+            raise Stopped
+
+    before, path = generator_states(), tmp_path / "search.pt"
+    with pytest.raises(Stopped):
+        run(seed=3, checkpoint=path, checkpoint_every=3, progress=stop)
+    assert generator_states() == before
+    assert run(seed=3, checkpoint=path, checkpoint_every=3) == first
+
+
+def test_loaders_that_end_in_a_later_pass_say_so():
+    with pytest.raises(ValueError, match="loader: exhausted after 8 batches; expected one to iterate again"):
+        quick(batches=Shuffled("torch", passes=2))
+
+
+class Drawing(nn.Module):
+    """Draws in its forward in eval mode as well, and counts its calls in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return self.linear(x) * (torch.rand(()) + random.random() + np.random.rand())
+
+
+def test_looking_at_a_model_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    model, (x, y) = Drawing().train(), data(8)
+    state, before = copy.deepcopy(model.state_dict()), generator_states()
+    options = {"weight_bits": (2, 4), "budget": Budget(average_bits=3.0)}
+    search.trace(model, x)
+    search.latency_table(model, x, (2,), seconds=0.001)
+    for policy in (search.uniform_policy, search.random_policy, search.sensitivity_policy):
+        policy(model, x, **options)
+    search.hessian_policy(model, (x, y), functional.cross_entropy, samples=1, **options)
+    assert generator_states() == before and model.training and model.linear.training
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(RuntimeError):
+        search.trace(model, x[:, :5])
+    assert model.training and torch.backends.mha.get_fastpath_enabled() and not model.linear._forward_hooks
+
+
+def test_what_a_search_leaves_out_is_named():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(40, 3))
+    x = torch.randn(2, 5, 8)
+    assert list(search.trace(encoder.eval(), x).layers) == ["0.linear1", "0.linear2", "2"]  # the fast path calls none
+    limit = Budget(bitops=(2 * 5 * 8 * 16 + 120) * 4 * 32.0)
+    with pytest.warns(UserWarning, match=r"bit operations of 0.self_attn .MultiheadAttention. are not known"):
+        search.uniform_policy(encoder, x, budget=limit)
+    hooks = {nn.MultiheadAttention: lambda m, inputs, y: 7}
+    assert search.trace(encoder, x, hooks=hooks).other_macs == 3.5
+
+    class Idle(Reader):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(6, 6)
+
+    with pytest.warns(UserWarning, match="the forward does not call spare; left float"):
+        policy = search.uniform_policy(Idle(), x[0, :, :6], weight_bits=(4,))
+    assert policy.weight_bits == {"one": 4, "two": 4, "spare": None}
+    with pytest.raises(ValueError, match="names: the model has no linear or convolutional layer three"):
+        search.trace(Reader(), x[0, :, :6], ["one", "three"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search.uniform_policy(encoder, x, weight_bits=(4,), budget=Budget(average_bits=4))
+
+
+def test_models_that_cannot_be_searched_say_why():
+    x = data()[0]
+    quantized = ak.quantize_(mlp(depth=1), {"0": ak.QuantConfig()})
+    packed = ak.pack_(ak.hard_quantize_(ak.quantize_(mlp(depth=1))))
+    for model, match in (
+        (quantized, r"model: 0: quantized already; call dequantize_ first"), (packed, "model: 0, 2: packed already"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=match):
+            search.uniform_policy(model, x)
+        with pytest.raises(ValueError, match=match):
+            quick(model, steps=1)
+    assert search.uniform_policy(quantized, x, filter_fn=lambda m, name: name != "0").weight_bits["0"] is None
+    with pytest.raises(ValueError, match="model: 0.weight has no values .meta."):
+        search.uniform_policy(mlp().to("meta"), x)
+    computed = mlp(depth=3)
+    prune.l1_unstructured(computed[0], "weight", 0.5)
+    parametrizations.weight_norm(computed[2])
+    for call in (lambda: search.uniform_policy(computed, x), lambda: search.mix_(computed)):
+        with pytest.raises(ValueError, match="model: 0, 2: the weight is computed .weight_norm, pruning"):
+            call()
+
+
+def test_ambient_modes_change_nothing_in_a_search():
+    torch.manual_seed(0)
+    model, (x, y) = mlp(), data()
+    options = {"weight_bits": (2, 4, 8), "act_bits": (4, None), "budget": Budget(bitops=20_000)}
+
+    def everything():
+        found = [
+            quick(model, [(x, y)], steps=4, **options), search.random_policy(model, x, **options),
+            search.sensitivity_policy(model, x, **options),
+            search.hessian_policy(model, (x, y), functional.cross_entropy, samples=1, **options),
+        ]  # fmt: skip
+        return found, [p.report["chosen"] for p in found], found[0].report["probabilities"]
+
+    known = everything()
+    with torch.inference_mode():
+        assert everything() == known
+        assert search.latency_table(model, x.clone(), (2,), seconds=0.001)
+    with torch.no_grad(), torch.device("meta"):
+        assert everything() == known
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert everything() == known
+    finally:
+        torch.set_default_dtype(torch.float32)
+    wide = model.double()
+    x = x.double()
+    assert quick(wide, [(x, y)], steps=4, **options).layers
+    assert set(search.latency_table(wide, x, (2,), seconds=0.001)) == {"0", "2", "4"}
+
+
+def test_compiled_models_are_searched_as_they_are_written():
+    torch.manual_seed(0)
+    model, (x, y) = mlp(), data()
+    options = {"weight_bits": (2, 4, 8), "budget": Budget(bitops=20_000)}
+
+    def everything(m):
+        return [search.uniform_policy(m, x, **options), quick(m, [(x, y)], steps=3, **options),
+                search.sensitivity_policy(m, x, **options), search.random_policy(m, x, **options),
+                search.hessian_policy(m, (x, y), functional.cross_entropy, samples=1, **options)]  # fmt: skip
+
+    known = everything(model)
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)  # hooks that come later are not in its graph
+    assert everything(compiled) == known
+    model[2].compile(backend="eager")
+    model(x)
+    assert everything(model) == known
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_scales_of_a_mixture_are_those_of_its_candidates(dtype):
+    torch.manual_seed(0)
+    layer = nn.Linear(33, 9).to(dtype)
+    with torch.no_grad():
+        for row, factor in enumerate((0.0, 1e-30, 1e-13, 1e-6, 1.0, 1e6, 1e12, 1e20, 1e30)):
+            layer.weight[row] *= factor
+        layer.weight[4, 1:] = 0.0  # where SAWB's clip is negative
+    mixed = search.mix_(nn.Sequential(layer), range(1, 9))[0]
+    for grid, scale in zip(mixed.weight_grids, mixed._rule_scales(), strict=True):
+        assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, scale_rule(grid))), grid
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------

@@ -55,8 +55,7 @@ class Secant:
             weights, grads = zip(*(self._kept[p] for p in known), strict=True)
             moved = torch._foreach_norm(torch._foreach_sub([p.detach() for p in known], list(weights)))
             turned = torch._foreach_norm(torch._foreach_sub([p.grad for p in known], list(grads)))  # type: ignore[arg-type]
-            lengths = [torch.stack([t.double().cpu() if t.is_cpu else t.double() for t in part]).norm()
-                       for part in (turned, moved)]  # fmt: skip
+            lengths = [torch.stack([t.double().to(part[0].device) for t in part]).norm() for part in (turned, moved)]
             estimate = lengths[0] / lengths[1]
             estimate = torch.where(estimate.isfinite(), estimate, torch.zeros_like(estimate))  # it stood still
             self._last = estimate
@@ -132,6 +131,7 @@ class Certificate:
         self._plain: list[tuple[float, float, float]] = []
         self._above = False
         self._stepped = False
+        self._precision = 0.0  # of the last row's loss
         optimizer.telemetry()  # the next step is to be recorded
         self._handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._sum)]
 
@@ -162,18 +162,24 @@ class Certificate:
     def L(self) -> float:
         """L̂ as it stands."""
         s = self.smoothness
-        return float(
-            s.L if isinstance(s, Smoothness) else s.value if isinstance(s, Secant) else s() if callable(s) else s
+        return _number(
+            "smoothness",
+            s.L if isinstance(s, Smoothness) else s.value if isinstance(s, Secant) else s() if callable(s) else s,
         )
 
     def update(self, loss: Tensor | float, after: Tensor | float | None = None) -> dict[str, Any]:
-        """The row of the step that was just made. RuntimeError where none was made since the last call."""
+        """The row of the step that was just made. Losses as they come: with or without a graph, on any device.
+
+        RuntimeError where no step was made since the last call; ValueError for a loss that is not one number.
+        """
         if not self._stepped:
             raise RuntimeError("update: expected an optimizer.step() since the last update")
+        value, precision = _number("loss", loss), self._precision_of(loss)
+        value_after = None if after is None else _number("after", after)
         self._stepped = False
-        value, precision = float(loss.detach() if isinstance(loss, Tensor) else loss), _precision(loss)
         if self.rows and self.rows[-1]["measured"] is None:
-            self._measure(self.rows[-1], value, precision)
+            self._measure(self.rows[-1], value, max(precision, self._precision))
+        self._precision = precision
         big_l, tensors = self.L, self.optimizer.telemetry()
         sums = [(t["lr"], t["grad_velocity"], t["velocity_norm"] ** 2) for t in tensors] + self._plain
         slope = sum(lr * gv for lr, gv, _ in sums)
@@ -192,8 +198,8 @@ class Certificate:
             "descent_lr": max(0.0, -2 * lr * slope / curvature) if curvature else math.inf,
             "stable_lr": min([1 / big_l if big_l else math.inf, *limits]),
         }  # fmt: skip
-        if after is not None:
-            self._measure(row, float(after), _precision(after))
+        if value_after is not None:
+            self._measure(row, value_after, max(precision, self._precision_of(after)))
         self.rows.append(row)
         above = lr * big_l > 1 + 1e-9
         if above and not self._above and self.warn:
@@ -204,6 +210,11 @@ class Certificate:
         self._above = above
         return row
 
+    def _precision_of(self, loss: Any) -> float:
+        """Of a number that comes without a type, that of the weights."""
+        typed = isinstance(loss, Tensor) and loss.is_floating_point()
+        return torch.finfo(loss.dtype if typed else self.optimizer.param_groups[0]["params"][0].dtype).eps
+
     @staticmethod
     def _measure(row: dict[str, Any], after: float, precision: float) -> None:
         row["measured"] = after - row["loss"]
@@ -211,5 +222,9 @@ class Certificate:
         row["holds"] = row["measured"] <= row["predicted"] + slack
 
 
-def _precision(loss: Tensor | float) -> float:
-    return torch.finfo(loss.dtype).eps if isinstance(loss, Tensor) and loss.is_floating_point() else 2.0**-52
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
+        value = value.detach()
+    return float(value)

@@ -1,7 +1,8 @@
 """Curvature of a loss by Hessian–vector products: largest eigenvalues (Lanczos), traces (Hutchinson), slices.
 
 Nothing here forms a Hessian: a product H v costs about two gradients. A model's quantized layers count as float layers
-that hold the weights their forward computes with, because a straight-through gradient has no Hessian.
+that hold the weights their forward computes with, because a straight-through gradient has no Hessian; what rounding
+adds to a quantized input is a constant there. Model, data and the caller's generators are left as they were.
 """
 
 from __future__ import annotations
@@ -15,9 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..nn import dequantize_, quantized_layers
+from ..nn.layers import quantized_input
 from ..optim import frozen_batchnorm_stats
+from .batches import batches_of, samples
+from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
+from .generators import seeded
 
 Product = Callable[[list[Tensor]], list[Tensor]]
 
@@ -31,11 +37,19 @@ def hessian_eigenvalues(
     """The k largest eigenvalues of the Hessian of ``loss()`` in ``params``, descending.
 
     Implicitly restarted Lanczos (``scipy.sparse.linalg.eigsh``) on Hessian–vector products, to ``tol`` relative; where
-    there are no more than k + 1 parameters, the dense Hessian. Raises ValueError for k < 1, a loss or a Hessian that is
-    not finite; ImportError without SciPy.
+    there are no more than k + 1 parameters, the dense Hessian. What the loss draws follows from ``seed`` as well.
+    Raises ValueError for k < 1, a loss or a Hessian that is not finite, a parameter without a gradient;
+    NotImplementedError for a loss without a second derivative; ImportError without SciPy.
     """
-    gradients = torch.autograd.grad(_finite(loss()), params, create_graph=True, materialize_grads=True)
-    return _largest(_product_of(gradients, params), params, k, tol, seed)
+    for i, p in enumerate(params):
+        if not p.requires_grad:
+            raise ValueError(f"params[{i}]: expected a tensor that requires a gradient, got one that does not")
+    with differentiable_twice(), seeded(seed):
+        found = _finite(loss())
+        with naming(lambda: "loss"):
+            check_twice(found)
+            gradients = torch.autograd.grad(found, params, create_graph=True, materialize_grads=True)
+            return _largest(_product_of(gradients, params), params, k, tol, seed)
 
 
 def _product_of(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Product:
@@ -56,7 +70,13 @@ def _finite(loss: Tensor) -> Tensor:
         raise ValueError(f"loss: expected a scalar tensor, got {loss!r}")
     if not bool(loss.detach().isfinite()):
         raise ValueError(f"loss: expected a finite number, got {float(loss.detach())}")
+    if not loss.requires_grad:
+        raise ValueError("loss: does not depend on the parameters (is it detached, or computed without gradients?)")
     return loss
+
+
+def _draws(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, seed: int) -> list[float]:
@@ -84,7 +104,7 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
     if n <= k + 1:
         dense = np.stack([times(row) for row in np.eye(n)])
         return sorted(np.linalg.eigvalsh((dense + dense.T) / 2).tolist(), reverse=True)[:k]
-    start = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+    start = torch.randn(n, generator=_draws(seed), dtype=torch.float64, device="cpu").numpy()
     if not times(start).any():  # almost surely only where H is 0, which Lanczos cannot start from
         return [0.0] * k
     operator = LinearOperator((n, n), matvec=times, dtype=np.float64)
@@ -115,89 +135,144 @@ class Smoothness:
 
 
 class _Problem:
-    """The mean loss of a model over all batches, as a function of some of its parameters."""
+    """The mean loss of a model over all batches, as a function of some of its parameters.
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], data: Any) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        self.model, self.loss_fn, self.batches = _float_twin(model), loss_fn, batches_of(data)
-        total = sum(_size(x) for x, _ in self.batches)
-        self.shares = [_size(x) / total for x, _ in self.batches]
+    ``named`` and ``layers``: the parameters that can be moved, by name and by module. Batch i is always run with the
+    same draws, those of ``seed`` + i: with dropout too there is one function, whose Hessian is asked for.
+    """
 
-    def losses(self) -> Iterator[Tensor]:
-        """Each batch's part of the mean loss."""
-        for (x, y), share in zip(self.batches, self.shares, strict=True):
-            yield share * _finite(self.loss_fn(self.model(x), y))
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], data: Any, seed: int) -> None:
+        check_gradients(model)
+        with torch.inference_mode(False), seeded(seed, data):
+            self.batches = batches_of(data)
+        self.loss_fn, self.seed = loss_fn, seed
+        sizes = [max(1, samples(x)) for x, _ in self.batches]
+        self.shares = [n / sum(sizes) for n in sizes]
+        self.model, self.named = _float_twin(model)
+        self.layers = _by_module(self.named)
+
+    def loss(self, i: int) -> Tensor:
+        """Batch i's part of the mean loss."""
+        x, y = self.batches[i]
+        with seeded(self.seed + i):
+            return self.shares[i] * self.loss_fn(self.model(x), y)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Everything that products need; all is put back afterwards, also by an exception."""
+        params = self.named.values()
+        with (
+            differentiable_twice(self.model),
+            left_alone(self.model),
+            frozen_batchnorm_stats(self.model),
+            _with_gradients(params),
+        ):
+            yield
 
     def product(self, params: Sequence[Tensor]) -> Product:
         """v -> H v. One batch: its graph is kept; several: each is run anew, so that memory holds one at a time."""
-        if len(self.batches) == 1:
-            grads = torch.autograd.grad(next(self.losses()), params, create_graph=True, materialize_grads=True)
-            return _product_of(grads, params)
+
+        def part(i: int) -> Product:
+            loss = _finite(self.loss(i))
+            with naming(lambda: self.culprit(i)):
+                check_twice(loss)
+                return _product_of(torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True), params)
+
+        kept = part(0) if len(self.batches) == 1 else None
 
         def product(vectors: list[Tensor]) -> list[Tensor]:
+            if kept is not None:
+                with naming(lambda: self.culprit(0)):
+                    return kept(vectors)
             total = [torch.zeros_like(p) for p in params]
-            for part in self.losses():
-                grads = torch.autograd.grad(part, params, create_graph=True, materialize_grads=True)
-                for t, h in zip(total, _product_of(grads, params)(vectors), strict=True):
-                    t += h
+            with left_alone(self.model):
+                for i in range(len(self.batches)):
+                    times = part(i)
+                    with naming(lambda i=i: self.culprit(i)):  # type: ignore[misc]
+                        made = times(vectors)
+                    for t, h in zip(total, made, strict=True):
+                        t += h
             return total
 
         return product
 
-
-def batches_of(data: Any) -> list[tuple[Any, Any]]:
-    """[(x, y), …] of one pair or of anything that yields pairs; ValueError where there are none."""
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], Tensor):
-        return [(data[0], data[1])]
-    found = list(data)
-    for item in found:
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise ValueError(f"data: expected (x, y) or batches of them, got a {type(item).__name__}")
-    if not found:
-        raise ValueError("data: yielded no batch")
-    return [(x, y) for x, y in found]
-
-
-def _size(x: Any) -> int:
-    return max(1, len(x)) if isinstance(x, Tensor) and x.dim() else 1
-
-
-@torch.no_grad()
-def _float_twin(model: nn.Module) -> nn.Module:
-    """The model itself, or where it has quantized layers a copy with float ones that hold what they compute with."""
-    layers = quantized_layers(model)
-    if not layers:
-        return model
-    twin = copy.deepcopy(model)
-    for layer in quantized_layers(twin).values():
-        if not layer._uses_float():
-            layer.weight.copy_(layer.quantized_weight())
-    return dequantize_(twin)
+    def culprit(self, i: int) -> str:
+        return culprit(self.model, lambda: self.loss(i)) or "loss_fn"
 
 
 @contextlib.contextmanager
 def _with_gradients(params: Iterable[Tensor]) -> Iterator[None]:
     """Frozen parameters have a Hessian as well."""
     frozen = [p for p in params if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)
     try:
+        for p in frozen:
+            p.requires_grad_(True)
         yield
     finally:
         for p in frozen:
             p.requires_grad_(False)
 
 
-def layer_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+class _Shifted(nn.Module):
+    """w -> q + (w − w0): q at w0, and the gradient of w."""
+
+    def __init__(self, q: Tensor, w0: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("w0", w0)
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.q + (w - self.w0)  # type: ignore[operator]
+
+
+def _rounded(grid: Any, dims: int) -> Callable[..., tuple]:
+    """A layer's input as the quantized one takes it, positional or by keyword; its gradient passes."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> tuple[tuple, dict]:
+        (x,) = args or kwargs.values()
+        return (quantized_input(x.detach(), grid, dims).detach() + (x - x.detach()),), {}
+
+    return hook
+
+
+def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model itself, or where it has quantized layers a copy with float ones that compute the same; the parameters.
+
+    A parameter that all who use it see quantized alike holds that weight; where they do not (an embedding beside the
+    quantized layer that it shares its weight with) it stays, and the layers compute with it plus a constant.
+    """
+    layers = quantized_layers(model)
+    with torch.inference_mode(False), torch.no_grad():
+        weights = {
+            name: layer.weight.detach() if layer.training and layer.config.forward == "relaxed"
+            else layer.quantized_weight() for name, layer in layers.items()
+        }  # fmt: skip
+        twin = copy.deepcopy(model) if layers else model
+        named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
+        uses: dict[int, list[Tensor]] = {}
+        for name, module in twin.named_modules():
+            for key, p in module._parameters.items():
+                if p is not None:
+                    uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
+        dequantize_(twin) if layers else None
+        for name, layer in layers.items():
+            new: Any = twin.get_submodule(name)
+            weight, value = new.weight, weights[name]
+            if not all(torch.equal(other, value) for other in uses[id(weight)]):
+                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
+            else:
+                weight.copy_(value)
+            if layer.config.activation is not None:
+                dims = 1 if isinstance(new, nn.Linear) else 3
+                new.register_forward_pre_hook(_rounded(layer.config.activation, dims), prepend=True, with_kwargs=True)
+    return twin, named
+
+
+def _by_module(named: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
     """{module name: the parameters that are its own}, each parameter once."""
     found: dict[str, list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
-        seen.update(map(id, own))
-        if own:
-            found[name] = own
+    for name, p in named.items():
+        found.setdefault(name.rpartition(".")[0], []).append(p)
     return found
 
 
@@ -207,22 +282,22 @@ def smoothness(
 ) -> Smoothness:  # fmt: skip
     """L̂: the k largest eigenvalues of the Hessian of the mean of ``loss_fn(model(x), y)`` over ``data``.
 
-    data: (x, y), or batches of them (the loss is weighted by their sizes). per_layer: of each module's own block of
-    the Hessian instead of the whole; every block's largest is at most the whole's. The model is used in the mode that
-    it is in, its BatchNorm statistics are left alone. The same seed gives the same numbers.
-    Raises ValueError for data without batches, a loss that is not finite; ImportError without SciPy.
+    data: (x, y), or batches of them (the loss is weighted by their sizes); x and y may be tensors, or mappings, tuples,
+    dataclasses of them. per_layer: of each module's own block of the Hessian instead of the whole; every block's
+    largest is at most the whole's. Frozen parameters count as well. The model is used in the mode that it is in; in
+    training mode dropout's masks follow from ``seed``, the same ones in every product, and BatchNorm statistics are
+    left alone. The same seed gives the same numbers.
+    Raises ValueError for data without batches, a loss that is not finite or does not depend on the parameters, a model
+    that is packed, on the meta device or has no parameters; NotImplementedError naming the module that cannot be
+    differentiated twice; ImportError without SciPy.
     """
-    problem = _Problem(model, loss_fn, data)
-    parts: Mapping[str, Sequence[Tensor]]
-    parts = layer_parameters(problem.model) if per_layer else {"": list(problem.model.parameters())}
-    if not any(parts.values()):
-        raise ValueError("model: it has no parameters")
-    every = [p for part in parts.values() for p in part]
-    with frozen_batchnorm_stats(problem.model), _with_gradients(every), torch.enable_grad():
+    problem = _Problem(model, loss_fn, data, seed)
+    parts: Mapping[str, Sequence[Tensor]] = problem.layers if per_layer else {"": list(problem.named.values())}
+    with problem.ready():
         found = {
             name: _largest(problem.product(part), part, min(k, sum(p.numel() for p in part)), tol, seed)
-            for name, part in parts.items()
-        }
+            for name, part in parts.items() if any(p.numel() for p in part)
+        }  # fmt: skip
     return Smoothness(found)
 
 
@@ -231,58 +306,52 @@ def hessian_trace(
 ) -> dict[str, float]:
     """{parameter name: estimate of the trace of its block of the Hessian}: Hutchinson, E[z·H z] with z = ±1.
 
-    Off-diagonal blocks add variance, no bias. Source: Hutchinson 1990; used by HAWQ-V2 (Dong et al., 2020).
+    Off-diagonal blocks add variance, no bias. Model, data, seed and errors as in ``smoothness``; a shared parameter has
+    one entry, under its first name. Source: Hutchinson 1990; used by HAWQ-V2 (Dong et al., 2020).
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples: expected an int >= 1, got {samples!r}")
-    problem = _Problem(model, loss_fn, data)
-    named = dict(problem.model.named_parameters())
-    params = list(named.values())
-    draws = torch.Generator().manual_seed(seed)
-    traces = torch.zeros(len(params), dtype=torch.float64)
-    with frozen_batchnorm_stats(problem.model), _with_gradients(params), torch.enable_grad():
+    problem = _Problem(model, loss_fn, data, seed)
+    params = list(problem.named.values())
+    draws = _draws(seed)
+    with problem.ready():
+        traces = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         product = problem.product(params)
         for _ in range(samples):
-            signs = [(2 * torch.randint(0, 2, p.shape, generator=draws) - 1).to(p) for p in params]
+            signs = [(2 * torch.randint(0, 2, p.shape, generator=draws, device="cpu") - 1).to(p) for p in params]
             pairs = zip(signs, product(signs), strict=True)
             traces += torch.stack([(z * h.detach()).double().sum().cpu() for z, h in pairs])
-    return dict(zip(named, (traces / samples).tolist(), strict=True))
+    return dict(zip(problem.named, (traces / samples).tolist(), strict=True))
 
 
-@torch.no_grad()
 def loss_slice(
     model: nn.Module, loss_fn: Callable[..., Tensor], data: Any, *, reach: float = 1.0, points: int = 21, seed: int = 0
 ) -> dict[str, list[float]]:
     """{"t": …, "loss": …}: the loss at w + t d for t from -reach to reach.
 
     d is random, each filter (row of a tensor of 2 or more dimensions) with the norm of the weight's, other parameters
-    left alone, so that slices of different networks compare (Li et al., Visualizing the loss landscape, 2018). The
-    model is put back.
+    left alone, so that slices of different networks compare (Li et al., Visualizing the loss landscape, 2018). What the
+    model draws is the same at every t. The model is put back.
     """
-    problem = _Problem(model, loss_fn, data)
-    draws = torch.Generator().manual_seed(seed)
-    moved = [p for p in problem.model.parameters() if p.dim() > 1]
-    kept = [p.detach().clone() for p in moved]
-    directions = []
-    for p in moved:
-        d = torch.randn(p.shape, generator=draws).to(p)
-        norms = [t.flatten(1).norm(dim=1).reshape(-1, *[1] * (p.dim() - 1)) for t in (p.detach(), d)]
-        directions.append(d * norms[0] / norms[1].clamp(min=1e-12))
-    ts = torch.linspace(-reach, reach, points).tolist()
+    problem = _Problem(model, loss_fn, data, seed)
+    draws = _draws(seed)
+    moving = [p for p in problem.named.values() if p.dim() > 1]
     losses = []
-    try:
-        with frozen_batchnorm_stats(problem.model):
-            for t in ts:
-                for p, w, d in zip(moved, kept, directions, strict=True):
-                    p.copy_(w + t * d)
-                losses.append(math.fsum(float(part) for part in _parts(problem)))
-    finally:
-        for p, w in zip(moved, kept, strict=True):
-            p.copy_(w)
+    with torch.inference_mode(False), torch.no_grad():
+        ts = torch.linspace(-reach, reach, points, dtype=torch.float32, device="cpu").tolist()
+        kept = [p.detach().clone() for p in moving]
+        directions = []
+        for p in moving:
+            d = torch.randn(p.shape, generator=draws, dtype=torch.float32, device="cpu").to(p)
+            norms = [t.flatten(1).norm(dim=1).reshape(-1, *[1] * (p.dim() - 1)) for t in (p.detach(), d)]
+            directions.append(d * norms[0] / norms[1].clamp(min=1e-12))
+        try:
+            with left_alone(problem.model), frozen_batchnorm_stats(problem.model):
+                for t in ts:
+                    for p, w, d in zip(moving, kept, directions, strict=True):
+                        p.copy_(w + t * d)
+                    losses.append(math.fsum(float(problem.loss(i)) for i in range(len(problem.batches))))
+        finally:
+            for p, w in zip(moving, kept, strict=True):
+                p.copy_(w)
     return {"t": ts, "loss": losses}
-
-
-def _parts(problem: _Problem) -> Iterator[Tensor]:
-    """As ``losses``, but a slice may reach where the loss is not finite."""
-    for (x, y), share in zip(problem.batches, problem.shares, strict=True):
-        yield share * problem.loss_fn(problem.model(x), y)

@@ -50,6 +50,12 @@ def kind_of(module: nn.Module) -> str:
     return "depthwise" if module.groups > 1 and module.groups == module.in_channels else "conv2d"
 
 
+def weight_id(layer: nn.Module) -> int:
+    """The same for layers that share their weight; one whose weight is no parameter of its own shares none."""
+    weight = layer._parameters.get("weight")
+    return id(layer if weight is None else weight)
+
+
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{name: layer} of every nn.Linear and nn.Conv2d and what is made of them, in order, each once."""
     return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
@@ -142,13 +148,19 @@ class Policy:
     def act_bits(self) -> dict[str, int | None]:
         return {layer.name: layer.act_bits for layer in self.layers}
 
+    def entry(self, name: str) -> LayerPolicy | None:
+        """The first entry whose name is this layer's, or whose pattern matches it."""
+        return next((p for p in self.layers if p.name == name or fnmatch.fnmatchcase(name, p.name)), None)
+
     # ---- a model's configs ----
 
     def configs(self, model: nn.Module, by: str = "auto") -> dict[str, QuantConfig | None]:
         """{layer: QuantConfig, or None to leave it float} for every linear and convolutional layer of ``model``.
 
         by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
-        fits, else by role. Raises PolicyError naming the layers that have no entry and the entries that have no layer.
+        fits, else by role. A layer that the model holds under several names is there under each. Raises PolicyError
+        naming the layers that have no entry and the entries that have no layer, and layers that share one weight but
+        are to have different bits.
         """
         if by not in ("auto", "name", "role"):
             raise ValueError(f"by: expected auto, name or role, got {by!r}")
@@ -160,7 +172,7 @@ class Policy:
             if by in ("auto", way):
                 found, problems = find(roles)
                 if not problems:
-                    return {name: layer.config() for name, layer in found.items()}
+                    return _by_every_name(model, found)
                 why.append(f"by {way}: {'; '.join(problems)}")
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
@@ -168,7 +180,7 @@ class Policy:
         found: dict[str, LayerPolicy] = {}
         wrong = []
         for name, (kind, _, _) in roles.items():
-            match = next((p for p in self.layers if p.name == name or fnmatch.fnmatchcase(name, p.name)), None)
+            match = self.entry(name)
             if match is not None and match.kind != kind:
                 wrong.append(f"{name} is {kind}, the policy's {match.kind}")
             elif match is not None:
@@ -262,6 +274,23 @@ class Policy:
         axis.set_ylabel("bits")
         axis.legend(fontsize=8)
         figure.savefig(path, dpi=120)
+
+
+def _by_every_name(model: nn.Module, found: dict[str, LayerPolicy]) -> dict[str, QuantConfig | None]:
+    """The configs of layers by their first name, by all their names; PolicyError where they do not go with ties."""
+    layers = candidate_layers(model)
+    configs = {id(layers[name]): entry.config() for name, entry in found.items()}
+    bits: dict[int, tuple[str, int]] = {}
+    for name, entry in found.items():
+        if entry.weight_bits is not None:
+            first, has = bits.setdefault(weight_id(layers[name]), (name, entry.weight_bits))
+            if has != entry.weight_bits:
+                raise PolicyError(
+                    f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
+                )
+    return {
+        name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs
+    }  # fmt: skip
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:

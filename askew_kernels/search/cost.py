@@ -8,12 +8,14 @@
 ============  =========================================================================================================
 
 Layers that are not searched, and with hooks other modules, add to ``bitops`` (32 × 32 bits), and to no other cost.
+A weight that several layers share is there once: it counts once in average bits and bytes, and has one choice of bits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -22,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..analysis.batches import moved, samples
+from ..analysis.differentiable import as_written, check_values, left_alone
+from ..analysis.generators import seeded
 from ..nn import hard_quantize_, pack_, quantize_
-from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles
+from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles, weight_id
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
 from ..reference import row_bytes
@@ -89,20 +94,39 @@ class LayerProfile:
 
 @dataclass
 class Profile:
-    """What one forward told: the searched layers, and the MACs of all the rest."""
+    """What one forward told: the searched layers, and the MACs of all the rest.
+
+    ``tied``: {layer: the first one that has the same weight}; ``unreached``: layers that the forward does not call;
+    ``uncounted``: modules with a weight whose MACs are not known.
+    """
 
     layers: dict[str, LayerProfile]
     other_macs: float = 0.0
+    tied: dict[str, str] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> dict[str, list[LayerProfile]]:
+        """{the first layer that has this weight: all that have it}, each weight once."""
+        found: dict[str, list[LayerProfile]] = {}
+        for name, p in self.layers.items():
+            found.setdefault(self.tied.get(name, name), []).append(p)
+        return found
 
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Any:
-    """Eval mode, every module back in its own afterwards."""
+    """Eval mode and no gradients, every submodule called by its own forward; all is as before afterwards."""
     before = [(m, m.training) for m in model.modules()]
-    model.eval()
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        yield
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of layers that it does not call
+        with left_alone(model), seeded(0), torch.no_grad(), as_written():
+            yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for m, training in before:
             m.training = training
 
@@ -116,7 +140,16 @@ def conv_macs(module: nn.Conv2d, y: Tensor) -> int:
     return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
 
 
-@torch.no_grad()
+def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """A layer's input, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+COUNTED = (nn.Linear, nn.Conv2d)
+NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+
+@torch.inference_mode(False)
 def trace(
     model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
     hooks: Mapping[type[nn.Module], MacsHook] | None = None,
@@ -124,36 +157,42 @@ def trace(
     """Runs ``model(x)`` once, in eval mode, and counts.
 
     names: the layers that are searched (default: every linear and convolutional one). hooks: {type: f(module, inputs,
-    output) -> MACs of the whole batch} for modules that the count does not know. The batch is ``len(x)`` samples.
-    A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none.
+    output) -> MACs of the whole batch} for modules that the count does not know. The batch has as many samples as the
+    first tensor in ``x`` has rows, in whatever tuples, mappings or dataclasses it stands.
+    A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none, for a name
+    that is none of a layer, and for a model without values (meta device).
     """
+    check_values(model)
     layers = candidate_layers(model)
     searched = set(layers if names is None else names)
-    batch = len(x) if isinstance(x, Tensor) and x.dim() else 1
+    if unknown := sorted(searched - layers.keys()):
+        raise ValueError(f"names: the model has no linear or convolutional layer {', '.join(unknown)}")
+    batch = samples(x)
     if batch == 0:
         raise ValueError("x: expected at least one sample, got an empty batch")
     found: dict[str, LayerProfile] = {}
     other = [0.0]
     errors: dict[str, dict[int, list[float]]] = {}
+    uncounted: dict[str, None] = {}
 
-    def count(name: str) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: Any, inputs: tuple, y: Any) -> None:
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
             macs = (linear_macs if isinstance(module, nn.Linear) else conv_macs)(module, y) / batch
             if name not in searched:
                 other[0] += macs
                 return
-            rows = module.weight.shape[0]
+            given, rows = _given(args, kwargs), module.weight.shape[0]
             p = found.setdefault(
                 name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
             )
             p.macs += macs
             p.calls += 1
-            p.signed |= bool((inputs[0] < 0).any())
+            p.signed |= bool((given < 0).any())
             dims = 1 if isinstance(module, nn.Linear) else 3
             for bits in act_bits:
                 if bits is not None:
                     sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
-                    for i, value in enumerate(_act_error(inputs[0], bits, p.signed, dims)):
+                    for i, value in enumerate(_act_error(given, bits, p.signed, dims)):
                         sums[i] += value
 
         return hook
@@ -164,14 +203,19 @@ def trace(
 
         return hook
 
-    handles = [m.register_forward_hook(count(name)) for name, m in layers.items()]
-    for module in model.modules():
-        for kind, function in (hooks or {}).items():
-            if isinstance(module, kind) and not isinstance(module, (nn.Linear, nn.Conv2d)):
-                handles.append(module.register_forward_hook(count_other(function)))
+    handles = [m.register_forward_hook(count(name), with_kwargs=True) for name, m in layers.items()]
+    for name, module in model.named_modules():
+        if isinstance(module, COUNTED):
+            continue
+        known = [function for kind, function in (hooks or {}).items() if isinstance(module, kind)]
+        handles += [module.register_forward_hook(count_other(function)) for function in known]
+        own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        if own and not known and not isinstance(module, NO_PRODUCTS):
+            told = f"{name or 'model'} ({type(module).__name__})"
+            handles.append(module.register_forward_hook(lambda m, i, y, told=told: uncounted.setdefault(told)))
     try:
         with _evaluating(model):
-            model(x)
+            model(moved(x))
     finally:
         for handle in handles:
             handle.remove()
@@ -179,7 +223,13 @@ def trace(
         raise ValueError("model: its forward reaches no layer to quantize")
     for name, by_bits in errors.items():
         found[name].act_errors = {b: e / n if n else 0.0 for b, (e, n) in by_bits.items()}
-    return Profile({name: found[name] for name in layers if name in found}, other[0])
+    reached = {name: found[name] for name in layers if name in found}
+    firsts: dict[int, str] = {}
+    for name in reached:
+        firsts.setdefault(weight_id(layers[name]), name)
+    tied = {name: first for name in reached if (first := firsts[weight_id(layers[name])]) != name}
+    unreached = tuple(name for name in layers if name in searched and name not in found)
+    return Profile(reached, other[0], tied, unreached, tuple(uncounted))
 
 
 def _act_error(x: Tensor, bits: int, signed: bool, dims: int) -> tuple[float, float]:
@@ -200,7 +250,8 @@ Latency = Callable[[LayerProfile, int, "int | None"], float] | Mapping[str, Mapp
 
 @dataclass
 class Cost:
-    """``tables``: {layer: (Kw, Ka) float64}; a policy's cost: (``fixed`` + the sum of its entries) / ``divisor``."""
+    """``tables``: {layer: (Kw, Ka) float64}, one for each weight, under the first layer that has it; a policy's cost:
+    (``fixed`` + the sum of its entries) / ``divisor``."""
 
     kind: str
     tables: dict[str, Tensor]
@@ -232,21 +283,23 @@ def cost_of(
 ) -> Cost:  # fmt: skip
     """The tables of one cost. ValueError where ``latency`` is missing or does not know a layer."""
 
-    def entry(p: LayerProfile, w: int, a: int | None) -> float:
+    def entry(layers: list[LayerProfile], w: int, a: int | None) -> float:
         if kind == "average_bits":
-            return p.weights * w
-        if kind == "bitops":
-            return p.macs * w * (FLOAT_BITS if a is None else a)
+            return layers[0].weights * w
         if kind == "bytes":
-            return p.packed_bytes(w)
-        return _latency_of(latency, p, w, a)
+            return layers[0].packed_bytes(w)
+        if kind == "bitops":
+            return sum(p.macs * w * (FLOAT_BITS if a is None else a) for p in layers)
+        return sum(_latency_of(latency, p, w, a) for p in layers)
 
     tables = {
-        name: torch.tensor([[float(entry(p, w, a)) for a in act_bits] for w in weight_bits], dtype=torch.float64)
-        for name, p in profile.layers.items()
+        name: torch.tensor(
+            [[float(entry(layers, w, a)) for a in act_bits] for w in weight_bits], dtype=torch.float64, device="cpu"
+        )
+        for name, layers in profile.weights.items()
     }
     if kind == "average_bits":
-        return Cost(kind, tables, divisor=float(sum(p.weights for p in profile.layers.values())))
+        return Cost(kind, tables, divisor=float(sum(layers[0].weights for layers in profile.weights.values())))
     return Cost(kind, tables, fixed=profile.other_macs * FLOAT_BITS**2 if kind == "bitops" else 0.0)
 
 
@@ -262,6 +315,7 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
     return float(value)
 
 
+@torch.inference_mode(False)
 def latency_table(
     model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1
 ) -> dict[str, dict[str, float]]:
@@ -273,19 +327,22 @@ def latency_table(
     inputs: dict[str, Any] = {}
     layers = candidate_layers(model)
 
-    def keep(name: str) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: nn.Module, given: tuple, y: Any) -> None:  # what a hook returns would replace y
-            inputs.setdefault(name, given[0].detach().clone())
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:  # a result would replace y
+            inputs.setdefault(name, _given(args, kwargs).detach().clone())
 
         return hook
 
-    handles = [m.register_forward_hook(keep(name)) for name, m in layers.items()]
+    check_values(model)
+    handles = [m.register_forward_hook(keep(name), with_kwargs=True) for name, m in layers.items()]
     try:
-        with torch.no_grad(), _evaluating(model):
-            model(x)
+        with _evaluating(model):
+            model(moved(x))
     finally:
         for handle in handles:
             handle.remove()
+    if not inputs:
+        raise ValueError("model: its forward reaches no layer to measure")
     from torch.utils.benchmark import Timer  # brings in setuptools: a fifth of a second that others need not wait for
 
     table: dict[str, dict[str, float]] = {}
@@ -299,13 +356,17 @@ def latency_table(
 
 
 def _packed_copy(layer: Any, bits: int) -> nn.Module:
-    """The layer alone with a random weight, packed."""
+    """The layer alone, packed, with a weight that was drawn."""
     if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        new: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
     else:
         new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                        layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode)  # fmt: skip
-    model = nn.Sequential(new.to(layer.weight.device))
+                        layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, "meta")  # fmt: skip
+    weight = layer.weight.detach()
+    new = new.to(weight.dtype).to_empty(device=weight.device)
+    with seeded(0):
+        new.reset_parameters()  # type: ignore[operator]
+    model = nn.Sequential(new)
     kind, role, position = layer_roles(model)["0"]
     config = LayerPolicy("0", kind, role, position, bits).config()
     assert isinstance(config, QuantConfig)
@@ -313,14 +374,30 @@ def _packed_copy(layer: Any, bits: int) -> nn.Module:
 
 
 def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:
-    """Average bits, bit operations and bytes of a policy by layer name; float layers count 32 bits."""
-    chosen = {p.name: p for p in policy}
+    """Average bits, bit operations and bytes of a policy by layer name; float layers count 32 bits.
+
+    A shared weight counts once for each number of bits that its layers ask for. ValueError names a layer without entry.
+    """
     bits = macs = size = 0.0
-    for name, p in profile.layers.items():
-        layer = chosen[name]
-        w = layer.weight_bits or FLOAT_BITS
-        bits += p.weights * w
-        macs += p.macs * w * (layer.act_bits or FLOAT_BITS)
-        size += 4 * p.weights if layer.weight_bits is None else p.packed_bytes(layer.weight_bits)
-    weights = sum(p.weights for p in profile.layers.values())
+    for layers in profile.weights.values():
+        kept = set()
+        for p in layers:
+            chosen = policy.entry(p.name)
+            if chosen is None:
+                raise ValueError(f"policy: has no entry for {p.name}")
+            kept.add(chosen.weight_bits)
+            macs += p.macs * (chosen.weight_bits or FLOAT_BITS) * (chosen.act_bits or FLOAT_BITS)
+        bits += layers[0].weights * sum(w or FLOAT_BITS for w in kept)
+        size += sum(4 * layers[0].weights if w is None else layers[0].packed_bytes(w) for w in kept)
+    weights = sum(layers[0].weights for layers in profile.weights.values())
     return {"average_bits": bits / weights, "bitops": macs + profile.other_macs * FLOAT_BITS**2, "bytes": size}
+
+
+def warn_of(profile: Profile, kind: str) -> None:
+    """Says which layers a search leaves out although it was asked for them, and which MACs it does not know."""
+    if profile.unreached:
+        warnings.warn(f"search: the forward does not call {', '.join(profile.unreached)}; left float, at no cost",
+                      stacklevel=4)  # fmt: skip
+    if profile.uncounted and kind == "bitops":
+        warnings.warn(f"search: bit operations of {', '.join(profile.uncounted)} are not known and not counted; "
+                      "give hooks={type: f(module, inputs, output) -> MACs}", stacklevel=4)  # fmt: skip

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops, reference
+from ..nn import packed_layers, quantized_layers
 from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, scale_rule, weight_grid
+from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
 from ..quant import Grid, Uniform, activation_scales
-from ..quant.scales import SAWB_COEFFICIENTS
+from ..quant.scales import SAWB_COEFFICIENTS, _guarded
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -55,8 +56,9 @@ class MixedLayer(nn.Module):
         self.act_grids: list[Grid | None] = [
             None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
         ]
-        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], dtype=torch.float64)
-        self._absmax = torch.tensor([1 / g.c_max for g in self.weight_grids], dtype=torch.float64)
+        wide = {"dtype": torch.float64, "device": "cpu"}
+        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], **wide)  # type: ignore[arg-type]
+        self._tops = torch.tensor([[g.c_max] for g in self.weight_grids], **wide)  # type: ignore[arg-type]
         self._weight_codes = ops.candidate_encodings(self.weight_grids)
         self._act_codes = ops.candidate_encodings(self.act_grids)
         place = {"device": self.weight.device}
@@ -82,15 +84,18 @@ class MixedLayer(nn.Module):
         """(candidates, rows): every candidate's rule is a row of coefficients of (rms, mean|w|, max|w|)."""
         rows = self.weight.shape[0]
         if self.weight.numel() == 0:
-            return torch.ones(len(self.weight_grids), rows, device=self.weight.device)
-        sums = ops.row_sums(self.weight.detach(), rows).double().T / (self.weight.numel() // rows)
-        top = sums[reference.MAX_ABS] * (self.weight.numel() // rows)
-        stats = torch.stack([sums[reference.SUM_SQUARES].sqrt(), sums[reference.SUM_ABS], top])
-        if self._coefficients.device != stats.device:  # once: each copy to a GPU waits for it
-            self._coefficients, self._absmax = self._coefficients.to(stats.device), self._absmax.to(stats.device)
-        scales, absmax = self._coefficients @ stats, self._absmax[:, None] * top
-        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax).clamp(min=1e-12)
-        return torch.where(absmax.isfinite() & (absmax > 0), scales, torch.ones_like(scales)).float()
+            return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
+        cols = self.weight.numel() // rows
+        sums = ops.row_sums(self.weight.detach(), rows).double()
+        if self._coefficients.device != sums.device:  # once: each copy to a GPU waits for it
+            self._coefficients, self._tops = self._coefficients.to(sums.device), self._tops.to(sums.device)
+        top = sums[:, reference.MAX_ABS]
+        c1, c2, c3 = self._coefficients.T[:, :, None]
+        # as quant.scales has it, for all candidates at once: the same operations in the same order, so the same bits
+        of_rms = torch.where(c1 > 0, c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt(), 0.0)
+        scales, absmax = (of_rms - c2 * sums[:, reference.SUM_ABS] / cols) / c3, top / self._tops
+        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
+        return _guarded(torch, scales, top).float()
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
@@ -110,14 +115,11 @@ class MixedLayer(nn.Module):
 
 
 def _coefficients(grid: Grid) -> tuple[float, float, float]:
-    """The candidate's scale rule over (rms, mean|w|, max|w|)."""
+    """(c1, c2, c3) of the candidate's scale rule (c1 rms − c2 mean|w|) / c3; the largest magnitude where all is 0."""
     rule = scale_rule(grid)
     if rule == "mean":
-        return 0.0, 1.0, 0.0
-    if rule == "absmax":
-        return 0.0, 0.0, 1 / grid.c_max
-    c1, c2 = SAWB_COEFFICIENTS[grid.bits]
-    return c1 / grid.c_max, -c2 / grid.c_max, 0.0
+        return 0.0, -1.0, 1.0
+    return (*SAWB_COEFFICIENTS[grid.bits], grid.c_max) if rule == "sawb" else (0.0, 0.0, 1.0)
 
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
@@ -142,8 +144,8 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
     def to_float(self) -> nn.Linear:
         return plain_linear(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(self.mixed_input(x), self.mixed_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.linear(self.mixed_input(input), self.mixed_weight(), self.bias)
 
 
 class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
@@ -162,8 +164,8 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
     def to_float(self) -> nn.Conv2d:
         return plain_conv2d(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(self.mixed_input(x), self.mixed_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.mixed_input(input), self.mixed_weight(), self.bias)
 
 
 MIXED: dict[type[nn.Module], Any] = {nn.Linear: MixedLinear, nn.Conv2d: MixedConv2d}
@@ -171,7 +173,19 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 
 def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
-    """{name: nn.Linear or nn.Conv2d} that the search is about, each module once; ValueError where there is none."""
+    """{name: nn.Linear or nn.Conv2d} that the search is about, each module once.
+
+    ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
+    quantized or packed already, or computed from other parameters.
+    """
+    computed = {n: m for n, m in candidate_layers(model).items() if m._parameters.get("weight") is None}
+    for found, state, way in (
+        (quantized_layers(model), "quantized already", "call dequantize_ first"),
+        (packed_layers(model), "packed already", "call unpack_ and dequantize_ first"),
+        (computed, "the weight is computed (weight_norm, pruning, a parametrization)", "make it a parameter first"),
+    ):
+        if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
+            raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
     found = {
         name: m for name, m in model.named_modules()
         if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))
@@ -191,16 +205,21 @@ def mix_(
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
     values (default: it has). learned: scales are parameters (LSQ) instead of following their rule. Parameters stay the
-    same objects. Raises ValueError before anything is replaced.
+    same objects. Layers that share a weight share its strengths and scales: there is one choice for it. Raises
+    ValueError before anything is replaced.
     """
     layers = chosen_layers(model, filter_fn)
     check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
     check_candidates("act_bits", act_bits, ACT_BITS, none=True)
-    made: dict[int, nn.Module] = {}
+    made: dict[int, Any] = {}
+    firsts: dict[int, Any] = {}
     for name, layer in layers.items():
-        made[id(layer)] = MIXED[type(layer)].from_float(
+        new = made[id(layer)] = MIXED[type(layer)].from_float(
             layer, weight_bits=weight_bits, act_bits=act_bits, signed=(signed or {}).get(name, True), learned=learned
         )
+        first = firsts.setdefault(weight_id(layer), new)
+        for shared in ("weight_strengths", "act_strengths", *(["weight_scales"] if learned else [])):
+            setattr(new, shared, getattr(first, shared))
     _swap(model, made)
     return model
 

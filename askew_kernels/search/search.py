@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..analysis.batches import moved, pair_of
+from ..analysis.differentiable import as_written
+from ..analysis.generators import Generators, seeded
 from ..nn.policy import Policy
 from ..optim import AlignedSAM
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
-from .space import Space
+from .space import Space, check_solver
 
 METHODS = ("asga", "plain")
 SCHEDULES = ("joint", "alternating")
@@ -64,31 +67,18 @@ class Settings:
 class Feed:
     """Batches without end from anything that can be iterated again; knows its place, to resume.
 
-    The order that a shuffling loader takes comes from torch's generator (or the loader's own), whose state at the
-    start of a pass is part of the place.
+    The order that a shuffling loader takes comes from the generators, whose state at the start of a pass is part of
+    the place.
     """
 
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.index, self.drawn = loader, 0, 0
+    def __init__(self, loader: Any, generators: Generators) -> None:
+        self.loader, self.generators, self.index, self.drawn = loader, generators, 0, 0
         self.iterator: Any = None
-        self.start: dict[str, Tensor] = {}
+        self.start: dict[str, Any] = {}
         self.ahead: tuple[Any, Any] | None = None
 
-    def _generators(self) -> dict[str, Any]:
-        own = getattr(self.loader, "generator", None)
-        found: dict[str, Any] = {"torch": torch.default_generator}
-        return found | ({"loader": own} if isinstance(own, torch.Generator) else {})
-
-    def _random_state(self) -> dict[str, Tensor]:
-        return {name: g.get_state() for name, g in self._generators().items()}
-
-    def _set_random_state(self, states: Mapping[str, Tensor]) -> None:
-        for name, g in self._generators().items():
-            if name in states:
-                g.set_state(states[name])
-
     def _begin(self) -> None:
-        self.start, self.index = self._random_state(), 0
+        self.start, self.index = self.generators.state(), 0
         self.iterator = iter(self.loader)
 
     def peek(self) -> tuple[Any, Any]:
@@ -112,11 +102,10 @@ class Feed:
                     break
                 self.iterator = None
                 continue
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(f"loader: expected batches (x, y), got a {type(batch).__name__}")
+            batch = pair_of(batch, "loader: expected batches (x, y)")
             self.index += 1
             self.drawn += 1
-            return batch[0], batch[1]
+            return batch
         if self.drawn == 0:
             raise ValueError("loader: yielded no batch")
         raise ValueError(
@@ -124,16 +113,16 @@ class Feed:
         )
 
     def state(self) -> dict[str, Any]:
-        return {"start": self.start, "index": self.index, "drawn": self.drawn, "now": self._random_state()}
+        return {"start": self.start, "index": self.index, "drawn": self.drawn, "now": self.generators.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         self.ahead = None
-        self._set_random_state(state["start"])
+        self.generators.set_state(state["start"])
         self._begin()
         for _ in range(state["index"]):
             next(self.iterator, None)
         self.index, self.drawn = state["index"], state["drawn"]
-        self._set_random_state(state["now"])
+        self.generators.set_state(state["now"])
 
 
 class _Ranks:
@@ -162,15 +151,15 @@ class Search:
     def __init__(self, model: nn.Module, feed: Feed, loss_fn: Callable[..., Tensor], space: Space, s: Settings) -> None:
         self.feed, self.loss_fn, self.space, self.settings = feed, loss_fn, space, s
         self.model = copy.deepcopy(model)
-        searched = set(space.names)
+        searched = set(space.profile.layers)
         mix_(self.model, space.weight_bits, space.act_bits, lambda _m, name: name in searched, signed=space.signed,
              learned=s.learned_scales)  # fmt: skip
         self.layers = mixed_layers(self.model)
         self.model.train()
         self.ranks = _Ranks()
         self.ranks.same_start(self.model)
-        strengths = [p for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths) if p.requires_grad]
-        own = {id(p) for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths)}
+        own = {id(p): p for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths)}  # shared: once
+        strengths = [p for p in own.values() if p.requires_grad]
         weights = [p for p in self.model.parameters() if id(p) not in own and p.requires_grad]
         groups = [
             {"params": weights, "lr": s.lr, "weight_decay": s.weight_decay},
@@ -224,7 +213,7 @@ class Search:
         self._anneal(self.step)
         x, y = self.feed.next()
         device = next(self.model.parameters()).device
-        x, y = (t.to(device) if isinstance(t, Tensor) else t for t in (x, y))
+        x, y = moved(x, device), moved(y, device)
         optimizer = self.optimizers[self.step % len(self.optimizers)]
         every = list(self.model.parameters())
         task: list[Tensor] = []
@@ -261,7 +250,7 @@ class Search:
         return {
             "settings": dataclasses.asdict(self.settings), "weight_bits": list(self.space.weight_bits),
             "act_bits": list(self.space.act_bits), "budget": None if budget is None else [budget.kind, budget.limit],
-            "layers": self.space.names,
+            "layers": list(self.space.profile.layers),
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -298,8 +287,7 @@ class Search:
             optimizer.load_state_dict(saved)
         self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
         self._anneal(max(0, self.step - 1))
-        self.feed.resume({**state["feed"], "start": _on_cpu(state["feed"]["start"]),
-                          "now": _on_cpu(state["feed"]["now"])})  # fmt: skip
+        self.feed.resume(state["feed"])
 
     # ---- the end ------------------------------------------------------------------------------------------------
 
@@ -307,7 +295,8 @@ class Search:
     def values(self) -> dict[str, Tensor]:
         """log p of every pair of candidates, (Kw, Ka) a layer."""
         found = {}
-        for name, m in self.layers.items():
+        for name in self.space.names:
+            m = self.layers[name]
             weights, acts = (torch.log_softmax(b.double() / m.temperature, 0).cpu()
                              for b in (m.weight_strengths, m.act_strengths))  # fmt: skip
             found[name] = weights[:, None] + acts[None]
@@ -315,14 +304,17 @@ class Search:
 
     def policy(self) -> Policy:
         values = self.values()
-        choice = self.space.choose(values)
-        best = {n: tuple(int(i) for i in divmod(int(v.argmax()), v.shape[1])) for n, v in values.items()}
+        choice, best = self.space.choose(values), self.space.best(values)
+        budget = self.space.budget
         last = self.history[-max(1, len(self.history) // 10) :]
         with torch.no_grad():
             expected = float(self.expected_cost())
         report: dict[str, Any] = {
             "method": self.settings.method, "settings": dataclasses.asdict(self.settings), "seconds": self.seconds,
-            "expected": {self.space.cost.kind: expected}, "by_knapsack": choice != best,
+            "expected": {self.space.cost.kind: expected},
+            "by_knapsack": budget is not None and self.space.cost.of(best) > budget.limit,
+            "raised": [n for n in self.space.names if choice[n] != best[n] and
+                       all(c >= b for c, b in zip(choice[n], best[n], strict=True))],
             "loss": sum(r["loss"] for r in last) / len(last),
             "probabilities": {
                 name: {"weights": w.tolist(), "inputs": a.tolist()}
@@ -343,10 +335,6 @@ def _flat(d: Mapping[str, Any]) -> dict[str, Any]:
             key: list(value) if isinstance(value, (tuple, list)) else value
         }  # fmt: skip
     return found
-
-
-def _on_cpu(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.cpu() for name, t in states.items()}
 
 
 Progress = Callable[[dict[str, float]], None]
@@ -390,10 +378,11 @@ def search_policy(
         without a budget: loss_fn(model(x), y) + λ E[cost] / cost at 8 bits
 
     ===================  =============================================================================================
-    ``loader``           yields (x, y) and can be iterated again: a DataLoader, a list
+    ``loader``           yields (x, y) and can be iterated again: a DataLoader, a list; x and y may be tensors, or
+                         mappings, tuples, dataclasses of them
     ``weight_bits``      of 1 … 8; ``act_bits`` of 2 … 8 and None (float)
     ``budget``           the chosen policy never exceeds it: the strongest candidates where they meet it, else the exact
-                         knapsack on the learned log-probabilities
+                         knapsack on the learned log-probabilities; what is left of it is spent (``Space.choose``)
     ``cost_weight``      λ
     ``method``           ``"asga"``: ``AlignedSAM`` over weights and strengths, radius from the surrogate gap within
                          [rho_min, rho_max], ``rho`` at first; ``"plain"``: the same base optimizer (AdamW) alone
@@ -408,9 +397,11 @@ def search_policy(
     ``progress``         True: a progress bar; a function: called with each step's row; None: a bar on a terminal
     ===================  =============================================================================================
 
-    The seed decides everything that torch's generators do; the caller's are left as they were. Under torch.distributed
-    give each process its part of every batch: gradients are averaged, every process returns the same policy.
-    ``policy.report``: costs expected and chosen, loss, surrogate gap, probabilities, time, history.
+    The seed decides everything that torch's, NumPy's and Python's generators do, and those of a DataLoader and its
+    sampler; all are left as they were. Layers that share a weight get the same bits. Under torch.distributed give each
+    process its part of every batch: gradients are averaged, every process returns the same policy.
+    ``policy.report``: costs expected and chosen, loss, surrogate gap, probabilities, time, history; ``by_knapsack``:
+    whether the strongest candidates exceeded the budget; ``raised``: layers with more bits than their strongest.
     Raises BudgetError (with the reachable range), ValueError naming the argument: no layer to quantize, no candidates,
     a loader that yields nothing or is exhausted, a loss that is not finite. Source: Ma et al., ICML 2025; Cai,
     Vasconcelos, EdMIPS, CVPR 2020.
@@ -421,16 +412,17 @@ def search_policy(
     )  # fmt: skip
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")
+    if budget is not None:
+        check_solver()  # before the work, not after it
     path = None if checkpoint is None else Path(checkpoint)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.manual_seed(seed)
-        feed = Feed(loader)
+    with torch.inference_mode(False), torch.enable_grad(), as_written(), seeded(seed, loader) as generators:
+        feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        example = x.to(device) if isinstance(x, Tensor) else x
-        space = Space(model, example, weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency)
-        search = Search(model, feed, loss_fn, space, settings)
+        space = Space(
+            model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency
+        )
+        search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)
         show = _shown(progress, search)

@@ -6,58 +6,97 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..nn.policy import ACT_BITS, WEIGHT_BITS, LayerPolicy, Policy, candidate_layers, layer_roles
-from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace
+from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace, warn_of
 from .mixed import FilterFn, check_candidates, chosen_layers
 
 Choice = dict[str, tuple[int, int]]
 
 
-def knapsack(values: Mapping[str, Tensor], cost: Cost, limit: float) -> Choice:
-    """One (weight candidate, input candidate) a layer with the largest sum of ``values`` and cost <= limit: exact.
-
-    A mixed-integer program for ``scipy.optimize.milp`` (HiGHS); what it returns is added up again, exactly, and never
-    exceeds the limit. Of equal values the cheaper is taken. Raises BudgetError where even the cheapest exceeds it.
-    """
+def check_solver() -> None:
+    """ImportError without SciPy."""
     try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
+        import scipy.optimize  # noqa: F401
     except ImportError:
         raise ImportError('the knapsack needs SciPy: pip install "askew_kernels[search]"') from None
+
+
+def knapsack(
+    values: Mapping[str, Tensor],
+    cost: Cost,
+    limit: float,
+    options: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+) -> Choice:
+    """One (weight candidate, input candidate) a layer with the largest sum of ``values`` and cost <= limit: exact.
+
+    options: {layer: the pairs that it may have} (default: all). A mixed-integer program for ``scipy.optimize.milp``
+    (HiGHS); what it returns is added up again, exactly, never exceeds the limit, and leaves no layer alone that could
+    have a pair of more value within it. Of equal values the cheaper is taken. Raises BudgetError where even the
+    cheapest exceeds it.
+    """
+    check_solver()
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     names = list(cost.tables)
-    cheapest = {n: _unravel(int(cost.tables[n].argmin()), cost.tables[n]) for n in names}
+    pairs = {n: list(options[n] if options else _pairs(cost.tables[n])) for n in names}
+    worth = {n: [float(values[n][pair]) for pair in pairs[n]] for n in names}
+    price = {n: [float(cost.tables[n][pair]) for pair in pairs[n]] for n in names}
+    cheapest = {n: pairs[n][min(range(len(pairs[n])), key=price[n].__getitem__)] for n in names}
     if cost.of(cheapest) > limit:
         raise BudgetError(f"budget: {limit:g} is below the least that the candidates can cost, {cost.of(cheapest):g}")
-    sizes = [cost.tables[n].numel() for n in names]
-    worth = np.concatenate([values[n].detach().double().cpu().reshape(-1).numpy() for n in names])
-    if not np.isfinite(worth).all():
+    worths, prices = (np.array([v for n in names for v in of[n]]) for of in (worth, price))
+    if not np.isfinite(worths).all():
         raise ValueError("values: expected finite numbers")
-    price = np.concatenate([cost.tables[n].reshape(-1).numpy() for n in names])
     room = limit * cost.divisor - cost.fixed
-    scale = price.max() or 1.0
-    span = np.ptp(worth) or 1.0
-    objective = -worth / span + 1e-9 * price / scale
-    one_each = np.zeros((len(names), len(worth)))
-    start = 0
-    for row, size in zip(one_each, sizes, strict=True):
-        row[start : start + size] = 1
-        start += size
+    scale = prices.max() or 1.0
+    objective = -worths / (np.ptp(worths) or 1.0) + 1e-9 * prices / scale
+    starts = np.cumsum([0, *(len(pairs[n]) for n in names)])
+    one_each = np.zeros((len(names), len(worths)))
+    for row, start, end in zip(one_each, starts, starts[1:], strict=False):
+        row[start:end] = 1
+    choice = cheapest
     # the solver's own tolerance is 1e-6: of what exceeds the limit by less, the next try stays further away
     for margin in (0.0, 1e-6, 1e-4, 1e-2):
-        capacity = LinearConstraint((price / scale)[None], -np.inf, room / scale * (1 - margin))
-        found = milp(objective, integrality=np.ones_like(worth), bounds=Bounds(0, 1),
+        capacity = LinearConstraint((prices / scale)[None], -np.inf, room / scale * (1 - margin))
+        found = milp(objective, integrality=np.ones_like(worths), bounds=Bounds(0, 1),
                      constraints=[LinearConstraint(one_each, 1, 1), capacity],
                      options={"mip_rel_gap": 0.0})  # fmt: skip
         if found.x is None:
             continue
-        parts = torch.from_numpy(found.x).split(sizes)
-        choice = {n: _unravel(int(x.argmax()), cost.tables[n]) for n, x in zip(names, parts, strict=True)}
-        if cost.of(choice) <= limit:
+        made = {n: pairs[n][int(found.x[s:e].argmax())] for n, s, e in zip(names, starts, starts[1:], strict=False)}
+        if cost.of(made) <= limit:
+            choice = made
+            break
+    return _improved(choice, pairs, worth, price, cost, limit)
+
+
+def _improved(
+    choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
+    price: Mapping[str, list[float]], cost: Cost, limit: float,
+) -> Choice:  # fmt: skip
+    """Changes one layer at a time, the one that gains most first, while any pair of more value is affordable."""
+    choice = dict(choice)
+    while True:
+        now = {n: pairs[n].index(choice[n]) for n in pairs}
+        room = limit * cost.divisor - cost.fixed - math.fsum(price[n][k] for n, k in now.items())
+        room += 1e-9 * abs(limit * cost.divisor)  # roughly first: adding all up exactly takes its time
+        gains = sorted(
+            ((worth[n][i] - worth[n][k], n, pairs[n][i]) for n, k in now.items() for i in range(len(pairs[n]))
+             if worth[n][i] > worth[n][k] and price[n][i] - price[n][k] <= room),
+            key=lambda gain: -gain[0],
+        )  # fmt: skip
+        best = next(((n, pair) for _, n, pair in gains if cost.of({**choice, n: pair}) <= limit), None)
+        if best is None:
             return choice
-    return cheapest
+        choice[best[0]] = best[1]
+
+
+def _pairs(table: Tensor) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(table.shape[0]) for j in range(table.shape[1])]
 
 
 def _unravel(index: int, table: Tensor) -> tuple[int, int]:
@@ -79,6 +118,7 @@ class Space:
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        self.model = model = getattr(model, "_orig_mod", model)  # inside torch.compile's: names that others have too
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
         found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -86,7 +126,7 @@ class Space:
         self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
         self.budget = budget
         self.profile = trace(model, example, list(chosen_layers(model, filter_fn)), act_bits=self.act_bits, hooks=hooks)
-        self.names = list(self.profile.layers)
+        self.names = list(self.profile.weights)  # a choice for each weight, under the first layer that has it
         self.roles = layer_roles(model)
         self.all_layers = list(candidate_layers(model))
         kind = "bitops" if budget is None else budget.kind
@@ -94,6 +134,7 @@ class Space:
         # what λ counts in: every layer at 8 bits, or for a latency the most there is
         at_8 = cost_of(kind, self.profile, [8], [8], latency).range[1] if kind != "latency" else self.cost.range[1]
         self.cost_8bit = at_8 or 1.0
+        warn_of(self.profile, "" if budget is None else kind)
         if budget is not None:
             low, high = self.cost.range
             if not low <= budget.limit <= high:
@@ -103,14 +144,41 @@ class Space:
 
     @property
     def signed(self) -> dict[str, bool]:
-        return {name: p.signed for name, p in self.profile.layers.items()}
+        """Whether a layer's input has negative values; of layers that share a weight, whether any one's has."""
+        return {p.name: any(q.signed for q in layers) for layers in self.profile.weights.values() for p in layers}
+
+    def best(self, values: Mapping[str, Tensor]) -> Choice:
+        """The pair of most value for every weight, whatever it costs."""
+        return {name: _unravel(int(values[name].argmax()), self.cost.tables[name]) for name in self.names}
 
     def choose(self, values: Mapping[str, Tensor]) -> Choice:
-        """The best of every layer where that meets the budget, else the knapsack's choice."""
-        best = {name: _unravel(int(values[name].argmax()), self.cost.tables[name]) for name in self.names}
-        if self.budget is None or self.cost.of(best) <= self.budget.limit:
-            return best
-        return knapsack(values, self.cost, self.budget.limit)
+        """The best of every layer where that meets the budget, else the knapsack's choice; then ``spend``."""
+        chosen = self.best(values)
+        if self.budget is None:
+            return chosen
+        if self.cost.of(chosen) > self.budget.limit:
+            chosen = knapsack(values, self.cost, self.budget.limit)
+        return self.spend(chosen, values)
+
+    def spend(self, chosen: Choice, values: Mapping[str, Tensor]) -> Choice:
+        """Puts what a choice leaves of the budget into more bits.
+
+        values: log-probabilities, or other numbers that are better where they are larger. Of the choices from the given
+        one up it is, exactly, the one with the largest sum over layers of log Σ exp(values) over all pairs up to the
+        chosen one: with log-probabilities that of "no layer has less than it needs". Nothing affordable is left: no
+        weight could have a later candidate, and no input one that costs more, within the budget.
+        """
+        assert self.budget is not None
+        above, score = {}, {}
+        for name, table in self.cost.tables.items():
+            i, j = chosen[name]
+            above[name] = [
+                (k, m) for k, m in _pairs(table) if k >= i and (m == j or (m > j and table[k, m] > table[k, j]))
+            ]
+            steps = torch.ones_like(table).cumsum(0).cumsum(1).sqrt()  # grows along both: more is never equal
+            up = values[name].detach().double().cpu().logcumsumexp(0).logcumsumexp(1)
+            score[name] = up + 1e-6 * steps
+        return knapsack(score, self.cost, self.budget.limit, above)
 
     def policy(self, choice: Choice, report: dict[str, Any] | None = None) -> Policy:
         """The policy of a choice; layers that are not searched stay float. Costs are added to the report."""
@@ -118,8 +186,9 @@ class Space:
         for name in self.all_layers:
             kind, role, position = self.roles[name]
             w = a = None
-            if name in choice:
-                w, a = self.weight_bits[choice[name][0]], self.act_bits[choice[name][1]]
+            if name in self.profile.layers:
+                i, j = choice[self.profile.tied.get(name, name)]
+                w, a = self.weight_bits[i], self.act_bits[j]
             signed = self.signed.get(name, True)
             layers.append(LayerPolicy(name, kind, role, position, w, a, signed))
         found = Policy(tuple(layers), dict(report or {}))
