@@ -236,12 +236,22 @@ class QuantizedLayer(nn.Module):
 
     def _ordinary(self) -> bool:
         """The weight is a Parameter whose changes can be seen, and nothing traces or transforms the call: what is
-        known of it may be kept for the next."""
+        known of it may be kept for the next. In every forward, so of few Python operations."""
         if torch.compiler.is_compiling() or _transformed():
             return False
-        self._tied()
-        weight = self._parameters.get("weight")
-        return type(weight) is QuantizedParameter and not weight.is_meta and not weight.is_inference()
+        weight, quantizer, buffers = self._parameters.get("weight"), self.quantizer, self._buffers
+        if (
+            type(weight) is not QuantizedParameter
+            or weight.__dict__.get("_askew_quantizer") is not quantizer
+            or buffers["weight_scale"] is not quantizer.scale
+            or buffers["weight_scale_frozen"] is not quantizer.flag
+            or buffers["weight_sums"] is not quantizer.row_sums
+        ):
+            self._tied()
+            weight = self._parameters.get("weight")
+            if type(weight) is not QuantizedParameter:
+                return False
+        return not (weight.is_meta or weight.is_inference())
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
@@ -259,13 +269,10 @@ class QuantizedLayer(nn.Module):
         )  # fmt: skip
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight, quantizer, low = self.weight, self.quantizer, _autocast_dtype(x)
-        copy = quantizer.fresh_copy(weight, low or weight.dtype)
-        if copy is None:
-            copy = quantizer.quantized(weight, low or weight.dtype)
-        clip = (
-            None if not self.config.ste_clip or quantizer.all_inside(weight) else (quantizer.scale, self.config.weight)
-        )
+        weight, quantizer, low = self._parameters["weight"], self.quantizer, _autocast_dtype(x)
+        assert weight is not None
+        copy, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
+        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
         if low is None:
             return self._hard_forward(x, copy, clip)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in

@@ -308,13 +308,13 @@ class WeightQuantizer:
             self._know(weight, known.sums, known.inside, known.fresh | {dtype})
         return copy
 
-    def fresh_copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The copy in ``dtype`` if it is there and belongs to the weight as it stands; the forward's short way."""
+    def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
-        if known is not None and dtype is self.copy_dtype and dtype in known.fresh:
-            if known.stamp == self._stamp(weight):
-                return self._copies[dtype]
-        return None
+        if known is None or dtype not in known.fresh or dtype is not self.copy_dtype or known.stamp != self._stamp(weight):
+            copy = self.quantized(weight, dtype)
+            return copy, self._known is not None and self._known.inside
+        return self._copies[dtype], known.inside
 
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
