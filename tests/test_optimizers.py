@@ -376,7 +376,7 @@ def test_annealing_formulas(name):
 
 def test_the_gap_is_the_infeasible_share():
     """gap = sqrt(1 - sqrt(eps)) of a bracket is infeasible, and it grows as (k / K)^power."""
-    _, annealing = annealed(total=10, power=2.0)
+    _, annealing = annealed(hold=0, total=10, power=2.0)
     t = np.linspace(0, 1, 200001)
     for k in range(1, 10):
         share = (oracles.constraint(t, annealing.eps_at(k)) < 0).mean()
