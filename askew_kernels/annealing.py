@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import numbers
+import warnings
+import weakref
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
+STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
 
 
-class EpsilonAnnealing:
-    """Sets ``group["eps"]`` of every group with a grid; used like a ``torch.optim.lr_scheduler``.
+class EpsilonAnnealing(LRScheduler):
+    """Sets ``group["eps"]`` of every group with a grid; a ``torch.optim.lr_scheduler`` that leaves ``lr`` alone.
 
     The k-th period (epoch or batch: whatever the caller counts ``step()`` in) has, with j = k - hold, K = total - hold:
 
@@ -24,12 +29,17 @@ class EpsilonAnnealing:
     ``cosine``     eps = (1 + cos(pi j / K)) / 2
     =============  ==================================================================================================
 
-    ``keep_pull``: also set alpha_k = alpha lr_0 / lr_k, so that the pull towards feasibility in one step stays the same
-    while the learning rate decays; with a constant alpha and lr -> 0 the weights never arrive at their levels. Call
-    ``step()`` after the LR scheduler's.
+    ``keep_pull``: also set alpha_k = alpha lr_max / lr_k, lr_max the largest learning rate so far (so a warm-up is not
+    taken for it), so that the pull towards feasibility in one step stays the same while the learning rate decays; with
+    a constant alpha and lr -> 0 the weights never arrive at their levels. alpha follows lr at every step of the
+    optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed.
+    The defaults are the recommended recipe: ``gap`` with power 12, ``hold`` a tenth of ``total``, ``keep_pull``. The
+    other modes default to hold 0 and a constant alpha, as published.
 
     eps is 1 during the hold and never below ``floor``. Groups whose ``eps`` is a tensor get it filled in place, so
     compiled steps and CUDA graphs see the new value without recompiling.
+    A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
+    annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.
     """
 
@@ -37,20 +47,27 @@ class EpsilonAnnealing:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        hold: int = 0,
+        hold: int | None = None,
         total: int | None = None,
         mode: str = "gap",
-        power: float = 2.0,
+        power: float = 12.0,
         decay: float | None = None,
         floor: float = FLOOR,
-        keep_pull: bool = False,
+        keep_pull: bool | None = None,
     ) -> None:
+        # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        if hold < 0:
-            raise ValueError(f"hold: expected a number of periods >= 0, got {hold}")
+        if total is not None:
+            total = _periods("total", total)
+        if hold is None:
+            hold = round(total / 10) if mode == "gap" and total is not None else 0
+        hold = _periods("hold", hold)
+        for name, value in (("floor", floor), ("power", power), ("decay", decay)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+                raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: expected a number in (0, 1], got {floor}")
         if not 0 < power < math.inf:
@@ -65,14 +82,24 @@ class EpsilonAnnealing:
             )
         if total is not None and total <= hold:
             raise ValueError(f"total: expected more than hold={hold}, got {total}")
+        if keep_pull is not None and not isinstance(keep_pull, bool):
+            raise TypeError(f"keep_pull: expected True, False or None, got {keep_pull!r}")
         if not any(group.get("grid") is not None for group in optimizer.param_groups):
             raise ValueError("optimizer: no parameter group has a grid; see ak.param_groups")
         self.optimizer = optimizer
-        self.hold, self.total, self.mode, self.power, self.decay, self.floor = hold, total, mode, power, decay, floor
-        self.keep_pull = keep_pull
-        self._first: dict[str, list[float]] = {}  # by group: [lr, alpha] when it was first seen
-        self.last_epoch = 0
+        self.hold, self.total, self.mode = hold, total, mode
+        self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
+        self.keep_pull = mode == "gap" if keep_pull is None else keep_pull
+        self._first: dict[str, list[float]] = {}  # by group: [the largest lr so far, alpha as it was given]
+        self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
+        self.last_epoch, self._step_count = 0, 1
+        self.base_lrs = self.get_last_lr()
+        self._stepped, self._late, self._looked, self._told = False, 0, False, False
+        self._ahead = self._further_along()  # as the groups were found, before they are set
+        self._hook()
         self._apply()
+
+    # ---- the schedule ---------------------------------------------------------------------------------------------
 
     def eps_at(self, k: int) -> float:
         """eps of period k."""
@@ -92,37 +119,141 @@ class EpsilonAnnealing:
                 eps = (1 + math.cos(math.pi * share)) / 2
         return min(1.0, max(self.floor, eps))
 
+    def step(self, epoch: int | None = None) -> None:
+        """The next period, or period ``epoch``."""
+        self._ahead = self._ahead or self._further_along()
+        self._warn_if_ahead()
+        if not self._stepped and self._step_count == 1 and self._counts:
+            _warn("step() before the first optimizer.step(): the first period is skipped; call optimizer.step() first")
+        self._step_count += 1
+        self.last_epoch = self.last_epoch + 1 if epoch is None else _periods("epoch", epoch)
+        self._apply()
+
     def _apply(self) -> None:
         eps = self.eps_at(self.last_epoch)
-        for index, group in enumerate(self.optimizer.param_groups):
-            if group.get("grid") is None:
-                continue
+        for _, group in self._groups():
             if isinstance(group["eps"], torch.Tensor):
                 group["eps"].fill_(eps)
             else:
                 group["eps"] = eps
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
             group["annealing"] = self.last_epoch > self.hold
-            lr = float(group["lr"]) if self.keep_pull else 0.0
-            if lr > 0:
-                first = self._first.setdefault(str(index), [lr, float(group["alpha"])])
-                group["alpha"] = first[1] * first[0] / lr
+        self._stepped = self._told = False
+        self._follow_lr()
 
-    def step(self) -> None:
-        """The next period."""
-        self.last_epoch += 1
-        self._apply()
+    def _groups(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(str(i), g) for i, g in enumerate(self.optimizer.param_groups) if g.get("grid") is not None]
+
+    def _follow_lr(self) -> bool:
+        """alpha for the learning rates as they are; whether one is another than before."""
+        moved = False
+        for index, group in self._groups() if self.keep_pull else ():
+            lr = group["lr"]
+            seen = (id(lr), lr._version) if isinstance(lr, torch.Tensor) else lr  # a GPU is asked only when it changed
+            if self._seen.get(index) == seen:
+                continue
+            moved, self._seen[index] = True, seen
+            if (lr := float(lr)) > 0:
+                first = self._first.setdefault(index, [lr, float(group["alpha"])])
+                first[0] = max(first[0], lr)
+                group["alpha"] = first[1] * first[0] / lr
+        return moved
+
+    # ---- what the optimizer does meanwhile --------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
+        myself, self._counts = weakref.ref(self), False
+
+        def before_step(*_: Any) -> None:
+            if not torch.compiler.is_compiling() and (annealing := myself()) is not None:
+                annealing._before_step()
+
+        for optimizer in (self.optimizer, getattr(self.optimizer, "base_optimizer", None)):  # a sharpness-aware one's
+            if isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+                if (old := getattr(optimizer, "_askew_annealing", None)) is not None:
+                    old.remove()
+                optimizer._askew_annealing = optimizer.register_step_pre_hook(before_step)  # type: ignore[attr-defined]
+                self._counts = True
+
+    def _before_step(self) -> None:
+        first, self._stepped = not self._stepped, True
+        self._warn_if_ahead()
+        moved = self._follow_lr()
+        if first and self._step_count > 1:  # an LR scheduler that counts epochs moves now and then, not every time
+            self._late = self._late + 1 if moved else 0
+            if self._late == 2:
+                _warn("step() comes before the LR scheduler's step(), so that keep_pull sees the learning rate of the "
+                      "period before (alpha has followed it now); call it last")  # fmt: skip
+
+    def _further_along(self) -> str:
+        """How the optimizer's state is annealed further than this object; empty where it is not."""
+        for _, group in self._groups():
+            eps = group["eps"]
+            known = not isinstance(eps, torch.Tensor) or (eps.device.type == "cpu" and type(eps) is torch.Tensor)
+            if known and float(eps) < self.eps_at(self.last_epoch) * (1 - 1e-6):
+                return f"eps = {float(eps):.3g}"
+            if group.get("annealing") and self.last_epoch <= self.hold:
+                return "in the groups"
+        return ""
+
+    def _frozen(self) -> str:
+        for _, group in self._groups():
+            if group.get("freeze_scale") == "anneal" and not isinstance(group.get("scale"), torch.Tensor):
+                if any(getattr(getattr(p, "_askew_quantizer", None), "frozen", False) for p in group["params"]):
+                    return "frozen scales"
+        return ""
+
+    def _warn_if_ahead(self) -> None:
+        if not self._looked and self.last_epoch <= self.hold:  # once: before the first step of anything
+            self._ahead = self._ahead or self._frozen()
+        ahead, self._ahead, self._looked = self._ahead, "", True
+        if ahead and not self._told:
+            self._told = True
+            _warn(f"the optimizer or its model is annealed already ({ahead}), but this annealing starts over with "
+                  f"eps = {self.eps_at(self.last_epoch):.3g} (period {self.last_epoch}); to go on, save "
+                  "annealing.state_dict() and give it to annealing.load_state_dict()")  # fmt: skip
+
+    # ---- what torch and others ask of a scheduler -------------------------------------------------------------------
 
     def get_last_eps(self) -> list[float]:
         """eps of each group with a grid."""
-        eps = self.eps_at(self.last_epoch)
-        return [eps for group in self.optimizer.param_groups if group.get("grid") is not None]
+        return [self.eps_at(self.last_epoch)] * len(self._groups())
+
+    def get_last_lr(self) -> list[Any]:
+        """The learning rate of each group, which others set."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    get_lr = get_last_lr
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the optimizer."""
-        return {key: value for key, value in self.__dict__.items() if key != "optimizer"}
+        """Everything but the optimizer: numbers, text, lists."""
+        return {key: getattr(self, key) for key in STATE} | {"_first": {k: list(v) for k, v in self._first.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse of ``state_dict``; sets the groups' eps."""
+        """The inverse of ``state_dict``; sets the groups' eps. Raises ValueError before anything changes."""
+        missing, unknown = set(STATE) - set(state_dict), set(state_dict) - set(STATE)
+        if missing or unknown:
+            raise ValueError(
+                f"state_dict: expected EpsilonAnnealing's keys, got {sorted(unknown)} instead of {sorted(missing)}"
+            )
         self.__dict__.update(state_dict)
+        self._first = {str(k): list(v) for k, v in state_dict["_first"].items()}
+        self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}
         self._apply()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._hook()  # a copy looks at the copy of the optimizer
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"EpsilonAnnealing: {text}", stacklevel=4)
+
+
+def _periods(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected a number of periods, got {value!r}")
+    if value < 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a number of periods >= 0, got {value}")
+    return int(value)

@@ -655,7 +655,7 @@ def test_certificate_holds_at_every_step_of_logistic_regression():
     for share in (0.2, 1.0):
         w = nn.Parameter(0.5 * torch.randn(12, generator=generator, dtype=torch.float64))
         optimizer = skewed(w, share / big_l)
-        annealing = ak.EpsilonAnnealing(optimizer, hold=10, total=60)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=10, total=60, power=2.0)
         certificate = analysis.Certificate(optimizer, big_l)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

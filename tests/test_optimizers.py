@@ -376,7 +376,7 @@ def test_annealing_formulas(name):
 
 def test_the_gap_is_the_infeasible_share():
     """gap = sqrt(1 - sqrt(eps)) of a bracket is infeasible, and it grows as (k / K)^power."""
-    _, annealing = annealed(total=10, power=2.0)
+    _, annealing = annealed(hold=0, total=10, power=2.0)
     t = np.linspace(0, 1, 200001)
     for k in range(1, 10):
         share = (oracles.constraint(t, annealing.eps_at(k)) < 0).mean()
@@ -712,9 +712,9 @@ GOOD = torch.ones(4, 8)
         (dict(freeze_scale="later"), ValueError, "freeze_scale"),
         (dict(grid="binary"), TypeError, "grid"),
         (dict(grid=4), TypeError, "grid"),
-        (dict(scale="nonsense"), ValueError, "rule"),
+        (dict(scale="nonsense"), ValueError, "scale"),
         (dict(scale=3), TypeError, "scale"),
-        (dict(grid=Uniform(6)), ValueError, "rule"),
+        (dict(grid=Uniform(6)), ValueError, "scale"),
         (dict(granularity="per_row"), ValueError, "granularity"),
         (dict(granularity="per_group"), ValueError, "group_size"),
         (dict(granularity="per_group", group_size=3), ValueError, "group_size"),
