@@ -76,13 +76,13 @@ def quantize_(
         raise ValueError(f"config: no nn.Linear or nn.Conv2d matches {', '.join(map(repr, unused))}")
     if found and found[0][0] == "":
         raise ValueError("model: is itself a layer; use AskewLinear.from_float or AskewConv2d.from_float")
-    made: dict[int, nn.Module] = {}
+    made: dict[int, Any] = {}
     for name, module, _ in found:
         check_replaceable(name, module)
     for name, module, chosen in found:
         if id(module) not in made:
             try:
-                made[id(module)] = _twin(module).from_float(module, chosen)  # type: ignore[union-attr]
+                made[id(module)] = _twin(module).from_float(module, chosen)
             except (TypeError, ValueError) as error:
                 for done in made.values():
                     done.quantizer.untie(done.weight)

@@ -13,7 +13,6 @@ import functools
 import inspect
 import itertools
 import math
-import sys
 import warnings
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from .. import ops
 from ..quant import WeightQuantizer
-from ..quant.sharding import is_sharded, local_part, sharding_of
+from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
 from .skewed import _Skewed
 
 PERTURBATIONS = ("global", "local")
@@ -916,19 +915,12 @@ def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Opt
 
 
 def _refuse_a_part(name: str) -> None:
-    """ZeroRedundancyOptimizer makes the optimizer of one rank's part: norm and perturbation would be that part's.
-
-    Nothing but the caller tells these parameters from those of a whole model.
-    """
-    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe(2) if module is not None else None
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
-            raise TypeError(
-                f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
-                f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
-            )
-        frame = frame.f_back
+    """Norm and perturbation would be those of one rank's part."""
+    if made_for_a_part():
+        raise TypeError(
+            f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
+            f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
+        )
 
 
 def _is_lent(g: Tensor) -> bool:

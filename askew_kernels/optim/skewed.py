@@ -16,7 +16,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops, reference
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
-from ..quant.sharding import is_sharded, local_part, own_rows, share_rows, sharding_of
+from ..quant.sharding import is_sharded, local_part, made_for_a_part, own_rows, sharding_of, share_rows
 from ..quant.state import ScaleBatch, next_scales
 from .telemetry import Record, TelemetryLog
 
@@ -144,6 +144,11 @@ class _Skewed(Optimizer):
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
         if group["grid"] is None:
             return
+        if made_for_a_part():
+            raise TypeError(
+                f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the scale of a "
+                "quantized weight moves with its step, which one rank alone would make; use fully_shard (FSDP2)"
+            )
         ops.check_grid(group["grid"])
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
@@ -156,11 +161,13 @@ class _Skewed(Optimizer):
     @staticmethod
     def _config(group: dict[str, Any]) -> QuantConfig:
         rule = group["scale"]
-        if not isinstance(rule, (str, Tensor)):
-            raise TypeError(f"scale: expected a rule's name or a tensor, got {rule!r}")
+        if rule is not None and not isinstance(rule, (str, Tensor)):
+            raise TypeError(f"scale: expected a rule's name, None or a tensor, got {rule!r}")
+        if isinstance(rule, Tensor):
+            rule = "absmax"  # never asked: the scale is frozen at once
         return QuantConfig(
-            weight=group["grid"], scale=rule if isinstance(rule, str) else "absmax", granularity=group["granularity"],
-            group_size=group["group_size"], forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+            weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
+            forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
         )  # fmt: skip
 
     def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
@@ -460,7 +467,7 @@ class _Skewed(Optimizer):
 _OWN_KEYS = ("grid", "scale", "granularity", "group_size", "sawb_coefficients", "alpha", "eps", "skew", "freeze_scale",
              "skip_nonfinite", "annealing", "params")  # fmt: skip
 _COMMON = {
-    "grid": None, "scale": "sawb", "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
+    "grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
 }  # fmt: skip
 
 
@@ -471,7 +478,7 @@ class ASkewSGD(_Skewed):
 
     ==================  =============================================================================================
     ``grid``            the levels; None (default): the group is stepped by torch.optim.SGD's own code
-    ``scale``           a rule's name (default ``"sawb"``) or a fixed tensor
+    ``scale``           a rule's name, None (default: ``quant.default_rule`` of the grid) or a fixed tensor
     ``granularity``     ``per_tensor``, ``per_channel`` (default), ``per_group`` with ``group_size``
     ``alpha``           strength of the push towards feasibility, >= 0
     ``eps``             the constraint's, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it

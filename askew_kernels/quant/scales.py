@@ -207,9 +207,10 @@ def _fill_numpy(scale: Any, usable: Any, zero: Any, table: RowTable | None) -> A
 
 
 def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -> Tensor:
+    """Without a table the last dimension of ``scale`` is the rows of one tensor."""
     known = torch.where(usable, scale, torch.full_like(scale, math.nan))
     if table is None:
-        median = known.nanmedian(0).values.expand_as(known) if known.shape[0] else known
+        median = known.nanmedian(-1, keepdim=True).values.expand_as(known) if known.shape[-1] else known
     else:
         each = known.new_full((len(table.rows), table.most), math.nan)
         each.view(-1)[table.places] = known

@@ -3,6 +3,7 @@ comes to have all of them, since each computes the forward with the whole weight
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,18 @@ def local_part(t: Tensor) -> Tensor:
 def sharding_of(t: Tensor) -> Any:
     """What tells over which ranks sums must be added: a DTensor's mesh and placements; None for a whole tensor."""
     return (t.device_mesh, t.placements) if is_sharded(t) else None  # type: ignore[attr-defined]
+
+
+def made_for_a_part() -> bool:
+    """Whether this is called by ZeroRedundancyOptimizer, which makes the optimizer of one rank's part of the parameters
+    and tells it nothing of the others. Nothing but the caller tells that part from a whole model."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            return True
+        frame = frame.f_back
+    return False
 
 
 def own_rows(weight: Tensor, rows: int) -> slice:

@@ -36,7 +36,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops, reference
 from .config import QuantConfig
-from .scales import SUM_RULES, compute_scale, num_rows, scale_from_sums
+from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums
 from .sharding import is_sharded, local_part, own_rows, share_rows
 
 FOLLOWS, FROZEN, HELD = 0, 1, 2  # values of ``frozen``
@@ -142,9 +142,9 @@ class WeightQuantizer:
     def untie(self, weight: nn.Parameter) -> None:
         """Undoes ``tie``."""
         if WeightQuantizer.of(weight) is self:
-            del weight._askew_quantizer
+            del weight._askew_quantizer  # type: ignore[attr-defined]
             if type(weight) is QuantizedParameter:
-                weight.__class__ = nn.Parameter
+                weight.__class__ = nn.Parameter  # type: ignore[assignment]
 
     @staticmethod
     def of(weight: Tensor) -> WeightQuantizer | None:
@@ -311,7 +311,12 @@ class WeightQuantizer:
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
-        if known is None or dtype not in known.fresh or dtype is not self.copy_dtype or known.stamp != self._stamp(weight):
+        if (
+            known is None
+            or dtype not in known.fresh
+            or dtype is not self.copy_dtype
+            or known.stamp != self._stamp(weight)
+        ):
             copy = self.quantized(weight, dtype)
             return copy, self._known is not None and self._known.inside
         return self._copies[dtype], known.inside
@@ -460,10 +465,11 @@ class ScaleBatch:
         else:  # float64 (sum of rows,)
             each = [n for n, rows in zip(cols, self.rows, strict=True) for _ in range(rows)]
             self.cols = torch.tensor(each, dtype=torch.float64, device=weights[0].device)
+        self.table = RowTable(self.rows, weights[0].device)
 
     def update(self) -> None:
         c = self.quantizers[0].config
         sums = [q.row_sums for q in self.quantizers]
         joined = torch.cat(sums) if len(sums) > 1 else sums[0]
-        scales = scale_from_sums(joined, self.cols, c.weight, c.scale, c.sawb_coefficients).split(self.rows)
+        scales = scale_from_sums(joined, self.cols, c.weight, c.scale, c.sawb_coefficients, self.table).split(self.rows)
         torch._foreach_copy_([q.scale for q in self.quantizers], list(scales))

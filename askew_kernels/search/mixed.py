@@ -95,7 +95,8 @@ class MixedLayer(nn.Module):
         of_rms = torch.where(c1 > 0, c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt(), 0.0)
         scales, absmax = (of_rms - c2 * sums[:, reference.SUM_ABS] / cols) / c3, top / self._tops
         scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
-        return _guarded(torch, scales, top).float()
+        scales, usable = _guarded(torch, scales, top)
+        return _fill(scales.float(), usable, top == 0, None)
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
