@@ -102,6 +102,7 @@ class QuantizedLayer(nn.Module):
     weight: Any  # nn.Parameter; typed by nn.Linear and nn.Conv2d
     bias: Any
     config: QuantConfig
+    own_attributes = ("config", "quantizer")  # what a layer that takes the place of this one does not inherit
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):

@@ -31,6 +31,7 @@ from .layers import (
     plain_linear,
     quantized_input,
 )
+from .replace import check_replaceable, replace_modules
 
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
 FEW_IN_CUDA = 8  # rows up to which the CUDA kernel takes them; beyond Triton's, which has the matrix units
@@ -49,6 +50,8 @@ class PackedLayer(nn.Module):
     bias: Any
     kind: str
     activations = "float"
+    own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
+                      "weight_scale")  # fmt: skip
 
     def _attach(
         self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
@@ -308,12 +311,6 @@ def conv_geometry(conv: nn.Conv2d) -> dict[str, Any]:
 PACKED: dict[type[nn.Module], type] = {AskewLinear: PackedLinear, AskewConv2d: PackedConv2d}
 
 
-def replace_modules(model: nn.Module, new: dict[str, nn.Module]) -> None:
-    for name, module in new.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
-
 def set_activations(layer: PackedLayer, activations: str) -> None:
     """Sets ``layer.activations``; ValueError where it is unknown or the grid does not allow it."""
     ops.check_activations(activations, layer.config.weight)
@@ -345,6 +342,7 @@ def pack_(
         if not isinstance(layer, QuantizedLayer):
             continue
         if id(layer) not in made:
+            check_replaceable(name, layer)
             packed: Any = next((p for t, p in PACKED.items() if isinstance(layer, t)), None)
             if packed is None:
                 raise ValueError(f"{name}: {type(layer).__name__} has no packed form")

@@ -1,0 +1,100 @@
+"""Putting one module in the place of another without losing what users hang on modules."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks",
+    "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+TENSORS = ("_parameters", "_buffers", "_modules")
+
+
+def computed_tensors(module: nn.Module) -> dict[str, str]:
+    """{``weight`` or ``bias``: what computes it} where it is not a Parameter of the module but made from others: by a
+    parametrization, weight_norm, spectral_norm, a pruning mask."""
+    found = {}
+    for name in ("weight", "bias"):
+        if name in module._parameters:
+            continue
+        chain = module._modules.get("parametrizations")
+        makers: list[Any] = []
+        if isinstance(chain, nn.ModuleDict) and name in chain:
+            makers = [*chain[name]]  # type: ignore[misc]
+        elif name in vars(module) or f"{name}_orig" in module._parameters or f"{name}_v" in module._parameters:
+            hooks = module._forward_pre_hooks.values()
+            makers = [h for h in hooks if name in (getattr(h, "name", ""), getattr(h, "_tensor_name", ""))]
+        else:
+            continue
+        found[name] = ", ".join(type(m).__name__ for m in makers) or "a plain attribute"
+    return found
+
+
+def check_replaceable(name: str, old: nn.Module) -> None:
+    """ValueError naming the layer where another module in its place would compute something else: where its forward was
+    replaced on the instance, or its weight is made from other parameters."""
+    if "forward" in vars(old):
+        raise ValueError(
+            f"{name}: its forward was replaced on the instance, which another layer cannot keep; undo that first "
+            "(accelerate: remove_hook_from_module)"
+        )
+    for tensor, maker in computed_tensors(old).items():
+        raise ValueError(
+            f"{name}: its {tensor} is not a Parameter but computed ({maker}); make it permanent first, by "
+            "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove"
+        )
+
+
+def carry_over(old: nn.Module, new: nn.Module) -> None:
+    """What users hang on a module goes from ``old`` to ``new``, which takes its place: hooks of every kind with their
+    flags (handles go on working: both modules hold the same hooks from now on), the training flag, and parameters,
+    buffers, submodules and attributes that ``new`` has not, but for ``old.own_attributes``, which its class defines."""
+    for name in HOOKS:
+        hooks = getattr(old, name)
+        hooks.update(getattr(new, name))
+        setattr(new, name, hooks)
+    hook: Any
+    for hook in new._load_state_dict_pre_hooks.values():  # which remember their module
+        if getattr(hook, "with_module", False) and hook.module() is old:
+            hook.module = weakref.ref(new)
+    if old._is_full_backward_hook is not None:
+        new._is_full_backward_hook = old._is_full_backward_hook
+    own = getattr(old, "own_attributes", ())
+    for kind in TENSORS:
+        known = {n for k in TENSORS for n in getattr(new, k)}
+        for name, value in getattr(old, kind).items():
+            if name not in known and name not in own:
+                getattr(new, kind)[name] = value
+                if name in old._non_persistent_buffers_set:
+                    new._non_persistent_buffers_set.add(name)
+    for name, value in vars(old).items():
+        if name in vars(new) or name in own:
+            continue
+        if name == "_compiled_call_impl":  # of the old module's code
+            new.compile()
+        elif isinstance(value, types.MethodType) and value.__self__ is old:
+            vars(new)[name] = types.MethodType(value.__func__, new)
+        else:
+            vars(new)[name] = value
+    new.training = old.training
+
+
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Puts every module of ``new`` {name: module} in the place of that name, with what was hung on the module that
+    stood there (``carry_over``). Raises ValueError naming the layer before anything changes (``check_replaceable``)."""
+    old = {name: model.get_submodule(name) for name in new}
+    for name, module in old.items():
+        check_replaceable(name, module)
+    for module, successor in {id(m): (m, new[name]) for name, m in old.items()}.values():
+        if module is not successor:
+            carry_over(module, successor)
+    for name, module in new.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
