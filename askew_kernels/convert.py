@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import files, inspection, quant
+from .nn.layers import AskewConv2d, AskewLinear
 from .quant import QuantConfig, compute_scale, pack_weight, unpack_weight
 
 
@@ -26,13 +27,7 @@ def convert_file(
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
     nothing matches.
     """
-    library = files._safetensors()
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    try:
-        tensors: dict[str, Tensor] = library.torch.load_file(str(source))
-    except (OSError, ValueError, library.SafetensorError) as error:
-        raise files.PackedFileError(f"{source}: not a whole safetensors file ({error})") from None
+    tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
     for key in list(tensors):
         name, _, leaf = key.rpartition(".")
@@ -46,7 +41,7 @@ def convert_file(
             continue
         try:
             scale = tensors.get(f"{name}.weight_scale")
-            if scale is None:
+            if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
                 scale = compute_scale(w, config.weight, config.scale, config.granularity, config.group_size)
             codes = pack_weight(w, scale, config.weight)
             off = int((unpack_weight(codes, scale, config.weight, tuple(w.shape), w.dtype) != w).sum())
@@ -54,9 +49,10 @@ def convert_file(
                 raise ValueError(f"weight: {off} of {w.numel()} weights are not on their levels; --force rounds them")
         except ValueError as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
-        del tensors[key]
-        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
         kind = "linear" if w.dim() == 2 else "conv2d"
+        for own in files.own_keys(AskewLinear if kind == "linear" else AskewConv2d) - {"bias"}:
+            tensors.pop(f"{name}.{own}", None)
+        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
         layers[name] = {"kind": kind, "config": config.to_dict(), "trits": False, "shape": list(w.shape),
                         "dtype": str(w.dtype).removeprefix("torch.")}  # fmt: skip
     if not layers:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import PackedFile, PackedFileError, _safetensors
+from .files import PackedFile, PackedFileError, own_keys, read_safetensors
 from .nn.layers import QuantizedLayer
 from .nn.packed import PackedLayer
 from .quant import Grid, unpack_weight
@@ -187,17 +187,18 @@ def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
     if batch is not None:
         outputs = _output_errors(model, batch, {n: m for n, m in layers.items() if isinstance(m, QuantizedLayer)})
-    reports, covered = [], 0
+    reports: list[LayerReport] = []
+    covered: set[int] = set()  # the layers' own tensors, all but the biases
     for name, m in layers.items():
-        if isinstance(m, PackedLayer):
-            reports.append(packed_report(name, m))
-            covered += m.packed_bytes
-        else:
-            r = _quantized_report(name, m)
-            reports.append(replace(r, output_error=outputs.get(name)))
-            covered += m.weight.numel() * m.weight.element_size()
-    total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return Report(tuple(reports), total - covered)
+        packed = isinstance(m, PackedLayer)
+        r = packed_report(name, m) if packed else _quantized_report(name, m)
+        if id(m.weight_codes if packed else m.weight) in covered:  # tied: stored once
+            r = replace(r, bytes=0, float_bytes=0)
+        reports.append(replace(r, output_error=outputs.get(name)))
+        own = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
+        covered |= {id(t) for child, t in own if child in own_keys(type(m)) - {"bias"}}
+    others = [t for t in [*model.parameters(), *model.buffers()] if id(t) not in covered]
+    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
 
 
 def _output_errors(model: nn.Module, batch: Tensor, layers: dict[str, Any]) -> dict[str, float]:
@@ -236,13 +237,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        original = None
-        if arguments.original is not None:
-            library = _safetensors()
-            try:
-                original = library.torch.load_file(str(arguments.original))
-            except (ValueError, library.SafetensorError) as error:
-                raise PackedFileError(f"{arguments.original}: not a whole safetensors file ({error})") from None
+        original = None if arguments.original is None else read_safetensors(arguments.original).tensors
         report = report_of_file(PackedFile(arguments.file), original)
         if arguments.plot is not None:
             report.plot(arguments.plot)

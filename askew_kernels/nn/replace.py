@@ -66,7 +66,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
             hook.module = weakref.ref(new)
     if old._is_full_backward_hook is not None:
         new._is_full_backward_hook = old._is_full_backward_hook
-    own = getattr(old, "own_attributes", ())
+    own = ("weight", *getattr(old, "own_attributes", ()))  # the new layer has its own weight, in whatever form
     for kind in TENSORS:
         known = {n for k in TENSORS for n in getattr(new, k)}
         for name, value in getattr(old, kind).items():
