@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
-        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False)))
+        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)
         return 2

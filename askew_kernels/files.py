@@ -20,7 +20,6 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from . import tensorfile
 from .nn.convert import LAYERS as FLOAT_LAYERS
@@ -28,6 +27,7 @@ from .nn.layers import AskewConv2d, AskewLinear, QuantizedLayer
 from .nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, set_activations
 from .nn.replace import check_replaceable, replace_modules
 from .quant import QuantConfig, check_codes
+from .tensorfile import not_plain
 
 VERSION = 1
 KEY = "askew_kernels"
@@ -99,8 +99,10 @@ class _Names:
             if key in self.state and self.state[key] is not value:
                 raise fail(f"{key}: the state_dict has it twice")
             self.state[key] = value
-            named = value if id(value) in self.homes else self.tensors.get(key)
-            if named is not None and isinstance(value, Tensor) and _type(named) == _type(value):
+            named = self.tensors.get(key)
+            if id(value) in self.homes:
+                self.held[key] = value
+            elif named is not None and isinstance(value, Tensor) and _type(named) == _type(value):
                 self.held[key] = named
 
     def layer(self, name: str) -> nn.Module | None:
@@ -127,7 +129,7 @@ class _Names:
 
 
 def _type(t: Tensor) -> tuple:
-    return (type(t), None) if is_lazy(t) else (t.shape, t.dtype)
+    return (not_plain(t), None) if not_plain(t) else (tuple(t.shape), t.dtype)
 
 
 def _sound(scale: Tensor) -> bool:
@@ -248,8 +250,10 @@ def _is_json(value: Any) -> bool:
 def read_safetensors(path: str | bytes | os.PathLike, **options: bool) -> tensorfile.TensorFile:
     """``tensorfile.read``, whose errors are PackedFileError here, or FileNotFoundError."""
     shown = os.fsdecode(path)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{shown}: no such file")
+    if not os.path.isfile(path):
+        raise PackedFileError(f"{shown}: is a folder or a device, not a file")
     try:
         return tensorfile.read(path, **options)
     except OSError as error:
@@ -266,6 +270,8 @@ class PackedFile:
     def __init__(self, path: str | bytes | os.PathLike, verify: bool = True, mmap: bool = False) -> None:
         self.path = Path(os.fsdecode(path))
         with torch.device("cpu"), torch.inference_mode(False):  # whatever is the default outside
+            if hasattr(torch.empty(0), "fake_mode"):
+                raise self._error("cannot be read under a FakeTensorMode, whose tensors hold no numbers")
             self._understand(read_safetensors(self.path, sums=verify, mmap=mmap), verify)
 
     def _understand(self, read: tensorfile.TensorFile, verify: bool) -> None:
@@ -427,7 +433,7 @@ class _Load:
             raise file._error("; ".join(lacks))
         for key in sorted(there):
             if names.is_extra(key):
-                state = file.tensors[key] if key in file.tensors else file.extra[key]
+                state = file.tensors[key].clone() if key in file.tensors else file.extra[key]
                 self.extra.append((key, names.with_extra(key), state))
             elif key in file.extra:
                 raise file._error(f"{key}: extra state in the file, a tensor in the model")
@@ -460,7 +466,7 @@ class _Load:
         file, target, t = self.file, self.names.held.get(key), self.file.tensors[key]
         if target is None:
             raise file._error(f"{key}: a state_dict hook of the model made it, it is no parameter or buffer")
-        why = tensorfile.not_plain(target)
+        why = not_plain(target)
         if not why and any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
             why = "an expanded view"
         if why:
@@ -508,18 +514,20 @@ class _Load:
 
 def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> None:
     kinds = (TWINS[d["kind"]], KINDS[d["kind"]])
-    if not isinstance(old, kinds) or not (type(old) in FLOAT_LAYERS or isinstance(old, (QuantizedLayer, PackedLayer))):
-        raise file._error(f"layer {name}: expected {kinds[0].__name__} in the model, got {type(old).__name__}")
-    held: Any = old  # of either kind from here on
+    held: Any = old  # of either kind
     try:
         check_replaceable(name, old)
     except ValueError as error:
         raise file._error(f"layer {error}") from None
+    if not isinstance(old, kinds) or not (type(old) in FLOAT_LAYERS or isinstance(old, (QuantizedLayer, PackedLayer))):
+        raise file._error(f"layer {name}: expected {kinds[0].__name__} in the model, got {type(old).__name__}")
     shape, dtype = (held.shape, held.weight_dtype) if isinstance(old, PackedLayer) else _type(held.weight)
+    if dtype is None:
+        raise file._error(f"layer {name}: its weight is {shape} in the model, which cannot be replaced")
     if str(dtype).removeprefix("torch.") not in FLOATS:
         raise file._error(f"layer {name}: a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     if list(shape) != d["shape"]:
-        raise file._error(f"layer {name}: expected a weight of shape {tuple(shape)}, the file has {tuple(d['shape'])}")
+        raise file._error(f"layer {name}: expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
     if (held.bias is None) == (f"{name}.bias" in file.tensors):
         raise file._error(f"layer {name}: only {'the file' if held.bias is None else 'the model'} has a bias")
     if held.bias is not None and file.tensors[f"{name}.bias"].shape != held.bias.shape:

@@ -238,7 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         original = None if arguments.original is None else read_safetensors(arguments.original).tensors
-        report = report_of_file(PackedFile(arguments.file), original)
+        report = report_of_file(PackedFile(arguments.file, mmap=True), original)
         if arguments.plot is not None:
             report.plot(arguments.plot)
     except (ValueError, OSError, ImportError) as problem:
