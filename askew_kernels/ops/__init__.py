@@ -226,7 +226,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
     x = x.detach().contiguous()
-    runtime.operator("fake_quantize_out_", x)(x, scale, grid.levels_tensor(x.device), grid.encoding, out)
+    autograd.below_autograd("fake_quantize_out_", x, x, scale, grid.levels_tensor(x.device), grid.encoding, out)
     torch.autograd.graph.increment_version(out)
     return out
 
@@ -246,7 +246,9 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     order, in_place = _layout(x, scale.numel()), _InPlace()
     work = in_place.writable(grad, order)
     point = x.detach() if order is None else x.detach().permute(order)
-    runtime.operator("ste_clip_", x)(work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding)
+    autograd.below_autograd(
+        "ste_clip_", x, work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding
+    )
     in_place.finish()
     torch.autograd.graph.increment_version(grad)
     return grad
@@ -270,7 +272,7 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     eps = rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     in_place = _InPlace()
     work = in_place.writable(w, _layout(w, scale.numel()))
-    runtime.operator("project_interval_", w)(work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
+    autograd.below_autograd("project_interval_", w, work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
     in_place.finish()
     torch.autograd.graph.increment_version(w)
     return w
@@ -287,7 +289,7 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     x = x.detach()
     order = _layout(x, rows)  # the order in which the update pass sums
     x = (x if order is None else x.permute(order)).contiguous()
-    return runtime.operator("row_sums", x)(x, rows)
+    return autograd.below_autograd("row_sums", x, x, rows)
 
 
 # ---- the updates --------------------------------------------------------------------------------------------------
@@ -409,7 +411,8 @@ def run_skew_update(
         def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
             return [in_place.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
 
-    runtime.operator(name, params[0])(
+    autograd.below_autograd(
+        name, params[0],
         writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
         writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
     )  # fmt: skip
@@ -576,7 +579,7 @@ def sam_norm(
 def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
     """``sam_norm`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    return runtime.operator("sam_norm", params[0])(flat.read(params), flat.read(grads), adaptive, eta)
+    return autograd.below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
 
 
 @torch.no_grad()
@@ -609,8 +612,8 @@ def run_sam_perturb(
 ) -> None:  # fmt: skip
     """``sam_perturb_`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    runtime.operator("sam_perturb_", params[0])(
-        flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
+    autograd.below_autograd(
+        "sam_perturb_", params[0], flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
     )
     flat.finish(params, kept)
 
@@ -631,7 +634,7 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
 def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """``sam_restore_`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    runtime.operator("sam_restore_", params[0])(flat.write(params), flat.read(kept))
+    autograd.below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
     flat.finish(params)
 
 
@@ -648,7 +651,7 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     _check_list("firsts", firsts, grads)
     _check_coefficients(coefficients, grads[0], "grads")
     flat = _Flat(grads)
-    runtime.operator("sam_average_", grads[0])(flat.write(grads), flat.read(firsts), coefficients)
+    autograd.below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
     flat.finish(grads)
 
 
