@@ -230,7 +230,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
     }
     if not layers:
         raise PackedFileError(f"{path}: the model has no packed layers; call pack_(model) first")
-    write_packed(path, model.state_dict(), layers)
+    said = {f"{name}._extra_state" for name in layers}  # what the header says of the packed layers
+    write_packed(path, {key: t for key, t in model.state_dict().items() if key not in said}, layers)
 
 
 def load_packed(

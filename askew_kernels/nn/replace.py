@@ -70,7 +70,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for kind in TENSORS:
         known = {n for k in TENSORS for n in getattr(new, k)}
         for name, value in getattr(old, kind).items():
-            if name not in known and name not in own:
+            if name not in known and name not in own and not hasattr(type(new), name):  # `weight` of packed layers
                 getattr(new, kind)[name] = value
                 if name in old._non_persistent_buffers_set:
                     new._non_persistent_buffers_set.add(name)
