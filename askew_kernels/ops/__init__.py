@@ -7,8 +7,10 @@ arithmetic is float32. In-place functions accept any dense layout; where it is n
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +40,17 @@ flops.register_when_imported()
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 
+def concrete(t: Tensor) -> bool:
+    """Whether the values may be looked at here: on the CPU, not being traced, not fake, not inside torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.device.type == "cpu"
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
 def check_float_tensor(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
@@ -65,13 +78,13 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
     rows, first = scale.numel(), x.shape[0] if x.dim() > 1 else 1
     fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
     if scale.dim() > 1 or not fits:
-        per_group = f" or ({first} * groups,)" if x.dim() > 1 else ""
+        per_group = f" or ({first} * groups,)" if x.dim() > 1 else f" or (groups,), a divisor of {x.numel()},"
         raise ValueError(
             f"{name}: expected shape () or ({first},){per_group} for {x_name} of shape {tuple(x.shape)}, "
             f"got {tuple(scale.shape)}"
         )
-    if not torch.compiler.is_compiling() and scale.device.type == "cpu":  # on a GPU the look would stall the stream
-        low, high = scale.detach().aminmax() if rows else (torch.ones(()), torch.ones(()))
+    if rows and concrete(scale):  # on a GPU the look would stall the stream
+        low, high = scale.detach().aminmax()
         if not (low > 0 and high < math.inf):
             raise ValueError(
                 f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
@@ -81,12 +94,13 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    value = float(value)
     if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
         interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
         raise ValueError(f"{name}: expected a finite number in {interval}, got {value}")
-    return float(value)
+    return value
 
 
 def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> Tensor:
@@ -96,11 +110,39 @@ def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_
             raise ValueError(
                 f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}"
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if concrete(value):
             _number(name, float(value), low, high, open_low)
         value = value.detach()
         return value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return torch.tensor(_number(name, value, low, high, open_low), dtype=torch.float64)
+    return torch.tensor(_number(name, value, low, high, open_low), dtype=torch.float64, device="cpu")
+
+
+def _in_place(position: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that writes its argument number ``position`` (a tensor or a list) and records nothing.
+
+    NotImplementedError where autograd has computed what is to be written: its gradient would leave the write out.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__code__.co_varnames[position]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                written = args[position] if len(args) > position else kwargs.get(name)
+                for t in [written] if isinstance(written, Tensor) else written or ():
+                    if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
+                        raise NotImplementedError(
+                            f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even "
+                            f"once, so double backward (create_graph=True) cannot pass through it; detach {name}, or "
+                            "call it under torch.no_grad()"
+                        )
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def _channels_last(t: Tensor) -> list[int] | None:
@@ -218,7 +260,7 @@ def candidate_encodings(grids: Sequence[Any]) -> list[int]:
     return encodings
 
 
-@torch.no_grad()
+@_in_place(3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
     check_float_tensor("x", x)
@@ -233,7 +275,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     return out
 
 
-@torch.no_grad()
+@_in_place()
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
@@ -259,7 +301,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
 # ---- the interval constraint --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@_in_place()
 def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) -> Tensor:
     """Moves every weight, in place, into the hull and then to the nearest point with h >= 0.
 
@@ -315,7 +357,7 @@ class SkewStats:
         """Room for both kinds of sums."""
         return cls(
             [
-                torch.zeros(s.numel(), reference.NUM_ROW_SUMS, device=p.device)
+                torch.zeros(s.numel(), reference.NUM_ROW_SUMS, dtype=torch.float32, device=p.device)
                 for p, s in zip(params, scales, strict=True)
             ],
             [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
@@ -423,7 +465,7 @@ def run_skew_update(
     torch.autograd.graph.increment_version(written)
 
 
-@torch.no_grad()
+@_in_place()
 def skew_sgd_(
     params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
     scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
@@ -466,7 +508,7 @@ def skew_sgd_(
     _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
 
 
-@torch.no_grad()
+@_in_place()
 def skew_adamw_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
@@ -584,7 +626,7 @@ def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: li
     return autograd.below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
     adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
@@ -620,7 +662,7 @@ def run_sam_perturb(
     flat.finish(params, kept)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """w = kept, bit for bit, over a list of tensors in one pass.
 
@@ -640,7 +682,7 @@ def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     flat.finish(params)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
     """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
 

@@ -21,22 +21,20 @@ from .schema import library
 # ---- what is being differentiated ---------------------------------------------------------------------------------
 
 
+def _transformed() -> bool:
+    """Inside torch.func's grad, vmap, jvp, …, or at a forward-mode level."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def _tangent(t: Any) -> bool:
     if isinstance(t, (list, tuple)):
         return any(map(_tangent, t))
-    return isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None
+    return isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=0).tangent is not None  # torch has one level, 0
 
 
 def _tracked(args: tuple) -> bool:
     """Whether the call is recorded: an argument requires grad, or has a forward-mode tangent."""
-    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (
-        forward_ad._current_level >= 0 and _tangent(args)
-    )
-
-
-def _transformed() -> bool:
-    """Inside torch.func's grad, vmap, jvp, …, or at a forward-mode level."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (_transformed() and _tangent(args))
 
 
 def below_autograd(name: str, like: Tensor, *args: Any) -> Any:
@@ -68,7 +66,7 @@ class _StraightThrough:
         ctx.clip = ctx.backward_itself or clip[0]
         saved = (x, scale, levels) if ctx.clip else ()
         ctx.save_for_backward(*saved)
-        if forward_ad._current_level >= 0:
+        if _transformed():
             ctx.save_for_forward(*saved)
 
     @staticmethod
@@ -174,7 +172,7 @@ class _Forced(_StraightThrough, torch.autograd.Function):
 
 def _straight_through(name: str, run: Callable, args: tuple) -> Any:
     with enable_single_level_autograd_function():
-        return _Registered.apply(name, run, *args)
+        return _Registered.apply(name, run, *args)  # type: ignore[attr-defined]
 
 
 def _mix(name: str, run: Callable, args: tuple) -> Any:
@@ -253,7 +251,7 @@ for _name in (*_DERIVATIVES, "row_sums"):
     torch.library.register_vmap(f"askew::{_name}", _batched_operator(_name), lib=library)
 
 
-# ---- the operators, differentiable whatever the backend ---------------------------------------------------------------
+# ---- the operators, differentiable whatever the backend ------------------------------------------------------------
 
 
 def _differentiable(name: str, inputs: tuple) -> Any:
