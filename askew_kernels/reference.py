@@ -8,6 +8,7 @@ so that quantized codes agree exactly with every backend. Nothing here is writte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,10 @@ def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 # ---- grids, in grid units (x = w / s) ---------------------------------------------------------------------------
 
 
-def hull(levels: Tensor, grid: list[int]) -> tuple[float, float]:
-    """Lowest and highest level."""
+def hull(levels: Tensor, grid: list[int]) -> tuple[Any, Any]:
+    """Lowest and highest level: numbers, or a codebook's 0-dim tensors."""
     kind, lo, hi = grid
-    if kind == CODEBOOK:
-        return float(levels[0]), float(levels[-1])
-    return float(lo), float(hi)
+    return (levels[0], levels[-1]) if kind == CODEBOOK else (float(lo), float(hi))
 
 
 def clamp(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
@@ -158,20 +157,19 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
 FLOAT = 0  # a candidate's kind: no quantization
 
 
-def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
     """(scale, x / s in the hull, Q(x / s), inside, top level) of each candidate, (rows, cols)."""
-    found, none = [], torch.empty(0, device=x.device)
+    found, none = [], torch.empty(0, dtype=torch.float32, device=x.device)
     for k in range(len(scales)):
         grid = grids[3 * k : 3 * k + 3]
         w, s = _rows(x, scales[k])
         if grid[0] == FLOAT:
-            found.append(
-                (torch.ones_like(s), w, w, torch.ones_like(w, dtype=torch.bool), torch.ones((), dtype=w.dtype))
-            )
+            found.append((torch.ones_like(s), w, w, torch.ones_like(w, dtype=torch.bool), 1.0))
             continue
         placed = clamp_hull(w, s, none, grid) / s
-        found.append((s, placed, nearest(placed, none, grid), _inside(x, scales[k], none, grid),
-                      torch.tensor(float(max(grid[2], 1)), dtype=w.dtype)))  # fmt: skip
+        found.append(
+            (s, placed, nearest(placed, none, grid), _inside(x, scales[k], none, grid), float(max(grid[2], 1)))
+        )
     return found
 
 
@@ -200,7 +198,7 @@ def mix_fake_quantize_backward(
         to_strengths[k] = (s.double() * (g * q).double().sum(1, keepdim=True)).sum()
         if learned and grids[3 * k] != FLOAT and x.numel():
             sums = (g * torch.where(inside, q - placed, q)).double().sum(1)
-            to_scales[k] = p.double() * sums / math.sqrt(g.shape[1] * float(top))
+            to_scales[k] = p.double() * sums / math.sqrt(g.shape[1] * top)
     return (g * gate).to(x.dtype).reshape(x.shape), to_strengths, to_scales
 
 
@@ -255,7 +253,7 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     """(rows, 3) float32: sum |x|, sum x^2, max |x| of each row."""
     a = x.detach().reshape(rows, -1).double().abs()
     if a.shape[1] == 0:
-        return torch.zeros(rows, NUM_ROW_SUMS, device=x.device)
+        return torch.zeros(rows, NUM_ROW_SUMS, dtype=torch.float32, device=x.device)
     return torch.stack([a.sum(1), (a * a).sum(1), a.amax(1)], dim=1).float()
 
 

@@ -7,15 +7,17 @@ arithmetic is float32. In-place functions accept any dense layout; where it is n
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference, runtime
-from . import autograd, schema
+from . import autograd, flops, schema
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SKEWS = ("gradient", "direction")
@@ -33,7 +35,20 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
         schema.library.impl(_name, _late, _key)
 
 
+flops.register_when_imported()
+
 # ---- checks -------------------------------------------------------------------------------------------------------
+
+
+def concrete(t: Tensor) -> bool:
+    """Whether the values may be looked at here: on the CPU, not being traced, not fake, not inside torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.device.type == "cpu"
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
 
 
 def check_float_tensor(name: str, t: Any) -> None:
@@ -63,13 +78,13 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
     rows, first = scale.numel(), x.shape[0] if x.dim() > 1 else 1
     fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
     if scale.dim() > 1 or not fits:
-        per_group = f" or ({first} * groups,)" if x.dim() > 1 else ""
+        per_group = f" or ({first} * groups,)" if x.dim() > 1 else f" or (groups,), a divisor of {x.numel()},"
         raise ValueError(
             f"{name}: expected shape () or ({first},){per_group} for {x_name} of shape {tuple(x.shape)}, "
             f"got {tuple(scale.shape)}"
         )
-    if not torch.compiler.is_compiling() and scale.device.type == "cpu":  # on a GPU the look would stall the stream
-        low, high = scale.detach().aminmax() if rows else (torch.ones(()), torch.ones(()))
+    if rows and concrete(scale):  # on a GPU the look would stall the stream
+        low, high = scale.detach().aminmax()
         if not (low > 0 and high < math.inf):
             raise ValueError(
                 f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
@@ -79,12 +94,13 @@ def _check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
+    value = float(value)
     if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
         interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
         raise ValueError(f"{name}: expected a finite number in {interval}, got {value}")
-    return float(value)
+    return value
 
 
 def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> Tensor:
@@ -94,11 +110,39 @@ def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_
             raise ValueError(
                 f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}"
             )
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        if concrete(value):
             _number(name, float(value), low, high, open_low)
         value = value.detach()
         return value if value.dtype in (torch.float32, torch.float64) else value.float()
-    return torch.tensor(_number(name, value, low, high, open_low), dtype=torch.float64)
+    return torch.tensor(_number(name, value, low, high, open_low), dtype=torch.float64, device="cpu")
+
+
+def _in_place(position: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For a function that writes its argument number ``position`` (a tensor or a list) and records nothing.
+
+    NotImplementedError where autograd has computed what is to be written: its gradient would leave the write out.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__code__.co_varnames[position]
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                written = args[position] if len(args) > position else kwargs.get(name)
+                for t in [written] if isinstance(written, Tensor) else written or ():
+                    if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
+                        raise NotImplementedError(
+                            f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even "
+                            f"once, so double backward (create_graph=True) cannot pass through it; detach {name}, or "
+                            "call it under torch.no_grad()"
+                        )
+            with torch.no_grad():
+                return function(*args, **kwargs)
+
+        return checked
+
+    return decorate
 
 
 def _channels_last(t: Tensor) -> list[int] | None:
@@ -216,7 +260,7 @@ def candidate_encodings(grids: Sequence[Any]) -> list[int]:
     return encodings
 
 
-@torch.no_grad()
+@_in_place(3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
     check_float_tensor("x", x)
@@ -226,12 +270,12 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
     x = x.detach().contiguous()
-    runtime.operator("fake_quantize_out_", x)(x, scale, grid.levels_tensor(x.device), grid.encoding, out)
+    autograd.below_autograd("fake_quantize_out_", x, x, scale, grid.levels_tensor(x.device), grid.encoding, out)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-@torch.no_grad()
+@_in_place()
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
@@ -246,7 +290,9 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     order, in_place = _layout(x, scale.numel()), _InPlace()
     work = in_place.writable(grad, order)
     point = x.detach() if order is None else x.detach().permute(order)
-    runtime.operator("ste_clip_", x)(work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding)
+    autograd.below_autograd(
+        "ste_clip_", x, work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding
+    )
     in_place.finish()
     torch.autograd.graph.increment_version(grad)
     return grad
@@ -255,7 +301,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
 # ---- the interval constraint --------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@_in_place()
 def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) -> Tensor:
     """Moves every weight, in place, into the hull and then to the nearest point with h >= 0.
 
@@ -270,7 +316,7 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     eps = rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     in_place = _InPlace()
     work = in_place.writable(w, _layout(w, scale.numel()))
-    runtime.operator("project_interval_", w)(work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
+    autograd.below_autograd("project_interval_", w, work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
     in_place.finish()
     torch.autograd.graph.increment_version(w)
     return w
@@ -287,7 +333,7 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     x = x.detach()
     order = _layout(x, rows)  # the order in which the update pass sums
     x = (x if order is None else x.permute(order)).contiguous()
-    return runtime.operator("row_sums", x)(x, rows)
+    return autograd.below_autograd("row_sums", x, x, rows)
 
 
 # ---- the updates --------------------------------------------------------------------------------------------------
@@ -311,7 +357,7 @@ class SkewStats:
         """Room for both kinds of sums."""
         return cls(
             [
-                torch.zeros(s.numel(), reference.NUM_ROW_SUMS, device=p.device)
+                torch.zeros(s.numel(), reference.NUM_ROW_SUMS, dtype=torch.float32, device=p.device)
                 for p, s in zip(params, scales, strict=True)
             ],
             [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
@@ -409,7 +455,8 @@ def run_skew_update(
         def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
             return [in_place.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
 
-    runtime.operator(name, params[0])(
+    autograd.below_autograd(
+        name, params[0],
         writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
         writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
     )  # fmt: skip
@@ -418,7 +465,7 @@ def run_skew_update(
     torch.autograd.graph.increment_version(written)
 
 
-@torch.no_grad()
+@_in_place()
 def skew_sgd_(
     params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
     scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
@@ -461,7 +508,7 @@ def skew_sgd_(
     _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
 
 
-@torch.no_grad()
+@_in_place()
 def skew_adamw_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
@@ -576,10 +623,10 @@ def sam_norm(
 def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
     """``sam_norm`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    return runtime.operator("sam_norm", params[0])(flat.read(params), flat.read(grads), adaptive, eta)
+    return autograd.below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
     adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
@@ -609,13 +656,13 @@ def run_sam_perturb(
 ) -> None:  # fmt: skip
     """``sam_perturb_`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    runtime.operator("sam_perturb_", params[0])(
-        flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
+    autograd.below_autograd(
+        "sam_perturb_", params[0], flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
     )
     flat.finish(params, kept)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """w = kept, bit for bit, over a list of tensors in one pass.
 
@@ -631,11 +678,11 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
 def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """``sam_restore_`` without its checks, for the optimizer."""
     flat = _Flat(params)
-    runtime.operator("sam_restore_", params[0])(flat.write(params), flat.read(kept))
+    autograd.below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
     flat.finish(params)
 
 
-@torch.no_grad()
+@_in_place()
 def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
     """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
 
@@ -648,7 +695,7 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     _check_list("firsts", firsts, grads)
     _check_coefficients(coefficients, grads[0], "grads")
     flat = _Flat(grads)
-    runtime.operator("sam_average_", grads[0])(flat.write(grads), flat.read(firsts), coefficients)
+    autograd.below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
     flat.finish(grads)
 
 
@@ -672,7 +719,7 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
     rows, n = scale.numel(), codes.shape[0]
     if not (rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n):
         raise ValueError(f"scale: expected 1, {n} or {n} * groups scales for ({n}, {cols}) weights, got {rows}")
-    return scale.detach().float().reshape(-1).contiguous()
+    return scale.float().reshape(-1).contiguous()
 
 
 def check_activations(activations: Any, grid: Any) -> None:
@@ -683,35 +730,30 @@ def check_activations(activations: Any, grid: Any) -> None:
         raise ValueError(f'activations: "int8" needs a grid of integer levels, got {grid}')
 
 
-@torch.no_grad()
 def lowbit_dequantize(
     codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once.
+    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once; differentiable in s.
 
     codes: (n, row_bytes) uint8, as ``quant.pack_codes`` writes them; scale: 1, n or n * groups. A code above the
     highest level counts as the highest. Raises ValueError naming the argument. Source: docs/packed.md.
     """
     scale = _check_codes(codes, scale, grid, bits, cols)
-    out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
-    runtime.operator("lowbit_dequantize_", out)(
-        codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, out
-    )  # fmt: skip
-    return out
+    return autograd.packed_weight(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, cols, dtype)
 
 
-@torch.no_grad()
 def lowbit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None,
     activations: str = "float",
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + b from packed codes, W = s c never unpacked as a whole; no gradient.
+    """y = x W^T + b from packed codes, W = s c not unpacked as a whole but for a gradient of x or scale.
 
     Sums in float32 of unrounded float32 products, then rounded once to the type of x: |y - exact| is at most
     cols 2^-24 sum |x| |w|, for bfloat16 and float16 plus half a unit in the last place of y.
     ``activations="int8"``: each row of x is rounded to s_x q, s_x = max |x| / 127, q an integer; the sums of q c are
     exact. That moves y by at most s_x / 2 sum |w|, usually by about 1 % of the root mean square of y (docs/packed.md).
-    A row of x that holds inf or NaN gives NaN.
+    A row of x that holds inf or NaN gives NaN. Its gradient is that of the float product, straight through.
+    Differentiable in x, scale and bias, and under torch.func (int8 in reverse mode only).
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument, for int8 also where the grid's
@@ -731,9 +773,10 @@ def lowbit_linear(
     check_activations(activations, grid)
     if activations == "int8" and cols * 127 * (len(grid.levels) - 1) >= 2**31:
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
-    flat = x.detach().reshape(math.prod(x.shape[:-1]), cols).contiguous()
-    y = runtime.operator("lowbit_linear_int8" if activations == "int8" else "lowbit_linear", flat)(
-        flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
-        None if bias is None else bias.detach().contiguous(),
+    flat = x.reshape(math.prod(x.shape[:-1]), cols).contiguous()
+    name = "lowbit_linear_int8" if activations == "int8" else "lowbit_linear"
+    y = autograd.packed_product(
+        name, runtime.operator(name, flat), flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
+        None if bias is None else bias.contiguous(),
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)

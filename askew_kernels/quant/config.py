@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import numbers
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from .grids import Grid, Uniform, grid_from_dict
-from .scales import GRANULARITIES, check_rule, num_rows
+from .grids import Grid, Uniform, as_flag, grid_from_dict
+from .scales import GRANULARITIES, borrows_coefficients, check_coefficients, check_rule, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
 
@@ -16,8 +18,9 @@ FORWARDS = ("hard", "relaxed")
 class QuantConfig:
     """How one layer's weight is quantized.
 
-    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``mse``). granularity: ``per_tensor``,
-    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
+    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
+    the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
+    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
     for the gradient; ``"relaxed"`` computes with the float weights in training and with s Q(w/s) in eval, as published.
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
@@ -27,7 +30,7 @@ class QuantConfig:
     """
 
     weight: Grid = Uniform(bits=4)  # noqa: RUF009 (frozen, so it can be shared)
-    scale: str = "sawb"
+    scale: str = None  # type: ignore[assignment]  # a rule's name as soon as the object is made
     granularity: str = "per_channel"
     group_size: int | None = None
     forward: str = "hard"
@@ -42,9 +45,21 @@ class QuantConfig:
             raise TypeError(f"activation: expected a grid such as Uniform(bits=8), or None, got {self.activation!r}")
         if self.forward not in FORWARDS:
             raise ValueError(f"forward: expected one of {', '.join(FORWARDS)}, got {self.forward!r}")
-        if self.sawb_coefficients is not None:
-            object.__setattr__(self, "sawb_coefficients", tuple(self.sawb_coefficients))
-        check_rule(self.scale, self.weight, self.sawb_coefficients)
+        if isinstance(self.group_size, numbers.Integral) and not isinstance(self.group_size, bool):
+            object.__setattr__(self, "group_size", int(self.group_size))  # NumPy's, too
+        object.__setattr__(self, "ste_clip", as_flag("ste_clip", self.ste_clip))
+        object.__setattr__(self, "sawb_coefficients", check_coefficients(self.sawb_coefficients))
+        if self.scale is None:
+            object.__setattr__(self, "scale", default_rule(self.weight, self.sawb_coefficients))
+        check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
+        if self.sawb_coefficients is not None and self.scale != "sawb":
+            raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
+        if borrows_coefficients(self.scale, self.weight, self.sawb_coefficients):
+            warnings.warn(
+                f"scale: sawb's coefficients are for evenly spaced levels, and {self.weight} need not be; leave scale "
+                f"out for {default_rule(self.weight)!r}, or give sawb_coefficients=(c1, c2)",
+                stacklevel=4,
+            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)

@@ -6,10 +6,12 @@ Adding a grid is one class here, with ``kind`` as the kernels know it.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,19 +55,34 @@ _tables: dict[tuple[tuple[float, ...], str], Tensor] = {}
 
 
 def _table(levels: tuple[float, ...], device: str) -> Tensor:
+    """Made once for each device, whatever mode the first caller is in; a mode of tensors of its own gets its own."""
     found = _tables.get((levels, device))
+    if torch.compiler.is_compiling():
+        return found if found is not None else torch.tensor(levels, dtype=torch.float32, device=device)
+    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode and the like: only what is made inside belongs to it
+        return torch.tensor(levels, dtype=torch.float32, device=device)
     if found is None:
-        found = _tables[(levels, device)] = torch.tensor(levels, dtype=torch.float32, device=device)
+        with torch.inference_mode(False), torch._C._DisableFuncTorch():
+            found = torch.tensor(levels, dtype=torch.float32, device=device)
+        _tables[(levels, device)] = found
     return found
 
 
-def _check_bits(bits: int) -> None:
-    if isinstance(bits, bool) or not isinstance(bits, int):
+def as_flag(name: str, value: Any) -> bool:
+    """TypeError unless it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return bool(value)
+
+
+def _check_bits(bits: Any) -> int:
+    if isinstance(bits, bool) or not isinstance(bits, numbers.Integral):
         raise TypeError(f"bits: expected an int in 2..8, got {bits!r}")
     if bits == 1:
         raise ValueError("bits: expected 2..8, got 1; one bit is Binary()")
-    if not 2 <= bits <= 8:
+    if not 2 <= int(bits) <= 8:
         raise ValueError(f"bits: expected 2..8, got {bits}")
+    return int(bits)
 
 
 @dataclass(frozen=True)
@@ -79,7 +96,7 @@ class Uniform(Grid):
     | ``inclusive=True`` | -2^(k-1) … 2^(k-1): 2^k + 1 levels, as the published ImageNet code; not packable in k bits |
     | ``signed=False`` | 0 … 2^k - 1 (activations) |
 
-    Raises ValueError for k outside 2…8 and for flags that exclude each other.
+    Raises ValueError for k outside 2…8 and for flags that exclude each other, TypeError for what is no int or no bool.
     """
 
     bits: int
@@ -89,7 +106,9 @@ class Uniform(Grid):
     kind: ClassVar[int] = UNIFORM
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
+        object.__setattr__(self, "bits", _check_bits(self.bits))
+        for name in ("signed", "narrow", "inclusive"):
+            object.__setattr__(self, name, as_flag(name, getattr(self, name)))
         if self.narrow + self.inclusive + (not self.signed) > 1:
             raise ValueError("Uniform: narrow=True, inclusive=True and signed=False exclude each other")
 
@@ -122,22 +141,38 @@ class Ternary(Grid):
 class Codebook(Grid):
     """Any 2…256 ascending finite levels, e.g. NF4 or powers of two; kept as float32.
 
-    Raises ValueError where they are too few, too many, not finite or not strictly ascending in float32.
+    Levels are in units of the scale, which fits them to the weights: the largest |level| is between 2^-20 and 2^20.
+    Raises ValueError where they are too few, too many, not finite, not strictly ascending in float32, or all of them
+    smaller or one of them larger than that; TypeError where they are not numbers.
     """
 
     levels: tuple[float, ...]
     kind: ClassVar[int] = CODEBOOK
 
     def __init__(self, levels: Iterable[float] | Tensor) -> None:
-        values = levels.detach().cpu().flatten().tolist() if isinstance(levels, Tensor) else list(levels)
+        if isinstance(levels, Tensor):
+            if levels.is_meta or type(levels) not in (Tensor, torch.nn.Parameter):
+                raise ValueError(f"levels: expected numbers, got a {type(levels).__name__} on {levels.device}")
+            levels = levels.detach().cpu().flatten().tolist()
+        try:
+            values = [float(v) for v in levels]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"levels: expected numbers, got {levels!r:.80} ({error})") from None
         if not 2 <= len(values) <= 256:
             raise ValueError(f"levels: expected 2 to 256 levels, got {len(values)}")
-        table = torch.tensor([float(v) for v in values], dtype=torch.float32)
-        if not bool(table.isfinite().all()):
+        with np.errstate(over="ignore"):
+            table = np.array(values, dtype=np.float32)  # not torch: numbers have no device, fake or meta
+        if not np.isfinite(table).all():
             raise ValueError("levels: expected finite float32 numbers, got inf or NaN")
-        if not bool((table[1:] > table[:-1]).all()):
+        if not (table[1:] > table[:-1]).all():
             raise ValueError(f"levels: expected strictly ascending float32 numbers, got {values}")
-        self._describe(tuple((table + 0.0).tolist()), bits=math.ceil(math.log2(len(values))))
+        top = float(np.abs(table).max())
+        if not 2.0**-20 <= top <= 2.0**20:
+            raise ValueError(
+                f"levels: expected the largest magnitude between 2^-20 and 2^20, got {top:g}; levels are in units of "
+                "the scale, so divide them all by it"
+            )
+        self._describe(tuple((table + np.float32(0)).tolist()), bits=math.ceil(math.log2(len(values))))
 
     def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
         return _table(self.levels, str(device))

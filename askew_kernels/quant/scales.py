@@ -1,11 +1,14 @@
 """Scale rules: from a weight's sums (or the weight itself) to one positive scale per row.
 
-Every rule is floored at 1e-12 max(1, max|w|) and never gives 0, NaN, inf or a negative number; a row of zeros, and a
-row that holds inf or NaN, gets scale 1.
+Every rule is floored at 1e-12 max(1, max|w|) and never gives 0, NaN, inf or a negative number. A row of zeros gets the
+median of the scales of its tensor's other rows, so that it starts among them as soon as it is not zero any more; a row
+that holds inf or NaN, and a tensor of zeros, get scale 1.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from .grids import Binary, Grid, Ternary
+from .grids import Binary, Codebook, Grid, Ternary, Uniform
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -25,7 +28,7 @@ _FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
 
 
 def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: int | None = None) -> int:
-    """How many scales a tensor of this shape has: 1, ``shape[0]`` or ``numel / group_size``.
+    """How many scales a tensor of this shape has: 1, ``shape[0]`` or ``numel / group_size``; a vector is one row.
 
     Groups are runs of ``group_size`` weights along the input dimensions of one output channel; ValueError where
     ``group_size`` does not divide them.
@@ -36,7 +39,7 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     if granularity != "per_group":
         if group_size is not None:
             raise ValueError(f"group_size: only with granularity='per_group', got {group_size} with {granularity!r}")
-        return 1 if granularity == "per_tensor" or not shape else shape[0]
+        return 1 if granularity == "per_tensor" or len(shape) < 2 else shape[0]
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int with granularity='per_group', got {group_size!r}")
     inputs = 1
@@ -65,42 +68,113 @@ def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, 
     return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, reference.SUM_ABS] / cols
 
 
+def _rms(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
+    scale = normal_scale(grid.levels) * xp.sqrt(sums[:, reference.SUM_SQUARES] / cols)
+    return xp.minimum(scale, _absmax(xp, sums, cols, grid, None))
+
+
+def normal_scale(levels: tuple[float, ...]) -> float:
+    """The scale for normally distributed weights of rms 1: of 77 clipping points the one with the least error."""
+    return _normal_scale(levels)
+
+
+normal_scale._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a number; not to be traced
+
+
+@functools.lru_cache(maxsize=256)
+def _normal_scale(levels: tuple[float, ...]) -> float:
+    table, z = np.array(levels), np.linspace(-5.0, 5.0, 501)
+    density, middles, top = np.exp(-z * z / 2), (table[1:] + table[:-1]) / 2, float(np.abs(table).max())
+
+    def error(scale: float) -> float:
+        return float((density * (z - scale * table[np.searchsorted(middles, z / scale)]) ** 2).sum())
+
+    return min((clip / 16 / top for clip in range(4, 81)), key=error)  # 1/4 to 5 standard deviations
+
+
 # Rules that need only the row sums, which the update pass leaves behind.
 SUM_RULES: dict[str, Callable[[Any, Any, Any, Grid, tuple[float, float] | None], Any]] = {
     "absmax": _absmax,
     "sawb": _sawb,
     "mean": _mean,
+    "rms": _rms,
 }
 RULES = (*SUM_RULES, "mse")
 
 
-def check_rule(rule: str, grid: Grid, sawb_coefficients: tuple[float, float] | None = None) -> None:
-    """Raises ValueError where the rule is unknown or has no meaning for the grid."""
+def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = None) -> str:
+    """The rule for a grid where none was asked for: the least error among those that cost no pass over the weight.
+
+    Binary and Ternary: mean. Uniform: sawb up to 4 bits, absmax above, where SAWB takes two large numbers from each
+    other. Codebooks: rms up to 12 levels, absmax above (for heavy tails). With coefficients it is sawb.
+    """
+    if sawb_coefficients is not None:
+        return "sawb"
+    if isinstance(grid, (Binary, Ternary)):
+        return "mean"
+    if isinstance(grid, Uniform):
+        return "sawb" if grid.bits <= 4 else "absmax"
+    return "rms" if len(grid.levels) <= 12 else "absmax"
+
+
+def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
+    """``sawb_coefficients`` as two finite floats, or None. Raises TypeError/ValueError."""
+    if coefficients is None:
+        return None
+    if isinstance(coefficients, str) or not isinstance(coefficients, Sequence | np.ndarray) or len(coefficients) != 2:
+        raise ValueError(f"sawb_coefficients: expected (c1, c2), got {coefficients!r}")
+    c1, c2 = (ops._number(f"sawb_coefficients[{i}]", c, -math.inf) for i, c in enumerate(coefficients))
+    return c1, c2
+
+
+def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | None = None, name: str = "rule") -> None:
+    """Raises TypeError/ValueError, naming the argument, where the rule is unknown or has no meaning for the grid."""
+    if not isinstance(rule, str):
+        raise TypeError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
     if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r}")
+    check_coefficients(sawb_coefficients)
     if rule == "sawb" and sawb_coefficients is None and grid.bits not in SAWB_COEFFICIENTS:
         raise ValueError(
-            f"rule: sawb has no coefficients for {grid.bits} bits (known: {', '.join(map(str, SAWB_COEFFICIENTS))}); "
-            "give sawb_coefficients=(c1, c2) or another rule"
+            f"{name}: sawb has no coefficients for {grid.bits} bits (known: {', '.join(map(str, SAWB_COEFFICIENTS))}); "
+            f"give sawb_coefficients=(c1, c2) or another rule, such as {default_rule(grid)}"
         )
-    if sawb_coefficients is not None and len(sawb_coefficients) != 2:
-        raise ValueError(f"sawb_coefficients: expected (c1, c2), got {sawb_coefficients!r}")
     if rule == "mean" and not isinstance(grid, (Binary, Ternary)):
-        raise ValueError(f"rule: mean is defined for Binary and Ternary, got {grid}")
+        raise ValueError(f"{name}: mean is defined for Binary and Ternary, got {grid}")
+
+
+def borrows_coefficients(rule: str, grid: Grid, sawb_coefficients: Any) -> bool:
+    """Whether ``sawb`` would take the coefficients of evenly spaced levels for levels that are not."""
+    return rule == "sawb" and sawb_coefficients is None and isinstance(grid, Codebook)
+
+
+class RowTable:
+    """Rows of several tensors, one after another: ``rows`` of each; ``places`` is where each stands in a table of
+    (tensors, most rows), on the device, int64. Made once, because every copy to a GPU waits for it."""
+
+    def __init__(self, rows: Sequence[int], device: torch.device | str) -> None:
+        self.rows, self.most = list(rows), max(rows, default=0)
+        places = [np.arange(n) + i * self.most for i, n in enumerate(self.rows)]
+        self.places = torch.from_numpy(np.concatenate(places) if places else np.empty(0, np.int64)).to(device)
 
 
 def scale_from_sums(
-    sums: Tensor, cols: int | Tensor, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None
-) -> Tensor:
+    sums: Tensor, cols: int | Tensor, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None,
+    table: RowTable | None = None,
+) -> Tensor:  # fmt: skip
     """Scales (rows,) float32 from row sums (rows, 3) as ``ops.row_sums`` and the update pass give them.
 
-    ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors.
+    ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors, which ``table`` tells
+    apart: a row of zeros looks at the other rows of its own tensor.
     """
-    if type(sums) is Tensor and sums.device.type == "cpu" and not torch.compiler.is_compiling():
+    if ops.concrete(sums):
         exact, per_row = sums.numpy().astype(np.float64), cols if isinstance(cols, int) else cols.numpy()
         with np.errstate(all="ignore"):
-            return torch.from_numpy(_scale(np, exact, per_row, grid, rule, sawb_coefficients).astype(np.float32))
-    return _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients).float()
+            scale, usable = _scale(np, exact, per_row, grid, rule, sawb_coefficients)
+            filled = _fill_numpy(scale.astype(np.float32), usable, exact[:, reference.MAX_ABS] == 0, table)
+        return torch.from_numpy(filled)
+    scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
+    return _fill(scale.float(), usable, sums[:, reference.MAX_ABS] == 0, table)
 
 
 def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
@@ -110,47 +184,77 @@ def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: t
     return _guarded(xp, scale, sums[:, reference.MAX_ABS])
 
 
-def _guarded(xp: Any, scale: Any, amax: Any) -> Any:
-    """Not below 1e-12 max(1, amax); 1 where the row is zero or not finite, or float32 cannot hold the scale."""
+def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
+    """Not below 1e-12 max(1, amax); 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
     scale = xp.maximum(scale, 1e-12 * xp.clip(amax, 1.0, None))
     usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
-    return xp.where(usable, scale, xp.ones_like(scale))
+    return xp.where(usable, scale, xp.ones_like(scale)), usable
+
+
+# Rows of zeros take the lower median of their tensor's usable scales: one of them, so the same bits everywhere.
+
+
+def _fill_numpy(scale: Any, usable: Any, zero: Any, table: RowTable | None) -> Any:
+    if zero.any():
+        start = 0
+        for n in [len(scale)] if table is None else table.rows:
+            part = slice(start, start + n)
+            start += n
+            known = np.sort(scale[part][usable[part]])
+            if len(known):
+                scale[part][zero[part]] = known[(len(known) - 1) // 2]
+    return scale
+
+
+def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -> Tensor:
+    known = torch.where(usable, scale, torch.full_like(scale, math.nan))
+    if table is None:
+        median = known.nanmedian(0).values.expand_as(known) if known.shape[0] else known
+    else:
+        each = known.new_full((len(table.rows), table.most), math.nan)
+        each.view(-1)[table.places] = known
+        median = each.nanmedian(1, keepdim=True).values.expand_as(each).reshape(-1)[table.places]
+    return torch.where(zero & ~median.isnan(), median, scale)
 
 
 def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
     """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
     matrix = w.reshape(rows, -1)
     amax = ops.row_sums(matrix, rows)[:, reference.MAX_ABS].double()
-    top = _guarded(torch, amax / grid.c_max, amax).float()
+    guarded, usable = _guarded(torch, amax / grid.c_max, amax)
+    top = guarded.float()
     best = torch.full((rows,), float("inf"), dtype=torch.float64, device=w.device)
     chosen = top.clone()
     for j in range(1, 101):
-        scale = _guarded(torch, top.double() * (j / 100), amax).float()
+        scale = _guarded(torch, top.double() * (j / 100), amax)[0].float()
         error = (matrix.float() - ops.fake_quantize(matrix.float(), scale, grid)).square_().sum(1, dtype=torch.float64)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return chosen
+    return _fill(chosen, usable, amax == 0, None)
 
 
 @torch.no_grad()
 def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
-    """(len(c_maxes), rows) float32: max|x| / c_max of each row of ``x``; 1 where that is 0, inf or NaN.
+    """(len(c_maxes), rows) float32: max|x| / c_max of each row of ``x``; 1 where that is 0.
+
+    NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either.
 
     Nothing waits for the device. ``rows``: tokens or images.
     """
     flat = x.detach().reshape(rows, x.numel() // rows if rows else 0)
     if flat.numel() == 0:
-        return torch.ones(len(c_maxes), rows, device=x.device)
+        return torch.ones(len(c_maxes), rows, dtype=torch.float32, device=x.device)
     tops = flat.abs().amax(1).float()
+    tops = torch.where(tops.isfinite(), tops, torch.full_like(tops, math.nan))
     scales = torch.stack([tops / c for c in c_maxes])
-    return torch.where((scales > 0) & scales.isfinite(), scales, torch.ones_like(scales))
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
 @torch.no_grad()
 def compute_scale(
     w: Tensor,
     grid: Grid,
-    rule: str = "sawb",
+    rule: str | None = None,
     granularity: str = "per_channel",
     group_size: int | None = None,
     sawb_coefficients: tuple[float, float] | None = None,
@@ -161,18 +265,22 @@ def compute_scale(
     ``absmax``   max|w| / c_max
     ``sawb``     (c1 rms(w) - c2 mean|w|) / c_max with (c1, c2) by bits or ``sawb_coefficients``; absmax where <= 0
     ``mean``     mean|w| (Binary), 1.5 mean|w| (Ternary)
+    ``rms``      k rms(w), k the best for normally distributed weights on this grid; absmax where that is smaller
     ``mse``      of 100 candidates the one that minimises the squared quantization error
+    None         ``default_rule(grid)``
     ===========  ====================================================================================================
 
-    ``granularity``: per_tensor, per_channel (dim 0) or per_group (``group_size`` weights along the inputs).
+    ``granularity``: per_tensor, per_channel (dim 0; a vector is one row) or per_group (``group_size`` weights along the
+    inputs). A row of zeros gets the median of the other rows' scales.
     Raises ValueError/TypeError for an unknown rule, granularity or a width without SAWB coefficients.
     """
     ops.check_float_tensor("w", w)
     ops.check_grid(grid)
+    rule = default_rule(grid, sawb_coefficients) if rule is None else rule
     check_rule(rule, grid, sawb_coefficients)
     rows = num_rows(w.shape, granularity, group_size)
     if w.numel() == 0:
-        return torch.ones(rows, device=w.device)
+        return torch.ones(rows, dtype=torch.float32, device=w.device)
     w = w.detach().contiguous()
     if rule == "mse":
         return _mse(w, grid, rows)
