@@ -10,6 +10,7 @@ nothing read here is ever executed). Never pickle. Names are those of the state_
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -494,7 +495,8 @@ class _Load:
                 module.set_extra_state(state)
         except Exception as error:
             for module, before in reversed(done):
-                module.set_extra_state(before)
+                with contextlib.suppress(Exception):
+                    module.set_extra_state(before)
             raise self.file._error(f"{now}: {type(error).__name__}: {error}") from error
         paths = self.names.paths
         replace_modules(self.names.model, {path: new for old, new in self.new.items() for path in paths[old]})

@@ -1,5 +1,5 @@
-"""Contract: ``atomic.replacing`` writes a file whole or leaves the old one, under the mode, the link and the name that a
-plain ``open(path, "wb")`` would have given it, and leaves no other file, whoever else writes at the same time."""
+"""Contract: ``atomic.replacing`` writes a file whole or leaves the old one, under the mode, the link and the name that
+a plain ``open(path, "wb")`` would have given it, and leaves no other file, whoever else writes at the same time."""
 
 from __future__ import annotations
 
