@@ -47,6 +47,10 @@ def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename == temporary:  # a name that nobody knows
+            error.filename = target
+        raise
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -34,6 +34,7 @@ def convert_file(
         w = tensors[key]
         if (
             leaf != "weight"
+            or not name
             or w.dim() not in (2, 4)
             or not w.is_floating_point()
             or not fnmatch.fnmatchcase(name, only)

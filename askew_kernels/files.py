@@ -95,7 +95,11 @@ class _Names:
                         homes.append((module, child))
         self.state: dict[str, Any] = {}
         self.held: dict[str, Tensor] = {}
-        for key, value in model.state_dict(keep_vars=True).items():
+        try:
+            state = model.state_dict(keep_vars=True)
+        except TypeError:  # a state_dict of the model's own
+            state = model.state_dict()
+        for key, value in state.items():
             key = _unwrapped(key)
             if key in self.state and self.state[key] is not value:
                 raise fail(f"{key}: the state_dict has it twice")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,13 @@ def _quantized_report(name: str, layer: Any) -> LayerReport:
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
+def inspect(model: nn.Module, batch: Any = None) -> Report:
     """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
 
     error = ||w - w^|| / ||w|| and outliers (share of w outside the hull) are of the float weights, so of layers that
-    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model; each quantized layer then
-    also gets ||y - y^|| / ||y||, of its output with float against quantized weights on the same input.
+    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model, or a tuple or a dict of
+    its arguments; each quantized layer then also gets ||y - y^|| / ||y||, of its output with float against quantized
+    weights on the same input (the last, where it is called several times).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -201,22 +203,27 @@ def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
     return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
 
 
-def _output_errors(model: nn.Module, batch: Tensor, layers: dict[str, Any]) -> dict[str, float]:
+def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def hook(name: str) -> Any:
-        def compare(layer: Any, inputs: tuple) -> None:
-            exact = layer.to_float()(*inputs).double()
+        def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            exact = layer.to_float()(x).double()
             norm = float(exact.norm())
-            got = layer._hard_forward(inputs[0], layer.quantized_weight(), None).double()
+            got = layer._hard_forward(x, layer.quantized_weight(), None).double()
             found[name] = float((got - exact).norm()) / norm if norm else 0.0
 
         return compare
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     modes = {m: m.training for m in model.modules()}
     try:
-        model.eval()(batch)
+        model.eval()
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*(batch if isinstance(batch, tuple) else (batch,)))
     finally:
         for m, mode in modes.items():
             m.training = mode

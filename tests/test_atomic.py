@@ -123,7 +123,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         write(tmp_path / "folder")
     with pytest.raises(OSError, match="not a regular file"):
         write(tmp_path / "pipe")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="nowhere/file"):  # its own name, not that of the temporary
         write(tmp_path / "nowhere" / "file")
     with pytest.raises(TypeError):
         write(3.0)

@@ -400,6 +400,24 @@ def test_hooks_that_copy_tensors_are_fine(path):
     assert bits_of(ak.load_packed(path, target)) == bits_of(model)
 
 
+class OwnStateDict(nn.Sequential):
+    def state_dict(self):
+        return {f"of.{k}": v.cpu() for k, v in super().state_dict().items()}
+
+
+def test_a_state_dict_of_the_model_s_own(path):
+    """Tensors that are no longer the model's, under names that are not: refused at save. A plain one is fine."""
+    with pytest.raises(PackedFileError, match="0: a state_dict hook hides or renames it"):
+        ak.save_packed(pack(OwnStateDict(*plain())), path)
+
+    class Plain(nn.Sequential):
+        def state_dict(self):
+            return super().state_dict()
+
+    ak.save_packed(model := pack(Plain(*plain())), path)
+    assert torch.equal(ak.load_packed(path, Plain(*plain(1)))(X), model(X))
+
+
 def test_a_model_that_is_itself_a_layer(path):
     with pytest.raises(PackedFileError, match="the model is itself a layer"):
         ak.save_packed(PackedLinear(4, 4), path)
@@ -805,6 +823,20 @@ def test_convert_takes_frozen_models_and_odd_paths(tmp_path, capsys):
     before = sorted(os.listdir(tmp_path))
     assert main(["convert", str(source), str(source), "--bits", "4"]) == 0  # onto itself
     assert bits_of(ak.load_packed(source, plain(1))) == bits_of(loaded) and sorted(os.listdir(tmp_path)) == before
+
+
+def test_inspect_takes_the_arguments_of_a_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, x, *, twice=False):
+            return self.mix(x) * (1 + twice)
+
+    model = ak.quantize_(Model(), ak.QuantConfig(Uniform(4), scale="absmax"))
+    errors = [ak.inspect(model, batch).layers[0].output_error for batch in (X, (X,), {"x": X, "twice": True})]
+    assert errors[0] == errors[1] == errors[2] > 0
 
 
 def test_inspect_counts_shared_weights_once():
