@@ -1,133 +1,453 @@
 """``make gpu-check``: everything that needs a GPU, in one command, offline, with the Python that runs it.
 
-    python benchmarks/gpu_check.py [--quick] [--skip-build] [--skip-tests]
+    python benchmarks/gpu_check.py [--budget 500] [--rehearse] [--only PART ...] [--skip PART ...] [--list]
 
-1. builds in place for this machine's GPU (no virtual environment, whatever torch >= 2.11 is there);
-2. runs ``pytest -m gpu tests``;
-3. runs the suites ``step``, ``fake_quant``, ``linear``, ``packed`` and ``train`` on the GPU, for the C++ and the
-   Triton kernels, beside torch.optim, eager, torch.compile and the libraries that are installed, with the device's
-   ceilings in the same turns;
-4. writes the rows (JSON, CSV), the plots, a Markdown page and the logs to ``benchmarks/results/<device>/``, and the
-   page, plots and logs to ``$OUT`` where that is set.
+The parts, in this order, whatever became of those before:
 
-Every part runs even where one before it failed; the exit code is 0 only if all went well, and 2 without a GPU.
-Under 10 minutes: each part has a time limit, and a suite that is stopped there keeps the rows it has finished.
+* ``build``: in place, for this machine's GPU alone (no virtual environment, whatever torch >= 2.11 is there);
+* ``smoke``: every operator and every use of the layers once against the reference, C++ and Triton (gpu_smoke.py);
+* ``tests``: ``pytest -m gpu``, over 8 processes where pytest-xdist is there;
+* ``step``, ``fake_quant``, ``packed``, ``linear``: rows of these suites for the C++ and the Triton kernels, beside
+  torch.optim, eager, torch.compile and the libraries that are installed, with the device's ceilings in the same turns;
+* ``train``: whole training steps, eager and as CUDA graphs, then the first row of the suite;
+* ``page``: all rows as JSON and CSV, plots and a Markdown page in ``benchmarks/results/<device>/``.
+
+``--budget``: seconds for all of it. A part gets the share of what is left that its own limit has in the limits of the
+parts still to come, so time that one leaves over goes to the later ones. At its limit a part is asked to end (a suite
+keeps the rows it has), then killed with all its processes. After each part all results so far are in ``$OUT`` (else
+``build/gpu_check``): ``gpu_check.tar.gz`` with logs, rows and plots, ``summary.txt`` and ``summary.json``.
+``--rehearse``: the same on the CPU with small tensors and few tests, without the build.
+
+The exit code is 0 if every part passed, 1 if not, 2 without a GPU or where the request makes no sense.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import json
 import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {
-    "build": 200,
-    "tests": 120,
-    "step": 95,
-    "fake_quant": 40,
-    "linear": 40,
-    "packed": 35,
-    "train": 50,
-    "page": 20,
-}  # seconds
-SUITES = ("step", "fake_quant", "linear", "packed", "train")
+MOST_LOG = 4_000_000  # bytes of a part's output that are kept
+MOST_SHOWN = 80  # lines of a part's output that are printed, beside its failures in the table
+GRACE = 6.0  # seconds in which a part that was asked to end may write what it has
+BAD = re.compile(r"^(FAILED|ERROR)\b|\b(WRONG|RAISED)\b|^askew_kernels: |^\S*Error: ")
 
 
-def run(name: str, command: list[str], folder: Path, environment: dict[str, str]) -> bool:
-    """Runs one part, its output on the screen and in ``folder/<name>.log``; whether it succeeded."""
-    print(f"\n== {name}: {' '.join(command)}", flush=True)
-    started = time.monotonic()
-    with open(folder / f"{name}.log", "wb") as log:
-        child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+@dataclass(frozen=True)
+class Part:
+    """``commands`` run one after the other, or all at once (``together``); ``shown`` says which of their lines are
+    printed."""
+
+    name: str
+    limit: float  # seconds of 500
+    commands: list[list[str]]
+    together: bool = False
+    shown: Callable[[str], object] = BAD.search
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Result:
+    part: str
+    state: str  # passed, failed, stopped (at its limit)
+    seconds: float
+    failures: list[str]
+    last: list[str]
+
+
+# ---- running a part --------------------------------------------------------------------------------------------------
+
+
+def allowance(limits: Sequence[float], left: float) -> float:
+    """Seconds for the first of the parts with these limits, of which ``left`` remain for all."""
+    return max(0.0, left) * limits[0] / sum(limits)
+
+
+class Child:
+    """A process group whose output is read line by line, into the log and to ``take``."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], take: Callable[[str], None]) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.reader = threading.Thread(target=self._read, args=(take,), daemon=True)
+        self.reader.start()
+
+    def _read(self, take: Callable[[str], None]) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            take(line.rstrip("\n"))
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+    def wait(self, deadline: float) -> bool:
+        """Whether it ended before ``deadline``."""
         try:
-            output, _ = child.communicate(timeout=LIMITS[name])
-            ended = f"exit code {child.returncode}"
+            self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.terminate()  # bench writes what it has
-            try:
-                output, _ = child.communicate(timeout=5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                output, _ = child.communicate()
-            ended = f"stopped after {LIMITS[name]} s"
-        log.write(output)
-    print(output.decode(errors="replace")[-12000:])
-    good = child.returncode == 0
-    print(f"== {name}: {'passed' if good else 'FAILED'} ({ended}, {time.monotonic() - started:.0f} s)", flush=True)
-    return good
+            return False
+        return True
+
+    def end(self, deadline: float) -> None:
+        """Asks it to end, and kills what is left of its group at ``deadline``."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+            self.wait(deadline)
+        self.signal(signal.SIGKILL)  # also what it started and left behind
+        self.process.wait()
+        self.reader.join(2)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small tensors: does it run, not how fast")
-    parser.add_argument("--skip-build", action="store_true")
-    parser.add_argument("--skip-tests", action="store_true")
-    arguments = parser.parse_args()
+def run_part(part: Part, seconds: float, folder: Path) -> Result:
+    """Runs the commands within ``seconds``; the output goes to ``folder/<part>.log`` as it comes."""
+    began = time.monotonic()
+    grace = min(GRACE, seconds / 4)
+    soft, hard = began + seconds - grace, began + seconds
+    failures: list[str] = []
+    last: list[str] = []
+    printed = 0
+    lock = threading.Lock()
+    children: list[Child] = []
+    codes: list[int | None] = []
+    stopped = False
+    with open(folder / f"{part.name}.log", "w", errors="replace") as log:
 
+        def take(line: str) -> None:
+            nonlocal printed
+            with lock, contextlib.suppress(ValueError):  # the log is closed: a process that outlived its part
+                if log.tell() < MOST_LOG:
+                    print(line, file=log, flush=True)
+                if BAD.search(line):
+                    failures.append(line[:300])
+                if line.strip():
+                    last[:] = [*last[-4:], line[:300]]
+                if part.shown(line) and printed < MOST_SHOWN:
+                    printed += 1
+                    print(f"  {line[:160]}", flush=True)
+
+        groups = [part.commands] if part.together else [[c] for c in part.commands]
+        try:
+            for group in groups:
+                if time.monotonic() >= soft:
+                    stopped = True
+                    break
+                for command in group:
+                    print(f"$ {' '.join(command)}", file=log, flush=True)
+                started = []
+                for command in group:
+                    started.append(Child(command, {**os.environ, **part.environment}, take))
+                    children.append(started[-1])
+                stopped = not all([child.wait(soft) for child in started]) or stopped
+                if stopped:
+                    for child in started:
+                        child.signal(signal.SIGTERM)
+                for child in started:
+                    child.end(hard)
+                codes += [child.process.returncode for child in started]
+        finally:
+            for child in children:
+                if child.process.poll() is None:
+                    child.end(time.monotonic() + 1)
+    state = "stopped" if stopped else "failed" if any(codes) else "passed"
+    return Result(part.name, state, round(time.monotonic() - began, 1), failures, last)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+def summary(results: Sequence[Result], title: str, most: int = 8) -> str:
+    """A table of the parts, below the first failures of each."""
+    lines = []
+    for r in results:
+        lines += [f"{r.part}: {line}" for line in r.failures[:most]]
+        if len(r.failures) > most:
+            lines.append(f"{r.part}: and {len(r.failures) - most} more, see {r.part}.log")
+        if r.state != "passed" and not r.failures:
+            lines += [f"{r.part}: {line}" for line in r.last]
+    lines += [
+        "",
+        title,
+        *(f"  {r.part:<12}{r.state:<9}{r.seconds:6.1f} s  {len(r.failures)} failures" for r in results),
+    ]
+    return "\n".join(line[:180] for line in lines) + "\n"
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """The file is there whole or as it was before."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def archive(results: Sequence[Result], title: str, out: Path, folders: dict[str, Path]) -> None:
+    """Everything so far in three files: what comes back from a lent machine is limited in number."""
+    text = summary(results, title)
+    data = {"title": title, "parts": [asdict(r) for r in results]}
+
+    def pack(path: Path) -> None:
+        with tarfile.open(path, "w:gz") as tar:
+            for name, folder in folders.items():
+                for file in sorted(folder.glob("*")):
+                    if file.is_file() and not file.name.startswith(("gpu_check.tar", "summary.")):
+                        tar.add(file, f"{name}/{file.name}")
+
+    write_whole(out / "summary.txt", lambda path: path.write_text(text))
+    write_whole(out / "summary.json", lambda path: path.write_text(json.dumps(data, indent=1) + "\n"))
+    write_whole(out / "gpu_check.tar.gz", pack)
+
+
+def run_parts(parts: Sequence[Part], budget: float, title: str, out: Path, folders: dict[str, Path]) -> list[Result]:
+    """Runs the parts in turn, never longer than ``budget`` altogether, and archives after each."""
+    deadline = time.monotonic() + budget
+    results: list[Result] = []
+    for i, part in enumerate(parts):
+        seconds = allowance([p.limit for p in parts[i:]], deadline - time.monotonic() - 1)  # 1: the archives
+        print(f"\n== {part.name} (at most {seconds:.0f} s)", flush=True)
+        results.append(run_part(part, seconds, folders["logs"]))
+        print(f"== {part.name}: {results[-1].state} ({results[-1].seconds:.0f} s)", flush=True)
+        archive(results, title, out, folders)
+    return results
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+SUITES = ("step", "fake_quant", "packed", "linear", "train")
+LIMITS = {"build": 120, "smoke": 30, "tests": 150, "step": 52, "fake_quant": 28, "packed": 35, "linear": 25,
+          "train": 40, "page": 20}  # fmt: skip
+REHEARSED = {
+    "tests": "test_device.py",
+    "step": "AdamW step",
+    "fake_quant": "per tensor",
+    "packed": "batch 16",
+    "linear": "after a step",
+}  # all that a rehearsal takes of a part
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--tb=short", "--no-summary", "-p", "gpu_check", "-p",
+          "no:cacheprovider", "--continue-on-collection-errors"]  # fmt: skip
+
+
+def installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def test_command(rehearse: bool) -> list[str]:
+    """Only the files that have such tests are collected: others may want what is not installed."""
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    tests = [p for p in tests if (p.name == REHEARSED["tests"] if rehearse else "mark.gpu" in p.read_text())]
+    command = [*PYTEST, *(str(p.relative_to(ROOT)) for p in tests)]
+    if rehearse:
+        return [*command, "-k", "cpu and (packed_weights or mixture)"]
+    return [*command, "-m", "gpu", *(["-n", "8"] if installed("xdist") else [])]
+
+
+def make_parts(rehearse: bool, work: Path, results: Path, arch: str) -> dict[str, Part]:
+    python, device = sys.executable, "cpu" if rehearse else "cuda"
+    plain = [python, "-m", "askew_kernels", "bench", "--plain"]
+    smoke = [python, "-W", "ignore", "benchmarks/gpu_smoke.py"]
+    on = ["--device", device, *(["--small"] if rehearse else [])]
+    environment = {
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
+        ),
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "140",
+    }
+    building = {**environment, **({"TORCH_CUDA_ARCH_LIST": arch} if arch else {})}
+    serves = "from askew_kernels import runtime as r; w = r.choose_backend('cuda'); print(w); assert w[0] == 'cpp', w"
+
+    def rows(suite: str, *more: str) -> list[str]:
+        command = [*plain, "--device", device, "--suite", suite, "--json", str(work / f"{suite}.json"), *more]
+        if rehearse:
+            command += ["--quick", *(["--op", REHEARSED[suite]] if suite in REHEARSED else [])]
+        return command
+
+    made = [
+        Part("build", LIMITS["build"], [
+            [python, "setup.py", "build_ext", "--inplace"], [python, "-m", "askew_kernels", "info"],
+            *([] if rehearse else [[python, "-c", serves]]),
+        ], environment=building),
+        Part("smoke", LIMITS["smoke"], [
+            [*smoke, "cpp", *on],
+            # Triton's interpreter is an environment variable, but only of the process that has no GPU
+            [*(["env", "TRITON_INTERPRET=1"] if rehearse else []), *smoke, "triton", *on],
+        ], together=True, shown=lambda line: " ..." in line or BAD.search(line), environment=environment),
+        Part("tests", LIMITS["tests"], [test_command(rehearse)],
+             shown=lambda line: BAD.search(line) or re.match(r"\d+ (passed|failed)", line),
+             environment={**environment, **({} if rehearse else {"OMP_NUM_THREADS": "2"})}),  # of 16 cores, 8 times
+        *(Part(suite, LIMITS[suite], [rows(suite)], environment=environment) for suite in SUITES[:-1]),
+        Part("train", LIMITS["train"], [
+            [*smoke, "graphs", *on, "--json", str(work / "graphs.json")], rows("train", "--op", "training step, MLP"),
+        ], shown=lambda line: "graphs " in line or BAD.search(line), environment=environment),
+        Part("page", LIMITS["page"], [
+            [python, str(Path(__file__)), "--page", str(work), str(results)],
+        ], environment=environment),
+    ]  # fmt: skip
+    return {part.name: part for part in made}
+
+
+def write_page(work: Path, results: Path) -> int:
+    """What ``page`` runs once the rows are there: rows.json holds those of all suites."""
+    found = [str(work / f"{suite}.json") for suite in SUITES if (work / f"{suite}.json").is_file()]
+    if not found:
+        print("page: no suite left any rows")
+        return 0
+    command = [sys.executable, "-m", "askew_kernels", "bench", "--plain", "--from", *found]
+    command += ["--json", str(results / "rows.json"), "--csv", str(results / "rows.csv")]
+    command += ["--page", str(results / "README.md"), *(["--plot", str(results)] if installed("matplotlib") else [])]
+    code = subprocess.run(command, check=False).returncode
+    # rows that failed are their suite's failures, not the page's
+    return 0 if (results / "README.md").is_file() and code in (0, 1) else code or 1
+
+
+# ---- a plugin of pytest ----------------------------------------------------------------------------------------------
+# Failures are printed as they happen, so that a part that is stopped has them. A process whose GPU has become unusable
+# (an illegal address) ends before its next test, which xdist reports and gives the rest to a new process.
+
+_config: Any = None
+_unusable = False
+
+
+def pytest_configure(config: Any) -> None:
+    global _config
+    _config = config
+
+
+def pytest_runtest_protocol() -> None:
+    if _unusable and hasattr(_config, "workerinput"):
+        os._exit(1)
+
+
+def pytest_runtest_logreport(report: Any) -> None:
+    global _unusable
+    if not report.failed:
+        return
+    if hasattr(_config, "workerinput"):
+        _unusable = "CUDA error" in report.longreprtext
+    else:
+        _say(report)
+
+
+def pytest_collectreport(report: Any) -> None:
+    if report.failed and not hasattr(_config, "workerinput"):
+        _say(report)
+
+
+def _say(report: Any) -> None:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = crash.message.strip().splitlines()[:1] if crash else report.longreprtext.strip().splitlines()[-1:]
+    writer = _config.pluginmanager.get_plugin("terminalreporter")
+    writer.write_line("")
+    writer.write_line(f"FAILED {report.nodeid}: {''.join(text)}"[:300])
+    writer.write_line(report.longreprtext)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def chosen(known: Sequence[str], only: Sequence[str], skip: Sequence[str], rehearse: bool) -> list[str]:
+    """Names of the parts to run, in their order. Raises ValueError for one that is not known, or where none is left."""
+    for name in [*only, *skip]:
+        if name not in known:
+            raise ValueError(f"expected the parts {', '.join(known)}, got {name!r}")
+    wanted = only or [name for name in known if not (rehearse and name == "build")]
+    names = [name for name in known if name in wanted and name not in skip]
+    if not names:
+        raise ValueError("no part is left to run")
+    return names
+
+
+def find_gpu() -> tuple[str, str, str]:
+    """(name, capability such as "9.0", versions). Raises RuntimeError saying why there is none."""
     try:
         import torch
     except ImportError:
-        print(f"gpu-check: {sys.executable} has no torch; run it with a Python that has torch >= 2.11", file=sys.stderr)
-        return 2
+        raise RuntimeError(f"{sys.executable} has no torch; run it with a Python that has torch >= 2.11") from None
     if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        print(f"gpu-check: no GPU: {why} (torch {torch.__version__})", file=sys.stderr)
-        return 2
-    version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
-    if version < (2, 11):
-        print(f"gpu-check: needs torch >= 2.11, found {torch.__version__}", file=sys.stderr)
-        return 2
-
-    name = torch.cuda.get_device_name()
+        raise RuntimeError(f"no GPU: {why} (torch {torch.__version__})")
+    if tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2]) < (2, 11):
+        raise RuntimeError(f"needs torch >= 2.11, found {torch.__version__}")
     major, minor = torch.cuda.get_device_capability()
-    folder = ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-").lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"gpu-check: {name}, sm_{major}{minor}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+    versions = f"torch {torch.__version__}, Python {sys.version.split()[0]}"
+    return torch.cuda.get_device_name(), f"{major}.{minor}", versions
 
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    environment["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
-    environment["COLUMNS"] = "140"
-    python = sys.executable
-    passed: dict[str, bool] = {}
-    if not arguments.skip_build:
-        passed["build"] = run("build", [python, "setup.py", "build_ext", "--inplace"], folder, environment)
-        subprocess.run([python, "-m", "askew_kernels", "info"], cwd=ROOT, env=environment, check=False)
-    if not arguments.skip_tests:
-        if importlib.util.find_spec("pytest") is None:
-            print("\n== tests: FAILED (pytest is not installed)")
-            passed["tests"] = False
-        else:
-            command = [python, "-m", "pytest", "-q", "-m", "gpu", "tests"]
-            passed["tests"] = run("tests", command, folder, environment)
-    bench = [python, "-m", "askew_kernels", "bench", *([] if importlib.util.find_spec("rich") else ["--plain"])]
-    for suite in SUITES:
-        command = [*bench, "--device", "cuda", "--suite", suite, "--json", str(folder / f"{suite}.json")]
-        passed[suite] = run(suite, command + (["--quick"] if arguments.quick else []), folder, environment)
-    rows = [str(folder / f"{suite}.json") for suite in SUITES if (folder / f"{suite}.json").is_file()]
-    if rows:
-        command = [*bench[:4], "--plain", "--from", *rows, "--json", str(folder / "rows.json")]
-        command += ["--csv", str(folder / "rows.csv"), "--page", str(folder / "README.md")]
-        if importlib.util.find_spec("matplotlib") is not None:
-            command += ["--plot", str(folder)]
-        passed["page"] = run("page", command, folder, environment)
-        for path in rows:  # rows.json holds them all
-            Path(path).unlink()
 
-    if out := os.environ.get("OUT"):  # few files: what comes back from a lent machine is limited in number
-        for path in [folder / "rows.json", folder / "README.md", *folder.glob("*.png"), *folder.glob("*.log")]:
-            if path.is_file():
-                shutil.copy(path, out)
-    print(f"\ngpu-check on {name}: " + ", ".join(f"{k} {'passed' if v else 'FAILED'}" for k, v in passed.items()))
-    print(f"rows and plots: {folder}")
-    return 0 if all(passed.values()) else 1
+@contextlib.contextmanager
+def sigterm_ends() -> Iterator[None]:
+    """SIGTERM raises, so that the part that runs is ended too."""
+
+    def stop(number: int, frame: Any) -> None:
+        sys.exit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--budget", type=float, default=500.0, metavar="SECONDS", help="for everything (default 500)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, small, without the build")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="not these parts")
+    parser.add_argument("--list", action="store_true", help="name the parts with their limits, run nothing")
+    parser.add_argument("--page", nargs=2, type=Path, metavar=("ROWS", "DIR"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.page:
+        return write_page(*arguments.page)
+    try:
+        names = chosen(list(LIMITS), arguments.only, arguments.skip, arguments.rehearse)
+        if not arguments.budget > 0:
+            raise ValueError(f"--budget: expected seconds > 0, got {arguments.budget:g}")
+        if arguments.list:
+            print("\n".join(f"{name:<12}{LIMITS[name]:4} s" for name in names))
+            return 0
+        device, arch, versions = ("rehearsal", "", "CPU") if arguments.rehearse else find_gpu()
+    except (ValueError, RuntimeError) as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
+
+    title = f"gpu-check on {device}{' sm_' + arch.replace('.', '') if arch else ''}, {versions}"
+    print(title, flush=True)
+    given = os.environ.get("OUT")
+    if arguments.rehearse:  # leaves nothing in the tree
+        out = Path(given or tempfile.mkdtemp(prefix="gpu-check-"))
+        work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        results = work / "results"
+    else:
+        work = ROOT / "build" / "gpu_check"
+        out = Path(given or work)
+        results = ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip("-").lower()
+    for folder in (work, out, results):
+        folder.mkdir(parents=True, exist_ok=True)
+    known = make_parts(arguments.rehearse, work, results, arch)
+    budget = arguments.budget - (time.monotonic() - started)
+    with sigterm_ends():
+        done = run_parts([known[n] for n in names], budget, title, out, {"logs": work, "results": results})
+    print(f"\n{summary(done, title)}\nlogs and rows: {out}/gpu_check.tar.gz, {time.monotonic() - started:.0f} s in all")
+    return 0 if all(r.state == "passed" for r in done) else 1
 
 
 if __name__ == "__main__":

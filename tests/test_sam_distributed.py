@@ -4,10 +4,13 @@
 2. ``perturbation="local"``: each rank's own perturbation, no communication in the first half, equal weights after it.
 3. FSDP2 (DTensor shards): norms are added over the ranks; two sharded processes equal one whole one.
 4. An adaptive radius is the same on every rank though their losses differ.
+5. Gradients in DDP's own buckets, and a ZeroRedundancyOptimizer as base, change nothing; one around SAM is refused.
+6. Checkpoints of torch.distributed.checkpoint go on bit for bit; copies average the gap over the same process group.
 """
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import socket
@@ -30,12 +33,23 @@ STEPS, RANKS = 4, 2
 X = torch.randn(STEPS, 8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randint(0, 3, (STEPS, 8), generator=torch.Generator().manual_seed(2))
 KINDS = {
-    "SAM": lambda p, **o: SAM(torch.optim.SGD(p, lr=0.1, momentum=0.9), rho=0.3, telemetry_every=1, **o),
-    "ASAM": lambda p, **o: ASAM(torch.optim.AdamW(p, lr=0.01), rho=0.5, telemetry_every=1, **o),
-    "AlignedSAM": lambda p, **o: AlignedSAM(
-        torch.optim.SGD(p, lr=0.1), rho=0.1, align=0.01, rho_max=0.4, rho_min=0.05, telemetry_every=1, **o
+    "SAM": lambda p, zero=False, **o: SAM(
+        base(zero, torch.optim.SGD, p, lr=0.1, momentum=0.9), rho=0.3, telemetry_every=1, **o
+    ),
+    "ASAM": lambda p, zero=False, **o: ASAM(base(zero, torch.optim.AdamW, p, lr=0.01), rho=0.5, telemetry_every=1, **o),
+    "AlignedSAM": lambda p, zero=False, **o: AlignedSAM(
+        base(zero, torch.optim.SGD, p, lr=0.1), rho=0.1, align=0.01, rho_max=0.4, rho_min=0.05, telemetry_every=1, **o
     ),
 }
+JOBS = ["ddp", "buckets", "zero", "fsdp"]
+
+
+def base(zero, cls, params, **options):
+    if not zero:
+        return cls(params, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(params, cls, **options)
 
 
 def network():
@@ -75,7 +89,53 @@ def ddp(kind):
     return train(model, KINDS[kind](model.parameters(), model=model), mine())
 
 
-def fsdp(kind):
+def buckets(kind):
+    """Every bucket of one gradient, and all gradients in one bucket: both are overwritten by the second backward."""
+    answers = []
+    for megabytes in (1e-6, 25):
+        model = nn.parallel.DistributedDataParallel(network(), gradient_as_bucket_view=True, bucket_cap_mb=megabytes)
+        answers.append(train(model, KINDS[kind](model.parameters(), model=model), mine()))
+    close(answers[0][0], answers[1][0])
+    assert answers[0][1] == pytest.approx(answers[1][1], abs=1e-6)
+    return answers[0]
+
+
+def zero(kind):
+    model = nn.parallel.DistributedDataParallel(network())
+    with pytest.raises(TypeError, match="optimizer_class.*ZeroRedundancyOptimizer"):
+        base(True, type(KINDS[kind](model.parameters())), model.parameters(), base_optimizer=torch.optim.SGD, lr=0.1)
+    return train(model, KINDS[kind](model.parameters(), zero=True, model=model), mine())
+
+
+def copied():
+    """Two trainings apart, one in each process: the copy of each equals its original, though their losses differ."""
+    groups = [dist.new_group([rank]) for rank in range(RANKS)]
+    model = network()
+    optimizer = KINDS["AlignedSAM"](model.parameters(), process_group=groups[dist.get_rank()])
+    again, other = copy.deepcopy((model, optimizer))
+    for i in range(STEPS):
+        for used, made in ((model, optimizer), (again, other)):
+            made.step(closure_of(used, (1 + dist.get_rank()) * X[i], Y[i]))
+    return weights(model), weights(again)
+
+
+def resumed(kind):
+    """A sharded run, and the one that goes on from its checkpoint halfway."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    model, optimizer = sharded(kind)
+    again, other = sharded(kind)
+    for i in range(STEPS):
+        optimizer.step(closure_of(model, X[i][mine()], Y[i][mine()]))
+        if i == 1:
+            saved = copy.deepcopy(dcp.get_state_dict(model, optimizer))
+    dcp.set_state_dict(again, other, model_state_dict=saved[0], optim_state_dict=saved[1])
+    for i in range(2, STEPS):
+        other.step(closure_of(again, X[i][mine()], Y[i][mine()]))
+    return weights(model), weights(again), other.telemetry()["step"]
+
+
+def sharded(kind):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -83,7 +143,11 @@ def fsdp(kind):
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in (model[0], model[2], model):
         fully_shard(layer, mesh=mesh)
-    optimizer = KINDS[kind](model.parameters(), model=model)
+    return model, KINDS[kind](model.parameters(), model=model)
+
+
+def fsdp(kind):
+    model, optimizer = sharded(kind)
     before = weights(model)
     model(X[0][mine()]).sum().backward()
     optimizer.first_step(zero_grad=True, loss=1.0)
@@ -126,7 +190,8 @@ def worker(rank, port, queue):
         torch.set_num_threads(1)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-        answers = {"ddp": {k: ddp(k) for k in KINDS}, "fsdp": {k: fsdp(k) for k in KINDS}, "local": local("SAM")}
+        answers = {job: {kind: globals()[job](kind) for kind in KINDS} for job in (*JOBS, "resumed")}
+        answers.update(local=local("SAM"), copied=copied())
         file = io.BytesIO()
         torch.save(answers, file)  # as bytes: a tensor's memory would go with this process
         queue.put((rank, file.getvalue(), ""))
@@ -163,15 +228,28 @@ def close(a, b):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("job", ["ddp", "fsdp"])
+@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_one(answers, job, kind):
     expected, cosines = train(model := network(), KINDS[kind](model.parameters(), model=model), slice(None))
     for answer in answers:
         close(answer[job][kind][0], expected)
         assert answer[job][kind][1] == pytest.approx(cosines, abs=1e-4)
-    if job == "ddp":
+    if job != "fsdp":
         assert all(map(torch.equal, answers[0][job][kind][0], answers[1][job][kind][0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_checkpoints_go_on_alike(answers, kind):
+    for whole, again, steps in (answer["resumed"][kind] for answer in answers):
+        assert all(map(torch.equal, whole, again)) and steps == STEPS
+
+
+def test_copies_keep_their_process_group(answers):
+    (one, _), (other, _) = (answer["copied"] for answer in answers)
+    assert not any(map(torch.equal, one, other))
+    for whole, again in (answer["copied"] for answer in answers):
+        assert all(map(torch.equal, whole, again))
 
 
 def test_local_perturbation(answers):

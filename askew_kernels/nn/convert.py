@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,13 @@ from torch import nn
 from ..quant import QuantConfig
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer
 from .policy import Policy
+from .replace import check_replaceable, replace_modules
 
 LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
+TWINS: dict[type[nn.Module], type] = LAYERS | {twin: twin for twin in LAYERS.values()}
+NAMES_TOLD = 4  # of each type, in the line that says what stays float
+
+logger = logging.getLogger("askew_kernels")
 
 
 def quantize_(
@@ -27,7 +33,13 @@ def quantize_(
     and ``?`` and the first that matches counts (None, or no match: left alone), or a ``Policy``, which must fit the
     model by name or by role. filter_fn(module, fqn): whether to
     replace this one, e.g. to leave the first and the last layer alone. Parameters stay the same objects under the
-    same names. Raises TypeError/ValueError before anything is replaced; a pattern that matches no layer is an error.
+    same names; hooks, flags and attributes of a replaced layer go on. A layer that is quantized already is quantized
+    anew where its configuration differs.
+
+    What has a weight of two and more dimensions and no quantized form (embeddings, nn.MultiheadAttention, Conv1D of
+    transformers, experts in one parameter) stays float: one line of the logger ``askew_kernels`` says so, and
+    ``left_float(model)`` lists it. Raises TypeError/ValueError before anything is replaced: for a pattern that matches
+    no layer, and, naming the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -40,44 +52,128 @@ def quantize_(
         if value is not None and not isinstance(value, QuantConfig):
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     used: set[str] = set()
-    found: list[tuple[str, QuantConfig]] = []
+    found: list[tuple[str, nn.Module, QuantConfig]] = []
+    chosen_not: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) not in LAYERS or (filter_fn is not None and not filter_fn(module, name)):
+        twin = _twin(module)
+        if twin is None:
+            continue
+        if filter_fn is not None and not filter_fn(module, name):
+            chosen_not.add(name)
             continue
         if by_name is not None:  # exact, whatever characters a name has
             match = name if name in by_name else None
         else:
             match = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
-        if match is None:
-            continue
-        used.add(match)
-        if (chosen := patterns[match]) is not None:
-            found.append((name, chosen))
+        if match is not None:
+            used.add(match)
+        chosen = None if match is None else patterns[match]
+        if chosen is None:
+            chosen_not.add(name)
+        elif not (isinstance(module, QuantizedLayer) and module.config == chosen):
+            found.append((name, module, chosen))
     if isinstance(config, Mapping) and by_name is None and (unused := [p for p in patterns if p not in used]):
         raise ValueError(f"config: no nn.Linear or nn.Conv2d matches {', '.join(map(repr, unused))}")
-    replaced: dict[int, nn.Module] = {}
-    swaps = []
-    for name, chosen in found:
-        module = model.get_submodule(name)
-        if id(module) not in replaced:
-            replaced[id(module)] = LAYERS[type(module)].from_float(module, chosen)  # type: ignore[attr-defined]
-        swaps.append((name, replaced[id(module)]))
-    if swaps and swaps[0][0] == "":
+    if found and found[0][0] == "":
         raise ValueError("model: is itself a layer; use AskewLinear.from_float or AskewConv2d.from_float")
-    for name, new in swaps:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new)
+    made: dict[int, nn.Module] = {}
+    for name, module, _ in found:
+        check_replaceable(name, module)
+    for name, module, chosen in found:
+        if id(module) not in made:
+            try:
+                made[id(module)] = _twin(module).from_float(module, chosen)  # type: ignore[union-attr]
+            except (TypeError, ValueError) as error:
+                for done in made.values():
+                    done.quantizer.untie(done.weight)
+                raise type(error)(f"{name}: {error}") from None
+    replace_modules(model, {name: made[id(module)] for name, module, _ in found})
+    _decline_fast_paths(model)
+    _tell(model, chosen_not)
     return model
+
+
+def _twin(module: nn.Module) -> Any:
+    """The class that quantizes this module, None where there is none; a parametrized layer counts as what it was."""
+    kind: Any = type(module)
+    if "parametrizations" in module._modules:
+        kind = kind.__bases__[0]
+    return TWINS.get(kind)
+
+
+def left_float(model: nn.Module) -> dict[str, str]:
+    """{parameter: why} of the weights of two and more dimensions that no quantized or packed layer of ``model`` holds.
+
+    Biases, norms and other vectors are float by design and not listed.
+    """
+    held = {id(p) for m in quantized_layers(model).values() for p in m._parameters.values()}
+    return {
+        f"{name}.{key}" if name else key: _why_float(module)
+        for name, module in model.named_modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.dim() >= 2 and id(p) not in held
+    }
+
+
+def _why_float(module: nn.Module) -> str:
+    kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    if type(module) in LAYERS:
+        return f"{kind}, left alone"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return f"{kind}, whose weight nn.MultiheadAttention reads past its forward"
+    if isinstance(module, tuple(LAYERS)):
+        return f"{kind}, a subclass of {'nn.Linear' if isinstance(module, nn.Linear) else 'nn.Conv2d'}"
+    return f"{kind}, which has no quantized form"
+
+
+def _tell(model: nn.Module, chosen_not: set[str]) -> None:
+    """One line for what the caller did not choose to leave float."""
+    by_kind: dict[str, list[str]] = {}
+    for name, why in left_float(model).items():
+        if name.rpartition(".")[0] not in chosen_not:
+            by_kind.setdefault(why.partition(",")[0], []).append(name)
+    if by_kind:
+        kinds = [
+            f"{len(names)} of {kind} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
+            for kind, names in by_kind.items()
+        ]
+        logger.warning("quantize_: these weights stay float: %s; ak.nn.left_float(model) says why", "; ".join(kinds))
+    elif not quantized_layers(model) and not chosen_not:
+        logger.warning("quantize_: the model has no nn.Linear or nn.Conv2d, nothing was quantized")
+
+
+# torch's encoder layers look past their linear layers at the weights when they are evaluated, and compute with these.
+# What they look at first to find out whether they may:
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def _decline_fast_paths(model: nn.Module) -> None:
+    """Turns torch's fast paths off where quantized layers are inside, and on again where none is any more."""
+    for module in model.modules():
+        for kind, (name, off) in _FAST_PATHS.items():
+            if not isinstance(module, kind) or not hasattr(module, name):
+                continue
+            if any(isinstance(m, QuantizedLayer) for m in module.modules()):
+                if not hasattr(module, "_askew_fast_path"):
+                    module._askew_fast_path = getattr(module, name)  # type: ignore[assignment]
+                setattr(module, name, off)
+            elif hasattr(module, "_askew_fast_path"):
+                setattr(module, name, module._askew_fast_path)
+                del module._askew_fast_path
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """The inverse of ``quantize_``: float layers with the same Parameter objects (the latent weights), in place."""
     made: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
+    new = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (AskewLinear, AskewConv2d)) and name:
-            parent, _, child = name.rpartition(".")
-            new = made.setdefault(id(module), module.to_float())
-            setattr(model.get_submodule(parent), child, new)
+            new[name] = made.setdefault(id(module), module.to_float())
+    replace_modules(model, new)
+    _decline_fast_paths(model)
     return model
 
 
@@ -89,6 +185,7 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
     """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers."""
+    _decline_fast_paths(model)
     for layer in quantized_layers(model).values():
         layer.hard_quantize_()
     return model
@@ -100,6 +197,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
     where biases and norms should have none. Parameters that do not require a gradient are left out.
     """
+    _decline_fast_paths(model)  # of models that were put together by hand
     groups: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     for layer in quantized_layers(model).values():

@@ -4,21 +4,29 @@ The weight stays the same Parameter object under the same key; ``forward="hard"`
 the gradient straight through inside the hull, ``forward="relaxed"`` computes with the float weights in training and
 hard in eval (as published). s Q(w/s) is the copy that an ASkew optimizer wrote in its own pass where that is fresh,
 and is recomputed otherwise.
+
+What a layer computes follows from its weight and three buffers, ``weight_scale``, ``weight_scale_frozen`` and
+``weight_sums`` (see ``quant.state``): every copy, checkpoint or average that has these computes the same.
 """
 
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn import functional
 
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
+from ..quant.state import QuantizedParameter, empty_state
 
-SCALE_KEY = "weight_scale"
+STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -43,6 +51,7 @@ class _HardLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, quantized = ctx.saved_tensors
         grad_x = grad_w = grad_b = None
+        quantized = _straight_through(weight, quantized, ctx.clip)
         if ctx.needs_input_grad[0]:
             grad_x = grad.matmul(quantized)
         flat = grad.reshape(-1, grad.shape[-1])
@@ -65,6 +74,7 @@ class _HardConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, quantized = ctx.saved_tensors
+        quantized = _straight_through(weight, quantized, ctx.clip)
         stride, padding, dilation, groups = ctx.geometry
         need = [
             ctx.needs_input_grad[0],
@@ -91,9 +101,34 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
 
 
 def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-    """The weight's own dtype, zero outside the hull; in place: the gradient was made by the caller."""
+    """The weight's own dtype, zero outside the hull; in place: the gradient was made by the caller. While a backward
+    of the backward is recorded (``create_graph``) with an operator that can be differentiated."""
     grad_w = grad_w.to(weight.dtype)
-    return grad_w if clip is None else ops.ste_clip_(grad_w, weight, *clip)
+    if clip is None:
+        return grad_w
+    if torch.is_grad_enabled():
+        return grad_w * ops.ste_clip_(torch.ones_like(weight), weight, *clip)
+    return ops.ste_clip_(grad_w, weight, *clip)
+
+
+def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+    """``quantized``; while a backward of the backward is recorded, with the derivative of ``weight`` inside the hull."""
+    if not torch.is_grad_enabled() or not weight.requires_grad:
+        return quantized
+    through = weight - weight.detach()
+    if clip is not None:
+        through = torch.where(ops.ste_clip_(torch.ones_like(weight), weight, *clip) != 0, through, 0.0)
+    return quantized + through.to(quantized.dtype)
+
+
+def _transformed() -> bool:
+    """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
+    tracing, counting): what is made there must not be kept for outside."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 class QuantizedLayer(nn.Module):
@@ -102,7 +137,11 @@ class QuantizedLayer(nn.Module):
     weight: Any  # nn.Parameter; typed by nn.Linear and nn.Conv2d
     bias: Any
     config: QuantConfig
-    own_attributes = ("config", "quantizer")  # what a layer that takes the place of this one does not inherit
+    TOKEN_DIMS: int  # last dimensions of the input that share one scale where it is quantized
+
+    _version = 2  # of the state_dict: 1 is a float layer's
+    # what a layer that takes the place of this one does not inherit
+    own_attributes = ("config", "quantizer", "_shown", *STATE)
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
@@ -110,50 +149,103 @@ class QuantizedLayer(nn.Module):
         self.config = config
         self.quantizer = WeightQuantizer(config)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
+        self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
+        for name in STATE:
+            self._buffers[name] = None
         self._tied()
 
     def _tied(self) -> WeightQuantizer:
         """The quantizer, tied to the weight this module has now (a copied or replaced Parameter is tied anew)."""
-        if not isinstance(self.weight, nn.Parameter):  # functional_call, a parametrization: a temporary has no identity
-            self.quantizer.invalidate()
-        elif (found := WeightQuantizer.of(self.weight)) is not self.quantizer:
+        quantizer = self.quantizer
+        weight = self._parameters.get("weight")
+        if weight is None or not isinstance(weight, nn.Parameter):
+            return quantizer  # functional_call, a parametrization: a temporary has no identity
+        if (found := WeightQuantizer.of(weight)) is not quantizer:
             if found is not None and found.config == self.config:  # a weight shared with another layer
-                self.quantizer = found
+                quantizer = self.quantizer = found
             else:
-                self.quantizer.tie(self.weight)
-                self.quantizer.invalidate()
-        return self.quantizer
+                quantizer.tie(weight)
+        buffers = self._buffers
+        if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
+            self._show(quantizer)
+        return quantizer
+
+    def _show(self, quantizer: WeightQuantizer) -> None:
+        """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
+        ``assign``, a move to another device), the quantizer takes it over."""
+        held = [self._buffers.get(name) for name in STATE]
+        came = [b is not None and not any(b is t for t in self._shown) for b in held]
+        if any(came):
+            mine = zip(held, came, quantizer.tensors, strict=True)
+            quantizer.tensors = tuple(b.to(t.device, t.dtype) if new else t for b, new, t in mine)  # type: ignore[assignment,union-attr]
+        self._shown = quantizer.tensors
+        self._buffers.update(zip(STATE, self._shown, strict=True))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A new weight is never taken for the one before it: FSDP2 puts its gathered weights here in every forward,
+        at the same addresses and with the same version counters."""
+        if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
+            old = self._parameters.get("weight")
+            if isinstance(value, nn.Parameter) and type(old) is QuantizedParameter and value is not old:
+                quantizer.invalidate()
+                if not old.is_meta and not hasattr(value, "to_local") and (quantizer.frozen or not self.training):
+                    warnings.warn(
+                        f"{type(self).__name__}: weight was replaced; it is quantized anew "
+                        f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
+                        "folding a BatchNorm or another factor into it does not give what both layers computed: fold "
+                        "before quantize_, or after dequantize_",
+                        stacklevel=2,
+                    )  # fmt: skip
+            else:
+                quantizer.invalidate()
+        super().__setattr__(name, value)
 
     @property
-    def weight_scale(self) -> Tensor:
+    def weight_scale(self) -> Tensor:  # type: ignore[override]
         """The scale in use, float32 (rows,)."""
-        return self._tied().current_scale(self.weight)
+        if self._ordinary():
+            return self.quantizer.current_scale(self.weight)
+        return self.quantizer.scale_for(self.weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
 
     def quantized_weight(self) -> Tensor:
         """s Q(w/s), detached, in the weight's dtype."""
-        return self._tied().quantized(self.weight).clone()
+        if self._ordinary():
+            return self.quantizer.quantized(self.weight).clone()
+        return self._functional_weight().detach()
 
     @torch.no_grad()
     def hard_quantize_(self) -> None:
-        """w <- s Q(w/s), and the scale is kept from now on."""
-        quantizer = self._tied()
-        scale = quantizer.current_scale(self.weight).clone()
-        self.weight.copy_(quantizer.quantized(self.weight))
+        """w <- s Q(w/s), and the scale is kept from now on. RuntimeError where the weight is not a Parameter."""
+        if not isinstance(self._parameters.get("weight"), nn.Parameter):
+            raise RuntimeError(f"{type(self).__name__}: weight is computed by a parametrization, it cannot be written; "
+                               "call torch.nn.utils.parametrize.remove_parametrizations first")  # fmt: skip
+        quantizer, scale = self._tied(), self.weight_scale.clone()
+        self.weight.copy_(self.quantized_weight())
         quantizer.freeze(self.weight, scale)
 
     def _uses_float(self) -> bool:
         return self.training and self.config.forward == "relaxed"
 
-    def _traced_weight(self) -> Tensor:
-        """The differentiable s Q(w/s) as operators of the graph, for torch.compile: always recomputed."""
-        quantizer, config = self.quantizer, self.config
-        scale = quantizer.scale
-        if scale is None or not quantizer.frozen:
-            scale = quantizer._rule_scale(self.weight)
-        return ops.fake_quantize(self.weight, scale, config.weight, ste_clip=config.ste_clip)
+    def _ordinary(self) -> bool:
+        """The weight is a Parameter whose changes can be seen, and nothing traces or transforms the call: what is
+        known of it may be kept for the next."""
+        if torch.compiler.is_compiling() or _transformed():
+            return False
+        self._tied()
+        weight = self._parameters.get("weight")
+        return type(weight) is QuantizedParameter and not weight.is_meta and not weight.is_inference()
+
+    def _functional_weight(self) -> Tensor:
+        """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
+        config, weight = self.config, self.weight
+        scale = self.quantizer.scale_for(weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
+        return ops.autograd.fake_quantize(
+            weight.contiguous(), scale.double() if weight.dtype == torch.float64 else scale,
+            config.weight.levels_tensor(weight.device), config.weight.encoding, config.ste_clip, False, 0,
+        )  # fmt: skip
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight, quantizer, low = self.weight, self._tied(), _autocast_dtype(x)
+        weight, quantizer, low = self.weight, self.quantizer, _autocast_dtype(x)
         copy = quantizer.fresh_copy(weight, low or weight.dtype)
         if copy is None:
             copy = quantizer.quantized(weight, low or weight.dtype)
@@ -169,30 +261,62 @@ class QuantizedLayer(nn.Module):
         """The layer with ``weight`` in place of its own, which receives the gradient; ``clip`` as in ``_clipped``."""
         raise NotImplementedError
 
-    # ---- checkpoints: plain keys, and the scale once it is frozen ----
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The float layer's product with ``weight`` in place of its own."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if self.config.activation is not None:
+            x = quantized_input(x, self.config.activation, self.TOKEN_DIMS)
+        if self._uses_float():
+            return self._plain_forward(x, self.weight)
+        if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
+            return self._eager_forward(x)
+        return self._plain_forward(x, self._functional_weight())
+
+    # ---- checkpoints: plain keys, and the quantizer's tensors ----
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._ordinary():
+            self.quantizer.current_scale(self.weight)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.quantizer.frozen:
-            destination[prefix + SCALE_KEY] = self.quantizer.current_scale(self.weight).detach()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
-        scale = state_dict.get(prefix + SCALE_KEY)
-        rows = self.quantizer.rows(self.weight)
-        if scale is not None and scale.numel() != rows:
-            error_msgs.append(f"{prefix}{SCALE_KEY}: expected shape ({rows},), got {tuple(scale.shape)}")
-            scale = None
+        """A checkpoint without the quantizer's tensors is a float model's (silently, where it says so itself), or a
+        part of one, which is told: a frozen scale stays, another follows the weights that came."""
+        quantizer = self._tied()
+        there = [prefix + name in state_dict for name in STATE]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        if prefix + SCALE_KEY in unexpected_keys:
-            unexpected_keys.remove(prefix + SCALE_KEY)
-        if scale is not None or not self.quantizer.awaits_weights:
-            self.quantizer.restore(scale, scale is not None)
+        came = prefix + "weight" in state_dict
+        for name in STATE if came else ():
+            if prefix + name in missing_keys:
+                missing_keys.remove(prefix + name)
+        if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
+            self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
+        quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
+        quantizer.invalidate()
+        quantizer.look()
+        if came and not any(there) and (quantizer.frozen or metadata.get("version") != 1):
+            warnings.warn(
+                f"{prefix}weight: the checkpoint has no {STATE[0]} for this layer: "
+                + ("its frozen scale stays, whatever weights came" if quantizer.frozen else
+                   f"the scale follows the weights that came (rule {self.config.scale}), which is right for a float "
+                   "model's checkpoint and wrong for a part of a quantized one's"), stacklevel=2,
+            )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = [self._buffers[name] for name in STATE]
         super()._apply(fn, recurse)
-        self.quantizer.moved()
-        self._tied()
+        for i, (name, old) in enumerate(zip(STATE, before, strict=True)):
+            new = self._buffers[name]
+            if old.is_meta and not new.is_meta:  # type: ignore[union-attr]  # memory that nobody has written
+                self._buffers[name] = empty_state(len(before[0]), new.device)[i]  # type: ignore[union-attr,arg-type]
+            elif old.dtype != new.dtype:  # type: ignore[union-attr]  # a cast: these are not numbers to compute in
+                self._buffers[name] = old.to(new.device)  # type: ignore[union-attr]
+        self._tied().moved()
         return self
 
     def extra_repr(self) -> str:
@@ -218,6 +342,8 @@ def plain_conv2d(layer: Any, weight: nn.Parameter) -> nn.Conv2d:
 class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
+    TOKEN_DIMS = 1
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
                  device: Any = None, dtype: Any = None) -> None:  # fmt: skip
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
@@ -235,14 +361,8 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         """An nn.Linear with the same Parameter objects (the latent weights)."""
         return plain_linear(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.activation is not None:
-            x = quantized_input(x, self.config.activation, 1)
-        if self._uses_float():
-            return functional.linear(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return functional.linear(x, self._traced_weight(), self.bias)
-        return self._eager_forward(x)
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight, self.bias)
 
     def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
         if not torch.is_grad_enabled():
@@ -252,6 +372,8 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
 
 class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight: groups, stride, dilation, padding and all padding modes."""
+
+    TOKEN_DIMS = 3
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
         nn.Conv2d.__init__(self, *args, **kwargs)
@@ -269,14 +391,8 @@ class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
         """An nn.Conv2d with the same Parameter objects (the latent weights)."""
         return plain_conv2d(self, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.activation is not None:
-            x = quantized_input(x, self.config.activation, 3)
-        if self._uses_float():
-            return self._conv_forward(x, self.weight, self.bias)
-        if torch.compiler.is_compiling():
-            return self._conv_forward(x, self._traced_weight(), self.bias)
-        return self._eager_forward(x)
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
 
     def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
         if not torch.is_grad_enabled():

@@ -9,7 +9,12 @@ nothing to perturb stay on the device: neither half waits for it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
+import itertools
 import math
+import sys
+import warnings
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
 from ..quant import WeightQuantizer
 from .skewed import _Skewed
 
 PERTURBATIONS = ("global", "local")
+_KEYS = ("rho", "eta", "adaptive")
 
 
 # ---- batch normalization --------------------------------------------------------------------------------------------
@@ -87,12 +94,31 @@ def _add_over_ranks(sums: dict[Any, Tensor]) -> Tensor:
     return total
 
 
+class _Group:
+    """A process group, which copies share; a pickle cannot hold it, and says so."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> _Group:
+        return self
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            warnings.warn(
+                "process_group: a pickle cannot hold it; the optimizer that is loaded averages the surrogate gap over "
+                "all ranks until its process_group is set",
+                stacklevel=2,
+            )
+        return _Group, (None,)
+
+
 # ---- what a first step leaves for the second ------------------------------------------------------------------------
 
 
 @dataclass
 class _Bucket:
-    """Parameters that share a launch: one device, rho, eta; float64 apart."""
+    """Parameters that share a launch: one device, rho, eta, direction; float64 apart."""
 
     group: dict[str, Any]
     params: list[Tensor] = field(default_factory=list)
@@ -114,6 +140,22 @@ class _Ascent:
     found_inf: Tensor | None = None  # in the first half
 
 
+def _eager(method: Callable[..., Any]) -> Any:
+    """``method`` runs as it is inside a compiled loop: its two halves, hooks and checks are no graph.
+
+    The wrapper is made at the first call, because it imports the compiler, as every torch.optim.Optimizer does.
+    """
+    made: list[Callable[..., Any]] = []
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Any:
+        if not made:
+            made.append(torch.compiler.disable(method))
+        return made[0](*args, **options)
+
+    return call
+
+
 class SAM(Optimizer):
     """Sharpness-aware minimization over any ``torch.optim.Optimizer``.
 
@@ -129,7 +171,11 @@ class SAM(Optimizer):
     ``eta``       added to |w| in T, >= 0
     ``adaptive``  True, False, or None: as published by name, "weight" in it (names are known from ``named_parameters``
                   or ``model``), otherwise tensors of 2 or more dimensions
+    ``sam_steps`` steps made and the last surrogate gap, the same in every group: they stand here because this is where
+    ``sam_gap``   every writer of checkpoints looks. Not to be set
     ============  ===================================================================================================
+
+    Groups with ``maximize=True`` are perturbed to where the objective is lower, which is the worse side there.
 
     Either ``step(closure)``, or by hand, with as many micro-batches in each half as you like and clipping where you
     like::
@@ -143,6 +189,7 @@ class SAM(Optimizer):
     it in ``model.no_sync()``; by hand, that is yours to do).
     telemetry_every: every how many steps the cosine between both gradients is taken (0: only when asked for).
 
+    Step hooks are called once for a whole step: before the first half and after the second, also by hand.
     A zero, inf or NaN norm leaves the weights where they are and ``telemetry()`` says so. ``first_step`` and
     ``second_step`` are also called ``ascent_step`` and ``descent_step``.
     Sources: Foret et al., SAM, ICLR 2021; Kwon et al., ASAM, ICML 2021.
@@ -164,6 +211,7 @@ class SAM(Optimizer):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
             raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
+        _refuse_a_part(type(self).__name__)
         base = _make_base(params, base_optimizer, base_options)
         for group in base.param_groups:
             _check_keys({**own, **{k: group[k] for k in own if k in group}})
@@ -173,14 +221,13 @@ class SAM(Optimizer):
         self.telemetry_every = telemetry_every
         self._ascent: _Ascent | None = None
         self._buffers: dict[Tensor, Tensor] = {}
-        self._names = {p: name for name, p in model.named_parameters()} if model is not None else {}
-        self._steps = 0
-        self._gap: Tensor | float | None = None
+        self._note_names()
         self._report: dict[str, Any] = {}
         self._telemetry_wanted = True
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
+        self._complete()
 
     # ---- one optimizer, not two ---------------------------------------------------------------------------------
 
@@ -218,12 +265,47 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._shares:  # called by Optimizer.__init__ for a group that the base already has
-            for key in ("rho", "eta", "adaptive"):
-                param_group.setdefault(key, self.defaults[key])
             return
         self._refuse_between_halves("add_param_group")
-        _check_keys({key: param_group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+        _check_keys({key: param_group.get(key, self.defaults[key]) for key in _KEYS})
         self.base_optimizer.add_param_group(param_group)
+        self._complete()
+        self._note_names()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's own: some keep gradients in memory of their own."""
+        self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
+
+    def _complete(self) -> None:
+        """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
+        for group in self.param_groups:
+            for key in _KEYS:
+                group.setdefault(key, self.defaults[key])
+        if any("sam_gap" not in group for group in self.param_groups):
+            first = self.param_groups[0]
+            self._keep(first.get("sam_steps", 0), first.get("sam_gap"))
+
+    def _note_names(self) -> None:
+        self._names = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+
+    @property
+    def _steps(self) -> int:
+        return self.param_groups[0]["sam_steps"]
+
+    @property
+    def _gap(self) -> Tensor:
+        """Of the last step: float64 (), NaN where it is not known."""
+        return self.param_groups[0]["sam_gap"]
+
+    @torch.inference_mode(False)
+    def _keep(self, steps: int, gap: Tensor | float | None) -> None:
+        """Writes both to every group, where copies and checkpoints take them from."""
+        if not isinstance(gap, Tensor):
+            device = next((_local(p).device for group in self.param_groups for p in group["params"]), None)
+            device = torch.device("cpu") if device is None or device.type == "meta" else device
+            gap = torch.full((), math.nan if gap is None else gap, dtype=torch.float64, device=device)
+        for group in self.param_groups:
+            group["sam_steps"], group["sam_gap"] = steps, gap
 
     def _refuse_between_halves(self, what: str) -> None:
         if self._ascent is not None:
@@ -231,7 +313,7 @@ class SAM(Optimizer):
 
     # ---- the first half -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_eager
     def first_step(
         self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
     ) -> None:  # fmt: skip
@@ -244,22 +326,40 @@ class SAM(Optimizer):
         if self._ascent is not None:
             self.restore()
             raise RuntimeError("first_step: called twice without second_step between; the weights were restored")
+        options = {"zero_grad": zero_grad, "loss": loss, "scaler": scaler}
+        _, options = self._call_pre_hooks((self,), options)
+        self._ascend(**options)
+
+    def _call_pre_hooks(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As torch does around ``step``; what the hooks make of the arguments."""
+        for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
+            changed = hook(self, args, options)  # type: ignore[arg-type]
+            args, options = args if changed is None else changed[0], options if changed is None else changed[1]
+        return args, options
+
+    def _call_post_hooks(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        for hook in itertools.chain(self._optimizer_step_post_hooks.values(), _global_optimizer_post_hooks.values()):
+            hook(self, args, options)  # type: ignore[arg-type]
+
+    @torch.inference_mode(False)  # what is kept from step to step must serve outside, too
+    @torch.no_grad()
+    def _ascend(self, zero_grad: bool, loss: Tensor | float | None, scaler: Any) -> None:
+        self._complete()
         ascent = _Ascent([[id(p) for p in group["params"]] for group in self.param_groups], scaler=scaler)
         buckets = self._buckets()
         self._check_loss("first_step", loss)
         if scaler is not None:
             ascent.found_inf = _unscale_first(scaler, self)
-        total = self._squared_norm(buckets)
-        norm = total.sqrt()
+        norm = self._squared_norm(buckets).sqrt()
         record = self._records()
-        keep_firsts = record or self._NEEDS_FIRSTS
-        rho = self._radius()
         self._report = {"loss": _detached(loss), "gradient_norm": norm}
         try:
             self._ascent = ascent
             for bucket in buckets:
-                radius = bucket.group["rho"] if rho is None else rho
+                radius = self._radius(bucket.group["rho"])
                 coefficients = self._coefficients(radius, norm, bucket.weights[0])
+                if bucket.group.get("maximize"):
+                    coefficients = -coefficients
                 self._report.setdefault("rho", radius)
                 kept = [self._buffer(p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
                 quantizers = [WeightQuantizer.of(p) for p in bucket.params]
@@ -277,10 +377,14 @@ class SAM(Optimizer):
         except BaseException:
             self.restore()
             raise
-        if keep_firsts:
-            for bucket in buckets:  # for telemetry alone they are not copied: _cosine sees whether they are the same
-                firsts = [g.clone() for g in bucket.grads] if self._NEEDS_FIRSTS and not zero_grad else bucket.grads
-                ascent.firsts.update((p, (g, g._version)) for p, g in zip(bucket.params, firsts, strict=True))
+        if record or self._NEEDS_FIRSTS:
+            for bucket in buckets:
+                for p, g in zip(bucket.params, bucket.grads, strict=True):
+                    if zero_grad and not _is_lent(g):
+                        p.grad = None  # the tensor is ours from here on, whatever zero_grad does to those it finds
+                    elif zero_grad or self._NEEDS_FIRSTS:  # for telemetry alone _cosine sees whether they are the same
+                        g = g.clone()
+                    ascent.firsts[p] = g, g._version
         if zero_grad:
             self.zero_grad()
 
@@ -288,15 +392,17 @@ class SAM(Optimizer):
     _NEEDS_FIRSTS = False
 
     def _check_loss(self, where: str, loss: Any) -> None:
-        """Raises where the radius needs a loss that was not given."""
+        """Raises where the radius needs a loss that was not given, or has no direction to follow."""
 
     def _buckets(self) -> list[_Bucket]:
         """Every parameter that has a gradient; raises before anything is written."""
         buckets: dict[Any, _Bucket] = {}
+        places: set[int] = set()
         for group in self.param_groups:
-            _check_keys({key: group.get(key, self.defaults[key]) for key in ("rho", "eta", "adaptive")})
+            _check_keys(group)
             rho, adaptive, names = group["rho"], group["adaptive"], group.get("param_names")
-            own = (id(rho) if isinstance(rho, Tensor) else float(rho), float(group["eta"]))
+            rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
+            own = (rho_key, float(group["eta"]), bool(group.get("maximize")))
             for i, p in enumerate(group["params"]):
                 g = p.grad
                 if g is None:
@@ -306,6 +412,8 @@ class SAM(Optimizer):
                     what = name or f"params[{i}]"
                     if g.layout != torch.strided:
                         raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
+                    if p.is_complex():
+                        raise TypeError(f"{what}: {type(self).__name__} does not take complex parameters")
                     ops.check_float_tensor(what, p)
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
                 w = p
@@ -315,6 +423,14 @@ class SAM(Optimizer):
                     if _sharding(g) != _sharding(p):
                         g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
                     w, g = _local(p), _local(g)
+                place = w.data_ptr()
+                if place in places:  # moved twice, and the second copy would be of a moved weight
+                    raise ValueError(
+                        f"{name or f'params[{i}]'}: expected memory of its own, got another parameter's; tie modules "
+                        "by one Parameter instead of two with the same data"
+                    )
+                if w.numel():
+                    places.add(place)
                 key = (w.device, w.dtype == torch.float64, *own)
                 bucket = buckets.get(key)
                 if bucket is None:
@@ -351,9 +467,9 @@ class SAM(Optimizer):
                     complete[key] = sums.get(key, zero)
         return complete
 
-    def _radius(self) -> Tensor | float | None:
-        """The radius of this step where it is not the groups' own."""
-        return None
+    def _radius(self, rho: Tensor | float) -> Tensor | float:
+        """The radius of this step, for a group of radius ``rho``."""
+        return rho
 
     def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
         """(c, a) on the device of ``like``; (0, 0) where the norm is zero, inf or NaN."""
@@ -369,7 +485,7 @@ class SAM(Optimizer):
 
     # ---- the second half ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_eager
     def second_step(
         self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
     ) -> None:  # fmt: skip
@@ -379,6 +495,13 @@ class SAM(Optimizer):
         ``scaler.step(optimizer)`` or ``second_step(scaler=scaler)``: inf or NaN in either half skips the base's step.
         Raises RuntimeError without a ``first_step``, or when groups or parameters have changed since.
         """
+        options = {"zero_grad": zero_grad, "loss": loss, "scaler": scaler}
+        self._descend(**options)
+        self._call_post_hooks((self,), options)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _descend(self, zero_grad: bool, loss: Tensor | float | None, scaler: Any) -> None:
         ascent = self._ascent
         if ascent is None:
             raise RuntimeError("second_step: expected first_step() before it")
@@ -389,7 +512,7 @@ class SAM(Optimizer):
                 )
             self._check_loss("second_step", loss)
             skipped = _unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
-            self._note_losses(loss)
+            self._note_losses(loss, skipped)
             if ascent.firsts and self._records():
                 self._report["cosine"] = self._cosine(ascent)
             if skipped:
@@ -401,8 +524,10 @@ class SAM(Optimizer):
                 self._step_base(ascent, inside)
         finally:
             self.restore()
-        self._report.update(step=self._steps + 1, skipped=skipped)
-        self._steps += 1
+        steps = self._steps + 1
+        self._report.update(step=steps, skipped=skipped)
+        for group in self.param_groups:
+            group["sam_steps"] = steps
         self._telemetry_wanted = False
         self._opt_called = True  # what an LR scheduler looks at before it warns
         if zero_grad:
@@ -446,6 +571,7 @@ class SAM(Optimizer):
             base.kept, base.firsts, base.coefficients = {}, {}, None
             ascent.kept = [item for item in ascent.kept if item[0] in unused]
 
+    @_eager
     @torch.no_grad()
     def restore(self, *, but: Container[Tensor] = ()) -> None:
         """Puts every perturbed weight back, bit for bit, and forgets the first half. Does nothing between steps.
@@ -472,23 +598,39 @@ class SAM(Optimizer):
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
-    def _note_losses(self, loss: Tensor | float | None) -> None:
+    def _note_losses(self, loss: Tensor | float | None, skipped: bool) -> None:
         self._report["perturbed_loss"] = _detached(loss)
         first = self._report.get("loss")
         if loss is not None and first is not None:
-            gap = self._report["surrogate_gap"] = self._report["perturbed_loss"] - first  # type: ignore[operator]
-            self._keep_gap(gap)
+            gap = self._report["perturbed_loss"] - first  # type: ignore[operator]
+            if self._directions() == {True}:  # the objective's loss is a gain
+                gap = -gap
+            self._report["surrogate_gap"] = gap
+            self._keep_gap(gap, skipped)
 
-    def _keep_gap(self, gap: Tensor | float) -> None:
-        """For the next step's radius; in the same tensor every time, where the replay of a CUDA graph looks for it."""
-        old = self._gap
-        if isinstance(gap, Tensor) and isinstance(old, Tensor) and (gap.dtype, gap.device) == (old.dtype, old.device):
-            old.copy_(gap)
+    def _directions(self) -> set[bool]:
+        """Whether groups maximize."""
+        return {bool(group.get("maximize")) for group in self.param_groups}
+
+    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
+        """For the next step's radius; in the same tensor every time, where the replay of a CUDA graph looks for it.
+
+        A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays.
+        """
+        if skipped:
+            return
+        norm: Tensor = self._report["gradient_norm"]
+        gap = gap.double().to(norm.device) if isinstance(gap, Tensor) else torch.full_like(norm, gap)
+        known = self._gap.to(norm.device)
+        gap = torch.where(norm.isfinite() & (norm > 0), gap, known)
+        if self._gap.device == gap.device:
+            self._gap.copy_(gap)
         else:
-            self._gap = gap.clone() if isinstance(gap, Tensor) else gap
+            self._keep(self._steps, gap)
 
     # ---- both halves --------------------------------------------------------------------------------------------
 
+    @_eager
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, scaler: Any = None
     ) -> Any:  # fmt: skip
@@ -497,15 +639,26 @@ class SAM(Optimizer):
         It is evaluated twice, gradients are cleared before each, and the first loss is returned. With a ``scaler``,
         the closure calls ``scaler.scale(loss).backward()``. Whatever goes wrong in the second half, the weights are
         restored. Between ``first_step`` and ``second_step``, ``step()`` is the second one: this is how
-        ``GradScaler.step(optimizer)`` and Lightning arrive there.
+        ``GradScaler.step(optimizer)`` and Lightning arrive there. Where every gradient is zero nothing is perturbed, so
+        that ``step()`` needs no closure (``torch.distributed.checkpoint`` makes the base's state this way).
         """
+        if closure is None and self._ascent is not None:
+            return self.second_step(scaler=scaler)
+        args, options = self._call_pre_hooks((self, closure), {"scaler": scaler})
+        loss = self._step(*args[1:], **options)
+        self._call_post_hooks(args, options)
+        return loss
+
+    step.hooked = True  # otherwise torch would call the hooks of a step by hand twice: its halves call them
+
+    def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
-            if self._ascent is not None:
-                return self.second_step(scaler=scaler)
-            raise ValueError(
-                "closure: expected a function that computes the loss and its gradients, because a step needs them "
-                "twice, got None; by hand use first_step() and second_step()"
-            )
+            if not self._has_zero_gradients():
+                raise ValueError(
+                    "closure: expected a function that computes the loss and its gradients, because a step needs them "
+                    "twice, got None; by hand use first_step() and second_step()"
+                )
+            return self.base_optimizer.step()
         if not callable(closure):
             raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
         if self._ascent is not None:
@@ -519,15 +672,21 @@ class SAM(Optimizer):
         self.zero_grad()
         with torch.enable_grad(), local:
             loss = _checked_loss(closure())
-        self.first_step(zero_grad=True, loss=loss, scaler=scaler)
+        self._ascend(True, loss, scaler)
         try:
             frozen = contextlib.nullcontext() if self.model is None else frozen_batchnorm_stats(self.model)
             with torch.enable_grad(), frozen:
                 perturbed = _checked_loss(closure())
-            self.second_step(loss=perturbed, scaler=scaler)
+            self._descend(False, perturbed, scaler)
         finally:
             self.restore()
         return loss
+
+    @torch.no_grad()
+    def _has_zero_gradients(self) -> bool:
+        """Gradients, and each of them zero on every rank; waits for the device."""
+        buckets = self._buckets()
+        return bool(buckets) and not self._squared_norm(buckets).item()
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
@@ -587,13 +746,14 @@ class SAM(Optimizer):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's (groups hold rho, eta, adaptive), and under ``sam`` the surrogate gap and step count."""
+        """The base optimizer's; the groups hold SAM's own keys, the surrogate gap and the step count among them."""
         self._refuse_between_halves("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        gap = self._gap
+        self._complete()
         packed = self.base_optimizer.state_dict()
-        packed["sam"] = {"steps": self._steps, "gap": gap.clone() if isinstance(gap, Tensor) else gap}
+        own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
+        packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = post_hook(self, packed) or packed
         return packed
@@ -601,30 +761,31 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
         self._refuse_between_halves("load_state_dict")
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        own = state_dict.get("sam", {})
-        before = [{k: group[k] for k in ("rho", "eta", "adaptive")} for group in self.param_groups]
-        self.base_optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "sam"})
+        own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
+        before = [{key: group.get(key, self.defaults[key]) for key in _KEYS} for group in self.param_groups]
+        self.base_optimizer.load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, before, strict=True):
             for key, value in kept.items():
                 group.setdefault(key, value)
-        self._steps = own.get("steps", 0)
-        gap = own.get("gap")
-        self._gap = gap.clone() if isinstance(gap, Tensor) else gap
+        first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
+        self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
         self._report = {}
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_between_halves("copy")
-        own = ("base_optimizer", "model", "perturbation", "telemetry_every", "_steps", "_gap", "_shares", "_settings")
+        own = ("base_optimizer", "model", "perturbation", "telemetry_every", "_shares", "_settings", "_group")
         return {name: self.__dict__[name] for name in own if name in self.__dict__}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ascent, self._buffers, self._report, self._telemetry_wanted = None, {}, {}, True
         super().__setstate__(state)
-        self._names = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+        self._complete()
+        self._note_names()
 
 
 class ASAM(SAM):
@@ -648,8 +809,10 @@ class AlignedSAM(SAM):
 
     align: a >= 0. rho_max: switches the adaptive radius on (``rho`` is then the first step's, and the losses must be
     given to ``first_step`` and ``second_step``; ``step(closure)`` does). Under ``torch.distributed`` the gap is
-    averaged over ``process_group``, so that every rank has the same radius. A parameter that received one of the two
-    gradients counts the other as zero. ``perturbation="local"`` is refused: the first gradient is part of the step.
+    averaged over ``process_group`` (copies share it), so that every rank has the same radius. A step after a gap that
+    is NaN has the radius ``rho``. A parameter that received one of the two gradients counts the other as zero; one that
+    was frozen in between (``requires_grad_(False)``) is left alone. ``perturbation="local"`` is refused: the first
+    gradient is part of the step. ``rho_max`` refuses groups of which only some maximize: nothing tells what is worse.
     Sources: Wang et al., SAGM, CVPR 2023; Ma et al., ASGA, ICML 2025.
     """
 
@@ -668,35 +831,48 @@ class AlignedSAM(SAM):
             raise ValueError(
                 'perturbation: expected "global", because the first gradient is part of the step, got "local"'
             )
-        self._settings = {"align": align, "rho_min": rho_min, "rho_max": rho_max, "process_group": process_group}
+        self._settings: dict[str, Any] = {"align": align, "rho_min": rho_min, "rho_max": rho_max}
+        self._group = _Group(process_group)
         super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # a process group cannot be copied
-        return {**state, "_settings": {**self._settings, "process_group": None}}
+    @property
+    def process_group(self) -> Any:
+        return self._group.group
 
-    def _radius(self) -> Tensor | float | None:
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._group = _Group(group)
+
+    def _radius(self, rho: Tensor | float) -> Tensor | float:
         low, high = self._settings["rho_min"], self._settings["rho_max"]
-        if high is None or self._gap is None:
-            return None
-        gap = self._gap if isinstance(self._gap, Tensor) else torch.tensor(float(self._gap))
-        return gap.clamp(min=0).log1p().clamp(low, high)
+        if high is None:
+            return rho
+        gap = self._gap
+        rho = rho.detach().to(gap.device) if isinstance(rho, Tensor) else torch.full_like(gap, rho)
+        return torch.where(gap.isnan(), rho, gap.clamp(min=0).log1p().clamp(low, high))
 
     def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
         return _coefficients(rho, self._settings["align"], norm, like)
 
     def _check_loss(self, where: str, loss: Any) -> None:
-        if self._settings["rho_max"] is not None and loss is None:
+        if self._settings["rho_max"] is None:
+            return
+        if loss is None:
             raise ValueError(f"loss: expected {where}(loss=...), which the radius follows with rho_max, got None")
+        if len(self._directions()) > 1:
+            raise ValueError(
+                "maximize: expected all groups to maximize or none with rho_max, because the radius follows how much "
+                "worse the loss gets, got some of each"
+            )
 
-    def _keep_gap(self, gap: Tensor | float) -> None:
+    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
         distributed = torch.distributed
         if self._settings["rho_max"] is not None and distributed.is_available() and distributed.is_initialized():
-            group = self._settings["process_group"]
-            gap = torch.as_tensor(gap).double().clone()
-            distributed.all_reduce(gap, group=group)
-            gap = gap / distributed.get_world_size(group)
-        super()._keep_gap(gap)
+            norm = self._report["gradient_norm"]  # on the device of the gradients, which the group can add up
+            gap = gap.double().clone() if isinstance(gap, Tensor) else torch.full_like(norm, gap)
+            distributed.all_reduce(gap, group=self.process_group)
+            gap = gap / distributed.get_world_size(self.process_group)
+        super()._keep_gap(gap, skipped)
 
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
@@ -708,6 +884,8 @@ class AlignedSAM(SAM):
                 if first is None and p.grad is None:
                     continue
                 if p.grad is None:
+                    if not p.requires_grad:
+                        continue
                     p.grad = torch.zeros_like(p)
                 second = _local(p.grad)
                 first = torch.zeros_like(second) if first is None else first
@@ -742,7 +920,34 @@ def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Opt
         base = base_optimizer(params, **options)
     if isinstance(base, SAM):
         raise TypeError("base_optimizer: expected an optimizer that is not itself sharpness-aware, got a SAM")
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
+            "which evaluates a closure itself"
+        )
     return base
+
+
+def _refuse_a_part(name: str) -> None:
+    """ZeroRedundancyOptimizer makes the optimizer of one rank's part: norm and perturbation would be that part's.
+
+    Nothing but the caller tells these parameters from those of a whole model.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(2) if module is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            raise TypeError(
+                f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
+                f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
+            )
+        frame = frame.f_back
+
+
+def _is_lent(g: Tensor) -> bool:
+    """Part of somebody's memory (DDP's buckets, a flat buffer), who may write there after zero_grad."""
+    return g._is_view() or g.untyped_storage().nbytes() != g.numel() * g.element_size()
 
 
 def _check_keys(keys: dict[str, Any]) -> None:

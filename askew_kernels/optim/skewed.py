@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +42,12 @@ class _Launch:
     def prepare(self) -> None:
         """The outputs, and how the next scales come from them."""
         copies = [q.copy_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
-        sums = [q.sums_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
+        sums = [q.sums_to_write() for q in self.quantizers]
         self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
         together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
         for q, p in zip(self.quantizers, self.members, strict=True):
-            if not q.frozen and q.batches(p):
+            if q.batches(p):
                 together.setdefault(q.rule, []).append((q, p))
         self.batches = [ScaleBatch(*zip(*pairs, strict=True)) for pairs in together.values()]  # type: ignore[arg-type]
         self.contiguous = all(p.is_contiguous() for p in self.members)
@@ -117,10 +118,15 @@ class _Skewed(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if group["grid"] is None:
-            return
-        for p in group["params"]:
-            self._quantizer(group, p)
+        if group["grid"] is not None:
+            for p in group["params"]:
+                self._quantizer(group, p)
+        elif any(WeightQuantizer.of(p) is not None for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are then not "
+                "under the constraint; give it ak.param_groups(model) in place of model.parameters()",
+                stacklevel=3,
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         ops.rate_tensor("lr", group["lr"], 0.0)
@@ -161,11 +167,12 @@ class _Skewed(Optimizer):
         elif found.config.weight != group["grid"]:
             raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
-            found.freeze(p, _fixed_scale(group, p, found.rows(p)), fixed=True)
+            found.freeze(p, _fixed_scale(group, p, found.rows(p)))
         return found
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compile(optimizer.step) runs it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step; ``closure`` re-evaluates the model and returns the loss.
@@ -246,6 +253,7 @@ class _Skewed(Optimizer):
             quantizer = self._quantizer(group, p)
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
+            self._keep_scale(p, quantizer)
             frozen = quantizer.frozen and group["freeze_scale"] != "never"
             buckets.setdefault((p.device, frozen, p.dtype == torch.float64, *self._bucket(group, p)), []).append(p)
         launches = []
@@ -261,7 +269,7 @@ class _Skewed(Optimizer):
         if again:
             for batch in launch.batches:
                 batch.update()
-            scales: list[Tensor] = [q.scale for q in quantizers]  # type: ignore[misc]
+            scales = [q.scale for q in quantizers]
         else:
             scales = next_scales(quantizers, members)
             launch.prepare()
@@ -296,6 +304,19 @@ class _Skewed(Optimizer):
         if not self.firsts or self.coefficients is None:
             return [kept]
         return [kept, firsts, self.coefficients]
+
+    def _buffers(self, key: str, members: list[Tensor]) -> list[Tensor]:
+        """``state[p][key]`` of each, zeros where it is missing, in the type of the weight (a model may be cast)."""
+        found = []
+        for p in members:
+            state = self.state[p]
+            buffer = state.get(key)
+            if buffer is None:
+                buffer = state[key] = torch.zeros_like(p)
+            elif buffer.dtype != p.dtype:
+                buffer = state[key] = buffer.to(p.dtype)
+            found.append(buffer)
+        return found
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
@@ -342,8 +363,8 @@ class _Skewed(Optimizer):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, plus the scales (with the sums that the next ones come from); grids as plain dicts."""
-        self._store_scales()
+        """torch's, plus the scales (with the sums that they belong to); grids as plain dicts."""
+        self._keep_scales()
         packed = super().state_dict()
         packed["param_groups"] = [
             {**g, "grid": None if g["grid"] is None else g["grid"].to_dict()} for g in packed["param_groups"]
@@ -352,11 +373,16 @@ class _Skewed(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after."""
+        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after.
+
+        The state of torch's optimizer of this kind is taken as well: it says nothing of grid, eps and alpha, which
+        stay as they are. Raises ValueError, before anything changes, where a group has another grid.
+        """
         groups = [
-            {**g, "grid": grid_from_dict(g["grid"]) if isinstance(g.get("grid"), dict) else g.get("grid")}
-            for g in state_dict["param_groups"]
+            self._group_to_load(index, saved, present)
+            for index, (saved, present) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False))
         ]
+        groups += state_dict["param_groups"][len(groups) :]  # too many: torch says so
         rest: dict[str, Any] = {"state": {}, "param_groups": groups}
         kept: dict[Any, dict[str, Any]] = {}
         for index, state in state_dict["state"].items():
@@ -366,48 +392,59 @@ class _Skewed(Optimizer):
         self._steps = state_dict.get("askew_steps", 0)
         self._record = Record()
         for saved, group in zip(groups, self.param_groups, strict=True):
-            if group["grid"] is None:
-                continue
             for index, p in zip(saved["params"], group["params"], strict=True):
-                state = kept.get(index, {})
-                if not state:
-                    continue
-                q = self._quantizer(group, p)
-                device = {k: v.to(p.device) if isinstance(v, Tensor) else v for k, v in state.items()}
-                q.restore(device.get("scale"), bool(device.get("scale_frozen")), device.get("row_sums"))
+                if group["grid"] is not None and "scale" in kept.get(index, {}):
+                    self._restore(group, p, kept[index])
 
-    def _store_scales(self) -> None:
-        """Puts every quantizer's scale into ``state``, where checkpoints and copies of the optimizer find it."""
+    def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+        if "grid" not in saved:  # another optimizer's: its `eps` is AdamW's denominator's
+            foreign = {k: v for k, v in saved.items() if k not in _OWN_KEYS}
+            if "adam_eps" in present and "eps" in saved:
+                foreign["adam_eps"] = saved["eps"]
+            return {**present, **foreign, "params": saved["params"]}
+        grid = saved["grid"]
+        grid = grid_from_dict(grid) if isinstance(grid, dict) else grid
+        if grid != present["grid"]:
+            raise ValueError(f"param_groups[{index}]: grid: expected {present['grid']}, the state has {grid}")
+        return {**present, **saved, "grid": present["grid"]}
+
+    def _restore(self, group: dict[str, Any], p: Tensor, kept: dict[str, Any]) -> None:
+        quantizer = self._quantizer(group, p)
+        quantizer.restore(p, kept["scale"], bool(kept.get("scale_frozen")), kept.get("row_sums"))
+        self._keep_scale(p, quantizer)
+
+    def _keep_scale(self, p: Tensor, quantizer: WeightQuantizer) -> None:
+        """The quantizer's own tensors in ``state``, where checkpoints and copies of the optimizer find them."""
+        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+
+    def _keep_scales(self) -> None:
         for group in self.param_groups:
-            if group["grid"] is None:
-                continue
-            for p in group["params"]:
-                q = self._quantizer(group, p)
-                for key in _QUANTIZER_KEYS:
-                    self.state[p].pop(key, None)
-                if q.scale is not None:
-                    self.state[p].update(scale=q.scale, scale_frozen=q.frozen)
-                    if not q.frozen and q.row_sums is not None:
-                        self.state[p]["row_sums"] = q.row_sums
+            for p in group["params"] if group["grid"] is not None else []:
+                quantizer = self._quantizer(group, p)
+                if not p.is_meta:
+                    quantizer.current_scale(p)
+                self._keep_scale(p, quantizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._store_scales()
+        self._keep_scales()
         return {**super().__getstate__(), "telemetry_every": self.telemetry_every, "_steps": self._steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.kept, self.firsts, self.coefficients = {}, {}, None
         self._record, self._log, self._telemetry_wanted, self._plans = Record(), None, True, {}
         super().__setstate__(state)
-        for group in self.param_groups:  # a copied parameter has lost its quantizer
+        for group in self.param_groups:  # an unpickled parameter has lost its quantizer
             for p in group["params"] if group["grid"] is not None else []:
-                if WeightQuantizer.of(p) is None and (kept := self.state.get(p)):
-                    q = self._quantizer(group, p)
-                    q.restore(kept.get("scale"), bool(kept.get("scale_frozen")), kept.get("row_sums"))
+                if "scale" in (kept := self.state.get(p, {})) and WeightQuantizer.of(p) is None:
+                    self._restore(group, p, kept)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
 
 
+# Group keys that torch's optimizers do not have, or in another sense.
+_OWN_KEYS = ("grid", "scale", "granularity", "group_size", "sawb_coefficients", "alpha", "eps", "skew", "freeze_scale",
+             "skip_nonfinite", "annealing", "params")  # fmt: skip
 _COMMON = {
     "grid": None, "scale": "sawb", "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
 }  # fmt: skip
@@ -472,10 +509,7 @@ class ASkewSGD(_Skewed):
     def _states(self, group: dict[str, Any], launch: _Launch) -> dict[str, list[Tensor] | None]:
         if not group["momentum"]:
             return {"momentum_buffers": None}
-        for p in launch.members:
-            if self.state[p].get("momentum_buffer") is None:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        return {"momentum_buffers": [self.state[p]["momentum_buffer"] for p in launch.members]}
+        return {"momentum_buffers": self._buffers("momentum_buffer", launch.members)}
 
     def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
         first = launch.key[0]  # torch's first step takes the gradient whole; with a zero buffer that is dampening 0
@@ -547,7 +581,7 @@ class ASkewAdamW(_Skewed):
         launch.steps = [s["step"] for s in states]
         torch._foreach_add_(launch.steps, 1)
         launch.step_versions = [t._version for t in launch.steps]
-        return {"exp_avgs": [s["exp_avg"] for s in states], "exp_avg_sqs": [s["exp_avg_sq"] for s in states]}
+        return {key + "s": self._buffers(key, launch.members) for key in ("exp_avg", "exp_avg_sq")}
 
     def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
         return [torch.tensor(float(launch.steps[0]), dtype=torch.float64)], [

@@ -1,6 +1,7 @@
 """What the update passes summed up, as rows and as lines of a log that ``python -m askew_kernels analyze`` reads.
 
-The log is JSON lines, one object a line, appended and closed each time, so that a killed run leaves whole lines:
+The log is JSON lines, one object a line, appended and closed each time, so that a killed run leaves whole lines; what
+a full disk cuts off is taken back and said:
 
 ========  =============================================================================================================
 ``kind``  what follows
@@ -15,9 +16,12 @@ A step's line is written when the next one is recorded, so that no step waits fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import mmap
 import os
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -32,6 +36,7 @@ from ..quant import WeightQuantizer
 
 VERSION = 1
 BINS_PER_LEVEL, MOST_BINS = 16, 256
+_HEAD = b'{"kind": "run"'
 
 
 @dataclass
@@ -91,14 +96,36 @@ def weight_histogram(p: Tensor) -> dict[str, Any] | None:
 
 
 class TelemetryLog:
-    """Lines of one optimizer, appended to ``path``. Raises OSError where that cannot be written."""
+    """Lines of one optimizer, appended to ``path``, also from several threads.
+
+    A file that is there must be such a log: a run that resumes goes on in it, after its last whole line. Raises OSError
+    where it cannot be written, ValueError for a file of another kind, which stays as it is.
+    """
 
     def __init__(self, path: str | os.PathLike, optimizer: str) -> None:
-        self.path, self.optimizer = Path(path), optimizer
-        with self.path.open("a"):
-            pass
+        try:
+            self.path = Path(os.fsdecode(path)).absolute()  # a run may change its directory
+        except TypeError:
+            raise TypeError(f"telemetry_log: expected a path, got {path!r}") from None
+        self.optimizer = optimizer
+        with self.path.open("ab+" if self.path.is_file() else "ab") as stream:
+            if stream.readable():
+                self._go_on(stream)
         self.pending: Record | None = None
         self._begun = False
+        self._lock = threading.RLock()
+
+    def _go_on(self, stream: Any) -> None:
+        stream.seek(0)
+        if not (head := stream.read(len(_HEAD))):
+            return
+        if not _HEAD.startswith(head):
+            raise ValueError(f"telemetry_log: {self.path}: is no telemetry log; lines would be appended to it")
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            whole = content.rfind(b"\n") + 1
+            cut = whole < len(content)
+        if cut:
+            stream.truncate(whole)
 
     def _append(self, groups: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
         if not self._begun:
@@ -109,28 +136,57 @@ class TelemetryLog:
             ]  # fmt: skip
             head = {"kind": "run", "version": VERSION, "optimizer": self.optimizer, "time": time.time()}
             lines = [{**head, "tensors": tensors}, *lines]
-            self._begun = True
-        text = "".join(json.dumps(_plain(line), allow_nan=False) + "\n" for line in lines)
+        text = "".join(json.dumps(_plain(line), allow_nan=False, default=_refused) + "\n" for line in lines)
         try:
-            with self.path.open("a") as stream:
-                stream.write(text)
+            self._write(text.encode())
+            self._begun = True
         except OSError as problem:  # a training run is worth more than its log
-            warnings.warn(f"telemetry_log: {self.path}: {problem.strerror}; the line is lost", stacklevel=4)
+            warnings.warn(f"telemetry_log: {self.path}: {problem.strerror or problem}; the line is lost", stacklevel=4)
+
+    def _write(self, data: bytes) -> None:
+        """All of it, or nothing: half a line would take the next one with it."""
+        with self.path.open("ab", buffering=0) as stream:
+            size = stream.tell() if stream.seekable() else None
+            try:
+                while data:
+                    data = data[stream.write(data) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    if size is not None:
+                        stream.truncate(size)
+                raise
 
     def recorded(self, record: Record, groups: list[dict[str, Any]]) -> None:
         """Keeps the step that was just recorded, and writes the one before."""
-        self.flush(groups)
-        self.pending = record
+        with self._lock:
+            self.flush(groups)
+            self.pending = record
 
     def flush(self, groups: list[dict[str, Any]]) -> None:
-        record, self.pending = self.pending, None
-        if record is not None:
-            line: dict[str, Any] = {"kind": "step", "step": record.step}
-            if record.loss is not None:
-                line["loss"] = float(record.loss)
-            self._append(groups, [{**line, "tensors": record.rows(groups)}])
+        with self._lock:
+            record, self.pending = self.pending, None
+            if record is not None:
+                line: dict[str, Any] = {"kind": "step", "step": record.step}
+                if (loss := _number(record.loss)) is not None:
+                    line["loss"] = loss
+                self._append(groups, [{**line, "tensors": record.rows(groups)}])
 
     def note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
+        """Raises ValueError for a name that the line itself needs, TypeError for what JSON cannot hold."""
+        for name in ("kind", "histograms"):
+            if name in numbers:
+                raise ValueError(f"{name}: a line of the log has one of its own; expected another name")
+        for name, value in numbers.items():
+            try:
+                json.dumps(_plain(value), default=_refused)
+            except (TypeError, ValueError) as problem:
+                raise TypeError(f"{name}: expected numbers, text, lists or dicts of them, {problem}") from None
+        if not isinstance(_plain(numbers.get("step", step)), int):
+            raise TypeError(f"step: expected an int, got {numbers['step']!r}")
+        with self._lock:
+            self._note(step, groups, numbers)
+
+    def _note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
         self.flush(groups)
         line = {"kind": "note", "step": step, **numbers}
         if "epoch" in numbers:
@@ -144,8 +200,8 @@ class TelemetryLog:
 
 
 def _plain(value: Any) -> Any:
-    """JSON-ready: tensors as numbers or lists, numbers that JSON does not know as null."""
-    if isinstance(value, Tensor):
+    """JSON-ready: tensors and arrays as numbers or lists, numbers that JSON does not know as null."""
+    if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
@@ -154,3 +210,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _refused(value: Any) -> Any:
+    raise TypeError(f"got {value!r}")
+
+
+def _number(loss: Any) -> float | None:
+    """A loss as closures return it; None for what is no number."""
+    if isinstance(loss, Tensor):
+        loss = loss.item() if loss.numel() == 1 else None
+    return float(loss) if isinstance(loss, (int, float)) else None

@@ -3,8 +3,18 @@
 A layer and an optimizer meet here and nowhere else: the layer owns a ``WeightQuantizer`` and ties it to its
 Parameter; the optimizer finds it on the Parameter (or makes one for a weight without a layer).
 
-Never a stale result: scale and copies carry the *version* of the weight that they belong to, and are recomputed as
-soon as the weight has another one. Torch counts in-place operations on a tensor, but not those made through
+**What counts stands in three tensors**, buffers of the layer, so that whatever copies, saves, averages or moves a
+module takes them along:
+
+* ``scale``, float32 (rows,): the scale in use;
+* ``frozen``, int64 (): 1 where the scale serves whatever the weight becomes, 2 while a sharpness-aware step has moved
+  the weight away for one forward, 0 where the scale follows its rule;
+* ``sums``, float32 (rows, 3): ``ops.row_sums`` of the weight that the scale was made for (the update pass leaves them
+  behind); -1 where there is none yet.
+
+The scale is the one in use where it is frozen, or where ``sums`` are those of the weight as it stands; otherwise it is
+computed anew by its rule. Everything else that is kept here (``Known``) only saves the time to look, and holds for one
+version of the weight and of these tensors. Torch counts in-place operations on a tensor, but not those made through
 ``weight.data``; a tied Parameter is therefore given the class ``QuantizedParameter``, which counts these too (the
 object stays the same). Fused torch optimizers, whose writes are not counted either, are noticed by a hook on every
 optimizer step. What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
@@ -13,8 +23,11 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 
 from __future__ import annotations
 
+import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +37,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import ops, reference
 from .config import QuantConfig
 from .scales import SUM_RULES, compute_scale, num_rows, scale_from_sums
+
+FOLLOWS, FROZEN, HELD = 0, 1, 2  # values of ``frozen``
+LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
 class QuantizedParameter(nn.Parameter):
@@ -39,9 +55,26 @@ class QuantizedParameter(nn.Parameter):
         self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
         torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
 
+    def detach(self) -> Tensor:
+        """A plain tensor; but ``nn.Parameter(weight)``, which asks for its own type back, gets that."""
+        plain = super().detach()
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            return plain.as_subclass(QuantizedParameter)
+        return plain
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A plain Parameter with a copy of the quantizer, which is that of the copied layer."""
+        if id(self) in memo:
+            return memo[id(self)]
+        values = self.detach().clone(memory_format=torch.preserve_format)
+        new = memo[id(self)] = nn.Parameter(values, self.requires_grad)
+        if (quantizer := WeightQuantizer.of(self)) is not None:
+            copy.deepcopy(quantizer, memo).tie(new)
+        return new
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as the plain Parameter that it is; a layer ties it anew."""
-        return torch._utils._rebuild_parameter, (self.data, self.requires_grad, OrderedDict())
+        return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, OrderedDict())
 
 
 def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -59,32 +92,41 @@ register_optimizer_step_post_hook(_note_step)
 
 
 def version_of(weight: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the weight's content may have changed."""
-    return (weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0))
+    """Changes whenever the weight's content may have changed; equal to nothing where that cannot be told."""
+    try:
+        return (weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0))
+    except RuntimeError:  # inference tensors have no version, fake ones no memory
+        return (object(),)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a weight and its scale while both are what ``stamp`` says; replaced whole.
+
+    ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside the hull; ``fresh``: the
+    types of the copies that hold s Q(w/s).
+    """
+
+    stamp: tuple[Any, ...]
+    sums: bool = False
+    inside: bool = False
+    fresh: frozenset[torch.dtype] = frozenset()
 
 
 class WeightQuantizer:
-    """Scale and copies of one weight; see the module's text.
-
-    ``scale``: float32 (rows,) or None while nothing is known; ``frozen``: the scale no longer follows its rule;
-    ``row_sums``: float32 (rows, 3) of the weight at ``version``, left behind by the update pass.
-    """
+    """Scale and copies of one weight; see the module's text. ``rows``: how many scales it has."""
 
     def __init__(self, config: QuantConfig) -> None:
         self.config = config
-        self.scale: Tensor | None = None
-        self.frozen = False
-        self.fixed = False
-        self.row_sums: Tensor | None = None
+        self.scale: Tensor = None  # type: ignore[assignment]  # the three tensors, made where the weight is known
+        self.flag: Tensor = None  # type: ignore[assignment]
+        self.row_sums: Tensor = None  # type: ignore[assignment]
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
-        self._fresh: set[torch.dtype] = set()
-        self._version: tuple[Any, ...] | None = None
-        self._sums_valid = False
-        self._inside = False
-        # while the weight is perturbed: sums valid, all weights inside the hull, scale
-        self._at_home: tuple[bool, bool, Tensor | None] = (False, False, None)
-        self._restored = False
+        self._known: Known | None = None
+        self._frozen = False  # the flag as it was when last looked at: a GPU is not asked every time
+        self._home: Known | None = None  # while the weight is perturbed: what will be true again
+        self._resets = 0
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
@@ -94,102 +136,153 @@ class WeightQuantizer:
         if type(weight) is nn.Parameter:
             weight.__class__ = QuantizedParameter
         weight._askew_quantizer = self  # type: ignore[attr-defined]
+        self.allocate(weight)
+
+    def untie(self, weight: nn.Parameter) -> None:
+        """Undoes ``tie``."""
+        if WeightQuantizer.of(weight) is self:
+            del weight._askew_quantizer
+            if type(weight) is QuantizedParameter:
+                weight.__class__ = nn.Parameter
 
     @staticmethod
     def of(weight: Tensor) -> WeightQuantizer | None:
         return getattr(weight, "_askew_quantizer", None)
 
-    # ---- scale ----
-
     def rows(self, weight: Tensor) -> int:
         return num_rows(weight.shape, self.config.granularity, self.config.group_size)
+
+    # ---- the three tensors ----
+
+    def allocate(self, weight: Tensor) -> None:
+        """Makes the tensors where they are missing or not on the weight's device."""
+        device = weight.device
+        if self.scale is None or (self.scale.is_meta and not weight.is_meta):
+            self.tensors = empty_state(self.rows(weight), device)
+        elif self.scale.device != device:
+            self.tensors = tuple(t.to(device) for t in self.tensors)  # type: ignore[assignment]
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """scale, frozen, sums."""
+        return self.scale, self.flag, self.row_sums
+
+    @tensors.setter
+    def tensors(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.scale, self.flag, self.row_sums = tensors
+        self.invalidate()
+
+    def _write(self, frozen: int | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
+        """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
+        with torch.no_grad():
+            if scale is not None:
+                self.scale.copy_(scale)
+            if sums is not None:
+                self.row_sums.copy_(sums)
+            if frozen is not None:
+                self.flag.fill_(frozen)
+                self._frozen = frozen == FROZEN
+
+    def look(self) -> None:
+        """Reads the flag, which somebody else may have written."""
+        if not self.flag.is_meta:
+            self._frozen = int(self.flag) == FROZEN
+
+    @property
+    def frozen(self) -> bool:
+        """The scale no longer follows its rule."""
+        return self._frozen
+
+    def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
+        return (self.scale._version, self.flag._version, self.row_sums._version, self._resets, *version_of(weight))
+
+    def _know(self, weight: Tensor, sums: bool = False, inside: bool = False,
+              fresh: frozenset[torch.dtype] = frozenset()) -> Known:  # fmt: skip
+        known = self._known = Known(self._stamp(weight), sums, inside, fresh)
+        return known
+
+    def settle(self, weight: Tensor) -> Known:
+        """What is known of the weight as it stands, after the scale was brought up to date where it has to be."""
+        self.allocate(weight)
+        known = self._known
+        if known is not None and known.stamp == self._stamp(weight):
+            return known
+        self.revision += 1
+        if weight.is_meta:
+            return self._know(weight)
+        came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
+        if came:
+            self.look()
+        if self._frozen or (came and int(self.flag) == HELD):
+            return self._know(weight)
+        now = ops.row_sums(weight.detach(), self.rows(weight))
+        if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
+            self._write(scale=self._rule_scale(weight), sums=now)
+        return self._know(weight, sums=True)
+
+    # ---- scale ----
 
     def _rule_scale(self, weight: Tensor) -> Tensor:
         c = self.config
         return compute_scale(weight, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients)
-
-    def _sync(self, weight: Tensor) -> None:
-        """Forgets what belongs to another version of the weight."""
-        version = version_of(weight)
-        if version == self._version:
-            return
-        self.revision += 1
-        same = False
-        if self._restored and self.row_sums is not None:  # a checkpoint's scale, whose weights may have come after it
-            now = ops.row_sums(weight.detach(), self.rows(weight))
-            same = torch.equal(now, self.row_sums.to(now.device))
-        self._restored = self._inside = False
-        if not same:
-            self._sums_valid = False
-            if not self.frozen:
-                self.scale = None
-        self._fresh.clear()
-        self._version = version
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
         if torch.is_inference_mode_enabled():  # what is kept must serve training too
             with torch.inference_mode(False):
                 return self.current_scale(weight)
-        self._sync(weight)
-        if self.scale is None or self.scale.device != weight.device:
-            self.scale = self._rule_scale(weight) if self.scale is None else self.scale.to(weight.device)
+        self.settle(weight)
         return self.scale
+
+    def scale_for(self, weight: Tensor, tensors: Sequence[Tensor] | None = None) -> Tensor:
+        """``current_scale`` as a function: nothing is kept, nothing decided on the host, so that it can be traced,
+        mapped and differentiated. ``tensors``: scale, frozen and sums to use in place of the quantizer's own."""
+        scale, flag, sums = tensors or self.tensors
+        if self._frozen or weight.is_meta:
+            return scale
+        now = ops.row_sums(weight, self.rows(weight))
+        serves = (flag != FOLLOWS) | (now == sums).all()
+        return torch.where(serves, scale, self._rule_scale(weight))
 
     def next_scale(self, weight: Tensor) -> Tensor:
         """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands."""
         return next_scales([self], [weight])[0]
 
-    def freeze(self, weight: Tensor, scale: Tensor | None = None, fixed: bool = False) -> None:
-        """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands.
-
-        ``fixed``: the user's own, which no checkpoint without a scale takes back.
-        """
+    def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
         if scale is not None:
             self.set_scale(weight, scale)
-            self.fixed = fixed
         else:
             self.next_scale(weight)
-        self.frozen = True
         self.revision += 1
-        self.row_sums, self._sums_valid = None, False
+        self._write(frozen=FROZEN)
+        self._know(weight)
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
         rows = self.rows(weight)
         if scale.numel() != rows:
             raise ValueError(f"scale: expected shape ({rows},) for a weight of shape {tuple(weight.shape)} "
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
-        self._sync(weight)
+        self.settle(weight)
         self.revision += 1
-        self._inside = False
-        self.scale = scale.detach().to(device=weight.device, dtype=torch.float32).reshape(-1).contiguous().clone()
-        self._fresh.clear()
+        sums = None if self.frozen or weight.is_meta else ops.row_sums(weight.detach(), rows)
+        self._write(scale=scale.detach().reshape(-1), sums=sums)
+        self._know(weight, sums=sums is not None)
 
-    def restore(self, scale: Tensor | None, frozen: bool, row_sums: Tensor | None = None) -> None:
-        """State from a checkpoint; the weights may be loaded before or after."""
-        self.revision += 1
-        if scale is None and self.fixed:
-            self.invalidate()
-            return
-        self.scale = None if scale is None else scale.detach().float().reshape(-1).clone()
-        self.frozen = frozen and scale is not None
-        self.row_sums = None if row_sums is None else row_sums.detach().float().clone()
-        self._sums_valid = row_sums is not None
-        self._fresh.clear()
-        self._inside = False
-        self._version, self._restored = None, row_sums is not None
-
-    @property
-    def awaits_weights(self) -> bool:
-        """Restored from an optimizer's checkpoint, and the weights that it belongs to may still come."""
-        return self._restored
+    def restore(self, weight: Tensor, scale: Tensor, frozen: bool, sums: Tensor | None = None) -> None:
+        """State from an optimizer's checkpoint; the weight may be loaded before or after."""
+        self.allocate(weight)
+        if scale.numel() != self.scale.numel():
+            raise ValueError(f"scale: expected shape {tuple(self.scale.shape)} for a weight of shape "
+                             f"{tuple(weight.shape)}, got {tuple(scale.shape)}")  # fmt: skip
+        self._write(int(frozen), scale.detach().reshape(-1), sums)
+        self.invalidate()
 
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
         self.revision += 1
-        self._version = None
-        self._sums_valid = self._inside = self._restored = False
-        self._fresh.clear()
+        self._resets += 1
+        self._known = None
 
     # ---- copies ----
 
@@ -199,25 +292,28 @@ class WeightQuantizer:
             with torch.inference_mode(False):
                 return self.quantized(weight, dtype)
         dtype = dtype or weight.dtype
-        scale = self.current_scale(weight)
+        known = self.settle(weight)
         if dtype != self.copy_dtype:
             self.copy_dtype = dtype
             self.revision += 1
         copy = self._buffer(weight, dtype)
-        if dtype not in self._fresh:
-            ops.fake_quantize_out_(weight, scale, self.config.weight, copy)
-            self._fresh.add(dtype)
+        if dtype not in known.fresh:
+            ops.fake_quantize_out_(weight, self.scale, self.config.weight, copy)
+            self._know(weight, known.sums, known.inside, known.fresh | {dtype})
         return copy
 
     def fresh_copy(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The copy in ``dtype`` if it is there and belongs to the weight as it stands; the forward's short way."""
-        if dtype is self.copy_dtype and dtype in self._fresh and self._version == version_of(weight):
-            return self._copies[dtype]
+        known = self._known
+        if known is not None and dtype is self.copy_dtype and dtype in known.fresh:
+            if known.stamp == self._stamp(weight):
+                return self._copies[dtype]
         return None
 
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
-        return self._inside and self._version == version_of(weight)
+        known = self._known
+        return known is not None and known.inside and known.stamp == self._stamp(weight)
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
@@ -233,15 +329,9 @@ class WeightQuantizer:
             return None
         return self._buffer(weight, self.copy_dtype)
 
-    def sums_to_write(self, weight: Tensor) -> Tensor | None:
-        """The buffer for the row sums that the next scale comes from, or None where it is frozen or needs more."""
-        if self.frozen or self.config.scale not in SUM_RULES:
-            return None
-        rows = self.rows(weight)
-        if self.row_sums is None or self.row_sums.shape[0] != rows or self.row_sums.device != weight.device:
-            self.row_sums = torch.zeros(rows, reference.NUM_ROW_SUMS, device=weight.device)
-            self.revision += 1
-        return self.row_sums
+    def sums_to_write(self) -> Tensor | None:
+        """The buffer for the row sums of the updated weight, or None where the scale does not follow it."""
+        return None if self._frozen else self.row_sums
 
     @property
     def rule(self) -> tuple[Any, ...]:
@@ -250,66 +340,80 @@ class WeightQuantizer:
 
     def batches(self, weight: Tensor) -> bool:
         """The next scale comes from the sums that the update pass leaves behind."""
-        return self.row_sums is not None and self.config.scale in SUM_RULES and weight.numel() > 0
+        return not self._frozen and self.config.scale in SUM_RULES and weight.numel() > 0
 
     def settled(self, weight: Tensor) -> bool:
         """Nothing but the update pass has touched weight and scale since its last run."""
-        return (self.frozen or self._sums_valid) and self._version == version_of(weight)
+        known = self._known
+        if known is None or not (self._frozen or (known.sums and self.config.scale in SUM_RULES)):
+            return False
+        return known.stamp == self._stamp(weight)
 
     def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
         """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
-        self._version = version_of(weight)
-        self._sums_valid = sums_written
-        self._inside = clamped
-        self._restored = False
-        self._fresh = {self.copy_dtype} if copy_written and self.copy_dtype is not None else set()
+        fresh = frozenset({self.copy_dtype}) if copy_written and self.copy_dtype is not None else frozenset()
+        self._know(weight, sums_written, clamped, fresh)
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
 
     def leaving(self, weight: Tensor) -> None:
         """The weight is about to be perturbed: what is known of it as it stands will be true again."""
-        self._sync(weight)
-        self._at_home = (self._sums_valid, self._inside, self.scale)
+        self._home = self.settle(weight)
 
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
-        self._sums_valid = self._inside = False
-        self._fresh.clear()
-        self._version = version_of(weight)
+        if not self._frozen:
+            self._write(frozen=HELD)
+        self._know(weight)
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
-        return self.frozen or (self._at_home[0] and self.batches(weight))
+        return self._frozen or (self._home is not None and self._home.sums and self.batches(weight))
 
     def returned(self, weight: Tensor) -> None:
         """It is back, bit for bit."""
-        self._sums_valid, self._inside, scale = self._at_home
-        if not self.frozen:
-            self.scale = scale
-        self._fresh.clear()
-        self._version = version_of(weight)
+        home, self._home = self._home, None
+        if not self._frozen:
+            self._write(frozen=FOLLOWS)
+        if home is None:
+            self.invalidate()
+        else:
+            self._know(weight, home.sums, home.inside)
 
     def moved(self) -> None:
-        """The module was moved or cast: copies are dropped, the scale follows at its next use."""
+        """The module was moved or cast: copies are dropped."""
         self._copies.clear()
         self.copy_dtype = None
         self.invalidate()
 
     def __deepcopy__(self, memo: dict) -> WeightQuantizer:
-        new = WeightQuantizer(self.config)
-        memo[id(self)] = new
-        new.scale = None if self.scale is None else self.scale.clone()
-        new.frozen, new.fixed = self.frozen, self.fixed
-        if not self.frozen and self.row_sums is not None and self._sums_valid:
-            new.restore(new.scale, False, self.row_sums)
+        new = memo[id(self)] = WeightQuantizer(self.config)
+        new.scale, new.flag, new.row_sums = (copy.deepcopy(t, memo) for t in self.tensors)  # the copied layer's buffers
+        new._frozen = self._frozen
         return new
 
     def __getstate__(self) -> dict:
-        return {"config": self.config.to_dict(), "scale": self.scale, "frozen": self.frozen}
+        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self._frozen}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
-        self.restore(state["scale"], state["frozen"])
+        self.scale, self.flag, self.row_sums = state["tensors"]
+        self._frozen = state["frozen"]
+
+
+def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """scale, frozen and sums of a weight of which nothing is known."""
+    with torch.inference_mode(False):
+        return (
+            torch.ones(rows, dtype=torch.float32, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.full((rows, reference.NUM_ROW_SUMS), -1.0, dtype=torch.float32, device=device),
+        )
+
+
+def _close(now: Tensor, sums: Tensor) -> bool:
+    """Sums of one weight, added in another order."""
+    return bool(((now - sums).abs() <= LAYOUT * sums).all())
 
 
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
@@ -319,17 +423,19 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
     """
     together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
     for q, w in zip(quantizers, weights, strict=True):
-        q._sync(w)
+        known = q.settle(w)
         if q.frozen:
             continue
-        q._fresh.clear()
-        if q._sums_valid and q.batches(w):
+        if known.sums and q.batches(w):
             together.setdefault((w.device, *q.rule), []).append((q, w))
         else:
-            q.scale = q._rule_scale(w)
+            q._write(FOLLOWS, q._rule_scale(w), ops.row_sums(w.detach(), q.rows(w)))
+        q._know(w, sums=True)  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
-    return [q.current_scale(w) for q, w in zip(quantizers, weights, strict=True)]
+        for q, w in members:
+            q._know(w, sums=True)
+    return [q.scale for q in quantizers]
 
 
 class ScaleBatch:
@@ -342,13 +448,12 @@ class ScaleBatch:
         if len(set(cols)) == 1:
             self.cols: int | Tensor = cols[0]
         else:  # float64 (sum of rows,)
-            each = torch.tensor(cols, dtype=torch.float64).repeat_interleave(torch.tensor(self.rows))
-            self.cols = each.to(weights[0].device)
+            each = [n for n, rows in zip(cols, self.rows, strict=True) for _ in range(rows)]
+            self.cols = torch.tensor(each, dtype=torch.float64, device=weights[0].device)
 
     def update(self) -> None:
         c = self.quantizers[0].config
-        sums: list[Tensor] = [q.row_sums for q in self.quantizers]  # type: ignore[misc]
+        sums = [q.row_sums for q in self.quantizers]
         joined = torch.cat(sums) if len(sums) > 1 else sums[0]
         scales = scale_from_sums(joined, self.cols, c.weight, c.scale, c.sawb_coefficients).split(self.rows)
-        for q, scale in zip(self.quantizers, scales, strict=True):
-            q.scale = scale
+        torch._foreach_copy_([q.scale for q in self.quantizers], list(scales))
