@@ -29,16 +29,9 @@ def convert_file(
     """
     tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
-    for key in list(tensors):
-        name, _, leaf = key.rpartition(".")
-        w = tensors[key]
-        if (
-            leaf != "weight"
-            or not name
-            or w.dim() not in (2, 4)
-            or not w.is_floating_point()
-            or not fnmatch.fnmatchcase(name, only)
-        ):
+    for key in [k for k in tensors if k.endswith(".weight") and fnmatch.fnmatchcase(k.removesuffix(".weight"), only)]:
+        name, w = key.removesuffix(".weight"), tensors[key]
+        if w.dim() not in (2, 4) or not w.is_floating_point():
             continue
         try:
             scale = tensors.get(f"{name}.weight_scale")
