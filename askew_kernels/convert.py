@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import files, inspection, quant
+from .nn.layers import AskewConv2d, AskewLinear
 from .quant import QuantConfig, compute_scale, pack_weight, unpack_weight
 
 
@@ -26,27 +27,15 @@ def convert_file(
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
     nothing matches.
     """
-    library = files._safetensors()
-    if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such file")
-    try:
-        tensors: dict[str, Tensor] = library.torch.load_file(str(source))
-    except (OSError, ValueError, library.SafetensorError) as error:
-        raise files.PackedFileError(f"{source}: not a whole safetensors file ({error})") from None
+    tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
-    for key in list(tensors):
-        name, _, leaf = key.rpartition(".")
-        w = tensors[key]
-        if (
-            leaf != "weight"
-            or w.dim() not in (2, 4)
-            or not w.is_floating_point()
-            or not fnmatch.fnmatchcase(name, only)
-        ):
+    for key in [k for k in tensors if k.endswith(".weight") and fnmatch.fnmatchcase(k.removesuffix(".weight"), only)]:
+        name, w = key.removesuffix(".weight"), tensors[key]
+        if w.dim() not in (2, 4) or not w.is_floating_point():
             continue
         try:
             scale = tensors.get(f"{name}.weight_scale")
-            if scale is None:
+            if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
                 scale = compute_scale(w, config.weight, config.scale, config.granularity, config.group_size)
             codes = pack_weight(w, scale, config.weight)
             off = int((unpack_weight(codes, scale, config.weight, tuple(w.shape), w.dtype) != w).sum())
@@ -54,9 +43,10 @@ def convert_file(
                 raise ValueError(f"weight: {off} of {w.numel()} weights are not on their levels; --force rounds them")
         except ValueError as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
-        del tensors[key]
-        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
         kind = "linear" if w.dim() == 2 else "conv2d"
+        for own in files.own_keys(AskewLinear if kind == "linear" else AskewConv2d) - {"bias"}:
+            tensors.pop(f"{name}.{own}", None)
+        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
         layers[name] = {"kind": kind, "config": config.to_dict(), "trits": False, "shape": list(w.shape),
                         "dtype": str(w.dtype).removeprefix("torch.")}  # fmt: skip
     if not layers:
@@ -84,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
-        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False)))
+        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)
         return 2

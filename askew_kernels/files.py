@@ -1,163 +1,304 @@
 """Packed models as one safetensors file: codes, scales, the remaining tensors, and what they mean, as JSON.
 
 The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers": {name: description}, "aliases":
-{name: kept name}, "checksum": hexadecimal CRC-32}``. A description holds kind, config (grid, granularity), trits,
-shape, dtype, and for convolutions the geometry; aliases are tensors that are one in memory; the checksum covers all of
-it and finds damage (it is no defence against an author who means harm, but nothing read here is ever executed).
-Never pickle.
+{name: kept name}, "extra": {key: extra state that is no tensor}, "checksum": hexadecimal CRC-32}``. A description holds
+kind, config (grid, granularity), trits, shape, dtype, and for convolutions the geometry; aliases are tensors that are
+one in memory; the checksum covers all of it and finds damage (it is no defence against an author who means harm, but
+nothing read here is ever executed). Never pickle. Names are those of the state_dict, without the steps that wrappers
+(``torch.compile``, DDP, activation checkpoints) put into them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
-import zlib
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from . import tensorfile
 from .nn.convert import LAYERS as FLOAT_LAYERS
-from .nn.layers import QuantizedLayer
-from .nn.packed import (
-    PackedConv2d,
-    PackedLayer,
-    PackedLinear,
-    conv_geometry,
-    packed_layers,
-    replace_modules,
-    set_activations,
-)
+from .nn.layers import AskewConv2d, AskewLinear, QuantizedLayer
+from .nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, set_activations
+from .nn.replace import check_replaceable, replace_modules
 from .quant import QuantConfig, check_codes
+from .tensorfile import not_plain
 
 VERSION = 1
 KEY = "askew_kernels"
 PENDING = "?" * 8  # in the place of a checksum that is still being made
-PIECE = 1 << 22  # bytes of a tensor that have a CRC-32 of their own
+EXTRA = "_extra_state"
 KINDS: dict[str, Any] = {"linear": PackedLinear, "conv2d": PackedConv2d}
 TWINS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what wrappers call what they wrap
+WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # the same is their `module`
 
 
 class PackedFileError(ValueError):
     """A packed file that cannot be written, read, or fitted to a model; the text begins with the path."""
 
 
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError('packed files need safetensors: pip install "askew_kernels[deploy]"') from None
-    return safetensors
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def _bytes(t: Tensor) -> Any:
-    return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
-    tensor.
+def own_keys(kind: type[nn.Module]) -> frozenset[str]:
+    """Keys that every linear layer or convolution of this kind has in a state_dict, plain, quantized or packed; what
+    else stands under a layer's name was hung on it."""
+    bases: tuple[Any, ...] = (AskewLinear, AskewConv2d, PackedLinear, PackedConv2d, nn.Linear, nn.Conv2d)
+    return _keys(next(base for base in bases if issubclass(kind, base)))
 
-    By pieces, so that all threads share the work; zlib lets the others run meanwhile.
+
+@functools.cache
+def _keys(base: Any) -> frozenset[str]:
+    sizes = (1,) * (3 if issubclass(base, nn.Conv2d) else 2)
+    return frozenset(base(*sizes, device="meta").state_dict())
+
+
+class _Names:
+    """What a model holds, by the names of its state_dict.
+
+    ``state`` {key: value}; ``held`` {key: the model's own tensor}: the value itself or, where a state_dict hook made a
+    copy, what has that name; ``homes`` {id of a tensor: [(module, name in it)]}, several where it is tied; ``paths``
+    {id of a module: names in the model}.
     """
+
+    def __init__(self, model: nn.Module, fail: Callable[[str], PackedFileError]) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
+        self.model, self.fail = model, fail
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, list[str]] = {}
+        self.homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.tensors: dict[str, Tensor] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            name = _unwrapped(path)
+            self.modules[name] = module
+            self.paths.setdefault(id(module), []).append(path)
+            for child, t in [*module._parameters.items(), *module._buffers.items()]:
+                if t is not None:
+                    self.tensors[f"{name}.{child}" if name else child] = t
+                    homes = self.homes.setdefault(id(t), [])
+                    if (module, child) not in homes:
+                        homes.append((module, child))
+        self.state: dict[str, Any] = {}
+        self.held: dict[str, Tensor] = {}
+        try:
+            state = model.state_dict(keep_vars=True)
+        except TypeError:  # a state_dict of the model's own
+            state = model.state_dict()
+        for key, value in state.items():
+            key = _unwrapped(key)
+            if key in self.state and self.state[key] is not value:
+                raise fail(f"{key}: the state_dict has it twice")
+            self.state[key] = value
+            named = self.tensors.get(key)
+            if id(value) in self.homes:
+                self.held[key] = value
+            elif named is not None and isinstance(value, Tensor) and _type(named) == _type(value):
+                self.held[key] = named
+
+    def layer(self, name: str) -> nn.Module | None:
+        """The module that the state_dict calls so: by its name or, where hooks rename keys, by its weight or codes."""
+        key = next((k for k in (f"{name}.weight_codes", f"{name}.weight") if k in self.held), None)
+        named = self.modules.get(name) if name else None
+        if key is None:
+            return named
+        homes = self.homes[id(self.held[key])]
+        owners = {id(m): m for m, child in homes if child == key.rpartition(".")[2]}
+        if named is not None and id(named) in owners:
+            return named
+        return next(iter(owners.values())) if len(owners) == 1 and name else None
+
+    def is_extra(self, key: str) -> bool:
+        return key.rpartition(".")[2] == EXTRA and key not in self.held
+
+    def with_extra(self, key: str) -> Any:
+        """The module whose extra state has this key."""
+        module = self.modules.get(key.removesuffix(EXTRA).removesuffix("."))
+        if module is None:
+            raise self.fail(f"{key}: a state_dict hook renames it, a load could not find its module")
+        return module
+
+
+def _type(t: Tensor) -> tuple:
+    return (not_plain(t), None) if not_plain(t) else (tuple(t.shape), t.dtype)
+
+
+def _sound(scale: Tensor) -> bool:
+    return bool((scale.float().isfinite() & (scale > 0)).all())
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor], sums: tensorfile.Sums) -> str:
+    """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
+    tensor."""
     text = json.dumps({k: v for k, v in document.items() if k != "checksum"}, sort_keys=True)
-    crc = zlib.crc32(text.encode())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name in sorted(tensors):
-            t = tensors[name]
-            crc = zlib.crc32(f"{name} {t.dtype} {tuple(t.shape)}".encode(), crc)
-            data = memoryview(_bytes(t)) if t.numel() else memoryview(b"")
-            pieces = [data[i : i + PIECE] for i in range(0, len(data), PIECE)]
-            for piece in pool.map(zlib.crc32, pieces) if len(pieces) > 1 else map(zlib.crc32, pieces):
-                crc = zlib.crc32(piece.to_bytes(4, "little"), crc)
+    crc = crc32(text.encode())
+    for name in sorted(tensors):
+        crc = crc32(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode(), crc)
+        for piece in sums.get(name, []):
+            crc = crc32(piece.to_bytes(4, "little"), crc)
     return f"{crc:08x}"
 
 
-def write_packed(path: str | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any]) -> None:
-    """Writes tensors and layer descriptions: to a temporary name beside ``path``, which then replaces it."""
-    library, path = _safetensors(), Path(path)
+def write_packed(
+    path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Writes tensors, layer descriptions and JSON-ready extra state, whole or not at all (``atomic.replacing``)."""
+    shown = os.fsdecode(path)
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owners: dict[Any, str] = {}
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise PackedFileError(f"{path}: {name} is a {type(t).__name__}; only tensors can be saved")
-        if t.is_meta:
-            raise PackedFileError(f"{path}: {name} is on the meta device, it has no values to save")
-        same = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device)
+        if why := tensorfile.not_storable(t):
+            raise PackedFileError(f"{shown}: {name} {why}")
+        same = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg())
         if t.numel() and owners.setdefault(same, name) != name:
             aliases[name] = owners[same]
         else:
-            kept[name] = t.detach().cpu().contiguous()
-    seen: set[int] = set()
-    for name, t in kept.items():  # views of one storage are written apart
-        if t.untyped_storage().data_ptr() in seen and t.numel():
-            kept[name] = t.clone()
-        seen.add(t.untyped_storage().data_ptr())
+            kept[name] = t
     document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    document |= {"extra": dict(extra)} if extra else {}
     try:
-        with ThreadPoolExecutor(1) as writer:  # beside the checksum
-            metadata = {"format": "pt", KEY: json.dumps(document)}
-            written = writer.submit(library.torch.save_file, kept, str(temporary), metadata)
-            checksum = _checksum(document, kept)
-            written.result()
-        with open(temporary, "r+b") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length)
-            file.seek(8 + header.index(PENDING.encode()))  # its first place: nothing before it is ours to choose
-            file.write(checksum.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, library.SafetensorError) as error:
-        raise PackedFileError(f"{path}: cannot be written ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        metadata = {"format": "pt", KEY: json.dumps(document)}
+        # the mark's first place is the checksum's: nothing before it is a user's to choose
+        tensorfile.write(path, kept, metadata, PENDING, lambda sums: _checksum(document, kept, sums))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PackedFileError(f"{shown}: cannot be written ({error})") from None
+
+
+def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
+    """Writes a packed model (``ak.pack_``): codes, scales and every other tensor of its state_dict, in one file.
+
+    The file appears under ``path`` only when it is whole (``atomic.replacing`` says what becomes of links and modes).
+    Extra state (``get_extra_state``) goes along where it is a tensor or JSON. Wrappers (``torch.compile``, DDP) are
+    looked through: the file fits the wrapper and what it wraps.
+
+    Raises PackedFileError (a ValueError), and leaves the old file: for a model without packed layers, layers that are
+    still quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load
+    could not find again (state_dict hooks that invent them), and where the file cannot be written.
+    """
+
+    def fail(text: str) -> PackedFileError:
+        return PackedFileError(f"{os.fsdecode(path)}: {text}")
+
+    names = _Names(model, fail)
+    if isinstance(names.model, (QuantizedLayer, PackedLayer)):
+        raise fail("the model is itself a layer; put it into an nn.Sequential")
+    for name, module in names.modules.items():
+        if isinstance(module, QuantizedLayer):
+            raise fail(f"{name} is not packed; call hard_quantize_(model) and pack_(model) first")
+    layers: dict[str, Any] = {}
+    derived: set[str] = set()
+    found: set[int] = set()
+    for key in names.state:
+        name = key.removesuffix(".weight_codes")
+        layer = names.layer(name) if name != key else None
+        if isinstance(layer, PackedLayer):
+            lost = [k for k in ("weight_scale", "bias") if names.held.get(f"{name}.{k}") is not getattr(layer, k)]
+            if lost:
+                raise fail(f"{name}.{lost[0]}: a state_dict hook hides or renames it, a load could not find it")
+            if not layer.weight_scale.is_meta and not _sound(layer.weight_scale):
+                raise fail(f"{name}.weight_scale: expected positive finite scales")
+            layers[name] = layer.description()
+            derived |= {f"{name}.{k}" for k in own_keys(type(layer)) - {"weight_codes", "weight_scale", "bias"}}
+            found.add(id(layer))
+    hidden = [n for n, m in names.modules.items() if isinstance(m, PackedLayer) and id(m) not in found]
+    if hidden:
+        raise fail(f"{hidden[0]}: a state_dict hook hides or renames it, a load could not find it")
+    if not layers:
+        raise fail("the model has no packed layers; call pack_(model) first")
+    tensors: dict[str, Tensor] = {}
+    extra: dict[str, Any] = {}
+    for key, value in names.state.items():
+        if key in derived:
+            continue
+        if names.is_extra(key):
+            names.with_extra(key)
+            if not isinstance(value, Tensor) and not _is_json(value):
+                raise fail(f"{key}: extra state is saved where it is a tensor or JSON, got {type(value).__name__}")
+        elif not isinstance(value, Tensor):
+            raise fail(f"{key} is a {type(value).__name__}; only tensors can be saved")
+        elif key not in names.held:
+            raise fail(f"{key}: a state_dict hook made it, it is no parameter or buffer that a load could find")
+        (tensors if isinstance(value, Tensor) else extra)[key] = value
+    write_packed(path, tensors, layers, extra)
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives ``value`` back: not tuples, sets, keys that are no texts, NaN."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: str | bytes | os.PathLike, **options: bool) -> tensorfile.TensorFile:
+    """``tensorfile.read``, whose errors are PackedFileError here, or FileNotFoundError."""
+    shown = os.fsdecode(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{shown}: no such file")
+    if not os.path.isfile(path):
+        raise PackedFileError(f"{shown}: is a folder or a device, not a file")
+    try:
+        return tensorfile.read(path, **options)
+    except OSError as error:
+        raise PackedFileError(f"{shown}: cannot be read ({error})") from None
+    except ValueError as error:
+        raise PackedFileError(f"{shown}: not a whole safetensors file ({error})") from None
 
 
 class PackedFile:
-    """``tensors`` {name: Tensor} mapped from the file, ``layers`` {name: description}, ``stored`` (names kept once)."""
+    """``tensors`` {name: Tensor}, ``extra`` {key: state}, ``layers`` {name: description}, ``stored`` (names kept once).
 
-    def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
-        library, self.path = _safetensors(), Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        try:
-            with library.safe_open(str(path), framework="pt", device="cpu") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            RuntimeError,
-            OverflowError,
-            library.SafetensorError,
-        ) as error:
-            raise self._error(f"not a whole safetensors file ({error})") from None
-        if KEY not in metadata:
+    ``mmap``: the tensors are the file's own memory, mapped; else they are read, and the file may change."""
+
+    def __init__(self, path: str | bytes | os.PathLike, verify: bool = True, mmap: bool = False) -> None:
+        self.path = Path(os.fsdecode(path))
+        with torch.device("cpu"), torch.inference_mode(False):  # whatever is the default outside
+            if hasattr(torch.empty(0), "fake_mode"):
+                raise self._error("cannot be read under a FakeTensorMode, whose tensors hold no numbers")
+            self._understand(read_safetensors(self.path, sums=verify, mmap=mmap), verify)
+
+    def _understand(self, read: tensorfile.TensorFile, verify: bool) -> None:
+        tensors = read.tensors
+        if KEY not in read.metadata:
             raise self._error(f"a safetensors file without the {KEY} metadata; ak.save_packed writes it")
         try:
-            document = json.loads(metadata[KEY])
+            document = json.loads(read.metadata[KEY])
             version, layers, aliases = document["version"], document["layers"], document["aliases"]
-            checksum = document["checksum"]
-            sound = isinstance(layers, dict) and isinstance(aliases, dict)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            checksum, extra = document["checksum"], document.get("extra", {})
+            sound = all(isinstance(part, dict) for part in (layers, aliases, extra))
+        except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
             raise self._error(f"damaged metadata ({type(error).__name__}: {error})") from None
         if version != VERSION:
             raise self._error(f"format version {version!r}; this release reads version {VERSION}")
         if not sound or any(not isinstance(v, str) or v not in tensors for v in aliases.values()):
             raise self._error("damaged metadata (layers and aliases do not fit the tensors)")
-        if verify and _checksum(document, tensors) != checksum:
+        if verify and _checksum(document, tensors, read.sums) != checksum:
             raise self._error("the checksum does not fit: the file was damaged or edited")
         self.stored = list(tensors)
         self.tensors: dict[str, Tensor] = tensors | {name: tensors[kept] for name, kept in aliases.items()}
+        self.extra: dict[str, Any] = extra
         self.layers: dict[str, dict[str, Any]] = layers
         self.configs = {name: self._check_layer(name, d) for name, d in layers.items()}
 
@@ -167,7 +308,7 @@ class PackedFile:
     def dtype(self, name: str) -> torch.dtype:
         return getattr(torch, self.layers[name]["dtype"])
 
-    def empty_layer(self, name: str, like: Any = None) -> PackedLayer:
+    def empty_layer(self, name: str, like: Any = None, dtype: torch.dtype | None = None) -> PackedLayer:
         """The packed layer, on the meta device; geometry and bias of ``like``, or of a plain layer of the shape."""
         d, config = self.layers[name], self.configs[name]
         if like is None:
@@ -177,7 +318,11 @@ class PackedFile:
             else:
                 like = nn.Conv2d(shape[1], shape[0], shape[2:], bias=bias, device="meta")
         scale_dtype = self.tensors[f"{name}.weight_scale"].dtype
-        return KINDS[d["kind"]].like(like, config, d["trits"], scale_dtype, self.dtype(name), "meta")
+        return KINDS[d["kind"]].like(like, config, d["trits"], scale_dtype, dtype or self.dtype(name), "meta")
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """(codes, scale) of a layer."""
+        return self.tensors[f"{name}.weight_codes"], self.tensors[f"{name}.weight_scale"]
 
     def _check_layer(self, name: str, d: Any) -> QuantConfig:
         """The layer's config, after checking that codes and scales are what the description says."""
@@ -187,7 +332,7 @@ class PackedFile:
             shape, dims = d["shape"], 2 if d["kind"] == "linear" else 4
             if len(shape) != dims or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
                 raise ValueError(f"shape: expected {dims} sizes, got {shape}")
-            if d["dtype"] not in ("float32", "bfloat16", "float16", "float64"):
+            if d["dtype"] not in FLOATS:
                 raise ValueError(f"dtype: expected a float type, got {d['dtype']!r}")
             if type(d["trits"]) is not bool:
                 raise ValueError(f"trits: expected true or false, got {d['trits']!r}")
@@ -200,7 +345,7 @@ class PackedFile:
                     raise ValueError(
                         f"weight_{key}: expected {want.dtype} {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}"
                     )
-            if not bool((scale.float().isfinite() & (scale > 0)).all()):
+            if not _sound(scale):
                 raise ValueError("weight_scale: expected positive finite scales")
             check_codes(codes, empty.bits, empty.cols, len(config.weight.levels))
         except KeyError as error:
@@ -209,96 +354,184 @@ class PackedFile:
             raise self._error(f"layer {name}: {error}") from None
         return config
 
+    def converted(self, key: str, dtype: torch.dtype) -> Tensor:
+        """The tensor in another type of its kind, as ``load_state_dict`` converts; PackedFileError where the kinds
+        differ or a number does not survive."""
+        t = self.tensors[key]
+        if t.dtype == dtype:
+            return t
+        new = t.to(dtype) if _kind(t.dtype) == _kind(dtype) else None
+        if new is None:
+            raise self._error(f"{key}: expected {dtype}, the file has {t.dtype}")
+        same = new.isfinite() == t.isfinite() if _kind(dtype) in ("float", "complex") else new.to(t.dtype) == t
+        if not bool(same.all()):
+            raise self._error(f"{key}: {dtype}, the model's type, does not hold numbers of the file's {t.dtype}")
+        return new
 
-def save_packed(model: nn.Module, path: str | os.PathLike) -> None:
-    """Writes a packed model (``ak.pack_``): codes, scales and every other tensor of its state_dict, in one file.
 
-    The file appears under ``path`` only when it is whole. Raises PackedFileError (a ValueError) for a model without
-    packed layers, for layers that are still quantized but not packed, and where the file cannot be written;
-    ImportError without safetensors.
-    """
-    _safetensors()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    unpacked = [name for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
-    if unpacked:
-        raise PackedFileError(f"{path}: {unpacked[0]} is not packed; call hard_quantize_(model) and pack_(model) first")
-    layers = {
-        name: m.description()
-        for name, m in model.named_modules(remove_duplicate=False)
-        if isinstance(m, PackedLayer) and name
-    }
-    if not layers:
-        raise PackedFileError(f"{path}: the model has no packed layers; call pack_(model) first")
-    write_packed(path, model.state_dict(), layers)
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 def load_packed(
-    path: str | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float"
-) -> nn.Module:
+    path: str | bytes | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float",
+    mmap: bool = False,
+) -> nn.Module:  # fmt: skip
     """Fills ``model`` from a packed file, in place, and returns it.
 
-    Its nn.Linear and nn.Conv2d (or their quantized or packed twins) that the file has packed are replaced; every other
-    tensor is loaded, strictly. A model on the meta device is given the file's own memory-mapped tensors: the file
-    must not be changed in place while they are in use. ``verify=False`` skips the checksum, which reads it all once.
-    ``activations``: as in ``pack_``.
+    Its nn.Linear and nn.Conv2d (or their quantized or packed twins) that the file has packed are replaced, and hooks on
+    them go on working; every other tensor is loaded, strictly, and extra state is set. As with ``load_state_dict`` all
+    takes the types, the devices and the ``requires_grad`` of the model; what was on the meta device comes to the CPU.
 
-    Raises PackedFileError naming what does not fit (names, shapes, grid, geometry, format version, damage), and then
-    leaves the model as it was; ImportError without safetensors.
+    ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
+    the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
+    is used, and the file must not be changed in place while the model is in use (a change shows, a cut file kills the
+    process). By default the tensors are read, and what becomes of the file later does not matter.
+
+    Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
+    then leaves the model as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    file = PackedFile(path, verify)
-    new: dict[str, nn.Module] = {}
-    made: dict[int, PackedLayer] = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, d in file.layers.items():
-        old = modules.get(name)
-        if old is None or not name:
-            raise file._error(f"layer {name}: the model has no such layer")
-        _check_fits(file, name, d, old)
-        if id(old) not in made:
-            made[id(old)] = _filled(file, name, old)
-            try:
-                set_activations(made[id(old)], activations)
-            except ValueError as error:
-                raise file._error(f"layer {name}: {error}") from None
-        new[name] = made[id(old)]
-    extra = [name for name in packed_layers(model) if name not in new]
-    if extra:
-        raise file._error(f"layer {extra[0]} is packed in the model and not in the file")
-    inside = tuple(f"{name}." for name in new)
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if not k.startswith(inside)}
-    rest = {k: v for k, v in file.tensors.items() if not k.startswith(inside)}
-    missing, surplus = sorted(state.keys() - rest.keys()), sorted(rest.keys() - state.keys())
-    if missing or surplus:
-        what = [f"the file lacks {', '.join(missing[:5])}"] * bool(missing)
-        raise file._error("; ".join(what + [f"the model lacks {', '.join(surplus[:5])}"] * bool(surplus)))
-    for key, t in rest.items():
-        if t.shape != state[key].shape:
-            raise file._error(f"{key}: expected shape {tuple(state[key].shape)}, got {tuple(t.shape)}")
-    replace_modules(model, new)
-    assigned: dict[int, Any] = {}
-    for key, t in rest.items():
-        parent, _, child = key.rpartition(".")
-        owner, target = model.get_submodule(parent), state[key]
-        if not target.is_meta:
-            with torch.no_grad():
-                target.copy_(t)
-        elif isinstance(target, nn.Parameter):  # one object under two names stays one
-            made_parameter = assigned.setdefault(id(target), nn.Parameter(t, target.requires_grad))
-            owner.register_parameter(child, made_parameter)
-        else:
-            owner._buffers[child] = assigned.setdefault(id(target), t)
+    names = _Names(model, lambda text: PackedFileError(f"{os.fsdecode(path)}: {text}"))
+    file = PackedFile(path, verify, mmap)
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        load = _Load(file, names, activations)
+        load.commit()
     return model
+
+
+class _Load:
+    """All that a load will do, checked; ``commit`` does it."""
+
+    def __init__(self, file: PackedFile, names: _Names, activations: str) -> None:
+        self.file, self.names, self.activations = file, names, activations
+        self.new: dict[int, PackedLayer] = {}  # by the id of the module that it replaces
+        self.values: dict[int, tuple[Tensor, Tensor, str]] = {}  # id of the model's tensor: (it, its value, key)
+        self.extra: list[tuple[str, Any, Any]] = []  # (key, module, state)
+        replaced: set[str] = set()  # keys of the model that go, and of the file that are seen to
+        first: dict[int, str] = {}
+        for name, d in file.layers.items():
+            old: Any = names.layer(name)
+            if old is None:
+                raise file._error(f"layer {name}: the model has no such layer")
+            _check_fits(file, name, d, old)
+            if (other := first.setdefault(id(old), name)) != name:
+                if d != file.layers[other] or not all(map(torch.equal, file.codes(name), file.codes(other))):
+                    raise file._error(f"layer {name}: is {other} in the model, and another layer in the file")
+            else:
+                self.new[id(old)] = self._filled(name, old)
+            replaced |= {f"{name}.{k}" for k in own_keys(type(old)) | {"weight_codes", "weight_scale"} if k != "bias"}
+        for name, module in names.modules.items():
+            if isinstance(module, (QuantizedLayer, PackedLayer)) and id(module) not in self.new:
+                what = "packed" if isinstance(module, PackedLayer) else "quantized"
+                raise file._error(f"layer {name} is {what} in the model and not packed in the file")
+        there = names.state.keys() - replaced
+        given = (file.tensors.keys() | file.extra.keys()) - replaced
+        lacks = [f"the file lacks {', '.join(sorted(there - given)[:5])}"] * bool(there - given)
+        lacks += [f"the model lacks {', '.join(sorted(given - there)[:5])}"] * bool(given - there)
+        if lacks:
+            raise file._error("; ".join(lacks))
+        for key in sorted(there):
+            if names.is_extra(key):
+                state = file.tensors[key].clone() if key in file.tensors else file.extra[key]
+                self.extra.append((key, names.with_extra(key), state))
+            elif key in file.extra:
+                raise file._error(f"{key}: extra state in the file, a tensor in the model")
+            else:
+                self._value(key)
+        left = {
+            key for key, t in names.tensors.items()
+            if t.is_meta and id(t) not in self.values and any(self._home(*home) for home in names.homes[id(t)])
+        }  # fmt: skip
+        if left:
+            raise file._error(
+                f"{', '.join(sorted(left)[:5])}: on the meta device in the model and not in the file (buffers with "
+                "persistent=False never are); make the model on a real device, or give them values first"
+            )
+
+    def _filled(self, name: str, old: Any) -> PackedLayer:
+        packed = isinstance(old, PackedLayer)
+        layer = self.file.empty_layer(name, old, old.weight_dtype if packed else old.weight.dtype)
+        place = old.weight_codes if packed else old.weight
+        device = torch.device("cpu") if place.is_meta else place.device
+        layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
+        layer.bias = old.bias
+        try:
+            set_activations(layer, self.activations)
+        except ValueError as error:
+            raise self.file._error(f"layer {name}: {error}") from None
+        return layer
+
+    def _value(self, key: str) -> None:
+        file, target, t = self.file, self.names.held.get(key), self.file.tensors[key]
+        if target is None:
+            raise file._error(f"{key}: a state_dict hook of the model made it, it is no parameter or buffer")
+        why = not_plain(target)
+        if not why and any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
+            why = "an expanded view"
+        if why:
+            raise file._error(f"{key}: is {why} in the model, which cannot be filled")
+        if t.shape != target.shape:
+            raise file._error(f"{key}: expected shape {tuple(target.shape)}, got {tuple(t.shape)}")
+        value = file.converted(key, target.dtype)
+        _, known, other = self.values.setdefault(id(target), (target, value, key))
+        if known is not value and not torch.equal(_bits(known), _bits(value)):
+            raise file._error(f"{key}: is one tensor with {other} in the model, and another in the file")
+
+    def _home(self, module: nn.Module, child: str) -> tuple[nn.Module, str] | None:
+        """Where a tensor of the model stands after the load; None for one that goes with its layer."""
+        new = self.new.get(id(module))
+        if new is None:
+            return module, child
+        return (new, child) if child == "bias" or child not in own_keys(type(module)) else None
+
+    def commit(self) -> None:
+        done: list[tuple[Any, Any]] = []
+        try:
+            for key, module, state in self.extra:  # first: this is the model's own code, and may raise
+                now = key
+                done.append((module, module.get_extra_state()))
+                module.set_extra_state(state)
+        except Exception as error:
+            for module, before in reversed(done):
+                with contextlib.suppress(Exception):
+                    module.set_extra_state(before)
+            raise self.file._error(f"{now}: {type(error).__name__}: {error}") from error
+        paths = self.names.paths
+        replace_modules(self.names.model, {path: new for old, new in self.new.items() for path in paths[old]})
+        given: set[int] = set()
+        for target, value, _ in self.values.values():
+            if not target.is_meta:
+                with torch.inference_mode(target.is_inference()), torch.no_grad():
+                    target.copy_(value)
+                continue
+            value = value.clone() if value.data_ptr() in given else value  # one in the file, two in the model
+            given.add(value.data_ptr())
+            made = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+            for home in self.names.homes[id(target)]:
+                if (new := self._home(*home)) is not None:
+                    setattr(*new, made)
 
 
 def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> None:
     kinds = (TWINS[d["kind"]], KINDS[d["kind"]])
+    held: Any = old  # of either kind
+    try:
+        check_replaceable(name, old)
+    except ValueError as error:
+        raise file._error(f"layer {error}") from None
     if not isinstance(old, kinds) or not (type(old) in FLOAT_LAYERS or isinstance(old, (QuantizedLayer, PackedLayer))):
         raise file._error(f"layer {name}: expected {kinds[0].__name__} in the model, got {type(old).__name__}")
-    held: Any = old  # of either kind from here on
-    shape = tuple(held.shape if isinstance(old, PackedLayer) else held.weight.shape)
+    shape, dtype = (held.shape, held.weight_dtype) if isinstance(old, PackedLayer) else _type(held.weight)
+    if dtype is None:
+        raise file._error(f"layer {name}: its weight is {shape} in the model, which cannot be replaced")
+    if str(dtype).removeprefix("torch.") not in FLOATS:
+        raise file._error(f"layer {name}: a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     if list(shape) != d["shape"]:
         raise file._error(f"layer {name}: expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
     if (held.bias is None) == (f"{name}.bias" in file.tensors):
@@ -307,19 +540,13 @@ def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> Non
         raise file._error(f"layer {name}: bias: expected shape {list(held.bias.shape)}, "
                           f"got {list(file.tensors[f'{name}.bias'].shape)}")  # fmt: skip
     config = getattr(old, "config", None)
-    if config is not None and config.weight != file.configs[name].weight:
-        raise file._error(f"layer {name}: grid: expected {config.weight}, the file has {file.configs[name].weight}")
+    if config is not None:
+        for what, grid, given in (
+            ("grid", config.weight, file.configs[name].weight),
+            ("activation", config.activation, file.configs[name].activation),
+        ):
+            if grid != given:
+                raise file._error(f"layer {name}: {what}: expected {grid}, the file has {given}")
     geometry = d.get("geometry")
     if geometry is not None and conv_geometry(held) != geometry:
         raise file._error(f"layer {name}: geometry: expected {conv_geometry(held)}, the file has {geometry}")
-
-
-def _filled(file: PackedFile, name: str, old: Any) -> PackedLayer:
-    layer = file.empty_layer(name, old)
-    place = old.weight_codes if isinstance(old, PackedLayer) else old.weight
-    device = torch.device("cpu") if place.is_meta else place.device
-    layer.weight_codes = file.tensors[f"{name}.weight_codes"].to(device)
-    layer.weight_scale = file.tensors[f"{name}.weight_scale"].to(device)
-    if old.bias is not None:
-        layer.bias = nn.Parameter(file.tensors[f"{name}.bias"].to(device), old.bias.requires_grad)
-    return layer.train(old.training)  # type: ignore[return-value]

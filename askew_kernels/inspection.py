@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .files import PackedFile, PackedFileError, _safetensors
+from .files import PackedFile, PackedFileError, own_keys, read_safetensors
 from .nn.layers import QuantizedLayer
 from .nn.packed import PackedLayer
 from .quant import Grid, unpack_weight
@@ -174,12 +175,13 @@ def _quantized_report(name: str, layer: Any) -> LayerReport:
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
+def inspect(model: nn.Module, batch: Any = None) -> Report:
     """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
 
     error = ||w - w^|| / ||w|| and outliers (share of w outside the hull) are of the float weights, so of layers that
-    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model; each quantized layer then
-    also gets ||y - y^|| / ||y||, of its output with float against quantized weights on the same input.
+    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model, or a tuple or a dict of
+    its arguments; each quantized layer then also gets ||y - y^|| / ||y||, of its output with float against quantized
+    weights on the same input (the last, where it is called several times).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -187,35 +189,41 @@ def inspect(model: nn.Module, batch: Tensor | None = None) -> Report:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
     if batch is not None:
         outputs = _output_errors(model, batch, {n: m for n, m in layers.items() if isinstance(m, QuantizedLayer)})
-    reports, covered = [], 0
+    reports: list[LayerReport] = []
+    covered: set[int] = set()  # the layers' own tensors, all but the biases
     for name, m in layers.items():
-        if isinstance(m, PackedLayer):
-            reports.append(packed_report(name, m))
-            covered += m.packed_bytes
-        else:
-            r = _quantized_report(name, m)
-            reports.append(replace(r, output_error=outputs.get(name)))
-            covered += m.weight.numel() * m.weight.element_size()
-    total = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return Report(tuple(reports), total - covered)
+        packed = isinstance(m, PackedLayer)
+        r = packed_report(name, m) if packed else _quantized_report(name, m)
+        if id(m.weight_codes if packed else m.weight) in covered:  # tied: stored once
+            r = replace(r, bytes=0, float_bytes=0)
+        reports.append(replace(r, output_error=outputs.get(name)))
+        own = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
+        covered |= {id(t) for child, t in own if child in own_keys(type(m)) - {"bias"}}
+    others = [t for t in [*model.parameters(), *model.buffers()] if id(t) not in covered]
+    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
 
 
-def _output_errors(model: nn.Module, batch: Tensor, layers: dict[str, Any]) -> dict[str, float]:
+def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def hook(name: str) -> Any:
-        def compare(layer: Any, inputs: tuple) -> None:
-            exact = layer.to_float()(*inputs).double()
+        def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            exact = layer.to_float()(x).double()
             norm = float(exact.norm())
-            got = layer._hard_forward(inputs[0], layer.quantized_weight(), None).double()
+            got = layer._hard_forward(x, layer.quantized_weight(), None).double()
             found[name] = float((got - exact).norm()) / norm if norm else 0.0
 
         return compare
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     modes = {m: m.training for m in model.modules()}
     try:
-        model.eval()(batch)
+        model.eval()
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*(batch if isinstance(batch, tuple) else (batch,)))
     finally:
         for m, mode in modes.items():
             m.training = mode
@@ -236,14 +244,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        original = None
-        if arguments.original is not None:
-            library = _safetensors()
-            try:
-                original = library.torch.load_file(str(arguments.original))
-            except (ValueError, library.SafetensorError) as error:
-                raise PackedFileError(f"{arguments.original}: not a whole safetensors file ({error})") from None
-        report = report_of_file(PackedFile(arguments.file), original)
+        original = None if arguments.original is None else read_safetensors(arguments.original).tensors
+        report = report_of_file(PackedFile(arguments.file, mmap=True), original)
         if arguments.plot is not None:
             report.plot(arguments.plot)
     except (ValueError, OSError, ImportError) as problem:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .nn.layers import plain_linear
-from .nn.packed import PackedLinear, replace_modules
+from .nn.packed import PackedLinear
+from .nn.replace import replace_modules
 from .reference import level_table, unpack_codes
 
 FORMATS = ("intx", "int4")
@@ -28,6 +29,8 @@ def _integers(layer: PackedLinear) -> Tensor:
     grid = layer.config.weight
     if any(c != int(c) for c in grid.levels):
         raise ValueError(f"torchao's tensors hold integer levels, got {grid}")
+    if not (-128 <= grid.levels[0] and grid.levels[-1] <= 127) and not (0 <= grid.levels[0] and grid.levels[-1] <= 255):
+        raise ValueError(f"torchao's tensors hold levels of 8 bits, got {grid}")
     table = level_table(grid.levels_tensor(layer.weight_codes.device), grid.encoding, layer.weight_codes.device)
     codes = unpack_codes(layer.weight_codes, layer.bits, layer.cols)
     return table.to(torch.int16)[codes.int()]
@@ -45,11 +48,13 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
                  channels, and scales that bfloat16 holds (``pack_(…, scale_dtype=torch.bfloat16)``)
     ===========  =====================================================================================================
 
-    Raises TypeError for another layer, ValueError where the grid, the granularity or the scales do not allow it,
-    ImportError without torchao.
+    Raises TypeError for another layer, ValueError where the grid, the granularity or the scales do not allow it, or
+    where the layer quantizes its inputs (``QuantConfig(activation=…)``), ImportError without torchao.
     """
     if not isinstance(layer, PackedLinear):
         raise TypeError(f"layer: expected a PackedLinear, got {type(layer).__name__}")
+    if layer.config.activation is not None:
+        raise ValueError(f"torchao's tensors keep no quantized inputs, got activation={layer.config.activation}")
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     intx, int4 = _library()
@@ -104,6 +109,8 @@ def to_torchao_(model: nn.Module, format: str = "intx") -> nn.Module:
                 made[id(layer)] = plain_linear(layer, weight)
             new[name] = made[id(layer)]
     if not new:
+        if isinstance(model, PackedLinear):
+            raise ValueError("model: is itself a layer; use to_torchao(layer)")
         raise ValueError("model: has no PackedLinear; call pack_(model) first")
     replace_modules(model, new)
     return model

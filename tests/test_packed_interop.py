@@ -1,8 +1,10 @@
 """Contract: packed models in other hands.
 
 1. ``torch.compile(fullgraph=True)`` and ``torch.export`` give what the model gives.
-2. ONNX files hold integers of 4 or 8 bits, and onnxruntime computes the model's outputs from them.
-3. torchao's tensors hold the same weights.
+2. ONNX files hold integers of 4 or 8 bits, and onnxruntime computes the model's outputs from them, whatever layers
+   share.
+3. torchao's tensors hold the same weights. What neither holds (codebooks, wide levels, quantized inputs) is refused by
+   the layer's name.
 4. Linear layers of a ``transformers`` model are quantized by pattern, packed, saved and loaded.
 """
 
@@ -72,13 +74,74 @@ def test_onnx(name, tmp_path):
         torch.testing.assert_close(torch.tensor(session.run(None, {"x": X.numpy()})[0]), model(X), rtol=1e-4, atol=1e-4)
 
 
+def run_onnx(model, x, path):
+    """onnxruntime's output for x, and the names of the file's initialisers."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    from askew_kernels.onnx import export_onnx
+
+    export_onnx(model, x, path, input_names=["x"])
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = {t.name for t in onnx.load(path).graph.initializer}
+    return torch.tensor(session.run(None, {"x": x.numpy()})[0]), names
+
+
+class Sharing(nn.Module):
+    """Copies, ties and layers that nobody calls, among layers of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.table = nn.Embedding(16, 16)
+        self.first, self.copied, self.tied, self.again = (nn.Linear(16, 16) for _ in range(4))
+        self.unused, self.head = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.copied.load_state_dict(self.first.state_dict())
+        self.tied.weight = self.first.weight
+        self.again = self.first
+
+    def forward(self, i):
+        x = self.again(self.tied(self.copied(self.first(self.table(i)).relu())).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("name", ["int4 tensor", "int4 channel", "int4 group", "ternary"])
+def test_onnx_of_layers_that_share(name, tmp_path):
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Sharing(), CONFIGS[name]))).eval()
+    model.table.weight = nn.Parameter(model.head.dequantize())  # equal to a packed weight, and not packed itself
+    i = torch.arange(12)
+    got, names = run_onnx(model, i, tmp_path / "m.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(i), rtol=1e-4, atol=1e-4)
+    assert sum(n.endswith(".weight_levels") for n in names) == 2 and not any(n.endswith(".weight") for n in names)
+
+
+def test_onnx_of_levels_at_the_ends_of_8_bits(tmp_path):
+    for levels in ([-128, -3, 0, 127], [0, 1, 100, 255], [0, 2, 7, 15]):
+        model = packed(ak.QuantConfig(Codebook([float(c) for c in levels]), scale="absmax"))
+        with torch.no_grad():
+            torch.testing.assert_close(run_onnx(model, X, tmp_path / "m.onnx")[0], model(X), rtol=1e-4, atol=1e-4)
+
+
 def test_onnx_names_what_it_cannot_hold(tmp_path):
     pytest.importorskip("onnx")
     from askew_kernels.onnx import export_onnx
 
-    with pytest.raises(ValueError, match="^0: DequantizeLinear needs integer levels"):
-        export_onnx(packed(ak.QuantConfig(Codebook(NF4), scale="absmax")), X, tmp_path / "m.onnx")
+    for config, message in {
+        ak.QuantConfig(Codebook(NF4), scale="absmax"): "^0: DequantizeLinear needs integer levels",
+        ak.QuantConfig(Codebook([-300.0, 0.0, 300.0]), scale="absmax"): "^0: DequantizeLinear needs levels that 8 bits",
+        ak.QuantConfig(Codebook([-1.0, 0.0, 255.0]), scale="absmax"): "^0: DequantizeLinear needs levels that 8 bits",
+        ak.QuantConfig(Uniform(4), activation=Uniform(3)): "^0: ONNX files keep no quantized inputs",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            export_onnx(packed(config), X, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_files_are_written_whole(tmp_path):
+    path = tmp_path / ("m" * 250 + ".onnx")
+    link = tmp_path / "latest"
+    link.symlink_to(path)
+    run_onnx(packed(CONFIGS["int4 channel"]), X, link)
+    assert link.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["latest", path.name]
 
 
 def test_a_llama_by_pattern(tmp_path):
@@ -127,6 +190,17 @@ def test_torchao_holds_the_same_weight(name, dtype):
         torch.testing.assert_close(model(x), want, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=0.02)
 
 
+def test_torchao_layers_keep_their_hooks_and_ties():
+    pytest.importorskip("torchao")
+    from askew_kernels.torchao import to_torchao_
+
+    layer, seen = nn.Linear(32, 32), []
+    model = ak.pack_(ak.quantize_(nn.Sequential(layer, nn.ReLU(), layer), CONFIGS["int8"]), force=True).eval()
+    model[0].register_forward_hook(lambda module, *_: seen.append(type(module)))
+    to_torchao_(model)(torch.ones(2, 32))
+    assert model[0] is model[2] and seen == [nn.Linear] * 2
+
+
 def test_torchao_int4_layout():
     """Two's complement nibbles, even columns low; scales (groups, n) in bfloat16; weight = q s + zero point."""
     pytest.importorskip("torchao")
@@ -156,6 +230,13 @@ def test_torchao_names_what_it_cannot_hold():
     with pytest.raises(ValueError, match=r"^0: torchao.s tensors hold integer levels, got Codebook"):
         to_torchao_(nf4)
     assert type(nf4[0]).__name__ == "PackedLinear"
+    with pytest.raises(ValueError, match=r"^0: torchao.s tensors hold levels of 8 bits"):
+        to_torchao_(model(ak.QuantConfig(Codebook([-300.0, 0.0, 300.0]), scale="absmax")))
+    for form in ("intx", "int4"):
+        with pytest.raises(ValueError, match=r"^0: torchao.s tensors keep no quantized inputs, got activation=Uniform"):
+            to_torchao_(model(ak.QuantConfig(Uniform(4), activation=Uniform(3))), form)
+    with pytest.raises(ValueError, match=r"model: is itself a layer; use to_torchao\(layer\)"):
+        to_torchao_(nf4[0])
     with pytest.raises(ValueError, match="int4: expected at most 16 consecutive integers"):
         to_torchao(model(CONFIGS["int8"])[0], "int4")
     with pytest.raises(ValueError, match="int4: bfloat16 does not hold the scales"):

@@ -571,12 +571,6 @@ def test_an_interrupted_save_leaves_the_old_file(saved, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_without_safetensors(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r"askew_kernels\[deploy\]"):
-        ak.save_packed(ak.pack_(quantized(CONFIGS["int8"])), tmp_path / "m")
-
-
 @pytest.mark.parametrize(("config", "factor"), [
     (ak.QuantConfig(Uniform(4), scale="absmax", granularity="per_group", group_size=128), 7.5),
     (ak.QuantConfig(Ternary(), scale="mean"), 15), (ak.QuantConfig(Binary(), scale="mean"), 28),

@@ -165,7 +165,9 @@ def test_packing_and_unpacking_keep_hooks():
         layer.note = "kept"
     x = torch.ones(1, 2, 5, 5)
     ak.pack_(model)(x)
+    assert {name for name, _ in model.named_parameters()} == {"0.bias", "2.bias"}
     ak.unpack_(model)(x)
+    assert {name for name, _ in model.named_buffers()} == set()
     assert seen == ["PackedConv2d", "PackedLinear", "Conv2d", "Linear"]
     assert model[0].note == model[2].note == "kept"
     assert {*vars(model[2])} - {*vars(nn.Linear(1, 1))} == {"note"}

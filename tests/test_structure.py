@@ -24,12 +24,12 @@ CSRC = PACKAGE.parent / "csrc"
 LAYERS = {  # room: what it may import of the package
     "reference": set(), "annealing": set(), "tuning": set(), "runtime": {"reference", "tuning"},
     "triton_kernels": {"reference", "runtime"},
-    "ops": {"reference", "runtime", "triton_kernels"},
+    "ops": {"reference", "runtime", "triton_kernels"}, "atomic": set(), "tensorfile": {"atomic"},
 }  # fmt: skip
-LAYERS["quant"] = LAYERS["ops"] | {"ops"}
+LAYERS["quant"] = LAYERS["ops"] | {"ops", "atomic"}
 LAYERS["constraint"] = LAYERS["quant"] | {"quant"}
 LAYERS["optim"] = LAYERS["nn"] = LAYERS["constraint"] | {"constraint", "annealing"}
-LAYERS["files"] = LAYERS["optim"] | {"nn"}
+LAYERS["files"] = LAYERS["optim"] | {"nn", "tensorfile"}
 LAYERS["inspection"] = LAYERS["files"] | {"files"}
 LAYERS["onnx"] = LAYERS["torchao"] = LAYERS["files"]
 LAYERS["convert"] = LAYERS["inspection"] | {"inspection"}

@@ -10,17 +10,19 @@ and scales.
 
 from __future__ import annotations
 
-import contextlib
+import json
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional
 
 from .. import ops, runtime
-from ..quant import QuantConfig, code_bits, num_rows, pack_weight
+from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
+from .decoded import DecodedWeight
 from .layers import (
     AskewConv2d,
     AskewLinear,
@@ -36,6 +38,7 @@ from .replace import check_replaceable, replace_modules
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
 FEW_IN_CUDA = 8  # rows up to which the CUDA kernel takes them; beyond Triton's, which has the matrix units
 FEW_POSITIONS = 40  # output positions of a convolution below which float products are made from the codes
+EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 _TRITON = runtime.has_triton()
 
@@ -115,6 +118,21 @@ class PackedLayer(nn.Module):
             self.weight_codes, self.weight_scale, self.config.weight, self.bits, self.cols, dtype or self.weight_dtype
         ).reshape(self.shape)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight for those who read it, read-only: dtype, device and shape cost nothing, values are unpacked where
+        they are used, each time."""
+        if "weight_codes" not in self._buffers:
+            raise AttributeError("weight")  # while nn.Conv2d makes its own
+        return self.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and "weight_codes" in self._buffers:
+            raise AttributeError(
+                "weight: a packed layer keeps codes, it can be given no other weight; call unpack_(model) first"
+            )
+        super().register_parameter(name, param)
+
     def _input(self, x: Tensor) -> Tensor:
         """The input as the trained layer has taken it."""
         grid = self.config.activation
@@ -122,33 +140,55 @@ class PackedLayer(nn.Module):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
-        low = _autocast_dtype(x)
+        low = _autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
         if self.config.activation is not None:
             x = self._input(x)
         if low is not None:
             x = x.to(low)
-        bias = self._parameters["bias"]  # not `self.bias`, nor a cast to the same type: microseconds, in every call
+        # not `self.bias`, nor a cast to the same type: microseconds, in every call
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
+
+    def _special(self, x: Any) -> Any:
+        """The result for what is no plain tensor: a node of torch.fx's graph, of which a packed layer is a leaf, or a
+        nested tensor; None for the rest."""
+        if isinstance(x, Proxy):
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+        return self._nested(x) if x.is_nested else None
+
+    def _nested(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"x: {type(self).__name__} takes no nested tensors; give it one tensor at a time")
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
-        is there, and never where x wants a gradient."""
-        if x.requires_grad and torch.is_grad_enabled():
+        is there, and never where x wants a gradient or under a transform of torch.func."""
+        if (x.requires_grad and torch.is_grad_enabled()) or ops.autograd.transformed():
             return False
-        return x.is_cpu or (x.is_cuda and rows <= FEW_ON_GPU and _TRITON and x.dtype != torch.float64)
+        if x.is_cpu:
+            return True
+        few = x.is_cuda and _TRITON and x.dtype != torch.float64
+        if few and torch.compiler.is_exporting() and not isinstance(rows, int):
+            return False  # a choice by size would be a bound on what was exported
+        return few and rows <= FEW_ON_GPU
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.lowbit_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
-        grid = self.config.weight
+        grid, compiling = self.config.weight, torch.compiler.is_compiling()
         name = "lowbit_linear_int8" if self.activations == "int8" and not x.is_cuda else "lowbit_linear"
         product = runtime.operator(name, x)
-        if x.is_cuda and len(x) > FEW_IN_CUDA and runtime._forced is None and not torch.compiler.is_compiling():
-            product = runtime.implementation("triton", name)
+        if x.is_cuda and not compiling and runtime._forced is None and len(x) > FEW_IN_CUDA:
+            if not torch._C._len_torch_dispatch_stack():  # which sees operators only
+                product = runtime.implementation("triton", name)
         codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
         if scale.dtype != torch.float32:  # type: ignore[union-attr]
             scale = scale.float()  # type: ignore[union-attr]
-        with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-            return product(x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
+        inputs = (x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
+        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
+            return ops.autograd.packed_product(name, product, *inputs)
+        if compiling:
+            return product(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares the call into its Python kernel
+            return product(*inputs)
 
     @property
     def packed_bytes(self) -> int:
@@ -164,6 +204,47 @@ class PackedLayer(nn.Module):
             "shape": list(self.shape),
             "dtype": str(self.weight_dtype).removeprefix("torch."),
         }
+
+    # ---- checkpoints: what the codes mean travels with them, and is checked ----
+
+    def _meaning(self) -> dict[str, Any]:
+        """What two layers must agree in so that the codes of one mean the same in the other, and outputs are equal."""
+        activation = self.config.activation
+        return {
+            "grid": self.config.weight.to_dict(), "trits": self.trits, "shape": list(self.shape),
+            "activation": None if activation is None else activation.to_dict(),
+        }  # fmt: skip
+
+    def get_extra_state(self) -> Tensor:
+        """JSON as uint8: a tensor goes through every kind of checkpoint."""
+        return torch.tensor(list(json.dumps(self._meaning()).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        if wrong := self._other_meaning(state):
+            raise ValueError(wrong)
+
+    def _other_meaning(self, state: Any) -> str:
+        """How a saved meaning differs from this layer's; empty where it does not."""
+        try:
+            saved = json.loads(bytes(state.detach().cpu().tolist()))
+            differing = [(key, saved.get(key), own) for key, own in self._meaning().items() if saved.get(key) != own]
+        except (AttributeError, ValueError, TypeError) as error:
+            return f"{EXTRA_STATE}: expected the JSON of a packed layer as uint8 ({error})"
+
+        def said(key: str, value: Any) -> Any:
+            return grid_from_dict(value) if key in ("grid", "activation") and value is not None else value
+
+        return "; ".join(f"{key}: expected {said(key, own)}, got {said(key, got)}" for key, got, own in differing)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
+                              unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
+        key = prefix + EXTRA_STATE
+        if key in state_dict and (wrong := self._other_meaning(state_dict[key])):
+            error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if key in missing_keys:  # saved by an earlier release, or taken from a file
+            missing_keys.remove(key)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scale = self.weight_scale
@@ -211,22 +292,32 @@ class PackedLinear(PackedLayer):
         return plain_linear(self, nn.Parameter(self.dequantize()))
 
     def forward(self, x: Tensor) -> Tensor:
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
+            return special
         x, bias = self._prepared(x)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
-        rows = len(x) if x.dim() == 2 else math.prod(x.shape[:-1])
+        rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
             return functional.linear(x, self.dequantize(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
         return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
 
+    def _nested(self, x: Any) -> Tensor:
+        """Row by row as alone, in the layout of ``x``."""
+        if x.layout != torch.jagged:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
+        if x._ragged_idx != 1:
+            raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
+        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
+
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return sizes + super().extra_repr()
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
+class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d with a packed weight: groups, stride, dilation, padding and all padding modes.
 
     On a CPU, without groups, the product is made from the codes for fewer than ``FEW_POSITIONS`` output positions (late
@@ -244,7 +335,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
         device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
         nn.Conv2d.__init__(self, *args, **kwargs | {"device": "meta"})
         shape, bias = tuple(self.weight.shape), self.bias is not None
-        del self.weight, self.bias  # a packed layer has no `weight`: nobody can mistake it for one to train
+        del self.weight, self.bias
         self._attach(shape, bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
     @classmethod
@@ -262,12 +353,15 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
         return super().description() | {"geometry": conv_geometry(self)}
 
     def forward(self, x: Tensor) -> Tensor:
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
+            return special
         x, bias = self._prepared(x)
         if x.is_cpu and self.groups == 1 and x.dim() in (3, 4) and x.shape[-3] == self.in_channels:
             batch = x if x.dim() == 4 else x[None]
             height, width = self._positions(batch)
-            few = len(batch) * height * width < FEW_POSITIONS
-            whole = height > 0 and width > 0  # torch's own product says what is wrong otherwise
+            exporting = torch.compiler.is_exporting()  # a choice by size would be a bound on what is exported
+            few = not exporting and batch.shape[0] * height * width < FEW_POSITIONS
+            whole = exporting or (height > 0 and width > 0)  # torch's own product says what is wrong otherwise
             if whole and (few or self.activations == "int8") and self._reads_codes(x, 1):
                 y = self._from_codes(batch, bias, height, width)
                 return y if x.dim() == 4 else y[0]
@@ -286,15 +380,22 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc]
         if any(self._reversed_padding_repeated_twice):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = functional.pad(x, self._reversed_padding_repeated_twice, mode)
-        y = x.new_empty(len(x), height, width, self.out_channels)
+        images = x.shape[0]
+
+        def product(part: Tensor, lines: int) -> Tensor:
+            patches = functional.unfold(part, self.kernel_size, self.dilation, 0, self.stride)
+            rows = self._product(patches.transpose(1, 2).reshape(-1, self.cols), bias)
+            return rows.reshape(images, lines, width, self.out_channels)
+
+        if torch.compiler.is_exporting():
+            return product(x, height).permute(0, 3, 1, 2).contiguous()
+        y = x.new_empty(images, height, width, self.out_channels)
         reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
-        lines = max(1, PATCHES // max(1, len(x) * width * self.cols))  # of the output, at a time
+        lines = max(1, PATCHES // max(1, images * width * self.cols))  # of the output, at a time
         for first in range(0, height, lines):
             last = min(first + lines, height)
             part = x[:, :, first * self.stride[0] : (last - 1) * self.stride[0] + reach]
-            patches = functional.unfold(part, self.kernel_size, self.dilation, 0, self.stride)
-            rows = self._product(patches.transpose(1, 2).reshape(-1, self.cols), bias)
-            y[:, first:last] = rows.reshape(len(x), last - first, width, self.out_channels)
+            y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
         return y if channels_last else y.contiguous()
 
@@ -363,12 +464,23 @@ def pack_(
     return model
 
 
-def unpack_(model: nn.Module) -> nn.Module:
-    """The inverse of ``pack_``, as far as inference goes: nn.Linear and nn.Conv2d with the unpacked weights."""
+def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
+    """The inverse of ``pack_``, as far as inference goes: nn.Linear and nn.Conv2d with the unpacked weights, in place.
+
+    Raises ValueError naming the layer, and leaves the model as it was, where the inputs of a layer are quantized
+    (``QuantConfig(activation=…)``), which these layers cannot do; ``force=True`` leaves that out.
+    """
+    if isinstance(model, PackedLayer):
+        raise ValueError("model: is itself a layer; use its to_float()")
     made: dict[int, nn.Module] = {}
     new: dict[str, nn.Module] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, (PackedLinear, PackedConv2d)) and name:
+        if isinstance(layer, (PackedLinear, PackedConv2d)):
+            if layer.config.activation is not None and not force:
+                raise ValueError(
+                    f"{name}: its inputs are quantized to {layer.config.activation} (activation=), which a float layer "
+                    "does not do; force=True leaves that out, and changes the outputs"
+                )
             if id(layer) not in made:
                 made[id(layer)] = layer.to_float()
             new[name] = made[id(layer)]

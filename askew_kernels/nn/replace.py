@@ -70,7 +70,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
     for kind in TENSORS:
         known = {n for k in TENSORS for n in getattr(new, k)}
         for name, value in getattr(old, kind).items():
-            if name not in known and name not in own:
+            if name not in known and name not in own and not hasattr(type(new), name):  # `weight` of packed layers
                 getattr(new, kind)[name] = value
                 if name in old._non_persistent_buffers_set:
                     new._non_persistent_buffers_set.add(name)
@@ -96,5 +96,8 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         if module is not successor:
             carry_over(module, successor)
     for name, module in new.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        setattr(parent, child, module)
+        if child == "_orig_mod" and hasattr(parent, "_initialize"):  # torch.compile's wrapper keeps the old one's call
+            parent._initialize()  # type: ignore[operator]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, runtime
-from . import autograd, schema
+from . import autograd, flops, schema
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SKEWS = ("gradient", "direction")
@@ -34,6 +34,8 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
 
         schema.library.impl(_name, _late, _key)
 
+
+flops.register_when_imported()
 
 # ---- checks -------------------------------------------------------------------------------------------------------
 
@@ -717,7 +719,7 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
     rows, n = scale.numel(), codes.shape[0]
     if not (rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n):
         raise ValueError(f"scale: expected 1, {n} or {n} * groups scales for ({n}, {cols}) weights, got {rows}")
-    return scale.detach().float().reshape(-1).contiguous()
+    return scale.float().reshape(-1).contiguous()
 
 
 def check_activations(activations: Any, grid: Any) -> None:
@@ -728,35 +730,30 @@ def check_activations(activations: Any, grid: Any) -> None:
         raise ValueError(f'activations: "int8" needs a grid of integer levels, got {grid}')
 
 
-@torch.no_grad()
 def lowbit_dequantize(
     codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once.
+    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once; differentiable in s.
 
     codes: (n, row_bytes) uint8, as ``quant.pack_codes`` writes them; scale: 1, n or n * groups. A code above the
     highest level counts as the highest. Raises ValueError naming the argument. Source: docs/packed.md.
     """
     scale = _check_codes(codes, scale, grid, bits, cols)
-    out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
-    runtime.operator("lowbit_dequantize_", out)(
-        codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, out
-    )  # fmt: skip
-    return out
+    return autograd.packed_weight(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, cols, dtype)
 
 
-@torch.no_grad()
 def lowbit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None,
     activations: str = "float",
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + b from packed codes, W = s c never unpacked as a whole; no gradient.
+    """y = x W^T + b from packed codes, W = s c not unpacked as a whole but for a gradient of x or scale.
 
     Sums in float32 of unrounded float32 products, then rounded once to the type of x: |y - exact| is at most
     cols 2^-24 sum |x| |w|, for bfloat16 and float16 plus half a unit in the last place of y.
     ``activations="int8"``: each row of x is rounded to s_x q, s_x = max |x| / 127, q an integer; the sums of q c are
     exact. That moves y by at most s_x / 2 sum |w|, usually by about 1 % of the root mean square of y (docs/packed.md).
-    A row of x that holds inf or NaN gives NaN.
+    A row of x that holds inf or NaN gives NaN. Its gradient is that of the float product, straight through.
+    Differentiable in x, scale and bias, and under torch.func (int8 in reverse mode only).
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument, for int8 also where the grid's
@@ -776,9 +773,10 @@ def lowbit_linear(
     check_activations(activations, grid)
     if activations == "int8" and cols * 127 * (len(grid.levels) - 1) >= 2**31:
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
-    flat = x.detach().reshape(math.prod(x.shape[:-1]), cols).contiguous()
-    y = runtime.operator("lowbit_linear_int8" if activations == "int8" else "lowbit_linear", flat)(
-        flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
-        None if bias is None else bias.detach().contiguous(),
+    flat = x.reshape(math.prod(x.shape[:-1]), cols).contiguous()
+    name = "lowbit_linear_int8" if activations == "int8" else "lowbit_linear"
+    y = autograd.packed_product(
+        name, runtime.operator(name, flat), flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
+        None if bias is None else bias.contiguous(),
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)

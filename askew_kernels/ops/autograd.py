@@ -284,3 +284,98 @@ def _mix_fake_quantize_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(function, torch._ops.OpOverload) or not _tracked(inputs):
         return function(*inputs)
     return _mixture_gradients(*inputs)
+
+
+# ---- packed products ------------------------------------------------------------------------------------------------
+
+
+def packed_weight(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """(n, cols) s c in ``dtype``, rounded once; differentiable in the scale."""
+    recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or _tracked((scale,))
+    kind = reference.compute_dtype(dtype) if recorded else dtype
+    with torch._C._DisableFuncTorch():  # codes belong to no transform
+        out = torch.empty(codes.shape[0], cols, dtype=kind, device=codes.device)
+        factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
+        below_autograd("lowbit_dequantize_", out, codes, factor, levels, grid, bits, out)
+    if not recorded:
+        return out
+    return (scale.to(kind).reshape(-1, 1) * out.reshape(scale.numel(), -1)).to(dtype).reshape(out.shape)
+
+
+class _Packed(torch.autograd.Function):
+    """y = x W^T + b from the codes. Backward, with the weight unpacked for it: grad W to x (straight through the
+    rounding of int8 activations), the levels' share to the scale, and the sum over rows to the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        x, codes, scale, levels, ctx.grid, ctx.bits, bias = inputs
+        ctx.x_dtype, ctx.cols, ctx.bias = x.dtype, x.shape[1], None if bias is None else (bias.dtype, bias.shape)
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        return run(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes, scale, levels = ctx.saved_tensors
+        kind = reference.compute_dtype(ctx.x_dtype)
+        to_x, to_scale, to_bias = (ctx.needs_input_grad[i] for i in (1, 3, 7))
+        grads: list[Tensor | None] = [None] * 8
+        with torch.autocast(grad.device.type, enabled=False):
+            g = grad.to(kind)
+            if to_x:
+                grads[1] = (g @ packed_weight(codes, scale, levels, ctx.grid, ctx.bits, ctx.cols, kind)).to(ctx.x_dtype)
+            if to_scale:
+                level = packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
+                grads[3] = ((g.t() @ x.to(kind)) * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
+            if to_bias:
+                grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
+        return tuple(grads)
+
+
+def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
+    if not _transformed():
+        return _Packed.apply(run, *args)
+    if name == "lowbit_linear_int8":
+        raise NotImplementedError(
+            f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
+            "torch.func and forward-mode derivatives"
+        )
+    x, codes, scale, levels, grid, bits, bias = args
+    kind = reference.compute_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.to(kind) @ packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind).t()
+        return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def _packed_batch(name: str) -> Callable:
+    """vmap over inputs and biases: a batch of inputs is more rows; of other weights, one product for each."""
+
+    def batched(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        op, (x, *weight, bias) = getattr(torch.ops.askew, name).default, args
+        if any(d is not None for d in in_dims[1:4]):
+            each = [op(*(a.select(d, i).contiguous() if isinstance(d, int) else a
+                         for a, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]  # fmt: skip
+            return torch.stack(each), 0
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        shared = bias is not None and in_dims[6] is None
+        y = op(x.reshape(-1, x.shape[-1]), *weight, bias if shared else None).unflatten(0, x.shape[:2])
+        return y if shared or bias is None else y + bias.movedim(in_dims[6], 0)[:, None], 0
+
+    return batched
+
+
+for _name in ("lowbit_linear", "lowbit_linear_int8"):
+    _register(_name, _packed)
+    torch.library.register_vmap(f"askew::{_name}", _packed_batch(_name), lib=library)
+_register("lowbit_dequantize_", _refuse)
+
+
+transformed = _transformed
+
+
+def packed_product(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function``, an implementation of lowbit_linear or lowbit_linear_int8, differentiable in x, scale and bias."""
+    if isinstance(function, torch._ops.OpOverload) or not _tracked(inputs):
+        return function(*inputs)
+    return _packed(name, function, inputs)

@@ -1,12 +1,16 @@
 // Packed weights on the CPU: checks, the choice of the kernel and work division. Threads share the rows of the weight,
 // so their number changes no result.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <optional>
+#include <vector>
 
 #include "../checks.h"
 #include "loops.h"
@@ -156,17 +160,19 @@ struct Product {
   }
   const float* bias_data() const { return bias ? wide_bias.get() : nullptr; }
   float* out() const { return type == kFloat32 ? static_cast<float*>(y.data_ptr()) : wide_y.get(); }
+  // Input `i` as float32: in its own place, or in `wide`.
+  const float* input(int64_t i, float* wide) const {
+    const char* from = static_cast<const char*>(x.data_ptr()) + i * w.cols * (type == kFloat32 ? 4 : 2);
+    if (type == kFloat32) return reinterpret_cast<const float*>(from);
+    loops.load(from, w.cols, type, wide);
+    return wide;
+  }
   // f(token, its input as float32)
   template <class F>
   void for_inputs(const F& f) const {
-    const int64_t bytes = w.cols * (type == kFloat32 ? 4 : 2);
-    const char* in = static_cast<const char*>(x.data_ptr());
     for_rows(batch, 1, 4 * w.cols, [&](int64_t begin, int64_t end) {
       Scratch<float> wide(type == kFloat32 ? 0 : w.cols + kPadding);
-      for (int64_t i = begin; i < end; ++i) {
-        if (type != kFloat32) loops.load(in + i * bytes, w.cols, type, wide.get());
-        f(i, type == kFloat32 ? reinterpret_cast<const float*>(in + i * bytes) : wide.get());
-      }
+      for (int64_t i = begin; i < end; ++i) f(i, input(i, wide.get()));
     });
   }
   Tensor result() const {
@@ -180,17 +186,70 @@ struct Product {
   }
 };
 
-// Panels of rows are decoded and multiplied by torch's own product while they are in the cache.
+// Sums of inputs times levels are scaled last and may overflow where y does not. `see` marks the inputs that are large
+// enough for that, in a pass over what is in the cache anyway; `mend` makes those of their outputs again that are not
+// finite, from s c, in double.
+class Overflows {
+ public:
+  explicit Overflows(const Product& p) : p_(p), large_(p.batch) {
+    const GridArg& g = p.w.grid;
+    double top = std::max(std::fabs(p.w.lo), std::fabs(p.w.hi));
+    if (g.kind == kCodebook)
+      for (int k = 0; k < p.w.n_levels; ++k) top = std::max<double>(top, std::fabs(g.levels[k]));
+    limit_ = (float)(FLT_MAX / 2 / std::max(top * (double)p.w.cols, 1.));
+  }
+  void see(int64_t token, const float* in) {
+    int large = 0;
+    for (int64_t c = 0; c < p_.w.cols; ++c) large |= !(std::fabs(in[c]) <= limit_);
+    large_[token] = (char)large;
+  }
+  void mend() const {
+    for (int64_t i = 0; i < p_.batch; ++i)
+      if (large_[i]) mend(i);
+  }
+
+ private:
+  void mend(int64_t token) const {
+    const LowbitWeight& w = p_.w;
+    Scratch<float> wide(w.cols + kPadding);
+    const float *in = p_.input(token, wide.get()), *bias = p_.bias_data();
+    if (!std::all_of(in, in + w.cols, [](float v) { return std::isfinite(v); })) return;
+    float* y = p_.out() + token * w.n;
+    for_rows(w.n, 1, w.cols, [&](int64_t begin, int64_t end) {
+      Scratch<float> row(w.cols + kPadding);
+      Scratch<uint8_t> bytes(w.cols + kPadding);
+      for (int64_t r = begin; r < end; ++r) {
+        if (std::isfinite(y[r])) continue;
+        p_.loops.decode(w, r, kFloat32, row.get(), bytes.get());
+        double sum = 0;
+        for (int64_t c = 0; c < w.cols; ++c) sum += (double)in[c] * row.get()[c];
+        y[r] = (float)sum + (bias ? bias[r] : 0.f);
+      }
+    });
+  }
+
+  const Product& p_;
+  std::vector<char> large_;
+  float limit_;
+};
+
+// A float32 tensor over memory that outlives it; nothing is recorded of it, whatever was of the memory's own tensor.
+Tensor matrix(const float* data, int64_t rows, int64_t cols, bool transposed, const Tensor& like) {
+  const int64_t shape[2] = {transposed ? cols : rows, transposed ? rows : cols};
+  const int64_t strides[2] = {transposed ? 1 : cols, transposed ? cols : 1};
+  return torch::stable::from_blob(const_cast<float*>(data), {shape, 2}, {strides, 2}, like.device(), ScalarType::Float);
+}
+
+// Panels of rows are decoded and multiplied by torch's own product while they are in the cache: by the CPU's kernel of
+// it, not through the dispatcher, where autocast would have it made in another type.
 void multiply_panels(const Product& p) {
   const LowbitLoops& l = p.loops;
   const LowbitWeight& w = p.w;
   const int64_t rows = std::min(w.n, std::max<int64_t>(1, kPanel / std::max<int64_t>(w.cols, 1)));
-  Tensor inputs = p.x;
-  if (p.type != kFloat32) {
-    const int64_t shape[2] = {p.batch, w.cols};
-    inputs = torch::stable::new_empty(p.x, {shape, 2}, ScalarType::Float);
-    l.load(p.x.data_ptr(), p.batch * w.cols, p.type, static_cast<float*>(inputs.data_ptr()));
-  }
+  Scratch<float> wide(p.type == kFloat32 ? 0 : p.batch * w.cols), product(p.batch * rows);
+  if (p.type != kFloat32) l.load(p.x.data_ptr(), p.batch * w.cols, p.type, wide.get());
+  const float* in = p.type == kFloat32 ? static_cast<const float*>(p.x.data_ptr()) : wide.get();
+  const Tensor inputs = matrix(in, p.batch, w.cols, false, p.x);
   const int64_t shape[2] = {rows, w.cols};
   const Tensor panel = pooled_empty_like(torch::stable::new_empty(inputs, {shape, 2}));
   float* decoded = static_cast<float*>(panel.data_ptr());
@@ -204,9 +263,10 @@ void multiply_panels(const Product& p) {
         std::memcpy(decoded + r * w.cols, row.get(), w.cols * sizeof(float));
       }
     });
-    Tensor part = count == rows ? panel : torch::stable::narrow(const_cast<Tensor&>(panel), 0, 0, count);
-    const Tensor product = torch::stable::matmul(inputs, torch::stable::transpose(part, 0, 1));
-    const float *from = static_cast<const float*>(product.data_ptr()), *bias = p.bias_data();
+    const Tensor out = matrix(product.get(), p.batch, count, false, p.x);
+    const Tensor part = matrix(decoded, count, w.cols, true, p.x);
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), inputs.get(), part.get()));
+    const float *from = product.get(), *bias = p.bias_data();
     float* to = p.out();
     for_rows(p.batch, 1, count, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b)
@@ -226,22 +286,30 @@ Tensor linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<i
     multiply_panels(p);
     return p.result();
   }
+  Overflows overflows(p);
   const bool few = l.make_tables && p.batch * w.bits <= (w.bits == 1 ? kTableTokens : kTableTokens * 2 / 3);
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
-    p.for_inputs([&](int64_t i, const float* in) { l.make_tables(w, in, tables.get() + i * wide); });
+    p.for_inputs([&](int64_t i, const float* in) {
+      overflows.see(i, in);
+      l.make_tables(w, in, tables.get() + i * wide);
+    });
     for_rows(w.n, 64, w.cols * p.batch, [&](int64_t begin, int64_t end) {
       l.multiply_tables(w, begin, end, tables.get(), p.batch, p.bias_data(), p.out());
     });
   } else {
     const int64_t width = l.width(w);
     Scratch<float> inputs(p.batch * width);
-    p.for_inputs([&](int64_t i, const float* in) { l.arrange(w, in, inputs.get() + i * width); });
+    p.for_inputs([&](int64_t i, const float* in) {
+      overflows.see(i, in);
+      l.arrange(w, in, inputs.get() + i * width);
+    });
     for_rows(w.n, 4, w.cols * p.batch, [&](int64_t begin, int64_t end) {
       Scratch<char> scratch(l.scratch(w));
       l.multiply(w, begin, end, inputs.get(), p.batch, p.bias_data(), p.out(), scratch.get());
     });
   }
+  overflows.mend();
   return p.result();
 }
 

@@ -1,0 +1,56 @@
+"""Whole files: a reader, or a crash, finds the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from typing import IO
+
+
+@contextlib.contextmanager
+def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
+    """A new binary file, open for writing and reading, that takes the place of ``path`` when the block ends well.
+
+    It is written beside the file that ``path`` names, under a short random name, so that threads and processes may
+    write one path at a time; synchronised, then renamed. Symbolic links stay, and their target is replaced. A new file
+    has the mode that the umask leaves, one that was there keeps its mode, and its owner where the system allows that;
+    its other hard links keep the old contents. Whatever ends the block early leaves ``path`` as it was, and no other
+    file.
+
+    Raises OSError: for a file that may not be written or is none (folder, device, pipe), and where the system does.
+    """
+    target = os.path.realpath(os.fsdecode(path))
+    old: os.stat_result | None = None
+    with contextlib.suppress(FileNotFoundError):
+        old = os.stat(target)
+    if old is not None:
+        if stat.S_ISDIR(old.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
+        if not stat.S_ISREG(old.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", target)
+        if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
+    mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)  # from the start: nobody reads more than he may
+    temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x+b", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            if old is not None and hasattr(os, "fchmod"):
+                with contextlib.suppress(OSError):
+                    os.fchown(file.fileno(), old.st_uid, old.st_gid)
+                with contextlib.suppress(OSError):  # file systems without modes
+                    os.fchmod(file.fileno(), mode)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename == temporary:  # a name that nobody knows
+            error.filename = target
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)

@@ -1,0 +1,61 @@
+"""The weight of a packed layer as a tensor whose values are unpacked where they are used, and not before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+# what reads the values without an operator that could be intercepted
+VALUES = {
+    Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__,
+    Tensor.untyped_storage, Tensor.data_ptr, Tensor.__dlpack__,
+}  # fmt: skip
+READ_ONLY = (
+    "weight: a packed layer's is read-only, its values are in weight_codes and weight_scale; call unpack_(model), or "
+    "take a copy by layer.dequantize()"
+)
+
+
+class DecodedWeight(Tensor):
+    """Answers for dtype, device and shape at once; any operation on it is made on ``layer.dequantize()``, anew each
+    time. Functions that look at the types of their arguments see a tensor subclass, so that torch's fused fast paths
+    (nn.TransformerEncoderLayer in eval) call the layer instead. Writing to it is a RuntimeError."""
+
+    layer: Any
+
+    @staticmethod
+    def __new__(cls, layer: Any) -> DecodedWeight:
+        new = Tensor._make_wrapper_subclass(
+            cls, layer.shape, dtype=layer.weight_dtype, device=layer.weight_codes.device
+        )  # type: ignore[attr-defined]
+        new.layer = layer
+        return new
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        setting = func is Tensor.requires_grad_ or getattr(func, "__name__", "") == "__set__"
+        if setting and args[1:] != (False,):
+            raise RuntimeError(READ_ONLY)
+        if func in VALUES:
+            args, kwargs = _values((args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return DecodedWeight(args[0].layer)
+        arguments = func._schema.arguments
+        given = {**{a.name: v for a, v in zip(arguments, args, strict=False)}, **(kwargs or {})}
+        for a in arguments:
+            if a.is_write and isinstance(given.get(a.name), DecodedWeight):
+                raise RuntimeError(READ_ONLY)
+        args, kwargs = _values((args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _values(tree: Any) -> Any:
+    return tree_map_only(DecodedWeight, lambda w: w.layer.dequantize(), tree)
