@@ -73,7 +73,8 @@ def test_other_modes_are_as_published(options):
 @pytest.mark.parametrize(("options", "error"), [
     (dict(total=10.0), TypeError), (dict(total=True), TypeError), (dict(total=-3), ValueError),
     (dict(hold=0.1, total=10), TypeError), (dict(hold="1", total=10), TypeError),
-    (dict(power="2", total=10), TypeError), (dict(total=10, power=True), TypeError), (dict(keep_pull=1, total=10), TypeError),
+    (dict(power="2", total=10), TypeError), (dict(total=10, power=True), TypeError),
+    (dict(keep_pull=1, total=10), TypeError),
 ], ids=str)  # fmt: skip
 def test_arguments_are_checked(options, error):
     with pytest.raises(error, match="^(total|hold|power|keep_pull): "):

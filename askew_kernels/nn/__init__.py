@@ -7,6 +7,6 @@ from .policy import LayerPolicy, Policy, PolicyError
 
 __all__ = [
     "AskewConv2d", "AskewLinear", "LayerPolicy", "PackedConv2d", "PackedLinear", "Policy", "PolicyError",
-    "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_", "quantized_layers",
-    "unpack_",
+    "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
+    "quantized_layers", "unpack_",
 ]  # fmt: skip

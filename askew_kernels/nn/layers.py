@@ -113,7 +113,7 @@ def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
 
 
 def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-    """``quantized``; while a backward of the backward is recorded, with the derivative of ``weight`` inside the hull."""
+    """``quantized``; while a backward of the backward is recorded, with ``weight``'s derivative inside the hull."""
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return quantized
     through = weight - weight.detach()

@@ -21,7 +21,7 @@ from ..nn import packed_layers, quantized_layers
 from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
 from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
 from ..quant import Grid, Uniform, activation_scales
-from ..quant.scales import SAWB_COEFFICIENTS, _guarded
+from ..quant.scales import SAWB_COEFFICIENTS, _fill, _guarded
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
