@@ -96,6 +96,9 @@ class PackedLayer(nn.Module):
     def _take(self, layer: QuantizedLayer, force: bool) -> None:
         """Codes and scales of ``layer``, and its bias as it is. ValueError where the weight is not on its levels."""
         weight, grid = layer.weight.detach(), self.config.weight
+        if weight.is_meta or hasattr(weight, "fake_mode"):
+            raise ValueError("weight: is on the meta device or fake and has no values to pack; make a PackedLinear or "
+                             "PackedConv2d there instead")  # fmt: skip
         exact = layer.weight_scale.detach()
         scale = exact.to(self.weight_scale.dtype)
         if not torch.equal(scale.float(), exact.float()) and not force:
@@ -384,7 +387,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
 
         def product(part: Tensor, lines: int) -> Tensor:
             patches = functional.unfold(part, self.kernel_size, self.dilation, 0, self.stride)
-            rows = self._product(patches.transpose(1, 2).reshape(-1, self.cols), bias)
+            rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, self.out_channels)
 
         if torch.compiler.is_exporting():
