@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional
 
@@ -41,6 +42,7 @@ FEW_POSITIONS = 40  # output positions of a convolution below which float produc
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 _TRITON = runtime.has_triton()
+_transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 
 
 class PackedLayer(nn.Module):
@@ -148,8 +150,10 @@ class PackedLayer(nn.Module):
             x = self._input(x)
         if low is not None:
             x = x.to(low)
-        # not `self.bias`, nor a cast to the same type: microseconds, in every call
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        try:  # not `self.bias`, nor a cast to the same type: microseconds, in every call
+            bias = self._parameters["bias"]
+        except KeyError:  # parametrized
+            bias = self.bias
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _special(self, x: Any) -> Any:
@@ -165,7 +169,7 @@ class PackedLayer(nn.Module):
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
         is there, and never where x wants a gradient or under a transform of torch.func."""
-        if (x.requires_grad and torch.is_grad_enabled()) or ops.autograd.transformed():
+        if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
         if x.is_cpu:
             return True
@@ -185,13 +189,17 @@ class PackedLayer(nn.Module):
         codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
         if scale.dtype != torch.float32:  # type: ignore[union-attr]
             scale = scale.float()  # type: ignore[union-attr]
-        inputs = (x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
+        levels = grid.levels_tensor(x.device)
         if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.autograd.packed_product(name, product, *inputs)
-        if compiling:
-            return product(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares the call into its Python kernel
-            return product(*inputs)
+            return ops.autograd.packed_product(
+                name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
+            )
+        # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
+        below = None if compiling else _BelowAutograd()
+        try:
+            return product(x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias)
+        finally:
+            del below
 
     @property
     def packed_bytes(self) -> int:

@@ -396,9 +396,6 @@ for _name in ("lowbit_linear", "lowbit_linear_int8"):
 _register("lowbit_dequantize_", _refuse)
 
 
-transformed = _transformed
-
-
 def packed_product(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``function``, an implementation of lowbit_linear or lowbit_linear_int8, differentiable in x, scale and bias."""
     if isinstance(function, torch._ops.OpOverload) or not (_transformed() or _tracked(inputs)):
