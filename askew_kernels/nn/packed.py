@@ -238,14 +238,15 @@ class PackedLayer(nn.Module):
         """How a saved meaning differs from this layer's; empty where it does not."""
         try:
             saved = json.loads(bytes(state.detach().cpu().tolist()))
-            differing = [(key, saved.get(key), own) for key, own in self._meaning().items() if saved.get(key) != own]
+            own = json.loads(json.dumps(self._meaning()))
+            differing = [(key, saved.get(key), value) for key, value in own.items() if saved.get(key) != value]
         except (AttributeError, ValueError, TypeError) as error:
             return f"{EXTRA_STATE}: expected the JSON of a packed layer as uint8 ({error})"
 
         def said(key: str, value: Any) -> Any:
             return grid_from_dict(value) if key in ("grid", "activation") and value is not None else value
 
-        return "; ".join(f"{key}: expected {said(key, own)}, got {said(key, got)}" for key, got, own in differing)
+        return "; ".join(f"{key}: expected {said(key, value)}, got {said(key, got)}" for key, got, value in differing)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
@@ -313,7 +314,10 @@ class PackedLinear(PackedLayer):
             return functional.linear(x, self.dequantize(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
-        return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
+        sizes = x.shape[:-1]
+        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self._product(x.reshape(rows, self.in_features), bias).reshape(*sizes, self.out_features)
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
