@@ -408,6 +408,19 @@ def test_there_is_nothing_to_pack_on_the_meta_device():
         ak.pack_(model)
 
 
+def test_packed_in_inference_mode_used_and_tuned_outside():
+    model = ak.hard_quantize_(ak.quantize_(mlp()))
+    plain, x = ak.dequantize_(copy.deepcopy(model)), torch.randn(3, 12)
+    with torch.inference_mode():
+        inside = ak.pack_(model)(x)
+        assert model[0].weight.norm() > 0
+    torch.testing.assert_close(model(x), inside)
+    for module in (model, plain):
+        module(x).square().sum().backward()
+        module(x.clone().requires_grad_()).square().sum().backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [plain[0].bias.grad, plain[2].bias.grad])
+
+
 # ---- nested tensors and fast paths ----------------------------------------------------------------------------------
 
 

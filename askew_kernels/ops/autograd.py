@@ -337,12 +337,15 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
         x, codes, scale, levels, ctx.grid, ctx.bits, bias = inputs
         ctx.x_dtype, ctx.cols, ctx.bias = x.dtype, x.shape[1], None if bias is None else (bias.dtype, bias.shape)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        tensors = (x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        # tensors of inference mode cannot be saved, and need not be: nothing about them is recorded
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+        ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
         return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, scale, levels = ctx.saved_tensors
+        x, codes, scale, levels = (ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
         kind = reference.compute_dtype(ctx.x_dtype)
         to_x, to_scale, to_bias = (ctx.needs_input_grad[i] for i in (1, 3, 7))
         grads: list[Tensor | None] = [None] * 8
