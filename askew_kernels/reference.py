@@ -481,13 +481,21 @@ def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[
     out.copy_(lowbit_weight(codes, scale, levels, grid, bits, out.shape[1], out.dtype))
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in the type that they have, also under autocast."""
+    if not torch._C._is_any_autocast_enabled():
+        return x @ weight.t()
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ weight.t()
+
+
 def lowbit_linear(
     x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
 ) -> Tensor:
     """y = x W^T + b with W = s c in float32, sums in float32, rounded once to the type of x."""
     kind = compute_dtype(x.dtype)
     weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
-    y = x.to(kind) @ weight.t()
+    y = product(x.to(kind), weight)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
@@ -507,5 +515,5 @@ def lowbit_linear_int8(
     kind = compute_dtype(x.dtype)
     q, s = int8_tokens(x.to(kind))
     weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
-    y = s[:, None] * (q @ weight.t())
+    y = s[:, None] * product(q, weight)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)

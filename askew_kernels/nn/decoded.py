@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 # what reads the values without an operator that could be intercepted
 VALUES = {
     Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__,
-    Tensor.untyped_storage, Tensor.data_ptr, Tensor.__dlpack__,
+    Tensor.untyped_storage, Tensor.__dlpack__,
 }  # fmt: skip
 READ_ONLY = (
     "weight: a packed layer's is read-only, its values are in weight_codes and weight_scale; call unpack_(model), or "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional
 
@@ -41,6 +42,7 @@ FEW_POSITIONS = 40  # output positions of a convolution below which float produc
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 _TRITON = runtime.has_triton()
+_transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 
 
 class PackedLayer(nn.Module):
@@ -96,6 +98,9 @@ class PackedLayer(nn.Module):
     def _take(self, layer: QuantizedLayer, force: bool) -> None:
         """Codes and scales of ``layer``, and its bias as it is. ValueError where the weight is not on its levels."""
         weight, grid = layer.weight.detach(), self.config.weight
+        if weight.is_meta or hasattr(weight, "fake_mode"):
+            raise ValueError("weight: is on the meta device or fake and has no values to pack; make a PackedLinear or "
+                             "PackedConv2d there instead")  # fmt: skip
         exact = layer.weight_scale.detach()
         scale = exact.to(self.weight_scale.dtype)
         if not torch.equal(scale.float(), exact.float()) and not force:
@@ -145,8 +150,10 @@ class PackedLayer(nn.Module):
             x = self._input(x)
         if low is not None:
             x = x.to(low)
-        # not `self.bias`, nor a cast to the same type: microseconds, in every call
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias
+        try:  # not `self.bias`, nor a cast to the same type: microseconds, in every call
+            bias = self._parameters["bias"]
+        except KeyError:  # parametrized
+            bias = self.bias
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _special(self, x: Any) -> Any:
@@ -162,7 +169,7 @@ class PackedLayer(nn.Module):
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
         is there, and never where x wants a gradient or under a transform of torch.func."""
-        if (x.requires_grad and torch.is_grad_enabled()) or ops.autograd.transformed():
+        if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
         if x.is_cpu:
             return True
@@ -182,13 +189,17 @@ class PackedLayer(nn.Module):
         codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
         if scale.dtype != torch.float32:  # type: ignore[union-attr]
             scale = scale.float()  # type: ignore[union-attr]
-        inputs = (x.contiguous(), codes, scale, grid.levels_tensor(x.device), grid.encoding, self.bits, bias)
+        levels = grid.levels_tensor(x.device)
         if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.autograd.packed_product(name, product, *inputs)
-        if compiling:
-            return product(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares the call into its Python kernel
-            return product(*inputs)
+            return ops.autograd.packed_product(
+                name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
+            )
+        # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
+        below = None if compiling else _BelowAutograd()
+        try:
+            return product(x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias)
+        finally:
+            del below
 
     @property
     def packed_bytes(self) -> int:
@@ -227,14 +238,15 @@ class PackedLayer(nn.Module):
         """How a saved meaning differs from this layer's; empty where it does not."""
         try:
             saved = json.loads(bytes(state.detach().cpu().tolist()))
-            differing = [(key, saved.get(key), own) for key, own in self._meaning().items() if saved.get(key) != own]
+            own = json.loads(json.dumps(self._meaning()))
+            differing = [(key, saved.get(key), value) for key, value in own.items() if saved.get(key) != value]
         except (AttributeError, ValueError, TypeError) as error:
             return f"{EXTRA_STATE}: expected the JSON of a packed layer as uint8 ({error})"
 
         def said(key: str, value: Any) -> Any:
             return grid_from_dict(value) if key in ("grid", "activation") and value is not None else value
 
-        return "; ".join(f"{key}: expected {said(key, own)}, got {said(key, got)}" for key, got, own in differing)
+        return "; ".join(f"{key}: expected {said(key, value)}, got {said(key, got)}" for key, got, value in differing)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
@@ -302,7 +314,10 @@ class PackedLinear(PackedLayer):
             return functional.linear(x, self.dequantize(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
-        return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
+        sizes = x.shape[:-1]
+        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self._product(x.reshape(rows, self.in_features), bias).reshape(*sizes, self.out_features)
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -384,7 +399,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
 
         def product(part: Tensor, lines: int) -> Tensor:
             patches = functional.unfold(part, self.kernel_size, self.dilation, 0, self.stride)
-            rows = self._product(patches.transpose(1, 2).reshape(-1, self.cols), bias)
+            rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, self.out_channels)
 
         if torch.compiler.is_exporting():

@@ -7,6 +7,7 @@ that are being differentiated: NotImplementedError, never zeros.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -293,15 +294,39 @@ def packed_weight(
     codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
     """(n, cols) s c in ``dtype``, rounded once; differentiable in the scale."""
-    recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or _tracked((scale,))
+    if torch.compiler.is_compiling():
+        recorded = torch.is_grad_enabled() and scale.requires_grad
+    else:
+        recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or _tracked((scale,))
     kind = reference.compute_dtype(dtype) if recorded else dtype
-    with torch._C._DisableFuncTorch():  # codes belong to no transform
-        out = torch.empty(codes.shape[0], cols, dtype=kind, device=codes.device)
-        factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
-        below_autograd("lowbit_dequantize_", out, codes, factor, levels, grid, bits, out)
+    factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
+    level = _unpacked(codes, factor, levels, grid, bits, cols, kind)
     if not recorded:
-        return out
-    return (scale.to(kind).reshape(-1, 1) * out.reshape(scale.numel(), -1)).to(dtype).reshape(out.shape)
+        return level
+    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
+
+
+def _unpacked(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    with contextlib.ExitStack() as plain:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            codes, scale, levels = (_not_transformed(t) for t in (codes, scale, levels))
+            plain.enter_context(torch._C._DisableFuncTorch())
+        out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
+        below_autograd("lowbit_dequantize_", out, codes, scale, levels, grid, bits, out)
+    return out
+
+
+def _not_transformed(t: Tensor) -> Tensor:
+    """``t`` without the wrappers in which torch.func's levels of differentiation hand on what they do not touch."""
+    while torch._C._functorch.is_gradtrackingtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        raise NotImplementedError(
+            "askew::lowbit_linear: vmap over packed codes cannot be differentiated; unpack_ first"
+        )
+    return t
 
 
 class _Packed(torch.autograd.Function):
@@ -312,24 +337,28 @@ class _Packed(torch.autograd.Function):
     def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
         x, codes, scale, levels, ctx.grid, ctx.bits, bias = inputs
         ctx.x_dtype, ctx.cols, ctx.bias = x.dtype, x.shape[1], None if bias is None else (bias.dtype, bias.shape)
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        tensors = (x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        # tensors of inference mode cannot be saved, and need not be: nothing about them is recorded
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+        ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
         return run(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, codes, scale, levels = ctx.saved_tensors
+        x, codes, scale, levels = (ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
         kind = reference.compute_dtype(ctx.x_dtype)
         to_x, to_scale, to_bias = (ctx.needs_input_grad[i] for i in (1, 3, 7))
         grads: list[Tensor | None] = [None] * 8
-        with torch.autocast(grad.device.type, enabled=False):
-            g = grad.to(kind)
-            if to_x:
-                grads[1] = (g @ packed_weight(codes, scale, levels, ctx.grid, ctx.bits, ctx.cols, kind)).to(ctx.x_dtype)
-            if to_scale:
-                level = packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
-                grads[3] = ((g.t() @ x.to(kind)) * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
-            if to_bias:
-                grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
+        g = grad.to(kind)
+        if to_x:
+            weight = packed_weight(codes, scale, levels, ctx.grid, ctx.bits, ctx.cols, kind)
+            grads[1] = reference.product(g, weight.t()).to(ctx.x_dtype)
+        if to_scale:
+            level = packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
+            of_weight = reference.product(g.t(), x.to(kind).t())
+            grads[3] = (of_weight * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
+        if to_bias:
+            grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
         return tuple(grads)
 
 
@@ -343,9 +372,8 @@ def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
         )
     x, codes, scale, levels, grid, bits, bias = args
     kind = reference.compute_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        y = x.to(kind) @ packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind).t()
-        return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+    y = reference.product(x.to(kind), packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
 def _packed_batch(name: str) -> Callable:
@@ -371,11 +399,8 @@ for _name in ("lowbit_linear", "lowbit_linear_int8"):
 _register("lowbit_dequantize_", _refuse)
 
 
-transformed = _transformed
-
-
 def packed_product(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``function``, an implementation of lowbit_linear or lowbit_linear_int8, differentiable in x, scale and bias."""
-    if isinstance(function, torch._ops.OpOverload) or not _tracked(inputs):
+    if isinstance(function, torch._ops.OpOverload) or not (_transformed() or _tracked(inputs)):
         return function(*inputs)
     return _packed(name, function, inputs)

@@ -139,7 +139,7 @@ struct Product {
         w(as_weight(codes, scale, levels, grid, bits, (check(x, "x"), x.size(1)))),
         type(storage_type(x, "x")),
         batch(x.size(0)),
-        x(x),
+        x(x.is_contiguous() ? x : torch::stable::contiguous(x)),  // exported programs lose calls that did nothing
         y(output(x, w.n)),
         bias(b),
         wide_y(type == kFloat32 ? 0 : batch * w.n),
@@ -151,7 +151,6 @@ struct Product {
     loops.load(bias->data_ptr(), w.n, type, wide_bias.get());
   }
   static void check(const Tensor& x, const char* name) {
-    check_dense(x, name);
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2, name, ": expected shape (batch, cols) on the CPU");
   }
   static Tensor output(const Tensor& x, int64_t n) {
