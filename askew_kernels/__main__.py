@@ -7,11 +7,13 @@ Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be ser
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -212,4 +214,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _code = main()
+    if _code > 128:  # by a signal: no seconds for the garbage that torch.compile leaves
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(_code)
+    sys.exit(_code)

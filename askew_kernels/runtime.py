@@ -175,15 +175,16 @@ def slow_because(device: torch.device | str) -> str:
 _told: set[str] = set()  # device types whose users know that they run on the reference
 
 
-def _tell_slow(device_type: str) -> None:
+def _tell_slow(device: torch.device | str) -> None:
     """Warns once, at the first operator that runs on the reference though nobody asked for it."""
-    if device_type not in _told and (why := slow_because(device_type)):
+    kind = torch.device(device).type
+    if kind not in _told and (why := slow_because(device)):
         warnings.warn(
-            f"askew_kernels: operators on {device_type} run on the PyTorch reference, right but many times slower than "
+            f"askew_kernels: operators on {kind} run on the PyTorch reference, right but many times slower than "
             f"compiled ones: {why} (ASKEW_BACKEND=reference keeps the reference and says nothing)",
             RuntimeWarning, stacklevel=3,
         )  # fmt: skip
-        _told.add(device_type)  # where the warning is an error, it is one every time
+        _told.add(kind)  # where the warning is an error, it is one every time
 
 
 def backend_module(name: str) -> ModuleType:
@@ -196,16 +197,18 @@ def implementation(backend: str, name: str) -> Callable:
     return getattr(backend_module(backend), name, None) or getattr(reference, name)
 
 
-def stand_in(device_type: str, name: str) -> Callable:
+def stand_in(device: str, name: str) -> Callable:
     """What serves an operator that was not compiled for a device type: Triton's on a GPU, else the reference's."""
-    if device_type == "cuda" and has_triton():
+    if device == "cuda" and has_triton():
         return implementation("triton", name)
-    _tell_slow(device_type)
+    _tell_slow(device)
     return implementation("reference", name)
 
 
 _operators: dict[str, Callable] = {}
-_gpu_operators: dict[tuple[str, int, str | None], Callable] = {}
+_stand_ins: dict[
+    tuple[int, str | None], str
+] = {}  # (GPU, forced backend) -> the backend that is called directly, or ""
 
 
 def operator(name: str, like: torch.Tensor) -> Callable:
@@ -219,31 +222,31 @@ def operator(name: str, like: torch.Tensor) -> Callable:
         return implementation(_forced, name)
     if like.dtype == torch.float64:
         return getattr(reference, name)
-    if like.is_cuda:
-        return _gpu_operator(name, like.get_device(), _forced)
+    if like.is_cuda and (backend := _gpu_stand_in(like.get_device(), _forced)):
+        return implementation(backend, name)
     found = _operators.get(name)
     if found is None:
         found = _operators[name] = getattr(torch.ops.askew, name).default
     return found
 
 
-def _gpu_operator(name: str, index: int, forced: str | None) -> Callable:
-    """``operator`` for tensors on GPU ``index``, which is asked once."""
-    found = _gpu_operators.get((name, index, forced))
+def _gpu_stand_in(index: int, forced: str | None) -> str:
+    """The backend for GPU ``index``, which is asked once, where torch.ops would run code for other architectures."""
+    found = _stand_ins.get((index, forced))
     if found is None:
-        backend, _ = choose_backend(torch.device("cuda", index))
+        device = torch.device("cuda", index)
+        backend, _ = choose_backend(device)
         if backend == "cpp" and not _cuda_tuned:
             _tune("cuda")
-        # what was not compiled at all stands in behind torch.ops, where torch.compile does not look into it
-        direct = backend != "cpp" and has_cuda_kernels()
-        found = stand_in("cuda", name) if direct else getattr(torch.ops.askew, name).default
-        _gpu_operators[name, index, forced] = found
+        if backend == "reference":
+            _tell_slow(device)
+        found = _stand_ins[index, forced] = backend if backend != "cpp" and has_cuda_kernels() else ""
     return found
 
 
 # What torch.compiler.assume_constant_result sets, which would import the compiler: torch.compile calls the function
 # while it traces, instead of looking into it.
-_gpu_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- launch parameters -----------------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "au
 def _give_tuning(table: tables.Table | None) -> None:
     global _given, _cuda_tuned
     _given, _cuda_tuned = table, False
-    _gpu_operators.clear()  # the next operator on a GPU hands them over
+    _stand_ins.clear()  # the next operator on a GPU hands them over
     triton_tuning.cache_clear()
     _tune("cpu")
 
@@ -362,7 +365,8 @@ def _read_environment() -> None:
 try:
     _read_environment()
 except ValueError as _error:
-    if sys.argv[:1] == ["-m"] and "askew_kernels" in sys.orig_argv:  # python -m askew_kernels: no traceback
+    # python -m askew_kernels: no traceback
+    if sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False):
         print(f"askew_kernels: {_error}", file=sys.stderr)
         sys.exit(2)
     raise
