@@ -177,7 +177,7 @@ def test_version_in_a_process():
 
 
 def test_a_reader_that_has_gone_is_no_traceback():
-    process = start("-m", "askew_kernels", "bench", "--help")
+    process = start("-m", "askew_kernels", "info", PYTHONUNBUFFERED="")
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(100) == 1
     process.stderr.close()
