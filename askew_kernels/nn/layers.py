@@ -11,6 +11,7 @@ What a layer computes follows from its weight and three buffers, ``weight_scale`
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import warnings
@@ -28,6 +29,7 @@ from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
+GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart in a checkpoint
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -132,6 +134,17 @@ def _transformed() -> bool:
     )
 
 
+def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
+    """For the grid of the weight and that of the input: number of levels, the lowest, the highest, and the mean of
+    level i times i; zeros without a grid. Of two grids with one fingerprint a scale means the same."""
+    rows = []
+    for grid in (config.weight, config.activation):
+        levels = () if grid is None else grid.levels
+        moment = math.fsum(i * c for i, c in enumerate(levels)) / max(1, len(levels))
+        rows.append([len(levels), levels[0], levels[-1], moment] if levels else [0.0] * 4)
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
 class QuantizedLayer(nn.Module):
     """What the layers share: the quantizer, its checkpoint key, and the weight to compute with."""
 
@@ -142,7 +155,7 @@ class QuantizedLayer(nn.Module):
 
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
-    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE)
+    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
@@ -153,6 +166,7 @@ class QuantizedLayer(nn.Module):
         self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
         for name in STATE:
             self._buffers[name] = None
+        self._buffers[GRIDS] = _fingerprint(config, self.weight.device)
         self._tied()
 
     def _tied(self) -> WeightQuantizer:
@@ -164,12 +178,20 @@ class QuantizedLayer(nn.Module):
         if (found := WeightQuantizer.of(weight)) is not quantizer:
             if found is not None and found.config == self.config:  # a weight shared with another layer
                 quantizer = self.quantizer = found
-            else:
+            elif any(layer._parameters.get("weight") is not weight for layer in self._sharing(quantizer)):
+                quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
+            if found is not quantizer:
                 quantizer.tie(weight)
+            quantizer.layers.add(self)
         buffers = self._buffers
         if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
             self._show(quantizer)
         return quantizer
+
+    def _sharing(self, quantizer: WeightQuantizer) -> list[QuantizedLayer]:
+        """The other layers whose weight has this quantizer now."""
+        layers = [layer for layer in quantizer.layers if layer is not self]
+        return [m for m in layers if WeightQuantizer.of(m._parameters.get("weight")) is quantizer]
 
     def _show(self, quantizer: WeightQuantizer) -> None:
         """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
@@ -271,12 +293,12 @@ class QuantizedLayer(nn.Module):
     def _eager_forward(self, x: Tensor) -> Tensor:
         weight, quantizer, low = self._parameters["weight"], self.quantizer, _autocast_dtype(x)
         assert weight is not None
-        copy, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
+        quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
         clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
         if low is None:
-            return self._hard_forward(x, copy, clip)
+            return self._hard_forward(x, quantized, clip)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self._hard_forward(x.to(low), copy, clip)
+            return self._hard_forward(x.to(low), quantized, clip)
 
     def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
         """The layer with ``weight`` in place of its own, which receives the gradient; ``clip`` as in ``_clipped``."""
@@ -310,9 +332,17 @@ class QuantizedLayer(nn.Module):
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
         quantizer = self._tied()
         there = [prefix + name in state_dict for name in STATE]
+        of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
+        if of is not None and not of.is_meta and not torch.equal(of.detach().cpu().float(), mine):
+            which = "weight" if torch.equal(of.detach().cpu().float()[1], mine[1]) else "activation"
+            error_msgs.append(
+                f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
+                f"{getattr(self.config, which)}; call quantize_ with the configuration that was trained"
+            )
+            return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         came = prefix + "weight" in state_dict
-        for name in STATE if came else ():
+        for name in (*STATE, GRIDS) if came else ():
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
         if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
@@ -337,6 +367,7 @@ class QuantizedLayer(nn.Module):
                 self._buffers[name] = empty_state(len(before[0]), new.device)[i]  # type: ignore[union-attr,arg-type]
             elif old.dtype != new.dtype:  # type: ignore[union-attr]  # a cast: these are not numbers to compute in
                 self._buffers[name] = old.to(new.device)  # type: ignore[union-attr]
+        self._buffers[GRIDS] = _fingerprint(self.config, self._buffers[STATE[0]].device)  # type: ignore[union-attr]
         self._tied().moved()
         return self
 

@@ -7,8 +7,8 @@ Parameter; the optimizer finds it on the Parameter (or makes one for a weight wi
 module takes them along:
 
 * ``scale``, float32 (rows,): the scale in use;
-* ``frozen``, int64 (): 1 where the scale serves whatever the weight becomes, 2 while a sharpness-aware step has moved
-  the weight away for one forward, 0 where the scale follows its rule;
+* ``frozen``, float32 () (averages of models stay what they average): 1 where the scale serves whatever the weight
+  becomes, 2 while a sharpness-aware step has moved the weight away for one forward, 0 where the scale follows its rule;
 * ``sums``, float32 (rows, 3): ``ops.row_sums`` of the weight that the scale was made for (the update pass leaves them
   behind); -1 where there is none yet.
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ class WeightQuantizer:
         self._frozen = False  # the flag as it was when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self._resets = 0
+        self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
@@ -187,7 +189,7 @@ class WeightQuantizer:
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
         if not self.flag.is_meta:
-            self._frozen = int(self.flag) == FROZEN
+            self._frozen = round(float(self.flag)) == FROZEN
 
     @property
     def frozen(self) -> bool:
@@ -214,7 +216,7 @@ class WeightQuantizer:
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
             self.look()
-        if self._frozen or (came and int(self.flag) == HELD):
+        if self._frozen or (came and round(float(self.flag)) == HELD):
             return self._know(weight)
         if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
             return self._know(weight)
@@ -244,7 +246,7 @@ class WeightQuantizer:
         if self._frozen or weight.is_meta:
             return scale
         now = ops.row_sums(weight, self.rows(weight))
-        serves = (flag != FOLLOWS) | (now == sums).all()
+        serves = (flag > FROZEN / 2) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
 
     def next_scale(self, weight: Tensor) -> Tensor:
@@ -417,7 +419,7 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     with torch.inference_mode(False):
         return (
             torch.ones(rows, dtype=torch.float32, device=device),
-            torch.zeros((), dtype=torch.int64, device=device),
+            torch.zeros((), dtype=torch.float32, device=device),
             torch.full((rows, reference.NUM_ROW_SUMS), -1.0, dtype=torch.float32, device=device),
         )
 
