@@ -31,7 +31,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-MODE = os.environ.get("ASKEW_BUILD", "auto")
+MODES = ("auto", "python", "cpu", "full")
+MODE = os.environ.get("ASKEW_BUILD") or "auto"
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
 
@@ -228,6 +229,9 @@ class WithoutMetadata(Distribution):
         pass
 
 
+if MODE not in MODES:
+    print(f"askew_kernels: ASKEW_BUILD: expected {', '.join(MODES)}, got {MODE!r}", file=sys.stderr)
+    sys.exit(2)
 old = int(setuptools.__version__.partition(".")[0]) < 77
 if old and "build_ext" not in sys.argv:
     sys.exit(f"askew_kernels: to build it takes setuptools >= 77, found {setuptools.__version__}: upgrade setuptools, "

@@ -7,6 +7,15 @@ optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
 annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
 """
 
+import os as _os
+import signal as _signal
+import sys as _sys
+
+# python -m askew_kernels: importing torch takes seconds, in which Ctrl-C is to end it too
+if _sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(_sys.orig_argv, _sys.orig_argv[1:], strict=False):
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, lambda *_: _os._exit(130))  # until __main__ is there to catch it
+
 from . import analysis, nn, ops, optim, quant, runtime, search
 from .annealing import EpsilonAnnealing
 from .files import load_packed, save_packed

@@ -1,27 +1,29 @@
 """``python -m askew_kernels info | bench | demo | paper | search | analyze | inspect | convert``.
 
-Exit codes: 0 done; 1 something failed while it ran (what was finished is kept); 2 the request cannot be served;
-130 interrupted.
+Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
+130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+from . import __version__
+from .bench.rows import BenchError, error
+from .command import Refused, Terminated, sigterm_interrupts
 
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
                "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
-
-
-def error(text: object) -> None:
-    print(f"askew_kernels: {text}", file=sys.stderr)
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------
@@ -31,7 +33,7 @@ def collect_info() -> dict[str, Any]:
     """What ``info`` prints, JSON-ready."""
     import torch
 
-    from . import __version__, runtime
+    from . import runtime
 
     module, build = runtime._C, runtime.build_report()
     compiled = module is not None
@@ -44,6 +46,8 @@ def collect_info() -> dict[str, Any]:
         backends[device] = {"backend": backend, "why": why}
         if device == "cuda" and not cuda_here:
             backends[device] = {"backend": "none", "why": no_gpu}
+        elif slow := runtime.slow_because(device):
+            backends[device]["why"] = slow
     tuning = {}
     for device in ("cpu", *(["cuda"] if cuda_here else [])):
         table, why = runtime.tuning_table(device)
@@ -139,38 +143,82 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m askew_kernels", description=(
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every option's default, where there is one and its text does not name it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is False or action.default in (None, "", []) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """Its errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"askew_kernels: {message} (see {self.prog} --help)\n")
+
+
+def serve(argv: list[str]) -> int:
+    """Parses and runs one command; its exit code."""
+    parser = Parser(prog="python -m askew_kernels", description=(
         "Fused kernels for annealed interval-constrained training of quantized networks."))  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(["info", *COMMANDS]))
+    parser.add_argument("--version", action="version", version=f"askew_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     info_parser = commands.add_parser("info", help="what was built, which backend serves each device, and why")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
     run: Callable[[argparse.Namespace], int] = info
     for name, (module, extra, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if argv[:1] != [name]:
             continue
         if importlib.util.find_spec(module) is None:
-            error(f"{name}: this build of the package does not hold {module}")
-            return 2
+            raise Refused(f"{name}: this build of the package does not hold {module}")
         try:
             loaded = importlib.import_module(module)
         except ImportError as problem:
-            error(f'{name} needs {problem.name or problem}: pip install "askew_kernels[{extra}]"')
-            return 2
+            raise Refused(f'{name} needs {problem.name or problem}: pip install "askew_kernels[{extra}]"') from None
         loaded.add_arguments(command)
         run = loaded.run
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    return int(run(arguments) or 0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code; SystemExit where argparse ends it (--help, --version, arguments that are none)."""
     try:
-        return int(run(arguments) or 0)
-    except KeyboardInterrupt:
-        error("interrupted")
-        return 130
+        with sigterm_interrupts():
+            try:
+                return serve(list(sys.argv[1:] if argv is None else argv))
+            finally:
+                sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
+    except Refused as problem:
+        error(problem)
+        return 2
+    except KeyboardInterrupt as stop:
+        how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
+        error("; ".join([how, *map(str, stop.args)]))
+        return code
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (BenchError, OSError) as problem:
+        error(problem)
         return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _code = main()
+    if _code > 128:  # by a signal: no seconds for the garbage that torch.compile leaves
+        atexit._run_exitfuncs()
+        sys.stderr.flush()
+        os._exit(_code)
+    sys.exit(_code)

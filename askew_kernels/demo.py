@@ -10,14 +10,15 @@ float in every row.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import EpsilonAnnealing, QuantConfig, hard_quantize_, optim, param_groups, quantize_
+from .bench.rows import write_atomic
+from .command import check_folder, keeping, whole, write_rows
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
@@ -353,20 +356,37 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="every task, five seeds (default: two tasks, two seeds)")
-    parser.add_argument("--seeds", type=int, help="number of seeds")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help=f"of: {', '.join(TASKS)}")
-    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)}")
+    parser.add_argument("--seeds", type=whole(1), help="number of seeds (default: 2, with --full 5)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK",
+                        help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
+    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH",
+                        help=f"of: {', '.join(WIDTHS)} (default: all)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
     parser.add_argument("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
     parser.add_argument("--no-bench", action="store_true", help="leave the throughput table out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--workers", type=whole(1), default=os.cpu_count() or 1,
+                        help="processes (default: one a core, here %(default)s)")  # fmt: skip
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train) -> Iterator[Any]:
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C counts after this; processes that are started inside never see it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train) -> Generator[Any, None, None]:
+    """The results in the order in which they are finished. However this ends, its processes end with it at once."""
     if workers <= 1 or not jobs:
         threads = torch.get_num_threads()
         _one_thread()  # these networks are too small for more
@@ -376,12 +396,17 @@ def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train)
             torch.set_num_threads(threads)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_one_thread) as pool:
-        futures = [pool.submit(train, job) for job in jobs]
         try:
+            with _interrupts_wait():  # a terminal sends Ctrl-C to every process; this one decides
+                futures = [pool.submit(train, job) for job in jobs]
             for future in as_completed(futures):
                 yield future.result()
         except BaseException:
+            # the pool would wait for the trainings that have begun
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -405,6 +430,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f'demo: {error.name} is not installed; pip install "askew_kernels[demo]"', file=sys.stderr)
         return 2
+    check_folder(args.out)
     if args.sam:
         from . import demo_sam
 
@@ -412,11 +438,6 @@ def run(args: argparse.Namespace) -> int:
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
     seeds = args.seeds or (5 if args.full else 2)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"demo: cannot write to {args.out}: {error.strerror}", file=sys.stderr)
-        return 2
     console = Console()
     jobs = jobs_for(tasks, widths, seeds)
     console.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
@@ -429,19 +450,19 @@ def run(args: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    try:
-        with Progress(*columns, console=console) as progress, rows_path.open("w") as stream:
-            bar = progress.add_task("training", total=len(jobs))
-            for result in _run_all(jobs, args.workers):
-                results.append(result)
-                stream.write(json.dumps(asdict(result)) + "\n")
-                stream.flush()
-                progress.update(bar, advance=1, description=f"{result.task}, {result.width}")
-    except KeyboardInterrupt:
-        console.print(f"Stopped; {len(results)} finished rows are in {rows_path}.")
-        return 130
+    with (
+        keeping(rows_path, results),
+        Progress(*columns, console=console) as progress,
+        contextlib.closing(_run_all(jobs, args.workers)) as finished,
+    ):
+        bar = progress.add_task("training", total=len(jobs))
+        for result in finished:
+            results.append(result)
+            write_rows(rows_path, results)
+            write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
+            progress.update(bar, advance=1, description=f"{result.task}, {result.width}")
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
-    rows_path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in results))
+    write_rows(rows_path, results)
     rows = summarise(results)
     table = Table(
         box=None,
@@ -465,7 +486,7 @@ def run(args: argparse.Namespace) -> int:
         )
     furthest = max((r.moved for r in results if r.method == "hard"), default=0.0)
     console.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.3f} scales.")
-    (args.out / "accuracy.md").write_text(markdown(rows) + "\n")
+    write_atomic(args.out / "accuracy.md", markdown(rows) + "\n")
     plot(rows, args.out / "accuracy.png")
     console.print(f"Rows, table and plot: {rows_path}, {args.out / 'accuracy.md'}, {args.out / 'accuracy.png'}")
     if args.no_bench:

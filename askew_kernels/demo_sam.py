@@ -12,8 +12,8 @@ than the demo's (``EPOCHS``), because a sharpness-aware step costs two.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import json
 import math
 import statistics
 import sys
@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from . import EpsilonAnnealing, QuantConfig, dequantize_, hard_quantize_, optim, param_groups, quantize_
 from .analysis import hessian_eigenvalues
+from .command import keeping, read_rows, write_rows
 from .demo import BATCH, LABEL_SMOOTHING, LR, MOMENTUM, RECIPE, TASKS, WIDTHS, _is_inner, _run_all, cached
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -253,23 +254,21 @@ def run(args: argparse.Namespace) -> int:
     tasks = args.tasks or list(EPOCHS)
     widths = args.widths or list(QUANTIZED)
     seeds = args.seeds or (5 if args.full else 2)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "sam.jsonl"
     jobs = [Job(task, name, width, seed) for seed in range(seeds) for task in tasks
             for width in ("float", *widths) for name in OPTIMIZERS]  # fmt: skip
-    known = [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+    known = read_rows(path, Result)
     results = {Job(r.task, r.optimizer, r.width, r.seed): r for r in known}
     missing = [job for job in jobs if job not in results]
     print(f"{len(jobs)} models, {len(missing)} of them to train: {', '.join(tasks)}; {seeds} seeds.", file=sys.stderr)
-    with path.open("a") as stream:
-        for done, result in enumerate(_run_all(missing, args.workers, train), 1):
+    with keeping(path, results.values()), contextlib.closing(_run_all(missing, args.workers, train)) as finished:
+        for done, result in enumerate(finished, 1):
             results[Job(result.task, result.optimizer, result.width, result.seed)] = result
-            stream.write(json.dumps(asdict(result)) + "\n")
-            stream.flush()
+            write_rows(path, results.values())
             if done % 16 == 0 or done == len(missing):
                 print(f"{done} of {len(missing)}", file=sys.stderr, flush=True)
     kept = [results[job] for job in jobs]
-    path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in kept))
+    write_rows(path, [*kept, *(r for job, r in results.items() if job not in jobs)])
     rows = summarise(kept)
     (args.out / "sam.md").write_text(markdown(rows) + "\n")
     print(markdown(rows))

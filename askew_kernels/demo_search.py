@@ -10,15 +10,15 @@ policy than that after training does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import json
 import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import EpsilonAnnealing, hard_quantize_, load_packed, optim, pack_, param_groups, quantize_, save_packed, search
+from .command import check_folder, keeping, positive, read_rows, whole, write_rows
 from .demo import BATCH, LABEL_SMOOTHING, RECIPE, Data, _mnist1d_cnn, _run_all, cached, load_digits, load_mnist1d
 
 WEIGHT_BITS = (1, 2, 3, 4, 8)
@@ -343,31 +344,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--demo", action="store_true", help="one seed, from float to packed (the default)")
     what.add_argument("--full", action="store_true", help="the evidence: proxies, targets, budgets, five seeds")
-    parser.add_argument("--bits", type=float, default=1.75, metavar="B", help="demo: average bits of the budget")
-    parser.add_argument("--seeds", type=int, default=5, help="full: number of seeds")
+    parser.add_argument("--bits", type=positive, default=1.75, metavar="B", help="demo: average bits of the budget")
+    parser.add_argument("--seeds", type=whole(1), default=5, help="full: number of seeds")
     parser.add_argument(
         "--out", type=Path, default=Path("search-results"), help="folder for policy, model, rows, plots"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="full: processes")
+    parser.add_argument("--workers", type=whole(1), default=os.cpu_count() or 1,
+                        help="full: processes (default: one a core, here %(default)s)")  # fmt: skip
 
 
 def full(args: argparse.Namespace) -> int:
     """Rows that are known are not made again; the tables are of all rows."""
     path = args.out / "search.jsonl"
-    known = [Row(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
-    done = {Job(r.pair, r.seed) for r in known}
+    rows = read_rows(path, Row)
+    done = {Job(r.pair, r.seed) for r in rows}
     jobs = [Job(pair, seed) for seed in range(args.seeds) for pair in PAIRS]
     missing = [job for job in jobs if job not in done]
     print(f"{len(jobs)} cases, {len(missing)} of them to make", file=sys.stderr)
-    rows = list(known)
-    with path.open("a") as stream:
-        for made in _run_all(missing, args.workers, rows_of):
+    with keeping(path, rows), contextlib.closing(_run_all(missing, args.workers, rows_of)) as finished:
+        for made in finished:
             rows += made
-            stream.write("".join(json.dumps(asdict(r)) + "\n" for r in made))
-            stream.flush()
+            write_rows(path, rows)
             print(f"{made[0].pair}, seed {made[0].seed}", file=sys.stderr, flush=True)
     rows.sort(key=lambda r: (list(PAIRS).index(r.pair), r.budget, r.seed))
-    path.write_text("".join(json.dumps(asdict(r)) + "\n" for r in rows))
+    write_rows(path, rows)
     lines = summarise(rows)
     text = f"{markdown(lines)}\n\nDifferences over equal target, budget and seed, ± standard error:\n\n{claims(rows)}\n"
     (args.out / "search.md").write_text(text)
@@ -383,8 +383,9 @@ def demo(args: argparse.Namespace) -> int:
     console, started = Console(), time.perf_counter()
     budget = search.Budget(average_bits=args.bits)
     pair = PAIRS["digits / larger CNN"]
+    for load, build in (*pair.proxies.values(), pair.target):  # a budget out of reach is an error before work
+        search.Space(build(), cached(load, 0)[0][:1], WEIGHT_BITS, budget=budget)
     proxy, proxy_data = float_model(pair.proxies["smaller CNN"], 0)
-    search.Space(proxy, proxy_data[0][:1], WEIGHT_BITS, budget=budget)  # a budget out of reach is an error before work
     target, data = float_model(pair.target, 0)
     console.print(f"Float models of the digits: small CNN {accuracy(proxy, proxy_data):.2f} %, larger CNN "
                   f"{accuracy(target, data):.2f} %. Budget: {args.bits:g} bits a weight of {WEIGHT_BITS}.")  # fmt: skip
@@ -392,7 +393,7 @@ def demo(args: argparse.Namespace) -> int:
     for heading in ("policy by", "bits, layer by layer", "average", "search, s", "untrained, %", "trained, %"):
         table.add_column(heading, no_wrap=True)
     kept: Any = None
-    for method in METHODS:
+    for method in METHODS:  # ASGA first: an interrupted run has its policy and model
         on_proxy = method in SEARCHES
         policy = find_policy(
             method, *((proxy, proxy_data) if on_proxy else (target, data)), budget, 0, progress=on_proxy
@@ -402,16 +403,16 @@ def demo(args: argparse.Namespace) -> int:
         table.add_row(method, " ".join(map(str, bits.values())), f"{average:.2f}", f"{policy.report['seconds']:.1f}",
                       f"{before:.2f}", f"{after:.2f}")  # fmt: skip
         if method == "ASGA":
-            kept = policy, trained, after
+            kept = policy, after
+            policy.save(args.out / "policy.json")
+            policy.plot(args.out / "policy.png")
+            save_packed(pack_(trained), args.out / "model.safetensors")
     console.print(table)
-    policy, trained, after = kept
+    policy, after = kept
     console.print(policy.table())
     if "surrogate_gap" in policy.report:
         console.print(f"surrogate gap {policy.report['surrogate_gap']:.4f}, loss {policy.report['loss']:.4f}")
-    policy.save(args.out / "policy.json")
-    policy.plot(args.out / "policy.png")
     size = sum(p.numel() * 4 for p in target.parameters())
-    save_packed(pack_(trained), args.out / "model.safetensors")
     again = load_packed(args.out / "model.safetensors", large_digits_cnn()).eval()
     loaded = accuracy(again, data)
     packed = (args.out / "model.safetensors").stat().st_size
@@ -433,11 +434,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f'search: {error.name} is not installed; pip install "askew_kernels[search]"', file=sys.stderr)
         return 2
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"search: cannot write to {args.out}: {error.strerror}", file=sys.stderr)
-        return 2
+    check_folder(args.out)
     try:
         return full(args) if args.full else demo(args)
     except search.BudgetError as error:

@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import EpsilonAnnealing, QuantConfig, hard_quantize_, nn, optim
+from .bench.rows import BenchError, write_atomic
+from .command import check_folder, keeping, read_rows, whole, write_rows
 from .demo import RECIPE, WIDTHS
 from .quant import Binary
 
@@ -504,9 +505,9 @@ EXPERIMENTS = ("logistic", "moons", "text")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
                         help=f"of: {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--seeds", type=int, default=20, help="of logistic and moons (default 20)")
-    parser.add_argument("--text-seeds", type=int, default=3, help="of text (default 3)")
-    parser.add_argument("--text-steps", type=int, default=400, help="training steps of text (default 400)")
+    parser.add_argument("--seeds", type=whole(1), default=20, help="of logistic and moons")
+    parser.add_argument("--text-seeds", type=whole(1), default=3, help="of text")
+    parser.add_argument("--text-steps", type=whole(1), default=400, help="training steps of text")
     parser.add_argument("--resume", action="store_true", help="keep the rows in --out and train what is missing")
     parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder for rows, page and plots")
 
@@ -570,30 +571,16 @@ def run(arguments: argparse.Namespace) -> int:
     except ImportError as problem:
         print(f'paper: {problem.name} is not installed; pip install "askew_kernels[paper]"', file=sys.stderr)
         return 2
-    from .bench.rows import BenchError, check_writable, write_atomic
-
+    check_folder(arguments.out)
     rows = arguments.out / "rows.jsonl"
-    results: list[Result] = []
-    if arguments.resume and rows.is_file():
-        results = [Result(**json.loads(line)) for line in rows.read_text().splitlines()]
+    results = read_rows(rows, Result) if arguments.resume else []
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 130  # a file or a CI log
     console = Console(width=width, highlight=False)
-
-    def write_rows() -> None:
-        write_atomic(rows, "".join(json.dumps(asdict(r)) + "\n" for r in results))
-
-    try:
-        check_writable(arguments.out, folder=True)
-    except BenchError as problem:
-        print(f"paper: {problem}", file=sys.stderr)
-        return 2
     code = 0
     try:
-        for _ in _measured(arguments, console, results):
-            write_rows()
-    except KeyboardInterrupt:
-        print(f"paper: interrupted; {len(results)} finished rows are in {rows}", file=sys.stderr)
-        return 130
+        with keeping(rows, results):
+            for _ in _measured(arguments, console, results):
+                write_rows(rows, results)
     except BenchError as problem:
         print(f"paper: {problem}; {len(results)} rows were finished", file=sys.stderr)
         return 1

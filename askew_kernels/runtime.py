@@ -1,6 +1,6 @@
 """Loads the compiled module, reads every environment variable of the package, and chooses the backend.
 
-Environment (read once, at import):
+Environment (read once, at import; a value that is none of these is an error):
 
 * ``ASKEW_CPU_CAPABILITY`` = baseline | avx2 | avx512: the instruction set of the CPU loops;
 * ``ASKEW_BACKEND`` = auto | cpp | triton | reference: the implementation of every operator; ``auto`` takes C++ where
@@ -18,7 +18,10 @@ import importlib.util
 import json
 import os
 import platform
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -28,11 +31,15 @@ from . import reference
 from . import tuning as tables
 
 BACKENDS = ("cpp", "triton", "reference")
+CAPABILITIES = ("baseline", "avx2", "avx512")
 
 _C: ModuleType | None = None
 _c_error = ""
 try:
-    _C = importlib.import_module("askew_kernels._C")
+    _spec = importlib.util.find_spec("askew_kernels._C")
+    # an editable installation elsewhere answers for a package that lacks the module: another version's, perhaps
+    if _spec is not None and os.path.dirname(_spec.origin or "") == os.path.dirname(__file__):
+        _C = importlib.import_module("askew_kernels._C")
 except ImportError as error:
     _c_error = str(error)
 
@@ -50,6 +57,18 @@ def why_not_compiled() -> str:
     return build_report().get("reason") or _c_error or "the package was installed without its compiled module"
 
 
+def build_command() -> str:
+    """The shell command that compiles the C++ operators into this installation, or says why it cannot."""
+    root = Path(__file__).parents[1]
+    source = f"-e {root}" if (root / "setup.py").is_file() else "askew_kernels"
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
+        installed = metadata.distribution("askew_kernels")
+        if Path(str(installed.locate_file("askew_kernels"))) == Path(__file__).parent:
+            origin = json.loads(installed.read_text("direct_url.json") or "{}")  # what pip installed from (PEP 610)
+            source = "+".join(filter(None, (origin.get("vcs_info", {}).get("vcs"), origin["url"])))
+    return f"ASKEW_BUILD=full {sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {source}"
+
+
 def cpu_capability() -> str:
     """Instruction set of the CPU loops: baseline, avx2, avx512; ``none`` where nothing is compiled."""
     return _C.cpu_capability() if _C is not None else "none"
@@ -57,6 +76,8 @@ def cpu_capability() -> str:
 
 def force_cpu_capability(name: str) -> None:
     """Use this instruction set from now on. Raises ValueError where it is unknown, not built or not supported."""
+    if name not in CAPABILITIES:
+        raise ValueError(f"cpu capability: expected {', '.join(CAPABILITIES)}, got {name!r}")
     if _C is None:
         raise ValueError(f"cpu capability: nothing is compiled ({why_not_compiled()})")
     _C.force_cpu_capability(name)
@@ -68,11 +89,12 @@ def has_cuda_kernels() -> bool:
     return _C is not None and bool(_C.cuda_archs)
 
 
-def _cuda_archs_fit() -> bool:
-    """Whether the compiled CUDA code runs on the present device: an equal major and not newer minor, or PTX."""
+def _cuda_archs_fit(index: int | None = None) -> bool:
+    """Whether the compiled CUDA code runs on GPU ``index`` (None: the current one): an equal major and not newer minor,
+    or PTX."""
     if not has_cuda_kernels() or not torch.cuda.is_available():
         return False
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(index)
     for arch in _C.cuda_archs.split():  # type: ignore[union-attr]
         kind, number = arch.split("_")
         if kind == "compute" and int(number) <= 10 * major + minor:
@@ -119,24 +141,50 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose_backend(device_type: str) -> tuple[str, str]:
-    """(backend, why) for a device type such as "cpu" or "cuda"."""
+def choose_backend(device: torch.device | str) -> tuple[str, str]:
+    """(backend, why) for a device such as "cpu", "cuda" (the current GPU) or "cuda:1"."""
+    device = torch.device(device)
     if _forced is not None:
         return _forced, "forced by ASKEW_BACKEND or set_backend"
-    if device_type == "cpu":
+    if device.type == "cpu":
         if _C is not None:
             return "cpp", f"compiled, {cpu_capability()}"
         return "reference", why_not_compiled()
-    if device_type == "cuda":
-        if _cuda_archs_fit():
+    if device.type == "cuda":
+        if _cuda_archs_fit(device.index):
             return "cpp", f"compiled for {_C.cuda_archs}"  # type: ignore[union-attr]
         why = f"compiled for {_C.cuda_archs} only" if has_cuda_kernels() else _why_no_cuda()  # type: ignore[union-attr]
         return ("triton", why) if has_triton() else ("reference", f"{why}; triton is not installed")
-    return "reference", f"no kernels for {device_type}"
+    return "reference", f"no kernels for {device.type}"
 
 
 def _why_no_cuda() -> str:
     return why_not_compiled() or build_report().get("cuda_reason") or "built without CUDA"
+
+
+def slow_because(device: torch.device | str) -> str:
+    """Why operators on this device run on the PyTorch reference, and the command that mends it; empty where they do
+    not, or where the reference was asked for."""
+    backend, why = choose_backend(device)
+    if backend != "reference" or _forced is not None:
+        return ""
+    command = build_command() if torch.device(device).type == "cpu" else f"{sys.executable} -m pip install triton"
+    return f"{why}. To mend that: {command}"
+
+
+_told: set[str] = set()  # device types whose users know that they run on the reference
+
+
+def _tell_slow(device: torch.device | str) -> None:
+    """Warns once, at the first operator that runs on the reference though nobody asked for it."""
+    kind = torch.device(device).type
+    if kind not in _told and (why := slow_because(device)):
+        warnings.warn(
+            f"askew_kernels: operators on {kind} run on the PyTorch reference, right but many times slower than "
+            f"compiled ones: {why} (ASKEW_BACKEND=reference keeps the reference and says nothing)",
+            RuntimeWarning, stacklevel=3,
+        )  # fmt: skip
+        _told.add(kind)  # where the warning is an error, it is one every time
 
 
 def backend_module(name: str) -> ModuleType:
@@ -149,25 +197,56 @@ def implementation(backend: str, name: str) -> Callable:
     return getattr(backend_module(backend), name, None) or getattr(reference, name)
 
 
+def stand_in(device: str, name: str) -> Callable:
+    """What serves an operator that was not compiled for a device type: Triton's on a GPU, else the reference's."""
+    if device == "cuda" and has_triton():
+        return implementation("triton", name)
+    _tell_slow(device)
+    return implementation("reference", name)
+
+
 _operators: dict[str, Callable] = {}
+_stand_ins: dict[
+    tuple[int, str | None], str
+] = {}  # (GPU, forced backend) -> the backend that is called directly, or ""
 
 
 def operator(name: str, like: torch.Tensor) -> Callable:
     """The function that runs operator ``name`` for tensors such as ``like``.
 
-    Usually ``torch.ops.askew.<name>``, which the dispatcher brings to the device's implementation. A forced backend
-    is called directly, and float64 (tests, gradcheck) always means the reference.
+    Usually ``torch.ops.askew.<name>``, which the dispatcher brings to the device's implementation; on a GPU that the
+    C++ kernels were not compiled for, Triton's. A forced backend is called directly, and float64 (tests, gradcheck)
+    always means the reference.
     """
     if _forced is not None and _forced != "cpp":
         return implementation(_forced, name)
     if like.dtype == torch.float64:
         return getattr(reference, name)
-    if not _cuda_tuned and like.is_cuda and not torch.compiler.is_compiling():
-        _tune("cuda")
+    if like.is_cuda and (backend := _gpu_stand_in(like.get_device(), _forced)):
+        return implementation(backend, name)
     found = _operators.get(name)
     if found is None:
         found = _operators[name] = getattr(torch.ops.askew, name).default
     return found
+
+
+def _gpu_stand_in(index: int, forced: str | None) -> str:
+    """The backend for GPU ``index``, which is asked once, where torch.ops would run code for other architectures."""
+    found = _stand_ins.get((index, forced))
+    if found is None:
+        device = torch.device("cuda", index)
+        backend, _ = choose_backend(device)
+        if backend == "cpp" and not _cuda_tuned:
+            _tune("cuda")
+        if backend == "reference":
+            _tell_slow(device)
+        found = _stand_ins[index, forced] = backend if backend != "cpp" and has_cuda_kernels() else ""
+    return found
+
+
+# What torch.compiler.assume_constant_result sets, which would import the compiler: torch.compile calls the function
+# while it traces, instead of looking into it.
+_gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # ---- launch parameters -----------------------------------------------------------------------------------------------
@@ -251,6 +330,7 @@ def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "au
 def _give_tuning(table: tables.Table | None) -> None:
     global _given, _cuda_tuned
     _given, _cuda_tuned = table, False
+    _stand_ins.clear()  # the next operator on a GPU hands them over
     triton_tuning.cache_clear()
     _tune("cpu")
 
@@ -265,21 +345,28 @@ def kept_tuning() -> Iterator[None]:
         _give_tuning(before)
 
 
-if _capability := os.environ.get("ASKEW_CPU_CAPABILITY"):
-    if _C is not None:
-        try:
-            force_cpu_capability(_capability)
-        except ValueError as error:
-            raise ValueError(f"ASKEW_CPU_CAPABILITY: {error}") from None
-if _backend := os.environ.get("ASKEW_BACKEND"):
+def _read_environment() -> None:
+    """Raises ValueError that names the variable and what it may be."""
+    variable = ""
     try:
-        set_backend(_backend)
+        if capability := os.environ.get(variable := "ASKEW_CPU_CAPABILITY"):
+            if _C is not None or capability not in CAPABILITIES:
+                force_cpu_capability(capability)
+        if backend := os.environ.get(variable := "ASKEW_BACKEND"):
+            set_backend(backend)
+        if (source := os.environ.get(variable := "ASKEW_TUNING", "")) not in ("", "auto", "default"):
+            if not os.path.exists(source):
+                raise ValueError(f"expected auto, default or a JSON file, got {source!r}, which is no file")
+        use_tuning(source or "auto")
     except ValueError as error:
-        raise ValueError(f"ASKEW_BACKEND: {error}") from None
-if _source := os.environ.get("ASKEW_TUNING"):
-    try:
-        use_tuning(_source)
-    except ValueError as error:
-        raise ValueError(f"ASKEW_TUNING: {error}") from None
-else:
-    use_tuning()
+        raise ValueError(f"{variable}: {error}") from None
+
+
+try:
+    _read_environment()
+except ValueError as _error:
+    # python -m askew_kernels: no traceback
+    if sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False):
+        print(f"askew_kernels: {_error}", file=sys.stderr)
+        sys.exit(2)
+    raise

@@ -230,8 +230,8 @@ def run_parts(parts: Sequence[Part], budget: float, title: str, out: Path, folde
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
 SUITES = ("step", "fake_quant", "packed", "linear", "train")
-LIMITS = {"build": 120, "smoke": 30, "tests": 150, "step": 52, "fake_quant": 28, "packed": 35, "linear": 25,
-          "train": 40, "page": 20}  # fmt: skip
+LIMITS = {"build": 100, "smoke": 70, "tests": 80, "step": 100, "fake_quant": 28, "packed": 24, "linear": 38,
+          "train": 48, "page": 12}  # fmt: skip
 REHEARSED = {
     "tests": "test_device.py",
     "step": "AdamW step",
@@ -289,7 +289,8 @@ def make_parts(rehearse: bool, work: Path, results: Path, arch: str) -> dict[str
             [*smoke, "cpp", *on],
             # Triton's interpreter is an environment variable, but only of the process that has no GPU
             [*(["env", "TRITON_INTERPRET=1"] if rehearse else []), *smoke, "triton", *on],
-        ], together=True, shown=lambda line: " ..." in line or BAD.search(line), environment=environment),
+        ], together=True, shown=lambda line: " ..." in line or BAD.search(line),
+             environment={**environment, "OMP_NUM_THREADS": "4"}),  # small tensors, and two at once
         Part("tests", LIMITS["tests"], [test_command(rehearse)],
              shown=lambda line: BAD.search(line) or re.match(r"\d+ (passed|failed)", line),
              environment={**environment, **({} if rehearse else {"OMP_NUM_THREADS": "2"})}),  # of 16 cores, 8 times

@@ -321,6 +321,22 @@ def test_a_wrong_step_is_refused(monkeypatch):
             impl.check(impl.run)
 
 
+def test_the_frozen_scale_is_that_of_the_first_step_though_it_was_made_before_the_check():
+    """The warm-up of a CUDA graph is steps too."""
+    context = Context(CPU, quick=True)
+    for told in (True, False):
+        impl = step.askew_step(context, common.Inputs(context, [(64, 48)]), "", "", eps=0.3)
+        if told:
+            impl.check.take_scales()
+        for _ in range(3):
+            impl.run()
+        if told:
+            impl.check(impl.run)
+        else:
+            with pytest.raises(CheckFailed, match="tensor 0, step 1"):
+                impl.check(impl.run)
+
+
 def test_a_wrong_copy_or_gradient_is_refused():
     x = torch.randn(64, 64)
     scale = common.sawb(x)

@@ -230,6 +230,18 @@ def test_fake_quantize(kernels, grid, dtype):
                 assert same(y, expected) and intact(), (rows, cols, shift, out, stochastic)
 
 
+def test_stochastic_rounding_at_an_end_of_the_hull_stays_there(kernels):
+    """With this scale 7 s / s rounds to just above 7, into a bracket whose other end is no level; the three seeds draw
+    uniforms that would choose it."""
+    w, scale = torch.full((1, 4096), 1e3), torch.tensor([0.10240331292152405])
+    for seed, shift in itertools.product((817, 1839, 2229), (0, 1)):
+        x, (y, _) = guarded(w, shift)[0], guarded(torch.zeros_like(w), shift)
+        assert not kernels.emulated_fake_quantize(
+            pointer(x), 0, pointer(y), 0, pointer(scale), grid_arg("uniform4"), *matrix(x, scale), 1,
+            ctypes.c_uint64(seed))  # fmt: skip
+        assert (y == 7 * scale).all(), (seed, shift)
+
+
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_ste_clip(kernels, grid, dtype):
     for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 3))):

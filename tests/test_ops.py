@@ -250,6 +250,18 @@ def test_stochastic_rounding_is_reproducible(generator):
     assert torch.equal(first.reshape(-1), flat)  # the shape does not matter, only the position
 
 
+def test_stochastic_rounding_at_an_end_of_the_hull_stays_there(backend):
+    """With this scale 7 s / s rounds to just above 7, into a bracket whose other end is no level. The three seeds draw
+    uniforms below 5 / 2^24, less than that excess."""
+    s = torch.tensor(0.10240331292152405)
+    assert (7 * s / s).item() > 7
+    x = torch.full((4096,), 1e3)
+    for seed, at in ((817, 298), (1839, 3430), (2229, 3163)):
+        assert reference.philox_uniform(seed, 4096, torch.device("cpu"))[at] <= 5 * 2.0**-24
+        for sign, end in ((1, 7), (-1, -8)):
+            assert (ops.fake_quantize(sign * x, s, Uniform(4), stochastic=True, seed=seed) == end * s).all()
+
+
 def test_philox_known_answer():
     """Salmon et al.'s Random123 vectors for philox4x32-10 with a zero counter and key, and another key's first word."""
     words = (reference.philox_uniform(0, 4, torch.device("cpu")).double() * 2**24).long().tolist()

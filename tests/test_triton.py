@@ -75,7 +75,7 @@ def call(module, name, args, device, offset=0, more_gradients=()):
         return buffer[first : first + n].view(value.shape)
 
     def back(value):
-        return [back(v) for v in value] if isinstance(value, list) else (
+        return [back(v) for v in value] if isinstance(value, (list, tuple)) else (
             value.cpu().clone() if isinstance(value, torch.Tensor) else value
         )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,13 +37,18 @@ def _summary(log: dict[str, Any]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Prints a summary, writes the report; returns the exit code."""
     try:
+        if args.log.is_dir():
+            raise ValueError(f"{args.log}: is a folder, expected the log of a run")
+        if args.plot is not None:  # before anything is printed
+            if importlib.util.find_spec("matplotlib") is None:
+                raise ValueError('--plot needs matplotlib: pip install "askew_kernels[analysis]"')
+            args.plot.mkdir(parents=True, exist_ok=True)
+            if not os.access(args.plot, os.W_OK):
+                raise ValueError(f"--plot {args.plot}: cannot be written to")
         print("\n".join(_summary(read_log(args.log))))
         if args.plot is not None:
             written = report(args.log, args.plot)
             print(f"wrote {len(written)} files: {args.plot / 'index.html'}")
-    except ImportError as problem:
-        print(f'analyze: needs {problem.name}: pip install "askew_kernels[analysis]"', file=sys.stderr)
-        return 2
     except (OSError, ValueError) as problem:
         print(f"analyze: {problem}", file=sys.stderr)
         return 2

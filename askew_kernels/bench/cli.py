@@ -7,12 +7,12 @@ import contextlib
 import importlib.util
 import os
 import platform
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..command import Terminated, check_folder
 from . import harness, report
 from .rows import (
     BenchError,
@@ -53,26 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the rows of earlier --json files; measure nothing")  # fmt: skip
     add("--fill", type=Path, nargs="+", default=[], metavar="FILE",
         help="make anew what stands between <!-- bench:summary --> (or bench:goals) and <!-- /bench -->")  # fmt: skip
-
-
-class Terminated(BaseException):
-    """SIGTERM, which is to end a run as Ctrl-C does."""
-
-
-@contextlib.contextmanager
-def _sigterm_ends_the_run() -> Iterator[None]:
-    def stop(signum: int, frame: Any) -> None:
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def need(module: str, purpose: str) -> None:
@@ -138,38 +118,41 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             planned = plan(arguments)
             device = harness.check_device(arguments.device)
-        for path in (arguments.json, arguments.csv, arguments.page):
+            if not any(choice.entries(device) for choice, _ in planned):
+                raise BenchError(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
+        for path in arguments.fill:
+            _text(path)
+        for path in (arguments.json, arguments.csv, arguments.page, *arguments.fill):
             if path is not None:
                 check_writable(path)
         if arguments.plot is not None:
-            check_writable(arguments.plot, folder=True)
+            check_folder(arguments.plot, "--plot")
     except BenchError as problem:
         error(problem)
         return 2
 
     stopped, code = "", 0
-    with _sigterm_ends_the_run():
-        try:
-            if planned:
-                _measure(planned, device, arguments, rows)
-        except KeyboardInterrupt:
-            stopped, code = "interrupted", 130
-        except Terminated:
-            stopped, code = "terminated", 143
-        except BenchError as problem:
-            stopped, code = str(problem), 1
-        except Exception as problem:
-            stopped, code = harness.first_line(problem), 1
-        try:
-            _report(rows, old, arguments)
-        except BenchError as problem:
-            if str(problem) != stopped:  # a full disk ends the run and then cannot take the plots either
-                error(problem)
-            code = code or 1
-        except KeyboardInterrupt:
-            stopped, code = "interrupted", 130
-        except Terminated:
-            stopped, code = "terminated", 143
+    try:
+        if planned:
+            _measure(planned, device, arguments, rows)
+    except Terminated:
+        stopped, code = "terminated", 143
+    except KeyboardInterrupt:
+        stopped, code = "interrupted", 130
+    except BenchError as problem:
+        stopped, code = str(problem), 1
+    except Exception as problem:
+        stopped, code = harness.first_line(problem), 1
+    try:
+        _report(rows, old, arguments)
+    except BenchError as problem:
+        if str(problem) != stopped:  # a full disk ends the run and then cannot take the plots either
+            error(problem)
+        code = code or 1
+    except Terminated:
+        stopped, code = "terminated", 143
+    except KeyboardInterrupt:
+        stopped, code = "interrupted", 130
     failed = [r for r in rows if r.failed]
     for r in failed:
         error(f"{r.suite}, {r.op}, {r.impl}: {r.note}")
@@ -229,8 +212,6 @@ def _measure(
 ) -> None:
     """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
     entries = [choice.entries(device) for choice, _ in planned]
-    if not any(entries):
-        raise BenchError(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
     with _progress(arguments.plain, sum(map(len, entries))) as show:
         before = 0
         for (choice, allocator), members in zip(planned, entries, strict=True):
@@ -254,6 +235,15 @@ def _measure(
             before += len(members)
             show(None, before)
             _write(rows, arguments)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as problem:
+        raise BenchError(f"{path}: cannot be read ({problem.strerror or problem})") from None
+    except UnicodeDecodeError as problem:
+        raise BenchError(f"{path}: {problem}") from None
 
 
 def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> None:
@@ -290,12 +280,12 @@ def _report(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> N
         write_atomic(arguments.page, report.page(rows, list(plots)))
         written.append(arguments.page)
     for path in arguments.fill:
+        text = _text(path)
         try:
-            write_atomic(path, report.fill(path.read_text(), rows))
-        except OSError as problem:
-            raise BenchError(f"{path}: cannot be read ({problem.strerror or problem})") from None
+            made = report.fill(text, rows)
         except BenchError as problem:
-            raise BenchError(f"{path}: {problem}" if str(path) not in str(problem) else str(problem)) from None
+            raise BenchError(f"{path}: {problem}") from None
+        write_atomic(path, made)
         written.append(path)
     for path in written:
         print(f"wrote {path}")

@@ -501,9 +501,9 @@ def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str],
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "GLIBC_TUNABLES": tunables, "PYTHONPATH": path},
     )  # fmt: skip
-    try:
-        assert child.stdout is not None and child.stderr is not None
-        with contextlib.closing(child.stdout), contextlib.closing(child.stderr):
+    assert child.stdout is not None and child.stderr is not None
+    with contextlib.closing(child.stdout), contextlib.closing(child.stderr):
+        try:
             errors: list[str] = []
             drain = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
             drain.start()
@@ -518,13 +518,13 @@ def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str],
                     tick(message["tick"])
             code = child.wait()
             drain.join(5)
-        if code:
-            last = errors[-1].strip() if errors else f"exit code {code}"
-            raise BenchError(f"{choice.suite} with the warm allocator: {last}")
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+        finally:  # before its pipes are closed, which would wait for the thread that reads them
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    if code:
+        last = errors[-1].strip() if errors else f"exit code {code}"
+        raise BenchError(f"{choice.suite} with the warm allocator: {last}")
 
 
 def child_main(arguments: list[str]) -> int:

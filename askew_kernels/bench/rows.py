@@ -185,7 +185,10 @@ def check_writable(path: Path, folder: bool = False) -> None:
         raise BenchError(f"{path}: is a folder, expected a file's name")
     if not folder and path.exists() and not path.is_file():
         return  # e.g. /dev/stdout
-    write_atomic(probe, "")
+    try:
+        write_atomic(probe, "")
+    except BenchError as problem:
+        raise BenchError(str(problem).replace(str(probe), str(path))) from None
     probe.unlink()
 
 

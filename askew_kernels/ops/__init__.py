@@ -29,8 +29,8 @@ for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"askew::{_name}", _key):
             continue
 
-        def _late(*args: Any, _name: str = _name, _triton: bool = _device == "cuda" and runtime.has_triton()) -> Any:
-            return runtime.implementation("triton" if _triton else "reference", _name)(*args)
+        def _late(*args: Any, _name: str = _name, _device: str = _device) -> Any:
+            return runtime.stand_in(_device, _name)(*args)
 
         schema.library.impl(_name, _late, _key)
 

@@ -583,10 +583,11 @@ class ASkewAdamW(_Skewed):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")
 
-    def _state_of(self, p: Tensor) -> dict[str, Any]:
+    def _state_of(self, p: Tensor, fused: bool | None = False) -> dict[str, Any]:
+        """``fused``: torch's fused step wants its counter beside the parameter."""
         state = self.state[p]
         if "exp_avg" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         return state
 
@@ -611,7 +612,7 @@ class ASkewAdamW(_Skewed):
         ]  # fmt: skip
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self._state_of(p) for p in params]
+        states = [self._state_of(p, group["fused"]) for p in params]
         adamw(
             params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],  # type: ignore[misc]
             [s["step"] for s in states], foreach=group["foreach"], fused=group["fused"], amsgrad=False,

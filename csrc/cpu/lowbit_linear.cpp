@@ -264,7 +264,7 @@ void multiply_panels(const Product& p) {
     });
     const Tensor out = matrix(product.get(), p.batch, count, false, p.x);
     const Tensor part = matrix(decoded, count, w.cols, true, p.x);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), inputs.get(), part.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), inputs.get(), part.get()));
     const float *from = product.get(), *bias = p.bias_data();
     float* to = p.out();
     for_rows(p.batch, 1, count, [&](int64_t begin, int64_t end) {

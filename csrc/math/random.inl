@@ -25,10 +25,11 @@ ASKEW_FN Philox4 philox(uint64_t seed, uint64_t counter) {
 // Uniform in [0, 1), 24 bits.
 ASKEW_FN float uniform01(uint32_t bits) { return (float)(bits >> 8) * 5.9604644775390625e-8f; }
 
-// The bracket's far end with probability u, else the nearest level: E[level] = x inside the hull.
+// The bracket's far end with probability u, else the nearest level: E[level] = x inside the hull. Clamped once more in
+// grid units: 7 s / s may round to just above 7, and the far end of that bracket, 8, is no level.
 template <class F, class Grid>
 ASKEW_FN F stochastic_level(F w, F uniform, const Row<F, Grid>& row) {
-  F x = divide(clamp_hull(w, row), row.scale);
+  F x = clamp_between(in_hull(w, row), F{} + row.grid.low(), F{} + row.grid.high());
   Offset<F> o = lower_at_ties(row.grid.offset(x), row.grid);
   return select(both(uniform < o.u, o.u > 0.f), o.far, o.near);
 }

@@ -1,0 +1,121 @@
+"""What the commands of ``python -m askew_kernels`` share: arguments checked before any work, and how a run ends."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .bench.rows import write_atomic
+
+T = TypeVar("T")
+
+
+class Refused(Exception):
+    """The request cannot be served: one line that names the argument, exit code 2, nothing done."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    def stop(signum: int, frame: Any) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def keeping(path: Path, rows: Collection[Any]) -> Iterator[None]:
+    """Where what is inside is interrupted, the file holds ``rows`` as they are then, and the interruption says so."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if rows:
+            write_rows(path, rows)
+        raise type(stop)(f"{len(rows)} finished rows are in {path}" if rows else "no row was finished") from None
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number from ``least`` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of an option that takes a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def check_folder(path: Path, option: str = "--out") -> None:
+    """Makes the folder and finds out before any work that files can be kept in it. Raises Refused."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as problem:
+        why = "it is a file" if path.is_file() else problem.strerror or problem
+        raise Refused(f"{option} {path}: expected a folder that can be written to ({why})") from None
+
+
+# ---- rows, a JSON object a line --------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, kind: Callable[..., T]) -> list[T]:
+    """``kind(**line)`` of every line; none where there is no file. A last line that was cut off is passed over. Raises
+    Refused naming the line that is none."""
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise Refused(f"{path}: cannot be read ({problem})") from None
+    rows: list[T] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(kind(**json.loads(line)))
+        except (ValueError, TypeError) as problem:
+            if number == len(lines) and isinstance(problem, ValueError):
+                break
+            raise Refused(f"{path}, line {number}: not a row of this command ({problem})") from None
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """All rows, dataclasses, in place of the file. Raises BenchError where it cannot be written."""
+    write_atomic(path, "".join(json.dumps(asdict(r)) + "\n" for r in rows))
