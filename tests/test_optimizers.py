@@ -17,6 +17,7 @@ import io
 import itertools
 import math
 import pickle
+import warnings
 
 import numpy as np
 import oracles
@@ -932,3 +933,154 @@ def test_gradients_are_clipped_again_after_an_edit():
     optimizer.step()
     layer.quantizer.set_scale(layer.weight, torch.full((4,), 1e-3))
     assert (gradient() == 0).any()
+
+
+# ---- states of others, and surroundings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind,base", [(ASkewSGD, torch.optim.SGD), (ASkewAdamW, torch.optim.AdamW)])
+def test_a_float_phases_state_is_taken_and_the_constraint_stays(kind, base, generator):
+    """torch's optimizer knows nothing of grid, eps and alpha (its own eps is AdamW's denominator's)."""
+    weight, bias = (nn.Parameter(torch.randn(s, generator=generator)) for s in ((6, 8), (6,)))
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {"eps": 1e-5}
+    floats = base([{"params": [weight]}, {"params": [bias]}], lr=0.05, **options)
+    give_gradients([weight, bias], generator)
+    floats.step()
+    options = {"momentum": 0.9} if base is torch.optim.SGD else {}
+    optimizer = kind([{"params": [weight], "grid": GRID}, {"params": [bias]}], lr=0.1, eps=0.7, alpha=2.0, **options)
+    optimizer.load_state_dict(floats.state_dict())
+    group = optimizer.param_groups[0]
+    assert group["grid"] == GRID and group["eps"] == 0.7 and group["alpha"] == 2.0 and group["lr"] == 0.05
+    if base is torch.optim.AdamW:
+        assert group["adam_eps"] == 1e-5
+    key = "momentum_buffer" if base is torch.optim.SGD else "exp_avg"
+    assert torch.equal(optimizer.state[weight][key], floats.state[weight][key])
+    optimizer.step()
+    assert WeightQuantizer.of(weight).frozen
+
+
+def test_a_state_of_another_grid_is_refused_before_anything_changes(generator):
+    weight = nn.Parameter(torch.randn(6, 8, generator=generator))
+    other = ASkewSGD([nn.Parameter(torch.randn(6, 8))], lr=0.3, grid=Uniform(2))
+    optimizer = ASkewSGD([weight], lr=0.1, grid=GRID)
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: grid: expected Uniform\(bits=4.*has Uniform\(bits=2"):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"grid: expected Uniform.*has None"):
+        optimizer.load_state_dict(ASkewSGD([nn.Parameter(torch.randn(6, 8))], lr=0.3).state_dict())
+    assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["grid"] == GRID
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_weights_of_quantized_layers_in_a_group_without_a_grid_are_told(later):
+    model = network()
+    with pytest.warns(UserWarning, match=r"ak\.param_groups\(model\)"):
+        if later:
+            optimizer = ASkewSGD([nn.Parameter(torch.ones(2))], lr=0.1)
+            optimizer.add_param_group({"params": list(model.parameters())})
+        else:
+            ASkewSGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ASkewSGD(ak.param_groups(model), lr=0.1)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_a_cast_in_the_middle_of_a_training(cls, options):
+    model = network()
+    optimizer = cls(ak.param_groups(model), **options)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        optimizer.zero_grad()
+        model(X[0].to(dtype)).square().sum().backward()
+        optimizer.step()
+        for group in optimizer.param_groups:
+            for p in group["params"] if group["grid"] is not None else []:
+                buffers = [v for k, v in optimizer.state[p].items() if k.startswith(("momentum", "exp_avg"))]
+                assert all(v.dtype == dtype for v in buffers) and p.isfinite().all()
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_the_keys_of_the_state_are_the_same_in_every_phase(cls, options):
+    """Whoever flattens it by key (torch.distributed.checkpoint) finds in a fresh one what was saved of another."""
+    model = network()
+    optimizer = cls(ak.param_groups(model), **options)
+    seen = set()
+    for i in range(4):
+        optimizer.param_groups[0]["eps"] = 1.0 if i < 2 else 0.4
+        model(X[i]).square().sum().backward()
+        optimizer.step()
+        seen.add(tuple(sorted(optimizer.state[model[0].weight])))
+        seen.add(tuple(sorted(optimizer.state_dict()["state"][0])))
+        state = optimizer.state[model[0].weight]
+        assert state["scale"] is model[0].quantizer.scale and all(torch.is_tensor(v) for v in state.values())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("eps", [1.0, 0.4])
+def test_checkpoints_by_parameter_name_resume_bit_for_bit(flat, eps):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    def train(model, optimizer, steps):
+        for i in steps:
+            optimizer.param_groups[0]["eps"] = eps
+            optimizer.zero_grad()
+            model(X[i]).square().sum().backward()
+            optimizer.step()
+
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = network()
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9)
+    train(model, optimizer, range(3))
+    states = copy.deepcopy(get_state_dict(model, optimizer, options=how))
+    train(model, optimizer, range(3, 6))
+    other = network()
+    resumed = ASkewSGD(ak.param_groups(other), lr=0.05, momentum=0.9)
+    set_state_dict(other, resumed, model_state_dict=states[0], optim_state_dict=states[1], options=how)
+    train(other, resumed, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert torch.equal(model[0].weight_scale, other[0].weight_scale)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize("what", ["step", "loop"])
+def test_a_compiled_step_is_the_step(cls, options, what):
+    runs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = network()
+        optimizer = cls(ak.param_groups(model), **options)
+
+        def loop(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        step = optimizer.step
+        if compiled and what == "step":
+            step = torch.compile(optimizer.step, backend="aot_eager")
+        elif compiled:
+            loop = torch.compile(loop, backend="eager")
+        for i in range(4):
+            optimizer.param_groups[0]["eps"] = 1.0 if i < 2 else 0.4
+            if what == "loop":
+                loop(X[i])
+            else:
+                optimizer.zero_grad()
+                model(X[i]).square().sum().backward()
+                step()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if what == "step" else 1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_plain_groups_beside_torchs_fused_step_on_a_gpu(fused):
+    """torch's fused AdamW wants its counters on the device."""
+    weight, bias = (nn.Parameter(torch.randn(s, device="cuda")) for s in ((6, 8), (6,)))
+    optimizer = ASkewAdamW([{"params": [weight], "grid": GRID}, {"params": [bias]}], lr=0.01, fused=fused)
+    for _ in range(2):
+        weight.grad, bias.grad = torch.randn_like(weight), torch.randn_like(bias)
+        optimizer.step()
+    assert bias.isfinite().all()

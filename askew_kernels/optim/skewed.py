@@ -614,7 +614,7 @@ class ASkewAdamW(_Skewed):
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self._state_of(p, group["fused"]) for p in params]
         adamw(
-            params, [p.grad for p in params], [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], [],  # type: ignore[misc]
+            params, [p.grad for p in params], self._buffers("exp_avg", params), self._buffers("exp_avg_sq", params), [],  # type: ignore[misc]
             [s["step"] for s in states], foreach=group["foreach"], fused=group["fused"], amsgrad=False,
             beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
             eps=group["adam_eps"], maximize=group["maximize"],
