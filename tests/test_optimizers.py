@@ -715,7 +715,7 @@ GOOD = torch.ones(4, 8)
         (dict(grid=4), TypeError, "grid"),
         (dict(scale="nonsense"), ValueError, "scale"),
         (dict(scale=3), TypeError, "scale"),
-        (dict(grid=Uniform(6)), ValueError, "scale"),
+        (dict(grid=Uniform(6), scale="sawb"), ValueError, "scale"),
         (dict(granularity="per_row"), ValueError, "granularity"),
         (dict(granularity="per_group"), ValueError, "group_size"),
         (dict(granularity="per_group", group_size=3), ValueError, "group_size"),

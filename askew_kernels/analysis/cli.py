@@ -39,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.log.is_dir():
             raise ValueError(f"{args.log}: is a folder, expected the log of a run")
+        summary = "\n".join(_summary(read_log(args.log)))
         if args.plot is not None:  # before anything is printed
             if importlib.util.find_spec("matplotlib") is None:
                 raise ValueError('--plot needs matplotlib: pip install "askew_kernels[analysis]"')
             args.plot.mkdir(parents=True, exist_ok=True)
             if not os.access(args.plot, os.W_OK):
                 raise ValueError(f"--plot {args.plot}: cannot be written to")
-        print("\n".join(_summary(read_log(args.log))))
+        print(summary)
         if args.plot is not None:
             written = report(args.log, args.plot)
             print(f"wrote {len(written)} files: {args.plot / 'index.html'}")
