@@ -39,6 +39,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.log.is_dir():
             raise ValueError(f"{args.log}: is a folder, expected the log of a run")
+        if args.plot is not None:
+            there = next(path for path in (args.plot, *args.plot.absolute().parents) if path.exists())
+            if not there.is_dir():
+                raise ValueError(f"--plot {args.plot}: expected a folder, {there} is a file")
         summary = "\n".join(_summary(read_log(args.log)))
         if args.plot is not None:  # before anything is printed
             if importlib.util.find_spec("matplotlib") is None:
