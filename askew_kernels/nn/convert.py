@@ -102,21 +102,26 @@ def _twin(module: nn.Module) -> Any:
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
-    """{parameter: why} of the weights of two and more dimensions that no quantized or packed layer of ``model`` holds.
+    """{parameter: why} of the weights of two and more dimensions that a module of ``model`` uses unquantized, also those
+    that it shares with a quantized layer (an embedding tied to the head).
 
     Biases, norms and other vectors are float by design and not listed.
     """
-    held = {id(p) for m in quantized_layers(model).values() for p in m._parameters.values()}
+    layers = quantized_layers(model)
+    held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
     return {
-        f"{name}.{key}" if name else key: _why_float(module)
+        f"{name}.{key}" if name else key: _why_float(module, held.get(id(p)))
         for name, module in model.named_modules()
+        if name not in layers
         for key, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2 and id(p) not in held
+        if p.dim() >= 2
     }
 
 
-def _why_float(module: nn.Module) -> str:
+def _why_float(module: nn.Module, tied_to: str | None) -> str:
     kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    if tied_to is not None:
+        return f"{kind} tied to {tied_to}, which reads the latent weight until hard_quantize_ writes the quantized one"
     if type(module) in LAYERS:
         return f"{kind}, left alone"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):

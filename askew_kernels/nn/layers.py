@@ -192,7 +192,12 @@ class QuantizedLayer(nn.Module):
                 if is_sharded(value):
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
-                elif type(old) is QuantizedParameter and not old.is_meta and (quantizer.frozen or not self.training):
+                elif (
+                    type(old) is QuantizedParameter
+                    and not old.is_meta
+                    and (quantizer.frozen or not self.training)
+                    and not self.__dict__.get("_loading")
+                ):
                     warnings.warn(
                         f"{type(self).__name__}: weight was replaced; it is quantized anew "
                         f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
@@ -310,7 +315,13 @@ class QuantizedLayer(nn.Module):
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
         quantizer = self._tied()
         there = [prefix + name in state_dict for name in STATE]
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.__dict__["_loading"] = True  # by ``assign``: another weight, which comes with its scale
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            del self.__dict__["_loading"]
         came = prefix + "weight" in state_dict
         for name in STATE if came else ():
             if prefix + name in missing_keys:
