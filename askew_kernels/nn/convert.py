@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from ..quant import QuantConfig
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer
 from .policy import Policy
-from .replace import check_replaceable, replace_modules
+from .replace import MAKE_PERMANENT, check_replaceable, computed_tensors, replace_modules
 
 LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
 TWINS: dict[type[nn.Module], type] = LAYERS | {twin: twin for twin in LAYERS.values()}
@@ -79,6 +80,13 @@ def quantize_(
     made: dict[int, Any] = {}
     for name, module, _ in found:
         check_replaceable(name, module)
+    renewed = {id(module) for _, module, _ in found}
+    kept = [(name, m, m.config) for name, m in quantized_layers(model).items() if id(m) not in renewed]
+    sharing: dict[int, tuple[str, QuantConfig]] = {}
+    for name, module, chosen in kept + found:
+        other, theirs = sharing.setdefault(id(module._parameters.get("weight", module)), (name, chosen))
+        if theirs != chosen:
+            raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
     for name, module, chosen in found:
         if id(module) not in made:
             try:
@@ -102,8 +110,8 @@ def _twin(module: nn.Module) -> Any:
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
-    """{parameter: why} of the weights of two and more dimensions that a module of ``model`` uses unquantized, also those
-    that it shares with a quantized layer (an embedding tied to the head).
+    """{parameter: why} of the weights of two and more dimensions that modules of ``model`` use unquantized, also those
+    that they share with a quantized layer (an embedding tied to the head).
 
     Biases, norms and other vectors are float by design and not listed.
     """
@@ -189,9 +197,16 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
-    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers."""
+    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers.
+
+    Raises RuntimeError naming the layer, before anything is written, where the weight is computed from others.
+    """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if maker := computed_tensors(layer).get("weight"):
+            raise RuntimeError(f"{name}: its weight is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
     _decline_fast_paths(model)
-    for layer in quantized_layers(model).values():
+    for layer in layers.values():
         layer.hard_quantize_()
     return model
 
@@ -200,13 +215,20 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest.
 
     ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
-    where biases and norms should have none. Parameters that do not require a gradient are left out.
+    where biases and norms should have none. Parameters that do not require a gradient are left out. Where a layer's
+    weight is computed (weight_norm, a pruning mask) what it is made from goes to the rest, which is told (UserWarning).
     """
     _decline_fast_paths(model)  # of models that were put together by hand
     groups: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    for layer in quantized_layers(model).values():
+    for name, layer in quantized_layers(model).items():
         layer._tied()
+        if maker := computed_tensors(layer).get("weight"):
+            warnings.warn(f"{name}: its weight is not a Parameter but computed ({maker}): the forward quantizes it, "
+                          "but it is not under the constraint", stacklevel=2)  # fmt: skip
+            for p in layer.parameters():  # a pruning mask leaves the Parameter under another name
+                layer.quantizer.untie(p)
+            continue
         if not layer.weight.requires_grad or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))

@@ -26,6 +26,7 @@ from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
+from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
 
@@ -166,6 +167,7 @@ class QuantizedLayer(nn.Module):
                 quantizer = self.quantizer = found
             else:
                 quantizer.tie(weight)
+        quantizer.fit(weight)
         buffers = self._buffers
         if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
             self._show(quantizer)
@@ -225,8 +227,7 @@ class QuantizedLayer(nn.Module):
     def hard_quantize_(self) -> None:
         """w <- s Q(w/s), and the scale is kept from now on. RuntimeError where the weight is not a Parameter."""
         if not isinstance(self._parameters.get("weight"), nn.Parameter):
-            raise RuntimeError(f"{type(self).__name__}: weight is computed by a parametrization, it cannot be written; "
-                               "call torch.nn.utils.parametrize.remove_parametrizations first")  # fmt: skip
+            raise RuntimeError(f"{type(self).__name__}: its weight is not a Parameter but computed; {MAKE_PERMANENT}")
         quantizer, scale = self._tied(), self.weight_scale.clone()
         shard = self.__dict__.get("_shard")  # under FSDP2: what stays, also while the whole weight is gathered
         if shard is not None:
@@ -307,6 +308,7 @@ class QuantizedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._ordinary():
             self.quantizer.current_scale(self.weight)
+            self._tied()  # other tensors, where the weight has got another shape
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
