@@ -185,6 +185,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (AskewLinear, AskewConv2d)) and name:
             new[name] = made.setdefault(id(module), module.to_float())
+            module.quantizer.untie(module.weight)
     replace_modules(model, new)
     _decline_fast_paths(model)
     return model

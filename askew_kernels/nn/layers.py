@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import warnings
 from typing import Any
 
@@ -124,12 +125,13 @@ def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> 
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
-    tracing, counting): what is made there must not be kept for outside."""
+    """Inside torch.func's transforms, forward-mode differentiation, torch.jit.trace, or a mode that sees every operator
+    (fake tensors, counting): what is made there must not be kept for outside."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -190,13 +192,16 @@ class QuantizedLayer(nn.Module):
         if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.invalidate()
             old = self._parameters.get("weight")
+            was_tied = type(old) is QuantizedParameter
             if isinstance(value, nn.Parameter) and value is not old:
+                if old is not None and not is_sharded(old) and not is_sharded(value):
+                    quantizer.untie(old)
                 if is_sharded(value):
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif (
-                    type(old) is QuantizedParameter
-                    and not old.is_meta
+                    was_tied
+                    and not old.is_meta  # type: ignore[union-attr]
                     and (quantizer.frozen or not self.training)
                     and not self.__dict__.get("_loading")
                 ):
@@ -207,6 +212,11 @@ class QuantizedLayer(nn.Module):
                         "before quantize_, or after dequantize_",
                         stacklevel=2,
                     )  # fmt: skip
+        elif name in STATE and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
+            # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
+            held: Any = self._buffers[name]
+            empty = empty_state(self.quantizer.scale.numel(), value.device)
+            value = empty[STATE.index(name)] if held.is_meta else held
         super().__setattr__(name, value)
 
     @property

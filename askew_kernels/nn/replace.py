@@ -50,9 +50,7 @@ def check_replaceable(name: str, old: nn.Module) -> None:
             "(accelerate: remove_hook_from_module)"
         )
     for tensor, maker in computed_tensors(old).items():
-        raise ValueError(
-            f"{name}: its {tensor} is not a Parameter but computed ({maker}); {MAKE_PERMANENT}"
-        )
+        raise ValueError(f"{name}: its {tensor} is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

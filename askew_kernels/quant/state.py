@@ -42,7 +42,7 @@ from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sum
 from .sharding import is_sharded, local_part, own_rows, share_rows
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
-LAYOUT = 1e-5  # how far sums of one weight, and scales, may differ that were added in another order; relative
+LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
 class QuantizedParameter(nn.Parameter):
@@ -235,10 +235,8 @@ class WeightQuantizer:
         if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
             return self._know(weight)
         now = ops.row_sums(weight.detach(), self.rows(weight))
-        if not torch.equal(now, self.row_sums):
-            scale = self._rule_scale(weight)
-            if not (came and _close(now, self.row_sums) and _close(scale, self.scale)):
-                self.write(scale=scale, sums=now)
+        if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
+            self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, sums=True)
 
     # ---- scale ----
@@ -442,9 +440,9 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
         )
 
 
-def _close(now: Tensor, then: Tensor) -> bool:
-    """Sums of one weight, added in another order, or scales made from such."""
-    return bool(((now - then).abs() <= LAYOUT * then).all())
+def _close(now: Tensor, sums: Tensor) -> bool:
+    """Sums of one weight, added in another order."""
+    return bool(((now - sums).abs() <= LAYOUT * sums).all())
 
 
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
