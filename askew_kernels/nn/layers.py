@@ -125,13 +125,12 @@ def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> 
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms, forward-mode differentiation, torch.jit.trace, or a mode that sees every operator
-    (fake tensors, counting): what is made there must not be kept for outside."""
+    """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
+    tracing, counting): what is made there must not be kept for outside."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
     )
 
 
