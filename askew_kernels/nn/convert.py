@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from ..quant import QuantConfig
 from .layers import AskewConv2d, AskewLinear, QuantizedLayer
 from .policy import Policy
-from .replace import check_replaceable, replace_modules
+from .replace import MAKE_PERMANENT, check_replaceable, computed_tensors, replace_modules
 
 LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
 TWINS: dict[type[nn.Module], type] = LAYERS | {twin: twin for twin in LAYERS.values()}
@@ -79,6 +80,13 @@ def quantize_(
     made: dict[int, Any] = {}
     for name, module, _ in found:
         check_replaceable(name, module)
+    renewed = {id(module) for _, module, _ in found}
+    kept = [(name, m, m.config) for name, m in quantized_layers(model).items() if id(m) not in renewed]
+    sharing: dict[int, tuple[str, QuantConfig]] = {}
+    for name, module, chosen in kept + found:
+        other, theirs = sharing.setdefault(id(module._parameters.get("weight", module)), (name, chosen))
+        if theirs != chosen:
+            raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
     for name, module, chosen in found:
         if id(module) not in made:
             try:
@@ -102,21 +110,26 @@ def _twin(module: nn.Module) -> Any:
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
-    """{parameter: why} of the weights of two and more dimensions that no quantized or packed layer of ``model`` holds.
+    """{parameter: why} of the weights of two and more dimensions that modules of ``model`` use unquantized, also those
+    that they share with a quantized layer (an embedding tied to the head).
 
     Biases, norms and other vectors are float by design and not listed.
     """
-    held = {id(p) for m in quantized_layers(model).values() for p in m._parameters.values()}
+    layers = quantized_layers(model)
+    held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
     return {
-        f"{name}.{key}" if name else key: _why_float(module)
+        f"{name}.{key}" if name else key: _why_float(module, held.get(id(p)))
         for name, module in model.named_modules()
+        if name not in layers
         for key, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2 and id(p) not in held
+        if p.dim() >= 2
     }
 
 
-def _why_float(module: nn.Module) -> str:
+def _why_float(module: nn.Module, tied_to: str | None) -> str:
     kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    if tied_to is not None:
+        return f"{kind} tied to {tied_to}, which reads the latent weight until hard_quantize_ writes the quantized one"
     if type(module) in LAYERS:
         return f"{kind}, left alone"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
@@ -172,6 +185,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (AskewLinear, AskewConv2d)) and name:
             new[name] = made.setdefault(id(module), module.to_float())
+            module.quantizer.untie(module.weight)
     replace_modules(model, new)
     _decline_fast_paths(model)
     return model
@@ -184,9 +198,16 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
-    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers."""
+    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers.
+
+    Raises RuntimeError naming the layer, before anything is written, where the weight is computed from others.
+    """
+    layers = quantized_layers(model)
+    for name, layer in layers.items():
+        if maker := computed_tensors(layer).get("weight"):
+            raise RuntimeError(f"{name}: its weight is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
     _decline_fast_paths(model)
-    for layer in quantized_layers(model).values():
+    for layer in layers.values():
         layer.hard_quantize_()
     return model
 
@@ -195,13 +216,20 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest.
 
     ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
-    where biases and norms should have none. Parameters that do not require a gradient are left out.
+    where biases and norms should have none. Parameters that do not require a gradient are left out. Where a layer's
+    weight is computed (weight_norm, a pruning mask) what it is made from goes to the rest, which is told (UserWarning).
     """
     _decline_fast_paths(model)  # of models that were put together by hand
     groups: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    for layer in quantized_layers(model).values():
+    for name, layer in quantized_layers(model).items():
         layer._tied()
+        if maker := computed_tensors(layer).get("weight"):
+            warnings.warn(f"{name}: its weight is not a Parameter but computed ({maker}): the forward quantizes it, "
+                          "but it is not under the constraint", stacklevel=2)  # fmt: skip
+            for p in layer.parameters():  # a pruning mask leaves the Parameter under another name
+                layer.quantizer.untie(p)
+            continue
         if not layer.weight.requires_grad or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))

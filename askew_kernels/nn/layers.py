@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+import sys
 import warnings
 from typing import Any
 
@@ -27,6 +28,7 @@ from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
+from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
 GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart in a checkpoint
@@ -183,6 +185,7 @@ class QuantizedLayer(nn.Module):
             if found is not quantizer:
                 quantizer.tie(weight)
             quantizer.layers.add(self)
+        quantizer.fit(weight)
         buffers = self._buffers
         if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
             self._show(quantizer)
@@ -210,11 +213,19 @@ class QuantizedLayer(nn.Module):
         if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.invalidate()
             old = self._parameters.get("weight")
+            was_tied = type(old) is QuantizedParameter
             if isinstance(value, nn.Parameter) and value is not old:
+                if old is not None and not is_sharded(old) and not is_sharded(value):
+                    quantizer.untie(old)
                 if is_sharded(value):
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
-                elif type(old) is QuantizedParameter and not old.is_meta and (quantizer.frozen or not self.training):
+                elif (
+                    was_tied
+                    and not old.is_meta  # type: ignore[union-attr]
+                    and (quantizer.frozen or not self.training)
+                    and not self.__dict__.get("_loading")
+                ):
                     warnings.warn(
                         f"{type(self).__name__}: weight was replaced; it is quantized anew "
                         f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
@@ -222,6 +233,11 @@ class QuantizedLayer(nn.Module):
                         "before quantize_, or after dequantize_",
                         stacklevel=2,
                     )  # fmt: skip
+        elif name in STATE and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
+            # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
+            held: Any = self._buffers[name]
+            empty = empty_state(self.quantizer.scale.numel(), value.device)
+            value = empty[STATE.index(name)] if held.is_meta else held
         super().__setattr__(name, value)
 
     @property
@@ -242,8 +258,7 @@ class QuantizedLayer(nn.Module):
     def hard_quantize_(self) -> None:
         """w <- s Q(w/s), and the scale is kept from now on. RuntimeError where the weight is not a Parameter."""
         if not isinstance(self._parameters.get("weight"), nn.Parameter):
-            raise RuntimeError(f"{type(self).__name__}: weight is computed by a parametrization, it cannot be written; "
-                               "call torch.nn.utils.parametrize.remove_parametrizations first")  # fmt: skip
+            raise RuntimeError(f"{type(self).__name__}: its weight is not a Parameter but computed; {MAKE_PERMANENT}")
         quantizer, scale = self._tied(), self.weight_scale.clone()
         shard = self.__dict__.get("_shard")  # under FSDP2: what stays, also while the whole weight is gathered
         if shard is not None:
@@ -324,6 +339,8 @@ class QuantizedLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._ordinary():
             self.quantizer.current_scale(self.weight)
+            self._tied()  # other tensors, where the weight has got another shape
+        self._buffers[GRIDS] = _fingerprint(self.config, self._buffers[GRIDS].device)  # type: ignore[union-attr]
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
@@ -340,7 +357,13 @@ class QuantizedLayer(nn.Module):
                 f"{getattr(self.config, which)}; call quantize_ with the configuration that was trained"
             )
             return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.__dict__["_loading"] = True  # by ``assign``: another weight, which comes with its scale
+        try:
+            super()._load_from_state_dict(
+                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            del self.__dict__["_loading"]
         came = prefix + "weight" in state_dict
         for name in (*STATE, GRIDS) if came else ():
             if prefix + name in missing_keys:

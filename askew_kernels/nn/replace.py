@@ -15,6 +15,10 @@ HOOKS = (
     "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 )  # fmt: skip
 TENSORS = ("_parameters", "_buffers", "_modules")
+MAKE_PERMANENT = (
+    "make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or "
+    "prune.remove"
+)
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
@@ -46,10 +50,7 @@ def check_replaceable(name: str, old: nn.Module) -> None:
             "(accelerate: remove_hook_from_module)"
         )
     for tensor, maker in computed_tensors(old).items():
-        raise ValueError(
-            f"{name}: its {tensor} is not a Parameter but computed ({maker}); make it permanent first, by "
-            "parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or prune.remove"
-        )
+        raise ValueError(f"{name}: its {tensor} is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -7,8 +7,9 @@ Parameter; the optimizer finds it on the Parameter (or makes one for a weight wi
 module takes them along:
 
 * ``scale``, float32 (rows,): the scale in use;
-* ``frozen``, float32 () (averages of models stay what they average): 1 where the scale serves whatever the weight
-  becomes, 2 while a sharpness-aware step has moved the weight away for one forward, 0 where the scale follows its rule;
+* ``frozen``, float32 (): 1 where the scale serves whatever the weight becomes (any number above 0, so that averages
+  with a frozen model are frozen), -1 while a sharpness-aware step has moved the weight away for one forward, 0 where
+  the scale follows its rule;
 * ``sums``, float32 (rows, 3): ``ops.row_sums`` of the weight that the scale was made for (the update pass leaves them
   behind); -1 where there is none yet.
 
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ from .config import QuantConfig
 from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums
 from .sharding import is_sharded, local_part, own_rows, share_rows
 
-FOLLOWS, FROZEN, HELD = 0, 1, 2  # values of ``frozen``
+FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
@@ -165,6 +167,15 @@ class WeightQuantizer:
         elif self.scale.device != device:
             self.tensors = tuple(t.to(device) for t in self.tensors)  # type: ignore[assignment]
 
+    def fit(self, weight: Tensor) -> None:
+        """Makes new ones where the weight has got another number of rows: an embedding was resized, channels pruned."""
+        if weight.dim() < 2 or self.scale.numel() == (rows := self.rows(weight)):  # a vector may be a shard of a matrix
+            return
+        if self.frozen:
+            warnings.warn(f"weight: its frozen scale has {self.scale.numel()} rows, and its shape is now "
+                          f"{tuple(weight.shape)}; the scale follows its rule again", stacklevel=4)  # fmt: skip
+        self._frozen, self.tensors = False, empty_state(rows, weight.device)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """scale, frozen, sums."""
@@ -175,7 +186,7 @@ class WeightQuantizer:
         self.scale, self.flag, self.row_sums = tensors
         self.invalidate()
 
-    def write(self, frozen: int | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
+    def write(self, frozen: float | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
         """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
         with torch.no_grad():
             if scale is not None:
@@ -189,7 +200,7 @@ class WeightQuantizer:
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
         if not self.flag.is_meta:
-            self._frozen = round(float(self.flag)) == FROZEN
+            self._frozen = float(self.flag) > FOLLOWS
 
     @property
     def frozen(self) -> bool:
@@ -197,7 +208,11 @@ class WeightQuantizer:
         return self._frozen
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
-        return (self.scale._version, self.flag._version, self.row_sums._version, self._resets, *version_of(weight))
+        try:
+            mine = (self.scale._version, self.flag._version, self.row_sums._version)
+        except RuntimeError:  # inference tensors: a copy that was made in inference mode
+            return (object(),) * 3
+        return (*mine, self._resets, *version_of(weight))
 
     def _know(self, weight: Tensor, sums: bool = False, inside: bool = False,
               fresh: frozenset[torch.dtype] = frozenset()) -> Known:  # fmt: skip
@@ -211,12 +226,13 @@ class WeightQuantizer:
         if known is not None and known.stamp == self._stamp(weight):
             return known
         self.revision += 1
+        self.fit(weight)
         if weight.is_meta:
             return self._know(weight)
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
             self.look()
-        if self._frozen or (came and round(float(self.flag)) == HELD):
+        if self._frozen or (came and float(self.flag) == HELD):
             return self._know(weight)
         if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
             return self._know(weight)
@@ -243,10 +259,12 @@ class WeightQuantizer:
         """``current_scale`` as a function: nothing is kept, nothing decided on the host, so that it can be traced,
         mapped and differentiated. ``tensors``: scale, frozen and sums to use in place of the quantizer's own."""
         scale, flag, sums = tensors or self.tensors
+        if len(scale) != self.rows(weight):  # as in ``fit``
+            return self._rule_scale(weight)
         if self._frozen or weight.is_meta:
             return scale
         now = ops.row_sums(weight, self.rows(weight))
-        serves = (flag > FROZEN / 2) | (now == sums).all()
+        serves = (flag != FOLLOWS) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
 
     def next_scale(self, weight: Tensor) -> Tensor:
@@ -283,7 +301,7 @@ class WeightQuantizer:
         if scale.numel() != self.scale.numel():
             raise ValueError(f"scale: expected shape {tuple(self.scale.shape)} for a weight of shape "
                              f"{tuple(weight.shape)}, got {tuple(scale.shape)}")  # fmt: skip
-        self.write(int(frozen), scale.detach().reshape(-1), sums)
+        self.write(float(frozen), scale.detach().reshape(-1), sums)
         self.invalidate()
 
     def invalidate(self) -> None:
