@@ -566,6 +566,12 @@ def test_what_stays_float_is_told(caplog):
     assert "left alone" in left["head.weight"] and "subclass of nn.Linear" in left["mine.weight"]
     assert "router.weight" not in left and len(left) == 8
     caplog.clear()
+    ak.hard_quantize_(model)
+    with caplog.at_level(logging.WARNING, "askew_kernels"):
+        ak.nn.pack_(model)
+    [record] = caplog.records
+    assert record.getMessage().startswith("pack_: ") and "experts.up" in record.getMessage()
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "askew_kernels"):
         ak.quantize_(Net(), filter_fn=lambda m, name: True)
         assert not caplog.records
@@ -619,3 +625,23 @@ def test_another_grids_checkpoint_is_refused(other, phase):
     with pytest.raises(RuntimeError, match=told):
         fresh.load_state_dict(model_in(phase).state_dict(), strict=False)
     assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items() if k.startswith("out."))
+
+
+def test_new_parameters_forget_the_frozen_scale():
+    layer = AskewLinear(6, 5, config=CONFIGS["4 bits"])
+    layer.hard_quantize_()
+    torch.manual_seed(5)
+    layer.reset_parameters()
+    assert not layer.quantizer.frozen
+    assert torch.equal(layer.weight_scale, compute_scale(layer.weight, Uniform(4), "sawb"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("phase", ["hold", "frozen"])
+def test_a_traced_model_follows_its_weights(phase):
+    model = model_in(phase).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, (X,), check_trace=False)
+        torch.testing.assert_close(traced(X), model(X))
+        model.out.weight.mul_(1.5)
+        torch.testing.assert_close(traced(X), model(X))

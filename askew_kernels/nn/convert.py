@@ -54,13 +54,11 @@ def quantize_(
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     used: set[str] = set()
     found: list[tuple[str, nn.Module, QuantConfig]] = []
-    chosen_not: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         twin = _twin(module)
         if twin is None:
             continue
         if filter_fn is not None and not filter_fn(module, name):
-            chosen_not.add(name)
             continue
         if by_name is not None:  # exact, whatever characters a name has
             match = name if name in by_name else None
@@ -69,9 +67,7 @@ def quantize_(
         if match is not None:
             used.add(match)
         chosen = None if match is None else patterns[match]
-        if chosen is None:
-            chosen_not.add(name)
-        elif not (isinstance(module, QuantizedLayer) and module.config == chosen):
+        if chosen is not None and not (isinstance(module, QuantizedLayer) and module.config == chosen):
             found.append((name, module, chosen))
     if isinstance(config, Mapping) and by_name is None and (unused := [p for p in patterns if p not in used]):
         raise ValueError(f"config: no nn.Linear or nn.Conv2d matches {', '.join(map(repr, unused))}")
@@ -97,7 +93,7 @@ def quantize_(
                 raise type(error)(f"{name}: {error}") from None
     replace_modules(model, {name: made[id(module)] for name, module, _ in found})
     _decline_fast_paths(model)
-    _tell(model, chosen_not)
+    tell_float(model, "quantize_")
     return model
 
 
@@ -139,19 +135,20 @@ def _why_float(module: nn.Module, tied_to: str | None) -> str:
     return f"{kind}, which has no quantized form"
 
 
-def _tell(model: nn.Module, chosen_not: set[str]) -> None:
-    """One line for what the caller did not choose to leave float."""
+def tell_float(model: nn.Module, call: str) -> None:
+    """One line of the logger for the weights that ``call`` leaves float. A plain nn.Linear or nn.Conv2d is left by the
+    caller's choice (``filter_fn``, patterns), and not told."""
     by_kind: dict[str, list[str]] = {}
     for name, why in left_float(model).items():
-        if name.rpartition(".")[0] not in chosen_not:
+        if type(model.get_submodule(name.rpartition(".")[0])) not in LAYERS:
             by_kind.setdefault(why.partition(",")[0], []).append(name)
     if by_kind:
         kinds = [
             f"{len(names)} of {kind} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
             for kind, names in by_kind.items()
         ]
-        logger.warning("quantize_: these weights stay float: %s; ak.nn.left_float(model) says why", "; ".join(kinds))
-    elif not quantized_layers(model) and not chosen_not:
+        logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(kinds))
+    elif not any(isinstance(m, (*LAYERS, QuantizedLayer)) for m in model.modules()) and call == "quantize_":
         logger.warning("quantize_: the model has no nn.Linear or nn.Conv2d, nothing was quantized")
 
 

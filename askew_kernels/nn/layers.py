@@ -133,6 +133,7 @@ def _transformed() -> bool:
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
 
 
@@ -267,6 +268,12 @@ class QuantizedLayer(nn.Module):
         if not is_sharded(self.weight):
             self.weight.copy_(self.quantized_weight())
         quantizer.freeze(self.weight, scale)
+
+    def reset_parameters(self) -> None:
+        """The float layer's; the scale, frozen or not, follows the new weights."""
+        super().reset_parameters()  # type: ignore[misc]
+        if (quantizer := self.__dict__.get("quantizer")) is not None:
+            quantizer.forget()
 
     def _uses_float(self) -> bool:
         return self.training and self.config.forward == "relaxed"

@@ -23,6 +23,7 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.packing import SCALE_TYPES, row_bytes
+from .convert import tell_float
 from .decoded import DecodedWeight
 from .layers import (
     AskewConv2d,
@@ -476,6 +477,7 @@ def pack_(
     if not new:
         raise ValueError("model: has no AskewLinear or AskewConv2d to pack; call quantize_(model) and train it first")
     replace_modules(model, new)
+    tell_float(model, "pack_")
     return model
 
 

@@ -47,6 +47,7 @@ def concrete(t: Tensor) -> bool:
         and t.device.type == "cpu"
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
 

@@ -33,7 +33,7 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     Groups are runs of ``group_size`` weights along the input dimensions of one output channel; ValueError where
     ``group_size`` does not divide them.
     """
-    shape = tuple(shape)
+    shape = tuple(int(n) for n in shape)  # under torch.jit.trace sizes are tensors
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if granularity != "per_group":

@@ -304,6 +304,12 @@ class WeightQuantizer:
         self.write(float(frozen), scale.detach().reshape(-1), sums)
         self.invalidate()
 
+    def forget(self) -> None:
+        """A weight of which nothing is known: the scale follows its rule, frozen or not before."""
+        self.write(frozen=FOLLOWS)
+        self.row_sums.fill_(-1.0)
+        self.invalidate()
+
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
         self.revision += 1
