@@ -459,7 +459,7 @@ def test_shared_weights_have_one_configuration():
 
 @pytest.mark.filterwarnings("error")
 def test_weights_that_a_layer_has_let_go():
-    """An embedding that was untied and a model that was dequantized are as if they had never been quantized."""
+    """An embedding that was untied and models that were dequantized or packed are as if never quantized."""
     model, inputs, _ = trained(llama_tied)
     expected = outputs(model, inputs)
     model.train()
@@ -468,7 +468,36 @@ def test_weights_that_a_layer_has_let_go():
     assert type(model.model.embed_tokens.weight) is nn.Parameter
     train(model, inputs, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.02))
     ak.optim.ASkewSGD(ak.dequantize_(model).parameters(), lr=0.02)
-    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    packed = ak.pack_(ak.hard_quantize_(quantized(gpt2)[0]))
+    for m in (model, packed):
+        assert {type(p) for p in m.parameters()} == {nn.Parameter}
+        assert not any(hasattr(p, "_askew_quantizer") for p in m.parameters())
+
+
+@in_hold_and_frozen
+def test_optimizers_in_the_backward(annealed):
+    """One for each parameter, stepped as soon as its gradient is there: the same training."""
+    model, inputs, _ = trained(llama_tied, annealed)
+    other = copy.deepcopy(model)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.02)
+    each = {}
+    for group in ak.param_groups(other):
+        for p in group["params"]:
+            each[p] = ak.optim.ASkewSGD([{**group, "params": [p]}], lr=0.02)
+    for one in (optimizer, *each.values()) if annealed else ():
+        anneal(one)
+
+    def step(p):
+        each[p].step()
+        each[p].zero_grad()
+
+    for p in each:
+        p.register_post_accumulate_grad_hook(step)
+    train(model, inputs, optimizer)
+    other.train()
+    for _ in range(2):
+        other(**inputs).loss.backward()
+    assert_same(other.eval(), inputs, outputs(model, inputs))
 
 
 # ---- modes and machines ----------------------------------------------------------------------------------------------

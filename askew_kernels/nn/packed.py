@@ -476,7 +476,10 @@ def pack_(
         new[name] = made[id(layer)]
     if not new:
         raise ValueError("model: has no AskewLinear or AskewConv2d to pack; call quantize_(model) and train it first")
+    trained = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
     replace_modules(model, new)
+    for layer in trained:  # an embedding that shared a weight keeps it, as an ordinary one
+        layer.quantizer.untie(layer.weight)
     tell_float(model, "pack_")
     return model
 
