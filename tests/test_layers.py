@@ -282,11 +282,11 @@ def edit_fused(layer):
 
 
 def edit_load(layer):
-    layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items() if "scale" not in k})
+    layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items() if k in ("weight", "bias")})
 
 
 def edit_assign(layer):
-    state = {k: torch.randn_like(v) for k, v in layer.state_dict().items() if "scale" not in k}
+    state = {k: torch.randn_like(v) for k, v in layer.state_dict().items() if k in ("weight", "bias")}
     layer.load_state_dict(state, assign=True)
 
 

@@ -861,7 +861,7 @@ def _edits():
         "in place": lambda m, o: weight(m).detach().mul_(1.5),
         "data": lambda m, o: weight(m).data.mul_(1.5),
         "new data": lambda m, o: setattr(weight(m), "data", weight(m).detach() * 1.5),
-        "load": lambda m, o: m.load_state_dict({k: v * 1.5 for k, v in m.state_dict().items()}, strict=False),
+        "load": lambda m, o: m.load_state_dict({k: v if "grid" in k else v * 1.5 for k, v in m.state_dict().items()}),
         "freeze": lambda m, o: quantizer(m).freeze(weight(m)),
         "set scale": lambda m, o: quantizer(m).set_scale(weight(m), torch.full((24,), 0.1)),
         "invalidate": lambda m, o: quantizer(m).invalidate(),
