@@ -645,3 +645,12 @@ def test_a_traced_model_follows_its_weights(phase):
         torch.testing.assert_close(traced(X), model(X))
         model.out.weight.mul_(1.5)
         torch.testing.assert_close(traced(X), model(X))
+
+
+@pytest.mark.parametrize("make", [lambda: AskewLinear(6, 5), lambda: AskewConv2d(2, 3, 3)], ids=["linear", "conv"])
+def test_the_input_has_torchs_name(make):
+    layer = make()
+    assert torch.equal(layer(input=X), layer(X))
+    layer.hard_quantize_()
+    packed = ak.nn.pack_(nn.Sequential(layer))[0]
+    assert torch.equal(packed(input=X), packed(X))

@@ -330,7 +330,8 @@ class QuantizedLayer(nn.Module):
         """The float layer's product with ``weight`` in place of its own."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+        x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if self.config.activation is not None:

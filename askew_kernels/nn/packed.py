@@ -304,7 +304,8 @@ class PackedLinear(PackedLayer):
         """An nn.Linear with the unpacked weight and the same bias Parameter."""
         return plain_linear(self, nn.Parameter(self.dequantize()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+        x = input
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
@@ -368,7 +369,8 @@ class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[misc, override]
     def description(self) -> dict[str, Any]:
         return super().description() | {"geometry": conv_geometry(self)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+        x = input
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
