@@ -172,7 +172,10 @@ def test_same_parameters_and_keys():
     after = dict(model.named_parameters())
     assert list(after) == list(before) and all(after[k] is before[k] for k in before)
     added = set(model.state_dict()) - set(keys)
-    assert set(keys) < set(model.state_dict()) and {k.rpartition(".")[2] for k in added} == {*layers.STATE, layers.GRIDS}
+    assert set(keys) < set(model.state_dict()) and {k.rpartition(".")[2] for k in added} == {
+        *layers.STATE,
+        layers.GRIDS,
+    }
     assert isinstance(model[0], AskewConv2d) and isinstance(model[3], AskewLinear) and isinstance(model[3], nn.Linear)
     assert isinstance(model[3].weight, nn.Parameter)
 
@@ -182,7 +185,10 @@ def test_float_checkpoint_loads_strictly():
     assert not (r := model.load_state_dict(other.state_dict(), strict=True)).missing_keys and not r.unexpected_keys
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     back = other.load_state_dict(model.state_dict(), strict=False)  # the other way there is more than a float model has
-    assert not back.missing_keys and {key.rpartition(".")[2] for key in back.unexpected_keys} == {*layers.STATE, layers.GRIDS}
+    assert not back.missing_keys and {key.rpartition(".")[2] for key in back.unexpected_keys} == {
+        *layers.STATE,
+        layers.GRIDS,
+    }
 
 
 def test_from_float_and_to_float():

@@ -307,6 +307,8 @@ EXPORTED = {
 @pytest.mark.parametrize("activations, strict", [("float", False), ("float", True), ("int8", False)])
 @pytest.mark.parametrize("what", EXPORTED)
 def test_exported_programs_take_any_batch(what, strict, activations):
+    if (what, activations) == ("images", "int8") and torch.__version__ < "2.12":
+        pytest.skip("torch.export of 2.11 fixes the size of images by the order of strides that it guesses")
     make, shape, dynamic, sizes = EXPORTED[what]
     model = packed(make(), activations=activations)
     with torch.no_grad():
