@@ -348,7 +348,10 @@ class QuantizedLayer(nn.Module):
         if self._ordinary():
             self.quantizer.current_scale(self.weight)
             self._tied()  # other tensors, where the weight has got another shape
-        self._buffers[GRIDS] = _fingerprint(self.config, self._buffers[GRIDS].device)  # type: ignore[union-attr]
+        held: Any = self._buffers[GRIDS]
+        grids = _fingerprint(self.config, held.device)
+        if not held.is_meta and not torch.equal(held, grids):  # memory that a loader left unwritten
+            self._buffers[GRIDS] = grids
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
