@@ -16,6 +16,8 @@ import io
 import logging
 import pickle
 import re
+import threading
+import time
 import warnings
 
 import pytest
@@ -654,3 +656,42 @@ def test_the_input_has_torchs_name(make):
     layer.hard_quantize_()
     packed = ak.nn.pack_(nn.Sequential(layer))[0]
     assert torch.equal(packed(input=X), packed(X))
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)])
+def test_layers_without_weights(sizes):
+    layer = AskewLinear(*sizes)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(layer), lr=0.1)
+    for eps in (1.0, 0.4):
+        optimizer.param_groups[0]["eps"] = eps
+        layer(torch.zeros(2, sizes[0])).sum().backward()
+        optimizer.step()
+    assert layer(torch.zeros(2, sizes[0])).shape == (2, sizes[1])
+    copy.deepcopy(layer).load_state_dict(layer.state_dict())
+    ak.hard_quantize_(layer)
+
+
+def test_threads_that_make_the_first_forward_together(monkeypatch):
+    """As many as serve one model: one makes the copy, the others wait for it."""
+    model, x = nn.Sequential(*(AskewLinear(8, 8, config=CONFIGS["4 bits"]) for _ in range(3))), torch.randn(4, 8)
+    made, found, together, quantize = [], [], threading.Barrier(4), ak.ops.fake_quantize_out_
+
+    def slowly(*args):
+        made.append(args)
+        time.sleep(0.05)
+        return quantize(*args)
+
+    def forward():
+        together.wait()
+        with torch.no_grad():
+            found.append(model(x))
+
+    monkeypatch.setattr(ak.ops, "fake_quantize_out_", slowly)
+    threads = [threading.Thread(target=forward) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 3 and len(found) == 4
+    for y in found:
+        torch.testing.assert_close(y, model(x).detach())

@@ -59,9 +59,10 @@ class _HardLinear(torch.autograd.Function):
         quantized = _straight_through(weight, quantized, ctx.clip)
         if ctx.needs_input_grad[0]:
             grad_x = grad.matmul(quantized)
-        flat = grad.reshape(-1, grad.shape[-1])
+        rows = math.prod(grad.shape[:-1])  # not -1, which says nothing where a size is 0
+        flat = grad.reshape(rows, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            grad_w = _clipped(flat.t().matmul(x.reshape(-1, x.shape[-1])), weight, ctx.clip)
+            grad_w = _clipped(flat.t().matmul(x.reshape(rows, x.shape[-1])), weight, ctx.clip)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
             grad_b = flat.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_w, grad_b, None, None

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -43,6 +44,7 @@ from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sum
 from .sharding import is_sharded, local_part, own_rows, share_rows
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
+LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
@@ -236,12 +238,16 @@ class WeightQuantizer:
             return self._know(weight)
         if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
             return self._know(weight)
-        now = ops.row_sums(weight.detach(), self.rows(weight))
+        now = self._sums(weight)
         if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, sums=True)
 
     # ---- scale ----
+
+    def _sums(self, weight: Tensor) -> Tensor:
+        """``ops.row_sums``; zeros where there is no weight."""
+        return ops.row_sums(weight, self.rows(weight)) if weight.numel() else torch.zeros_like(self.row_sums)
 
     def _rule_scale(self, weight: Tensor) -> Tensor:
         c = self.config
@@ -252,8 +258,9 @@ class WeightQuantizer:
         if torch.is_inference_mode_enabled():  # what is kept must serve training too
             with torch.inference_mode(False):
                 return self.current_scale(weight)
-        self.settle(weight)
-        return self.scale
+        with LOCK:
+            self.settle(weight)
+            return self.scale
 
     def scale_for(self, weight: Tensor, tensors: Sequence[Tensor] | None = None) -> Tensor:
         """``current_scale`` as a function: nothing is kept, nothing decided on the host, so that it can be traced,
@@ -263,7 +270,7 @@ class WeightQuantizer:
             return self._rule_scale(weight)
         if self._frozen or weight.is_meta:
             return scale
-        now = ops.row_sums(weight, self.rows(weight))
+        now = self._sums(weight)
         serves = (flag != FOLLOWS) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
 
@@ -291,7 +298,7 @@ class WeightQuantizer:
         self.settle(weight)
         self.revision += 1
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
-        sums = None if unseen else ops.row_sums(weight.detach(), rows)
+        sums = None if unseen else self._sums(weight)
         self.write(scale=scale.detach().reshape(-1), sums=sums)
         self._know(weight, sums=sums is not None)
 
@@ -324,15 +331,16 @@ class WeightQuantizer:
             with torch.inference_mode(False):
                 return self.quantized(weight, dtype)
         dtype = dtype or weight.dtype
-        known = self.settle(weight)
-        if dtype != self.copy_dtype:
-            self.copy_dtype = dtype
-            self.revision += 1
-        copy = self._buffer(weight, dtype)
-        if dtype not in known.fresh:
-            ops.fake_quantize_out_(weight, self.scale, self.config.weight, copy)
-            self._know(weight, known.sums, known.inside, known.fresh | {dtype})
-        return copy
+        with LOCK:
+            known = self.settle(weight)
+            if dtype != self.copy_dtype:
+                self.copy_dtype = dtype
+                self.revision += 1
+            copy = self._buffer(weight, dtype)
+            if dtype not in known.fresh:
+                ops.fake_quantize_out_(weight, self.scale, self.config.weight, copy)
+                self._know(weight, known.sums, known.inside, known.fresh | {dtype})
+            return copy
 
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
@@ -470,7 +478,7 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
         elif known.sums and q.batches(w):
             together.setdefault((w.device, *q.rule), []).append((q, w))
         else:
-            q.write(FOLLOWS, q._rule_scale(w), ops.row_sums(w.detach(), q.rows(w)))
+            q.write(FOLLOWS, q._rule_scale(w), q._sums(w))
         q._know(w, sums=not is_sharded(w))  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
