@@ -184,14 +184,21 @@ class _Skewed(Optimizer):
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # torch.compile(optimizer.step) runs it as it is
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One step; ``closure`` re-evaluates the model and returns the loss.
 
         Groups with a grid: every weight is read once and written once, in one launch for each device. Groups without
-        one: torch.optim's own step. Everything is checked before anything is written.
+        one: torch.optim's own step. Everything is checked before anything is written. Inside compiled code it runs as
+        it is.
         """
+        return self._uncompiled(closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _uncompiled(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -168,13 +168,21 @@ def scale_from_sums(
     apart: a row of zeros looks at the other rows of its own tensor.
     """
     if ops.concrete(sums):
-        exact, per_row = sums.numpy().astype(np.float64), cols if isinstance(cols, int) else cols.numpy()
-        with np.errstate(all="ignore"):
-            scale, usable = _scale(np, exact, per_row, grid, rule, sawb_coefficients)
-            filled = _fill_numpy(scale.astype(np.float32), usable, exact[:, reference.MAX_ABS] == 0, table)
-        return torch.from_numpy(filled)
+        per_row = cols if isinstance(cols, int) else cols.numpy()
+        rows = None if table is None else table.rows
+        return torch.from_numpy(scale_in_numpy(sums.numpy(), per_row, grid, rule, sawb_coefficients, rows))
     scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
     return _fill(scale.float(), usable, sums[:, reference.MAX_ABS] == 0, table)
+
+
+def scale_in_numpy(
+    sums: Any, cols: Any, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None, rows: list[int] | None
+) -> Any:
+    """``scale_from_sums`` of arrays; ``rows`` of each tensor where there are several."""
+    exact = sums.astype(np.float64)
+    with np.errstate(all="ignore"):
+        scale, usable = _scale(np, exact, cols, grid, rule, sawb_coefficients)
+        return _fill_numpy(scale.astype(np.float32), usable, exact[:, reference.MAX_ABS] == 0, rows)
 
 
 def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
@@ -194,10 +202,10 @@ def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
 # Rows of zeros take the lower median of their tensor's usable scales: one of them, so the same bits everywhere.
 
 
-def _fill_numpy(scale: Any, usable: Any, zero: Any, table: RowTable | None) -> Any:
+def _fill_numpy(scale: Any, usable: Any, zero: Any, rows: list[int] | None) -> Any:
     if zero.any():
         start = 0
-        for n in [len(scale)] if table is None else table.rows:
+        for n in [len(scale)] if rows is None else rows:
             part = slice(start, start + n)
             start += n
             known = np.sort(scale[part][usable[part]])

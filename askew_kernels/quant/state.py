@@ -34,13 +34,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops, reference
 from .config import QuantConfig
-from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums
+from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums, scale_in_numpy
 from .sharding import is_sharded, local_part, own_rows, share_rows
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
@@ -494,16 +495,28 @@ class ScaleBatch:
         self.quantizers = quantizers
         self.rows = [q.rows(w) for q, w in zip(quantizers, weights, strict=True)]
         cols = [w.numel() // n for n, w in zip(self.rows, weights, strict=True)]
-        if len(set(cols)) == 1:
-            self.cols: int | Tensor = cols[0]
-        else:  # float64 (sum of rows,)
-            each = [n for n, rows in zip(cols, self.rows, strict=True) for _ in range(rows)]
-            self.cols = torch.tensor(each, dtype=torch.float64, device=weights[0].device)
-        self.table = RowTable(self.rows, weights[0].device)
+        each = [n for n, rows in zip(cols, self.rows, strict=True) for _ in range(rows)]  # (sum of rows,)
+        # on the CPU arrays of the quantizers' own memory: a dozen small operations of torch would cost more than a step
+        self.arrays = all(ops.concrete(q.row_sums) for q in quantizers)
+        if self.arrays:
+            self.cols: Any = cols[0] if len(set(cols)) == 1 else np.array(each, dtype=np.float64)
+            self.sums = [q.row_sums.numpy() for q in quantizers]
+            self.scales = [q.scale.numpy() for q in quantizers]
+        else:
+            alike, device = len(set(cols)) == 1, weights[0].device
+            self.cols = cols[0] if alike else torch.tensor(each, dtype=torch.float64, device=device)
+            self.table = RowTable(self.rows, device)
 
     def update(self) -> None:
         c = self.quantizers[0].config
+        if self.arrays:
+            joined = np.concatenate(self.sums) if len(self.sums) > 1 else self.sums[0]
+            found, start = scale_in_numpy(joined, self.cols, c.weight, c.scale, c.sawb_coefficients, self.rows), 0
+            for scale in self.scales:
+                scale[:] = found[start : start + len(scale)]
+                start += len(scale)
+            return
         sums = [q.row_sums for q in self.quantizers]
-        joined = torch.cat(sums) if len(sums) > 1 else sums[0]
-        scales = scale_from_sums(joined, self.cols, c.weight, c.scale, c.sawb_coefficients, self.table).split(self.rows)
-        torch._foreach_copy_([q.scale for q in self.quantizers], list(scales))
+        together = torch.cat(sums) if len(sums) > 1 else sums[0]
+        scales = scale_from_sums(together, self.cols, c.weight, c.scale, c.sawb_coefficients, self.table)
+        torch._foreach_copy_([q.scale for q in self.quantizers], list(scales.split(self.rows)))
