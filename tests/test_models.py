@@ -567,19 +567,20 @@ def test_functional_calls():
 
 
 def test_threads_share_a_model():
+    """Up to the order in which torch adds the terms of a product, which is another in another thread."""
     model, inputs, _ = trained(llama, annealed=True)
     expected = outputs(model, inputs)["logits"]
     shared, got = copy.deepcopy(model), []
 
     def ask():
-        got.extend(torch.equal(outputs(shared, inputs)["logits"], expected) for _ in range(5))
+        got.extend((outputs(shared, inputs)["logits"] - expected).abs().max().item() for _ in range(5))
 
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert got == [True] * 20
+    assert len(got) == 20 and max(got) <= 1e-5 * expected.abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -31,8 +31,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,16 +97,7 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
 register_optimizer_step_post_hook(_note_step)
 
 
-def version_of(weight: Tensor) -> tuple[Any, ...]:
-    """Changes whenever the weight's content may have changed; equal to nothing where that cannot be told."""
-    try:
-        return (weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0))
-    except RuntimeError:  # inference tensors have no version, fake ones no memory
-        return (object(),)
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """What is known of a weight and its scale while both are what ``stamp`` says; replaced whole.
 
     ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside the hull; ``fresh``: the
@@ -211,11 +201,15 @@ class WeightQuantizer:
         return self._frozen
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
+        """Changes whenever the weight's content, or that of the three tensors, may have changed; equal to none where
+        that cannot be told."""
         try:
-            mine = (self.scale._version, self.flag._version, self.row_sums._version)
-        except RuntimeError:  # inference tensors: a copy that was made in inference mode
+            return (
+                self.scale._version, self.flag._version, self.row_sums._version, self._resets,
+                weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0),
+            )  # fmt: skip
+        except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
-        return (*mine, self._resets, *version_of(weight))
 
     def _know(self, weight: Tensor, sums: bool = False, inside: bool = False,
               fresh: frozenset[torch.dtype] = frozenset()) -> Known:  # fmt: skip
