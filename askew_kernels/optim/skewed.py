@@ -613,7 +613,7 @@ class ASkewAdamW(_Skewed):
         return {key + "s": self._buffers(key, launch.members) for key in ("exp_avg", "exp_avg_sq")}
 
     def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
-        return [torch.tensor(float(launch.steps[0]), dtype=torch.float64)], [
+        return [torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")], [
             float(group["alpha"]), float(group["betas"][0]), float(group["betas"][1]), float(group["adam_eps"]),
             float(group["weight_decay"]),
         ]  # fmt: skip
