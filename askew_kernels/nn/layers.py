@@ -150,7 +150,7 @@ def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
 
 
 class QuantizedLayer(nn.Module):
-    """What the layers share: the quantizer, its checkpoint key, and the weight to compute with."""
+    """What the layers share: the quantizer, its tensors as buffers, and the weight to compute with."""
 
     weight: Any  # nn.Parameter; typed by nn.Linear and nn.Conv2d
     bias: Any
