@@ -22,6 +22,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from networks import Language
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.function import once_differentiable
@@ -325,19 +326,6 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.two(torch.tanh(self.one(x)))
-
-
-class Language(nn.Module):
-    """An embedding whose weight is the last layer's as well."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.inner = nn.Embedding(9, 6), nn.Linear(6, 6)
-        self.last = nn.Linear(6, 9, bias=False)
-        self.last.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.last(torch.tanh(self.inner(self.embedding(x))))
 
 
 def test_layers_that_share_a_quantized_weight():

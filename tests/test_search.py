@@ -25,6 +25,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from networks import Language
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune
@@ -631,16 +632,6 @@ def test_mixtures_of_a_shared_weight_are_one():
 
 
 def test_an_output_layer_with_the_embedding_s_weight():
-    class Language(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.inner = nn.Embedding(9, 6), nn.Linear(6, 6)
-            self.last = nn.Linear(6, 9, bias=False)
-            self.last.weight = self.embedding.weight
-
-        def forward(self, x):
-            return self.last(torch.tanh(self.inner(self.embedding(x))))
-
     torch.manual_seed(0)
     model, x, y = Language(), torch.randint(0, 9, (30,)), torch.randint(0, 9, (30,))
     options = {"weight_bits": (2, 8), "budget": Budget(average_bits=6.0)}

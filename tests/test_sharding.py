@@ -1,7 +1,11 @@
 """Contract: quantized weights that FSDP2 shards over two processes train as the whole model does in one, in hold and
 annealed, with ASkew's optimizers, with torch's, and with sharpness-aware ones; what cannot be sharded is refused by
-name. Tolerance: the gradients of two half batches are averaged in place of one batch's, which moves their last bits;
-with levels some 0.05 apart none of the 12 steps may move a weight by more than 1e-4.
+name.
+
+Tolerance: the gradients of two half batches are averaged in place of one batch's, which moves their last bits. In
+float64 (the reference's arithmetic) 12 steps keep that below 1e-12, so nothing else differs. In float32 (the kernels)
+the last bits are 5e8 times larger, and the last annealed steps have enlarged them to 6e-5 in one of the runs looked
+at; levels stand about 0.05 apart.
 """
 
 from __future__ import annotations
@@ -41,10 +45,14 @@ def network(config):
     })  # fmt: skip
 
 
-def run(name, share, shard):
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
+
+
+def run(name, dtype, share, shard):
     """Parameters, outputs, and outputs after hard quantization."""
     config, make = RUNS[name]
-    model, x = network(config), torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    model = network(config).to(dtype)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = torch.arange(64) % 8
     if shard:
         from torch.distributed.fsdp import fully_shard
@@ -78,7 +86,8 @@ def work(rank, meeting, results):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     try:
-        found = {name: run(name, slice(32 * rank, 32 * rank + 32), True) for name in RUNS}
+        mine = slice(32 * rank, 32 * rank + 32)
+        found = {(name, str(dtype)): run(name, dtype, mine, True) for name in RUNS for dtype in TOLERANCE}
         found["per_tensor"] = told(lambda: sharded_step(QuantConfig(Uniform(4), granularity="per_tensor")))
         found["zero"] = told(zero)
         if rank == 0:
@@ -119,12 +128,14 @@ def sharded(tmp_path_factory):
     return torch.load(folder / "results")
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one(name, sharded):
-    for got, want in zip(sharded[name], run(name, slice(None), False), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
-    *_, out, hard = sharded[name]
-    torch.testing.assert_close(out, hard, rtol=0, atol=1e-6)
+def test_two_processes_train_as_one(name, dtype, sharded):
+    found, atol = sharded[name, str(dtype)], TOLERANCE[dtype]
+    for got, want in zip(found, run(name, dtype, slice(None), False), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=atol)
+    *_, out, hard = found  # outputs before and after hard quantization
+    torch.testing.assert_close(out, hard, rtol=0, atol=atol / 100)
 
 
 def test_what_cannot_be_sharded_is_refused(sharded):
