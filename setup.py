@@ -51,9 +51,9 @@ AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 ISA_FLAGS = {
     "loops_avx2.cpp": AVX2_FLAGS,
     "loops_avx512.cpp": AVX512_FLAGS,
-    "loops_lowbit_avx2.cpp": AVX2_FLAGS,
-    "loops_lowbit_avx512.cpp": AVX512_FLAGS,
-    "loops_lowbit_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
+    "loops_packed_avx2.cpp": AVX2_FLAGS,
+    "loops_packed_avx512.cpp": AVX512_FLAGS,
+    "loops_packed_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 

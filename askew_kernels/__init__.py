@@ -18,8 +18,8 @@ if _sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(_sys.orig_argv, _s
 
 from . import analysis, nn, ops, optim, quant, runtime, search
 from .annealing import EpsilonAnnealing
-from .files import load_packed, save_packed
-from .inspection import inspect
+from .deploy.files import load_packed, save_packed
+from .deploy.inspect import inspect
 from .nn import dequantize_, hard_quantize_, pack_, param_groups, quantize_, unpack_
 from .quant import QuantConfig
 

@@ -138,8 +138,8 @@ COMMANDS = {
     "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
     "search": ("askew_kernels.demo_search", "search", "which layer deserves which bits: from float to packed"),
     "analyze": ("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
-    "inspect": ("askew_kernels.inspection", "deploy", "bits, bytes and errors of a packed file, layer by layer"),
-    "convert": ("askew_kernels.convert", "deploy", "pack a safetensors state_dict"),
+    "inspect": ("askew_kernels.deploy.inspect", "deploy", "bits, bytes and errors of a packed file, layer by layer"),
+    "convert": ("askew_kernels.deploy.convert", "deploy", "pack a safetensors state_dict"),
 }
 
 

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-UNIFORM, BINARY, CODEBOOK = 1, 2, 3  # grid kinds, as in csrc/math/types.h
-SUM_ABS, SUM_SQUARES, MAX_ABS = range(3)  # columns of row_sums
-INFEASIBLE, VIOLATION, VELOCITY2, GRAD_VELOCITY, FLIPS, NONFINITE = range(6)  # entries of totals
-NUM_ROW_SUMS, NUM_TOTALS = 3, 6
+from .contract import BINARY, CODEBOOK, FLOAT, NUM_ROW_SUMS, TRITS, UNIFORM
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -152,9 +149,6 @@ def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, levels: Tenso
 
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> None:
     grad.copy_(fake_quantize_backward(grad, x, scale, levels, grid))
-
-
-FLOAT = 0  # a candidate's kind: no quantization
 
 
 def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
@@ -431,13 +425,6 @@ def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor
 
 # ---- packed weights -------------------------------------------------------------------------------------------------
 
-TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
-
-
-def row_bytes(cols: int, bits: int) -> int:
-    """Bytes of a row of ``cols`` codes: ceil(bits cols / 8), five codes a byte for TRITS."""
-    return -(-cols // 5) if bits == TRITS else -(-cols * bits // 8)
-
 
 def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
     """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``quant.pack_codes``."""
@@ -464,7 +451,7 @@ def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "c
     return torch.arange(lo, hi + 1, step, dtype=torch.float32, device=device)
 
 
-def lowbit_weight(
+def packed_weight(
     codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
     """(n, cols) weights s c, rounded once to ``dtype``; a code above the highest level counts as the highest."""
@@ -476,9 +463,9 @@ def lowbit_weight(
     return (scale.to(kind).reshape(-1, 1) * level).to(dtype).reshape(index.shape)
 
 
-def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
     """out = s c, in the storage type of ``out`` (n, cols)."""
-    out.copy_(lowbit_weight(codes, scale, levels, grid, bits, out.shape[1], out.dtype))
+    out.copy_(packed_weight(codes, scale, levels, grid, bits, out.shape[1], out.dtype))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -489,12 +476,12 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.t()
 
 
-def lowbit_linear(
+def packed_linear(
     x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
 ) -> Tensor:
     """y = x W^T + b with W = s c in float32, sums in float32, rounded once to the type of x."""
     kind = compute_dtype(x.dtype)
-    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
+    weight = packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
     y = product(x.to(kind), weight)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
@@ -508,12 +495,12 @@ def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, torch.where(top.isfinite(), top / 127, torch.full_like(top, float("nan")))
 
 
-def lowbit_linear_int8(
+def packed_linear_int8(
     x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
 ) -> Tensor:
     """y = s_x (q W^T) + b with x = s_x q rounded to int8 token by token, W = s c in float32."""
     kind = compute_dtype(x.dtype)
     q, s = int8_tokens(x.to(kind))
-    weight = lowbit_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
+    weight = packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
     y = s[:, None] * product(q, weight)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)

@@ -3,7 +3,7 @@
     python benchmarks/gpu_smoke.py {cpp,triton} [--device cuda|cpu] [--small] [--from N]
     python benchmarks/gpu_smoke.py graphs [--device cuda|cpu] [--small] [--json FILE]
 
-One line a check, ``cpp lowbit_linear ... ok`` or ``WRONG`` with the largest error or ``RAISED`` with the first line of
+One line a check, ``cpp packed_linear ... ok`` or ``WRONG`` with the largest error or ``RAISED`` with the first line of
 the error; its name is printed before it runs, so that one that hangs or kills the process is named. The exit code is 1
 where one was not ok. An error that leaves the device unusable (an illegal address) says nothing of the checks after
 it: the program then starts itself anew behind the one that failed. With ``--small`` short enough for
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import askew_kernels as ak
-from askew_kernels import reference, runtime
+from askew_kernels import contract, reference, runtime
 from askew_kernels.ops import schema
 from askew_kernels.quant import Codebook, Uniform
 
@@ -40,7 +40,7 @@ NF4 = Codebook([-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734
                 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
 # What results may be off, relative to the largest number in them, beside one rounding of their type: sums are taken
 # in another order, everything else is the same arithmetic.
-SUMS = {"row_sums", "lowbit_linear", "lowbit_linear_int8", "mix_fake_quantize_backward", "sam_norm"}
+SUMS = {"row_sums", "packed_linear", "packed_linear_int8", "mix_fake_quantize_backward", "sam_norm"}
 SUM_TOLERANCE, TOLERANCE = 1e-4, 1e-5
 
 
@@ -79,13 +79,13 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         yield "row_sums", [w, rows]
 
         bits = 4 if grid is NF4 else grid.bits
-        codes = torch.randint(0, 256, (rows, reference.row_bytes(cols, bits)), generator=g, dtype=torch.uint8)
-        yield "lowbit_dequantize_", [codes, scale, levels, code, bits, torch.zeros(rows, cols, dtype=dtype)]
+        codes = torch.randint(0, 256, (rows, contract.row_bytes(cols, bits)), generator=g, dtype=torch.uint8)
+        yield "packed_dequantize_", [codes, scale, levels, code, bits, torch.zeros(rows, cols, dtype=dtype)]
         for tokens in (1, 8, 33):
             product = [draw(tokens, cols), codes, scale, levels, code, bits, draw(rows)]
-            yield "lowbit_linear", product
+            yield "packed_linear", product
             if grid is not NF4:  # activations in int8 want integer levels
-                yield "lowbit_linear_int8", product
+                yield "packed_linear_int8", product
 
         outs = [[torch.zeros(rows, cols, dtype=torch.bfloat16)], [torch.zeros(rows, 3)],
                 [torch.zeros(6, dtype=torch.float64)]]  # fmt: skip

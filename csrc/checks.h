@@ -75,7 +75,7 @@ inline GridArg grid_arg(const std::vector<int64_t>& grid, const Tensor& levels) 
 }
 
 // A packed weight of `cols` columns.
-inline LowbitArg lowbit_arg(const Tensor& codes, const Tensor& scale, const Tensor& levels,
+inline PackedArg packed_arg(const Tensor& codes, const Tensor& scale, const Tensor& levels,
                             const std::vector<int64_t>& grid, int64_t bits, int64_t cols) {
   check_dense(codes, "codes");
   check_dense(scale, "scale");
@@ -84,7 +84,7 @@ inline LowbitArg lowbit_arg(const Tensor& codes, const Tensor& scale, const Tens
   STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.is_cpu() == codes.is_cpu(),
                   "scale: expected float32 on the device of codes");
   STD_TORCH_CHECK(bits >= 0 && bits <= 8, "bits: expected 1 to 8, or 0 for five trits a byte, got ", bits);
-  LowbitArg w{};
+  PackedArg w{};
   w.codes = static_cast<const uint8_t*>(codes.data_ptr());
   w.scale = static_cast<const float*>(scale.data_ptr());
   w.grid = grid_arg(grid, levels);

@@ -18,7 +18,7 @@ import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
 ARCHS = ("80", "90")
-SOURCES = ("elementwise", "update", "sam", "mix", "lowbit")
+SOURCES = ("quantize", "update", "sam", "mix", "packed")
 NVCC = shutil.which("nvcc") or next(
     (p for p in (os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc"),) if os.path.isfile(p)), None
 )
@@ -26,7 +26,7 @@ NVCC = shutil.which("nvcc") or next(
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 
 KERNELS = {  # source -> hot kernels, and how many instances (storage types x grids x rules) there are
-    "elementwise": {
+    "quantize": {
         "quantize_kernel": 9,
         "stochastic_kernel": 9,
         "ste_clip_kernel": 9,
@@ -35,7 +35,7 @@ KERNELS = {  # source -> hot kernels, and how many instances (storage types x gr
     },
     "update": {"update_kernel": 18},
     "sam": {"sam_norm_kernel": 3, "sam_perturb_kernel": 3, "sam_restore_kernel": 3, "sam_average_kernel": 3},
-    "lowbit": {"lowbit_words_kernel": 24},
+    "packed": {"packed_words_kernel": 24},
     "mix": {"mix_kernel": 3, "mix_gradient_kernel": 3},
 }
 
@@ -97,7 +97,7 @@ def test_no_spills_and_no_local_memory(compiled, source, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_registers_leave_room_for_the_blocks_that_launch_cuh_counts_on(compiled, arch):
-    for source, blocks in (("elementwise", 3), ("update", 2), ("sam", 3)):
+    for source, blocks in (("quantize", 3), ("update", 2), ("sam", 3)):
         for name, used in functions(compiled[source][1][arch]).items():
             assert used["registers"] <= 65536 // 256 // blocks // 8 * 8, (name, used)
 
@@ -111,7 +111,7 @@ def test_hot_kernels_use_128_bit_access(compiled, source):
         assert len(bodies) == KERNELS[source][kernel]
         for body in bodies:
             assert re.search(r"ld\.global(\.\w+)*\.v(4\.[bfu]32|2\.[bfu]64)", body), f"{kernel}: no 128-bit load"
-            if kernel not in ("row_sums_kernel", "sam_norm_kernel", "lowbit_words_kernel"):  # which leave sums
+            if kernel not in ("row_sums_kernel", "sam_norm_kernel", "packed_words_kernel"):  # which leave sums
                 assert re.search(r"st\.global(\.\w+)*\.v(4\.[bfu]32|2\.[bfu]64)", body), f"{kernel}: no 128-bit store"
             assert ".local" not in body, f"{kernel}: local memory"
 

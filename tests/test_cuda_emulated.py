@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from askew_kernels import reference
+from askew_kernels import contract, reference
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
@@ -468,14 +468,14 @@ def check_update(kernels, specs, o, seed, on_device=False):
         if want["totals"][i].numel():
             a, b = got["totals"][i], want["totals"][i]
             flips = level != reference.nearest(reference.clamp_hull(w0, s, levels, kind) / s, levels, kind)
-            exact = torch.stack([b[reference.INFEASIBLE], flips.sum().double(), b[reference.NONFINITE]])
-            assert torch.equal(a[[reference.INFEASIBLE, reference.FLIPS, reference.NONFINITE]], exact), (what, a, b)
+            exact = torch.stack([b[contract.INFEASIBLE], flips.sum().double(), b[contract.NONFINITE]])
+            assert torch.equal(a[[contract.INFEASIBLE, contract.FLIPS, contract.NONFINITE]], exact), (what, a, b)
             # At most 135 float additions, then doubles; positive terms, but for g v, whose size is at most |g| |v|.
             gradient_norm = p["grads"][i].double().nan_to_num(0, 0, 0).norm()
             for k, size in (
-                (reference.VIOLATION, b[reference.VIOLATION]),
-                (reference.VELOCITY2, b[reference.VELOCITY2]),
-                (reference.GRAD_VELOCITY, gradient_norm * b[reference.VELOCITY2].sqrt()),
+                (contract.VIOLATION, b[contract.VIOLATION]),
+                (contract.VELOCITY2, b[contract.VELOCITY2]),
+                (contract.GRAD_VELOCITY, gradient_norm * b[contract.VELOCITY2].sqrt()),
             ):
                 close = (a[k] - b[k]).abs() <= 135 * 2.0**-24 * size
                 assert close or a[k] == b[k] or (not b[k].isfinite() and not a[k].isfinite()), (what, k, a, b)
@@ -707,13 +707,13 @@ def test_mixture(kernels, name, dtype):
 # ---- packed weights -------------------------------------------------------------------------------------------------
 
 
-class LowbitArg(ctypes.Structure):
+class PackedArg(ctypes.Structure):
     _fields_ = [("codes", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("grid", GridArg), ("bits", ctypes.c_int),
                 ("n_levels", ctypes.c_int), ("n", ctypes.c_int64), ("cols", ctypes.c_int64),
                 ("row_bytes", ctypes.c_int64), ("groups", ctypes.c_int64)]  # fmt: skip
 
 
-LOWBIT = {  # bits of a code (0: five trits a byte), grid, levels
+PACKED = {  # bits of a code (0: five trits a byte), grid, levels
     "int4": (4, [1, -8, 7], EMPTY), "narrow4": (4, [1, -7, 7], EMPTY), "int8": (8, [1, -128, 127], EMPTY),
     "two": (2, [1, 0, 3], EMPTY), "ternary": (2, [1, -1, 1], EMPTY), "binary": (1, [2, -1, 1], EMPTY),
     "trits": (0, [1, -1, 1], EMPTY), "three": (3, [1, -4, 3], EMPTY), "five": (5, [1, -16, 15], EMPTY),
@@ -724,13 +724,13 @@ PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", LOWBIT)
+@pytest.mark.parametrize("name", PACKED)
 def test_packed_weights(kernels, name, dtype):
-    """The decoded weight bit for bit; products of one, few and many inputs as exact as ``ops.lowbit_linear`` says."""
-    bits, grid, levels = LOWBIT[name]
+    """The decoded weight bit for bit; products of one, few and many inputs as exact as ``ops.packed_linear`` says."""
+    bits, grid, levels = PACKED[name]
     for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED, (0, 1))):
         g = torch.Generator().manual_seed(seed)
-        bytes_of_row = reference.row_bytes(cols, bits)
+        bytes_of_row = contract.row_bytes(cols, bits)
         # the bytes of the last row end with the buffer's guard; bits past the last code are random
         codes, _ = guarded(
             torch.randint(243 if bits == 0 else 256, (n, bytes_of_row), generator=g).to(torch.uint8), 5 * shift
@@ -738,20 +738,20 @@ def test_packed_weights(kernels, name, dtype):
         scale = torch.rand(max(groups * n, 1), generator=g) + 0.1
         found = grid[0] == 3
         n_levels = levels.numel() if found else (grid[2] - grid[1]) // (2 if grid[0] == 2 else 1) + 1
-        arg = LowbitArg(codes.data_ptr() if codes.numel() else None, scale.data_ptr(),
+        arg = PackedArg(codes.data_ptr() if codes.numel() else None, scale.data_ptr(),
                         GridArg(*grid, levels.data_ptr() if found else None, levels.numel()), bits, n_levels, n, cols,
                         bytes_of_row, groups)  # fmt: skip
         out, intact = guarded(torch.full((n, cols), 99.0, dtype=dtype), shift)
-        assert not kernels.emulated_lowbit_dequantize(ctypes.byref(arg), pointer(out), TYPES[dtype])
+        assert not kernels.emulated_packed_dequantize(ctypes.byref(arg), pointer(out), TYPES[dtype])
         expected = torch.empty(n, cols, dtype=dtype)
-        reference.lowbit_dequantize_(codes, scale, levels, grid, bits, expected)
+        reference.packed_dequantize_(codes, scale, levels, grid, bits, expected)
         assert same(out, expected) and intact(), (n, cols, groups, shift)
-        weight = reference.lowbit_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
+        weight = reference.packed_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
         for tokens in (1, 4) if seed % 2 else (0, 7):
             x, _ = guarded(torch.randn(tokens, cols, generator=g).to(dtype), shift)
             bias = torch.randn(n, generator=g).to(dtype) if seed % 3 else None
             y, intact = guarded(torch.full((tokens, n), 99.0, dtype=dtype), shift)
-            assert not kernels.emulated_lowbit_linear(
+            assert not kernels.emulated_packed_linear(
                 ctypes.byref(arg), pointer(x), ctypes.c_int64(tokens), pointer(bias), pointer(y), TYPES[dtype]
             )
             exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()

@@ -111,15 +111,15 @@ def test_packed_weights(device, name, dtype, generator):
         bits = code_bits(grid)
         codes = pack_weight(w.reshape(n, cols), scale, grid)
         levels = grid.levels_tensor("cpu")
-        weight = reference.lowbit_weight(codes, scale, levels, grid.encoding, bits, cols, dtype)
+        weight = reference.packed_weight(codes, scale, levels, grid.encoding, bits, cols, dtype)
         on = codes.to(device), scale.to(device)
-        assert same_values(ops.lowbit_dequantize(*on, grid, bits, cols, dtype).cpu(), weight)
-        exact = reference.lowbit_weight(
+        assert same_values(ops.packed_dequantize(*on, grid, bits, cols, dtype).cpu(), weight)
+        exact = reference.packed_weight(
             codes, scale.double(), levels.double(), grid.encoding, bits, cols, torch.float64
         )
         for rows in (1, 6, 33):
             x, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((rows, cols), (n,)))
-            y = ops.lowbit_linear(x.to(device), *on, grid, bits, bias.to(device)).cpu()
+            y = ops.packed_linear(x.to(device), *on, grid, bits, bias.to(device)).cpu()
             want = x.double() @ exact.t() + bias.double()
             size = x.double().abs() @ exact.abs().t() + bias.double().abs()
             assert (

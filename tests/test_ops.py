@@ -861,10 +861,10 @@ def operator_samples():
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
-        yield "lowbit_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
-        yield "lowbit_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
+        yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
+        yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         if grid[0] != 3:  # int8 activations want integer levels
-            yield "lowbit_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
+            yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
         rates = (torch.tensor(0.1), torch.tensor(0.3))
         yield "skew_sgd_", (

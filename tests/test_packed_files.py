@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
-from askew_kernels import files, tensorfile
-from askew_kernels.files import KEY, PackedFile, PackedFileError
+from askew_kernels.deploy import files, tensorfile
+from askew_kernels.deploy.files import KEY, PackedFile, PackedFileError
 from askew_kernels.nn import PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform
 

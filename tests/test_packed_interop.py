@@ -55,13 +55,13 @@ def test_exported():
     with torch.no_grad():
         program = torch.export.export(model, (X,))
         torch.testing.assert_close(program.module()(X), model(X))
-        assert any("lowbit_linear" in str(node.target) for node in program.graph.nodes)
+        assert any("packed_linear" in str(node.target) for node in program.graph.nodes)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_onnx(name, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    from askew_kernels.onnx import export_onnx
+    from askew_kernels.deploy.to_onnx import export_onnx
 
     model, path = packed(CONFIGS[name]), tmp_path / "model.onnx"
     export_onnx(model, X, path, input_names=["x"], dynamic_axes={"x": {0: "batch"}})
@@ -77,7 +77,7 @@ def test_onnx(name, tmp_path):
 def run_onnx(model, x, path):
     """onnxruntime's output for x, and the names of the file's initialisers."""
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    from askew_kernels.onnx import export_onnx
+    from askew_kernels.deploy.to_onnx import export_onnx
 
     export_onnx(model, x, path, input_names=["x"])
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -123,7 +123,7 @@ def test_onnx_of_levels_at_the_ends_of_8_bits(tmp_path):
 
 def test_onnx_names_what_it_cannot_hold(tmp_path):
     pytest.importorskip("onnx")
-    from askew_kernels.onnx import export_onnx
+    from askew_kernels.deploy.to_onnx import export_onnx
 
     for config, message in {
         ak.QuantConfig(Codebook(NF4), scale="absmax"): "^0: DequantizeLinear needs integer levels",
@@ -174,7 +174,7 @@ def test_a_llama_by_pattern(tmp_path):
 @pytest.mark.parametrize("name", [*CONFIGS, "unsigned8"])
 def test_torchao_holds_the_same_weight(name, dtype):
     pytest.importorskip("torchao")
-    from askew_kernels.torchao import to_torchao, to_torchao_
+    from askew_kernels.deploy.to_torchao import to_torchao, to_torchao_
 
     config = CONFIGS.get(name, ak.QuantConfig(Uniform(8, signed=False), scale="absmax"))
     model = nn.Sequential(nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 6, bias=False)).to(dtype)
@@ -192,7 +192,7 @@ def test_torchao_holds_the_same_weight(name, dtype):
 
 def test_torchao_layers_keep_their_hooks_and_ties():
     pytest.importorskip("torchao")
-    from askew_kernels.torchao import to_torchao_
+    from askew_kernels.deploy.to_torchao import to_torchao_
 
     layer, seen = nn.Linear(32, 32), []
     model = ak.pack_(ak.quantize_(nn.Sequential(layer, nn.ReLU(), layer), CONFIGS["int8"]), force=True).eval()
@@ -204,7 +204,7 @@ def test_torchao_layers_keep_their_hooks_and_ties():
 def test_torchao_int4_layout():
     """Two's complement nibbles, even columns low; scales (groups, n) in bfloat16; weight = q s + zero point."""
     pytest.importorskip("torchao")
-    from askew_kernels.torchao import to_torchao
+    from askew_kernels.deploy.to_torchao import to_torchao
 
     for grid in (Uniform(4), Uniform(4, signed=False), Uniform(3)):
         config = ak.QuantConfig(grid, granularity="per_group", group_size=16, scale="absmax")
@@ -220,7 +220,7 @@ def test_torchao_int4_layout():
 
 def test_torchao_names_what_it_cannot_hold():
     pytest.importorskip("torchao")
-    from askew_kernels.torchao import to_torchao, to_torchao_
+    from askew_kernels.deploy.to_torchao import to_torchao, to_torchao_
 
     def model(config):
         torch.manual_seed(0)

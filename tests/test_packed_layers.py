@@ -2,8 +2,8 @@
 
 1. ``pack_`` keeps every weight, bit for bit, in every storage type; it changes the model wholly or not at all, and its
    errors name the layer.
-2. ``lowbit_linear`` is within a derived bound of the float64 product for every format, storage type, batch and
-   tail; ``lowbit_dequantize`` gives the weight itself.
+2. ``packed_linear`` is within a derived bound of the float64 product for every format, storage type, batch and
+   tail; ``packed_dequantize`` gives the weight itself.
 3. ``load_packed(save_packed(m))`` is m: codes, scales, float tensors, shared tensors, also into a meta-device model. A
    damaged file, or one that does not fit, is a ValueError that names it, and the model stays as it was.
 4. Digits at 4 bits and ternary: trained, packed, saved, loaded in a fresh process, the same predictions.
@@ -30,7 +30,7 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
-from askew_kernels.files import KEY, PENDING, PackedFile, PackedFileError
+from askew_kernels.deploy.files import KEY, PENDING, PackedFile, PackedFileError
 from askew_kernels.nn import PackedConv2d, PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_codes
 from askew_kernels.quant.packing import row_bytes
@@ -140,7 +140,7 @@ def test_a_convolution_from_the_codes(name, dtype, monkeypatch):
     product = PackedConv2d._product
     monkeypatch.setattr(PackedConv2d, "_product", lambda self, x, b: calls.append(len(x)) or product(self, x, b))
     x = torch.randn(2, 6, 7, 6).to(dtype)
-    weight = ops.lowbit_dequantize(layer.weight_codes, layer.weight_scale, layer.config.weight, 4, layer.cols)
+    weight = ops.packed_dequantize(layer.weight_codes, layer.weight_scale, layer.config.weight, 4, layer.cols)
     exact_layer = copy.deepcopy(layer).to_float().double()  # which shares the bias
     exact_layer.weight = nn.Parameter(weight.double().reshape(layer.shape))
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_shared_layers_and_weights_stay_shared(tmp_path):
     assert loaded["a"] is loaded["again"] and same_state(state_of(loaded), state_of(model))
 
 
-# ---- lowbit_linear --------------------------------------------------------------------------------------------------
+# ---- packed_linear --------------------------------------------------------------------------------------------------
 
 FORMATS = [(Uniform(k), False) for k in range(2, 9)] + [
     (Binary(), False), (Ternary(), False), (Ternary(), True), (Codebook(NF4), False), (Codebook([-1.0, 0.2, 2]), False),
@@ -268,7 +268,7 @@ LINEAR_SHAPES = (  # (rows, columns, groups): tails of blocks and bands, groups 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("grid", "trits"), FORMATS)
-def test_lowbit_linear_is_near_the_float64_product(grid, trits, dtype, backend, generator):
+def test_packed_linear_is_near_the_float64_product(grid, trits, dtype, backend, generator):
     bits = code_bits(grid, trits)
     for n, cols, groups in LINEAR_SHAPES:
         s = torch.rand(max(1, n * groups), generator=generator) + 0.1 if groups else torch.tensor(0.3)
@@ -277,7 +277,7 @@ def test_lowbit_linear_is_near_the_float64_product(grid, trits, dtype, backend, 
         codes = pack_codes(index, bits)
         level = torch.tensor(grid.levels)[index.long()].reshape(s.numel(), -1)
         weight = (s.reshape(-1, 1) * level).reshape(n, cols)
-        assert same_bits(ops.lowbit_dequantize(codes, s, grid, bits, cols, dtype), weight.to(dtype))
+        assert same_bits(ops.packed_dequantize(codes, s, grid, bits, cols, dtype), weight.to(dtype))
         for shape, bias in (((cols,), None), ((1, cols), True), ((2, 7, cols), None), ((0, cols), True)):
             x = torch.randn(shape, generator=generator).to(dtype)
             b = torch.randn(n, generator=generator).to(dtype) if bias else None
@@ -285,13 +285,13 @@ def test_lowbit_linear_is_near_the_float64_product(grid, trits, dtype, backend, 
             size = x.double().abs() @ weight.double().abs().t() + (0 if b is None else b.double().abs())
             # products with level and scale and cols sums, each rounded to float32, then once to the storage type
             bound = (cols + 4) * 2.0**-24 * size + EPSILON[dtype] * exact.abs() + TINY[dtype]
-            y = ops.lowbit_linear(x, codes, s, grid, bits, b)
+            y = ops.packed_linear(x, codes, s, grid, bits, b)
             assert y.dtype == dtype and y.shape == exact.shape
             assert ((y.double() - exact).abs() <= 1.01 * bound).all(), (n, cols, groups)
             if isinstance(grid, Codebook):
                 continue
             q, token = reference.int8_tokens(x.float().reshape(math.prod(shape[:-1]), cols))
-            y = ops.lowbit_linear(x, codes, s, grid, bits, b, "int8")
+            y = ops.packed_linear(x, codes, s, grid, bits, b, "int8")
             exact = token.double()[:, None] * (q.double() @ weight.double().t())
             size = token.double()[:, None] * (q.double().abs() @ weight.double().abs().t())
             if b is not None:
@@ -322,7 +322,7 @@ def test_every_instruction_set_and_number_of_threads(grid, trits, generator):
                         runtime.force_cpu_capability(name)
                         torch.set_num_threads(count)
                         kinds = ["float"] + ["int8"] * (not isinstance(grid, Codebook))
-                        found[name, count] = [ops.lowbit_linear(x, codes, s, grid, bits, None, k) for k in kinds]
+                        found[name, count] = [ops.packed_linear(x, codes, s, grid, bits, None, k) for k in kinds]
                 first = next(iter(found.values()))
                 for (name, count), results in found.items():
                     for kind, a, b in zip(("float", "int8"), first, results, strict=False):
@@ -347,7 +347,7 @@ def test_int8_sums_of_the_largest_products(grid, trits, sign, backend):
         codes, s = pack_codes(index, bits), torch.ones(5 * groups)
         level = torch.tensor(grid.levels, dtype=torch.float64)[index.long()].sum(1)
         for batch in (1, 2, 3, 9):
-            y = ops.lowbit_linear(torch.full((batch, cols), sign * 127.0), codes, s, grid, bits, None, "int8")
+            y = ops.packed_linear(torch.full((batch, cols), sign * 127.0), codes, s, grid, bits, None, "int8")
             expected = (sign * 127 * level).expand(batch, 5)
             # one rounding of each group's sum and of the sums' sums, and of lo times the sum of the inputs
             bound = (groups + 4) * 2.0**-23 * 127 * cols * 2 * max(map(abs, grid.levels))
@@ -356,7 +356,7 @@ def test_int8_sums_of_the_largest_products(grid, trits, sign, backend):
 
 @pytest.mark.parametrize(("grid", "trits"), [*FORMATS, *((Uniform(k, narrow=True), False) for k in (2, 3, 4, 6, 8))])
 def test_codes_without_a_level_count_as_the_last(grid, trits, backend, generator):
-    """Any bytes: what every product makes of them is what ``lowbit_dequantize`` does. Files with such are refused.
+    """Any bytes: what every product makes of them is what ``packed_dequantize`` does. Files with such are refused.
 
     The inputs are integers up to 127, their own int8 codes: sums of 640 products with integer levels stay below 2^24,
     so that float32 holds them and equality is asked for.
@@ -364,19 +364,19 @@ def test_codes_without_a_level_count_as_the_last(grid, trits, backend, generator
     bits = code_bits(grid, trits)
     cols = 640
     codes = torch.randint(0, 256, (8, row_bytes(cols, bits)), dtype=torch.uint8, generator=generator)
-    weight = ops.lowbit_dequantize(codes, torch.ones(8), grid, bits, cols, torch.float32).double()
+    weight = ops.packed_dequantize(codes, torch.ones(8), grid, bits, cols, torch.float32).double()
     assert set(weight.unique().tolist()) <= set(torch.tensor(grid.levels).double().tolist())
     for batch in (1, 2, 5):
         x = torch.randint(-127, 128, (batch, cols), generator=generator).float()
         x[:, 3] = 127
         expected = x.double() @ weight.t()
-        y = ops.lowbit_linear(x, codes, torch.ones(8), grid, bits).double()
+        y = ops.packed_linear(x, codes, torch.ones(8), grid, bits).double()
         if isinstance(grid, Codebook):  # cols rounded products and sums
             bound = (cols + 4) * 2.0**-24 * (x.double().abs() @ weight.abs().t())
             assert ((y - expected).abs() <= bound).all()
         else:
             assert torch.equal(y, expected)
-            y = ops.lowbit_linear(x, codes, torch.ones(8), grid, bits, None, "int8").double()
+            y = ops.packed_linear(x, codes, torch.ones(8), grid, bits, None, "int8").double()
             assert torch.equal(y, expected)
 
 
@@ -384,14 +384,14 @@ def test_int8_tokens_that_are_not_finite_or_all_zero():
     codes, s, grid = torch.full((3, 4), 0x2F, dtype=torch.uint8), torch.ones(3), Uniform(4)
     x = torch.ones(5, 8)
     x[0, 2], x[1, 3], x[2], x[3] = math.inf, math.nan, 0, 1e-45
-    y = ops.lowbit_linear(x, codes, s, grid, 4, None, "int8")
+    y = ops.packed_linear(x, codes, s, grid, 4, None, "int8")
     assert y[:2].isnan().all() and (y[2] == 0).all() and y[3:].isfinite().all()
     with pytest.raises(ValueError, match="^activations: sums of"):
-        ops.lowbit_linear(torch.ones(1, 2**18), torch.zeros(1, 2**18, dtype=torch.uint8), s[:1], Uniform(8), 8, None,
+        ops.packed_linear(torch.ones(1, 2**18), torch.zeros(1, 2**18, dtype=torch.uint8), s[:1], Uniform(8), 8, None,
                           "int8")  # fmt: skip
 
 
-def test_lowbit_linear_names_bad_arguments():
+def test_packed_linear_names_bad_arguments():
     x, s, grid = torch.ones(2, 8), torch.ones(3), Uniform(4)
     codes = torch.zeros(3, 4, dtype=torch.uint8)
     for message, arguments in {
@@ -402,7 +402,7 @@ def test_lowbit_linear_names_bad_arguments():
         "^bias: ": (x, codes, s, grid, 4, torch.ones(2)),
     }.items():
         with pytest.raises(ValueError, match=message):
-            ops.lowbit_linear(*arguments)
+            ops.packed_linear(*arguments)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

@@ -64,10 +64,10 @@ def test_the_operator_does_not_hear_of_autocast(rows, dtype, activations, backen
         torch.ones(7, dtype=dtype),
         activations,
     )
-    want = ops.lowbit_linear(x, *arguments)
+    want = ops.packed_linear(x, *arguments)
     for low in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", low):
-            got = ops.lowbit_linear(x, *arguments)
+            got = ops.packed_linear(x, *arguments)
         assert got.dtype == dtype and torch.equal(got, want)
 
 
@@ -106,11 +106,11 @@ def test_sums_of_large_inputs_do_not_overflow(grid, groups, rows, backend, gener
     grid, n, cols = GRIDS[grid][0], 5, 64
     index = torch.randint(0, len(grid.levels), (n, cols), generator=generator).to(torch.uint8)
     codes, scale = pack_codes(index, grid.bits), torch.full((n * groups,), 1e-6)
-    weight = ops.lowbit_dequantize(codes, scale, grid, grid.bits, cols).double()
+    weight = ops.packed_dequantize(codes, scale, grid, grid.bits, cols).double()
     x = torch.full((rows, cols), 3e37)
     x[-1, 0] = -1.0
     bias = torch.full((n,), 1e30)
-    y = ops.lowbit_linear(x, codes, scale, grid, grid.bits, bias).double()
+    y = ops.packed_linear(x, codes, scale, grid, grid.bits, bias).double()
     exact = x.double() @ weight.t() + bias.double()
     bound = (
         (cols + 2) * 2.0**-24 * (x.double().abs() @ weight.abs().t() + bias.double())
@@ -139,12 +139,12 @@ def test_what_is_not_finite_stays_so(grid):
 def products():
     generator = torch.Generator().manual_seed(3)
     codes = pack_codes(torch.randint(0, 16, (6, 10), generator=generator).to(torch.uint8), 4)
-    levels = ops.lowbit_dequantize(codes, torch.ones(6), Uniform(4), 4, 10)
+    levels = ops.packed_dequantize(codes, torch.ones(6), Uniform(4), 4, 10)
     at = [torch.randn(3, 10, generator=generator), torch.rand(6, generator=generator) + 0.1,
           torch.randn(6, generator=generator)]  # fmt: skip
 
     def from_codes(x, scale, bias, activations="float"):
-        return ops.lowbit_linear(x, codes, scale, Uniform(4), 4, bias, activations)
+        return ops.packed_linear(x, codes, scale, Uniform(4), 4, bias, activations)
 
     def plain(x, scale, bias):
         return functional.linear(x, scale[:, None] * levels, bias)
@@ -187,7 +187,7 @@ def test_forward_mode(backend):
 
 def test_int8_products_refuse_forward_mode(backend):
     from_codes, _, at = products()
-    with pytest.raises(NotImplementedError, match='lowbit_linear_int8.*"float"'):
+    with pytest.raises(NotImplementedError, match='packed_linear_int8.*"float"'):
         torch.func.jvp(lambda x: from_codes(x, *at[1:], "int8"), (at[0],), (at[0],))
 
 
@@ -206,11 +206,11 @@ def test_vmap_of_the_operator(batched, activations):
 def test_unpacking_is_differentiable_in_the_scale():
     codes = pack_codes(torch.randint(0, 16, (6, 10)).to(torch.uint8), 4)
     scale = torch.rand(12).add(0.1).requires_grad_()
-    weight = ops.lowbit_dequantize(codes, scale, Uniform(4), 4, 10)
-    levels = ops.lowbit_dequantize(codes, torch.ones(12), Uniform(4), 4, 10)
+    weight = ops.packed_dequantize(codes, scale, Uniform(4), 4, 10)
+    levels = ops.packed_dequantize(codes, torch.ones(12), Uniform(4), 4, 10)
     assert torch.equal(torch.autograd.grad(weight.sum(), scale)[0], levels.reshape(12, 5).sum(1))
-    with pytest.raises(NotImplementedError, match="lowbit_dequantize_ has no derivative"):
-        torch.ops.askew.lowbit_dequantize_(codes, scale, torch.empty(0), Uniform(4).encoding, 4, torch.empty(6, 10))
+    with pytest.raises(NotImplementedError, match="packed_dequantize_ has no derivative"):
+        torch.ops.askew.packed_dequantize_(codes, scale, torch.empty(0), Uniform(4).encoding, 4, torch.empty(6, 10))
 
 
 @pytest.mark.parametrize("activation", [None, Uniform(8)], ids=["float", "quantized inputs"])

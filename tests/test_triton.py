@@ -29,7 +29,7 @@ import pytest
 import torch
 
 import askew_kernels
-from askew_kernels import reference
+from askew_kernels import contract, reference
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -95,16 +95,16 @@ def serve():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to stderr
     from askew_kernels import triton_kernels
-    from askew_kernels.triton_kernels import elementwise, update
+    from askew_kernels.triton_kernels import quantize, update
 
-    by_value = elementwise.scalar_argument
+    by_value = quantize.scalar_argument
     while True:
         try:
             name, args, offset, by_pointer, *more = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         scalar = (lambda t, name: (t, True)) if by_pointer else by_value
-        elementwise.scalar_argument = update.scalar_argument = scalar
+        quantize.scalar_argument = update.scalar_argument = scalar
         try:
             if name == "REDUCE":
                 update.REDUCE, answer = args[0], (None, [])
@@ -618,11 +618,11 @@ def test_sam_errors(interpreter):
 
 # ---- packed weights -------------------------------------------------------------------------------------------------
 
-LOWBIT = {  # (grid, bits of a code, 0 for five trits a byte); codes above the highest level count as the highest
+PACKED = {  # (grid, bits of a code, 0 for five trits a byte); codes above the highest level count as the highest
     "int4": ("uniform4", 4), "narrow": ("narrow2", 2), "eight": ("unsigned8", 8), "binary": ("binary", 1),
     "trits": ("narrow2", 0), "three": ("three", 3), "five": ("five", 5), "nf4": ("nf4", 4),
 }  # fmt: skip
-LOWBIT_GRIDS = {**GRIDS, "three": (NONE, [1, -4, 3]), "five": (NONE, [1, -15, 15])}
+PACKED_GRIDS = {**GRIDS, "three": (NONE, [1, -4, 3]), "five": (NONE, [1, -15, 15])}
 PACKED_SHAPES = [
     (1, 1, 0),
     (3, 7, 1),
@@ -636,32 +636,32 @@ PACKED_SHAPES = [
 
 def packed(name, n, cols, groups, seed=0):
     """(codes, scale, levels, grid, bits): random bytes, trits below 243; the padding bits of a row are random too."""
-    grid_name, bits = LOWBIT[name]
-    levels, grid = LOWBIT_GRIDS[grid_name]
+    grid_name, bits = PACKED[name]
+    levels, grid = PACKED_GRIDS[grid_name]
     g = torch.Generator().manual_seed(seed)
-    codes = torch.randint(243 if bits == 0 else 256, (n, reference.row_bytes(cols, bits)), generator=g).to(torch.uint8)
+    codes = torch.randint(243 if bits == 0 else 256, (n, contract.row_bytes(cols, bits)), generator=g).to(torch.uint8)
     scale = torch.rand(max(1, groups * n), generator=g) + 0.1
     return codes, scale, levels, grid, bits
 
 
-@pytest.mark.parametrize("name", LOWBIT)
-def test_lowbit_dequantize(triton, name):
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_dequantize(triton, name):
     for n, cols, groups in [*PACKED_SHAPES, (2, 1500, 1), (0, 5, 1), (2, 0, 1)]:
         codes, scale, levels, grid, bits = packed(name, n, cols, groups)
         for dtype in DTYPES:
             out, expected = (torch.full((n, cols), float("nan"), dtype=dtype) for _ in range(2))
-            triton.lowbit_dequantize_(codes, scale, levels, grid, bits, out)
-            reference.lowbit_dequantize_(codes, scale, levels, grid, bits, expected)
+            triton.packed_dequantize_(codes, scale, levels, grid, bits, out)
+            reference.packed_dequantize_(codes, scale, levels, grid, bits, expected)
             assert_same(out, expected, (n, cols, groups, dtype))
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in LOWBIT]
+    [(name, torch.float32) for name in PACKED]
     + [(name, torch.bfloat16) for name in ("int4", "binary", "trits", "nf4")]
     + [("int4", torch.float16)],
 )
-def test_lowbit_linear(triton, name, dtype):
+def test_packed_linear(triton, name, dtype):
     """Few inputs (rows in words, in bytes, code by code), many (tiles, shares of the columns), tails, bias or none."""
     for number, (n, cols, groups) in enumerate([*PACKED_SHAPES, (2, 1500, 1), (2, 0, 1)]):
         for tokens in (1, 0, 17) if number % 2 else (8, 20):
@@ -669,8 +669,8 @@ def test_lowbit_linear(triton, name, dtype):
             g = torch.Generator().manual_seed(tokens)
             x = torch.randn(tokens, cols, generator=g).to(dtype)
             bias = torch.randn(n, generator=g).to(dtype) if number % 2 else None
-            y = triton.lowbit_linear(x, codes, scale, levels, grid, bits, bias)
-            weight = reference.lowbit_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
+            y = triton.packed_linear(x, codes, scale, levels, grid, bits, bias)
+            weight = reference.packed_weight(codes, scale.double(), levels.double(), grid, bits, cols, torch.float64)
             exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
             if bias is not None:
                 exact, size = exact + bias.double(), size + bias.double().abs()
@@ -680,13 +680,13 @@ def test_lowbit_linear(triton, name, dtype):
             assert not wrong.any(), (n, cols, groups, tokens, y[wrong][:4], exact[wrong][:4])
 
 
-def test_lowbit_linear_of_special_values(triton):
+def test_packed_linear_of_special_values(triton):
     codes, scale, levels, grid, bits = packed("int4", 3, 64, 1)
     for tokens in (2, 20):
         x = torch.ones(tokens, 64)
         x[0, 5], x[1, 63] = float("nan"), float("inf")
-        y = triton.lowbit_linear(x, codes, scale, levels, grid, bits, None)
-        expected = reference.lowbit_linear(x, codes, scale, levels, grid, bits, None)
+        y = triton.packed_linear(x, codes, scale, levels, grid, bits, None)
+        expected = reference.packed_linear(x, codes, scale, levels, grid, bits, None)
         assert torch.equal(y.isnan(), expected.isnan()) and y[0].isnan().all() and not y[2:].isnan().any()
         assert torch.equal(y.isinf(), expected.isinf())
 
@@ -783,12 +783,12 @@ def compile_all():
             [x.to(bf16)], [x.to(bf16)], [x.to(bf16)], torch.zeros(2), [0], 0.01
         ),
         "sam restore": lambda: kernels.sam_restore_([x], [x.clone()]),
-        "lowbit dequantize": lambda: kernels.lowbit_dequantize_(codes, s, levels, grid, 4, x.to(bf16)),
-        "lowbit few bf16": lambda: kernels.lowbit_linear(x[:1].to(bf16), codes, groups, levels, grid, 4, None),
-        "lowbit few binary": lambda: kernels.lowbit_linear(
+        "packed dequantize": lambda: kernels.packed_dequantize_(codes, s, levels, grid, 4, x.to(bf16)),
+        "packed few bf16": lambda: kernels.packed_linear(x[:1].to(bf16), codes, groups, levels, grid, 4, None),
+        "packed few binary": lambda: kernels.packed_linear(
             x[:2], codes[:, :512].contiguous(), s, NONE, [2, -1, 1], 1, s
         ),
-        "lowbit many bf16": lambda: kernels.lowbit_linear(
+        "packed many bf16": lambda: kernels.packed_linear(
             torch.zeros(64, 4096, dtype=bf16), codes, groups, levels, grid, 4, None
         ),
         "sam average": lambda: kernels.sam_average_([x], [x.clone()], torch.zeros(2)),
@@ -844,7 +844,7 @@ def test_compiles_to_vectors_without_spills(compiled, arch):
         "mix bf16": (2, 2), "mix gradient": (4, 2),
     }  # fmt: skip
     for case, facts in compiled[arch].items():
-        if case.startswith("lowbit"):  # sums in float32, of which each product and sum may be one operation
+        if case.startswith("packed"):  # sums in float32, of which each product and sum may be one operation
             assert ("many" in case) == facts["mma"]  # matrix units, where there are rows enough for them
             assert not facts["local"] and facts.get("stack_used", 0) == 0 and facts.get("local_used", 0) == 0, facts
             continue

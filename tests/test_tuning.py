@@ -91,7 +91,7 @@ TRITON = """
 import torch
 from test_tuning import every_operator, same_bits
 from askew_kernels import runtime
-from askew_kernels.triton_kernels.elementwise import block_and_warps
+from askew_kernels.triton_kernels.quantize import block_and_warps
 runtime.set_backend("triton")
 for shape in ((3, 129), (2, 64), (1, 257)):
     expected = every_operator(shape, update=False)  # the update has no such parameters
@@ -122,14 +122,14 @@ best, found = tune.measure("triton_packed", torch.device("cpu"), True)
 assert set(best) == set(tuning.PARAMETERS["triton_packed"]) and len(found) == 4, best
 codes = torch.randint(0, 256, (37, 80), generator=g, dtype=torch.uint8)
 grid, scale = tune.GRID, torch.rand(37 * 5, generator=g)
-w = reference.lowbit_weight(codes, scale.double(), torch.empty(0).double(), grid.encoding, 4, 160, torch.float64).t()
+w = reference.packed_weight(codes, scale.double(), torch.empty(0).double(), grid.encoding, 4, 160, torch.float64).t()
 for few, tile in itertools.product(((1, 32, 1), (16, 256, 8)), ((16, 16, 1), (128, 128, 8))):
     values = dict(zip(tuning.PARAMETERS["triton_packed"], (*few, *tile)))
     runtime.use_tuning({"triton_packed": values})
     assert runtime.triton_tuning(None, "triton_packed") == values
     for batch in (1, 7, 33):
         x = torch.randn(batch, 160, generator=g)
-        y, bound = ops.lowbit_linear(x, codes, scale, grid, 4).double(), 164 * 2.0**-24 * (x.double().abs() @ w.abs())
+        y, bound = ops.packed_linear(x, codes, scale, grid, 4).double(), 164 * 2.0**-24 * (x.double().abs() @ w.abs())
         assert ((y - x.double() @ w).abs() <= bound).all(), values  # as of every product (test_triton)
 print("the same sums")
 """

@@ -120,7 +120,7 @@ def packed_product(tokens: int, rows: int, cols: int, group: int) -> Build:
         x = _normal((tokens, cols), device).bfloat16()
         codes = (_normal((rows, cols // 2), device, 1) * 2e3).clamp(-128, 127).to(torch.int8).view(torch.uint8)
         scale = _scale(rows * cols // group if group else rows, device)
-        return lambda: [ops.lowbit_linear(x, codes, scale, GRID, 4)]
+        return lambda: [ops.packed_linear(x, codes, scale, GRID, 4)]
 
     return build
 

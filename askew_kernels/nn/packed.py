@@ -120,7 +120,7 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
-        return ops.lowbit_dequantize(
+        return ops.packed_dequantize(
             self.weight_codes, self.weight_scale, self.config.weight, self.bits, self.cols, dtype or self.weight_dtype
         ).reshape(self.shape)
 
@@ -180,9 +180,9 @@ class PackedLayer(nn.Module):
         return few and rows <= FEW_ON_GPU
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``ops.lowbit_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
+        """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, compiling = self.config.weight, torch.compiler.is_compiling()
-        name = "lowbit_linear_int8" if self.activations == "int8" and not x.is_cuda else "lowbit_linear"
+        name = "packed_linear_int8" if self.activations == "int8" and not x.is_cuda else "packed_linear"
         product = runtime.operator(name, x)
         if x.is_cuda and not compiling and runtime._forced is None and len(x) > FEW_IN_CUDA:
             if not torch._C._len_torch_dispatch_stack():  # which sees operators only
@@ -278,7 +278,7 @@ class PackedLayer(nn.Module):
 class PackedLinear(PackedLayer):
     """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
 
-    From the codes, as exact as ``ops.lowbit_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
+    From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
     rows on, and on a GPU with Triton up to ``FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
 

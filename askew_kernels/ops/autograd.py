@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .. import reference, runtime
+from .. import contract, reference, runtime
 from .schema import library
 
 # ---- what is being differentiated ---------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _mixture(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], cli
     y: Any = None
     wide = x.to(reference.compute_dtype(x.dtype))
     for p, (s, grid) in zip(strengths.to(wide.dtype), _candidates(x, scales, grids), strict=True):
-        q = wide if grid[0] == reference.FLOAT else fake_quantize(wide, s, _no_levels(x), grid, clip, False, 0)
+        q = wide if grid[0] == contract.FLOAT else fake_quantize(wide, s, _no_levels(x), grid, clip, False, 0)
         y = p * q if y is None else y + p * q
     return y.to(x.dtype)
 
@@ -132,9 +132,9 @@ def _mixture_gradients(
     wide, g = x.to(dtype), grad.to(dtype)
     to_x, to_strengths = torch.zeros_like(wide), []
     for p, (s, grid) in zip(strengths.to(dtype), _candidates(x, scales, grids), strict=True):
-        q = wide if grid[0] == reference.FLOAT else fake_quantize(wide, s, _no_levels(x), grid, clip, False, 0)
+        q = wide if grid[0] == contract.FLOAT else fake_quantize(wide, s, _no_levels(x), grid, clip, False, 0)
         inside = g
-        if clip and grid[0] != reference.FLOAT:
+        if clip and grid[0] != contract.FLOAT:
             inside = fake_quantize_backward(g, x.to(dtype), s, _no_levels(x), grid)
         to_x = to_x + p * inside
         to_strengths.append((g * q).double().sum())
@@ -314,7 +314,7 @@ def _unpacked(
             codes, scale, levels = (_not_transformed(t) for t in (codes, scale, levels))
             plain.enter_context(torch._C._DisableFuncTorch())
         out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
-        below_autograd("lowbit_dequantize_", out, codes, scale, levels, grid, bits, out)
+        below_autograd("packed_dequantize_", out, codes, scale, levels, grid, bits, out)
     return out
 
 
@@ -324,7 +324,7 @@ def _not_transformed(t: Tensor) -> Tensor:
         t = torch._C._functorch.get_unwrapped(t)
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
         raise NotImplementedError(
-            "askew::lowbit_linear: vmap over packed codes cannot be differentiated; unpack_ first"
+            "askew::packed_linear: vmap over packed codes cannot be differentiated; unpack_ first"
         )
     return t
 
@@ -365,7 +365,7 @@ class _Packed(torch.autograd.Function):
 def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
     if not _transformed():
         return _Packed.apply(run, *args)
-    if name == "lowbit_linear_int8":
+    if name == "packed_linear_int8":
         raise NotImplementedError(
             f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
             "torch.func and forward-mode derivatives"
@@ -393,14 +393,14 @@ def _packed_batch(name: str) -> Callable:
     return batched
 
 
-for _name in ("lowbit_linear", "lowbit_linear_int8"):
+for _name in ("packed_linear", "packed_linear_int8"):
     _register(_name, _packed)
     torch.library.register_vmap(f"askew::{_name}", _packed_batch(_name), lib=library)
-_register("lowbit_dequantize_", _refuse)
+_register("packed_dequantize_", _refuse)
 
 
 def packed_product(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function``, an implementation of lowbit_linear or lowbit_linear_int8, differentiable in x, scale and bias."""
+    """``function``, an implementation of packed_linear or packed_linear_int8, differentiable in x, scale and bias."""
     if isinstance(function, torch._ops.OpOverload) or not (_transformed() or _tracked(inputs)):
         return function(*inputs)
     return _packed(name, function, inputs)

@@ -17,7 +17,7 @@ MODULE = "torch.utils.flop_counter"
 
 
 def _register(counter: ModuleType) -> None:
-    @counter.register_flop_formula([torch.ops.askew.lowbit_linear, torch.ops.askew.lowbit_linear_int8])
+    @counter.register_flop_formula([torch.ops.askew.packed_linear, torch.ops.askew.packed_linear_int8])
     def _product(x: torch.Size, codes: torch.Size, *_args: Any, **_kwargs: Any) -> int:
         """2 m n k, those of the float layer."""
         return 2 * x[0] * x[1] * codes[0]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import NUM_ROW_SUMS
+from ..contract import NUM_ROW_SUMS
 
 _SKEW_TAIL = (
     "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
@@ -44,10 +44,10 @@ SCHEMAS = {
     " bool learned) -> (Tensor, Tensor, Tensor)",
     "project_interval_": "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()",
     "row_sums": "(Tensor x, int rows) -> Tensor",
-    "lowbit_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
-    "lowbit_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
+    "packed_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
+    "packed_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
     " -> Tensor",
-    "lowbit_linear_int8": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
+    "packed_linear_int8": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
     " -> Tensor",
     "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
     f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
@@ -85,7 +85,7 @@ def _sam_norm(params: list[Tensor], *_args) -> Tensor:
     return params[0].new_empty((), dtype=torch.float64)
 
 
-def _lowbit_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
+def _packed_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
@@ -93,7 +93,7 @@ _FAKES = {
     "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
     "mix_fake_quantize": _fake_quantize, "mix_fake_quantize_backward": _mix_backward,
     "sam_norm": _sam_norm,
-    "lowbit_linear": _lowbit_linear, "lowbit_linear_int8": _lowbit_linear,
+    "packed_linear": _packed_linear, "packed_linear_int8": _packed_linear,
 }  # fmt: skip
 for _name in SCHEMAS:
     torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)

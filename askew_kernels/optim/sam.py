@@ -808,10 +808,10 @@ class AlignedSAM(SAM):
         adaptive: bool | None = False, eta: float = 0.01, *, align: float = 0.001, rho_max: float | None = None,
         rho_min: float = 0.0, process_group: Any = None, **options: Any,
     ) -> None:  # fmt: skip
-        align = ops._number("align", align, 0.0)
-        rho_min = ops._number("rho_min", rho_min, 0.0)
+        align = ops.number("align", align, 0.0)
+        rho_min = ops.number("rho_min", rho_min, 0.0)
         if rho_max is not None:
-            rho_max = ops._number("rho_max", rho_max, rho_min)
+            rho_max = ops.number("rho_max", rho_max, rho_min)
         if options.get("perturbation", "global") == "local":
             raise ValueError(
                 'perturbation: expected "global", because the first gradient is part of the step, got "local"'
@@ -930,7 +930,7 @@ def _is_lent(g: Tensor) -> bool:
 
 def _check_keys(keys: dict[str, Any]) -> None:
     ops.rate_tensor("rho", keys["rho"], 0.0)
-    ops._number("eta", keys["eta"], 0.0)
+    ops.number("eta", keys["eta"], 0.0)
     if keys["adaptive"] not in (True, False, None):
         raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
 

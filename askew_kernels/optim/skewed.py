@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
-from .. import ops, reference
+from .. import contract, ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, own_rows, sharding_of, share_rows
 from ..quant.state import ScaleBatch, next_scales
@@ -27,7 +27,7 @@ _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 def _fixed_scale(group: dict[str, Any], p: Tensor, rows: int) -> Tensor:
     """The group's scale tensor as (rows,); one number serves every row."""
     scale = group["scale"].detach().to(p.device).reshape(-1)
-    return ops._check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")
+    return ops.check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")
 
 
 class _Launch:
@@ -137,7 +137,7 @@ class _Skewed(Optimizer):
         ops.rate_tensor("lr", group["lr"], 0.0)
         ops.rate_tensor("eps", group["eps"], 0.0, 1.0, open_low=True)
         for name in ("alpha", "weight_decay"):
-            ops._number(name, group[name], 0.0)
+            ops.number(name, group[name], 0.0)
         if group["skew"] not in ops.SKEWS:
             raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
         if group["freeze_scale"] not in FREEZE_SCALE:
@@ -296,7 +296,7 @@ class _Skewed(Optimizer):
         states = self._states(group, launch)
         totals = []
         if record:
-            totals = [torch.zeros(reference.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
+            totals = [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
             self._record.totals.update(zip(members, totals, strict=True))
         leading, numbers = self._numbers(group, launch)
         weights: list[Tensor] = members
@@ -523,8 +523,8 @@ class ASkewSGD(_Skewed):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        ops._number("momentum", group["momentum"], 0.0)
-        ops._number("dampening", group["dampening"], -float("inf"))
+        ops.number("momentum", group["momentum"], 0.0)
+        ops.number("dampening", group["dampening"], -float("inf"))
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
 
@@ -585,7 +585,7 @@ class ASkewAdamW(_Skewed):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        ops._number("adam_eps", group["adam_eps"], 0.0)
+        ops.number("adam_eps", group["adam_eps"], 0.0)
         for i, beta in enumerate(group["betas"]):
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{i}]: expected a number in [0, 1), got {beta}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..reference import BINARY, CODEBOOK, UNIFORM
+from ..contract import BINARY, CODEBOOK, UNIFORM
 
 GRIDS: dict[str, type[Grid]] = {}
 

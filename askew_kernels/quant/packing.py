@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import TRITS, row_bytes, unpack_codes
+from ..contract import TRITS, row_bytes
+from ..reference import unpack_codes
 from .grids import Codebook, Grid, Ternary, Uniform
 
 __all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
@@ -101,7 +102,7 @@ def unpack_weight(
     """s c in ``dtype``: the product in float32 (float64 for float64), rounded once, as ``ops.fake_quantize`` does."""
     cols, bits = math.prod(shape[1:]), code_bits(grid, trits)
     levels = grid.levels_tensor(codes.device)
-    return reference.lowbit_weight(codes, scale, levels, grid.encoding, bits, cols, dtype).reshape(shape)
+    return reference.packed_weight(codes, scale, levels, grid.encoding, bits, cols, dtype).reshape(shape)
 
 
 def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:

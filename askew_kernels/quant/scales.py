@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import contract, ops
 from .grids import Binary, Codebook, Grid, Ternary, Uniform
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -55,21 +55,21 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
 
 
 def _absmax(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return sums[:, reference.MAX_ABS] / grid.c_max
+    return sums[:, contract.MAX_ABS] / grid.c_max
 
 
 def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
     c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
-    clip = c1 * xp.sqrt(sums[:, reference.SUM_SQUARES] / cols) - c2 * sums[:, reference.SUM_ABS] / cols
+    clip = c1 * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols) - c2 * sums[:, contract.SUM_ABS] / cols
     return xp.where(clip > 0, clip / grid.c_max, _absmax(xp, sums, cols, grid, None))
 
 
 def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, reference.SUM_ABS] / cols
+    return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, contract.SUM_ABS] / cols
 
 
 def _rms(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    scale = normal_scale(grid.levels) * xp.sqrt(sums[:, reference.SUM_SQUARES] / cols)
+    scale = normal_scale(grid.levels) * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols)
     return xp.minimum(scale, _absmax(xp, sums, cols, grid, None))
 
 
@@ -123,7 +123,7 @@ def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
         return None
     if isinstance(coefficients, str) or not isinstance(coefficients, Sequence | np.ndarray) or len(coefficients) != 2:
         raise ValueError(f"sawb_coefficients: expected (c1, c2), got {coefficients!r}")
-    c1, c2 = (ops._number(f"sawb_coefficients[{i}]", c, -math.inf) for i, c in enumerate(coefficients))
+    c1, c2 = (ops.number(f"sawb_coefficients[{i}]", c, -math.inf) for i, c in enumerate(coefficients))
     return c1, c2
 
 
@@ -172,7 +172,7 @@ def scale_from_sums(
         rows = None if table is None else table.rows
         return torch.from_numpy(scale_in_numpy(sums.numpy(), per_row, grid, rule, sawb_coefficients, rows))
     scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
-    return _fill(scale.float(), usable, sums[:, reference.MAX_ABS] == 0, table)
+    return _fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table)
 
 
 def scale_in_numpy(
@@ -182,14 +182,14 @@ def scale_in_numpy(
     exact = sums.astype(np.float64)
     with np.errstate(all="ignore"):
         scale, usable = _scale(np, exact, cols, grid, rule, sawb_coefficients)
-        return _fill_numpy(scale.astype(np.float32), usable, exact[:, reference.MAX_ABS] == 0, rows)
+        return _fill_numpy(scale.astype(np.float32), usable, exact[:, contract.MAX_ABS] == 0, rows)
 
 
 def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
     scale = SUM_RULES[rule](xp, sums, cols, grid, coefficients)
     # a sum may overflow where max|w| does not
     scale = xp.where(xp.isfinite(scale), scale, _absmax(xp, sums, cols, grid, None))
-    return _guarded(xp, scale, sums[:, reference.MAX_ABS])
+    return _guarded(xp, scale, sums[:, contract.MAX_ABS])
 
 
 def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
@@ -229,7 +229,7 @@ def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -
 def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
     """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
     matrix = w.reshape(rows, -1)
-    amax = ops.row_sums(matrix, rows)[:, reference.MAX_ABS].double()
+    amax = ops.row_sums(matrix, rows)[:, contract.MAX_ABS].double()
     guarded, usable = _guarded(torch, amax / grid.c_max, amax)
     top = guarded.float()
     best = torch.full((rows,), float("inf"), dtype=torch.float64, device=w.device)

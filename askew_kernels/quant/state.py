@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .. import ops, reference
+from .. import contract, ops
 from .config import QuantConfig
 from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums, scale_in_numpy
 from .sharding import is_sharded, local_part, own_rows, share_rows
@@ -447,7 +447,7 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
         return (
             torch.ones(rows, dtype=torch.float32, device=device),
             torch.zeros((), dtype=torch.float32, device=device),
-            torch.full((rows, reference.NUM_ROW_SUMS), -1.0, dtype=torch.float32, device=device),
+            torch.full((rows, contract.NUM_ROW_SUMS), -1.0, dtype=torch.float32, device=device),
         )
 
 

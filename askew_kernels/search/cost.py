@@ -27,11 +27,11 @@ from .. import ops
 from ..analysis.batches import moved, samples
 from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
+from ..contract import row_bytes
 from ..nn import hard_quantize_, pack_, quantize_
 from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles, weight_id
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
-from ..reference import row_bytes
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32

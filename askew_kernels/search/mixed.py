@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import ops, reference
+from .. import contract, ops
 from ..nn import packed_layers, quantized_layers
 from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
 from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
@@ -89,11 +89,11 @@ class MixedLayer(nn.Module):
         sums = ops.row_sums(self.weight.detach(), rows).double()
         if self._coefficients.device != sums.device:  # once: each copy to a GPU waits for it
             self._coefficients, self._tops = self._coefficients.to(sums.device), self._tops.to(sums.device)
-        top = sums[:, reference.MAX_ABS]
+        top = sums[:, contract.MAX_ABS]
         c1, c2, c3 = self._coefficients.T[:, :, None]
         # as quant.scales has it, for all candidates at once: the same operations in the same order, so the same bits
-        of_rms = torch.where(c1 > 0, c1 * (sums[:, reference.SUM_SQUARES] / cols).sqrt(), 0.0)
-        scales, absmax = (of_rms - c2 * sums[:, reference.SUM_ABS] / cols) / c3, top / self._tops
+        of_rms = torch.where(c1 > 0, c1 * (sums[:, contract.SUM_SQUARES] / cols).sqrt(), 0.0)
+        scales, absmax = (of_rms - c2 * sums[:, contract.SUM_ABS] / cols) / c3, top / self._tops
         scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
         scales, usable = _guarded(torch, scales, top)
         return _fill(scales.float(), usable, top == 0, None)

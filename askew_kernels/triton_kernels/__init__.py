@@ -4,7 +4,9 @@ Imported by ``runtime`` when Triton is chosen, never by ``import askew_kernels``
 before this import) every kernel runs on CPU tensors.
 """
 
-from .elementwise import (
+from .mix import mix_fake_quantize, mix_fake_quantize_backward
+from .packed import packed_dequantize_, packed_linear
+from .quantize import (
     fake_quantize,
     fake_quantize_backward,
     fake_quantize_out_,
@@ -12,8 +14,6 @@ from .elementwise import (
     row_sums,
     ste_clip_,
 )
-from .lowbit import lowbit_dequantize_, lowbit_linear
-from .mix import mix_fake_quantize, mix_fake_quantize_backward
 from .sam import sam_average_, sam_norm, sam_perturb_, sam_restore_
 from .update import skew_adamw_, skew_sgd_
 
@@ -21,10 +21,10 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_out_",
-    "lowbit_dequantize_",
-    "lowbit_linear",
     "mix_fake_quantize",
     "mix_fake_quantize_backward",
+    "packed_dequantize_",
+    "packed_linear",
     "project_interval_",
     "row_sums",
     "sam_average_",

@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .. import reference
+from .. import contract
 
-UNIFORM = tl.constexpr(reference.UNIFORM)
-BINARY = tl.constexpr(reference.BINARY)
-CODEBOOK = tl.constexpr(reference.CODEBOOK)
+UNIFORM = tl.constexpr(contract.UNIFORM)
+BINARY = tl.constexpr(contract.BINARY)
+CODEBOOK = tl.constexpr(contract.CODEBOOK)
 SGD, ADAMW = tl.constexpr(0), tl.constexpr(1)  # csrc/math/types.h, Rule
 
 # Launch options of every kernel. A fused multiply-add would round once where the CPU and the reference round twice.

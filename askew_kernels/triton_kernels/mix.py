@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import _launch, as_matrix, block_scale, check_dense, check_like, on_device
 from .math import EXACT, in_hull, narrow, nearest, quantize_dequantize, widen
+from .quantize import _launch, as_matrix, block_scale, check_dense, check_like, on_device
 
 TILE = 1024  # elements of a program of the backward: it holds x, G and the gate of each in registers
 FLOAT = tl.constexpr(0)  # a candidate's kind: no quantization

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementwise import SUM_BLOCK, block_and_warps, check_dense, check_like, check_storage, on_device
 from .math import EXACT, narrow, sam_mean, sam_perturbed, sam_scaled, widen
+from .quantize import SUM_BLOCK, block_and_warps, check_dense, check_like, check_storage, on_device
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 

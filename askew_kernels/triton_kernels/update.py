@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
-from .elementwise import (
+from ..contract import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
+from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
+from .quantize import (
     STORAGE,
     as_matrix,
     check_dense,
@@ -32,7 +33,6 @@ from .elementwise import (
     on_device,
     scalar_argument,
 )
-from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
 from .sam import sam_average_, sam_restore_
 
 SEGMENT = tl.constexpr(32)  # columns of a segment

@@ -91,9 +91,9 @@ cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_st
                          void* scratch, cudaStream_t stream);
 
 // out = s c, (n, cols).
-cudaError_t lowbit_dequantize(const LowbitArg& w, void* out, int type, cudaStream_t stream);
+cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStream_t stream);
 // y = x W^T + bias for (tokens, cols) inputs, four at a time; x, bias (may be null) and y have one storage type.
-cudaError_t lowbit_linear(const LowbitArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
+cudaError_t packed_linear(const PackedArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
                           cudaStream_t stream);
 
 }  // namespace cuda

@@ -346,21 +346,21 @@ std::tuple<Tensor, Tensor, Tensor> mix_fake_quantize_backward(Tensor grad, Tenso
   return {out, to_strengths, to_scales};
 }
 
-void lowbit_dequantize(Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits, Tensor out) {
+void packed_dequantize(Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits, Tensor out) {
   check_dense(out, "out");
   STD_TORCH_CHECK(!out.is_cpu() && out.dim() == 2 && out.size(0) == codes.size(0), "out: expected shape (n, cols)");
   const OnDevice device(codes);
-  check_cuda(cuda::lowbit_dequantize(lowbit_arg(codes, scale, levels, grid, bits, out.size(1)), out.data_ptr(),
+  check_cuda(cuda::packed_dequantize(packed_arg(codes, scale, levels, grid, bits, out.size(1)), out.data_ptr(),
                                      storage_type(out, "out"), device.stream),
-             "lowbit_dequantize_");
+             "packed_dequantize_");
 }
 
-Tensor lowbit_linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
+Tensor packed_linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
                      std::optional<Tensor> bias) {
   check_dense(x, "x");
   STD_TORCH_CHECK(!x.is_cpu() && x.dim() == 2 && !codes.is_cpu(), "x: expected shape (batch, cols) beside the codes");
   const int type = storage_type(x, "x");
-  const LowbitArg w = lowbit_arg(codes, scale, levels, grid, bits, x.size(1));
+  const PackedArg w = packed_arg(codes, scale, levels, grid, bits, x.size(1));
   if (bias) {
     check_dense(*bias, "bias");
     STD_TORCH_CHECK(!bias->is_cpu() && bias->numel() == w.n && storage_type(*bias, "bias") == type, "bias: expected ",
@@ -369,9 +369,9 @@ Tensor lowbit_linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::v
   const OnDevice device(x);
   const int64_t shape[2] = {x.size(0), w.n};
   Tensor y = torch::stable::new_empty(x, {shape, 2});
-  check_cuda(cuda::lowbit_linear(w, x.data_ptr(), x.size(0), bias ? bias->data_ptr() : nullptr, y.data_ptr(), type,
+  check_cuda(cuda::packed_linear(w, x.data_ptr(), x.size(0), bias ? bias->data_ptr() : nullptr, y.data_ptr(), type,
                                  device.stream),
-             "lowbit_linear");
+             "packed_linear");
   return y;
 }
 
@@ -387,8 +387,8 @@ STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) {
   m.impl("row_sums", TORCH_BOX(&askew::row_sums));
   m.impl("skew_sgd_", TORCH_BOX(&askew::skew_sgd));
   m.impl("skew_adamw_", TORCH_BOX(&askew::skew_adamw));
-  m.impl("lowbit_dequantize_", TORCH_BOX(&askew::lowbit_dequantize));
-  m.impl("lowbit_linear", TORCH_BOX(&askew::lowbit_linear));
+  m.impl("packed_dequantize_", TORCH_BOX(&askew::packed_dequantize));
+  m.impl("packed_linear", TORCH_BOX(&askew::packed_linear));
   m.impl("mix_fake_quantize", TORCH_BOX(&askew::mix_fake_quantize));
   m.impl("mix_fake_quantize_backward", TORCH_BOX(&askew::mix_fake_quantize_backward));
   m.impl("sam_norm", TORCH_BOX(&askew::sam_norm));

@@ -25,7 +25,7 @@ struct Hyper {                // one optimizer step, the same for every tensor o
   bool nesterov, direction, clamp, maximize, skip_nonfinite;
 };
 
-struct LowbitArg {       // a packed weight (docs/packed.md)
+struct PackedArg {       // a packed weight (docs/packed.md)
   const uint8_t* codes;  // (n, row_bytes)
   const float* scale;    // (1), (n) or (n * groups)
   GridArg grid;

@@ -1,8 +1,8 @@
 // The launchers of csrc/cuda/launch.h, over ordinary memory, with plain names and arguments for ctypes.
 #include "emulator.h"
 
-#include "../../csrc/cuda/elementwise.cu"
-#include "../../csrc/cuda/lowbit.cu"
+#include "../../csrc/cuda/quantize.cu"
+#include "../../csrc/cuda/packed.cu"
 #include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/update.cu"
@@ -52,11 +52,11 @@ int emulated_sam_restore(const cuda::SamTensor* tensors, size_t n) { return cuda
 int emulated_sam_average(const cuda::SamTensor* tensors, size_t n, const float* coefficients) {
   return cuda::sam_average(tensors, n, coefficients, nullptr);
 }
-int emulated_lowbit_dequantize(const LowbitArg* w, void* out, int type) {
-  return cuda::lowbit_dequantize(*w, out, type, nullptr);
+int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
+  return cuda::packed_dequantize(*w, out, type, nullptr);
 }
-int emulated_lowbit_linear(const LowbitArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
-  return cuda::lowbit_linear(*w, x, tokens, bias, y, type, nullptr);
+int emulated_packed_linear(const PackedArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
+  return cuda::packed_linear(*w, x, tokens, bias, y, type, nullptr);
 }
 int emulated_mix(const MixArg* m, void* y) { return cuda::mix(*m, y, nullptr); }
 int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_strengths, float* to_scales) {

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import files, quant, runtime
 from ... import nn as ask_nn
+from ... import quant, runtime
+from ...deploy import files
 from .. import peers
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
 from .common import in_backend, our_backend

@@ -14,7 +14,7 @@
 
 #include "../checks.h"
 #include "loops.h"
-#include "lowbit.h"
+#include "packed.h"
 #include "output_pool.h"
 
 namespace askew {
@@ -32,12 +32,12 @@ bool has_vnni() { return __builtin_cpu_supports("avx512vnni"); }
 bool has_vnni() { return false; }
 #endif
 
-const LowbitLoops& lowbit_loops() {
+const PackedLoops& packed_loops() {
   const char* name = loops().name;
   if (!std::strcmp(name, "avx512"))
-    return has_vnni() && lowbit_avx512_vnni() ? *lowbit_avx512_vnni() : *lowbit_avx512();
-  if (!std::strcmp(name, "avx2")) return *lowbit_avx2();
-  return *lowbit_baseline();
+    return has_vnni() && packed_avx512_vnni() ? *packed_avx512_vnni() : *packed_avx512();
+  if (!std::strcmp(name, "avx2")) return *packed_avx2();
+  return *packed_baseline();
 }
 
 // Uninitialised memory, aligned to cache lines.
@@ -74,11 +74,11 @@ const Trits& trits() {
   return table;
 }
 
-LowbitWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& levels, const std::vector<int64_t>& grid,
+PackedWeight as_weight(const Tensor& codes, const Tensor& scale, const Tensor& levels, const std::vector<int64_t>& grid,
                        int64_t bits, int64_t cols) {
   STD_TORCH_CHECK(codes.is_cpu(), "codes: expected on the CPU");
-  LowbitWeight w{};
-  static_cast<LowbitArg&>(w) = lowbit_arg(codes, scale, levels, grid, bits, cols);
+  PackedWeight w{};
+  static_cast<PackedArg&>(w) = packed_arg(codes, scale, levels, grid, bits, cols);
   w.digits = trits().digits[0];
   w.words = trits().words;
   w.lo = w.grid.lo;
@@ -109,8 +109,8 @@ void dequantize(Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> 
   STD_TORCH_CHECK(out.is_cpu() && out.dim() == 2 && out.size(0) == codes.size(0),
                   "out: expected shape (n, cols) on the CPU");
   const int type = storage_type(out, "out");
-  const LowbitWeight w = as_weight(codes, scale, levels, grid, bits, out.size(1));
-  const LowbitLoops& l = lowbit_loops();
+  const PackedWeight w = as_weight(codes, scale, levels, grid, bits, out.size(1));
+  const PackedLoops& l = packed_loops();
   char* to = static_cast<char*>(out.data_ptr());
   const int64_t bytes = w.cols * (type == kFloat32 ? 4 : 2);
   for_rows(w.n, 1, w.cols, [&](int64_t begin, int64_t end) {
@@ -125,8 +125,8 @@ void dequantize(Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> 
 
 // What every product has: x as float32, y as float32 (the result itself where that is its type), a float32 bias.
 struct Product {
-  const LowbitLoops& loops;
-  LowbitWeight w;
+  const PackedLoops& loops;
+  PackedWeight w;
   int type;
   int64_t batch;
   Tensor x, y;
@@ -135,7 +135,7 @@ struct Product {
 
   Product(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& levels,
           const std::vector<int64_t>& grid, int64_t bits, const std::optional<Tensor>& b)
-      : loops(lowbit_loops()),
+      : loops(packed_loops()),
         w(as_weight(codes, scale, levels, grid, bits, (check(x, "x"), x.size(1)))),
         type(storage_type(x, "x")),
         batch(x.size(0)),
@@ -209,7 +209,7 @@ class Overflows {
 
  private:
   void mend(int64_t token) const {
-    const LowbitWeight& w = p_.w;
+    const PackedWeight& w = p_.w;
     Scratch<float> wide(w.cols + kPadding);
     const float *in = p_.input(token, wide.get()), *bias = p_.bias_data();
     if (!std::all_of(in, in + w.cols, [](float v) { return std::isfinite(v); })) return;
@@ -242,8 +242,8 @@ Tensor matrix(const float* data, int64_t rows, int64_t cols, bool transposed, co
 // Panels of rows are decoded and multiplied by torch's own product while they are in the cache: by the CPU's kernel of
 // it, not through the dispatcher, where autocast would have it made in another type.
 void multiply_panels(const Product& p) {
-  const LowbitLoops& l = p.loops;
-  const LowbitWeight& w = p.w;
+  const PackedLoops& l = p.loops;
+  const PackedWeight& w = p.w;
   const int64_t rows = std::min(w.n, std::max<int64_t>(1, kPanel / std::max<int64_t>(w.cols, 1)));
   Scratch<float> wide(p.type == kFloat32 ? 0 : p.batch * w.cols), product(p.batch * rows);
   if (p.type != kFloat32) l.load(p.x.data_ptr(), p.batch * w.cols, p.type, wide.get());
@@ -278,8 +278,8 @@ void multiply_panels(const Product& p) {
 Tensor linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
               std::optional<Tensor> bias) {
   const Product p(x, codes, scale, levels, grid, bits, bias);
-  const LowbitLoops& l = p.loops;
-  const LowbitWeight& w = p.w;
+  const PackedLoops& l = p.loops;
+  const PackedWeight& w = p.w;
   if (!p.batch || !w.n) return p.y;
   if (p.batch >= kManyTokens) {
     multiply_panels(p);
@@ -316,8 +316,8 @@ Tensor linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vec
                    std::optional<Tensor> bias) {
   STD_TORCH_CHECK(grid.size() == 3 && grid[0] != kCodebook, "grid: int8 activations need integer levels");
   const Product p(x, codes, scale, levels, grid, bits, bias);
-  const LowbitLoops& l = p.loops;
-  const LowbitWeight& w = p.w;
+  const PackedLoops& l = p.loops;
+  const PackedWeight& w = p.w;
   STD_TORCH_CHECK(w.cols * 127 * (w.n_levels - 1) < INT32_MAX, "x: ", w.cols, " columns may overflow int32");
   if (!p.batch || !w.n) return p.y;
   const int64_t width = l.int8_width(w), groups = padded_groups(w);
@@ -340,7 +340,7 @@ Tensor linear_int8(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vec
 }  // namespace askew
 
 STABLE_TORCH_LIBRARY_IMPL(askew, CPU, m) {
-  m.impl("lowbit_dequantize_", TORCH_BOX(&askew::dequantize));
-  m.impl("lowbit_linear", TORCH_BOX(&askew::linear));
-  m.impl("lowbit_linear_int8", TORCH_BOX(&askew::linear_int8));
+  m.impl("packed_dequantize_", TORCH_BOX(&askew::dequantize));
+  m.impl("packed_linear", TORCH_BOX(&askew::linear));
+  m.impl("packed_linear_int8", TORCH_BOX(&askew::linear_int8));
 }

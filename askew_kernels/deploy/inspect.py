@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.layers import QuantizedLayer
+from ..nn.packed import PackedLayer
+from ..quant import Grid, unpack_weight
+from ..quant.packing import row_bytes
 from .files import PackedFile, PackedFileError, own_keys, read_safetensors
-from .nn.layers import QuantizedLayer
-from .nn.packed import PackedLayer
-from .quant import Grid, unpack_weight
-from .quant.packing import row_bytes
 
 
 @dataclass(frozen=True)

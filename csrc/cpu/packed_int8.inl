@@ -15,7 +15,7 @@ constexpr int kInt8Rows = 4;
 
 // Vectors of codes that a block of words gives; a lane's word holds 4 of them consecutive columns. 0: groups end
 // inside a lane, and sums are made one group at a time.
-ASKEW_FN int int8_parts(const LowbitWeight& w) {
+ASKEW_FN int int8_parts(const PackedWeight& w) {
 #if defined(ASKEW_TRITS)
   if (w.bits == 0 && groups_fit(w, 5 * 4 * ASKEW_LANES, 5 * 4)) return 5;
 #endif
@@ -23,7 +23,7 @@ ASKEW_FN int int8_parts(const LowbitWeight& w) {
   return groups_fit(w, parts * 4 * ASKEW_LANES, parts * 4) ? parts : 0;
 }
 
-static int64_t int8_width(const LowbitWeight& w) {
+static int64_t int8_width(const PackedWeight& w) {
   const int parts = int8_parts(w);
   return rounded_up(w.cols, parts ? parts * 4 * ASKEW_LANES : 64);
 }
@@ -54,9 +54,9 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   }
 }
 
-static void quantize(const LowbitWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
+static void quantize(const PackedWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
                      int8_t* scratch) {
-  const LowbitWeight w = weight;  // a copy that the stores cannot change
+  const PackedWeight w = weight;  // a copy that the stores cannot change
   const int parts = int8_parts(w);
   const int64_t width = int8_width(w), cols = w.cols;
   uint32_t most = 0;  // as bits: above those of inf is NaN
@@ -106,12 +106,12 @@ static void quantize(const LowbitWeight& weight, const float* x, int8_t* q, floa
     arrange_bytes<2>(scratch, width, q);
 }
 
-static int64_t int8_scratch(const LowbitWeight& w) {
+static int64_t int8_scratch(const PackedWeight& w) {
   return kInt8Rows * (rounded_up(int8_width(w), 64) + kPadding + padded_groups(w) * 4);
 }
 
 // A vector of the row at p, from byte `at`; zeros beyond the row's end.
-ASKEW_FN vu row_words(const LowbitWeight& w, const uint8_t* p, int64_t at) {
+ASKEW_FN vu row_words(const PackedWeight& w, const uint8_t* p, int64_t at) {
   vu word;
   __builtin_prefetch(p + at + kInt8Rows * w.row_bytes);  // of the rows that come next
   if (at + (int64_t)sizeof word <= w.row_bytes) {
@@ -128,7 +128,7 @@ ASKEW_FN constexpr uint32_t byte_mask(int bits) { return 0x01010101u * ((1u << b
 
 // A code that has no level counts as the last: 3 of three levels, 15 of 15, 255 of 255.
 template <int BITS>
-ASKEW_FN vu with_levels(const LowbitWeight& w, vu word) {
+ASKEW_FN vu with_levels(const PackedWeight& w, vu word) {
   if (BITS == 2 && w.n_levels == 3) word = word & ~((word >> 1) & 0x55555555u);
   if (BITS == 4 && w.n_levels == 15) {
     const vu two = word & (word >> 1);
@@ -143,8 +143,8 @@ ASKEW_FN vu with_levels(const LowbitWeight& w, vu word) {
 }
 
 template <int BITS>
-ASKEW_FN void unpack_arranged(const LowbitWeight& weight, int64_t row, uint8_t* out) {
-  const LowbitWeight w = weight;  // a copy that the stores cannot change
+ASKEW_FN void unpack_arranged(const PackedWeight& weight, int64_t row, uint8_t* out) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t blocks = int8_width(w) * BITS / (32 * ASKEW_LANES);
   for (int64_t i = 0; i < blocks; ++i) {
@@ -159,7 +159,7 @@ ASKEW_FN void unpack_arranged(const LowbitWeight& weight, int64_t row, uint8_t* 
 #if defined(ASKEW_TRITS)
 // A byte b is a fraction t = b / 243, rounded up, in 16 bits: 3 t is its highest digit and the fraction of the rest.
 // Rounding adds at most 0.0012 to t, 0.1 to the last 3 t, whose digits are a third apart.
-ASKEW_FN void unpack_trits(const LowbitWeight& w, int64_t row, uint8_t* out) {
+ASKEW_FN void unpack_trits(const PackedWeight& w, int64_t row, uint8_t* out) {
   const uint8_t* p = w.codes + row * w.row_bytes;
   const __m512i three = _mm512_set1_epi16(3), above = _mm512_set1_epi16(3 << 8), low = _mm512_set1_epi16(255);
   for (int64_t at = 0; at < int8_width(w) / 5; at += 64, out += 5 * 64) {
@@ -177,7 +177,7 @@ ASKEW_FN void unpack_trits(const LowbitWeight& w, int64_t row, uint8_t* out) {
 #endif
 
 // Codes of a row as bytes; without parts in the order of the columns.
-ASKEW_FN void unpack_int8(const LowbitWeight& w, int64_t row, uint8_t* out) {
+ASKEW_FN void unpack_int8(const PackedWeight& w, int64_t row, uint8_t* out) {
   const int parts = int8_parts(w);
   if (parts == 8) return unpack_arranged<1>(w, row, out);
   if (parts == 4) return unpack_arranged<2>(w, row, out);
@@ -303,7 +303,7 @@ enum Span : int { kAny, kBlockOfOne, kBlockOfSeveral };
 // The sums over columns [begin, end) from the weight's rows. Codes of one bit need not be shifted to the bottom of a
 // byte: those at bits 0 to 3 have sums of their own, of which the lower ones are multiplied when they are added up.
 template <int BITS, int R, int B, bool WIDE, int SPAN>
-ASKEW_FN void direct_sums(const LowbitWeight& w, const uint8_t* p, const int8_t* q, int64_t width, int64_t begin,
+ASKEW_FN void direct_sums(const PackedWeight& w, const uint8_t* p, const int8_t* q, int64_t width, int64_t begin,
                           int64_t end, vi (&sum)[R][B]) {
 #if defined(ASKEW_PLACES)
   constexpr int kPlaces = B == 1 && BITS < 4 ? ASKEW_PLACES / BITS : 1;
@@ -356,7 +356,7 @@ ASKEW_FN void direct_sums(const LowbitWeight& w, const uint8_t* p, const int8_t*
 
 // The sums over columns [begin, end) of codes in a buffer, or, with BITS, from the weight's rows.
 template <int BITS, int R, int B, bool WIDE, int SPAN>
-ASKEW_FN void span_sums(const LowbitWeight& w, const Int8Rows& rows, const int8_t* q, int64_t begin, int64_t end,
+ASKEW_FN void span_sums(const PackedWeight& w, const Int8Rows& rows, const int8_t* q, int64_t begin, int64_t end,
                         vi (&sum)[R][B]) {
   constexpr int kVector = 4 * ASKEW_LANES;
   if constexpr (BITS != 0) return direct_sums<BITS, R, B, WIDE, SPAN>(w, rows.codes, q, rows.width, begin, end, sum);
@@ -373,7 +373,7 @@ ASKEW_FN void span_sums(const LowbitWeight& w, const Int8Rows& rows, const int8_
 }
 
 template <int BITS, int R, int B, bool WIDE, int SPAN>
-ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, const LaneScales& lanes,
+ASKEW_FN void int8_groups(const PackedWeight& w, const Int8Rows& rows, const Int8Input& x, const LaneScales& lanes,
                           int64_t step, int64_t token, float (&dot)[B][R]) {
   const int8_t* q = x.q + token * rows.width;
   vi sum[R][B];
@@ -396,7 +396,7 @@ ASKEW_FN void int8_groups(const LowbitWeight& w, const Int8Rows& rows, const Int
 }
 
 template <int BITS, int R, int B, bool GROUPED, bool WIDE>
-__attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row,
+__attribute__((noinline)) void int8_tile(const PackedWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row,
                                          int64_t token, const float* bias, float* y) {
   float dot[B][R];
   if (!GROUPED) {
@@ -429,7 +429,7 @@ __attribute__((noinline)) void int8_tile(const LowbitWeight& w, const Int8Rows& 
 }
 
 // Groups that end inside a lane: one group at a time, column by column.
-ASKEW_FN void int8_plain(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int r,
+ASKEW_FN void int8_plain(const PackedWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int r,
                          int64_t token, const float* bias, float* y) {
   const int64_t length = w.cols / w.groups;
   const uint8_t* codes = rows.codes + r * rows.width;
@@ -443,11 +443,11 @@ ASKEW_FN void int8_plain(const LowbitWeight& w, const Int8Rows& rows, const Int8
   y[token * w.n + row + r] = dot * (w.step * x.scale[token]) + (bias ? bias[row + r] : 0.f);
 }
 
-typedef void (*RowsProduct)(const LowbitWeight&, const Int8Rows&, const Int8Input&, int64_t row, int64_t token0,
+typedef void (*RowsProduct)(const PackedWeight&, const Int8Rows&, const Int8Input&, int64_t row, int64_t token0,
                             int64_t token1, const float* bias, float* y);
 
 template <int R, bool GROUPED, bool WIDE>
-static void int8_buffered(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
+static void int8_buffered(const PackedWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
                           int64_t token1, const float* bias, float* y) {
   constexpr int kTokens = ASKEW_LANES == 16 ? 4 : 2;
   int64_t t = token0;
@@ -457,7 +457,7 @@ static void int8_buffered(const LowbitWeight& w, const Int8Rows& rows, const Int
 
 // One token or two, from the rows of the weight itself.
 template <int BITS, bool GROUPED, bool WIDE>
-static void int8_direct(const LowbitWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
+static void int8_direct(const PackedWeight& w, const Int8Rows& rows, const Int8Input& x, int64_t row, int64_t token0,
                         int64_t token1, const float* bias, float* y) {
   if (token1 - token0 == 1)
     int8_tile<BITS, kInt8Rows, 1, GROUPED, WIDE>(w, rows, x, row, token0, bias, y);
@@ -484,7 +484,7 @@ static RowsProduct direct_product(int bits) {
 }
 
 template <bool GROUPED, bool WIDE>
-static void int8_products(const LowbitWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
+static void int8_products(const PackedWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
                           int64_t token1, const float* bias, float* y, char* scratch) {
   const int64_t width = int8_width(w), groups = padded_groups(w);
   float* scales = (float*)scratch;
@@ -516,7 +516,7 @@ static void int8_products(const LowbitWeight& w, int64_t row0, int64_t row1, con
   }
 }
 
-static void multiply_int8(const LowbitWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
+static void multiply_int8(const PackedWeight& w, int64_t row0, int64_t row1, const Int8Input& x, int64_t token0,
                           int64_t token1, const float* bias, float* y, char* scratch) {
 #define ASKEW_WIDTH(WIDE)                                                                       \
   (w.groups > 1 ? int8_products<true, WIDE>(w, row0, row1, x, token0, token1, bias, y, scratch) \

@@ -15,8 +15,8 @@ constexpr int kRows = 2;      // of a warp
 constexpr int kTogether = 4;  // inputs that one reading of the codes serves
 constexpr int kWords = 4;     // of 32 bits that a lane reads at once
 
-struct LowbitPass {
-  LowbitArg w;
+struct PackedPass {
+  PackedArg w;
   int length;  // columns of a group
   const void *x, *bias;
   void* y;
@@ -24,7 +24,7 @@ struct LowbitPass {
   bool code_vectors, x_vectors;  // 16-byte access is possible
 };
 
-__device__ __forceinline__ uint32_t code_at(const LowbitArg& w, const uint8_t* row, int64_t k) {
+__device__ __forceinline__ uint32_t code_at(const PackedArg& w, const uint8_t* row, int64_t k) {
   if (w.bits == 0) {
     uint32_t byte = row[k / 5];
     for (int digit = (int)(k % 5); digit; --digit) byte /= 3;
@@ -37,13 +37,13 @@ __device__ __forceinline__ uint32_t code_at(const LowbitArg& w, const uint8_t* r
 }
 
 // A code above the highest level counts as the highest.
-__device__ __forceinline__ float level_of(const LowbitArg& w, uint32_t code) {
+__device__ __forceinline__ float level_of(const PackedArg& w, uint32_t code) {
   const int k = min((int)code, w.n_levels - 1);
   if (w.grid.kind == kCodebook) return w.grid.levels[k];
   return w.grid.lo + (w.grid.kind == kBinary ? 2.f : 1.f) * (float)k;
 }
 
-__device__ __forceinline__ float scale_of(const LowbitPass& p, int64_t row, int64_t k) {
+__device__ __forceinline__ float scale_of(const PackedPass& p, int64_t row, int64_t k) {
   return p.w.scale[p.w.groups ? row * p.w.groups + (p.w.groups > 1 ? (int)k / p.length : 0) : 0];
 }
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ float load_one(const void* p, int64_t i) {
 // A thread takes one weight after the other of a row's piece, neighbours side by side.
 constexpr int kDecoded = 8;  // weights of a thread
 template <int T>
-__global__ void __launch_bounds__(kThreads) lowbit_dequantize_kernel(const __grid_constant__ LowbitPass p) {
+__global__ void __launch_bounds__(kThreads) packed_dequantize_kernel(const __grid_constant__ PackedPass p) {
   const int pieces = (int)((p.w.cols + kThreads * kDecoded - 1) / (kThreads * kDecoded));
   const int64_t row = blockIdx.x / (uint32_t)pieces;
   const int64_t first = (int64_t)(blockIdx.x % (uint32_t)pieces) * (kThreads * kDecoded) + threadIdx.x;
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) lowbit_dequantize_kernel(const __gri
 }
 
 // 16 bytes of a row from `at`, zeros past its end.
-__device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const LowbitPass& p, uint32_t* word) {
+__device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const PackedPass& p, uint32_t* word) {
   if (p.code_vectors) {
     const uint4 v = at < p.w.row_bytes ? *(const uint4*)(row + at) : make_uint4(0, 0, 0, 0);
     word[0] = v.x;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const
 
 // N inputs of a token from column k, zeros past the end.
 template <int T, int N>
-__device__ __forceinline__ void load_inputs(const LowbitPass& p, int64_t token, int64_t k, float* x) {
+__device__ __forceinline__ void load_inputs(const PackedPass& p, int64_t token, int64_t k, float* x) {
   typedef typename Storage<T>::type S;
   constexpr int kPer = Storage<T>::kPerVector, kPerWord = Storage<T>::kPerWord;
   const S* at = (const S*)p.x + token * p.w.cols + k;
@@ -120,7 +120,7 @@ __device__ __forceinline__ float add_warp(float v) { return add_lanes(v, 5); }
 
 // Codes of 1, 2, 4 or 8 bits, integer levels, groups that end with words.
 template <int T, int BITS, int M>
-__global__ void __launch_bounds__(kThreads) lowbit_words_kernel(const __grid_constant__ LowbitPass p) {
+__global__ void __launch_bounds__(kThreads) packed_words_kernel(const __grid_constant__ PackedPass p) {
   constexpr int kPer = 32 / BITS;
   const int lane = threadIdx.x & 31;
   const int64_t first = ((int64_t)blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5)) * kRows;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) lowbit_words_kernel(const __grid_con
 
 // Every other format: a warp takes a row, code by code.
 template <int T>
-__global__ void __launch_bounds__(kThreads) lowbit_codes_kernel(const __grid_constant__ LowbitPass p) {
+__global__ void __launch_bounds__(kThreads) packed_codes_kernel(const __grid_constant__ PackedPass p) {
   const int lane = threadIdx.x & 31;
   const int64_t row = (int64_t)blockIdx.x * (kThreads / 32) + (threadIdx.x >> 5);
   if (row >= p.w.n) return;
@@ -206,14 +206,14 @@ __global__ void __launch_bounds__(kThreads) lowbit_codes_kernel(const __grid_con
 }
 
 template <int T, int BITS>
-cudaError_t launch_words(const LowbitPass& p, cudaStream_t stream) {
+cudaError_t launch_words(const PackedPass& p, cudaStream_t stream) {
   const unsigned blocks = (unsigned)ceil_div(p.w.n, kRows * (kThreads / 32));
-  if (p.tokens == 1) return launch((lowbit_words_kernel<T, BITS, 1>), blocks, kThreads, stream, p);
-  return launch((lowbit_words_kernel<T, BITS, kTogether>), blocks, kThreads, stream, p);
+  if (p.tokens == 1) return launch((packed_words_kernel<T, BITS, 1>), blocks, kThreads, stream, p);
+  return launch((packed_words_kernel<T, BITS, kTogether>), blocks, kThreads, stream, p);
 }
 
 template <int T>
-cudaError_t launch_linear(const LowbitPass& p, cudaStream_t stream) {
+cudaError_t launch_linear(const PackedPass& p, cudaStream_t stream) {
   const int bits = p.w.bits;
   const bool words = bits && 8 % bits == 0 && p.w.grid.kind != kCodebook;
   if (words && (p.w.groups <= 1 || p.length % (32 / bits) == 0)) {
@@ -222,11 +222,11 @@ cudaError_t launch_linear(const LowbitPass& p, cudaStream_t stream) {
     if (bits == 4) return launch_words<T, 4>(p, stream);
     return launch_words<T, 8>(p, stream);
   }
-  return launch((lowbit_codes_kernel<T>), (unsigned)ceil_div(p.w.n, kThreads / 32), kThreads, stream, p);
+  return launch((packed_codes_kernel<T>), (unsigned)ceil_div(p.w.n, kThreads / 32), kThreads, stream, p);
 }
 
-LowbitPass lowbit_pass(const LowbitArg& w) {
-  LowbitPass p{};
+PackedPass packed_pass(const PackedArg& w) {
+  PackedPass p{};
   p.w = w;
   p.length = (int)(w.cols / (w.groups > 1 ? w.groups : 1));
   return p;
@@ -234,18 +234,18 @@ LowbitPass lowbit_pass(const LowbitArg& w) {
 
 }  // namespace
 
-cudaError_t lowbit_dequantize(const LowbitArg& w, void* out, int type, cudaStream_t stream) {
+cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStream_t stream) {
   if (w.n == 0 || w.cols == 0) return cudaSuccess;
-  LowbitPass p = lowbit_pass(w);
+  PackedPass p = packed_pass(w);
   p.y = out;
   const unsigned blocks = (unsigned)(w.n * ceil_div(w.cols, kThreads * kDecoded));
-  ASKEW_BY_TYPE(type, return launch((lowbit_dequantize_kernel<T>), blocks, kThreads, stream, p))
+  ASKEW_BY_TYPE(type, return launch((packed_dequantize_kernel<T>), blocks, kThreads, stream, p))
   return cudaErrorInvalidValue;
 }
 
-cudaError_t lowbit_linear(const LowbitArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
+cudaError_t packed_linear(const PackedArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
                           cudaStream_t stream) {
-  LowbitPass p = lowbit_pass(w);
+  PackedPass p = packed_pass(w);
   p.bias = bias;
   const int64_t size = type_size(type);
   p.code_vectors = (uintptr_t)w.codes % 16 == 0 && w.row_bytes % 16 == 0;

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import files, inspection, quant
-from .nn.layers import AskewConv2d, AskewLinear
-from .quant import QuantConfig, compute_scale, pack_weight, unpack_weight
+from .. import quant
+from ..nn.layers import AskewConv2d, AskewLinear
+from ..quant import QuantConfig, compute_scale, pack_weight, unpack_weight
+from . import files
+from .inspect import report_of_file
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
-        print(inspection.report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
+        print(report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)
         return 2

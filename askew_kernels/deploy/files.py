@@ -22,12 +22,12 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from ..nn.convert import LAYERS as FLOAT_LAYERS
+from ..nn.layers import AskewConv2d, AskewLinear, QuantizedLayer
+from ..nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, set_activations
+from ..nn.replace import check_replaceable, replace_modules
+from ..quant import QuantConfig, check_codes
 from . import tensorfile
-from .nn.convert import LAYERS as FLOAT_LAYERS
-from .nn.layers import AskewConv2d, AskewLinear, QuantizedLayer
-from .nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, set_activations
-from .nn.replace import check_replaceable, replace_modules
-from .quant import QuantConfig, check_codes
 from .tensorfile import not_plain
 
 VERSION = 1

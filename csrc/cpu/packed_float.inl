@@ -4,7 +4,7 @@
 enum Form : int { kBytes = 8, kDecoded = 32 };  // else the bits of a code: 1 to 4, or 0 for trits
 
 // How rows are read: as they stand, as bytes made of them, or as decoded floats where groups end inside a lane.
-ASKEW_FN int form_of(const LowbitWeight& w) {
+ASKEW_FN int form_of(const PackedWeight& w) {
   switch (w.bits) {
     case 0:
       return groups_fit(w, Block<0>::kCols, Block<0>::kCodes) ? 0 : kDecoded;
@@ -21,7 +21,7 @@ ASKEW_FN int form_of(const LowbitWeight& w) {
   }
 }
 
-static int64_t width(const LowbitWeight& w) {
+static int64_t width(const PackedWeight& w) {
   switch (form_of(w)) {
     case 0:
       return rounded_up(w.cols, Block<0>::kCols);
@@ -39,8 +39,8 @@ static int64_t width(const LowbitWeight& w) {
 }
 
 template <int BITS>
-ASKEW_FN void arrange_blocks(const LowbitWeight& weight, const float* x, float* out) {
-  const LowbitWeight w = weight;  // a copy that the stores cannot change
+ASKEW_FN void arrange_blocks(const PackedWeight& weight, const float* x, float* out) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
   constexpr int kCodes = Block<BITS>::kCodes;
   for (int64_t c = 0; c < w.cols; c += Block<BITS>::kCols, out += Block<BITS>::kCols) {
     if (c + Block<BITS>::kCols <= w.cols) {
@@ -54,7 +54,7 @@ ASKEW_FN void arrange_blocks(const LowbitWeight& weight, const float* x, float* 
   }
 }
 
-static void arrange(const LowbitWeight& w, const float* x, float* out) {
+static void arrange(const PackedWeight& w, const float* x, float* out) {
   switch (form_of(w)) {
     case 0:
       return arrange_blocks<0>(w, x, out);
@@ -74,7 +74,7 @@ static void arrange(const LowbitWeight& w, const float* x, float* out) {
 
 constexpr int kRows = 4;  // that the kernel has in flight for one input
 
-static int64_t scratch(const LowbitWeight& w) {
+static int64_t scratch(const PackedWeight& w) {
   const int form = form_of(w);
   const int64_t cols = rounded_up(w.cols, 64) + kPadding;
   return form == kDecoded ? kRows * cols * 4 + cols : form == kBytes ? kRows * cols : kPadding;
@@ -84,7 +84,7 @@ enum Grouped : int { kOneScale, kBlocks, kLanes };  // of a row: groups of whole
 
 // sum[r][b] = row r times input b, for R rows from p, `stride` bytes apart.
 template <int FORM, int GROUPED, int R, int B>
-ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row, const float* x,
+ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, int64_t row, const float* x,
                        int64_t width, vf (&sum)[R][B]) {
   constexpr int kBits = FORM == kDecoded ? 8 : FORM;
   typedef Block<kBits> block;
@@ -148,7 +148,7 @@ ASKEW_FN void dot_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, 
 }
 
 template <int FORM, int GROUPED, int R, int B>
-__attribute__((noinline)) void multiply_tile(const LowbitWeight& w, const uint8_t* p, int64_t stride, int64_t row,
+__attribute__((noinline)) void multiply_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, int64_t row,
                                              const float* x, int64_t width, const float* bias, float* y) {
   vf sum[R][B];
   dot_tile<FORM, GROUPED, R, B>(w, p, stride, row, x, width, sum);
@@ -159,7 +159,7 @@ __attribute__((noinline)) void multiply_tile(const LowbitWeight& w, const uint8_
 }
 
 template <int FORM, bool GROUPED, int R>
-ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, int64_t batch, int64_t width,
+ASKEW_FN void multiply_rows(const PackedWeight& w, int64_t row, const float* x, int64_t batch, int64_t width,
                             const float* bias, float* y, char* scratch) {
   const uint8_t* p = w.codes + row * w.row_bytes;
   int64_t stride = w.row_bytes;
@@ -202,7 +202,7 @@ ASKEW_FN void multiply_rows(const LowbitWeight& w, int64_t row, const float* x, 
 }
 
 template <int FORM, bool GROUPED>
-ASKEW_FN void multiply_form(const LowbitWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
+ASKEW_FN void multiply_form(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
                             const float* bias, float* y, char* scratch) {
   const int64_t wide = width(w);
   int64_t row = row0;
@@ -215,7 +215,7 @@ ASKEW_FN void multiply_form(const LowbitWeight& w, int64_t row0, int64_t row1, c
   for (; row < row1; ++row) multiply_rows<FORM, GROUPED, 1>(w, row, x, batch, wide, bias, y, scratch);
 }
 
-static void multiply(const LowbitWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
+static void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
                      const float* bias, float* y, char* scratch) {
 #define ASKEW_FORM(FORM)                                                               \
   (w.groups > 1 ? multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch) \
@@ -244,13 +244,13 @@ static void multiply(const LowbitWeight& w, int64_t row0, int64_t row1, const fl
 // register. A lane is a row here: 16 rows look up in the same table at once.
 constexpr int kBands = 4;  // of 16 rows that share a table while it is in a register
 
-static int64_t tables_width(const LowbitWeight& w) {
+static int64_t tables_width(const PackedWeight& w) {
   const int64_t word = w.bits ? 32 / w.bits : 1;
   if ((w.bits != 1 && w.bits != 2) || (w.groups > 1 && w.cols / w.groups % word)) return 0;
   return rounded_up(w.row_bytes, 64) * 2 * 16;
 }
 
-static void make_tables(const LowbitWeight& w, const float* x, float* out) {
+static void make_tables(const PackedWeight& w, const float* x, float* out) {
   const int codes = 4 / w.bits;
   const int64_t tables = rounded_up(w.row_bytes, 64) * 2;
   vu index;
@@ -291,7 +291,7 @@ ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* t
 }
 
 template <int BANDS>
-ASKEW_FN void tables_band(const LowbitWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
+ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
                           float* y) {
   const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
   const int64_t words = (w.row_bytes + 3) / 4;
@@ -352,7 +352,7 @@ ASKEW_FN void tables_band(const LowbitWeight& w, int64_t row, int64_t rows, cons
   }
 }
 
-static void multiply_tables(const LowbitWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
                             const float* bias, float* y) {
   const int64_t wide = tables_width(w);
   int64_t row = row0;

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import atomic
+from .. import atomic
 
 PIECE = 1 << 22  # bytes of a tensor that have a CRC-32 of their own
 METADATA = "__metadata__"

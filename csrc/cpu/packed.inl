@@ -2,7 +2,7 @@
 //
 // Codes of at most 4 bits become levels by one permutation of a register of 16 levels, which reads the low four bits of
 // each lane.
-#include "lowbit.h"
+#include "packed.h"
 #include "../math/portability.h"
 
 namespace askew {
@@ -51,11 +51,11 @@ ASKEW_FN vu widened(const uint8_t* p) {
 }
 
 template <int BITS>
-ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p);
+ASKEW_FN vu words_of(const PackedWeight& w, const uint8_t* p);
 
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
 // 128 codes of 3 bits, 48 bytes, as bytes: a lane's word holds eight of them, which become two words of four bytes.
-ASKEW_FN void unpack_threes(const LowbitWeight& w, const uint8_t* p, uint8_t* out) {
+ASKEW_FN void unpack_threes(const PackedWeight& w, const uint8_t* p, uint8_t* out) {
   const vu word = words_of<3>(w, p);
   __m512i four[2];
   for (int half = 0; half < 2; ++half) {
@@ -71,8 +71,8 @@ ASKEW_FN void unpack_threes(const LowbitWeight& w, const uint8_t* p, uint8_t* ou
 #endif
 
 // Codes as bytes in the order of the columns, followed by zeros up to a multiple of 64.
-ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) {
-  const LowbitWeight w = weight;  // a copy that the stores cannot change
+ASKEW_FN void unpack_row(const PackedWeight& weight, int64_t row, uint8_t* out) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t end = rounded_up(w.cols, 64);
   if (w.bits == 0) {
@@ -118,7 +118,7 @@ ASKEW_FN void unpack_row(const LowbitWeight& weight, int64_t row, uint8_t* out) 
 }
 
 // The level of each byte's code.
-ASKEW_FN vf levels_of(const LowbitWeight& w, const uint8_t* p) {
+ASKEW_FN vf levels_of(const PackedWeight& w, const uint8_t* p) {
   const vu code = widened(p);
   if (w.bits <= 4) return lookup(w.table, code);
   const vf level = __builtin_convertvector((vi)code, vf) + w.lo;
@@ -126,8 +126,8 @@ ASKEW_FN vf levels_of(const LowbitWeight& w, const uint8_t* p) {
 }
 
 template <int T>
-ASKEW_FN void decode_typed(const LowbitWeight& weight, int64_t row, float* out, uint8_t* bytes) {
-  const LowbitWeight w = weight;  // a copy that the stores cannot change
+ASKEW_FN void decode_typed(const PackedWeight& weight, int64_t row, float* out, uint8_t* bytes) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
   unpack_row(w, row, bytes);
   const int64_t groups = w.groups ? w.groups : 1, length = w.cols / groups;
   const float* scale = w.scale + (w.groups ? row * w.groups : 0);
@@ -145,7 +145,7 @@ ASKEW_FN void decode_typed(const LowbitWeight& weight, int64_t row, float* out, 
   for (int64_t c = w.cols; c % 64; ++c) out[c] = 0;
 }
 
-static void decode(const LowbitWeight& w, int64_t row, int type, float* out, uint8_t* bytes) {
+static void decode(const PackedWeight& w, int64_t row, int type, float* out, uint8_t* bytes) {
   if (type == kFloat32)
     decode_typed<kFloat32>(w, row, out, bytes);
   else if (type == kBFloat16)
@@ -258,7 +258,7 @@ ASKEW_FN void sums_of(const vf* v, float* sum) {
   for (int r = 0; r < R; ++r) sum[r] = sum_of(v[r]);
 }
 
-ASKEW_FN float row_scale(const LowbitWeight& w, int64_t row) { return w.scale[w.groups ? row * w.groups : 0]; }
+ASKEW_FN float row_scale(const PackedWeight& w, int64_t row) { return w.scale[w.groups ? row * w.groups : 0]; }
 
 // A block of codes is one vector of words, one for each lane; a word's codes are consecutive columns.
 template <int BITS>
@@ -270,7 +270,7 @@ struct Block {
 };
 
 template <int BITS>
-ASKEW_FN vu words_of(const LowbitWeight& w, const uint8_t* p) {
+ASKEW_FN vu words_of(const PackedWeight& w, const uint8_t* p) {
   vu word;
   if (BITS == 0) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -311,13 +311,13 @@ struct LaneScales {
   vi group;        // of a lane, from the block's first
 };
 
-ASKEW_FN bool groups_fit(const LowbitWeight& w, int64_t block_cols, int64_t lane_cols) {
+ASKEW_FN bool groups_fit(const PackedWeight& w, int64_t block_cols, int64_t lane_cols) {
   if (w.groups <= 1) return true;
   const int64_t length = w.cols / w.groups;
   return length % block_cols == 0 || (block_cols % length == 0 && length % lane_cols == 0);
 }
 
-ASKEW_FN LaneScales lane_scales(const LowbitWeight& w, int64_t block_cols, int64_t lane_cols) {
+ASKEW_FN LaneScales lane_scales(const PackedWeight& w, int64_t block_cols, int64_t lane_cols) {
   LaneScales s = {0, 1, {}};
   if (w.groups <= 1) return s;
   const int64_t length = w.cols / w.groups;
@@ -340,10 +340,10 @@ ASKEW_FN vf scales_of(const LaneScales& s, const float* p, int64_t left) {
 #endif
 }
 
-#include "lowbit_float.inl"
-#include "lowbit_int8.inl"
+#include "packed_float.inl"
+#include "packed_int8.inl"
 
-static const LowbitLoops table = {decode,       store,       load,
+static const PackedLoops table = {decode,       store,       load,
                                   width,        arrange,     scratch,
                                   multiply,
 #if ASKEW_LANES == 16 && defined(__AVX512F__)

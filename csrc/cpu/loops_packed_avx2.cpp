@@ -3,10 +3,10 @@
 #include <immintrin.h>
 #define ASKEW_LANES 8
 #define ASKEW_ISA avx2
-#include "lowbit.inl"
+#include "packed.inl"
 
-const askew::LowbitLoops* askew::lowbit_avx2() { return &avx2::table; }
+const askew::PackedLoops* askew::packed_avx2() { return &avx2::table; }
 #else
-#include "lowbit.h"
-const askew::LowbitLoops* askew::lowbit_avx2() { return nullptr; }
+#include "packed.h"
+const askew::PackedLoops* askew::packed_avx2() { return nullptr; }
 #endif

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import CODEBOOK as CODEBOOK_KIND
-from ..reference import NUM_ROW_SUMS
+from ..contract import CODEBOOK as CODEBOOK_KIND
+from ..contract import NUM_ROW_SUMS
 from ..runtime import triton_tuning
 from .math import (
     EXACT,

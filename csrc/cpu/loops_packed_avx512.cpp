@@ -3,10 +3,10 @@
 #include <immintrin.h>
 #define ASKEW_LANES 16
 #define ASKEW_ISA avx512
-#include "lowbit.inl"
+#include "packed.inl"
 
-const askew::LowbitLoops* askew::lowbit_avx512() { return &avx512::table; }
+const askew::PackedLoops* askew::packed_avx512() { return &avx512::table; }
 #else
-#include "lowbit.h"
-const askew::LowbitLoops* askew::lowbit_avx512() { return nullptr; }
+#include "packed.h"
+const askew::PackedLoops* askew::packed_avx512() { return nullptr; }
 #endif

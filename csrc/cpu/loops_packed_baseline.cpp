@@ -1,6 +1,6 @@
 // Any CPU: four lanes (SSE2 on x86-64, NEON on ARM).
 #define ASKEW_LANES 4
 #define ASKEW_ISA baseline
-#include "lowbit.inl"
+#include "packed.inl"
 
-const askew::LowbitLoops* askew::lowbit_baseline() { return &baseline::table; }
+const askew::PackedLoops* askew::packed_baseline() { return &baseline::table; }

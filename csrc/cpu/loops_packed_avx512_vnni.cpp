@@ -3,10 +3,10 @@
 #include <immintrin.h>
 #define ASKEW_LANES 16
 #define ASKEW_ISA avx512_vnni
-#include "lowbit.inl"
+#include "packed.inl"
 
-const askew::LowbitLoops* askew::lowbit_avx512_vnni() { return &avx512_vnni::table; }
+const askew::PackedLoops* askew::packed_avx512_vnni() { return &avx512_vnni::table; }
 #else
-#include "lowbit.h"
-const askew::LowbitLoops* askew::lowbit_avx512_vnni() { return nullptr; }
+#include "packed.h"
+const askew::PackedLoops* askew::packed_avx512_vnni() { return nullptr; }
 #endif

@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import BINARY as BINARY_KIND
-from ..reference import CODEBOOK as CODEBOOK_KIND
-from ..reference import row_bytes
+from ..contract import BINARY as BINARY_KIND
+from ..contract import CODEBOOK as CODEBOOK_KIND
+from ..contract import row_bytes
 from ..runtime import triton_tuning
-from .elementwise import check_dense, check_grid, check_storage, on_device
 from .math import _INTERPRETED, BINARY, CODEBOOK, narrow, widen
+from .quantize import check_dense, check_grid, check_storage, on_device
 
 FEW = 8  # inputs that the product without matrix units takes at once
 PROGRAMS = 264  # that keep a large GPU busy: two for each of 132 multiprocessors
@@ -225,7 +225,7 @@ def _weight(
     return n, groups, cols // max(groups, 1), arguments
 
 
-def lowbit_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
     """out = s c, in the storage type of ``out`` (n, cols)."""
     check_dense(out, "out")
     check_storage(out, "out")
@@ -250,10 +250,10 @@ def _word_bits(codes: Tensor, bits: int, cols: int, groups: int, length: int) ->
     return 0
 
 
-def lowbit_linear(
+def packed_linear(
     x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
 ) -> Tensor:
-    """y = x W^T + b with W = s c, sums in float32, rounded once to the type of x; see ``ops.lowbit_linear``."""
+    """y = x W^T + b with W = s c, sums in float32, rounded once to the type of x; see ``ops.packed_linear``."""
     check_dense(x, "x")
     check_storage(x, "x")
     tokens, cols = x.shape

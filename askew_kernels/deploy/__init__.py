@@ -1,0 +1,1 @@
+"""What happens to a trained model: files of packed weights, their inspection, conversions and exports."""

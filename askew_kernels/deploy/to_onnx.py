@@ -1,0 +1,136 @@
+"""ONNX files of packed models: each packed weight is an initialiser of 4- or 8-bit integers and a DequantizeLinear.
+
+The exporter keeps equal weights once, under either name, and leaves out what the model does not use; so weights are
+found in the graph by their name or by their numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import atomic
+from ..nn.packed import PackedLayer, packed_layers, unpack_
+from ..quant import Grid
+from ..reference import level_table, unpack_codes
+
+OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
+
+
+def _integer_type(grid: Grid, name: str) -> str:
+    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels."""
+    low, high = grid.levels[0], grid.levels[-1]
+    if any(c != int(c) for c in grid.levels):
+        raise ValueError(f"{name}: DequantizeLinear needs integer levels, got {grid}")
+    if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
+        raise ValueError(f"{name}: DequantizeLinear needs levels that 8 bits hold, got {grid}")
+    width = 4 if (low >= -8 and high <= 7) or (low >= 0 and high <= 15) else 8
+    return f"{'U' if low >= 0 else ''}INT{width}"
+
+
+@torch.no_grad()
+def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | os.PathLike, **options: Any) -> None:
+    """Writes ``model``, in inference mode, as ONNX (opset 21) with its packed weights as integers of 4 or 8 bits.
+
+    weight = DequantizeLinear(levels, scale), the same float32 products s c. ``example``: an input, or a tuple of them;
+    ``options`` go to ``torch.onnx.export`` (input_names, dynamic_axes, …). Equal weights stand in the file once, layers
+    that ``example`` does not reach not at all. Inputs stay float: ``pack_(…, activations="int8")`` is no part of a
+    file. Files of more than 2 GB are not served.
+
+    Raises ValueError naming the layer for levels that are not integers of 8 bits and for quantized layer inputs
+    (``QuantConfig(activation=…)``), ImportError without onnx (``pip install "askew_kernels[onnx]"``); the file is
+    written last and whole (``atomic.replacing``).
+    """
+    try:
+        import onnx
+        from onnx import TensorProto, helper
+    except ImportError:
+        raise ImportError('export_onnx needs onnx: pip install "askew_kernels[onnx]"') from None
+    layers = packed_layers(model)
+    types = {name: _integer_type(layer.config.weight, name) for name, layer in layers.items()}
+    if not layers:
+        raise ValueError("model: has no packed layers; call pack_(model) first")
+    for name, layer in layers.items():
+        if layer.config.activation is not None:
+            raise ValueError(f"{name}: ONNX files keep no quantized inputs, got activation={layer.config.activation}")
+    plain = unpack_(copy.deepcopy(model).float()).eval()
+    numbers: dict[str, Any] = {}
+    reached: set[str] = set()
+    for name in layers:
+        layer = plain.get_submodule(name)
+        numbers[name] = _numbers(layer.weight.cpu().numpy())  # type: ignore[operator, union-attr]
+        layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    owners = {key: name for name, key in reversed(numbers.items())}  # the first of equals
+    buffer: Any = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
+        arguments: Any = (example,) if isinstance(example, Tensor) else example
+        torch.onnx.export(
+            plain, arguments, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options
+        )
+    made = onnx.load_from_string(buffer.getvalue())
+    graph, kept, nodes = made.graph, [], []
+    written: set[str] = set()
+    for initializer in graph.initializer:
+        key, named = _numbers(onnx.numpy_helper.to_array(initializer)), initializer.name.removesuffix(".weight")
+        owner = named if numbers.get(named) == key else owners.get(key)
+        if owner is None:
+            kept.append(initializer)
+            continue
+        levels, scale, options_of = _integers(layers[owner])
+        inputs = [f"{owner}.weight_levels", f"{owner}.weight_scale"]
+        if owner not in written:
+            written.add(owner)
+            kind = getattr(TensorProto, types[owner])
+            kept += [
+                helper.make_tensor(inputs[0], kind, list(levels.shape), levels.flatten().tolist()),
+                helper.make_tensor(inputs[1], TensorProto.FLOAT, list(scale.shape), scale.flatten().tolist()),
+            ]
+        flat = levels.shape == tuple(initializer.dims)
+        out = initializer.name if flat else f"{initializer.name}_matrix"
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [out], f"{named}.dequantize", **options_of))
+        if not flat:
+            shape = f"{initializer.name}_shape"
+            kept.append(helper.make_tensor(shape, TensorProto.INT64, [len(initializer.dims)], list(initializer.dims)))
+            nodes.append(helper.make_node("Reshape", [out, shape], [initializer.name]))
+    found = {numbers[name] for name in written}
+    lost = [name for name in layers if name in reached and numbers[name] not in found]
+    if lost:
+        raise ValueError(f"{lost[0]}: its weight is not in the exported graph")
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    operations = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *operations])
+    made.opset_import[0].version = OPSET
+    made.ir_version = 10
+    onnx.checker.check_model(made)
+    with atomic.replacing(path) as file:
+        file.write(made.SerializeToString())
+
+
+def _numbers(weight: Any) -> tuple[tuple[int, ...], str, bytes]:
+    """What equal arrays have in common, and others not."""
+    return weight.shape, weight.dtype.name, hashlib.blake2b(weight.tobytes()).digest()
+
+
+def _integers(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(levels as integers, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
+    grid = layer.config.weight
+    table = level_table(grid.levels_tensor(), grid.encoding).to(torch.int16)
+    levels = table[unpack_codes(layer.weight_codes.cpu(), layer.bits, layer.cols).int()]
+    scale = layer.weight_scale.float().cpu()
+    n = levels.shape[0]
+    if scale.numel() == 1:
+        return levels.reshape(layer.shape), scale.reshape(()), {}
+    if scale.numel() == n:
+        return levels.reshape(layer.shape), scale, {"axis": 0}
+    groups = scale.numel() // n
+    return levels, scale.reshape(n, groups), {"axis": 1, "block_size": layer.cols // groups}

@@ -1,0 +1,114 @@
+"""The checks of arguments that the operators share: each names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def concrete(t: Tensor) -> bool:
+    """Whether the values may be looked at here: on the CPU, not being traced, not fake, not inside torch.func."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.device.type == "cpu"
+        and type(t) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    )
+
+
+def check_float_tensor(name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+    if t.is_complex():
+        raise TypeError(f"{name}: complex tensors cannot be quantized, got {t.dtype}")
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
+    if t.dtype not in FLOAT_TYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_grid(grid: Any) -> None:
+    if not (hasattr(grid, "encoding") and hasattr(grid, "levels_tensor")):
+        raise TypeError(f"grid: expected a grid such as Uniform(bits=4), Binary(), Ternary(), got {grid!r}")
+
+
+def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
+    """``scale`` as float32 (rows,), after checking that it fits ``x``."""
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(scale).__name__}")
+    if not scale.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor, got {scale.dtype}")
+    if scale.device != x.device:
+        raise ValueError(f"{name}: expected on the device of {x_name} ({x.device}), got {scale.device}")
+    rows, first = scale.numel(), x.shape[0] if x.dim() > 1 else 1
+    fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
+    if scale.dim() > 1 or not fits:
+        per_group = f" or ({first} * groups,)" if x.dim() > 1 else f" or (groups,), a divisor of {x.numel()},"
+        raise ValueError(
+            f"{name}: expected shape () or ({first},){per_group} for {x_name} of shape {tuple(x.shape)}, "
+            f"got {tuple(scale.shape)}"
+        )
+    if rows and concrete(scale):  # on a GPU the look would stall the stream
+        low, high = scale.detach().aminmax()
+        if not (low > 0 and high < math.inf):
+            raise ValueError(
+                f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
+            )
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return scale.detach().to(wanted).reshape(-1).contiguous()
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    value = float(value)
+    if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
+        interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if high == math.inf else f'{high:g}]'}"
+        raise ValueError(f"{name}: expected a finite number in {interval}, got {value}")
+    return value
+
+
+def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> Tensor:
+    """A float or a 0-dim tensor as a 0-dim float tensor; values on the CPU are checked, a GPU's are not waited for."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or not value.is_floating_point():
+            raise ValueError(
+                f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}"
+            )
+        if concrete(value):
+            number(name, float(value), low, high, open_low)
+        value = value.detach()
+        return value if value.dtype in (torch.float32, torch.float64) else value.float()
+    return torch.tensor(number(name, value, low, high, open_low), dtype=torch.float64, device="cpu")
+
+
+def check_params(params: Sequence[Tensor], name: str = "params") -> None:
+    for i, p in enumerate(params):
+        check_float_tensor(f"{name}[{i}]", p)
+        if p.device != params[0].device:
+            raise ValueError(f"{name}[{i}]: expected on {params[0].device} as {name}[0], got {p.device}")
+        if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
+            raise TypeError(
+                f"{name}[{i}]: float64 parameters take a list of their own, got {p.dtype} beside {params[0].dtype}"
+            )
+
+
+def check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], same_dtype: bool = True) -> None:
+    if len(tensors) != len(params):
+        raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
+    for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
+        check_float_tensor(f"{name}[{i}]", t)
+        if t.shape != p.shape or t.device != p.device or (same_dtype and t.dtype != p.dtype):
+            raise ValueError(
+                f"{name}[{i}]: expected {p.dtype if same_dtype else 'a float tensor'} of shape {tuple(p.shape)} on "
+                f"{p.device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
+            )

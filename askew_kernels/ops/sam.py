@@ -1,0 +1,130 @@
+"""Sharpness-aware passes over a list of tensors: norm, perturbation, restore, average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from .checks import check_list, check_params, number
+from .dense import Flat, in_place
+
+
+def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -> list[int]:
+    flags = [adaptive] * len(params) if isinstance(adaptive, bool) else list(adaptive)
+    if len(flags) != len(params) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError(
+            f"adaptive: expected a bool or {len(params)} of them, one for each parameter, got {adaptive!r}"
+        )
+    return [int(flag) for flag in flags]
+
+
+def _check_coefficients(coefficients: Any, like: Tensor, name: str) -> None:
+    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"coefficients: expected a Tensor, got {type(coefficients).__name__}")
+    if coefficients.shape != (2,) or coefficients.dtype != wanted or coefficients.device != like.device:
+        raise ValueError(
+            f"coefficients: expected {wanted} of shape (2,) on {like.device} as {name}, got {coefficients.dtype} "
+            f"{tuple(coefficients.shape)} on {coefficients.device}"
+        )
+
+
+@torch.no_grad()
+def sam_norm(
+    params: Sequence[Tensor], grads: Sequence[Tensor], *, adaptive: bool | Sequence[bool] = False, eta: float = 0.01
+) -> Tensor:
+    """sum (T g)^2 over the whole list, in one read of it: the *square* of the norm, so that ranks can add theirs.
+
+    T = |w| + eta where ``adaptive``, 1 elsewhere. params, grads: lists of equal shapes and dtypes on one device.
+    Returns a 0-dim float64 tensor on that device, the same bits every time and for every number of threads; squares
+    are float32, so elements below 1e-23 count as 0 and elements above 1e19 make it inf.
+    Raises TypeError/ValueError naming the argument. Source: Kwon et al., ASAM, ICML 2021; docs/mathematics.md, 4.
+    """
+    if not len(params):
+        raise ValueError("params: expected at least one tensor")
+    check_params(params)
+    check_list("grads", grads, params)
+    return run_sam_norm(params, grads, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
+
+
+def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
+    """``sam_norm`` without its checks, for the optimizer."""
+    flat = Flat(params)
+    return autograd.below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
+
+
+@in_place()
+def sam_perturb_(
+    params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
+    adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
+) -> None:  # fmt: skip
+    """kept = w, bit for bit, and w <- w + (c T^2 - a) g, in one pass over the list.
+
+    SAM and ASAM: c = rho / |T g|, a = 0; an aligned step (SAGM) takes a g back. coefficients: (c, a) as a tensor of
+    shape (2,), float32, on the device of params (no synchronisation); c = a = 0 leaves every w as it is, also where g
+    is inf or NaN. T = |w| + eta where ``adaptive``, 1 elsewhere. kept: tensors like params, overwritten.
+    Raises TypeError/ValueError naming the argument before anything is written.
+    Source: Foret et al., SAM, ICLR 2021; Kwon et al., ASAM, ICML 2021; Wang et al., SAGM, CVPR 2023.
+    """
+    if not len(params):
+        return
+    check_params(params)
+    check_list("grads", grads, params)
+    check_list("kept", kept, params)
+    _check_coefficients(coefficients, params[0], "params")
+    run_sam_perturb(
+        params, grads, kept, coefficients, _adaptive_flags(adaptive, params), number("eta", eta, 0.0)
+    )  # fmt: skip
+
+
+def run_sam_perturb(
+    params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor,
+    adaptive: list[int], eta: float,
+) -> None:  # fmt: skip
+    """``sam_perturb_`` without its checks, for the optimizer."""
+    flat = Flat(params)
+    autograd.below_autograd(
+        "sam_perturb_", params[0], flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
+    )
+    flat.finish(params, kept)
+
+
+@in_place()
+def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """w = kept, bit for bit, over a list of tensors in one pass.
+
+    Raises TypeError/ValueError naming the argument before anything is written.
+    """
+    if not len(params):
+        return
+    check_params(params)
+    check_list("kept", kept, params)
+    run_sam_restore(params, kept)
+
+
+def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
+    """``sam_restore_`` without its checks, for the optimizer."""
+    flat = Flat(params)
+    autograd.below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
+    flat.finish(params)
+
+
+@in_place()
+def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
+    """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
+
+    The coefficients are those of the perturbation: where it did not take place, the first gradients were zero, inf or
+    NaN. Raises TypeError/ValueError naming the argument before anything is written. Source: SAGM, CVPR 2023.
+    """
+    if not len(grads):
+        return
+    check_params(grads, "grads")
+    check_list("firsts", firsts, grads)
+    _check_coefficients(coefficients, grads[0], "grads")
+    flat = Flat(grads)
+    autograd.below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
+    flat.finish(grads)
