@@ -1,0 +1,92 @@
+// Sums of rows, the same bits on every instruction set.
+
+struct Lanes16 {  // float lanes of one band, double lanes of one row
+  vf now[kVectors];
+  double total[16];
+};
+ASKEW_FN void clear(Lanes16& s) {
+  for (int k = 0; k < kVectors; ++k) s.now[k] = vf{};
+  for (int i = 0; i < 16; ++i) s.total[i] = 0;
+}
+ASKEW_FN void flush(Lanes16& s) {
+  for (int k = 0; k < kVectors; ++k) {
+    float t[ASKEW_LANES];
+    __builtin_memcpy(t, &s.now[k], sizeof t);
+    for (int i = 0; i < ASKEW_LANES; ++i) s.total[k * ASKEW_LANES + i] += (double)t[i];
+    s.now[k] = vf{};
+  }
+}
+ASKEW_FN double finish(Lanes16& s) {
+  flush(s);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) s.total[i] += s.total[i + width];
+  return s.total[0];
+}
+
+struct RowSums {
+  Lanes16 abs, squares;
+  vf peak[kVectors];
+};
+ASKEW_FN void clear(RowSums& s) {
+  clear(s.abs);
+  clear(s.squares);
+  for (int k = 0; k < kVectors; ++k) s.peak[k] = vf{};
+}
+ASKEW_FN void flush(RowSums& s) {
+  flush(s.abs);
+  flush(s.squares);
+}
+ASKEW_FN void finish(RowSums& s, double* out) {
+  out[kSumAbs] = finish(s.abs);
+  out[kSumSquares] = finish(s.squares);
+  float m = 0;
+  for (int k = 0; k < kVectors; ++k)
+    for (int i = 0; i < ASKEW_LANES; ++i) m = s.peak[k][i] > m ? s.peak[k][i] : m;
+  out[kMaxAbs] = out[kSumAbs] == out[kSumAbs] ? (double)m : out[kSumAbs];  // the peak passes over NaN, the sum does not
+}
+
+// One vector's part of a band's sums, in registers while a loop runs.
+struct VectorSums {
+  vf abs{}, squares{}, peak{};
+};
+ASKEW_FN void add(VectorSums& s, vf w) {
+  const vf a = absolute(w);
+  s.abs += a;
+  s.squares += w * w;
+  s.peak = select(a > s.peak, a, s.peak);
+}
+ASKEW_FN void add(RowSums* to, const VectorSums* vectors) {
+  for (int k = 0; k < kVectors; ++k) {
+    to->abs.now[k] += vectors[k].abs;
+    to->squares.now[k] += vectors[k].squares;
+    to->peak[k] = select(vectors[k].peak > to->peak[k], vectors[k].peak, to->peak[k]);
+  }
+}
+
+template <int T>
+struct RowSumsLoop {
+  static constexpr int kStreams = 1;
+  Stream streams[kStreams];
+  RowSums* sums;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const Stream x = streams[0];
+    VectorSums vectors[kVectors];
+    for (const int64_t end = i + n; i < end; i += 16)
+      for (int k = 0; k < kVectors; ++k) add(vectors[k], load<T>(x, i + k * ASKEW_LANES));
+    add(sums, vectors);
+  }
+};
+
+template <int T>
+void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
+  for (int64_t r = t.row0; r < t.row1; ++r, out += kRowSums) {
+    RowSums sums;
+    clear(sums);
+    const RowSumsLoop<T> loop{{{(void*)x, type_size(T), false}}, &sums};
+    for (int64_t c = t.col0; c < t.col1; c += kBand) {
+      for_columns(loop, r * cols, c, c + kBand < t.col1 ? c + kBand : t.col1);
+      flush(sums);
+    }
+    finish(sums, out);
+  }
+}
