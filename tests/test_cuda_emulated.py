@@ -97,7 +97,7 @@ class SamTensor(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels():
     """The kernels, compiled for the CPU; kept in the temporary folder by the hash of everything that is compiled."""
-    sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.[hc]u*"), ROOT / "csrc/cuda/launch.h",
+    sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.cu*"), ROOT / "csrc/cuda/kernels.h",
                       ROOT / "csrc/tuning.h", *(ROOT / "csrc/math").iterdir()])  # fmt: skip
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"askew_cuda_emulated_{digest}.so"
@@ -563,6 +563,9 @@ def sam_problem(lengths, dtypes, seed):
     return make(), make(), [i % 2 for i in range(len(lengths))]
 
 
+PERTURB, RESTORE, AVERAGE = 1, 2, 3  # csrc/math/types.h, SamPass
+
+
 def sam_tensors(ws, gs, kept, adaptive):
     tensors = (SamTensor * len(ws))()
     for t, w, g, keep, adapted in zip(tensors, ws, gs, kept, adaptive, strict=True):
@@ -584,14 +587,14 @@ def test_sam_perturb_restore_average(kernels, shift, coefficients):
             where.append(view)
             guards.append(intact)
     tensors, n = sam_tensors(ws, gs, keeps, adaptive)
-    assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(pair))
+    assert not kernels.emulated_sam(PERTURB, tensors, n, ctypes.c_float(0.01), pointer(pair))
     expected, kept = [w.clone() for w in weights], [torch.empty_like(w) for w in weights]
     reference.sam_perturb_(expected, gradients, kept, pair, adaptive, 0.01)
     assert all(map(same, ws, expected)) and all(map(same, keeps, weights))
-    assert not kernels.emulated_sam_restore(tensors, n)
+    assert not kernels.emulated_sam(RESTORE, tensors, n, ctypes.c_float(0), None)
     assert all(map(same, ws, weights))
     tensors, n = sam_tensors(ws, gs, [None] * len(ws), adaptive)
-    assert not kernels.emulated_sam_average(tensors, n, pointer(pair))
+    assert not kernels.emulated_sam(AVERAGE, tensors, n, ctypes.c_float(0), pointer(pair))
     means = [w.clone() for w in weights]
     reference.sam_average_(means, gradients, pair)
     assert all(map(same, ws, means)) and all(intact() for intact in guards)
@@ -602,8 +605,8 @@ def test_sam_restores_every_bit(kernels):
         patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
         w, keep = patterns.view(dtype).clone(), torch.zeros(2**16, dtype=dtype)
         tensors, n = sam_tensors([w], [torch.ones_like(w)], [keep], [1])
-        assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(torch.tensor([0.1, 0.0])))
-        assert not kernels.emulated_sam_restore(tensors, n)
+        assert not kernels.emulated_sam(PERTURB, tensors, n, ctypes.c_float(0.01), pointer(torch.tensor([0.1, 0.0])))
+        assert not kernels.emulated_sam(RESTORE, tensors, n, ctypes.c_float(0), None)
         assert torch.equal(keep.view(torch.int16), patterns) and torch.equal(w.view(torch.int16), patterns)
 
 
@@ -651,7 +654,8 @@ def test_descent_inside_the_update(kernels, name, coefficients):
 class MixArg(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("type", ctypes.c_int), ("n", ctypes.c_int), ("rows", ctypes.c_int64),
                 ("cols", ctypes.c_int64), ("scales", ctypes.c_void_p), ("strengths", ctypes.c_void_p),
-                ("grids", GridArg * 8), ("clip", ctypes.c_bool), ("learned", ctypes.c_bool)]  # fmt: skip
+                ("grids", GridArg * 8), ("clip", ctypes.c_bool), ("learned", ctypes.c_bool),
+                ("lsq", ctypes.c_double * 8)]  # fmt: skip
 
 
 MIXTURES = {
@@ -678,9 +682,11 @@ def test_mixture(kernels, name, dtype):
         x, _ = guarded(w, shift)
         grad, _ = guarded(torch.randn(w.shape, generator=g).to(dtype), shift)
         clip, learned = seed % 3 != 0, seed % 2 == 0
+        lsq = [(max(cols, 1) * max(top, 1)) ** -0.5 for top in grids[2::3]]
         arg = MixArg(x.data_ptr() if x.numel() else None, TYPES[dtype], n, rows, cols, scales.data_ptr(),
                      strengths.data_ptr(), (GridArg * 8)(*[GridArg(*grids[i : i + 3], None, 0)
-                                                           for i in range(0, 3 * n, 3)]), clip, learned)  # fmt: skip
+                                                           for i in range(0, 3 * n, 3)]),
+                     clip, learned, (ctypes.c_double * 8)(*lsq))  # fmt: skip
         y, intact = guarded(torch.full_like(w, 99.0), shift)
         assert not kernels.emulated_mix(ctypes.byref(arg), pointer(y))
         expected = reference.mix_fake_quantize(w, scales, strengths, grids, clip, learned)
@@ -700,7 +706,7 @@ def test_mixture(kernels, name, dtype):
             factor = scales[k].double() if grids[3 * k] else torch.ones(rows, dtype=torch.float64)
             bound = error * (factor * size).sum() + 1e-30
             assert (to_strengths[k].double() - wanted[1][k].double()).abs() <= bound, (rows, cols, shift, k)
-            gain = float(strengths[k]) / (max(cols, 1) * max(grids[3 * k + 2], 1)) ** 0.5
+            gain = float(strengths[k]) * lsq[k]
             assert ((to_scales[k].double() - wanted[2][k].double()).abs() <= 2 * error * gain * size + 1e-30).all()
 
 
@@ -720,7 +726,8 @@ PACKED = {  # bits of a code (0: five trits a byte), grid, levels
     "nf4": (4, [3, 0, 0], NF4),
 }  # fmt: skip
 # (n, cols, groups): nothing, one scale, one a row, groups that end with words, inside words; rows of whole vectors
-PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), (18, 256, 8), (7, 2176, 17), (2, 96, 6)]
+PACKED_SHAPES = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), (18, 256, 8), (7, 2176, 17),
+                 (2, 96, 6)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -728,7 +735,7 @@ PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), 
 def test_packed_weights(kernels, name, dtype):
     """The decoded weight bit for bit; products of one, few and many inputs as exact as ``ops.packed_linear`` says."""
     bits, grid, levels = PACKED[name]
-    for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED, (0, 1))):
+    for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED_SHAPES, (0, 1))):
         g = torch.Generator().manual_seed(seed)
         bytes_of_row = contract.row_bytes(cols, bits)
         # the bytes of the last row end with the buffer's guard; bits past the last code are random

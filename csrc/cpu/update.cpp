@@ -1,4 +1,5 @@
 // The skewed updates on the CPU.
+#include "../checks.h"
 #include "run.h"
 
 namespace askew {
@@ -30,7 +31,7 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
   jobs.reserve(n);
   int64_t tiles = 0, elements = 0;
   size_t partial_rows = 0, partial_totals = 0;
-  const float* const pair = l.descent.pair(true);
+  const float* const pair = n ? l.descent.pair(l.params[0]) : nullptr;
   for (size_t i = 0; i < n; ++i) {  // every check comes before the first write
     const Tensor &w = l.params[i], &g = l.grads[i], &s = l.scales[i];
     const Matrix m = as_matrix(w, s);
@@ -43,7 +44,7 @@ void update(const Lists& l, int rule, const Hyper& hyper) {
     t.scale = static_cast<const float*>(s.data_ptr());
     t.rows = m.rows;
     t.cols = m.cols;
-    t.grid = grid_arg(l.grids.data() + 3 * i, l.levels[i]);
+    t.grid = grid_arg(l.grids.data() + 3 * i, l.levels[i], w);
     if (const Tensor* a = present(l.a, i, n, l.a_name)) {
       check_like(*a, w, l.a_name);
       STD_TORCH_CHECK(storage_type(*a, l.a_name) == t.type, l.a_name, ": expected the dtype of the parameter");
@@ -121,7 +122,7 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<std::vector<Tensor>> kept,
               std::optional<std::vector<Tensor>> firsts, std::optional<Tensor> coefficients) {
   Hyper h{};
-  set_rates(h, cpu_scalar(lr, "lr"), cpu_scalar(eps, "eps"));
+  set_rates(h, scalar(lr, "lr", true).value, scalar(eps, "eps", true).value);
   h.alpha = (float)alpha;
   h.weight_decay = (float)weight_decay;
   h.momentum = (float)momentum;
@@ -155,8 +156,8 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 bool skip_nonfinite, std::optional<std::vector<Tensor>> kept, std::optional<std::vector<Tensor>> firsts,
                 std::optional<Tensor> coefficients) {
   Hyper h{};
-  set_rates(h, cpu_scalar(lr, "lr"), cpu_scalar(eps, "eps"));
-  set_betas(h, beta1, beta2, cpu_scalar(step, "step"));
+  set_rates(h, scalar(lr, "lr", true).value, scalar(eps, "eps", true).value);
+  set_betas(h, beta1, beta2, scalar(step, "step", true).value);
   h.alpha = (float)alpha;
   h.weight_decay = (float)weight_decay;
   h.adam_eps = (float)adam_eps;

@@ -194,7 +194,7 @@ static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double
   else
     ASKEW_BY_TYPE(
         t.type,
-        ASKEW_BY_GRID(t.grid, (update_typed<T, Rule, Grid, AnyOptions, STATEFUL>(t, h, tile, row_sums, totals))))
+        ASKEW_BY_GRID(t.grid.kind, (update_typed<T, Rule, Grid, AnyOptions, STATEFUL>(t, h, tile, row_sums, totals))))
 }
 
 static void update(const UpdateTensor& t, int rule, const Hyper& h, Tile tile, double* row_sums, double* totals) {

@@ -1,4 +1,5 @@
 // The skewed updates on a GPU.
+#include "../checks.h"
 #include "run.h"
 
 namespace askew {
@@ -23,15 +24,15 @@ void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rat
   for (size_t i = 0; i < n; ++i) {  // every check comes before the first write
     const Tensor &w = l.params[i], &g = l.grads[i], &s = l.scales[i];
     cuda::UpdateTensor t{};
-    t.m = matrix(w, s);
+    t.m = as_matrix(w, s);
     t.type = storage_type(w, "params");
     STD_TORCH_CHECK(w.get_device_index() == l.params[0].get_device_index(), "params: expected one device");
     check_like(g, w, "grads");
     STD_TORCH_CHECK(storage_type(g, "grads") == t.type, "grads: expected the dtype of the parameter");
     t.w = w.data_ptr();
     t.g = g.data_ptr();
-    t.scale = scale_pointer(s);
-    t.grid = grid_arg(l.grids.data() + 3 * i, l.levels[i]);
+    t.scale = static_cast<const float*>(s.data_ptr());
+    t.grid = grid_arg(l.grids.data() + 3 * i, l.levels[i], w);
     if (const Tensor* a = present(l.a, i, n, l.a_name)) {
       check_like(*a, w, l.a_name);
       STD_TORCH_CHECK(storage_type(*a, l.a_name) == t.type, l.a_name, ": expected the dtype of the parameter");
@@ -66,10 +67,10 @@ void update(const Lists& l, int rule, const Hyper& hyper, const cuda::Rates& rat
     tensors[i] = t;
   }
   const OnDevice device(l.params[0]);
-  Tensor scratch = scratch_bytes(l.params[0], cuda::update_scratch(tensors.data(), n));
-  check_cuda(
-      cuda::update(tensors.data(), n, rule, hyper, rates, l.descent.pair(false), scratch.data_ptr(), device.stream),
-      name);
+  Tensor scratch = device.scratch(cuda::update_scratch(tensors.data(), n));
+  check_cuda(cuda::update(tensors.data(), n, rule, hyper, rates, l.descent.pair(l.params[0]), scratch.data_ptr(),
+                          device.stream),
+             name);
 }
 
 void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
@@ -78,7 +79,7 @@ void skew_sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector
               Tensor eps, double alpha, double momentum, double dampening, double weight_decay, bool nesterov,
               bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<std::vector<Tensor>> kept,
               std::optional<std::vector<Tensor>> firsts, std::optional<Tensor> coefficients) {
-  const cuda::Rates rates{scalar(lr, "lr"), scalar(eps, "eps"), {0, nullptr, false}, 0, 0};
+  const cuda::Rates rates{scalar(lr, "lr", false), scalar(eps, "eps", false), {0, nullptr, false}, 0, 0};
   Hyper h{};
   set_rates(h, rates.lr.value, rates.eps.value);
   h.alpha = (float)alpha;
@@ -113,7 +114,8 @@ void skew_adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
                 double beta2, double adam_eps, double weight_decay, bool direction, bool clamp, bool maximize,
                 bool skip_nonfinite, std::optional<std::vector<Tensor>> kept, std::optional<std::vector<Tensor>> firsts,
                 std::optional<Tensor> coefficients) {
-  const cuda::Rates rates{scalar(lr, "lr"), scalar(eps, "eps"), scalar(step, "step"), beta1, beta2};
+  const cuda::Rates rates{scalar(lr, "lr", false), scalar(eps, "eps", false), scalar(step, "step", false), beta1,
+                          beta2};
   Hyper h{};
   set_rates(h, rates.lr.value, rates.eps.value);
   set_betas(h, beta1, beta2, rates.step.value);

@@ -2,7 +2,7 @@
 // storage type and grid kind among up to kTensors tensors.
 #include <vector>
 
-#include "launch.cuh"
+#include "device.cuh"
 
 namespace askew {
 namespace cuda {
