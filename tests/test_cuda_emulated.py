@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from askew_kernels import contract, reference
+from askew_kernels.ops import RULES
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
@@ -56,34 +58,21 @@ class Scalar(ctypes.Structure):
 
 
 class Rates(ctypes.Structure):
-    _fields_ = [
-        ("lr", Scalar),
-        ("eps", Scalar),
-        ("step", Scalar),
-        ("beta1", ctypes.c_double),
-        ("beta2", ctypes.c_double),
-    ]
+    _fields_ = [("lr", Scalar), ("eps", Scalar), ("step", Scalar), ("numbers", ctypes.c_double * 4)]
 
 
 class Hyper(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_float)
-        for n in ("lr eps alpha cap weight_decay momentum one_minus_dampening one_minus_beta1 beta2 one_minus_beta2 "
-                  "adam_eps first_correction root_second_correction").split()
-    ] + [(n, ctypes.c_bool) for n in "nesterov direction clamp maximize skip_nonfinite".split()]  # fmt: skip
+    _fields_ = [("rule", ctypes.c_int), *((n, ctypes.c_float) for n in "lr eps alpha cap".split()),
+                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite".split()),
+                ("constants", ctypes.c_float * 8)]  # fmt: skip
 
 
 class UpdateTensor(ctypes.Structure):
-    _fields_ = (
-        [(n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()]
-        + [
-            ("type", ctypes.c_int),
-            ("dequantized_type", ctypes.c_int),
-            ("rows", ctypes.c_int64),
-            ("cols", ctypes.c_int64),
-        ]
-        + [("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p)]
-    )
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()),
+        ("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+        ("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class SamTensor(ctypes.Structure):
@@ -307,30 +296,13 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
-    "adamw": {"adamw": True, "weight_decay": 0.01, "clamp": True},
-    "adamw_direction": {"adamw": True, "direction": True, "skip_nonfinite": True},
-    "adamw_hold": {"adamw": True, "eps": 1.0},
+    "adamw": {"rule": "adamw", "weight_decay": 0.01, "clamp": True},
+    "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},
+    "adamw_hold": {"rule": "adamw", "eps": 1.0},
 }
 DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
             "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
-            "adamw": False, "step": 3.0, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8}  # fmt: skip
-
-
-def f32(value):
-    return float(torch.tensor(value, dtype=torch.float64).float())
-
-
-def hyper(o):
-    h = Hyper(lr=o["lr"], eps=o["eps"], alpha=o["alpha"], weight_decay=o["weight_decay"], momentum=o["momentum"])
-    h.cap = float(1 / (4 * torch.tensor(o["lr"], dtype=torch.float32)))
-    h.one_minus_dampening = 1 - o["dampening"]
-    h.one_minus_beta1, h.beta2, h.one_minus_beta2 = 1 - o["beta1"], o["beta2"], 1 - o["beta2"]
-    h.adam_eps = o["adam_eps"]
-    h.first_correction = 1 / (1 - o["beta1"] ** o["step"])
-    h.root_second_correction = 1 / (1 - o["beta2"] ** o["step"]) ** 0.5
-    for name in ("nesterov", "direction", "clamp", "maximize", "skip_nonfinite"):
-        setattr(h, name, o[name])
-    return h
+            "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
 
 
 def make_problem(specs, o, seed):
@@ -344,12 +316,12 @@ def make_problem(specs, o, seed):
         if o.get("bad_gradients") and grad.numel() > 4:
             grad.view(-1)[::5] = float("nan")
             grad.view(-1)[1::7] = -float("inf")
-        state = torch.randn(rows, cols, generator=g).to(dtype)
-        has_a = o["momentum"] != 0 or o["adamw"]
+        state = torch.randn(rows, cols, generator=g).to(dtype), torch.rand(rows, cols, generator=g).to(dtype)
+        buffers = len(RULES[o["rule"]].buffers) if RULES[o["rule"]].keeps_buffers(o) else 0
         p["params"].append(w)
         p["grads"].append(grad)
-        p["a"].append(state if has_a else torch.empty(0, dtype=dtype))
-        p["b"].append(torch.rand(rows, cols, generator=g).to(dtype) if o["adamw"] else torch.empty(0, dtype=dtype))
+        for k in range(2):
+            p["ab"[k]].append(state[k] if k < buffers else torch.empty(0, dtype=dtype))
         p["scales"].append(scale)
         p["levels"].append(GRIDS[grid][1])
         p["grids"].append(GRIDS[grid][0])
@@ -386,8 +358,11 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
         t.rows, t.cols = rows, cols
         t.kept, t.first = (pointer(list[i]) if list else None for list in (kept, firsts))
         t.grid = grid_arg(grid)
-    h = hyper(o)
-    rates = Rates(Scalar(0, None, False), Scalar(0, None, False), Scalar(0, None, False), o["beta1"], o["beta2"])
+    h = Hyper(list(RULES).index(o["rule"]), alpha=o["alpha"])
+    for name in ("direction", "clamp", "maximize", "skip_nonfinite"):
+        setattr(h, name, o[name])
+    rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step")))
+    rates.numbers[:] = [*RULES[o["rule"]].numbers_of(o), *[math.nan] * 4][:4]
     if on_device:
         lr, eps, step = torch.tensor(o["lr"]), torch.tensor(o["eps"], dtype=torch.float64), torch.tensor(o["step"])
         rates.lr, rates.eps, rates.step = (
@@ -395,40 +370,24 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
             Scalar(0, eps.data_ptr(), True),
             Scalar(0, step.data_ptr(), False),
         )
-        h.lr = h.eps = h.cap = h.first_correction = h.root_second_correction = float("nan")
+        h.lr = h.eps = h.cap = math.nan
+        h.constants[:] = [math.nan] * 8
     assert not kernels.emulated_update(
-        tensors,
-        ctypes.c_size_t(len(specs)),
-        int(o["adamw"]),
-        ctypes.byref(h),
-        ctypes.byref(rates),
-        pointer(coefficients),
+        tensors, ctypes.c_size_t(len(specs)), ctypes.byref(h), ctypes.byref(rates), pointer(coefficients)
     )
     return out, all(intact() for intact in guards)
 
 
 def run_reference(p, o):
     out = {k: [t.clone() for t in p[k]] for k in WRITTEN}
-    lists = [out["params"], p["grads"], out["a"]] + ([out["b"]] if o["adamw"] else [])
-    lists += [
-        p["scales"],
-        p["levels"],
-        [v for g in p["grids"] for v in g],
-        out["dequantized"],
-        out["row_sums"],
-        out["totals"],
-    ]
+    row = RULES[o["rule"]]
+    states = [*out["a"], *out["b"]][: len(row.buffers) * len(p["params"])]
     lr, eps = torch.tensor(o["lr"], dtype=torch.float64), torch.tensor(o["eps"], dtype=torch.float64)
-    tail = [o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")]
-    if o["adamw"]:
-        step = torch.tensor(o["step"])
-        reference.skew_adamw_(
-            *lists, step, lr, eps, o["alpha"], o["beta1"], o["beta2"], o["adam_eps"], o["weight_decay"], *tail
-        )
-    else:
-        reference.skew_sgd_(
-            *lists, lr, eps, o["alpha"], o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], *tail
-        )
+    getattr(reference, row.operator)(
+        out["params"], p["grads"], states, p["scales"], p["levels"], [v for g in p["grids"] for v in g],
+        out["dequantized"], out["row_sums"], out["totals"], torch.tensor(o["step"]), lr, eps, o["alpha"],
+        row.numbers_of(o), *(o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")),
+    )  # fmt: skip
     return out
 
 

@@ -23,6 +23,7 @@ from oracles import DTYPES, EPSILON, GRANULARITIES, GRIDS, Binary, Codebook, Ter
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
+from askew_kernels.ops import RULES
 from askew_kernels.quant import compute_scale
 
 GRID_NAMES = list(GRIDS)
@@ -866,15 +867,12 @@ def operator_samples():
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
-        rates = (torch.tensor(0.1), torch.tensor(0.3))
-        yield "skew_sgd_", (
-            [x.clone()], [x + 1], [torch.zeros(3, 20)], [s], [levels], grid, *outs, *rates, 1.0, 0.9, 0.0, 0.1, False,
-            False, True, False, False,
-        )  # fmt: skip
-        yield "skew_adamw_", (
-            [x.clone()], [x + 1], [torch.zeros(3, 20)], [torch.ones(3, 20)], [s], [levels], grid, *outs,
-            torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.1, False, True, False, False,
-        )  # fmt: skip
+        for rule in RULES.values():
+            yield rule.operator, (
+                [x.clone()], [x + 1], [torch.ones(3, 20) for _ in rule.buffers], [s], [levels], grid, *outs,
+                torch.tensor(1.0), torch.tensor(0.1), torch.tensor(0.3), 1.0,
+                rule.numbers_of({**rule.defaults, "momentum": 0.9, "weight_decay": 0.1}), False, True, False, False,
+            )  # fmt: skip
     x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
     scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])
     candidates = [1, -2, 1, 0, 0, 0]

@@ -10,27 +10,13 @@ struct Tile {
   int64_t row0, row1, col0, col1;
 };
 
-struct UpdateTensor {
-  void* w;
-  const void* g;
-  void* a;  // momentum or first moment; may be null for SGD
-  void* b;  // second moment; AdamW only
-  const float* scale;
-  void* dequantized;  // may be null
-  int type, dequantized_type;
-  int64_t rows, cols;
-  GridArg grid;
-  const void* kept;   // read in place of w, whose content does not matter then; may be null
-  const void* first;  // a gradient whose mean with g takes g's place; may be null
-};
-
 struct Loops {
   void (*quantize)(const QuantizeArg&, Tile);
   // sums: [rows of the tile][kRowSums]
   void (*row_sums)(const QuantizeArg&, Tile, double* sums);
   // row_sums (may be null): [rows of the tile][kRowSums], of the weights after the step; totals (may be null):
   // [kTotals], overwritten
-  void (*update)(const UpdateTensor&, int rule, const Hyper&, Tile, double* row_sums, double* totals);
+  void (*update)(const UpdateTensor&, const Hyper&, Tile, double* row_sums, double* totals);
   // Columns of one flat tensor; the sum for kSamNorm, else 0. `past_caches`: what is only written is stored with
   // non-temporal stores, which wants the written tensors aligned to 64 bytes.
   double (*sam)(SamPass, const SamTensor&, SamArg, bool past_caches, Tile);

@@ -15,35 +15,12 @@ cudaError_t quantize(const QuantizeArg& a, cudaStream_t stream);
 size_t row_sums_scratch(const QuantizeArg& a);
 cudaError_t row_sums(const QuantizeArg& a, float* sums, void* scratch, cudaStream_t stream);
 
-struct UpdateTensor {
-  void* w;
-  const void* g;
-  void* a;  // momentum or first moment; may be null for SGD
-  void* b;  // second moment; AdamW only
-  const float* scale;
-  void* dequantized;  // may be null
-  float* row_sums;    // (rows, kRowSums) of the weights after the step; may be null
-  double* totals;     // (kTotals); may be null
-  int type, dequantized_type;
-  Matrix m;
-  GridArg grid;
-  const void* kept;   // read in place of w, whose content does not matter then; may be null
-  const void* first;  // a gradient whose mean with g takes g's place; may be null
-};
-
-// Replaces members of Hyper where they stand on the device.
-struct Rates {
-  Scalar lr, eps, step;  // step: AdamW only
-  double beta1, beta2;
-  bool on_device() const { return lr.device || eps.device || step.device; }
-};
-
-// One step of `rule` for a list of tensors. h is complete where no rate is on the device. scratch: update_scratch
+// One step for a list of tensors. h is complete where no rate is on the device. scratch: update_scratch
 // bytes of device memory, aligned to 8. coefficients: (c, a) on the device, needed where a tensor has a `first`, which
 // does not count where both are 0.
 size_t update_scratch(const UpdateTensor* tensors, size_t n);
-cudaError_t update(const UpdateTensor* tensors, size_t n, int rule, const Hyper& h, const Rates& rates,
-                   const float* coefficients, void* scratch, cudaStream_t stream);
+cudaError_t update(const UpdateTensor* tensors, size_t n, const Hyper& h, const Rates& rates, const float* coefficients,
+                   void* scratch, cudaStream_t stream);
 
 // One sharpness-aware pass over a list of tensors. coefficients: (c, a) on the device; null for the norm and restore.
 // scratch: sam_norm_scratch bytes of device memory, aligned to 8.

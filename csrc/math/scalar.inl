@@ -9,11 +9,15 @@ ASKEW_FN float negate_where_negative(float a, float by) {  // by the sign bit, o
 }
 ASKEW_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
 ASKEW_FN float root(float a) { return __fsqrt_rn(a); }
+ASKEW_FN double root(double a) { return sqrt(a); }
+ASKEW_FN double power(double a, double b) { return pow(a, b); }
 #else
 ASKEW_FN float absolute(float a) { return a < 0.f ? -a : (a == 0.f ? 0.f : a); }
 ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
 ASKEW_FN float divide(float a, float b) { return a / b; }
 ASKEW_FN float root(float a) { return __builtin_sqrtf(a); }
+ASKEW_FN double root(double a) { return __builtin_sqrt(a); }
+ASKEW_FN double power(double a, double b) { return __builtin_pow(a, b); }
 #endif
 
 template <class F>

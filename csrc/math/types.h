@@ -8,7 +8,6 @@ namespace askew {
 // kFloat: every number is a level; only among the candidates of a mixture
 enum GridKind : int { kFloat = 0, kUniform = 1, kBinary = 2, kCodebook = 3 };
 enum StorageType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum Rule : int { kSgd = 0, kAdamW = 1 };
 
 ASKEW_FN constexpr int type_size(int type) { return type == kFloat32 ? 4 : 2; }
 ASKEW_FN constexpr int grid_step(int kind) { return kind == kBinary ? 2 : 1; }  // between levels, but for a codebook
@@ -49,13 +48,34 @@ struct QuantizeArg {  // one elementwise pass over a matrix, or the sums of its 
   Scalar eps;
 };
 
+constexpr int kMostBuffers = 2, kMostNumbers = 4, kMostConstants = 8;  // of a rule of the update
+
 struct Hyper {                // one optimizer step, the same for every tensor of the list
+  int rule;                   // its place among math's Rules
   float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
-  float weight_decay;
-  float momentum, one_minus_dampening;                      // Sgd
-  float one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW; 1 - beta rounded once, from double
-  float first_correction, root_second_correction;           // 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
-  bool nesterov, direction, clamp, maximize, skip_nonfinite;
+  bool direction, clamp, maximize, skip_nonfinite;
+  float constants[kMostConstants];  // the rule's members
+};
+
+struct Rates {  // what Hyper follows from and may stand on the device
+  Scalar lr, eps, step;
+  double numbers[kMostNumbers];  // the rule's, always on the host
+  bool on_device() const { return lr.device || eps.device || step.device; }
+};
+
+struct UpdateTensor {  // what is absent is null
+  void* w;
+  const void* g;
+  void* state[kMostBuffers];  // the rule's buffers
+  const float* scale;
+  void* dequantized;
+  float* row_sums;  // (rows, kRowSums) of the weights after the step
+  double* totals;   // (kTotals)
+  int type, dequantized_type;
+  Matrix m;
+  GridArg grid;
+  const void* kept;   // read in place of w, whose content does not matter then
+  const void* first;  // a gradient whose mean with g takes g's place
 };
 
 constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte

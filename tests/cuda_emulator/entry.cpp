@@ -42,10 +42,15 @@ int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float
   auto scratch = poisoned(cuda::row_sums_scratch(a));
   return cuda::row_sums(a, sums, scratch.data(), nullptr);
 }
-int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates,
+int emulated_update(const UpdateTensor* tensors, size_t n, const Hyper* switches, const Rates* rates,
                     const float* coefficients) {
   auto scratch = poisoned(cuda::update_scratch(tensors, n));
-  return cuda::update(tensors, n, rule, *h, *rates, coefficients, scratch.data(), nullptr);
+  Hyper h = *switches;
+  if (!rates->on_device())
+    cuda::with_rule(h.rule, cuda::Rules{}, [&](auto rule) {
+      cuda::set_rates<decltype(rule)>(h, rates->lr.value, rates->eps.value, rates->step.value, rates->numbers);
+    });
+  return cuda::update(tensors, n, h, *rates, coefficients, scratch.data(), nullptr);
 }
 int emulated_sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum) {
   auto scratch = poisoned(cuda::sam_norm_scratch(tensors, n));
