@@ -296,9 +296,9 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
-    "adamw": {"rule": "adamw", "weight_decay": 0.01, "clamp": True},
     "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},
     "adamw_hold": {"rule": "adamw", "eps": 1.0},
+    **{rule: {"rule": rule, "weight_decay": 0.01, "clamp": True} for rule in RULES if rule != "sgd"},
 }
 DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
             "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
@@ -455,12 +455,12 @@ def test_update(kernels, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["momentum", *list(RULES)[1:]])
 def test_update_shapes(kernels, name, dtype):
     check_update(kernels, specs_for(dtype, ["uniform4", "binary"], SHAPES), {**DEFAULTS, **OPTIONS[name]}, 11)
 
 
-@pytest.mark.parametrize("name", ["clamp", "hold", "adamw", "adamw_direction"])
+@pytest.mark.parametrize("name", ["clamp", "hold", "adamw_direction", *list(RULES)[1:]])
 def test_update_with_rates_on_the_device(kernels, name):
     o = {**DEFAULTS, **OPTIONS[name]}
     check_update(kernels, specs_for(torch.float32, ["uniform4", "nf4"], [(3, 64), (1, 9)]), o, 5, on_device=True)
@@ -590,7 +590,7 @@ def test_sam_norm(kernels, dtype):
 
 
 @pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
-@pytest.mark.parametrize("name", ["clamp", "adamw"])
+@pytest.mark.parametrize("name", ["clamp", *list(RULES)[1:]])
 def test_descent_inside_the_update(kernels, name, coefficients):
     """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
     o = {**DEFAULTS, **OPTIONS[name]}

@@ -50,9 +50,9 @@ struct RuleList {
 };
 typedef RuleList<Sgd, AdamW> Rules;  // the number of a rule is its place
 
-// body(Rule{}) of the rule with this number.
+// body(Rule{}) of the rule with this number; on the host.
 template <class... Rule, class Body>
-ASKEW_FN void with_rule(int number, RuleList<Rule...>, const Body& body) {
+static inline void with_rule(int number, RuleList<Rule...>, const Body& body) {
   int place = 0;
   ((place++ == number ? body(Rule{}) : void()), ...);
 }
