@@ -22,9 +22,7 @@ class Rule(NamedTuple):
     text: str  # for the public functions: where the rule comes from
     counts: bool = False  # whether the mathematics needs the number of the step, kept as ``state["step"]``
     buffers_if: str = ""  # the hyper-parameter that is 0 where no buffers are kept; "": they always are
-    at_first: Mapping[
-        str, float
-    ] = {}  # hyper-parameters of a weight's first step (its buffers zero), where they differ
+    at_first: Mapping[str, float] = {}  # hyper-parameters of a weight's first step, its buffers zero, that differ
     torch_names: Mapping[str, str] = {}  # hyper-parameters that torch.optim calls otherwise
 
     @property

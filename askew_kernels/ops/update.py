@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from inspect import Parameter, Signature
+from inspect import Parameter, Signature, signature
 from textwrap import fill
 from typing import Any
 
@@ -45,10 +45,11 @@ class SkewStats:
 
 
 def _checked_update(
-    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor] | None],
-    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float, skew: str,
-    clamp: bool, dequantized: Sequence[Tensor] | None, stats: SkewStats | None, maximize: bool, skip_nonfinite: bool,
-    step: float | Tensor | None = None, grads_name: str = "grads", **options: Any,
+    rule: Rule, states: Sequence[Sequence[Tensor] | None], grads_name: str, /, params: Sequence[Tensor],
+    grads: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor | None = None,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, skew: str = "gradient", clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, maximize: bool = False,
+    skip_nonfinite: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
     numbers = rule.numbers_of(options)
@@ -156,7 +157,7 @@ _TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each t
               = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
         w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)
 
-    ``skew="gradient"``: -v then replaces the gradient in {0}'s rule, which is
+    ``skew="gradient"``: -v then replaces the gradient in {0}'s rule:
 
 {1}
 
@@ -170,37 +171,31 @@ _TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each t
 
 
 def _public(rule: Rule) -> Callable[..., None]:
-    """The checked function of a rule: its state lists and hyper-parameters stand among the arguments shared by all."""
-    tensors, rate, no_list = "Sequence[Tensor]", "float | Tensor", "Sequence[Tensor] | None"
-    states = [key + "s" for key in rule.buffers]
-    lists = [(name, no_list if rule.buffers_if and name in states else tensors)
-             for name in ("params", "grads", *states, "scales")]  # fmt: skip
-    options: list[tuple[str, str, Any]] = [("step", rate, Parameter.empty)] if rule.counts else []
-    options += [("lr", rate, Parameter.empty), ("eps", rate, Parameter.empty), ("alpha", "float", 1.0)]
-    options += [(name, type(default).__name__, default) for name, default in rule.defaults.items() if name != "lr"]
-    options += [
-        ("skew", "str", "gradient"), ("clamp", "bool", True), ("dequantized", no_list, None),
-        ("stats", "SkewStats | None", None), ("maximize", "bool", False), ("skip_nonfinite", "bool", False),
+    """The checked function of a rule: its buffers stand after the gradients, its hyper-parameters after ``alpha``."""
+    _, _, _, params, grads, scales, grids, step, lr, eps, alpha, *rest, _ = signature(
+        _checked_update
+    ).parameters.values()
+    buffers = [grads.replace(name=key + "s") for key in rule.buffers]
+    if rule.buffers_if:
+        buffers = [b.replace(annotation=f"{b.annotation} | None") for b in buffers]
+    count = [step.replace(default=Parameter.empty, annotation=lr.annotation)] if rule.counts else []
+    numbers = [
+        Parameter(key, Parameter.KEYWORD_ONLY, default=value, annotation=type(value).__name__)
+        for key, value in rule.defaults.items() if key != "lr"
     ]  # fmt: skip
-    signature = Signature(
-        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-         for name, kind in (*lists, ("grids", "Sequence[Any]"))]
-        + [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-           for name, kind, default in options],
-        return_annotation="None",
-    )  # fmt: skip
+    arguments = [params, grads, *buffers, scales, grids, *count, lr, eps, alpha, *numbers, *rest]
+    own = Signature(arguments, return_annotation="None")
 
-    def update(params: Sequence[Tensor], *args: Any, **given: Any) -> None:
-        bound = signature.bind(params, *args, **given)
-        bound.apply_defaults()
-        arguments = bound.arguments
-        _checked_update(rule, states=[arguments.pop(name) for name in states], **arguments)
+    def update(params: Sequence[Tensor], *args: Any, **options: Any) -> None:
+        given = own.bind(params, *args, **options)
+        given.apply_defaults()
+        states = [given.arguments.pop(b.name) for b in buffers]
+        _checked_update(rule, states, "grads", **given.arguments)
 
+    text = fill(rule.text, 116, initial_indent="    ", subsequent_indent="    ")
     update.__name__ = update.__qualname__ = rule.operator
-    update.__doc__ = _TEXT.format(
-        rule.title, fill(rule.text, 116, initial_indent=" " * 4, subsequent_indent=" " * 4), ", ".join(states)
-    )
-    update.__signature__ = signature  # type: ignore[attr-defined]
+    update.__doc__ = _TEXT.format(rule.title, text, ", ".join(b.name for b in buffers))
+    update.__signature__ = own  # type: ignore[attr-defined]
     return in_place()(update)
 
 
@@ -219,7 +214,7 @@ def skew_direction_(
     errors as there; ``stats.totals`` hold d·v in place of g·v, and d that are inf or NaN as ``nonfinite``.
     """
     _checked_update(
-        RULES["sgd"], params, directions, [], scales, grids, eps=eps, alpha=alpha, skew="direction", clamp=clamp,
-        dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite, grads_name="directions",
+        RULES["sgd"], [], "directions", params, directions, scales, grids, eps=eps, alpha=alpha, skew="direction",
+        clamp=clamp, dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite,
         **{**RULES["sgd"].defaults, "lr": lr},
     )  # fmt: skip

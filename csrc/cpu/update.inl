@@ -9,43 +9,30 @@ struct Trace {
   alignas(64) float level[kBand], excess[kBand], descent[kBand], gradient[kBand];
 };
 
-// The usual step: plain gradients, no options of the rule's, clamped exactly where it is constrained, no totals.
-template <class R, bool CONSTRAINED>
-struct UsualOptions {
-  static constexpr bool kUsual = true;
-  Hyper hyper;
-  R rule;
-  ASKEW_INLINE bool constrained() const { return CONSTRAINED; }
-  ASKEW_INLINE bool clamp() const { return CONSTRAINED; }
-  ASKEW_INLINE bool direction() const { return false; }
-  ASKEW_INLINE bool maximize() const { return false; }
-  ASKEW_INLINE bool skip_nonfinite() const { return false; }
-};
-
-// What a band of the step reads and writes.
-struct StepStreams {
-  Stream w, g, state[kMostBuffers];
-  Stream excess, descent, gradient;  // the trace; null if not traced
-};
+// The streams of a step. Excess, descent and gradient are the trace, null if not traced; from kState on, the buffers.
+enum StepStream : int { kW, kG, kExcess, kDescent, kGradient, kState, kMostStreams = kState + kMostBuffers };
 
 // The step itself. It also brings in what comes next, so that memory keeps busy while this is computed.
 template <int T, class Grid, class Options, int BUFFERS>
 struct StepLoop {
-  static constexpr int kStreams = 5 + BUFFERS, kTrace = 2 + BUFFERS;
-  Stream streams[kStreams];  // w, g, the buffers, the trace
+  static constexpr int kStreams = kState + BUFFERS;
+  Stream streams[kStreams];
   Row<vf, Grid> row;
   Options options;
 
-  // One vector or pair; returns the new weights as they are stored.
+  // One vector or pair.
   template <class F>
-  ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row, int64_t ahead) const {
-    for (int k = 0; k < kTrace; ++k)
-      for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) prefetch<T>(streams[k], i + c, ahead);
+  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, int64_t ahead) const {
+    for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) {
+      prefetch<T>(streams[kW], i + c, ahead);
+      prefetch<T>(streams[kG], i + c, ahead);
+      for (int k = kState; k < kStreams; ++k) prefetch<T>(streams[k], i + c, ahead);
+    }
     F old, g, state[kMostBuffers], before[kMostBuffers];
-    load<T>(streams[0], i, old);
-    load<T>(streams[1], i, g);
+    load<T>(streams[kW], i, old);
+    load<T>(streams[kG], i, g);
     for (int k = 0; k < BUFFERS; ++k) {
-      load<T>(streams[2 + k], i, state[k]);
+      load<T>(streams[kState + k], i, state[k]);
       before[k] = state[k];
     }
     Stepped<F> s = step_weight(old, g, state, BUFFERS > 0, row, options);
@@ -55,14 +42,13 @@ struct StepLoop {
       s.descent = select(finite, s.descent, F{});
       for (int k = 0; k < BUFFERS; ++k) state[k] = select(finite, state[k], before[k]);
     }
-    store<T>(streams[0], i, s.w);
-    for (int k = 0; k < BUFFERS; ++k) store<T>(streams[2 + k], i, state[k]);
-    if (!Options::kUsual && streams[kTrace].data) {
-      store<kFloat32>(streams[kTrace], i, s.excess);
-      store<kFloat32>(streams[kTrace + 1], i, s.descent);
-      store<kFloat32>(streams[kTrace + 2], i, g);
+    store<T>(streams[kW], i, s.w);
+    for (int k = 0; k < BUFFERS; ++k) store<T>(streams[kState + k], i, state[k]);
+    if (!Options::kUsual && streams[kExcess].data) {
+      store<kFloat32>(streams[kExcess], i, s.excess);
+      store<kFloat32>(streams[kDescent], i, s.descent);
+      store<kFloat32>(streams[kGradient], i, g);
     }
-    return s.w;
   }
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const StepLoop l = *this;  // what a store cannot change
@@ -74,44 +60,28 @@ struct StepLoop {
 };
 
 template <int T, class Grid>
-using Step = void (*)(const StepStreams&, const Row<vf, Grid>&, const Hyper&, int64_t base, int64_t c0, int64_t c1);
+using Step = void (*)(const Stream* streams, const Row<vf, Grid>&, const Hyper&, int64_t base, int64_t c0, int64_t c1);
 
 template <int T, class Grid, class Options, int BUFFERS>
-static void step_columns(const StepStreams& s, const Row<vf, Grid>& row, const Hyper& h, int64_t base, int64_t c0,
+static void step_columns(const Stream* streams, const Row<vf, Grid>& row, const Hyper& h, int64_t base, int64_t c0,
                          int64_t c1) {
-  StepLoop<T, Grid, Options, BUFFERS> loop{{s.w, s.g}, row, {h, rule_of<decltype(Options::rule)>(h)}};
-  for (int k = 0; k < BUFFERS; ++k) loop.streams[2 + k] = s.state[k];
-  Stream* const trace = loop.streams + loop.kTrace;
-  trace[0] = s.excess;
-  trace[1] = s.descent;
-  trace[2] = s.gradient;
+  StepLoop<T, Grid, Options, BUFFERS> loop{{}, row, {h, rule_of<typename Options::Rule>(h)}};
+  for (int k = 0; k < loop.kStreams; ++k) loop.streams[k] = streams[k];
   for_columns(loop, base, c0, c1);
 }
 
-// The levels where the step starts, for the trace.
-template <int T, class Grid>
+// For the trace, the levels where the step starts; AFTER it, 1 in their place where the level has changed, 0 elsewhere.
+template <int T, class Grid, bool AFTER>
 struct LevelsLoop {
   static constexpr int kStreams = 2;
   Stream streams[kStreams];  // w, level
   Row<vf, Grid> row;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const LevelsLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
-      store<kFloat32>(l.streams[1], i, nearest_level(load<T>(l.streams[0], i), l.row));
-  }
-};
-
-// Replaces the old levels of the trace by 1 where the level has changed, 0 elsewhere.
-template <int T, class Grid>
-struct FlipsLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // w, level
-  Row<vf, Grid> row;
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const FlipsLoop l = *this;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      vi changed = nearest_level(load<T>(l.streams[0], i), l.row) != load<kFloat32>(l.streams[1], i);
-      store<kFloat32>(l.streams[1], i, select(changed, vf{} + 1.f, vf{}));
+      vf level = nearest_level(load<T>(l.streams[0], i), l.row);
+      if (AFTER) level = select(level != load<kFloat32>(l.streams[1], i), vf{} + 1.f, vf{});
+      store<kFloat32>(l.streams[1], i, level);
     }
   }
 };
@@ -156,12 +126,12 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> st
     const int64_t base = r * t.m.cols;
     for (int64_t c = tile.col0; c < tile.col1; c += kBand) {
       const int64_t n = c + kBand < tile.col1 ? kBand : tile.col1 - c, padded = (n + 15) / 16 * 16;
-      StepStreams streams{w, g};
-      for (int k = 0; k < kMostBuffers; ++k) streams.state[k] = {t.state[k], size, true};
+      Stream streams[kMostStreams] = {w, g};
+      for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
       if (t.kept) for_columns(CopyLoop<T, false>{{w, {(void*)t.kept, size, false}}}, base, c, c + n);
       if (t.first) {
-        streams.g = {mean - (base + c) * size, size, true};
-        for_columns(SamMeanLoop<T>{{streams.g, g, {(void*)t.first, size, false}}}, base, c, c + n);
+        streams[kG] = {mean - (base + c) * size, size, true};
+        for_columns(SamMeanLoop<T>{{streams[kG], g, {(void*)t.first, size, false}}}, base, c, c + n);
       }
       if (totals && traced + padded > kBand) {
         add_trace(trace, traced, h.skip_nonfinite, lanes);
@@ -170,14 +140,14 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> st
       const auto part = [&](float* of) { return Stream{of + traced - (base + c), 4, true}; };  // at an element's index
       const Stream level = part(trace.level);
       if (totals) {
-        streams.excess = part(trace.excess);
-        streams.descent = part(trace.descent);
-        streams.gradient = part(trace.gradient);
-        for_columns(LevelsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
+        streams[kExcess] = part(trace.excess);
+        streams[kDescent] = part(trace.descent);
+        streams[kGradient] = part(trace.gradient);
+        for_columns(LevelsLoop<T, Grid, false>{{w_read, level}, row}, base, c, c + n);
       }
       step(streams, row, h, base, c, c + n);
       if (totals) {
-        for_columns(FlipsLoop<T, Grid>{{w_read, level}, row}, base, c, c + n);
+        for_columns(LevelsLoop<T, Grid, true>{{w_read, level}, row}, base, c, c + n);
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
           for (int64_t gap = n; gap < padded; ++gap) of[traced + gap] = 0;
         traced += padded;
@@ -206,16 +176,16 @@ template <class Rule, int BUFFERS>
 static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
   const bool usual = !totals && !h.direction && !h.maximize && !h.skip_nonfinite && rule_of<Rule>(h).usual() &&
                      h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
-  if (usual)
-    update_typed<kFloat32, UniformGrid>(t, h,
-                                        h.clamp
-                                            ? step_columns<kFloat32, UniformGrid, UsualOptions<Rule, true>, BUFFERS>
-                                            : step_columns<kFloat32, UniformGrid, UsualOptions<Rule, false>, BUFFERS>,
-                                        tile, row_sums, totals);
-  else
-    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid.kind,
-                                        (update_typed<T, Grid>(t, h, step_columns<T, Grid, AnyOptions<Rule>, BUFFERS>,
-                                                               tile, row_sums, totals))))
+  if (usual) {
+    const auto step = h.clamp ? step_columns<kFloat32, UniformGrid, StepOptions<Rule, kConstrainedStep>, BUFFERS>
+                              : step_columns<kFloat32, UniformGrid, StepOptions<Rule, kFreeStep>, BUFFERS>;
+    update_typed<kFloat32, UniformGrid>(t, h, step, tile, row_sums, nullptr);
+  } else {
+    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid.kind, {
+                    const auto step = step_columns<T, Grid, StepOptions<Rule>, BUFFERS>;
+                    update_typed<T, Grid>(t, h, step, tile, row_sums, totals);
+                  }))
+  }
 }
 
 static void update(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {

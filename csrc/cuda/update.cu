@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
   }
 
   const void* const first = t.first && (list.coefficients[0] != 0.f || list.coefficients[1] != 0.f) ? t.first : nullptr;
-  const AnyOptions<Rule> options{h, rule_of<Rule>(h)};
+  const StepOptions<Rule> options{h, rule_of<Rule>(h)};
   Walk<T> walk(t.cut, block);
   Sums sums{0, 0, 0};
   Totals totals{};

@@ -75,17 +75,21 @@ ASKEW_FN void set_rates(Hyper& h, double lr, double eps, double step, const doub
   __builtin_memcpy(h.constants, &rule, sizeof(Rule));
 }
 
-// The step's switches as Hyper has them. The CPU loops have a second kind, with the usual ones known to the compiler.
-template <class R>
-struct AnyOptions {
-  static constexpr bool kUsual = false;
+// The usual step, known to the compiler: plain gradients, nothing but descent<true> of the rule, clamped exactly where
+// it is constrained (at eps = 1 all is feasible), no totals. For any other the switches are as Hyper has them.
+enum StepKind : int { kAnyStep, kFreeStep, kConstrainedStep };
+
+template <class R, StepKind KIND = kAnyStep>
+struct StepOptions {
+  typedef R Rule;
+  static constexpr bool kUsual = KIND != kAnyStep;
   Hyper hyper;
   R rule;
-  ASKEW_INLINE bool constrained() const { return hyper.eps < 1.f; }  // at eps = 1 all is feasible
-  ASKEW_INLINE bool clamp() const { return hyper.clamp; }
-  ASKEW_INLINE bool direction() const { return hyper.direction; }
-  ASKEW_INLINE bool maximize() const { return hyper.maximize; }
-  ASKEW_INLINE bool skip_nonfinite() const { return hyper.skip_nonfinite; }
+  ASKEW_INLINE bool constrained() const { return kUsual ? KIND == kConstrainedStep : hyper.eps < 1.f; }
+  ASKEW_INLINE bool clamp() const { return kUsual ? constrained() : hyper.clamp; }
+  ASKEW_INLINE bool direction() const { return !kUsual && hyper.direction; }
+  ASKEW_INLINE bool maximize() const { return !kUsual && hyper.maximize; }
+  ASKEW_INLINE bool skip_nonfinite() const { return !kUsual && hyper.skip_nonfinite; }
 };
 
 template <class F>
