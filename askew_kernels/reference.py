@@ -374,6 +374,16 @@ def skew_adamw_(g, w, state, numbers, step):
     return descent + weight_decay * w if weight_decay else descent, [first, second]
 
 
+@_skewed
+def skew_lion_(g, w, state, numbers, step):
+    """Lion (Chen et al., 2023); state: the moving average of gradients."""
+    beta1, beta2, weight_decay = numbers
+    c = beta1 * state[0] + (1 - beta1) * g
+    sign = torch.where(c == c, torch.sign(c), c)  # torch's own sign of NaN is 0
+    descent = sign + weight_decay * w if weight_decay else sign
+    return descent, [beta2 * state[0] + (1 - beta2) * g]
+
+
 # ---- sharpness-aware perturbations ------------------------------------------------------------------------------
 
 

@@ -463,6 +463,25 @@ def test_skew_adamw_equals_the_oracle(name, dtype, case, backend, generator):
         assert (np.abs(oracles.as64(got) - exact) <= relative * (1 + np.abs(exact))).all()
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_is_the_published_one(weight_decay, backend, generator):
+    """Chen et al., 2023, algorithm 2, bit for bit where nothing is constrained; signs of 0 and NaN."""
+    w, m = (torch.randn(4, 300, generator=generator) for _ in range(2))
+    new, new_m, lr, (beta1, beta2) = w.clone(), m.clone(), 0.01, (0.95, 0.98)
+    for _ in range(20):
+        g = torch.randn(4, 300, generator=generator)
+        m[0, :2], g[0, :2] = 0, torch.tensor([0.0, -0.0])
+        g[1, 0] = math.nan
+        new_m[0, :2] = 0
+        options = dict(lr=lr, eps=1.0, clamp=False, betas=(beta1, beta2), weight_decay=weight_decay)
+        ops.skew_lion_([new], [g], [new_m], [torch.ones(1)], [Uniform(4)], **options)
+        c = beta1 * m + (1 - beta1) * g
+        w = w - lr * (torch.where(c.isnan(), c, torch.sign(c)) + weight_decay * w)
+        m = beta2 * m + (1 - beta2) * g
+        assert oracles.same_values(new, w) and oracles.same_values(new_m, m)
+    assert new[1, 0].isnan() and new.isfinite().sum() == w.numel() - 1
+
+
 def test_published_binary_rule(backend, generator):
     """ASkewSGD's binary constraint eps - (w^2 - 1)^2, its own derivative, and its case distinction, scale 1."""
     eps, alpha, lr = 0.2, 0.7, 0.01

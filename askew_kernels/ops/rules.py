@@ -68,5 +68,10 @@ RULES = {
              "the moments updated first. ``step`` counts from 1.",
              counts=True,
              torch_names={"adam_eps": "eps"}),
+        Rule("lion", "Lion", ("exp_avg",), ("betas.0", "betas.1", "weight_decay"),
+             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
+             "Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023: the direction is "
+             "-sign(beta1 m + (1 - beta1) g) - weight_decay w, with sign(0) = 0 and NaN left NaN, and then "
+             "m <- beta2 m + (1 - beta2) g."),
     )
 }  # fmt: skip

@@ -279,6 +279,21 @@ def adamw_constants(corrections, beta1, beta2, adam_eps, weight_decay):
     return 1 - beta1, beta2, 1 - beta2, adam_eps, weight_decay or None, *corrections(beta1, beta2)
 
 
+@triton.jit
+def lion_descent(g, w, state, constants):
+    """Lion (Chen et al., 2023); state: the moving average of gradients."""
+    beta1, one_minus_beta1, beta2, one_minus_beta2, weight_decay = constants
+    c = beta1 * state[0] + one_minus_beta1 * g
+    step = tl.where(c > 0.0, 1.0, tl.where(c < 0.0, -1.0, tl.where(c == c, 0.0, c)))  # NaN stays NaN
+    if weight_decay is not None:
+        step = step + weight_decay * w
+    return step, (beta2 * state[0] + one_minus_beta2 * g,)
+
+
+def lion_constants(corrections, beta1, beta2, weight_decay):
+    return beta1, 1 - beta1, beta2, 1 - beta2, weight_decay or None
+
+
 class Rule(NamedTuple):
     descent: triton.JITFunction
     constants: Callable[..., tuple]  # of corrections(beta1, beta2) and the rule's numbers
@@ -289,6 +304,7 @@ class Rule(NamedTuple):
 RULES = {
     "sgd": Rule(sgd_descent, sgd_constants, 1, optional=True),
     "adamw": Rule(adamw_descent, adamw_constants, 2),
+    "lion": Rule(lion_descent, lion_constants, 1),
 }
 
 

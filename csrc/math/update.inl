@@ -44,11 +44,29 @@ struct AdamW {  // torch.optim.AdamW; state: first and second moment
   }
 };
 
+struct Lion {  // Chen et al., 2023; state: the moving average of gradients
+  static constexpr const char* kOperator = "skew_lion_";
+  static constexpr int kBuffers = 1, kNumbers = 3;
+  static constexpr bool kOptional = false, kCounts = false;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, weight_decay;
+  ASKEW_FN Lion make(const double* n, double) {
+    return {(float)n[0], (float)(1.0 - n[0]), (float)n[1], (float)(1.0 - n[1]), (float)n[2]};
+  }
+  ASKEW_INLINE bool usual() const { return weight_decay == 0.f; }
+  template <bool USUAL, class F>
+  ASKEW_INLINE F descent(F g, F w, F* state, bool) const {
+    const F c = beta1 * state[0] + one_minus_beta1 * g, one = F{} + 1.f;
+    state[0] = beta2 * state[0] + one_minus_beta2 * g;
+    const F sign = select(c > 0.f, one, select(c < 0.f, F{} - one, select(c == c, F{}, c)));  // NaN stays NaN
+    return USUAL || weight_decay == 0.f ? sign : sign + weight_decay * w;
+  }
+};
+
 template <class... Rule>
 struct RuleList {
   static constexpr int kCount = sizeof...(Rule);
 };
-typedef RuleList<Sgd, AdamW> Rules;  // the number of a rule is its place
+typedef RuleList<Sgd, AdamW, Lion> Rules;  // the number of a rule is its place
 
 // body(Rule{}) of the rule with this number; on the host.
 template <class... Rule, class Body>
