@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .. import contract
 from . import autograd
 from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
+from .rules import RULES, Rule
 
 SKEWS = ("gradient", "direction")
 
@@ -42,17 +44,25 @@ class SkewStats:
         )
 
 
-def _skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
-    scales: Sequence[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor] | None, stats: SkewStats | None,
-    rates: list[Tensor], numbers: list[Any], skew: str,
+def _checked_update(
+    rule: Rule, states: Sequence[Sequence[Tensor] | None], grads_name: str, /, params: Sequence[Tensor],
+    grads: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor | None = None,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, skew: str = "gradient", clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, maximize: bool = False,
+    skip_nonfinite: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """Checks everything, then runs operator ``name``; ``states`` None where the rule keeps no such buffer."""
+    """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
+    numbers = rule.numbers_of(options)
+    keeps = rule.keeps_buffers(options)
+    count = rate_tensor("step", step, 1.0) if rule.counts else None
+    lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
+    alpha = number("alpha", alpha, 0.0)
     check_params(params)
-    check_list("grads", grads, params)
-    for key, buffers in states.items():
-        if buffers is not None:
-            check_list(key, buffers, params)
+    check_list(grads_name, grads, params)
+    for key, buffers in zip(rule.buffers if keeps else (), states, strict=False):
+        if buffers is None:
+            raise ValueError(f"{key}s: expected one for each parameter with {rule.buffers_if} > 0, got None")
+        check_list(f"{key}s", buffers, params)
     for key, items in (("scales", scales), ("grids", grids)):
         if len(items) != len(params):
             raise ValueError(f"{key}: expected {len(params)}, one for each parameter, got {len(items)}")
@@ -82,19 +92,24 @@ def _skew_update(
     if params:
         levels = [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)]
         encodings = [n for grid in grids for n in grid.encoding]
-        run_skew_update(name, params, grads, states, flat_scales, levels, encodings, dequantized or [], stats, rates,
-                        numbers)  # fmt: skip
+        run_skew_update(
+            rule, params, grads, states if keeps else [], flat_scales, levels, encodings, dequantized or [], stats,  # type: ignore[arg-type]
+            step=count, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
+            maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite),
+        )  # fmt: skip
 
 
 def run_skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
-    rates: list[Tensor], numbers: list[Any], contiguous: bool = False, descent: Sequence[Any] = (),
+    *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
+    maximize: bool, skip_nonfinite: bool, contiguous: bool = False, descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
-    ``contiguous``: every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a
-    sharpness-aware step (see ``schema``); needs ``contiguous``.
+    states: a list for each of ``rule.buffers``, [] where none are kept; numbers: ``rule.numbers_of``. ``contiguous``:
+    every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a sharpness-aware step
+    (see ``schema``); needs ``contiguous``.
     """
     stand_ins = InPlace()
     if contiguous:
@@ -107,30 +122,34 @@ def run_skew_update(
             for g, order in zip(grads, orders, strict=True)
         ]
 
-        def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-            return [stand_ins.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
+        def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]
 
     autograd.below_autograd(
-        name, params[0],
-        writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
+        rule.operator, params[0],
+        writable(params), grads, [b for buffers in states for b in writable(buffers)], scales, levels, encodings,
+        writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
+        direction, clamp, maximize, skip_nonfinite, *descent,
     )  # fmt: skip
     stand_ins.finish()
-    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([*params, *(b for buffers in states for b in buffers), *dequantized])
 
 
-@in_place()
-def skew_sgd_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
-    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
-    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+def run_skew_direction(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: list[Tensor], levels: list[Tensor],
+    encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats, **options: Any,
 ) -> None:  # fmt: skip
-    """One ASkewSGD step, in place, over a tensor list in one launch: each tensor is read once and written once.
+    """``skew_direction_`` without its checks; ``options``: lr, eps, alpha, clamp, … of ``run_skew_update``."""
+    # What plain SGD adds to w when it ascends a "gradient" is that gradient.
+    run_skew_update(
+        RULES["sgd"], params, directions, [], scales, levels, encodings, dequantized, stats, step=None,
+        numbers=[0.0] * len(RULES["sgd"].numbers), direction=True, maximize=True, **options,
+    )  # fmt: skip
 
-    With d = -grad (``skew="gradient"``, as published) or SGD's own direction (``skew="direction"``), u the distance
+
+_TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each tensor is read once and written once.
+
+    With d = -grad (``skew="gradient"``, as published) or {0}'s own direction (``skew="direction"``), u the distance
     to the nearest level over the bracket length Delta, h = eps - 16 u^2 (1-u)^2 and |h'| = (32/Delta) u (1-u)(1-2u):
 
         kappa = min(alpha (-h) / |h'|, Delta / (4 lr))
@@ -138,58 +157,64 @@ def skew_sgd_(
               = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
         w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)
 
-    ``skew="gradient"``: -v then replaces the gradient in torch.optim.SGD's rule (weight decay, momentum, Nesterov).
-    A zero momentum buffer with ``dampening=0`` is torch's first step.
+    ``skew="gradient"``: -v then replaces the gradient in {0}'s rule:
 
-    params, grads, momentum_buffers (None without momentum): lists of equal shapes and dtypes; scales: () or (rows,);
-    grids: one for each parameter; lr >= 0 and eps in (0, 1]: floats or 0-dim tensors. ``dequantized``: tensors that
+{1}
+
+    params, grads, {2}: lists of equal shapes and dtypes; scales: () or (rows,); grids: one for
+    each parameter; lr >= 0 and eps in (0, 1], the constraint's: floats or 0-dim tensors. ``dequantized``: tensors that
     receive s Q(w/s) of the new weights, in their own dtype; ``stats``: a ``SkewStats`` that receives the pass's sums.
-    NaN and inf gradients do what torch.optim.SGD does; with ``skip_nonfinite`` their elements are left alone.
+    NaN and inf gradients do what {0} does with them; with ``skip_nonfinite`` their elements are left alone.
     Raises TypeError/ValueError naming the argument before anything is written.
     Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.
     """
-    momentum = number("momentum", momentum, 0.0)
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
-    if momentum and momentum_buffers is None:
-        raise ValueError("momentum_buffers: expected one for each parameter with momentum > 0, got None")
-    rates = [rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)]
+
+
+def _public(rule: Rule) -> Callable[..., None]:
+    """The checked function of a rule: its buffers stand after the gradients, its hyper-parameters after ``alpha``."""
+    _, _, _, params, grads, scales, grids, step, lr, eps, alpha, *rest, _ = signature(
+        _checked_update
+    ).parameters.values()
+    buffers = [grads.replace(name=key + "s") for key in rule.buffers]
+    if rule.buffers_if:
+        buffers = [b.replace(annotation=f"{b.annotation} | None") for b in buffers]
+    count = [step.replace(default=Parameter.empty, annotation=lr.annotation)] if rule.counts else []
     numbers = [
-        number("alpha", alpha, 0.0), momentum, number("dampening", dampening, -math.inf),
-        number("weight_decay", weight_decay, 0.0), bool(nesterov), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
+        Parameter(key, Parameter.KEYWORD_ONLY, default=value, annotation=type(value).__name__)
+        for key, value in rule.defaults.items() if key != "lr"
     ]  # fmt: skip
-    states = {"momentum_buffers": momentum_buffers if momentum else None}
-    _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    arguments = [params, grads, *buffers, scales, grids, *count, lr, eps, alpha, *numbers, *rest]
+    own = Signature(arguments, return_annotation="None")
+
+    def update(params: Sequence[Tensor], *args: Any, **options: Any) -> None:
+        given = own.bind(params, *args, **options)
+        given.apply_defaults()
+        states = [given.arguments.pop(b.name) for b in buffers]
+        _checked_update(rule, states, "grads", **given.arguments)
+
+    text = fill(rule.text, 116, initial_indent="    ", subsequent_indent="    ")
+    update.__name__ = update.__qualname__ = rule.operator
+    update.__doc__ = _TEXT.format(rule.title, text, ", ".join(b.name for b in buffers))
+    update.__signature__ = own  # type: ignore[attr-defined]
+    return in_place()(update)
+
+
+FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
 
 
 @in_place()
-def skew_adamw_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
-    alpha: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, weight_decay: float = 0.01,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+def skew_direction_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, skip_nonfinite: bool = False,
 ) -> None:  # fmt: skip
-    """One ASkewAdamW step: ``skew_sgd_`` with torch.optim.AdamW as the base rule.
+    """The constraint for any base optimizer: ``skew_sgd_`` with a given d in place of -grad.
 
-    The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
-    moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
+    directions: what the base optimizer would add to each weight, over lr: d = (w1 - w0) / lr. Other arguments and
+    errors as there; ``stats.totals`` hold d·v in place of g·v, and d that are inf or NaN as ``nonfinite``.
     """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    beta1, beta2 = (number(f"betas[{i}]", b, 0.0) for i, b in enumerate(betas))
-    if beta1 >= 1 or beta2 >= 1:
-        raise ValueError(f"betas: expected numbers in [0, 1), got {betas}")
-    rates = [
-        rate_tensor("step", step, 1.0),
-        rate_tensor("lr", lr, 0.0),
-        rate_tensor("eps", eps, 0.0, 1.0, open_low=True),
-    ]
-    numbers = [
-        number("alpha", alpha, 0.0), beta1, beta2, number("adam_eps", adam_eps, 0.0),
-        number("weight_decay", weight_decay, 0.0), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
-    ]  # fmt: skip
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _skew_update("skew_adamw_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    _checked_update(
+        RULES["sgd"], [], "directions", params, directions, scales, grids, eps=eps, alpha=alpha, skew="direction",
+        clamp=clamp, dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite,
+        **{**RULES["sgd"].defaults, "lr": lr},
+    )  # fmt: skip
