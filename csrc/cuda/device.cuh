@@ -20,6 +20,8 @@
 // (6 B). Hence division by the scale through its correctly rounded reciprocal (math/scalar.inl), clamps of two
 // instructions, and 32-bit index arithmetic inside a block.
 #pragma once
+#include <initializer_list>
+
 #include "intrinsics.cuh"
 #include "kernels.h"
 #include "../math/choose.h"
@@ -126,6 +128,15 @@ inline int64_t blocks_of(const Cut& c) {
 inline bool aligned(const void* p, int type, int width) {
   const int bytes = width * type_size(type);
   return (uintptr_t)p % (bytes < 16 ? bytes : 16) == 0;
+}
+
+// The cut of a matrix of one storage type, for a pass over `all` tensors of its shape and type (null: absent).
+inline Cut cut_for(Matrix m, int type, std::initializer_list<const void*> all, bool others_aligned = true,
+                   int64_t most_slots = kSumSlots) {
+  const int width = per_vector(type);
+  bool vectors = others_aligned && m.cols % width == 0;
+  for (const void* p : all) vectors = vectors && aligned(p, type, width);
+  return make_cut(m, width, vectors, most_slots);
 }
 
 // One slot of one thread.

@@ -139,10 +139,8 @@ __global__ void __launch_bounds__(kThreads) mix_strengths_kernel(const __grid_co
   if (threadIdx.x == 0) p.to_strengths[k] = (float)part;
 }
 
-Cut mix_cut(const MixArg& m, const void* other, const void* third) {
-  const int width = per_vector(m.type);
-  const bool vectors = aligned(m.x, m.type, width) && aligned(other, m.type, width) && aligned(third, m.type, width);
-  return make_cut({m.rows, m.cols}, width, vectors && m.cols % width == 0);
+Cut mix_cut(const MixArg& m, const void* g, const void* out) {
+  return cut_for({m.rows, m.cols}, m.type, {m.x, g, out});
 }
 
 int mix_chunks(const MixArg& m) { return (int)ceil_div(m.rows, kThreads); }

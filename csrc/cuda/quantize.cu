@@ -90,9 +90,8 @@ cudaError_t launch_pass(const Pass& p, cudaStream_t stream) {
 }
 
 Pass with_cut(const QuantizeArg& a, int64_t most_slots) {
-  const int width = per_vector(a.type);
-  const bool vectors = aligned(a.x, a.type, width) && aligned(a.g, a.type, width) && aligned(a.y, a.y_type, width);
-  return {a, make_cut(a.m, width, vectors && a.m.cols % width == 0, most_slots)};
+  const bool y_aligned = aligned(a.y, a.y_type, per_vector(a.type));
+  return {a, cut_for(a.m, a.type, {a.x, a.g}, y_aligned, most_slots)};
 }
 
 }  // namespace

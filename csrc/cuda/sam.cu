@@ -94,12 +94,7 @@ __global__ void __launch_bounds__(kThreads, 3) sam_average_kernel(const __grid_c
                   });
 }
 
-Cut flat_cut(const SamTensor& t) {
-  const int width = per_vector(t.type);
-  bool vectors = t.n % width == 0;
-  for (const void* p : {(const void*)t.w, t.g, (const void*)t.kept}) vectors = vectors && aligned(p, t.type, width);
-  return make_cut({1, t.n}, width, vectors);
-}
+Cut flat_cut(const SamTensor& t) { return cut_for({1, t.n}, t.type, {t.w, t.g, t.kept}); }
 
 template <int T>
 cudaError_t launch_flat(SamPass pass, const FlatList& list, unsigned blocks, cudaStream_t stream) {
