@@ -11,7 +11,6 @@ namespace ASKEW_ISA {
 #include "vec.inl"
 
 typedef Storage<kFloat32> Floats;
-#define ASKEW_UNROLL _Pragma("GCC unroll 32")  // else arrays of vectors stay in memory
 
 ASKEW_FN vf multiply_add(vf a, vf b, vf c) {
 #if defined(__FMA__)
