@@ -18,7 +18,7 @@ from .. import contract, ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, own_rows, sharding_of, share_rows
 from ..quant.state import ScaleBatch, next_scales
-from .telemetry import Record, TelemetryLog
+from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
@@ -98,9 +98,7 @@ class _Skewed(Optimizer):
     TAKES_SPARSE: bool  # in groups without a grid
 
     def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int, telemetry_log: Any = None) -> None:
-        if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
-            raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
-        self.telemetry_every = telemetry_every
+        self.telemetry_every = checked_every(telemetry_every)
         self._steps = 0
         self._telemetry_wanted = True
         self._record = Record()

@@ -39,6 +39,13 @@ BINS_PER_LEVEL, MOST_BINS = 16, 256
 _HEAD = b'{"kind": "run"'
 
 
+def checked_every(every: Any) -> int:
+    """``telemetry_every``, or ValueError."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"telemetry_every: expected an int >= 0, got {every!r}")
+    return every
+
+
 @dataclass
 class Record:
     """One recorded step: sums and rates as they were, still on the device."""

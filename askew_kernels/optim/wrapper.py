@@ -1,0 +1,49 @@
+"""An optimizer around another one, and the two are one: whatever looks at groups or state sees the base's own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def _of_base(name: str) -> Any:
+    def set_in_base(self: Wrapper, value: Any) -> None:
+        if self._shares:
+            setattr(self.base_optimizer, name, value)
+
+    return property(lambda self: getattr(self.base_optimizer, name), set_in_base)
+
+
+class Wrapper(Optimizer):
+    """``param_groups``, ``defaults`` and ``state`` are the base's own objects, so LR schedulers, ``EpsilonAnnealing``
+    and checkpoints see one optimizer."""
+
+    base_optimizer: Optimizer
+    _shares = False  # Optimizer.__init__ must not touch what is the base's
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
+
+    def _wrap(self, base: Optimizer, own: dict[str, Any]) -> None:
+        """``own``: defaults of the group keys that this optimizer adds to the base's."""
+        self.base_optimizer = base
+        base.defaults.update(own)
+        super().__init__(base.param_groups, base.defaults)
+        self._shares = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's own: some keep gradients in memory of their own."""
+        self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
+
+
+def checked_base(base: Any) -> Optimizer:
+    """``base``, an optimizer that steps with the gradients it finds. Raises TypeError for one that does not."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
+            "which evaluates a closure itself"
+        )
+    return base
