@@ -282,17 +282,14 @@ def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, gene
 
     def run(params, grads, *descent):
         states = [[torch.full_like(w, 0.1) for w in ws] for _ in range(1 if rule == "sgd" else 2)]
-        names = ("momentum_buffers",) if rule == "sgd" else ("exp_avgs", "exp_avg_sqs")
         copies = [torch.zeros_like(w) for w in ws]
         stats = ops.SkewStats.empty_for(ws, scales)
-        rates = [torch.tensor(0.1), torch.tensor(0.3)]
-        numbers = [0.7, 0.9, 0.0, 0.01, False] if rule == "sgd" else [0.7, 0.9, 0.99, 1e-8, 0.01]
-        if rule == "adamw":
-            rates = [torch.tensor(2.0), *rates]
+        numbers = [0.9, 0.0, 0.01, False] if rule == "sgd" else [0.9, 0.99, 1e-8, 0.01]
         ops.run_skew_update(
-            f"skew_{rule}_", params, grads, dict(zip(names, states, strict=True)), scales,
-            [grid.levels_tensor(torch.device("cpu"))] * len(ws), grid.encoding * len(ws), copies, stats, rates,
-            [*numbers, False, True, False, False], contiguous=True, descent=descent,
+            ops.RULES[rule], params, grads, states, scales, [grid.levels_tensor(torch.device("cpu"))] * len(ws),
+            grid.encoding * len(ws), copies, stats, step=torch.tensor(2.0), lr=torch.tensor(0.1), eps=torch.tensor(0.3),
+            alpha=0.7, numbers=numbers, direction=False, clamp=True, maximize=False, skip_nonfinite=False,
+            contiguous=True, descent=descent,
         )  # fmt: skip
         return [*params, *itertools.chain(*states), *copies, *stats.row_sums, *stats.totals]
 

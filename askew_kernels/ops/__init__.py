@@ -17,6 +17,7 @@ from .checks import FLOAT_TYPES, check_float_tensor, check_grid, check_scale, co
 from .mix import MOST_CANDIDATES, candidate_encodings, mix_fake_quantize
 from .packed import check_activations, packed_dequantize, packed_linear
 from .quantize import fake_quantize, fake_quantize_out_, project_interval_, row_sums, ste_clip_
+from .rules import RULES, Rule
 from .sam import (
     run_sam_norm,
     run_sam_perturb,
@@ -26,16 +27,24 @@ from .sam import (
     sam_perturb_,
     sam_restore_,
 )
-from .update import SKEWS, SkewStats, run_skew_update, skew_adamw_, skew_sgd_
+from .update import (
+    SKEWS,
+    SkewStats,
+    run_skew_direction,
+    run_skew_update,
+    skew_adamw_,
+    skew_direction_,
+    skew_sgd_,
+)
 
 lowbit_linear, lowbit_dequantize = packed_linear, packed_dequantize  # their names until 0.2
 
 __all__ = [
-    "FLOAT_TYPES", "MOST_CANDIDATES", "SKEWS", "SkewStats", "candidate_encodings", "check_activations",
+    "FLOAT_TYPES", "MOST_CANDIDATES", "RULES", "SKEWS", "Rule", "SkewStats", "candidate_encodings", "check_activations",
     "check_float_tensor", "check_grid", "check_scale", "concrete", "fake_quantize", "fake_quantize_out_", "flops",
     "mix_fake_quantize", "number", "packed_dequantize", "packed_linear", "project_interval_", "rate_tensor",
-    "row_sums", "run_sam_norm", "run_sam_perturb", "run_sam_restore", "run_skew_update", "sam_average_", "sam_norm",
-    "sam_perturb_", "sam_restore_", "skew_adamw_", "skew_sgd_", "ste_clip_",
+    "row_sums", "run_sam_norm", "run_sam_perturb", "run_sam_restore", "run_skew_direction", "run_skew_update",
+    "sam_average_", "sam_norm", "sam_perturb_", "sam_restore_", "skew_adamw_", "skew_direction_", "skew_sgd_", "ste_clip_",
 ]  # fmt: skip
 
 # ---- where nothing is compiled for a device, the operator is Triton's or the reference's -------------------------

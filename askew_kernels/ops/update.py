@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from .. import contract
 from . import autograd
 from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
+from .rules import RULES, Rule
 
 SKEWS = ("gradient", "direction")
 
@@ -43,16 +43,24 @@ class SkewStats:
 
 
 def _skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
-    scales: Sequence[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor] | None, stats: SkewStats | None,
-    rates: list[Tensor], numbers: list[Any], skew: str,
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor] | None],
+    scales: Sequence[Tensor], grids: Sequence[Any], options: Mapping[str, Any], *, lr: float | Tensor,
+    eps: float | Tensor, alpha: float, skew: str, clamp: bool, dequantized: Sequence[Tensor] | None,
+    stats: SkewStats | None, maximize: bool, skip_nonfinite: bool, step: float | Tensor | None = None,
+    grads_name: str = "grads",
 ) -> None:  # fmt: skip
-    """Checks everything, then runs operator ``name``; ``states`` None where the rule keeps no such buffer."""
+    """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
+    numbers = rule.numbers_of(options)
+    keeps = rule.keeps_buffers(options)
+    steps = rate_tensor("step", step, 1.0) if rule.counts else None
+    lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
+    alpha = number("alpha", alpha, 0.0)
     check_params(params)
-    check_list("grads", grads, params)
-    for key, buffers in states.items():
-        if buffers is not None:
-            check_list(key, buffers, params)
+    check_list(grads_name, grads, params)
+    for key, buffers in zip(rule.buffers if keeps else (), states, strict=False):
+        if buffers is None:
+            raise ValueError(f"{key}s: expected one for each parameter with {rule.buffers_if} > 0, got None")
+        check_list(f"{key}s", buffers, params)
     for key, items in (("scales", scales), ("grids", grids)):
         if len(items) != len(params):
             raise ValueError(f"{key}: expected {len(params)}, one for each parameter, got {len(items)}")
@@ -82,19 +90,24 @@ def _skew_update(
     if params:
         levels = [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)]
         encodings = [n for grid in grids for n in grid.encoding]
-        run_skew_update(name, params, grads, states, flat_scales, levels, encodings, dequantized or [], stats, rates,
-                        numbers)  # fmt: skip
+        run_skew_update(
+            rule, params, grads, states if keeps else [], flat_scales, levels, encodings, dequantized or [], stats,  # type: ignore[arg-type]
+            step=steps, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
+            maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite),
+        )  # fmt: skip
 
 
 def run_skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
-    rates: list[Tensor], numbers: list[Any], contiguous: bool = False, descent: Sequence[Any] = (),
+    *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
+    maximize: bool, skip_nonfinite: bool, contiguous: bool = False, descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
-    ``contiguous``: every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a
-    sharpness-aware step (see ``schema``); needs ``contiguous``.
+    states: a list for each of ``rule.buffers``, [] where none are kept; numbers: ``rule.numbers_of``. ``contiguous``:
+    every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a sharpness-aware step
+    (see ``schema``); needs ``contiguous``.
     """
     stand_ins = InPlace()
     if contiguous:
@@ -107,17 +120,31 @@ def run_skew_update(
             for g, order in zip(grads, orders, strict=True)
         ]
 
-        def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-            return [stand_ins.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
+        def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]
 
+    buffers = [*states, *([] for _ in rule.buffers[len(states) :])]
+    own = [*numbers[:-1], bool(numbers[-1])] if rule.name == "sgd" else numbers
     autograd.below_autograd(
-        name, params[0],
-        writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
+        rule.operator, params[0],
+        writable(params), grads, *map(writable, buffers), scales, levels, encodings,
+        writable(dequantized), stats.row_sums, stats.totals, *([step] if rule.counts else []), lr, eps, alpha, *own,
+        direction, clamp, maximize, skip_nonfinite, *descent,
     )  # fmt: skip
     stand_ins.finish()
-    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]
-    torch.autograd.graph.increment_version(written)
+    torch.autograd.graph.increment_version([*params, *(b for buffers in states for b in buffers), *dequantized])
+
+
+def run_skew_direction(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: list[Tensor], levels: list[Tensor],
+    encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats, **options: Any,
+) -> None:  # fmt: skip
+    """``skew_direction_`` without its checks; ``options``: lr, eps, alpha, clamp, … of ``run_skew_update``."""
+    # What plain SGD adds to w when it ascends a "gradient" is that gradient.
+    run_skew_update(
+        RULES["sgd"], params, directions, [], scales, levels, encodings, dequantized, stats, step=None,
+        numbers=[0.0] * len(RULES["sgd"].numbers), direction=True, maximize=True, **options,
+    )  # fmt: skip
 
 
 @in_place()
@@ -148,19 +175,12 @@ def skew_sgd_(
     Raises TypeError/ValueError naming the argument before anything is written.
     Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.
     """
-    momentum = number("momentum", momentum, 0.0)
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
-    if momentum and momentum_buffers is None:
-        raise ValueError("momentum_buffers: expected one for each parameter with momentum > 0, got None")
-    rates = [rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)]
-    numbers = [
-        number("alpha", alpha, 0.0), momentum, number("dampening", dampening, -math.inf),
-        number("weight_decay", weight_decay, 0.0), bool(nesterov), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
-    ]  # fmt: skip
-    states = {"momentum_buffers": momentum_buffers if momentum else None}
-    _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    _skew_update(
+        RULES["sgd"], params, grads, [momentum_buffers], scales, grids,
+        dict(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov), lr=lr, eps=eps,
+        alpha=alpha, skew=skew, clamp=clamp, dequantized=dequantized, stats=stats, maximize=maximize,
+        skip_nonfinite=skip_nonfinite,
+    )  # fmt: skip
 
 
 @in_place()
@@ -176,20 +196,26 @@ def skew_adamw_(
     The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
     moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
     """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    beta1, beta2 = (number(f"betas[{i}]", b, 0.0) for i, b in enumerate(betas))
-    if beta1 >= 1 or beta2 >= 1:
-        raise ValueError(f"betas: expected numbers in [0, 1), got {betas}")
-    rates = [
-        rate_tensor("step", step, 1.0),
-        rate_tensor("lr", lr, 0.0),
-        rate_tensor("eps", eps, 0.0, 1.0, open_low=True),
-    ]
-    numbers = [
-        number("alpha", alpha, 0.0), beta1, beta2, number("adam_eps", adam_eps, 0.0),
-        number("weight_decay", weight_decay, 0.0), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
-    ]  # fmt: skip
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _skew_update("skew_adamw_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    _skew_update(
+        RULES["adamw"], params, grads, [exp_avgs, exp_avg_sqs], scales, grids,
+        dict(betas=betas, adam_eps=adam_eps, weight_decay=weight_decay), lr=lr, eps=eps, alpha=alpha, skew=skew,
+        clamp=clamp, dequantized=dequantized, stats=stats, maximize=maximize, skip_nonfinite=skip_nonfinite, step=step,
+    )  # fmt: skip
+
+
+@in_place()
+def skew_direction_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, skip_nonfinite: bool = False,
+) -> None:  # fmt: skip
+    """``skew_sgd_`` for any base optimizer: w <- clamp(w); w <- w + lr v; clamp, v the skewed form of a given d.
+
+    directions: what the base optimizer would add to each weight, over lr: d = (w1 - w0) / lr. Other arguments and
+    errors as there; ``stats.totals`` hold d·v in place of g·v, and d that are inf or NaN as ``nonfinite``.
+    """
+    _skew_update(
+        RULES["sgd"], params, directions, [], scales, grids, RULES["sgd"].defaults, lr=lr, eps=eps, alpha=alpha,
+        skew="direction", clamp=clamp, dequantized=dequantized, stats=stats, maximize=True,
+        skip_nonfinite=skip_nonfinite, grads_name="directions",
+    )  # fmt: skip
