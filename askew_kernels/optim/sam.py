@@ -24,9 +24,9 @@ from .. import ops
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
 from .amp import unscale_first, unscale_second
+from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
 from .ranks import ProcessGroup, sum_over_ranks
-from .skewed import _Skewed
 from .telemetry import checked_every
 from .wrapper import Wrapper, checked_base
 
@@ -404,7 +404,7 @@ class SAM(Wrapper):
         ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them.
         """
         base = self.base_optimizer
-        if not isinstance(base, _Skewed):
+        if not isinstance(base, ByRule):
             return {}
         kept = {p: copy for p, _, copy in ascent.kept if p.grad is not None and p.is_contiguous()}
         inside = {}
@@ -420,18 +420,18 @@ class SAM(Wrapper):
         if not inside:
             base.step()
             return
-        assert isinstance(base, _Skewed)
+        assert isinstance(base, ByRule)
         for p in inside:
             WeightQuantizer.of(p).returned(p)  # type: ignore[union-attr]
-        base.kept = dict(inside)
+        base.saved_weights = dict(inside)
         try:
             base.step()
-            unused = dict(base.kept)
+            unused = dict(base.saved_weights)
         except BaseException:
             unused = inside
             raise
         finally:
-            base.kept, base.firsts, base.coefficients = {}, {}, None
+            base.saved_weights, base.first_gradients, base.coefficients = {}, {}, None
             ascent.kept = [item for item in ascent.kept if item[0] in unused]
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -605,25 +605,17 @@ class SAM(Wrapper):
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's; the groups hold SAM's own keys, the surrogate gap and the step count among them."""
+    def _pack(self) -> dict[str, Any]:
+        """The groups hold SAM's own keys, the surrogate gap and the step count among them."""
         self._refuse_between_halves("state_dict")
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
         self._complete()
         packed = self.base_optimizer.state_dict()
         own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
         packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._refuse_between_halves("load_state_dict")
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
         before = [{key: group.get(key, self.defaults[key]) for key in _KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
@@ -633,14 +625,11 @@ class SAM(Wrapper):
         first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
         self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
         self._report = {}
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_between_halves("copy")
-        own = ("base_optimizer", "model", "perturbation", "telemetry_every", "_shares", "_group", "_align", "_rho_min",
-               "_rho_max")  # fmt: skip
-        return {name: self.__dict__[name] for name in own if name in self.__dict__}
+        own = ("model", "perturbation", "telemetry_every", "_group", "_align", "_rho_min", "_rho_max")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -743,7 +732,7 @@ class AlignedSAM(SAM):
                 second = local_part(p.grad)
                 first = torch.zeros_like(second) if first is None else first
                 if p in inside:
-                    self.base_optimizer.firsts[p] = first  # type: ignore[attr-defined]
+                    self.base_optimizer.first_gradients[p] = first  # type: ignore[attr-defined]
                     key = second.device, second.dtype == torch.float64
                     self.base_optimizer.coefficients = coefficients[key]  # type: ignore[attr-defined]
                     continue

@@ -57,7 +57,7 @@ class Record:
 
     def keep_rates(self, index: int, group: dict[str, Any]) -> None:
         """Schedules fill tensors in place: the step's own are copied."""
-        found = {key: group[key] for key in ("lr", "eps", "alpha")}
+        found = {"lr": group["lr"], "eps": group["constraint_eps"], "alpha": group["alpha"]}
         self.rates[index] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

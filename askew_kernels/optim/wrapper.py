@@ -33,6 +33,33 @@ class Wrapper(Optimizer):
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, and what this optimizer adds to its groups and state."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        packed = self._pack()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._unpack(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _pack(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer, "_shares": self._shares}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The base's own: some keep gradients in memory of their own."""
         self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
