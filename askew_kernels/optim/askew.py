@@ -262,11 +262,8 @@ class ByRule(Constrained):
 
     # ---- groups without a grid ----------------------------------------------------------------------------------
 
-    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        step = getattr(self, f"_plain_{self.RULE.name}", self._plain)
-        for group, params in work:
-            if params and group["grid"] is None:
-                step(group, params)
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         buffers = [self.state[p].get("momentum_buffer") for p in params]

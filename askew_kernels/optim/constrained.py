@@ -23,8 +23,7 @@ _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
 
 class Constrained(Optimizer):
-    """A subclass says how a launch is updated (``_update``) and what happens before that, to groups without a grid
-    for one (``_step_base``)."""
+    """A subclass says how a launch is updated (``_update``), and how a group without a grid is (``_step_plain``)."""
 
     KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
     _old_names: ClassVar[dict[str, str]] = {}  # group keys as they were called before -> as they are
@@ -120,7 +119,11 @@ class Constrained(Optimizer):
             self._telemetry_wanted = False
         self._step_base(work)
         for index, (group, params) in enumerate(work):
-            if params and group["grid"] is not None:
+            if not params:
+                continue
+            if group["grid"] is None:
+                self._step_plain(group, params)
+            else:
                 if record:
                     self._record.keep_rates(index, group)
                 self._step_constrained(index, group, params, arguments[index], record)
@@ -218,8 +221,10 @@ class Constrained(Optimizer):
         return [saved] if not self.first_gradients or self.coefficients is None else [saved, firsts, self.coefficients]
 
     def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        """What comes before the constrained launches. work: groups, with those of their parameters to be stepped."""
-        raise NotImplementedError
+        """What comes first. work: groups, with those of their parameters that have a gradient."""
+
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """A group without a grid."""
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
