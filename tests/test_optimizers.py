@@ -7,6 +7,7 @@
 5. LR schedulers, GradScaler, closures, gradient accumulation, copies; telemetry from the pass's own sums.
 6. Bad arguments, sparse or complex gradients: an error that names the argument, before anything is written.
 7. What is planned once and kept from step to step changes no bit, whatever is edited in between.
+8. ``constraint_eps`` is the constraint's; the names that were before, in arguments, groups and checkpoints.
 """
 
 from __future__ import annotations
@@ -934,6 +935,122 @@ def test_gradients_are_clipped_again_after_an_edit():
     optimizer.step()
     layer.quantizer.set_scale(layer.weight, torch.full((4,), 1e-3))
     assert (gradient() == 0).any()
+
+
+# ---- 8. names: the constraint's eps is constraint_eps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [
+    "as it is", "deepcopy", "pickle", "load", "add_param_group", "tensor",
+])  # fmt: skip
+def test_eps_is_constraint_eps_where_the_base_rule_has_none(how, generator):
+    """Users of ASkewSGD read and write it in the groups; whatever is done to the optimizer, both names are one."""
+    w = nn.Parameter(torch.randn(4, 8, generator=generator))
+    start = torch.tensor(0.9) if how == "tensor" else 0.9
+    optimizer = ASkewSGD([{"params": [w], "grid": GRID, "eps": start}], lr=0.1)
+    if how == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    elif how == "load":
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+    elif how == "add_param_group":
+        optimizer = ASkewSGD([nn.Parameter(torch.ones(2))], lr=0.1)
+        optimizer.add_param_group({"params": [w], "grid": GRID, "eps": 0.9})
+    group = optimizer.param_groups[-1]
+    (w,) = group["params"]
+    assert group["eps"] == group["constraint_eps"] == start
+
+    def step():
+        w.grad = torch.randn(4, 8, generator=generator)
+        optimizer.telemetry()
+        optimizer.step()
+        return float(optimizer.telemetry()[0]["eps"])
+
+    assert step() == pytest.approx(0.9) and WeightQuantizer.of(w).frozen
+    if how == "tensor":
+        group["eps"].fill_(0.7)
+    else:
+        group["eps"] = 0.7
+    assert step() == pytest.approx(0.7) and float(group["constraint_eps"]) == pytest.approx(0.7)
+    group["constraint_eps"] = 0.6
+    assert step() == 0.6 and group["eps"] == 0.6
+    annealing = ak.EpsilonAnnealing(optimizer, total=4, hold=0, mode="linear")
+    assert group["eps"] == group["constraint_eps"] == 1.0
+    annealing.step()
+    assert group["eps"] == 0.75 and step() == 0.75
+    group["eps"] = 0.3  # written, and then annealed before the next step: the annealing's counts
+    annealing.step()
+    assert step() == group["eps"] == 0.5
+
+
+def test_eps_of_adamw_is_adamw_s(generator):
+    w = nn.Parameter(torch.randn(4, 8, generator=generator))
+    twin = nn.Parameter(w.detach().clone())
+    optimizer = ASkewAdamW([w], 0.05, (0.9, 0.99), 1e-3, 0.0, grid=GRID, freeze_scale="never")
+    other = torch.optim.AdamW([twin], 0.05, (0.9, 0.99), 1e-3, 0.0)
+    for _ in range(5):
+        w.grad = torch.randn(4, 8, generator=generator) * 1e-3
+        twin.grad = w.grad.clone()
+        optimizer.step(), other.step()
+    torch.testing.assert_close(w, twin, rtol=1e-5, atol=1e-5)
+    assert "adam_eps" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("where", ["argument", "group", "later"])
+def test_adam_eps_is_the_old_name(where):
+    w = nn.Parameter(torch.randn(4, 8))
+    w.grad = torch.ones(4, 8)
+    group, options = {"params": [w], "grid": GRID}, {}
+    (options if where == "argument" else group if where == "group" else {})["adam_eps"] = 1e-5
+    with pytest.warns(DeprecationWarning, match="^adam_eps: is called eps now"):
+        optimizer = ASkewAdamW([group], lr=0.1, **options)
+        if where == "later":
+            optimizer.param_groups[0]["adam_eps"] = 1e-5
+        optimizer.step()
+    assert optimizer.param_groups[0]["eps"] == 1e-5 and "adam_eps" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("where", ["argument", "later"])
+def test_who_means_the_constraint_is_told(where):
+    w = nn.Parameter(torch.randn(4, 8))
+    w.grad = torch.ones(4, 8)
+    with pytest.warns(UserWarning, match="^eps: 0.3 is .*AdamW's denominator; the constraint's is constraint_eps"):
+        optimizer = ASkewAdamW([w], lr=0.1, grid=GRID, **({"eps": 0.3} if where == "argument" else {}))
+        optimizer.param_groups[0]["eps"] = 0.3
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once is enough
+        ASkewAdamW([w], lr=0.1, grid=GRID, eps=1e-3)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_checkpoints_with_the_old_names(cls, options):
+    """Until 0.2 groups had the constraint's eps as ``eps`` and AdamW's as ``adam_eps``."""
+    models = [network() for _ in range(2)]
+    optimizers = [cls(ak.param_groups(m), **options) for m in models]
+    for group in optimizers[0].param_groups:
+        group["constraint_eps"] = 0.4
+        if cls is ASkewAdamW:
+            group["eps"] = 1e-6
+    train(models[0], optimizers[0], 0, 3)
+    state = copy.deepcopy(optimizers[0].state_dict())
+    for group in state["param_groups"]:
+        if cls is ASkewAdamW:
+            group["adam_eps"] = group["eps"]
+        group["eps"] = group.pop("constraint_eps")
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(state)
+    group = optimizers[1].param_groups[0]
+    assert group["constraint_eps"] == 0.4 and "adam_eps" not in group
+    assert group["eps"] == (0.4 if cls is ASkewSGD else 1e-6)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 3, 6)
+    same_state(*models)
 
 
 # ---- states of others, and surroundings ------------------------------------------------------------------------------
