@@ -20,8 +20,7 @@ from torch.optim.sgd import sgd
 from .. import ops
 from ..quant import Binary
 from ..quant.sharding import local_part
-from .constrained import Constrained
-from .groups import GRID_KEYS
+from .constrained import GRID_KEYS, Constrained
 from .plan import Launch
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
@@ -142,7 +141,6 @@ class ByRule(Constrained):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        self._numbers(group)
         if group["skew"] not in ops.SKEWS:
             raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
         if group["grid"] is None and self._strict:
@@ -209,18 +207,16 @@ class ByRule(Constrained):
             "direction": group["skew"] == "direction", "maximize": bool(group["maximize"]),
         }  # fmt: skip
 
-    def _kind(self, group: dict[str, Any]) -> Any:
-        return self.RULE.keeps_buffers(group)
-
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
-        """Whether this is a first step that has numbers of its own, and which step it is."""
-        rule, state = self.RULE, self.state[p]
-        first = bool(rule.at_first) and rule.keeps_buffers(group) and any(key not in state for key in rule.buffers)
-        return first, float(self._counter(p)) if rule.counts else 0.0
+        """Whether there are buffers, whether this is a first step that has numbers of its own, and which step it is."""
+        rule, state, keeps = self.RULE, self.state[p], self.RULE.keeps_buffers(group)
+        first = bool(rule.at_first) and keeps and any(key not in state for key in rule.buffers)
+        return keeps, first, float(self._counter(p)) if rule.counts else 0.0
 
-    def _lasts(self, launch: Launch) -> bool:
-        if launch.bucket[0] or not self.RULE.counts:
-            return not launch.bucket[0]
+    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
+        keeps, first, _ = launch.bucket
+        if first or keeps != self.RULE.keeps_buffers(group) or not self.RULE.counts:
+            return not first and keeps == self.RULE.keeps_buffers(group)
         steps = [self._counter(p) for p in launch.members]
         return all(map(operator.is_, steps, launch.steps)) and [t._version for t in steps] == launch.step_versions
 
@@ -234,7 +230,7 @@ class ByRule(Constrained):
             torch._foreach_add_(launch.steps, 1)
             launch.step_versions = [t._version for t in launch.steps]
             step = torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")
-        if launch.bucket[0]:
+        if launch.bucket[1]:
             arguments["numbers"] = self._numbers(group, first=True)
         if launch.sharded:
             grads, *states = ([local_part(t) for t in tensors] for tensors in (grads, *states))

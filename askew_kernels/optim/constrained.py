@@ -4,7 +4,7 @@ and their freezing, telemetry, checkpoints."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import contract, ops
-from ..quant import WeightQuantizer, grid_from_dict
+from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.sharding import local_part, made_for_a_part, sharding_of, share_rows
 from ..quant.state import next_scales
-from .groups import CONSTRAINT_KEYS, check_constraint, config_of, fixed_scale, rates_of
 from .plan import Launch, Plan
 from .telemetry import Record, TelemetryLog, checked_every
 
+FREEZE_SCALE = ("anneal", "init", "never")
+GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None}
+CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
 
@@ -58,12 +60,26 @@ class Constrained(Optimizer):
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        check_constraint(group)
-        if group["grid"] is not None and made_for_a_part():
+        """Raises TypeError/ValueError that names the key."""
+        self._arguments(group, [])
+        ops.number("alpha", group["alpha"], 0.0)
+        if group["freeze_scale"] not in FREEZE_SCALE:
+            raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        if group["grid"] is None:
+            return
+        if made_for_a_part():
             raise TypeError(
                 f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the scale of a "
                 "quantized weight moves with its step, which one rank alone would make; use fully_shard (FSDP2)"
             )
+        ops.check_grid(group["grid"])
+        for i, p in enumerate(group["params"]):
+            ops.check_float_tensor(f"params[{i}]", p)
+        config = _config_of(group)
+        for p in group["params"]:
+            rows = WeightQuantizer(config).rows(p)
+            if isinstance(group["scale"], Tensor):
+                _fixed_scale(group, p, rows)
 
     def _take(self, group: dict[str, Any]) -> None:
         """Finds or makes the quantizers of a group that is in order."""
@@ -81,12 +97,12 @@ class Constrained(Optimizer):
         """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
         found = WeightQuantizer.of(p)
         if found is None:
-            found = WeightQuantizer(config_of(group))
+            found = WeightQuantizer(_config_of(group))
             found.tie(p)  # type: ignore[arg-type]
         elif found.config.weight != group["grid"]:
             raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
-            found.freeze(p, fixed_scale(group, p, found.rows(p)))
+            found.freeze(p, _fixed_scale(group, p, found.rows(p)))
         return found
 
     # ---- the step -----------------------------------------------------------------------------------------------
@@ -133,9 +149,11 @@ class Constrained(Optimizer):
         return loss
 
     def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-        """What the operator is given for this group's launches, all of it checked."""
+        """What the operator is given for this group's launches, all of it checked: schedules and users change it."""
         return {
-            **rates_of(group), "alpha": float(group["alpha"]), "skip_nonfinite": bool(group["skip_nonfinite"]),
+            "lr": ops.rate_tensor("lr", group["lr"], 0.0),
+            "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
+            "alpha": float(group["alpha"]), "skip_nonfinite": bool(group["skip_nonfinite"]),
         }  # fmt: skip
 
     @staticmethod
@@ -151,10 +169,9 @@ class Constrained(Optimizer):
     def _step_constrained(self, index: int, group: dict[str, Any], params: list[Tensor], arguments: dict[str, Any],
                           record: bool) -> None:  # fmt: skip
         freeze = self._freezes(group)
-        key = (id(group), id(group["grid"]), group["freeze_scale"], freeze, self._kind(group), id(self.state),
-               len(self.state))  # fmt: skip
+        key = (id(group), id(group["grid"]), group["freeze_scale"], freeze, id(self.state), len(self.state))
         plan = self._plans.get(index)
-        if plan is None or not (plan.holds(key, params) and all(map(self._lasts, plan.launches))):
+        if plan is None or not (plan.holds(key, params) and all(self._lasts(x, group) for x in plan.launches)):
             plan = self._plans[index] = Plan(key, params, self._launches(group, params, freeze))
         for launch in plan.launches:
             self._run(launch, group, arguments, record, plan.used)
@@ -231,14 +248,11 @@ class Constrained(Optimizer):
         """The operator, over this rank's ``weights`` of the launch."""
         raise NotImplementedError
 
-    def _kind(self, group: dict[str, Any]) -> Any:
-        """What the launches depend on beside the constraint's keys."""
-
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
         return ()
 
-    def _lasts(self, launch: Launch) -> bool:
+    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
         """Whether the bucket of a launch that has run is still one."""
         return True
 
@@ -342,3 +356,22 @@ class Constrained(Optimizer):
             for p in group["params"] if group["grid"] is not None else []:
                 if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
                     self._restore(group, p, scales[p])
+
+
+def _config_of(group: Mapping[str, Any]) -> QuantConfig:
+    """The quantization of a weight that no layer says anything of."""
+    rule = group["scale"]
+    if rule is not None and not isinstance(rule, (str, Tensor)):
+        raise TypeError(f"scale: expected a rule's name, None or a tensor, got {rule!r}")
+    if isinstance(rule, Tensor):
+        rule = "absmax"  # never asked: the scale is frozen at once
+    return QuantConfig(
+        weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
+        forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+    )  # fmt: skip
+
+
+def _fixed_scale(group: Mapping[str, Any], p: Tensor, rows: int) -> Tensor:
+    """The group's scale tensor as (rows,); one number serves every row."""
+    scale = group["scale"].detach().to(p.device).reshape(-1)
+    return ops.check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")

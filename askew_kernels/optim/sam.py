@@ -28,7 +28,7 @@ from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
 from .ranks import ProcessGroup, sum_over_ranks
 from .telemetry import checked_every
-from .wrapper import Wrapper, checked_base
+from .wrapper import Wrapper, checked_base, room_for
 
 PERTURBATIONS = ("global", "local")
 _KEYS = ("rho", "eta", "adaptive")
@@ -134,7 +134,7 @@ class SAM(Wrapper):
     def _begin(self) -> None:
         """What copies and checkpoints do not hold."""
         self._ascent: _Ascent | None = None
-        self._buffers: dict[Tensor, Tensor] = {}
+        self._copies: dict[Tensor, Tensor] = {}  # of the weights, kept from step to step
         self._report: dict[str, Any] = {}
         self._telemetry_wanted = True
         self._note_names()
@@ -239,7 +239,7 @@ class SAM(Wrapper):
                 if bucket.group.get("maximize"):
                     coefficients = -coefficients
                 self._report.setdefault("rho", radius)
-                kept = [self._buffer(p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
+                kept = [room_for(self._copies, p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
                 quantized = [(q, p) for p in bucket.params if (q := WeightQuantizer.of(p)) is not None]
                 for q, p in quantized:
                     q.leaving(p)
@@ -337,14 +337,6 @@ class SAM(Wrapper):
         pair = torch.stack([c, torch.full_like(c, self._align)])
         usable = (norm > 0) & norm.isfinite() & c.isfinite()
         return torch.where(usable, pair, torch.zeros_like(pair)).to(like.device)
-
-    def _buffer(self, p: Tensor, w: Tensor) -> Tensor:
-        """Room for the copy, kept from step to step."""
-        buffer = self._buffers.get(p)
-        like = (w.shape, w.stride(), w.dtype, w.device)
-        if buffer is None or like != (buffer.shape, buffer.stride(), buffer.dtype, buffer.device):
-            buffer = self._buffers[p] = torch.empty_like(w)
-        return buffer
 
     # ---- the second half ----------------------------------------------------------------------------------------
 

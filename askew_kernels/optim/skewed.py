@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 from .. import ops
 from ..quant import WeightQuantizer
 from ..quant.sharding import local_part
-from .constrained import Constrained
-from .groups import CONSTRAINT_KEYS, GRID_KEYS
+from .constrained import CONSTRAINT_KEYS, GRID_KEYS, Constrained
 from .plan import Launch
-from .wrapper import Wrapper, checked_base
+from .wrapper import Wrapper, checked_base, room_for
 
 PIECE = 2**24  # weights whose directions are held at a time
 
@@ -106,12 +105,7 @@ class Skewed(Constrained, Wrapper):
         params = [p for group, members in work if group["grid"] is not None for p in members]
         quantizers = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
-        copies = []
-        for p, w in zip(params, weights, strict=True):
-            copy = self._copies.get(p)
-            if copy is None or (copy.shape, copy.dtype, copy.device) != (w.shape, w.dtype, w.device):
-                copy = self._copies[p] = torch.empty_like(w)
-            copies.append(copy)
+        copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
         torch._foreach_copy_(copies, weights)
         for q, p in zip(quantizers, params, strict=True):
             q.leaving(p)  # type: ignore[union-attr]

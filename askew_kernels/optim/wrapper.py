@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -74,3 +76,11 @@ def checked_base(base: Any) -> Optimizer:
             "which evaluates a closure itself"
         )
     return base
+
+
+def room_for(copies: dict[Tensor, Tensor], p: Tensor, like: Tensor) -> Tensor:
+    """The tensor for the copy of ``p``, made where it is missing or unlike."""
+    copy, wanted = copies.get(p), (like.shape, like.stride(), like.dtype, like.device)
+    if copy is None or wanted != (copy.shape, copy.stride(), copy.dtype, copy.device):
+        copy = copies[p] = torch.empty_like(like)
+    return copy
