@@ -17,7 +17,7 @@ STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_
 
 
 class EpsilonAnnealing(LRScheduler):
-    """Sets ``group["eps"]`` of every group with a grid; a ``torch.optim.lr_scheduler`` that leaves ``lr`` alone.
+    """Sets ``constraint_eps`` of every group with a grid; a ``torch.optim.lr_scheduler`` that leaves ``lr`` alone.
 
     The k-th period (epoch or batch: whatever the caller counts ``step()`` in) has, with j = k - hold, K = total - hold:
 
@@ -36,8 +36,8 @@ class EpsilonAnnealing(LRScheduler):
     The defaults are the recommended recipe: ``gap`` with power 12, ``hold`` a tenth of ``total``, ``keep_pull``. The
     other modes default to hold 0 and a constant alpha, as published.
 
-    eps is 1 during the hold and never below ``floor``. Groups whose ``eps`` is a tensor get it filled in place, so
-    compiled steps and CUDA graphs see the new value without recompiling.
+    eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
+    steps and CUDA graphs see the new value without recompiling.
     A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
     annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.
@@ -87,6 +87,8 @@ class EpsilonAnnealing(LRScheduler):
         if not any(group.get("grid") is not None for group in optimizer.param_groups):
             raise ValueError("optimizer: no parameter group has a grid; see ak.param_groups")
         self.optimizer = optimizer
+        if any("constraint_eps" not in group for _, group in self._groups()):
+            raise ValueError(f"optimizer: {type(optimizer).__name__} has no constraint; see ak.optim.Skewed")
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
         self.keep_pull = mode == "gap" if keep_pull is None else keep_pull
@@ -132,10 +134,13 @@ class EpsilonAnnealing(LRScheduler):
     def _apply(self) -> None:
         eps = self.eps_at(self.last_epoch)
         for _, group in self._groups():
-            if isinstance(group["eps"], torch.Tensor):
-                group["eps"].fill_(eps)
+            old_name = group.get("eps") is group["constraint_eps"]
+            if isinstance(group["constraint_eps"], torch.Tensor):
+                group["constraint_eps"].fill_(eps)
             else:
-                group["eps"] = eps
+                group["constraint_eps"] = eps
+            if old_name:  # of optimizers whose base has no eps of its own
+                group["eps"] = group["constraint_eps"]
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
             group["annealing"] = self.last_epoch > self.hold
         self._stepped = self._told = False
@@ -189,7 +194,7 @@ class EpsilonAnnealing(LRScheduler):
     def _further_along(self) -> str:
         """How the optimizer's state is annealed further than this object; empty where it is not."""
         for _, group in self._groups():
-            eps = group["eps"]
+            eps = group["constraint_eps"]
             known = not isinstance(eps, torch.Tensor) or (eps.device.type == "cpu" and type(eps) is torch.Tensor)
             if known and float(eps) < self.eps_at(self.last_epoch) * (1 - 1e-6):
                 return f"eps = {float(eps):.3g}"

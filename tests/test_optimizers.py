@@ -7,6 +7,7 @@
 5. LR schedulers, GradScaler, closures, gradient accumulation, copies; telemetry from the pass's own sums.
 6. Bad arguments, sparse or complex gradients: an error that names the argument, before anything is written.
 7. What is planned once and kept from step to step changes no bit, whatever is edited in between.
+8. ``constraint_eps`` is the constraint's; the names that were before, in arguments, groups and checkpoints.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def test_list_equals_loop(granularity, group_size, skew, generator):
     frozen = None
     for i in range(20):
         eps = 1.0 if i < 8 else 0.9 - 0.04 * i
-        optimizer.param_groups[0]["eps"] = eps
+        optimizer.param_groups[0]["constraint_eps"] = eps
         give_gradients(ours, generator)
         scales = [compute_scale(w, GRID, "sawb", granularity, group_size) for w in theirs]
         if i >= 8:
@@ -184,7 +185,8 @@ def test_adamw_list_equals_loop(generator):
     ours = parameters(generator)
     theirs = [p.detach().clone() for p in ours]
     m, v = ([torch.zeros_like(p) for p in theirs] for _ in range(2))
-    optimizer = ASkewAdamW(ours, lr=0.05, grid=Binary(), scale="mean", eps=0.4, weight_decay=0.1, freeze_scale="init")
+    optimizer = ASkewAdamW(ours, lr=0.05, grid=Binary(), scale="mean", constraint_eps=0.4, weight_decay=0.1,
+                           freeze_scale="init")  # fmt: skip
     scales = [compute_scale(w, Binary(), "mean") for w in theirs]
     for i in range(20):
         give_gradients(ours, generator)
@@ -200,7 +202,7 @@ def test_parameters_that_join_late(cls, options, generator):
     """A parameter whose first gradient comes later gets its own first step, as in torch."""
     ours, alone = parameters(generator), None
     alone = nn.Parameter(ours[1].detach().clone())
-    group = dict(grid=GRID, eps=1.0, freeze_scale="never")
+    group = dict(grid=GRID, constraint_eps=1.0, freeze_scale="never")
     if cls is ASkewSGD:
         options = {**options, "dampening": 0.5}
     optimizer, single = cls(ours, **options, **group), cls([alone], **options, **group)
@@ -222,7 +224,7 @@ def test_lr_and_eps_as_tensors(generator):
     results = []
     for make in (float, torch.tensor, lambda v: torch.tensor(v, dtype=torch.float64)):
         params = parameters(torch.Generator().manual_seed(1))
-        optimizer = ASkewSGD(params, lr=make(0.125), eps=make(0.25), momentum=0.9, grid=GRID)
+        optimizer = ASkewSGD(params, lr=make(0.125), constraint_eps=make(0.25), momentum=0.9, grid=GRID)
         for i in range(5):
             give_gradients(params, torch.Generator().manual_seed(i))
             optimizer.step()
@@ -234,7 +236,7 @@ def test_lr_and_eps_as_tensors(generator):
 def test_skip_nonfinite(generator):
     for cls, options in BOTH:
         params = parameters(generator)
-        optimizer = cls(params, grid=GRID, eps=0.5, skip_nonfinite=True, **options)
+        optimizer = cls(params, grid=GRID, constraint_eps=0.5, skip_nonfinite=True, **options)
         before = [p.detach().clone() for p in params]
         give_gradients(params, generator)
         params[0].grad[0, 0], params[0].grad[1, 1] = math.nan, math.inf
@@ -257,7 +259,7 @@ def test_freezing(freeze, rule, generator):
     kept = None
     for i in range(12):
         eps = 1.0 if i < 5 else 0.5
-        optimizer.param_groups[0]["eps"] = eps
+        optimizer.param_groups[0]["constraint_eps"] = eps
         should_freeze = freeze == "init" or (freeze == "anneal" and eps < 1)
         found = compute_scale(w, GRID, rule)
         if should_freeze and kept is None:
@@ -365,10 +367,10 @@ def test_annealing_formulas(name):
     for k in range(20):
         j = k - 3
         want = 1.0 if j <= 0 else max(floor, formula(min(j, 10) if "decay" not in options else j))
-        assert optimizer.param_groups[0]["eps"] == pytest.approx(want, rel=1e-12)
-        assert annealing.get_last_eps() == [optimizer.param_groups[0]["eps"]]
-        assert optimizer.param_groups[1]["eps"] == 1.0
-        seen.append(optimizer.param_groups[0]["eps"])
+        assert optimizer.param_groups[0]["constraint_eps"] == pytest.approx(want, rel=1e-12)
+        assert annealing.get_last_eps() == [optimizer.param_groups[0]["constraint_eps"]]
+        assert optimizer.param_groups[1]["constraint_eps"] == 1.0
+        seen.append(optimizer.param_groups[0]["constraint_eps"])
         annealing.step()
     assert all(a >= b for a, b in itertools.pairwise(seen)) and seen[3] == 1.0 > seen[4]
     if "decay" not in options:
@@ -396,17 +398,17 @@ def test_annealing_state(name):
     other_optimizer, other = annealed(total=99)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     for _ in range(8):
-        assert other_optimizer.param_groups[0]["eps"] == optimizer.param_groups[0]["eps"]
+        assert other_optimizer.param_groups[0]["constraint_eps"] == optimizer.param_groups[0]["constraint_eps"]
         annealing.step(), other.step()
 
 
 def test_annealing_fills_tensors():
     w = nn.Parameter(torch.randn(4, 8))
     eps = torch.tensor(1.0)
-    optimizer = ASkewSGD([w], lr=0.1, grid=GRID, eps=eps)
+    optimizer = ASkewSGD([w], lr=0.1, grid=GRID, constraint_eps=eps)
     annealing = ak.EpsilonAnnealing(optimizer, hold=1, total=3, mode="linear")
     annealing.step(), annealing.step()
-    assert optimizer.param_groups[0]["eps"] is eps and eps == 0.5
+    assert optimizer.param_groups[0]["constraint_eps"] is eps and eps == 0.5
     w.grad = torch.randn(4, 8)
     optimizer.step()
     assert WeightQuantizer.of(w).frozen
@@ -470,7 +472,7 @@ def test_lr_schedulers(name, cls, options, generator):
 def test_grad_scaler(cls, options):
     """Scaled by a power of two and unscaled is exact; a step with an inf is skipped whole."""
     scaled, plain = network(), network()
-    optimizers = [cls(ak.param_groups(m), eps=0.5, **options) for m in (scaled, plain)]
+    optimizers = [cls(ak.param_groups(m), constraint_eps=0.5, **options) for m in (scaled, plain)]
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for i in range(6):
         loss = (scaled(X[i]) - 1).pow(2).mean()
@@ -495,7 +497,7 @@ def test_grad_scaler(cls, options):
 def test_closure(generator):
     for cls, options in BOTH:
         models = network(), network()
-        optimizers = [cls(ak.param_groups(m), eps=0.5, **options) for m in models]
+        optimizers = [cls(ak.param_groups(m), constraint_eps=0.5, **options) for m in models]
 
         def closure(m=models[0], o=optimizers[0]):
             assert torch.is_grad_enabled()
@@ -572,7 +574,7 @@ def test_resume(cls, options, freeze, saved_at, order):
 def test_resume_of_other_types(dtype):
     def make():
         model = network().to(dtype)
-        return model, ASkewAdamW(ak.param_groups(model), lr=0.01, eps=0.5)
+        return model, ASkewAdamW(ak.param_groups(model), lr=0.01, constraint_eps=0.5)
 
     def run(model, optimizer, start, stop):
         for i in range(start, stop):
@@ -595,7 +597,7 @@ def test_resume_of_other_types(dtype):
 @pytest.mark.parametrize("eps", [1.0, 0.5])
 def test_copies(cls, options, eps, how):
     model = network()
-    optimizer = cls(ak.param_groups(model), eps=eps, telemetry_every=3, **options)
+    optimizer = cls(ak.param_groups(model), constraint_eps=eps, telemetry_every=3, **options)
     train(model, optimizer, 0, 3)
     other, other_optimizer = how((model, optimizer))
     train(model, optimizer, 3, 8)
@@ -618,7 +620,7 @@ def test_state_dict_is_plain():
 def test_telemetry(cls, options, generator):
     w = nn.Parameter(torch.randn(6, 16, generator=generator) * 0.5)
     bias = nn.Parameter(torch.zeros(3))
-    optimizer = cls([{"params": [bias]}, {"params": [w], "grid": GRID, "eps": 0.3}], **options)
+    optimizer = cls([{"params": [bias]}, {"params": [w], "grid": GRID, "constraint_eps": 0.3}], **options)
     assert optimizer.telemetry() == []
     scale = compute_scale(w, GRID)
     before, s64 = oracles.as64(w), oracles.as64(scale)[:, None]
@@ -672,7 +674,7 @@ def test_no_gradient_and_frozen(generator):
     for cls, options in BOTH:
         params = parameters(generator)
         params[1].requires_grad_(False)
-        optimizer = cls(params, grid=GRID, eps=0.3, **options)
+        optimizer = cls(params, grid=GRID, constraint_eps=0.3, **options)
         before = [p.detach().clone() for p in params]
         optimizer.step()  # no gradients at all
         params[0].grad = torch.randn_like(params[0])
@@ -683,9 +685,9 @@ def test_no_gradient_and_frozen(generator):
 def test_add_param_group(generator):
     params = parameters(generator)
     optimizer = ASkewSGD([params[0]], lr=0.1, momentum=0.9)
-    optimizer.add_param_group({"params": [params[1]], "grid": GRID, "eps": 0.5})
-    with pytest.raises(ValueError, match="^eps"):
-        optimizer.add_param_group({"params": [params[2]], "grid": GRID, "eps": 2.0})
+    optimizer.add_param_group({"params": [params[1]], "grid": GRID, "constraint_eps": 0.5})
+    with pytest.raises(ValueError, match="^constraint_eps"):
+        optimizer.add_param_group({"params": [params[2]], "grid": GRID, "constraint_eps": 2.0})
     assert len(optimizer.param_groups) == 2
     optimizer.add_param_group({"params": [params[2]], "grid": Ternary(), "scale": "mean"})
     give_gradients(params, generator)
@@ -704,9 +706,9 @@ GOOD = torch.ones(4, 8)
         (dict(lr=None), TypeError, "lr"),
         (dict(lr=math.nan), ValueError, "lr"),
         (dict(lr=torch.ones(2)), ValueError, "lr"),
-        (dict(eps=0.0), ValueError, "eps"),
-        (dict(eps=1.1), ValueError, "eps"),
-        (dict(eps="1"), TypeError, "eps"),
+        (dict(constraint_eps=0.0), ValueError, "constraint_eps"),
+        (dict(constraint_eps=1.1), ValueError, "constraint_eps"),
+        (dict(constraint_eps="1"), TypeError, "constraint_eps"),
         (dict(alpha=-1.0), ValueError, "alpha"),
         (dict(weight_decay=-0.1), ValueError, "weight_decay"),
         (dict(skew="both"), ValueError, "skew"),
@@ -743,7 +745,7 @@ def test_bad_arguments(cls, options, error, words):
         (ASkewSGD, dict(dampening="a"), "dampening"),
         (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"),
         (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
-        (ASkewAdamW, dict(adam_eps=-1.0), "adam_eps"),
+        (ASkewAdamW, dict(eps=-1.0), "eps"),
     ],
 )
 def test_more_bad_arguments(cls, options, words):
@@ -763,7 +765,7 @@ def test_bad_parameters():
 @pytest.mark.parametrize(("cls", "options"), BOTH)
 def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     model = nn.ParameterList([nn.Parameter(GOOD.clone()) for _ in range(3)])
-    groups = [{"params": [model[0]], "grid": GRID, "eps": 0.5}, {"params": [model[1]], "grid": GRID},
+    groups = [{"params": [model[0]], "grid": GRID, "constraint_eps": 0.5}, {"params": [model[1]], "grid": GRID},
               {"params": [model[2]]}]  # fmt: skip
     optimizer = cls(groups, **options)
     for p in model:
@@ -781,17 +783,17 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     elif break_it == "lr tensor":
         group["lr"] = torch.tensor(-1.0)
     elif break_it == "eps":
-        group["eps"] = 0.0
+        group["constraint_eps"] = 0.0
     elif break_it == "eps tensor":
-        group["eps"] = torch.tensor(2.0)
+        group["constraint_eps"] = torch.tensor(2.0)
     else:
-        group["eps"] = math.nan
+        group["constraint_eps"] = math.nan
     before = copy.deepcopy([p.detach() for p in model])
     state = copy.deepcopy([dict(optimizer.state[p]) for p in model])
     with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)) as caught:
         optimizer.step()
     if break_it != "sparse plain":
-        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("grad", "lr", "eps"))
+        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("grad", "lr", "constraint_eps"))
     assert all(torch.equal(p, b) for p, b in zip(model, before, strict=True))
     for p, s in zip(model, state, strict=True):
         for key, value in s.items():
@@ -813,11 +815,11 @@ def test_mixed_types_in_one_group(generator):
 
 def test_signatures_follow_torch():
     """What torch.optim's namesakes take first, in their order."""
-    ours, theirs = (list(inspect.signature(c).parameters) for c in (ASkewSGD, torch.optim.SGD))
-    assert ours[:6] == theirs[:6]
-    assert (
-        list(inspect.signature(ASkewAdamW).parameters)[:3] == list(inspect.signature(torch.optim.AdamW).parameters)[:3]
-    )
+    for cls, twin, count in ((ASkewSGD, torch.optim.SGD, 6), (ASkewAdamW, torch.optim.AdamW, 5)):
+        ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (cls, twin))
+        for mine, its in zip(ours[:count], theirs[:count], strict=True):
+            assert (mine.name, mine.kind, mine.default) == (its.name, its.kind, its.default)
+        assert all(name in inspect.getdoc(cls) for name in (*cls.OWN, "constraint_eps", "freeze_scale"))
 
 
 def test_learns():
@@ -868,7 +870,7 @@ def _edits():
         "no gradient": lambda m, o: setattr(weight(m), "grad", None),
         "clear state": lambda m, o: o.state.clear(),
         "replace buffers": replace_buffers,
-        "eps": lambda m, o: o.param_groups[0].update(eps=0.3),
+        "eps": lambda m, o: o.param_groups[0].update(constraint_eps=0.3),
         "lr": lambda m, o: o.param_groups[0].update(lr=0.01),
         "group": lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(2))]}),
         "own state": lambda m, o: o.load_state_dict(o.state_dict()),
@@ -884,7 +886,7 @@ def test_a_kept_plan_changes_nothing(kind, options, edit, forward):
     results = []
     for forget in (False, True):
         model = network(QuantConfig(GRID, "sawb", forward=forward))
-        optimizer = kind(ak.param_groups(model), eps=1.0 if edit != "freeze" else 0.5, **options)
+        optimizer = kind(ak.param_groups(model), constraint_eps=1.0 if edit != "freeze" else 0.5, **options)
         for step in range(6):
             x = X[step].to(model[0].weight.dtype)
             optimizer.zero_grad()
@@ -915,7 +917,7 @@ def test_a_plan_is_kept():
 def test_gradients_are_clipped_again_after_an_edit():
     """While every weight is known to be inside the hull the backward skips the clipping; an edit ends that."""
     layer = ak.nn.AskewLinear(8, 4, config=QuantConfig(GRID, "absmax", forward="hard"))
-    optimizer = ASkewSGD(ak.param_groups(layer), lr=0.01, eps=0.5)
+    optimizer = ASkewSGD(ak.param_groups(layer), lr=0.01, constraint_eps=0.5)
 
     def gradient():
         layer.weight.grad = None
@@ -935,24 +937,141 @@ def test_gradients_are_clipped_again_after_an_edit():
     assert (gradient() == 0).any()
 
 
+# ---- 8. names: the constraint's eps is constraint_eps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [
+    "as it is", "deepcopy", "pickle", "load", "add_param_group", "tensor",
+])  # fmt: skip
+def test_eps_is_constraint_eps_where_the_base_rule_has_none(how, generator):
+    """Users of ASkewSGD read and write it in the groups; whatever is done to the optimizer, both names are one."""
+    w = nn.Parameter(torch.randn(4, 8, generator=generator))
+    start = torch.tensor(0.9) if how == "tensor" else 0.9
+    optimizer = ASkewSGD([{"params": [w], "grid": GRID, "eps": start}], lr=0.1)
+    if how == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    elif how == "load":
+        buffer = io.BytesIO()
+        torch.save(optimizer.state_dict(), buffer)
+        buffer.seek(0)
+        optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+    elif how == "add_param_group":
+        optimizer = ASkewSGD([nn.Parameter(torch.ones(2))], lr=0.1)
+        optimizer.add_param_group({"params": [w], "grid": GRID, "eps": 0.9})
+    group = optimizer.param_groups[-1]
+    (w,) = group["params"]
+    assert group["eps"] == group["constraint_eps"] == start
+
+    def step():
+        w.grad = torch.randn(4, 8, generator=generator)
+        optimizer.telemetry()
+        optimizer.step()
+        return float(optimizer.telemetry()[0]["eps"])
+
+    assert step() == pytest.approx(0.9) and WeightQuantizer.of(w).frozen
+    if how == "tensor":
+        group["eps"].fill_(0.7)
+    else:
+        group["eps"] = 0.7
+    assert step() == pytest.approx(0.7) and float(group["constraint_eps"]) == pytest.approx(0.7)
+    group["constraint_eps"] = 0.6
+    assert step() == 0.6 and group["eps"] == 0.6
+    annealing = ak.EpsilonAnnealing(optimizer, total=4, hold=0, mode="linear")
+    assert group["eps"] == group["constraint_eps"] == 1.0
+    annealing.step()
+    assert group["eps"] == 0.75 and step() == 0.75
+    group["eps"] = 0.3  # written, and then annealed before the next step: the annealing's counts
+    annealing.step()
+    assert step() == group["eps"] == 0.5
+
+
+def test_eps_of_adamw_is_adamw_s(generator):
+    w = nn.Parameter(torch.randn(4, 8, generator=generator))
+    twin = nn.Parameter(w.detach().clone())
+    optimizer = ASkewAdamW([w], 0.05, (0.9, 0.99), 1e-3, 0.0, grid=GRID, freeze_scale="never")
+    other = torch.optim.AdamW([twin], 0.05, (0.9, 0.99), 1e-3, 0.0)
+    for _ in range(5):
+        w.grad = torch.randn(4, 8, generator=generator) * 1e-3
+        twin.grad = w.grad.clone()
+        optimizer.step(), other.step()
+    torch.testing.assert_close(w, twin, rtol=1e-5, atol=1e-5)
+    assert "adam_eps" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("where", ["argument", "group", "later"])
+def test_adam_eps_is_the_old_name(where):
+    w = nn.Parameter(torch.randn(4, 8))
+    w.grad = torch.ones(4, 8)
+    group, options = {"params": [w], "grid": GRID}, {}
+    (options if where == "argument" else group if where == "group" else {})["adam_eps"] = 1e-5
+    with pytest.warns(DeprecationWarning, match="^adam_eps: is called eps now"):
+        optimizer = ASkewAdamW([group], lr=0.1, **options)
+        if where == "later":
+            optimizer.param_groups[0]["adam_eps"] = 1e-5
+        optimizer.step()
+    assert optimizer.param_groups[0]["eps"] == 1e-5 and "adam_eps" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("where", ["argument", "later"])
+def test_who_means_the_constraint_is_told(where):
+    w = nn.Parameter(torch.randn(4, 8))
+    w.grad = torch.ones(4, 8)
+    with pytest.warns(UserWarning, match="^eps: 0.3 is .*AdamW's denominator; the constraint's is constraint_eps"):
+        optimizer = ASkewAdamW([w], lr=0.1, grid=GRID, **({"eps": 0.3} if where == "argument" else {}))
+        optimizer.param_groups[0]["eps"] = 0.3
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()  # once is enough
+        ASkewAdamW([w], lr=0.1, grid=GRID, eps=1e-3)
+
+
+@pytest.mark.parametrize(("cls", "options"), BOTH)
+def test_checkpoints_with_the_old_names(cls, options):
+    """Until 0.2 groups had the constraint's eps as ``eps`` and AdamW's as ``adam_eps``."""
+    models = [network() for _ in range(2)]
+    optimizers = [cls(ak.param_groups(m), **options) for m in models]
+    for group in optimizers[0].param_groups:
+        group["constraint_eps"] = 0.4
+        if cls is ASkewAdamW:
+            group["eps"] = 1e-6
+    train(models[0], optimizers[0], 0, 3)
+    state = copy.deepcopy(optimizers[0].state_dict())
+    for group in state["param_groups"]:
+        if cls is ASkewAdamW:
+            group["adam_eps"] = group["eps"]
+        group["eps"] = group.pop("constraint_eps")
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(state)
+    group = optimizers[1].param_groups[0]
+    assert group["constraint_eps"] == 0.4 and "adam_eps" not in group
+    assert group["eps"] == (0.4 if cls is ASkewSGD else 1e-6)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, 3, 6)
+    same_state(*models)
+
+
 # ---- states of others, and surroundings ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind,base", [(ASkewSGD, torch.optim.SGD), (ASkewAdamW, torch.optim.AdamW)])
 def test_a_float_phases_state_is_taken_and_the_constraint_stays(kind, base, generator):
-    """torch's optimizer knows nothing of grid, eps and alpha (its own eps is AdamW's denominator's)."""
+    """torch's optimizer knows nothing of grid, constraint_eps and alpha (its eps is AdamW's denominator's)."""
     weight, bias = (nn.Parameter(torch.randn(s, generator=generator)) for s in ((6, 8), (6,)))
     options = {"momentum": 0.9} if base is torch.optim.SGD else {"eps": 1e-5}
     floats = base([{"params": [weight]}, {"params": [bias]}], lr=0.05, **options)
     give_gradients([weight, bias], generator)
     floats.step()
     options = {"momentum": 0.9} if base is torch.optim.SGD else {}
-    optimizer = kind([{"params": [weight], "grid": GRID}, {"params": [bias]}], lr=0.1, eps=0.7, alpha=2.0, **options)
+    groups = [{"params": [weight], "grid": GRID}, {"params": [bias]}]
+    optimizer = kind(groups, lr=0.1, constraint_eps=0.7, alpha=2.0, **options)
     optimizer.load_state_dict(floats.state_dict())
     group = optimizer.param_groups[0]
-    assert group["grid"] == GRID and group["eps"] == 0.7 and group["alpha"] == 2.0 and group["lr"] == 0.05
+    assert group["grid"] == GRID and group["constraint_eps"] == 0.7 and group["alpha"] == 2.0 and group["lr"] == 0.05
     if base is torch.optim.AdamW:
-        assert group["adam_eps"] == 1e-5
+        assert group["eps"] == 1e-5
     key = "momentum_buffer" if base is torch.optim.SGD else "exp_avg"
     assert torch.equal(optimizer.state[weight][key], floats.state[weight][key])
     optimizer.step()
@@ -1006,7 +1125,7 @@ def test_the_keys_of_the_state_are_the_same_in_every_phase(cls, options):
     optimizer = cls(ak.param_groups(model), **options)
     seen = set()
     for i in range(4):
-        optimizer.param_groups[0]["eps"] = 1.0 if i < 2 else 0.4
+        optimizer.param_groups[0]["constraint_eps"] = 1.0 if i < 2 else 0.4
         model(X[i]).square().sum().backward()
         optimizer.step()
         seen.add(tuple(sorted(optimizer.state[model[0].weight])))
@@ -1023,7 +1142,7 @@ def test_checkpoints_by_parameter_name_resume_bit_for_bit(flat, eps):
 
     def train(model, optimizer, steps):
         for i in steps:
-            optimizer.param_groups[0]["eps"] = eps
+            optimizer.param_groups[0]["constraint_eps"] = eps
             optimizer.zero_grad()
             model(X[i]).square().sum().backward()
             optimizer.step()
@@ -1062,7 +1181,7 @@ def test_a_compiled_step_is_the_step(cls, options, what):
         elif compiled:
             loop = torch.compile(loop, backend="eager")
         for i in range(4):
-            optimizer.param_groups[0]["eps"] = 1.0 if i < 2 else 0.4
+            optimizer.param_groups[0]["constraint_eps"] = 1.0 if i < 2 else 0.4
             if what == "loop":
                 loop(X[i])
             else:

@@ -1,6 +1,10 @@
-"""Optimizers."""
+"""Optimizers: base rules under the interval constraint, any optimizer under it, and sharpness-aware steps over them."""
 
-from .sam import ASAM, SAM, AlignedSAM, frozen_batchnorm_stats
-from .skewed import ASkewAdamW, ASkewSGD
+from .askew import OPTIMIZERS, ASkewAdamW, ASkewSGD
+from .batchnorm import frozen_batchnorm_stats
+from .sam import ASAM, SAM, AlignedSAM
+from .skewed import Skewed
 
-__all__ = ["ASAM", "SAM", "ASkewAdamW", "ASkewSGD", "AlignedSAM", "frozen_batchnorm_stats"]
+globals().update(OPTIMIZERS)  # of rules that have a row and no name above
+
+__all__ = ["ASAM", "SAM", "ASkewAdamW", "ASkewSGD", "AlignedSAM", "Skewed", "frozen_batchnorm_stats", *OPTIMIZERS]

@@ -9,12 +9,9 @@ nothing to perturb stay on the device: neither half waits for it.
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import itertools
 import math
-import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,76 +23,15 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import ops
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
-from .skewed import _Skewed
+from .amp import unscale_first, unscale_second
+from .askew import ByRule
+from .batchnorm import frozen_batchnorm_stats
+from .ranks import ProcessGroup, sum_over_ranks
+from .telemetry import checked_every
+from .wrapper import Wrapper, checked_base, room_for
 
 PERTURBATIONS = ("global", "local")
 _KEYS = ("rho", "eta", "adaptive")
-
-
-# ---- batch normalization --------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
-    """Batch and instance normalization of ``model`` use batch statistics as ever, but leave the running ones alone.
-
-    For the second forward of a step, whose weights are not those that are kept. Modules in eval mode are not touched;
-    everything is put back when the block ends, also by an exception.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    before: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            before.append((module, "track_running_stats", True))
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is not None:
-            before.append((module, "momentum", module.momentum))
-    try:
-        for module, name, _ in before:
-            setattr(module, name, False if name == "track_running_stats" else 0.0)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
-# ---- ranks ----------------------------------------------------------------------------------------------------------
-
-
-def _add_over_ranks(sums: dict[Any, Tensor]) -> Tensor:
-    """Sums by sharding, each added over the ranks that hold parts of its tensors, then all of them together."""
-    for sharding, value in sums.items():
-        if sharding is not None:
-            mesh, placements = sharding
-            for dim, placement in enumerate(placements):
-                if placement.is_shard():
-                    torch.distributed.all_reduce(value, group=mesh.get_group(dim))
-    values = list(sums.values())
-    total = values[0]
-    for value in values[1:]:
-        total = total + value.to(total.device)
-    return total
-
-
-class _Group:
-    """A process group, which copies share; a pickle cannot hold it, and says so."""
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: dict) -> _Group:
-        return self
-
-    def __reduce__(self) -> Any:
-        if self.group is not None:
-            warnings.warn(
-                "process_group: a pickle cannot hold it; the optimizer that is loaded averages the surrogate gap over "
-                "all ranks until its process_group is set",
-                stacklevel=2,
-            )
-        return _Group, (None,)
 
 
 # ---- what a first step leaves for the second ------------------------------------------------------------------------
@@ -103,7 +39,7 @@ class _Group:
 
 @dataclass
 class _Bucket:
-    """Parameters that share a launch: one device, rho, eta, direction; float64 apart."""
+    """Parameters that share a launch: one device, sharding, rho, eta, direction; float64 apart."""
 
     group: dict[str, Any]
     params: list[Tensor] = field(default_factory=list)
@@ -125,23 +61,7 @@ class _Ascent:
     found_inf: Tensor | None = None  # in the first half
 
 
-def _eager(method: Callable[..., Any]) -> Any:
-    """``method`` runs as it is inside a compiled loop: its two halves, hooks and checks are no graph.
-
-    The wrapper is made at the first call, because it imports the compiler, as every torch.optim.Optimizer does.
-    """
-    made: list[Callable[..., Any]] = []
-
-    @functools.wraps(method)
-    def call(*args: Any, **options: Any) -> Any:
-        if not made:
-            made.append(torch.compiler.disable(method))
-        return made[0](*args, **options)
-
-    return call
-
-
-class SAM(Optimizer):
+class SAM(Wrapper):
     """Sharpness-aware minimization over any ``torch.optim.Optimizer``.
 
         delta = rho T^2 g / ||T g||        T = |w| + eta where adapted, else 1; the norm over all parameters and ranks
@@ -181,7 +101,8 @@ class SAM(Optimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler.step calls step() also when it found inf: weights must come back
-    _shares = False  # Optimizer.__init__ must not touch what is the base's
+    _NEEDS_FIRSTS = False  # whether the first gradients are part of the step
+    _align = 0.0
 
     def __init__(
         self, params: Any, base_optimizer: type[Optimizer] | None = None, rho: float | Tensor = 0.05,
@@ -194,54 +115,31 @@ class SAM(Optimizer):
             raise ValueError(f"perturbation: expected one of {', '.join(PERTURBATIONS)}, got {perturbation!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if isinstance(telemetry_every, bool) or not isinstance(telemetry_every, int) or telemetry_every < 0:
-            raise ValueError(f"telemetry_every: expected an int >= 0, got {telemetry_every!r}")
-        _refuse_a_part(type(self).__name__)
+        self.telemetry_every = checked_every(telemetry_every)
+        if made_for_a_part():  # norm and perturbation would be those of one rank's part
+            name = type(self).__name__
+            raise TypeError(
+                f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
+                f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
+            )
         base = _make_base(params, base_optimizer, base_options)
         for group in base.param_groups:
             _check_keys({**own, **{k: group[k] for k in own if k in group}})
-        self.base_optimizer = base
         self.model = model
         self.perturbation = perturbation
-        self.telemetry_every = telemetry_every
-        self._ascent: _Ascent | None = None
-        self._buffers: dict[Tensor, Tensor] = {}
-        self._note_names()
-        self._report: dict[str, Any] = {}
-        self._telemetry_wanted = True
-        base.defaults.update(own)
-        super().__init__(base.param_groups, base.defaults)
-        self._shares = True
+        self._begin()
+        self._wrap(base, own)
         self._complete()
 
+    def _begin(self) -> None:
+        """What copies and checkpoints do not hold."""
+        self._ascent: _Ascent | None = None
+        self._copies: dict[Tensor, Tensor] = {}  # of the weights, kept from step to step
+        self._report: dict[str, Any] = {}
+        self._telemetry_wanted = True
+        self._note_names()
+
     # ---- one optimizer, not two ---------------------------------------------------------------------------------
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if self._shares:
-            self.base_optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        if self._shares:
-            self.base_optimizer.state = state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, defaults: dict[str, Any]) -> None:
-        if self._shares:
-            self.base_optimizer.defaults = defaults
 
     @property
     def KEEPS_QUANTIZERS_FRESH(self) -> bool:
@@ -256,10 +154,6 @@ class SAM(Optimizer):
         self.base_optimizer.add_param_group(param_group)
         self._complete()
         self._note_names()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The base's own: some keep gradients in memory of their own."""
-        self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
 
     def _complete(self) -> None:
         """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
@@ -298,7 +192,7 @@ class SAM(Optimizer):
 
     # ---- the first half -----------------------------------------------------------------------------------------
 
-    @_eager
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def first_step(
         self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
     ) -> None:  # fmt: skip
@@ -333,8 +227,7 @@ class SAM(Optimizer):
         ascent = _Ascent([[id(p) for p in group["params"]] for group in self.param_groups], scaler=scaler)
         buckets = self._buckets()
         self._check_loss("first_step", loss)
-        if scaler is not None:
-            ascent.found_inf = _unscale_first(scaler, self)
+        ascent.found_inf = unscale_first(scaler, self)
         norm = self._squared_norm(buckets).sqrt()
         record = self._records()
         self._report = {"loss": _detached(loss), "gradient_norm": norm}
@@ -346,18 +239,16 @@ class SAM(Optimizer):
                 if bucket.group.get("maximize"):
                     coefficients = -coefficients
                 self._report.setdefault("rho", radius)
-                kept = [self._buffer(p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
-                quantizers = [WeightQuantizer.of(p) for p in bucket.params]
-                for q, p in zip(quantizers, bucket.params, strict=True):
-                    if q is not None:
-                        q.leaving(p)
+                kept = [room_for(self._copies, p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
+                quantized = [(q, p) for p in bucket.params if (q := WeightQuantizer.of(p)) is not None]
+                for q, p in quantized:
+                    q.leaving(p)
                 ops.run_sam_perturb(
                     bucket.weights, bucket.grads, kept, coefficients, bucket.adaptive, float(bucket.group["eta"])
                 )
                 ascent.kept += zip(bucket.params, bucket.weights, kept, strict=True)
-                for q, p in zip(quantizers, bucket.params, strict=True):
-                    if q is not None:
-                        q.away(p)
+                for q, p in quantized:
+                    q.away(p)
                 ascent.coefficients.append(coefficients)
         except BaseException:
             self.restore()
@@ -374,7 +265,6 @@ class SAM(Optimizer):
             self.zero_grad()
 
     ascent_step = first_step
-    _NEEDS_FIRSTS = False
 
     def _check_loss(self, where: str, loss: Any) -> None:
         """Raises where the radius needs a loss that was not given, or has no direction to follow."""
@@ -393,13 +283,13 @@ class SAM(Optimizer):
                 if g is None:
                     continue
                 name = names[i] if names else self._names.get(p)
-                if g.layout != torch.strided or g.dtype != p.dtype or p.dtype not in ops.FLOAT_TYPES:
-                    what = name or f"params[{i}]"
-                    if g.layout != torch.strided:
-                        raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
-                    if p.is_complex():
-                        raise TypeError(f"{what}: {type(self).__name__} does not take complex parameters")
-                    ops.check_float_tensor(what, p)
+                what = name or f"params[{i}]"
+                if g.layout != torch.strided:
+                    raise TypeError(f"{what}: {type(self).__name__} does not take sparse gradients")
+                if p.is_complex():
+                    raise TypeError(f"{what}: {type(self).__name__} does not take complex parameters")
+                ops.check_float_tensor(what, p)
+                if g.dtype != p.dtype:
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
                 w = p
                 if is_sharded(p):
@@ -411,15 +301,15 @@ class SAM(Optimizer):
                 place = w.data_ptr()
                 if place in places:  # moved twice, and the second copy would be of a moved weight
                     raise ValueError(
-                        f"{name or f'params[{i}]'}: expected memory of its own, got another parameter's; tie modules "
+                        f"{what}: expected memory of its own, got another parameter's; tie modules "
                         "by one Parameter instead of two with the same data"
                     )
                 if w.numel():
                     places.add(place)
-                key = (w.device, w.dtype == torch.float64, *own)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = _Bucket(group)
+                key = (w.device, w.dtype == torch.float64, sharding_of(p), *own)
+                if key not in buckets:
+                    buckets[key] = _Bucket(group)
+                bucket = buckets[key]
                 bucket.params.append(p)
                 bucket.weights.append(w)
                 bucket.grads.append(g)
@@ -428,49 +318,29 @@ class SAM(Optimizer):
 
     def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
         """sum (T g)^2 over all parameters and ranks: float64, on the device."""
-        sums: dict[Any, Tensor] = {}
-        for bucket in buckets:
-            by_sharding: dict[Any, list[int]] = {}
-            for i, p in enumerate(bucket.params):
-                by_sharding.setdefault(sharding_of(p), []).append(i)
-            for sharding, members in by_sharding.items():
-                part = ops.run_sam_norm(
-                    [bucket.weights[i] for i in members], [bucket.grads[i] for i in members],
-                    [bucket.adaptive[i] for i in members], float(bucket.group["eta"]),
-                )  # fmt: skip
-                sums[sharding] = sums[sharding] + part.to(sums[sharding].device) if sharding in sums else part
-        return _add_over_ranks(self._by_sharding(sums, ()))
-
-    def _by_sharding(self, sums: dict[Any, Tensor], shape: tuple[int, ...]) -> dict[Any, Tensor]:
-        """``sums`` with a zero for every sharding that has none here, in an order that all ranks share."""
-        complete: dict[Any, Tensor] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                key = sharding_of(p)
-                if key not in complete:
-                    zero = torch.zeros(shape, dtype=torch.float64, device=local_part(p).device)
-                    complete[key] = sums.get(key, zero)
-        return complete
+        parts = [
+            (b.params[0], ops.run_sam_norm(b.weights, b.grads, b.adaptive, float(b.group["eta"]))) for b in buckets
+        ]
+        return sum_over_ranks(parts, self.param_groups)
 
     def _radius(self, rho: Tensor | float) -> Tensor | float:
         """The radius of this step, for a group of radius ``rho``."""
         return rho
 
     def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
-        """(c, a) on the device of ``like``; (0, 0) where the norm is zero, inf or NaN."""
-        return _coefficients(rho, 0.0, norm, like)
-
-    def _buffer(self, p: Tensor, w: Tensor) -> Tensor:
-        """Room for the copy, kept from step to step."""
-        buffer = self._buffers.get(p)
-        like = (w.shape, w.stride(), w.dtype, w.device)
-        if buffer is None or like != (buffer.shape, buffer.stride(), buffer.dtype, buffer.device):
-            buffer = self._buffers[p] = torch.empty_like(w)
-        return buffer
+        """(c, a) = (rho / norm, align) on the device of ``like``, float32 (float64 for float64 weights); (0, 0) where
+        there is no direction, because the norm is zero, inf or NaN."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if isinstance(rho, Tensor):
+            rho = rho.detach().to(norm.device)
+        c = (rho / norm).to(dtype)
+        pair = torch.stack([c, torch.full_like(c, self._align)])
+        usable = (norm > 0) & norm.isfinite() & c.isfinite()
+        return torch.where(usable, pair, torch.zeros_like(pair)).to(like.device)
 
     # ---- the second half ----------------------------------------------------------------------------------------
 
-    @_eager
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def second_step(
         self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
     ) -> None:  # fmt: skip
@@ -496,7 +366,7 @@ class SAM(Optimizer):
                     "second_step: the parameter groups have changed since first_step(); weights restored"
                 )
             self._check_loss("second_step", loss)
-            skipped = _unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
+            skipped = unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
             self._note_losses(loss, skipped)
             if ascent.firsts and self._records():
                 self._report["cosine"] = self._cosine(ascent)
@@ -526,7 +396,7 @@ class SAM(Optimizer):
         ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them.
         """
         base = self.base_optimizer
-        if not isinstance(base, _Skewed):
+        if not isinstance(base, ByRule):
             return {}
         kept = {p: copy for p, _, copy in ascent.kept if p.grad is not None and p.is_contiguous()}
         inside = {}
@@ -542,21 +412,21 @@ class SAM(Optimizer):
         if not inside:
             base.step()
             return
-        assert isinstance(base, _Skewed)
+        assert isinstance(base, ByRule)
         for p in inside:
             WeightQuantizer.of(p).returned(p)  # type: ignore[union-attr]
-        base.kept = dict(inside)
+        base.saved_weights = dict(inside)
         try:
             base.step()
-            unused = dict(base.kept)
+            unused = dict(base.saved_weights)
         except BaseException:
             unused = inside
             raise
         finally:
-            base.kept, base.firsts, base.coefficients = {}, {}, None
+            base.saved_weights, base.first_gradients, base.coefficients = {}, {}, None
             ascent.kept = [item for item in ascent.kept if item[0] in unused]
 
-    @_eager
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def restore(self, *, but: Container[Tensor] = ()) -> None:
         """Puts every perturbed weight back, bit for bit, and forgets the first half. Does nothing between steps.
@@ -615,7 +485,7 @@ class SAM(Optimizer):
 
     # ---- both halves --------------------------------------------------------------------------------------------
 
-    @_eager
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def step(  # type: ignore[override]
         self, closure: Callable[[], Any] | None = None, *, scaler: Any = None
     ) -> Any:  # fmt: skip
@@ -634,7 +504,7 @@ class SAM(Optimizer):
         self._call_post_hooks(args, options)
         return loss
 
-    step.hooked = True  # otherwise torch would call the hooks of a step by hand twice: its halves call them
+    step.hooked = True  # type: ignore[attr-defined]  # otherwise torch would call the hooks of a step by hand twice: its halves call them
 
     def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
@@ -694,15 +564,12 @@ class SAM(Optimizer):
             if p.grad is not None
         ):
             return None
-        sums: dict[Any, Tensor] = {}
+        parts = []
         for p, (first, _) in ascent.firsts.items():
-            if p.grad is None:
-                continue
-            a, b = first.flatten().float(), local_part(p.grad).flatten().float()
-            part = torch.stack([a @ b, a @ a, b @ b]).double()
-            key = sharding_of(p)
-            sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-        dot, one, other = _add_over_ranks(self._by_sharding(sums, (3,)))
+            if p.grad is not None:
+                a, b = first.flatten().float(), local_part(p.grad).flatten().float()
+                parts.append((p, torch.stack([a @ b, a @ a, b @ b]).double()))
+        dot, one, other = sum_over_ranks(parts, self.param_groups, (3,))
         return dot / (one * other).sqrt()
 
     def telemetry(self) -> dict[str, Any]:
@@ -730,25 +597,17 @@ class SAM(Optimizer):
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's; the groups hold SAM's own keys, the surrogate gap and the step count among them."""
+    def _pack(self) -> dict[str, Any]:
+        """The groups hold SAM's own keys, the surrogate gap and the step count among them."""
         self._refuse_between_halves("state_dict")
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
         self._complete()
         packed = self.base_optimizer.state_dict()
         own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
         packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._refuse_between_halves("load_state_dict")
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
         own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
         before = [{key: group.get(key, self.defaults[key]) for key in _KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
@@ -758,19 +617,16 @@ class SAM(Optimizer):
         first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
         self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
         self._report = {}
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_between_halves("copy")
-        own = ("base_optimizer", "model", "perturbation", "telemetry_every", "_shares", "_settings", "_group")
-        return {name: self.__dict__[name] for name in own if name in self.__dict__}
+        own = ("model", "perturbation", "telemetry_every", "_group", "_align", "_rho_min", "_rho_max")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own if name in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._ascent, self._buffers, self._report, self._telemetry_wanted = None, {}, {}, True
         super().__setstate__(state)
+        self._begin()
         self._complete()
-        self._note_names()
 
 
 class ASAM(SAM):
@@ -816,8 +672,8 @@ class AlignedSAM(SAM):
             raise ValueError(
                 'perturbation: expected "global", because the first gradient is part of the step, got "local"'
             )
-        self._settings: dict[str, Any] = {"align": align, "rho_min": rho_min, "rho_max": rho_max}
-        self._group = _Group(process_group)
+        self._align, self._rho_min, self._rho_max = align, rho_min, rho_max
+        self._group = ProcessGroup(process_group)
         super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
 
     @property
@@ -826,21 +682,17 @@ class AlignedSAM(SAM):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        self._group = _Group(group)
+        self._group = ProcessGroup(group)
 
     def _radius(self, rho: Tensor | float) -> Tensor | float:
-        low, high = self._settings["rho_min"], self._settings["rho_max"]
-        if high is None:
+        if self._rho_max is None:
             return rho
         gap = self._gap
         rho = rho.detach().to(gap.device) if isinstance(rho, Tensor) else torch.full_like(gap, rho)
-        return torch.where(gap.isnan(), rho, gap.clamp(min=0).log1p().clamp(low, high))
-
-    def _coefficients(self, rho: Any, norm: Tensor, like: Tensor) -> Tensor:
-        return _coefficients(rho, self._settings["align"], norm, like)
+        return torch.where(gap.isnan(), rho, gap.clamp(min=0).log1p().clamp(self._rho_min, self._rho_max))
 
     def _check_loss(self, where: str, loss: Any) -> None:
-        if self._settings["rho_max"] is None:
+        if self._rho_max is None:
             return
         if loss is None:
             raise ValueError(f"loss: expected {where}(loss=...), which the radius follows with rho_max, got None")
@@ -851,12 +703,9 @@ class AlignedSAM(SAM):
             )
 
     def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
-        distributed = torch.distributed
-        if self._settings["rho_max"] is not None and distributed.is_available() and distributed.is_initialized():
+        if self._rho_max is not None:
             norm = self._report["gradient_norm"]  # on the device of the gradients, which the group can add up
-            gap = gap.double().clone() if isinstance(gap, Tensor) else torch.full_like(norm, gap)
-            distributed.all_reduce(gap, group=self.process_group)
-            gap = gap / distributed.get_world_size(self.process_group)
+            gap = self._group.mean(gap.double() if isinstance(gap, Tensor) else torch.full_like(norm, gap))
         super()._keep_gap(gap, skipped)
 
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
@@ -875,7 +724,7 @@ class AlignedSAM(SAM):
                 second = local_part(p.grad)
                 first = torch.zeros_like(second) if first is None else first
                 if p in inside:
-                    self.base_optimizer.firsts[p] = first  # type: ignore[attr-defined]
+                    self.base_optimizer.first_gradients[p] = first  # type: ignore[attr-defined]
                     key = second.device, second.dtype == torch.float64
                     self.base_optimizer.coefficients = coefficients[key]  # type: ignore[attr-defined]
                     continue
@@ -905,22 +754,7 @@ def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Opt
         base = base_optimizer(params, **options)
     if isinstance(base, SAM):
         raise TypeError("base_optimizer: expected an optimizer that is not itself sharpness-aware, got a SAM")
-    closure = inspect.signature(base.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
-            "which evaluates a closure itself"
-        )
-    return base
-
-
-def _refuse_a_part(name: str) -> None:
-    """Norm and perturbation would be those of one rank's part."""
-    if made_for_a_part():
-        raise TypeError(
-            f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
-            f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
-        )
+    return checked_base(base)
 
 
 def _is_lent(g: Tensor) -> bool:
@@ -941,17 +775,6 @@ def _is_adaptive(adaptive: bool | None, name: str | None, p: Tensor) -> bool:
     return "weight" in name if name else p.dim() >= 2
 
 
-def _coefficients(rho: Any, align: float, norm: Tensor, like: Tensor) -> Tensor:
-    """(c, a) = (rho / norm, align) as float32 (float64 for float64 weights), zeros where there is no direction."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if isinstance(rho, Tensor):
-        rho = rho.detach().to(norm.device)
-    c = (rho / norm).to(dtype)
-    pair = torch.stack([c, torch.full_like(c, align)])
-    usable = (norm > 0) & norm.isfinite() & c.isfinite()
-    return torch.where(usable, pair, torch.zeros_like(pair)).to(like.device)
-
-
 def _checked_loss(loss: Any) -> Any:
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
@@ -963,51 +786,3 @@ def _checked_loss(loss: Any) -> Any:
 
 def _detached(loss: Any) -> Any:
     return loss.detach().reshape(()) if isinstance(loss, Tensor) else loss
-
-
-# GradScaler keeps one stage for each optimizer and step: ready, unscaled, stepped. A step of two halves needs it twice,
-# which its public interface has no word for.
-
-
-def _unscale_first(scaler: Any, optimizer: SAM) -> Tensor | None:
-    """Unscales the first gradients unless that is done, and makes the scaler ready for the second; what it found."""
-    from torch.amp.grad_scaler import OptState, _refresh_per_optimizer_state
-
-    if not scaler.is_enabled():
-        return None
-    state = scaler._per_optimizer_states[id(optimizer)]
-    if state["stage"] is OptState.READY:
-        scaler.unscale_(optimizer)
-    state = scaler._per_optimizer_states[id(optimizer)]
-    found = list(state["found_inf_per_device"].values())
-    scaler._per_optimizer_states[id(optimizer)] = _refresh_per_optimizer_state()
-    return torch.stack([f.to(found[0].device) for f in found]).sum() if found else None
-
-
-def _unscale_second(scaler: Any, optimizer: SAM, first_found: Tensor | None) -> bool:
-    """Unscales the second gradients unless that is done; whether either half had inf or NaN. Waits, as GradScaler does.
-
-    The first half's finding is put beside the second's, so that ``scaler.update()`` lowers the scale for both.
-    """
-    from torch.amp.grad_scaler import OptState
-
-    by_scaler = getattr(optimizer, "found_inf", None)  # set while GradScaler.step(optimizer) calls step()
-    if by_scaler is not None:
-        if (scale := optimizer.grad_scale) is not None:  # type: ignore[attr-defined]
-            inverse = scale.double().reciprocal().float()
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            for g in grads:
-                local_part(g).mul_(inverse.to(g.device))
-        found = by_scaler
-    elif scaler is not None and scaler.is_enabled():
-        if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
-            scaler.unscale_(optimizer)
-        found = sum(scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
-        scaler._per_optimizer_states[id(optimizer)]["stage"] = OptState.STEPPED
-    else:
-        return False
-    if first_found is not None and scaler is not None:
-        for f in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-            f += first_found.to(f.device)
-        found = found + first_found.to(found.device)
-    return bool(found.item() if isinstance(found, Tensor) else found)

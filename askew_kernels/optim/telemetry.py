@@ -39,6 +39,13 @@ BINS_PER_LEVEL, MOST_BINS = 16, 256
 _HEAD = b'{"kind": "run"'
 
 
+def checked_every(every: Any) -> int:
+    """``telemetry_every``, or ValueError."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(f"telemetry_every: expected an int >= 0, got {every!r}")
+    return every
+
+
 @dataclass
 class Record:
     """One recorded step: sums and rates as they were, still on the device."""
@@ -50,7 +57,7 @@ class Record:
 
     def keep_rates(self, index: int, group: dict[str, Any]) -> None:
         """Schedules fill tensors in place: the step's own are copied."""
-        found = {key: group[key] for key in ("lr", "eps", "alpha")}
+        found = {"lr": group["lr"], "eps": group["constraint_eps"], "alpha": group["alpha"]}
         self.rates[index] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

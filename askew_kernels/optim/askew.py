@@ -1,0 +1,313 @@
+"""ASkewSGD, ASkewAdamW, ASkewLion: a base rule under the interval constraint, one pass over each weight a step.
+
+What is particular to a rule is its row in ``ops.RULES``: each gets a class here, its arguments, state and checks from
+the row.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from .. import ops
+from ..quant import Binary
+from ..quant.sharding import local_part
+from .constrained import GRID_KEYS, Constrained
+from .plan import Launch
+
+_DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
+
+    params: parameters, or groups as ``ak.param_groups(model)`` makes them. Group keys beside {title}'s own
+    ({own}):
+
+    ==================  =============================================================================================
+    ``grid``            the levels; None (default): the group has no constraint and is stepped by {plain}
+    ``scale``           a rule's name, None (default: ``quant.default_rule`` of the grid) or a fixed tensor
+    ``granularity``     ``per_tensor``, ``per_channel`` (default), ``per_group`` with ``group_size``
+    ``alpha``           strength of the push towards feasibility, >= 0
+    ``constraint_eps``  the constraint's eps, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it
+    ``skew``            ``"gradient"`` (published: the skewed velocity replaces the gradient) or ``"direction"`` (the
+                        base rule's own step is skewed last, which keeps the guarantee with momentum)
+    ``freeze_scale``    ``"anneal"`` (default: at the first step with constraint_eps < 1), ``"init"`` or ``"never"``;
+                        weights are clamped to the hull once the scale is frozen
+    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
+    ==================  =============================================================================================
+{old}
+    lr and constraint_eps may be floats or 0-dim tensors. While the scale moves, a step uses the scale of the weights as
+    the step found them, and the layer's next forward uses that scale with the new weights.
+    ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never). ``telemetry_log``: a
+    file to which every recorded step and what ``log(…)`` is given are appended, as lines of JSON (``optim.telemetry``);
+    not part of copies and checkpoints.
+    Raises TypeError/ValueError naming the argument before anything is written.
+    """
+_OLD_EPS = "    ``eps`` is another name of ``constraint_eps``, in groups too.\n"
+_OWN_EPS = (
+    "    ``eps`` is {title}'s, added to its denominator; of old it was ``{old}``, and the constraint's was ``eps``.\n"
+)
+LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
+
+
+class ByRule(Constrained):
+    """The one body of all rules. A subclass names its row: ``class ASkewSGD(ByRule, rule="sgd")``."""
+
+    RULE: ClassVar[ops.Rule]
+    _told = False  # that eps looks like the constraint's
+    OWN: ClassVar[dict[str, Any]]  # the rule's group keys and their defaults, in the order of torch's arguments
+
+    def __init_subclass__(cls, rule: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if rule is None:
+            return
+        row = cls.RULE = ops.RULES[rule]
+        cls.OWN = {row.torch_names.get(key, key): value for key, value in row.defaults.items()}
+        cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
+        old = _OWN_EPS.format(title=row.title, old=next(iter(row.torch_names))) if "eps" in cls.OWN else _OLD_EPS
+        plain = f"torch.optim.{row.title}'s own code" if hasattr(cls, f"_plain_{rule}") else f"plain {row.title}"
+        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain, old=old)
+
+        def __init__(self: ByRule, params: Any, *arguments: Any, **options: Any) -> None:
+            ByRule.__init__(self, params, *arguments, **options)
+
+        kind = inspect.Parameter
+        common = [p for p in inspect.signature(ByRule.__init__).parameters.values() if p.kind is kind.KEYWORD_ONLY]
+        __init__.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
+            kind("self", kind.POSITIONAL_OR_KEYWORD), kind("params", kind.POSITIONAL_OR_KEYWORD),
+            *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()), *common,
+            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in GRID_KEYS.items()),
+        ])  # fmt: skip
+        cls.__init__ = __init__  # type: ignore[method-assign]
+
+    def __init__(
+        self, params: Any, *arguments: Any, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
+        skew: str = "gradient", freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10,
+        telemetry_log: str | os.PathLike | None = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if len(arguments) > len(self.OWN):
+            raise TypeError(f"expected at most {len(self.OWN)} arguments after params, got {len(arguments)}")
+        given = dict(zip(self.OWN, arguments, strict=False))
+        known = {*self.OWN, *GRID_KEYS, *self._old_names}
+        for key in options:
+            if key not in known:
+                raise TypeError(f"{key}: unknown argument; expected one of {', '.join(sorted(known))}")
+            if key in given:
+                raise TypeError(f"{key}: given twice")
+        keys = dict(
+            alpha=alpha, constraint_eps=constraint_eps, skew=skew, freeze_scale=freeze_scale,
+            skip_nonfinite=skip_nonfinite, maximize=maximize, foreach=foreach, fused=fused,
+        )  # fmt: skip
+        defaults = {**self.OWN, **GRID_KEYS, **keys, **given, **self._renamed(options)}
+        self._begin(telemetry_every, telemetry_log)
+        self._seen_eps: dict[int, Any] = {}  # by id of the group: the constraint's, as the last step saw it
+        super().__init__(params, defaults)
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def _renamed(self, keys: dict[str, Any]) -> dict[str, Any]:
+        """Old names replaced; it is told where the old name means something else now."""
+        for old, new in self._old_names.items():
+            if old in keys and new != "constraint_eps":
+                warnings.warn(f"{old}: is called {new} now, and the constraint's eps is constraint_eps",
+                              DeprecationWarning, stacklevel=4)  # fmt: skip
+        return {self._old_names.get(key, key): value for key, value in keys.items()}
+
+    def _agree(self, group: dict[str, Any]) -> None:
+        """Old names in a group. ``eps``, where it is the constraint's, stays beside ``constraint_eps`` and is the same:
+        whoever writes either, the one that is not what the last step saw counts. (No dict with two names for a thing:
+        the compiler takes plain ones only.)"""
+        for old, new in self._old_names.items():
+            if new != "constraint_eps":
+                if old in group:
+                    group.update(self._renamed({old: group.pop(old)}))
+            elif group.get(old, group[new]) is not group[new] and group[new] is self._seen_eps.get(id(group)):
+                group[new] = group[old]
+            else:
+                group[old] = group[new]
+        self._seen_eps[id(group)] = group["constraint_eps"]
+
+    def _add(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and not param_group.keys().isdisjoint(self._old_names):
+            param_group = self._renamed(param_group)
+        super()._add(param_group)
+        self._agree(self.param_groups[-1])
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["skew"] not in ops.SKEWS:
+            raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
+        if group["grid"] is None and self._strict:
+            for i, p in enumerate(group["params"]):
+                ops.check_float_tensor(f"params[{i}]", p)
+
+    @property
+    def _strict(self) -> bool:
+        """Groups without a grid are stepped by our own operator: torch.optim has no such rule."""
+        return not hasattr(self, f"_plain_{self.RULE.name}")
+
+    def _numbers(self, group: dict[str, Any], first: bool = False) -> list[float]:
+        """The rule's hyper-parameters as the operator takes them, checked. ``first``: of a weight's first step."""
+        options = {**group, **{own: ops.number(key, group[key], 0.0) for own, key in self.RULE.torch_names.items()}}
+        numbers = self.RULE.numbers_of({**options, **self.RULE.at_first} if first else options)
+        if "eps" in self.OWN and LARGEST_EPS <= group["eps"] <= 1 and not self._told:
+            self._told = True
+            warnings.warn(
+                f"eps: {group['eps']} is the number in {self.RULE.title}'s denominator; the constraint's is "
+                "constraint_eps", stacklevel=6,
+            )  # fmt: skip
+        return numbers
+
+    def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+        if "grid" in saved and "constraint_eps" not in saved and "eps" in saved:  # a checkpoint of old
+            saved = {**saved, "constraint_eps": saved["eps"]}
+            del saved["eps"]
+            saved.update({new: saved.pop(old) for old, new in self.RULE.torch_names.items() if old in saved})
+        return super()._group_to_load(index, saved, present)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen_eps = {}
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            self._agree(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, plus the scales (with the sums that they belong to); grids as plain dicts."""
+        return self._packed(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after.
+
+        The state of torch's optimizer of this kind is taken as well: it says nothing of grid, constraint_eps and alpha,
+        which stay as they are. Raises ValueError, before anything changes, where a group has another grid.
+        """
+        self._load(state_dict, super().load_state_dict)
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        self._agree(group)
+        name, ours = type(self).__name__, group["grid"] is not None
+        for p in params:
+            grad: Tensor = p.grad  # type: ignore[assignment]
+            if grad.layout != torch.strided and (ours or self.RULE.name != "sgd"):
+                raise TypeError(f"grad: {name} does not take sparse gradients{' for a quantized parameter' * ours}")
+            if grad.dtype != p.dtype and (ours or self._strict):
+                raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
+        return {
+            **super()._arguments(group, params), "numbers": self._numbers(group),
+            "direction": group["skew"] == "direction", "maximize": bool(group["maximize"]),
+        }  # fmt: skip
+
+    def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
+        """Whether there are buffers, whether this is a first step that has numbers of its own, and which step it is."""
+        rule, state, keeps = self.RULE, self.state[p], self.RULE.keeps_buffers(group)
+        first = bool(rule.at_first) and keeps and any(key not in state for key in rule.buffers)
+        return keeps, first, float(self._counter(p)) if rule.counts else 0.0
+
+    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
+        keeps, first, _ = launch.bucket
+        if first or keeps != self.RULE.keeps_buffers(group) or not self.RULE.counts:
+            return not first and keeps == self.RULE.keeps_buffers(group)
+        steps = [self._counter(p) for p in launch.members]
+        return all(map(operator.is_, steps, launch.steps)) and [t._version for t in steps] == launch.step_versions
+
+    def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
+                *outputs: Any, **arguments: Any) -> None:  # fmt: skip
+        members, step = launch.members, None
+        states: list[Any] = self._buffers(group, members)
+        grads: list[Any] = [p.grad for p in members]
+        if self.RULE.counts:
+            launch.steps = [self._counter(p) for p in members]
+            torch._foreach_add_(launch.steps, 1)
+            launch.step_versions = [t._version for t in launch.steps]
+            step = torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")
+        if launch.bucket[1]:
+            arguments["numbers"] = self._numbers(group, first=True)
+        if launch.sharded:
+            grads, *states = ([local_part(t) for t in tensors] for tensors in (grads, *states))
+        ops.run_skew_update(self.RULE, weights, grads, states, scales, *outputs, step=step, **arguments)
+
+    def _buffers(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor]]:
+        """The rule's state of each, zeros where it is missing, in the type of the weight (a model may be cast)."""
+        if not self.RULE.keeps_buffers(group):
+            return []
+        for p in members:
+            state = self.state[p]
+            for key in self.RULE.buffers:
+                if (buffer := state.get(key)) is None:
+                    state[key] = torch.zeros_like(p)
+                elif buffer.dtype != p.dtype:
+                    state[key] = buffer.to(p.dtype)
+        return [[self.state[p][key] for p in members] for key in self.RULE.buffers]
+
+    def _counter(self, p: Tensor, fused: bool | None = False) -> Tensor:
+        """``fused``: torch's fused step wants it beside the parameter."""
+        state = self.state[p]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+        return state["step"]
+
+    # ---- groups without a grid ----------------------------------------------------------------------------------
+
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
+
+    def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(
+            params, [p.grad for p in params], buffers, has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[misc,union-attr,arg-type]
+            foreach=group["foreach"], fused=group["fused"], weight_decay=group["weight_decay"],
+            momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+    def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        steps = [self._counter(p, group["fused"]) for p in params]
+        adamw(
+            params, [p.grad for p in params], *self._buffers(group, params), [], steps,  # type: ignore[misc,arg-type]
+            foreach=group["foreach"], fused=group["fused"], amsgrad=False, beta1=group["betas"][0],
+            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+            maximize=group["maximize"],
+        )  # fmt: skip
+
+    def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Of a rule that torch.optim does not have: its operator on any grid, where nothing is constrained."""
+        arguments = {**self._arguments(group, params), "eps": torch.ones((), dtype=torch.float64), "alpha": 0.0}
+        buckets: dict[Any, list[Tensor]] = {}
+        for p in params:
+            key = (p.device, torch.float64 if p.dtype == torch.float64 else torch.float32, *self._bucket(group, p))
+            buckets.setdefault(key, []).append(p)
+        for (device, dtype, *bucket), members in buckets.items():
+            launch = Launch(members, False, bucket, _ANY.levels_tensor(device), _ANY.encoding)
+            scales = [torch.ones(1, dtype=dtype, device=device)] * len(members)
+            self._update(launch, group, [local_part(p) for p in members], scales, launch.levels, launch.encodings, [],
+                         ops.SkewStats(), clamp=False, **arguments)  # fmt: skip
+
+
+_ANY = Binary()
+
+
+class ASkewSGD(ByRule, rule="sgd"): ...
+
+
+class ASkewAdamW(ByRule, rule="adamw"): ...
+
+
+# A row needs no class statement above, which only lets type checkers see it.
+OPTIMIZERS: dict[str, type[ByRule]] = {}
+for _row in ops.RULES.values():
+    _name = f"ASkew{_row.title}"
+    OPTIMIZERS[_name] = globals().get(_name) or type(_name, (ByRule,), {"__module__": __name__}, rule=_row.name)  # type: ignore[call-overload]
+globals().update(OPTIMIZERS)

@@ -1,0 +1,377 @@
+"""What the optimizers under the interval constraint share, whatever their base rule: the step over launches, scales
+and their freezing, telemetry, checkpoints."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import contract, ops
+from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
+from ..quant.sharding import local_part, made_for_a_part, sharding_of, share_rows
+from ..quant.state import next_scales
+from .plan import Launch, Plan
+from .telemetry import Record, TelemetryLog, checked_every
+
+FREEZE_SCALE = ("anneal", "init", "never")
+GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None}
+CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
+_QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
+
+
+class Constrained(Optimizer):
+    """A subclass says how a launch is updated (``_update``), and how a group without a grid is (``_step_plain``)."""
+
+    KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
+    _old_names: ClassVar[dict[str, str]] = {}  # group keys as they were called before -> as they are
+
+    def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
+        """What is the optimizer's own, beside groups and state."""
+        self.telemetry_every = checked_every(telemetry_every)
+        self._steps = 0
+        self._telemetry_wanted = True
+        self._record = Record()
+        self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
+        self._plans: dict[int, Plan] = {}
+        # Weights that a launch starts from in place of those it finds, taken out as they are used; a sharpness-aware
+        # step's first gradients to average with, and the coefficients that tell whether they count.
+        self.saved_weights: dict[Tensor, Tensor] = {}
+        self.first_gradients: dict[Tensor, Tensor] = {}
+        self.coefficients: Tensor | None = None
+
+    # ---- groups -------------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._add(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._take(group)
+
+    def _add(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises TypeError/ValueError that names the key."""
+        self._arguments(group, [])
+        ops.number("alpha", group["alpha"], 0.0)
+        if group["freeze_scale"] not in FREEZE_SCALE:
+            raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        if group["grid"] is None:
+            return
+        if made_for_a_part():
+            raise TypeError(
+                f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the scale of a "
+                "quantized weight moves with its step, which one rank alone would make; use fully_shard (FSDP2)"
+            )
+        ops.check_grid(group["grid"])
+        for i, p in enumerate(group["params"]):
+            ops.check_float_tensor(f"params[{i}]", p)
+        config = _config_of(group)
+        for p in group["params"]:
+            rows = WeightQuantizer(config).rows(p)
+            if isinstance(group["scale"], Tensor):
+                _fixed_scale(group, p, rows)
+
+    def _take(self, group: dict[str, Any]) -> None:
+        """Finds or makes the quantizers of a group that is in order."""
+        if group["grid"] is not None:
+            for p in group["params"]:
+                self._quantizer(group, p)
+        elif any(WeightQuantizer.of(p) is not None for p in group["params"]):
+            warnings.warn(
+                f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are then not "
+                "under the constraint; give it ak.param_groups(model) in place of model.parameters()",
+                stacklevel=4,
+            )
+
+    def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
+        """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
+        found = WeightQuantizer.of(p)
+        if found is None:
+            found = WeightQuantizer(_config_of(group))
+            found.tie(p)  # type: ignore[arg-type]
+        elif found.config.weight != group["grid"]:
+            raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
+        if isinstance(group["scale"], Tensor) and not found.frozen:
+            found.freeze(p, _fixed_scale(group, p, found.rows(p)))
+        return found
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step; ``closure`` re-evaluates the model and returns the loss.
+
+        Groups with a grid: every weight is read once and written once, in one launch for each device. Groups without
+        one: the base rule's own step. Everything is checked before anything is written. Inside compiled code it runs
+        as it is.
+        """
+        return self._uncompiled(closure) if torch.compiler.is_compiling() else self._step(closure)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _uncompiled(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
+        return self._step(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        arguments = [self._arguments(group, params) for group, params in work]
+        every = self.telemetry_every
+        record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
+        if record:
+            self._record = Record(self._steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
+            self._telemetry_wanted = False
+        self._step_base(work)
+        for index, (group, params) in enumerate(work):
+            if not params:
+                continue
+            if group["grid"] is None:
+                self._step_plain(group, params)
+            else:
+                if record:
+                    self._record.keep_rates(index, group)
+                self._step_constrained(index, group, params, arguments[index], record)
+        self._steps += 1
+        if record and self._log is not None:
+            self._log.recorded(self._record, self.param_groups)
+        return loss
+
+    def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+        """What the operator is given for this group's launches, all of it checked: schedules and users change it."""
+        return {
+            "lr": ops.rate_tensor("lr", group["lr"], 0.0),
+            "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
+            "alpha": float(group["alpha"]), "skip_nonfinite": bool(group["skip_nonfinite"]),
+        }  # fmt: skip
+
+    @staticmethod
+    def _freezes(group: dict[str, Any]) -> bool:
+        """Whether the scale is to be frozen at this step."""
+        if group["freeze_scale"] != "anneal":
+            return group["freeze_scale"] == "init"
+        eps = group["constraint_eps"]
+        if "annealing" in group and (group["annealing"] or (isinstance(eps, Tensor) and eps.device.type != "cpu")):
+            return group["annealing"]  # EpsilonAnnealing keeps this on the host: no synchronisation
+        return float(eps) < 1.0
+
+    def _step_constrained(self, index: int, group: dict[str, Any], params: list[Tensor], arguments: dict[str, Any],
+                          record: bool) -> None:  # fmt: skip
+        freeze = self._freezes(group)
+        key = (id(group), id(group["grid"]), group["freeze_scale"], freeze, id(self.state), len(self.state))
+        plan = self._plans.get(index)
+        if plan is None or not (plan.holds(key, params) and all(self._lasts(x, group) for x in plan.launches)):
+            plan = self._plans[index] = Plan(key, params, self._launches(group, params, freeze))
+        for launch in plan.launches:
+            self._run(launch, group, arguments, record, plan.used)
+        plan.used = True
+        plan.revisions = [q.revision for q in plan.quantizers]
+
+    def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
+        buckets: dict[Any, list[Tensor]] = {}
+        for p in params:
+            quantizer = self._quantizer(group, p)
+            if freeze and not quantizer.frozen:
+                quantizer.freeze(p)
+            self._keep_scale(p, quantizer)
+            frozen = quantizer.frozen and group["freeze_scale"] != "never"
+            key = (p.device, frozen, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            buckets.setdefault(key, []).append(p)
+        return [
+            Launch(members, clamp, rest, group["grid"].levels_tensor(device), group["grid"].encoding)
+            for (device, clamp, _, _, *rest), members in buckets.items()
+        ]
+
+    def _run(self, launch: Launch, group: dict[str, Any], arguments: dict[str, Any], record: bool,
+             again: bool) -> None:  # fmt: skip
+        """One launch; ``again``: since the launch before nothing else has touched the weights or their quantizers."""
+        members, quantizers = launch.members, launch.quantizers
+        if again:
+            for batch in launch.batches:
+                batch.update()
+            scales = [q.scale for q in quantizers]
+        else:
+            scales = next_scales(quantizers, members)
+            launch.prepare()
+        totals = []
+        if record:
+            totals = [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
+            self._record.totals.update(zip(members, totals, strict=True))
+        weights = members
+        if launch.sharded:
+            weights = [local_part(p) for p in members]
+            scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
+        try:
+            self._update(
+                launch, group, weights, scales, launch.levels, launch.encodings, launch.copies,
+                ops.SkewStats(launch.sums, totals), **arguments, clamp=launch.clamp, contiguous=launch.contiguous,
+                descent=self._descent(members, weights),
+            )  # fmt: skip
+        except BaseException:
+            for q in quantizers:  # their scales have moved on
+                q.invalidate()
+            raise
+        if launch.sharded and not quantizers[0].frozen:
+            share_rows(quantizers, members)
+        clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
+        for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
+            q.updated(p, copied, summed, clamped)
+            self.saved_weights.pop(p, None)
+
+    def _descent(self, members: list[Tensor], weights: list[Tensor]) -> list[Any]:
+        """Saved weights, first gradients and coefficients for the operator; nothing in a usual step."""
+        if not self.saved_weights:
+            return []
+        absent = torch.empty(0, device=weights[0].device, dtype=weights[0].dtype)
+        saved, firsts = ([some.get(p, absent) for p in members] for some in (self.saved_weights, self.first_gradients))
+        return [saved] if not self.first_gradients or self.coefficients is None else [saved, firsts, self.coefficients]
+
+    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        """What comes first. work: groups, with those of their parameters that have a gradient."""
+
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """A group without a grid."""
+
+    def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
+                *outputs: Any, **arguments: Any) -> None:  # fmt: skip
+        """The operator, over this rank's ``weights`` of the launch."""
+        raise NotImplementedError
+
+    def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
+        """What must be equal for parameters to share a launch, besides the device."""
+        return ()
+
+    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
+        """Whether the bucket of a launch that has run is still one."""
+        return True
+
+    # ---- telemetry ----------------------------------------------------------------------------------------------
+
+    def telemetry(self) -> list[dict[str, Any]]:
+        """What the passes summed up, for each quantized tensor of the last recorded step.
+
+        A step is recorded when ``telemetry()`` was called since the step before, and every ``telemetry_every``-th.
+        Keys: ``step``, ``name`` (or index), ``numel``, ``lr``, ``eps`` (the constraint's), ``alpha``,
+        ``fraction_infeasible`` and ``mean_violation`` (sum max(0, -h) / numel) at the point where the step started,
+        ``flips`` (weights whose nearest level changed), ``velocity_norm`` (‖v‖, w moved by lr v), ``grad_velocity``
+        (g·v), ``nonfinite`` (gradient elements). Waits for the device. Empty before the first step.
+        """
+        self._telemetry_wanted = True
+        return self._record.rows(self.param_groups)
+
+    def log(self, **numbers: Any) -> None:
+        """A line in ``telemetry_log`` (nothing without one): your numbers (loss=…, accuracy=…, sharpness=…).
+
+        With ``epoch=…`` it also holds a histogram of every quantized weight, one frame of the report. The last
+        recorded step is written as well; call it at the end of a run.
+        """
+        if self._log is not None:
+            self._log.note(self._steps, self.param_groups, numbers)
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def _packed(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """The base's ``state_dict`` and the scales (with the sums that they belong to); grids as plain dicts."""
+        for saved, group in zip(packed["param_groups"], self.param_groups, strict=True):
+            if group["grid"] is not None:
+                saved["grid"] = group["grid"].to_dict()
+                for index, p in zip(saved["params"], group["params"], strict=True):
+                    packed["state"][index] = {**packed["state"].get(index, {}), **self._scale_state(group, p)}
+        packed["askew_steps"] = self._steps
+        return packed
+
+    def _load(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
+        """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid."""
+        groups = [
+            self._group_to_load(index, saved, present)
+            for index, (saved, present) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False))
+        ]
+        groups += state_dict["param_groups"][len(groups) :]  # too many: torch says so
+        scales: dict[Any, dict[str, Any]] = {}
+        state: dict[Any, dict[str, Any]] = {}
+        for index, found in state_dict["state"].items():
+            scales[index] = {k: found[k] for k in _QUANTIZER_KEYS if k in found}
+            state[index] = {k: v for k, v in found.items() if k not in _QUANTIZER_KEYS}
+        load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
+        self._steps = state_dict.get("askew_steps", 0)
+        self._record, self._telemetry_wanted = Record(), True
+        for saved, group in zip(groups, self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                if group["grid"] is not None and "scale" in scales.get(index, {}):
+                    self._restore(group, p, scales[index])
+
+    def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+        if "grid" not in saved:  # another optimizer's, which knows nothing of the constraint
+            unknown = {*CONSTRAINT_KEYS, "skew", "annealing", *self._old_names}
+            return {**present, **{k: v for k, v in saved.items() if k not in unknown}}
+        grid = saved["grid"]
+        grid = grid_from_dict(grid) if isinstance(grid, dict) else grid
+        if grid != present["grid"]:
+            raise ValueError(f"param_groups[{index}]: grid: expected {present['grid']}, the state has {grid}")
+        return {**present, **saved, "grid": present["grid"]}
+
+    def _restore(self, group: dict[str, Any], p: Tensor, kept: dict[str, Any]) -> None:
+        quantizer = self._quantizer(group, p)
+        quantizer.restore(p, kept["scale"], bool(kept.get("scale_frozen")), kept.get("row_sums"))
+        if self.state.get(p):
+            self._keep_scale(p, quantizer)
+
+    def _keep_scale(self, p: Tensor, quantizer: WeightQuantizer) -> None:
+        """The quantizer's own tensors in ``state``, where writers of checkpoints look for keys."""
+        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+
+    def _scale_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        quantizer = self._quantizer(group, p)
+        if not p.is_meta:
+            quantizer.current_scale(p)
+        return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        scales = {
+            p: self._scale_state(group, p)
+            for group in self.param_groups
+            for p in (group["params"] if group["grid"] is not None else [])
+        }
+        own = {"telemetry_every": self.telemetry_every, "_steps": self._steps, "_scales": scales}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        scales = state.pop("_scales", {})
+        if "telemetry_every" in state:  # of a copy; torch's load_state_dict comes here with groups and state alone
+            self._begin(state["telemetry_every"])
+        self._plans = {}
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"] if group["grid"] is not None else []:
+                if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
+                    self._restore(group, p, scales[p])
+
+
+def _config_of(group: Mapping[str, Any]) -> QuantConfig:
+    """The quantization of a weight that no layer says anything of."""
+    rule = group["scale"]
+    if rule is not None and not isinstance(rule, (str, Tensor)):
+        raise TypeError(f"scale: expected a rule's name, None or a tensor, got {rule!r}")
+    if isinstance(rule, Tensor):
+        rule = "absmax"  # never asked: the scale is frozen at once
+    return QuantConfig(
+        weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
+        forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+    )  # fmt: skip
+
+
+def _fixed_scale(group: Mapping[str, Any], p: Tensor, rows: int) -> Tensor:
+    """The group's scale tensor as (rows,); one number serves every row."""
+    scale = group["scale"].detach().to(p.device).reshape(-1)
+    return ops.check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")

@@ -1,0 +1,86 @@
+"""An optimizer around another one, and the two are one: whatever looks at groups or state sees the base's own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def _of_base(name: str) -> Any:
+    def set_in_base(self: Wrapper, value: Any) -> None:
+        if self._shares:
+            setattr(self.base_optimizer, name, value)
+
+    return property(lambda self: getattr(self.base_optimizer, name), set_in_base)
+
+
+class Wrapper(Optimizer):
+    """``param_groups``, ``defaults`` and ``state`` are the base's own objects, so LR schedulers, ``EpsilonAnnealing``
+    and checkpoints see one optimizer."""
+
+    base_optimizer: Optimizer
+    _shares = False  # Optimizer.__init__ must not touch what is the base's
+    param_groups = _of_base("param_groups")
+    state = _of_base("state")
+    defaults = _of_base("defaults")
+
+    def _wrap(self, base: Optimizer, own: dict[str, Any]) -> None:
+        """``own``: defaults of the group keys that this optimizer adds to the base's."""
+        self.base_optimizer = base
+        base.defaults.update(own)
+        super().__init__(base.param_groups, base.defaults)
+        self._shares = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, and what this optimizer adds to its groups and state."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        packed = self._pack()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._unpack(state_dict)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _pack(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base_optimizer": self.base_optimizer, "_shares": self._shares}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The base's own: some keep gradients in memory of their own."""
+        self.base_optimizer.zero_grad() if set_to_none else self.base_optimizer.zero_grad(set_to_none=False)
+
+
+def checked_base(base: Any) -> Optimizer:
+    """``base``, an optimizer that steps with the gradients it finds. Raises TypeError for one that does not."""
+    closure = inspect.signature(base.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
+            "which evaluates a closure itself"
+        )
+    return base
+
+
+def room_for(copies: dict[Tensor, Tensor], p: Tensor, like: Tensor) -> Tensor:
+    """The tensor for the copy of ``p``, made where it is missing or unlike."""
+    copy, wanted = copies.get(p), (like.shape, like.stride(), like.dtype, like.device)
+    if copy is None or wanted != (copy.shape, copy.stride(), copy.dtype, copy.device):
+        copy = copies[p] = torch.empty_like(like)
+    return copy
