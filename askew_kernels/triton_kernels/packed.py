@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..contract import BINARY as BINARY_KIND
 from ..contract import CODEBOOK as CODEBOOK_KIND
 from ..contract import row_bytes
-from ..runtime import triton_tuning
 from .math import _INTERPRETED, BINARY, CODEBOOK, narrow, widen
 from .quantize import check_dense, check_grid, check_storage, on_device
 
@@ -267,7 +267,7 @@ def packed_linear(
         return y
     arguments |= {"tokens": tokens, "n": n, "groups": groups, "length": length, "bias_ptr": x if bias is None else bias,
                   "BIAS": bias is not None, "GROUPED": groups > 1}  # fmt: skip
-    tuned = triton_tuning(x.device.index, "triton_packed")
+    tuned = tuning.on_gpu("triton_packed", x.device.index)
     if tokens <= FEW:
         rows, words = tuned["few_rows"], tuned["few_words"]
         word = _word_bits(codes, bits, cols, groups, length)

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..contract import CODEBOOK as CODEBOOK_KIND
 from ..contract import NUM_ROW_SUMS
-from ..runtime import triton_tuning
 from .math import (
     EXACT,
     element_uniforms,
@@ -104,7 +104,7 @@ def on_device(t: Tensor) -> contextlib.AbstractContextManager:
 
 def block_and_warps(like: Tensor) -> tuple[int, int]:
     """Elements of a program and its warps, for elementwise kernels on the device of ``like``."""
-    values = triton_tuning(like.device.index)
+    values = tuning.on_gpu("triton", like.device.index)
     return values["block"], values["warps"]
 
 
