@@ -255,7 +255,7 @@ def graph_check(backend: str, eps: float) -> str:
 
 def checks(backend: str, device: str, small: bool) -> list[tuple[str, Check]]:
     made: list[tuple[str, Check]] = [
-        (name, functools.partial(operator_check, name, backend, device, small)) for name in schema.SCHEMAS
+        (name, functools.partial(operator_check, name, backend, device, small)) for name in schema.OPERATORS
     ]
     if small and backend == "triton":  # the interpreter is slow
         return made
