@@ -29,6 +29,7 @@ import torch
 
 from . import reference
 from . import tuning as tables
+from .contract import FEW_ROWS
 
 BACKENDS = ("cpp", "triton", "reference")
 CAPABILITIES = ("baseline", "avx2", "avx512")
@@ -251,7 +252,6 @@ _gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # ---- products from packed codes --------------------------------------------------------------------------------------
 
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
-FEW_IN_CUDA = 8  # rows up to which the CUDA kernel takes them; beyond, Triton's, which has the matrix units
 FEW_POSITIONS = 40  # output positions of a convolution below which a CPU makes float products from the codes
 _TRITON = has_triton()  # a constant for torch.compile, which does not look into the cache of has_triton
 
@@ -278,10 +278,10 @@ def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:
     """(name, function) of the operator that multiplies ``x`` (rows, cols) by packed codes on its device.
 
     ``packed_linear_int8`` where activations="int8" are asked for and there is such a kernel, on a CPU; on a GPU with
-    more than ``FEW_IN_CUDA`` rows Triton's ``packed_linear``, unless a backend is forced.
+    more than ``contract.FEW_ROWS`` rows Triton's ``packed_linear``, which has the matrix units, unless one is forced.
     """
     name = "packed_linear_int8" if activations == "int8" and not x.is_cuda else "packed_linear"
-    if x.is_cuda and _forced is None and not torch.compiler.is_compiling() and len(x) > FEW_IN_CUDA:
+    if x.is_cuda and _forced is None and not torch.compiler.is_compiling() and len(x) > FEW_ROWS:
         if not torch._C._len_torch_dispatch_stack():  # which sees operators only
             return name, implementation("triton", name)
     return name, operator(name, x)

@@ -91,7 +91,7 @@ TRITON = """
 import torch
 from test_tuning import every_operator, same_bits
 from askew_kernels import runtime
-from askew_kernels.triton_kernels.quantize import block_and_warps
+from askew_kernels.triton_kernels.launch import block_and_warps
 runtime.set_backend("triton")
 for shape in ((3, 129), (2, 64), (1, 257)):
     expected = every_operator(shape, update=False)  # the update has no such parameters
