@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..contract import compute_dtype
 
+__all__ = ["FLOAT_TYPES", "check_float_tensor", "check_grid", "check_scale", "concrete", "number", "rate_tensor"]
+
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

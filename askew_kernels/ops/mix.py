@@ -15,6 +15,8 @@ from .checks import check_float_tensor, check_grid, check_scale
 from .quantize import run_fake_quantize, run_fake_quantize_backward
 from .schema import define, like_first
 
+__all__ = ["MOST_CANDIDATES", "candidate_encodings", "mix_fake_quantize", "run_mix_fake_quantize"]
+
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 

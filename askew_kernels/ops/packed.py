@@ -17,6 +17,8 @@ from .autograd import below_autograd, one_by_one, tracked, transformed
 from .checks import check_float_tensor, check_grid
 from .schema import define
 
+__all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
+
 # ---- derivatives ----------------------------------------------------------------------------------------------------
 
 

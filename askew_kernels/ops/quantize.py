@@ -17,6 +17,8 @@ from .checks import check_float_tensor, check_weight, rate_tensor
 from .dense import InPlace, in_place, layout
 from .schema import define, like_first
 
+__all__ = ["fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize", "ste_clip_"]
+
 # ---- the straight-through estimator -------------------------------------------------------------------------------
 
 

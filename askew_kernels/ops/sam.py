@@ -14,6 +14,11 @@ from .checks import check_list, check_params, number
 from .dense import Flat, in_place
 from .schema import define
 
+__all__ = [
+    "run_sam_norm", "run_sam_perturb", "run_sam_restore", "sam_average_", "sam_norm", "sam_perturb_",
+    "sam_restore_",
+]  # fmt: skip
+
 define("sam_norm", "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
        fake=lambda params, *_args: params[0].new_empty((), dtype=torch.float64))  # fmt: skip
 define("sam_perturb_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"

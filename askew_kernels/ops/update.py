@@ -15,6 +15,8 @@ from .checks import check_grid, check_list, check_params, check_scale, number, r
 from .dense import InPlace, in_place, layout
 from .schema import define
 
+__all__ = ["SKEWS", "SkewStats", "run_skew_update", "skew_adamw_", "skew_sgd_"]
+
 _LISTS = "Tensor[] scales, Tensor[] levels, int[] grids"
 _OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
 _FLAGS = "bool direction, bool clamp, bool maximize, bool skip_nonfinite"
