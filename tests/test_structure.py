@@ -2,10 +2,10 @@
 
 Python, left never imports right, at the top of a file, inside a function or by a string: contract, reference, tuning,
 annealing, atomic -> triton_kernels -> runtime -> ops -> quant -> optim, nn -> analysis, deploy -> search -> bench, demo
--> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing but ``__main__`` knows ``bench``, no
-modules import each other in a circle, and no room uses another's private names. csrc/math sees the language's own
-headers at most, the loops that are compiled once per instruction set see no torch and no standard library, ``cpu`` and
-``cuda`` never see each other.
+-> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing of the package but ``__main__`` knows
+``bench``, no modules import each other in a circle, and no room uses another's private names. csrc/math sees the
+language's own headers at most, the loops that are compiled once per instruction set see no torch and no standard
+library, ``cpu`` and ``cuda`` never see each other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ORDER = [  # a room may import those of the lines above
 FACADE = {"demo", "experiments"}  # write what a user writes: import askew_kernels as ak
 ALLOWED = {room: set().union(*ORDER[:i]) for i, rooms in enumerate(ORDER) for room in rooms}
 for _room in ALLOWED:
-    if _room != "__main__":
+    if _room not in ("__main__", "experiments"):
         ALLOWED[_room].discard("bench")
 TORCHS = {*dir(torch.Tensor), *dir(torch.nn.Module()), *dir(torch.optim.SGD([torch.zeros(1)]))}
 NOT_PRIVATE = {"_C", "_askew_quantizer"}  # the compiled module; what a user's parameter carries from nn to optim

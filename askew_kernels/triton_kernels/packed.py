@@ -33,6 +33,7 @@ from .math import BINARY, CODEBOOK, INTERPRETED, widen
 __all__ = ["packed_dequantize_", "packed_linear"]
 
 TRITS = tl.constexpr(contract.TRITS)
+POWERS = tl.constexpr(TRIT_POWERS)
 TRITS_A_BYTE = tl.constexpr(len(TRIT_POWERS))
 LOWEST = tl.constexpr(8388608.0)  # 2^23: from here on the bits of a float's mantissa count ones
 LOWEST_BITS = tl.constexpr(0x4B000000)
@@ -47,7 +48,9 @@ def code_at(row_ptr, k, valid, row_bytes, BITS: tl.constexpr):
     if BITS == TRITS:
         byte = tl.load(row_ptr + k // TRITS_A_BYTE, mask=valid, other=0).to(tl.int32)
         digit = k % TRITS_A_BYTE
-        power = tl.where(digit < 2, tl.where(digit == 0, 1, 3), tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81)))
+        power = tl.full(digit.shape, 1, tl.int32)
+        for d in tl.static_range(1, TRITS_A_BYTE):
+            power = tl.where(digit == d, POWERS[d], power)
         return byte // power % 3
     elif 8 % BITS == 0:
         byte = tl.load(row_ptr + k // (8 // BITS), mask=valid, other=0).to(tl.int32)
