@@ -477,5 +477,5 @@ def packed_linear_int8(
     """y = s_x (q W^T) + b with x = s_x q rounded to int8 token by token, W = s c in float32."""
     kind = compute_dtype(x.dtype)
     q, s = int8_tokens(x.to(kind))
-    y = s[:, None] * product(q, packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
+    y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)

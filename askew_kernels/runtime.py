@@ -59,7 +59,7 @@ def why_not_compiled() -> str:
 
 
 def build_command() -> str:
-    """The shell command that compiles the C++ operators into this installation, or says why it cannot."""
+    """The shell command that compiles the C++ operators into this installation."""
     root = Path(__file__).parents[1]
     source = f"-e {root}" if (root / "setup.py").is_file() else "askew_kernels"
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
@@ -107,26 +107,22 @@ def cuda_archs_fit(index: int | None = None) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 _forced: str | None = None
 
 
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
+def set_backend(name: str) -> None:
+    """Use this implementation for every operator from now on; ``auto`` gives the choice back."""
+    global _forced
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpp" and _C is None:
         raise ValueError(f"backend: cpp is not there ({why_not_compiled()})")
     if name == "triton" and not has_triton():
         raise ValueError("backend: triton is not installed (pip install triton)")
-
-
-def set_backend(name: str) -> None:
-    """Use this implementation for every operator from now on; ``auto`` gives the choice back."""
-    global _forced
-    if name != "auto":
-        _check_backend(name)
     _forced = None if name == "auto" else name
 
 

@@ -1,4 +1,4 @@
-"""The operators of ``ops`` in Triton: same names, same flat signatures; ``__all__`` of a module names those it has.
+"""The operators of ``ops`` in Triton, as ``reference`` has them; ``__all__`` of a module names those that it holds.
 
 Imported by ``runtime`` when Triton is chosen, never by ``import askew_kernels``. Under ``TRITON_INTERPRET=1`` (set
 before this import) every kernel runs on CPU tensors.

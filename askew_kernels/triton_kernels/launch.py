@@ -112,7 +112,7 @@ def multiprocessors(index: int | None) -> int:
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def launch(kernel, like: Tensor, *arguments, sums: bool = False, **constants) -> None:
+def elementwise(kernel, like: Tensor, *arguments, sums: bool = False, **constants) -> None:
     """Run an elementwise kernel over ``like``: its own ``arguments`` come first, its own ``constants`` last. ``sums``:
     it takes some, so its blocks are always the same."""
     n = like.numel()
@@ -124,8 +124,8 @@ def launch(kernel, like: Tensor, *arguments, sums: bool = False, **constants) ->
         kernel[(triton.cdiv(n, block),)](*arguments, n, INDEX=index, BLOCK=block, num_warps=warps, **constants, **EXACT)
 
 
-def launch_rows(kernel, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], *arguments, **constants) -> None:
-    """``launch`` for a kernel that takes each element's scale and grid."""
+def with_scales(kernel, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], *arguments, **constants) -> None:
+    """``elementwise`` for a kernel that takes each element's scale and grid."""
     rows, cols = as_matrix(x, scale)
     kind, n_levels = check_grid(grid, levels, x)
     block, _ = block_and_warps(x)
@@ -140,7 +140,7 @@ def launch_rows(kernel, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int
         mode = SHORT if cols < block else LONG
     # local // cols = umulhi(local, magic), exact while local * cols < 2^32; local < 2 block here
     magic = -(-(2**32) // cols) if mode is SHORT else 0
-    launch(
+    elementwise(
         kernel, x, *arguments, scale, levels if n_levels else scale, float(grid[1]), float(grid[2]), cols, magic,
         KIND=kind, N_LEVELS=n_levels, MODE=mode.value, COLS=power, **constants,
     )  # fmt: skip

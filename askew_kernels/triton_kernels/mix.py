@@ -15,18 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import contract
-from .launch import (
-    as_matrix,
-    block_at,
-    block_scale,
-    check_float32,
-    check_like,
-    launch_rows,
-    load_wide,
-    on_device,
-    store_narrow,
-    stored_ends,
-)
+from . import launch
+from .launch import block_at, block_scale, load_wide, store_narrow, stored_ends
 from .math import EXACT, FLOAT, in_hull, nearest, quantize_dequantize
 
 __all__ = ["mix_fake_quantize", "mix_fake_quantize_backward"]
@@ -96,8 +86,8 @@ def mix_gradient_kernel(
 
 def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> dict:
     """The candidates as compile-time constants, after checking that everything fits."""
-    check_float32(scales, x, "scales")
-    check_float32(strengths, x, "strengths")
+    launch.check_float32(scales, x, "scales")
+    launch.check_float32(strengths, x, "strengths")
     count, most = strengths.numel(), contract.MOST_CANDIDATES
     if scales.shape[0] != count or len(grids) != 3 * count or not 1 <= count <= most:
         raise ValueError(
@@ -105,7 +95,7 @@ def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> di
         )
     if not {*grids[::3]} <= {contract.FLOAT, contract.UNIFORM, contract.BINARY}:
         raise ValueError(f"grids: expected uniform, binary or no grid, got {grids}")
-    as_matrix(x, scales[0])
+    launch.as_matrix(x, scales[0])
     lows, highs = (tuple(float(c) for c in grids[i::3]) for i in (1, 2))
     return {"K": count, "KINDS": tuple(grids[::3]), "LOWS": lows, "HIGHS": highs}
 
@@ -121,32 +111,28 @@ def _constants(kinds: tuple[int, ...], his: tuple[int, ...], cols: int, device: 
     return has_scale[:, None], torch.tensor(lsq, dtype=torch.float64, device=device)[:, None]
 
 
-def mix_fake_quantize(
-    x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
-) -> Tensor:
+def mix_fake_quantize(x, scales, strengths, grids, ste_clip, learned):
     """y = sum_k p_k s_k Q_k(x / s_k); see ``ops.mix_fake_quantize``."""
     candidates = _check(x, scales, strengths, grids)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     # the first candidate's scales stand at the front, the others `rows` further each; the grid is not looked at
     one_of_them = scales[0], scales.new_empty(0), [contract.UNIFORM, 0, 1]
-    launch_rows(mix_kernel, x, *one_of_them, x, y, strengths, scales.shape[1], **candidates)
+    launch.with_scales(mix_kernel, x, *one_of_them, x, y, strengths, scales.shape[1], **candidates)
     return y
 
 
-def mix_fake_quantize_backward(
-    grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_fake_quantize_backward(grad, x, scales, strengths, grids, ste_clip, learned):
     """Gradients of x, strengths and scales (zeros unless ``learned``)."""
     candidates = _check(x, scales, strengths, grids)
-    check_like(grad, x, "grad", same_dtype=True)
-    rows, cols = as_matrix(x, scales[0])
+    launch.check_like(grad, x, "grad", same_dtype=True)
+    rows, cols = launch.as_matrix(x, scales[0])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out, torch.zeros_like(strengths), torch.zeros_like(scales)
     width = min(triton.next_power_of_2(cols), TILE)
     pieces = triton.cdiv(cols, width)
     parts = x.new_empty((len(strengths), 2, rows, pieces), dtype=torch.float32)
-    with on_device(x):
+    with launch.on_device(x):
         mix_gradient_kernel[(triton.cdiv(rows, TILE // width) * pieces,)](
             grad, x, out, strengths, scales, parts, rows, cols, pieces, **candidates, CLIP=ste_clip,
             R=TILE // width, C=width, num_warps=4, **EXACT,

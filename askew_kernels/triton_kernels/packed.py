@@ -18,16 +18,8 @@ from torch import Tensor
 
 from .. import contract, tuning
 from ..contract import FEW_ROWS, TRIT_POWERS
-from .launch import (
-    check_dense,
-    check_float32,
-    check_grid,
-    check_storage,
-    load_wide,
-    multiprocessors,
-    on_device,
-    store_narrow,
-)
+from . import launch
+from .launch import load_wide, store_narrow
 from .math import BINARY, CODEBOOK, INTERPRETED, widen
 
 __all__ = ["packed_dequantize_", "packed_linear"]
@@ -213,35 +205,33 @@ def many_kernel(
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-def _weight(
-    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int
-) -> tuple[int, int, int, dict]:
+def _weight(codes, scale, levels, grid, bits, cols) -> tuple[int, int, int, dict]:
     """(n, groups, length of a group, arguments that all kernels share) after checking that everything fits."""
-    check_dense(codes, "codes")
+    launch.check_dense(codes, "codes")
     if codes.dtype != torch.uint8 or codes.dim() != 2 or not 0 <= bits <= 8:
         raise TypeError(f"codes: expected uint8 of shape (n, row_bytes) and 0 to 8 bits, got {codes.dtype}, {bits}")
-    check_float32(scale, codes, "scale")
+    launch.check_float32(scale, codes, "scale")
     n, rows, expected = codes.shape[0], scale.numel(), contract.row_bytes(cols, bits)
     if codes.shape[1] != expected:
         raise ValueError(f"codes: expected {expected} bytes a row, got {codes.shape[1]}")
     groups = 0 if rows == 1 else rows // max(n, 1)
     if rows != max(groups * n, rows == 1) or (groups > 1 and cols % groups):
         raise ValueError(f"scale: {rows} scales do not fit {n} rows of {cols}")
-    kind, n_levels = check_grid(grid, levels, codes)
+    kind, n_levels = launch.check_grid(grid, levels, codes)
     top = n_levels - 1 if n_levels else (grid[2] - grid[1]) // contract.level_step(kind)
     arguments = {"levels": levels if n_levels else scale, "lo": float(grid[1]), "top": top, "cols": cols,
                  "row_bytes": codes.shape[1], "KIND": kind, "BITS": bits}  # fmt: skip
     return n, groups, cols // max(groups, 1), arguments
 
 
-def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+def packed_dequantize_(codes, scale, levels, grid, bits, out):
     """out = s c, in the storage type of ``out`` (n, cols)."""
-    check_storage(out, "out")
+    launch.check_storage(out, "out")
     n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, out.shape[1])
     if out.numel() == 0:
         return
     width = min(triton.next_power_of_2(out.shape[1]), 1024)
-    with on_device(out):
+    with launch.on_device(out):
         dequantize_kernel[(n * triton.cdiv(out.shape[1], width),)](
             codes, scale, out, groups=groups, length=length, C=width, num_warps=4, **arguments
         )
@@ -258,11 +248,9 @@ def _word_bits(codes: Tensor, bits: int, cols: int, groups: int, length: int) ->
     return 0
 
 
-def packed_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
-) -> Tensor:
+def packed_linear(x, codes, scale, levels, grid, bits, bias):
     """y = x W^T + b with W = s c, sums in float32, rounded once to the type of x; see ``ops.packed_linear``."""
-    check_storage(x, "x")
+    launch.check_storage(x, "x")
     tokens, cols = x.shape
     n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, cols)
     if bias is not None and (bias.numel() != n or bias.dtype != x.dtype or not bias.is_contiguous()):
@@ -278,7 +266,7 @@ def packed_linear(
     if tokens <= FEW_ROWS:
         rows, words = tuned["few_rows"], tuned["few_words"]
         word = _word_bits(codes, bits, cols, groups, length)
-        with on_device(x):
+        with launch.on_device(x):
             few_kernel[(triton.cdiv(n, rows), 1)](
                 x, codes.view(torch.int32) if word == 32 else codes, scale, y_ptr=y, WORD=word,
                 CLAMP=arguments["top"] < 2**bits - 1, M=triton.next_power_of_2(tokens), N=rows, W=words,
@@ -292,13 +280,13 @@ def packed_linear(
         step //= 2
     tile = min(max(triton.next_power_of_2(tokens), 16), 64)
     tiles = triton.cdiv(n, rows) * triton.cdiv(tokens, tile)
-    shares = max(1, min(2 * multiprocessors(x.device.index) // tiles, cols // (4 * step)))
+    shares = max(1, min(2 * launch.multiprocessors(x.device.index) // tiles, cols // (4 * step)))
     steps = triton.cdiv(triton.cdiv(cols, shares), step)
     shares = triton.cdiv(cols, steps * step)
     parts = y[None] if shares == 1 else x.new_empty((shares, tokens, n), dtype=torch.float32)
     if shares > 1:  # the bias belongs to the sum of all
         arguments |= {"BIAS": False}
-    with on_device(x):
+    with launch.on_device(x):
         many_kernel[(triton.cdiv(n, rows), triton.cdiv(tokens, tile), shares)](
             x, codes, scale, y_ptr=parts, EXACT_LEVELS=exact, M=tile, N=rows, K=step, STEPS=steps,
             num_warps=tuned["tile_warps"], **arguments,

@@ -5,22 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..contract import NUM_ROW_SUMS, SUM_COLUMNS
-from .launch import (
-    SUM_BLOCK,
-    SUM_WARPS,
-    check_like,
-    check_storage,
-    launch_rows,
-    load_wide,
-    on_device,
-    scalar_argument,
-    store_narrow,
-    stored_ends,
-    weight_block,
-)
+from . import launch
+from .launch import load_wide, scalar_argument, store_narrow, stored_ends, weight_block
 from .math import (
     EXACT,
     element_uniforms,
@@ -126,65 +114,63 @@ def signed32(bits: int) -> int:
     return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], ste_clip: bool, stochastic: bool, seed: int
-) -> Tensor:
+def fake_quantize(x, scale, levels, grid, ste_clip, stochastic, seed):
     """y = s Q(x / s); see ``ops.fake_quantize``. ``ste_clip`` is the backward's."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     keys = signed32(seed), signed32(seed >> 32)
-    launch_rows(quantize_kernel, x, scale, levels, grid, x, y, *keys, STOCHASTIC=stochastic)
+    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, y, *keys, STOCHASTIC=stochastic)
     return y
 
 
-def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
+def fake_quantize_out_(x, scale, levels, grid, out):
     """out = s Q(x / s), in the storage type of ``out``."""
-    check_like(out, x, "out")
-    check_storage(out, "out")
-    launch_rows(quantize_kernel, x, scale, levels, grid, x, out, 0, 0, STOCHASTIC=False)
+    launch.check_like(out, x, "out")
+    launch.check_storage(out, "out")
+    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, out, 0, 0, STOCHASTIC=False)
 
 
-def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+def fake_quantize_backward(grad, x, scale, levels, grid):
     """grad inside the hull (ends included), 0 outside."""
-    check_like(grad, x, "grad", same_dtype=True)
+    launch.check_like(grad, x, "grad", same_dtype=True)
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    launch_rows(ste_clip_kernel, x, scale, levels, grid, grad, x, out)
+    launch.with_scales(ste_clip_kernel, x, scale, levels, grid, grad, x, out)
     return out
 
 
-def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> None:
+def ste_clip_(grad, x, scale, levels, grid):
     """grad becomes 0 outside the hull."""
-    check_like(grad, x, "grad", same_dtype=True)
-    launch_rows(ste_clip_kernel, x, scale, levels, grid, grad, x, grad)
+    launch.check_like(grad, x, "grad", same_dtype=True)
+    launch.with_scales(ste_clip_kernel, x, scale, levels, grid, grad, x, grad)
 
 
-def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
+def project_interval_(w, scale, levels, grid, eps):
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
     value, device = scalar_argument(eps, "eps")
-    launch_rows(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
+    launch.with_scales(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
 
 
-def row_sums(x: Tensor, rows: int) -> Tensor:
+def row_sums(x, rows):
     """(rows, 3) float32: sum |x|, sum x^2, max |x| of each row; one pass over x, the same bits every time.
 
     A longer row is summed in pieces of ``SUM_COLUMNS`` (float32 inside a piece, float64 over the pieces).
     """
-    check_storage(x, "x")
+    launch.check_storage(x, "x")
     n = x.numel()
     if rows <= 0 or n % rows:
         raise ValueError(f"rows: {rows} rows do not divide {n} elements")
     cols = n // rows
     if n == 0:
         return x.new_zeros((rows, NUM_ROW_SUMS), dtype=torch.float32)
-    width = min(triton.next_power_of_2(cols), SUM_BLOCK)
-    steps = min(triton.cdiv(cols, width), SUM_COLUMNS // SUM_BLOCK)
+    width = min(triton.next_power_of_2(cols), launch.SUM_BLOCK)
+    steps = min(triton.cdiv(cols, width), SUM_COLUMNS // launch.SUM_BLOCK)
     pieces = triton.cdiv(cols, width * steps)
     out = x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
     parts = out if pieces == 1 else x.new_empty((NUM_ROW_SUMS, rows, pieces), dtype=torch.float32)
     row_stride, sum_stride = (NUM_ROW_SUMS, 1) if pieces == 1 else (pieces, rows * pieces)
-    with on_device(x):
-        row_sums_kernel[(triton.cdiv(rows, SUM_BLOCK // width) * pieces,)](
-            x, parts, rows, cols, pieces, row_stride, sum_stride, R=SUM_BLOCK // width, C=width, STEPS=steps,
-            num_warps=SUM_WARPS, **EXACT,
+    with launch.on_device(x):
+        row_sums_kernel[(triton.cdiv(rows, launch.SUM_BLOCK // width) * pieces,)](
+            x, parts, rows, cols, pieces, row_stride, sum_stride, R=launch.SUM_BLOCK // width, C=width, STEPS=steps,
+            num_warps=launch.SUM_WARPS, **EXACT,
         )  # fmt: skip
     if pieces > 1:
         out[:, :2] = parts[:2].sum(2, dtype=torch.float64).T

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import SUM_BLOCK, block_at, check_dense, check_like, check_storage, launch, load_wide, store_narrow
+from . import launch
+from .launch import block_at, load_wide, store_narrow
 from .math import sam_mean, sam_perturbed, sam_scaled, widen
 
 __all__ = ["sam_average_", "sam_norm", "sam_perturb_", "sam_restore_"]
@@ -74,13 +75,13 @@ def _check(tensors: Sequence[Tensor], **beside: Sequence[Tensor]) -> None:
         if len(others) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)}, got {len(others)}")
     for i, t in enumerate(tensors):
-        check_storage(t, "params")
+        launch.check_storage(t, "params")
         for name, others in beside.items():
-            check_like(others[i], t, name, same_dtype=True)
+            launch.check_like(others[i], t, name, same_dtype=True)
 
 
 def _check_coefficients(coefficients: Tensor) -> None:
-    check_dense(coefficients, "coefficients")
+    launch.check_dense(coefficients, "coefficients")
     if coefficients.dtype != torch.float32 or coefficients.numel() != 2:
         raise ValueError(f"coefficients: expected float32 of shape (2,), got {coefficients.dtype}")
 
@@ -90,38 +91,36 @@ def _check_adaptive(adaptive: Sequence[int], n: int) -> None:
         raise ValueError(f"adaptive: expected {n} integers, got {len(adaptive)}")
 
 
-def sam_norm(params: list[Tensor], grads: list[Tensor], adaptive: list[int], eta: float) -> Tensor:
+def sam_norm(params, grads, adaptive, eta):
     """sum (T g)^2 over the list: float32 in a block, float64 over the blocks, the same bits every time."""
     _check(params, grads=grads)
     _check_adaptive(adaptive, len(params))
-    blocks = [triton.cdiv(p.numel(), SUM_BLOCK) for p in params]
+    blocks = [triton.cdiv(p.numel(), launch.SUM_BLOCK) for p in params]
     parts = params[0].new_empty(sum(blocks), dtype=torch.float32)
     for w, g, adapted, part in zip(params, grads, adaptive, parts.split(blocks), strict=True):
-        launch(sam_norm_kernel, w, w, g, part, float(eta), sums=True, ADAPTIVE=bool(adapted))
+        launch.elementwise(sam_norm_kernel, w, w, g, part, float(eta), sums=True, ADAPTIVE=bool(adapted))
     return parts.sum(dtype=torch.float64)
 
 
-def sam_perturb_(
-    params: list[Tensor], grads: list[Tensor], kept: list[Tensor], coefficients: Tensor, adaptive: list[int], eta: float
-) -> None:
+def sam_perturb_(params, grads, kept, coefficients, adaptive, eta):
     """kept = w, w <- w + (c T^2 - a) g; see ``ops.sam_perturb_``."""
     _check(params, grads=grads, kept=kept)
     _check_adaptive(adaptive, len(params))
     _check_coefficients(coefficients)
     for w, g, keep, adapted in zip(params, grads, kept, adaptive, strict=True):
-        launch(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
+        launch.elementwise(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
 
 
-def sam_restore_(params: list[Tensor], kept: list[Tensor]) -> None:
+def sam_restore_(params, kept):
     """w = kept, bit for bit."""
     _check(params, kept=kept)
     for w, keep in zip(params, kept, strict=True):
-        launch(copy_kernel, w, w, keep)
+        launch.elementwise(copy_kernel, w, w, keep)
 
 
-def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor) -> None:
+def sam_average_(grads, firsts, coefficients):
     """g <- (g + first) / 2; see ``ops.sam_average_``."""
     _check(grads, firsts=firsts)
     _check_coefficients(coefficients)
     for g, first in zip(grads, firsts, strict=True):
-        launch(sam_average_kernel, g, g, first, coefficients)
+        launch.elementwise(sam_average_kernel, g, g, first, coefficients)
