@@ -45,7 +45,7 @@ def below_autograd(name: str, like: Tensor, *args: Any) -> Any:
         return function(*args)
 
 
-def differentiable(name: str, derivative: Callable, *args: Any) -> Any:
+def differentiable(name: str, derivative: Callable, args: tuple) -> Any:
     """Operator ``name``, recorded whatever the backend: torch's dispatcher does that for the registered one, and
     ``derivative`` for an implementation that is called directly."""
     function = runtime.operator(name, args[0])

@@ -32,7 +32,7 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = (grad.contiguous(), *ctx.saved_tensors, *ctx.options)
-        grads = differentiable("mix_fake_quantize_backward", _mix_backward, *inputs)
+        grads = differentiable("mix_fake_quantize_backward", _mix_backward, inputs)
         return None, grads[0], grads[2] if ctx.options[2] else None, grads[1], None, None, None
 
 
@@ -133,7 +133,7 @@ def run_mix_fake_quantize(
     """``mix_fake_quantize`` without its checks; ``encodings`` as ``candidate_encodings`` gives them."""
     wanted = compute_dtype(x.dtype)
     inputs = (x.contiguous(), scales.to(wanted).contiguous(), strengths.to(wanted).contiguous(), encodings)
-    return differentiable("mix_fake_quantize", _mix, *inputs, ste_clip, learned)
+    return differentiable("mix_fake_quantize", _mix, (*inputs, ste_clip, learned))
 
 
 def candidate_encodings(grids: Sequence[Any]) -> list[int]:

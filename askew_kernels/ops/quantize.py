@@ -134,9 +134,14 @@ def fake_quantize(
     return run_fake_quantize(x.contiguous(), *weight, bool(ste_clip), bool(stochastic), seed)
 
 
-# The operator without the checks, and its derivative; both differentiable whatever the backend.
-run_fake_quantize = partial(differentiable, "fake_quantize", _forced)
-run_fake_quantize_backward = partial(differentiable, "fake_quantize_backward", _forced)
+def run_fake_quantize(*inputs: Any) -> Tensor:
+    """The operator without the checks, differentiable whatever the backend."""
+    return differentiable("fake_quantize", _forced, inputs)
+
+
+def run_fake_quantize_backward(*inputs: Any) -> Tensor:
+    """Its derivative, differentiable again."""
+    return differentiable("fake_quantize_backward", _forced, inputs)
 
 
 @in_place(3)

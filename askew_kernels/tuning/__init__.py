@@ -30,13 +30,14 @@ FOLDER = Path(__file__).parent
 @dataclass(frozen=True)
 class Parameter:
     """A whole number in [low, high]; ``tried``: what ``bench tune`` compares with the built-in value; ``choice``: all
-    of a section that share one are tried together."""
+    of a section that share one are tried together; ``built_in``: None where the compiled module has it."""
 
     low: int
     high: int
     tried: tuple[int, ...]
     power_of_two: bool = False
     choice: str = ""
+    built_in: int | None = None
 
     def expected(self) -> str:
         return f"{'a power of two' if self.power_of_two else 'an integer'} from {self.low} to {self.high}"
@@ -49,7 +50,10 @@ class Parameter:
 
 NEVER = 1 << 60  # bytes that no list has
 
-# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h and TRITON.
+# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h for C++, here for Triton:
+# elements of an elementwise program (four 16-byte vectors of fp32 a thread) and its warps; for products from packed
+# codes the rows of the weight that a program takes, words or columns in a step, and warps, for few inputs and, in
+# tiles, for many.
 PARAMETERS: dict[str, dict[str, Parameter]] = {
     "cpu": {
         "prefetch_columns": Parameter(0, 1 << 16, (128, 256, 512, 1024, 2048)),
@@ -60,27 +64,19 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
     "triton": {
-        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), True, "launch"),
-        "warps": Parameter(1, 16, (2, 4, 8), True, "launch"),
+        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), True, "launch", 2048),
+        "warps": Parameter(1, 16, (2, 4, 8), True, "launch", 4),
     },
     "triton_packed": {
-        "few_rows": Parameter(1, 64, (2, 4, 8), True, "few"),
-        "few_words": Parameter(32, 1024, (64, 128, 256), True, "few"),
-        "few_warps": Parameter(1, 16, (2, 4, 8), True, "few"),
-        "tile_rows": Parameter(16, 256, (32, 64, 128), True, "tile"),
-        "tile_columns": Parameter(16, 256, (32, 64, 128), True, "tile"),
-        "tile_warps": Parameter(1, 16, (4, 8), True, "tile"),
+        "few_rows": Parameter(1, 64, (2, 4, 8), True, "few", 4),
+        "few_words": Parameter(32, 1024, (64, 128, 256), True, "few", 128),
+        "few_warps": Parameter(1, 16, (2, 4, 8), True, "few", 4),
+        "tile_rows": Parameter(16, 256, (32, 64, 128), True, "tile", 64),
+        "tile_columns": Parameter(16, 256, (32, 64, 128), True, "tile", 64),
+        "tile_warps": Parameter(1, 16, (4, 8), True, "tile", 4),
     },
 }
 SUMS = ("triton_packed",)  # sections whose values change the order of float32 sums
-
-# The elementwise kernels' elements of a program and its warps: four 16-byte vectors of fp32 a thread.
-TRITON = {"block": 2048, "warps": 4}
-# Products from packed codes: rows of the weight that a program takes, words or columns in a step, warps; for few inputs
-# and, in tiles, for many.
-TRITON_PACKED = {
-    "few_rows": 4, "few_words": 128, "few_warps": 4, "tile_rows": 64, "tile_columns": 64, "tile_warps": 4,
-}  # fmt: skip
 
 Values = dict[str, dict[str, int]]
 
@@ -171,7 +167,11 @@ def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
 
 # ---- the values in use ----------------------------------------------------------------------------------------------
 
-built_in: Values = {"triton": TRITON, "triton_packed": TRITON_PACKED}  # and those of the compiled module (``runtime``)
+built_in: Values = {  # and those of the compiled module (``runtime``)
+    section: {name: p.built_in for name, p in parameters.items() if p.built_in is not None}
+    for section, parameters in PARAMETERS.items()
+    if section.startswith("triton")
+}
 by_hand: Table | None = None  # chosen by ``use``: serves every device
 the_shipped = functools.cache(shipped)
 
