@@ -15,6 +15,16 @@ from . import autograd
 from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
 from .rules import RULES, Rule
+from .schema import define
+
+SCHEMA = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor[] scales, Tensor[] levels, int[] grids,"
+    " Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals, Tensor? step, Tensor lr, Tensor eps,"
+    " float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
+    " Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None) -> ()"
+)
+for _rule in RULES.values():
+    define(_rule.operator, SCHEMA)
 
 SKEWS = ("gradient", "direction")
 
@@ -131,8 +141,7 @@ def run_skew_update(
         writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
         direction, clamp, maximize, skip_nonfinite, *descent,
     )  # fmt: skip
-    stand_ins.finish()
-    torch.autograd.graph.increment_version([*params, *(b for buffers in states for b in buffers), *dequantized])
+    stand_ins.finish([*params, *(b for buffers in states for b in buffers), *dequantized])
 
 
 def run_skew_direction(
@@ -218,3 +227,7 @@ def skew_direction_(
         clamp=clamp, dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite,
         **{**RULES["sgd"].defaults, "lr": lr},
     )  # fmt: skip
+
+
+globals().update(FUNCTIONS)  # skew_sgd_, skew_adamw_ and so on, one for each rule
+__all__ = ["RULES", "SKEWS", "Rule", "SkewStats", "run_skew_direction", "run_skew_update", "skew_direction_", *FUNCTIONS]

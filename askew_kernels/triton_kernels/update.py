@@ -24,8 +24,7 @@ from torch import Tensor
 
 from .. import reference
 from ..contract import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
-from .math import EXACT, RULES, hull, narrow, nearest_level, read_scalar, step_weight, widen
-from .quantize import (
+from .launch import (
     STORAGE,
     as_matrix,
     check_dense,
@@ -35,6 +34,7 @@ from .quantize import (
     on_device,
     scalar_argument,
 )
+from .math import EXACT, RULES, hull, narrow, nearest_level, read_scalar, step_weight, widen
 from .sam import sam_average_, sam_restore_
 
 SEGMENT = tl.constexpr(32)  # columns of a segment
@@ -498,3 +498,5 @@ def _operator(rule: str) -> Callable[..., None]:
 
 
 OPERATORS = {f"skew_{rule}_": _operator(rule) for rule in RULES}
+globals().update(OPERATORS)  # skew_sgd_, skew_adamw_ and so on
+__all__ = list(OPERATORS)

@@ -1,4 +1,4 @@
-"""Launch parameters for each kind of device: what they are, and the tables of this folder that hold tuned ones.
+"""Launch parameters for each kind of device: what they are, the values in use, and the tables of tuned ones.
 
 They decide how fast a result comes, never its bits (a test sets odd values and compares), but for ``triton_packed``,
 whose products are float32 sums in an order that depends on them. A table is a JSON file::
@@ -9,16 +9,20 @@ whose products are float32 sums in an order that depends on them. A table is a J
 
 ``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++), ``triton`` (elementwise)
 and ``triton_packed`` with those values that differ from the built-in ones; ``found`` says how it came about and is not
-read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand.
+read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand; those of this
+folder serve the devices that they were made for.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 FOLDER = Path(__file__).parent
 
@@ -26,13 +30,14 @@ FOLDER = Path(__file__).parent
 @dataclass(frozen=True)
 class Parameter:
     """A whole number in [low, high]; ``tried``: what ``bench tune`` compares with the built-in value; ``choice``: all
-    of a section that share one are tried together."""
+    of a section that share one are tried together; ``built_in``: None where the compiled module has it."""
 
     low: int
     high: int
     tried: tuple[int, ...]
     power_of_two: bool = False
     choice: str = ""
+    built_in: int | None = None
 
     def expected(self) -> str:
         return f"{'a power of two' if self.power_of_two else 'an integer'} from {self.low} to {self.high}"
@@ -45,7 +50,10 @@ class Parameter:
 
 NEVER = 1 << 60  # bytes that no list has
 
-# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h and TRITON.
+# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h for C++, here for Triton:
+# elements of an elementwise program (four 16-byte vectors of fp32 a thread) and its warps; for products from packed
+# codes the rows of the weight that a program takes, words or columns in a step, and warps, for few inputs and, in
+# tiles, for many.
 PARAMETERS: dict[str, dict[str, Parameter]] = {
     "cpu": {
         "prefetch_columns": Parameter(0, 1 << 16, (128, 256, 512, 1024, 2048)),
@@ -56,27 +64,19 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
     "triton": {
-        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), True, "launch"),
-        "warps": Parameter(1, 16, (2, 4, 8), True, "launch"),
+        "block": Parameter(16, 1 << 14, (512, 1024, 2048, 4096, 8192), True, "launch", 2048),
+        "warps": Parameter(1, 16, (2, 4, 8), True, "launch", 4),
     },
     "triton_packed": {
-        "few_rows": Parameter(1, 64, (2, 4, 8), True, "few"),
-        "few_words": Parameter(32, 1024, (64, 128, 256), True, "few"),
-        "few_warps": Parameter(1, 16, (2, 4, 8), True, "few"),
-        "tile_rows": Parameter(16, 256, (32, 64, 128), True, "tile"),
-        "tile_columns": Parameter(16, 256, (32, 64, 128), True, "tile"),
-        "tile_warps": Parameter(1, 16, (4, 8), True, "tile"),
+        "few_rows": Parameter(1, 64, (2, 4, 8), True, "few", 4),
+        "few_words": Parameter(32, 1024, (64, 128, 256), True, "few", 128),
+        "few_warps": Parameter(1, 16, (2, 4, 8), True, "few", 4),
+        "tile_rows": Parameter(16, 256, (32, 64, 128), True, "tile", 64),
+        "tile_columns": Parameter(16, 256, (32, 64, 128), True, "tile", 64),
+        "tile_warps": Parameter(1, 16, (4, 8), True, "tile", 4),
     },
 }
 SUMS = ("triton_packed",)  # sections whose values change the order of float32 sums
-
-# The elementwise kernels' elements of a program and its warps: four 16-byte vectors of fp32 a thread.
-TRITON = {"block": 2048, "warps": 4}
-# Products from packed codes: rows of the weight that a program takes, words or columns in a step, warps; for few inputs
-# and, in tiles, for many.
-TRITON_PACKED = {
-    "few_rows": 4, "few_words": 128, "few_warps": 4, "tile_rows": 64, "tile_columns": 64, "tile_warps": 4,
-}  # fmt: skip
 
 Values = dict[str, dict[str, int]]
 
@@ -157,9 +157,51 @@ def shipped(folder: Path = FOLDER) -> list[Table]:
 def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
     """(the table made for this device, why this one). Name and capability decide; of several the one whose number of
     cores is nearest."""
-    fitting = [t for t in tables if t.device and t.device.type == device.type and t.device.name == device.name]
-    fitting = [t for t in fitting if t.device and t.device.capability == device.capability]
+    key = (device.type, device.name, device.capability)
+    fitting = [(t, d) for t in tables if (d := t.device) and (d.type, d.name, d.capability) == key]
     if not fitting:
         return None, f"no table for {device}"
-    best = min(fitting, key=lambda t: abs(t.device.cores - device.cores))  # type: ignore[union-attr]
-    return best, f"made for {best.device}"
+    table, made_for = min(fitting, key=lambda found: abs(found[1].cores - device.cores))
+    return table, f"made for {made_for}"
+
+
+# ---- the values in use ----------------------------------------------------------------------------------------------
+
+built_in: Values = {  # and those of the compiled module (``runtime``)
+    section: {name: p.built_in for name, p in parameters.items() if p.built_in is not None}
+    for section, parameters in PARAMETERS.items()
+    if section.startswith("triton")
+}
+by_hand: Table | None = None  # chosen by ``use``: serves every device
+the_shipped = functools.cache(shipped)
+
+
+def use(table: Table | None) -> None:
+    """The table that serves every device from now on; None: each device's own."""
+    global by_hand
+    by_hand = table
+    on_gpu.cache_clear()
+
+
+def serving(device: Device) -> tuple[Table | None, str]:
+    """(the table that serves a device, None for the built-in values; why)."""
+    return (by_hand, "chosen by ASKEW_TUNING or use_tuning") if by_hand is not None else choose(device, the_shipped())
+
+
+def values(section: str, device: Device) -> dict[str, int]:
+    """The launch parameters of a section on a device; empty where there is no such kernel."""
+    table, _ = serving(device)
+    own = built_in.get(section, {})
+    return {**own, **(table.parameters.get(section, {}) if table is not None and own else {})}
+
+
+def gpu(device: torch.device | str | int) -> Device:
+    """What the table of a GPU is looked up by."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Device("cuda", torch.cuda.get_device_name(device), f"{major}.{minor}")
+
+
+@functools.cache
+def on_gpu(section: str, index: int | None) -> dict[str, int]:
+    """``values`` on GPU number ``index``, kept; None: Triton's interpreter, which no table is made for."""
+    return values(section, Device("cpu", "", "") if index is None else gpu(index))
