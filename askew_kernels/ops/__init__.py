@@ -27,15 +27,7 @@ from .sam import (
     sam_perturb_,
     sam_restore_,
 )
-from .update import (
-    SKEWS,
-    SkewStats,
-    run_skew_direction,
-    run_skew_update,
-    skew_adamw_,
-    skew_direction_,
-    skew_sgd_,
-)
+from .update import FUNCTIONS, SKEWS, SkewStats, run_skew_direction, run_skew_update, skew_direction_
 
 lowbit_linear, lowbit_dequantize = packed_linear, packed_dequantize  # their names until 0.2
 
@@ -44,8 +36,12 @@ __all__ = [
     "check_float_tensor", "check_grid", "check_scale", "concrete", "fake_quantize", "fake_quantize_out_", "flops",
     "mix_fake_quantize", "number", "packed_dequantize", "packed_linear", "project_interval_", "rate_tensor",
     "row_sums", "run_sam_norm", "run_sam_perturb", "run_sam_restore", "run_skew_direction", "run_skew_update",
-    "sam_average_", "sam_norm", "sam_perturb_", "sam_restore_", "skew_adamw_", "skew_direction_", "skew_sgd_", "ste_clip_",
+    "sam_average_", "sam_norm", "sam_perturb_", "sam_restore_", "skew_direction_", "ste_clip_",
 ]  # fmt: skip
+
+globals().update(FUNCTIONS)  # skew_sgd_, skew_adamw_ and so on, one for each rule
+skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
+__all__ += list(FUNCTIONS)
 
 # ---- where nothing is compiled for a device, the operator is Triton's or the reference's -------------------------
 

@@ -17,6 +17,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .. import contract, reference, runtime
+from .rules import RULES
 from .schema import library
 
 # ---- what is being differentiated ---------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ _DERIVATIVES: dict[str, Callable] = {
     "mix_fake_quantize_backward": _mix_backward,
 }  # fmt: skip
 WITHOUT_DERIVATIVE = (
-    "fake_quantize_out_", "ste_clip_", "project_interval_", "row_sums", "skew_sgd_", "skew_adamw_", "sam_norm",
-    "sam_perturb_", "sam_restore_", "sam_average_",
+    "fake_quantize_out_", "ste_clip_", "project_interval_", "row_sums", "sam_norm", "sam_perturb_", "sam_restore_",
+    "sam_average_", *(rule.operator for rule in RULES.values()),
 )  # fmt: skip
 
 

@@ -19,11 +19,10 @@ class Rule(NamedTuple):
     buffers: tuple[str, ...]  # state beside each weight, in the order of the kernels; keys of torch.optim's ``state``
     numbers: tuple[str, ...]  # hyper-parameters in the order of the kernels; "betas.0" for a part of one
     defaults: dict[str, Any]  # of the optimizer's constructor, as torch.optim has them
+    text: str  # for the public functions: where the rule comes from
     counts: bool = False  # whether the mathematics needs the number of the step, kept as ``state["step"]``
     buffers_if: str = ""  # the hyper-parameter that is 0 where no buffers are kept; "": they always are
-    at_first: Mapping[
-        str, float
-    ] = {}  # hyper-parameters of a weight's first step (its buffers zero), where they differ
+    at_first: Mapping[str, float] = {}  # hyper-parameters of a weight's first step, its buffers zero, that differ
     torch_names: Mapping[str, str] = {}  # hyper-parameters that torch.optim calls otherwise
 
     @property
@@ -60,9 +59,19 @@ RULES = {
     for rule in (
         Rule("sgd", "SGD", ("momentum_buffer",), ("momentum", "dampening", "weight_decay", "nesterov"),
              {"lr": 1e-3, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False},
+             "torch.optim.SGD: weight decay, momentum, Nesterov. A zero buffer with ``dampening=0`` is torch's "
+             "first step; without momentum there may be None.",
              buffers_if="momentum", at_first={"dampening": 0.0}),
         Rule("adamw", "AdamW", ("exp_avg", "exp_avg_sq"), ("betas.0", "betas.1", "adam_eps", "weight_decay"),
-             {"lr": 1e-3, "betas": (0.9, 0.999), "adam_eps": 1e-8, "weight_decay": 1e-2}, counts=True,
+             {"lr": 1e-3, "betas": (0.9, 0.999), "adam_eps": 1e-8, "weight_decay": 1e-2},
+             "torch.optim.AdamW: -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, "
+             "the moments updated first. ``step`` counts from 1.",
+             counts=True,
              torch_names={"adam_eps": "eps"}),
+        Rule("lion", "Lion", ("exp_avg",), ("betas.0", "betas.1", "weight_decay"),
+             {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
+             "Chen et al., Symbolic Discovery of Optimization Algorithms, NeurIPS 2023: the direction is "
+             "-sign(beta1 m + (1 - beta1) g) - weight_decay w, with sign(0) = 0 and NaN left NaN, and then "
+             "m <- beta2 m + (1 - beta2) g."),
     )
 }  # fmt: skip

@@ -7,6 +7,9 @@ Arguments shared by all of them:
   codebook's levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three
   integers a tensor;
 * ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
+  ``step`` counts from 1, and is None for a rule that does not ask for it;
+* ``states`` holds a rule's buffers, each for all parameters, one after the other (``rules.RULES``); none where SGD has
+  no momentum. ``numbers`` are its hyper-parameters;
 * in a list, a tensor without elements stands for "absent";
 * ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
   read in place of the parameter, the mean of gradient and first gradient in place of the gradient;
@@ -25,12 +28,14 @@ import torch
 from torch import Tensor
 
 from ..contract import NUM_ROW_SUMS
+from .rules import RULES
 
-_SKEW_TAIL = (
-    "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
+_SKEW = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor[] scales, Tensor[] levels, int[] grids,"
+    " Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals, Tensor? step, Tensor lr, Tensor eps,"
+    " float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
+    " Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None) -> ()"
 )
-_DESCENT = "Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None"
-_OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
 
 SCHEMAS = {
     "fake_quantize": "(Tensor x, Tensor scale, Tensor levels, int[] grid, bool ste_clip, bool stochastic, int seed)"
@@ -49,19 +54,12 @@ SCHEMAS = {
     " -> Tensor",
     "packed_linear_int8": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
     " -> Tensor",
-    "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
-    f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
-    + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
-    + f", {_DESCENT}) -> ()",
-    "skew_adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    f" Tensor[] scales, Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, "
-    + _SKEW_TAIL.format(base="float beta1, float beta2, float adam_eps", nesterov="")
-    + f", {_DESCENT}) -> ()",
     "sam_norm": "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
     "sam_perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
     " float eta) -> ()",
     "sam_restore_": "(Tensor(a!)[] params, Tensor[] kept) -> ()",
     "sam_average_": "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()",
+    **{rule.operator: _SKEW for rule in RULES.values()},
 }
 
 library = torch.library.Library("askew", "DEF")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, signature
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -42,17 +44,17 @@ class SkewStats:
         )
 
 
-def _skew_update(
-    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor] | None],
-    scales: Sequence[Tensor], grids: Sequence[Any], options: Mapping[str, Any], *, lr: float | Tensor,
-    eps: float | Tensor, alpha: float, skew: str, clamp: bool, dequantized: Sequence[Tensor] | None,
-    stats: SkewStats | None, maximize: bool, skip_nonfinite: bool, step: float | Tensor | None = None,
-    grads_name: str = "grads",
+def _checked_update(
+    rule: Rule, states: Sequence[Sequence[Tensor] | None], grads_name: str, /, params: Sequence[Tensor],
+    grads: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor | None = None,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, skew: str = "gradient", clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, maximize: bool = False,
+    skip_nonfinite: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
     numbers = rule.numbers_of(options)
     keeps = rule.keeps_buffers(options)
-    steps = rate_tensor("step", step, 1.0) if rule.counts else None
+    count = rate_tensor("step", step, 1.0) if rule.counts else None
     lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     alpha = number("alpha", alpha, 0.0)
     check_params(params)
@@ -92,7 +94,7 @@ def _skew_update(
         encodings = [n for grid in grids for n in grid.encoding]
         run_skew_update(
             rule, params, grads, states if keeps else [], flat_scales, levels, encodings, dequantized or [], stats,  # type: ignore[arg-type]
-            step=steps, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
+            step=count, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
             maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite),
         )  # fmt: skip
 
@@ -123,12 +125,10 @@ def run_skew_update(
         def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]
 
-    buffers = [*states, *([] for _ in rule.buffers[len(states) :])]
-    own = [*numbers[:-1], bool(numbers[-1])] if rule.name == "sgd" else numbers
     autograd.below_autograd(
         rule.operator, params[0],
-        writable(params), grads, *map(writable, buffers), scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, *([step] if rule.counts else []), lr, eps, alpha, *own,
+        writable(params), grads, [b for buffers in states for b in writable(buffers)], scales, levels, encodings,
+        writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
         direction, clamp, maximize, skip_nonfinite, *descent,
     )  # fmt: skip
     stand_ins.finish()
@@ -147,17 +147,9 @@ def run_skew_direction(
     )  # fmt: skip
 
 
-@in_place()
-def skew_sgd_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
-    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
-    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
-) -> None:  # fmt: skip
-    """One ASkewSGD step, in place, over a tensor list in one launch: each tensor is read once and written once.
+_TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each tensor is read once and written once.
 
-    With d = -grad (``skew="gradient"``, as published) or SGD's own direction (``skew="direction"``), u the distance
+    With d = -grad (``skew="gradient"``, as published) or {0}'s own direction (``skew="direction"``), u the distance
     to the nearest level over the bracket length Delta, h = eps - 16 u^2 (1-u)^2 and |h'| = (32/Delta) u (1-u)(1-2u):
 
         kappa = min(alpha (-h) / |h'|, Delta / (4 lr))
@@ -165,42 +157,49 @@ def skew_sgd_(
               = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
         w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)
 
-    ``skew="gradient"``: -v then replaces the gradient in torch.optim.SGD's rule (weight decay, momentum, Nesterov).
-    A zero momentum buffer with ``dampening=0`` is torch's first step.
+    ``skew="gradient"``: -v then replaces the gradient in {0}'s rule:
 
-    params, grads, momentum_buffers (None without momentum): lists of equal shapes and dtypes; scales: () or (rows,);
-    grids: one for each parameter; lr >= 0 and eps in (0, 1]: floats or 0-dim tensors. ``dequantized``: tensors that
+{1}
+
+    params, grads, {2}: lists of equal shapes and dtypes; scales: () or (rows,); grids: one for
+    each parameter; lr >= 0 and eps in (0, 1], the constraint's: floats or 0-dim tensors. ``dequantized``: tensors that
     receive s Q(w/s) of the new weights, in their own dtype; ``stats``: a ``SkewStats`` that receives the pass's sums.
-    NaN and inf gradients do what torch.optim.SGD does; with ``skip_nonfinite`` their elements are left alone.
+    NaN and inf gradients do what {0} does with them; with ``skip_nonfinite`` their elements are left alone.
     Raises TypeError/ValueError naming the argument before anything is written.
     Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.
     """
-    _skew_update(
-        RULES["sgd"], params, grads, [momentum_buffers], scales, grids,
-        dict(momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov), lr=lr, eps=eps,
-        alpha=alpha, skew=skew, clamp=clamp, dequantized=dequantized, stats=stats, maximize=maximize,
-        skip_nonfinite=skip_nonfinite,
-    )  # fmt: skip
 
 
-@in_place()
-def skew_adamw_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
-    alpha: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, weight_decay: float = 0.01,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
-) -> None:  # fmt: skip
-    """One ASkewAdamW step: ``skew_sgd_`` with torch.optim.AdamW as the base rule.
+def _public(rule: Rule) -> Callable[..., None]:
+    """The checked function of a rule: its buffers stand after the gradients, its hyper-parameters after ``alpha``."""
+    _, _, _, params, grads, scales, grids, step, lr, eps, alpha, *rest, _ = signature(
+        _checked_update
+    ).parameters.values()
+    buffers = [grads.replace(name=key + "s") for key in rule.buffers]
+    if rule.buffers_if:
+        buffers = [b.replace(annotation=f"{b.annotation} | None") for b in buffers]
+    count = [step.replace(default=Parameter.empty, annotation=lr.annotation)] if rule.counts else []
+    numbers = [
+        Parameter(key, Parameter.KEYWORD_ONLY, default=value, annotation=type(value).__name__)
+        for key, value in rule.defaults.items() if key != "lr"
+    ]  # fmt: skip
+    arguments = [params, grads, *buffers, scales, grids, *count, lr, eps, alpha, *numbers, *rest]
+    own = Signature(arguments, return_annotation="None")
 
-    The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
-    moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
-    """
-    _skew_update(
-        RULES["adamw"], params, grads, [exp_avgs, exp_avg_sqs], scales, grids,
-        dict(betas=betas, adam_eps=adam_eps, weight_decay=weight_decay), lr=lr, eps=eps, alpha=alpha, skew=skew,
-        clamp=clamp, dequantized=dequantized, stats=stats, maximize=maximize, skip_nonfinite=skip_nonfinite, step=step,
-    )  # fmt: skip
+    def update(params: Sequence[Tensor], *args: Any, **options: Any) -> None:
+        given = own.bind(params, *args, **options)
+        given.apply_defaults()
+        states = [given.arguments.pop(b.name) for b in buffers]
+        _checked_update(rule, states, "grads", **given.arguments)
+
+    text = fill(rule.text, 116, initial_indent="    ", subsequent_indent="    ")
+    update.__name__ = update.__qualname__ = rule.operator
+    update.__doc__ = _TEXT.format(rule.title, text, ", ".join(b.name for b in buffers))
+    update.__signature__ = own  # type: ignore[attr-defined]
+    return in_place()(update)
+
+
+FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
 
 
 @in_place()
@@ -209,13 +208,13 @@ def skew_direction_(
     lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,
     dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, skip_nonfinite: bool = False,
 ) -> None:  # fmt: skip
-    """``skew_sgd_`` for any base optimizer: w <- clamp(w); w <- w + lr v; clamp, v the skewed form of a given d.
+    """The constraint for any base optimizer: ``skew_sgd_`` with a given d in place of -grad.
 
     directions: what the base optimizer would add to each weight, over lr: d = (w1 - w0) / lr. Other arguments and
     errors as there; ``stats.totals`` hold d·v in place of g·v, and d that are inf or NaN as ``nonfinite``.
     """
-    _skew_update(
-        RULES["sgd"], params, directions, [], scales, grids, RULES["sgd"].defaults, lr=lr, eps=eps, alpha=alpha,
-        skew="direction", clamp=clamp, dequantized=dequantized, stats=stats, maximize=True,
-        skip_nonfinite=skip_nonfinite, grads_name="directions",
+    _checked_update(
+        RULES["sgd"], [], "directions", params, directions, scales, grids, eps=eps, alpha=alpha, skew="direction",
+        clamp=clamp, dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite,
+        **{**RULES["sgd"].defaults, "lr": lr},
     )  # fmt: skip

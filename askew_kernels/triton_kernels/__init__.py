@@ -15,7 +15,7 @@ from .quantize import (
     ste_clip_,
 )
 from .sam import sam_average_, sam_norm, sam_perturb_, sam_restore_
-from .update import skew_adamw_, skew_sgd_
+from .update import OPERATORS
 
 __all__ = [
     "fake_quantize",
@@ -31,7 +31,8 @@ __all__ = [
     "sam_norm",
     "sam_perturb_",
     "sam_restore_",
-    "skew_adamw_",
-    "skew_sgd_",
     "ste_clip_",
 ]
+
+globals().update(OPERATORS)  # skew_sgd_, skew_adamw_ and so on
+__all__ += list(OPERATORS)

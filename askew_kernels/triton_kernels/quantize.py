@@ -90,11 +90,11 @@ def check_grid(grid: list[int], levels: Tensor, like: Tensor) -> tuple[int, int]
     return kind, levels.numel()
 
 
-def scalar_argument(t: Tensor, name: str) -> tuple[float | Tensor, bool]:
-    """(argument, on device) of a 0-dim tensor: by value from the CPU, else by pointer, read by the kernel."""
+def scalar_argument(t: Tensor, name: str) -> float | Tensor:
+    """A 0-dim tensor as an argument: by value from the CPU, else by pointer, read by the kernel."""
     if t.numel() != 1 or not t.is_floating_point():
         raise ValueError(f"{name}: expected a 0-dim floating-point tensor")
-    return (t.item(), False) if t.is_cpu else (t, True)
+    return t.item() if t.is_cpu else t
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:
@@ -207,7 +207,7 @@ def ste_clip_kernel(
 @triton.jit(do_not_specialize=["magic"])
 def project_kernel(
     w_ptr, eps, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
-    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, EPS_ON_DEVICE: tl.constexpr,
+    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w moved to the nearest point with h_eps >= 0."""
     start = tl.program_id(0).to(INDEX) * BLOCK
@@ -215,7 +215,7 @@ def project_kernel(
     valid = lane < n - start
     scale = block_scale(scale_ptr, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
     lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
-    radius = feasible_radius(read_scalar(eps, EPS_ON_DEVICE))
+    radius = feasible_radius(read_scalar(eps))
     w = widen(tl.load(w_ptr + start + lane, mask=valid, other=0.0))
     w = project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS)
     tl.store(w_ptr + start + lane, narrow(w, w_ptr.dtype.element_ty), mask=valid)
@@ -290,8 +290,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
 
 def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
-    value, device = scalar_argument(eps, "eps")
-    _launch(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
+    _launch(project_kernel, w, scale, levels, grid, w, scalar_argument(eps, "eps"))
 
 
 def row_sums(x: Tensor, rows: int) -> Tensor:
