@@ -59,8 +59,9 @@ class ByRule(Constrained):
     """The one body of all rules. A subclass names its row: ``class ASkewSGD(ByRule, rule="sgd")``."""
 
     RULE: ClassVar[ops.Rule]
-    _told = False  # that eps looks like the constraint's
     OWN: ClassVar[dict[str, Any]]  # the rule's group keys and their defaults, in the order of torch's arguments
+    _in_torch: ClassVar[bool]  # groups without a grid are stepped by torch.optim's code, otherwise by our operator
+    _told = False  # that eps looks like the constraint's
 
     def __init_subclass__(cls, rule: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -70,7 +71,9 @@ class ByRule(Constrained):
         cls.OWN = {row.torch_names.get(key, key): value for key, value in row.defaults.items()}
         cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
         old = _OWN_EPS.format(title=row.title, old=next(iter(row.torch_names))) if "eps" in cls.OWN else _OLD_EPS
-        plain = f"torch.optim.{row.title}'s own code" if hasattr(cls, f"_plain_{rule}") else f"plain {row.title}"
+        cls._ARGUMENTS = (*Constrained._ARGUMENTS, *cls.OWN, "skew", "maximize")
+        cls._in_torch = hasattr(cls, f"_plain_{rule}")
+        plain = f"torch.optim.{row.title}'s own code" if cls._in_torch else f"plain {row.title}"
         cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain, old=old)
 
         def __init__(self: ByRule, params: Any, *arguments: Any, **options: Any) -> None:
@@ -143,14 +146,9 @@ class ByRule(Constrained):
         super()._check_group(group)
         if group["skew"] not in ops.SKEWS:
             raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
-        if group["grid"] is None and self._strict:
+        if group["grid"] is None and not self._in_torch:
             for i, p in enumerate(group["params"]):
                 ops.check_float_tensor(f"params[{i}]", p)
-
-    @property
-    def _strict(self) -> bool:
-        """Groups without a grid are stepped by our own operator: torch.optim has no such rule."""
-        return not hasattr(self, f"_plain_{self.RULE.name}")
 
     def _numbers(self, group: dict[str, Any], first: bool = False) -> list[float]:
         """The rule's hyper-parameters as the operator takes them, checked. ``first``: of a weight's first step."""
@@ -195,16 +193,20 @@ class ByRule(Constrained):
 
     def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         self._agree(group)
-        name, ours = type(self).__name__, group["grid"] is not None
-        for p in params:
+        ours = group["grid"] is not None
+        for p in params if ours or self.RULE.name != "sgd" else ():
             grad: Tensor = p.grad  # type: ignore[assignment]
-            if grad.layout != torch.strided and (ours or self.RULE.name != "sgd"):
-                raise TypeError(f"grad: {name} does not take sparse gradients{' for a quantized parameter' * ours}")
-            if grad.dtype != p.dtype and (ours or self._strict):
+            if grad.layout != torch.strided:
+                what = " for a quantized parameter" * ours
+                raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients{what}")
+            if grad.dtype != p.dtype and (ours or not self._in_torch):
                 raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
+        return super()._arguments(group, params)
+
+    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         return {
-            **super()._arguments(group, params), "numbers": self._numbers(group),
-            "direction": group["skew"] == "direction", "maximize": bool(group["maximize"]),
+            **super()._checked(group), "numbers": self._numbers(group), "direction": group["skew"] == "direction",
+            "maximize": bool(group["maximize"]),
         }  # fmt: skip
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
@@ -238,16 +240,15 @@ class ByRule(Constrained):
 
     def _buffers(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor]]:
         """The rule's state of each, zeros where it is missing, in the type of the weight (a model may be cast)."""
-        if not self.RULE.keeps_buffers(group):
-            return []
-        for p in members:
-            state = self.state[p]
-            for key in self.RULE.buffers:
-                if (buffer := state.get(key)) is None:
-                    state[key] = torch.zeros_like(p)
-                elif buffer.dtype != p.dtype:
-                    state[key] = buffer.to(p.dtype)
-        return [[self.state[p][key] for p in members] for key in self.RULE.buffers]
+        found: list[list[Tensor]] = []
+        for key in self.RULE.buffers if self.RULE.keeps_buffers(group) else ():
+            found.append([])
+            for p in members:
+                buffer = self.state[p].get(key)
+                if buffer is None or buffer.dtype != p.dtype:
+                    buffer = self.state[p][key] = torch.zeros_like(p) if buffer is None else buffer.to(p.dtype)
+                found[-1].append(buffer)
+        return found
 
     def _counter(self, p: Tensor, fused: bool | None = False) -> Tensor:
         """``fused``: torch's fused step wants it beside the parameter."""

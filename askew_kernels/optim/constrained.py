@@ -28,6 +28,7 @@ class Constrained(Optimizer):
     """A subclass says how a launch is updated (``_update``), and how a group without a grid is (``_step_plain``)."""
 
     KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
+    _ARGUMENTS: ClassVar[tuple[str, ...]] = ("lr", "constraint_eps", "alpha", "skip_nonfinite")  # keys they come from
     _old_names: ClassVar[dict[str, str]] = {}  # group keys as they were called before -> as they are
 
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -38,6 +39,7 @@ class Constrained(Optimizer):
         self._record = Record()
         self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
         self._plans: dict[int, Plan] = {}
+        self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # by id of the group: its keys, what they make
         # Weights that a launch starts from in place of those it finds, taken out as they are used; a sharpness-aware
         # step's first gradients to average with, and the coefficients that tell whether they count.
         self.saved_weights: dict[Tensor, Tensor] = {}
@@ -149,7 +151,15 @@ class Constrained(Optimizer):
         return loss
 
     def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-        """What the operator is given for this group's launches, all of it checked: schedules and users change it."""
+        """What the operator is given for this group's launches, all of it checked; kept while the keys stay."""
+        values = [group[key] for key in self._ARGUMENTS]
+        known = self._known.get(id(group))
+        if known is None or any(isinstance(value, Tensor) for value in values) or known[0] != values:
+            known = self._known[id(group)] = values, self._checked(group)
+        return known[1]
+
+    def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The operator's arguments. Raises TypeError/ValueError that names the key."""
         return {
             "lr": ops.rate_tensor("lr", group["lr"], 0.0),
             "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
@@ -350,7 +360,7 @@ class Constrained(Optimizer):
         scales = state.pop("_scales", {})
         if "telemetry_every" in state:  # of a copy; torch's load_state_dict comes here with groups and state alone
             self._begin(state["telemetry_every"])
-        self._plans = {}
+        self._plans, self._known = {}, {}
         super().__setstate__(state)
         for group in self.param_groups:
             for p in group["params"] if group["grid"] is not None else []:
