@@ -7,6 +7,7 @@ SUM_ABS, SUM_SQUARES, MAX_ABS = range(3)  # columns of row_sums
 INFEASIBLE, VIOLATION, VELOCITY2, GRAD_VELOCITY, FLIPS, NONFINITE = range(6)  # entries of totals
 NUM_ROW_SUMS, NUM_TOTALS = 3, 6
 MOST_CANDIDATES = 8  # of a mixture
+SCALE_FLOOR = 1e-12  # no scale is less, times max(1, max|w|)
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 
 

@@ -110,10 +110,9 @@ class Report:
 
 def short_name(grid: Grid, trits: bool = False) -> str:
     d = grid.to_dict()
-    if d["grid"] == "uniform":
-        flags = "".join(f", {k}" for k in ("narrow", "inclusive") if d[k]) + ("" if d["signed"] else ", unsigned")
-        return f"uniform {d['bits']}{flags}"
-    return f"codebook {len(grid.levels)}" if d["grid"] == "codebook" else d["grid"] + (" (trits)" if trits else "")
+    flags = [k for k in ("narrow", "inclusive") if d.get(k)] + ["unsigned"] * (not d.get("signed", True))
+    size = len(grid.levels) if "levels" in d else d.get("bits", "")
+    return ", ".join([f"{d['grid']} {size}".rstrip(), *flags]) + (" (trits)" if trits else "")
 
 
 def packed_report(name: str, layer: Any) -> LayerReport:

@@ -19,16 +19,16 @@ from torch import Tensor, nn
 from .. import atomic
 from ..nn.packed import PackedLayer, packed_layers, unpack_
 from ..quant import Grid
-from ..reference import level_table, unpack_codes
+from ..reference import unpack_codes
 
 OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
 
 
 def _integer_type(grid: Grid, name: str) -> str:
-    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels."""
-    low, high = grid.levels[0], grid.levels[-1]
-    if any(c != int(c) for c in grid.levels):
+    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels, or a power of two times them."""
+    if (found := grid.integers()) is None:
         raise ValueError(f"{name}: DequantizeLinear needs integer levels, got {grid}")
+    low, high = found[0][0], found[0][-1]
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"{name}: DequantizeLinear needs levels that 8 bits hold, got {grid}")
     width = 4 if (low >= -8 and high <= 7) or (low >= 0 and high <= 15) else 8
@@ -123,10 +123,11 @@ def _numbers(weight: Any) -> tuple[tuple[int, ...], str, bytes]:
 
 def _integers(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(levels as integers, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
-    grid = layer.config.weight
-    table = level_table(grid.levels_tensor(), grid.encoding).to(torch.int16)
-    levels = table[unpack_codes(layer.weight_codes.cpu(), layer.bits, layer.cols).int()]
-    scale = layer.weight_scale.float().cpu()
+    table, factor = layer.config.weight.integers()  # type: ignore[misc]
+    levels = torch.tensor(table, dtype=torch.int16)[
+        unpack_codes(layer.weight_codes.cpu(), layer.bits, layer.cols).int()
+    ]
+    scale = layer.weight_scale.float().cpu() * factor
     n = levels.shape[0]
     if scale.numel() == 1:
         return levels.reshape(layer.shape), scale.reshape(()), {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..nn.layers import plain_linear
 from ..nn.packed import PackedLinear
 from ..nn.replace import replace_modules
-from ..reference import level_table, unpack_codes
+from ..reference import unpack_codes
 
 FORMATS = ("intx", "int4")
 
@@ -24,16 +24,19 @@ def _library() -> Any:
     return IntxUnpackedToInt8Tensor, Int4Tensor
 
 
-def _integers(layer: PackedLinear) -> Tensor:
-    """(n, cols) levels, int16; ValueError where they are not integers."""
+def _integers(layer: PackedLinear) -> tuple[Tensor, Tensor, int, int]:
+    """(n, cols) levels as integers, int16, the scales that go with them, the least and the largest level; ValueError
+    where they are none."""
     grid = layer.config.weight
-    if any(c != int(c) for c in grid.levels):
+    if (found := grid.integers()) is None:
         raise ValueError(f"torchao's tensors hold integer levels, got {grid}")
-    if not (-128 <= grid.levels[0] and grid.levels[-1] <= 127) and not (0 <= grid.levels[0] and grid.levels[-1] <= 255):
+    table, factor = found
+    low, high = table[0], table[-1]
+    if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"torchao's tensors hold levels of 8 bits, got {grid}")
-    table = level_table(grid.levels_tensor(layer.weight_codes.device), grid.encoding, layer.weight_codes.device)
     codes = unpack_codes(layer.weight_codes, layer.bits, layer.cols)
-    return table.to(torch.int16)[codes.int()]
+    levels = torch.tensor(table, dtype=torch.int16, device=codes.device)[codes.int()]
+    return levels, layer.weight_scale.detach() * factor, low, high
 
 
 @torch.no_grad()
@@ -59,9 +62,8 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     intx, int4 = _library()
     n, cols = layer.shape
-    levels, scale = _integers(layer), layer.weight_scale.detach()
+    levels, scale, low, high = _integers(layer)
     groups = max(1, scale.numel() // n)
-    low, high = int(min(layer.config.weight.levels)), int(max(layer.config.weight.levels))
     if format == "int4":
         if high - low > 15 or scale.numel() == 1 != n:
             raise ValueError(
