@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
+__all__ = ["Binary", "Codebook", "Grid", "Ternary", "Uniform", "grid_from_dict"]
+
 GRIDS: dict[str, type[Grid]] = {}
 
 
