@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
-__all__ = ["Binary", "Codebook", "Grid", "Ternary", "Uniform", "grid_from_dict"]
+__all__ = ["NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
 
 GRIDS: dict[str, type[Grid]] = {}
 
@@ -97,13 +97,11 @@ def as_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _check_bits(bits: Any) -> int:
+def _check_bits(bits: Any, most: int = 8) -> int:
     if isinstance(bits, bool) or not isinstance(bits, numbers.Integral):
-        raise TypeError(f"bits: expected an int in 2..8, got {bits!r}")
-    if bits == 1:
-        raise ValueError("bits: expected 2..8, got 1; one bit is Binary()")
-    if not 2 <= int(bits) <= 8:
-        raise ValueError(f"bits: expected 2..8, got {bits}")
+        raise TypeError(f"bits: expected an int in 2..{most}, got {bits!r}")
+    if not 2 <= int(bits) <= most:
+        raise ValueError(f"bits: expected 2..{most}, got {bits}{'; one bit is Binary()' if bits == 1 else ''}")
     return int(bits)
 
 
@@ -151,6 +149,32 @@ class Ternary(Grid):
     """-1, 0 and +1."""
 
     table, read_as, mean_factor = (-1.0, 0.0, 1.0), UNIFORM, 1.5
+
+
+def _mirrored(*magnitudes: float) -> tuple[float, ...]:
+    """0 and ± each, which ascend: +0 and -0 are one level."""
+    return (*(-c for c in reversed(magnitudes)), 0.0, *magnitudes)
+
+
+@dataclass(frozen=True)
+class NF4(Grid):
+    """4-bit NormalFloat, quantiles of the normal distribution: QLoRA (Dettmers et al., NeurIPS 2023), appendix E."""
+
+    table = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+             1.0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PowersOfTwo(Grid):
+    """0 and ±2^-k, k = 0 … 2^(bits-1) - 2: products are shifts (INQ, Zhou et al., ICLR 2017). bits: 2 … 5."""
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", _check_bits(self.bits, 5))
+        self._describe(_mirrored(*(2.0**-k for k in reversed(range(2 ** (self.bits - 1) - 1)))))
 
 
 @dataclass(frozen=True, init=False)
