@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
-__all__ = ["NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
+__all__ = ["FP4", "NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
 
 GRIDS: dict[str, type[Grid]] = {}
 
@@ -154,6 +154,13 @@ class Ternary(Grid):
 def _mirrored(*magnitudes: float) -> tuple[float, ...]:
     """0 and ± each, which ascend: +0 and -0 are one level."""
     return (*(-c for c in reversed(magnitudes)), 0.0, *magnitudes)
+
+
+@dataclass(frozen=True)
+class FP4(Grid):
+    """E2M1, the 4-bit float of the OCP Microscaling Formats (MX) specification 1.0, 2023, and of NVFP4: 15 levels."""
+
+    table = _mirrored(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)
