@@ -19,9 +19,9 @@ from torch.nn import functional
 from .. import contract, ops
 from ..nn import packed_layers, quantized_layers
 from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
-from ..quant import Grid, Uniform, activation_scales
-from ..quant.scales import SAWB_COEFFICIENTS, _fill, _guarded
+from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, weight_grid, weight_id
+from ..quant import Grid, Uniform, activation_scales, default_rule
+from ..quant.scales import scale_from_sums
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -47,6 +47,15 @@ class MixedLayer(nn.Module):
     weight: Any
     bias: Any
     TOKEN_DIMS: int
+    _arguments: Callable[[Any], dict[str, Any]]  # of the float layer's constructor
+
+    @classmethod
+    def from_float(cls, layer: Any, **candidates: Any) -> Any:
+        """Shares the Parameter objects of ``layer``."""
+        new: Any = cls(**cls._arguments(layer) | {"bias": layer.bias is not None, "device": "meta"})
+        new.weight, new.bias = layer.weight, layer.bias
+        new._attach(**candidates)
+        return new.train(layer.training)
 
     def _attach(self, weight_bits: Sequence[int], act_bits: Sequence[int | None], signed: bool, learned: bool) -> None:
         self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -56,9 +65,6 @@ class MixedLayer(nn.Module):
         self.act_grids: list[Grid | None] = [
             None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
         ]
-        wide = {"dtype": torch.float64, "device": "cpu"}
-        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], **wide)  # type: ignore[arg-type]
-        self._tops = torch.tensor([[g.c_max] for g in self.weight_grids], **wide)  # type: ignore[arg-type]
         self._weight_codes = ops.candidate_encodings(self.weight_grids)
         self._act_codes = ops.candidate_encodings(self.act_grids)
         place = {"device": self.weight.device}
@@ -68,7 +74,7 @@ class MixedLayer(nn.Module):
         self.weight_strengths.requires_grad_(len(self.weight_bits) > 1)
         self.act_strengths.requires_grad_(len(self.act_bits) > 1)
         if learned:  # LSQ's start
-            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=1e-12)
+            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=contract.SCALE_FLOOR)
             tops = torch.tensor([g.c_max for g in self.weight_grids], dtype=kind, **place)
             self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
 
@@ -81,26 +87,16 @@ class MixedLayer(nn.Module):
 
     @torch.no_grad()
     def _rule_scales(self) -> Tensor:
-        """(candidates, rows): every candidate's rule is a row of coefficients of (rms, mean|w|, max|w|)."""
+        """(candidates, rows), of every grid by its own rule."""
         rows = self.weight.shape[0]
         if self.weight.numel() == 0:
             return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
-        cols = self.weight.numel() // rows
-        sums = ops.row_sums(self.weight.detach(), rows).double()
-        if self._coefficients.device != sums.device:  # once: each copy to a GPU waits for it
-            self._coefficients, self._tops = self._coefficients.to(sums.device), self._tops.to(sums.device)
-        top = sums[:, contract.MAX_ABS]
-        c1, c2, c3 = self._coefficients.T[:, :, None]
-        # as quant.scales has it, for all candidates at once: the same operations in the same order, so the same bits
-        of_rms = torch.where(c1 > 0, c1 * (sums[:, contract.SUM_SQUARES] / cols).sqrt(), 0.0)
-        scales, absmax = (of_rms - c2 * sums[:, contract.SUM_ABS] / cols) / c3, top / self._tops
-        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
-        scales, usable = _guarded(torch, scales, top)
-        return _fill(scales.float(), usable, top == 0, None)
+        sums, cols = ops.row_sums(self.weight.detach(), rows), self.weight.numel() // rows
+        return torch.stack([scale_from_sums(sums, cols, g, default_rule(g)) for g in self.weight_grids])
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
-        scales = self.weight_scales.clamp(min=1e-12) if self.learned else self._rule_scales()
+        scales = self.weight_scales.clamp(min=contract.SCALE_FLOOR) if self.learned else self._rule_scales()
         return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
 
     def mixed_input(self, x: Tensor) -> Tensor:
@@ -115,14 +111,6 @@ class MixedLayer(nn.Module):
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
 
 
-def _coefficients(grid: Grid) -> tuple[float, float, float]:
-    """(c1, c2, c3) of the candidate's scale rule (c1 rms − c2 mean|w|) / c3; the largest magnitude where all is 0."""
-    rule = scale_rule(grid)
-    if rule == "mean":
-        return 0.0, -1.0, 1.0
-    return (*SAWB_COEFFICIENTS[grid.bits], grid.c_max) if rule == "sawb" else (0.0, 0.0, 1.0)
-
-
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
     """The operator without checks: scales come from rules that give nothing else than positive numbers."""
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -134,13 +122,9 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
 
     TOKEN_DIMS = 1
 
-    @classmethod
-    def from_float(cls, linear: nn.Linear, **candidates: Any) -> MixedLinear:
-        """Shares the Parameter objects of ``linear``."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        new._attach(**candidates)
-        return new.train(linear.training)
+    @staticmethod
+    def _arguments(linear: nn.Linear) -> dict[str, Any]:
+        return {name: getattr(linear, name) for name in ("in_features", "out_features")}
 
     def to_float(self) -> nn.Linear:
         return plain_linear(self, self.weight)
@@ -154,13 +138,7 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
 
     TOKEN_DIMS = 3
 
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, **candidates: Any) -> MixedConv2d:
-        """Shares the Parameter objects of ``conv``."""
-        new = cls(**_conv_arguments(conv))
-        new.weight, new.bias = conv.weight, conv.bias
-        new._attach(**candidates)
-        return new.train(conv.training)
+    _arguments = staticmethod(_conv_arguments)
 
     def to_float(self) -> nn.Conv2d:
         return plain_conv2d(self, self.weight)
