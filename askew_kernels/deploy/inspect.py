@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..quant import Grid, unpack_weight
 from ..quant.packing import row_bytes
-from .files import PackedFile, PackedFileError, own_keys, read_safetensors
+from .files import PackedFile, PackedFileError, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,9 @@ def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict
     def hook(name: str) -> Any:
         def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else next(iter(named.values()))
-            exact = layer.to_float()(x).double()
+            exact = layer.product(x, layer.weight).double()
             norm = float(exact.norm())
-            got = layer._hard_forward(x, layer.quantized_weight(), None).double()
+            got = layer.product(x, layer.quantized_weight()).double()
             found[name] = float((got - exact).norm()) / norm if norm else 0.0
 
         return compare

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import contract, ops
-from ..nn import packed_layers, quantized_layers
-from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
+from ..nn import KINDS, packed_layers, quantized_layers
 from ..quant import Grid, Uniform, activation_scales
 from ..quant.scales import SAWB_COEFFICIENTS, _fill, _guarded
+from .policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -142,8 +141,8 @@ class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
         new._attach(**candidates)
         return new.train(linear.training)
 
-    def to_float(self) -> nn.Linear:
-        return plain_linear(self, self.weight)
+    def to_float(self) -> nn.Module:
+        return KINDS["linear"].float_layer(self, self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(self.mixed_input(input), self.mixed_weight(), self.bias)
@@ -157,13 +156,13 @@ class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
     @classmethod
     def from_float(cls, conv: nn.Conv2d, **candidates: Any) -> MixedConv2d:
         """Shares the Parameter objects of ``conv``."""
-        new = cls(**_conv_arguments(conv))
+        new = cls(**KINDS["conv2d"].arguments_of(conv))
         new.weight, new.bias = conv.weight, conv.bias
         new._attach(**candidates)
         return new.train(conv.training)
 
-    def to_float(self) -> nn.Conv2d:
-        return plain_conv2d(self, self.weight)
+    def to_float(self) -> nn.Module:
+        return KINDS["conv2d"].float_layer(self, self.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(self.mixed_input(input), self.mixed_weight(), self.bias)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from ..analysis.batches import moved, pair_of
 from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
-from ..nn.policy import Policy
 from ..optim import AlignedSAM
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
+from .policy import Policy
 from .space import Space, check_solver
 
 METHODS = ("asga", "plain")
