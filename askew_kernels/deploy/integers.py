@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference import level_table, unpack_codes
+from ..contract import level_table, unpack_codes
 
 
 class Integers(NamedTuple):

@@ -25,10 +25,7 @@ from ..quant.packing import SCALE_TYPES, row_bytes
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 
-FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
-FEW_IN_CUDA = 8  # rows up to which the CUDA kernel takes them; beyond Triton's, which has the matrix units
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
-_TRITON = runtime.has_triton()
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 
 
@@ -169,31 +166,22 @@ class PackedLayer(nn.Module):
         raise NotImplementedError(f"x: {type(self).__name__} takes no nested tensors; give it one tensor at a time")
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
-        """Whether a product of that many rows is made from the codes: on a CPU, on a GPU where there are few and Triton
-        is there, and never where x wants a gradient or under a transform of torch.func."""
+        """Whether a product of that many rows is made from the codes: where ``runtime.reads_codes`` says so, but never
+        where x wants a gradient or under a transform of torch.func."""
         if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
-        if x.is_cpu:
-            return True
-        few = x.is_cuda and _TRITON and x.dtype != torch.float64
-        if few and torch.compiler.is_exporting() and not isinstance(rows, int):
-            return False  # a choice by size would be a bound on what was exported
-        return few and rows <= FEW_ON_GPU
+        return runtime.reads_codes(x, rows)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, compiling = self.config.weight, torch.compiler.is_compiling()
-        name = "packed_linear_int8" if self.activations == "int8" and not x.is_cuda else "packed_linear"
-        product = runtime.operator(name, x)
-        if x.is_cuda and not compiling and runtime._forced is None and len(x) > FEW_IN_CUDA:
-            if not torch._C._len_torch_dispatch_stack():  # which sees operators only
-                product = runtime.implementation("triton", name)
+        name, product = runtime.packed_product(x, self.activations)
         codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
         if scale.dtype != torch.float32:  # type: ignore[union-attr]
             scale = scale.float()  # type: ignore[union-attr]
         levels = grid.levels_tensor(x.device)
         if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.autograd.packed_product(
+            return ops.run_packed_linear(
                 name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
             )
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
