@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import quant
 from ..nn.kinds import KINDS, own_keys
 from ..quant import QuantConfig, compute_scale
+from ..quant.grids import GRIDS
 from . import files
 from .inspect import report_of_file
 
@@ -63,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="OUT")
     grid = parser.add_mutually_exclusive_group(required=True)
     grid.add_argument("--bits", type=int, help="uniform grid of 2 to 8 bits")
-    grid.add_argument("--grid", choices=("binary", "ternary"))
-    parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax, mean for --grid)")
+    grid.add_argument("--grid", choices=[name for name, kind in GRIDS.items() if not fields(kind)])  # type: ignore[arg-type]
+    parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax; of --grid its own)")
     parser.add_argument("--group-size", type=int, metavar="G", help="a scale for each G weights; default each channel")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of the layers to pack, with * and ?")
     parser.add_argument("--force", action="store_true", help="round weights that are not on their levels")
@@ -74,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         grid: Any = quant.grid_from_dict({"grid": arguments.grid}) if arguments.grid else quant.Uniform(arguments.bits)
         config = QuantConfig(
-            grid, arguments.scale or ("mean" if arguments.grid else "absmax"),
+            grid, arguments.scale or (None if arguments.grid else "absmax"),  # type: ignore[arg-type]  # its own
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.kinds import own_keys
 from ..contract import bits_per_code
+from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..quant import Grid, unpack_weight
@@ -112,10 +112,9 @@ class Report:
 
 def short_name(grid: Grid, trits: bool = False) -> str:
     d = grid.to_dict()
-    if d["grid"] == "uniform":
-        flags = "".join(f", {k}" for k in ("narrow", "inclusive") if d[k]) + ("" if d["signed"] else ", unsigned")
-        return f"uniform {d['bits']}{flags}"
-    return f"codebook {len(grid.levels)}" if d["grid"] == "codebook" else d["grid"] + (" (trits)" if trits else "")
+    flags = [k for k in ("narrow", "inclusive") if d.get(k)] + ["unsigned"] * (not d.get("signed", True))
+    size = len(grid.levels) if "levels" in d else d.get("bits", "")
+    return ", ".join([f"{d['grid']} {size}".rstrip(), *flags]) + (" (trits)" if trits else "")
 
 
 def packed_report(name: str, layer: Any) -> LayerReport:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import level_table, unpack_codes
+from ..contract import unpack_codes
 
 
 class Integers(NamedTuple):
@@ -22,24 +22,28 @@ class Integers(NamedTuple):
     high: int
 
 
-def bounds(layer: Any, holder: str) -> tuple[int, int]:
-    """(lowest, highest) level of a packed layer. Raises ValueError, in which ``holder`` is what the integers are for,
-    where they are not integers of 8 bits, or where the layer quantizes its inputs (``QuantConfig(activation=…)``)."""
-    grid = layer.config.weight
-    low, high = grid.levels[0], grid.levels[-1]
-    if layer.config.activation is not None:
-        raise ValueError(f"{holder} keep no quantized inputs, got activation={layer.config.activation}")
-    if any(c != int(c) for c in grid.levels):
-        raise ValueError(f"{holder} hold integer levels, got {grid}")
+def table(layer: Any, holder: str) -> tuple[tuple[int, ...], float]:
+    """(n, f): the levels of a packed layer are f n, n integers of 8 bits, f a power of two.
+
+    Raises ValueError, in which ``holder`` is what the integers are for, where there are none such, or where the layer
+    quantizes its inputs (``QuantConfig(activation=…)``).
+    """
+    config = layer.config
+    if config.activation is not None:
+        raise ValueError(f"{holder} keep no quantized inputs, got activation={config.activation}")
+    if (found := config.weight.integers()) is None:
+        raise ValueError(f"{holder} hold integer levels, got {config.weight}")
+    low, high = found[0][0], found[0][-1]
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
-        raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
-    return int(low), int(high)
+        raise ValueError(f"{holder} hold levels of 8 bits, got {config.weight}")
+    return found
 
 
 def integers(layer: Any, holder: str) -> Integers:
-    """Of a packed layer, on its device; raises as ``bounds``."""
-    low, high = bounds(layer, holder)
-    grid, codes, scale = layer.config.weight, layer.weight_codes, layer.weight_scale.detach()
-    table = level_table(grid.levels_tensor(codes.device), grid.encoding, codes.device).to(torch.int16)
-    levels = table[unpack_codes(codes, layer.bits, layer.cols).int()]
-    return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), low, high)
+    """Of a packed layer, on its device; raises as ``table``."""
+    values, factor = table(layer, holder)
+    codes, scale = layer.weight_codes, layer.weight_scale.detach() * factor
+    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)[
+        unpack_codes(codes, layer.bits, layer.cols).int()
+    ]
+    return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), values[0], values[-1])

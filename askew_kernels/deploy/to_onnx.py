@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from .. import atomic
 from ..nn import packed_layers, unpack_
 from ..nn.packed import PackedLayer
-from .integers import bounds, integers
+from .integers import integers, table
 
 OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
 
 
 def _integer_type(layer: Any, name: str) -> str:
-    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels."""
+    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels, or a power of two times them."""
     try:
-        low, high = bounds(layer, "ONNX files")
+        values, _ = table(layer, "ONNX files")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    low, high = values[0], values[-1]
     width = 4 if (low >= -8 and high <= 7) or (low >= 0 and high <= 15) else 8
     return f"{'U' if low >= 0 else ''}INT{width}"
 

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .. import runtime
 from ..quant import QuantConfig
 from .layers import QuantizedLayer, clipped, straight_through
 from .packed import PackedLayer
 
-FEW_POSITIONS = 40  # output positions of a convolution below which float products are made from the codes
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 
 
@@ -119,7 +119,7 @@ class PackedLinear(PackedLayer):
     """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
 
     From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
-    rows on, and on a GPU with Triton up to ``packed.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
+    rows on, and on a GPU with Triton up to ``runtime.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
 
     def __init__(
@@ -223,10 +223,10 @@ class _AskewConvolution(QuantizedLayer):
 class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
-    On a CPU, without groups, the product is made from the codes for fewer than ``FEW_POSITIONS`` output positions (late
-    layers, small batches), and with ``activations="int8"`` for any number: each output position is a row of x, its
-    patch, and no more than ``PATCHES`` numbers of them stand in memory. Elsewhere the weight is unpacked for the call,
-    with the very results of the hard-quantized layer.
+    On a CPU, without groups, the product is made from the codes for few output positions (late layers, small batches),
+    and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``): each output position is a row of
+    x, its patch, and no more than ``PATCHES`` numbers of them stand in memory. Elsewhere the weight is unpacked for the
+    call, with the very results of the hard-quantized layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
@@ -239,11 +239,10 @@ class _PackedConvolution(PackedLayer):
         if x.is_cpu and conv.groups == 1 and (unbatched or x.dim() == 2 + spatial):
             batch = x[None] if unbatched else x
             sizes = self._positions(batch)
-            exporting = torch.compiler.is_exporting()  # a choice by size would be a bound on what is exported
-            few = not exporting and batch.shape[0] * math.prod(sizes) < FEW_POSITIONS
-            # torch's own product says what is wrong otherwise
-            whole = x.shape[-1 - spatial] == conv.in_channels and (exporting or min(sizes) > 0)
-            if whole and (few or self.activations == "int8") and self._reads_codes(x, 1):
+            # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
+            whole = torch.compiler.is_exporting() or all(n > 0 for n in sizes)
+            few = runtime.convolves_from_codes(batch.shape[0] * math.prod(sizes), self.activations)
+            if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
                 y = self._from_codes(batch, bias, *sizes)
                 return y[0] if unbatched else y
         return conv._conv_forward(x, self.dequantize(x.dtype), bias)
@@ -256,30 +255,35 @@ class _PackedConvolution(PackedLayer):
         geometry = zip(sizes, conv.kernel_size, conv.stride, conv.dilation, strict=True)
         return [(size - gap * (k - 1) - 1) // step + 1 for size, k, step, gap in geometry]
 
-    def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int) -> Tensor:
+    def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
+        """A signal of one dimension is an image that is one wide."""
         conv: Any = self
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if any(conv._reversed_padding_repeated_twice):
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
             x = functional.pad(x, conv._reversed_padding_repeated_twice, mode)
-        images = x.shape[0]
+        images, signal = x.shape[0], x.dim() == 3
+        x = x[..., None] if signal else x
+        kernel, dilation, stride = ((*n, 1)[:2] for n in (conv.kernel_size, conv.dilation, conv.stride))
 
         def product(part: Tensor, lines: int) -> Tensor:
-            patches = functional.unfold(part, conv.kernel_size, conv.dilation, 0, conv.stride)
+            patches = functional.unfold(part, kernel, dilation, 0, stride)
             rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, conv.out_channels)
 
         if torch.compiler.is_exporting():
-            return product(x, height).permute(0, 3, 1, 2).contiguous()
+            y = product(x, height).permute(0, 3, 1, 2).contiguous()
+            return y[..., 0] if signal else y
         y = x.new_empty(images, height, width, conv.out_channels)
-        reach = conv.dilation[0] * (conv.kernel_size[0] - 1) + 1
+        reach = dilation[0] * (kernel[0] - 1) + 1
         lines = max(1, PATCHES // max(1, images * width * self.cols))  # of the output, at a time
         for first in range(0, height, lines):
             last = min(first + lines, height)
-            part = x[:, :, first * conv.stride[0] : (last - 1) * conv.stride[0] + reach]
+            part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
             y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
-        return y if channels_last else y.contiguous()
+        y = y if channels_last else y.contiguous()
+        return y[..., 0] if signal else y
 
 
 class AskewConv2d(_AskewConvolution, nn.Conv2d):  # type: ignore[misc]

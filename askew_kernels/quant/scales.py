@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import contract, ops
-from .grids import Binary, Codebook, Grid, Ternary, Uniform
+from .grids import Grid
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -65,7 +65,7 @@ def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, 
 
 
 def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, contract.SUM_ABS] / cols
+    return grid.mean_factor * sums[:, contract.SUM_ABS] / cols
 
 
 def _rms(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
@@ -106,13 +106,13 @@ def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = Non
     """The rule for a grid where none was asked for: the least error among those that cost no pass over the weight.
 
     Binary and Ternary: mean. Uniform: sawb up to 4 bits, absmax above, where SAWB takes two large numbers from each
-    other. Codebooks: rms up to 12 levels, absmax above (for heavy tails). With coefficients it is sawb.
+    other. Other levels: rms up to 12, absmax above (for heavy tails). With coefficients it is sawb.
     """
     if sawb_coefficients is not None:
         return "sawb"
-    if isinstance(grid, (Binary, Ternary)):
+    if grid.mean_factor is not None:
         return "mean"
-    if isinstance(grid, Uniform):
+    if grid.evenly_spaced:
         return "sawb" if grid.bits <= 4 else "absmax"
     return "rms" if len(grid.levels) <= 12 else "absmax"
 
@@ -134,18 +134,14 @@ def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | N
     if rule not in RULES:
         raise ValueError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r}")
     check_coefficients(sawb_coefficients)
-    if rule == "sawb" and sawb_coefficients is None and grid.bits not in SAWB_COEFFICIENTS:
+    if rule == "sawb" and sawb_coefficients is None and not (grid.evenly_spaced and grid.bits in SAWB_COEFFICIENTS):
+        what = f"{grid.bits} bits" if grid.evenly_spaced else f"levels that are not evenly spaced, got {grid}"
         raise ValueError(
-            f"{name}: sawb has no coefficients for {grid.bits} bits (known: {', '.join(map(str, SAWB_COEFFICIENTS))}); "
-            f"give sawb_coefficients=(c1, c2) or another rule, such as {default_rule(grid)}"
+            f"{name}: sawb has no coefficients for {what} (known: {', '.join(map(str, SAWB_COEFFICIENTS))} bits); give "
+            f"sawb_coefficients=(c1, c2) or another rule, such as {default_rule(grid)}"
         )
-    if rule == "mean" and not isinstance(grid, (Binary, Ternary)):
+    if rule == "mean" and grid.mean_factor is None:
         raise ValueError(f"{name}: mean is defined for Binary and Ternary, got {grid}")
-
-
-def borrows_coefficients(rule: str, grid: Grid, sawb_coefficients: Any) -> bool:
-    """Whether ``sawb`` would take the coefficients of evenly spaced levels for levels that are not."""
-    return rule == "sawb" and sawb_coefficients is None and isinstance(grid, Codebook)
 
 
 class RowTable:
@@ -193,7 +189,7 @@ def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: t
 
 
 def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
-    """Not below 1e-12 max(1, amax); 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
+    """Not below the floor; 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
     scale = xp.maximum(scale, contract.SCALE_FLOOR * xp.clip(amax, 1.0, None))
     usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
     return xp.where(usable, scale, xp.ones_like(scale)), usable
