@@ -80,7 +80,7 @@ def collect_info() -> dict[str, Any]:
         "torch_target": build.get("torch_target", ""),
         "cuda_archs": archs.split(),
         "cuda_version": module.cuda_version if module is not None else "",
-        "why_no_cuda": "" if archs else runtime._why_no_cuda(),
+        "why_no_cuda": "" if archs else runtime.why_no_cuda(),
         "cpu_capability": runtime.cpu_capability(),
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),

@@ -34,9 +34,9 @@ import askew_kernels as ak
 from askew_kernels import ops, search
 from askew_kernels.__main__ import main
 from askew_kernels.nn.layers import quantized_input
-from askew_kernels.nn.policy import kind_of, scale_rule, weight_grid
 from askew_kernels.quant import Binary, Uniform
 from askew_kernels.search import Budget, BudgetError, LayerPolicy, Policy, PolicyError
+from askew_kernels.search.policy import kind_of, scale_rule, weight_grid
 
 pytest.importorskip("scipy")
 

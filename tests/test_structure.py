@@ -151,7 +151,7 @@ def test_every_backend_has_every_operator(backend, monkeypatch):
     """Its own, or the reference's where Triton has none: forcing a backend never ends in an AttributeError."""
     if backend == "triton" and not runtime.has_triton():
         pytest.skip("triton is not installed")
-    for name in schema.SCHEMAS:
+    for name in schema.OPERATORS:
         assert callable(runtime.implementation(backend, name)), name
     monkeypatch.delattr(runtime.backend_module(backend), "row_sums", raising=True)
     if backend == "triton":

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import quant
-from ..nn.layers import AskewConv2d, AskewLinear
-from ..quant import QuantConfig, compute_scale, pack_weight, unpack_weight
+from ..nn.kinds import KINDS, own_keys
+from ..quant import QuantConfig, compute_scale
 from ..quant.grids import GRIDS
 from . import files
 from .inspect import report_of_file
@@ -25,7 +25,8 @@ from .inspect import report_of_file
 def convert_file(
     source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False
 ) -> None:
-    """Packs the weights of a safetensors state_dict: ``<name>.weight`` of two or four dimensions, name like ``only``.
+    """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
+    (``nn.KINDS``), name like ``only``.
 
     Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
@@ -33,28 +34,29 @@ def convert_file(
     """
     tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
-    for key in [k for k in tensors if k.endswith(".weight") and fnmatch.fnmatchcase(k.removesuffix(".weight"), only)]:
-        name, w = key.removesuffix(".weight"), tensors[key]
-        if w.dim() not in (2, 4) or not w.is_floating_point():
+    for name in [k.removesuffix(".weight") for k in tensors if k.endswith(".weight")]:
+        w = tensors[f"{name}.weight"]
+        kind = next((kind for kind in KINDS.values() if kind.dims == w.dim()), None)
+        if kind is None or not w.is_floating_point() or not fnmatch.fnmatchcase(name, only):
             continue
         try:
             scale = tensors.get(f"{name}.weight_scale")
             if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
-                scale = compute_scale(w, config.weight, config.scale, config.granularity, config.group_size)
-            codes = pack_weight(w, scale, config.weight)
-            off = int((unpack_weight(codes, scale, config.weight, tuple(w.shape), w.dtype) != w).sum())
-            if off and not force:
-                raise ValueError(f"weight: {off} of {w.numel()} weights are not on their levels; --force rounds them")
+                scale = compute_scale(
+                    w, config.weight, config.scale, config.granularity, config.group_size, config.sawb_coefficients
+                )
+            layer = kind.packed.like(kind.of_shape(w.shape, False), config=config, dtype=w.dtype)
+            layer.fill(w, scale.float(), force)
         except ValueError as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
-        kind = "linear" if w.dim() == 2 else "conv2d"
-        for own in files.own_keys(AskewLinear if kind == "linear" else AskewConv2d) - {"bias"}:
+        for own in own_keys(kind.quantized) - {"bias"}:
             tensors.pop(f"{name}.{own}", None)
-        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
-        layers[name] = {"kind": kind, "config": config.to_dict(), "trits": False, "shape": list(w.shape),
-                        "dtype": str(w.dtype).removeprefix("torch.")}  # fmt: skip
+        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = layer.weight_codes, layer.weight_scale
+        layers[name] = layer.description()
+        layers[name].pop("geometry", None)  # of which a state_dict says nothing
     if not layers:
-        raise files.PackedFileError(f"{source}: no <name>.weight of two or four dimensions matches {only!r}")
+        dims = " or ".join(map(str, sorted({kind.dims for kind in KINDS.values()})))
+        raise files.PackedFileError(f"{source}: no <name>.weight of {dims} dimensions matches {only!r}")
     files.write_packed(target, tensors, layers)
 
 

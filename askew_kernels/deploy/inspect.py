@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract import bits_per_code
+from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..quant import Grid, unpack_weight
 from ..quant.packing import row_bytes
-from .files import PackedFile, PackedFileError, own_keys, read_safetensors
+from .files import PackedFile, PackedFileError, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def short_name(grid: Grid, trits: bool = False) -> str:
 def packed_report(name: str, layer: Any) -> LayerReport:
     """Of a packed layer; its tensors may be on the meta device."""
     weights = layer.weight_codes.shape[0] * layer.cols
-    bits = layer.bits or 1.6
+    bits = bits_per_code(layer.bits)
     return LayerReport(
         name, short_name(layer.config.weight, layer.trits), bits, weights, layer.packed_bytes, 4 * weights
     )
@@ -208,9 +210,9 @@ def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict
     def hook(name: str) -> Any:
         def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else next(iter(named.values()))
-            exact = layer.to_float()(x).double()
+            exact = layer.product(x, layer.weight).double()
             norm = float(exact.norm())
-            got = layer._hard_forward(x, layer.quantized_weight(), None).double()
+            got = layer.product(x, layer.quantized_weight()).double()
             found[name] = float((got - exact).norm()) / norm if norm else 0.0
 
         return compare

@@ -17,9 +17,9 @@ from .. import ops
 from ..analysis.batches import batches_of
 from ..analysis.generators import seeded
 from ..analysis.hessian import hessian_trace
-from ..nn.policy import Policy, weight_grid
 from ..quant import compute_scale
 from .cost import BudgetError
+from .policy import Policy, weight_grid
 from .space import Space, knapsack
 
 

@@ -28,10 +28,10 @@ from ..analysis.batches import moved, samples
 from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
 from ..contract import row_bytes
-from ..nn import hard_quantize_, pack_, quantize_
-from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles, weight_id
+from ..nn import hard_quantize_, kinds, pack_, quantize_
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
+from .policy import Policy, candidate_layers, kind_of, scale_rule, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -131,21 +131,11 @@ def _evaluating(model: nn.Module) -> Any:
             m.training = training
 
 
-def linear_macs(module: nn.Linear, y: Tensor) -> int:
-    return y.numel() * module.in_features
-
-
-def conv_macs(module: nn.Conv2d, y: Tensor) -> int:
-    """Every output needs (in / groups) × kernel products, whatever stride, padding and dilation made of the size."""
-    return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
-
-
 def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """A layer's input, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-COUNTED = (nn.Linear, nn.Conv2d)
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -175,9 +165,9 @@ def trace(
     errors: dict[str, dict[int, list[float]]] = {}
     uncounted: dict[str, None] = {}
 
-    def count(name: str) -> Callable[..., None]:
+    def count(name: str, kind: kinds.Kind) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-            macs = (linear_macs if isinstance(module, nn.Linear) else conv_macs)(module, y) / batch
+            macs = kind.macs(module, y) / batch
             if name not in searched:
                 other[0] += macs
                 return
@@ -188,11 +178,10 @@ def trace(
             p.macs += macs
             p.calls += 1
             p.signed |= bool((given < 0).any())
-            dims = 1 if isinstance(module, nn.Linear) else 3
             for bits in act_bits:
                 if bits is not None:
                     sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
-                    for i, value in enumerate(_act_error(given, bits, p.signed, dims)):
+                    for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
                         sums[i] += value
 
         return hook
@@ -203,9 +192,12 @@ def trace(
 
         return hook
 
-    handles = [m.register_forward_hook(count(name), with_kwargs=True) for name, m in layers.items()]
+    handles = [
+        m.register_forward_hook(count(name, kinds.kind_of(m)), with_kwargs=True)  # type: ignore[arg-type]
+        for name, m in layers.items()
+    ]
     for name, module in model.named_modules():
-        if isinstance(module, COUNTED):
+        if name in layers:
             continue
         known = [function for kind, function in (hooks or {}).items() if isinstance(module, kind)]
         handles += [module.register_forward_hook(count_other(function)) for function in known]
@@ -357,20 +349,14 @@ def latency_table(
 
 def _packed_copy(layer: Any, bits: int) -> nn.Module:
     """The layer alone, packed, with a weight that was drawn."""
-    if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-    else:
-        new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                        layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, "meta")  # fmt: skip
+    kind: Any = kinds.kind_of(layer)
     weight = layer.weight.detach()
-    new = new.to(weight.dtype).to_empty(device=weight.device)
+    new = kind.plain(**kind.arguments_of(layer)).to(weight.dtype).to_empty(device=weight.device)
     with seeded(0):
-        new.reset_parameters()  # type: ignore[operator]
-    model = nn.Sequential(new)
-    kind, role, position = layer_roles(model)["0"]
-    config = LayerPolicy("0", kind, role, position, bits).config()
-    assert isinstance(config, QuantConfig)
-    return pack_(hard_quantize_(quantize_(model, config)))[0].eval()  # type: ignore[index]
+        new.reset_parameters()
+    grid = weight_grid(bits)
+    config = QuantConfig(weight=grid, scale=scale_rule(grid))
+    return pack_(hard_quantize_(quantize_(nn.Sequential(new), config, kinds=kind.name)))[0].eval()  # type: ignore[index]
 
 
 def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:

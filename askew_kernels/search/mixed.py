@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import contract, ops
-from ..nn import packed_layers, quantized_layers
-from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, weight_grid, weight_id
+from ..nn import KINDS, packed_layers, quantized_layers
+from ..nn.kinds import Kind
 from ..quant import Grid, Uniform, activation_scales, default_rule
 from ..quant.scales import scale_from_sums
+from .policy import ACT_BITS, WEIGHT_BITS, candidate_layers, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -46,16 +45,21 @@ class MixedLayer(nn.Module):
 
     weight: Any
     bias: Any
-    TOKEN_DIMS: int
-    _arguments: Callable[[Any], dict[str, Any]]  # of the float layer's constructor
+    KIND: Kind
 
     @classmethod
     def from_float(cls, layer: Any, **candidates: Any) -> Any:
         """Shares the Parameter objects of ``layer``."""
-        new: Any = cls(**cls._arguments(layer) | {"bias": layer.bias is not None, "device": "meta"})
+        new: Any = cls(**cls.KIND.arguments_of(layer))
         new.weight, new.bias = layer.weight, layer.bias
         new._attach(**candidates)
         return new.train(layer.training)
+
+    def to_float(self) -> nn.Module:
+        return self.KIND.float_layer(self, self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.KIND.product(self, self.mixed_input(input), self.mixed_weight(), self.bias)
 
     def _attach(self, weight_bits: Sequence[int], act_bits: Sequence[int | None], signed: bool, learned: bool) -> None:
         self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -102,7 +106,7 @@ class MixedLayer(nn.Module):
     def mixed_input(self, x: Tensor) -> Tensor:
         if self.act_grids == [None]:
             return x
-        rows = math.prod(x.shape[: max(0, x.dim() - self.TOKEN_DIMS)])
+        rows = math.prod(x.shape[: max(0, x.dim() - self.KIND.token_dims)])
         scales = activation_scales(x, [1.0 if g is None else g.c_max for g in self.act_grids], rows)
         return _mix(x, scales, self.act_probabilities(), self._act_codes, False, False)
 
@@ -113,41 +117,22 @@ class MixedLayer(nn.Module):
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
     """The operator without checks: scales come from rules that give nothing else than positive numbers."""
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return ops.autograd.mix_fake_quantize(x.contiguous(), scales.to(kind), strengths.to(kind), codes, clip, learned)
+    return ops.run_mix_fake_quantize(x, scales, strengths, codes, clip, learned)
 
 
 class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear whose weight and input are mixtures."""
 
-    TOKEN_DIMS = 1
-
-    @staticmethod
-    def _arguments(linear: nn.Linear) -> dict[str, Any]:
-        return {name: getattr(linear, name) for name in ("in_features", "out_features")}
-
-    def to_float(self) -> nn.Linear:
-        return plain_linear(self, self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(self.mixed_input(input), self.mixed_weight(), self.bias)
+    KIND = KINDS["linear"]
 
 
 class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d whose weight and input are mixtures."""
 
-    TOKEN_DIMS = 3
-
-    _arguments = staticmethod(_conv_arguments)
-
-    def to_float(self) -> nn.Conv2d:
-        return plain_conv2d(self, self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.mixed_input(input), self.mixed_weight(), self.bias)
+    KIND = KINDS["conv2d"]
 
 
-MIXED: dict[type[nn.Module], Any] = {nn.Linear: MixedLinear, nn.Conv2d: MixedConv2d}
+MIXED: dict[type[nn.Module], Any] = {cls.KIND.plain: cls for cls in (MixedLinear, MixedConv2d)}
 FilterFn = Callable[[nn.Module, str], bool]
 
 

@@ -22,10 +22,10 @@ from .. import atomic
 from ..analysis.batches import check_count, moved, pair_of
 from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
-from ..nn.policy import Policy
 from ..optim import AlignedSAM
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
+from .policy import Policy
 from .space import Space, check_solver
 
 METHODS = ("asga", "plain")

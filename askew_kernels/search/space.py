@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, LayerPolicy, Policy, candidate_layers, layer_roles
 from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace, warn_of
 from .mixed import FilterFn, check_candidates, chosen_layers
+from .policy import ACT_BITS, WEIGHT_BITS, LayerPolicy, Policy, candidate_layers, layer_roles
 
 Choice = dict[str, tuple[int, int]]
 

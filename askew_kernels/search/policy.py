@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import nn
 
+from .. import atomic
+from ..nn import kinds
 from ..quant import Binary, Grid, QuantConfig, Uniform
 
 VERSION = 1
@@ -44,10 +46,11 @@ def scale_rule(grid: Grid) -> str:
 
 
 def kind_of(module: nn.Module) -> str:
-    """linear, conv2d or depthwise."""
-    if not isinstance(module, nn.Conv2d):
-        return "linear"
-    return "depthwise" if module.groups > 1 and module.groups == module.in_channels else "conv2d"
+    """The name of a layer's kind (``nn.KINDS``), or depthwise."""
+    kind = kinds.kind_of(module)
+    assert kind is not None
+    groups = getattr(module, "groups", 1)
+    return "depthwise" if groups > 1 and groups == module.in_channels else kind.name
 
 
 def weight_id(layer: nn.Module) -> int:
@@ -57,12 +60,13 @@ def weight_id(layer: nn.Module) -> int:
 
 
 def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and nn.Conv2d and what is made of them, in order, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    """{name: layer} of every layer of the kinds that ``quantize_`` replaces by default, in order, each once."""
+    plain = tuple(kind.plain for kind in kinds.chosen(kinds.DEFAULT))
+    return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 
 def layer_roles(model: nn.Module) -> dict[str, tuple[str, str, float]]:
-    """{name: (kind, role, position)} of every linear and convolutional layer."""
+    """{name: (kind, role, position)} of every candidate layer."""
     layers = candidate_layers(model)
     names = list(layers)
     roles: dict[str, tuple[str, str]] = {}
@@ -227,14 +231,10 @@ class Policy:
             raise problem if isinstance(problem, PolicyError) else PolicyError(f"policy: {problem}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """JSON; the file appears only when it is whole."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """JSON; the file appears only when it is whole (``atomic.replacing``)."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        with atomic.replacing(path) as file:
+            file.write(text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Policy:
