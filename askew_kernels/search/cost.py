@@ -31,7 +31,7 @@ from ..contract import row_bytes
 from ..nn import hard_quantize_, kinds, pack_, quantize_
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
-from .policy import Policy, candidate_layers, kind_of, scale_rule, weight_grid, weight_id
+from .policy import Policy, candidate_layers, kind_of, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -355,7 +355,7 @@ def _packed_copy(layer: Any, bits: int) -> nn.Module:
     with seeded(0):
         new.reset_parameters()
     grid = weight_grid(bits)
-    config = QuantConfig(weight=grid, scale=scale_rule(grid))
+    config = QuantConfig(weight=grid)
     return pack_(hard_quantize_(quantize_(nn.Sequential(new), config, kinds=kind.name)))[0].eval()  # type: ignore[index]
 
 

@@ -34,14 +34,6 @@ def weight_grid(bits: int) -> Grid:
     return Binary() if bits == 1 else Uniform(bits=bits)
 
 
-def scale_rule(grid: Grid) -> str:
-    """The scale rule of a candidate: mean for binary, SAWB up to 4 bits, the largest magnitude above.
-
-    At 8 bits SAWB takes two large numbers from each other, and cuts small rows off far inside (docs/notes.md).
-    """
-    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits <= 4 else "absmax"
-
-
 # ---- roles ----------------------------------------------------------------------------------------------------------
 
 
@@ -114,9 +106,8 @@ class LayerPolicy:
     def config(self) -> QuantConfig | None:
         if self.weight_bits is None:
             return None
-        grid = weight_grid(self.weight_bits)
         activation = None if self.act_bits is None else Uniform(bits=self.act_bits, signed=self.act_signed)
-        return QuantConfig(weight=grid, scale=scale_rule(grid), activation=activation)
+        return QuantConfig(weight=weight_grid(self.weight_bits), activation=activation)  # the grid's own scale rule
 
 
 class PolicyError(ValueError):
