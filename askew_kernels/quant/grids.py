@@ -78,10 +78,9 @@ _tables: dict[tuple[tuple[float, ...], str], Tensor] = {}
 
 def _table(levels: tuple[float, ...], device: str) -> Tensor:
     """Made once for each device, whatever mode the first caller is in; a mode of tensors of its own gets its own."""
-    found = _tables.get((levels, device))
-    if torch.compiler.is_compiling():
-        return found if found is not None else torch.tensor(levels, dtype=torch.float32, device=device)
-    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode and the like: only what is made inside belongs to it
+    found, compiling = _tables.get((levels, device)), torch.compiler.is_compiling()
+    # in FakeTensorMode and the like: only what is made inside belongs to it
+    if (compiling and found is None) or (not compiling and torch._C._len_torch_dispatch_stack()):
         return torch.tensor(levels, dtype=torch.float32, device=device)
     if found is None:
         with torch.inference_mode(False), torch._C._DisableFuncTorch():

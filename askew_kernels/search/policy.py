@@ -92,10 +92,8 @@ class LayerPolicy:
     act_signed: bool = True
 
     def __post_init__(self) -> None:
-        for what, bits, known in (
-            ("weight_bits", self.weight_bits, WEIGHT_BITS),
-            ("act_bits", self.act_bits, ACT_BITS),
-        ):
+        for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
+            bits = getattr(self, what)
             if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
                 raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
         if self.weight_bits is None and self.act_bits is not None:
@@ -172,20 +170,12 @@ class Policy:
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
     def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found: dict[str, LayerPolicy] = {}
-        wrong = []
-        for name, (kind, _, _) in roles.items():
-            match = self.entry(name)
-            if match is not None and match.kind != kind:
-                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
-            elif match is not None:
-                found[name] = match
-        if wrong:
-            return found, wrong
+        found = {name: match for name in roles if (match := self.entry(name)) is not None}
+        wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
+                 if match.kind != roles[name][0]]  # fmt: skip
         used = {layer.name for layer in found.values()}
-        return found, _missing(
-            [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        )
+        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing(without, extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
         known: dict[str, list[LayerPolicy]] = {}
@@ -216,10 +206,10 @@ class Policy:
         try:
             layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
             return cls(layers, dict(d.get("report", {})))
-        except (TypeError, KeyError) as problem:
+        except PolicyError:
+            raise
+        except (TypeError, KeyError, ValueError) as problem:
             raise PolicyError(f"policy: {problem}") from None
-        except ValueError as problem:
-            raise problem if isinstance(problem, PolicyError) else PolicyError(f"policy: {problem}") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """JSON; the file appears only when it is whole (``atomic.replacing``)."""
@@ -279,18 +269,12 @@ def _by_every_name(model: nn.Module, found: dict[str, LayerPolicy]) -> dict[str,
                 raise PolicyError(
                     f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
                 )
-    return {
-        name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs
-    }  # fmt: skip
+    return {name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs}
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    found = []
-    if layers:
-        found.append(f"no entry for {', '.join(layers)}")
-    if entries:
-        found.append(f"no layer for {', '.join(entries)}")
-    return found
+    both = (("no entry for", layers), ("no layer for", entries))
+    return [f"{what} {', '.join(names)}" for what, names in both if names]
 
 
 def _short(value: Any) -> str:
