@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import runtime
-from ..quant import QuantConfig
+from ..quant import Grid, QuantConfig
 from .layers import QuantizedLayer, clipped, straight_through
 from .packed import PackedLayer
 
@@ -31,9 +31,9 @@ class Kind:
     ``name``: as files and policies have it; ``group``: a name that it shares with others; ``plain``: torch's class, and
     ``quantized`` and ``packed``, which take its place. ``arguments``: those of ``plain`` that are its attributes, too,
     besides ``bias``; ``geometry``: those of them that the weight's shape does not tell. ``dims``: of the weight;
-    ``shaped``: the arguments that its shape tells. ``output``: the weight's dimension whose every index is an output,
-    a sum of products over all the others; ``token_dims``: last dimensions of the input that share one scale where it is
-    quantized. ``product``: (layer, x, weight, bias) -> y.
+    ``shaped``: the arguments that its shape tells. ``output``: the weight's dimension whose every index is an output, a
+    sum of products over all the others and a bias; None where rows are looked up. ``token_dims``: last dimensions of
+    the input that share one scale where it is quantized; 0 for indices. ``product``: (layer, x, weight, bias) -> y.
     """
 
     name: str
@@ -45,14 +45,17 @@ class Kind:
     geometry: tuple[str, ...]
     dims: int
     shaped: Callable[[Any], dict[str, Any]]
-    output: int
+    output: int | None
     token_dims: int
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
     def arguments_of(self, layer: Any) -> dict[str, Any]:
         """What makes another layer of the same sizes, on the meta device."""
         given = {name: getattr(layer, name) for name in self.arguments}
-        return given | {"bias": layer.bias is not None, "device": "meta"}
+        return given | self._others(getattr(layer, "bias", None) is not None)
+
+    def _others(self, bias: bool) -> dict[str, Any]:
+        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
 
     def geometry_of(self, layer: Any) -> dict[str, Any]:
         """What makes two layers with one weight differ, JSON-ready."""
@@ -61,16 +64,28 @@ class Kind:
 
     def of_shape(self, shape: Any, bias: bool) -> nn.Module:
         """A float layer with a weight of this shape, on the meta device."""
-        return self.plain(**self.shaped(shape), bias=bias, device="meta")
+        return self.plain(**self.shaped(shape), **self._others(bias))
 
     def float_layer(self, layer: Any, weight: nn.Parameter) -> nn.Module:
         """A float layer of the sizes of ``layer`` with this weight and the bias Parameter of ``layer``."""
-        new: Any = self.plain(**self.arguments_of(layer))
-        new.weight, new.bias = weight, layer.bias
+        return self.sharing(self.plain, layer, weight)
+
+    def sharing(self, cls: type[nn.Module], layer: Any, weight: nn.Parameter) -> Any:
+        """As ``float_layer``, of any class that takes the same arguments."""
+        new: Any = cls(**self.arguments_of(layer))
+        new.weight = weight
+        if self.output is not None:
+            new.bias = layer.bias
         return new.train(layer.training)
+
+    def input_grid(self, layer: Any) -> Grid | None:
+        """What the input of a quantized or packed layer is quantized to; None where it stays float, and for indices."""
+        return layer.config.activation if self.token_dims else None
 
     def macs(self, layer: Any, y: Tensor) -> int:
         """Multiply–accumulates of a call that gave ``y``."""
+        if self.output is None:
+            return 0
         return y.numel() * math.prod(n for i, n in enumerate(layer.weight.shape) if i != self.output)
 
 
