@@ -21,6 +21,8 @@ from ..quant import Grid, QuantConfig
 from .layers import QuantizedLayer, clipped, straight_through
 from .packed import PackedLayer
 
+__all__ = ["KINDS", "AskewConv2d", "AskewLinear", "Kind", "PackedConv2d", "PackedLinear"]
+
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 
 
