@@ -30,14 +30,24 @@ def numbers(*shape):
     return lambda: torch.randn(*shape, generator=torch.Generator().manual_seed(5))
 
 
+def indices(*shape):
+    return lambda: torch.randint(1, 8, shape, generator=torch.Generator().manual_seed(5))
+
+
 # {case: (kind, layer, input, MACs of it for one sample)}
 CASES = {
     "linear": ("linear", lambda: nn.Linear(12, 8), numbers(5, 12), 12 * 8),
     "linear without bias": ("linear", lambda: nn.Linear(12, 8, bias=False), numbers(2, 3, 12), 3 * 12 * 8),
+    "conv1d": ("conv1d", lambda: nn.Conv1d(4, 8, 3, padding=1), numbers(2, 4, 9), 9 * 8 * 12),
+    "conv1d depthwise": (
+        "conv1d", lambda: nn.Conv1d(8, 8, 4, 2, 3, 2, groups=8, padding_mode="reflect"), numbers(8, 9), 5 * 8 * 4 / 8,
+    ),
     "conv2d": ("conv2d", lambda: nn.Conv2d(4, 8, 3, padding=1), numbers(2, 4, 5, 5), 25 * 8 * 36),
     "conv2d grouped": (
         "conv2d", lambda: nn.Conv2d(4, 8, 2, 2, groups=2, bias=False), numbers(2, 4, 5, 5), 4 * 8 * 8,
     ),
+    "embedding": ("embedding", lambda: nn.Embedding(8, 12, padding_idx=1), indices(2, 3), 0),
+    "embedding by frequency": ("embedding", lambda: nn.Embedding(8, 12, scale_grad_by_freq=True), indices(20), 0),
 }  # fmt: skip
 CONFIGS = {
     "int4 channel": ak.QuantConfig(Uniform(4)),
@@ -246,3 +256,138 @@ def test_nothing_of_the_kinds(caplog):
     with caplog.at_level(logging.WARNING, "askew_kernels"):
         ak.quantize_(nn.Sequential(nn.ReLU()), kinds="linear")
     assert "the model has no nn.Linear, nothing was quantized" in caplog.text
+
+
+# ---- embeddings ------------------------------------------------------------------------------------------------------
+
+EMBEDDINGS = ("linear", "conv", "embedding")
+
+
+class Tied(nn.Module):
+    """As in GPT-2: the head's weight is the embedding's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.inner, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(self.tokens(x))))
+
+
+X = torch.randint(0, 20, (3, 5), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("activation", [None, Uniform(8)])
+@pytest.mark.parametrize("how", ["tied", "embedding only"])
+def test_a_tied_embedding_stays_tied(how, activation, tmp_path):
+    config = ak.QuantConfig(Uniform(4), activation=activation)
+    model = ak.quantize_(Tied(), config, kinds="embedding" if how == "embedding only" else EMBEDDINGS)
+    assert model.head.weight is model.tokens.weight and len(list(model.parameters())) == 3
+    if how == "embedding only":
+        assert "tied to tokens" in ak.nn.left_float(model)["head.weight"]
+        return
+    assert not ak.nn.left_float(model) and model.head.quantizer is model.tokens.quantizer
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    ak.hard_quantize_(model.eval())
+    with torch.no_grad():
+        want = model(X)
+    float_bytes = sum(p.numel() * 4 for p in model.parameters())
+    ak.pack_(model)
+    assert model.head.weight_codes is model.tokens.weight_codes
+    assert ak.inspect(model).float_bytes == float_bytes  # a shared weight counts once
+    ak.save_packed(model, tmp_path / "m.safetensors")
+    loaded = ak.load_packed(tmp_path / "m.safetensors", Tied().eval())
+    assert loaded.head.weight_codes is loaded.tokens.weight_codes
+    with torch.no_grad():
+        assert torch.equal(loaded(X), model(X))
+        torch.testing.assert_close(model(X), want, rtol=1e-4, atol=1e-5)
+    ak.unpack_(loaded, force=True)
+    assert loaded.head.weight is loaded.tokens.weight
+    if activation is None:
+        with torch.no_grad():
+            assert torch.equal(loaded(X), want)
+        profile = trace(Tied(), X, kinds=EMBEDDINGS)
+        assert profile.tied == {"head": "tokens"} and profile.layers["tokens"].macs == 0 < profile.layers["head"].macs
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"sparse": True}], ids=str)
+def test_what_an_embedding_cannot_do_is_refused_by_name(option):
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "tokens": nn.Embedding(5, 4, **option)})
+    with pytest.raises(ValueError, match=f"^tokens: {next(iter(option))}: expected"):
+        ak.quantize_(model, kinds=EMBEDDINGS)
+    assert type(model["first"]) is nn.Linear and type(model["first"].weight) is nn.Parameter
+    assert type(model["tokens"].weight) is nn.Parameter
+    for made in (ak.nn.AskewEmbedding, ak.nn.PackedEmbedding):
+        with pytest.raises(ValueError, match=next(iter(option))):
+            made(5, 4, **option)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_lookup_decodes_its_rows_only(name, monkeypatch):
+    layer = ak.pack_(
+        ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Embedding(64, 8)), CONFIGS[name], kinds="embedding"))
+    )[0]
+    decoded = []
+    original = ak.ops.packed_dequantize
+    monkeypatch.setattr(
+        ak.ops, "packed_dequantize", lambda codes, *a: decoded.append(len(codes)) or original(codes, *a)
+    )
+    weight = layer.dequantize()
+    for shape in ((), (3,), (2, 0), (4, 5), (100,)):
+        x = torch.randint(0, 64, shape)
+        assert torch.equal(layer(x), weight[x]) and torch.equal(layer(x.int()), weight[x])
+    assert decoded == [64, 1, 1, 3, 3, 0, 0, 20, 20, 64, 64]
+    for wrong in (torch.tensor([64]), torch.tensor([-1])):
+        with pytest.raises((IndexError, RuntimeError), match="range"):
+            layer(wrong)
+
+
+@pytest.mark.parametrize("forward", ["hard", "relaxed"])
+def test_autocast_leaves_indices_alone(forward):
+    layer = ak.nn.AskewEmbedding(20, 8, config=ak.QuantConfig(Uniform(4), forward=forward, activation=Uniform(8)))
+    want = layer(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(X), want) and torch.equal(nn.functional.embedding(X, layer.weight), layer.weight[X])
+
+
+def test_a_padding_row_stays_zero():
+    layer = ak.quantize_(nn.Sequential(nn.Embedding(8, 4, padding_idx=2)), kinds="embedding")
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(layer), lr=0.1)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=1, total=3)
+    for _ in range(3):
+        layer(torch.arange(8)).sum().backward()
+        optimizer.step()
+        annealing.step()
+    ak.hard_quantize_(layer)
+    assert not layer[0].weight[2].any() and layer[0].weight[3].any()
+    assert not ak.pack_(layer)[0](torch.tensor([2])).any()
+
+
+def test_compiled_traced_and_exported_lookups():
+    from torch import fx
+
+    model = ak.quantize_(Tied(), kinds=EMBEDDINGS)
+    assert torch.equal(torch.compile(model, backend="aot_eager")(X), model(X))
+    ak.pack_(ak.hard_quantize_(model)).eval()
+    with torch.no_grad():
+        want = model(X)
+        assert torch.equal(torch.compile(model, backend="aot_eager")(X), want)
+        assert torch.equal(fx.symbolic_trace(model)(X), want)
+        exported = torch.export.export(model, (X,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+        for batch in (1, 3, 40):
+            x = torch.randint(0, 20, (batch, 5))
+            torch.testing.assert_close(exported(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_int8_inputs_are_for_layers_that_multiply():
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Tied(), kinds=EMBEDDINGS)), activations="int8")
+    assert model.inner.activations == "int8" and model.tokens.activations == "float"
+    assert torch.equal(model.tokens(X), model.tokens.dequantize()[X])
+    inputs = ak.quantize_(Tied(), ak.QuantConfig(activation=Uniform(8)), kinds="embedding")
+    ak.unpack_(ak.pack_(ak.hard_quantize_(inputs)))  # nothing of it is lost: indices are not quantized
