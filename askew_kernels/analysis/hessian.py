@@ -261,8 +261,8 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
                 parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
             else:
                 weight.copy_(value)
-            if layer.config.activation is not None:
-                rounded = _rounded(layer.config.activation, layer.TOKEN_DIMS)
+            if (grid := layer.kind.input_grid(layer)) is not None:
+                rounded = _rounded(grid, layer.kind.token_dims)
                 new.register_forward_pre_hook(rounded, prepend=True, with_kwargs=True)
     return twin, named
 

@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import quant
-from ..nn.kinds import KINDS, own_keys
+from ..nn.kinds import KINDS, chosen, own_keys
 from ..quant import QuantConfig, compute_scale
 from ..quant.grids import GRIDS
 from . import files
@@ -23,10 +24,12 @@ from .inspect import report_of_file
 
 @torch.no_grad()
 def convert_file(
-    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False
-) -> None:
+    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False,
+    kinds: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
-    (``nn.KINDS``), name like ``only``.
+    (``nn.KINDS``), name like ``only``. kinds: {pattern of names: kind}, for what the number does not tell: without it
+    two dimensions are a linear layer, not an embedding.
 
     Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
@@ -36,7 +39,8 @@ def convert_file(
     layers = {}
     for name in [k.removesuffix(".weight") for k in tensors if k.endswith(".weight")]:
         w = tensors[f"{name}.weight"]
-        kind = next((kind for kind in KINDS.values() if kind.dims == w.dim()), None)
+        said = [kind for pattern, kind in (kinds or {}).items() if fnmatch.fnmatchcase(name, pattern)]
+        kind = next((kind for kind in chosen(said[:1] or KINDS) if kind.dims == w.dim()), None)
         if kind is None or not w.is_floating_point() or not fnmatch.fnmatchcase(name, only):
             continue
         try:
@@ -69,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax; of --grid its own)")
     parser.add_argument("--group-size", type=int, metavar="G", help="a scale for each G weights; default each channel")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of the layers to pack, with * and ?")
+    parser.add_argument(
+        "--kind", action="append", default=[], metavar="PATTERN=KIND", help="of the layers of such names"
+    )
     parser.add_argument("--force", action="store_true", help="round weights that are not on their levels")
 
 
@@ -79,7 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
             grid, arguments.scale or (None if arguments.grid else "absmax"),  # type: ignore[arg-type]  # its own
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
-        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
+        if any("=" not in given for given in arguments.kind):
+            raise ValueError(f"--kind: expected PATTERN=KIND, got {' '.join(arguments.kind)}")
+        kinds = dict(given.rsplit("=", 1) for given in arguments.kind)
+        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds)
         print(report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)

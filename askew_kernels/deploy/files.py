@@ -441,7 +441,7 @@ class _Load:
         place = old.weight_codes if packed else old.weight
         device = torch.device("cpu") if place.is_meta else place.device
         layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
-        layer.bias = old.bias
+        layer.bias = getattr(old, "bias", None)
         try:
             layer.set_activations(self.activations)
         except ValueError as error:
@@ -514,19 +514,16 @@ def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> Non
         raise file._error(f"layer {name}: a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     if list(shape) != d["shape"]:
         raise file._error(f"layer {name}: expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
-    if (old.bias is None) == (f"{name}.bias" in file.tensors):
-        raise file._error(f"layer {name}: only {'the file' if old.bias is None else 'the model'} has a bias")
-    if old.bias is not None and file.tensors[f"{name}.bias"].shape != old.bias.shape:
-        raise file._error(f"layer {name}: bias: expected shape {list(old.bias.shape)}, "
-                          f"got {list(file.tensors[f'{name}.bias'].shape)}")  # fmt: skip
-    config = getattr(old, "config", None)
-    if config is not None:
-        for what, grid, given in (
-            ("grid", config.weight, file.configs[name].weight),
-            ("activation", config.activation, file.configs[name].activation),
-        ):
-            if grid != given:
-                raise file._error(f"layer {name}: {what}: expected {grid}, the file has {given}")
+    bias, given = getattr(old, "bias", None), file.tensors.get(f"{name}.bias")
+    if (bias is None) != (given is None):
+        raise file._error(f"layer {name}: only {'the file' if bias is None else 'the model'} has a bias")
+    if bias is not None and given is not None and given.shape != bias.shape:
+        raise file._error(f"layer {name}: bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
+    if (config := getattr(old, "config", None)) is not None:
+        for what, field in (("grid", "weight"), ("activation", "activation")):
+            own, of_file = getattr(config, field), getattr(file.configs[name], field)
+            if own != of_file:
+                raise file._error(f"layer {name}: {what}: expected {own}, the file has {of_file}")
     geometry = d.get("geometry")
-    if geometry is not None and (own := kind.geometry_of(old)) != geometry:
-        raise file._error(f"layer {name}: geometry: expected {own}, the file has {geometry}")
+    if geometry is not None and (here := kind.geometry_of(old)) != geometry:
+        raise file._error(f"layer {name}: geometry: expected {here}, the file has {geometry}")

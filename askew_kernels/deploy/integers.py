@@ -28,14 +28,14 @@ def table(layer: Any, holder: str) -> tuple[tuple[int, ...], float]:
     Raises ValueError, in which ``holder`` is what the integers are for, where there are none such, or where the layer
     quantizes its inputs (``QuantConfig(activation=…)``).
     """
-    config = layer.config
-    if config.activation is not None:
-        raise ValueError(f"{holder} keep no quantized inputs, got activation={config.activation}")
-    if (found := config.weight.integers()) is None:
-        raise ValueError(f"{holder} hold integer levels, got {config.weight}")
+    grid = layer.config.weight
+    if (inputs := layer.kind.input_grid(layer)) is not None:
+        raise ValueError(f"{holder} keep no quantized inputs, got activation={inputs}")
+    if (found := grid.integers()) is None:
+        raise ValueError(f"{holder} hold integer levels, got {grid}")
     low, high = found[0][0], found[0][-1]
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
-        raise ValueError(f"{holder} hold levels of 8 bits, got {config.weight}")
+        raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
     return found
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..quant import QuantConfig
 from .kinds import DEFAULT, KINDS, Kind, chosen, replaceable
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
 
@@ -91,7 +91,7 @@ def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[
     for name, layer in (kept | layers).items():
         config = configs[name] if name in configs else layer.config
         other, theirs = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config))
-        if theirs != config:
+        if not same_weight(theirs, config):
             raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
 
 
@@ -210,7 +210,7 @@ def pack_(
         twin = layer.kind.packed.from_quantized(layer, force=force, trits=ternary, scale_dtype=scale_dtype)
         twin.set_activations(activations)
         shared = of_weight.setdefault(id(layer.weight), twin)
-        if shared is not twin and shared.config == twin.config:
+        if shared is not twin and same_weight(shared.config, twin.config):
             twin.weight_codes, twin.weight_scale = shared.weight_codes, shared.weight_scale
         return twin
 
@@ -232,13 +232,17 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
     """
 
     def make(name: str, layer: Any) -> nn.Module:
-        if layer.config.activation is not None and not force:
+        if (grid := layer.kind.input_grid(layer)) is not None and not force:
             raise ValueError(
-                f"its inputs are quantized to {layer.config.activation} (activation=), which a float layer does not "
-                "do; force=True leaves that out, and changes the outputs"
+                f"its inputs are quantized to {grid} (activation=), which a float layer does not do; force=True leaves "
+                "that out, and changes the outputs"
             )
-        return layer.to_float()
+        key = id(layer.weight_codes), id(layer.weight_scale), layer.weight_dtype
+        if key not in weights:
+            weights[key] = nn.Parameter(layer.dequantize())
+        return layer.kind.float_layer(layer, weights[key])
 
+    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
     replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
     return model
 

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import runtime
-from ..quant import QuantConfig
+from .. import ops, runtime
+from ..quant import Grid, QuantConfig
 from .layers import QuantizedLayer, clipped, straight_through
 from .packed import PackedLayer
+
+__all__ = [
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewLinear", "Kind", "PackedConv1d", "PackedConv2d",
+    "PackedEmbedding", "PackedLinear",
+]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
 
@@ -31,9 +36,9 @@ class Kind:
     ``name``: as files and policies have it; ``group``: a name that it shares with others; ``plain``: torch's class, and
     ``quantized`` and ``packed``, which take its place. ``arguments``: those of ``plain`` that are its attributes, too,
     besides ``bias``; ``geometry``: those of them that the weight's shape does not tell. ``dims``: of the weight;
-    ``shaped``: the arguments that its shape tells. ``output``: the weight's dimension whose every index is an output,
-    a sum of products over all the others; ``token_dims``: last dimensions of the input that share one scale where it is
-    quantized. ``product``: (layer, x, weight, bias) -> y.
+    ``shaped``: the arguments that its shape tells. ``output``: the weight's dimension whose every index is an output, a
+    sum of products over all the others and a bias; None where rows are looked up. ``token_dims``: last dimensions of
+    the input that share one scale where it is quantized; 0 for indices. ``product``: (layer, x, weight, bias) -> y.
     """
 
     name: str
@@ -45,14 +50,17 @@ class Kind:
     geometry: tuple[str, ...]
     dims: int
     shaped: Callable[[Any], dict[str, Any]]
-    output: int
+    output: int | None
     token_dims: int
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
 
     def arguments_of(self, layer: Any) -> dict[str, Any]:
         """What makes another layer of the same sizes, on the meta device."""
         given = {name: getattr(layer, name) for name in self.arguments}
-        return given | {"bias": layer.bias is not None, "device": "meta"}
+        return given | self._others(getattr(layer, "bias", None) is not None)
+
+    def _others(self, bias: bool) -> dict[str, Any]:
+        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
 
     def geometry_of(self, layer: Any) -> dict[str, Any]:
         """What makes two layers with one weight differ, JSON-ready."""
@@ -61,16 +69,28 @@ class Kind:
 
     def of_shape(self, shape: Any, bias: bool) -> nn.Module:
         """A float layer with a weight of this shape, on the meta device."""
-        return self.plain(**self.shaped(shape), bias=bias, device="meta")
+        return self.plain(**self.shaped(shape), **self._others(bias))
 
     def float_layer(self, layer: Any, weight: nn.Parameter) -> nn.Module:
         """A float layer of the sizes of ``layer`` with this weight and the bias Parameter of ``layer``."""
-        new: Any = self.plain(**self.arguments_of(layer))
-        new.weight, new.bias = weight, layer.bias
+        return self.sharing(self.plain, layer, weight)
+
+    def sharing(self, cls: type[nn.Module], layer: Any, weight: nn.Parameter) -> Any:
+        """As ``float_layer``, of any class that takes the same arguments."""
+        new: Any = cls(**self.arguments_of(layer))
+        new.weight = weight
+        if self.output is not None:
+            new.bias = layer.bias
         return new.train(layer.training)
+
+    def input_grid(self, layer: Any) -> Grid | None:
+        """What the input of a quantized or packed layer is quantized to; None where it stays float, and for indices."""
+        return layer.config.activation if self.token_dims else None
 
     def macs(self, layer: Any, y: Tensor) -> int:
         """Multiply–accumulates of a call that gave ``y``."""
+        if self.output is None:
+            return 0
         return y.numel() * math.prod(n for i, n in enumerate(layer.weight.shape) if i != self.output)
 
 
@@ -164,7 +184,7 @@ class PackedLinear(PackedLayer):
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
-CONVOLUTIONS: dict[int, Any] = {4: functional.conv2d}  # by the weight's dimensions
+CONVOLUTIONS: dict[int, Any] = {3: functional.conv1d, 4: functional.conv2d}  # by the weight's dimensions
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -286,12 +306,88 @@ class _PackedConvolution(PackedLayer):
         return y[..., 0] if signal else y
 
 
+class AskewConv1d(_AskewConvolution, nn.Conv1d):  # type: ignore[misc]
+    """nn.Conv1d with a quantized weight."""
+
+
+class PackedConv1d(_PackedConvolution, nn.Conv1d):  # type: ignore[misc, override]
+    """nn.Conv1d with a packed weight."""
+
+
 class AskewConv2d(_AskewConvolution, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight."""
 
 
 class PackedConv2d(_PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d with a packed weight."""
+
+
+# ---- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def _looked_up(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.embedding(x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+
+
+def _refuse(layer: Any) -> None:
+    """ValueError for what writes into the weight that is read, and for gradients that no update pass takes."""
+    if layer.max_norm is not None:
+        raise ValueError(f"max_norm: expected None, got {layer.max_norm}: it would write into the quantized weight")
+    if layer.sparse:
+        raise ValueError("sparse: expected False: the gradient of a quantized weight is dense")
+
+
+class _HardEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, quantized: Tensor, clip: tuple | None, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.clip, ctx.layer = clip, layer
+        return _looked_up(layer, x, quantized, None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), layer = ctx.saved_tensors, ctx.layer
+        padding = -1 if layer.padding_idx is None else layer.padding_idx
+        grad_w = torch.ops.aten.embedding_dense_backward(grad, x, len(weight), padding, layer.scale_grad_by_freq)
+        return None, clipped(grad_w, weight, ctx.clip), None, None, None
+
+
+class AskewEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
+    """nn.Embedding with a quantized weight; per channel, every row has a scale. x: indices (…) -> (…, embedding_dim).
+
+    The row ``padding_idx`` gets no gradient, and stays zeros where the grid has the level 0. Raises ValueError for
+    ``max_norm`` and ``sparse``.
+    """
+
+    bias = None
+
+    def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        _refuse(self)
+
+    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+        return _HardEmbedding.apply(x, self.weight, quantized, clip, self)
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]
+    """nn.Embedding with a packed weight: the rows that are looked up are decoded, or all where they are fewer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _refuse(self)
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+        x = input
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
+            return special
+        codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
+        if not torch.compiler.is_exporting() and x.numel() > len(codes):
+            return functional.embedding(x, self.dequantize())
+        rows = x.reshape(-1)
+        if scale.numel() > 1:
+            scale = scale.reshape(len(codes), -1).index_select(0, rows)
+        y = ops.packed_dequantize(codes.index_select(0, rows), scale, grid, self.bits, self.cols, self.weight_dtype)
+        return y.reshape(*x.shape, self.cols)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -306,9 +402,20 @@ KINDS: dict[str, Kind] = {
             output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
         ),
         Kind(
+            "conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d,
+            arguments=("in_channels", "out_channels", "kernel_size", *GEOMETRY), geometry=GEOMETRY,
+            dims=3, shaped=_channels, output=0, token_dims=2, product=_convolved,
+        ),
+        Kind(
             "conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d,
             arguments=("in_channels", "out_channels", "kernel_size", *GEOMETRY), geometry=GEOMETRY,
             dims=4, shaped=_channels, output=0, token_dims=3, product=_convolved,
+        ),
+        Kind(
+            "embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding,
+            arguments=("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
+            geometry=(), dims=2, shaped=lambda shape: {"num_embeddings": shape[0], "embedding_dim": shape[1]},
+            output=None, token_dims=0, product=_looked_up,
         ),
     )
 }  # fmt: skip

@@ -16,6 +16,7 @@ import math
 import operator
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +36,7 @@ GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -69,6 +70,11 @@ def straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> T
     if clip is not None:
         through = torch.where(ops.ste_clip_(torch.ones_like(weight), weight, *clip) != 0, through, 0.0)
     return quantized + through.to(quantized.dtype)
+
+
+def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
+    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
+    return a == b or replace(a, activation=None) == replace(b, activation=None)
 
 
 def _transformed() -> bool:
@@ -113,10 +119,9 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def from_float(cls, layer: nn.Module, config: QuantConfig | None = None) -> Any:
         """Shares the Parameter objects of ``layer``, which is not copied and should not be used further."""
-        new = cls(**cls.kind.arguments_of(layer))
-        new.weight, new.bias = layer.weight, layer.bias
+        new = cls.kind.sharing(cls, layer, layer.weight)
         new._attach(config or QuantConfig())
-        return new.train(layer.training)
+        return new
 
     def to_float(self) -> nn.Module:
         """A float layer with the same Parameter objects (the latent weights)."""
@@ -141,7 +146,7 @@ class QuantizedLayer(nn.Module):
         if weight is None or not isinstance(weight, nn.Parameter):
             return quantizer  # functional_call, a parametrization: a temporary has no identity
         if (found := WeightQuantizer.of(weight)) is not quantizer:
-            if found is not None and found.config == self.config:  # a weight shared with another layer
+            if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
                 quantizer = self.quantizer = found
             elif any(layer._parameters.get("weight") is not weight for layer in self._sharing(quantizer)):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
@@ -301,8 +306,8 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        if self.config.activation is not None:
-            x = quantized_input(x, self.config.activation, self.kind.token_dims)
+        if (grid := self.kind.input_grid(self)) is not None:
+            x = quantized_input(x, grid, self.kind.token_dims)
         if self._uses_float():
             return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:

@@ -48,9 +48,9 @@ class PackedLayer(nn.Module):
     ) -> None:  # fmt: skip
         """The float layer's arguments, and how its weight is packed; codes and scales are empty."""
         super().__init__(*args, **kwargs, device="meta")
-        shape, bias = tuple(self.weight.shape), self.bias is not None
-        del self.weight, self.bias
-        self._attach(shape, bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
+        weight: Any = self._parameters.pop("weight")
+        bias = self._parameters.pop("bias", None) is not None
+        self._attach(tuple(weight.shape), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
     def _attach(
         self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
@@ -88,7 +88,8 @@ class PackedLayer(nn.Module):
             raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
                              "there instead")  # fmt: skip
         new.fill(weight, layer.weight_scale.detach(), force)
-        new.bias = layer.bias
+        if layer.bias is not None:
+            new.bias = layer.bias
         return new.train(layer.training)
 
     @torch.no_grad()
@@ -139,13 +140,13 @@ class PackedLayer(nn.Module):
 
     def _input(self, x: Tensor) -> Tensor:
         """The input as the trained layer has taken it."""
-        grid = self.config.activation
+        grid = self.kind.input_grid(self)
         return x if grid is None else quantized_input(x, grid, self.kind.token_dims)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-        if self.config.activation is not None:
+        if self.config.activation is not None:  # of a kind that takes numbers: indices do not come here
             x = self._input(x)
         if low is not None:
             x = x.to(low)
@@ -205,9 +206,9 @@ class PackedLayer(nn.Module):
         }  # fmt: skip
 
     def set_activations(self, activations: str) -> None:
-        """ValueError where it is unknown or the grid does not allow it."""
+        """How the input is taken, but for indices; ValueError where it is unknown or the grid does not allow it."""
         ops.check_activations(activations, self.config.weight)
-        self.activations = activations
+        self.activations = activations if self.kind.token_dims else "float"
 
     # ---- checkpoints: what the codes mean travels with them, and is checked ----
 

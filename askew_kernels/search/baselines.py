@@ -71,7 +71,7 @@ def _by_errors(space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]
     values = {}
     for name, (errors, size) in weight_errors(space).items():
         inputs = [p.act_errors for p in space.profile.weights[name]]
-        shares = [0.0 if a is None else sum(of_input[a] for of_input in inputs) for a in space.act_bits]
+        shares = [0.0 if a is None else sum(of_input.get(a, 0.0) for of_input in inputs) for a in space.act_bits]
         acts = torch.tensor(shares, dtype=torch.float64, device="cpu")
         values[name] = -weigh(name) * (errors[:, None] + size * acts[None])
     return values

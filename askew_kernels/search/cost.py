@@ -28,10 +28,12 @@ from ..analysis.batches import moved, samples
 from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
 from ..contract import row_bytes
-from ..nn import hard_quantize_, kinds, pack_, quantize_
+from ..nn import hard_quantize_, pack_, quantize_
+from ..nn.kinds import DEFAULT
+from ..nn.kinds import kind_of as find_kind
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
-from .policy import Policy, candidate_layers, kind_of, weight_grid, weight_id
+from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -72,7 +74,8 @@ class Budget:
 @dataclass
 class LayerProfile:
     """One searched layer. ``macs`` of one sample; ``cols``: weights of an output channel; ``signed``: the input has
-    negative values; ``act_errors``: {bits: ‖x − x̂‖² / ‖x‖²} on the traced batch."""
+    negative values; ``looked_up``: the input is indices, which have no bits to choose; ``act_errors``: {bits:
+    ‖x − x̂‖² / ‖x‖²} on the traced batch."""
 
     name: str
     kind: str
@@ -81,6 +84,7 @@ class LayerProfile:
     cols: int
     signed: bool = True
     calls: int = 1
+    looked_up: bool = False
     act_errors: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -142,21 +146,21 @@ NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 @torch.inference_mode(False)
 def trace(
     model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
-    hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+    hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT,
 ) -> Profile:  # fmt: skip
     """Runs ``model(x)`` once, in eval mode, and counts.
 
-    names: the layers that are searched (default: every linear and convolutional one). hooks: {type: f(module, inputs,
+    names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
     output) -> MACs of the whole batch} for modules that the count does not know. The batch has as many samples as the
     first tensor in ``x`` has rows, in whatever tuples, mappings or dataclasses it stands.
     A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none, for a name
     that is none of a layer, and for a model without values (meta device).
     """
     check_values(model)
-    layers = candidate_layers(model)
+    layers = candidate_layers(model, kinds)
     searched = set(layers if names is None else names)
     if unknown := sorted(searched - layers.keys()):
-        raise ValueError(f"names: the model has no linear or convolutional layer {', '.join(unknown)}")
+        raise ValueError(f"names: the model has no {named(kinds)} layer {', '.join(unknown)}")
     batch = samples(x)
     if batch == 0:
         raise ValueError("x: expected at least one sample, got an empty batch")
@@ -165,7 +169,7 @@ def trace(
     errors: dict[str, dict[int, list[float]]] = {}
     uncounted: dict[str, None] = {}
 
-    def count(name: str, kind: kinds.Kind) -> Callable[..., None]:
+    def count(name: str, kind: Any) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
             macs = kind.macs(module, y) / batch
             if name not in searched:
@@ -175,10 +179,10 @@ def trace(
             p = found.setdefault(
                 name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
             )
-            p.macs += macs
+            p.macs, p.looked_up = p.macs + macs, not kind.token_dims
             p.calls += 1
-            p.signed |= bool((given < 0).any())
-            for bits in act_bits:
+            p.signed |= not kind.token_dims or bool((given < 0).any())
+            for bits in act_bits if kind.token_dims else ():
                 if bits is not None:
                     sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
                     for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
@@ -192,10 +196,7 @@ def trace(
 
         return hook
 
-    handles = [
-        m.register_forward_hook(count(name, kinds.kind_of(m)), with_kwargs=True)  # type: ignore[arg-type]
-        for name, m in layers.items()
-    ]
+    handles = [m.register_forward_hook(count(name, find_kind(m)), with_kwargs=True) for name, m in layers.items()]
     for name, module in model.named_modules():
         if name in layers:
             continue
@@ -309,7 +310,12 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 @torch.inference_mode(False)
 def latency_table(
-    model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1
+    model: nn.Module,
+    x: Any,
+    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    *,
+    seconds: float = 0.1,
+    kinds: Kinds = DEFAULT,
 ) -> dict[str, dict[str, float]]:
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
@@ -317,7 +323,7 @@ def latency_table(
     ``search_policy(latency=…)``.
     """
     inputs: dict[str, Any] = {}
-    layers = candidate_layers(model)
+    layers = candidate_layers(model, kinds)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:  # a result would replace y
@@ -349,7 +355,7 @@ def latency_table(
 
 def _packed_copy(layer: Any, bits: int) -> nn.Module:
     """The layer alone, packed, with a weight that was drawn."""
-    kind: Any = kinds.kind_of(layer)
+    kind: Any = find_kind(layer)
     weight = layer.weight.detach()
     new = kind.plain(**kind.arguments_of(layer)).to(weight.dtype).to_empty(device=weight.device)
     with seeded(0):

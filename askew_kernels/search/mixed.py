@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
-from ..nn.kinds import Kind
+from ..nn.kinds import DEFAULT
 from ..quant import Grid, Uniform, activation_scales, default_rule
 from ..quant.scales import scale_from_sums
-from .policy import ACT_BITS, WEIGHT_BITS, candidate_layers, weight_grid, weight_id
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -44,22 +44,17 @@ class MixedLayer(nn.Module):
     """
 
     weight: Any
-    bias: Any
-    KIND: Kind
+    kind: ClassVar[Any]  # its entry in nn.KINDS
 
     @classmethod
-    def from_float(cls, layer: Any, **candidates: Any) -> Any:
+    def from_float(cls, layer: nn.Module, **candidates: Any) -> Any:
         """Shares the Parameter objects of ``layer``."""
-        new: Any = cls(**cls.KIND.arguments_of(layer))
-        new.weight, new.bias = layer.weight, layer.bias
+        new = cls.kind.sharing(cls, layer, layer.weight)
         new._attach(**candidates)
-        return new.train(layer.training)
+        return new
 
     def to_float(self) -> nn.Module:
-        return self.KIND.float_layer(self, self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.KIND.product(self, self.mixed_input(input), self.mixed_weight(), self.bias)
+        return self.kind.float_layer(self, self.weight)
 
     def _attach(self, weight_bits: Sequence[int], act_bits: Sequence[int | None], signed: bool, learned: bool) -> None:
         self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -104,11 +99,15 @@ class MixedLayer(nn.Module):
         return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
 
     def mixed_input(self, x: Tensor) -> Tensor:
-        if self.act_grids == [None]:
+        if self.act_grids == [None] or not self.kind.token_dims:
             return x
-        rows = math.prod(x.shape[: max(0, x.dim() - self.KIND.token_dims)])
+        rows = math.prod(x.shape[: max(0, x.dim() - self.kind.token_dims)])
         scales = activation_scales(x, [1.0 if g is None else g.c_max for g in self.act_grids], rows)
         return _mix(x, scales, self.act_probabilities(), self._act_codes, False, False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = getattr(self, "bias", None)
+        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), bias)
 
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
@@ -120,29 +119,23 @@ def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: b
     return ops.run_mix_fake_quantize(x, scales, strengths, codes, clip, learned)
 
 
-class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
-    """nn.Linear whose weight and input are mixtures."""
-
-    KIND = KINDS["linear"]
-
-
-class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
-    """nn.Conv2d whose weight and input are mixtures."""
-
-    KIND = KINDS["conv2d"]
-
-
-MIXED: dict[type[nn.Module], Any] = {cls.KIND.plain: cls for cls in (MixedLinear, MixedConv2d)}
+# {torch's class: that of its mixtures}
+MIXED: dict[Any, Any] = {
+    kind.plain: type(f"Mixed{kind.plain.__name__}", (MixedLayer, kind.plain), {"kind": kind, "__module__": __name__})
+    for kind in KINDS.values()
+}
+globals().update({cls.__name__: cls for cls in MIXED.values()})  # where pickle looks for them
+MixedLinear, MixedConv2d = MIXED[nn.Linear], MIXED[nn.Conv2d]
 FilterFn = Callable[[nn.Module, str], bool]
 
 
-def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
-    """{name: nn.Linear or nn.Conv2d} that the search is about, each module once.
+def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = DEFAULT) -> dict[str, nn.Module]:
+    """{name: layer} of these kinds that the search is about, each module once.
 
     ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
     quantized or packed already, or computed from other parameters.
     """
-    computed = {n: m for n, m in candidate_layers(model).items() if m._parameters.get("weight") is None}
+    computed = {n: m for n, m in candidate_layers(model, kinds).items() if m._parameters.get("weight") is None}
     for found, state, way in (
         (quantized_layers(model), "quantized already", "call dequantize_ first"),
         (packed_layers(model), "packed already", "call unpack_ and dequantize_ first"),
@@ -151,11 +144,11 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
             raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
     found = {
-        name: m for name, m in model.named_modules()
+        name: m for name, m in candidate_layers(model, kinds).items()
         if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))
     }  # fmt: skip
     if not found:
-        raise ValueError("model: no nn.Linear or nn.Conv2d to quantize" + (" passes filter_fn" if filter_fn else ""))
+        raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
         raise ValueError("model: is itself a layer; wrap it in nn.Sequential")
     return found
@@ -164,15 +157,16 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.
 def mix_(
     model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
     filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
+    kinds: Kinds = DEFAULT,
 ) -> nn.Module:  # fmt: skip
-    """Replaces nn.Linear and nn.Conv2d of ``model``, in place, by mixtures of their candidates; returns the model.
+    """Replaces the layers of these ``kinds``, in place, by mixtures of their candidates; returns the model.
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
     values (default: it has). learned: scales are parameters (LSQ) instead of following their rule. Parameters stay the
     same objects. Layers that share a weight share its strengths and scales: there is one choice for it. Raises
     ValueError before anything is replaced.
     """
-    layers = chosen_layers(model, filter_fn)
+    layers = chosen_layers(model, filter_fn, kinds)
     check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
     check_candidates("act_bits", act_bits, ACT_BITS, none=True)
     made: dict[int, Any] = {}

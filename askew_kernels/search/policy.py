@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from ..nn import kinds
 from ..quant import Binary, Grid, QuantConfig, Uniform
 
 VERSION = 1
+Kinds = str | Iterable[str]  # names or groups of names of ``nn.KINDS``
+ALWAYS = ("linear", "conv2d")  # kinds that every policy speaks of
 WEIGHT_BITS = range(1, 9)
 ACT_BITS = range(2, 9)
 
@@ -37,12 +39,16 @@ def weight_grid(bits: int) -> Grid:
 # ---- roles ----------------------------------------------------------------------------------------------------------
 
 
+def named(of: Kinds) -> str:
+    """The kinds as an error says them."""
+    return of if isinstance(of, str) else " or ".join(of)
+
+
 def kind_of(module: nn.Module) -> str:
     """The name of a layer's kind (``nn.KINDS``), or depthwise."""
-    kind = kinds.kind_of(module)
-    assert kind is not None
-    groups = getattr(module, "groups", 1)
-    return "depthwise" if groups > 1 and groups == module.in_channels else kind.name
+    if isinstance(module, nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise"
+    return kinds.kind_of(module).name  # type: ignore[union-attr]
 
 
 def weight_id(layer: nn.Module) -> int:
@@ -51,15 +57,15 @@ def weight_id(layer: nn.Module) -> int:
     return id(layer if weight is None else weight)
 
 
-def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every layer of the kinds that ``quantize_`` replaces by default, in order, each once."""
-    plain = tuple(kind.plain for kind in kinds.chosen(kinds.DEFAULT))
+def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, nn.Module]:
+    """{name: layer} of every layer of these kinds and what is made of them, in order, each once."""
+    plain = tuple(kind.plain for kind in kinds.chosen(of))
     return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 
-def layer_roles(model: nn.Module) -> dict[str, tuple[str, str, float]]:
-    """{name: (kind, role, position)} of every candidate layer."""
-    layers = candidate_layers(model)
+def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[str, str, float]]:
+    """{name: (kind, role, position)} of every layer of these kinds."""
+    layers = candidate_layers(model, of)
     names = list(layers)
     roles: dict[str, tuple[str, str]] = {}
     for i, (name, module) in enumerate(layers.items()):
@@ -148,7 +154,8 @@ class Policy:
     # ---- a model's configs ----
 
     def configs(self, model: nn.Module, by: str = "auto") -> dict[str, QuantConfig | None]:
-        """{layer: QuantConfig, or None to leave it float} for every linear and convolutional layer of ``model``.
+        """{layer: QuantConfig, or None to leave it float} for every layer of ``model`` whose kind the policy speaks of:
+        linear, conv2d, and those of its entries.
 
         by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
         fits, else by role. A layer that the model holds under several names is there under each. Raises PolicyError
@@ -157,15 +164,16 @@ class Policy:
         """
         if by not in ("auto", "name", "role"):
             raise ValueError(f"by: expected auto, name or role, got {by!r}")
-        roles = layer_roles(model)
+        of = [*ALWAYS, *(layer.kind for layer in self.layers if layer.kind in kinds.KINDS)]
+        roles = layer_roles(model, of)
         if not roles:
-            raise PolicyError("model: has no nn.Linear or nn.Conv2d that a policy could speak of")
+            raise PolicyError(f"model: has no {named(dict.fromkeys(of))} layer, of which the policy speaks")
         why = []
         for way, find in (("name", self._by_name), ("role", self._by_role)):
             if by in ("auto", way):
                 found, problems = find(roles)
                 if not problems:
-                    return _by_every_name(model, found)
+                    return _by_every_name(model, candidate_layers(model, of), found)
                 why.append(f"by {way}: {'; '.join(problems)}")
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
@@ -257,9 +265,10 @@ class Policy:
         figure.savefig(path, dpi=120)
 
 
-def _by_every_name(model: nn.Module, found: dict[str, LayerPolicy]) -> dict[str, QuantConfig | None]:
+def _by_every_name(
+    model: nn.Module, layers: dict[str, nn.Module], found: dict[str, LayerPolicy]
+) -> dict[str, QuantConfig | None]:
     """The configs of layers by their first name, by all their names; PolicyError where they do not go with ties."""
-    layers = candidate_layers(model)
     configs = {id(layers[name]): entry.config() for name, entry in found.items()}
     bits: dict[int, tuple[str, int]] = {}
     for name, entry in found.items():

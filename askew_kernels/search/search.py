@@ -22,10 +22,11 @@ from .. import atomic
 from ..analysis.batches import check_count, moved, pair_of
 from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
+from ..nn.kinds import DEFAULT
 from ..optim import AlignedSAM
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
-from .policy import Policy
+from .policy import Kinds, Policy
 from .space import Space, check_solver
 
 METHODS = ("asga", "plain")
@@ -150,7 +151,7 @@ class Search:
         self.model = copy.deepcopy(model)
         searched = set(space.profile.layers)
         mix_(self.model, space.weight_bits, space.act_bits, lambda _m, name: name in searched, signed=space.signed,
-             learned=s.learned_scales)  # fmt: skip
+             learned=s.learned_scales, kinds=space.kinds)  # fmt: skip
         self.layers = mixed_layers(self.model)
         self.model.train()
         self.ranks = _Ranks()
@@ -360,10 +361,10 @@ def search_policy(
     weight_decay: float = 0.0, temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
     rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
     filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
-    latency: Latency | None = None, checkpoint: str | os.PathLike | None = None, checkpoint_every: int = 50,
-    progress: bool | Progress | None = None,
+    latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int = 50, progress: bool | Progress | None = None,
 ) -> Policy:  # fmt: skip
-    """The bits of every nn.Linear and nn.Conv2d of ``model``, searched on a small proxy data set.
+    """The bits of every layer of these ``kinds`` of ``model``, searched on a small proxy data set.
 
     Every layer becomes a mixture of its candidate quantizations (``mix_``), in a copy of the model; weights and
     strengths β are trained together, and the strongest candidates are the policy::
@@ -384,7 +385,8 @@ def search_policy(
                          own batches
     ``temperature``      T of softmax(β / T), from first to last, geometrically; learning rates fall along a cosine
     ``learned_scales``   scales are learned (LSQ) instead of following their rule
-    ``filter_fn``        (module, name) -> whether to search this layer; the others stay float
+    ``filter_fn``        (module, name) -> whether to search this layer; the others stay float; ``kinds``: as in
+                         ``quantize_``
     ``hooks``            MACs of other modules (``trace``); ``latency``: the table of ``Budget(latency=…)``
     ``checkpoint``       a file written every ``checkpoint_every`` steps, whole or not at all; where it is there, the
                          search goes on from it and ends as if it had never stopped
@@ -412,8 +414,10 @@ def search_policy(
         feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        space = Space(model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks,
-                      latency=latency)  # fmt: skip
+        space = Space(
+            model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency,
+            kinds=kinds,
+        )  # fmt: skip
         search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)
