@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 
 import numpy as np
 import oracles
@@ -153,7 +152,7 @@ def expected_scale(m, grid, rule, coefficients=None):
 
 def supported(rule, grid):
     if rule == "sawb":
-        return grid.bits in SAWB
+        return grid.bits in SAWB and not isinstance(grid, Codebook)
     return rule != "mean" or isinstance(grid, (Binary, Ternary))
 
 
@@ -416,13 +415,23 @@ def test_the_default_rule_is_todays_for_up_to_four_bits():
     assert QuantConfig(weight=Uniform(6), sawb_coefficients=(20, 21)).scale == "sawb"
 
 
-def test_sawb_of_a_codebook_warns():
-    with pytest.warns(UserWarning, match="sawb.*evenly spaced.*absmax"):
-        QuantConfig(weight=Codebook(oracles.NF4), scale="sawb")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        QuantConfig(weight=Codebook(oracles.NF4), sawb_coefficients=(12.0, 12.0))
-        QuantConfig(weight=Codebook(oracles.NF4))
+def test_sawb_of_a_codebook_wants_coefficients_of_its_own(generator):
+    grid, w = Codebook(oracles.NF4), torch.randn(4, 64, generator=generator)
+    for call, name in (
+        (lambda: QuantConfig(weight=grid, scale="sawb"), "scale"),
+        (lambda: compute_scale(w, grid, "sawb"), "rule"),
+        (lambda: ak.optim.ASkewSGD([{"params": [w], "grid": grid, "scale": "sawb"}], lr=0.1), "scale"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: sawb.*evenly spaced.*Codebook\(.*sawb_coefficients.*absmax"):
+            call()
+    assert QuantConfig(weight=grid, sawb_coefficients=(12.0, 12.0)).scale == "sawb"
+    assert QuantConfig(weight=grid).scale == "absmax"
+
+
+def test_what_was_saved_with_borrowed_coefficients_is_read_with_these():
+    """Earlier releases gave a codebook the coefficients of the evenly spaced levels of its bits."""
+    saved = {"weight": Codebook(oracles.NF4).to_dict(), "scale": "sawb", "sawb_coefficients": None}
+    assert QuantConfig.from_dict(saved) == QuantConfig(Codebook(oracles.NF4), sawb_coefficients=SAWB[4])
 
 
 def test_config_from_dict_errors():

@@ -241,7 +241,7 @@ def within_the_bound(layer, inputs, output):
     if torch.is_grad_enabled():
         return
     x, w = inputs[0].double(), layer.dequantize().double()
-    if layer.kind == "linear":
+    if layer.kind.name == "linear":
         product = nn.functional.linear
     else:
 

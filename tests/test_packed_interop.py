@@ -126,9 +126,9 @@ def test_onnx_names_what_it_cannot_hold(tmp_path):
     from askew_kernels.deploy.to_onnx import export_onnx
 
     for config, message in {
-        ak.QuantConfig(Codebook(NF4), scale="absmax"): "^0: DequantizeLinear needs integer levels",
-        ak.QuantConfig(Codebook([-300.0, 0.0, 300.0]), scale="absmax"): "^0: DequantizeLinear needs levels that 8 bits",
-        ak.QuantConfig(Codebook([-1.0, 0.0, 255.0]), scale="absmax"): "^0: DequantizeLinear needs levels that 8 bits",
+        ak.QuantConfig(Codebook(NF4), scale="absmax"): "^0: ONNX files hold integer levels",
+        ak.QuantConfig(Codebook([-300.0, 0.0, 300.0]), scale="absmax"): "^0: ONNX files hold levels of 8 bits",
+        ak.QuantConfig(Codebook([-1.0, 0.0, 255.0]), scale="absmax"): "^0: ONNX files hold levels of 8 bits",
         ak.QuantConfig(Uniform(4), activation=Uniform(3)): "^0: ONNX files keep no quantized inputs",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -136,7 +136,7 @@ def test_a_convolution_from_the_codes(name, dtype, monkeypatch):
     conv = nn.Conv2d(6, 10, **CONVOLUTIONS[name]).to(dtype)
     layer = ak.pack_(ak.quantize_(nn.Sequential(conv), CONFIGS["int4 channel"]), force=True)[0]
     calls = []
-    monkeypatch.setattr(ak.nn.packed, "FEW_POSITIONS", 96)
+    monkeypatch.setattr(ak.runtime, "FEW_POSITIONS", 96)
     product = PackedConv2d._product
     monkeypatch.setattr(PackedConv2d, "_product", lambda self, x, b: calls.append(len(x)) or product(self, x, b))
     x = torch.randn(2, 6, 7, 6).to(dtype)
@@ -151,7 +151,7 @@ def test_a_convolution_from_the_codes(name, dtype, monkeypatch):
             sizes.bias.abs_()
         bound = (layer.cols + 3) * 2.0**-24 * sizes(x.double().abs()) + EPSILON[dtype] * exact.abs() + TINY[dtype]
         for patches, batch in ((1 << 22, x), (1, x), (1 << 22, x.to(memory_format=torch.channels_last))):
-            monkeypatch.setattr(ak.nn.packed, "PATCHES", patches)
+            monkeypatch.setattr(ak.nn.kinds, "PATCHES", patches)
             y = layer(batch)
             assert y.dtype == dtype and y.shape == exact.shape and ((y.double() - exact).abs() <= bound).all()
         positions = exact.numel() // exact.shape[1]

@@ -491,7 +491,7 @@ def test_the_weight_is_there_to_read(dtype, monkeypatch):
         assert not weight.requires_grad and weight.is_floating_point() and not isinstance(weight, nn.Parameter)
         assert not unpackings
         assert torch.equal(weight, real) and unpackings
-        function = functional.linear if layer.kind == "linear" else functional.conv2d
+        function = functional.linear if layer.kind.name == "linear" else functional.conv2d
         x = x.to(dtype).requires_grad_()
         assert torch.equal(function(x, weight), function(x, real))
         grads = [torch.autograd.grad(function(x, w).sum(), x)[0] for w in (weight, real)]

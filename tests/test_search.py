@@ -34,9 +34,9 @@ import askew_kernels as ak
 from askew_kernels import ops, search
 from askew_kernels.__main__ import main
 from askew_kernels.nn.layers import quantized_input
-from askew_kernels.nn.policy import kind_of, scale_rule, weight_grid
 from askew_kernels.quant import Binary, Uniform
 from askew_kernels.search import Budget, BudgetError, LayerPolicy, Policy, PolicyError
+from askew_kernels.search.policy import kind_of, weight_grid
 
 pytest.importorskip("scipy")
 
@@ -91,7 +91,7 @@ def test_mixed_layers_compute_their_mixture():
     layer = layers["0"]
     p, q = torch.softmax(layer.weight_strengths / 0.5, 0), torch.softmax(layer.act_strengths / 0.5, 0)
     mixed = sum(
-        p[k] * ops.fake_quantize(layer.weight, ak.quant.compute_scale(layer.weight, g, scale_rule(g)), g)
+        p[k] * ops.fake_quantize(layer.weight, ak.quant.compute_scale(layer.weight, g, ak.quant.default_rule(g)), g)
         for k, g in enumerate((Binary(), Uniform(2), Uniform(4)))
     )
     torch.testing.assert_close(layer.mixed_weight(), mixed)
@@ -128,7 +128,7 @@ def test_mixed_layers_with_learned_scales_and_shared_modules():
         ({"weight_bits": (2, None)}, "weight_bits: expected 1 to 8, got None"),
         ({"act_bits": (1,)}, "act_bits: expected 2 to 8 or None, got 1"),
         ({"act_bits": ()}, "act_bits: expected at least one"),
-        ({"filter_fn": lambda m, n: False}, "no nn.Linear or nn.Conv2d to quantize passes filter_fn"),
+        ({"filter_fn": lambda m, n: False}, "no linear or conv layer to quantize passes filter_fn"),
     ],
 )
 def test_bad_candidates(options, match):
@@ -176,7 +176,7 @@ def test_bytes_are_what_pack_makes(bits):
     model = cnn()
     profile = search.trace(model, torch.randn(1, 2, 9, 9))
     grid = weight_grid(bits)
-    ak.quantize_(model, ak.QuantConfig(weight=grid, scale=scale_rule(grid)))
+    ak.quantize_(model, ak.QuantConfig(weight=grid, scale=ak.quant.default_rule(grid)))
     ak.pack_(ak.hard_quantize_(model))
     for name, layer in ak.nn.packed_layers(model).items():
         assert profile.layers[name].packed_bytes(bits) == layer.packed_bytes
@@ -437,7 +437,7 @@ def test_loaders_that_end():
         ({"rho_max": 0.0}, "rho_max: expected at least rho_min"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"loss": lambda o, y: o}, "loss_fn: expected a scalar tensor"),
-        ({"model": nn.Sequential(nn.ReLU())}, "no nn.Linear or nn.Conv2d to quantize"),
+        ({"model": nn.Sequential(nn.ReLU())}, "no linear or conv layer to quantize"),
         ({"model": nn.Linear(6, 3)}, "is itself a layer"),
     ],
 )
@@ -838,7 +838,7 @@ def test_what_a_search_leaves_out_is_named():
     with pytest.warns(UserWarning, match="the forward does not call spare; left float"):
         policy = search.uniform_policy(Idle(), x[0, :, :6], weight_bits=(4,))
     assert policy.weight_bits == {"one": 4, "two": 4, "spare": None}
-    with pytest.raises(ValueError, match="names: the model has no linear or convolutional layer three"):
+    with pytest.raises(ValueError, match="names: the model has no linear or conv layer three"):
         search.trace(Reader(), x[0, :, :6], ["one", "three"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -927,7 +927,7 @@ def test_scales_of_a_mixture_are_those_of_its_candidates(dtype):
         layer.weight[4, 1:] = 0.0  # where SAWB's clip is negative
     mixed = search.mix_(nn.Sequential(layer), range(1, 9))[0]
     for grid, scale in zip(mixed.weight_grids, mixed._rule_scales(), strict=True):
-        assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, scale_rule(grid))), grid
+        assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, ak.quant.default_rule(grid))), grid
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------
@@ -1021,7 +1021,7 @@ def test_policies_that_do_not_fit_name_the_layers():
         ak.quantize_(nn.Sequential(nn.ReLU(), nn.Conv2d(1, 1, 1)), policy)
     with pytest.raises(PolicyError, match="no layer for 2, 4"):
         ak.quantize_(one, policy)
-    with pytest.raises(PolicyError, match=r"has no nn.Linear"):
+    with pytest.raises(PolicyError, match="has no linear or conv2d layer"):
         ak.quantize_(nn.Sequential(nn.ReLU()), policy)
     assert type(one[0]) is nn.Linear and str(before) == str(model)
 

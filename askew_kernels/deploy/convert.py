@@ -6,6 +6,8 @@ import argparse
 import fnmatch
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,21 @@ import torch
 from torch import Tensor
 
 from .. import quant
-from ..nn.layers import AskewConv2d, AskewLinear
-from ..quant import QuantConfig, compute_scale, pack_weight, unpack_weight
+from ..nn.kinds import KINDS, chosen, own_keys
+from ..quant import QuantConfig, compute_scale
+from ..quant.grids import GRIDS
 from . import files
 from .inspect import report_of_file
 
 
 @torch.no_grad()
 def convert_file(
-    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False
-) -> None:
-    """Packs the weights of a safetensors state_dict: ``<name>.weight`` of two or four dimensions, name like ``only``.
+    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False,
+    kinds: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
+    (``nn.KINDS``), name like ``only``. kinds: {pattern of names: kind}, for what the number does not tell: without it
+    two dimensions are a linear layer, not an embedding.
 
     Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
@@ -31,28 +37,30 @@ def convert_file(
     """
     tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
-    for key in [k for k in tensors if k.endswith(".weight") and fnmatch.fnmatchcase(k.removesuffix(".weight"), only)]:
-        name, w = key.removesuffix(".weight"), tensors[key]
-        if w.dim() not in (2, 4) or not w.is_floating_point():
+    for name in [k.removesuffix(".weight") for k in tensors if k.endswith(".weight")]:
+        w = tensors[f"{name}.weight"]
+        said = [kind for pattern, kind in (kinds or {}).items() if fnmatch.fnmatchcase(name, pattern)]
+        kind = next((kind for kind in chosen(said[:1] or KINDS) if kind.dims == w.dim()), None)
+        if kind is None or not w.is_floating_point() or not fnmatch.fnmatchcase(name, only):
             continue
         try:
             scale = tensors.get(f"{name}.weight_scale")
             if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
-                scale = compute_scale(w, config.weight, config.scale, config.granularity, config.group_size)
-            codes = pack_weight(w, scale, config.weight)
-            off = int((unpack_weight(codes, scale, config.weight, tuple(w.shape), w.dtype) != w).sum())
-            if off and not force:
-                raise ValueError(f"weight: {off} of {w.numel()} weights are not on their levels; --force rounds them")
+                scale = compute_scale(
+                    w, config.weight, config.scale, config.granularity, config.group_size, config.sawb_coefficients
+                )
+            layer = kind.packed.like(kind.of_shape(w.shape, False), config=config, dtype=w.dtype)
+            layer.fill(w, scale.float(), force)
         except ValueError as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
-        kind = "linear" if w.dim() == 2 else "conv2d"
-        for own in files.own_keys(AskewLinear if kind == "linear" else AskewConv2d) - {"bias"}:
+        for own in own_keys(kind.quantized) - {"bias"}:
             tensors.pop(f"{name}.{own}", None)
-        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = codes, scale
-        layers[name] = {"kind": kind, "config": config.to_dict(), "trits": False, "shape": list(w.shape),
-                        "dtype": str(w.dtype).removeprefix("torch.")}  # fmt: skip
+        tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = layer.weight_codes, layer.weight_scale
+        layers[name] = layer.description()
+        layers[name].pop("geometry", None)  # of which a state_dict says nothing
     if not layers:
-        raise files.PackedFileError(f"{source}: no <name>.weight of two or four dimensions matches {only!r}")
+        dims = " or ".join(map(str, sorted({kind.dims for kind in KINDS.values()})))
+        raise files.PackedFileError(f"{source}: no <name>.weight of {dims} dimensions matches {only!r}")
     files.write_packed(target, tensors, layers)
 
 
@@ -61,10 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="OUT")
     grid = parser.add_mutually_exclusive_group(required=True)
     grid.add_argument("--bits", type=int, help="uniform grid of 2 to 8 bits")
-    grid.add_argument("--grid", choices=("binary", "ternary"))
-    parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax, mean below 2 bits)")
+    grid.add_argument("--grid", choices=[name for name, kind in GRIDS.items() if not fields(kind)])  # type: ignore[arg-type]
+    parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax; of --grid its own)")
     parser.add_argument("--group-size", type=int, metavar="G", help="a scale for each G weights; default each channel")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of the layers to pack, with * and ?")
+    parser.add_argument(
+        "--kind", action="append", default=[], metavar="PATTERN=KIND", help="of the layers of such names"
+    )
     parser.add_argument("--force", action="store_true", help="round weights that are not on their levels")
 
 
@@ -72,10 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         grid: Any = quant.grid_from_dict({"grid": arguments.grid}) if arguments.grid else quant.Uniform(arguments.bits)
         config = QuantConfig(
-            grid, arguments.scale or ("mean" if arguments.grid else "absmax"),
+            grid, arguments.scale or (None if arguments.grid else "absmax"),  # type: ignore[arg-type]  # its own
             "per_group" if arguments.group_size else "per_channel", arguments.group_size,
         )  # fmt: skip
-        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force)
+        if any("=" not in given for given in arguments.kind):
+            raise ValueError(f"--kind: expected PATTERN=KIND, got {' '.join(arguments.kind)}")
+        kinds = dict(given.rsplit("=", 1) for given in arguments.kind)
+        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds)
         print(report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)

@@ -11,7 +11,6 @@ nothing read here is ever executed). Never pickle. Names are those of the state_
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,9 +21,9 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..nn.convert import LAYERS as FLOAT_LAYERS
-from ..nn.layers import AskewConv2d, AskewLinear, QuantizedLayer
-from ..nn.packed import PackedConv2d, PackedLayer, PackedLinear, conv_geometry, set_activations
+from ..nn.kinds import KINDS, own_keys
+from ..nn.layers import QuantizedLayer
+from ..nn.packed import EXTRA_STATE, PackedLayer
 from ..nn.replace import check_replaceable, replace_modules
 from ..quant import QuantConfig, check_codes
 from . import tensorfile
@@ -33,9 +32,6 @@ from .tensorfile import not_plain
 VERSION = 1
 KEY = "askew_kernels"
 PENDING = "?" * 8  # in the place of a checksum that is still being made
-EXTRA = "_extra_state"
-KINDS: dict[str, Any] = {"linear": PackedLinear, "conv2d": PackedConv2d}
-TWINS: dict[str, type[nn.Module]] = {"linear": nn.Linear, "conv2d": nn.Conv2d}
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what wrappers call what they wrap
 WRAPPED = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # the same is their `module`
@@ -50,19 +46,6 @@ class PackedFileError(ValueError):
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def own_keys(kind: type[nn.Module]) -> frozenset[str]:
-    """Keys that every linear layer or convolution of this kind has in a state_dict, plain, quantized or packed; what
-    else stands under a layer's name was hung on it."""
-    bases: tuple[Any, ...] = (AskewLinear, AskewConv2d, PackedLinear, PackedConv2d, nn.Linear, nn.Conv2d)
-    return _keys(next(base for base in bases if issubclass(kind, base)))
-
-
-@functools.cache
-def _keys(base: Any) -> frozenset[str]:
-    sizes = (1,) * (3 if issubclass(base, nn.Conv2d) else 2)
-    return frozenset(base(*sizes, device="meta").state_dict())
 
 
 class _Names:
@@ -123,11 +106,11 @@ class _Names:
         return next(iter(owners.values())) if len(owners) == 1 and name else None
 
     def is_extra(self, key: str) -> bool:
-        return key.rpartition(".")[2] == EXTRA and key not in self.held
+        return key.rpartition(".")[2] == EXTRA_STATE and key not in self.held
 
     def with_extra(self, key: str) -> Any:
         """The module whose extra state has this key."""
-        module = self.modules.get(key.removesuffix(EXTRA).removesuffix("."))
+        module = self.modules.get(key.removesuffix(EXTRA_STATE).removesuffix("."))
         if module is None:
             raise self.fail(f"{key}: a state_dict hook renames it, a load could not find its module")
         return module
@@ -310,15 +293,13 @@ class PackedFile:
 
     def empty_layer(self, name: str, like: Any = None, dtype: torch.dtype | None = None) -> PackedLayer:
         """The packed layer, on the meta device; geometry and bias of ``like``, or of a plain layer of the shape."""
-        d, config = self.layers[name], self.configs[name]
-        if like is None:
-            shape, bias = d["shape"], f"{name}.bias" in self.tensors
-            if d["kind"] == "linear":
-                like = nn.Linear(shape[1], shape[0], bias, device="meta")
-            else:
-                like = nn.Conv2d(shape[1], shape[0], shape[2:], bias=bias, device="meta")
-        scale_dtype = self.tensors[f"{name}.weight_scale"].dtype
-        return KINDS[d["kind"]].like(like, config, d["trits"], scale_dtype, dtype or self.dtype(name), "meta")
+        d = self.layers[name]
+        kind = KINDS[d["kind"]]
+        return kind.packed.like(
+            like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors),
+            config=self.configs[name], trits=d["trits"], scale_dtype=self.tensors[f"{name}.weight_scale"].dtype,
+            dtype=dtype or self.dtype(name),
+        )  # fmt: skip
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """(codes, scale) of a layer."""
@@ -329,7 +310,7 @@ class PackedFile:
         try:
             if d["kind"] not in KINDS:
                 raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {d['kind']!r}")
-            shape, dims = d["shape"], 2 if d["kind"] == "linear" else 4
+            shape, dims = d["shape"], KINDS[d["kind"]].dims
             if len(shape) != dims or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
                 raise ValueError(f"shape: expected {dims} sizes, got {shape}")
             if d["dtype"] not in FLOATS:
@@ -460,9 +441,9 @@ class _Load:
         place = old.weight_codes if packed else old.weight
         device = torch.device("cpu") if place.is_meta else place.device
         layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
-        layer.bias = old.bias
+        layer.bias = getattr(old, "bias", None)
         try:
-            set_activations(layer, self.activations)
+            layer.set_activations(self.activations)
         except ValueError as error:
             raise self.file._error(f"layer {name}: {error}") from None
         return layer
@@ -519,34 +500,30 @@ class _Load:
 
 
 def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> None:
-    kinds = (TWINS[d["kind"]], KINDS[d["kind"]])
-    held: Any = old  # of either kind
+    kind: Any = KINDS[d["kind"]]
     try:
         check_replaceable(name, old)
     except ValueError as error:
         raise file._error(f"layer {error}") from None
-    if not isinstance(old, kinds) or not (type(old) in FLOAT_LAYERS or isinstance(old, (QuantizedLayer, PackedLayer))):
-        raise file._error(f"layer {name}: expected {kinds[0].__name__} in the model, got {type(old).__name__}")
-    shape, dtype = (held.shape, held.weight_dtype) if isinstance(old, PackedLayer) else _type(held.weight)
+    if type(old) is not kind.plain and not isinstance(old, (kind.quantized, kind.packed)):
+        raise file._error(f"layer {name}: expected {kind.plain.__name__} in the model, got {type(old).__name__}")
+    shape, dtype = (old.shape, old.weight_dtype) if isinstance(old, PackedLayer) else _type(old.weight)
     if dtype is None:
         raise file._error(f"layer {name}: its weight is {shape} in the model, which cannot be replaced")
     if str(dtype).removeprefix("torch.") not in FLOATS:
         raise file._error(f"layer {name}: a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     if list(shape) != d["shape"]:
         raise file._error(f"layer {name}: expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
-    if (held.bias is None) == (f"{name}.bias" in file.tensors):
-        raise file._error(f"layer {name}: only {'the file' if held.bias is None else 'the model'} has a bias")
-    if held.bias is not None and file.tensors[f"{name}.bias"].shape != held.bias.shape:
-        raise file._error(f"layer {name}: bias: expected shape {list(held.bias.shape)}, "
-                          f"got {list(file.tensors[f'{name}.bias'].shape)}")  # fmt: skip
-    config = getattr(old, "config", None)
-    if config is not None:
-        for what, grid, given in (
-            ("grid", config.weight, file.configs[name].weight),
-            ("activation", config.activation, file.configs[name].activation),
-        ):
-            if grid != given:
-                raise file._error(f"layer {name}: {what}: expected {grid}, the file has {given}")
+    bias, given = getattr(old, "bias", None), file.tensors.get(f"{name}.bias")
+    if (bias is None) != (given is None):
+        raise file._error(f"layer {name}: only {'the file' if bias is None else 'the model'} has a bias")
+    if bias is not None and given is not None and given.shape != bias.shape:
+        raise file._error(f"layer {name}: bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
+    if (config := getattr(old, "config", None)) is not None:
+        for what, field in (("grid", "weight"), ("activation", "activation")):
+            own, of_file = getattr(config, field), getattr(file.configs[name], field)
+            if own != of_file:
+                raise file._error(f"layer {name}: {what}: expected {own}, the file has {of_file}")
     geometry = d.get("geometry")
-    if geometry is not None and conv_geometry(held) != geometry:
-        raise file._error(f"layer {name}: geometry: expected {conv_geometry(held)}, the file has {geometry}")
+    if geometry is not None and (here := kind.geometry_of(old)) != geometry:
+        raise file._error(f"layer {name}: geometry: expected {here}, the file has {geometry}")

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import bits_per_code
+from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..quant import Grid, unpack_weight
 from ..quant.packing import row_bytes
-from .files import PackedFile, PackedFileError, own_keys, read_safetensors
+from .files import PackedFile, PackedFileError, read_safetensors
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,9 @@ class Report:
 
 def short_name(grid: Grid, trits: bool = False) -> str:
     d = grid.to_dict()
-    if d["grid"] == "uniform":
-        flags = "".join(f", {k}" for k in ("narrow", "inclusive") if d[k]) + ("" if d["signed"] else ", unsigned")
-        return f"uniform {d['bits']}{flags}"
-    return f"codebook {len(grid.levels)}" if d["grid"] == "codebook" else d["grid"] + (" (trits)" if trits else "")
+    flags = [k for k in ("narrow", "inclusive") if d.get(k)] + ["unsigned"] * (not d.get("signed", True))
+    size = len(grid.levels) if "levels" in d else d.get("bits", "")
+    return ", ".join([f"{d['grid']} {size}".rstrip(), *flags]) + (" (trits)" if trits else "")
 
 
 def packed_report(name: str, layer: Any) -> LayerReport:
@@ -210,9 +210,9 @@ def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict
     def hook(name: str) -> Any:
         def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else next(iter(named.values()))
-            exact = layer.to_float()(x).double()
+            exact = layer.product(x, layer.weight).double()
             norm = float(exact.norm())
-            got = layer._hard_forward(x, layer.quantized_weight(), None).double()
+            got = layer.product(x, layer.quantized_weight()).double()
             found[name] = float((got - exact).norm()) / norm if norm else 0.0
 
         return compare

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic
-from ..contract import level_table, unpack_codes
-from ..nn.packed import PackedLayer, packed_layers, unpack_
-from ..quant import Grid
+from ..nn import packed_layers, unpack_
+from ..nn.packed import PackedLayer
+from .integers import integers, table
 
 OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
 
 
-def _integer_type(grid: Grid, name: str) -> str:
-    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels."""
-    low, high = grid.levels[0], grid.levels[-1]
-    if any(c != int(c) for c in grid.levels):
-        raise ValueError(f"{name}: DequantizeLinear needs integer levels, got {grid}")
-    if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
-        raise ValueError(f"{name}: DequantizeLinear needs levels that 8 bits hold, got {grid}")
+def _integer_type(layer: Any, name: str) -> str:
+    """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels, or a power of two times them."""
+    try:
+        values, _ = table(layer, "ONNX files")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    low, high = values[0], values[-1]
     width = 4 if (low >= -8 and high <= 7) or (low >= 0 and high <= 15) else 8
     return f"{'U' if low >= 0 else ''}INT{width}"
 
@@ -54,12 +54,9 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
     except ImportError:
         raise ImportError('export_onnx needs onnx: pip install "askew_kernels[onnx]"') from None
     layers = packed_layers(model)
-    types = {name: _integer_type(layer.config.weight, name) for name, layer in layers.items()}
+    types = {name: _integer_type(layer, name) for name, layer in layers.items()}
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
-    for name, layer in layers.items():
-        if layer.config.activation is not None:
-            raise ValueError(f"{name}: ONNX files keep no quantized inputs, got activation={layer.config.activation}")
     plain = unpack_(copy.deepcopy(model).float()).eval()
     numbers: dict[str, Any] = {}
     reached: set[str] = set()
@@ -84,7 +81,7 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
         if owner is None:
             kept.append(initializer)
             continue
-        levels, scale, options_of = _integers(layers[owner])
+        levels, scale, options_of = _parts(layers[owner])
         inputs = [f"{owner}.weight_levels", f"{owner}.weight_scale"]
         if owner not in written:
             written.add(owner)
@@ -121,16 +118,12 @@ def _numbers(weight: Any) -> tuple[tuple[int, ...], str, bytes]:
     return weight.shape, weight.dtype.name, hashlib.blake2b(weight.tobytes()).digest()
 
 
-def _integers(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """(levels as integers, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
-    grid = layer.config.weight
-    table = level_table(grid.levels_tensor(), grid.encoding).to(torch.int16)
-    levels = table[unpack_codes(layer.weight_codes.cpu(), layer.bits, layer.cols).int()]
-    scale = layer.weight_scale.float().cpu()
-    n = levels.shape[0]
-    if scale.numel() == 1:
-        return levels.reshape(layer.shape), scale.reshape(()), {}
-    if scale.numel() == n:
-        return levels.reshape(layer.shape), scale, {"axis": 0}
-    groups = scale.numel() // n
-    return levels, scale.reshape(n, groups), {"axis": 1, "block_size": layer.cols // groups}
+def _parts(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(levels, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
+    found = integers(layer, "ONNX files")
+    levels, scale = found.levels.cpu(), found.scale.float().cpu()
+    n, groups = scale.shape
+    if groups > 1:
+        return levels, scale, {"axis": 1, "block_size": layer.cols // groups}
+    flat = levels.reshape(layer.shape)
+    return (flat, scale.reshape(()), {}) if n == 1 else (flat, scale.reshape(n), {"axis": 0})

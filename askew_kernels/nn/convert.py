@@ -1,108 +1,98 @@
-"""From a float model to a quantized one and back, in place."""
+"""From a float model to a quantized one, from there to a packed one, and back, in place."""
 
 from __future__ import annotations
 
 import fnmatch
 import logging
+import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..quant import QuantConfig
-from .layers import AskewConv2d, AskewLinear, QuantizedLayer
-from .policy import Policy
-from .replace import MAKE_PERMANENT, check_replaceable, computed_tensors, replace_modules
+from .kinds import DEFAULT, KINDS, Kind, chosen, replaceable
+from .layers import QuantizedLayer, same_weight
+from .packed import PackedLayer
+from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
 
-LAYERS: dict[type[nn.Module], type] = {nn.Linear: AskewLinear, nn.Conv2d: AskewConv2d}
-TWINS: dict[type[nn.Module], type] = LAYERS | {twin: twin for twin in LAYERS.values()}
 NAMES_TOLD = 4  # of each type, in the line that says what stays float
 
 logger = logging.getLogger("askew_kernels")
 
 
 def quantize_(
-    model: nn.Module,
-    config: QuantConfig | Mapping[str, QuantConfig | None] | Policy | None = None,
-    filter_fn: Callable[[nn.Module, str], bool] | None = None,
-) -> nn.Module:
-    """Replaces every nn.Linear and nn.Conv2d of ``model``, in place, by its quantized twin; returns the model.
+    model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    kinds: str | Iterable[str] = DEFAULT,
+) -> nn.Module:  # fmt: skip
+    """Replaces the layers of these ``kinds`` in ``model``, in place, by their quantized twins; returns the model.
 
     config: one ``QuantConfig`` for all, or ``{pattern: config}`` where a pattern is a module's full name with ``*``
-    and ``?`` and the first that matches counts (None, or no match: left alone), or a ``Policy``, which must fit the
-    model by name or by role. filter_fn(module, fqn): whether to
-    replace this one, e.g. to leave the first and the last layer alone. Parameters stay the same objects under the
-    same names; hooks, flags and attributes of a replaced layer go on. A layer that is quantized already is quantized
-    anew where its configuration differs.
+    and ``?`` and the first that matches counts (None, or no match: left alone), or a ``search.Policy``, which must fit
+    the model by name or by role and speaks of any kind. filter_fn(module, fqn): whether to replace this one, e.g. to
+    leave the first and the last layer alone. kinds: names out of ``nn.KINDS``, or "conv" for every convolution.
+    Parameters stay the same objects under the same names; hooks, flags and attributes of a replaced layer go on. A
+    layer that is quantized already is quantized anew where its configuration differs.
 
-    What has a weight of two and more dimensions and no quantized form (embeddings, nn.MultiheadAttention, Conv1D of
-    transformers, experts in one parameter) stays float: one line of the logger ``askew_kernels`` says so, and
-    ``left_float(model)`` lists it. Raises TypeError/ValueError before anything is replaced: for a pattern that matches
-    no layer, and, naming the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
+    Other weights of two and more dimensions (nn.MultiheadAttention, Conv1D of transformers, experts in one parameter)
+    stay float: one line of the logger ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
+    TypeError/ValueError before anything is replaced: for an unknown kind, a pattern that matches no layer, and, naming
+    the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    by_name = config.configs(model) if isinstance(config, Policy) else None
-    patterns: dict[str, QuantConfig | None]
-    if isinstance(config, Policy):
-        config = by_name
-    patterns = dict(config) if isinstance(config, Mapping) else {"*": config if config is not None else QuantConfig()}
-    for pattern, value in patterns.items():
+    patterns, by_policy = isinstance(config, Mapping), hasattr(config, "configs")
+    asked = chosen(KINDS if by_policy else kinds)
+    if not patterns:
+        config = config.configs(model) if by_policy else {"*": QuantConfig() if config is None else config}
+    for pattern, value in config.items():
         if value is not None and not isinstance(value, QuantConfig):
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
-    used: set[str] = set()
-    found: list[tuple[str, nn.Module, QuantConfig]] = []
+    matches = operator.eq if by_policy else fnmatch.fnmatchcase  # exact, whatever characters a name has
+    unused = dict.fromkeys(config)
+    layers: dict[str, nn.Module] = {}
+    configs: dict[str, QuantConfig] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        twin = _twin(module)
-        if twin is None:
+        if replaceable(module) not in asked or not (filter_fn is None or filter_fn(module, name)):
             continue
-        if filter_fn is not None and not filter_fn(module, name):
-            continue
-        if by_name is not None:  # exact, whatever characters a name has
-            match = name if name in by_name else None
-        else:
-            match = next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
-        if match is not None:
-            used.add(match)
-        chosen = None if match is None else patterns[match]
-        if chosen is not None and not (isinstance(module, QuantizedLayer) and module.config == chosen):
-            found.append((name, module, chosen))
-    if isinstance(config, Mapping) and by_name is None and (unused := [p for p in patterns if p not in used]):
-        raise ValueError(f"config: no nn.Linear or nn.Conv2d matches {', '.join(map(repr, unused))}")
-    if found and found[0][0] == "":
-        raise ValueError("model: is itself a layer; use AskewLinear.from_float or AskewConv2d.from_float")
-    made: dict[int, Any] = {}
-    for name, module, _ in found:
-        check_replaceable(name, module)
-    renewed = {id(module) for _, module, _ in found}
-    kept = [(name, m, m.config) for name, m in quantized_layers(model).items() if id(m) not in renewed]
-    sharing: dict[int, tuple[str, QuantConfig]] = {}
-    for name, module, chosen in kept + found:
-        other, theirs = sharing.setdefault(id(module._parameters.get("weight", module)), (name, chosen))
-        if theirs != chosen:
-            raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
-    for name, module, chosen in found:
-        if id(module) not in made:
-            try:
-                made[id(module)] = _twin(module).from_float(module, chosen)
-            except (TypeError, ValueError) as error:
-                for done in made.values():
-                    done.quantizer.untie(done.weight)
-                raise type(error)(f"{name}: {error}") from None
-    replace_modules(model, {name: made[id(module)] for name, module, _ in found})
+        match = next((pattern for pattern in config if matches(name, pattern)), None)
+        unused.pop(match, None)
+        value = config.get(match)
+        if value is not None and not (isinstance(module, QuantizedLayer) and module.config == value):
+            layers[name], configs[name] = module, value
+    if unused and patterns:
+        raise ValueError(f"config: no {_names(asked)} matches {', '.join(map(repr, unused))}")
+    _check_shared(model, layers, configs)
+    made: list[QuantizedLayer] = []
+
+    def make(name: str, module: nn.Module) -> nn.Module:
+        made.append(replaceable(module).quantized.from_float(module, configs[name]))  # type: ignore[union-attr]
+        return made[-1]
+
+    try:
+        new = successors(layers, make, "from_float of the quantized layer")
+    except (TypeError, ValueError):
+        for layer in made:
+            layer.quantizer.untie(layer.weight)
+        raise
+    replace_modules(model, new)
     _decline_fast_paths(model)
-    tell_float(model, "quantize_")
+    tell_float(model, "quantize_", asked)
     return model
 
 
-def _twin(module: nn.Module) -> Any:
-    """The class that quantizes this module, None where there is none; a parametrized layer counts as what it was."""
-    kind: Any = type(module)
-    if "parametrizations" in module._modules:
-        kind = kind.__bases__[0]
-    return TWINS.get(kind)
+def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[str, QuantConfig]) -> None:
+    """ValueError where layers share a weight that are, or are to be, quantized differently."""
+    renewed = set(map(id, layers.values()))
+    kept = {name: layer for name, layer in quantized_layers(model).items() if id(layer) not in renewed}
+    sharing: dict[int, tuple[str, QuantConfig]] = {}
+    for name, layer in (kept | layers).items():
+        config = configs[name] if name in configs else layer.config
+        other, theirs = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config))
+        if not same_weight(theirs, config):
+            raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
@@ -123,33 +113,41 @@ def left_float(model: nn.Module) -> dict[str, str]:
 
 
 def _why_float(module: nn.Module, tied_to: str | None) -> str:
-    kind = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
     if tied_to is not None:
-        return f"{kind} tied to {tied_to}, which reads the latent weight until hard_quantize_ writes the quantized one"
-    if type(module) in LAYERS:
-        return f"{kind}, left alone"
+        return f"{name} tied to {tied_to}, which reads the latent weight until hard_quantize_ writes the quantized one"
+    if (kind := _plain(module)) is not None:
+        return f"{name}, left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return f"{kind}, whose weight nn.MultiheadAttention reads past its forward"
-    if isinstance(module, tuple(LAYERS)):
-        return f"{kind}, a subclass of {'nn.Linear' if isinstance(module, nn.Linear) else 'nn.Conv2d'}"
-    return f"{kind}, which has no quantized form"
+        return f"{name}, whose weight nn.MultiheadAttention reads past its forward"
+    if (base := next((k for k in KINDS.values() if isinstance(module, k.plain)), None)) is not None:
+        return f"{name}, a subclass of nn.{base.plain.__name__}"
+    return f"{name}, which has no quantized form"
 
 
-def tell_float(model: nn.Module, call: str) -> None:
-    """One line of the logger for the weights that ``call`` leaves float. A plain nn.Linear or nn.Conv2d is left by the
-    caller's choice (``filter_fn``, patterns), and not told."""
-    by_kind: dict[str, list[str]] = {}
+def _plain(module: nn.Module) -> Kind | None:
+    return next((kind for kind in KINDS.values() if type(module) is kind.plain), None)
+
+
+def _names(kinds: Iterable[Kind]) -> str:
+    return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
+
+
+def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
+    """One line of the logger for the weights that ``call`` leaves float. A plain layer of the kinds that were asked for
+    is left by the caller's choice (``filter_fn``, patterns), and not told."""
+    by_type: dict[str, list[str]] = {}
     for name, why in left_float(model).items():
-        if type(model.get_submodule(name.rpartition(".")[0])) not in LAYERS:
-            by_kind.setdefault(why.partition(",")[0], []).append(name)
-    if by_kind:
-        kinds = [
-            f"{len(names)} of {kind} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
-            for kind, names in by_kind.items()
+        if _plain(model.get_submodule(name.rpartition(".")[0])) not in asked:
+            by_type.setdefault(why.partition(",")[0], []).append(name)
+    if by_type:
+        told = [
+            f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
+            for of, names in by_type.items()
         ]
-        logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(kinds))
-    elif not any(isinstance(m, (*LAYERS, QuantizedLayer)) for m in model.modules()) and call == "quantize_":
-        logger.warning("quantize_: the model has no nn.Linear or nn.Conv2d, nothing was quantized")
+        logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(told))
+    elif call == "quantize_" and not any(_plain(m) in asked or isinstance(m, QuantizedLayer) for m in model.modules()):
+        logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
 
 
 # torch's encoder layers look past their linear layers at the weights when they are evaluated, and compute with these.
@@ -177,15 +175,86 @@ def _decline_fast_paths(model: nn.Module) -> None:
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """The inverse of ``quantize_``: float layers with the same Parameter objects (the latent weights), in place."""
-    made: dict[int, nn.Module] = {}
-    new = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (AskewLinear, AskewConv2d)) and name:
-            new[name] = made.setdefault(id(module), module.to_float())
-            module.quantizer.untie(module.weight)
+    layers = _named(model, QuantizedLayer)
+    layers.pop("", None)
+    new = successors(layers, lambda name, layer: layer.to_float())
+    for layer in layers.values():
+        layer.quantizer.untie(layer.weight)
     replace_modules(model, new)
     _decline_fast_paths(model)
     return model
+
+
+def pack_(
+    model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
+    activations: str = "float",
+) -> nn.Module:  # fmt: skip
+    """Replaces every quantized layer of ``model``, in place, by its packed twin; returns the model.
+
+    The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers
+    with five codes in a byte (1.6 bits a weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are
+    kept. ``activations``: "int8" lets the layers round their inputs to int8, row by row or patch by patch, when they
+    run on a CPU; files keep no such choice.
+
+    Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
+    (inclusive ones, codebooks of more than 16 levels), and, unless ``force=True`` rounds them, weights that are not
+    hard-quantized and scales that ``scale_dtype`` does not hold. Biases stay the same Parameter objects.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    layers = _named(model, QuantizedLayer)
+    of_weight: dict[int, PackedLayer] = {}
+
+    def make(name: str, layer: Any) -> nn.Module:
+        ternary = trits and layer.config.weight.to_dict()["grid"] == "ternary"
+        twin = layer.kind.packed.from_quantized(layer, force=force, trits=ternary, scale_dtype=scale_dtype)
+        twin.set_activations(activations)
+        shared = of_weight.setdefault(id(layer.weight), twin)
+        if shared is not twin and same_weight(shared.config, twin.config):
+            twin.weight_codes, twin.weight_scale = shared.weight_codes, shared.weight_scale
+        return twin
+
+    new = successors(layers, make, "from_quantized of the packed layer")
+    if not new:
+        raise ValueError("model: has no quantized layers to pack; call quantize_(model) and train it first")
+    replace_modules(model, new)
+    for layer in layers.values():  # an embedding that shared a weight keeps it, as an ordinary one
+        layer.quantizer.untie(layer.weight)
+    tell_float(model, "pack_", chosen(DEFAULT))
+    return model
+
+
+def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
+    """The inverse of ``pack_``, as far as inference goes: float layers with the unpacked weights, in place.
+
+    Raises ValueError naming the layer, and leaves the model as it was, where the inputs of a layer are quantized
+    (``QuantConfig(activation=…)``), which these layers cannot do; ``force=True`` leaves that out.
+    """
+
+    def make(name: str, layer: Any) -> nn.Module:
+        if (grid := layer.kind.input_grid(layer)) is not None and not force:
+            raise ValueError(
+                f"its inputs are quantized to {grid} (activation=), which a float layer does not do; force=True leaves "
+                "that out, and changes the outputs"
+            )
+        key = id(layer.weight_codes), id(layer.weight_scale), layer.weight_dtype
+        if key not in weights:
+            weights[key] = nn.Parameter(layer.dequantize())
+        return layer.kind.float_layer(layer, weights[key])
+
+    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
+    replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
+    return model
+
+
+def _named(model: nn.Module, cls: type) -> dict[str, Any]:
+    """{name: layer} of this class, under all names that a layer has."""
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, cls)}
+
+
+def packed_layers(model: nn.Module) -> dict[str, Any]:
+    """{name: layer} of the packed layers in ``model``."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedLayer)}
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

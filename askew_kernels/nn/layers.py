@@ -1,4 +1,4 @@
-"""Drop-in layers: nn.Linear and nn.Conv2d whose weight is quantized in the forward.
+"""What drop-in layers share whose weight is quantized in the forward; ``kinds`` has the layers themselves.
 
 The weight stays the same Parameter object under the same key; ``forward="hard"`` computes with s Q(w/s) and passes
 the gradient straight through inside the hull, ``forward="relaxed"`` computes with the float weights in training and
@@ -16,13 +16,13 @@ import math
 import operator
 import sys
 import warnings
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
-from torch.nn import functional
 
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
@@ -34,66 +34,11 @@ STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the q
 GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart in a checkpoint
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
-
-
-class _HardLinear(torch.autograd.Function):
-    """y = x Wq^T + b; the gradient of the weight is the gradient of Wq, 0 where ``clip`` says w is outside the hull."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, quantized)
-        ctx.clip, ctx.bias_dtype = clip, None if bias is None else bias.dtype
-        return functional.linear(x, quantized, None if bias is None else bias.to(quantized.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, quantized = ctx.saved_tensors
-        grad_x = grad_w = grad_b = None
-        quantized = _straight_through(weight, quantized, ctx.clip)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(quantized)
-        rows = math.prod(grad.shape[:-1])  # not -1, which says nothing where a size is 0
-        flat = grad.reshape(rows, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            grad_w = _clipped(flat.t().matmul(x.reshape(rows, x.shape[-1])), weight, ctx.clip)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_b = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_w, grad_b, None, None
-
-
-class _HardConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None, geometry: tuple
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, quantized)
-        ctx.clip, ctx.geometry, ctx.bias_dtype = clip, geometry, None if bias is None else bias.dtype
-        return functional.conv2d(x, quantized, None if bias is None else bias.to(quantized.dtype), *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, quantized = ctx.saved_tensors
-        quantized = _straight_through(weight, quantized, ctx.clip)
-        stride, padding, dilation, groups = ctx.geometry
-        need = [
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
-            ctx.bias_dtype is not None and ctx.needs_input_grad[2],
-        ]
-        grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-            grad, x, quantized, [quantized.shape[0]] if need[2] else None, stride, padding, dilation, False, [0, 0],
-            groups, need,
-        )  # fmt: skip
-        if need[1]:
-            grad_w = _clipped(grad_w, weight, ctx.clip)
-        return grad_x, grad_w, grad_b.to(ctx.bias_dtype) if need[2] else None, None, None, None
 
 
 def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
@@ -106,7 +51,7 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     )
 
 
-def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+def clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     """The weight's own dtype, zero outside the hull; in place: the gradient was made by the caller. While a backward
     of the backward is recorded (``create_graph``) with an operator that can be differentiated."""
     grad_w = grad_w.to(weight.dtype)
@@ -117,7 +62,7 @@ def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     return ops.ste_clip_(grad_w, weight, *clip)
 
 
-def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+def straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
     """``quantized``; while a backward of the backward is recorded, with ``weight``'s derivative inside the hull."""
     if not torch.is_grad_enabled() or not weight.requires_grad:
         return quantized
@@ -125,6 +70,11 @@ def _straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> 
     if clip is not None:
         through = torch.where(ops.ste_clip_(torch.ones_like(weight), weight, *clip) != 0, through, 0.0)
     return quantized + through.to(quantized.dtype)
+
+
+def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
+    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
+    return a == b or replace(a, activation=None) == replace(b, activation=None)
 
 
 def _transformed() -> bool:
@@ -152,14 +102,30 @@ def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
 class QuantizedLayer(nn.Module):
     """What the layers share: the quantizer, its tensors as buffers, and the weight to compute with."""
 
-    weight: Any  # nn.Parameter; typed by nn.Linear and nn.Conv2d
+    weight: Any  # nn.Parameter; typed by torch's layers
     bias: Any
     config: QuantConfig
-    TOKEN_DIMS: int  # last dimensions of the input that share one scale where it is quantized
+    kind: ClassVar[Any]  # its entry in kinds.KINDS
 
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
     own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
+
+    def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
+        """The float layer's arguments, and how its weight is quantized."""
+        super().__init__(*args, **kwargs)
+        self._attach(config or QuantConfig())
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, config: QuantConfig | None = None) -> Any:
+        """Shares the Parameter objects of ``layer``, which is not copied and should not be used further."""
+        new = cls.kind.sharing(cls, layer, layer.weight)
+        new._attach(config or QuantConfig())
+        return new
+
+    def to_float(self) -> nn.Module:
+        """A float layer with the same Parameter objects (the latent weights)."""
+        return self.kind.float_layer(self, self.weight)
 
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
@@ -180,7 +146,7 @@ class QuantizedLayer(nn.Module):
         if weight is None or not isinstance(weight, nn.Parameter):
             return quantizer  # functional_call, a parametrization: a temporary has no identity
         if (found := WeightQuantizer.of(weight)) is not quantizer:
-            if found is not None and found.config == self.config:  # a weight shared with another layer
+            if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
                 quantizer = self.quantizer = found
             elif any(layer._parameters.get("weight") is not weight for layer in self._sharing(quantizer)):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
@@ -314,7 +280,7 @@ class QuantizedLayer(nn.Module):
         )  # fmt: skip
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight, quantizer, low = self._parameters["weight"], self.quantizer, _autocast_dtype(x)
+        weight, quantizer, low = self._parameters["weight"], self.quantizer, autocast_dtype(x)
         assert weight is not None
         quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
         clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
@@ -323,25 +289,30 @@ class QuantizedLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
             return self._hard_forward(x.to(low), quantized, clip)
 
-    def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-        """The layer with ``weight`` in place of its own, which receives the gradient; ``clip`` as in ``_clipped``."""
+    def _hard_forward(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._straight_through_product(x, quantized, clip)
+        return self.kind.product(self, x, quantized, None if self.bias is None else self.bias.to(quantized.dtype))
+
+    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+        """The kind's product with ``quantized``, whose gradient the weight receives; ``clip`` as in ``clipped``."""
         raise NotImplementedError
 
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
-        raise NotImplementedError
+        return self.kind.product(self, x, weight, self.bias)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        if self.config.activation is not None:
-            x = quantized_input(x, self.config.activation, self.TOKEN_DIMS)
+        if (grid := self.kind.input_grid(self)) is not None:
+            x = quantized_input(x, grid, self.kind.token_dims)
         if self._uses_float():
-            return self._plain_forward(x, self.weight)
+            return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x)
-        return self._plain_forward(x, self._functional_weight())
+        return self.product(x, self._functional_weight())
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
 
@@ -410,95 +381,3 @@ class QuantizedLayer(nn.Module):
         c = self.config
         group = f", group_size={c.group_size}" if c.group_size else ""
         return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={c.forward}"
-
-
-def plain_linear(layer: Any, weight: nn.Parameter) -> nn.Linear:
-    """An nn.Linear of ``layer``'s sizes with this weight and ``layer``'s bias Parameter."""
-    new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    new.weight, new.bias = weight, layer.bias
-    return new.train(layer.training)
-
-
-def plain_conv2d(layer: Any, weight: nn.Parameter) -> nn.Conv2d:
-    """An nn.Conv2d of ``layer``'s geometry with this weight and ``layer``'s bias Parameter."""
-    new = nn.Conv2d(**_conv_arguments(layer))
-    new.weight, new.bias = weight, layer.bias
-    return new.train(layer.training)
-
-
-class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
-    """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
-
-    TOKEN_DIMS = 1
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
-                 device: Any = None, dtype: Any = None) -> None:  # fmt: skip
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._attach(config or QuantConfig())
-
-    @classmethod
-    def from_float(cls, linear: nn.Linear, config: QuantConfig | None = None) -> AskewLinear:
-        """Shares the Parameter objects of ``linear``; ``linear`` is not copied and should not be used further."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        new._attach(config or QuantConfig())
-        return new.train(linear.training)
-
-    def to_float(self) -> nn.Linear:
-        """An nn.Linear with the same Parameter objects (the latent weights)."""
-        return plain_linear(self, self.weight)
-
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.linear(x, weight, self.bias)
-
-    def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return functional.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
-        return _HardLinear.apply(x, self.weight, self.bias, weight, clip)
-
-
-class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
-    """nn.Conv2d with a quantized weight: groups, stride, dilation, padding and all padding modes."""
-
-    TOKEN_DIMS = 3
-
-    def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
-        nn.Conv2d.__init__(self, *args, **kwargs)
-        self._attach(config or QuantConfig())
-
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, config: QuantConfig | None = None) -> AskewConv2d:
-        """Shares the Parameter objects of ``conv``; ``conv`` is not copied and should not be used further."""
-        new = cls(**_conv_arguments(conv))
-        new.weight, new.bias = conv.weight, conv.bias
-        new._attach(config or QuantConfig())
-        return new.train(conv.training)
-
-    def to_float(self) -> nn.Conv2d:
-        """An nn.Conv2d with the same Parameter objects (the latent weights)."""
-        return plain_conv2d(self, self.weight)
-
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
-
-    def _hard_forward(self, x: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return self._conv_forward(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), (0, 0)
-        elif isinstance(padding, str):
-            left = self._reversed_padding_repeated_twice if padding == "same" else [0] * 4
-            if left[0] != left[1] or left[2] != left[3]:  # an even kernel pads one side more
-                x, padding = functional.pad(x, left), (0, 0)
-            else:
-                padding = (left[2], left[0])
-        geometry = (list(self.stride), list(padding), list(self.dilation), self.groups)
-        unbatched = x.dim() == 3
-        y = _HardConv2d.apply(x[None] if unbatched else x, self.weight, self.bias, weight, clip, geometry)
-        return y[0] if unbatched else y
-
-
-def _conv_arguments(conv: nn.Conv2d) -> dict[str, Any]:
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {name: getattr(conv, name) for name in names} | {"bias": conv.bias is not None, "device": "meta"}

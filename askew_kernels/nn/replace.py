@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -51,6 +51,25 @@ def check_replaceable(name: str, old: nn.Module) -> None:
         )
     for tensor, maker in computed_tensors(old).items():
         raise ValueError(f"{name}: its {tensor} is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
+
+
+def successors(
+    layers: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Module], alone: str = ""
+) -> dict[str, nn.Module]:
+    """{name: make(name, layer)}, made once for a layer of several names. An error of ``make`` gets the name in front;
+    a layer without one is the model itself, for which ``alone`` says what to call: ValueError, as in
+    ``check_replaceable``."""
+    if "" in layers:
+        raise ValueError(f"model: is itself a layer; use {alone}")
+    made: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        check_replaceable(name, layer)
+        if id(layer) not in made:
+            try:
+                made[id(layer)] = make(name, layer)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
+    return {name: made[id(layer)] for name, layer in layers.items()}
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:

@@ -151,11 +151,11 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
 
 
 def check_activations(activations: Any, grid: Any) -> None:
-    """ValueError unless "float" or "int8", which needs integer levels."""
+    """ValueError unless "float" or "int8", which needs integer levels at equal distances."""
     if activations not in ("float", "int8"):
         raise ValueError(f'activations: expected "float" or "int8", got {activations!r}')
-    if activations == "int8" and grid.kind == contract.CODEBOOK:
-        raise ValueError(f'activations: "int8" needs a grid of integer levels, got {grid}')
+    if activations == "int8" and grid.encoding[0] == contract.CODEBOOK:
+        raise ValueError(f'activations: "int8" needs a grid of integer levels at equal distances, got {grid}')
 
 
 def packed_dequantize(

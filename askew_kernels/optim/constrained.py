@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from .. import contract, ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
-from ..quant.sharding import local_part, made_for_a_part, sharding_of, share_rows
-from ..quant.state import next_scales
+from ..quant.sharding import local_part, made_for_a_part, sharding_of
+from ..quant.state import next_scales, share_rows
 from .plan import Launch, Plan
 from .telemetry import Record, TelemetryLog, checked_every
 

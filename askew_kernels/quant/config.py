@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import numbers
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from .grids import Grid, Uniform, as_flag, grid_from_dict
-from .scales import GRANULARITIES, borrows_coefficients, check_coefficients, check_rule, default_rule, num_rows
+from .scales import GRANULARITIES, SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
 
@@ -54,28 +53,18 @@ class QuantConfig:
         check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
         if self.sawb_coefficients is not None and self.scale != "sawb":
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
-        if borrows_coefficients(self.scale, self.weight, self.sawb_coefficients):
-            warnings.warn(
-                f"scale: sawb's coefficients are for evenly spaced levels, and {self.weight} need not be; leave scale "
-                f"out for {default_rule(self.weight)!r}, or give sawb_coefficients=(c1, c2)",
-                stacklevel=4,
-            )
         if self.granularity not in GRANULARITIES:
             raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)
 
     def to_dict(self) -> dict[str, Any]:
-        activation = {} if self.activation is None else {"activation": self.activation.to_dict()}
-        return {
-            "weight": self.weight.to_dict(),
-            "scale": self.scale,
-            "granularity": self.granularity,
-            "group_size": self.group_size,
-            "forward": self.forward,
-            "sawb_coefficients": None if self.sawb_coefficients is None else list(self.sawb_coefficients),
-            "ste_clip": self.ste_clip,
-            **activation,
-        }
+        d = {f.name: getattr(self, f.name) for f in fields(self)}
+        d = {name: value.to_dict() if isinstance(value, Grid) else value for name, value in d.items()}
+        if self.sawb_coefficients is not None:
+            d["sawb_coefficients"] = list(self.sawb_coefficients)
+        if self.activation is None:  # as before there was one
+            del d["activation"]
+        return d
 
     @classmethod
     def from_dict(cls, d: dict[str, Any]) -> QuantConfig:
@@ -83,6 +72,11 @@ class QuantConfig:
         arguments["weight"] = grid_from_dict(arguments.get("weight", {}))
         if arguments.get("activation") is not None:
             arguments["activation"] = grid_from_dict(arguments["activation"])
+        if arguments.get("scale") == "sawb" and not arguments["weight"].evenly_spaced:
+            # earlier releases took the coefficients of evenly spaced levels without being told to
+            arguments["sawb_coefficients"] = arguments.get("sawb_coefficients") or SAWB_COEFFICIENTS.get(
+                arguments["weight"].bits
+            )
         try:
             return cls(**arguments)
         except TypeError as error:

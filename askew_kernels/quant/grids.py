@@ -1,6 +1,6 @@
 """Grids: the levels that quantized weights may take, in grid units (a level in weight units is ``scale * level``).
 
-Adding a grid is one class here, with ``kind`` as the kernels know it.
+Adding a grid is one class here: all that others ask of it follows from its levels.
 """
 
 from __future__ import annotations
@@ -17,17 +17,22 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
+__all__ = ["FP4", "NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
+
 GRIDS: dict[str, type[Grid]] = {}
 
 
 class Grid:
-    """Ascending levels c_0 < … < c_(K-1).
+    """Ascending levels c_0 < … < c_(K-1), float32 numbers; a subclass gives them as ``table``.
 
-    ``levels`` (tuple of floats), ``bits`` (storage bits of a level's index), ``encoding`` ([kind, lo, hi], what the
-    kernels read) and ``levels_tensor(device)`` (a codebook's table; empty for the other kinds).
+    What others ask: ``levels`` (tuple of floats), ``bits`` (storage bits of a level's index), ``encoding`` ([how the
+    kernels read the levels, lowest, highest]), ``levels_tensor(device)`` (the levels that they look up; empty where
+    they count), ``c_max``, ``evenly_spaced``, ``mean_factor``, ``integers()``.
     """
 
-    kind: ClassVar[int]
+    table: ClassVar[tuple[float, ...]]
+    read_as: ClassVar[int] = CODEBOOK
+    mean_factor: ClassVar[float | None] = None  # the scale rule ``mean`` is this times mean|w|; None: it has no meaning
     levels: Any  # tuple[float, ...]
     bits: Any  # int
     encoding: list[int]
@@ -36,15 +41,32 @@ class Grid:
     def __init_subclass__(cls) -> None:
         GRIDS[cls.__name__.lower()] = cls
 
-    def _describe(self, levels: tuple[float, ...], bits: int) -> None:
+    def __post_init__(self) -> None:
+        self._describe(self.table)
+
+    def _describe(self, levels: tuple[float, ...], bits: int | None = None) -> None:
         """Sets what follows from the levels, once: plain attributes, which torch.compile reads without tracing code."""
+        bits = bits or (len(levels) - 1).bit_length()
         top = levels[-1] if levels[-1] > 0 else max(abs(c) for c in levels)
-        encoding = [self.kind, math.floor(levels[0]), math.ceil(levels[-1])]
+        encoding = [self.read_as, math.floor(levels[0]), math.ceil(levels[-1])]
         for name, value in (("levels", levels), ("bits", bits), ("encoding", encoding), ("c_max", top)):
             object.__setattr__(self, name, value)
 
+    @property
+    def evenly_spaced(self) -> bool:
+        """The kernels count from the lowest level on, instead of looking levels up."""
+        return self.read_as != CODEBOOK
+
     def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        return _table((), str(device))
+        return _table(self.levels if self.read_as == CODEBOOK else (), str(device))
+
+    def integers(self) -> tuple[tuple[int, ...], float] | None:
+        """(n, f) with level_i = f n_i exactly, f the largest of 1, 1/2 … 1/128 that makes integers of them all: a
+        weight s c is (s f) n, to the bit. None where none does."""
+        for f in (2.0**-k for k in range(8)):
+            if all((c / f).is_integer() for c in self.levels):
+                return tuple(int(c / f) for c in self.levels), f
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``grid_from_dict`` reads it back."""
@@ -56,10 +78,9 @@ _tables: dict[tuple[tuple[float, ...], str], Tensor] = {}
 
 def _table(levels: tuple[float, ...], device: str) -> Tensor:
     """Made once for each device, whatever mode the first caller is in; a mode of tensors of its own gets its own."""
-    found = _tables.get((levels, device))
-    if torch.compiler.is_compiling():
-        return found if found is not None else torch.tensor(levels, dtype=torch.float32, device=device)
-    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode and the like: only what is made inside belongs to it
+    found, compiling = _tables.get((levels, device)), torch.compiler.is_compiling()
+    # in FakeTensorMode and the like: only what is made inside belongs to it
+    if (compiling and found is None) or (not compiling and torch._C._len_torch_dispatch_stack()):
         return torch.tensor(levels, dtype=torch.float32, device=device)
     if found is None:
         with torch.inference_mode(False), torch._C._DisableFuncTorch():
@@ -75,13 +96,11 @@ def as_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def _check_bits(bits: Any) -> int:
+def _check_bits(bits: Any, most: int = 8) -> int:
     if isinstance(bits, bool) or not isinstance(bits, numbers.Integral):
-        raise TypeError(f"bits: expected an int in 2..8, got {bits!r}")
-    if bits == 1:
-        raise ValueError("bits: expected 2..8, got 1; one bit is Binary()")
-    if not 2 <= int(bits) <= 8:
-        raise ValueError(f"bits: expected 2..8, got {bits}")
+        raise TypeError(f"bits: expected an int in 2..{most}, got {bits!r}")
+    if not 2 <= int(bits) <= most:
+        raise ValueError(f"bits: expected 2..{most}, got {bits}{'; one bit is Binary()' if bits == 1 else ''}")
     return int(bits)
 
 
@@ -103,7 +122,7 @@ class Uniform(Grid):
     signed: bool = True
     narrow: bool = False
     inclusive: bool = False
-    kind: ClassVar[int] = UNIFORM
+    read_as: ClassVar[int] = UNIFORM
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", _check_bits(self.bits))
@@ -121,25 +140,52 @@ class Uniform(Grid):
 class Binary(Grid):
     """-1 and +1."""
 
-    kind: ClassVar[int] = BINARY
-
-    def __post_init__(self) -> None:
-        self._describe((-1.0, 1.0), bits=1)
+    table, read_as, mean_factor = (-1.0, 1.0), BINARY, 1.0
 
 
 @dataclass(frozen=True)
 class Ternary(Grid):
     """-1, 0 and +1."""
 
-    kind: ClassVar[int] = UNIFORM
+    table, read_as, mean_factor = (-1.0, 0.0, 1.0), UNIFORM, 1.5
+
+
+def _mirrored(*magnitudes: float) -> tuple[float, ...]:
+    """0 and ± each, which ascend: +0 and -0 are one level."""
+    return (*(-c for c in reversed(magnitudes)), 0.0, *magnitudes)
+
+
+@dataclass(frozen=True)
+class FP4(Grid):
+    """E2M1, the 4-bit float of the OCP Microscaling Formats (MX) specification 1.0, 2023, and of NVFP4: 15 levels."""
+
+    table = _mirrored(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class NF4(Grid):
+    """4-bit NormalFloat, quantiles of the normal distribution: QLoRA (Dettmers et al., NeurIPS 2023), appendix E."""
+
+    table = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+             1.0)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PowersOfTwo(Grid):
+    """0 and ±2^-k, k = 0 … 2^(bits-1) - 2: products are shifts (INQ, Zhou et al., ICLR 2017). bits: 2 … 5."""
+
+    bits: int
 
     def __post_init__(self) -> None:
-        self._describe((-1.0, 0.0, 1.0), bits=2)
+        object.__setattr__(self, "bits", _check_bits(self.bits, 5))
+        self._describe(_mirrored(*(2.0**-k for k in reversed(range(2 ** (self.bits - 1) - 1)))))
 
 
 @dataclass(frozen=True, init=False)
 class Codebook(Grid):
-    """Any 2…256 ascending finite levels, e.g. NF4 or powers of two; kept as float32.
+    """Any 2…256 ascending finite levels, kept as float32.
 
     Levels are in units of the scale, which fits them to the weights: the largest |level| is between 2^-20 and 2^20.
     Raises ValueError where they are too few, too many, not finite, not strictly ascending in float32, or all of them
@@ -147,7 +193,6 @@ class Codebook(Grid):
     """
 
     levels: tuple[float, ...]
-    kind: ClassVar[int] = CODEBOOK
 
     def __init__(self, levels: Iterable[float] | Tensor) -> None:
         if isinstance(levels, Tensor):
@@ -161,21 +206,15 @@ class Codebook(Grid):
         if not 2 <= len(values) <= 256:
             raise ValueError(f"levels: expected 2 to 256 levels, got {len(values)}")
         with np.errstate(over="ignore"):
-            table = np.array(values, dtype=np.float32)  # not torch: numbers have no device, fake or meta
+            table = np.array(values, np.float32)  # not torch: numbers have no device, fake or meta
         if not np.isfinite(table).all():
             raise ValueError("levels: expected finite float32 numbers, got inf or NaN")
         if not (table[1:] > table[:-1]).all():
             raise ValueError(f"levels: expected strictly ascending float32 numbers, got {values}")
-        top = float(np.abs(table).max())
-        if not 2.0**-20 <= top <= 2.0**20:
-            raise ValueError(
-                f"levels: expected the largest magnitude between 2^-20 and 2^20, got {top:g}; levels are in units of "
-                "the scale, so divide them all by it"
-            )
-        self._describe(tuple((table + np.float32(0)).tolist()), bits=math.ceil(math.log2(len(values))))
-
-    def levels_tensor(self, device: torch.device | str = "cpu") -> Tensor:
-        return _table(self.levels, str(device))
+        if not 2.0**-20 <= (top := float(np.abs(table).max())) <= 2.0**20:
+            raise ValueError(f"levels: expected the largest magnitude between 2^-20 and 2^20, got {top:g}; levels are "
+                             "in units of the scale, so divide them all by it")  # fmt: skip
+        self._describe(tuple((table + np.float32(0)).tolist()))  # no level is -0
 
 
 def grid_from_dict(d: dict[str, Any]) -> Grid:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, level_table, row_bytes, unpack_codes
-from .grids import Codebook, Grid, Ternary, Uniform
+from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, UNIFORM, level_table, row_bytes, unpack_codes
+from .grids import Grid
 
 __all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
            "unpack_weight"]  # fmt: skip
@@ -27,17 +27,17 @@ SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def code_bits(grid: Grid, trits: bool = False) -> int:
     """Bits of a code of this grid: 1 … 8, or ``TRITS`` for five ternary codes in a byte (1.6 bits each).
 
-    Raises ValueError for inclusive grids (2^k + 1 levels), codebooks of more than 16 levels, and ``trits`` with more
-    than three levels.
+    Raises ValueError for inclusive grids (2^k + 1 levels), more than 16 levels that are not evenly spaced, and
+    ``trits`` with others than -1, 0, +1.
     """
-    if isinstance(grid, Uniform) and grid.inclusive:
+    if len(grid.levels) > 2**grid.bits:
         raise ValueError(
             f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; train with "
             f"Uniform(bits={grid.bits}) or narrow=True"
         )
-    if isinstance(grid, Codebook) and len(grid.levels) > 16:
+    if not grid.evenly_spaced and len(grid.levels) > 16:
         raise ValueError(f"grid: codebooks are packed up to 16 levels, got {len(grid.levels)}")
-    if trits and not isinstance(grid, Ternary):
+    if trits and grid.encoding != [UNIFORM, -1, 1]:
         raise ValueError(f"trits: five codes a byte are for Ternary(), got {grid}")
     return TRITS if trits else grid.bits
 

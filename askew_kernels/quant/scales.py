@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import contract, ops
-from .grids import Binary, Codebook, Grid, Ternary, Uniform
+from .grids import Grid
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -42,9 +42,7 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
         return 1 if granularity == "per_tensor" or len(shape) < 2 else shape[0]
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int with granularity='per_group', got {group_size!r}")
-    inputs = 1
-    for n in shape[1:] if len(shape) > 1 else shape:
-        inputs *= n
+    inputs = math.prod(shape[1:] if len(shape) > 1 else shape)
     if inputs % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {inputs} inputs of a weight of shape {shape}")
     return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
@@ -65,7 +63,7 @@ def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, 
 
 
 def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return (1.0 if isinstance(grid, Binary) else 1.5) * sums[:, contract.SUM_ABS] / cols
+    return grid.mean_factor * sums[:, contract.SUM_ABS] / cols
 
 
 def _rms(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
@@ -93,12 +91,7 @@ def _normal_scale(levels: tuple[float, ...]) -> float:
 
 
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES: dict[str, Callable[[Any, Any, Any, Grid, tuple[float, float] | None], Any]] = {
-    "absmax": _absmax,
-    "sawb": _sawb,
-    "mean": _mean,
-    "rms": _rms,
-}
+SUM_RULES: dict[str, Callable[..., Any]] = {"absmax": _absmax, "sawb": _sawb, "mean": _mean, "rms": _rms}
 RULES = (*SUM_RULES, "mse")
 
 
@@ -106,13 +99,13 @@ def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = Non
     """The rule for a grid where none was asked for: the least error among those that cost no pass over the weight.
 
     Binary and Ternary: mean. Uniform: sawb up to 4 bits, absmax above, where SAWB takes two large numbers from each
-    other. Codebooks: rms up to 12 levels, absmax above (for heavy tails). With coefficients it is sawb.
+    other. Other levels: rms up to 12, absmax above (for heavy tails). With coefficients it is sawb.
     """
     if sawb_coefficients is not None:
         return "sawb"
-    if isinstance(grid, (Binary, Ternary)):
+    if grid.mean_factor is not None:
         return "mean"
-    if isinstance(grid, Uniform):
+    if grid.evenly_spaced:
         return "sawb" if grid.bits <= 4 else "absmax"
     return "rms" if len(grid.levels) <= 12 else "absmax"
 
@@ -134,18 +127,14 @@ def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | N
     if rule not in RULES:
         raise ValueError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r}")
     check_coefficients(sawb_coefficients)
-    if rule == "sawb" and sawb_coefficients is None and grid.bits not in SAWB_COEFFICIENTS:
+    if rule == "sawb" and sawb_coefficients is None and not (grid.evenly_spaced and grid.bits in SAWB_COEFFICIENTS):
+        what = f"{grid.bits} bits" if grid.evenly_spaced else f"levels that are not evenly spaced, got {grid}"
         raise ValueError(
-            f"{name}: sawb has no coefficients for {grid.bits} bits (known: {', '.join(map(str, SAWB_COEFFICIENTS))}); "
-            f"give sawb_coefficients=(c1, c2) or another rule, such as {default_rule(grid)}"
+            f"{name}: sawb has no coefficients for {what} (known: {', '.join(map(str, SAWB_COEFFICIENTS))} bits); give "
+            f"sawb_coefficients=(c1, c2) or another rule, such as {default_rule(grid)}"
         )
-    if rule == "mean" and not isinstance(grid, (Binary, Ternary)):
+    if rule == "mean" and grid.mean_factor is None:
         raise ValueError(f"{name}: mean is defined for Binary and Ternary, got {grid}")
-
-
-def borrows_coefficients(rule: str, grid: Grid, sawb_coefficients: Any) -> bool:
-    """Whether ``sawb`` would take the coefficients of evenly spaced levels for levels that are not."""
-    return rule == "sawb" and sawb_coefficients is None and isinstance(grid, Codebook)
 
 
 class RowTable:
@@ -193,7 +182,7 @@ def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: t
 
 
 def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
-    """Not below 1e-12 max(1, amax); 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
+    """Not below the floor; 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
     scale = xp.maximum(scale, contract.SCALE_FLOOR * xp.clip(amax, 1.0, None))
     usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
     return xp.where(usable, scale, xp.ones_like(scale)), usable
@@ -246,9 +235,8 @@ def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
 def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
     """(len(c_maxes), rows) float32: max|x| / c_max of each row of ``x``; 1 where that is 0.
 
-    NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either.
-
-    Nothing waits for the device. ``rows``: tokens or images.
+    NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either. Nothing waits
+    for the device. ``rows``: tokens or images.
     """
     flat = x.detach().reshape(rows, x.numel() // rows if rows else 0)
     if flat.numel() == 0:
@@ -261,13 +249,9 @@ def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
 
 @torch.no_grad()
 def compute_scale(
-    w: Tensor,
-    grid: Grid,
-    rule: str | None = None,
-    granularity: str = "per_channel",
-    group_size: int | None = None,
+    w: Tensor, grid: Grid, rule: str | None = None, granularity: str = "per_channel", group_size: int | None = None,
     sawb_coefficients: tuple[float, float] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One positive scale per row of ``w``: float32, shape (rows,), on ``w``'s device.
 
     ===========  ====================================================================================================

@@ -7,10 +7,10 @@
 ``sensitivity_policy`` and ``hessian_policy`` are the baselines, under the same costs and budgets.
 """
 
-from ..nn.policy import LayerPolicy, Policy, PolicyError, layer_roles
 from .baselines import hessian_policy, random_policy, sensitivity_policy, uniform_policy
 from .cost import COSTS, Budget, BudgetError, Profile, latency_table, policy_costs, trace
 from .mixed import MixedConv2d, MixedLinear, mix_, mixed_layers, unmix_
+from .policy import LayerPolicy, Policy, PolicyError, layer_roles
 from .search import search_policy
 from .space import Space, knapsack
 

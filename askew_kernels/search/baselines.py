@@ -17,9 +17,9 @@ from .. import ops
 from ..analysis.batches import batches_of
 from ..analysis.generators import seeded
 from ..analysis.hessian import hessian_trace
-from ..nn.policy import Policy, scale_rule, weight_grid
 from ..quant import compute_scale
 from .cost import BudgetError
+from .policy import Policy, weight_grid
 from .space import Space, knapsack
 
 
@@ -61,8 +61,7 @@ def weight_errors(space: Space) -> dict[str, tuple[Tensor, float]]:
         errors = []
         for bits in space.weight_bits:
             grid = weight_grid(bits)
-            scale = compute_scale(w, grid, scale_rule(grid))
-            errors.append(float((w - ops.fake_quantize(w, scale, grid)).double().square().sum()))
+            errors.append(float((w - ops.fake_quantize(w, compute_scale(w, grid), grid)).double().square().sum()))
         found[name] = torch.tensor(errors, dtype=torch.float64, device="cpu"), float(w.double().square().sum())
     return found
 
@@ -72,7 +71,7 @@ def _by_errors(space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]
     values = {}
     for name, (errors, size) in weight_errors(space).items():
         inputs = [p.act_errors for p in space.profile.weights[name]]
-        shares = [0.0 if a is None else sum(of_input[a] for of_input in inputs) for a in space.act_bits]
+        shares = [0.0 if a is None else sum(of_input.get(a, 0.0) for of_input in inputs) for a in space.act_bits]
         acts = torch.tensor(shares, dtype=torch.float64, device="cpu")
         values[name] = -weigh(name) * (errors[:, None] + size * acts[None])
     return values

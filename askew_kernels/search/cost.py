@@ -29,9 +29,11 @@ from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
 from ..contract import row_bytes
 from ..nn import hard_quantize_, pack_, quantize_
-from ..nn.policy import LayerPolicy, Policy, candidate_layers, kind_of, layer_roles, weight_id
+from ..nn.kinds import DEFAULT
+from ..nn.kinds import kind_of as find_kind
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
+from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -72,7 +74,8 @@ class Budget:
 @dataclass
 class LayerProfile:
     """One searched layer. ``macs`` of one sample; ``cols``: weights of an output channel; ``signed``: the input has
-    negative values; ``act_errors``: {bits: ‖x − x̂‖² / ‖x‖²} on the traced batch."""
+    negative values; ``looked_up``: the input is indices, which have no bits to choose; ``act_errors``: {bits:
+    ‖x − x̂‖² / ‖x‖²} on the traced batch."""
 
     name: str
     kind: str
@@ -81,6 +84,7 @@ class LayerProfile:
     cols: int
     signed: bool = True
     calls: int = 1
+    looked_up: bool = False
     act_errors: dict[int, float] = field(default_factory=dict)
 
     @property
@@ -131,42 +135,32 @@ def _evaluating(model: nn.Module) -> Any:
             m.training = training
 
 
-def linear_macs(module: nn.Linear, y: Tensor) -> int:
-    return y.numel() * module.in_features
-
-
-def conv_macs(module: nn.Conv2d, y: Tensor) -> int:
-    """Every output needs (in / groups) × kernel products, whatever stride, padding and dilation made of the size."""
-    return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
-
-
 def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """A layer's input, however it was passed."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-COUNTED = (nn.Linear, nn.Conv2d)
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 @torch.inference_mode(False)
 def trace(
     model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
-    hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+    hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT,
 ) -> Profile:  # fmt: skip
     """Runs ``model(x)`` once, in eval mode, and counts.
 
-    names: the layers that are searched (default: every linear and convolutional one). hooks: {type: f(module, inputs,
+    names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
     output) -> MACs of the whole batch} for modules that the count does not know. The batch has as many samples as the
     first tensor in ``x`` has rows, in whatever tuples, mappings or dataclasses it stands.
     A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none, for a name
     that is none of a layer, and for a model without values (meta device).
     """
     check_values(model)
-    layers = candidate_layers(model)
+    layers = candidate_layers(model, kinds)
     searched = set(layers if names is None else names)
     if unknown := sorted(searched - layers.keys()):
-        raise ValueError(f"names: the model has no linear or convolutional layer {', '.join(unknown)}")
+        raise ValueError(f"names: the model has no {named(kinds)} layer {', '.join(unknown)}")
     batch = samples(x)
     if batch == 0:
         raise ValueError("x: expected at least one sample, got an empty batch")
@@ -175,9 +169,9 @@ def trace(
     errors: dict[str, dict[int, list[float]]] = {}
     uncounted: dict[str, None] = {}
 
-    def count(name: str) -> Callable[..., None]:
+    def count(name: str, kind: Any) -> Callable[..., None]:
         def hook(module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-            macs = (linear_macs if isinstance(module, nn.Linear) else conv_macs)(module, y) / batch
+            macs = kind.macs(module, y) / batch
             if name not in searched:
                 other[0] += macs
                 return
@@ -185,14 +179,13 @@ def trace(
             p = found.setdefault(
                 name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
             )
-            p.macs += macs
+            p.macs, p.looked_up = p.macs + macs, not kind.token_dims
             p.calls += 1
-            p.signed |= bool((given < 0).any())
-            dims = 1 if isinstance(module, nn.Linear) else 3
-            for bits in act_bits:
+            p.signed |= not kind.token_dims or bool((given < 0).any())
+            for bits in act_bits if kind.token_dims else ():
                 if bits is not None:
                     sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
-                    for i, value in enumerate(_act_error(given, bits, p.signed, dims)):
+                    for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
                         sums[i] += value
 
         return hook
@@ -203,9 +196,9 @@ def trace(
 
         return hook
 
-    handles = [m.register_forward_hook(count(name), with_kwargs=True) for name, m in layers.items()]
+    handles = [m.register_forward_hook(count(name, find_kind(m)), with_kwargs=True) for name, m in layers.items()]
     for name, module in model.named_modules():
-        if isinstance(module, COUNTED):
+        if name in layers:
             continue
         known = [function for kind, function in (hooks or {}).items() if isinstance(module, kind)]
         handles += [module.register_forward_hook(count_other(function)) for function in known]
@@ -317,7 +310,12 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 @torch.inference_mode(False)
 def latency_table(
-    model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1
+    model: nn.Module,
+    x: Any,
+    weight_bits: Sequence[int] = (2, 3, 4, 8),
+    *,
+    seconds: float = 0.1,
+    kinds: Kinds = DEFAULT,
 ) -> dict[str, dict[str, float]]:
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
@@ -325,7 +323,7 @@ def latency_table(
     ``search_policy(latency=…)``.
     """
     inputs: dict[str, Any] = {}
-    layers = candidate_layers(model)
+    layers = candidate_layers(model, kinds)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:  # a result would replace y
@@ -357,20 +355,14 @@ def latency_table(
 
 def _packed_copy(layer: Any, bits: int) -> nn.Module:
     """The layer alone, packed, with a weight that was drawn."""
-    if isinstance(layer, nn.Linear):
-        new: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
-    else:
-        new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding,
-                        layer.dilation, layer.groups, layer.bias is not None, layer.padding_mode, "meta")  # fmt: skip
+    kind: Any = find_kind(layer)
     weight = layer.weight.detach()
-    new = new.to(weight.dtype).to_empty(device=weight.device)
+    new = kind.plain(**kind.arguments_of(layer)).to(weight.dtype).to_empty(device=weight.device)
     with seeded(0):
-        new.reset_parameters()  # type: ignore[operator]
-    model = nn.Sequential(new)
-    kind, role, position = layer_roles(model)["0"]
-    config = LayerPolicy("0", kind, role, position, bits).config()
-    assert isinstance(config, QuantConfig)
-    return pack_(hard_quantize_(quantize_(model, config)))[0].eval()  # type: ignore[index]
+        new.reset_parameters()
+    grid = weight_grid(bits)
+    config = QuantConfig(weight=grid)
+    return pack_(hard_quantize_(quantize_(nn.Sequential(new), config, kinds=kind.name)))[0].eval()  # type: ignore[index]
 
 
 def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:

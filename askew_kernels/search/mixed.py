@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .. import contract, ops
-from ..nn import packed_layers, quantized_layers
-from ..nn.layers import _conv_arguments, plain_conv2d, plain_linear
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, candidate_layers, scale_rule, weight_grid, weight_id
-from ..quant import Grid, Uniform, activation_scales
-from ..quant.scales import SAWB_COEFFICIENTS, _fill, _guarded
+from ..nn import KINDS, packed_layers, quantized_layers
+from ..nn.kinds import DEFAULT
+from ..quant import Grid, Uniform, activation_scales, default_rule
+from ..quant.scales import scale_from_sums
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -45,8 +44,17 @@ class MixedLayer(nn.Module):
     """
 
     weight: Any
-    bias: Any
-    TOKEN_DIMS: int
+    kind: ClassVar[Any]  # its entry in nn.KINDS
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, **candidates: Any) -> Any:
+        """Shares the Parameter objects of ``layer``."""
+        new = cls.kind.sharing(cls, layer, layer.weight)
+        new._attach(**candidates)
+        return new
+
+    def to_float(self) -> nn.Module:
+        return self.kind.float_layer(self, self.weight)
 
     def _attach(self, weight_bits: Sequence[int], act_bits: Sequence[int | None], signed: bool, learned: bool) -> None:
         self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
@@ -56,9 +64,6 @@ class MixedLayer(nn.Module):
         self.act_grids: list[Grid | None] = [
             None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
         ]
-        wide = {"dtype": torch.float64, "device": "cpu"}
-        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], **wide)  # type: ignore[arg-type]
-        self._tops = torch.tensor([[g.c_max] for g in self.weight_grids], **wide)  # type: ignore[arg-type]
         self._weight_codes = ops.candidate_encodings(self.weight_grids)
         self._act_codes = ops.candidate_encodings(self.act_grids)
         place = {"device": self.weight.device}
@@ -81,22 +86,12 @@ class MixedLayer(nn.Module):
 
     @torch.no_grad()
     def _rule_scales(self) -> Tensor:
-        """(candidates, rows): every candidate's rule is a row of coefficients of (rms, mean|w|, max|w|)."""
+        """(candidates, rows), of every grid by its own rule."""
         rows = self.weight.shape[0]
         if self.weight.numel() == 0:
             return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
-        cols = self.weight.numel() // rows
-        sums = ops.row_sums(self.weight.detach(), rows).double()
-        if self._coefficients.device != sums.device:  # once: each copy to a GPU waits for it
-            self._coefficients, self._tops = self._coefficients.to(sums.device), self._tops.to(sums.device)
-        top = sums[:, contract.MAX_ABS]
-        c1, c2, c3 = self._coefficients.T[:, :, None]
-        # as quant.scales has it, for all candidates at once: the same operations in the same order, so the same bits
-        of_rms = torch.where(c1 > 0, c1 * (sums[:, contract.SUM_SQUARES] / cols).sqrt(), 0.0)
-        scales, absmax = (of_rms - c2 * sums[:, contract.SUM_ABS] / cols) / c3, top / self._tops
-        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
-        scales, usable = _guarded(torch, scales, top)
-        return _fill(scales.float(), usable, top == 0, None)
+        sums, cols = ops.row_sums(self.weight.detach(), rows), self.weight.numel() // rows
+        return torch.stack([scale_from_sums(sums, cols, g, default_rule(g)) for g in self.weight_grids])
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
@@ -104,23 +99,19 @@ class MixedLayer(nn.Module):
         return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
 
     def mixed_input(self, x: Tensor) -> Tensor:
-        if self.act_grids == [None]:
+        if self.act_grids == [None] or not self.kind.token_dims:
             return x
-        rows = math.prod(x.shape[: max(0, x.dim() - self.TOKEN_DIMS)])
+        rows = math.prod(x.shape[: max(0, x.dim() - self.kind.token_dims)])
         scales = activation_scales(x, [1.0 if g is None else g.c_max for g in self.act_grids], rows)
         return _mix(x, scales, self.act_probabilities(), self._act_codes, False, False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = getattr(self, "bias", None)
+        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), bias)
 
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
-
-
-def _coefficients(grid: Grid) -> tuple[float, float, float]:
-    """(c1, c2, c3) of the candidate's scale rule (c1 rms − c2 mean|w|) / c3; the largest magnitude where all is 0."""
-    rule = scale_rule(grid)
-    if rule == "mean":
-        return 0.0, -1.0, 1.0
-    return (*SAWB_COEFFICIENTS[grid.bits], grid.c_max) if rule == "sawb" else (0.0, 0.0, 1.0)
 
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
@@ -128,57 +119,23 @@ def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: b
     return ops.run_mix_fake_quantize(x, scales, strengths, codes, clip, learned)
 
 
-class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]
-    """nn.Linear whose weight and input are mixtures."""
-
-    TOKEN_DIMS = 1
-
-    @classmethod
-    def from_float(cls, linear: nn.Linear, **candidates: Any) -> MixedLinear:
-        """Shares the Parameter objects of ``linear``."""
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        new.weight, new.bias = linear.weight, linear.bias
-        new._attach(**candidates)
-        return new.train(linear.training)
-
-    def to_float(self) -> nn.Linear:
-        return plain_linear(self, self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(self.mixed_input(input), self.mixed_weight(), self.bias)
-
-
-class MixedConv2d(MixedLayer, nn.Conv2d):  # type: ignore[misc]
-    """nn.Conv2d whose weight and input are mixtures."""
-
-    TOKEN_DIMS = 3
-
-    @classmethod
-    def from_float(cls, conv: nn.Conv2d, **candidates: Any) -> MixedConv2d:
-        """Shares the Parameter objects of ``conv``."""
-        new = cls(**_conv_arguments(conv))
-        new.weight, new.bias = conv.weight, conv.bias
-        new._attach(**candidates)
-        return new.train(conv.training)
-
-    def to_float(self) -> nn.Conv2d:
-        return plain_conv2d(self, self.weight)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self.mixed_input(input), self.mixed_weight(), self.bias)
-
-
-MIXED: dict[type[nn.Module], Any] = {nn.Linear: MixedLinear, nn.Conv2d: MixedConv2d}
+# {torch's class: that of its mixtures}
+MIXED: dict[Any, Any] = {
+    kind.plain: type(f"Mixed{kind.plain.__name__}", (MixedLayer, kind.plain), {"kind": kind, "__module__": __name__})
+    for kind in KINDS.values()
+}
+globals().update({cls.__name__: cls for cls in MIXED.values()})  # where pickle looks for them
+MixedLinear, MixedConv2d = MIXED[nn.Linear], MIXED[nn.Conv2d]
 FilterFn = Callable[[nn.Module, str], bool]
 
 
-def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
-    """{name: nn.Linear or nn.Conv2d} that the search is about, each module once.
+def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = DEFAULT) -> dict[str, nn.Module]:
+    """{name: layer} of these kinds that the search is about, each module once.
 
     ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
     quantized or packed already, or computed from other parameters.
     """
-    computed = {n: m for n, m in candidate_layers(model).items() if m._parameters.get("weight") is None}
+    computed = {n: m for n, m in candidate_layers(model, kinds).items() if m._parameters.get("weight") is None}
     for found, state, way in (
         (quantized_layers(model), "quantized already", "call dequantize_ first"),
         (packed_layers(model), "packed already", "call unpack_ and dequantize_ first"),
@@ -187,11 +144,11 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
             raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
     found = {
-        name: m for name, m in model.named_modules()
+        name: m for name, m in candidate_layers(model, kinds).items()
         if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))
     }  # fmt: skip
     if not found:
-        raise ValueError("model: no nn.Linear or nn.Conv2d to quantize" + (" passes filter_fn" if filter_fn else ""))
+        raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
         raise ValueError("model: is itself a layer; wrap it in nn.Sequential")
     return found
@@ -200,15 +157,16 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, nn.
 def mix_(
     model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
     filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
+    kinds: Kinds = DEFAULT,
 ) -> nn.Module:  # fmt: skip
-    """Replaces nn.Linear and nn.Conv2d of ``model``, in place, by mixtures of their candidates; returns the model.
+    """Replaces the layers of these ``kinds``, in place, by mixtures of their candidates; returns the model.
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
     values (default: it has). learned: scales are parameters (LSQ) instead of following their rule. Parameters stay the
     same objects. Layers that share a weight share its strengths and scales: there is one choice for it. Raises
     ValueError before anything is replaced.
     """
-    layers = chosen_layers(model, filter_fn)
+    layers = chosen_layers(model, filter_fn, kinds)
     check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
     check_candidates("act_bits", act_bits, ACT_BITS, none=True)
     made: dict[int, Any] = {}

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..nn.policy import ACT_BITS, WEIGHT_BITS, LayerPolicy, Policy, candidate_layers, layer_roles
+from ..nn.kinds import DEFAULT
 from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace, warn_of
 from .mixed import FilterFn, check_candidates, chosen_layers
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, LayerPolicy, Policy, layer_roles
 
 Choice = dict[str, tuple[int, int]]
 
@@ -106,15 +107,16 @@ def _unravel(index: int, table: Tensor) -> tuple[int, int]:
 class Space:
     """The searched layers of a model, their candidates, every cost, and the budget; checked when it is made.
 
-    example: a batch for the one traced forward. Raises ValueError for candidates that are empty or unknown and a model
-    without a layer to quantize; BudgetError, with the smallest and the largest that the candidates can reach, for a
-    budget outside.
+    example: a batch for the one traced forward; kinds: as in ``quantize_``. Raises ValueError for candidates that are
+    empty or unknown and a model without a layer to quantize; BudgetError, with the smallest and the largest that the
+    candidates can reach, for a budget outside.
     """
 
     def __init__(
         self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
         act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *, filter_fn: FilterFn | None = None,
         hooks: Mapping[type[nn.Module], MacsHook] | None = None, latency: Latency | None = None,
+        kinds: Kinds = DEFAULT,
     ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -124,11 +126,11 @@ class Space:
         found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
         self.weight_bits: tuple[int, ...] = found
         self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
-        self.budget = budget
-        self.profile = trace(model, example, list(chosen_layers(model, filter_fn)), act_bits=self.act_bits, hooks=hooks)
+        self.budget, self.kinds = budget, kinds
+        chosen = list(chosen_layers(model, filter_fn, kinds))
+        self.profile = trace(model, example, chosen, act_bits=self.act_bits, hooks=hooks, kinds=kinds)
         self.names = list(self.profile.weights)  # a choice for each weight, under the first layer that has it
-        self.roles = layer_roles(model)
-        self.all_layers = list(candidate_layers(model))
+        self.roles = layer_roles(model, kinds)
         kind = "bitops" if budget is None else budget.kind
         self.cost = cost_of(kind, self.profile, self.weight_bits, self.act_bits, latency)
         # what λ counts in: every layer at 8 bits, or for a latency the most there is
@@ -183,12 +185,11 @@ class Space:
     def policy(self, choice: Choice, report: dict[str, Any] | None = None) -> Policy:
         """The policy of a choice; layers that are not searched stay float. Costs are added to the report."""
         layers = []
-        for name in self.all_layers:
-            kind, role, position = self.roles[name]
+        for name, (kind, role, position) in self.roles.items():
             w = a = None
             if name in self.profile.layers:
                 i, j = choice[self.profile.tied.get(name, name)]
-                w, a = self.weight_bits[i], self.act_bits[j]
+                w, a = self.weight_bits[i], None if self.profile.layers[name].looked_up else self.act_bits[j]
             signed = self.signed.get(name, True)
             layers.append(LayerPolicy(name, kind, role, position, w, a, signed))
         found = Policy(tuple(layers), dict(report or {}))

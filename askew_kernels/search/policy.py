@@ -13,16 +13,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from .. import atomic
+from ..nn import kinds
 from ..quant import Binary, Grid, QuantConfig, Uniform
 
 VERSION = 1
+Kinds = str | Iterable[str]  # names or groups of names of ``nn.KINDS``
+ALWAYS = ("linear", "conv2d")  # kinds that every policy speaks of
 WEIGHT_BITS = range(1, 9)
 ACT_BITS = range(2, 9)
 
@@ -32,22 +36,19 @@ def weight_grid(bits: int) -> Grid:
     return Binary() if bits == 1 else Uniform(bits=bits)
 
 
-def scale_rule(grid: Grid) -> str:
-    """The scale rule of a candidate: mean for binary, SAWB up to 4 bits, the largest magnitude above.
-
-    At 8 bits SAWB takes two large numbers from each other, and cuts small rows off far inside (docs/notes.md).
-    """
-    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits <= 4 else "absmax"
-
-
 # ---- roles ----------------------------------------------------------------------------------------------------------
 
 
+def named(of: Kinds) -> str:
+    """The kinds as an error says them."""
+    return of if isinstance(of, str) else " or ".join(of)
+
+
 def kind_of(module: nn.Module) -> str:
-    """linear, conv2d or depthwise."""
-    if not isinstance(module, nn.Conv2d):
-        return "linear"
-    return "depthwise" if module.groups > 1 and module.groups == module.in_channels else "conv2d"
+    """The name of a layer's kind (``nn.KINDS``), or depthwise."""
+    if isinstance(module, nn.Conv2d) and module.groups > 1 and module.groups == module.in_channels:
+        return "depthwise"
+    return kinds.kind_of(module).name  # type: ignore[union-attr]
 
 
 def weight_id(layer: nn.Module) -> int:
@@ -56,14 +57,15 @@ def weight_id(layer: nn.Module) -> int:
     return id(layer if weight is None else weight)
 
 
-def candidate_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{name: layer} of every nn.Linear and nn.Conv2d and what is made of them, in order, each once."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, nn.Module]:
+    """{name: layer} of every layer of these kinds and what is made of them, in order, each once."""
+    plain = tuple(kind.plain for kind in kinds.chosen(of))
+    return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 
-def layer_roles(model: nn.Module) -> dict[str, tuple[str, str, float]]:
-    """{name: (kind, role, position)} of every linear and convolutional layer."""
-    layers = candidate_layers(model)
+def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[str, str, float]]:
+    """{name: (kind, role, position)} of every layer of these kinds."""
+    layers = candidate_layers(model, of)
     names = list(layers)
     roles: dict[str, tuple[str, str]] = {}
     for i, (name, module) in enumerate(layers.items()):
@@ -96,10 +98,8 @@ class LayerPolicy:
     act_signed: bool = True
 
     def __post_init__(self) -> None:
-        for what, bits, known in (
-            ("weight_bits", self.weight_bits, WEIGHT_BITS),
-            ("act_bits", self.act_bits, ACT_BITS),
-        ):
+        for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
+            bits = getattr(self, what)
             if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
                 raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
         if self.weight_bits is None and self.act_bits is not None:
@@ -110,9 +110,8 @@ class LayerPolicy:
     def config(self) -> QuantConfig | None:
         if self.weight_bits is None:
             return None
-        grid = weight_grid(self.weight_bits)
         activation = None if self.act_bits is None else Uniform(bits=self.act_bits, signed=self.act_signed)
-        return QuantConfig(weight=grid, scale=scale_rule(grid), activation=activation)
+        return QuantConfig(weight=weight_grid(self.weight_bits), activation=activation)  # the grid's own scale rule
 
 
 class PolicyError(ValueError):
@@ -155,7 +154,8 @@ class Policy:
     # ---- a model's configs ----
 
     def configs(self, model: nn.Module, by: str = "auto") -> dict[str, QuantConfig | None]:
-        """{layer: QuantConfig, or None to leave it float} for every linear and convolutional layer of ``model``.
+        """{layer: QuantConfig, or None to leave it float} for every layer of ``model`` whose kind the policy speaks of:
+        linear, conv2d, and those of its entries.
 
         by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
         fits, else by role. A layer that the model holds under several names is there under each. Raises PolicyError
@@ -164,33 +164,26 @@ class Policy:
         """
         if by not in ("auto", "name", "role"):
             raise ValueError(f"by: expected auto, name or role, got {by!r}")
-        roles = layer_roles(model)
+        of = [*ALWAYS, *(layer.kind for layer in self.layers if layer.kind in kinds.KINDS)]
+        roles = layer_roles(model, of)
         if not roles:
-            raise PolicyError("model: has no nn.Linear or nn.Conv2d that a policy could speak of")
+            raise PolicyError(f"model: has no {named(dict.fromkeys(of))} layer, of which the policy speaks")
         why = []
         for way, find in (("name", self._by_name), ("role", self._by_role)):
             if by in ("auto", way):
                 found, problems = find(roles)
                 if not problems:
-                    return _by_every_name(model, found)
+                    return _by_every_name(model, candidate_layers(model, of), found)
                 why.append(f"by {way}: {'; '.join(problems)}")
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
     def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found: dict[str, LayerPolicy] = {}
-        wrong = []
-        for name, (kind, _, _) in roles.items():
-            match = self.entry(name)
-            if match is not None and match.kind != kind:
-                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
-            elif match is not None:
-                found[name] = match
-        if wrong:
-            return found, wrong
+        found = {name: match for name in roles if (match := self.entry(name)) is not None}
+        wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
+                 if match.kind != roles[name][0]]  # fmt: skip
         used = {layer.name for layer in found.values()}
-        return found, _missing(
-            [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        )
+        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing(without, extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
         known: dict[str, list[LayerPolicy]] = {}
@@ -221,20 +214,16 @@ class Policy:
         try:
             layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
             return cls(layers, dict(d.get("report", {})))
-        except (TypeError, KeyError) as problem:
+        except PolicyError:
+            raise
+        except (TypeError, KeyError, ValueError) as problem:
             raise PolicyError(f"policy: {problem}") from None
-        except ValueError as problem:
-            raise problem if isinstance(problem, PolicyError) else PolicyError(f"policy: {problem}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """JSON; the file appears only when it is whole."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """JSON; the file appears only when it is whole (``atomic.replacing``)."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        with atomic.replacing(path) as file:
+            file.write(text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Policy:
@@ -276,9 +265,10 @@ class Policy:
         figure.savefig(path, dpi=120)
 
 
-def _by_every_name(model: nn.Module, found: dict[str, LayerPolicy]) -> dict[str, QuantConfig | None]:
+def _by_every_name(
+    model: nn.Module, layers: dict[str, nn.Module], found: dict[str, LayerPolicy]
+) -> dict[str, QuantConfig | None]:
     """The configs of layers by their first name, by all their names; PolicyError where they do not go with ties."""
-    layers = candidate_layers(model)
     configs = {id(layers[name]): entry.config() for name, entry in found.items()}
     bits: dict[int, tuple[str, int]] = {}
     for name, entry in found.items():
@@ -288,18 +278,12 @@ def _by_every_name(model: nn.Module, found: dict[str, LayerPolicy]) -> dict[str,
                 raise PolicyError(
                     f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
                 )
-    return {
-        name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs
-    }  # fmt: skip
+    return {name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs}
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    found = []
-    if layers:
-        found.append(f"no entry for {', '.join(layers)}")
-    if entries:
-        found.append(f"no layer for {', '.join(entries)}")
-    return found
+    both = (("no entry for", layers), ("no layer for", entries))
+    return [f"{what} {', '.join(names)}" for what, names in both if names]
 
 
 def _short(value: Any) -> str:

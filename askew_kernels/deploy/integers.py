@@ -1,0 +1,49 @@
+"""What every format of integers takes from a packed layer: its levels as integers, its scales, or why it cannot."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import unpack_codes
+
+
+class Integers(NamedTuple):
+    """weight[i, j] = levels[i, j] * scale[i or 0, j // group size]; the integers of the grid are within [low, high].
+
+    ``levels``: (n, cols) int16; ``scale``: (n, groups), (n, 1) or, where there is one, (1, 1), in the layer's type.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    low: int
+    high: int
+
+
+def table(layer: Any, holder: str) -> tuple[tuple[int, ...], float]:
+    """(n, f): the levels of a packed layer are f n, n integers of 8 bits, f a power of two.
+
+    Raises ValueError, in which ``holder`` is what the integers are for, where there are none such, or where the layer
+    quantizes its inputs (``QuantConfig(activation=…)``).
+    """
+    grid = layer.config.weight
+    if (inputs := layer.kind.input_grid(layer)) is not None:
+        raise ValueError(f"{holder} keep no quantized inputs, got activation={inputs}")
+    if (found := grid.integers()) is None:
+        raise ValueError(f"{holder} hold integer levels, got {grid}")
+    low, high = found[0][0], found[0][-1]
+    if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
+        raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
+    return found
+
+
+def integers(layer: Any, holder: str) -> Integers:
+    """Of a packed layer, on its device; raises as ``table``."""
+    values, factor = table(layer, holder)
+    codes, scale = layer.weight_codes, layer.weight_scale.detach() * factor
+    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)[
+        unpack_codes(codes, layer.bits, layer.cols).int()
+    ]
+    return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), values[0], values[-1])
