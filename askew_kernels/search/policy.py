@@ -74,15 +74,13 @@ def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, n
 def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[str, str, float]]:
     """{name: (kind, role, position)} of every layer of these kinds."""
     layers = candidate_layers(model, of)
-    names = list(layers)
     roles: dict[str, tuple[str, str]] = {}
+    members: dict[str, list[str]] = {}
     for i, (name, module) in enumerate(layers.items()):
-        place = "first" if i == 0 else "last" if i == len(names) - 1 else "inner"
+        place = "first" if i == 0 else "last" if i == len(layers) - 1 else "inner"
         kind = kind_of(module)
         roles[name] = kind, f"{place} {kind} {re.sub(r'[0-9]+', '*', name)}"
-    members: dict[str, list[str]] = {}
-    for name, (_, role) in roles.items():
-        members.setdefault(role, []).append(name)
+        members.setdefault(roles[name][1], []).append(name)
     return {
         name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
         for name, (kind, role) in roles.items()
@@ -106,10 +104,8 @@ class LayerPolicy:
     act_signed: bool = True
 
     def __post_init__(self) -> None:
-        for what, bits, known in (
-            ("weight_bits", self.weight_bits, WEIGHT_BITS),
-            ("act_bits", self.act_bits, ACT_BITS),
-        ):
+        for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
+            bits = getattr(self, what)
             if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
                 raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
         if self.weight_bits is None and self.act_bits is not None:
@@ -197,22 +193,15 @@ class Policy:
                 wrong.append(f"{name} is {kind}, the policy's {match.kind}")
             elif match is not None:
                 found[name] = match
-        if wrong:
-            return found, wrong
         used = {layer.name for layer in found.values()}
-        return found, _missing(
-            [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        )
+        unused = [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing([n for n in roles if n not in found], unused)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        known: dict[str, list[LayerPolicy]] = {}
-        for layer in self.layers:
-            known.setdefault(layer.role, []).append(layer)
-        found = {
-            name: min(known[role], key=lambda p: abs(p.position - position))
-            for name, (_, role, position) in roles.items()
-            if role in known
-        }
+        found = {}
+        for name, (_, role, position) in roles.items():
+            if alike := [layer for layer in self.layers if layer.role == role]:
+                found[name] = min(alike, key=lambda p: abs(p.position - position))
         present = {role for _, role, _ in roles.values()}
         extra = [p.name for p in self.layers if p.role not in present]
         without = [f"{n} ({roles[n][1]})" for n in roles if n not in found]
@@ -233,10 +222,10 @@ class Policy:
         try:
             layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
             return cls(layers, dict(d.get("report", {})))
-        except (TypeError, KeyError) as problem:
+        except PolicyError:
+            raise
+        except (TypeError, KeyError, ValueError) as problem:
             raise PolicyError(f"policy: {problem}") from None
-        except ValueError as problem:
-            raise problem if isinstance(problem, PolicyError) else PolicyError(f"policy: {problem}") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """JSON; the file appears only when it is whole (``atomic.replacing``)."""
@@ -297,18 +286,11 @@ def _by_every_name(
                 raise PolicyError(
                     f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
                 )
-    return {
-        name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs
-    }  # fmt: skip
+    return {name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs}
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    found = []
-    if layers:
-        found.append(f"no entry for {', '.join(layers)}")
-    if entries:
-        found.append(f"no layer for {', '.join(entries)}")
-    return found
+    return [f"no {what} for {', '.join(names)}" for what, names in (("entry", layers), ("layer", entries)) if names]
 
 
 def _short(value: Any) -> str:
