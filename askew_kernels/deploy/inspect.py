@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class Report:
         def number(value: float | None, form: str) -> str:
             return "-" if value is None else format(value, form)
 
-        head = ("layer", "grid", "bits", "weights", "bytes", "x fp32", "error", "outliers", "output error")
-        rows = [
+        rows = [("layer", "grid", "bits", "weights", "bytes", "x fp32", "error", "outliers", "output error")]
+        rows += [
             (r.name, r.grid, f"{r.bits:g}", str(r.weights), str(r.bytes), f"{r.compression:.2f}",
              number(r.error, ".4f"), number(r.outliers, ".3%"), number(r.output_error, ".4f"))
             for r in self.layers
@@ -80,12 +81,12 @@ class Report:
         rows.append(("other tensors", "", "", "", str(self.other_bytes), "", "", "", ""))
         ratio = f"{self.float_bytes / self.bytes:.2f}" if self.bytes else "-"
         rows.append(("all", "", "", str(sum(r.weights for r in self.layers)), str(self.bytes), ratio, "", "", ""))
-        widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-        lines = []
-        for row in (head, *rows):
-            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        cells = (
+            [f"{c:{'<' if i < 2 else '>'}{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            for row in rows
+        )
+        return "\n".join("  ".join(line).rstrip() for line in cells)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
@@ -95,8 +96,11 @@ class Report:
         names, place = [r.name for r in self.layers], range(len(self.layers))
         figure = Figure(figsize=(9, 1.6 + 0.28 * len(names)), layout="constrained")
         size, error = figure.subplots(1, 2, sharey=True)
-        size.barh(place, [r.float_bytes for r in self.layers], color="0.85", label="float32")
-        size.barh(place, [r.bytes for r in self.layers], height=0.5, label="packed")
+        for values, mark, label in (
+            ("float_bytes", "|", "float32"),
+            ("bytes", "o", "packed"),
+        ):  # a log axis has no bars
+            size.plot([getattr(r, values) for r in self.layers], place, mark, label=label)
         size.set(xscale="log", xlabel="bytes", yticks=list(place), yticklabels=names)
         size.invert_yaxis()
         for what, label in (("error", "weight"), ("output_error", "output")):
@@ -161,9 +165,7 @@ def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float,
     w, scale = w.detach().double(), scale.double()
     x = w.reshape(scale.numel(), -1) / scale.reshape(-1, 1)
     outside = (x < grid.levels[0]) | (x > grid.levels[-1])
-    norm = float(w.norm())
-    error = float((w - w_hat.double()).norm()) / norm if norm else 0.0
-    return error, float(outside.double().mean()) if w.numel() else 0.0
+    return _relative(w_hat.double(), w), float(outside.double().mean()) if w.numel() else 0.0
 
 
 @torch.no_grad()
@@ -207,17 +209,12 @@ def inspect(model: nn.Module, batch: Any = None) -> Report:
 def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
 
-    def hook(name: str) -> Any:
-        def compare(layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else next(iter(named.values()))
-            exact = layer.product(x, layer.weight).double()
-            norm = float(exact.norm())
-            got = layer.product(x, layer.quantized_weight()).double()
-            found[name] = float((got - exact).norm()) / norm if norm else 0.0
+    def compare(name: str, layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
+        x = inputs[0] if inputs else next(iter(named.values()))
+        exact = layer.product(x, layer.weight).double()
+        found[name] = _relative(layer.product(x, layer.quantized_weight()).double(), exact)
 
-        return compare
-
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [m.register_forward_pre_hook(partial(compare, name), with_kwargs=True) for name, m in layers.items()]
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -231,6 +228,11 @@ def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict
         for handle in handles:
             handle.remove()
     return found
+
+
+def _relative(got: Tensor, exact: Tensor) -> float:
+    norm = float(exact.norm())
+    return float((got - exact).norm()) / norm if norm else 0.0
 
 
 # ---- python -m askew_kernels inspect ---------------------------------------------------------------------------------

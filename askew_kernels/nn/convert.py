@@ -13,10 +13,15 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
-from .kinds import DEFAULT, KINDS, Kind, chosen, replaceable
+from .kinds import DEFAULT, KINDS, Kind, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
+
+__all__ = [
+    "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
+    "quantized_layers", "unpack_",
+]  # fmt: skip
 
 NAMES_TOLD = 4  # of each type, in the line that says what stays float
 
@@ -101,10 +106,15 @@ def left_float(model: nn.Module) -> dict[str, str]:
 
     Biases, norms and other vectors are float by design and not listed.
     """
+    return {name: f"{kind}{why}" for name, (_, kind, why) in _float_weights(model).items()}
+
+
+def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
+    """{parameter: (module, what it is, why its weight stays float)}"""
     layers = quantized_layers(model)
     held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
     return {
-        f"{name}.{key}" if name else key: _why_float(module, held.get(id(p)))
+        f"{name}.{key}" if name else key: (module, *_why_float(module, held.get(id(p))))
         for name, module in model.named_modules()
         if name not in layers
         for key, p in module.named_parameters(recurse=False)
@@ -112,42 +122,40 @@ def left_float(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _why_float(module: nn.Module, tied_to: str | None) -> str:
+def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
     name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
     if tied_to is not None:
-        return f"{name} tied to {tied_to}, which reads the latent weight until hard_quantize_ writes the quantized one"
-    if (kind := _plain(module)) is not None:
-        return f"{name}, left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
+        tied = f"{name} tied to {tied_to}"
+        return tied, ", which reads the latent weight until hard_quantize_ writes the quantized one"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return f"{name}, whose weight nn.MultiheadAttention reads past its forward"
-    if (base := next((k for k in KINDS.values() if isinstance(module, k.plain)), None)) is not None:
-        return f"{name}, a subclass of nn.{base.plain.__name__}"
-    return f"{name}, which has no quantized form"
-
-
-def _plain(module: nn.Module) -> Kind | None:
-    return next((kind for kind in KINDS.values() if type(module) is kind.plain), None)
-
-
-def _names(kinds: Iterable[Kind]) -> str:
-    return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
+        return name, ", whose weight nn.MultiheadAttention reads past its forward"
+    if (kind := kind_of(module)) is None:
+        return name, ", which has no quantized form"
+    if type(module) is not kind.plain:
+        return name, f", a subclass of nn.{kind.plain.__name__}"
+    return name, ", left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
 
 
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
     """One line of the logger for the weights that ``call`` leaves float. A plain layer of the kinds that were asked for
     is left by the caller's choice (``filter_fn``, patterns), and not told."""
+    plain = [kind.plain for kind in asked]
     by_type: dict[str, list[str]] = {}
-    for name, why in left_float(model).items():
-        if _plain(model.get_submodule(name.rpartition(".")[0])) not in asked:
-            by_type.setdefault(why.partition(",")[0], []).append(name)
+    for name, (module, kind, _) in _float_weights(model).items():
+        if type(module) not in plain:
+            by_type.setdefault(kind, []).append(name)
     if by_type:
         told = [
             f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
             for of, names in by_type.items()
         ]
         logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(told))
-    elif call == "quantize_" and not any(_plain(m) in asked or isinstance(m, QuantizedLayer) for m in model.modules()):
+    elif call == "quantize_" and not any(isinstance(m, (*plain, QuantizedLayer)) for m in model.modules()):
         logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
+
+
+def _names(kinds: Iterable[Kind]) -> str:
+    return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
 
 
 # torch's encoder layers look past their linear layers at the weights when they are evaluated, and compute with these.

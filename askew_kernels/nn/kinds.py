@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
-from .layers import QuantizedLayer, clipped, straight_through
+from .layers import QuantizedLayer
 from .packed import PackedLayer
 
 __all__ = [
@@ -71,13 +71,10 @@ class Kind:
         """A float layer with a weight of this shape, on the meta device."""
         return self.plain(**self.shaped(shape), **self._others(bias))
 
-    def float_layer(self, layer: Any, weight: nn.Parameter) -> nn.Module:
-        """A float layer of the sizes of ``layer`` with this weight and the bias Parameter of ``layer``."""
-        return self.sharing(self.plain, layer, weight)
-
-    def sharing(self, cls: type[nn.Module], layer: Any, weight: nn.Parameter) -> Any:
-        """As ``float_layer``, of any class that takes the same arguments."""
-        new: Any = cls(**self.arguments_of(layer))
+    def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
+        """A float layer, or one of a class with the same arguments, of the sizes of ``layer``, with this weight and the
+        bias Parameter of ``layer``."""
+        new: Any = (cls or self.plain)(**self.arguments_of(layer))
         new.weight = weight
         if self.output is not None:
             new.bias = layer.bias
@@ -97,42 +94,12 @@ class Kind:
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
-class _HardLinear(torch.autograd.Function):
-    """y = x Wq^T + b; the gradient of the weight is the gradient of Wq, 0 where ``clip`` says w is outside the hull."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, quantized)
-        ctx.clip, ctx.bias_dtype = clip, None if bias is None else bias.dtype
-        return functional.linear(x, quantized, None if bias is None else bias.to(quantized.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, quantized = ctx.saved_tensors
-        grad_x = grad_w = grad_b = None
-        quantized = straight_through(weight, quantized, ctx.clip)
-        if ctx.needs_input_grad[0]:
-            grad_x = grad.matmul(quantized)
-        rows = math.prod(grad.shape[:-1])  # not -1, which says nothing where a size is 0
-        flat = grad.reshape(rows, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            grad_w = clipped(flat.t().matmul(x.reshape(rows, x.shape[-1])), weight, ctx.clip)
-        if ctx.bias_dtype is not None and ctx.needs_input_grad[2]:
-            grad_b = flat.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_w, grad_b, None, None
-
-
 class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
                  device: Any = None, dtype: Any = None) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
-
-    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-        return _HardLinear.apply(x, self.weight, self.bias, quantized, clip)
 
 
 class PackedLinear(PackedLayer):
@@ -184,7 +151,6 @@ class PackedLinear(PackedLayer):
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
-CONVOLUTIONS: dict[int, Any] = {3: functional.conv1d, 4: functional.conv2d}  # by the weight's dimensions
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -193,51 +159,6 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 def _channels(shape: Any) -> dict[str, Any]:
     return {"in_channels": shape[1], "out_channels": shape[0], "kernel_size": tuple(shape[2:])}
-
-
-class _HardConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, quantized: Tensor, clip: tuple | None, geometry: tuple
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, quantized)
-        ctx.clip, ctx.geometry, ctx.bias_dtype = clip, geometry, None if bias is None else bias.dtype
-        convolution = CONVOLUTIONS[weight.dim()]
-        return convolution(x, quantized, None if bias is None else bias.to(quantized.dtype), *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, quantized = ctx.saved_tensors
-        quantized = straight_through(weight, quantized, ctx.clip)
-        stride, padding, dilation, groups = ctx.geometry
-        need = [*ctx.needs_input_grad[:2], ctx.bias_dtype is not None and ctx.needs_input_grad[2]]
-        grad_x, grad_w, grad_b = torch.ops.aten.convolution_backward(
-            grad, x, quantized, [quantized.shape[0]] if need[2] else None, stride, padding, dilation, False,
-            [0] * len(stride), groups, need,
-        )  # fmt: skip
-        if need[1]:
-            grad_w = clipped(grad_w, weight, ctx.clip)
-        return grad_x, grad_w, grad_b.to(ctx.bias_dtype) if need[2] else None, None, None, None
-
-
-class _AskewConvolution(QuantizedLayer):
-    """Groups, stride, dilation, padding and all padding modes."""
-
-    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-        conv: Any = self
-        spatial, padding, around = len(conv.stride), conv.padding, conv._reversed_padding_repeated_twice
-        if conv.padding_mode != "zeros":
-            x, padding = functional.pad(x, around, mode=conv.padding_mode), (0,) * spatial
-        elif isinstance(padding, str):
-            left, right = (around[::2], around[1::2]) if padding == "same" else ([0] * spatial,) * 2
-            if left != right:  # an even kernel pads one side more
-                x, padding = functional.pad(x, around), (0,) * spatial
-            else:
-                padding = left[::-1]
-        geometry = (list(conv.stride), list(padding), list(conv.dilation), conv.groups)
-        unbatched = x.dim() == 1 + spatial
-        y = _HardConvolution.apply(x[None] if unbatched else x, self.weight, self.bias, quantized, clip, geometry)
-        return y[0] if unbatched else y
 
 
 class _PackedConvolution(PackedLayer):
@@ -306,7 +227,7 @@ class _PackedConvolution(PackedLayer):
         return y[..., 0] if signal else y
 
 
-class AskewConv1d(_AskewConvolution, nn.Conv1d):  # type: ignore[misc]
+class AskewConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """nn.Conv1d with a quantized weight."""
 
 
@@ -314,7 +235,7 @@ class PackedConv1d(_PackedConvolution, nn.Conv1d):  # type: ignore[misc, overrid
     """nn.Conv1d with a packed weight."""
 
 
-class AskewConv2d(_AskewConvolution, nn.Conv2d):  # type: ignore[misc]
+class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight."""
 
 
@@ -337,21 +258,6 @@ def _refuse(layer: Any) -> None:
         raise ValueError("sparse: expected False: the gradient of a quantized weight is dense")
 
 
-class _HardEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, quantized: Tensor, clip: tuple | None, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.clip, ctx.layer = clip, layer
-        return _looked_up(layer, x, quantized, None)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), layer = ctx.saved_tensors, ctx.layer
-        padding = -1 if layer.padding_idx is None else layer.padding_idx
-        grad_w = torch.ops.aten.embedding_dense_backward(grad, x, len(weight), padding, layer.scale_grad_by_freq)
-        return None, clipped(grad_w, weight, ctx.clip), None, None, None
-
-
 class AskewEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
     """nn.Embedding with a quantized weight; per channel, every row has a scale. x: indices (…) -> (…, embedding_dim).
 
@@ -364,9 +270,6 @@ class AskewEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
     def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
         _refuse(self)
-
-    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-        return _HardEmbedding.apply(x, self.weight, quantized, clip, self)
 
 
 class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]

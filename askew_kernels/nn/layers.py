@@ -51,9 +51,10 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     )
 
 
-def clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-    """The weight's own dtype, zero outside the hull; in place: the gradient was made by the caller. While a backward
-    of the backward is recorded (``create_graph``) with an operator that can be differentiated."""
+def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+    """In the weight's own dtype, and zero where the weight is outside the hull, which ``clip`` (scale, grid) says; in
+    place: a product has just made this gradient. While a backward of the backward is recorded (``create_graph``) with
+    an operator that can be differentiated."""
     grad_w = grad_w.to(weight.dtype)
     if clip is None:
         return grad_w
@@ -62,14 +63,19 @@ def clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     return ops.ste_clip_(grad_w, weight, *clip)
 
 
-def straight_through(weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-    """``quantized``; while a backward of the backward is recorded, with ``weight``'s derivative inside the hull."""
-    if not torch.is_grad_enabled() or not weight.requires_grad:
-        return quantized
-    through = weight - weight.detach()
-    if clip is not None:
-        through = torch.where(ops.ste_clip_(torch.ones_like(weight), weight, *clip) != 0, through, 0.0)
-    return quantized + through.to(quantized.dtype)
+class _StraightThrough(torch.autograd.Function):
+    """The copy of the weight, whose gradient the weight receives as ``_clipped``."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.clip = clip
+        return quantized.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return _clipped(grad, weight, ctx.clip), None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
@@ -119,7 +125,7 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def from_float(cls, layer: nn.Module, config: QuantConfig | None = None) -> Any:
         """Shares the Parameter objects of ``layer``, which is not copied and should not be used further."""
-        new = cls.kind.sharing(cls, layer, layer.weight)
+        new = cls.kind.float_layer(layer, layer.weight, cls)
         new._attach(config or QuantConfig())
         return new
 
@@ -291,12 +297,9 @@ class QuantizedLayer(nn.Module):
 
     def _hard_forward(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
         if torch.is_grad_enabled():
-            return self._straight_through_product(x, quantized, clip)
-        return self.kind.product(self, x, quantized, None if self.bias is None else self.bias.to(quantized.dtype))
-
-    def _straight_through_product(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
-        """The kind's product with ``quantized``, whose gradient the weight receives; ``clip`` as in ``clipped``."""
-        raise NotImplementedError
+            quantized = _StraightThrough.apply(self.weight, quantized, clip)
+        bias = self.bias
+        return self.kind.product(self, x, quantized, None if bias is None else bias.to(quantized.dtype))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""

@@ -13,11 +13,11 @@ A weight that several layers share is there once: it counts once in average bits
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,20 +119,25 @@ class Profile:
         return found
 
 
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """Eval mode and no gradients, every submodule called by its own forward; all is as before afterwards."""
+Hook = Callable[..., None]  # (module, args, kwargs, y)
+
+
+def _observe(model: nn.Module, x: Any, hooks: Sequence[tuple[nn.Module, Hook]]) -> None:
+    """model(x) in eval mode and without gradients, every submodule by its own forward; all is as before after it."""
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
     before = [(m, m.training) for m in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of layers that it does not call
         with left_alone(model), seeded(0), torch.no_grad(), as_written():
-            yield
+            model(moved(x))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for m, training in before:
             m.training = training
+        for handle in handles:
+            handle.remove()
 
 
 def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
@@ -169,49 +174,38 @@ def trace(
     errors: dict[str, dict[int, list[float]]] = {}
     uncounted: dict[str, None] = {}
 
-    def count(name: str, kind: Any) -> Callable[..., None]:
-        def hook(module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-            macs = kind.macs(module, y) / batch
-            if name not in searched:
-                other[0] += macs
-                return
-            given, rows = _given(args, kwargs), module.weight.shape[0]
-            p = found.setdefault(
-                name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
-            )
-            p.macs, p.looked_up = p.macs + macs, not kind.token_dims
-            p.calls += 1
-            p.signed |= not kind.token_dims or bool((given < 0).any())
-            for bits in act_bits if kind.token_dims else ():
-                if bits is not None:
-                    sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
-                    for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
-                        sums[i] += value
+    def count(name: str, kind: Any, module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        macs = kind.macs(module, y) / batch
+        if name not in searched:
+            other[0] += macs
+            return
+        given, rows = _given(args, kwargs), module.weight.shape[0]
+        p = found.setdefault(
+            name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
+        )
+        p.macs, p.looked_up = p.macs + macs, not kind.token_dims
+        p.calls += 1
+        p.signed |= p.looked_up or bool((given < 0).any())
+        for bits in () if p.looked_up else act_bits:
+            if bits is not None:
+                sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
+                for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
+                    sums[i] += value
 
-        return hook
+    def count_other(function: MacsHook, module: nn.Module, args: tuple, kwargs: Any, y: Any) -> None:
+        other[0] += float(function(module, args, y)) / batch
 
-    def count_other(function: MacsHook) -> Callable[[nn.Module, tuple, Any], None]:
-        def hook(module: nn.Module, inputs: tuple, y: Any) -> None:
-            other[0] += float(function(module, inputs, y)) / batch
-
-        return hook
-
-    handles = [m.register_forward_hook(count(name, find_kind(m)), with_kwargs=True) for name, m in layers.items()]
+    watched: list[tuple[nn.Module, Hook]] = [(m, partial(count, name, find_kind(m))) for name, m in layers.items()]
     for name, module in model.named_modules():
         if name in layers:
             continue
         known = [function for kind, function in (hooks or {}).items() if isinstance(module, kind)]
-        handles += [module.register_forward_hook(count_other(function)) for function in known]
+        watched += [(module, partial(count_other, function)) for function in known]
         own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
         if own and not known and not isinstance(module, NO_PRODUCTS):
             told = f"{name or 'model'} ({type(module).__name__})"
-            handles.append(module.register_forward_hook(lambda m, i, y, told=told: uncounted.setdefault(told)))
-    try:
-        with _evaluating(model):
-            model(moved(x))
-    finally:
-        for handle in handles:
-            handle.remove()
+            watched.append((module, lambda *_, told=told: uncounted.update({told: None})))
+    _observe(model, x, watched)
     if not found:
         raise ValueError("model: its forward reaches no layer to quantize")
     for name, by_bits in errors.items():
@@ -310,13 +304,9 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 @torch.inference_mode(False)
 def latency_table(
-    model: nn.Module,
-    x: Any,
-    weight_bits: Sequence[int] = (2, 3, 4, 8),
-    *,
-    seconds: float = 0.1,
+    model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
     kinds: Kinds = DEFAULT,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
     The median over about ``seconds`` for each, with the threads torch has. JSON-ready; give it to
@@ -325,20 +315,11 @@ def latency_table(
     inputs: dict[str, Any] = {}
     layers = candidate_layers(model, kinds)
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:  # a result would replace y
-            inputs.setdefault(name, _given(args, kwargs).detach().clone())
-
-        return hook
+    def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        inputs.setdefault(name, _given(args, kwargs).detach().clone())
 
     check_values(model)
-    handles = [m.register_forward_hook(keep(name), with_kwargs=True) for name, m in layers.items()]
-    try:
-        with _evaluating(model):
-            model(moved(x))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _observe(model, x, [(m, partial(keep, name)) for name, m in layers.items()])
     if not inputs:
         raise ValueError("model: its forward reaches no layer to measure")
     from torch.utils.benchmark import Timer  # brings in setuptools: a fifth of a second that others need not wait for

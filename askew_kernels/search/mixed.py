@@ -49,7 +49,7 @@ class MixedLayer(nn.Module):
     @classmethod
     def from_float(cls, layer: nn.Module, **candidates: Any) -> Any:
         """Shares the Parameter objects of ``layer``."""
-        new = cls.kind.sharing(cls, layer, layer.weight)
+        new = cls.kind.float_layer(layer, layer.weight, cls)
         new._attach(**candidates)
         return new
 

@@ -66,15 +66,13 @@ def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, n
 def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[str, str, float]]:
     """{name: (kind, role, position)} of every layer of these kinds."""
     layers = candidate_layers(model, of)
-    names = list(layers)
     roles: dict[str, tuple[str, str]] = {}
+    members: dict[str, list[str]] = {}
     for i, (name, module) in enumerate(layers.items()):
-        place = "first" if i == 0 else "last" if i == len(names) - 1 else "inner"
+        place = "first" if i == 0 else "last" if i == len(layers) - 1 else "inner"
         kind = kind_of(module)
         roles[name] = kind, f"{place} {kind} {re.sub(r'[0-9]+', '*', name)}"
-    members: dict[str, list[str]] = {}
-    for name, (_, role) in roles.items():
-        members.setdefault(role, []).append(name)
+        members.setdefault(roles[name][1], []).append(name)
     return {
         name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
         for name, (kind, role) in roles.items()
@@ -178,22 +176,23 @@ class Policy:
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
     def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found = {name: match for name in roles if (match := self.entry(name)) is not None}
-        wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
-                 if match.kind != roles[name][0]]  # fmt: skip
+        found: dict[str, LayerPolicy] = {}
+        wrong = []
+        for name, (kind, _, _) in roles.items():
+            match = self.entry(name)
+            if match is not None and match.kind != kind:
+                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
+            elif match is not None:
+                found[name] = match
         used = {layer.name for layer in found.values()}
-        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        return found, wrong or _missing(without, extra)
+        unused = [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing([n for n in roles if n not in found], unused)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        known: dict[str, list[LayerPolicy]] = {}
-        for layer in self.layers:
-            known.setdefault(layer.role, []).append(layer)
-        found = {
-            name: min(known[role], key=lambda p: abs(p.position - position))
-            for name, (_, role, position) in roles.items()
-            if role in known
-        }
+        found = {}
+        for name, (_, role, position) in roles.items():
+            if alike := [layer for layer in self.layers if layer.role == role]:
+                found[name] = min(alike, key=lambda p: abs(p.position - position))
         present = {role for _, role, _ in roles.values()}
         extra = [p.name for p in self.layers if p.role not in present]
         without = [f"{n} ({roles[n][1]})" for n in roles if n not in found]
@@ -282,8 +281,7 @@ def _by_every_name(
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    both = (("no entry for", layers), ("no layer for", entries))
-    return [f"{what} {', '.join(names)}" for what, names in both if names]
+    return [f"no {what} for {', '.join(names)}" for what, names in (("entry", layers), ("layer", entries)) if names]
 
 
 def _short(value: Any) -> str:
