@@ -22,8 +22,9 @@ from ... import nn as ask_nn
 from ... import quant, runtime
 from ...deploy import files
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from .common import in_backend, our_backend
+from ..goals import Goal, Headline, rate, ratio, ratio_to_best
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
+from . import common
 from .linear import NearCheck
 
 GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
@@ -172,13 +173,13 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
         return build
 
     return [
-        peers.peer(TORCH_INT4, "torch", int4), peers.peer(TORCH_INT8, "torch", int8),
-        peers.peer(DYNAMIC, "torch", library(dynamic, n * k, 0.0)),
-        peers.peer("torchao int8 weight-only", "torchao", library(
+        peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8),
+        peer(DYNAMIC, "torch", library(dynamic, n * k, 0.0)),
+        peer("torchao int8 weight-only", "torchao", library(
             lambda: peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, 0.0)),
-        peers.peer("torchao int8 dynamic", "torchao", library(
+        peer("torchao int8 dynamic", "torchao", library(
             lambda: peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, 0.0)),
-        peers.peer(BITSANDBYTES, "bitsandbytes", library(
+        peer(BITSANDBYTES, "bitsandbytes", library(
             lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01)),
     ]  # fmt: skip
 
@@ -191,30 +192,32 @@ def gpu_case(context: Context, batch: int) -> Case:
     x = torch.randn(batch, side, device=context.device, generator=g).bfloat16()
     other = torch.zeros(1 << (20 if context.quick else 26), device=context.device)  # more than the L2 cache
 
-    def call(made: Callable[[Tensor], Tensor], backend: str = "") -> Callable[[], Any]:
+    def call(made: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         def run() -> Any:
             with torch.no_grad():
                 return made(x)
 
-        return in_backend(backend, run)
+        return run
 
-    def own(name: str, backend: str, missing: str) -> Impl:
-        title = ours(name) + (f" ({backend})" if backend else "")
-        if missing:
-            return Impl(title, kind="ours", backend=backend, missing=missing)
-        made = ask_nn.AskewLinear.from_float(layer, GRIDS[name][0])
-        packed = ask_nn.PackedLinear.from_quantized(made, force=True, trits=GRIDS[name][1]).eval()
-        return Impl(title, call(packed, backend), "ours", Traffic(read=packed.packed_bytes),
-                    PackedCheck(packed, x, 0.01), other.sum, backend=our_backend(context, backend))  # fmt: skip
+    def own(name: str) -> Impl:
+        config, trits = GRIDS[name]
+        made = ask_nn.AskewLinear.from_float(layer, config)
+        packed = ask_nn.PackedLinear.from_quantized(made, force=True, trits=trits).eval()
+        return Impl(
+            "", call(packed), "ours", Traffic(read=packed.packed_bytes), PackedCheck(packed, x, 0.01), other.sum
+        )
 
-    def peer(made: Callable[[nn.Linear], nn.Module]) -> Callable[[], Impl]:
-        return lambda: Impl("", call(made(copy.deepcopy(layer))), prepare=other.sum, check=NearCheck(layer, x))
+    def library(name: str, module: str, made: Callable[[nn.Linear], nn.Module]) -> Impl:
+        def build() -> Impl:
+            return Impl("", call(made(copy.deepcopy(layer))), prepare=other.sum, check=NearCheck(layer, x))
+
+        return peer(name, module, build)
 
     impls = [Impl("nn.Linear", call(layer), "baseline", Traffic(read=2 * side * side), prepare=other.sum)]
     for name in ("4-bit group 128", "4-bit", "3-bit", "ternary", "binary"):
-        impls += [own(name, *backend) for backend in context.backends()]
-    impls += [peers.peer("torchao int4 weight-only", "torchao", peer(peers.torchao_int4)),
-              peers.peer("gemlite 4-bit", "gemlite", peer(lambda m: peers.gemlite_linear(m, 4)))]  # fmt: skip
+        impls += common.ours(context, ours(name), functools.partial(own, name))
+    impls += [library("torchao int4 weight-only", "torchao", peers.torchao_int4),
+              library("gemlite 4-bit", "gemlite", lambda m: peers.gemlite_linear(m, 4))]  # fmt: skip
     return Case(f"{batch} x {side} x {side}", "bfloat16", "nn.Linear", impls, side * side,
                 work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
 
@@ -229,8 +232,6 @@ def file_case(context: Context, name: str) -> Case:
     side, layers = (1024, 4) if context.quick else (4096, 6)
     config, trits = GRIDS[name]
     torch.manual_seed(4)
-    with torch.device("meta"):
-        empty = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)])
     model = ask_nn.quantize_(nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)]), config)
     ask_nn.pack_(model, force=True, trits=trits)
     folder = tempfile.TemporaryDirectory()
@@ -243,12 +244,9 @@ def file_case(context: Context, name: str) -> Case:
         files.save_packed(model, path)
         return folder  # kept as long as this is
 
-    def load(verify: bool) -> Callable[[], Any]:
-        def run() -> Any:
-            target = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in empty])
-            return files.load_packed(path, target, verify=verify)
-
-        return run
+    def load(verify: bool) -> Any:
+        target = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in range(layers)])
+        return files.load_packed(path, target, verify=verify)
 
     def check(run: Callable[[], Any]) -> None:
         loaded = run()
@@ -257,29 +255,28 @@ def file_case(context: Context, name: str) -> Case:
                 if not torch.equal(t, model.state_dict()[key]):
                     raise CheckFailed(f"{key}: is not what was saved")
 
+    plain = path.with_suffix(".pt")
     impls = [
-        Impl(
-            "torch.save, the same tensors", lambda: torch.save(model.state_dict(), path.with_suffix(".pt")), "baseline"
-        ),
+        Impl("torch.save, the same tensors", lambda: torch.save(model.state_dict(), plain), "baseline"),
         Impl(SAVE, save, "ours", check=check, backend="python", note=note),
-        Impl(LOAD, load(True), "ours", check=check, backend="python"),
-        Impl("load_packed, verify=False", load(False), "ours", check=check, backend="python"),
+        Impl(LOAD, lambda: load(True), "ours", check=check, backend="python"),
+        Impl("load_packed, verify=False", lambda: load(False), "ours", check=check, backend="python"),
     ]
-    return Case(
-        f"{layers} x {side} x {side}, {name}", "uint8", impls[0].name, impls, 0, work=size / 1e9, work_unit="GB"
-    )
+    shape = f"{layers} x {side} x {side}, {name}"
+    return Case(shape, "uint8", impls[0].name, impls, 0, work=size / 1e9, work_unit="GB")
 
 
 BATCHES = (1, 16, 256, 4096)
 GPU_BATCHES = (1, 4, 32, 64, 4096)
 FILES = ("4-bit group 128", "ternary", "binary")
 
-PACKED = [
-    *[
-        Entry(f"packed linear, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cpu",),
-              quick=batch <= 16)
-        for batch in BATCHES
-    ],
+
+def op(batch: int) -> str:
+    return f"packed linear, batch {batch}"
+
+
+ENTRIES = [
+    *[Entry(op(b), functools.partial(linear_case, batch=b), devices=("cpu",), quick=b <= IN_CHAIN) for b in BATCHES],
     *[
         Entry(f"packed linear on a GPU, batch {batch}", functools.partial(gpu_case, batch=batch), devices=("cuda",))
         for batch in GPU_BATCHES
@@ -288,4 +285,42 @@ PACKED = [
         Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
         for name in FILES
     ],
+]  # fmt: skip
+
+RIVALS = {  # of ours: the peers at the same bits
+    "4-bit group 128": (TORCH_INT4, TORCH_INT8, BITSANDBYTES), "4-bit" + INT8: (DYNAMIC,), "8-bit": (TORCH_INT8,),
+    "8-bit" + INT8: (DYNAMIC,),
+}  # fmt: skip
+GOALS = [
+    *[
+        Goal(f"PackedLinear {name}, batch {batch}: times faster than nn.Linear", ">=", wanted,
+             ratio(op(batch), "nn.Linear", ours(name)))
+        for name, batch, wanted in (
+            ("4-bit group 128", 1, 7.0), ("binary", 1, 14.0), ("4-bit" + INT8, 16, 10.0), ("4-bit" + INT8, 256, 4.3),
+        )
+    ],
+    *[
+        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
+             ratio_to_best(op(batch), ours(name), rivals))
+        for batch in BATCHES
+        for name, rivals in RIVALS.items()
+    ],
+    *[
+        Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
+        for name in FILES
+        for what in (SAVE, LOAD)
+    ],
+    *[
+        Goal(f"PackedLinear 4-bit group 128, batch 1, {backend}: times faster than bf16 nn.Linear", ">=", 3.3,
+             ratio("packed linear on a GPU, batch 1", "nn.Linear", f"{ours('4-bit group 128')} ({backend})"), "cuda")
+        for backend in ("cpp", "triton")
+    ],
+]  # fmt: skip
+
+FLOAT_PEERS = ((TORCH_INT4, "torch int4pack"), (TORCH_INT8, "torch int8pack"), (BITSANDBYTES, "bitsandbytes NF4"))
+HEADLINES = [
+    Headline(f"packed linear, {name}", op(batch), ours(name),
+             ((DYNAMIC, "torch dynamic int8"),) if INT8 in name else FLOAT_PEERS)
+    for batch in BATCHES
+    for name in ("4-bit group 128", "4-bit group 128" + INT8, "8-bit" + INT8)
 ]  # fmt: skip

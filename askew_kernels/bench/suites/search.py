@@ -12,8 +12,10 @@ from torch.nn import functional
 from ... import nn as ask_nn
 from ... import optim, quant
 from ...search import MixedLinear
+from ..goals import ALLOCATORS, Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl
-from .common import GRAD_STD, GRID, LR, compare, in_backend, our_backend
+from . import common
+from .common import GRAD_STD, GRID, LR, compare
 
 WEIGHT_BITS = (2, 3, 4, 8)
 MIXED, EDMIPS, SINGLE = "MixedLinear, 4 candidates", "EdMIPS-style eager, 4 candidates", "AskewLinear, 4 bits"
@@ -97,29 +99,35 @@ def search_case(context: Context) -> Case:
 
         return run
 
-    def single(backend: str) -> Impl:
+    def single() -> Impl:
         layer = ask_nn.AskewLinear.from_float(float_layer(), quant.QuantConfig(weight=GRID))
         optimizer = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}, {"params": [layer.bias]}], lr=LR)
-        kind = "baseline" if backend == (context.backends()[0][0]) else "ours"
-        return Impl(SINGLE, in_backend(backend, step(layer, optimizer)), kind, backend=our_backend(context, backend))
+        return Impl("", step(layer, optimizer))
 
-    def mixed(layer: Any, name: str, kind: str, backend: str = "") -> Impl:
+    def mixed(layer: Any, name: str = "") -> Impl:
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=LR, fused=True)
-        of = our_backend(context, backend) if kind == "ours" else "torch"
-        return Impl(name, in_backend(backend, step(layer, optimizer)), kind, None, MixCheck(layer), backend=of)
+        return Impl(name, step(layer, optimizer), check=MixCheck(layer))
 
-    def ours(backend: str, missing: str) -> Impl:
-        name = f"{MIXED} ({backend})" if backend else MIXED
-        if missing:
-            return Impl(name, kind="ours", backend=backend, missing=missing)
-        made = MixedLinear.from_float(
-            float_layer(), weight_bits=WEIGHT_BITS, act_bits=(None,), signed=True, learned=False
-        )
-        return mixed(made, name, "ours", backend)
+    def own() -> Impl:
+        bits: dict[str, Any] = {"weight_bits": WEIGHT_BITS, "act_bits": (None,), "signed": True, "learned": False}
+        return mixed(MixedLinear.from_float(float_layer(), **bits))
 
-    impls = [single(context.backends()[0][0]), *(ours(*backend) for backend in context.backends()),
-             mixed(EagerMix(float_layer()), EDMIPS, "peer")]  # fmt: skip
-    return Case(f"{tokens} tokens x {n} x {n}", "float32", SINGLE, impls, 0)
+    baseline = common.ours(context, SINGLE, single)[0]
+    baseline.kind = "baseline"
+    impls = [baseline, *common.ours(context, MIXED, own), mixed(EagerMix(float_layer()), EDMIPS)]
+    return Case(f"{tokens} tokens x {n} x {n}", "float32", baseline.name, impls, 0)
 
 
-SEARCH = [Entry("search step, linear layer", search_case, warm=True)]
+OP = "search step, linear layer"
+ENTRIES = [Entry(OP, search_case, warm=True)]
+
+GOALS = [
+    *[
+        Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "<=", 1.5,
+             ratio(OP, MIXED, "", allocator))
+        for allocator in ALLOCATORS
+    ],
+    Goal("search step: times faster than EdMIPS-style eager", ">=", 1.0, ratio(OP, EDMIPS, MIXED)),
+]  # fmt: skip
+
+HEADLINES = [Headline("search step, 4 candidate widths", OP, MIXED, ((EDMIPS, "EdMIPS-style eager"),))]
