@@ -197,6 +197,18 @@ def console(width: int | None = None, stderr: bool = False) -> Any:
     )
 
 
+def table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]] = (), left: int = 1) -> Any:
+    """rich's, no wider than its cells; the first ``left`` columns are words, the others numbers."""
+    from rich.table import Table
+
+    made = Table(box=None, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
 def progress(console: Any) -> Any:
     """rich's bar of a known number of jobs."""
     from rich import progress as rich

@@ -17,7 +17,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import EpsilonAnnealing, QuantConfig, figures, hard_quantize_, optim, param_groups, quantize_
-from .command import check_folder, console, keeping, markdown_table, need, progress, whole, write_atomic, write_rows
+from .command import (
+    check_folder,
+    console,
+    keeping,
+    markdown_table,
+    need,
+    progress,
+    table,
+    whole,
+    write_atomic,
+    write_rows,
+)
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
@@ -171,12 +182,29 @@ def cached(load: Callable[[int], Data], seed: int) -> Data:
 Batch = tuple[Tensor, Tensor]
 
 
-def quantize_inner(model: nn.Module, width: str, forward: str = "hard") -> nn.Module:
-    """Quantizes all layers with a weight matrix but the first and the last."""
+def quantize_inner(model: nn.Module, width: str, forward: str = "hard", ends: Collection[str] = ()) -> nn.Module:
+    """Quantizes all layers with a weight matrix but ``ends``, by default the first and the last."""
     grid, rule = WIDTHS[width]
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    ends = ends or (layers[0], layers[-1])
     config = QuantConfig(weight=grid, scale=rule, forward=forward)
-    return quantize_(model, config, lambda _, name: name not in (layers[0], layers[-1]))
+    return quantize_(model, config, lambda _, name: name not in ends)
+
+
+def prepare(
+    model: nn.Module, method: str, width: str, lr: float = LR, adamw: bool = False, ends: Collection[str] = ()
+) -> tuple[torch.optim.Optimizer, str]:
+    """Quantizes the model as a row of the table asks; (its optimizer, the recipe of eps or "")."""
+    if method != "float":
+        quantize_inner(model, width, "relaxed" if method == "relaxed" else "hard", ends)
+    ours = method in RECIPE
+    groups: Any = param_groups(model) if ours else model.parameters()
+    optimizer: torch.optim.Optimizer
+    if adamw:
+        optimizer = optim.ASkewAdamW(groups, lr=lr) if ours else torch.optim.AdamW(groups, lr=lr, fused=True)
+    else:
+        optimizer = (optim.ASkewSGD if ours else torch.optim.SGD)(groups, lr=lr, momentum=MOMENTUM)
+    return optimizer, method if ours else ""
 
 
 def batches(data: Data, epochs: int, seed: int) -> Iterator[Batch]:
@@ -230,14 +258,7 @@ def train(job: Job) -> Result:
     data = cached(load, job.seed)
     torch.manual_seed(job.seed)
     model = build().train()
-    optimizer: torch.optim.Optimizer
-    if job.method != "float":
-        quantize_inner(model, job.width, "relaxed" if job.method == "relaxed" else "hard")
-    recipe = job.method if job.method in RECIPE else ""
-    if recipe:
-        optimizer = optim.ASkewSGD(param_groups(model), lr=LR, momentum=MOMENTUM)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    optimizer, recipe = prepare(model, job.method, job.width)
     fit(model, optimizer, batches(data, epochs, job.seed), epochs * (len(data[0]) // BATCH), recipe)
     layers = quantized_layers(model.eval()).values()
     before = [layer.weight.detach().clone() for layer in layers]
@@ -406,8 +427,6 @@ def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Gener
 def run(args: argparse.Namespace) -> int:
     """Trains, shows the table, writes rows, table and plot; returns the exit code."""
     need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
-    from rich.table import Table
-
     check_folder(args.out)
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
@@ -431,14 +450,11 @@ def run(args: argparse.Namespace) -> int:
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
     write_rows(path, results)
     rows = summarise(results)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False,
-                  title=f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds")  # fmt: skip
-    for heading in ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float"):
-        table.add_column(heading, justify="left" if heading in ("network", "weights") else "right", no_wrap=True)
-    for row in rows:
-        texts = [cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)]
-        table.add_row(*texts[:-2], *(text.split("±")[0] for text in texts[-2:]))  # fits into 80 columns
-    screen.print(table)
+    headings = ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float")
+    texts = [[cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)] for row in rows]
+    short = [[*row[:-2], *(cell.split("±")[0] for cell in row[-2:])] for row in texts]  # fits into 80 columns
+    title = f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds"
+    screen.print(table(title, headings, short, left=2))
     screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
     reached = "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."

@@ -244,17 +244,7 @@ def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     train, test = text[:split], text[split:]
     torch.manual_seed(seed)
     model = GPT(d=64, layers=2, length=LENGTH)
-    if method != "float":
-        grid, rule = demo.WIDTHS[width]
-        forward = "relaxed" if method == "relaxed" else "hard"
-        config = ak.QuantConfig(weight=grid, scale=rule, forward=forward)
-        ak.quantize_(model, config, lambda _, name: name != "head")
-    recipe = method if method in demo.RECIPE else ""
-    optimizer: torch.optim.Optimizer
-    if recipe:
-        optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=TEXT_LR)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=TEXT_LR, fused=True)
+    optimizer, recipe = demo.prepare(model, method, width, TEXT_LR, adamw=True, ends=("head",))
     order = torch.Generator().manual_seed(seed)
     starts = (torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order) for _ in range(steps))
     losses = demo.fit(model, optimizer, (text_batch(train, s) for s in starts), steps, recipe, smoothing=0.0)
@@ -514,8 +504,6 @@ def measured(arguments: argparse.Namespace, screen: Any, results: list[Result]) 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; returns the exit code."""
     command.need("paper", "matplotlib", "rich", "scipy")
-    from rich.table import Table
-
     command.check_folder(arguments.out)
     rows = arguments.out / "rows.jsonl"
     results = command.read_rows(rows, Result) if arguments.resume else []
@@ -527,12 +515,8 @@ def run(arguments: argparse.Namespace) -> int:
     for members in by_setting(lines):
         head = members[-1]
         headings, cells = table(members)
-        shown = Table(title=f"{head.experiment}: {head.setting}, {head.seeds} seeds", title_justify="left", box=None,
-                      padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
-        for heading in headings:
-            shown.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-        for row in cells:
-            shown.add_row(*(cell.replace(" ± ", "±") for cell in row))
+        cells = [[cell.replace(" ± ", "±") for cell in row] for row in cells]
+        shown = command.table(f"{head.experiment}: {head.setting}, {head.seeds} seeds", headings, cells)
         screen.print(shown, "")
     for text in (*verdicts(lines), conclusion(lines)):
         screen.print(text, soft_wrap=True)

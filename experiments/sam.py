@@ -94,14 +94,8 @@ def train(job: Job) -> list[Result]:
     data = x, x_test, y, y_test = demo.cached(load, job.seed)
     torch.manual_seed(job.seed)
     model = build().train()
-    base: torch.optim.Optimizer
-    if job.width == "float":
-        base = torch.optim.SGD(model.parameters(), lr=demo.LR, momentum=demo.MOMENTUM)
-    else:
-        demo.quantize_inner(model, job.width)
-        base = ak.optim.ASkewSGD(ak.param_groups(model), lr=demo.LR, momentum=demo.MOMENTUM)
+    base, recipe = demo.prepare(model, "float" if job.width == "float" else "hard", job.width)
     optimizer = OPTIMIZERS[job.optimizer](base, model)
-    recipe = "" if job.width == "float" else "hard"
     demo.fit(model, optimizer, demo.batches(data, epochs, job.seed), epochs * (len(x) // demo.BATCH), recipe)
     model.eval()
     after = {}

@@ -183,9 +183,8 @@ def find_policy(method: str, model: nn.Module, data: Data, budget: search.Budget
         return search.hessian_policy(model, few, loss_fn, samples=16, seed=seed, **options)
     if method == "random":
         return search.random_policy(model, few[0], seed=seed, **options)
-    return {"sensitivity": search.sensitivity_policy, "uniform": search.uniform_policy}[method](
-        model, few[0], **options
-    )
+    by_rule = {"sensitivity": search.sensitivity_policy, "uniform": search.uniform_policy}
+    return by_rule[method](model, few[0], **options)
 
 
 def deploy(policy: search.Policy, model: nn.Module, data: Data, seed: int) -> tuple[nn.Module, float, float]:
@@ -346,8 +345,6 @@ def full(args: argparse.Namespace) -> int:
 
 
 def one_seed(args: argparse.Namespace) -> int:
-    from rich.table import Table
-
     screen, started = command.console(120), time.perf_counter()
     budget = search.Budget(average_bits=args.bits)
     pair = PAIRS["digits / larger CNN"]
@@ -357,15 +354,13 @@ def one_seed(args: argparse.Namespace) -> int:
     target, data = float_model(pair.target, 0)
     screen.print(f"Float models of the digits: small CNN {accuracy(proxy, proxy_data):.2f} %, larger CNN "
                   f"{accuracy(target, data):.2f} %. Budget: {args.bits:g} bits a weight of {WEIGHT_BITS}.")  # fmt: skip
-    table = Table(box=None, title="Policies found on the small CNN or the float target, trained on the larger CNN")
-    for heading in ("policy by", "bits, layer by layer", "average", "search, s", "untrained, %", "trained, %"):
-        table.add_column(heading, no_wrap=True)
+    headings = ("policy by", "bits, layer by layer", "average", "search, s", "untrained, %", "trained, %")
+    title = "Policies found on the small CNN or the float target, trained on the larger CNN"
+    table = command.table(title, headings, left=2)
     kept: Any = None
     for method in METHODS:  # ASGA first: an interrupted run has its policy and model
-        on_proxy = method in SEARCHES
-        policy = find_policy(
-            method, *((proxy, proxy_data) if on_proxy else (target, data)), budget, 0, progress=on_proxy
-        )
+        found_on = (proxy, proxy_data) if method in SEARCHES else (target, data)
+        policy = find_policy(method, *found_on, budget, 0, progress=method in SEARCHES)
         trained, before, after = deploy(policy, target, data, 0)
         bits, average = on_target(policy, target, data)
         table.add_row(method, " ".join(map(str, bits.values())), f"{average:.2f}", f"{policy.report['seconds']:.1f}",

@@ -182,8 +182,3 @@ def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
     )
     made.load_state_dict(layer.state_dict())
     return made.to(layer.weight.device)  # moving quantizes
-
-
-def bitsandbytes_optimizer(kind: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """kind: the name of a class of ``bitsandbytes.optim``, e.g. "AdamW8bit"."""
-    return getattr(load("bitsandbytes").optim, kind)(params, **options)

@@ -161,10 +161,13 @@ def _limit_ratio(r: Row) -> float | None:
     return r.limit * r.ratio / r.p50 if r.limit and r.p50 and r.ratio and not r.quick else None
 
 
-def _subtitle(rows: Sequence[Row]) -> str:
+def _save(figure: Any, name: str, rows: Sequence[Row]) -> dict[str, bytes]:
+    """Says above all panels what these rows were measured on."""
     first = rows[0]
     quick = ", quick sizes" if first.quick else ""
-    return f"{first.device}, {_threads(first)}, torch {first.torch}, {_taken(rows)}{quick}"
+    text = f"{name}: {first.device}, {_threads(first)}, torch {first.torch}, {_taken(rows)}{quick}"
+    figure.suptitle(text, fontsize=9, x=0.01, ha="left", color="#555555")
+    return figures.save(figure, name)
 
 
 def _log_axis(axis: Any, low: float, high: float) -> None:
@@ -242,9 +245,8 @@ def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
             _log_axis(axis, low, high)
             _dots(axis, case)
             axis.set_xlabel(f"time ÷ {head.baseline} (log)", fontsize=8)
-    figure.suptitle(f"{suite}: {_subtitle(rows)}", fontsize=9, x=0.01, ha="left", color="#555555")
     _legend(figure, rows, 3 if wanted == 1 else 5)
-    return figures.save(figure, suite)
+    return _save(figure, suite, rows)
 
 
 def _size_of(shape: str) -> tuple[str, float]:
@@ -288,11 +290,9 @@ def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         axis.set_yticks([t for t in ticks if min(ratios) * 0.9 < t < max(ratios) * 1.1])
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
-    figure.suptitle(f"{suite}: {_subtitle([r for case in cases for r in case])}", fontsize=9, x=0.01, ha="left",
-                    color="#555555")  # fmt: skip
     figure.supylabel(f"time ÷ {cases[0][0].baseline} (log)", fontsize=8.5)
     figures.legend_below(figure, axes, 3)
-    return figures.save(figure, f"{suite}-by-size")
+    return _save(figure, f"{suite}-by-size", [r for case in cases for r in case])
 
 
 def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
@@ -314,10 +314,8 @@ def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         figures.label(below, "", "step (the mean of it and the seven before it)")
     axes[0].set_ylabel("training loss of the batch", fontsize=8.5)
     axes[len(cases)].set_ylabel("loss − float's", fontsize=8.5)
-    figure.suptitle(f"{suite}: {_subtitle([r for case in cases for r in case])}", fontsize=9, x=0.01, ha="left",
-                    color="#555555")  # fmt: skip
     figures.legend_below(figure, axes, 5)
-    return figures.save(figure, f"{suite}-losses")
+    return _save(figure, f"{suite}-losses", [r for case in cases for r in case])
 
 
 def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
@@ -357,9 +355,8 @@ def plot_summary(found: list[HeadlineFigures]) -> dict[str, bytes]:
     figures.label(axis, "Time ÷ that of plain PyTorch (log); right: ours (and the fastest of the others)", grid="x")
     axis.set_yticks(range(len(found)), [f"{f.title} ÷ {f.ours.baseline}" for f in reversed(found)], fontsize=8.5)
     axis.set_ylim(-0.7, len(found) - 0.3)
-    figure.suptitle(_subtitle([f.ours for f in found]), fontsize=8.5, x=0.01, ha="left", color="#555555")
     _legend(figure, shown, spread=False)
-    return figures.save(figure, "summary")
+    return _save(figure, "summary", [f.ours for f in found])
 
 
 def plots(rows: Sequence[Row]) -> dict[str, bytes]:

@@ -190,14 +190,15 @@ class Inputs:
         return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=self.quantized_bytes * copy)
 
 
-def eager_sawb(w: Tensor) -> Tensor:
-    """SAWB per row, (rows, 1), by reductions that make no temporaries of weight size."""
+def eager_sawb(w: Tensor, bits: int = BITS) -> Tensor:
+    """SAWB per row (above 4 bits the largest weight), (rows, 1), by reductions without temporaries of weight size."""
     cols = w.shape[1]
     mean = torch.linalg.vector_norm(w, 1, dim=1, keepdim=True) / cols
     rms = torch.linalg.vector_norm(w, 2, dim=1, keepdim=True) / cols**0.5
     amax = torch.linalg.vector_norm(w, torch.inf, dim=1, keepdim=True)
-    clip = C1 * rms - C2 * mean
-    return torch.where(clip > 0, clip, amax) / HI
+    c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
+    clip = c1 * rms - c2 * mean if bits <= 4 else amax
+    return torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1)
 
 
 def why_no_compile(context: Context, quick: bool = True) -> str:

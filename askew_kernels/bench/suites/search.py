@@ -15,7 +15,7 @@ from ...search import MixedLinear
 from ..goals import ALLOCATORS, Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl
 from . import common
-from .common import GRAD_STD, GRID, LR, compare
+from .common import GRAD_STD, GRID, LR, compare, eager_sawb
 
 WEIGHT_BITS = (2, 3, 4, 8)
 MIXED, EDMIPS, SINGLE = "MixedLinear, 4 candidates", "EdMIPS-style eager, 4 candidates", "AskewLinear, 4 bits"
@@ -32,10 +32,10 @@ class EagerMix(nn.Linear):
     def mixed_weight(self) -> Tensor:
         p = torch.softmax(self.weight_strengths, 0)
         total: Any = 0
-        for k, scale in enumerate(_scales(self.weight)):
+        for k, scale in enumerate(scales_of(self.weight)):
             top = 2 ** (WEIGHT_BITS[k] - 1)
-            c = (self.weight / scale[:, None]).clamp(-top, top - 1)
-            total = total + p[k] * ((c + (c.round() - c).detach()) * scale[:, None])
+            c = (self.weight / scale).clamp(-top, top - 1)
+            total = total + p[k] * ((c + (c.round() - c).detach()) * scale)
         return total
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,18 +43,9 @@ class EagerMix(nn.Linear):
 
 
 @torch.no_grad()
-def _scales(w: Tensor) -> list[Tensor]:
-    """What MixedLinear takes: SAWB up to 4 bits, absmax above; by reductions without temporaries of weight size."""
-    cols = w.shape[1]
-    mean = torch.linalg.vector_norm(w, 1, dim=1) / cols
-    rms = torch.linalg.vector_norm(w, 2, dim=1) / cols**0.5
-    amax = torch.linalg.vector_norm(w, torch.inf, dim=1)
-    found = []
-    for bits in WEIGHT_BITS:
-        c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
-        clip = c1 * rms - c2 * mean if bits <= 4 else amax
-        found.append(torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1))
-    return found
+def scales_of(w: Tensor) -> list[Tensor]:
+    """What MixedLinear takes, a column for each candidate."""
+    return [eager_sawb(w, bits) for bits in WEIGHT_BITS]
 
 
 class MixCheck:
@@ -65,9 +56,9 @@ class MixCheck:
 
     def __call__(self, run: Callable[[], Any]) -> None:
         w = self.layer.weight.detach()[:32].double()
-        scales, p = _scales(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
+        scales, p = scales_of(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
         expected = sum(
-            p[k] * s[:, None] * (w / s[:, None]).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
+            p[k] * s * (w / s).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
             for k, (b, s) in enumerate(zip(WEIGHT_BITS, scales, strict=True))
         )
         compare("mixed weight", self.layer.mixed_weight().detach()[:32], expected, w.abs() + w.abs().mean(), 1e-4, 0.02)  # type: ignore[arg-type]

@@ -247,17 +247,6 @@ def written_step(
     return Impl(name, run, "peer", inputs.traffic(0), check, first_call=first_call)
 
 
-PUBLISHED = "published formulation (all distances, sort)"
-PUBLISHED_BYTES = 500  # of temporaries for each weight of the largest tensor, about
-
-
-def published(inputs: Inputs, left_out: str = "") -> Impl:
-    largest = max(w.numel() for w in inputs.weights)
-    if not left_out and PUBLISHED_BYTES * largest > 4e9:
-        left_out = f"left out: its temporaries would take {PUBLISHED_BYTES * largest / 1e9:.0f} GB"
-    return written_step(inputs, PUBLISHED, published_step_, left_out)
-
-
 class Latents(Sequence[Tensor]):
     """The weights that PARQ's base optimizer moves: the parameters before the first step, then kept beside them."""
 
@@ -286,63 +275,12 @@ def parq_step(inputs: Inputs, momentum: float) -> Impl:
     return Impl("", optimizer.step, traffic=inputs.traffic(1), check=check, note="its own quantizer and annealing")
 
 
-def bitsandbytes_step(inputs: Inputs, kind: str, rule: str, momentum: float = 0.0) -> Impl:
+def adamw8bit_step(inputs: Inputs) -> Impl:
     """Checked for one step: later ones see states that were rounded to 8 bits."""
     params = inputs.parameters()
-    options = {"lr": ADAM_LR, "weight_decay": 0.01} if rule == "adamw" else {"lr": LR, "momentum": momentum}
-    optimizer = peers.bitsandbytes_optimizer(kind, params, **options)
-    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), rule, momentum=momentum, steps=1)
+    optimizer = peers.load("bitsandbytes").optim.AdamW8bit(params, lr=ADAM_LR, weight_decay=0.01)
+    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), "adamw", steps=1)
     return Impl("", optimizer.step, check=check, note="no quantized weights")
-
-
-PARQ, BNB_ADAMW = "torchao PARQ QuantOptimizer", "bitsandbytes AdamW8bit"
-
-
-# ---- cases -----------------------------------------------------------------------------------------------------------
-
-
-IN_PLACE, FRESH, EAGER = "torch.compile, in place", "torch.compile, one graph, fresh result", "eager, lean"
-
-
-def step_case(context: Context, shape: str, inputs: Inputs, impls: list[Impl]) -> Case:
-    """The first implementation is the baseline."""
-    weights = inputs.bytes // 4
-    return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
-
-
-def compiled_step(context: Context, inputs: Inputs, name: str) -> Impl:
-    """name: IN_PLACE or FRESH; --quick has the first alone."""
-    missing = common.why_no_compile(context, quick=name == IN_PLACE)
-    function = in_place_step_ if name == IN_PLACE else functional_step
-    return written_step(inputs, name, function if missing else compiled(function), missing, "compilation included")
-
-
-def tensor_case(
-    context: Context, rule: str = "sgd", momentum: float = 0.0, variants: Sequence[Variant] = (),
-    shape: tuple[int, int] | None = None, others: Callable[[Context, Inputs], list[Impl]] = lambda context, inputs: [],
-) -> Case:  # fmt: skip
-    """A step of one matrix; ``others``: what stands beside torch's own optimizer and ours."""
-    rows, cols = shape or (context.side, context.side)
-    inputs = Inputs(context, [(rows, cols)])
-    foreach = [] if shape else [torch_step(inputs, rule, momentum, "foreach", "peer")]
-    own = ours(context, inputs, variants, rule=rule, momentum=momentum)
-    impls = [torch_step(inputs, rule, momentum), *foreach, *own, *others(context, inputs)]
-    return step_case(context, f"{rows}x{cols}", inputs, impls)
-
-
-def sgd_peers(context: Context, inputs: Inputs) -> list[Impl]:
-    eager = written_step(inputs, EAGER, lean_eager_step_)
-    return [eager, *(compiled_step(context, inputs, name) for name in (IN_PLACE, FRESH))]
-
-
-def published_case(context: Context) -> Case:
-    """Its own case because of its size: the sort's temporaries take hundreds of bytes a weight."""
-    n = 512 if context.quick else 2048
-
-    def others(context: Context, inputs: Inputs) -> list[Impl]:
-        return [written_step(inputs, EAGER, lean_eager_step_), published(inputs)]
-
-    return tensor_case(context, variants=[ANNEALED_SAWB], shape=(n, n), others=others)
 
 
 def replayed(impl: Impl) -> Impl:
@@ -368,70 +306,96 @@ def replayed(impl: Impl) -> Impl:
     return dataclasses.replace(impl, name=name, run=graph.replay, first_call="")
 
 
-def list_case(
-    context: Context, name: str, shapes: Callable[[], common.Shapes], rule: str = "sgd", momentum: float = 0.0,
-    variants: Sequence[Variant] = (), times: int = 1,
-    others: Callable[[Context, Inputs], list[Impl]] = lambda context, inputs: [],
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+FOREACH, GRAPHS, EAGER = "foreach", "CUDA graphs", "eager, lean"
+IN_PLACE, FRESH = "torch.compile, in place", "torch.compile, one graph, fresh result"
+PUBLISHED = "published formulation (all distances, sort)"
+PUBLISHED_BYTES = 500  # of temporaries for each weight of the largest tensor, about
+PARQ, BNB_ADAMW = "torchao PARQ QuantOptimizer", "bitsandbytes AdamW8bit"
+Member = str | Variant
+
+
+def peers_of(name: str, context: Context, inputs: Inputs, rule: str, momentum: float) -> list[Impl]:
+    """What stands in a case under this name beside torch's fused optimizer and ours."""
+    if name == FOREACH:
+        return [torch_step(inputs, rule, momentum, FOREACH, "peer")]
+    if name == GRAPHS:  # of many small tensors: on a GPU launches count
+        again = [torch_step(inputs, rule, kind="peer"), *ours(context, inputs, [ANNEALED])] if context.is_cuda else []
+        return [*map(replayed, again)]
+    if name == PARQ:
+        return [peer(PARQ, "torchao", lambda: parq_step(inputs, momentum))]
+    if name == BNB_ADAMW:
+        return [peer(BNB_ADAMW, "bitsandbytes", lambda: adamw8bit_step(inputs))]
+    functions = {EAGER: lean_eager_step_, PUBLISHED: published_step_, IN_PLACE: in_place_step_, FRESH: functional_step}
+    function, missing, first_call = functions[name], "", ""
+    if name == PUBLISHED:
+        gigabytes = PUBLISHED_BYTES * max(w.numel() for w in inputs.weights) / 1e9
+        missing = f"left out: its temporaries would take {gigabytes:.0f} GB" if gigabytes > 4 else ""
+        missing = "left out of --quick" if context.quick and len(inputs.weights) > 1 else missing
+    elif name != EAGER:
+        missing, first_call = common.why_no_compile(context, quick=name == IN_PLACE), "compilation included"
+        function = function if missing else compiled(function)
+    return [written_step(inputs, name, function, missing, first_call)]
+
+
+def step_case(
+    context: Context, members: Sequence[Member], rule: str = "sgd", momentum: float = 0.0, model: str = "",
+    shapes: Callable[[Context], common.Shapes] = lambda context: [(context.side, context.side)], times: int = 1,
 ) -> Case:  # fmt: skip
-    """A model's tensors, on a GPU ``times`` as many; matrices and convolutions are quantized."""
+    """One step beside torch's fused one, which is the baseline. model: whose tensors the shapes are, on a GPU ``times``
+    as many; matrices and convolutions are quantized."""
     times = times if context.is_cuda and not context.quick else 1
-    tensors = shapes()
+    tensors = shapes(context)
     inputs = Inputs(context, tensors * times)
-    own = ours(context, inputs, variants, rule=rule, momentum=momentum)
-    foreach = [torch_step(inputs, rule, momentum, "foreach", "peer")] if momentum else []
-    impls = [torch_step(inputs, rule, momentum), *foreach, *own, *others(context, inputs)]
-    return step_case(context, f"{f'{times} x ' if times > 1 else ''}{name}'s {len(tensors)} tensors", inputs, impls)
+    impls = [torch_step(inputs, rule, momentum)]
+    for member in members:
+        if isinstance(member, dict):
+            impls += ours(context, inputs, [member], rule, momentum)
+        else:
+            impls += peers_of(member, context, inputs, rule, momentum)
+    shape = "x".join(map(str, tensors[0]))
+    if model:
+        shape = f"{f'{times} x ' if times > 1 else ''}{model}'s {len(tensors)} tensors"
+    weights = inputs.bytes // 4
+    return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
 
 
-def plain_list_peers(context: Context, inputs: Inputs) -> list[Impl]:
-    """What the published formulation's users run, without momentum. Many small tensors: on a GPU launches count, so
-    there each step is also replayed from a CUDA graph."""
-    again = [torch_step(inputs, "sgd", kind="peer"), *ours(context, inputs, [ANNEALED])] if context.is_cuda else []
-    left_out = "left out of --quick" if context.quick else ""
-    return [*map(replayed, again), written_step(inputs, EAGER, lean_eager_step_), published(inputs, left_out)]
+def entry(op: str, *members: Member, warm: bool = False, quick: bool = True, **how: Any) -> Entry:
+    return Entry(op, lambda context: step_case(context, members, **how), warm=warm, quick=quick)
 
 
-def parq_peers(context: Context, inputs: Inputs) -> list[Impl]:
-    return [peer(PARQ, "torchao", lambda: parq_step(inputs, MOMENTUM))]
-
-
-def adamw_peers(context: Context, inputs: Inputs) -> list[Impl]:
-    return [peer(BNB_ADAMW, "bitsandbytes", lambda: bitsandbytes_step(inputs, "AdamW8bit", "adamw"))]
-
-
-def resnet18() -> common.Shapes:
-    return common.resnet18_shapes()
+def of(model: str, shapes: str) -> dict[str, Any]:
+    """shapes: the name of a function of ``common``."""
+    return {"model": model, "shapes": lambda context: getattr(common, shapes)()}
 
 
 SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))  # 1M … 128M weights
-WITH_MOMENTUM: dict[str, Any] = {"momentum": MOMENTUM, "variants": PHASES}
-ADAMW: dict[str, Any] = {"rule": "adamw", "variants": [HOLD, ANNEALED, ANNEALED_COPY]}
 SGD, MOMENTUM_STEP, ADAMW_STEP, PUBLISHED_STEP = (
     "SGD step", "SGD momentum step", "AdamW step", "SGD step, published formulation",
 )  # fmt: skip
 LIST, MOMENTUM_LIST, ADAMW_LIST = (f"{op}, tensor list" for op in (SGD, MOMENTUM_STEP, ADAMW_STEP))
-
-
-def entry(
-    op: str, case: Callable[..., Case], *arguments: Any, warm: bool = False, quick: bool = True, **how: Any
-) -> Entry:
-    return Entry(op, lambda context: case(context, *arguments, **how), warm=warm, quick=quick)
-
+RESNET18 = of("ResNet-18", "resnet18_shapes")
 
 ENTRIES = [
-    entry(SGD, tensor_case, variants=[*PHASES, ANNEALED_SAWB], others=sgd_peers, warm=True),
-    entry(MOMENTUM_STEP, tensor_case, others=parq_peers, **WITH_MOMENTUM, warm=True),
-    entry(MOMENTUM_LIST, list_case, "ResNet-18", resnet18, times=8, others=parq_peers, **WITH_MOMENTUM, warm=True),
-    entry(ADAMW_STEP, tensor_case, rule="adamw", variants=PHASES, others=adamw_peers, warm=True),
-    entry(PUBLISHED_STEP, published_case),
-    entry(LIST, list_case, "ResNet-18", resnet18, variants=[HOLD, ANNEALED, ANNEALED_SAWB], others=plain_list_peers),
-    entry(MOMENTUM_LIST, list_case, "ResNet-50", common.resnet50_shapes, **WITH_MOMENTUM, quick=False),
-    entry(ADAMW_LIST, list_case, "ViT-B", common.vit_b_shapes, **ADAMW, quick=False),
-    entry(ADAMW_LIST, list_case, "GPT-2 small", common.gpt2_small_shapes, **ADAMW, quick=False),
+    entry(SGD, FOREACH, *PHASES, ANNEALED_SAWB, EAGER, IN_PLACE, FRESH, warm=True),
+    entry(MOMENTUM_STEP, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True),
+    entry(MOMENTUM_LIST, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True, times=8, **RESNET18),
+    entry(ADAMW_STEP, FOREACH, *PHASES, BNB_ADAMW, rule="adamw", warm=True),
+    # its own case because of its size: the sort's temporaries take hundreds of bytes a weight
+    entry(PUBLISHED_STEP, ANNEALED_SAWB, EAGER, PUBLISHED,
+          shapes=lambda context: [(512, 512) if context.quick else (2048, 2048)]),
+    # what the published formulation's users run, without momentum
+    entry(LIST, HOLD, ANNEALED, ANNEALED_SAWB, GRAPHS, EAGER, PUBLISHED, **RESNET18),
+    entry(MOMENTUM_LIST, FOREACH, *PHASES, momentum=MOMENTUM, quick=False, **of("ResNet-50", "resnet50_shapes")),
     *[
-        entry("SGD step by size", tensor_case, variants=[HOLD, ANNEALED, ANNEALED_SAWB], shape=shape, quick=False,
-              others=lambda context, inputs: [compiled_step(context, inputs, IN_PLACE)])
-        for shape in SIZES
+        entry(ADAMW_LIST, HOLD, ANNEALED, ANNEALED_COPY, rule="adamw", quick=False, **of(model, shapes))
+        for model, shapes in (("ViT-B", "vit_b_shapes"), ("GPT-2 small", "gpt2_small_shapes"))
+    ],
+    *[
+        entry("SGD step by size", HOLD, ANNEALED, ANNEALED_SAWB, IN_PLACE, quick=False,
+              shapes=lambda context, size=size: [size])
+        for size in SIZES
     ],
 ]  # fmt: skip
 
