@@ -73,8 +73,9 @@ def collect_info() -> dict[str, Any]:
         "torch_target": build.get("torch_target", ""),
         "cuda_archs": archs.split(),
         "cuda_version": module.cuda_version if module is not None else "",
-        "why_no_cuda": "" if archs else runtime._why_no_cuda(),
+        "why_no_cuda": "" if archs else runtime.why_no_cuda(),
         "cpu_capability": runtime.cpu_capability(),
+        "packed_capability": getattr(module, "packed_capability", str)(),
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if devices[1:] else [],
@@ -98,6 +99,8 @@ def info(arguments: argparse.Namespace) -> int:
     if facts["compiled"]:
         cpu = f"compiled by {facts['compiler']} for torch {facts['torch_target'] or '2.11'} and later"
         capability = f"{facts['cpu_capability']} in use, {facts['best_cpu_capability']} is the best this CPU runs"
+        if facts["packed_capability"]:
+            capability += f", packed integer products by {facts['packed_capability']}"
     cuda = f"not compiled: {facts['why_no_cuda']}"
     if facts["cuda_archs"]:
         cuda = f"compiled by nvcc {facts['cuda_version']} for {' '.join(facts['cuda_archs'])}"

@@ -1,15 +1,72 @@
-"""What Python, C++ and Triton agree on: kinds of grids, order of sums, bytes of codes, limits (csrc/math/types.h)."""
+"""What Python, C++ and Triton agree on: kinds of grids, order of sums, codes of packed weights, limits.
+
+The one home of these constants in Python; the C++ one is ``csrc/math/types.h``, and a test compares the two.
+"""
 
 from __future__ import annotations
+
+import torch
+from torch import Tensor
 
 FLOAT, UNIFORM, BINARY, CODEBOOK = range(4)  # kinds of grids; FLOAT, only in a mixture: every number is a level
 SUM_ABS, SUM_SQUARES, MAX_ABS = range(3)  # columns of row_sums
 INFEASIBLE, VIOLATION, VELOCITY2, GRAD_VELOCITY, FLIPS, NONFINITE = range(6)  # entries of totals
 NUM_ROW_SUMS, NUM_TOTALS = 3, 6
+SUM_COLUMNS = 16384  # of a row whose sums are taken together, in float32; the sums of such pieces are added in float64
 MOST_CANDIDATES = 8  # of a mixture
+SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
+FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
+INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
+
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
+TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
+TRIT_TOP = 242  # the byte of five highest codes: 3^5 - 1
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of the arithmetic on tensors of ``dtype``, and of the scales beside them."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_bytes(cols: int, bits: int) -> int:
     """Bytes of a row of ``cols`` codes: ceil(bits cols / 8), five codes a byte for TRITS."""
-    return -(-cols // 5) if bits == TRITS else -(-cols * bits // 8)
+    return -(-cols // len(TRIT_POWERS)) if bits == TRITS else -(-cols * bits // 8)
+
+
+def bits_per_code(bits: int) -> float:
+    """Bits that a code takes: 1.6 for TRITS."""
+    return 8 / len(TRIT_POWERS) if bits == TRITS else bits
+
+
+def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``quant.pack_codes``."""
+    n = packed.shape[0]
+    if bits == TRITS:
+        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=packed.device)
+        digits = packed[..., None] // powers % 3
+        return digits.flatten(1)[:, :cols].contiguous()
+    words = -(-cols // 8)  # eight codes are `bits` whole bytes
+    padded = torch.nn.functional.pad(packed, (0, words * bits - packed.shape[1])).reshape(n, words, bits)
+    word = torch.zeros(n, words, dtype=torch.int64, device=packed.device)
+    for j in range(bits):
+        word |= padded[..., j].to(torch.int64) << (8 * j)
+    codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
+    return codes.flatten(1)[:, :cols].contiguous()
+
+
+def level_step(kind: int) -> int:
+    """The distance between neighbouring levels of a grid of integers."""
+    return 2 if kind == BINARY else 1
+
+
+def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """All levels of a grid, ascending, float32: what a code indexes."""
+    kind, lo, hi = grid
+    if kind == CODEBOOK:
+        return levels.to(device)
+    return torch.arange(lo, hi + 1, level_step(kind), dtype=torch.float32, device=device)
+
+
+def int8_sums_fit(cols: int, n_levels: int) -> bool:
+    """Whether int32 holds any sum of ``cols`` products of an int8 activation and a code."""
+    return cols * INT8_TOP * (n_levels - 1) < 2**31

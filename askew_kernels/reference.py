@@ -13,18 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import BINARY, CODEBOOK, FLOAT, NUM_ROW_SUMS, TRITS, UNIFORM
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, NUM_ROW_SUMS, UNIFORM, compute_dtype, level_table, unpack_codes
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``x`` as (rows, cols) and ``scale`` as (rows, 1), both in the compute dtype."""
     dtype = compute_dtype(x.dtype)
     rows = scale.numel()
-    matrix = x.detach().reshape(rows, x.numel() // rows if rows else 0)
+    matrix = x.detach().reshape(rows, x.numel() // max(rows, 1))
     return matrix.to(dtype), scale.detach().to(dtype).reshape(-1, 1)
 
 
@@ -53,6 +49,12 @@ def nearest(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
     table = levels.to(device=x.device, dtype=x.dtype)
     middles = 0.5 * table[:-1] + 0.5 * table[1:]
     return torch.where(x == x, table[torch.bucketize(x.contiguous(), middles)], x)
+
+
+def nearest_levels(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+    """(rows, cols) Q(w / s)."""
+    matrix, s = _rows(w, scale)
+    return nearest(matrix / s, levels, grid)
 
 
 def place(x: Tensor, levels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -426,31 +428,6 @@ def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor
 # ---- packed weights -------------------------------------------------------------------------------------------------
 
 
-def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``quant.pack_codes``."""
-    n = packed.shape[0]
-    if bits == TRITS:
-        powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=packed.device)
-        digits = packed[..., None] // powers % 3
-        return digits.flatten(1)[:, :cols].contiguous()
-    words = -(-cols // 8)  # eight codes are `bits` whole bytes
-    padded = torch.nn.functional.pad(packed, (0, words * bits - packed.shape[1])).reshape(n, words, bits)
-    word = torch.zeros(n, words, dtype=torch.int64, device=packed.device)
-    for j in range(bits):
-        word |= padded[..., j].to(torch.int64) << (8 * j)
-    codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
-    return codes.flatten(1)[:, :cols].contiguous()
-
-
-def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """All levels of a grid, ascending, float32: what a code indexes."""
-    kind, lo, hi = grid
-    if kind == CODEBOOK:
-        return levels.to(device)
-    step = 2 if kind == BINARY else 1
-    return torch.arange(lo, hi + 1, step, dtype=torch.float32, device=device)
-
-
 def packed_weight(
     codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
 ) -> Tensor:
@@ -458,9 +435,8 @@ def packed_weight(
     kind = compute_dtype(dtype)
     table = level_table(levels, grid, codes.device).to(kind)
     index = unpack_codes(codes, bits, cols).clamp_(max=len(table) - 1)
-    rows = scale.numel()
-    level = table[index.int()].reshape(rows, index.numel() // rows if rows else 0)
-    return (scale.to(kind).reshape(-1, 1) * level).to(dtype).reshape(index.shape)
+    level, s = _rows(table[index.int()], scale.to(kind))
+    return (s * level).to(dtype).reshape(index.shape)
 
 
 def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
@@ -481,18 +457,18 @@ def packed_linear(
 ) -> Tensor:
     """y = x W^T + b with W = s c in float32, sums in float32, rounded once to the type of x."""
     kind = compute_dtype(x.dtype)
-    weight = packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
-    y = product(x.to(kind), weight)
+    y = product(x.to(kind), packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
 def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, s): each row of ``x`` as round(x / s), s = max |x| / 127, in float32; s is NaN where a row is not finite."""
     top = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
-    inverse = torch.where(top > 0, torch.full_like(top, 127) / top, torch.zeros_like(top))  # `127 / top` rounds twice
+    # `127 / top` of a number rounds twice
+    inverse = torch.where(top > 0, torch.full_like(top, INT8_TOP) / top, torch.zeros_like(top))
     usable = (top.isfinite() & inverse.isfinite())[:, None]
     q = torch.where(usable, (x * inverse[:, None]).round(), torch.zeros_like(x))
-    return q, torch.where(top.isfinite(), top / 127, torch.full_like(top, float("nan")))
+    return q, torch.where(top.isfinite(), top / INT8_TOP, torch.full_like(top, float("nan")))
 
 
 def packed_linear_int8(
@@ -501,6 +477,5 @@ def packed_linear_int8(
     """y = s_x (q W^T) + b with x = s_x q rounded to int8 token by token, W = s c in float32."""
     kind = compute_dtype(x.dtype)
     q, s = int8_tokens(x.to(kind))
-    weight = packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind)
-    y = s[:, None] * product(q, weight)
+    y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)

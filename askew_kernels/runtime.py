@@ -1,4 +1,4 @@
-"""Loads the compiled module, reads every environment variable of the package, and chooses the backend.
+"""Loads the compiled module, reads the environment that operators obey, and chooses the kernel that runs.
 
 Environment (read once, at import; a value that is none of these is an error):
 
@@ -29,6 +29,7 @@ import torch
 
 from . import reference
 from . import tuning as tables
+from .contract import FEW_ROWS
 
 BACKENDS = ("cpp", "triton", "reference")
 CAPABILITIES = ("baseline", "avx2", "avx512")
@@ -58,7 +59,7 @@ def why_not_compiled() -> str:
 
 
 def build_command() -> str:
-    """The shell command that compiles the C++ operators into this installation, or says why it cannot."""
+    """The shell command that compiles the C++ operators into this installation."""
     root = Path(__file__).parents[1]
     source = f"-e {root}" if (root / "setup.py").is_file() else "askew_kernels"
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
@@ -89,7 +90,7 @@ def has_cuda_kernels() -> bool:
     return _C is not None and bool(_C.cuda_archs)
 
 
-def _cuda_archs_fit(index: int | None = None) -> bool:
+def cuda_archs_fit(index: int | None = None) -> bool:
     """Whether the compiled CUDA code runs on GPU ``index`` (None: the current one): an equal major and not newer minor,
     or PTX."""
     if not has_cuda_kernels() or not torch.cuda.is_available():
@@ -106,26 +107,22 @@ def _cuda_archs_fit(index: int | None = None) -> bool:
 
 @functools.cache
 def has_triton() -> bool:
+    """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 _forced: str | None = None
 
 
-def _check_backend(name: str) -> None:
-    if name not in BACKENDS:
+def set_backend(name: str) -> None:
+    """Use this implementation for every operator from now on; ``auto`` gives the choice back."""
+    global _forced
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {name!r}")
     if name == "cpp" and _C is None:
         raise ValueError(f"backend: cpp is not there ({why_not_compiled()})")
     if name == "triton" and not has_triton():
         raise ValueError("backend: triton is not installed (pip install triton)")
-
-
-def set_backend(name: str) -> None:
-    """Use this implementation for every operator from now on; ``auto`` gives the choice back."""
-    global _forced
-    if name != "auto":
-        _check_backend(name)
     _forced = None if name == "auto" else name
 
 
@@ -151,14 +148,15 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
             return "cpp", f"compiled, {cpu_capability()}"
         return "reference", why_not_compiled()
     if device.type == "cuda":
-        if _cuda_archs_fit(device.index):
+        if cuda_archs_fit(device.index):
             return "cpp", f"compiled for {_C.cuda_archs}"  # type: ignore[union-attr]
-        why = f"compiled for {_C.cuda_archs} only" if has_cuda_kernels() else _why_no_cuda()  # type: ignore[union-attr]
+        why = f"compiled for {_C.cuda_archs} only" if has_cuda_kernels() else why_no_cuda()  # type: ignore[union-attr]
         return ("triton", why) if has_triton() else ("reference", f"{why}; triton is not installed")
     return "reference", f"no kernels for {device.type}"
 
 
-def _why_no_cuda() -> str:
+def why_no_cuda() -> str:
+    """Why no CUDA kernels were compiled."""
     return why_not_compiled() or build_report().get("cuda_reason") or "built without CUDA"
 
 
@@ -188,7 +186,7 @@ def _tell_slow(device: torch.device | str) -> None:
 
 
 def backend_module(name: str) -> ModuleType:
-    """The Python module that implements the operators: ``reference`` or ``triton_kernels``."""
+    """The Python module that implements the operators: ``reference`` or ``triton_kernels``, imported when chosen."""
     return reference if name == "reference" else importlib.import_module("askew_kernels.triton_kernels")
 
 
@@ -206,9 +204,7 @@ def stand_in(device: str, name: str) -> Callable:
 
 
 _operators: dict[str, Callable] = {}
-_stand_ins: dict[
-    tuple[int, str | None], str
-] = {}  # (GPU, forced backend) -> the backend that is called directly, or ""
+_stand_ins: dict[tuple[int, str | None], str] = {}  # (GPU, forced backend) -> the backend called directly, or ""
 
 
 def operator(name: str, like: torch.Tensor) -> Callable:
@@ -249,13 +245,50 @@ def _gpu_stand_in(index: int, forced: str | None) -> str:
 _gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# ---- products from packed codes --------------------------------------------------------------------------------------
+
+FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
+FEW_POSITIONS = 40  # output positions of a convolution below which a CPU makes float products from the codes
+_TRITON = has_triton()  # a constant for torch.compile, which does not look into the cache of has_triton
+
+
+def reads_codes(x: torch.Tensor, rows: int) -> bool:
+    """Whether a product of ``rows`` rows such as ``x`` is made from packed codes: on a CPU always, on a GPU with Triton
+    where the rows are few (``FEW_ON_GPU``). Elsewhere the weight is unpacked for torch's own product."""
+    if x.is_cpu:
+        return True
+    if not (x.is_cuda and _TRITON and x.dtype != torch.float64):
+        return False
+    if torch.compiler.is_exporting() and not isinstance(rows, int):
+        return False  # a choice by size would be a bound on what was exported
+    return rows <= FEW_ON_GPU
+
+
+def convolves_from_codes(positions: int, activations: str) -> bool:
+    """Whether a CPU makes a convolution of this many output positions from packed codes, patch by patch: where they are
+    few (``FEW_POSITIONS``, late layers and small batches), and with activations="int8" always."""
+    return activations == "int8" or (not torch.compiler.is_exporting() and positions < FEW_POSITIONS)
+
+
+def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:
+    """(name, function) of the operator that multiplies ``x`` (rows, cols) by packed codes on its device.
+
+    ``packed_linear_int8`` where activations="int8" are asked for and there is such a kernel, on a CPU; on a GPU with
+    more than ``contract.FEW_ROWS`` rows Triton's ``packed_linear``, which has the matrix units, unless one is forced.
+    """
+    name = "packed_linear_int8" if activations == "int8" and not x.is_cuda else "packed_linear"
+    if x.is_cuda and _forced is None and not torch.compiler.is_compiling() and len(x) > FEW_ROWS:
+        if not torch._C._len_torch_dispatch_stack():  # which sees operators only
+            return name, implementation("triton", name)
+    return name, operator(name, x)
+
+
 # ---- launch parameters -----------------------------------------------------------------------------------------------
 
-built_in_tuning: tables.Values = {"triton": tables.TRITON, "triton_packed": tables.TRITON_PACKED}
+built_in_tuning = tables.built_in
 if _C is not None:
     _compiled = _C.tuning()
     built_in_tuning |= {s: {name: _compiled[name] for name in tables.PARAMETERS[s]} for s in ("cpu", "cuda")}
-_given: tables.Table | None = None  # chosen by hand: serves every device
 _cuda_tuned = False  # whether the C++ CUDA kernels have the values for the GPU; a GPU is not asked at import
 
 
@@ -271,35 +304,20 @@ def cpu_name() -> str:
 
 def tuning_device(device: torch.device | str = "cpu") -> tables.Device:
     """What the table of a device is looked up by."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return tables.Device("cuda", torch.cuda.get_device_name(device), f"{major}.{minor}")
+    if torch.device(device).type == "cuda":
+        return tables.gpu(device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return tables.Device("cpu", cpu_name(), cpu_capability(), cores)
 
 
-_shipped = functools.cache(tables.shipped)
-
-
 def tuning_table(device: torch.device | str = "cpu") -> tuple[tables.Table | None, str]:
     """(the table that serves a device, None for the built-in values; why)."""
-    if _given is not None:
-        return _given, "chosen by ASKEW_TUNING or use_tuning"
-    return tables.choose(tuning_device(device), _shipped())
+    return tables.serving(tuning_device(device))
 
 
 def tuning(section: str, device: torch.device | str = "cpu") -> dict[str, int]:
     """The launch parameters of a section (``tuning.PARAMETERS``) on a device; empty where there is no such kernel."""
-    table, _ = tuning_table(device)
-    values = built_in_tuning.get(section, {})
-    return {**values, **(table.parameters.get(section, {}) if table is not None and values else {})}
-
-
-@functools.cache
-def triton_tuning(index: int | None, section: str = "triton") -> dict[str, int]:
-    """``tuning(section)`` on GPU number ``index``, kept; None: Triton's interpreter."""
-    return tuning(section, "cpu" if index is None else torch.device("cuda", index))
+    return tables.values(section, tuning_device(device))
 
 
 def _tune(section: str) -> None:
@@ -317,28 +335,27 @@ def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "au
     keeps its built-in value. To be called while no operator runs. Raises ValueError before anything changes.
     """
     if isinstance(source, Mapping):
-        given: tables.Table | None = tables.Table("given values", None, tables.check_values(source, "tuning"))
+        _give_tuning(tables.Table("given values", None, tables.check_values(source, "tuning")))
     elif source == "auto":
-        given = None
+        _give_tuning(None)
     elif source == "default":
-        given = tables.Table("built-in values", None, {})
+        _give_tuning(tables.Table("built-in values", None, {}))
     else:
-        given = tables.read_table(Path(source))
-    _give_tuning(given)
+        _give_tuning(tables.read_table(Path(source)))
 
 
 def _give_tuning(table: tables.Table | None) -> None:
-    global _given, _cuda_tuned
-    _given, _cuda_tuned = table, False
+    global _cuda_tuned
+    tables.use(table)
+    _cuda_tuned = False
     _stand_ins.clear()  # the next operator on a GPU hands them over
-    triton_tuning.cache_clear()
     _tune("cpu")
 
 
 @contextlib.contextmanager
 def kept_tuning() -> Iterator[None]:
     """Whatever ``use_tuning`` does inside is undone at the end."""
-    before = _given
+    before = tables.by_hand
     try:
         yield
     finally:

@@ -255,7 +255,7 @@ def graph_check(backend: str, eps: float) -> str:
 
 def checks(backend: str, device: str, small: bool) -> list[tuple[str, Check]]:
     made: list[tuple[str, Check]] = [
-        (name, functools.partial(operator_check, name, backend, device, small)) for name in schema.SCHEMAS
+        (name, functools.partial(operator_check, name, backend, device, small)) for name in schema.OPERATORS
     ]
     if small and backend == "triton":  # the interpreter is slow
         return made
@@ -286,7 +286,7 @@ def usable(device: str) -> bool:
 
 def smoke(backend: str, device: str, small: bool, first: int) -> int:
     """Runs the checks from number ``first`` on; negative: as it is, and one of the checks before failed."""
-    if backend == "cpp" and device != "cpu" and not runtime._cuda_archs_fit():
+    if backend == "cpp" and device != "cpu" and not runtime.cuda_archs_fit():
         print(f"cpp RAISED: the compiled module does not serve this GPU: {runtime.choose_backend('cuda')}")
         return 1
     failed, start = first < 0, abs(first)

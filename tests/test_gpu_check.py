@@ -224,7 +224,7 @@ def test_a_failing_test_is_said_when_it_fails(tmp_path):
 
 
 def test_smoke_has_samples_of_every_operator():
-    assert {name for name, _ in gpu_smoke.samples(small=True)} == set(schema.SCHEMAS)
+    assert {name for name, _ in gpu_smoke.samples(small=True)} == set(schema.OPERATORS)
 
 
 def test_smoke_finds_a_wrong_result_and_goes_on(monkeypatch, capsys):
@@ -239,7 +239,7 @@ def test_smoke_finds_a_wrong_result_and_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(gpu_smoke, "checks", lambda *a, made=gpu_smoke.checks: made(*a)[:17])
     assert gpu_smoke.smoke("reference", "cpu", True, 0) == 1
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
-    assert set(lines) == set(schema.SCHEMAS)
+    assert set(lines) == set(schema.OPERATORS)
     assert " WRONG sample 0: " in lines["row_sums"]
     assert lines["sam_restore_"].endswith("RAISED RuntimeError: an illegal memory access")
     assert [name for name, line in lines.items() if " ok (" not in line] == ["row_sums", "sam_restore_"]
@@ -261,7 +261,7 @@ def rehearsal(tmp_path, *arguments):
 def test_smoke_rehearsed_on_the_cpu(tmp_path):
     printed, parts, names = rehearsal(tmp_path, "--only", "smoke", "--budget", "90")
     for backend in ("cpp", "triton"):
-        assert all(f"{backend} {name} ... ok" in printed for name in schema.SCHEMAS)
+        assert all(f"{backend} {name} ... ok" in printed for name in schema.OPERATORS)
     assert parts == [("smoke", "passed")] and names == {"logs/smoke.log"}
 
 

@@ -90,7 +90,8 @@ def test_kernels_are_compiled_from_the_sdist(sdist, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "lib/askew_kernels/_build.json").read_text())["cpu"]
-    code = "import askew_kernels as ak; print(ak.__file__, ak.runtime.choose_backend('cpu')[0], ak.runtime._shipped())"
+    code = """import askew_kernels as ak
+print(ak.__file__, ak.runtime.choose_backend("cpu")[0], ak.runtime.tables.shipped())"""
     done = python("-c", code, cwd=tmp_path / "lib")
     assert done.stdout.startswith(str(tmp_path)) and " cpp " in done.stdout and "Table(" in done.stdout, done.stderr
 
@@ -248,7 +249,7 @@ def test_each_gpu_is_asked_for_its_own_architecture(monkeypatch):
 def test_architectures_that_run(monkeypatch, archs, fits):
     """An equal major and no newer minor, or PTX of an older one."""
     Gpus(monkeypatch, archs)
-    assert (runtime._cuda_archs_fit(0), runtime._cuda_archs_fit(1)) == fits
+    assert (runtime.cuda_archs_fit(0), runtime.cuda_archs_fit(1)) == fits
 
 
 def test_a_gpu_that_nothing_serves_is_told(monkeypatch):
@@ -264,7 +265,7 @@ def test_a_gpu_that_nothing_serves_is_told(monkeypatch):
 def test_other_launch_parameters_reach_the_gpu_at_its_next_operator(monkeypatch):
     gpus = Gpus(monkeypatch, "sm_80")
     runtime.operator("row_sums", gpus.tensor(0))
-    runtime._give_tuning(runtime._given)
+    runtime.use_tuning()
     runtime.operator("row_sums", gpus.tensor(0))
     assert gpus.tuned == ["cuda", "cpu", "cuda"]
 
@@ -274,7 +275,7 @@ def test_the_compiler_takes_the_choice_as_a_constant(monkeypatch):
     monkeypatch.setattr(runtime, "_tune", lambda section: None)
     monkeypatch.setattr(runtime, "has_cuda_kernels", lambda: True)
     monkeypatch.setattr(runtime, "has_triton", lambda: True)
-    monkeypatch.setattr(runtime, "_cuda_archs_fit", lambda index: index == 0)
+    monkeypatch.setattr(runtime, "cuda_archs_fit", lambda index: index == 0)
 
     @torch.compile(backend="eager", fullgraph=True)
     def chosen(x):

@@ -91,7 +91,7 @@ TRITON = """
 import torch
 from test_tuning import every_operator, same_bits
 from askew_kernels import runtime
-from askew_kernels.triton_kernels.quantize import block_and_warps
+from askew_kernels.triton_kernels.launch import block_and_warps
 runtime.set_backend("triton")
 for shape in ((3, 129), (2, 64), (1, 257)):
     expected = every_operator(shape, update=False)  # the update has no such parameters
@@ -126,7 +126,7 @@ w = reference.packed_weight(codes, scale.double(), torch.empty(0).double(), grid
 for few, tile in itertools.product(((1, 32, 1), (16, 256, 8)), ((16, 16, 1), (128, 128, 8))):
     values = dict(zip(tuning.PARAMETERS["triton_packed"], (*few, *tile)))
     runtime.use_tuning({"triton_packed": values})
-    assert runtime.triton_tuning(None, "triton_packed") == values
+    assert tuning.on_gpu("triton_packed", None) == values
     for batch in (1, 7, 33):
         x = torch.randn(batch, 160, generator=g)
         y, bound = ops.packed_linear(x, codes, scale, grid, 4).double(), 164 * 2.0**-24 * (x.double().abs() @ w.abs())
@@ -178,7 +178,7 @@ def test_a_shipped_table_is_used_for_its_device_alone(tmp_path, monkeypatch):
     here = runtime.tuning_device()
     made = {"device": vars(here), "parameters": {"cpu": {"piece_columns": 4096}}}
     (tmp_path / "here.json").write_text(json.dumps(made))
-    monkeypatch.setattr(runtime, "_shipped", lambda: tuning.shipped(tmp_path))
+    monkeypatch.setattr(tuning, "the_shipped", lambda: tuning.shipped(tmp_path))
     runtime.use_tuning()
     assert runtime.tuning("cpu")["piece_columns"] == runtime._C.tuning()["piece_columns"] == 4096
     assert runtime.tuning("cpu")["prefetch_columns"] == runtime.built_in_tuning["cpu"]["prefetch_columns"]

@@ -134,7 +134,7 @@ class Context:
         """(backend to force or "", why it is missing or "") of our own implementations on this device."""
         if not self.is_cuda:
             return [("", "")]
-        fits = runtime._cuda_archs_fit()
+        fits = runtime.cuda_archs_fit()
         no_cpp = "" if fits else runtime.why_not_compiled() or runtime.choose_backend("cuda")[1]
         return [("cpp", no_cpp), ("triton", "" if runtime.has_triton() else "triton is not installed")]
 

@@ -266,7 +266,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option):
             raise Refused(f"bench tune: takes --device, --quick and --json, not --{option}")
     served = {"cpu": device.type == "cpu" and runtime._C is not None}
-    served["cuda"] = device.type == "cuda" and runtime._cuda_archs_fit()
+    served["cuda"] = device.type == "cuda" and runtime.cuda_archs_fit()
     served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()
     if not any(served.values()):
         why = runtime.why_not_compiled() or runtime.choose_backend(device.type)[1]

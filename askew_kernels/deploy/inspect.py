@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract import bits_per_code
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
 from ..quant import Grid, unpack_weight
@@ -119,7 +120,7 @@ def short_name(grid: Grid, trits: bool = False) -> str:
 def packed_report(name: str, layer: Any) -> LayerReport:
     """Of a packed layer; its tensors may be on the meta device."""
     weights = layer.weight_codes.shape[0] * layer.cols
-    bits = layer.bits or 1.6
+    bits = bits_per_code(layer.bits)
     return LayerReport(
         name, short_name(layer.config.weight, layer.trits), bits, weights, layer.packed_bytes, 4 * weights
     )

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic
+from ..contract import level_table, unpack_codes
 from ..nn.packed import PackedLayer, packed_layers, unpack_
 from ..quant import Grid
-from ..reference import level_table, unpack_codes
 
 OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
 

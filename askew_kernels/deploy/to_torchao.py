@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract import level_table, unpack_codes
 from ..nn.layers import plain_linear
 from ..nn.packed import PackedLinear
 from ..nn.replace import replace_modules
-from ..reference import level_table, unpack_codes
 
 FORMATS = ("intx", "int4")
 

@@ -101,7 +101,7 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     rows = math.prod(x.shape[: max(0, x.dim() - token_dims)])
     scale = activation_scales(x, [grid.c_max], rows)[0]
     wide = x.dtype == torch.float64
-    return ops.autograd.fake_quantize(
+    return ops.run_fake_quantize(
         x.contiguous(), scale.double() if wide else scale, grid.levels_tensor(x.device), grid.encoding, False, False, 0
     )
 
@@ -308,7 +308,7 @@ class QuantizedLayer(nn.Module):
         config, weight = self.config, self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale = self._functional_scale(weight)
-        return ops.autograd.fake_quantize(
+        return ops.run_fake_quantize(
             weight.contiguous(), scale.double() if weight.dtype == torch.float64 else scale,
             config.weight.levels_tensor(weight.device), config.weight.encoding, config.ste_clip, False, 0,
         )  # fmt: skip

@@ -192,7 +192,7 @@ class PackedLayer(nn.Module):
             scale = scale.float()  # type: ignore[union-attr]
         levels = grid.levels_tensor(x.device)
         if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.autograd.packed_product(
+            return ops.run_packed_linear(
                 name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
             )
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long

@@ -7,45 +7,17 @@ arithmetic is float32. In-place functions accept any dense layout; where it is n
 
 from __future__ import annotations
 
-from typing import Any
+from . import checks, flops, mix, packed, quantize, sam, schema, update
+from .checks import *  # noqa: F403
+from .mix import *  # noqa: F403
+from .packed import *  # noqa: F403
+from .quantize import *  # noqa: F403
+from .sam import *  # noqa: F403
+from .update import *  # noqa: F403
 
-import torch
+__all__ = ["flops", "schema"]
+for _stem in (checks, mix, packed, quantize, sam, update):
+    __all__ += _stem.__all__
 
-from .. import runtime
-from . import flops, schema
-from .checks import FLOAT_TYPES, check_float_tensor, check_grid, check_scale, concrete, number, rate_tensor
-from .mix import MOST_CANDIDATES, candidate_encodings, mix_fake_quantize
-from .packed import check_activations, packed_dequantize, packed_linear
-from .quantize import fake_quantize, fake_quantize_out_, project_interval_, row_sums, ste_clip_
-from .sam import (
-    run_sam_norm,
-    run_sam_perturb,
-    run_sam_restore,
-    sam_average_,
-    sam_norm,
-    sam_perturb_,
-    sam_restore_,
-)
-from .update import SKEWS, SkewStats, run_skew_update, skew_adamw_, skew_sgd_
-
-lowbit_linear, lowbit_dequantize = packed_linear, packed_dequantize  # their names until 0.2
-
-__all__ = [
-    "FLOAT_TYPES", "MOST_CANDIDATES", "SKEWS", "SkewStats", "candidate_encodings", "check_activations",
-    "check_float_tensor", "check_grid", "check_scale", "concrete", "fake_quantize", "fake_quantize_out_", "flops",
-    "mix_fake_quantize", "number", "packed_dequantize", "packed_linear", "project_interval_", "rate_tensor",
-    "row_sums", "run_sam_norm", "run_sam_perturb", "run_sam_restore", "run_skew_update", "sam_average_", "sam_norm",
-    "sam_perturb_", "sam_restore_", "skew_adamw_", "skew_sgd_", "ste_clip_",
-]  # fmt: skip
-
-# ---- where nothing is compiled for a device, the operator is Triton's or the reference's -------------------------
-
-for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA")):
-    for _name in schema.SCHEMAS:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"askew::{_name}", _key):
-            continue
-
-        def _late(*args: Any, _name: str = _name, _device: str = _device) -> Any:
-            return runtime.stand_in(_device, _name)(*args)
-
-        schema.library.impl(_name, _late, _key)
+lowbit_linear, lowbit_dequantize = packed.packed_linear, packed.packed_dequantize  # their names until 0.2
+flops.register_when_imported()

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract import compute_dtype
+
+__all__ = ["FLOAT_TYPES", "check_float_tensor", "check_grid", "check_scale", "concrete", "number", "rate_tensor"]
+
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,8 +67,14 @@ def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
             raise ValueError(
                 f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
             )
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return scale.detach().to(wanted).reshape(-1).contiguous()
+    return scale.detach().to(compute_dtype(x.dtype)).reshape(-1).contiguous()
+
+
+def check_weight(name: str, x: Any, scale: Any, grid: Any) -> tuple[Tensor, Tensor, list[int]]:
+    """The operators' arguments (scale, levels, grid) for a tensor ``x``, after checking all of them."""
+    check_float_tensor(name, x)
+    check_grid(grid)
+    return check_scale("scale", scale, x, name), grid.levels_tensor(x.device), grid.encoding
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:

@@ -38,11 +38,18 @@ def in_place(position: int = 0) -> Callable[[Callable[..., Any]], Callable[..., 
     return decorate
 
 
-def channels_last(t: Tensor) -> list[int] | None:
-    """The order of dimensions in which ``t`` is contiguous, dimension 0 first; None if there is none."""
+def _order(t: Tensor, fixed: int) -> list[int] | None:
+    """The permutation that makes ``t`` contiguous and leaves the first ``fixed`` dimensions; None if there is none."""
     strides = t.stride()
-    order = [0, *sorted(range(1, t.dim()), key=lambda d: (-strides[d], d))]
+    order = [*range(fixed), *sorted(range(fixed, t.dim()), key=lambda d: (-strides[d], d))]
     return order if t.permute(order).is_contiguous() else None
+
+
+def layout(t: Tensor, rows: int) -> list[int] | None:
+    """A permutation that makes ``t`` contiguous without moving it between rows; None to take it as it is."""
+    if t.is_contiguous() or t.dim() < 3 or rows not in (1, t.shape[0]):
+        return None
+    return _order(t, 1)
 
 
 class InPlace:
@@ -60,25 +67,11 @@ class InPlace:
         self.copies.append((view, work))
         return work
 
-    def finish(self) -> None:
+    def finish(self, written: list[Tensor]) -> None:
+        """Copies back, and tells autograd which tensors are ``written``."""
         for target, work in self.copies:
             target.copy_(work)
-
-
-def layout(t: Tensor, rows: int) -> list[int] | None:
-    """A permutation that makes ``t`` contiguous without moving it between rows; None to take it as it is."""
-    if t.is_contiguous() or t.dim() < 3 or rows not in (1, t.shape[0]):
-        return None
-    return channels_last(t)
-
-
-def dense_order(t: Tensor) -> list[int] | None:
-    """A permutation that makes ``t`` contiguous (channels-last and the like); None to take it as it is."""
-    if t.is_contiguous():
-        return None
-    strides = t.stride()
-    order = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
-    return order if t.permute(order).is_contiguous() else None
+        torch.autograd.graph.increment_version(written)
 
 
 class Flat:
@@ -89,7 +82,7 @@ class Flat:
     """
 
     def __init__(self, like: Sequence[Tensor]) -> None:
-        orders = [dense_order(t) for t in like]
+        orders = [None if t.is_contiguous() else _order(t, 0) for t in like]  # channels-last and the like
         self.orders = None if all(order is None for order in orders) else orders
         self.written = InPlace()
 
@@ -107,5 +100,4 @@ class Flat:
         return [self.written.writable(t, order) for t, order in zip(tensors, self.orders, strict=True)]
 
     def finish(self, *written: Sequence[Tensor]) -> None:
-        self.written.finish()
-        torch.autograd.graph.increment_version([t for tensors in written for t in tensors])
+        self.written.finish([t for tensors in written for t in tensors])

@@ -1,6 +1,7 @@
-"""How many operations the packed products are, for torch.utils.flop_counter, which counts only what it has formulas of.
+"""How many operations the operators are, for torch.utils.flop_counter, which counts only what it has formulas of.
 
-That module imports Triton, half a second; so the formulas are registered when somebody imports it, not before.
+That module imports Triton, half a second; so the formulas of the operators' entries are registered when somebody
+imports it, not before.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 
 import torch
 
+from .schema import OPERATORS
+
 MODULE = "torch.utils.flop_counter"
 
 
 def _register(counter: ModuleType) -> None:
-    @counter.register_flop_formula([torch.ops.askew.packed_linear, torch.ops.askew.packed_linear_int8])
-    def _product(x: torch.Size, codes: torch.Size, *_args: Any, **_kwargs: Any) -> int:
-        """2 m n k, those of the float layer."""
-        return 2 * x[0] * x[1] * codes[0]
+    for name, operator in OPERATORS.items():
+        if operator.flops is not None:
+            counter.register_flop_formula(getattr(torch.ops.askew, name))(operator.flops)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
@@ -41,7 +43,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def register_when_imported() -> None:
-    """Now, where it was imported before."""
+    """Now, where it was imported before. To be called when all operators are defined."""
     if MODULE in sys.modules:
         _register(sys.modules[MODULE])
     else:

@@ -2,16 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import contract
-from ..contract import MOST_CANDIDATES
-from . import autograd
+from ..contract import MOST_CANDIDATES, compute_dtype
+from .autograd import differentiable, one_by_one, tracked, transformed
 from .checks import check_float_tensor, check_grid, check_scale
+from .quantize import run_fake_quantize, run_fake_quantize_backward
+from .schema import define, like_first
+
+__all__ = ["MOST_CANDIDATES", "candidate_encodings", "mix_fake_quantize", "run_mix_fake_quantize"]
+
+# ---- derivatives ----------------------------------------------------------------------------------------------------
+
+
+class _Mixed(torch.autograd.Function):
+    """mix_fake_quantize in reverse mode: gradients of x, the scales (where they are learned) and the strengths."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        x, scales, strengths, *ctx.options = inputs
+        ctx.save_for_backward(x, scales, strengths)
+        return run(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = (grad.contiguous(), *ctx.saved_tensors, *ctx.options)
+        grads = differentiable("mix_fake_quantize_backward", _mix_backward, *inputs)
+        return None, grads[0], grads[2] if ctx.options[2] else None, grads[1], None, None, None
+
+
+def _quantized(wide: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], clip: bool) -> Iterator[tuple]:
+    """(p, Q(x), the single quantization's arguments or None) of each candidate: a mixture as a graph of quantizations
+    that are differentiable themselves, which torch.func and second derivatives go through."""
+    no_levels = torch.empty(0, dtype=torch.float32, device=wide.device)
+    for k, p in enumerate(strengths.to(wide.dtype)):
+        weight = (scales[k], no_levels, grids[3 * k : 3 * k + 3])
+        if grids[3 * k] == contract.FLOAT:
+            yield p, wide, None
+        else:
+            yield p, run_fake_quantize(wide, *weight, clip, False, 0), weight
+
+
+def _mixture(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], clip: bool, learned: bool) -> Tensor:
+    """``mix_fake_quantize``, the same products and sums in the same order."""
+    _once(learned)
+    y: Any = None
+    for p, q, _ in _quantized(x.to(compute_dtype(x.dtype)), scales, strengths, grids, clip):
+        y = p * q if y is None else y + p * q
+    return y.to(x.dtype)
+
+
+def _mixture_gradients(
+    grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], clip: bool, learned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mix_fake_quantize_backward``."""
+    _once(learned)
+    dtype = compute_dtype(x.dtype)
+    wide, g = x.to(dtype), grad.to(dtype)
+    to_x, to_strengths = torch.zeros_like(wide), []
+    for p, q, weight in _quantized(wide, scales, strengths, grids, clip):
+        inside = run_fake_quantize_backward(g, wide, *weight) if clip and weight is not None else g
+        to_x = to_x + p * inside
+        to_strengths.append((g * q).double().sum())
+    return to_x.to(x.dtype), torch.stack(to_strengths).to(strengths.dtype), torch.zeros_like(scales)
+
+
+def _once(learned: bool) -> None:
+    if learned:
+        raise NotImplementedError(
+            "askew::mix_fake_quantize: learned scales are differentiated once, in reverse mode, outside torch.func; "
+            "use learned=False, or backward() without create_graph=True"
+        )
+
+
+def _mix(name: str, run: Callable, args: tuple) -> Any:
+    return _mixture(*args) if transformed() else _Mixed.apply(run, *args)
+
+
+def _mix_backward(name: str, run: Callable, args: tuple) -> Any:
+    return _mixture_gradients(*args) if tracked(args) else run(*args)
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+_MIXTURE = "Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip, bool learned"
+
+define("mix_fake_quantize", f"({_MIXTURE}) -> Tensor", fake=like_first, derivative=_mix, batch=one_by_one)
+define("mix_fake_quantize_backward", f"(Tensor grad, {_MIXTURE}) -> (Tensor, Tensor, Tensor)",
+       fake=lambda grad, x, scales, strengths, *_args: tuple(map(like_first, (x, strengths, scales))),
+       derivative=_mix_backward, batch=one_by_one)  # fmt: skip
 
 
 def mix_fake_quantize(
@@ -40,11 +124,16 @@ def mix_fake_quantize(
     for k, grid in enumerate(grids):
         if grid is not None or scales.shape[1] == 0:
             check_scale(f"scales[{k}]", scales[k], x, "x")
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return autograd.mix_fake_quantize(
-        x.contiguous(), scales.to(wanted).contiguous(), strengths.to(wanted).contiguous(), encodings, bool(ste_clip),
-        bool(learned),
-    )  # fmt: skip
+    return run_mix_fake_quantize(x, scales, strengths, encodings, bool(ste_clip), bool(learned))
+
+
+def run_mix_fake_quantize(
+    x: Tensor, scales: Tensor, strengths: Tensor, encodings: list[int], ste_clip: bool, learned: bool
+) -> Tensor:
+    """``mix_fake_quantize`` without its checks; ``encodings`` as ``candidate_encodings`` gives them."""
+    wanted = compute_dtype(x.dtype)
+    inputs = (x.contiguous(), scales.to(wanted).contiguous(), strengths.to(wanted).contiguous(), encodings)
+    return differentiable("mix_fake_quantize", _mix, *inputs, ste_clip, learned)
 
 
 def candidate_encodings(grids: Sequence[Any]) -> list[int]:

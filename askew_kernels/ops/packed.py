@@ -2,15 +2,132 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import contract, runtime
-from . import autograd
+from ..contract import compute_dtype
+from ..reference import product
+from .autograd import below_autograd, one_by_one, tracked, transformed
 from .checks import check_float_tensor, check_grid
+from .schema import define
+
+__all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
+
+# ---- derivatives ----------------------------------------------------------------------------------------------------
+
+
+def _packed_weight(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """(n, cols) s c in ``dtype``, rounded once; differentiable in the scale."""
+    if torch.compiler.is_compiling():
+        recorded = torch.is_grad_enabled() and scale.requires_grad
+    else:
+        recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or tracked((scale,))
+    kind = compute_dtype(dtype) if recorded else dtype
+    factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
+    level = _unpacked(codes, factor, levels, grid, bits, cols, kind)
+    if not recorded:
+        return level
+    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
+
+
+def _unpacked(
+    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
+) -> Tensor:
+    with contextlib.ExitStack() as plain:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            codes, scale, levels = (_not_transformed(t) for t in (codes, scale, levels))
+            plain.enter_context(torch._C._DisableFuncTorch())
+        out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
+        below_autograd("packed_dequantize_", out, codes, scale, levels, grid, bits, out)
+    return out
+
+
+def _not_transformed(t: Tensor) -> Tensor:
+    """``t`` without the wrappers in which torch.func's levels of differentiation hand on what they do not touch."""
+    while torch._C._functorch.is_gradtrackingtensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        raise NotImplementedError(
+            "askew::packed_linear: vmap over packed codes cannot be differentiated; unpack_ first"
+        )
+    return t
+
+
+class _Packed(torch.autograd.Function):
+    """y = x W^T + b from the codes. Backward, with the weight unpacked for it: grad W to x (straight through the
+    rounding of int8 activations), the levels' share to the scale, and the sum over rows to the bias."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        x, codes, scale, levels, ctx.grid, ctx.bits, bias = inputs
+        ctx.x_dtype, ctx.cols, ctx.bias = x.dtype, x.shape[1], None if bias is None else (bias.dtype, bias.shape)
+        tensors = (x if ctx.needs_input_grad[3] else None, codes, scale, levels)
+        # tensors of inference mode cannot be saved, and need not be: nothing about them is recorded
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+        ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+        return run(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, codes, scale, levels = (ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
+        kind = compute_dtype(ctx.x_dtype)
+        to_x, to_scale, to_bias = (ctx.needs_input_grad[i] for i in (1, 3, 7))
+        grads: list[Tensor | None] = [None] * 8
+        g = grad.to(kind)
+        if to_x:
+            weight = _packed_weight(codes, scale, levels, ctx.grid, ctx.bits, ctx.cols, kind)
+            grads[1] = product(g, weight.t()).to(ctx.x_dtype)
+        if to_scale:
+            level = _packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
+            of_weight = product(g.t(), x.to(kind).t())
+            grads[3] = (of_weight * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
+        if to_bias:
+            grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
+        return tuple(grads)
+
+
+def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
+    if not transformed():
+        return _Packed.apply(run, *args)
+    if name == "packed_linear_int8":
+        raise NotImplementedError(
+            f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
+            "torch.func and forward-mode derivatives"
+        )
+    x, codes, scale, levels, grid, bits, bias = args
+    kind = compute_dtype(x.dtype)
+    y = product(x.to(kind), _packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def _batched(op: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+    """vmap over inputs and biases: a batch of inputs is more rows; of other weights, one product for each."""
+    if any(d is not None for d in in_dims[1:4]):
+        return one_by_one(op, info, in_dims, *args)
+    x, *weight, bias = args
+    x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+    shared = bias is not None and in_dims[6] is None
+    y = op(x.reshape(-1, x.shape[-1]), *weight, bias if shared else None).unflatten(0, x.shape[:2])
+    return y if shared or bias is None else y + bias.movedim(in_dims[6], 0)[:, None], 0
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+_CODES = "Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits"
+
+define("packed_dequantize_", f"({_CODES}, Tensor(a!) out) -> ()")
+for _name in ("packed_linear", "packed_linear_int8"):
+    define(_name, f"(Tensor x, {_CODES}, Tensor? bias) -> Tensor", derivative=_packed, batch=_batched,
+           fake=lambda x, codes, *_args: x.new_empty((x.shape[0], codes.shape[0])),
+           flops=lambda x, codes, *_args, **_kwargs: 2 * x[0] * x[1] * codes[0])  # fmt: skip  # of the float layer
 
 
 def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
@@ -50,15 +167,18 @@ def packed_dequantize(
     highest level counts as the highest. Raises ValueError naming the argument. Source: docs/packed.md.
     """
     scale = _check_codes(codes, scale, grid, bits, cols)
-    return autograd.packed_weight(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, cols, dtype)
+    return _packed_weight(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, cols, dtype)
 
 
 def packed_linear(
     x: Tensor, codes: Tensor, scale: Tensor, grid: Any, bits: int, bias: Tensor | None = None,
     activations: str = "float",
 ) -> Tensor:  # fmt: skip
-    """y = x W^T + b from packed codes, W = s c not unpacked as a whole but for a gradient of x or scale.
+    """y = x W^T + b from packed codes, W = s c.
 
+    The kernels decode W a few rows at a time. As a whole it stands in memory only for a gradient of x or scale, in
+    PyTorch's reference, and for int8 activations on a GPU, which the reference takes; from 96 rows of x on, the CPU
+    decodes panels of up to 2^22 weights.
     Sums in float32 of unrounded float32 products, then rounded once to the type of x: |y - exact| is at most
     cols 2^-24 sum |x| |w|, for bfloat16 and float16 plus half a unit in the last place of y.
     ``activations="int8"``: each row of x is rounded to s_x q, s_x = max |x| / 127, q an integer; the sums of q c are
@@ -82,12 +202,20 @@ def packed_linear(
         raise ValueError(f"bias: expected {x.dtype} of shape ({n},) on {x.device}, got {bias.dtype} "
                          f"{tuple(bias.shape)} on {bias.device}")  # fmt: skip
     check_activations(activations, grid)
-    if activations == "int8" and cols * 127 * (len(grid.levels) - 1) >= 2**31:
+    if activations == "int8" and not contract.int8_sums_fit(cols, len(grid.levels)):
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
     flat = x.reshape(math.prod(x.shape[:-1]), cols).contiguous()
     name = "packed_linear_int8" if activations == "int8" else "packed_linear"
-    y = autograd.packed_product(
+    y = run_packed_linear(
         name, runtime.operator(name, flat), flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
         None if bias is None else bias.contiguous(),
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)
+
+
+def run_packed_linear(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function``, an implementation of ``name`` (packed_linear or packed_linear_int8), differentiable in x, scale and
+    bias, without the checks."""
+    if isinstance(function, torch._ops.OpOverload) or not (transformed() or tracked(inputs)):
+        return function(*inputs)
+    return _packed(name, function, inputs)

@@ -2,14 +2,115 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
-from . import autograd
-from .checks import check_float_tensor, check_grid, check_scale, rate_tensor
+from ..contract import NUM_ROW_SUMS
+from .autograd import below_autograd, differentiable, one_by_one, transformed
+from .checks import check_float_tensor, check_weight, rate_tensor
 from .dense import InPlace, in_place, layout
+from .schema import define, like_first
+
+__all__ = ["fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize", "ste_clip_"]
+
+# ---- the straight-through estimator -------------------------------------------------------------------------------
+
+
+class _StraightThrough:
+    """fake_quantize and fake_quantize_backward: what comes in goes on inside the hull, 0 outside (all of it without
+    ``ste_clip``). The second is linear in its gradient and piecewise constant in x. Inputs: name, run, the operator's.
+    """
+
+    @staticmethod
+    def forward(name: str, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return run(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.rest = len(inputs) - 3
+        ctx.backward_itself = inputs[0] == "fake_quantize_backward"
+        x, scale, levels, ctx.grid, *clip = inputs[3 if ctx.backward_itself else 2 :]
+        ctx.clip = ctx.backward_itself or clip[0]
+        saved = (x, scale, levels) if ctx.clip else ()
+        ctx.save_for_backward(*saved)
+        if transformed():
+            ctx.save_for_forward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rest: list[Tensor | None] = [None] * ctx.rest
+        if ctx.backward_itself and ctx.needs_input_grad[3]:
+            rest[0] = torch.zeros_like(grad)
+        return None, None, _inside(ctx, grad), *rest
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
+        return None if tangents[2] is None else _inside(ctx, tangents[2])
+
+
+def _inside(ctx: Any, grad: Tensor) -> Tensor:
+    return run_fake_quantize_backward(grad.contiguous(), *ctx.saved_tensors, ctx.grid) if ctx.clip else grad
+
+
+class _Registered(_StraightThrough, torch.autograd.function._SingleLevelFunction):
+    """For the operator's kernel, which runs once for each level of torch.func that the tensors belong to."""
+
+    @staticmethod
+    def forward(name: str, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if not transformed():
+            return run(*inputs)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # the levels below record for themselves
+            return run(*inputs)
+
+
+class _Forced(_StraightThrough, torch.autograd.Function):
+    """For an implementation that is called directly."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, name: str, run: Callable[..., Tensor], *inputs: Any) -> tuple[Tensor, int]:
+        points = 2 if name == "fake_quantize_backward" else 1
+        return _batched(points, partial(_Forced.apply, name, run), info, in_dims[2:], *inputs)
+
+
+def _registered(name: str, run: Callable, args: tuple) -> Any:
+    with enable_single_level_autograd_function():
+        return _Registered.apply(name, run, *args)  # type: ignore[attr-defined]
+
+
+def _forced(name: str, function: Callable, args: tuple) -> Any:
+    return _Forced.apply(name, function, *args)
+
+
+def _batched(points: int, run: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+    """torch.func.vmap: a batch is more rows of the first ``points`` arguments, each with its scale; what is stochastic,
+    whose numbers depend on the place in the tensor, takes one call for each element of the batch."""
+    dims = [d if isinstance(d, int) else None for d in in_dims]
+    if dims[points + 1] is not None or (points == 1 and args[5]):
+        return one_by_one(run, info, in_dims, *args)
+    front = [a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
+             for a, d in zip(args[: points + 1], dims, strict=False)]  # fmt: skip
+    return run(*(t.contiguous() for t in front[:points]), front[points].reshape(-1), *args[points + 1 :]), 0
+
+
+# ---- the operators --------------------------------------------------------------------------------------------------
+
+_WEIGHT = "Tensor x, Tensor scale, Tensor levels, int[] grid"
+
+define("fake_quantize", f"({_WEIGHT}, bool ste_clip, bool stochastic, int seed) -> Tensor", fake=like_first,
+       derivative=_registered, batch=partial(_batched, 1))  # fmt: skip
+define("fake_quantize_backward", f"(Tensor grad, {_WEIGHT}) -> Tensor", fake=like_first, derivative=_registered,
+       batch=partial(_batched, 2))  # fmt: skip
+define("fake_quantize_out_", f"({_WEIGHT}, Tensor(a!) out) -> ()")
+define("ste_clip_", f"(Tensor(a!) grad, {_WEIGHT}) -> ()")
+define("project_interval_", "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()")
+define("row_sums", "(Tensor x, int rows) -> Tensor", batch=one_by_one,
+       fake=lambda x, rows: x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32))  # fmt: skip
 
 
 def fake_quantize(
@@ -27,28 +128,26 @@ def fake_quantize(
     x: any shape, float; scale: () or (rows,) positive. Returns a contiguous tensor like ``x``.
     Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, sections 1 and 3.
     """
-    check_float_tensor("x", x)
-    check_grid(grid)
-    scale = check_scale("scale", scale, x, "x")
+    weight = check_weight("x", x, scale, grid)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected an int in [0, 2^63), got {seed!r}")
-    x = x.contiguous()
-    return autograd.fake_quantize(
-        x, scale, grid.levels_tensor(x.device), grid.encoding, bool(ste_clip), bool(stochastic), seed
-    )
+    return run_fake_quantize(x.contiguous(), *weight, bool(ste_clip), bool(stochastic), seed)
+
+
+# The operator without the checks, and its derivative; both differentiable whatever the backend.
+run_fake_quantize = partial(differentiable, "fake_quantize", _forced)
+run_fake_quantize_backward = partial(differentiable, "fake_quantize_backward", _forced)
 
 
 @in_place(3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
-    check_float_tensor("x", x)
     check_float_tensor("out", out)
-    check_grid(grid)
-    scale = check_scale("scale", scale, x, "x")
+    weight = check_weight("x", x, scale, grid)
     if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
         raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
     x = x.detach().contiguous()
-    autograd.below_autograd("fake_quantize_out_", x, x, scale, grid.levels_tensor(x.device), grid.encoding, out)
+    below_autograd("fake_quantize_out_", x, x, *weight, out)
     torch.autograd.graph.increment_version(out)
     return out
 
@@ -57,22 +156,16 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
-    check_float_tensor("x", x)
-    check_grid(grid)
-    scale = check_scale("scale", scale, x, "x")
+    weight = check_weight("x", x, scale, grid)
     if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
         raise ValueError(
             f"grad: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {grad.dtype} {tuple(grad.shape)} "
             f"on {grad.device}"
         )
-    order, written = layout(x, scale.numel()), InPlace()
-    work = written.writable(grad, order)
+    order, written = layout(x, weight[0].numel()), InPlace()
     point = x.detach() if order is None else x.detach().permute(order)
-    autograd.below_autograd(
-        "ste_clip_", x, work, point.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding
-    )
-    written.finish()
-    torch.autograd.graph.increment_version(grad)
+    below_autograd("ste_clip_", x, written.writable(grad, order), point.contiguous(), *weight)
+    written.finish([grad])
     return grad
 
 
@@ -85,15 +178,11 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     Idempotent. w: any shape, float; scale: () or (rows,); eps in (0, 1], a float or a 0-dim tensor.
     Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 2.
     """
-    check_float_tensor("w", w)
-    check_grid(grid)
-    scale = check_scale("scale", scale, w, "w")
+    weight = check_weight("w", w, scale, grid)
     eps = rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     written = InPlace()
-    work = written.writable(w, layout(w, scale.numel()))
-    autograd.below_autograd("project_interval_", w, work, scale, grid.levels_tensor(w.device), grid.encoding, eps)
-    written.finish()
-    torch.autograd.graph.increment_version(w)
+    below_autograd("project_interval_", w, written.writable(w, layout(w, weight[0].numel())), *weight, eps)
+    written.finish([w])
     return w
 
 
@@ -108,4 +197,4 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     x = x.detach()
     order = layout(x, rows)  # the order in which the update pass sums
     x = (x if order is None else x.permute(order)).contiguous()
-    return autograd.below_autograd("row_sums", x, x, rows)
+    return below_autograd("row_sums", x, x, rows)

@@ -8,9 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from ..contract import compute_dtype
+from .autograd import below_autograd
 from .checks import check_list, check_params, number
 from .dense import Flat, in_place
+from .schema import define
+
+__all__ = [
+    "run_sam_norm", "run_sam_perturb", "run_sam_restore", "sam_average_", "sam_norm", "sam_perturb_",
+    "sam_restore_",
+]  # fmt: skip
+
+define("sam_norm", "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
+       fake=lambda params, *_args: params[0].new_empty((), dtype=torch.float64))  # fmt: skip
+define("sam_perturb_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
+       " float eta) -> ()")  # fmt: skip
+define("sam_restore_", "(Tensor(a!)[] params, Tensor[] kept) -> ()")
+define("sam_average_", "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()")
 
 
 def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -> list[int]:
@@ -23,7 +37,7 @@ def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -
 
 
 def _check_coefficients(coefficients: Any, like: Tensor, name: str) -> None:
-    wanted = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wanted = compute_dtype(like.dtype)
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"coefficients: expected a Tensor, got {type(coefficients).__name__}")
     if coefficients.shape != (2,) or coefficients.dtype != wanted or coefficients.device != like.device:
@@ -54,7 +68,7 @@ def sam_norm(
 def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
     """``sam_norm`` without its checks, for the optimizer."""
     flat = Flat(params)
-    return autograd.below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
+    return below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
 
 
 @in_place()
@@ -87,7 +101,7 @@ def run_sam_perturb(
 ) -> None:  # fmt: skip
     """``sam_perturb_`` without its checks, for the optimizer."""
     flat = Flat(params)
-    autograd.below_autograd(
+    below_autograd(
         "sam_perturb_", params[0], flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
     )
     flat.finish(params, kept)
@@ -109,7 +123,7 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
 def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """``sam_restore_`` without its checks, for the optimizer."""
     flat = Flat(params)
-    autograd.below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
+    below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
     flat.finish(params)
 
 
@@ -126,5 +140,5 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     check_list("firsts", firsts, grads)
     _check_coefficients(coefficients, grads[0], "grads")
     flat = Flat(grads)
-    autograd.below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
+    below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
     flat.finish(grads)

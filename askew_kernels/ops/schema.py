@@ -1,99 +1,76 @@
-"""The operators ``askew::…``: their schemas and fake kernels, one home for both.
+"""The entries of the operators ``askew::…``: what torch is told of each follows from its one ``define``.
 
 Arguments shared by all of them:
 
 * a tensor is seen as (rows, cols) with ``rows = scale.numel()``; it is contiguous, ``scale`` is float32;
-* ``grid`` is ``[kind, lo, hi]`` with kind 1 uniform, 2 binary, 3 codebook (``csrc/math/types.h``); ``levels`` holds a
-  codebook's levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three
-  integers a tensor;
+* ``grid`` is ``[kind, lo, hi]`` with kind 1 uniform, 2 binary, 3 codebook (``contract``); ``levels`` holds a codebook's
+  levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three integers a
+  tensor;
 * ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
 * in a list, a tensor without elements stands for "absent";
 * ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
   read in place of the parameter, the mean of gradient and first gradient in place of the gradient;
 * ``scales`` is float32 (candidates, rows), ``strengths`` float32 (candidates,), with ``grids`` of three integers a
   candidate, where kind 0 is no quantization at all;
-* ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device.
+* ``adaptive`` is 0 or 1 for each tensor; ``coefficients`` is float32 (c, a), on the tensors' device;
 * ``codes`` is uint8 (n, row_bytes), level indices of ``bits`` bits each, 0 standing for five trits a byte
-  (docs/packed.md);
+  (docs/packed.md).
 
-Implementations: C++ for CPU and CUDA (``csrc``), ``triton_kernels``, ``reference``; ``runtime`` chooses.
+Implementations: C++ (``csrc``; for the CPU all of them, for CUDA all but ``packed_linear_int8``), ``triton_kernels``
+(all but that one too) and ``reference`` (all), under the operator's name; ``runtime`` chooses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..contract import NUM_ROW_SUMS
-
-_SKEW_TAIL = (
-    "float alpha, {base}, float weight_decay, {nesterov}bool direction, bool clamp, bool maximize, bool skip_nonfinite"
-)
-_DESCENT = "Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None"
-_OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
-
-SCHEMAS = {
-    "fake_quantize": "(Tensor x, Tensor scale, Tensor levels, int[] grid, bool ste_clip, bool stochastic, int seed)"
-    " -> Tensor",
-    "fake_quantize_out_": "(Tensor x, Tensor scale, Tensor levels, int[] grid, Tensor(a!) out) -> ()",
-    "fake_quantize_backward": "(Tensor grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> Tensor",
-    "ste_clip_": "(Tensor(a!) grad, Tensor x, Tensor scale, Tensor levels, int[] grid) -> ()",
-    "mix_fake_quantize": "(Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip, bool learned)"
-    " -> Tensor",
-    "mix_fake_quantize_backward": "(Tensor grad, Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip,"
-    " bool learned) -> (Tensor, Tensor, Tensor)",
-    "project_interval_": "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()",
-    "row_sums": "(Tensor x, int rows) -> Tensor",
-    "packed_dequantize_": "(Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor(a!) out) -> ()",
-    "packed_linear": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
-    " -> Tensor",
-    "packed_linear_int8": "(Tensor x, Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits, Tensor? bias)"
-    " -> Tensor",
-    "skew_sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] scales,"
-    f" Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor lr, Tensor eps, "
-    + _SKEW_TAIL.format(base="float momentum, float dampening", nesterov="bool nesterov, ")
-    + f", {_DESCENT}) -> ()",
-    "skew_adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    f" Tensor[] scales, Tensor[] levels, int[] grids, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, "
-    + _SKEW_TAIL.format(base="float beta1, float beta2, float adam_eps", nesterov="")
-    + f", {_DESCENT}) -> ()",
-    "sam_norm": "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
-    "sam_perturb_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
-    " float eta) -> ()",
-    "sam_restore_": "(Tensor(a!)[] params, Tensor[] kept) -> ()",
-    "sam_average_": "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()",
-}
+from .. import runtime
+from .autograd import autograd_kernel, refuse
 
 library = torch.library.Library("askew", "DEF")
-for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _fake_quantize(x: Tensor, *_args) -> Tensor:
+class Operator(NamedTuple):
+    """An entry; see ``define``."""
+
+    schema: str
+    derivative: Callable
+    flops: Callable[..., int] | None
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def define(
+    name: str, schema: str, *, fake: Callable = lambda *_args: None, derivative: Callable = refuse,
+    batch: Callable | None = None, flops: Callable[..., int] | None = None,
+) -> None:  # fmt: skip
+    """Registers ``askew::<name>`` for tracing, differentiation, torch.func.vmap and every device.
+
+    fake: outputs without values, from the arguments; derivative: see ``autograd``, none by default; batch: ``vmap`` as
+    ``batch(operator, info, in_dims, *args)``; flops: operations, from the shapes of the arguments.
+    """
+    OPERATORS[name] = Operator(schema, derivative, flops)
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.askew, name).default
+    torch.library.register_fake(f"askew::{name}", fake, lib=library)
+    library.impl(name, autograd_kernel(op, derivative), "Autograd", with_keyset=True)
+    if batch is not None:
+        rule = batch
+        torch.library.register_vmap(f"askew::{name}", lambda *args: rule(op, *args), lib=library)
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"askew::{name}", key):  # not compiled for it
+            library.impl(name, _stand_in(device, name), key)
+
+
+def _stand_in(device: str, name: str) -> Callable:
+    return lambda *args: runtime.stand_in(device, name)(*args)
+
+
+def like_first(x: Tensor, *_args: Any) -> Tensor:
+    """The fake of an operator that gives a contiguous tensor like its first argument."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _mix_backward(grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, *_args) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_quantize(x), torch.empty_like(strengths), torch.empty_like(scales)
-
-
-def _row_sums(x: Tensor, rows: int) -> Tensor:
-    return x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
-
-
-def _sam_norm(params: list[Tensor], *_args) -> Tensor:
-    return params[0].new_empty((), dtype=torch.float64)
-
-
-def _packed_linear(x: Tensor, codes: Tensor, *_args) -> Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]))
-
-
-_FAKES = {
-    "fake_quantize": _fake_quantize, "fake_quantize_backward": _fake_quantize, "row_sums": _row_sums,
-    "mix_fake_quantize": _fake_quantize, "mix_fake_quantize_backward": _mix_backward,
-    "sam_norm": _sam_norm,
-    "packed_linear": _packed_linear, "packed_linear_int8": _packed_linear,
-}  # fmt: skip
-for _name in SCHEMAS:
-    torch.library.register_fake(f"askew::{_name}", _FAKES.get(_name, lambda *_args: None), lib=library)

@@ -13,6 +13,21 @@ from .. import contract
 from . import autograd
 from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
+from .schema import define
+
+__all__ = ["SKEWS", "SkewStats", "run_skew_update", "skew_adamw_", "skew_sgd_"]
+
+_LISTS = "Tensor[] scales, Tensor[] levels, int[] grids"
+_OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
+_FLAGS = "bool direction, bool clamp, bool maximize, bool skip_nonfinite"
+_DESCENT = "Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None"
+
+define("skew_sgd_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+       f"{_LISTS}, {_OUTPUTS}, Tensor lr, Tensor eps, float alpha, float momentum, float dampening, "
+       f"float weight_decay, bool nesterov, {_FLAGS}, {_DESCENT}) -> ()")  # fmt: skip
+define("skew_adamw_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+       f"{_LISTS}, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, float alpha, float beta1, float beta2, "
+       f"float adam_eps, float weight_decay, {_FLAGS}, {_DESCENT}) -> ()")  # fmt: skip
 
 SKEWS = ("gradient", "direction")
 
@@ -115,9 +130,7 @@ def run_skew_update(
         writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
         writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
     )  # fmt: skip
-    stand_ins.finish()
-    written = [*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized]
-    torch.autograd.graph.increment_version(written)
+    stand_ins.finish([*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized])
 
 
 @in_place()

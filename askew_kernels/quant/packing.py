@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..contract import TRITS, row_bytes
-from ..reference import unpack_codes
+from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, level_table, row_bytes, unpack_codes
 from .grids import Codebook, Grid, Ternary, Uniform
 
 __all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
@@ -60,7 +59,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes: expected at most {top}, got {int(codes.max())}")
     if bits == TRITS:
         digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -(-cols // 5), 5)
-        powers = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8, device=codes.device)
+        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=codes.device)
         return (digits * powers).sum(-1, dtype=torch.uint8)
     # eight codes are `bits` whole bytes
     groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)
@@ -73,9 +72,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
 def level_codes(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Index of Q(w/s), uint8, in the shape of ``w``; NaN has no index."""
-    matrix, s = reference._rows(w, scale)
-    level = reference.nearest(matrix / s, grid.levels_tensor(w.device), grid.encoding)
-    table = reference.level_table(grid.levels_tensor(w.device), grid.encoding, w.device).to(level.dtype)
+    levels = grid.levels_tensor(w.device)
+    level = reference.nearest_levels(w, scale, levels, grid.encoding)
+    table = level_table(levels, grid.encoding, w.device).to(level.dtype)
     return torch.searchsorted(table, level.contiguous()).to(torch.uint8).reshape(w.shape)
 
 
@@ -108,8 +107,8 @@ def unpack_weight(
 def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
     """Raises ValueError where a code has no level (possible only where there are fewer levels than codes)."""
     if bits == TRITS:
-        if codes.numel() and int(codes.max()) > 242:
-            raise ValueError(f"codes: five ternary codes give bytes up to 242, got {int(codes.max())}")
+        if codes.numel() and int(codes.max()) > TRIT_TOP:
+            raise ValueError(f"codes: five ternary codes give bytes up to {TRIT_TOP}, got {int(codes.max())}")
     elif levels < 2**bits and codes.numel():
         if levels == 2**bits - 1 and bits in ALL_ONES:  # ternary, narrow: only the code of all ones has no level
             shifts, places = ALL_ONES[bits]

@@ -194,7 +194,7 @@ def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: t
 
 def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
     """Not below 1e-12 max(1, amax); 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
-    scale = xp.maximum(scale, 1e-12 * xp.clip(amax, 1.0, None))
+    scale = xp.maximum(scale, contract.SCALE_FLOOR * xp.clip(amax, 1.0, None))
     usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
     return xp.where(usable, scale, xp.ones_like(scale)), usable
 

@@ -68,7 +68,7 @@ class MixedLayer(nn.Module):
         self.weight_strengths.requires_grad_(len(self.weight_bits) > 1)
         self.act_strengths.requires_grad_(len(self.act_bits) > 1)
         if learned:  # LSQ's start
-            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=1e-12)
+            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=contract.SCALE_FLOOR)
             tops = torch.tensor([g.c_max for g in self.weight_grids], dtype=kind, **place)
             self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
 
@@ -100,7 +100,7 @@ class MixedLayer(nn.Module):
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
-        scales = self.weight_scales.clamp(min=1e-12) if self.learned else self._rule_scales()
+        scales = self.weight_scales.clamp(min=contract.SCALE_FLOOR) if self.learned else self._rule_scales()
         return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
 
     def mixed_input(self, x: Tensor) -> Tensor:
@@ -125,8 +125,7 @@ def _coefficients(grid: Grid) -> tuple[float, float, float]:
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
     """The operator without checks: scales come from rules that give nothing else than positive numbers."""
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return ops.autograd.mix_fake_quantize(x.contiguous(), scales.to(kind), strengths.to(kind), codes, clip, learned)
+    return ops.run_mix_fake_quantize(x, scales, strengths, codes, clip, learned)
 
 
 class MixedLinear(MixedLayer, nn.Linear):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """The device functions of ``csrc/math`` in Triton, name for name: one block of fp32 values in, one block out.
 
-Every operation is IEEE and correctly rounded (``div_rn``, ``sqrt_rn``, no contraction: kernels are launched with
+Every operation is IEEE and correctly rounded (``div_rn``, ``sqrt_rn``, and no contraction in kernels launched with
 ``EXACT``), so quantized codes agree bit for bit with the C++ kernels and with ``reference``.
 
 A grid is four values: its hull ``lo``, ``hi`` in grid units, and for a codebook ``levels`` (pointer to ascending
@@ -14,15 +14,17 @@ import triton.language as tl
 
 from .. import contract
 
+FLOAT = tl.constexpr(contract.FLOAT)
 UNIFORM = tl.constexpr(contract.UNIFORM)
 BINARY = tl.constexpr(contract.BINARY)
 CODEBOOK = tl.constexpr(contract.CODEBOOK)
 SGD, ADAMW = tl.constexpr(0), tl.constexpr(1)  # csrc/math/types.h, Rule
 
-# Launch options of every kernel. A fused multiply-add would round once where the CPU and the reference round twice.
+# Launch options of every kernel but the packed products, whose sums have a bound and no fixed bits. A fused
+# multiply-add would round once where the CPU and the reference round twice.
 EXACT = {"enable_fp_fusion": False}
 
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 # ---- scalar.inl ---------------------------------------------------------------------------------------------------
@@ -63,7 +65,7 @@ def read_scalar(x, ON_DEVICE: tl.constexpr):
 @triton.jit
 def widen(x):
     """A storage type to float32, exactly."""
-    if _INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter's own conversion loses denormals
+    if INTERPRETED and x.dtype == tl.bfloat16:  # the interpreter's own conversion loses denormals
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
@@ -72,7 +74,7 @@ def widen(x):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 to its storage type, to nearest even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's own conversion truncates
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's own conversion truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + (0x7FFF + ((bits >> 16) & 1)), bits | 0x400000)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -1,7 +1,7 @@
 """The mixture of several quantizations in Triton: one read of x for all candidates, one pass for all gradients.
 
 The candidates are compile-time constants, so that each kernel is unrolled over them. The forward takes a tensor as a
-flat run (``elementwise``); the backward takes tiles of R rows × C columns and leaves one sum a row and tile.
+flat run (``launch``); the backward takes tiles of R rows × C columns and leaves one sum a row and tile.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import EXACT, in_hull, narrow, nearest, quantize_dequantize, widen
-from .quantize import _launch, as_matrix, block_scale, check_dense, check_like, on_device
+from .. import contract
+from . import launch
+from .launch import block_at, block_scale, load_wide, store_narrow, stored_ends
+from .math import EXACT, FLOAT, in_hull, nearest, quantize_dequantize
+
+__all__ = ["mix_fake_quantize", "mix_fake_quantize_backward"]
 
 TILE = 1024  # elements of a program of the backward: it holds x, G and the gate of each in registers
-FLOAT = tl.constexpr(0)  # a candidate's kind: no quantization
 
 
 @triton.jit(do_not_specialize=["magic"])
 def mix_kernel(
-    x_ptr, y_ptr, p_ptr, rows, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    x_ptr, y_ptr, p_ptr, rows, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
     KINDS: tl.constexpr, LOWS: tl.constexpr, HIGHS: tl.constexpr,
 ):  # fmt: skip
     """y = sum_k p_k s_k Q_k(x / s_k), in the order of the candidates."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    x = widen(tl.load(x_ptr + start + lane, mask=valid, other=0.0))
+    start, lane, valid = block_at(n, INDEX, BLOCK)
+    x = load_wide(x_ptr + start + lane, valid)
     y = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         p = tl.load(p_ptr + k)
@@ -41,7 +42,7 @@ def mix_kernel(
             scale = block_scale(scale_ptr + k * rows, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
             part = p * quantize_dequantize(x, scale, LOWS[k], HIGHS[k], levels, KINDS[k], 0)
         y = part if k == 0 else y + part
-    tl.store(y_ptr + start + lane, narrow(y, y_ptr.dtype.element_ty), mask=valid)
+    store_narrow(y_ptr + start + lane, y, valid)
 
 
 @triton.jit
@@ -55,8 +56,8 @@ def mix_gradient_kernel(
     column = piece.to(tl.int64) * C + tl.arange(0, C)
     valid = (row < rows)[:, None] & (column < cols)[None, :]
     at = row[:, None] * cols + column[None, :]
-    g = widen(tl.load(g_ptr + at, mask=valid, other=0.0))
-    x = widen(tl.load(x_ptr + at, mask=valid, other=0.0))
+    g = load_wide(g_ptr + at, valid)
+    x = load_wide(x_ptr + at, valid)
     gate = tl.zeros([R, C], tl.float32)
     for k in tl.static_range(K):
         p = tl.load(p_ptr + k)
@@ -69,8 +70,7 @@ def mix_gradient_kernel(
             scale = tl.load(scale_ptr + k * rows + row, mask=row < rows, other=1.0)[:, None]
             placed = in_hull(x, scale, LOWS[k], HIGHS[k])
             q = nearest(placed, scale_ptr, KINDS[k], 0)
-            low = widen(narrow(scale * LOWS[k], x_ptr.dtype.element_ty))  # as clamped x is stored
-            high = widen(narrow(scale * HIGHS[k], x_ptr.dtype.element_ty))
+            low, high = stored_ends(scale, LOWS[k], HIGHS[k], x_ptr.dtype.element_ty)
             outside = (x < low) | (x > high)
             if CLIP:
                 gate += tl.where(outside, 0.0, p)
@@ -78,7 +78,7 @@ def mix_gradient_kernel(
                 gate += p
             tl.store(out, tl.sum(g * q, 1), mask=row < rows)
             tl.store(out + rows * pieces, tl.sum(g * tl.where(outside, q, q - placed), 1), mask=row < rows)
-    tl.store(out_ptr + at, narrow(g * gate, out_ptr.dtype.element_ty), mask=valid)
+    store_narrow(out_ptr + at, g * gate, valid)
 
 
 # ---- operators ----------------------------------------------------------------------------------------------------
@@ -86,18 +86,16 @@ def mix_gradient_kernel(
 
 def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> dict:
     """The candidates as compile-time constants, after checking that everything fits."""
-    for name, t in (("scales", scales), ("strengths", strengths)):
-        check_dense(t, name)
-        if t.dtype != torch.float32 or t.device != x.device:
-            raise TypeError(f"{name}: expected float32 on {x.device}, got {t.dtype} on {t.device}")
-    count = strengths.numel()
-    if scales.shape[0] != count or len(grids) != 3 * count or not 1 <= count <= 8:
+    launch.check_float32(scales, x, "scales")
+    launch.check_float32(strengths, x, "strengths")
+    count, most = strengths.numel(), contract.MOST_CANDIDATES
+    if scales.shape[0] != count or len(grids) != 3 * count or not 1 <= count <= most:
         raise ValueError(
-            f"strengths: expected one for each of 1 to 8 candidates, got {count} and {len(grids)} integers"
+            f"strengths: expected one for each of 1 to {most} candidates, got {count} and {len(grids)} integers"
         )
-    if any(kind not in (0, 1, 2) for kind in grids[::3]):
+    if not {*grids[::3]} <= {contract.FLOAT, contract.UNIFORM, contract.BINARY}:
         raise ValueError(f"grids: expected uniform, binary or no grid, got {grids}")
-    as_matrix(x, scales[0])
+    launch.as_matrix(x, scales[0])
     lows, highs = (tuple(float(c) for c in grids[i::3]) for i in (1, 2))
     return {"K": count, "KINDS": tuple(grids[::3]), "LOWS": lows, "HIGHS": highs}
 
@@ -106,38 +104,35 @@ def _check(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]) -> di
 def _constants(kinds: tuple[int, ...], his: tuple[int, ...], cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """(whether a candidate has a scale, LSQ's factor), (candidates, 1) each; kept, because copying them to a GPU waits
     for it."""
-    lsq = [0.0 if kind == 0 else 1 / math.sqrt(cols * max(hi, 1)) for kind, hi in zip(kinds, his, strict=True)]
-    has_scale = torch.tensor([kind != 0 for kind in kinds], device=device)
+    lsq = [
+        0.0 if kind == contract.FLOAT else 1 / math.sqrt(cols * max(hi, 1)) for kind, hi in zip(kinds, his, strict=True)
+    ]
+    has_scale = torch.tensor([kind != contract.FLOAT for kind in kinds], device=device)
     return has_scale[:, None], torch.tensor(lsq, dtype=torch.float64, device=device)[:, None]
 
 
-def mix_fake_quantize(
-    x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
-) -> Tensor:
+def mix_fake_quantize(x, scales, strengths, grids, ste_clip, learned):
     """y = sum_k p_k s_k Q_k(x / s_k); see ``ops.mix_fake_quantize``."""
     candidates = _check(x, scales, strengths, grids)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     # the first candidate's scales stand at the front, the others `rows` further each; the grid is not looked at
-    _launch(mix_kernel, x, scales[0], scales.new_empty(0), [1, 0, 1], x, y, strengths, scales.shape[1], **candidates)
+    one_of_them = scales[0], scales.new_empty(0), [contract.UNIFORM, 0, 1]
+    launch.with_scales(mix_kernel, x, *one_of_them, x, y, strengths, scales.shape[1], **candidates)
     return y
 
 
-def mix_fake_quantize_backward(
-    grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def mix_fake_quantize_backward(grad, x, scales, strengths, grids, ste_clip, learned):
     """Gradients of x, strengths and scales (zeros unless ``learned``)."""
     candidates = _check(x, scales, strengths, grids)
-    check_like(grad, x, "grad")
-    if grad.dtype != x.dtype:
-        raise TypeError(f"grad: expected {x.dtype}, the dtype of x, got {grad.dtype}")
-    rows, cols = as_matrix(x, scales[0])
+    launch.check_like(grad, x, "grad", same_dtype=True)
+    rows, cols = launch.as_matrix(x, scales[0])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel() == 0:
         return out, torch.zeros_like(strengths), torch.zeros_like(scales)
     width = min(triton.next_power_of_2(cols), TILE)
     pieces = triton.cdiv(cols, width)
     parts = x.new_empty((len(strengths), 2, rows, pieces), dtype=torch.float32)
-    with on_device(x):
+    with launch.on_device(x):
         mix_gradient_kernel[(triton.cdiv(rows, TILE // width) * pieces,)](
             grad, x, out, strengths, scales, parts, rows, cols, pieces, **candidates, CLIP=ste_clip,
             R=TILE // width, C=width, num_warps=4, **EXACT,

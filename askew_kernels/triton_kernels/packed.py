@@ -1,9 +1,10 @@
 """Packed weights in Triton: decoding, and products from the codes (docs/packed.md has the bytes).
 
-Up to ``FEW`` inputs a program takes some rows of the weight and reads their codes once, in words where groups end with
-words, for all inputs. More inputs go through the matrix units in tiles whose levels are made on the way: integer levels
-are exact in every storage type, so the products are, and a group's scale multiplies its sum. Where tiles do not fill
-the GPU they share the columns, and the parts are added in a fixed order. Sums are float32 and not rounded in between.
+Up to ``contract.FEW_ROWS`` inputs a program takes some rows of the weight and reads their codes once, in words where
+groups end with words, for all inputs. More inputs go through the matrix units in tiles whose levels are made on the
+way: integer levels are exact in every storage type, so the products are, and a group's scale multiplies its sum. Where
+tiles do not fill the GPU they share the columns, and the parts are added in a fixed order. Sums are float32 and not
+rounded in between.
 How many steps a program takes is a compile-time constant (a model has few widths), so that loops can be pipelined.
 Rows, words, columns and warps of a program are launch parameters (``tuning``), in whose order sums are taken.
 """
@@ -15,15 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import BINARY as BINARY_KIND
-from ..contract import CODEBOOK as CODEBOOK_KIND
-from ..contract import row_bytes
-from ..runtime import triton_tuning
-from .math import _INTERPRETED, BINARY, CODEBOOK, narrow, widen
-from .quantize import check_dense, check_grid, check_storage, on_device
+from .. import contract, tuning
+from ..contract import FEW_ROWS, TRIT_POWERS
+from . import launch
+from .launch import load_wide, store_narrow
+from .math import BINARY, CODEBOOK, INTERPRETED, widen
 
-FEW = 8  # inputs that the product without matrix units takes at once
-PROGRAMS = 264  # that keep a large GPU busy: two for each of 132 multiprocessors
+__all__ = ["packed_dequantize_", "packed_linear"]
+
+TRITS = tl.constexpr(contract.TRITS)
+POWERS = tl.constexpr(TRIT_POWERS)
+TRITS_A_BYTE = tl.constexpr(len(TRIT_POWERS))
 LOWEST = tl.constexpr(8388608.0)  # 2^23: from here on the bits of a float's mantissa count ones
 LOWEST_BITS = tl.constexpr(0x4B000000)
 
@@ -34,10 +37,12 @@ LOWEST_BITS = tl.constexpr(0x4B000000)
 @triton.jit
 def code_at(row_ptr, k, valid, row_bytes, BITS: tl.constexpr):
     """Code k of the row at ``row_ptr``; 0 where not ``valid``."""
-    if BITS == 0:  # five trits a byte
-        byte = tl.load(row_ptr + k // 5, mask=valid, other=0).to(tl.int32)
-        digit = k % 5
-        power = tl.where(digit < 2, tl.where(digit == 0, 1, 3), tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81)))
+    if BITS == TRITS:
+        byte = tl.load(row_ptr + k // TRITS_A_BYTE, mask=valid, other=0).to(tl.int32)
+        digit = k % TRITS_A_BYTE
+        power = tl.full(digit.shape, 1, tl.int32)
+        for d in tl.static_range(1, TRITS_A_BYTE):
+            power = tl.where(digit == d, POWERS[d], power)
         return byte // power % 3
     elif 8 % BITS == 0:
         byte = tl.load(row_ptr + k // (8 // BITS), mask=valid, other=0).to(tl.int32)
@@ -101,7 +106,7 @@ def dequantize_kernel(
     valid = k < cols
     level = level_of(code_at(codes_ptr + row * row_bytes, k, valid, row_bytes, BITS), lo, top, levels, KIND)
     scale = tl.load(scale_ptr + row * groups + k // length, mask=valid, other=1.0)
-    tl.store(out_ptr + row * cols + k, narrow(scale * level, out_ptr.dtype.element_ty), mask=valid)
+    store_narrow(out_ptr + row * cols + k, scale * level, valid)
 
 
 @triton.jit
@@ -127,7 +132,7 @@ def few_kernel(
             part = tl.zeros([M, N, W], tl.float32)
             for j in tl.static_range(PER):
                 k = at * PER + j
-                x = widen(tl.load(x_ptr + of_token + k[None, :], mask=live & (k < cols)[None, :], other=0.0))
+                x = load_wide(x_ptr + of_token + k[None, :], live & (k < cols)[None, :])
                 if KIND != CODEBOOK:
                     x = x * (1.0 / (1 << ((BITS * j) % 16)))
                 part += x[:, None, :] * word_levels(word, lo, top, levels, j, BITS, KIND, CLAMP)[None, :, :]
@@ -142,7 +147,7 @@ def few_kernel(
         for step in range(STEPS):
             k = step * W + tl.arange(0, W)
             valid = (k < cols)[None, :]
-            x = widen(tl.load(x_ptr + of_token + k[None, :], mask=live & valid, other=0.0))
+            x = load_wide(x_ptr + of_token + k[None, :], live & valid)
             code = code_at(codes_ptr + there[:, None] * row_bytes, k[None, :], valid, row_bytes, BITS)
             level = level_of(code, lo, top, levels, KIND)
             if GROUPED:
@@ -153,8 +158,7 @@ def few_kernel(
         y = y * tl.load(scale_ptr + there * groups)[None, :]
     if BIAS:
         y = y + widen(tl.load(bias_ptr + there))[None, :]
-    to = y_ptr + (token.to(tl.int64) * n)[:, None] + row[None, :]
-    tl.store(to, narrow(y, y_ptr.dtype.element_ty), mask=live & (row < n)[None, :])
+    store_narrow(y_ptr + (token.to(tl.int64) * n)[:, None] + row[None, :], y, live & (row < n)[None, :])
 
 
 @triton.jit
@@ -179,7 +183,7 @@ def many_kernel(
         code = code_at(codes_ptr + there[None, :] * row_bytes, k[:, None], valid, row_bytes, BITS)
         level = level_of(code, lo, top, levels, KIND)
         if EXACT_LEVELS:
-            if _INTERPRETED:  # which multiplies the bits of bfloat16
+            if INTERPRETED:  # which multiplies the bits of bfloat16
                 part = tl.dot(widen(x), level, input_precision="ieee")
             else:
                 part = tl.dot(x, level.to(x.dtype), input_precision="ieee")
@@ -195,45 +199,39 @@ def many_kernel(
     if BIAS:
         total = total + widen(tl.load(bias_ptr + there))[None, :]
     to = y_ptr + ((tl.program_id(2).to(tl.int64) * tokens + token) * n)[:, None] + row[None, :]
-    tl.store(to, narrow(total, y_ptr.dtype.element_ty), mask=live & (row < n)[None, :])
+    store_narrow(to, total, live & (row < n)[None, :])
 
 
 # ---- operators ------------------------------------------------------------------------------------------------------
 
 
-def _weight(
-    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int
-) -> tuple[int, int, int, dict]:
+def _weight(codes, scale, levels, grid, bits, cols) -> tuple[int, int, int, dict]:
     """(n, groups, length of a group, arguments that all kernels share) after checking that everything fits."""
-    check_dense(codes, "codes")
-    check_dense(scale, "scale")
+    launch.check_dense(codes, "codes")
     if codes.dtype != torch.uint8 or codes.dim() != 2 or not 0 <= bits <= 8:
         raise TypeError(f"codes: expected uint8 of shape (n, row_bytes) and 0 to 8 bits, got {codes.dtype}, {bits}")
-    if scale.dtype != torch.float32 or scale.device != codes.device:
-        raise TypeError(f"scale: expected float32 on {codes.device}, got {scale.dtype} on {scale.device}")
-    n, rows = codes.shape[0], scale.numel()
-    if codes.shape[1] != row_bytes(cols, bits):
-        raise ValueError(f"codes: expected {row_bytes(cols, bits)} bytes a row, got {codes.shape[1]}")
+    launch.check_float32(scale, codes, "scale")
+    n, rows, expected = codes.shape[0], scale.numel(), contract.row_bytes(cols, bits)
+    if codes.shape[1] != expected:
+        raise ValueError(f"codes: expected {expected} bytes a row, got {codes.shape[1]}")
     groups = 0 if rows == 1 else rows // max(n, 1)
     if rows != max(groups * n, rows == 1) or (groups > 1 and cols % groups):
         raise ValueError(f"scale: {rows} scales do not fit {n} rows of {cols}")
-    kind, n_levels = check_grid(grid, levels, codes)
-    step = 2 if kind == BINARY_KIND else 1
-    top = n_levels - 1 if kind == CODEBOOK_KIND else (grid[2] - grid[1]) // step
+    kind, n_levels = launch.check_grid(grid, levels, codes)
+    top = n_levels - 1 if n_levels else (grid[2] - grid[1]) // contract.level_step(kind)
     arguments = {"levels": levels if n_levels else scale, "lo": float(grid[1]), "top": top, "cols": cols,
                  "row_bytes": codes.shape[1], "KIND": kind, "BITS": bits}  # fmt: skip
     return n, groups, cols // max(groups, 1), arguments
 
 
-def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, out: Tensor) -> None:
+def packed_dequantize_(codes, scale, levels, grid, bits, out):
     """out = s c, in the storage type of ``out`` (n, cols)."""
-    check_dense(out, "out")
-    check_storage(out, "out")
+    launch.check_storage(out, "out")
     n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, out.shape[1])
     if out.numel() == 0:
         return
     width = min(triton.next_power_of_2(out.shape[1]), 1024)
-    with on_device(out):
+    with launch.on_device(out):
         dequantize_kernel[(n * triton.cdiv(out.shape[1], width),)](
             codes, scale, out, groups=groups, length=length, C=width, num_warps=4, **arguments
         )
@@ -241,7 +239,7 @@ def packed_dequantize_(codes: Tensor, scale: Tensor, levels: Tensor, grid: list[
 
 def _word_bits(codes: Tensor, bits: int, cols: int, groups: int, length: int) -> int:
     """Bits of the largest words that rows and groups consist of; 0 where a code has no place of its own in a byte."""
-    if bits == 0 or 8 % bits:
+    if bits == contract.TRITS or 8 % bits:
         return 0
     for word in (32, 8):
         fits = groups <= 1 or length % (word // bits) == 0
@@ -250,12 +248,9 @@ def _word_bits(codes: Tensor, bits: int, cols: int, groups: int, length: int) ->
     return 0
 
 
-def packed_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
-) -> Tensor:
+def packed_linear(x, codes, scale, levels, grid, bits, bias):
     """y = x W^T + b with W = s c, sums in float32, rounded once to the type of x; see ``ops.packed_linear``."""
-    check_dense(x, "x")
-    check_storage(x, "x")
+    launch.check_storage(x, "x")
     tokens, cols = x.shape
     n, groups, length, arguments = _weight(codes, scale, levels, grid, bits, cols)
     if bias is not None and (bias.numel() != n or bias.dtype != x.dtype or not bias.is_contiguous()):
@@ -267,11 +262,11 @@ def packed_linear(
         return y
     arguments |= {"tokens": tokens, "n": n, "groups": groups, "length": length, "bias_ptr": x if bias is None else bias,
                   "BIAS": bias is not None, "GROUPED": groups > 1}  # fmt: skip
-    tuned = triton_tuning(x.device.index, "triton_packed")
-    if tokens <= FEW:
+    tuned = tuning.on_gpu("triton_packed", x.device.index)
+    if tokens <= FEW_ROWS:
         rows, words = tuned["few_rows"], tuned["few_words"]
         word = _word_bits(codes, bits, cols, groups, length)
-        with on_device(x):
+        with launch.on_device(x):
             few_kernel[(triton.cdiv(n, rows), 1)](
                 x, codes.view(torch.int32) if word == 32 else codes, scale, y_ptr=y, WORD=word,
                 CLAMP=arguments["top"] < 2**bits - 1, M=triton.next_power_of_2(tokens), N=rows, W=words,
@@ -279,19 +274,19 @@ def packed_linear(
                 **arguments,
             )  # fmt: skip
         return y
-    exact = arguments["KIND"] != CODEBOOK_KIND and (groups <= 1 or length % 16 == 0)
+    exact = arguments["KIND"] != contract.CODEBOOK and (groups <= 1 or length % 16 == 0)
     rows, step = tuned["tile_rows"], tuned["tile_columns"]
     while exact and groups > 1 and length % step:
         step //= 2
     tile = min(max(triton.next_power_of_2(tokens), 16), 64)
     tiles = triton.cdiv(n, rows) * triton.cdiv(tokens, tile)
-    shares = max(1, min(PROGRAMS // tiles, cols // (4 * step)))
+    shares = max(1, min(2 * launch.multiprocessors(x.device.index) // tiles, cols // (4 * step)))
     steps = triton.cdiv(triton.cdiv(cols, shares), step)
     shares = triton.cdiv(cols, steps * step)
     parts = y[None] if shares == 1 else x.new_empty((shares, tokens, n), dtype=torch.float32)
     if shares > 1:  # the bias belongs to the sum of all
         arguments |= {"BIAS": False}
-    with on_device(x):
+    with launch.on_device(x):
         many_kernel[(triton.cdiv(n, rows), triton.cdiv(tokens, tile), shares)](
             x, codes, scale, y_ptr=parts, EXACT_LEVELS=exact, M=tile, N=rows, K=step, STEPS=steps,
             num_warps=tuned["tile_warps"], **arguments,

@@ -1,224 +1,82 @@
-"""The elementwise operators in Triton: fake quantization, its straight-through backward, projection, row sums.
-
-A tensor is a flat run of elements cut into blocks, so that every load and store is a full vector whatever the row
-length; only the scale depends on the row, and ``block_scale`` finds it with at most one integer multiplication an
-element. Block and warps are launch parameters (``tuning``), except where sums are taken: their order decides bits.
-"""
+"""Fake quantization in Triton, its straight-through backward, the projection, and sums of rows."""
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..contract import CODEBOOK as CODEBOOK_KIND
-from ..contract import NUM_ROW_SUMS
-from ..runtime import triton_tuning
+from ..contract import NUM_ROW_SUMS, SUM_COLUMNS
+from . import launch
+from .launch import load_wide, scalar_argument, store_narrow, stored_ends, weight_block
 from .math import (
     EXACT,
     element_uniforms,
     feasible_radius,
-    hull,
-    narrow,
     pass_inside,
     project_interval,
     quantize_dequantize,
     read_scalar,
     stochastic_level,
-    widen,
 )
 
-STORAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-SUM_BLOCK = 2048  # elements that a program of the sums holds at a time: four 16-byte vectors of fp32 a thread
-
-# How the rows of a tensor lie in its blocks.
-ONE_ROW = tl.constexpr(0)  # one scale for all
-WHOLE = tl.constexpr(1)  # a row is a multiple of BLOCK
-POWER = tl.constexpr(2)  # a row is a power of two below BLOCK, known at compile time
-SHORT = tl.constexpr(3)  # a row is shorter than BLOCK
-LONG = tl.constexpr(4)  # a row is longer than BLOCK: a block sees at most two
-
-
-# ---- checks and launch arguments ----------------------------------------------------------------------------------
-
-
-def check_dense(t: Tensor, name: str) -> None:
-    if not t.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor")
-
-
-def check_storage(t: Tensor, name: str) -> None:
-    if t.dtype not in STORAGE:
-        raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
-
-
-def check_like(t: Tensor, like: Tensor, name: str) -> None:
-    check_dense(t, name)
-    if t.numel() != like.numel() or t.device != like.device:
-        raise ValueError(
-            f"{name}: expected {like.numel()} elements on {like.device} as the tensor it belongs to, "
-            f"got {t.numel()} on {t.device}"
-        )
-
-
-def as_matrix(x: Tensor, scale: Tensor) -> tuple[int, int]:
-    """(rows, cols) of ``x`` seen as ``scale.numel()`` rows."""
-    check_dense(x, "x")
-    check_storage(x, "x")
-    check_dense(scale, "scale")
-    if scale.dtype != torch.float32 or scale.device != x.device:
-        raise TypeError(f"scale: expected float32 on {x.device}, got {scale.dtype} on {scale.device}")
-    rows, n = scale.numel(), x.numel()
-    if n and (rows == 0 or n % rows):
-        raise ValueError(f"scale: {rows} rows do not divide {n} elements")
-    return rows, n // rows if rows else 0
-
-
-def check_grid(grid: list[int], levels: Tensor, like: Tensor) -> tuple[int, int]:
-    """(kind, number of levels) for the compile-time arguments ``KIND`` and ``N_LEVELS``."""
-    kind = grid[0]
-    if len(grid) != 3 or not 1 <= kind <= CODEBOOK_KIND:
-        raise ValueError(f"grid: expected [kind, lo, hi] with a known kind, got {grid}")
-    if kind != CODEBOOK_KIND:
-        return kind, 0
-    check_dense(levels, "levels")
-    if levels.dtype != torch.float32 or levels.numel() < 2 or levels.device != like.device:
-        raise ValueError(f"levels: expected 2 or more float32 levels on {like.device}")
-    return kind, levels.numel()
-
-
-def scalar_argument(t: Tensor, name: str) -> tuple[float | Tensor, bool]:
-    """(argument, on device) of a 0-dim tensor: by value from the CPU, else by pointer, read by the kernel."""
-    if t.numel() != 1 or not t.is_floating_point():
-        raise ValueError(f"{name}: expected a 0-dim floating-point tensor")
-    return (t.item(), False) if t.is_cpu else (t, True)
-
-
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: make it that of ``t``."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
-
-
-def block_and_warps(like: Tensor) -> tuple[int, int]:
-    """Elements of a program and its warps, for elementwise kernels on the device of ``like``."""
-    values = triton_tuning(like.device.index)
-    return values["block"], values["warps"]
-
-
-def signed32(bits: int) -> int:
-    """The low 32 bits as a signed integer: always the same argument type, whatever the value."""
-    return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-
-
-def _launch(kernel, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], *arguments, **constants) -> None:
-    """Run an elementwise kernel over ``x``: its own ``arguments`` come first, its own ``constants`` last."""
-    rows, cols = as_matrix(x, scale)
-    kind, n_levels = check_grid(grid, levels, x)
-    n = x.numel()
-    if n == 0:
-        return
-    block, warps = block_and_warps(x)
-    power = 0
-    if rows == 1:
-        mode = ONE_ROW
-    elif cols % block == 0:
-        mode = WHOLE
-    elif cols & (cols - 1) == 0:
-        mode, power = POWER, cols
-    else:
-        mode = SHORT if cols < block else LONG
-    # local // cols = umulhi(local, magic), exact while local * cols < 2^32; local < 2 block here
-    magic = -(-(2**32) // cols) if mode is SHORT else 0
-    with on_device(x):
-        kernel[(triton.cdiv(n, block),)](
-            *arguments, scale, levels if n_levels else scale, float(grid[1]), float(grid[2]), n, cols, magic,
-            KIND=kind, N_LEVELS=n_levels, MODE=mode.value, COLS=power,
-            INDEX=tl.int32 if n < 2**31 else tl.int64, BLOCK=block, num_warps=warps, **constants,
-            **EXACT,
-        )  # fmt: skip
-
+__all__ = [
+    "fake_quantize",
+    "fake_quantize_backward",
+    "fake_quantize_out_",
+    "project_interval_",
+    "row_sums",
+    "ste_clip_",
+]
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def block_scale(
-    scale_ptr, start, lane, valid, n, cols, magic, MODE: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The scale of each element of the block: a scalar where the block lies in one row."""
-    if MODE == ONE_ROW:
-        return tl.load(scale_ptr)
-    elif MODE == WHOLE:
-        return tl.load(scale_ptr + start // cols)
-    elif MODE == POWER:
-        return tl.load(scale_ptr + start // COLS + lane // COLS, mask=valid, other=1.0)
-    elif MODE == SHORT:
-        row = start // cols
-        local = (start - row * cols).to(tl.uint32) + lane.to(tl.uint32)
-        return tl.load(scale_ptr + row + tl.umulhi(local, magic.to(tl.uint32)).to(tl.int32), mask=valid, other=1.0)
-    else:
-        row = start // cols
-        left = cols - (start - row * cols)  # elements of the first row from here on
-        scale = tl.load(scale_ptr + row)
-        return tl.where(lane < left, scale, tl.load(scale_ptr + row + 1, mask=left < n - start, other=1.0))
-
-
 @triton.jit(do_not_specialize=["magic", "key0", "key1"])
 def quantize_kernel(
-    x_ptr, y_ptr, key0, key1, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    x_ptr, y_ptr, key0, key1, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """y = s Q(x / s), or a level drawn between the two around x."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    scale = block_scale(scale_ptr, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
-    lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
-    x = widen(tl.load(x_ptr + start + lane, mask=valid, other=0.0))
+    start, lane, valid, scale, lo, hi = weight_block(
+        scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
+    )
+    x = load_wide(x_ptr + start + lane, valid)
     if STOCHASTIC:
         uniform = element_uniforms(key0, key1, start, BLOCK)
         y = scale * stochastic_level(x, uniform, scale, lo, hi, levels, KIND, N_LEVELS)
     else:
         y = quantize_dequantize(x, scale, lo, hi, levels, KIND, N_LEVELS)
-    tl.store(y_ptr + start + lane, narrow(y, y_ptr.dtype.element_ty), mask=valid)
+    store_narrow(y_ptr + start + lane, y, valid)
 
 
 @triton.jit(do_not_specialize=["magic"])
 def ste_clip_kernel(
-    g_ptr, x_ptr, out_ptr, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    g_ptr, x_ptr, out_ptr, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = g inside the hull, 0 outside; out may be g."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    scale = block_scale(scale_ptr, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
-    lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
-    x = widen(tl.load(x_ptr + start + lane, mask=valid, other=0.0))
+    start, lane, valid, scale, lo, hi = weight_block(
+        scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
+    )
+    x = load_wide(x_ptr + start + lane, valid)
     g = tl.load(g_ptr + start + lane, mask=valid, other=0.0)  # never computed with: stays in its storage type
-    low = widen(narrow(scale * lo, x_ptr.dtype.element_ty))  # the ends as a clamped weight is stored
-    high = widen(narrow(scale * hi, x_ptr.dtype.element_ty))
+    low, high = stored_ends(scale, lo, hi, x_ptr.dtype.element_ty)
     tl.store(out_ptr + start + lane, pass_inside(g, x, low, high), mask=valid)
 
 
 @triton.jit(do_not_specialize=["magic"])
 def project_kernel(
-    w_ptr, eps, scale_ptr, levels, lo, hi, n, cols, magic, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    w_ptr, eps, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, EPS_ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """w moved to the nearest point with h_eps >= 0."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    scale = block_scale(scale_ptr, start, lane, valid, n, cols, magic, MODE, COLS, BLOCK)
-    lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
+    start, lane, valid, scale, lo, hi = weight_block(
+        scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
+    )
     radius = feasible_radius(read_scalar(eps, EPS_ON_DEVICE))
-    w = widen(tl.load(w_ptr + start + lane, mask=valid, other=0.0))
-    w = project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS)
-    tl.store(w_ptr + start + lane, narrow(w, w_ptr.dtype.element_ty), mask=valid)
+    w = load_wide(w_ptr + start + lane, valid)
+    store_narrow(w_ptr + start + lane, project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS), valid)
 
 
 @triton.jit
@@ -235,8 +93,7 @@ def row_sums_kernel(
     peak = tl.zeros([R, C], tl.float32)
     for step in range(STEPS):
         c = column + step * C
-        valid = (row < rows)[:, None] & (c < cols)[None, :]
-        x = widen(tl.load(x_ptr + row[:, None] * cols + c[None, :], mask=valid, other=0.0))
+        x = load_wide(x_ptr + row[:, None] * cols + c[None, :], (row < rows)[:, None] & (c < cols)[None, :])
         a = tl.abs(x)
         total += a
         squares += x * x
@@ -252,71 +109,68 @@ def row_sums_kernel(
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def fake_quantize(
-    x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], ste_clip: bool, stochastic: bool, seed: int
-) -> Tensor:
+def signed32(bits: int) -> int:
+    """The low 32 bits as a signed integer: always the same argument type, whatever the value."""
+    return ((bits & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def fake_quantize(x, scale, levels, grid, ste_clip, stochastic, seed):
     """y = s Q(x / s); see ``ops.fake_quantize``. ``ste_clip`` is the backward's."""
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     keys = signed32(seed), signed32(seed >> 32)
-    _launch(quantize_kernel, x, scale, levels, grid, x, y, *keys, STOCHASTIC=stochastic)
+    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, y, *keys, STOCHASTIC=stochastic)
     return y
 
 
-def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
+def fake_quantize_out_(x, scale, levels, grid, out):
     """out = s Q(x / s), in the storage type of ``out``."""
-    check_like(out, x, "out")
-    check_storage(out, "out")
-    _launch(quantize_kernel, x, scale, levels, grid, x, out, 0, 0, STOCHASTIC=False)
+    launch.check_like(out, x, "out")
+    launch.check_storage(out, "out")
+    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, out, 0, 0, STOCHASTIC=False)
 
 
-def _clip_gradient(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
-    check_like(grad, x, "grad")
-    if grad.dtype != x.dtype:
-        raise TypeError(f"grad: expected {x.dtype}, the dtype of x, got {grad.dtype}")
-    _launch(ste_clip_kernel, x, scale, levels, grid, grad, x, out)
-
-
-def fake_quantize_backward(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
+def fake_quantize_backward(grad, x, scale, levels, grid):
     """grad inside the hull (ends included), 0 outside."""
+    launch.check_like(grad, x, "grad", same_dtype=True)
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    _clip_gradient(grad, x, scale, levels, grid, out)
+    launch.with_scales(ste_clip_kernel, x, scale, levels, grid, grad, x, out)
     return out
 
 
-def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> None:
+def ste_clip_(grad, x, scale, levels, grid):
     """grad becomes 0 outside the hull."""
-    _clip_gradient(grad, x, scale, levels, grid, grad)
+    launch.check_like(grad, x, "grad", same_dtype=True)
+    launch.with_scales(ste_clip_kernel, x, scale, levels, grid, grad, x, grad)
 
 
-def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int], eps: Tensor) -> None:
+def project_interval_(w, scale, levels, grid, eps):
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
     value, device = scalar_argument(eps, "eps")
-    _launch(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
+    launch.with_scales(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
 
 
-def row_sums(x: Tensor, rows: int) -> Tensor:
+def row_sums(x, rows):
     """(rows, 3) float32: sum |x|, sum x^2, max |x| of each row; one pass over x, the same bits every time.
 
-    A row longer than 16384 columns is summed in pieces (float32 inside a piece, float64 over the pieces).
+    A longer row is summed in pieces of ``SUM_COLUMNS`` (float32 inside a piece, float64 over the pieces).
     """
-    check_dense(x, "x")
-    check_storage(x, "x")
+    launch.check_storage(x, "x")
     n = x.numel()
     if rows <= 0 or n % rows:
         raise ValueError(f"rows: {rows} rows do not divide {n} elements")
     cols = n // rows
     if n == 0:
         return x.new_zeros((rows, NUM_ROW_SUMS), dtype=torch.float32)
-    width = min(triton.next_power_of_2(cols), SUM_BLOCK)
-    steps = min(triton.cdiv(cols, width), 8)
+    width = min(triton.next_power_of_2(cols), launch.SUM_BLOCK)
+    steps = min(triton.cdiv(cols, width), SUM_COLUMNS // launch.SUM_BLOCK)
     pieces = triton.cdiv(cols, width * steps)
     out = x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32)
     parts = out if pieces == 1 else x.new_empty((NUM_ROW_SUMS, rows, pieces), dtype=torch.float32)
     row_stride, sum_stride = (NUM_ROW_SUMS, 1) if pieces == 1 else (pieces, rows * pieces)
-    with on_device(x):
-        row_sums_kernel[(triton.cdiv(rows, SUM_BLOCK // width) * pieces,)](
-            x, parts, rows, cols, pieces, row_stride, sum_stride, R=SUM_BLOCK // width, C=width, STEPS=steps,
-            num_warps=4, **EXACT,
+    with launch.on_device(x):
+        row_sums_kernel[(triton.cdiv(rows, launch.SUM_BLOCK // width) * pieces,)](
+            x, parts, rows, cols, pieces, row_stride, sum_stride, R=launch.SUM_BLOCK // width, C=width, STEPS=steps,
+            num_warps=launch.SUM_WARPS, **EXACT,
         )  # fmt: skip
     if pieces > 1:
         out[:, :2] = parts[:2].sum(2, dtype=torch.float64).T

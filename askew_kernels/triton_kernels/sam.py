@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .math import EXACT, narrow, sam_mean, sam_perturbed, sam_scaled, widen
-from .quantize import SUM_BLOCK, block_and_warps, check_dense, check_like, check_storage, on_device
+from . import launch
+from .launch import block_at, load_wide, store_narrow
+from .math import sam_mean, sam_perturbed, sam_scaled, widen
+
+__all__ = ["sam_average_", "sam_norm", "sam_perturb_", "sam_restore_"]
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -21,12 +24,17 @@ from .quantize import SUM_BLOCK, block_and_warps, check_dense, check_like, check
 @triton.jit
 def sam_norm_kernel(w_ptr, g_ptr, out_ptr, eta, n, ADAPTIVE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """The block's sum of (T g)^2."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    w = widen(tl.load(w_ptr + start + lane, mask=valid, other=0.0))
-    x = sam_scaled(w, widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0)), eta, ADAPTIVE)
+    start, lane, valid = block_at(n, INDEX, BLOCK)
+    w = load_wide(w_ptr + start + lane, valid)
+    x = sam_scaled(w, load_wide(g_ptr + start + lane, valid), eta, ADAPTIVE)
     tl.store(out_ptr + tl.program_id(0), tl.sum(x * x, 0))
+
+
+@triton.jit
+def not_both_zero(coefficients, BLOCK: tl.constexpr):
+    """Whether the tensors were perturbed: for every lane of the block."""
+    size = tl.abs(tl.load(coefficients)) + tl.abs(tl.load(coefficients + 1))
+    return size + tl.zeros([BLOCK], tl.float32) > 0.0
 
 
 @triton.jit
@@ -34,38 +42,28 @@ def sam_perturb_kernel(
     w_ptr, g_ptr, kept_ptr, coefficients, eta, n, ADAPTIVE: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr
 ):
     """kept = w; w += delta, where the coefficients are not both 0."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
+    start, lane, valid = block_at(n, INDEX, BLOCK)
     c = tl.load(coefficients)
     a = tl.load(coefficients + 1)
     w = tl.load(w_ptr + start + lane, mask=valid, other=0.0)
     tl.store(kept_ptr + start + lane, w, mask=valid)
-    moves = tl.abs(c) + tl.abs(a) + tl.zeros([BLOCK], tl.float32) > 0.0
-    g = widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0))
-    moved = sam_perturbed(widen(w), g, eta, c, a, ADAPTIVE)
-    tl.store(w_ptr + start + lane, narrow(moved, w_ptr.dtype.element_ty), mask=valid & moves)
+    moved = sam_perturbed(widen(w), load_wide(g_ptr + start + lane, valid), eta, c, a, ADAPTIVE)
+    store_narrow(w_ptr + start + lane, moved, valid & not_both_zero(coefficients, BLOCK))
 
 
 @triton.jit
 def copy_kernel(to_ptr, from_ptr, n, INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
+    start, lane, valid = block_at(n, INDEX, BLOCK)
     tl.store(to_ptr + start + lane, tl.load(from_ptr + start + lane, mask=valid), mask=valid)
 
 
 @triton.jit
 def sam_average_kernel(g_ptr, first_ptr, coefficients, n, INDEX: tl.constexpr, BLOCK: tl.constexpr):
     """g = (g + first) / 2, where the coefficients are not both 0."""
-    start = tl.program_id(0).to(INDEX) * BLOCK
-    lane = tl.arange(0, BLOCK)
-    valid = lane < n - start
-    size = tl.abs(tl.load(coefficients)) + tl.abs(tl.load(coefficients + 1))
-    valid = valid & (size + tl.zeros([BLOCK], tl.float32) > 0.0)
-    g = widen(tl.load(g_ptr + start + lane, mask=valid, other=0.0))
-    mean = sam_mean(g, widen(tl.load(first_ptr + start + lane, mask=valid, other=0.0)))
-    tl.store(g_ptr + start + lane, narrow(mean, g_ptr.dtype.element_ty), mask=valid)
+    start, lane, valid = block_at(n, INDEX, BLOCK)
+    valid = valid & not_both_zero(coefficients, BLOCK)
+    mean = sam_mean(load_wide(g_ptr + start + lane, valid), load_wide(first_ptr + start + lane, valid))
+    store_narrow(g_ptr + start + lane, mean, valid)
 
 
 # ---- operators ----------------------------------------------------------------------------------------------------
@@ -77,16 +75,13 @@ def _check(tensors: Sequence[Tensor], **beside: Sequence[Tensor]) -> None:
         if len(others) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)}, got {len(others)}")
     for i, t in enumerate(tensors):
-        check_dense(t, "params")
-        check_storage(t, "params")
+        launch.check_storage(t, "params")
         for name, others in beside.items():
-            check_like(others[i], t, name)
-            if others[i].dtype != t.dtype:
-                raise TypeError(f"{name}: expected {t.dtype}, the dtype of its parameter, got {others[i].dtype}")
+            launch.check_like(others[i], t, name, same_dtype=True)
 
 
 def _check_coefficients(coefficients: Tensor) -> None:
-    check_dense(coefficients, "coefficients")
+    launch.check_dense(coefficients, "coefficients")
     if coefficients.dtype != torch.float32 or coefficients.numel() != 2:
         raise ValueError(f"coefficients: expected float32 of shape (2,), got {coefficients.dtype}")
 
@@ -96,48 +91,36 @@ def _check_adaptive(adaptive: Sequence[int], n: int) -> None:
         raise ValueError(f"adaptive: expected {n} integers, got {len(adaptive)}")
 
 
-def _launch(kernel, like: Tensor, *arguments, sums: bool = False, **constants) -> None:
-    n = like.numel()
-    if n == 0:
-        return
-    block, warps = (SUM_BLOCK, 4) if sums else block_and_warps(like)
-    index = tl.int32 if n < 2**31 else tl.int64
-    with on_device(like):
-        kernel[(triton.cdiv(n, block),)](*arguments, n, **constants, INDEX=index, BLOCK=block, num_warps=warps, **EXACT)
-
-
-def sam_norm(params: list[Tensor], grads: list[Tensor], adaptive: list[int], eta: float) -> Tensor:
+def sam_norm(params, grads, adaptive, eta):
     """sum (T g)^2 over the list: float32 in a block, float64 over the blocks, the same bits every time."""
     _check(params, grads=grads)
     _check_adaptive(adaptive, len(params))
-    blocks = [triton.cdiv(p.numel(), SUM_BLOCK) for p in params]
+    blocks = [triton.cdiv(p.numel(), launch.SUM_BLOCK) for p in params]
     parts = params[0].new_empty(sum(blocks), dtype=torch.float32)
     for w, g, adapted, part in zip(params, grads, adaptive, parts.split(blocks), strict=True):
-        _launch(sam_norm_kernel, w, w, g, part, float(eta), sums=True, ADAPTIVE=bool(adapted))
+        launch.elementwise(sam_norm_kernel, w, w, g, part, float(eta), sums=True, ADAPTIVE=bool(adapted))
     return parts.sum(dtype=torch.float64)
 
 
-def sam_perturb_(
-    params: list[Tensor], grads: list[Tensor], kept: list[Tensor], coefficients: Tensor, adaptive: list[int], eta: float
-) -> None:
+def sam_perturb_(params, grads, kept, coefficients, adaptive, eta):
     """kept = w, w <- w + (c T^2 - a) g; see ``ops.sam_perturb_``."""
     _check(params, grads=grads, kept=kept)
     _check_adaptive(adaptive, len(params))
     _check_coefficients(coefficients)
     for w, g, keep, adapted in zip(params, grads, kept, adaptive, strict=True):
-        _launch(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
+        launch.elementwise(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
 
 
-def sam_restore_(params: list[Tensor], kept: list[Tensor]) -> None:
+def sam_restore_(params, kept):
     """w = kept, bit for bit."""
     _check(params, kept=kept)
     for w, keep in zip(params, kept, strict=True):
-        _launch(copy_kernel, w, w, keep)
+        launch.elementwise(copy_kernel, w, w, keep)
 
 
-def sam_average_(grads: list[Tensor], firsts: list[Tensor], coefficients: Tensor) -> None:
+def sam_average_(grads, firsts, coefficients):
     """g <- (g + first) / 2; see ``ops.sam_average_``."""
     _check(grads, firsts=firsts)
     _check_coefficients(coefficients)
     for g, first in zip(grads, firsts, strict=True):
-        _launch(sam_average_kernel, g, g, first, coefficients)
+        launch.elementwise(sam_average_kernel, g, g, first, coefficients)

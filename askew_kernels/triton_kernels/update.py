@@ -22,8 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..contract import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
-from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
-from .quantize import (
+from .launch import (
     STORAGE,
     as_matrix,
     check_dense,
@@ -33,7 +32,10 @@ from .quantize import (
     on_device,
     scalar_argument,
 )
+from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
 from .sam import sam_average_, sam_restore_
+
+__all__ = ["skew_adamw_", "skew_sgd_"]
 
 SEGMENT = tl.constexpr(32)  # columns of a segment
 SEGMENTS = tl.constexpr(32)  # segments of a tile

@@ -1,4 +1,4 @@
-"""Launch parameters for each kind of device: what they are, and the tables of this folder that hold tuned ones.
+"""Launch parameters for each kind of device: what they are, the values in use, and the tables of tuned ones.
 
 They decide how fast a result comes, never its bits (a test sets odd values and compares), but for ``triton_packed``,
 whose products are float32 sums in an order that depends on them. A table is a JSON file::
@@ -9,16 +9,20 @@ whose products are float32 sums in an order that depends on them. A table is a J
 
 ``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++), ``triton`` (elementwise)
 and ``triton_packed`` with those values that differ from the built-in ones; ``found`` says how it came about and is not
-read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand.
+read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand; those of this
+folder serve the devices that they were made for.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 FOLDER = Path(__file__).parent
 
@@ -157,9 +161,47 @@ def shipped(folder: Path = FOLDER) -> list[Table]:
 def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
     """(the table made for this device, why this one). Name and capability decide; of several the one whose number of
     cores is nearest."""
-    fitting = [t for t in tables if t.device and t.device.type == device.type and t.device.name == device.name]
-    fitting = [t for t in fitting if t.device and t.device.capability == device.capability]
+    key = (device.type, device.name, device.capability)
+    fitting = [(t, d) for t in tables if (d := t.device) and (d.type, d.name, d.capability) == key]
     if not fitting:
         return None, f"no table for {device}"
-    best = min(fitting, key=lambda t: abs(t.device.cores - device.cores))  # type: ignore[union-attr]
-    return best, f"made for {best.device}"
+    table, made_for = min(fitting, key=lambda found: abs(found[1].cores - device.cores))
+    return table, f"made for {made_for}"
+
+
+# ---- the values in use ----------------------------------------------------------------------------------------------
+
+built_in: Values = {"triton": TRITON, "triton_packed": TRITON_PACKED}  # and those of the compiled module (``runtime``)
+by_hand: Table | None = None  # chosen by ``use``: serves every device
+the_shipped = functools.cache(shipped)
+
+
+def use(table: Table | None) -> None:
+    """The table that serves every device from now on; None: each device's own."""
+    global by_hand
+    by_hand = table
+    on_gpu.cache_clear()
+
+
+def serving(device: Device) -> tuple[Table | None, str]:
+    """(the table that serves a device, None for the built-in values; why)."""
+    return (by_hand, "chosen by ASKEW_TUNING or use_tuning") if by_hand is not None else choose(device, the_shipped())
+
+
+def values(section: str, device: Device) -> dict[str, int]:
+    """The launch parameters of a section on a device; empty where there is no such kernel."""
+    table, _ = serving(device)
+    own = built_in.get(section, {})
+    return {**own, **(table.parameters.get(section, {}) if table is not None and own else {})}
+
+
+def gpu(device: torch.device | str | int) -> Device:
+    """What the table of a GPU is looked up by."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return Device("cuda", torch.cuda.get_device_name(device), f"{major}.{minor}")
+
+
+@functools.cache
+def on_gpu(section: str, index: int | None) -> dict[str, int]:
+    """``values`` on GPU number ``index``, kept; None: Triton's interpreter, which no table is made for."""
+    return values(section, Device("cpu", "", "") if index is None else gpu(index))

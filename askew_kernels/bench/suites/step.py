@@ -138,18 +138,17 @@ def askew_step(
     """One of our optimizers, SAWB per channel, 4 bits. copy: also writes s Q(w/s) for a layer with forward="hard"."""
     frozen = eps < 1 and freeze_scale == "anneal"
     params = inputs.parameters()
-    quantizers = {}
+    written: dict[int, Tensor] = {}  # where the step leaves each copy
     for p in [p for p, q in zip(params, inputs.skewed, strict=True) if copy and q]:
         # what a layer with forward="hard" does in its first forward
         quantizer = quant.WeightQuantizer(quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"))
         quantizer.tie(p)
-        quantizer.quantized(p)
-        quantizers[id(p)] = quantizer
+        written[id(p)] = quantizer.quantized(p)
     options: dict[str, Any] = {"momentum": momentum} if momentum else {}
     optimizer = askew_optimizer(params, inputs.skewed, rule, eps=eps, freeze_scale=freeze_scale, **options)
 
     def copies() -> list[Tensor]:
-        return [quantizers[id(p)]._copies[torch.float32] if id(p) in quantizers else p for p in params]
+        return [written.get(id(p), p) for p in params]
 
     grads = inputs.grads_of(params)
     check = StepCheck(params, grads, inputs.skewed, rule, eps, momentum, frozen, copies if copy else None)
