@@ -7,7 +7,7 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -188,13 +188,11 @@ def need(command: str, *modules: str, extra: str = "") -> None:
             raise Refused(f"{command} needs {module}, which is not installed: {install}")
 
 
-def console(width: int | None = None, stderr: bool = False) -> Any:
-    """rich's; ``width`` columns where the output is a file or a CI log."""
+def console(width: int = 80, stderr: bool = False) -> Any:
+    """rich's, as wide as the terminal or $COLUMNS says; ``width`` columns where the output is a file or a CI log."""
     from rich.console import Console
 
-    return Console(
-        width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else width, highlight=False, stderr=stderr
-    )
+    return Console(width=shutil.get_terminal_size((width, 24)).columns, highlight=False, stderr=stderr)
 
 
 def table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]] = (), left: int = 1) -> Any:

@@ -60,4 +60,5 @@ def save(figure: Any, name: str, suffixes: Sequence[str] = ("png", "svg"), dpi: 
             out = io.BytesIO()
             figure.savefig(out, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else {})
             files[f"{name}.{suffix}"] = out.getvalue()
+            figure.set_layout_engine("none")  # laid out by the first
     return files
