@@ -70,4 +70,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results
+	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results search-results

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -15,18 +16,29 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .bench.rows import BenchError, error
-from .command import Refused, Terminated, sigterm_interrupts
+from .command import Failed, Refused, Terminated, error, sigterm_interrupts
 
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
                "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
+SECTIONS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "triton_packed")}  # of the tables of launch parameters
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def triton_version() -> str:
+    """Of whichever distribution brings it; "" without one."""
+    for name in ("triton", "pytorch-triton", "triton-windows"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "version unknown"
 
 
 def collect_info() -> dict[str, Any]:
@@ -36,45 +48,26 @@ def collect_info() -> dict[str, Any]:
     from . import runtime
 
     module, build = runtime._C, runtime.build_report()
-    compiled = module is not None
-    cuda_here = torch.cuda.is_available()
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     no_gpu = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     archs = module.cuda_archs if module is not None else ""
-    backends = {}
-    for device in ("cpu", "cuda"):
-        backend, why = runtime.choose_backend(device)
-        backends[device] = {"backend": backend, "why": why}
-        if device == "cuda" and not cuda_here:
-            backends[device] = {"backend": "none", "why": no_gpu}
-        elif slow := runtime.slow_because(device):
-            backends[device]["why"] = slow
+    backends = {"cpu": {}, "cuda": {"backend": "none", "why": no_gpu}}
     tuning = {}
-    for device in ("cpu", *(["cuda"] if cuda_here else [])):
+    for device in devices:
+        backend, why = runtime.choose_backend(device)
+        backends[device] = {"backend": backend, "why": runtime.slow_because(device) or why}
         table, why = runtime.tuning_table(device)
-        sections = ("cpu",) if device == "cpu" else ("cuda", "triton")
-        tuning[device] = {
-            "table": table.name if table is not None else "built-in values",
-            "why": why,
-            "parameters": {section: runtime.tuning(section, device) for section in sections},
-        }
-    triton_version = ""
-    if runtime.has_triton():
-        from importlib import metadata
-
-        for name in ("triton", "pytorch-triton", "triton-windows"):
-            try:
-                triton_version = metadata.version(name)
-                break
-            except metadata.PackageNotFoundError:
-                triton_version = "version unknown"
+        parameters = {section: runtime.tuning(section, device) for section in SECTIONS[device]}
+        name = table.name if table is not None else "built-in values"
+        tuning[device] = {"table": name, "why": why, "parameters": parameters}
     return {
         "askew_kernels": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda or "",
-        "triton": triton_version,
+        "triton": triton_version() if runtime.has_triton() else "",
         "platform": platform.platform(),
-        "compiled": compiled,
+        "compiled": module is not None,
         "why_not_compiled": runtime.why_not_compiled(),
         "compiler": module.compiler if module is not None else "",
         "torch_target": build.get("torch_target", ""),
@@ -82,18 +75,19 @@ def collect_info() -> dict[str, Any]:
         "cuda_version": module.cuda_version if module is not None else "",
         "why_no_cuda": "" if archs else runtime.why_no_cuda(),
         "cpu_capability": runtime.cpu_capability(),
+        "packed_capability": getattr(module, "packed_capability", str)(),
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda_here else [],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if devices[1:] else [],
         "backends": backends,
         "tuning": tuning,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
 
-def _tuning_text(t: dict[str, Any]) -> str:
-    values = ", ".join(f"{name} {value}" for section in t["parameters"].values() for name, value in section.items())
-    return f"{t['table']}: {t['why']} ({values or 'nothing is compiled'})"
+def tuning_text(t: dict[str, Any]) -> str:
+    values = [f"{name} {value}" for section in t["parameters"].values() for name, value in section.items()]
+    return f"{t['table']}: {t['why']} ({', '.join(values) or 'nothing is compiled'})"
 
 
 def info(arguments: argparse.Namespace) -> int:
@@ -101,46 +95,74 @@ def info(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(facts, indent=1))
         return 0
+    cpu, capability = f"not compiled: {facts['why_not_compiled']}", "none"
     if facts["compiled"]:
         cpu = f"compiled by {facts['compiler']} for torch {facts['torch_target'] or '2.11'} and later"
         capability = f"{facts['cpu_capability']} in use, {facts['best_cpu_capability']} is the best this CPU runs"
-    else:
-        cpu, capability = f"not compiled: {facts['why_not_compiled']}", "none"
+        if facts["packed_capability"]:
+            capability += f", packed integer products by {facts['packed_capability']}"
+    cuda = f"not compiled: {facts['why_no_cuda']}"
     if facts["cuda_archs"]:
         cuda = f"compiled by nvcc {facts['cuda_version']} for {' '.join(facts['cuda_archs'])}"
-    else:
-        cuda = f"not compiled: {facts['why_no_cuda']}"
     torch_cuda = f"CUDA {facts['torch_cuda']}" if facts["torch_cuda"] else "CPU only"
-    lines = [
-        ("askew_kernels", facts["askew_kernels"]),
-        ("python", f"{facts['python']}, {facts['platform']}"),
-        ("torch", f"{facts['torch']} ({torch_cuda})"),
-        ("triton", facts["triton"] or "not installed"),
-        ("C++ operators", cpu),
-        ("CPU capability", f"{capability}; {facts['threads']} threads"),
-        ("CUDA kernels", cuda),
-        ("GPUs", ", ".join(facts["gpus"]) or "none"),
-        *((f"backend on {device}", f"{b['backend']}: {b['why']}") for device, b in facts["backends"].items()),
-        *((f"tuning on {device}", _tuning_text(t)) for device, t in facts["tuning"].items()),
-        ("environment", ", ".join(f"{k}={v}" for k, v in facts["environment"].items()) or "nothing set"),
-    ]
-    for name, text in lines:
+    lines = {
+        "askew_kernels": facts["askew_kernels"],
+        "python": f"{facts['python']}, {facts['platform']}",
+        "torch": f"{facts['torch']} ({torch_cuda})",
+        "triton": facts["triton"] or "not installed",
+        "C++ operators": cpu,
+        "CPU capability": f"{capability}; {facts['threads']} threads",
+        "CUDA kernels": cuda,
+        "GPUs": ", ".join(facts["gpus"]) or "none",
+        **{f"backend on {d}": f"{b['backend']}: {b['why']}" for d, b in facts["backends"].items()},
+        **{f"tuning on {device}": tuning_text(t) for device, t in facts["tuning"].items()},
+        "environment": ", ".join(f"{k}={v}" for k, v in facts["environment"].items()) or "nothing set",
+    }
+    for name, text in lines.items():
         print(f"{name:<16} {text}")
     return 0
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------
 
-# Imported only when asked for, since each brings requirements of its own: name -> (module, extra that installs them).
+
+@dataclass(frozen=True)
+class Command:
+    """``module`` holds add_arguments(parser), run(arguments) and perhaps afterwards(arguments), the words of the
+    command that follows; it is imported only when asked for, since each brings requirements of its own. extra: what
+    installs them; instead: a flag and the module that then runs."""
+
+    module: str
+    extra: str
+    text: str
+    instead: tuple[str, str] = ("", "")
+
+
 COMMANDS = {
-    "bench": ("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
-    "demo": ("askew_kernels.demo", "demo", "train real models quantization-aware"),
-    "paper": ("askew_kernels.paper", "paper", "the published experiments, over ten seeds and more"),
-    "search": ("askew_kernels.demo_search", "search", "which layer deserves which bits: from float to packed"),
-    "analyze": ("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
-    "inspect": ("askew_kernels.deploy.inspect", "deploy", "bits, bytes and errors of a packed file, layer by layer"),
-    "convert": ("askew_kernels.deploy.convert", "deploy", "pack a safetensors state_dict"),
+    "bench": Command("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
+    "demo": Command("askew_kernels.demo", "demo", "train real models quantization-aware", ("sam", "experiments.sam")),
+    "paper": Command("experiments.paper", "paper", "the published experiments, over ten seeds and more"),
+    "search": Command("experiments.search", "search", "which layer deserves which bits: from float to packed"),
+    "analyze": Command("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
+    "inspect": Command("askew_kernels.deploy.inspect", "deploy", "bits, bytes and errors of a packed file, by layer"),
+    "convert": Command("askew_kernels.deploy.convert", "deploy", "pack a safetensors state_dict"),
 }
+
+
+def load(name: str, module: str) -> Any:
+    """The module of a command. Raises Refused in one line where it, or what it needs, is not installed."""
+    if module.startswith("experiments."):
+        home = Path(__file__).resolve().parent.parent
+        if not (home / "experiments" / "__init__.py").is_file():
+            raise Refused(f"{name}: {module} is not part of the installed package; run this in a checkout of the "
+                          "repository or in the unpacked source distribution")  # fmt: skip
+        if str(home) not in sys.path[:1]:
+            sys.path.insert(0, str(home))  # before another package of that name
+    try:
+        return importlib.import_module(module)
+    except ImportError as problem:
+        raise Refused(f"{name} needs {problem.name or problem}: "
+                      f'pip install "askew_kernels[{COMMANDS[name].extra}]"') from None  # fmt: skip
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -170,24 +192,23 @@ def serve(argv: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     info_parser = commands.add_parser("info", help="what was built, which backend serves each device, and why")
     info_parser.add_argument("--json", action="store_true", help="print it as JSON")
-    run: Callable[[argparse.Namespace], int] = info
-    for name, (module, extra, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        if argv[:1] != [name]:
-            continue
-        if importlib.util.find_spec(module) is None:
-            raise Refused(f"{name}: this build of the package does not hold {module}")
-        try:
-            loaded = importlib.import_module(module)
-        except ImportError as problem:
-            raise Refused(f'{name} needs {problem.name or problem}: pip install "askew_kernels[{extra}]"') from None
-        loaded.add_arguments(command)
-        run = loaded.run
+    for name, command in COMMANDS.items():
+        text = f"{command.text[0].upper()}{command.text[1:]}."
+        subparser = commands.add_parser(name, help=command.text, description=text)
+        if argv[:1] == [name]:
+            load(name, command.module).add_arguments(subparser)
     arguments = parser.parse_args(argv)
-    if arguments.command is None:
+    name = arguments.command
+    if name is None:
         parser.print_help()
         return 0
-    return int(run(arguments) or 0)
+    if name == "info":
+        return info(arguments)
+    usual = load(name, COMMANDS[name].module)
+    flag, other = COMMANDS[name].instead
+    code = int((load(name, other) if getattr(arguments, flag, False) else usual).run(arguments) or 0)
+    following = usual.afterwards(arguments) if code == 0 and hasattr(usual, "afterwards") else []
+    return serve(following) if following else code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (BenchError, OSError) as problem:
+    except (Failed, OSError) as problem:
         error(problem)
         return 1
 

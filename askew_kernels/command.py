@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import math
+import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .bench.rows import write_atomic
+from . import atomic
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 
-class Refused(Exception):
+class Failed(Exception):
+    """What the user can change: one clear line, no traceback; exit code 1."""
+
+
+class Refused(Failed):
     """The request cannot be served: one line that names the argument, exit code 2, nothing done."""
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+def error(text: object) -> None:
+    print(f"askew_kernels: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -117,5 +129,88 @@ def read_rows(path: Path, kind: Callable[..., T]) -> list[T]:
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """All rows, dataclasses, in place of the file. Raises BenchError where it cannot be written."""
+    """All rows, dataclasses, in place of the file. Raises Failed where it cannot be written."""
     write_atomic(path, "".join(json.dumps(asdict(r)) + "\n" for r in rows))
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """A whole file or none (``atomic.replacing``), its folder made; what is there and no file, such as /dev/stdout, is
+    written to and not replaced. Raises Failed where that cannot be done."""
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise Failed(f"{path}: is a folder, expected a file's name")
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        with atomic.replacing(path) as file:
+            file.write(data)
+    except OSError as problem:
+        raise Failed(f"{path}: cannot be written ({problem.strerror or problem})") from None
+
+
+def check_writable(path: Path) -> None:
+    """Finds out before any work that a file could not be kept. Raises Refused."""
+    if path.is_dir():
+        raise Refused(f"{path}: is a folder, expected a file's name")
+    if path.exists() and not path.is_file():
+        return  # e.g. /dev/stdout
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as problem:
+        raise Refused(f"{path}: cannot be written ({problem.strerror or problem})") from None
+
+
+def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """In the order in which keys first appear."""
+    groups: dict[K, list[T]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(headings)
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+# ---- what a command needs --------------------------------------------------------------------------------------------
+
+
+def need(command: str, *modules: str, extra: str = "") -> None:
+    """Raises Refused naming the first module that is not installed, and what brings it."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            install = f'pip install "askew_kernels[{extra or command}]"'
+            raise Refused(f"{command} needs {module}, which is not installed: {install}")
+
+
+def console(width: int = 80, stderr: bool = False) -> Any:
+    """rich's, as wide as the terminal or $COLUMNS says; ``width`` columns where the output is a file or a CI log."""
+    from rich.console import Console
+
+    return Console(width=shutil.get_terminal_size((width, 24)).columns, highlight=False, stderr=stderr)
+
+
+def table(title: str, headings: Iterable[str], rows: Iterable[Iterable[str]] = (), left: int = 1) -> Any:
+    """rich's, no wider than its cells; the first ``left`` columns are words, the others numbers."""
+    from rich.table import Table
+
+    made = Table(box=None, title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for i, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def progress(console: Any) -> Any:
+    """rich's bar of a known number of jobs."""
+    from rich import progress as rich
+
+    columns = (rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeElapsedColumn(), rich.TimeRemainingColumn(),
+               rich.TextColumn("{task.description}"))  # fmt: skip
+    return rich.Progress(*columns, console=console, transient=True)

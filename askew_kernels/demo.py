@@ -16,9 +16,8 @@ import multiprocessing
 import os
 import signal
 import statistics
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +27,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import EpsilonAnnealing, QuantConfig, hard_quantize_, optim, param_groups, quantize_
-from .bench.rows import write_atomic
-from .command import check_folder, keeping, whole, write_rows
+from . import EpsilonAnnealing, QuantConfig, figures, hard_quantize_, optim, param_groups, quantize_
+from .command import (
+    check_folder,
+    console,
+    keeping,
+    markdown_table,
+    need,
+    progress,
+    table,
+    whole,
+    write_atomic,
+    write_rows,
+)
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
@@ -99,15 +108,14 @@ def load_mnist1d(fold: int = 0) -> Data:
 # ---- networks -------------------------------------------------------------------------------------------------------
 
 
-def _digits_mlp() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(64, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(),
-        nn.Linear(128, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU(),
-        nn.Linear(128, 10),
-    )  # fmt: skip
+def mlp(inputs: int, width: int) -> nn.Sequential:
+    hidden = [
+        layer for k in (inputs, width) for layer in (nn.Linear(k, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
+    ]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
-def _digits_cnn() -> nn.Sequential:
+def digits_cnn() -> nn.Sequential:
     return nn.Sequential(
         nn.Unflatten(1, (1, 8, 8)),
         nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
@@ -117,15 +125,7 @@ def _digits_cnn() -> nn.Sequential:
     )  # fmt: skip
 
 
-def _mnist1d_mlp() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(40, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
-        nn.Linear(256, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU(),
-        nn.Linear(256, 10),
-    )  # fmt: skip
-
-
-def _mnist1d_cnn() -> nn.Sequential:
+def mnist1d_cnn() -> nn.Sequential:
     """A 1-D convolutional network, written with kernels of height 1."""
     return nn.Sequential(
         nn.Unflatten(1, (1, 1, 40)),
@@ -138,10 +138,10 @@ def _mnist1d_cnn() -> nn.Sequential:
 
 # name: (data, network, epochs)
 TASKS: dict[str, tuple[Callable[[int], Data], Callable[[], nn.Sequential], int]] = {
-    "digits / MLP": (load_digits, _digits_mlp, 30),
-    "digits / CNN": (load_digits, _digits_cnn, 20),
-    "mnist1d / MLP": (load_mnist1d, _mnist1d_mlp, 20),
-    "mnist1d / CNN": (load_mnist1d, _mnist1d_cnn, 15),
+    "digits / MLP": (load_digits, lambda: mlp(64, 128), 30),
+    "digits / CNN": (load_digits, digits_cnn, 20),
+    "mnist1d / MLP": (load_mnist1d, lambda: mlp(40, 256), 20),
+    "mnist1d / CNN": (load_mnist1d, mnist1d_cnn, 15),
 }
 
 
@@ -179,60 +179,97 @@ def cached(load: Callable[[int], Data], seed: int) -> Data:
     return _data[load, fold]
 
 
-def _is_inner(model: nn.Sequential) -> Callable[[nn.Module, str], bool]:
-    """Neither the first nor the last layer with a weight matrix."""
+Batch = tuple[Tensor, Tensor]
+
+
+def quantize_inner(model: nn.Module, width: str, forward: str = "hard", ends: Collection[str] = ()) -> nn.Module:
+    """Quantizes all layers with a weight matrix but ``ends``, by default the first and the last."""
+    grid, rule = WIDTHS[width]
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return lambda _module, name: name not in (layers[0], layers[-1])
+    ends = ends or (layers[0], layers[-1])
+    config = QuantConfig(weight=grid, scale=rule, forward=forward)
+    return quantize_(model, config, lambda _, name: name not in ends)
+
+
+def prepare(
+    model: nn.Module, method: str, width: str, lr: float = LR, adamw: bool = False, ends: Collection[str] = ()
+) -> tuple[torch.optim.Optimizer, str]:
+    """Quantizes the model as a row of the table asks; (its optimizer, the recipe of eps or "")."""
+    if method != "float":
+        quantize_inner(model, width, "relaxed" if method == "relaxed" else "hard", ends)
+    ours = method in RECIPE
+    groups: Any = param_groups(model) if ours else model.parameters()
+    optimizer: torch.optim.Optimizer
+    if adamw:
+        optimizer = optim.ASkewAdamW(groups, lr=lr) if ours else torch.optim.AdamW(groups, lr=lr, fused=True)
+    else:
+        optimizer = (optim.ASkewSGD if ours else torch.optim.SGD)(groups, lr=lr, momentum=MOMENTUM)
+    return optimizer, method if ours else ""
+
+
+def batches(data: Data, epochs: int, seed: int) -> Iterator[Batch]:
+    """Whole batches of every epoch in an order of its own, which the seed decides."""
+    x, _, y, _ = data
+    order = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=order)[: len(x) // BATCH * BATCH].split(BATCH):
+            yield x[rows], y[rows]
+
+
+def fit(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch], total: int, recipe: str = "",
+    smoothing: float = LABEL_SMOOTHING,
+) -> list[Tensor]:  # fmt: skip
+    """One training: cosine learning rate over ``total`` steps, eps by ``RECIPE[recipe]`` where one is named. Gives the
+    loss of every step; ``optimizer`` may be one that asks for it twice."""
+    annealing = None
+    if recipe:
+        periods: dict[str, Any] = dict(RECIPE[recipe])
+        hold, end = (round(periods.pop(name) * total) for name in ("hold", "end"))
+        annealing = EpsilonAnnealing(optimizer, hold=hold, total=end, **periods)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
+    losses: list[Tensor] = []
+    for x, y in batches:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            logits = model(x).flatten(0, -2)
+            loss = functional.cross_entropy(logits, y.flatten(), label_smoothing=smoothing)
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure).detach())  # type: ignore[arg-type, attr-defined]
+        schedule.step()
+        if annealing:
+            annealing.step()
+    return losses
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Of a model in eval mode, per cent."""
+    return 100 * (model(x).argmax(1) == y).float().mean().item()
 
 
 def train(job: Job) -> Result:
     """Trains one model; the seed decides initialisation, data order and fold, whatever the method and the width."""
     started = time.perf_counter()
     load, build, epochs = TASKS[job.task]
-    x, x_test, y, y_test = cached(load, job.seed)
+    data = cached(load, job.seed)
     torch.manual_seed(job.seed)
     model = build().train()
-    batches = len(x) // BATCH
-    total = epochs * batches
-    if job.method != "float":
-        grid, rule = WIDTHS[job.width]
-        forward = "relaxed" if job.method == "relaxed" else "hard"
-        quantize_(model, QuantConfig(weight=grid, scale=rule, forward=forward), _is_inner(model))
-    annealing = None
-    optimizer: torch.optim.Optimizer
-    if job.method in RECIPE:
-        recipe: dict[str, Any] = dict(RECIPE[job.method])
-        optimizer = optim.ASkewSGD(param_groups(model), lr=LR, momentum=MOMENTUM)
-        hold, end = round(recipe.pop("hold") * total), round(recipe.pop("end") * total)
-        annealing = EpsilonAnnealing(optimizer, hold=hold, total=end, **recipe)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
-    order = torch.Generator().manual_seed(job.seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=order)[: batches * BATCH].split(BATCH):
-            loss = functional.cross_entropy(model(x[rows]), y[rows], label_smoothing=LABEL_SMOOTHING)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if annealing:
-                annealing.step()
-    model.eval()
-    before = [p.detach().clone() for p in model.parameters()]
+    optimizer, recipe = prepare(model, job.method, job.width)
+    fit(model, optimizer, batches(data, epochs, job.seed), epochs * (len(data[0]) // BATCH), recipe)
+    layers = quantized_layers(model.eval()).values()
+    before = [layer.weight.detach().clone() for layer in layers]
     hard_quantize_(model)
-    scales = {id(layer.weight): layer.weight_scale for layer in quantized_layers(model).values()}
     moved = [
-        ((p - old).abs() / scales[id(p)].reshape(-1, *[1] * (p.dim() - 1))).max().item()
-        for p, old in zip(model.parameters(), before, strict=True)
-        if id(p) in scales
+        ((layer.weight - old).abs() / layer.weight_scale.reshape(-1, *[1] * (old.dim() - 1))).max().item()
+        for layer, old in zip(layers, before, strict=True)
     ]
-    with torch.no_grad():
-        test, seen = (
-            100 * (model(a).argmax(1) == b).float().mean().item() for a, b in ((x_test, y_test), (x, y))
-        )  # fmt: skip
-    return Result(**asdict(job), accuracy=test, train_accuracy=seen, moved=max(moved, default=0.0),
-                  seconds=time.perf_counter() - started)  # fmt: skip
+    x, x_test, y, y_test = data
+    return Result(**asdict(job), accuracy=accuracy(model, x_test, y_test), train_accuracy=accuracy(model, x, y),
+                  moved=max(moved, default=0.0), seconds=time.perf_counter() - started)  # fmt: skip
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -249,31 +286,31 @@ def jobs_for(tasks: list[str], widths: list[str], seeds: int) -> list[Job]:
 
 
 def summarise(results: list[Result]) -> list[dict[str, Any]]:
-    """One row for each task and width: mean and standard deviation of every method, paired differences."""
+    """One row for each task and width: (mean, standard deviation) of every method and of differences over seeds."""
     table: dict[tuple[str, str, str], dict[int, float]] = {}
     for r in results:
         table.setdefault((r.task, r.width, r.method), {})[r.seed] = r.accuracy
     rows = []
-    for task in dict.fromkeys(r.task for r in results):
-        base = table.get((task, "float", "float"), {})
-        for width in dict.fromkeys(r.width for r in results if r.task == task and r.width != "float"):
-            row: dict[str, Any] = {"task": task, "width": width}
-            for method in METHODS:
-                values = list((base if method == "float" else table.get((task, width, method), {})).values())
-                row[method] = _mean_std(values)
-            hard, ste = table.get((task, width, "hard"), {}), table.get((task, width, "straight-through"), {})
-            paired = [hard[s] - ste[s] for s in sorted(hard) if s in ste]
-            row["hard - straight-through"] = _mean_std(paired)
-            row["hard - float"] = _mean_std([hard[s] - base[s] for s in sorted(hard) if s in base])
-            row["seeds"] = len(paired)
-            rows.append(row)
+    for task, width in dict.fromkeys((r.task, r.width) for r in results if r.width != "float"):
+        found = {m: table.get((task, "float" if m == "float" else width, m), {}) for m in METHODS}
+        row: dict[str, Any] = {"task": task, "width": width, "seeds": len(found["hard"])}
+        row |= {method: mean_std(list(values.values())) for method, values in found.items()}
+        for other in ("straight-through", "float"):
+            common = [s for s in sorted(found["hard"]) if s in found[other]]
+            row[f"hard - {other}"] = mean_std([found["hard"][s] - found[other][s] for s in common])
+        rows.append(row)
     return rows
 
 
-def _mean_std(values: list[float]) -> tuple[float, float] | None:
+def mean_std(values: list[float]) -> tuple[float, float] | None:
+    """None of nothing; the deviation of one value is 0."""
     if not values:
         return None
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def plus_minus(value: tuple[float, float] | None, digits: int = 2, sign: str = "") -> str:
+    return "" if value is None else f"{value[0]:{sign}.{digits}f} ± {value[1]:.{digits}f}"
 
 
 HEADINGS = {
@@ -283,72 +320,48 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    cells = [row["task"], row["width"]]
-    for key in METHODS:
-        cells.append("" if row[key] is None else f"{row[key][0]:.2f} ± {row[key][1]:.2f}")
-    for key in ("hard - straight-through", "hard - float"):
-        cells.append("" if row[key] is None else f"{row[key][0]:+.2f} ± {_standard_error(row, key):.2f}")
-    return cells
-
-
-def _standard_error(row: dict[str, Any], key: str) -> float:
-    """Of a mean over paired seeds."""
-    return row[key][1] / math.sqrt(max(1, row["seeds"]))
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of a row of ``summarise``: methods ± standard deviation, differences ± standard error."""
+    differences = []
+    for key in list(HEADINGS)[-2:]:
+        pair = row[key]
+        differences.append(plus_minus(pair and (pair[0], pair[1] / math.sqrt(max(1, row["seeds"]))), sign="+"))
+    return [row["task"], row["width"], *(plus_minus(row[method]) for method in METHODS), *differences]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as it stands in the README."""
-    lines = ["| " + " | ".join(HEADINGS.values()) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
-    return "\n".join(lines)
+    return markdown_table(HEADINGS.values(), map(cells, rows))
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
     """What falls short: below straight-through, or more than 3 points below float from 4 bits to ternary."""
     found = []
     for row in rows:
-        name = f"{row['task']}, {row['width']}"
+        name, (ste, plain) = f"{row['task']}, {row['width']}", cells(row)[-2:]
         if row["hard - straight-through"] and round(row["hard - straight-through"][0], 2) < 0:
-            found.append(
-                f"{name}: {row['hard - straight-through'][0]:+.2f} points against straight-through "
-                f"(standard error {_standard_error(row, 'hard - straight-through'):.2f})"
-            )
+            found.append(f"{name}: {ste} points against straight-through (± standard error)")
         if row["width"] != "binary" and row["hard - float"] and row["hard - float"][0] < -3:
-            found.append(f"{name}: {row['hard - float'][0]:+.2f} points against float")
+            found.append(f"{name}: {plain} points against float")
     return found
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against width, one panel for each task, standard deviation as error bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Accuracy against width, a panel for each task, standard deviation as error bars."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(3.6 * len(tasks), 3.4), squeeze=False)
-    colours = {"straight-through": "#8a8a8a", "relaxed": "#d08a2e", "hard": "#1f6fb4"}
-    for axis, task in zip(axes[0], tasks, strict=True):
+    names = {"straight-through": "straight-through", "relaxed": "ASkewSGD relaxed (published)",
+             "hard": "ASkewSGD hard (recipe)"}  # fmt: skip
+    figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 6.5), 3.6)
+    for axis, task in zip(axes, tasks, strict=True):
         part = [row for row in rows if row["task"] == task]
-        places = list(range(len(part)))
         if part[0]["float"]:
             axis.axhline(part[0]["float"][0], color="black", linewidth=1, linestyle="--", label="float")
-        for shift, (method, colour) in enumerate(colours.items()):
-            known = [(p, row[method]) for p, row in zip(places, part, strict=True) if row[method]]
-            axis.errorbar(
-                [p + 0.18 * (shift - 1) for p, _ in known], [v[0] for _, v in known], [v[1] for _, v in known],
-                fmt="o", color=colour, capsize=3, markersize=5,
-                label={"relaxed": "ASkewSGD relaxed", "hard": "ASkewSGD hard"}.get(method, method),
-            )  # fmt: skip
-        axis.set_xticks(places, [row["width"] for row in part], rotation=30)
-        axis.set_title(task, fontsize=10)
-        axis.grid(axis="y", alpha=0.3)
-    axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][-1].legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        figures.means(axis, [r["width"] for r in part], {text: [r[m] for r in part] for m, text in names.items()})
+        figures.label(axis, task)
+        axis.tick_params(axis="x", rotation=30)
+    axes[0].set_ylabel("test accuracy, %, hard-quantized", fontsize=8.5)
+    figures.legend_below(figure, axes)
+    return figures.save(figure, "accuracy", ("png",), dpi=150)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -385,7 +398,7 @@ def _interrupts_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train) -> Generator[Any, None, None]:
+def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Generator[Any, None, None]:
     """The results in the order in which they are finished. However this ends, its processes end with it at once."""
     if workers <= 1 or not jobs:
         threads = torch.get_num_threads()
@@ -412,85 +425,49 @@ def _run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any] = train)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole demo; returns the exit code."""
-    try:
-        import matplotlib  # noqa: F401
-        import mnist1d  # noqa: F401
-        import sklearn  # noqa: F401
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.table import Table
-    except ImportError as error:
-        print(f'demo: {error.name} is not installed; pip install "askew_kernels[demo]"', file=sys.stderr)
-        return 2
+    """Trains, shows the table, writes rows, table and plot; returns the exit code."""
+    need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
     check_folder(args.out)
-    if args.sam:
-        from . import demo_sam
-
-        return demo_sam.run(args)
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
     seeds = args.seeds or (5 if args.full else 2)
-    console = Console()
+    screen = console(120)
     jobs = jobs_for(tasks, widths, seeds)
-    console.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
+    screen.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
     results: list[Result] = []
-    rows_path = args.out / "accuracy.jsonl"
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    path = args.out / "accuracy.jsonl"
     with (
-        keeping(rows_path, results),
-        Progress(*columns, console=console) as progress,
-        contextlib.closing(_run_all(jobs, args.workers)) as finished,
+        keeping(path, results),
+        progress(screen) as bar,
+        contextlib.closing(run_all(jobs, args.workers, train)) as finished,
     ):
-        bar = progress.add_task("training", total=len(jobs))
+        task = bar.add_task("training", total=len(jobs))
         for result in finished:
             results.append(result)
-            write_rows(rows_path, results)
+            write_rows(path, results)
             write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
-            progress.update(bar, advance=1, description=f"{result.task}, {result.width}")
+            bar.update(task, advance=1, description=f"{result.task}, {result.width}")
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
-    write_rows(rows_path, results)
+    write_rows(path, results)
     rows = summarise(results)
-    table = Table(
-        box=None,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds",
-    )
-    for heading in ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float"):
-        table.add_column(heading, justify="left" if heading in ("network", "weights") else "right", no_wrap=True)
-    for row in rows:
-        cells = [cell.replace(" ± ", "±").replace(" / ", "/") for cell in _cells(row)]
-        table.add_row(*cells[:-2], *(cell.split("±")[0] for cell in cells[-2:]))  # fits into 80 columns
-    console.print(table)
-    console.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
+    headings = ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float")
+    texts = [[cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)] for row in rows]
+    short = [[*row[:-2], *(cell.split("±")[0] for cell in row[-2:])] for row in texts]  # fits into 80 columns
+    title = f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds"
+    screen.print(table(title, headings, short, left=2))
+    screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
-    if missed:
-        console.print("Falls short: " + "; ".join(missed))
-    else:
-        console.print(
-            "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
-        )
+    reached = "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
+    screen.print("Falls short: " + "; ".join(missed) if missed else reached)
     furthest = max((r.moved for r in results if r.method == "hard"), default=0.0)
-    console.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.3f} scales.")
-    write_atomic(args.out / "accuracy.md", markdown(rows) + "\n")
-    plot(rows, args.out / "accuracy.png")
-    console.print(f"Rows, table and plot: {rows_path}, {args.out / 'accuracy.md'}, {args.out / 'accuracy.png'}")
-    if args.no_bench:
-        return 0
-    from . import bench
+    screen.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.4f} scales.")
+    for name, data in {"accuracy.md": (markdown(rows) + "\n").encode(), **plot(rows)}.items():
+        write_atomic(args.out / name, data)
+    screen.print(f"Rows, table and plot: {path}, {args.out / 'accuracy.md'}, {args.out / 'accuracy.png'}")
+    return 0
 
-    return bench.demo_table(args.out)
+
+def afterwards(args: argparse.Namespace) -> list[str]:
+    """The command that follows: the throughput table, its rows and plots in the same folder."""
+    files = ["--json", str(args.out / "bench.json"), "--csv", str(args.out / "bench.csv"), "--plot", str(args.out)]
+    return [] if args.no_bench or args.sam else ["bench", "--quick", *files]

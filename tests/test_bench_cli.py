@@ -23,11 +23,11 @@ import pytest
 import torch
 
 from askew_kernels import __main__ as cli
-from askew_kernels import nn, optim
+from askew_kernels import command, nn, optim
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from askew_kernels.bench.suites import common, fake_quant, packed, sam, startup, step, train
+from askew_kernels.bench.suites import common, fake_quant, packed, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -50,11 +50,9 @@ def one_thread():
 def small(monkeypatch, side=64):
     """Every suite at a size where nothing takes time, without the compiler and other libraries."""
     monkeypatch.setattr(Context, "side", side)
-    for module in (step, fake_quant, sam):
-        monkeypatch.setattr(module, "why_no_compile", lambda context: "left out of this test")
+    monkeypatch.setattr(common, "why_no_compile", lambda context, quick=True: "left out of this test")
     monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
-    for module in (step, sam):
-        monkeypatch.setattr(module, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
+    monkeypatch.setattr(common, "resnet18_shapes", lambda: [(64, 3, 7, 7), (64,), (64,), (10, 32), (10,)])
 
 
 def rows_of(suite, op):
@@ -293,7 +291,7 @@ def test_memory_sees_what_is_allocated_and_freed():
 def test_a_step_allocates_nothing_of_weight_size(monkeypatch):
     small(monkeypatch, 1024)
     measured = rows_of("step", "SGD step")
-    shares = {r.impl: goals.memory_share(r) for r in measured if r.peak_bytes is not None}
+    shares = {r.impl: step.memory_share(r) for r in measured if r.peak_bytes is not None}
     assert shares["ASkewSGD hold"] is not None and shares["eager, lean"] > 1
     assert all(share < 0.05 for impl, share in shares.items() if impl.startswith("ASkewSGD")), shares
 
@@ -325,7 +323,7 @@ def test_the_frozen_scale_is_that_of_the_first_step_though_it_was_made_before_th
     """The warm-up of a CUDA graph is steps too."""
     context = Context(CPU, quick=True)
     for told in (True, False):
-        impl = step.askew_step(context, common.Inputs(context, [(64, 48)]), "", "", eps=0.3)
+        impl = step.askew_step(common.Inputs(context, [(64, 48)]), eps=0.3)
         if told:
             impl.check.take_scales()
         for _ in range(3):
@@ -367,9 +365,9 @@ def test_failures_are_named_and_the_others_are_timed():
 
     impls = [
         Impl("base"), Impl("wrong", check=wrong), Impl("broken", broken), Impl("absent", missing="not installed"),
-        peers.peer("unbuilt", "json", build), Impl("breaks later", lambda: next(later)),
-        peers.peer("not here", "no_such_library", build, "left out here"), Impl("exits", exits),
-        peers.peer("exits early", "json", exits),
+        harness.peer("unbuilt", "json", build), Impl("breaks later", lambda: next(later)),
+        harness.peer("not here", "no_such_library", build, "left out here"), Impl("exits", exits),
+        harness.peer("exits early", "json", exits),
     ]  # fmt: skip
     measured = {r.impl: r for r in some_rows(*impls)}
     assert measured["base"].p50 is not None
@@ -420,11 +418,11 @@ def test_files_round_trip_and_are_atomic(tmp_path):
     parsed = list(csv.DictReader(io.StringIO(rows.rows_to_csv(measured))))
     assert [p["impl"] for p in parsed] == [r.impl for r in measured] and parsed[0].keys() == set(rows.ROW_FIELDS)
     target = tmp_path / "new" / "rows.json"
-    rows.write_atomic(target, "one")
-    rows.write_atomic(target, "two")
+    command.write_atomic(target, "one")
+    command.write_atomic(target, "two")
     assert target.read_text() == "two" and [p.name for p in target.parent.iterdir()] == ["rows.json"]
-    with pytest.raises(rows.BenchError, match="folder"):
-        rows.write_atomic(tmp_path, "x")
+    with pytest.raises(command.Failed, match="folder"):
+        command.write_atomic(tmp_path, "x")
 
 
 def test_goals_from_rows():
@@ -437,8 +435,8 @@ def test_goals_from_rows():
     measured = [row("torch SGD fused", 10.0, "baseline"), row("ASkewSGD hold", 12.0, "ours"),
             row("ASkewSGD eps=0.3, scale each step", 13.0, "ours"), row("eager, lean", 650.0),
             row(step.IN_PLACE, 39.0), row(step.FRESH, 26.0)]  # fmt: skip
-    results = {g.goal: g for g in goals.goals(measured)}
-    first = results["ASkewSGD step, SAWB included, ÷ SGD fused"]
+    results = {g.goal: g for g in goals.judge(suites.GOALS, measured)}
+    first = results["ASkewSGD step ÷ SGD fused"]
     assert first.measured == pytest.approx(1.2) and first.reached is True
     assert results["times faster than eager"].measured == pytest.approx(50)
     best = results["times faster than the best torch.compile of the same mathematics"]
@@ -685,8 +683,8 @@ def test_a_failed_implementation_makes_the_exit_code_1(monkeypatch, capsys):
 
 @pytest.mark.parametrize(("module", "arguments"), [("rich", []), ("matplotlib", ["--plot", "somewhere"])])
 def test_missing_extras_are_named(module, arguments, monkeypatch, capsys):
-    real = bench_cli.importlib.util.find_spec
-    monkeypatch.setattr(bench_cli.importlib.util, "find_spec", lambda name: None if name == module else real(name))
+    real = command.importlib.util.find_spec
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == module else real(name))
     assert cli.main(["bench", *arguments]) == 2
     err = capsys.readouterr().err
     assert module in err and 'pip install "askew_kernels[bench]"' in err

@@ -21,7 +21,7 @@ import pytest
 import askew_kernels as ak
 from askew_kernels import __main__ as cli
 from askew_kernels import command, runtime
-from askew_kernels.bench import harness
+from askew_kernels.bench import runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,8 +162,18 @@ def test_help_says_what_a_command_is_and_its_defaults(name, monkeypatch, capsys)
     assert exit_code(name, "--help") == 0
     text = capsys.readouterr().out
     assert "(default: None)" not in text and "(default: False)" not in text
-    for said in [cli.COMMANDS[name][2][1:] if name in cli.COMMANDS else "--json", *DEFAULTS.get(name, [])]:
+    for said in [cli.COMMANDS[name].text[1:] if name in cli.COMMANDS else "--json", *DEFAULTS.get(name, [])]:
         assert said in text
+
+
+@pytest.mark.parametrize("arguments", ["paper", "search --full", "demo --sam"])
+def test_what_an_installed_package_lacks_is_said_in_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "askew_kernels" / "__main__.py"))
+    assert exit_code(*arguments.split()) == 2
+    out, err = capsys.readouterr()
+    name = arguments.split()[0]
+    assert err.startswith(f"askew_kernels: {name}: experiments.") and "checkout" in err and err.count("\n") == 1
+    assert not out
 
 
 def test_no_command_prints_help(capsys):
@@ -287,12 +297,11 @@ def test_an_interrupted_sam_demo_resumes(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")
     pytest.importorskip("rich")
     pytest.importorskip("mnist1d")
-    from askew_kernels import demo_sam
+    from experiments import common, sam
 
     def result(job):
-        return demo_sam.Result(
-            **dataclasses.asdict(job), accuracy=90.0, after={}, eigenvalue=1.0, rise=0.1, seconds=1.0
-        )
+        numbers = {"accuracy": 90.0, "after": {}, "eigenvalue": 1.0, "rise": 0.1, "seconds": 1.0}
+        return [sam.Result(**dataclasses.asdict(job), **numbers)]
 
     arguments = [
         "demo",
@@ -306,13 +315,13 @@ def test_an_interrupted_sam_demo_resumes(tmp_path, monkeypatch, capsys):
         "--out",
         str(tmp_path),
     ]
-    monkeypatch.setattr(demo_sam, "_run_all", failing(lambda jobs: map(result, jobs[:3]), KeyboardInterrupt()))
+    monkeypatch.setattr(common, "run_all", failing(lambda jobs: map(result, jobs[:3]), KeyboardInterrupt()))
     assert cli.main(arguments) == 130
     path = tmp_path / "sam.jsonl"
     assert capsys.readouterr().err.endswith(f"interrupted; 3 finished rows are in {path}\n")
     assert len(path.read_text().splitlines()) == 3
-    monkeypatch.setattr(demo_sam, "_run_all", lambda jobs, workers, train: (r for r in map(result, jobs)))
-    monkeypatch.setattr(demo_sam, "plot", lambda rows, path: None)
+    monkeypatch.setattr(common, "run_all", lambda jobs, workers, train: (r for r in map(result, jobs)))
+    monkeypatch.setattr(sam, "plot", lambda rows: {})
     assert cli.main(arguments) == 0
     assert "8 models, 5 of them to train" in capsys.readouterr().err and len(path.read_text().splitlines()) == 8
     assert cli.main([*arguments[:3], "mnist1d / MLP", *arguments[4:]]) == 0  # rows of other tasks stay
@@ -322,17 +331,17 @@ def test_an_interrupted_sam_demo_resumes(tmp_path, monkeypatch, capsys):
 def test_an_interrupted_search_resumes(tmp_path, monkeypatch, capsys):
     for module in ("sklearn", "rich", "mnist1d", "safetensors", "scipy", "matplotlib"):
         pytest.importorskip(module)
-    from askew_kernels import demo_search
+    from experiments import common, search
 
     def made(job):
-        return [demo_search.Row(job.pair, 1.25, job.seed, "ASGA", "target", {"0": 1}, 1.2, 80.0, 90.0, 95.0, 1.0)]
+        return [search.Row(job.pair, 1.25, job.seed, "ASGA", "target", {"0": 1}, 1.2, 80.0, 90.0, 95.0, 1.0)]
 
     arguments = ["search", "--full", "--seeds", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr(demo_search, "_run_all", failing(lambda jobs: map(made, jobs[:1]), command.Terminated()))
+    monkeypatch.setattr(common, "run_all", failing(lambda jobs: map(made, jobs[:1]), command.Terminated()))
     assert cli.main(arguments) == 143
     assert capsys.readouterr().err.endswith(f"terminated; 1 finished rows are in {tmp_path / 'search.jsonl'}\n")
-    monkeypatch.setattr(demo_search, "_run_all", lambda jobs, workers, train: (r for r in map(made, jobs)))
-    monkeypatch.setattr(demo_search, "plot", lambda lines, path: None)
+    monkeypatch.setattr(common, "run_all", lambda jobs, workers, train: (r for r in map(made, jobs)))
+    monkeypatch.setattr(search, "plot", lambda lines: {})
     assert cli.main(arguments) == 0 and "4 cases, 3 of them to make" in capsys.readouterr().err
 
 
@@ -342,7 +351,7 @@ def test_an_interrupted_demo_without_rows_leaves_earlier_ones(tmp_path, monkeypa
     from askew_kernels import demo
 
     (tmp_path / "accuracy.jsonl").write_text("of an earlier run")
-    monkeypatch.setattr(demo, "_run_all", failing(lambda jobs: [], KeyboardInterrupt()))
+    monkeypatch.setattr(demo, "run_all", failing(lambda jobs: [], KeyboardInterrupt()))
     assert cli.main(["demo", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "askew_kernels: interrupted; no row was finished\n"
     assert (tmp_path / "accuracy.jsonl").read_text() == "of an earlier run"
@@ -354,15 +363,15 @@ def test_an_interrupted_bench_ends_its_child(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text('#!/bin/sh\necho \'{"tick": "a case"}\'\nexec sleep 60\n')
     script.chmod(0o755)
-    monkeypatch.setattr(harness.sys, "executable", str(script))
-    if harness.platform.libc_ver(sys.executable)[0] != "glibc":
-        monkeypatch.setattr(harness.platform, "libc_ver", lambda: ("glibc", ""))
+    monkeypatch.setattr(runs.sys, "executable", str(script))
+    if runs.platform.libc_ver(sys.executable)[0] != "glibc":
+        monkeypatch.setattr(runs.platform, "libc_ver", lambda: ("glibc", ""))
 
     def tick(name):
         raise KeyboardInterrupt
 
     started = time.monotonic()
-    rows = harness.run_entries_warm(harness.Choice("linear", True, True, "", (1, 1)), harness.torch.device("cpu"), tick)
+    rows = runs.run_entries_warm(runs.Choice("linear", True, True, "", (1, 1)), runs.torch.device("cpu"), tick)
     with pytest.raises(KeyboardInterrupt):
         next(rows)
     assert time.monotonic() - started < 30  # of the child's 60

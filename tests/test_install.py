@@ -71,7 +71,7 @@ def test_sdist_holds_every_source(sdist):
     archive, names = sdist
     assert archive.name == f"askew_kernels-{ak.__version__}.tar.gz"
     assert {name for name in names if name.startswith("csrc/") and Path(name).suffix} == in_checkout("csrc")
-    assert in_checkout("askew_kernels") <= names
+    assert in_checkout("askew_kernels") | in_checkout("experiments") <= names
     assert {"setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/conftest.py"} <= names
     assert not any(name.endswith((".so", ".pyc", "_build.json")) for name in names)
 

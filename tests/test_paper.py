@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from askew_kernels import __main__ as cli
-from askew_kernels import paper
 from askew_kernels.bench.suites import common
+from experiments import paper
 
 pytest.importorskip("scipy")
 

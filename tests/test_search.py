@@ -1065,16 +1065,16 @@ def test_roles():
 def test_command_with_a_budget_out_of_reach(tmp_path, capsys, monkeypatch):
     for name in ("sklearn", "mnist1d", "rich", "matplotlib", "safetensors"):
         pytest.importorskip(name)
-    from askew_kernels import demo_search
+    from experiments import search as experiment
 
-    monkeypatch.setattr(demo_search, "FLOAT_EPOCHS", 0)
+    monkeypatch.setattr(experiment, "FLOAT_EPOCHS", 0)
     assert main(["search", "--demo", "--bits", "9.5", "--out", str(tmp_path)]) == 2
     assert "from 1 to 8" in capsys.readouterr().err
 
 
 def test_summaries():
     pytest.importorskip("sklearn")
-    from askew_kernels import demo_search as d
+    from experiments import search as d
 
     rows = [
         d.Row("mnist1d / CNN", 1.75, seed, m, found, {}, 1.5, 60.0 + seed + (m == "ASGA"), 90.0, 95.0, 2.0)

@@ -1,24 +1,13 @@
 """Benchmarks: ``python -m askew_kernels bench`` (benchmarks/README.md explains the method and reads the results).
 
+    peers     how each library that rows are compared with is used
     rows      one measurement, where it was taken, files, comparison with an earlier run
+    goals     what a goal and a line of the README's table are, and how they are read from rows
     harness   checks, clocks, ceilings, turns: a Case becomes rows
-    peers     the libraries that rows are compared with
-    suites    the registry: what is measured
-    goals     what the rows are held against, and the headlines that the README shows
+    suites    the registry: cases, and beside them their goals and their lines of the README's table
+    runs      which cases, in which process
     report    tables, plots, pages
-    cli       arguments, progress, exit codes
+    cli       arguments, progress, exit codes;  tune   the launch parameters of a device
 
-Left never imports right. rich and matplotlib are imported where a table or a plot is made.
+Left never imports right (here: above never imports below), and nothing else of the package imports any of it.
 """
-
-from __future__ import annotations
-
-from pathlib import Path
-
-
-def demo_table(folder: Path) -> int:
-    """What ``demo`` shows last: every suite at its quick sizes; rows and plots go to ``folder``. An exit code."""
-    from ..__main__ import main
-
-    files = ["--json", str(folder / "bench.json"), "--csv", str(folder / "bench.csv"), "--plot", str(folder)]
-    return main(["bench", "--quick", *files])

@@ -1,7 +1,7 @@
-"""The child process of ``harness.run_entries_warm``; what users call is ``python -m askew_kernels bench``."""
+"""The child process of ``runs.run_entries_warm``; what users call is ``python -m askew_kernels bench``."""
 
 import sys
 
-from .harness import child_main
+from .runs import child_main
 
 sys.exit(child_main(sys.argv[1:]))

@@ -14,17 +14,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +28,9 @@ import torch
 from torch.utils import benchmark
 
 from .. import runtime
-from .rows import PACKAGE, BenchError, Row, environment
-
-# glibc keeps freed memory: fresh outputs cause no page faults (docs/notes.md)
-WARM_TUNABLES = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=20000000000"
-ALLOCATORS = ("default", "warm")
-
+from ..command import Refused
+from . import peers
+from .rows import EMPTY, Row, environment
 
 # What an implementation may end with without taking the others with it; some libraries call sys.exit.
 FAULTS = (Exception, SystemExit)
@@ -149,10 +142,10 @@ class Context:
 def check_device(name: str) -> torch.device:
     """The device, after making sure that it is here and that a backend serves it."""
     if name not in ("cpu", "cuda"):
-        raise BenchError(f"--device: expected cpu or cuda, got {name!r}")
+        raise Refused(f"--device: expected cpu or cuda, got {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
-        raise BenchError(f"--device cuda: {why}")
+        raise Refused(f"--device cuda: {why}")
     return torch.device(name)
 
 
@@ -201,11 +194,7 @@ class CudaClock:
 
 def percentile(values: list[float], share: float) -> float:
     """Linear interpolation between the closest ranks."""
-    ordered = sorted(values)
-    position = share * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
 def first_line(error: BaseException) -> str:
@@ -214,12 +203,9 @@ def first_line(error: BaseException) -> str:
 
 
 def interleave(
-    impls: list[Impl],
-    clock: Callable[[Callable[[], Any]], float],
-    quick: bool = False,
-    tick: Callable[[], None] = lambda: None,
-    turns: int = 0,
-) -> tuple[dict[str, list[float]], dict[str, str]]:
+    impls: list[Impl], clock: Callable[[Callable[[], Any]], float], quick: bool = False,
+    tick: Callable[[], None] = lambda: None, turns: int = 0,
+) -> tuple[dict[str, list[float]], dict[str, str]]:  # fmt: skip
     """(milliseconds of each implementation, called in turns; what raised). A slow one leaves the turns when its share
     of time is used up, one that raises leaves them at once; with ``turns`` all are called exactly so often."""
     budget, fewest, most = (100.0, 5, 11) if quick else (1200.0, 7, 40)  # milliseconds, calls, calls
@@ -235,10 +221,7 @@ def interleave(
     gc.disable()
     try:
         for turn in range(turns or most):
-            due = [impl for impl in impls if is_due(impl, turn)]
-            if not due:
-                break
-            for impl in due:
+            for impl in [impl for impl in impls if is_due(impl, turn)]:
                 try:
                     if impl.prepare is not None:
                         impl.prepare()
@@ -318,32 +301,45 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, calls: int = 
 
 # ---- ceilings --------------------------------------------------------------------------------------------------------
 
-
-def memory_ceilings(numel: int, device: torch.device) -> list[Impl]:
-    """What the memory gives: a copy, a read and an in-place update of ``numel`` fp32 elements."""
-    a, b = torch.ones(numel, device=device), torch.zeros(numel, device=device)
-    c, size = torch.ones(numel, device=device), 4 * numel
-    return [
-        Impl("copy", lambda: b.copy_(a), "ceiling", Traffic(read=size, written=size)),
-        Impl("read", lambda: a.sum(), "ceiling", Traffic(read=size)),
-        Impl("read-modify-write", lambda: c.neg_(), "ceiling", Traffic(updated=size)),
-    ]
-
-
 PRODUCT = "matrix product"
 
 
-def product_ceiling(shape: tuple[int, int, int], device: torch.device) -> Impl:
-    """What the arithmetic gives: an fp32 product of (m, k) and (k, n) into an existing result."""
-    m, k, n = shape
-    a, b, out = (torch.ones(*s, device=device) for s in ((m, k), (k, n), (m, n)))
-    return Impl(PRODUCT, lambda: torch.mm(a, b, out=out), "ceiling", note=f"{m} x {k} x {n}")
+def ceilings_of(case: Case, device: torch.device) -> list[Impl]:
+    """What the memory gives, a copy (first), a read and an in-place update of ``case.numel`` fp32 elements, and what
+    the arithmetic gives, an fp32 product of ``case.product`` = (m, k, n) into an existing result."""
+    made = []
+    if size := 4 * case.numel:
+        a, b, c = (torch.ones(case.numel, device=device) for _ in range(3))
+        made = [
+            Impl("copy", lambda: b.copy_(a), "ceiling", Traffic(read=size, written=size)),
+            Impl("read", lambda: a.sum(), "ceiling", Traffic(read=size)),
+            Impl("read-modify-write", lambda: c.neg_(), "ceiling", Traffic(updated=size)),
+        ]
+    if case.product:
+        m, k, n = case.product
+        x, y, out = (torch.ones(*s, device=device) for s in ((m, k), (k, n), (m, n)))
+        made.append(Impl(PRODUCT, lambda: torch.mm(x, y, out=out), "ceiling", note=f"{m} x {k} x {n}"))
+    for impl in made:
+        impl.run()
+    return made
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------
 
 
-def _prove(impl: Impl, device: torch.device) -> tuple[float, int | None]:
+def peer(name: str, library: str, build: Callable[[], Impl], left_out: str = "") -> Impl:
+    """``build()``'s implementation under this name, or one that says why it is not here."""
+    if missing := left_out or peers.why_missing(library):
+        return Impl(name, missing=missing)
+    try:
+        impl = build()
+    except FAULTS as error:
+        return Impl(name, failed=first_line(error))
+    impl.name = name
+    return impl
+
+
+def prove(impl: Impl, device: torch.device) -> tuple[float, int | None]:
     """Runs and checks an implementation; (milliseconds of its first call, peak extra bytes of a later one)."""
     calls: list[float] = []
 
@@ -355,16 +351,12 @@ def _prove(impl: Impl, device: torch.device) -> tuple[float, int | None]:
         calls.append((time.perf_counter() - start) * 1e3)
         return result
 
-    if impl.prepare is not None:
-        impl.prepare()
-    if impl.check is not None:
-        impl.check(timed_run)
-    else:
-        timed_run()
+    prepare = impl.prepare or (lambda: None)
+    prepare()
+    (impl.check or (lambda run: run()))(timed_run)
     if impl.own_clock:
         return calls[0], None  # another process' memory
-    if impl.prepare is not None:
-        impl.prepare()
+    prepare()
     return calls[0], peak_extra_bytes(impl.run, device, calls=1 if calls[-1] > 1000 else 2)
 
 
@@ -374,45 +366,37 @@ def run_case(
     """Checks and measures one entry; yields its rows. A failing implementation becomes a row with a note."""
     case = entry.build(context)
     device = context.device
-    fixed = {**(context.environment or environment(device, context.quick)), "suite": suite, "op": entry.op,
-             "shape": case.shape, "dtype": case.dtype}  # fmt: skip
-    empty = dict.fromkeys(("p20", "p50", "p80", "bytes", "gb_per_s", "percent_of_copy", "rate", "ratio", "limit",
-                           "peak_bytes", "losses"))  # fmt: skip
+    fixed = {**EMPTY, **(context.environment or environment(device, context.quick))}
+    fixed |= {"suite": suite, "op": entry.op, "shape": case.shape, "dtype": case.dtype, "baseline": case.baseline,
+              "unit": "ms", "repetitions": 0}  # fmt: skip
 
     def row(impl: Impl, /, **values: Any) -> Row:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        own = {"impl": impl.name, "kind": impl.kind, "backend": impl.backend, "note": impl.note, "time": now,
-               "unit": "ms", "repetitions": 0, "baseline": case.baseline, "rate_unit": ""}  # fmt: skip
-        return Row(**{**empty, **fixed, **own, **values})
+        own = {"impl": impl.name, "kind": impl.kind, "backend": impl.backend, "note": impl.note, "time": now}
+        return Row(**{**fixed, **own, **values})
 
     ready: list[Impl] = []
     peaks: dict[str, int | None] = {}
     for impl in case.impls:
         if impl.missing or impl.failed:
-            left_out = impl.missing if impl.missing.startswith("left out") else f"missing: {impl.missing}"
-            yield row(impl, note=left_out if impl.missing else f"failed: {impl.failed}")
+            why = f"failed: {impl.failed}" if impl.failed else impl.missing
+            yield row(impl, note=why if why.startswith(("left out", "failed")) else f"missing: {why}")
             continue
         tick(impl.name)
         try:
-            first, peaks[impl.name] = _prove(impl, device)
-        except CheckFailed as error:
-            yield row(impl, note=f"failed: wrong result: {error}")
-            continue
+            first, peaks[impl.name] = prove(impl, device)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except FAULTS as error:
-            yield row(impl, note=f"failed: {first_line(error)}")
+            what = f"wrong result: {error}" if isinstance(error, CheckFailed) else first_line(error)
+            yield row(impl, note=f"failed: {what}")
             continue
         if impl.first_call:
             name = f"{impl.name}: first call, {impl.first_call}"
             yield row(impl, impl=name, p20=first, p50=first, p80=first, repetitions=1, baseline="")
         ready.append(impl)
 
-    ceilings = memory_ceilings(case.numel, device) if case.numel else []
-    if case.product:
-        ceilings.append(product_ceiling(case.product, device))
-    for impl in ceilings:
-        impl.run()
+    ceilings = ceilings_of(case, device)
     clock = CudaClock(device) if device.type == "cuda" else CpuClock()
     times, failures = interleave([*ceilings, *ready], clock, context.quick, lambda: tick(""), case.turns)
     medians = {name: statistics.median(values) for name, values in times.items() if values and name not in failures}
@@ -435,113 +419,16 @@ def run_case(
             yield row(impl, note=f"failed: {failures[impl.name]}")
             continue
         values, p50, traffic = times[impl.name], medians[impl.name], impl.traffic
-        work = case.work if impl.kind != "ceiling" else 2e-9 * math.prod(case.product or ()) * (impl.name == PRODUCT)
-        unit = case.work_unit if impl.kind != "ceiling" else "GFLOP"
+        work, unit = case.work, case.work_unit
+        if impl.kind == "ceiling":
+            work, unit = 2e-9 * math.prod(case.product or ()) * (impl.name == PRODUCT), "GFLOP"
+        moved: dict[str, Any] = {}
+        if traffic:
+            percent = 100 * traffic.total / p50 / copy_rate if copy_rate else None
+            moved = {"bytes": traffic.total, "gb_per_s": traffic.total / p50 / 1e6, "percent_of_copy": percent}
         yield row(
-            impl, p20=percentile(values, 0.2), p50=p50, p80=percentile(values, 0.8), repetitions=len(values),
-            bytes=traffic.total if traffic else None, gb_per_s=traffic.total / p50 / 1e6 if traffic else None,
-            percent_of_copy=100 * traffic.total / p50 / copy_rate if traffic and copy_rate else None,
+            impl, p20=percentile(values, 0.2), p50=p50, p80=percentile(values, 0.8), repetitions=len(values), **moved,
             rate=1e3 * work / p50 if work else None, rate_unit=f"{unit}/s" if work else "", limit=limit_of(impl),
             ratio=p50 / medians[case.baseline] if case.baseline in medians else None, peak_bytes=peaks.get(impl.name),
             losses=None if impl.losses is None else [float(v) for v in impl.losses],
         )  # fmt: skip
-
-
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which entries of a suite; op: part of their operation's name; part: (i, n), the i-th of n parts of them."""
-
-    suite: str
-    quick: bool = False
-    only_warm: bool = False
-    op: str = ""
-    part: tuple[int, int] = (1, 1)
-
-    def entries(self, device: torch.device) -> list[Entry]:
-        from .suites import SUITES
-
-        fitting = [e for e in SUITES[self.suite] if device.type in e.devices and (e.quick or not self.quick)]
-        fitting = [e for e in fitting if self.op in e.op and (e.warm or not self.only_warm)]
-        i, n = self.part
-        return fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
-
-
-def run_entries(
-    suite: str,
-    entries: Sequence[Entry],
-    device: torch.device,
-    quick: bool = False,
-    tick: Callable[[str], None] = lambda name: None,
-) -> Iterator[Row]:
-    """The rows of these entries, as they come, with this process' allocator."""
-    context = Context(device, quick, environment(device, quick))
-    for entry in entries:
-        tick(entry.op)
-        torch.manual_seed(0)
-        try:
-            yield from run_case(suite, entry, context, lambda name, op=entry.op: tick(f"{op}: {name}" if name else ""))  # type: ignore[misc]
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise BenchError(f"{suite}, {entry.op}: not enough memory ({first_line(error)})") from None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of these entries in a child process whose glibc keeps freed memory."""
-    if platform.libc_ver()[0] != "glibc":
-        raise BenchError("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES)))
-    command = [sys.executable, "-m", "askew_kernels.bench", device.type, json.dumps(asdict(choice))]
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "GLIBC_TUNABLES": tunables, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert child.stdout is not None and child.stderr is not None
-    with contextlib.closing(child.stdout), contextlib.closing(child.stderr):
-        try:
-            errors: list[str] = []
-            drain = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
-            drain.start()
-            for line in child.stdout:
-                try:
-                    message = json.loads(line)
-                except ValueError:
-                    continue  # something a library printed
-                if "row" in message:
-                    yield Row(**message["row"])
-                else:
-                    tick(message["tick"])
-            code = child.wait()
-            drain.join(5)
-        finally:  # before its pipes are closed, which would wait for the thread that reads them
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    if code:
-        last = errors[-1].strip() if errors else f"exit code {code}"
-        raise BenchError(f"{choice.suite} with the warm allocator: {last}")
-
-
-def child_main(arguments: list[str]) -> int:
-    """Entry point of the child process: rows and ticks as JSON lines on stdout."""
-    device = torch.device(arguments[0])
-    choice = Choice(**json.loads(arguments[1]))
-
-    def send(message: dict) -> None:
-        print(json.dumps(message), flush=True)
-
-    try:
-        rows = run_entries(choice.suite, choice.entries(device), device, choice.quick, lambda t: send({"tick": t}))
-        for row in rows:
-            send({"row": asdict(row)})
-    except KeyboardInterrupt:
-        return 130
-    except BenchError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0

@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import FAULTS, Impl, first_line
-
 DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
                  "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
                  "triton": "triton"}  # fmt: skip
@@ -60,28 +58,18 @@ def load(module: str) -> Any:
         return importlib.import_module(module)
 
 
-def peer(name: str, library: str, build: Callable[[], Impl], left_out: str = "") -> Impl:
-    """``build()``'s implementation under this name, or one that says why it is not here."""
-    if missing := left_out or why_missing(library):
-        return Impl(name, missing=missing)
-    try:
-        impl = build()
-    except FAULTS as error:
-        return Impl(name, failed=first_line(error))
-    impl.name = name
-    return impl
-
-
 # ---- torchao ---------------------------------------------------------------------------------------------------------
+
+
+def _granularity(group: int | None) -> Any:
+    kinds = load("torchao.quantization.granularity")
+    return kinds.PerAxis(0) if group is None else kinds.PerGroup(group)
 
 
 def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = None) -> nn.Module:
     """QAT weight quantizer per channel or group; its own absmax scale each time, or the ``scale`` that is given."""
-    load("torchao")
     qat = load("torchao.quantization.qat")
-    granularity = load("torchao.quantization.granularity")
-    kind = granularity.PerAxis(0) if group is None else granularity.PerGroup(group)
-    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), kind, is_dynamic=scale is None)
+    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), _granularity(group), is_dynamic=scale is None)
     quantizer = load("torchao.quantization.qat.fake_quantizer").IntxFakeQuantizer(config)
     if scale is not None:
         quantizer.scale, quantizer.zero_point = scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -90,11 +78,8 @@ def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = 
 
 def torchao_linear(layer: nn.Linear, bits: int, group: int | None = None) -> nn.Linear:
     """A weight-only QAT linear layer with copies of this one's parameters."""
-    load("torchao")
     qat = load("torchao.quantization.qat")
-    granularity = load("torchao.quantization.granularity")
-    kind = granularity.PerAxis(0) if group is None else granularity.PerGroup(group)
-    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), kind)
+    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), _granularity(group))
     made = load("torchao.quantization.qat.linear").FakeQuantizedLinear(
         layer.in_features, layer.out_features, layer.bias is not None, weight_config=config
     )
@@ -112,7 +97,6 @@ def torchao_inference(layer: nn.Linear, config: str) -> nn.Module:
 
 def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
     """PARQ's optimizer (per channel, new levels every 10 steps, as it comes) in the middle of its annealing."""
-    load("torchao")
     optim, quant = load("torchao.prototype.parq.optim"), load("torchao.prototype.parq.quant")
     prox = optim.ProxPARQ(anneal_start=0, anneal_end=steps)
     return optim.QuantOptimizer(base, quant.UnifQuantizer(), prox, quant_per_channel=True)
@@ -120,7 +104,6 @@ def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optim
 
 def torchao_int4(layer: nn.Linear) -> nn.Module:
     """int4 weights in groups of 128 for inference, bfloat16 activations, torch's own kernel (tinygemm); CUDA."""
-    load("torchao")
     quantization = load("torchao.quantization")
     config = quantization.Int4WeightOnlyConfig(128, False, int4_packing_format="tile_packed_to_4d")
     made = layer.to(torch.bfloat16)
@@ -199,8 +182,3 @@ def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
     )
     made.load_state_dict(layer.state_dict())
     return made.to(layer.weight.device)  # moving quantizes
-
-
-def bitsandbytes_optimizer(kind: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """kind: the name of a class of ``bitsandbytes.optim``, e.g. "AdamW8bit"."""
-    return getattr(load("bitsandbytes").optim, kind)(params, **options)

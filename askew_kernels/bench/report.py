@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .goals import HeadlineFigures, goals, headline_figures
-from .rows import BenchError, Row, by_case, by_suite, compare
+from .. import figures
+from ..command import Failed, markdown_table
+from .goals import GoalResult, HeadlineFigures, headline_figures, judge
+from .rows import Row, by_case, by_suite, compare
+from .suites import GOALS, HEADLINES
 
 SIGNS = {"<=": "≤", ">=": "≥"}
+
+
+def goals(rows: Iterable[Row]) -> list[GoalResult]:
+    return judge(GOALS, rows)
 
 
 def _size(n: float | None) -> str:
@@ -24,16 +30,10 @@ def _size(n: float | None) -> str:
 
 
 def _significant(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return ""
-    if value == 0:
-        return "0"
+    if not value:
+        return "" if value is None else "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
-
-
-def _rate(r: Row) -> str:
-    return "" if r.rate is None else f"{_significant(r.rate)} {r.rate_unit.replace('million weights', 'Mw')}"
 
 
 def _threads(r: Row) -> str:
@@ -46,94 +46,89 @@ def _where(r: Row) -> str:
     return ", ".join(filter(None, (r.shape, r.dtype, allocator)))
 
 
-# Heading -> text of a row's cell; a column that a suite leaves empty is not shown.
+def _taken(rows: Iterable[Row]) -> str:
+    """Commits, days and instruction sets of the rows, which may be of several runs."""
+    rows = list(rows)
+    commits = ", ".join(dict.fromkeys(r.commit or "no commit" for r in rows))
+    days = sorted({r.time[:10] for r in rows})
+    sets = ", ".join(filter(None, dict.fromkeys(r.instructions for r in rows)))
+    commit = f"commit{'s' if ',' in commits else ''} {commits}"
+    return ", ".join(filter(None, (sets, commit, " to ".join(dict.fromkeys((days[0], days[-1]))))))
+
+
+# Heading -> text of a row's cell; a column that all rows leave empty is not shown.
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "median ms": lambda r: _significant(r.p50),
     "p20–p80": lambda r: f"{_significant(r.p20)}–{_significant(r.p80)}",
-    "× baseline": lambda r: _significant(r.ratio),
+    "÷ baseline": lambda r: _significant(r.ratio),
     "limit ms": lambda r: _significant(r.limit),
     "GB/s": lambda r: _significant(r.gb_per_s),
     "% of copy": lambda r: "" if r.percent_of_copy is None else f"{r.percent_of_copy:.0f}",
-    "rate": _rate,
+    "rate": lambda r: f"{_significant(r.rate)} {r.rate_unit.replace('million weights', 'Mw')}" if r.rate else "",
     "peak extra": lambda r: _size(r.peak_bytes),
 }
+
+
+def _columns(rows: Iterable[Row]) -> dict[str, Callable[[Row], str]]:
+    measured = [r for r in rows if r.p50 is not None]
+    return {name: cell for name, cell in COLUMNS.items() if any(map(cell, measured))}
+
+
+def _verdict(g: GoalResult) -> tuple[str, str, str]:
+    """Wanted, measured, reached or not."""
+    measured = "not measured" if g.measured is None else f"{g.measured:.3g}"
+    return f"{SIGNS[g.sense]} {g.wanted:g}", measured, {None: "", True: "reached", False: "**MISSED**"}[g.reached]
+
+
+# ---- on a terminal ---------------------------------------------------------------------------------------------------
+
+
+def _rich_table(title: str, headings: Iterable[str], left: int = 1) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    for i, name in enumerate(headings):
+        table.add_column(name, justify="left" if i < left else "right", overflow="fold", no_wrap=i >= left)
+    table.columns[0].min_width = 30
+    return table
 
 
 def suite_table(suite: str, rows: list[Row]) -> Any:
     """A rich table of one suite's rows, one section for each case, and below it the notes and what is not there."""
     from rich.console import Group
     from rich.markup import escape
-    from rich.table import Table
 
-    first = rows[0]
+    first, columns = rows[0], _columns(rows)
     quick = "; quick: small tensors that may fit the caches, not the goals' sizes" if first.quick else ""
     title = f"{suite}: {first.device}, {_threads(first)}, torch {first.torch}{quick}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
-    table.add_column("implementation", overflow="fold", min_width=30)
-    columns = {name: cell for name, cell in COLUMNS.items() if any(cell(r) for r in rows if r.p50 is not None)}
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _rich_table(title, ["implementation", *columns])
     styles = {"ours": "green", "baseline": "cyan", "ceiling": "dim"}
     below: dict[str, None] = {}
     for case in by_case(rows).values():
         table.add_section()
         table.add_row(f"[bold]{escape(case[0].op)}[/bold]\n{escape(_where(case[0]))}")
         for r in case:
-            style = "red" if r.failed else styles.get(r.kind, "")
-            if r.p50 is None and not r.failed:
-                below[f"{r.impl}: {r.note}"] = None
-                continue
             if r.note and r.kind != "ceiling" and not r.failed:
                 below[f"{r.impl}: {r.note}"] = None
-            name = r.impl.partition(": first call")[0] + (", first call" if ": first call" in r.impl else "")
-            cells = ["failed"] if r.failed else [cell(r) for cell in columns.values()]
-            table.add_row(f"  {escape(name)}", *cells, style=style)
-    return Group(table, *(f"  [dim]{escape(text)}[/dim]" for text in below))
-
-
-def plain_report(rows: list[Row]) -> str:
-    """The tables as plain lines, for where rich is not installed."""
-    lines = []
-    for case in by_case(rows).values():
-        head = case[0]
-        lines.append(f"{head.suite}: {head.op}, {_where(head)}, {head.device}")
-        for r in case:
-            if r.p50 is None:
-                lines.append(f"  {r.impl}: {r.note}")
+            if r.p50 is None and not r.failed:
                 continue
-            parts = [f"{_significant(r.p50)} {r.unit}"]
-            parts += [f"{_significant(r.ratio)} x {r.baseline}"] if r.ratio is not None else []
-            parts += [f"{r.percent_of_copy:.0f} % of copy"] if r.percent_of_copy is not None else []
-            lines.append(f"  {r.impl}: {', '.join(parts)}")
-    for g in goals(rows):
-        measured = "not measured" if g.measured is None else f"{g.measured:.3g}, {'reached' if g.reached else 'MISSED'}"
-        lines.append(f"goal: {g.goal} {g.sense} {g.wanted:g}: {measured}")
-    return "\n".join(lines)
+            name, first_call, _ = r.impl.partition(": first call")
+            cells = ["failed"] if r.failed else [cell(r) for cell in columns.values()]
+            style = "red" if r.failed else styles.get(r.kind, "")
+            table.add_row(f"  {escape(name)}{', first call' if first_call else ''}", *cells, style=style)
+    return Group(table, *(f"  [dim]{escape(text)}[/dim]" for text in below))
 
 
 def goals_table(rows: list[Row]) -> Any:
     """A rich table: each goal, what was measured, reached or not; None where no goal applies."""
-    from rich.table import Table
-
-    results = goals(rows)
-    if not results:
-        return None
-    quick = any(r.quick for r in rows)
+    results, quick = goals(rows), any(r.quick for r in rows)
     title = "goals" + (", with the figures of the quick sizes; without --quick they are judged" if quick else "")
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
-    for name in ("goal", "wanted", "measured", ""):
-        table.add_column(name, justify="left" if name == "goal" else "right", overflow="fold")
+    table = _rich_table(title, ("goal", "wanted", "measured", ""))
     for g in results:
-        sign = SIGNS[g.sense]
-        if g.measured is None:
-            table.add_row(g.goal, f"{sign} {g.wanted:g}", "not measured", "–", style="dim")
-        else:
-            mark = "" if quick else "[green]✓[/green]" if g.reached else "[red]✗[/red]"
-            table.add_row(g.goal, f"{sign} {g.wanted:g}", f"{g.measured:.3g}", mark)
-    return table
-
-
-# ---- an earlier run --------------------------------------------------------------------------------------------------
+        wanted, measured, _ = _verdict(g)
+        mark = "" if quick or g.reached is None else "[green]✓[/green]" if g.reached else "[red]✗ missed[/red]"
+        table.add_row(g.goal, wanted, measured, mark, style="dim" if g.measured is None else "")
+    return table if results else None
 
 
 def comparison_report(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
@@ -145,279 +140,313 @@ def comparison_report(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
         r = m.new
         where = f"{r.suite}, {r.op}, {r.shape}, {r.impl}" + (", warm allocator" if r.allocator == "warm" else "")
         times = f"{m.factor:.2f} × the time" if m.factor > 1 else f"{1 / m.factor:.2f} × faster"
-        lines.append(f"  {times}: {where}: {_spread(m.old)} -> {_spread(m.new)} ms")
+        spreads = [f"{_significant(x.p50)} ({_significant(x.p20)}–{_significant(x.p80)})" for x in (m.old, r)]
+        lines.append(f"  {times}: {where}: {' -> '.join(spreads)} ms")
     for text, rows in (("only in the old run", gone), ("only in this run", added)):
-        if rows:
-            lines.append(f"{len(rows)} rows {text}")
+        lines += [f"{len(rows)} rows {text}"] if rows else []
     devices = {r.device for r in old} ^ {r.device for r in new}
     if devices and moves:
         lines.append(f"different devices: {', '.join(sorted(devices))}; only ratios carry over")
     return lines
 
 
-def _spread(r: Row) -> str:
-    return f"{_significant(r.p50)} ({_significant(r.p20)}–{_significant(r.p80)})"
+# ---- plots: dots and distances from 1 on logarithmic axes, never bars ------------------------------------------------
+
+COLORS = {"ours": "#2a7f62", "baseline": "#5b6c8f", "peer": "#b9822f"}
+RED = "#b03a2e"
 
 
-# ---- plots -----------------------------------------------------------------------------------------------------------
-
-COLORS = {"ours": "#2a7f62", "baseline": "#5b6c8f", "peer": "#c9a25f"}
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "askew_kernels"  # the same rows make the same file
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
-    from matplotlib import pyplot as plt
-
-    return plt
+def _limit_ratio(r: Row) -> float | None:
+    """The least time that the ceilings allow, over the baseline's; of quick rows, which fit the caches, none."""
+    return r.limit * r.ratio / r.p50 if r.limit and r.p50 and r.ratio and not r.quick else None
 
 
-def save_figure(figure: Any) -> dict[str, bytes]:
-    """{"png": …, "svg": …}; closes the figure."""
-    files = {}
-    for suffix in ("png", "svg"):
-        out = io.BytesIO()
-        metadata = {"Date": None} if suffix == "svg" else {}
-        figure.savefig(out, format=suffix, dpi=150, metadata=metadata)
-        files[suffix] = out.getvalue()
-    pyplot().close(figure)
-    return files
+def _save(figure: Any, name: str, rows: Sequence[Row]) -> dict[str, bytes]:
+    """Says above all panels what these rows were measured on."""
+    first = rows[0]
+    quick = ", quick sizes" if first.quick else ""
+    text = f"{name}: {first.device}, {_threads(first)}, torch {first.torch}, {_taken(rows)}{quick}"
+    figure.suptitle(text, fontsize=9, x=0.01, ha="left", color="#555555")
+    return figures.save(figure, name)
 
 
-def _subtitle(r: Row) -> str:
-    quick = ", quick sizes" if r.quick else ""
-    return f"{r.device}, {_threads(r)}, torch {r.torch}, {r.commit or 'no commit'}{quick}"
+def _log_axis(axis: Any, low: float, high: float) -> None:
+    """Times over a baseline: 1 is a line, and a factor has the same length everywhere."""
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 2000 else (1,)
+    ticks = [s * 10.0**e for e in range(-4, 6) for s in steps]
+    axis.set_xticks([t for t in ticks if low <= t <= high])
+    axis.set_xticks([], minor=True)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.axvline(1.0, color=COLORS["baseline"], linewidth=1)
 
 
-def _limit_ratio(case: list[Row]) -> tuple[float, str] | None:
-    """The physical limit of the first row of ours, as a ratio to the baseline, and a text that says so."""
-    for r in case:
-        if r.kind == "ours" and r.limit and r.p50 and r.ratio and not r.quick:  # quick ones fit the caches
-            limit = r.limit * r.ratio / r.p50
-            return limit, f"     red line: the ceilings' limit for {r.impl}, {_significant(limit)}"
-    return None
+def _dots(axis: Any, case: Sequence[Row]) -> None:
+    """A row of the case: its ratio as a dot at its distance from 1, p20–p80 as whiskers, the value at the right edge;
+    the ceilings' limit of ours as a red mark."""
+    for y, r in enumerate(reversed(case)):
+        ratio, p50 = r.ratio or math.nan, r.p50 or math.nan
+        color = COLORS.get(r.kind, "#999999")
+        axis.plot([1, ratio], [y, y], color=color, linewidth=1.2, alpha=0.45)
+        axis.plot([ratio * (r.p20 or p50) / p50, ratio * (r.p80 or p50) / p50], [y, y], color=color, linewidth=3.2,
+                  alpha=0.45, solid_capstyle="butt")  # fmt: skip
+        axis.plot([ratio], [y], "o", color=color, markersize=5)
+        if r.kind == "ours" and (limit := _limit_ratio(r)):
+            axis.plot([limit], [y], "|", color=RED, markersize=10, markeredgewidth=1.6)
+        axis.annotate(_significant(ratio), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+    axis.set_yticks(range(len(case)), [r.impl for r in reversed(case)], fontsize=8)
+    axis.set_ylim(-0.7, len(case) - 0.3)
 
 
-def _bars(axis: Any, case: list[Row], colors: list[str], names: list[str], limit: float | None) -> None:
-    """Ratios to the baseline with their p20–p80 as whiskers, logarithmic where they differ much."""
-    ratios = [r.ratio or 0.0 for r in case]
-    positions = list(range(len(case)))[::-1]
-    low = [q * (1 - (r.p20 or 0) / (r.p50 or 1)) for q, r in zip(ratios, case, strict=True)]
-    high = [q * ((r.p80 or 0) / (r.p50 or 1) - 1) for q, r in zip(ratios, case, strict=True)]
-    ends = [q + h for q, h in zip(ratios, high, strict=True)]
-    axis.barh(positions, ratios, color=colors, height=0.72)
-    axis.errorbar(ratios, positions, xerr=[low, high], fmt="none", ecolor="#333333", elinewidth=1, capsize=2)
-    axis.axvline(1.0, color=COLORS["baseline"], linewidth=0.8)
-    if limit is not None:
-        axis.axvline(limit, color="#b03a2e", linestyle="--", linewidth=1.4)
-    if max(ratios) > 12 * min(ratios):
-        axis.set_xscale("log")
-        axis.set_xlim(min(*ratios, 1.0, limit or 1.0) * 0.6, max(*ends, 1.0) * 2.2)
-        axis.xaxis.set_major_formatter("{x:g}")
-    else:
-        axis.set_xlim(0, max(*ends, limit or 1.0, 1.0) * 1.13)
-    for position, ratio, end in zip(positions, ratios, ends, strict=True):
-        text = f"{_significant(ratio)}×"
-        axis.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
-    axis.set_yticks(positions, names, fontsize=8.5)
-    axis.set_ylim(-0.6, len(case) - 0.4)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+def _legend(figure: Any, rows: Sequence[Row], columns: int = 5, spread: bool = True) -> None:
+    from matplotlib.lines import Line2D
 
-
-def _shown(rows: Sequence[Row]) -> list[Row]:
-    return [r for r in rows if r.ratio is not None and r.kind != "ceiling"]
+    texts, kinds = {"ours": "this package", "baseline": "baseline", "peer": "others"}, {r.kind for r in rows}
+    handles = [Line2D([], [], color=COLORS[k], marker="o", label=t) for k, t in texts.items() if k in kinds]
+    if any(r.kind == "ours" and _limit_ratio(r) for r in rows):
+        text = "least time that the ceilings, measured in the same turns, allow ours"
+        handles.append(
+            Line2D([], [], color=RED, marker="|", linestyle="", markersize=10, markeredgewidth=1.6, label=text)
+        )
+    if spread:
+        handles.append(Line2D([], [], color="#777777", linewidth=3.2, alpha=0.45, label="p20–p80"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
 
 
 def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
-    """One panel for each case: the ratio of every implementation to the baseline, ours' physical limit as a line."""
-    several = len({case[0].allocator for case in cases}) > 1
-    heights = [len(case) + 1.6 for case in cases]
-    size = (10.5, 0.34 * sum(heights) + 0.9)
-    figure, axes = pyplot().subplots(len(cases), 1, figsize=size, squeeze=False, height_ratios=heights,
-                                      layout="constrained")  # fmt: skip
-    for axis, case in zip(axes[:, 0], cases, strict=True):
-        head = case[0]
-        limit, text = _limit_ratio(case) or (None, "")
-        _bars(axis, case, [COLORS.get(r.kind, "#999999") for r in case], [r.impl for r in case], limit)
-        allocator = f", {head.allocator} allocator" if several else ""
-        title = f"{head.op}   {head.shape} {head.dtype}{allocator}"
-        axis.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=14)
-        scale = " (log)" if axis.get_xscale() == "log" else ""
-        axis.set_xlabel(f"time ÷ {head.baseline}{scale}{text}", fontsize=8.5)
-    figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return save_figure(figure)
+    """One panel for each case, in columns of about equal height; all panels have the same axis."""
+    from matplotlib.figure import Figure
+
+    columns: list[list[list[Row]]] = [[]]
+    heights = [len(case) + 2.6 for case in cases]
+    wanted = 1 if len(cases) < 3 else 2
+    for case, before in zip(cases, (sum(heights[:i]) for i in range(len(cases))), strict=True):
+        if len(columns) < wanted and before >= sum(heights) / 2 - 2:
+            columns.append([])
+        columns[-1].append(case)
+    tallest = max(sum(len(case) + 2.6 for case in column) for column in columns)
+    rows = [r for case in cases for r in case]
+    ends = [r.ratio * p / r.p50 for r in rows for p in (r.p20, r.p80) if r.ratio and r.p50 and p]
+    low, high = min(*ends, *filter(None, map(_limit_ratio, rows)), 1) * 0.8, max(*ends, 1) * 1.25
+    figure = Figure(figsize=(8.5 * len(columns), 0.24 * tallest + 1.0), layout="constrained")
+    several = len({r.allocator for r in rows}) > 1
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        spare = tallest - sum(len(case) + 2.6 for case in column)
+        ratios = [len(case) + 2.6 for case in column] + [spare] * (spare > 0)
+        axes = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
+        for axis in axes[len(column) :]:
+            axis.set_axis_off()
+        for axis, case in zip(axes, column, strict=False):
+            head = case[0]
+            allocator = f", {head.allocator} allocator" if several else ""
+            figures.label(axis, f"{head.op}, {head.shape}{allocator}", grid="x")
+            _log_axis(axis, low, high)
+            _dots(axis, case)
+            axis.set_xlabel(f"time ÷ {head.baseline} (log)", fontsize=8)
+    _legend(figure, rows, 3 if wanted == 1 else 5)
+    return _save(figure, suite, rows)
+
+
+def _size_of(shape: str) -> tuple[str, float]:
+    """ "16 tokens x 1024 x 2048" -> ("tokens x 1024 x 2048", 16); "1024x2048" -> ("weights", 2097152)."""
+    tokens, found, rest = shape.partition(" tokens")
+    if found:
+        return f"tokens{rest}", float(tokens)
+    return "weights", math.prod(float(n) for n in shape.split("x"))
 
 
 def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
-    """One panel for each operation that was measured at several sizes: a line for each implementation."""
-    ops: dict[str, list[list[Row]]] = {}
-    for case in cases:
-        ops.setdefault(case[0].op, []).append(case)
-    figure, axes = pyplot().subplots(len(ops), 1, figsize=(10.5, 4.4 * len(ops)), squeeze=False, layout="constrained")
-    for axis, (op, members) in zip(axes[:, 0], ops.items(), strict=True):
-        places = {case[0].shape: i for i, case in enumerate(members)}
-        lines: dict[str, list[Row]] = {}
-        for case in members:
-            for r in case:
-                lines.setdefault(r.impl, []).append(r)
-        for impl, rows in lines.items():
-            kind = rows[0].kind
-            style = {"marker": "o", "markersize": 4, "linewidth": 2.0 if kind == "ours" else 1.2}
-            style |= {"color": COLORS["baseline"]} if kind == "baseline" else {}
-            axis.plot([places[r.shape] for r in rows], [r.ratio for r in rows], label=impl, **style,
-                      linestyle="-" if kind == "ours" else "--")  # fmt: skip
+    """One panel for each operation and kind of shape that was measured at several sizes: a line for each
+    implementation, over the size."""
+    panels: dict[tuple[str, str], list[Row]] = {}
+    for r in (r for case in cases for r in case):
+        panels.setdefault((r.op.removesuffix("by size").rstrip(", "), _size_of(r.shape)[0]), []).append(r)
+    ops = list(dict.fromkeys(op for op, _ in panels))
+    ordered = sorted(panels.items(), key=lambda item: (ops.index(item[0][0]), len(item[0][1]), item[0][1]))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    width = max(5.2 * columns, 9)
+    figure, axes = figures.figure(lines, columns, width, 3.4 * lines + 1.2, sharey=True)
+    names = list(dict.fromkeys(r.impl for rows in panels.values() for r in rows))
+    for axis, ((op, unit), rows) in zip(axes, ordered, strict=False):
+        for impl in dict.fromkeys(r.impl for r in rows):
+            mine = sorted((r for r in rows if r.impl == impl), key=lambda r: _size_of(r.shape)[1])
+            ours = mine[0].kind == "ours"
+            axis.plot([_size_of(r.shape)[1] for r in mine], [r.ratio for r in mine], marker="o", markersize=4,
+                      color=f"C{names.index(impl)}", linewidth=2.2 if ours else 1.2, label=impl,
+                      linestyle="-" if ours else "--")  # fmt: skip
+        sizes = sorted({_size_of(r.shape)[1] for r in rows})
+        figures.label(axis, f"{op}, {unit}", f"{unit.split()[0]} (log)")
+        axis.label_outer()
+        axis.set_xscale("log")
         axis.set_yscale("log")
+        axis.set_xticks(sizes, [f"{s / 2**20:g}M" if s >= 2**20 else f"{s:g}" for s in sizes])
+        axis.set_xticks([], minor=True)
+        ratios = [r.ratio for case in cases for r in case if r.ratio]
+        steps = (1, 2, 5) if max(ratios) > 10 * min(ratios) else (1, 1.2, 1.5, 2, 3, 4, 5, 7)
+        ticks = [s * 10.0**e for e in (-1, 0, 1, 2) for s in steps]
+        axis.set_yticks([t for t in ticks if min(ratios) * 0.9 < t < max(ratios) * 1.1])
+        axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="y", which="both", labelsize=7.5)
-        axis.set_xticks(range(len(places)), [s.replace(" tokens x ", " tokens\n") for s in places], fontsize=7.5)
-        axis.set_ylabel(f"time ÷ {members[0][0].baseline} (log)", fontsize=8.5)
-        axis.set_title(op, loc="left", fontsize=10, fontweight="bold")
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return save_figure(figure)
+    figure.supylabel(f"time ÷ {cases[0][0].baseline} (log)", fontsize=8.5)
+    figures.legend_below(figure, axes, 3)
+    return _save(figure, f"{suite}-by-size", [r for case in cases for r in case])
 
 
 def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
-    """Loss of every training step, one panel for each case: equal work, step by step."""
-    figure, axes = pyplot().subplots(1, len(cases), figsize=(4.6 * len(cases), 3.8), squeeze=False,
-                                      layout="constrained")  # fmt: skip
+    """Above, the loss of every training step; below, since equal work gives nearly equal curves, its distance from the
+    float model's on the same batch, averaged over eight steps: the loss of single batches jumps."""
+    figure, axes = figures.figure(2, len(cases), 4.8 * len(cases), 6.2, height_ratios=(1, 1))
     names = list(dict.fromkeys(r.impl for case in cases for r in case))
-    for axis, case in zip(axes[0], cases, strict=True):
+    for i, case in enumerate(cases):
+        above, below = axes[i], axes[len(cases) + i]
+        plain = next((r.losses for r in case if r.kind == "baseline"), None) or []
         for r in case:
             losses = r.losses or []
-            width = 2.2 if r.kind == "ours" else 1.2
-            axis.plot(range(1, len(losses) + 1), losses, label=r.impl, color=f"C{names.index(r.impl)}", linewidth=width)
-        axis.set_title(f"{case[0].op}\n{case[0].shape}", fontsize=8.5, loc="left")
-        axis.set_xlabel("step", fontsize=8.5)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("training loss", fontsize=8.5)
-    axes[0][-1].legend(fontsize=8)
-    figure.suptitle(f"{suite}: {_subtitle(cases[0][0])}", fontsize=9, x=0.01, ha="left", color="#555555")
-    return save_figure(figure)
+            how = {"color": f"C{names.index(r.impl)}", "linewidth": 2.4 if r.kind == "ours" else 1.3, "label": r.impl}
+            above.plot(range(1, len(losses) + 1), losses, **how, alpha=0.8)
+            apart = [a - b for a, b in zip(losses, plain, strict=False)]
+            means = [sum(apart[k : k + 8]) / 8 for k in range(len(apart) - 7)]
+            below.plot(range(8, len(means) + 8), means, **how)
+        figures.label(above, f"{case[0].op}\n{case[0].shape}")
+        figures.label(below, "", "step (the mean of it and the seven before it)")
+    axes[0].set_ylabel("training loss of the batch", fontsize=8.5)
+    axes[len(cases)].set_ylabel("loss − float's", fontsize=8.5)
+    figures.legend_below(figure, axes, 5)
+    return _save(figure, f"{suite}-losses", [r for case in cases for r in case])
 
 
 def plot_suite(suite: str, rows: Sequence[Row]) -> dict[str, bytes]:
     """File name -> PNG or SVG: the suite's cases, those at several sizes, the loss curves."""
-    cases = [shown for case in by_case(rows).values() if (shown := _shown(case))]
+    cases = [[r for r in case if r.ratio is not None and r.kind != "ceiling"] for case in by_case(rows).values()]
+    cases = [case for case in cases if case]
     sized = [case for case in cases if case[0].op.endswith("by size")]
-    single = [case for case in cases if not case[0].op.endswith("by size")]
+    single = [case for case in cases if case not in sized]
+    if sized:  # the main case of an operation that was measured at several sizes is one of them
+        ops = {case[0].op.removesuffix(", by size") for case in sized}
+        sized = [c for c in single if c[0].op in ops and c[0].allocator == sized[0][0].allocator] + sized
     trained = [case for case in cases if any(r.losses for r in case) and case[0].allocator == cases[0][0].allocator]
     files: dict[str, bytes] = {}
-    for ending, draw, members in (
-        ("", _plot_cases, single),
-        ("-by-size", _plot_sizes, sized),
-        ("-losses", _plot_losses, trained),
-    ):
+    for draw, members in ((_plot_cases, single), (_plot_sizes, sized), (_plot_losses, trained)):
         if members:
-            files |= {f"{suite}{ending}.{suffix}": data for suffix, data in draw(suite, members).items()}
+            files |= draw(suite, members)
     return files
 
 
-def plot_summary(figures: list[HeadlineFigures]) -> dict[str, bytes]:
-    """The README's plot: time over the baseline's for every headline, ours and the peers."""
-    heights = [1.3 + len(f.peers) + 0.9 for f in figures]
-    figure, axes = pyplot().subplots(len(figures), 1, figsize=(9.5, 0.36 * sum(heights) + 0.6), squeeze=False,
-                                      height_ratios=heights, layout="constrained")  # fmt: skip
-    for axis, f in zip(axes[:, 0], figures, strict=True):
-        case = [f.ours, *(r for _, r in f.peers)]
-        names = ["askew_kernels", *(name for name, _ in f.peers)]
-        limit, _ = _limit_ratio([f.ours]) or (None, "")
-        _bars(axis, case, [COLORS["ours"]] + [COLORS["peer"]] * len(f.peers), names, limit)
-        title = f"{f.title}: time ÷ {f.headline.baseline}"
-        axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
-    figure.suptitle(f"{_subtitle(figures[0].ours)}; red: physical limit", fontsize=8.5, x=0.01, ha="left",
-                    color="#555555")  # fmt: skip
-    return save_figure(figure)
+def plot_summary(found: list[HeadlineFigures]) -> dict[str, bytes]:
+    """The README's plot, a line for each headline: ours and the others as dots, their times over the baseline's."""
+    figure, (axis,) = figures.figure(1, 1, 13, 0.25 * len(found) + 1.6)
+    shown = [r for f in found for r in (f.ours, *(r for _, r in f.peers))]
+    ratios = [r.ratio for r in shown if r.ratio]
+    _log_axis(axis, min(*ratios, 1) * 0.8, max(*ratios, 1) * 1.3)
+    for y, f in enumerate(reversed(found)):
+        for _, r in f.peers:
+            axis.plot([r.ratio], [y], "o", color=COLORS["peer"], markersize=5, alpha=0.75)
+        if limit := _limit_ratio(f.ours):
+            axis.plot([limit], [y], "|", color=RED, markersize=11, markeredgewidth=1.6)
+        axis.plot([1, f.ours.ratio], [y, y], color=COLORS["ours"], linewidth=1.4, alpha=0.5)
+        axis.plot([f.ours.ratio], [y], "o", color=COLORS["ours"], markersize=6)
+        best = min(f.peers, key=lambda p: p[1].ratio or math.inf, default=None)
+        text = f"  ({best[0]} {_significant(best[1].ratio)})" if best else ""
+        axis.annotate(f"{_significant(f.ours.ratio)}{text}", (1.01, y), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=8.5)  # fmt: skip
+    figures.label(axis, "Time ÷ that of plain PyTorch (log); right: ours (and the fastest of the others)", grid="x")
+    axis.set_yticks(range(len(found)), [f"{f.title} ÷ {f.ours.baseline}" for f in reversed(found)], fontsize=8.5)
+    axis.set_ylim(-0.7, len(found) - 0.3)
+    _legend(figure, shown, spread=False)
+    return _save(figure, "summary", [f.ours for f in found])
+
+
+def plots(rows: Sequence[Row]) -> dict[str, bytes]:
+    """File name -> contents, of every suite and of the headlines."""
+    files: dict[str, bytes] = {}
+    for suite, members in by_suite(rows).items():
+        files |= plot_suite(suite, members)
+    if found := headline_figures(HEADLINES, rows):
+        files |= plot_summary(found)
+    return files
 
 
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """Markdown: the headlines, each as a ratio to its baseline (below 1 is faster)."""
-    figures = headline_figures(rows)
-    if not figures:
-        raise BenchError("the rows hold none of the headlines: measure without --quick")
-    lines = ["| pass | ratio to | ours | physical limit | others |", "|---|---|---|---|---|"]
-    for f in figures:
-        limit = _limit_ratio([f.ours])
+    """Markdown: the headlines, each as a ratio to its baseline (below 1 is faster), where they are from, and every goal
+    that these rows miss."""
+    found = headline_figures(HEADLINES, rows)
+    if not found:
+        raise Failed("the rows hold none of the headlines: measure without --quick")
+    lines = []
+    for f in found:
         others = ", ".join(f"{name} {_significant(r.ratio)}" for name, r in f.peers)
-        cells = (f.title, f.headline.baseline, f"**{_significant(f.ours.ratio)}**",
-                 _significant(limit[0]) if limit else "", others)  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    first = figures[0].ours
-    peers = f"; {first.versions}" if first.versions else ""
-    lines += ["", f"{first.device}, {_threads(first)}, torch {first.torch}{peers}; commit {first.commit}; "
-              f"medians, default allocator."]  # fmt: skip
-    return "\n".join(lines)
+        ours = f"**{_significant(f.ours.ratio)}**"
+        lines.append((f.title, f.ours.baseline, ours, _significant(_limit_ratio(f.ours)), others))
+    first, results = found[0].ours, goals(rows)
+    suites = [f"{suite}: {_taken(members)}" for suite, members in by_suite(f.ours for f in found).items()]
+    where = ", ".join(filter(None, (first.device, _threads(first), f"torch {first.torch}", first.versions)))
+    missed = [g for g in results if g.reached is False]
+    measured = sum(g.reached is not None for g in results)
+    return "\n\n".join([
+        markdown_table(("pass", "ratio to", "ours", "physical limit", "others"), lines),
+        f"{where}; medians, default allocator. {'; '.join(suites)}.",
+        f"Goals missed, {len(missed)} of {measured} that were measured (all of them: docs/notes.md):",
+        markdown_table(("missed", "wanted", "measured"), ((g.goal, *_verdict(g)[:2]) for g in missed)),
+    ])  # fmt: skip
 
 
-def goals_markdown(rows: Sequence[Row]) -> str:
-    lines = ["| goal | wanted | measured | |", "|---|---|---|---|"]
-    for g in goals(rows):
-        measured = "not measured" if g.measured is None else f"{g.measured:.3g}"
-        verdict = "" if g.reached is None else "reached" if g.reached else "**missed**"
-        lines.append(f"| {g.goal} | {SIGNS[g.sense]} {g.wanted:g} | {measured} | {verdict} |")
-    return "\n".join(lines)
+def goals_markdown(rows: Iterable[Row]) -> str:
+    return markdown_table(("goal", "wanted", "measured", ""), ((g.goal, *_verdict(g)) for g in goals(rows)))
+
+
+def case_markdown(case: Sequence[Row]) -> str:
+    head, columns = case[0], _columns(case)
+    lines = []
+    for r in case:
+        note = f" ({r.note})" if r.note and r.p50 is not None else f": {r.note}" if r.note else ""
+        cells = ["" if r.p50 is None else cell(r) for cell in columns.values()]
+        lines.append([f"{r.impl}{note}", *cells])
+    what = f"**{head.op}**, {_where(head)}; {_taken(case)}"
+    return f"{what}\n\n{markdown_table(('implementation', *columns), lines)}"
 
 
 def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     """A Markdown page of a whole run: where, goals, every row, the plots."""
     first = rows[0]
-    where = [_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}",
-             f"commit {first.commit or 'unknown'}", first.time[:10]]  # fmt: skip
-    lines = [
+    where = [_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _taken(rows)]
+    quick = ", **quick sizes**" if first.quick else ""
+    parts = [
         f"# Measured on {first.device}",
-        "\nMade by `python -m askew_kernels bench --page`; how to read it: [benchmarks/README.md](../../README.md).",
-        "\n" + ", ".join(filter(None, where)) + (", **quick sizes**." if first.quick else "."),
+        "Made by `python -m askew_kernels bench --page`; how to read it: [benchmarks/README.md](../../README.md).",
+        f"{', '.join(filter(None, where))}{quick}. Each case names its own commit.",
     ]
     if goals(rows):
-        lines += ["", "## Goals", "", goals_markdown(rows)]
+        parts += ["## Goals", goals_markdown(rows)]
     for suite, members in by_suite(rows).items():
-        lines += ["", f"## {suite}"]
-        lines += [f"\n![{name}]({name})" for name in plots if re.fullmatch(rf"{suite}(-[a-z-]+)?\.png", name)]
-        for case in by_case(members).values():
-            head = case[0]
-            lines += ["", f"**{head.op}**, {_where(head)}", ""]
-            lines += ["| implementation | median ms | p20–p80 | ÷ baseline | GB/s | % of copy | rate | peak extra |",
-                      "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-            for r in case:
-                note = f" ({r.note})" if r.note else ""
-                if r.p50 is None:
-                    lines.append(f"| {r.impl}: {r.note} | | | | | | | |")
-                    continue
-                percent = "" if r.percent_of_copy is None else f"{r.percent_of_copy:.0f}"
-                spread = f"{_significant(r.p20)}–{_significant(r.p80)}"
-                cells = (f"{r.impl}{note}", _significant(r.p50), spread, _significant(r.ratio),
-                         _significant(r.gb_per_s), percent, _rate(r), _size(r.peak_bytes))  # fmt: skip
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        shown = [name for name in plots if re.fullmatch(rf"{suite}(-[a-z-]+)?\.png", name)]
+        parts += [f"## {suite}", *(f"![{name}]({name})" for name in shown)]
+        parts += [case_markdown(case) for case in by_case(members).values()]
+    return "\n\n".join(parts) + "\n"
 
 
-def generated_blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """What ``fill`` knows how to write: name -> Markdown."""
-    return {"summary": summary_table(rows), "goals": goals_markdown(rows)}
+def plain_report(rows: Sequence[Row]) -> str:
+    """The tables as Markdown, for where rich is not installed."""
+    cases = [f"{case[0].suite}: {case_markdown(case)}" for case in by_case(rows).values()]
+    return "\n\n".join([*cases, *([goals_markdown(rows)] if goals(rows) else [])])
 
 
 def fill(text: str, rows: Sequence[Row]) -> str:
     """``text`` with what stands between ``<!-- bench:NAME … -->`` and ``<!-- /bench -->`` made anew from the rows."""
+    blocks = {"summary": summary_table, "goals": goals_markdown}
 
     def block(match: re.Match[str]) -> str:
-        blocks = generated_blocks(rows)
         if match[2] not in blocks:
-            raise BenchError(f"<!-- bench:{match[2]} -->: expected one of {', '.join(blocks)}")
-        return f"{match[1]}\n{blocks[match[2]]}\n{match[4]}"
+            raise Failed(f"<!-- bench:{match[2]} -->: expected one of {', '.join(blocks)}")
+        return f"{match[1]}\n{blocks[match[2]](rows)}\n{match[4]}"
 
     pattern = re.compile(r"(<!-- bench:(\w+)[^>]*-->)\n(.*?)(<!-- /bench -->)", re.DOTALL)
     made, count = pattern.subn(block, text)
     if not count:
-        raise BenchError("holds no <!-- bench:NAME --> … <!-- /bench --> block")
+        raise Failed("holds no <!-- bench:NAME --> … <!-- /bench --> block")
     return made

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,16 +16,12 @@ from typing import Any
 
 import torch
 
-SCHEMA_VERSION = 2
+from .. import __version__, runtime
+from ..command import Refused, grouped
+from .peers import versions
+
+SCHEMA_VERSION = 3
 PACKAGE = Path(__file__).resolve().parent.parent
-
-
-class BenchError(Exception):
-    """What the user can change: one clear line, no traceback."""
-
-
-def error(text: object) -> None:
-    print(f"askew_kernels: {text}", file=sys.stderr)
 
 
 @dataclass
@@ -56,6 +51,7 @@ class Row:
     losses: list[float] | None  # training steps: the loss of every step that was run, in order
     device: str
     device_type: str
+    instructions: str  # what our CPU kernels were chosen for, e.g. "avx512, packed avx512_vnni"; "" before schema 3
     threads: int
     backend: str
     allocator: str
@@ -80,20 +76,15 @@ class Row:
 
 
 ROW_FIELDS = tuple(f.name for f in fields(Row))
+EMPTY = {f.name: "" if f.type == "str" else None for f in fields(Row)}
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    cases: dict[tuple[str, ...], list[Row]] = {}
-    for r in rows:
-        cases.setdefault(r.case, []).append(r)
-    return cases
+    return grouped(rows, lambda r: r.case)
 
 
 def by_suite(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    suites: dict[str, list[Row]] = {}
-    for r in rows:
-        suites.setdefault(r.suite, []).append(r)
-    return suites
+    return grouped(rows, lambda r: r.suite)
 
 
 def merged(runs: Iterable[Iterable[Row]]) -> list[Row]:
@@ -133,6 +124,14 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def instructions(device: torch.device) -> str:
+    """The CPU's instruction set in use; that of the packed integer products is chosen apart (VNNI)."""
+    if device.type != "cpu":
+        return ""
+    packed = getattr(runtime._C, "packed_capability", lambda: "")()
+    return runtime.cpu_capability() + (f", packed {packed}" if packed else "")
+
+
 def allocator_in_use() -> str:
     """ "warm" where glibc was told to keep freed memory, else "default"."""
     return "warm" if "mmap_max=0" in os.environ.get("GLIBC_TUNABLES", "") else "default"
@@ -140,86 +139,47 @@ def allocator_in_use() -> str:
 
 def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
     """The fields of a row that are the same for a whole run."""
-    from .. import __version__, runtime
-    from .peers import versions
-
     table, _ = runtime.tuning_table(device)
     return {
-        "device": device_name(device), "device_type": device.type, "threads": torch.get_num_threads(),
-        "allocator": allocator_in_use(), "tuning": table.name if table else "built-in values", "quick": quick,
-        "torch": torch.__version__, "versions": versions(), "askew": __version__,
-        "python": platform.python_version(), "commit": _commit(),
+        "device": device_name(device), "device_type": device.type, "instructions": instructions(device),
+        "threads": torch.get_num_threads(), "allocator": allocator_in_use(), "quick": quick,
+        "tuning": table.name if table else "built-in values", "torch": torch.__version__, "versions": versions(),
+        "askew": __version__, "python": platform.python_version(), "commit": _commit(),
     }  # fmt: skip
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the new one, never half of it. Raises BenchError where that cannot be written.
-
-    What is there and no file, such as /dev/stdout, is written to and not replaced.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise BenchError(f"{path}: is a folder, expected a file's name")
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def check_writable(path: Path, folder: bool = False) -> None:
-    """Finds out before the first measurement that the results could not be kept."""
-    probe = (path if folder else path.parent) / f".askew-{os.getpid()}.tmp"
-    if not folder and path.is_dir():
-        raise BenchError(f"{path}: is a folder, expected a file's name")
-    if not folder and path.exists() and not path.is_file():
-        return  # e.g. /dev/stdout
-    try:
-        write_atomic(probe, "")
-    except BenchError as problem:
-        raise BenchError(str(problem).replace(str(probe), str(path))) from None
-    probe.unlink()
-
-
-def rows_to_json(rows: Iterable[Row]) -> str:
-    """A document with one line for each row, so that two of them can be compared as text too."""
-    from .goals import goals
-
-    rows = list(rows)
-    lines = ",\n  ".join(json.dumps(asdict(r)) for r in rows)
-    results = ",\n  ".join(json.dumps(asdict(g)) for g in goals(rows))
-    return f'{{"schema": {SCHEMA_VERSION},\n "rows": [\n  {lines}\n ],\n "goals": [\n  {results}\n ]}}\n'
+def rows_to_json(rows: Iterable[Row], results: Iterable[Any] = ()) -> str:
+    """A document with one line for each row and each goal's result, so that two of them can be compared as text too."""
+    lines, judged = (",\n  ".join(json.dumps(asdict(r)) for r in part) for part in (rows, results))
+    return f'{{"schema": {SCHEMA_VERSION},\n "rows": [\n  {lines}\n ],\n "goals": [\n  {judged}\n ]}}\n'
 
 
 def rows_from_json(text: str) -> list[Row]:
     """The inverse of ``rows_to_json``; fields of a later version are left out, those that an earlier one lacks are
-    empty. Raises BenchError for anything else than such a document."""
+    empty. Raises Refused for anything else than such a document."""
     try:
         found = json.loads(text)["rows"]
-        empty = {f.name: "" if f.type == "str" else None for f in fields(Row)}
-        return [Row(**{**empty, **{k: v for k, v in r.items() if k in ROW_FIELDS}}) for r in found]
+        return [Row(**{**EMPTY, **{k: v for k, v in r.items() if k in ROW_FIELDS}}) for r in found]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"not a file of bench rows ({type(error).__name__}: {error})") from None
+        raise Refused(f"not a file of bench rows ({type(error).__name__}: {error})") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refused(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def read_rows(path: Path) -> list[Row]:
+    text = read_text(path)
     try:
-        return rows_from_json(path.read_text())
-    except OSError as error:
-        raise BenchError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (BenchError, UnicodeDecodeError) as error:
-        raise BenchError(f"{path}: {error}") from None
+        return rows_from_json(text)
+    except Refused as error:
+        raise Refused(f"{path}: {error}") from None
 
 
 def rows_to_csv(rows: Iterable[Row]) -> str:

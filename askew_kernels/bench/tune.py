@@ -22,16 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, quant, runtime, tuning
+from .. import ops, runtime, tuning
+from ..command import Failed, Refused, check_writable, write_atomic
 from . import harness
-from .rows import BenchError, check_writable, environment, error, write_atomic
-from .suites.common import resnet18_shapes
+from .rows import environment
+from .suites.common import GRID, resnet18_shapes
 
 LEAST_GAIN = 0.97
-GRID = quant.Uniform(bits=4)
 
 Values = dict[str, int]
-Build = Callable[[torch.device], Callable[[], Sequence[Tensor]]]  # run() gives the tensors that it wrote
+Run = Callable[[], Sequence[Tensor]]  # gives the tensors that it wrote
+Build = Callable[[torch.device], Run]
 
 
 # ---- what is run: the passes, each on tensors of its own -------------------------------------------------------------
@@ -50,29 +51,19 @@ def _scale(rows: int, device: torch.device) -> Tensor:
     return torch.full((rows,), 0.01, device=device)
 
 
-def quantize(rows: int, cols: int, scales: int, dtype: torch.dtype = torch.float32) -> Build:
-    """Into an existing tensor."""
+def quantize(rows: int, cols: int, scales: int, dtype: torch.dtype = torch.float32, fresh: bool = False) -> Build:
+    """Into an existing tensor, or into a new one, which is freed before the next call."""
 
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    def build(device: torch.device) -> Run:
         x, s = _normal((rows, cols), device).to(dtype), _scale(scales, device)
         out = torch.empty_like(x)
-        return lambda: [ops.fake_quantize_out_(x, s, GRID, out)]
-
-    return build
-
-
-def quantize_fresh(rows: int, cols: int) -> Build:
-    """Into a new tensor, which is freed before the next call."""
-
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
-        x, s = _normal((rows, cols), device), _scale(rows, device)
-        return lambda: [ops.fake_quantize(x, s, GRID)]
+        return lambda: [ops.fake_quantize(x, s, GRID) if fresh else ops.fake_quantize_out_(x, s, GRID, out)]
 
     return build
 
 
 def clip(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Build:
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    def build(device: torch.device) -> Run:
         x, g = (_normal((rows, cols), device, seed).to(dtype) for seed in (0, 1))
         s = _scale(rows, device)
         return lambda: [ops.ste_clip_(g, x, s, GRID)]
@@ -83,7 +74,7 @@ def clip(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Build:
 def step(rows: int, cols: int, momentum: float) -> Build:
     """An annealed ASkewSGD step."""
 
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    def build(device: torch.device) -> Run:
         w, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
         buffers = [torch.zeros_like(w)] if momentum else None
 
@@ -97,7 +88,7 @@ def step(rows: int, cols: int, momentum: float) -> Build:
 
 
 def perturb_and_restore(shapes: Sequence[tuple[int, ...]]) -> Build:
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    def build(device: torch.device) -> Run:
         weights = [_normal(shape, device, i) for i, shape in enumerate(shapes)]
         grads = [_normal(shape, device, 1000 + i) for i, shape in enumerate(shapes)]
         kept = [torch.empty_like(w) for w in weights]
@@ -116,7 +107,7 @@ def perturb_and_restore(shapes: Sequence[tuple[int, ...]]) -> Build:
 def packed_product(tokens: int, rows: int, cols: int, group: int) -> Build:
     """bfloat16 inputs times 4-bit codes."""
 
-    def build(device: torch.device) -> Callable[[], Sequence[Tensor]]:
+    def build(device: torch.device) -> Run:
         x = _normal((tokens, cols), device).bfloat16()
         codes = (_normal((rows, cols // 2), device, 1) * 2e3).clamp(-128, 127).to(torch.int8).view(torch.uint8)
         scale = _scale(rows * cols // group if group else rows, device)
@@ -155,7 +146,7 @@ def passes(section: str, name: str, quick: bool) -> dict[str, Build]:
     if name == "streaming_bytes":
         lists = {f"perturb, restore {m}x1024": perturb_and_restore([(m, 1024)]) for m in (1024, 4096)}
         return lists if quick else {**lists, "perturb, restore ResNet-18": perturb_and_restore(resnet18_shapes())}
-    return {f"quantize {size}x{size}, fresh": quantize_fresh(size, size) for size in (256, 512, 1024, n)}
+    return {f"quantize {size}x{size}, fresh": quantize(size, size, size, fresh=True) for size in (256, 512, 1024, n)}
 
 
 # ---- what is tried ---------------------------------------------------------------------------------------------------
@@ -189,7 +180,7 @@ def _text(values: Values) -> str:
 def check_bits(
     section: str, name: str, candidates: list[Values], judged: dict[str, Build], device: torch.device
 ) -> None:
-    """Raises BenchError where a value gives other bits (other sums) than the first one."""
+    """Raises Failed where a value gives other bits (other sums) than the first one."""
     same = _same_sums if section in tuning.SUMS else _same_bits
     for what, build in judged.items():
         expected: list[Tensor] = []
@@ -198,7 +189,7 @@ def check_bits(
             found = build(device)()
             expected = expected or [t.clone() for t in found]
             if not same(found, expected):
-                raise BenchError(f"{section}: {name} = {_text(candidate)} changes the result of {what}")
+                raise Failed(f"{section}: {name} = {_text(candidate)} changes the result of {what}")
 
 
 def in_turns(
@@ -214,7 +205,7 @@ def in_turns(
         ]
         measured, failures = harness.interleave(impls, clock, quick)
         if failures:
-            raise BenchError(f"{what}: {next(iter(failures.values()))}")
+            raise Failed(f"{what}: {next(iter(failures.values()))}")
         for each, impl in zip(times, impls, strict=True):
             each.append(harness.percentile(measured[impl.name], 0.2))
     scores = [math.exp(statistics.fmean(math.log(a / b) for a, b in zip(t, times[0], strict=True))) for t in times]
@@ -270,39 +261,31 @@ def document(key: tuning.Device, parameters: tuning.Values, tried: list[dict[str
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; returns the exit code. Nothing is written before all is measured."""
-    try:
-        device = harness.check_device(arguments.device)
-        for option in ("op", "csv", "plot", "page", "compare", "rows", "fill"):
-            if getattr(arguments, option):
-                raise BenchError(f"bench tune: takes --device, --quick and --json, not --{option}")
-        served = {"cpu": device.type == "cpu" and runtime._C is not None}
-        served["cuda"] = device.type == "cuda" and runtime.cuda_archs_fit()
-        served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()
-        if not any(served.values()):
-            why = runtime.why_not_compiled() or runtime.choose_backend(device.type)[1]
-            raise BenchError(f"bench tune: no kernels with launch parameters for {device.type} ({why})")
-        if arguments.json is not None:
-            check_writable(arguments.json)
-    except BenchError as problem:
-        error(problem)
-        return 2
+    device = harness.check_device(arguments.device)
+    for option in ("op", "csv", "plot", "page", "compare", "rows", "fill"):
+        if getattr(arguments, option):
+            raise Refused(f"bench tune: takes --device, --quick and --json, not --{option}")
+    served = {"cpu": device.type == "cpu" and runtime._C is not None}
+    served["cuda"] = device.type == "cuda" and runtime.cuda_archs_fit()
+    served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()
+    if not any(served.values()):
+        why = runtime.why_not_compiled() or runtime.choose_backend(device.type)[1]
+        raise Refused(f"bench tune: no kernels with launch parameters for {device.type} ({why})")
+    if arguments.json is not None:
+        check_writable(arguments.json)
     key = runtime.tuning_device(device)
     print(f"{key}; torch {torch.__version__}, {torch.get_num_threads()} threads; time ÷ that of the built-in value")
     parameters: tuning.Values = {}
     tried: list[dict[str, Any]] = []
-    try:
-        with runtime.kept_tuning():
-            for section in [s for s in served if served[s]]:
-                with runtime.use_backend("triton" if section.startswith("triton") else "cpp"):
-                    parameters[section], rows = measure(section, device, arguments.quick)
-                tried += rows
-        changed = [f"{s}.{name} = {v}" for s, values in parameters.items() for name, v in values.items()]
-        print("better than the built-in values: " + (", ".join(changed) or "none"))
-        if arguments.json is not None:
-            write_atomic(arguments.json, document(key, parameters, tried, environment(device, arguments.quick)))
-            print(f"wrote {arguments.json}: use it with ASKEW_TUNING={arguments.json}, or ship it as "
-                  f"askew_kernels/tuning/{file_name(key)}")  # fmt: skip
-    except BenchError as problem:
-        error(problem)
-        return 1
+    with runtime.kept_tuning():
+        for section in [s for s in served if served[s]]:
+            with runtime.use_backend("triton" if section.startswith("triton") else "cpp"):
+                parameters[section], rows = measure(section, device, arguments.quick)
+            tried += rows
+    changed = [f"{s}.{name} = {v}" for s, values in parameters.items() for name, v in values.items()]
+    print("better than the built-in values: " + (", ".join(changed) or "none"))
+    if arguments.json is not None:
+        write_atomic(arguments.json, document(key, parameters, tried, environment(device, arguments.quick)))
+        print(f"wrote {arguments.json}: use it with ASKEW_TUNING={arguments.json}, or ship it as "
+              f"askew_kernels/tuning/{file_name(key)}")  # fmt: skip
     return 0

@@ -1,22 +1,12 @@
-"""What ``bench`` measures: suite -> entries. Adding a benchmark is one ``Entry`` in its suite's module."""
+"""What ``bench`` measures. A suite is a module: its cases (``ENTRIES``), what their rows are held against (``GOALS``)
+and their lines of the README's table (``HEADLINES``). Adding any of these is one entry there; a suite one name here."""
 
+from ..goals import Goal, Headline
 from ..harness import Entry
-from .fake_quant import FAKE_QUANT
-from .linear import LINEAR
-from .packed import PACKED
-from .sam import SAM
-from .search import SEARCH
-from .startup import STARTUP
-from .step import STEP
-from .train import TRAIN
+from . import fake_quant, linear, packed, sam, search, startup, step, train
 
-SUITES: dict[str, list[Entry]] = {
-    "step": STEP,
-    "fake_quant": FAKE_QUANT,
-    "linear": LINEAR,
-    "packed": PACKED,
-    "train": TRAIN,
-    "sam": SAM,
-    "search": SEARCH,
-    "startup": STARTUP,
-}
+MODULES = {"step": step, "fake_quant": fake_quant, "linear": linear, "packed": packed, "train": train, "sam": sam,
+           "search": search, "startup": startup}  # fmt: skip
+SUITES: dict[str, list[Entry]] = {name: module.ENTRIES for name, module in MODULES.items()}
+GOALS: dict[str, list[Goal]] = {name: module.GOALS for name, module in MODULES.items()}
+HEADLINES: dict[str, list[Headline]] = {name: module.HEADLINES for name, module in MODULES.items()}

@@ -8,6 +8,7 @@ in the case's text.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import quant, runtime
-from ..harness import CheckFailed, Context, Traffic
+from ..harness import CheckFailed, Context, Impl, Traffic
 
 BITS = 4
 GRID = quant.Uniform(bits=BITS)
@@ -40,31 +41,31 @@ def _norm(c: int) -> Shapes:
     return [(c,), (c,)]
 
 
+def _resnet(blocks: Sequence[int], convolutions: Sequence[tuple[int, int]]) -> Shapes:
+    """convolutions: (size of the kernel, outputs over the stage's width) of those of a block."""
+    shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
+    before = 64
+    for stage, count in enumerate(blocks):
+        for _ in range(count):
+            inputs = before
+            for kernel, expansion in convolutions:
+                outputs = expansion * 64 * 2**stage
+                shapes += [(outputs, inputs, kernel, kernel), *_norm(outputs)]
+                inputs = outputs
+            if inputs != before:
+                shapes += [(inputs, before, 1, 1), *_norm(inputs)]
+            before = inputs
+    return [*shapes, (1000, before), (1000,)]
+
+
 def resnet18_shapes() -> Shapes:
     """The 62 parameters of torchvision's resnet18, in order: 11,689,512 weights."""
-    shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
-    channels = 64
-    for width in (64, 128, 256, 512):
-        for _ in range(2):
-            shapes += [(width, channels, 3, 3), *_norm(width), (width, width, 3, 3), *_norm(width)]
-            if channels != width:
-                shapes += [(width, channels, 1, 1), *_norm(width)]
-            channels = width
-    return [*shapes, (1000, 512), (1000,)]
+    return _resnet((2, 2, 2, 2), ((3, 1), (3, 1)))
 
 
 def resnet50_shapes() -> Shapes:
     """The 161 parameters of torchvision's resnet50: 25,557,032 weights."""
-    shapes: Shapes = [(64, 3, 7, 7), *_norm(64)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            shapes += [(width, channels, 1, 1), *_norm(width), (width, width, 3, 3), *_norm(width)]
-            shapes += [(4 * width, width, 1, 1), *_norm(4 * width)]
-            if block == 0:
-                shapes += [(4 * width, channels, 1, 1), *_norm(4 * width)]
-            channels = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
+    return _resnet((3, 4, 6, 3), ((1, 1), (3, 1), (1, 4)))
 
 
 def _transformer_block(d: int) -> Shapes:
@@ -139,18 +140,28 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def in_backend(backend: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    if not backend:
-        return run
-
     def wrapped() -> Any:
         with runtime.use_backend(backend):
             return run()
 
-    return wrapped
+    return wrapped if backend else run
 
 
-def our_backend(context: Context, backend: str) -> str:
-    return backend or runtime.choose_backend(context.device.type)[0]
+def ours(context: Context, name: str, build: Callable[[], Impl]) -> list[Impl]:
+    """``build()``'s implementation of ours under this name, made and run by each backend of the device."""
+    made = []
+    for backend, missing in context.backends():
+        title = f"{name} ({backend})" if backend else name
+        if missing:
+            made.append(Impl(title, kind="ours", backend=backend, missing=missing))
+            continue
+        with forced(backend):
+            impl = build()
+        prepare = impl.prepare and in_backend(backend, impl.prepare)
+        served = backend or runtime.choose_backend(context.device.type)[0]
+        made.append(dataclasses.replace(impl, name=title, kind="ours", backend=served, prepare=prepare,
+                                        run=in_backend(backend, impl.run)))  # fmt: skip
+    return made
 
 
 class Inputs:
@@ -179,23 +190,24 @@ class Inputs:
         return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=self.quantized_bytes * copy)
 
 
-def eager_sawb(w: Tensor) -> Tensor:
-    """SAWB per row, (rows, 1), by reductions that make no temporaries of weight size."""
+def eager_sawb(w: Tensor, bits: int = BITS) -> Tensor:
+    """SAWB per row (above 4 bits the largest weight), (rows, 1), by reductions without temporaries of weight size."""
     cols = w.shape[1]
     mean = torch.linalg.vector_norm(w, 1, dim=1, keepdim=True) / cols
     rms = torch.linalg.vector_norm(w, 2, dim=1, keepdim=True) / cols**0.5
     amax = torch.linalg.vector_norm(w, torch.inf, dim=1, keepdim=True)
-    clip = C1 * rms - C2 * mean
-    return torch.where(clip > 0, clip, amax) / HI
+    c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
+    clip = c1 * rms - c2 * mean if bits <= 4 else amax
+    return torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1)
 
 
-def why_no_compile(context: Context) -> str:
-    """Why torch.compile cannot run here; empty where it can."""
-    if context.is_cuda:
-        return "" if importlib.util.find_spec("triton") else "torch.compile needs triton"
-    if os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++"))):
-        return ""
-    return "torch.compile needs a C++ compiler"
+def why_no_compile(context: Context, quick: bool = True) -> str:
+    """Why torch.compile cannot run here; empty where it can. quick: whether --quick runs it."""
+    if context.is_cuda and not importlib.util.find_spec("triton"):
+        return "torch.compile needs triton"
+    if not context.is_cuda and not os.environ.get("CXX") and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler"
+    return "left out of --quick" if context.quick and not quick else ""
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,22 +11,10 @@ from torch import Tensor, nn
 
 from ... import ops, quant, reference
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from .common import (
-    BITS,
-    GRAD_STD,
-    GRID,
-    HI,
-    LO,
-    WEIGHT_STD,
-    compare,
-    compiled,
-    in_backend,
-    our_backend,
-    sample,
-    square,
-    why_no_compile,
-)  # fmt: skip
+from ..goals import ALLOCATORS, Goal, Headline, extreme, ratio, ratio_to_best
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
+from . import common
+from .common import BITS, GRAD_STD, GRID, HI, LO, WEIGHT_STD, compare, compiled, sample, square
 
 
 class FakeQuantizeCheck:
@@ -128,47 +115,81 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
         to_a.copy_(a)
         to_b.copy_(b)
 
-    impls = [Impl("two copies", two_copies, "baseline", Traffic(read=2 * size, written=2 * size))]
-    for backend, missing in context.backends():
-        suffix = f" ({backend})" if backend else ""
-        run = in_backend(backend, forward_backward(lambda t: ops.fake_quantize(t, scale, GRID)))
-        kwargs: dict[str, Any] = {"backend": our_backend(context, backend), "missing": missing}
-        impls.append(Impl(f"ops.fake_quantize{suffix}", run, "ours", traffic, check, **kwargs))
-    kind = "tensor" if granularity == "tensor" else "channel"
-    impls += [
-        Impl(f"torch.fake_quantize_per_{kind}_affine", forward_backward(native, rows), "peer", traffic, torch_check),
-        Impl("eager straight-through", forward_backward(eager, rows), "peer", traffic, check),
-    ]
-    if granularity == "tensor":
-        impls.append(Impl("torchao QAT", missing="left out: torchao's QAT quantizers have no per-tensor granularity"))
-    else:
-        impls.append(peers.peer("torchao QAT", "torchao", torchao))
-    if group:
-        impls.append(Impl("brevitas", missing="left out: no group of columns among its ready-made weight quantizers"))
-    else:
-        impls.append(peers.peer("brevitas", "brevitas", brevitas))
+    def own() -> Impl:
+        return Impl("", forward_backward(lambda t: ops.fake_quantize(t, scale, GRID)), "ours", traffic, check)
 
     def both_passes(t: Tensor, g: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         x = t / s
         return x.clamp(LO, HI).round() * s, torch.where((x >= LO) & (x <= HI), g, 0.0)
 
-    why_not = why_no_compile(context) or ("left out of --quick" if context.quick else "")
-    if why_not:
-        impls += [Impl(name, missing=why_not) for name in (COMPILED, COMPILED_BOTH)]
+    per_tensor = granularity == "tensor"
+    no_torchao = "left out: torchao's QAT quantizers have no per-tensor granularity" if per_tensor else ""
+    no_brevitas = "left out: no group of columns among its ready-made weight quantizers" if group else ""
+    kind = "tensor" if per_tensor else "channel"
+    impls = [
+        Impl("two copies", two_copies, "baseline", Traffic(read=2 * size, written=2 * size)),
+        *common.ours(context, "ops.fake_quantize", own),
+        Impl(f"torch.fake_quantize_per_{kind}_affine", forward_backward(native, rows), "peer", traffic, torch_check),
+        Impl("eager straight-through", forward_backward(eager, rows), "peer", traffic, check),
+        peer("torchao QAT", "torchao", torchao, no_torchao),
+        peer("brevitas", "brevitas", brevitas, no_brevitas),
+    ]
+    if why_not := common.why_no_compile(context, quick=False):
+        impls += [Impl(name, missing=why_not) for name in COMPILED]
     else:
-        run = forward_backward(compiled(eager), rows)
-        impls.append(Impl(COMPILED, run, "peer", traffic, check, first_call="compilation included"))
-        t, incoming, function = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
-        together = Impl(COMPILED_BOTH, lambda: function(t, incoming, column), "peer", traffic, check)
-        impls.append(dataclasses.replace(together, first_call="compilation included"))
+        t, incoming, together = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
+        graphs = (
+            (forward_backward(compiled(eager), rows), traffic),
+            (lambda: together(t, incoming, column), Traffic(read=2 * size, written=2 * size)),  # reads x once
+        )
+        impls += [Impl(name, run, "peer", moved, check, first_call="compilation included")
+                  for name, (run, moved) in zip(COMPILED, graphs, strict=True)]  # fmt: skip
     return Case(square(n), "float32", "two copies", impls, n * n)
 
 
 # The second computes output and gradient together, as no training step can: what the compiler makes of it at best.
-COMPILED, COMPILED_BOTH = "torch.compile", "torch.compile, both passes in one graph"
+COMPILED = ("torch.compile", "torch.compile, both passes in one graph")
+GRANULARITIES = {"tensor": "tensor", "channel": "channel", "group of 32": "32", "group of 128": "128"}
 
-FAKE_QUANT = [
-    Entry(f"fake quantize per {text}, forward + backward", functools.partial(fake_quantize_case, granularity=g),
-          warm=True)
-    for text, g in (("tensor", "tensor"), ("channel", "channel"), ("group of 32", "32"), ("group of 128", "128"))
+
+def op(text: str) -> str:
+    return f"fake quantize per {text}, forward + backward"
+
+
+ENTRIES = [
+    Entry(op(text), functools.partial(fake_quantize_case, granularity=g), warm=True)
+    for text, g in GRANULARITIES.items()
+]  # fmt: skip
+
+GOALS = [
+    *[
+        goal
+        for text in GRANULARITIES
+        for allocator in ALLOCATORS
+        for goal in (
+            Goal(f"fake_quantize per {text} forward + backward ÷ two copies, {allocator} allocator", "<=", 1.3,
+                 ratio(op(text), "ops.fake_quantize", "two copies", allocator)),
+            Goal(f"fake_quantize per {text} ÷ torch.compile, {allocator} allocator", "<=", 1.0,
+                 ratio_to_best(op(text), "ops.fake_quantize", COMPILED, allocator)),
+        )
+    ],
+    *[
+        goal
+        for backend in ("cpp", "triton")
+        for goal in (
+            Goal(f"fake_quantize, {backend}: least % of the device's copy bandwidth", ">=", 90,
+                 extreme(lambda r, b=backend: r.backend == b, lambda r: r.percent_of_copy, min), "cuda"),  # type: ignore[misc]
+            Goal(f"fake_quantize, {backend} ÷ torch.compile", "<=", 1.0,
+                 ratio_to_best(op("channel"), f"ops.fake_quantize ({backend})", COMPILED), "cuda"),
+        )
+    ],
+]  # fmt: skip
+
+HEADLINES = [
+    Headline(f"fake-quantize per {text}, forward + backward", op(text), "ops.fake_quantize", (
+        (f"torch.fake_quantize_per_{'tensor' if text == 'tensor' else 'channel'}_affine", "torch"),
+        (COMPILED[0], "torch.compile"), (COMPILED[1], "torch.compile, one graph"), ("torchao QAT", "torchao"),
+        ("brevitas", "brevitas"),
+    ))
+    for text in GRANULARITIES
 ]  # fmt: skip

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ... import nn as ask_nn
 from ... import optim, quant, reference
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl
-from .common import BITS, GRAD_STD, GRID, HI, LO, LR, compare, forced, in_backend, our_backend, sawb
+from ..goals import ALLOCATORS, Goal, Headline, ratio
+from ..harness import Case, CheckFailed, Context, Entry, Impl, peer
+from . import common
+from .common import BITS, GRAD_STD, GRID, HI, LO, LR, compare, sawb
 
 
 class LinearCheck:
@@ -92,64 +94,55 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
 
         return run
 
-    def layer_impl(name: str, forward: str | None, backend: str = "", missing: str = "", stale: bool = False) -> Impl:
-        kind = "baseline" if forward is None else "ours"
-        if missing:
-            return Impl(name, kind=kind, backend=backend, missing=missing)
+    def float_impl() -> Impl:
         layer = float_layer()
-        if forward is not None:
-            config = quant.QuantConfig(weight=GRID, scale="sawb", forward=forward)
-            layer = ask_nn.AskewLinear.from_float(layer, config)
+        prepare = None
+        if after_step:
+            layer.weight.grad = torch.full_like(layer.weight, 1e-6)
+            prepare = torch.optim.SGD([layer.weight], lr=LR, fused=True).step
+        check = LinearCheck(layer, x, False, grad if backward else None)
+        return Impl("nn.Linear", call(layer, x.clone().requires_grad_()), "baseline", None, check, prepare)
+
+    def own(forward: str, stale: bool) -> Impl:
+        config = quant.QuantConfig(weight=GRID, scale="sawb", forward=forward)
+        layer = ask_nn.AskewLinear.from_float(float_layer(), config)
         leaf = x.clone().requires_grad_()
         prepare: Callable[[], Any] | None = None
         if stale:
-            quantizer = quant.WeightQuantizer.of(layer.weight)
-            assert quantizer is not None
-            prepare = quantizer.invalidate
+            prepare = layer.quantizer.invalidate
         if after_step:
             layer.weight.grad = torch.full_like(layer.weight, 1e-6)
-            if forward is None:
-                prepare = torch.optim.SGD([layer.weight], lr=LR, fused=True).step
-            else:
-                with forced(backend):
-                    layer(leaf)  # the layer now asks for a copy
-                    prepare = in_backend(
-                        backend, optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}], lr=LR).step
-                    )
+            layer(leaf)  # the layer now asks for a copy
+            prepare = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}], lr=LR).step
         check = LinearCheck(layer, x, forward == "hard", grad if backward else None)
-        ours_backend = our_backend(context, backend) if forward is not None else "torch"
-        return Impl(name, in_backend(backend, call(layer, leaf)), kind, None, check, prepare, backend=ours_backend)
+        return Impl("", call(layer, leaf), "ours", None, check, prepare)
 
-    def peer_impl(made: nn.Module, note: str = "", **limits: float) -> Impl:
-        return Impl("", call(made, x.clone().requires_grad_()), check=NearCheck(float_layer(), x, **limits), note=note)
+    def library(name: str, module: str, made: Callable[[], nn.Module], note: str = "") -> Impl:
+        def build() -> Impl:
+            return Impl("", call(made(), x.clone().requires_grad_()), check=NearCheck(float_layer(), x), note=note)
 
-    names = [("AskewLinear relaxed", "relaxed", False), (HARD, "hard", False), (IN_FORWARD, "hard", True)]
+        return peer(name, module, build)
+
+    names = {"AskewLinear relaxed": ("relaxed", False), HARD: ("hard", False), IN_FORWARD: ("hard", True)}
     if after_step:
-        names = [(AFTER_STEP, "hard", False)]
+        names = {AFTER_STEP: ("hard", False)}
     elif sized:
-        names = names[1:]
-    impls = [layer_impl("nn.Linear", None)]
-    for backend, missing in context.backends():
-        suffix = f" ({backend})" if backend else ""
-        impls += [layer_impl(f"{text}{suffix}", forward, backend, missing, stale) for text, forward, stale in names]
+        del names["AskewLinear relaxed"]
+    impls = [float_impl()]
+    for text, how in names.items():
+        impls += common.ours(context, text, functools.partial(own, *how))
     if not after_step:
-        impls += [
-            peers.peer(TORCHAO, "torchao",
-                       lambda: peer_impl(peers.torchao_linear(float_layer(), BITS))),
-            peers.peer(BREVITAS, "brevitas",
-                       lambda: peer_impl(peers.brevitas_layer(float_layer(), BITS))),
-        ]  # fmt: skip
+        impls += [library(TORCHAO, "torchao", lambda: peers.torchao_linear(float_layer(), BITS)),
+                  library(BREVITAS, "brevitas", lambda: peers.brevitas_layer(float_layer(), BITS))]  # fmt: skip
     if what == "forward":
-        build = lambda: peer_impl(peers.bitsandbytes_linear4bit(float_layer()), "inference: 4-bit NF4 storage")  # noqa: E731
-        impls.append(peers.peer("bitsandbytes Linear4bit", "bitsandbytes", build))
-        if context.is_cuda:
-            half = "inference: 4 bits in groups of 128, {} activations"
-            impls += [
-                peers.peer("torchao int4 weight-only", "torchao",
-                           lambda: peer_impl(peers.torchao_int4(float_layer()), half.format("bfloat16"))),
-                peers.peer("gemlite 4-bit", "gemlite",
-                           lambda: peer_impl(peers.gemlite_linear(float_layer(), BITS), half.format("float16"))),
-            ]  # fmt: skip
+        nf4 = lambda: peers.bitsandbytes_linear4bit(float_layer())  # noqa: E731
+        impls.append(library("bitsandbytes Linear4bit", "bitsandbytes", nf4, "inference: 4-bit NF4 storage"))
+    if what == "forward" and context.is_cuda:
+        half = "inference: 4 bits in groups of 128, {} activations"
+        impls += [library("torchao int4 weight-only", "torchao", lambda: peers.torchao_int4(float_layer()),
+                          half.format("bfloat16")),
+                  library("gemlite 4-bit", "gemlite", lambda: peers.gemlite_linear(float_layer(), BITS),
+                          half.format("float16"))]  # fmt: skip
     work = (6 if backward else 2) * tokens * outputs * inputs / 1e9
     shape = f"{tokens} tokens x {inputs} x {outputs}"
     return Case(shape, "float32", "nn.Linear", impls, 0, product=(tokens, inputs, outputs), work=work,
@@ -160,7 +153,7 @@ WHATS = ("forward", "forward after a step", "forward + backward")
 SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096))  # (outputs, inputs)
 TOKENS = (1, 16, 512, 4096)
 
-LINEAR = [
+ENTRIES = [
     *[Entry(f"linear {what}", functools.partial(linear_case, what=what), warm=True) for what in WHATS],
     *[
         Entry(f"linear {what}, by size",
@@ -170,4 +163,30 @@ LINEAR = [
         for tokens in TOKENS
         if (tokens, outputs, inputs) != (512, 4096, 4096)  # stands above
     ],
+]  # fmt: skip
+
+BOTH = "linear forward + backward"
+
+GOALS = [
+    Goal("AskewLinear relaxed forward ÷ nn.Linear", "<=", 1.05, ratio("linear forward", "AskewLinear relaxed")),
+    Goal("AskewLinear hard forward, fresh copy ÷ nn.Linear", "<=", 1.05, ratio("linear forward", HARD)),
+    Goal("AskewLinear hard forward after a step ÷ nn.Linear", "<=", 1.05,
+         ratio("linear forward after a step", AFTER_STEP)),
+    *[
+        Goal(f"AskewLinear hard forward + backward ÷ nn.Linear, {allocator} allocator", "<=", 1.05,
+             ratio(BOTH, HARD, "nn.Linear", allocator))
+        for allocator in ALLOCATORS
+    ],
+    *[
+        Goal(f"linear forward + backward: times faster than {name.split()[0]}, {allocator} allocator", ">=", wanted,
+             ratio(BOTH, name, HARD, allocator))
+        for name in (TORCHAO, BREVITAS)
+        for allocator, wanted in zip(ALLOCATORS, (2.0, 1.35), strict=True)
+    ],
+]  # fmt: skip
+
+HEADLINES = [
+    Headline("QAT linear layer, forward + backward, copy there already", BOTH, HARD,
+             ((TORCHAO, "torchao"), (BREVITAS, "brevitas"))),
+    Headline("QAT linear layer, forward + backward, quantized in the forward", BOTH, IN_FORWARD),
 ]  # fmt: skip

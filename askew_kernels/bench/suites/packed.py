@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import nn as ask_nn
-from ... import quant, runtime
+from ... import quant
 from ...deploy import files
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from .common import in_backend, our_backend
+from ..goals import Goal, Headline, rate, ratio, ratio_to_best
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
+from . import common
 from .linear import NearCheck
 
 GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
@@ -35,6 +36,7 @@ GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are 
     "ternary, 1.6 bits": (quant.QuantConfig(quant.Ternary(), scale="mean"), True),
     "binary": (quant.QuantConfig(quant.Binary(), scale="mean"), False),
 }
+GPU_GRIDS = ("4-bit group 128", "4-bit", "3-bit", "ternary", "binary")
 INT8 = ", int8 activations"
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
 DYNAMIC, BITSANDBYTES = "torch dynamic quantized Linear", "bitsandbytes Linear4bit"
@@ -60,24 +62,17 @@ class PackedCheck:
             raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {self.relative}")
 
 
+def float_layer(side: int, device: str, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(4)
+    return nn.Linear(side, side, device=device).to(dtype)
+
+
 @functools.lru_cache(2 * len(GRIDS))
-def packed_weight(name: str, side: int, device: str) -> ask_nn.PackedLinear:
+def packed_weight(name: str, side: int, device: str, dtype: torch.dtype) -> ask_nn.PackedLinear:
     """Of ``float_layer``; packing takes longer than the measurements, so one serves every batch."""
     config, trits = GRIDS[name]
-    layer = ask_nn.AskewLinear.from_float(float_layer(side, device), config)
+    layer = ask_nn.AskewLinear.from_float(float_layer(side, device, dtype), config)
     return ask_nn.PackedLinear.from_quantized(layer, force=True, trits=trits).eval()
-
-
-def float_layer(side: int, device: str) -> nn.Linear:
-    torch.manual_seed(4)
-    return nn.Linear(side, side, device=device)
-
-
-def packed_layer(name: str, side: int, device: str, activations: str) -> ask_nn.PackedLinear:
-    """A layer of its own, with codes and scales of its own."""
-    packed = copy.deepcopy(packed_weight(name, side, device))
-    packed.activations = activations
-    return packed
 
 
 COLD = 1 << 27  # bytes of weights that no cache holds
@@ -102,35 +97,66 @@ class Chain:
 
 
 def linear_case(context: Context, batch: int) -> Case:
-    side, cold = context.side, COLD >> 5 * context.quick
-    g = torch.Generator(context.device).manual_seed(3)
-    x = torch.randn(batch, side, device=context.device, generator=g)
-    layer = float_layer(side, str(context.device))
-    other = torch.zeros(cold // 4, device=context.device)
+    """On a GPU bfloat16 activations, from the codes by each backend."""
+    side, device, cuda = context.side, str(context.device), context.is_cuda
+    dtype = torch.bfloat16 if cuda else torch.float32
+    cold = (2 * COLD if cuda else COLD) >> 5 * context.quick
+    layer, other = float_layer(side, device, dtype), torch.zeros(cold // 4, device=device)
+    g = torch.Generator(device).manual_seed(3)
+    x = torch.randn(batch, side, device=device, generator=g).to(dtype)
 
-    def impl(name: str, made: Callable[[], Layer], read: int, **options: Any) -> Impl:
+    def impl(name: str, made: Callable[[], Layer], read: int, value: Tensor = x, **options: Any) -> Impl:
         """``made()`` gives a layer that shares its weight with no other."""
-        count = -(-cold // read) if batch <= IN_CHAIN else 1
+        count = -(-cold // read) if batch <= IN_CHAIN and not cuda else 1
         options.setdefault("prepare", other.sum if count == 1 else None)
-        return Impl(name, Chain(made, options.pop("value", x), count), traffic=Traffic(read=read), calls=count,
-                    **options)  # fmt: skip
+        return Impl(name, Chain(made, value, count), traffic=Traffic(read=read), calls=count, **options)
 
-    impls = [impl("nn.Linear", lambda: copy.deepcopy(layer), 4 * side * side, kind="baseline")]
-    half = copy.deepcopy(layer).bfloat16()
-    impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, value=x.bfloat16()))
-    backend = runtime.choose_backend(context.device.type)[0]
-    for name in GRIDS:
-        for activations in ("float", "int8"):
-            made = functools.partial(packed_layer, name, side, str(context.device), activations)
-            packed, int8 = packed_weight(name, side, str(context.device)), activations == "int8"
-            impls.append(impl(ours(name) + INT8 * int8, made, packed.packed_bytes, kind="ours", backend=backend,
-                              check=PackedCheck(packed, x, 0.03 if int8 else 1e-4)))  # fmt: skip
-    impls += _torch_peers(layer, x, impl)
-    return Case(f"{batch} x {side} x {side}", "float32", "nn.Linear", impls, 0, work=2 * batch * side * side / 1e9,
-                work_unit="GFLOP")  # fmt: skip
+    def own(name: str, activations: str) -> Impl:
+        packed = packed_weight(name, side, device, dtype)
+
+        def made() -> Layer:
+            copied = copy.deepcopy(packed)
+            copied.activations = activations
+            return copied
+
+        relative = 0.01 if cuda else 0.03 if activations == "int8" else 1e-4
+        return impl("", made, packed.packed_bytes, check=PackedCheck(packed, x, relative))
+
+    bytes_of = dtype.itemsize * side * side
+    impls = [impl("nn.Linear", lambda: copy.deepcopy(layer), bytes_of, kind="baseline")]
+    if not cuda:
+        half = float_layer(side, device, torch.bfloat16)
+        impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, x.bfloat16()))
+    for name in GPU_GRIDS if cuda else GRIDS:
+        impls += common.ours(context, ours(name), functools.partial(own, name, "float"))
+        if not cuda:
+            impls += common.ours(context, ours(name) + INT8, functools.partial(own, name, "int8"))
+    impls += _gpu_peers(layer, x, impl) if cuda else _cpu_peers(layer, x, impl)
+    return Case(f"{batch} x {side} x {side}", str(dtype).removeprefix("torch."), "nn.Linear", impls, side * side * cuda,
+                work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
 
 
-def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
+def _library(impl: Callable[..., Impl], made: Callable[[], Layer], size: int, check: NearCheck) -> Callable[[], Impl]:
+    def build() -> Impl:
+        first = made()  # quantizing takes longer than copying
+        return impl("", lambda: copy.deepcopy(first), size, check=check)
+
+    return build
+
+
+def _gpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
+    made = {
+        "torchao int4 weight-only": ("torchao", peers.torchao_int4),
+        "gemlite 4-bit": ("gemlite", lambda m: peers.gemlite_linear(m, 4)),
+    }
+    return [
+        peer(name, module, _library(impl, lambda f=function: f(copy.deepcopy(layer)), layer.weight.numel() // 2,  # type: ignore[misc]
+                                    NearCheck(layer, x)))
+        for name, (module, function) in made.items()
+    ]  # fmt: skip
+
+
+def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
     """What torch itself brings for the CPU, each with its own quantizer; the bias is left out where it takes none."""
     w, half = layer.weight.detach(), x.bfloat16()
     n, k = w.shape
@@ -164,59 +190,19 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
             warnings.simplefilter("ignore")
             return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
 
-    def library(made: Callable[[], Layer], size: int, least: float) -> Callable[[], Impl]:
-        def build() -> Impl:
-            first = made()  # quantizing takes longer than copying
-            return impl("", lambda: copy.deepcopy(first), size, check=near(least=least))
-
-        return build
-
-    return [
-        peers.peer(TORCH_INT4, "torch", int4), peers.peer(TORCH_INT8, "torch", int8),
-        peers.peer(DYNAMIC, "torch", library(dynamic, n * k, 0.0)),
-        peers.peer("torchao int8 weight-only", "torchao", library(
-            lambda: peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, 0.0)),
-        peers.peer("torchao int8 dynamic", "torchao", library(
-            lambda: peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, 0.0)),
-        peers.peer(BITSANDBYTES, "bitsandbytes", library(
-            lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01)),
-    ]  # fmt: skip
-
-
-def gpu_case(context: Context, batch: int) -> Case:
-    """bfloat16 activations on a GPU, from the codes by each backend, beside torch's product and other 4-bit layers."""
-    side, device = context.side, str(context.device)
-    layer = float_layer(side, device).bfloat16()
-    g = torch.Generator(context.device).manual_seed(3)
-    x = torch.randn(batch, side, device=context.device, generator=g).bfloat16()
-    other = torch.zeros(1 << (20 if context.quick else 26), device=context.device)  # more than the L2 cache
-
-    def call(made: Callable[[Tensor], Tensor], backend: str = "") -> Callable[[], Any]:
-        def run() -> Any:
-            with torch.no_grad():
-                return made(x)
-
-        return in_backend(backend, run)
-
-    def own(name: str, backend: str, missing: str) -> Impl:
-        title = ours(name) + (f" ({backend})" if backend else "")
-        if missing:
-            return Impl(title, kind="ours", backend=backend, missing=missing)
-        made = ask_nn.AskewLinear.from_float(layer, GRIDS[name][0])
-        packed = ask_nn.PackedLinear.from_quantized(made, force=True, trits=GRIDS[name][1]).eval()
-        return Impl(title, call(packed, backend), "ours", Traffic(read=packed.packed_bytes),
-                    PackedCheck(packed, x, 0.01), other.sum, backend=our_backend(context, backend))  # fmt: skip
-
-    def peer(made: Callable[[nn.Linear], nn.Module]) -> Callable[[], Impl]:
-        return lambda: Impl("", call(made(copy.deepcopy(layer))), prepare=other.sum, check=NearCheck(layer, x))
-
-    impls = [Impl("nn.Linear", call(layer), "baseline", Traffic(read=2 * side * side), prepare=other.sum)]
-    for name in ("4-bit group 128", "4-bit", "3-bit", "ternary", "binary"):
-        impls += [own(name, *backend) for backend in context.backends()]
-    impls += [peers.peer("torchao int4 weight-only", "torchao", peer(peers.torchao_int4)),
-              peers.peer("gemlite 4-bit", "gemlite", peer(lambda m: peers.gemlite_linear(m, 4)))]  # fmt: skip
-    return Case(f"{batch} x {side} x {side}", "bfloat16", "nn.Linear", impls, side * side,
-                work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
+    made: dict[str, tuple[str, Callable[[], Layer], int, float]] = {
+        DYNAMIC: ("torch", dynamic, n * k, 0.0),
+        "torchao int8 weight-only": (
+            "torchao", lambda: peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, 0.0),
+        "torchao int8 dynamic": (
+            "torchao", lambda: peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, 0.0),
+        BITSANDBYTES: ("bitsandbytes", lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01),
+    }  # fmt: skip
+    libraries = [
+        peer(name, module, _library(impl, build, size, near(least=least)))
+        for name, (module, build, size, least) in made.items()
+    ]
+    return [peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8), *libraries]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -229,8 +215,6 @@ def file_case(context: Context, name: str) -> Case:
     side, layers = (1024, 4) if context.quick else (4096, 6)
     config, trits = GRIDS[name]
     torch.manual_seed(4)
-    with torch.device("meta"):
-        empty = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)])
     model = ask_nn.quantize_(nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)]), config)
     ask_nn.pack_(model, force=True, trits=trits)
     folder = tempfile.TemporaryDirectory()
@@ -243,12 +227,9 @@ def file_case(context: Context, name: str) -> Case:
         files.save_packed(model, path)
         return folder  # kept as long as this is
 
-    def load(verify: bool) -> Callable[[], Any]:
-        def run() -> Any:
-            target = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in empty])
-            return files.load_packed(path, target, verify=verify)
-
-        return run
+    def load(verify: bool) -> Any:
+        target = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in range(layers)])
+        return files.load_packed(path, target, verify=verify)
 
     def check(run: Callable[[], Any]) -> None:
         loaded = run()
@@ -257,35 +238,72 @@ def file_case(context: Context, name: str) -> Case:
                 if not torch.equal(t, model.state_dict()[key]):
                     raise CheckFailed(f"{key}: is not what was saved")
 
+    plain = path.with_suffix(".pt")
     impls = [
-        Impl(
-            "torch.save, the same tensors", lambda: torch.save(model.state_dict(), path.with_suffix(".pt")), "baseline"
-        ),
+        Impl("torch.save, the same tensors", lambda: torch.save(model.state_dict(), plain), "baseline"),
         Impl(SAVE, save, "ours", check=check, backend="python", note=note),
-        Impl(LOAD, load(True), "ours", check=check, backend="python"),
-        Impl("load_packed, verify=False", load(False), "ours", check=check, backend="python"),
+        Impl(LOAD, lambda: load(True), "ours", check=check, backend="python"),
+        Impl("load_packed, verify=False", lambda: load(False), "ours", check=check, backend="python"),
     ]
-    return Case(
-        f"{layers} x {side} x {side}, {name}", "uint8", impls[0].name, impls, 0, work=size / 1e9, work_unit="GB"
-    )
+    shape = f"{layers} x {side} x {side}, {name}"
+    return Case(shape, "uint8", impls[0].name, impls, 0, work=size / 1e9, work_unit="GB")
 
 
 BATCHES = (1, 16, 256, 4096)
 GPU_BATCHES = (1, 4, 32, 64, 4096)
 FILES = ("4-bit group 128", "ternary", "binary")
 
-PACKED = [
+
+def op(batch: int) -> str:
+    return f"packed linear, batch {batch}"
+
+
+ENTRIES = [
+    *[Entry(op(b), functools.partial(linear_case, batch=b), devices=("cpu",), quick=b <= IN_CHAIN) for b in BATCHES],
     *[
-        Entry(f"packed linear, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cpu",),
-              quick=batch <= 16)
-        for batch in BATCHES
-    ],
-    *[
-        Entry(f"packed linear on a GPU, batch {batch}", functools.partial(gpu_case, batch=batch), devices=("cuda",))
+        Entry(f"packed linear on a GPU, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cuda",))
         for batch in GPU_BATCHES
     ],
     *[
         Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
         for name in FILES
     ],
+]  # fmt: skip
+
+RIVALS = {  # of ours: the peers at the same bits
+    "4-bit group 128": (TORCH_INT4, TORCH_INT8, BITSANDBYTES), "4-bit" + INT8: (DYNAMIC,), "8-bit": (TORCH_INT8,),
+    "8-bit" + INT8: (DYNAMIC,),
+}  # fmt: skip
+GOALS = [
+    *[
+        Goal(f"PackedLinear {name}, batch {batch}: times faster than nn.Linear", ">=", wanted,
+             ratio(op(batch), "nn.Linear", ours(name)))
+        for name, batch, wanted in (
+            ("4-bit group 128", 1, 7.0), ("binary", 1, 14.0), ("4-bit" + INT8, 16, 10.0), ("4-bit" + INT8, 256, 4.3),
+        )
+    ],
+    *[
+        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
+             ratio_to_best(op(batch), ours(name), rivals))
+        for batch in BATCHES
+        for name, rivals in RIVALS.items()
+    ],
+    *[
+        Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
+        for name in FILES
+        for what in (SAVE, LOAD)
+    ],
+    *[
+        Goal(f"PackedLinear 4-bit group 128, batch 1, {backend}: times faster than bf16 nn.Linear", ">=", 3.3,
+             ratio("packed linear on a GPU, batch 1", "nn.Linear", f"{ours('4-bit group 128')} ({backend})"), "cuda")
+        for backend in ("cpp", "triton")
+    ],
+]  # fmt: skip
+
+FLOAT_PEERS = ((TORCH_INT4, "torch int4pack"), (TORCH_INT8, "torch int8pack"), (BITSANDBYTES, "bitsandbytes NF4"))
+HEADLINES = [
+    Headline(f"packed linear, {name}", op(batch), ours(name),
+             ((DYNAMIC, "torch dynamic int8"),) if INT8 in name else FLOAT_PEERS)
+    for batch in BATCHES
+    for name in ("4-bit group 128", "4-bit group 128" + INT8, "8-bit" + INT8)
 ]  # fmt: skip

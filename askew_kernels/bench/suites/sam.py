@@ -10,23 +10,15 @@ from torch import Tensor
 
 from ... import optim
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from .common import (
-    ALPHA,
-    GRID,
-    LR,
-    Inputs,
-    compare,
-    forced,
-    in_backend,
-    our_backend,
-    resnet18_shapes,
-    why_no_compile,
-)
-from .step import askew_step, torch_step
+from ..goals import Goal, Headline, ratio
+from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
+from . import common
+from .common import LR, Inputs, compare
+from .step import HOLD, askew_optimizer, ours, ours_name, torch_step
 
 RHO, ETA = 0.5, 0.01
-FOREIGN, INSIDE = "ASAM over SGD", "ASAM over ASkewSGD, with its step"
+FOREIGN, INSIDE = "ASAM over SGD, restored", "ASAM over ASkewSGD, with its step"
+COMPILED, OTHER = "torch.compile, by tensor", "pytorch-optimizer, T = |w| for every tensor"
 
 
 class NoStep(torch.optim.SGD):
@@ -60,18 +52,17 @@ class AsamCheck:
             raise CheckFailed("a weight did not come back bit for bit")
 
 
-def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., tuple], kind: str = "peer", **how: Any) -> Impl:
+def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., tuple], everywhere: bool = False, **how: Any) -> Impl:
     """``make(weights, gradients, adapted)`` gives (perturb, restore)."""
     params = inputs.parameters()
     perturb, restore = make(params, inputs.grads_of(params), inputs.skewed)
-    everywhere = how.pop("everywhere", False)
     check = AsamCheck(inputs, params, perturb, restore, everywhere)
 
     def run() -> None:
         perturb()
         restore()
 
-    return Impl(name, run, kind, sam_traffic(inputs, restore=True), check, **how)
+    return Impl(name, run, "peer", sam_traffic(inputs, restore=True), check, **how)
 
 
 def sam_traffic(inputs: Inputs, restore: bool) -> Traffic:
@@ -169,58 +160,51 @@ def asam_pytorch_optimizer(params: Sequence[Tensor], grads: Sequence[Tensor], ad
     return optimizer.first_step, optimizer.second_step
 
 
-def asam_inside(context: Context, inputs: Inputs, backend: str, missing: str) -> list[Impl]:
-    """The whole step over ASkewSGD, and ASkewSGD's step alone: the difference is what the two halves add."""
-    alone = askew_step(context, inputs, backend, missing)
-    name = f"{INSIDE} ({backend})" if backend else INSIDE
-    if missing:
-        return [Impl(name, kind="ours", backend=backend, missing=missing), alone]
+def asam_inside(inputs: Inputs) -> Impl:
+    """The whole step over ASkewSGD; what the two halves add is its difference from ASkewSGD's step alone."""
     params = inputs.parameters()
-    groups = [{"params": [p for p, q in zip(params, inputs.skewed, strict=True) if q], "grid": GRID},
-              {"params": [p for p, q in zip(params, inputs.skewed, strict=True) if not q], "fused": True}]  # fmt: skip
-    base = optim.ASkewSGD(groups, lr=LR, alpha=ALPHA)
-    optimizer = optim.ASAM(base, rho=RHO, eta=ETA, telemetry_every=0)
+    optimizer = optim.ASAM(askew_optimizer(params, inputs.skewed), rho=RHO, eta=ETA, telemetry_every=0)
 
     def run() -> None:
         optimizer.first_step()
         optimizer.second_step()
 
     traffic = Traffic(read=4 * inputs.bytes, updated=2 * inputs.bytes, written=inputs.bytes)
-    check = AsamCheck(inputs, params, optimizer.first_step, optimizer.restore)
-    return [Impl(name, in_backend(backend, run), "ours", traffic, check, backend=our_backend(context, backend)), alone]
+    return Impl("", run, "ours", traffic, AsamCheck(inputs, params, optimizer.first_step, optimizer.restore))
 
 
 def sam_case(context: Context) -> Case:
     """ASAM's perturbation and restore over ResNet-18's list, in units of one fused SGD step."""
-    inputs = Inputs(context, resnet18_shapes() * (8 if context.is_cuda and not context.quick else 1))
-    why_not = why_no_compile(context) or ("left out of --quick" if context.quick else "")
-    impls = [torch_step(inputs, "torch SGD fused", "sgd", fused=True)]
-    for backend, missing in context.backends():
-        name = f"{FOREIGN}, restored ({backend})" if backend else f"{FOREIGN}, restored"
-        if missing:
-            impls.append(Impl(name, kind="ours", backend=backend, missing=missing))
-            continue
-        with forced(backend):
-            impl = asam_in_turns(inputs, name, asam_ours, "ours", backend=our_backend(context, backend))
-        impl.run = in_backend(backend, impl.run)
-        impls.append(impl)
-    for backend, missing in context.backends():
-        impls += asam_inside(context, inputs, backend, missing)
-    impls.append(asam_in_turns(inputs, "eager, lean foreach", asam_foreach))
-    impls.append(asam_in_turns(inputs, "eager, one tensor after the other", asam_by_tensor))
-    if why_not:
-        impls.append(Impl("torch.compile, by tensor", missing=why_not))
+    inputs = Inputs(context, common.resnet18_shapes() * (8 if context.is_cuda and not context.quick else 1))
+    impls = [
+        torch_step(inputs, "sgd"),
+        *common.ours(context, FOREIGN, lambda: asam_in_turns(inputs, "", asam_ours)),
+        *common.ours(context, INSIDE, lambda: asam_inside(inputs)),
+        *ours(context, inputs, [HOLD]),
+        asam_in_turns(inputs, "eager, lean foreach", asam_foreach),
+        asam_in_turns(inputs, "eager, one tensor after the other", asam_by_tensor),
+    ]
+    if why_not := common.why_no_compile(context, quick=False):
+        impls.append(Impl(COMPILED, missing=why_not))
     else:
-        impls.append(
-            asam_in_turns(inputs, "torch.compile, by tensor", asam_compiled, first_call="compilation included")
-        )
-    impls.append(
-        peers.peer(
-            "pytorch-optimizer, T = |w| for every tensor", "pytorch_optimizer",
-            lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, everywhere=True),
-        )
-    )  # fmt: skip
+        impls.append(asam_in_turns(inputs, COMPILED, asam_compiled, first_call="compilation included"))
+    impls.append(peer(OTHER, "pytorch_optimizer", lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, True)))
     return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
 
 
-SAM = [Entry("ASAM perturb and restore, tensor list", sam_case)]
+OP = "ASAM perturb and restore, tensor list"
+ENTRIES = [Entry(OP, sam_case)]
+
+GOALS = [
+    Goal("ASAM perturb + restore over a foreign base ÷ SGD fused", "<=", 3.6, ratio(OP, FOREIGN)),
+    Goal("what ASAM adds to an ASkewSGD step ÷ SGD fused", "<=", 2.4,
+         lambda rows: ratio(OP, INSIDE)(rows) - ratio(OP, ours_name(HOLD))(rows)),
+]  # fmt: skip
+
+HEADLINES = [
+    Headline("ASAM's perturbation and restore", OP, FOREIGN, (
+        (COMPILED, "torch.compile"), ("eager, lean foreach", "eager, lean"),
+        ("eager, one tensor after the other", "eager, by tensor"), (OTHER, "pytorch-optimizer"),
+    )),
+    Headline("ASAM around an ASkewSGD step, the step included", OP, INSIDE),
+]  # fmt: skip

@@ -12,8 +12,10 @@ from torch.nn import functional
 from ... import nn as ask_nn
 from ... import optim, quant
 from ...search import MixedLinear
+from ..goals import ALLOCATORS, Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl
-from .common import GRAD_STD, GRID, LR, compare, in_backend, our_backend
+from . import common
+from .common import GRAD_STD, GRID, LR, compare, eager_sawb
 
 WEIGHT_BITS = (2, 3, 4, 8)
 MIXED, EDMIPS, SINGLE = "MixedLinear, 4 candidates", "EdMIPS-style eager, 4 candidates", "AskewLinear, 4 bits"
@@ -30,10 +32,10 @@ class EagerMix(nn.Linear):
     def mixed_weight(self) -> Tensor:
         p = torch.softmax(self.weight_strengths, 0)
         total: Any = 0
-        for k, scale in enumerate(_scales(self.weight)):
+        for k, scale in enumerate(scales_of(self.weight)):
             top = 2 ** (WEIGHT_BITS[k] - 1)
-            c = (self.weight / scale[:, None]).clamp(-top, top - 1)
-            total = total + p[k] * ((c + (c.round() - c).detach()) * scale[:, None])
+            c = (self.weight / scale).clamp(-top, top - 1)
+            total = total + p[k] * ((c + (c.round() - c).detach()) * scale)
         return total
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,18 +43,9 @@ class EagerMix(nn.Linear):
 
 
 @torch.no_grad()
-def _scales(w: Tensor) -> list[Tensor]:
-    """What MixedLinear takes: SAWB up to 4 bits, absmax above; by reductions without temporaries of weight size."""
-    cols = w.shape[1]
-    mean = torch.linalg.vector_norm(w, 1, dim=1) / cols
-    rms = torch.linalg.vector_norm(w, 2, dim=1) / cols**0.5
-    amax = torch.linalg.vector_norm(w, torch.inf, dim=1)
-    found = []
-    for bits in WEIGHT_BITS:
-        c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
-        clip = c1 * rms - c2 * mean if bits <= 4 else amax
-        found.append(torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1))
-    return found
+def scales_of(w: Tensor) -> list[Tensor]:
+    """What MixedLinear takes, a column for each candidate."""
+    return [eager_sawb(w, bits) for bits in WEIGHT_BITS]
 
 
 class MixCheck:
@@ -63,9 +56,9 @@ class MixCheck:
 
     def __call__(self, run: Callable[[], Any]) -> None:
         w = self.layer.weight.detach()[:32].double()
-        scales, p = _scales(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
+        scales, p = scales_of(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
         expected = sum(
-            p[k] * s[:, None] * (w / s[:, None]).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
+            p[k] * s * (w / s).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
             for k, (b, s) in enumerate(zip(WEIGHT_BITS, scales, strict=True))
         )
         compare("mixed weight", self.layer.mixed_weight().detach()[:32], expected, w.abs() + w.abs().mean(), 1e-4, 0.02)  # type: ignore[arg-type]
@@ -97,29 +90,35 @@ def search_case(context: Context) -> Case:
 
         return run
 
-    def single(backend: str) -> Impl:
+    def single() -> Impl:
         layer = ask_nn.AskewLinear.from_float(float_layer(), quant.QuantConfig(weight=GRID))
         optimizer = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}, {"params": [layer.bias]}], lr=LR)
-        kind = "baseline" if backend == (context.backends()[0][0]) else "ours"
-        return Impl(SINGLE, in_backend(backend, step(layer, optimizer)), kind, backend=our_backend(context, backend))
+        return Impl("", step(layer, optimizer))
 
-    def mixed(layer: Any, name: str, kind: str, backend: str = "") -> Impl:
+    def mixed(layer: Any, name: str = "") -> Impl:
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=LR, fused=True)
-        of = our_backend(context, backend) if kind == "ours" else "torch"
-        return Impl(name, in_backend(backend, step(layer, optimizer)), kind, None, MixCheck(layer), backend=of)
+        return Impl(name, step(layer, optimizer), check=MixCheck(layer))
 
-    def ours(backend: str, missing: str) -> Impl:
-        name = f"{MIXED} ({backend})" if backend else MIXED
-        if missing:
-            return Impl(name, kind="ours", backend=backend, missing=missing)
-        made = MixedLinear.from_float(
-            float_layer(), weight_bits=WEIGHT_BITS, act_bits=(None,), signed=True, learned=False
-        )
-        return mixed(made, name, "ours", backend)
+    def own() -> Impl:
+        bits: dict[str, Any] = {"weight_bits": WEIGHT_BITS, "act_bits": (None,), "signed": True, "learned": False}
+        return mixed(MixedLinear.from_float(float_layer(), **bits))
 
-    impls = [single(context.backends()[0][0]), *(ours(*backend) for backend in context.backends()),
-             mixed(EagerMix(float_layer()), EDMIPS, "peer")]  # fmt: skip
-    return Case(f"{tokens} tokens x {n} x {n}", "float32", SINGLE, impls, 0)
+    baseline = common.ours(context, SINGLE, single)[0]
+    baseline.kind = "baseline"
+    impls = [baseline, *common.ours(context, MIXED, own), mixed(EagerMix(float_layer()), EDMIPS)]
+    return Case(f"{tokens} tokens x {n} x {n}", "float32", baseline.name, impls, 0)
 
 
-SEARCH = [Entry("search step, linear layer", search_case, warm=True)]
+OP = "search step, linear layer"
+ENTRIES = [Entry(OP, search_case, warm=True)]
+
+GOALS = [
+    *[
+        Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "<=", 1.5,
+             ratio(OP, MIXED, "", allocator))
+        for allocator in ALLOCATORS
+    ],
+    Goal("search step: times faster than EdMIPS-style eager", ">=", 1.0, ratio(OP, EDMIPS, MIXED)),
+]  # fmt: skip
+
+HEADLINES = [Headline("search step, 4 candidate widths", OP, MIXED, ((EDMIPS, "EdMIPS-style eager"),))]

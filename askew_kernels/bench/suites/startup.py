@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from ..goals import Goal, Headline, found
 from ..harness import Case, Context, Entry, Impl
 from ..rows import PACKAGE
 
@@ -36,4 +37,7 @@ def import_case(context: Context) -> Case:
 TORCH, OURS = "torch", "askew_kernels"
 BEYOND_TORCH = "import askew_kernels, beyond torch"
 
-STARTUP = [Entry("start-up", import_case, devices=("cpu",))]
+ENTRIES = [Entry("start-up", import_case, devices=("cpu",))]
+GOALS = [Goal("import askew_kernels, ms beyond import torch", "<=", 300,
+              lambda rows: found(rows, "start-up", BEYOND_TORCH).p50 or 0.0)]  # fmt: skip
+HEADLINES = [Headline("import askew_kernels, beyond torch", "start-up", BEYOND_TORCH)]

@@ -12,35 +12,11 @@ from torch import Tensor, nn
 
 from ... import optim, quant, reference
 from .. import peers
-from ..harness import Case, Context, Entry, Impl, first_line
-from .common import (
-    ADAM_LR,
-    ALPHA,
-    BITS,
-    EPS,
-    GRID,
-    HI,
-    LO,
-    LR,
-    MOMENTUM,
-    Inputs,
-    Shapes,
-    compare,
-    compiled,
-    eager_sawb,
-    forced,
-    gpt2_small_shapes,
-    in_backend,
-    one_thread,
-    our_backend,
-    resnet18_shapes,
-    resnet50_shapes,
-    sample,
-    sawb,
-    square,
-    vit_b_shapes,
-    why_no_compile,
-)  # fmt: skip
+from ..goals import Goal, Headline, extreme, ratio, ratio_to_best
+from ..harness import Case, Context, Entry, Impl, first_line, peer
+from ..rows import Row
+from . import common
+from .common import ADAM_LR, ALPHA, BITS, EPS, GRID, HI, LO, LR, MOMENTUM, Inputs, compare, compiled, eager_sawb, sample
 
 
 class StepCheck:
@@ -65,62 +41,60 @@ class StepCheck:
         if self.frozen and self.scales:
             return
         self.scales = [
-            sawb(sample(p, self.rows)) if q else torch.ones(1, device=p.device)
+            common.sawb(sample(p, self.rows)) if q else torch.ones(1, device=p.device)
             for p, q in zip(self.params, self.skewed, strict=True)
         ]
 
     def __call__(self, run: Callable[[], Any]) -> None:
-        rate = torch.tensor(ADAM_LR if self.rule == "adamw" else LR, dtype=torch.float64)
         grads = [sample(g, self.rows) for g in self.grads]
         first, second = ([torch.zeros_like(g) for g in grads] for _ in range(2))
         for step in range(1, self.steps + 1):
             before = [sample(p, self.rows) for p in self.params]
             self.take_scales()
             run()
-            self._compare(step, before, grads, first, second, rate)
+            with common.one_thread():
+                for i in range(len(before)):
+                    self.compare(i, step, before[i], grads[i], first[i], second[i])
 
-    def _compare(
-        self, step: int, before: list[Tensor], grads: list[Tensor], first: list[Tensor], second: list[Tensor],
-        rate: Tensor,
-    ) -> None:  # fmt: skip
-        with one_thread():
-            for i, quantized in enumerate(self.skewed):
-                expected = before[i].clone()
-                eps = torch.tensor(self.eps if quantized else 1.0, dtype=torch.float64)
-                clamp = self.frozen and quantized
-                nothing = torch.empty(0, device=expected.device)
-                tensors = [[self.scales[i]], [nothing], GRID.encoding, [], [], []]
-                arguments: list[Any] = [[expected], [grads[i]]]
-                if self.rule == "adamw":
-                    arguments += [[first[i]], [second[i]], *tensors, torch.tensor(float(step)), rate, eps, ALPHA]
-                    arguments += [0.9, 0.999, 1e-8, 0.01, False, clamp, False, False]
-                    reference.skew_adamw_(*arguments)
-                else:
-                    arguments += [[first[i]] if self.momentum else [], *tensors, rate, eps, ALPHA, self.momentum]
-                    arguments += [0.0, 0.0, False, False, clamp, False, False]
-                    reference.skew_sgd_(*arguments)
-                after = sample(self.params[i], self.rows)
-                # 4e-6 |w|: rounding of w, and of the scale where a weight is clamped to the hull
-                moved = (expected - before[i]).abs() + before[i].abs() * 2e-3
-                compare(f"tensor {i}, step {step}", after - before[i], expected - before[i], moved, 2e-3)
-                if self.copies is not None and quantized:
-                    hard = reference.fake_quantize(after, self.scales[i], nothing, GRID.encoding, True, False, 0)
-                    compare(f"copy {i}, step {step}", sample(self.copies()[i], self.rows), hard, hard, 1e-5)
+    def compare(self, i: int, step: int, before: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
+        """Takes the reference's step from ``before``; what it and the implementation moved must agree."""
+        quantized, expected = self.skewed[i], before.clone()
+        rate = torch.tensor(ADAM_LR if self.rule == "adamw" else LR, dtype=torch.float64)
+        eps = torch.tensor(self.eps if quantized else 1.0, dtype=torch.float64)
+        clamp = self.frozen and quantized
+        nothing = torch.empty(0, device=before.device)
+        tensors = [[self.scales[i]], [nothing], GRID.encoding, [], [], []]
+        arguments: list[Any] = [[expected], [grad]]
+        if self.rule == "adamw":
+            arguments += [[first], [second], *tensors, torch.tensor(float(step)), rate, eps, ALPHA]
+            arguments += [0.9, 0.999, 1e-8, 0.01, False, clamp, False, False]
+            reference.skew_adamw_(*arguments)
+        else:
+            arguments += [[first] if self.momentum else [], *tensors, rate, eps, ALPHA, self.momentum]
+            arguments += [0.0, 0.0, False, False, clamp, False, False]
+            reference.skew_sgd_(*arguments)
+        after = sample(self.params[i], self.rows)
+        # 4e-6 |w|: rounding of w, and of the scale where a weight is clamped to the hull
+        moved = (expected - before).abs() + before.abs() * 2e-3
+        compare(f"tensor {i}, step {step}", after - before, expected - before, moved, 2e-3)
+        if self.copies is not None and quantized:
+            hard = reference.fake_quantize(after, self.scales[i], nothing, GRID.encoding, True, False, 0)
+            compare(f"copy {i}, step {step}", sample(self.copies()[i], self.rows), hard, hard, 1e-5)
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------
 
 
-def torch_step(
-    inputs: Inputs, name: str, rule: str, momentum: float = 0.0, kind: str = "baseline", **options: Any
-) -> Impl:
+def torch_step(inputs: Inputs, rule: str, momentum: float = 0.0, how: str = "fused", kind: str = "baseline") -> Impl:
+    """how: "fused" or "foreach"."""
     params = inputs.parameters()
     optimizer: torch.optim.Optimizer
     if rule == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=ADAM_LR, **options)
+        optimizer = torch.optim.AdamW(params, lr=ADAM_LR, **{how: True})  # type: ignore[arg-type]
     else:
-        optimizer = torch.optim.SGD(params, lr=LR, momentum=momentum, **options)
+        optimizer = torch.optim.SGD(params, lr=LR, momentum=momentum, **{how: True})  # type: ignore[arg-type]
     check = StepCheck(params, inputs.grads_of(params), [False] * len(params), rule, momentum=momentum)
+    name = f"torch {'AdamW' if rule == 'adamw' else 'SGD'}{' momentum' if momentum else ''} {how}"
     return Impl(name, optimizer.step, kind, inputs.traffic(state_buffers(rule, momentum)), check)
 
 
@@ -129,66 +103,66 @@ def state_buffers(rule: str, momentum: float) -> int:
     return 2 if rule == "adamw" else int(momentum > 0)
 
 
+def askew_optimizer(params: Sequence[Tensor], skewed: Sequence[bool], rule: str = "sgd", **options: Any) -> Any:
+    """Ours; the tensors that are not quantized take torch's own fused steps."""
+    pairs = list(zip(params, skewed, strict=True))
+    groups = [
+        {"params": [p for p, q in pairs if q], "grid": GRID},
+        {"params": [p for p, q in pairs if not q], "fused": True},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if rule == "adamw":
+        return optim.ASkewAdamW(groups, lr=ADAM_LR, alpha=ALPHA, **options)
+    return optim.ASkewSGD(groups, lr=LR, alpha=ALPHA, **options)
+
+
+Variant = dict[str, Any]  # of a step of ours: eps, freeze_scale, copy
+HOLD: Variant = {}
+COPY: Variant = {"copy": True}
+ANNEALED: Variant = {"eps": EPS}
+ANNEALED_COPY: Variant = {**ANNEALED, **COPY}
+ANNEALED_SAWB: Variant = {"eps": EPS, "freeze_scale": "never"}  # the mathematics of the eager and compiled peers
+PHASES = [HOLD, COPY, ANNEALED, ANNEALED_COPY]
+
+
+def ours_name(variant: Variant, rule: str = "sgd") -> str:
+    scale = "each step" if "freeze_scale" in variant else "frozen"
+    phase = f"eps={variant['eps']:g}, scale {scale}" if "eps" in variant else "hold"
+    return f"{'ASkewAdamW' if rule == 'adamw' else 'ASkewSGD'} {phase}{' + hard copy' if 'copy' in variant else ''}"
+
+
 def askew_step(
-    context: Context, inputs: Inputs, backend: str, missing: str, rule: str = "sgd", momentum: float = 0.0,
-    eps: float = 1.0, freeze_scale: str = "anneal", copy: bool = False,
+    inputs: Inputs, rule: str = "sgd", momentum: float = 0.0, eps: float = 1.0, freeze_scale: str = "anneal",
+    copy: bool = False,
 ) -> Impl:  # fmt: skip
     """One of our optimizers, SAWB per channel, 4 bits. copy: also writes s Q(w/s) for a layer with forward="hard"."""
     frozen = eps < 1 and freeze_scale == "anneal"
-    phase = "hold" if eps == 1 else f"eps={eps:g}, scale {'frozen' if frozen else 'each step'}"
-    name = f"{'ASkewAdamW' if rule == 'adamw' else 'ASkewSGD'} {phase}{' + hard copy' if copy else ''}"
-    name += f" ({backend})" if backend else ""
-    traffic = inputs.traffic(state_buffers(rule, momentum), copy)
-    if missing:
-        return Impl(name, kind="ours", traffic=traffic, backend=backend, missing=missing)
     params = inputs.parameters()
-    quantizers = []
-    with forced(backend):
-        if copy:
-            for p, q in zip(params, inputs.skewed, strict=True):
-                if q:  # what a layer with forward="hard" does in its first forward
-                    quantizer = quant.WeightQuantizer(quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"))
-                    quantizer.tie(p)
-                    quantizer.quantized(p)
-                    quantizers.append((p, quantizer))
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p, q in zip(params, inputs.skewed, strict=True) if q], "grid": GRID},
-            {"params": [p for p, q in zip(params, inputs.skewed, strict=True) if not q], "fused": True},
-        ]
-        groups = [g for g in groups if g["params"]]
-        common = dict(alpha=ALPHA, eps=eps, freeze_scale=freeze_scale)
-        optimizer: torch.optim.Optimizer
-        if rule == "adamw":
-            optimizer = optim.ASkewAdamW(groups, lr=ADAM_LR, **common)  # type: ignore[arg-type]
-        else:
-            optimizer = optim.ASkewSGD(groups, lr=LR, momentum=momentum, **common)  # type: ignore[arg-type]
+    written: dict[int, Tensor] = {}  # where the step leaves each copy
+    for p in [p for p, q in zip(params, inputs.skewed, strict=True) if copy and q]:
+        # what a layer with forward="hard" does in its first forward
+        quantizer = quant.WeightQuantizer(quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"))
+        quantizer.tie(p)
+        written[id(p)] = quantizer.quantized(p)
+    options: dict[str, Any] = {"momentum": momentum} if momentum else {}
+    optimizer = askew_optimizer(params, inputs.skewed, rule, eps=eps, freeze_scale=freeze_scale, **options)
 
     def copies() -> list[Tensor]:
-        fresh = {id(p): q._copies[torch.float32] for p, q in quantizers}
-        return [fresh.get(id(p), p) for p in params]
+        return [written.get(id(p), p) for p in params]
 
-    check = StepCheck(
-        params, inputs.grads_of(params), inputs.skewed, rule, eps, momentum, frozen, copies if copy else None
-    )
-    return Impl(
-        name, in_backend(backend, optimizer.step), "ours", traffic, check, backend=our_backend(context, backend),
-        first_call="state and scales made" if eps == 1 and not copy else "",
-    )  # fmt: skip
+    grads = inputs.grads_of(params)
+    check = StepCheck(params, grads, inputs.skewed, rule, eps, momentum, frozen, copies if copy else None)
+    first_call = "state and scales made" if eps == 1 and not copy else ""
+    traffic = inputs.traffic(state_buffers(rule, momentum), copy)
+    return Impl("", optimizer.step, "ours", traffic, check, first_call=first_call)
 
 
-def ours(context: Context, inputs: Inputs, variants: Sequence[dict[str, Any]], **shared: Any) -> list[Impl]:
-    return [
-        askew_step(context, inputs, backend, missing, **{**shared, **variant})
-        for backend, missing in context.backends()
-        for variant in variants
-    ]
-
-
-HOLD: dict[str, Any] = {}
-HOLD_COPY = {"copy": True}
-ANNEALED = {"eps": EPS}
-ANNEALED_COPY = {"eps": EPS, "copy": True}
-ANNEALED_SAWB = {"eps": EPS, "freeze_scale": "never"}  # the same mathematics as the eager and compiled peers
+def ours(
+    context: Context, inputs: Inputs, variants: Sequence[Variant], rule: str = "sgd", momentum: float = 0.0
+) -> list[Impl]:
+    """Each variant by each backend."""
+    builds = {ours_name(v, rule): functools.partial(askew_step, inputs, rule, momentum, **v) for v in variants}
+    return [impl for name, build in builds.items() for impl in common.ours(context, name, build)]
 
 
 def lean_eager_step_(w: Tensor, g: Tensor, lr: Tensor, eps: Tensor) -> None:
@@ -272,18 +246,6 @@ def written_step(
     return Impl(name, run, "peer", inputs.traffic(0), check, first_call=first_call)
 
 
-COMPILED = "compilation included"
-PUBLISHED = "published formulation (all distances, sort)"
-PUBLISHED_BYTES = 500  # of temporaries for each weight of the largest tensor, about
-
-
-def published(inputs: Inputs, left_out: str = "") -> Impl:
-    largest = max(w.numel() for w in inputs.weights)
-    if not left_out and PUBLISHED_BYTES * largest > 4e9:
-        left_out = f"left out: its temporaries would take {PUBLISHED_BYTES * largest / 1e9:.0f} GB"
-    return written_step(inputs, PUBLISHED, published_step_, left_out)
-
-
 class Latents(Sequence[Tensor]):
     """The weights that PARQ's base optimizer moves: the parameters before the first step, then kept beside them."""
 
@@ -312,93 +274,12 @@ def parq_step(inputs: Inputs, momentum: float) -> Impl:
     return Impl("", optimizer.step, traffic=inputs.traffic(1), check=check, note="its own quantizer and annealing")
 
 
-def bitsandbytes_step(inputs: Inputs, kind: str, rule: str, momentum: float = 0.0) -> Impl:
+def adamw8bit_step(inputs: Inputs) -> Impl:
     """Checked for one step: later ones see states that were rounded to 8 bits."""
     params = inputs.parameters()
-    options = {"lr": ADAM_LR, "weight_decay": 0.01} if rule == "adamw" else {"lr": LR, "momentum": momentum}
-    optimizer = peers.bitsandbytes_optimizer(kind, params, **options)
-    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), rule, momentum=momentum, steps=1)
+    optimizer = peers.load("bitsandbytes").optim.AdamW8bit(params, lr=ADAM_LR, weight_decay=0.01)
+    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), "adamw", steps=1)
     return Impl("", optimizer.step, check=check, note="no quantized weights")
-
-
-PARQ, BNB_ADAMW = "torchao PARQ QuantOptimizer", "bitsandbytes AdamW8bit"
-
-
-# ---- cases -----------------------------------------------------------------------------------------------------------
-
-
-IN_PLACE, FRESH = "torch.compile, in place", "torch.compile, one graph, fresh result"
-
-
-def step_case(context: Context, shape: str, inputs: Inputs, impls: list[Impl]) -> Case:
-    """The first implementation is the baseline."""
-    weights = inputs.bytes // 4
-    return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
-
-
-def compiled_step(context: Context, inputs: Inputs, name: str, left_out: str = "") -> Impl:
-    """name: IN_PLACE or FRESH."""
-    missing = why_no_compile(context) or left_out
-    function = in_place_step_ if name == IN_PLACE else functional_step
-    return written_step(inputs, name, function if missing else compiled(function), missing, COMPILED)
-
-
-def sgd_case(context: Context) -> Case:
-    inputs = Inputs(context, [(context.side, context.side)])
-    impls = [
-        torch_step(inputs, "torch SGD fused", "sgd", fused=True),
-        torch_step(inputs, "torch SGD foreach", "sgd", kind="peer", foreach=True),
-        *ours(context, inputs, [HOLD, HOLD_COPY, ANNEALED, ANNEALED_COPY, ANNEALED_SAWB]),
-        written_step(inputs, "eager, lean", lean_eager_step_),
-        compiled_step(context, inputs, IN_PLACE),
-        compiled_step(context, inputs, FRESH, "left out of --quick" if context.quick else ""),
-    ]
-    return step_case(context, square(context.side), inputs, impls)
-
-
-def sized_sgd_case(context: Context, rows: int, cols: int) -> Case:
-    inputs = Inputs(context, [(rows, cols)])
-    impls = [
-        torch_step(inputs, "torch SGD fused", "sgd", fused=True),
-        *ours(context, inputs, [HOLD, ANNEALED, ANNEALED_SAWB]),
-        compiled_step(context, inputs, IN_PLACE),
-    ]
-    return step_case(context, f"{rows}x{cols}", inputs, impls)
-
-
-def momentum_case(context: Context) -> Case:
-    inputs = Inputs(context, [(context.side, context.side)])
-    impls = [
-        torch_step(inputs, "torch SGD momentum fused", "sgd", MOMENTUM, fused=True),
-        torch_step(inputs, "torch SGD momentum foreach", "sgd", MOMENTUM, "peer", foreach=True),
-        *ours(context, inputs, [HOLD, HOLD_COPY, ANNEALED, ANNEALED_COPY], momentum=MOMENTUM),
-        peers.peer(PARQ, "torchao", lambda: parq_step(inputs, MOMENTUM)),
-    ]
-    return step_case(context, square(context.side), inputs, impls)
-
-
-def adamw_case(context: Context) -> Case:
-    inputs = Inputs(context, [(context.side, context.side)])
-    impls = [
-        torch_step(inputs, "torch AdamW fused", "adamw", fused=True),
-        torch_step(inputs, "torch AdamW foreach", "adamw", kind="peer", foreach=True),
-        *ours(context, inputs, [HOLD, HOLD_COPY, ANNEALED], rule="adamw"),
-        peers.peer(BNB_ADAMW, "bitsandbytes", lambda: bitsandbytes_step(inputs, "AdamW8bit", "adamw")),
-    ]
-    return step_case(context, square(context.side), inputs, impls)
-
-
-def published_case(context: Context) -> Case:
-    """Its own case because of its size: the sort's temporaries take hundreds of bytes a weight."""
-    n = 512 if context.quick else 2048
-    inputs = Inputs(context, [(n, n)])
-    impls = [
-        torch_step(inputs, "torch SGD fused", "sgd", fused=True),
-        *ours(context, inputs, [ANNEALED_SAWB]),
-        written_step(inputs, "eager, lean", lean_eager_step_),
-        published(inputs),
-    ]
-    return step_case(context, square(n), inputs, impls)
 
 
 def replayed(impl: Impl) -> Impl:
@@ -424,68 +305,160 @@ def replayed(impl: Impl) -> Impl:
     return dataclasses.replace(impl, name=name, run=graph.replay, first_call="")
 
 
-def sgd_list_case(context: Context, name: str, shapes: Shapes) -> Case:
-    """A model without momentum: what the published formulation's users run, beside ours. Many small tensors: on a GPU
-    launches count, so that there each step is also replayed from a CUDA graph."""
-    inputs = Inputs(context, shapes)
-    fused = torch_step(inputs, "torch SGD fused", "sgd", fused=True)
-    graphs = []
-    if context.is_cuda:
-        again = [torch_step(inputs, fused.name, "sgd", kind="peer", fused=True), *ours(context, inputs, [ANNEALED])]
-        graphs = [replayed(impl) for impl in again]
-    impls = [
-        fused,
-        *ours(context, inputs, [HOLD, ANNEALED, ANNEALED_SAWB]),
-        *graphs,
-        written_step(inputs, "eager, lean", lean_eager_step_),
-        published(inputs, "left out of --quick" if context.quick else ""),
-    ]
-    return step_case(context, f"{name}'s {len(shapes)} tensors", inputs, impls)
+# ---- cases -----------------------------------------------------------------------------------------------------------
+
+FOREACH, GRAPHS, EAGER = "foreach", "CUDA graphs", "eager, lean"
+IN_PLACE, FRESH = "torch.compile, in place", "torch.compile, one graph, fresh result"
+PUBLISHED = "published formulation (all distances, sort)"
+PUBLISHED_BYTES = 500  # of temporaries for each weight of the largest tensor, about
+PARQ, BNB_ADAMW = "torchao PARQ QuantOptimizer", "bitsandbytes AdamW8bit"
+Member = str | Variant
 
 
-def momentum_list_case(context: Context, name: str, shapes: Shapes, times: int = 1, parq: bool = False) -> Case:
-    """Matrices and convolutions quantized, the other tensors plain with fused=True."""
+def peers_of(name: str, context: Context, inputs: Inputs, rule: str, momentum: float) -> list[Impl]:
+    """What stands in a case under this name beside torch's fused optimizer and ours."""
+    if name == FOREACH:
+        return [torch_step(inputs, rule, momentum, FOREACH, "peer")]
+    if name == GRAPHS:  # of many small tensors: on a GPU launches count
+        again = [torch_step(inputs, rule, kind="peer"), *ours(context, inputs, [ANNEALED])] if context.is_cuda else []
+        return [*map(replayed, again)]
+    if name == PARQ:
+        return [peer(PARQ, "torchao", lambda: parq_step(inputs, momentum))]
+    if name == BNB_ADAMW:
+        return [peer(BNB_ADAMW, "bitsandbytes", lambda: adamw8bit_step(inputs))]
+    functions = {EAGER: lean_eager_step_, PUBLISHED: published_step_, IN_PLACE: in_place_step_, FRESH: functional_step}
+    function, missing, first_call = functions[name], "", ""
+    if name == PUBLISHED:
+        gigabytes = PUBLISHED_BYTES * max(w.numel() for w in inputs.weights) / 1e9
+        missing = f"left out: its temporaries would take {gigabytes:.0f} GB" if gigabytes > 4 else ""
+        missing = "left out of --quick" if context.quick and len(inputs.weights) > 1 else missing
+    elif name != EAGER:
+        missing, first_call = common.why_no_compile(context, quick=name == IN_PLACE), "compilation included"
+        function = function if missing else compiled(function)
+    return [written_step(inputs, name, function, missing, first_call)]
+
+
+def step_case(
+    context: Context, members: Sequence[Member], rule: str = "sgd", momentum: float = 0.0, model: str = "",
+    shapes: Callable[[Context], common.Shapes] = lambda context: [(context.side, context.side)], times: int = 1,
+) -> Case:  # fmt: skip
+    """One step beside torch's fused one, which is the baseline. model: whose tensors the shapes are, on a GPU ``times``
+    as many; matrices and convolutions are quantized."""
     times = times if context.is_cuda and not context.quick else 1
-    inputs = Inputs(context, shapes * times)
-    impls = [
-        torch_step(inputs, "torch SGD momentum fused", "sgd", MOMENTUM, fused=True),
-        torch_step(inputs, "torch SGD momentum foreach", "sgd", MOMENTUM, "peer", foreach=True),
-        *ours(context, inputs, [HOLD, HOLD_COPY, ANNEALED, ANNEALED_COPY], momentum=MOMENTUM),
-    ]
-    if parq:
-        impls.append(peers.peer(PARQ, "torchao", lambda: parq_step(inputs, MOMENTUM)))
-    return step_case(context, f"{f'{times} x ' if times > 1 else ''}{name}'s {len(shapes)} tensors", inputs, impls)
+    tensors = shapes(context)
+    inputs = Inputs(context, tensors * times)
+    impls = [torch_step(inputs, rule, momentum)]
+    for member in members:
+        if isinstance(member, dict):
+            impls += ours(context, inputs, [member], rule, momentum)
+        else:
+            impls += peers_of(member, context, inputs, rule, momentum)
+    shape = "x".join(map(str, tensors[0]))
+    if model:
+        shape = f"{f'{times} x ' if times > 1 else ''}{model}'s {len(tensors)} tensors"
+    weights = inputs.bytes // 4
+    return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
 
 
-def adamw_list_case(context: Context, name: str, shapes: Shapes) -> Case:
-    inputs = Inputs(context, shapes)
-    impls = [
-        torch_step(inputs, "torch AdamW fused", "adamw", fused=True),
-        *ours(context, inputs, [HOLD, ANNEALED, ANNEALED_COPY], rule="adamw"),
-    ]
-    return step_case(context, f"{name}'s {len(shapes)} tensors", inputs, impls)
+def entry(op: str, *members: Member, warm: bool = False, quick: bool = True, **how: Any) -> Entry:
+    return Entry(op, lambda context: step_case(context, members, **how), warm=warm, quick=quick)
 
 
-def resnet18_case(context: Context) -> Case:
-    return momentum_list_case(context, "ResNet-18", resnet18_shapes(), times=8, parq=True)  # 94M weights on a GPU
+def of(model: str, shapes: str) -> dict[str, Any]:
+    """shapes: the name of a function of ``common``."""
+    return {"model": model, "shapes": lambda context: getattr(common, shapes)()}
 
 
 SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))  # 1M … 128M weights
+SGD, MOMENTUM_STEP, ADAMW_STEP, PUBLISHED_STEP = (
+    "SGD step", "SGD momentum step", "AdamW step", "SGD step, published formulation",
+)  # fmt: skip
+LIST, MOMENTUM_LIST, ADAMW_LIST = (f"{op}, tensor list" for op in (SGD, MOMENTUM_STEP, ADAMW_STEP))
+RESNET18 = of("ResNet-18", "resnet18_shapes")
 
-STEP = [
-    Entry("SGD step", sgd_case, warm=True),
-    Entry("SGD momentum step", momentum_case, warm=True),
-    Entry("SGD momentum step, tensor list", resnet18_case, warm=True),
-    Entry("AdamW step", adamw_case, warm=True),
-    Entry("SGD step, published formulation", published_case),
-    Entry("SGD step, tensor list", lambda context: sgd_list_case(context, "ResNet-18", resnet18_shapes())),
-    Entry("SGD momentum step, tensor list",
-          lambda context: momentum_list_case(context, "ResNet-50", resnet50_shapes()), quick=False),
-    Entry("AdamW step, tensor list", lambda context: adamw_list_case(context, "ViT-B", vit_b_shapes()), quick=False),
-    Entry("AdamW step, tensor list", lambda context: adamw_list_case(context, "GPT-2 small", gpt2_small_shapes()),
-          quick=False),
+ENTRIES = [
+    entry(SGD, FOREACH, *PHASES, ANNEALED_SAWB, EAGER, IN_PLACE, FRESH, warm=True),
+    entry(MOMENTUM_STEP, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True),
+    entry(MOMENTUM_LIST, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True, times=8, **RESNET18),
+    entry(ADAMW_STEP, FOREACH, *PHASES, BNB_ADAMW, rule="adamw", warm=True),
+    # its own case because of its size: the sort's temporaries take hundreds of bytes a weight
+    entry(PUBLISHED_STEP, ANNEALED_SAWB, EAGER, PUBLISHED,
+          shapes=lambda context: [(512, 512) if context.quick else (2048, 2048)]),
+    # what the published formulation's users run, without momentum
+    entry(LIST, HOLD, ANNEALED, ANNEALED_SAWB, GRAPHS, EAGER, PUBLISHED, **RESNET18),
+    entry(MOMENTUM_LIST, FOREACH, *PHASES, momentum=MOMENTUM, quick=False, **of("ResNet-50", "resnet50_shapes")),
     *[
-        Entry("SGD step by size", functools.partial(sized_sgd_case, rows=rows, cols=cols), quick=False)
-        for rows, cols in SIZES
+        entry(ADAMW_LIST, HOLD, ANNEALED, ANNEALED_COPY, rule="adamw", quick=False, **of(model, shapes))
+        for model, shapes in (("ViT-B", "vit_b_shapes"), ("GPT-2 small", "gpt2_small_shapes"))
     ],
+    *[
+        entry("SGD step by size", HOLD, ANNEALED, ANNEALED_SAWB, IN_PLACE, quick=False,
+              shapes=lambda context, size=size: [size])
+        for size in SIZES
+    ],
+]  # fmt: skip
+
+
+# ---- goals and headlines ---------------------------------------------------------------------------------------------
+
+
+def memory_share(r: Row) -> float | None:
+    """Extra memory of a step over the bytes of its fp32 weights."""
+    if r.rate is None or r.p50 is None or r.peak_bytes is None:
+        return None
+    return r.peak_bytes / (4 * r.rate * 1e6 * r.p50 / 1e3)  # the rate is in million weights a second
+
+
+SAME = ours_name(ANNEALED_SAWB)
+STEPS = {  # op: (what goals call it, what they call its baseline, rule)
+    SGD: ("ASkewSGD step", "SGD fused", "sgd"), MOMENTUM_STEP: ("ASkewSGD momentum step", "SGD momentum fused", "sgd"),
+    MOMENTUM_LIST: ("ResNet-18's 62 tensors", "SGD momentum fused", "sgd"),
+    ADAMW_STEP: ("ASkewAdamW", "AdamW fused", "adamw"),
+}  # fmt: skip
+
+GOALS = [
+    *[
+        Goal(f"{text}{', annealed' if v.get('eps') else ''}{', with the hard copy' if v.get('copy') else ''} ÷ {to}",
+             "<=", 1.25, ratio(op, ours_name(v, rule)))
+        for op, (text, to, rule) in STEPS.items()
+        for v in PHASES
+    ],
+    Goal("ASkewSGD step, eps=0.3, SAWB each step ÷ SGD fused", "<=", 1.25, ratio(SGD, SAME)),
+    Goal("times faster than the best torch.compile of the same mathematics", ">=", 2.5,
+         lambda rows: 1 / ratio_to_best(SGD, SAME, (IN_PLACE, FRESH))(rows)),
+    Goal("times faster than eager", ">=", 30, ratio(SGD, EAGER, SAME)),
+    Goal("ResNet-18's list: times faster than PARQ, annealed", ">=", 25,
+         ratio(MOMENTUM_LIST, PARQ, ours_name(ANNEALED))),
+    Goal("ResNet-18's list: times faster than the published formulation", ">=", 300, ratio(LIST, PUBLISHED, SAME)),
+    # sums and scales of rows are allowed; the smallest tensor of weight size, a mask, would be 0.25
+    Goal("extra memory of a step ÷ bytes of the weights, worst of all", "<=", 0.05,
+         extreme(lambda r: "first call" not in r.impl, memory_share)),
+    *[
+        goal
+        for backend in ("cpp", "triton")
+        for goal in (
+            Goal(f"every step, {backend}: least % of the device's copy bandwidth", ">=", 90,
+                 extreme(lambda r, b=backend: r.backend == b and "published" not in r.op,  # type: ignore[misc]
+                         lambda r: r.percent_of_copy, min), "cuda"),
+            Goal(f"step, {backend} ÷ torch.compile", "<=", 1.0,
+                 ratio_to_best(SGD, f"{SAME} ({backend})", (IN_PLACE, FRESH)), "cuda"),
+            Goal(f"step, {backend}: times faster than the published formulation", ">=", 100,
+                 ratio(PUBLISHED_STEP, PUBLISHED, f"{SAME} ({backend})"), "cuda"),
+        )
+    ],
+]  # fmt: skip
+
+HEADLINES = [
+    Headline("optimizer step, hold, with the hard copy", SGD, ours_name(COPY)),
+    Headline("optimizer step, annealed, with the hard copy", SGD, ours_name(ANNEALED_COPY)),
+    Headline("optimizer step, hold", SGD, ours_name(HOLD)),
+    Headline("optimizer step, annealed, SAWB each step", SGD, SAME, ((IN_PLACE, "torch.compile"), (EAGER, "eager"))),
+    Headline("momentum step, annealed, with the hard copy", MOMENTUM_LIST, ours_name(ANNEALED_COPY),
+             ((PARQ, "torchao PARQ"),)),
+    Headline("optimizer step, annealed, SAWB each step", LIST, SAME,
+             ((EAGER, "eager"), (PUBLISHED, "published formulation"))),
+    Headline("AdamW step, hold, with the hard copy", ADAMW_STEP, ours_name(COPY, "adamw"),
+             ((BNB_ADAMW, "bitsandbytes 8-bit"),)),
+    Headline("AdamW step, annealed", ADAMW_STEP, ours_name(ANNEALED, "adamw")),
+    Headline("AdamW step, annealed, with the hard copy", ADAMW_LIST, ours_name(ANNEALED_COPY, "adamw")),
 ]  # fmt: skip

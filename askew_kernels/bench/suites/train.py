@@ -25,8 +25,10 @@ from torch.nn import functional
 from ... import annealing, optim, quant
 from ... import nn as ask_nn
 from .. import peers
-from ..harness import Case, CheckFailed, Context, Entry, Impl
-from .common import BITS, GRID, in_backend, our_backend
+from ..goals import Goal, Headline, ratio
+from ..harness import Case, CheckFailed, Context, Entry, Impl, peer
+from . import common
+from .common import BITS, GRID
 
 Batch = tuple[Tensor, Tensor]
 
@@ -208,7 +210,7 @@ class Training:
 
 
 class LossCheck:
-    """Two steps: the losses are numbers, and the first is the float model's to a fifth (quantized weights differ)."""
+    """Two calls: the losses are numbers, and the first is the float model's to a fifth (quantized weights differ)."""
 
     def __init__(self, training: Training, expected: float) -> None:
         self.training, self.expected = training, expected
@@ -221,7 +223,8 @@ class LossCheck:
             raise CheckFailed(f"losses {first:.4g}, {second:.4g}; the float model begins with {self.expected:.4g}")
 
 
-def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[Impl]:
+def starting_point(context: Context, task: Task) -> tuple[Callable[[], nn.Module], float]:
+    """(makes a model with the weights that all begin with, the float model's first loss)."""
     torch.manual_seed(6)
     initial = task.model().to(context.device).state_dict()
 
@@ -230,38 +233,42 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
         model.load_state_dict(initial)
         return model
 
-    def plain(model: nn.Module) -> torch.optim.Optimizer:
-        if task.adamw:
-            return torch.optim.AdamW(model.parameters(), lr=task.lr, fused=True)
-        return torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9, fused=True)
-
     with torch.no_grad():
         x, y = task.batch(0)
-        expected = float(functional.cross_entropy(fresh()(x).flatten(0, -2), y.flatten()))
+        return fresh, float(functional.cross_entropy(fresh()(x).flatten(0, -2), y.flatten()))
 
-    def impl(name: str, kind: str, training: Training, backend: str = "torch", note: str = "") -> Impl:
-        return Impl(name, training.step, kind, check=LossCheck(training, expected), prepare=training.prepare,
-                    backend=backend, note=note, losses=training.losses)  # fmt: skip
 
-    def peer_training(made: Callable[[Any], nn.Module]) -> Callable[[], Impl]:
+def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[Impl]:
+    fresh, expected = starting_point(context, task)
+
+    def impl(training: Training, name: str = "", kind: str = "peer", note: str = "") -> Impl:
+        return Impl(name, training.step, kind, check=LossCheck(training, expected), prepare=training.prepare, note=note,
+                    losses=training.losses)  # fmt: skip
+
+    def plain(model: nn.Module, **how: Any) -> Training:
+        optimizer: torch.optim.Optimizer
+        if task.adamw:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, fused=True)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9, fused=True)
+        return Training(task, context, model, optimizer, **how)
+
+    def with_layers(made: Callable[[Any], nn.Module]) -> Callable[[], Impl]:
         def build() -> Impl:
             model = fresh()
             _replace(model, _inner(model, task.ends), made)
-            return impl("", "peer", Training(task, context, model, plain(model)), note="absmax scale")
+            return impl(plain(model), note="absmax scale")
 
         return build
 
     def liger() -> Impl:
         model = fresh()
-        norms = [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-        _replace(model, norms, peers.liger_layer_norm)
-        training = Training(task, context, model, plain(model), loss=peers.liger_cross_entropy())
-        return impl("", "peer", training, note="no QAT")
+        _replace(
+            model, [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)], peers.liger_layer_norm
+        )
+        return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
-    def ours(backend: str, missing: str, autocast: bool) -> Impl:
-        name = (OURS_AUTOCAST if autocast else OURS) + (f" ({backend})" if backend else "")
-        if missing:
-            return Impl(name, kind="ours", backend=backend, missing=missing)
+    def own(autocast: bool) -> Impl:
         model = fresh()
         groups = _quantized(model, task.ends)
         optimizer: torch.optim.Optimizer
@@ -271,23 +278,18 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
             optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
         schedule = annealing.EpsilonAnnealing(optimizer, hold=task.steps // 10, total=20 * task.steps)
-        training = Training(task, context, model, optimizer, [schedule], autocast)
-        made = impl(name, "ours", training, our_backend(context, backend), "SAWB scale")
-        made.run = in_backend(backend, training.step)
-        return made
+        return impl(Training(task, context, model, optimizer, [schedule], autocast), note="SAWB scale")
 
-    model = fresh()
-    impls = [impl("float", "baseline", Training(task, context, model, plain(model)))]
-    model = fresh()
-    impls.append(impl(AUTOCAST, "peer", Training(task, context, model, plain(model), autocast=True)))
-    impls.append(
-        peers.peer("torchao QAT", "torchao", peer_training(lambda m: peers.torchao_linear(m, BITS)), no_torchao)
-    )
-    impls.append(peers.peer("brevitas QAT", "brevitas", peer_training(lambda m: peers.brevitas_layer(m, BITS))))
-    if context.is_cuda and any(isinstance(m, nn.LayerNorm) for m in model.modules()):
-        impls.append(peers.peer(LIGER, "liger_kernel", liger))
-    for backend, missing in context.backends():
-        impls += [ours(backend, missing, autocast) for autocast in ((False, True) if context.is_cuda else (False,))]
+    impls = [
+        impl(plain(fresh()), "float", "baseline"),
+        impl(plain(fresh(), autocast=True), AUTOCAST),
+        peer("torchao QAT", "torchao", with_layers(lambda m: peers.torchao_linear(m, BITS)), no_torchao),
+        peer("brevitas QAT", "brevitas", with_layers(lambda m: peers.brevitas_layer(m, BITS))),
+    ]
+    if context.is_cuda and any(isinstance(m, nn.LayerNorm) for m in fresh().modules()):
+        impls.append(peer(LIGER, "liger_kernel", liger))
+    for autocast in (False, True)[: 1 + context.is_cuda]:
+        impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
     return impls
 
 
@@ -304,29 +306,30 @@ def _turns(context: Context, full: int) -> int:
     return 4 if context.quick else full
 
 
+def mlp_task(context: Context, width: int, size: int, turns: int) -> Task:
+    batch = template_batches((784,), size, context.device)
+    return Task(lambda: mlp(width), batch, ("0", "6"), 0.02, False, _turns(context, turns))
+
+
 def mlp_case(context: Context) -> Case:
     width, size = (256, 64) if context.quick else (1024, 256)
-    turns = _turns(context, 100)
-    batch = template_batches((784,), size, context.device)
-    task = Task(lambda: mlp(width), batch, ("0", "6"), 0.02, False, turns)
+    task = mlp_task(context, width, size, 100)
     return training_case(context, f"MLP 784-{width}-{width}-{width}-10, batch {size}", task, size, "images")
 
 
 def resnet_case(context: Context) -> Case:
     width, size = (8, 8) if context.quick else (64, 32)
-    turns = _turns(context, 24)
     batch = template_batches((3, 32, 32), size, context.device)
     last = len(resnet18(8)) - 1  # type: ignore[arg-type]
-    task = Task(lambda: resnet18(width), batch, ("0", str(last)), 0.02, False, turns)
+    task = Task(lambda: resnet18(width), batch, ("0", str(last)), 0.02, False, _turns(context, 24))
     name = f"ResNet-18{'' if width == 64 else f' of width {width}'} on 32x32, batch {size}"
     return training_case(context, name, task, size, "images", "left out: torchao's QAT has no convolution")
 
 
 def gpt_case(context: Context) -> Case:
     d, layers, length, size = (64, 2, 64, 4) if context.quick else (256, 4, 128, 16)
-    turns = _turns(context, 48)
     batch = text_batches(size, length, context.device)
-    task = Task(lambda: GPT(d, layers, length), batch, ("head",), 1e-3, True, turns)
+    task = Task(lambda: GPT(d, layers, length), batch, ("head",), 1e-3, True, _turns(context, 48))
     name = f"GPT of {layers} layers, width {d}, {size} x {length} characters"
     return training_case(context, name, task, size * length, "tokens")
 
@@ -337,19 +340,13 @@ RECORDED = 10  # steps of which one is recorded, as by default: what a call take
 
 def log_case(context: Context) -> Case:
     """Ten training steps of a small network, without a log and with one: every line that a training writes."""
-    width, size, turns = 512, 64, _turns(context, 150)
-    batch = template_batches((784,), size, context.device)
-    task = Task(lambda: mlp(width), batch, ("0", "6"), 0.02, False, turns)
-    torch.manual_seed(6)
-    initial = task.model().to(context.device).state_dict()
+    width, size = 512, 64
+    task = mlp_task(context, width, size, 150)
+    fresh, expected = starting_point(context, task)
     folder = tempfile.TemporaryDirectory(prefix="askew-log-")
 
     def impl(name: str, kind: str, log: bool) -> Impl:
-        model = task.model().to(context.device)
-        model.load_state_dict(initial)
-        with torch.no_grad():
-            x, y = task.batch(0)
-            expected = float(functional.cross_entropy(model(x), y))
+        model = fresh()
         groups = _quantized(model, task.ends)
         path = Path(folder.name) / "run.jsonl" if log else None
         optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path)
@@ -360,16 +357,30 @@ def log_case(context: Context) -> Case:
             for training.ready in batches:
                 training.step()
 
-        return Impl(name, run, kind, check=LossCheck(training, expected), backend="torch", note="ten steps a call")
+        return Impl(name, run, kind, check=LossCheck(training, expected), note="ten steps a call")
 
     impls = [impl(NO_LOG, "baseline", False), impl(LOG, "ours", True)]
     name = f"MLP 784-{width}-{width}-{width}-10, batch {size}, {RECORDED} steps"
-    return Case(name, "float32", NO_LOG, impls, 0, work=RECORDED * size, work_unit="images", turns=turns)
+    return Case(name, "float32", NO_LOG, impls, 0, work=RECORDED * size, work_unit="images", turns=task.turns)
 
 
-TRAIN = [
-    Entry("training step, MLP", mlp_case, warm=True),
-    Entry("training step, ResNet-18", resnet_case, warm=True),
-    Entry("training step, GPT", gpt_case, warm=True),
-    Entry("training steps with a log", log_case),
-]
+WITH_LOG = "training steps with a log"
+CASES = {"training step, MLP": mlp_case, "training step, ResNet-18": resnet_case, "training step, GPT": gpt_case}
+
+ENTRIES = [*[Entry(op, case, warm=True) for op, case in CASES.items()], Entry(WITH_LOG, log_case)]
+
+GOALS = [
+    *[Goal(f"hard QAT {op} ÷ float", "<=", 1.05, ratio(op, OURS)) for op in CASES],
+    Goal("training steps with a telemetry log ÷ without", "<=", 1.01, ratio(WITH_LOG, LOG)),
+    *[
+        Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
+             ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
+        for backend in ("cpp", "triton")
+    ],
+]  # fmt: skip
+
+HEADLINES = [
+    Headline("QAT training step", op, OURS,
+             (("torchao QAT", "torchao"), ("brevitas QAT", "brevitas"), (AUTOCAST, "bf16 autocast, no QAT")))
+    for op in CASES
+]  # fmt: skip

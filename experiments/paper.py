@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import EpsilonAnnealing, QuantConfig, hard_quantize_, nn, optim
-from .bench.rows import BenchError, write_atomic
-from .command import check_folder, keeping, read_rows, whole, write_rows
-from .demo import RECIPE, WIDTHS
-from .quant import Binary
+import askew_kernels as ak
+from askew_kernels import command, demo, figures
+from askew_kernels.bench.suites.train import GPT, library_text
+
+from .common import differences
 
 FULL, DETERMINISTIC, STOCHASTIC, PROX = (
     "full precision", "BinaryConnect, deterministic", "BinaryConnect, stochastic", "ProxQuant",
@@ -155,21 +153,18 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
     x, y, x_test, y_test = (torch.stack([m[i] for m in made]) for i in range(4))
     params = [torch.nn.Parameter(torch.stack([m[4][i] for m in made])) for i in range(len(made[0][4]))]
     weights, others = params[: setting.quantized], params[setting.quantized :]
-    ours = method in (BY_EPOCH, BY_STEP)
     annealing = None
     optimizer: torch.optim.Optimizer
-    if ours:
-        group = {"params": weights, "grid": Binary(), "scale": torch.ones(seeds)}  # a seed is a row
+    if method in (BY_EPOCH, BY_STEP):
+        group = {"params": weights, "grid": ak.quant.Binary(), "scale": torch.ones(seeds)}  # a seed is a row
         groups = [group, {"params": others}] if others else [group]
         if setting.adam:
-            optimizer = optim.ASkewAdamW(groups, lr=setting.lr, weight_decay=0.0, alpha=setting.alpha)
+            optimizer = ak.optim.ASkewAdamW(groups, lr=setting.lr, weight_decay=0.0, alpha=setting.alpha)
         else:
-            optimizer = optim.ASkewSGD(groups, lr=setting.lr, alpha=setting.alpha)
-        annealing = EpsilonAnnealing(optimizer, hold=setting.hold, mode="geometric", decay=setting.decay)
-    elif setting.adam:
-        optimizer = torch.optim.Adam(params, lr=setting.lr)
+            optimizer = ak.optim.ASkewSGD(groups, lr=setting.lr, alpha=setting.alpha)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=setting.hold, mode="geometric", decay=setting.decay)
     else:
-        optimizer = torch.optim.SGD(params, lr=setting.lr)
+        optimizer = (torch.optim.Adam if setting.adam else torch.optim.SGD)(params, lr=setting.lr)
 
     def losses(used: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
         """(seeds,)"""
@@ -235,58 +230,35 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
 LENGTH, BATCH, TEXT_LR = 64, 32, 3e-3
 
 
+def text_batch(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows of ``LENGTH`` characters, and the same one character later."""
+    windows = text[starts[:, None] + torch.arange(LENGTH + 1)]
+    return windows[:, :-1], windows[:, 1:]
+
+
 def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     """A character GPT of two layers, 64 wide; the seed decides initialisation and batches, whatever the method."""
-    from .bench.suites.train import GPT, library_text
-
     started = time.perf_counter()
     text = library_text()
     split = len(text) * 9 // 10
     train, test = text[:split], text[split:]
     torch.manual_seed(seed)
     model = GPT(d=64, layers=2, length=LENGTH)
-    if method != "float":
-        grid, rule = WIDTHS[width]
-        forward = "relaxed" if method == "relaxed" else "hard"
-        nn.quantize_(model, QuantConfig(weight=grid, scale=rule, forward=forward), lambda _, name: name != "head")
-    annealing = None
-    optimizer: torch.optim.Optimizer
-    if method in RECIPE:
-        recipe: dict[str, Any] = dict(RECIPE[method])
-        optimizer = optim.ASkewAdamW(nn.param_groups(model), lr=TEXT_LR)
-        annealing = EpsilonAnnealing(
-            optimizer, hold=round(recipe.pop("hold") * steps), total=round(recipe.pop("end") * steps), **recipe
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=TEXT_LR, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / steps, 1))))
+    optimizer, recipe = demo.prepare(model, method, width, TEXT_LR, adamw=True, ends=("head",))
     order = torch.Generator().manual_seed(seed)
-    window = torch.arange(LENGTH + 1)
-
-    def loss_of(source: Tensor, starts: Tensor) -> Tensor:
-        batch = source[starts[:, None] + window]
-        return functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-
-    curve: list[float] = []
-    recent: list[float] = []
-    for step in range(steps):
-        loss = loss_of(train, torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if annealing:
-            annealing.step()
-        recent.append(loss.item())
-        if (step + 1) % max(steps // 20, 1) == 0:
-            curve.append(round(statistics.fmean(recent), 5))
-            recent = []
-    hard_quantize_(model)
-    model.eval()
+    starts = (torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order) for _ in range(steps))
+    losses = demo.fit(model, optimizer, (text_batch(train, s) for s in starts), steps, recipe, smoothing=0.0)
+    every = max(steps // 20, 1)
+    means = torch.stack(losses)[: steps // every * every].double().unflatten(0, (-1, every)).mean(1)
+    curve = [round(v, 5) for v in means.tolist()]
+    ak.hard_quantize_(model).eval()
+    tested = []
     with torch.no_grad():
-        starts = torch.arange(0, len(test) - LENGTH - 1, LENGTH)[:2048]
-        tested = statistics.fmean(loss_of(test, part).item() for part in starts.split(256))
-    return Result("text", width, method, seed, curve[-1], tested, math.nan, curve, time.perf_counter() - started)
+        for part in torch.arange(0, len(test) - LENGTH - 1, LENGTH)[:2048].split(256):
+            x, y = text_batch(test, part)
+            tested.append(functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item())
+    seconds = time.perf_counter() - started
+    return Result("text", width, method, seed, curve[-1], statistics.fmean(tested), math.nan, curve, seconds)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -303,15 +275,14 @@ def groups_of(results: list[Result]) -> dict[tuple[str, str], dict[str, dict[int
 def paired(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
     """Mean of a - b over common seeds, and the two-sided p of a paired t-test (1 where all differences are equal to
     0, NaN for fewer than two seeds)."""
-    from scipy.stats import ttest_rel
+    from scipy.stats import ttest_1samp
 
-    seeds = sorted(set(a) & set(b))
-    differences = [a[s] - b[s] for s in seeds]
-    if len(seeds) < 2:
-        return (differences or [math.nan])[0], math.nan
-    if max(abs(d) for d in differences) < 1e-7:
+    found = differences(a, b)
+    if len(found) < 2:
+        return (found or [math.nan])[0], math.nan
+    if max(map(abs, found)) < 1e-7:
         return 0.0, 1.0
-    return statistics.fmean(differences), float(ttest_rel([a[s] for s in seeds], [b[s] for s in seeds]).pvalue)
+    return statistics.fmean(found), float(ttest_1samp(found, 0.0).pvalue)
 
 
 @dataclass(frozen=True)
@@ -325,16 +296,8 @@ class Line:
     seeds: int
     loss: tuple[float, float]
     test_loss: tuple[float, float]
-    accuracy: tuple[float, float]
+    accuracy: tuple[float, float] | None  # of ``text``: None
     differences: dict[str, tuple[float, float]]
-
-
-def _mean_std(values: dict[int, float]) -> tuple[float, float]:
-    numbers = list(values.values())
-    mean = statistics.fmean(numbers)
-    if len(numbers) < 2 or math.isnan(mean):  # statistics.stdev fails on NaN, which the accuracy of ``text`` is
-        return mean, 0.0
-    return mean, statistics.stdev(numbers)
 
 
 def baselines_of(experiment: str) -> tuple[str, ...]:
@@ -357,11 +320,11 @@ def summarise(results: list[Result]) -> list[Line]:
         for method in methods:
             ours = method in (BY_EPOCH, BY_STEP, "relaxed", "hard")
             held = [b for b in baselines_of(experiment) if ours and b in methods]
-            differences = {b: paired(values(method, measure), values(b, measure)) for b in held}
-            lines.append(Line(
-                experiment, setting, method, len(methods[method]), _mean_std(values(method, "loss")),
-                _mean_std(values(method, "test_loss")), _mean_std(values(method, "accuracy")), differences,
-            ))  # fmt: skip
+            compared = {b: paired(values(method, measure), values(b, measure)) for b in held}
+            measures = ("loss", "test_loss") if experiment == "text" else ("loss", "test_loss", "accuracy")
+            means: list[Any] = [demo.mean_std(list(values(method, name).values())) for name in measures]
+            loss, test_loss, accuracy = (*means, None)[:3]
+            lines.append(Line(experiment, setting, method, len(methods[method]), loss, test_loss, accuracy, compared))
     return lines
 
 
@@ -391,27 +354,22 @@ def conclusion(lines: list[Line]) -> str:
     return f"Of {len(said)} comparisons: {counts}. The claim (at or below every straight-through baseline) {failed}."
 
 
-def _table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of one setting."""
-    experiment = lines[0].experiment
-    baselines = baselines_of(experiment)
-    headings = ["method", "training loss", "test loss", *(["accuracy, %"] if experiment != "text" else [])]
+    text, baselines = lines[0].experiment == "text", baselines_of(lines[0].experiment)
+    headings = ["method", "training loss", "test loss", *([] if text else ["accuracy, %"])]
     headings += [f"− {b.replace('BinaryConnect, ', '')} (p)" for b in baselines]
     cells = []
     for line in lines:
-        row = [line.method, *(f"{mean:.4f} ± {std:.4f}" for mean, std in (line.loss, line.test_loss))]
-        row += [f"{line.accuracy[0]:.2f} ± {line.accuracy[1]:.2f}"] if experiment != "text" else []
-        for b in baselines:
-            row.append("{:+.4f} ({:.2g})".format(*line.differences[b]) if b in line.differences else "")
-        cells.append(row)
+        row = [line.method, demo.plus_minus(line.loss, 4), demo.plus_minus(line.test_loss, 4)]
+        row += [] if text else [demo.plus_minus(line.accuracy)]
+        pairs = (line.differences.get(b) for b in baselines)
+        cells.append([*row, *("" if pair is None else "{:+.4f} ({:.2g})".format(*pair) for pair in pairs)])
     return headings, cells
 
 
 def by_setting(lines: list[Line]) -> list[list[Line]]:
-    found: dict[tuple[str, str], list[Line]] = {}
-    for line in lines:
-        found.setdefault((line.experiment, line.setting), []).append(line)
-    return list(found.values())
+    return list(command.grouped(lines, lambda line: (line.experiment, line.setting)).values())
 
 
 def markdown(results: list[Result]) -> str:
@@ -420,7 +378,7 @@ def markdown(results: list[Result]) -> str:
     out = [
         "# The published experiments, repeated",
         "",
-        "Made by `python -m askew_kernels paper`; what is trained stands in `askew_kernels/paper.py`. Losses are those "
+        "Made by `python -m askew_kernels paper`; what is trained stands in `experiments/paper.py`. Losses are those "
         "of the quantized weights, mean ± standard deviation over seeds; differences are paired over seeds (t-test): "
         "below 0, ASkewSGD's loss is lower.",
     ]
@@ -431,9 +389,7 @@ def markdown(results: list[Result]) -> str:
         if head.experiment != seen:
             seen = head.experiment
             out += ["", f"## {titles[seen]}", "", f"![{seen}]({seen}.png)"]
-        headings, cells = _table(members)
-        out += ["", f"**{head.setting}**, {head.seeds} seeds", ""]
-        out += ["| " + " | ".join(row) + " |" for row in (headings, ["---"] * len(headings), *cells)]
+        out += ["", f"**{head.setting}**, {head.seeds} seeds", "", command.markdown_table(*table(members))]
     out += [
         "", "## Digits and mnist1d", "",
         "At 4, 3 and 2 bits, ternary and binary, two networks, five seeds, accuracy against straight-through paired "
@@ -448,53 +404,42 @@ def markdown(results: list[Result]) -> str:
 
 def plots(results: list[Result]) -> dict[str, bytes]:
     """File name -> PNG or SVG, one figure for each experiment."""
-    from .bench.report import pyplot, save_figure
-
     files: dict[str, bytes] = {}
-    for experiment in dict.fromkeys(r.experiment for r in results):
-        lines = [line for line in summarise(results) if line.experiment == experiment]
+    for experiment, lines in command.grouped(summarise(results), lambda line: line.experiment).items():
         settings = list(dict.fromkeys(line.setting for line in lines))
-        if not settings:
-            continue
-        text = experiment == "text"
-        columns = 1 if text else len(settings)
-        figure, axes = pyplot().subplots(1, columns, figsize=(8.0 if text else max(4.3 * columns, 6.0), 4.2),
-                                         squeeze=False, layout="constrained")  # fmt: skip
-        if text:
-            _plot_widths(axes[0][0], lines, settings)
-        else:
-            found = groups_of(results)
-            for axis, setting in zip(axes[0], settings, strict=True):
-                _plot_curves(axis, setting, found[experiment, setting])
-            axes[0][0].set_ylabel("training loss of the quantized weights")
-            axes[0][-1].legend(fontsize=7.5)
-        files |= {f"{experiment}.{suffix}": data for suffix, data in save_figure(figure).items()}
+        draw = plot_widths if experiment == "text" else plot_curves
+        files |= draw(experiment, settings, lines, groups_of(results))
     return files
 
 
-def _plot_curves(axis: Any, setting: str, by_method: dict[str, dict[int, Result]]) -> None:
-    for i, (method, by_seed) in enumerate(by_method.items()):
-        curves = torch.tensor([r.curve for r in by_seed.values()])
-        epochs = range(1, curves.shape[1] + 1)
-        low, middle, high = curves.quantile(torch.tensor([0.2, 0.5, 0.8]), dim=0)
-        axis.plot(epochs, middle, color=f"C{i}", label=method, linewidth=2.2 if method.startswith("ASkew") else 1.2)
-        axis.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-    axis.set_title(f"{setting} (median, p20–p80)", fontsize=9)
-    axis.set_xlabel("epoch")
-    axis.grid(alpha=0.3)
+def plot_curves(experiment: str, settings: list[str], lines: list[Line], found: dict) -> dict[str, bytes]:
+    figure, axes = figures.figure(1, len(settings), max(4.0 * len(settings), 7.0), 4.2)
+    for axis, setting in zip(axes, settings, strict=True):
+        for i, (method, by_seed) in enumerate(found[experiment, setting].items()):
+            curves = torch.tensor([r.curve for r in by_seed.values()])
+            epochs = range(1, curves.shape[1] + 1)
+            low, middle, high = curves.quantile(torch.tensor([0.2, 0.5, 0.8]), dim=0)
+            axis.plot(epochs, middle, color=f"C{i}", label=method, linewidth=2.2 if method.startswith("ASkew") else 1.2)
+            axis.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        figures.label(axis, f"{setting} (median, p20–p80)", "epoch")
+    axes[0].set_ylabel("training loss of the quantized weights", fontsize=8.5)
+    figures.legend_below(figure, axes, 3)
+    return figures.save(figure, experiment)
 
 
-def _plot_widths(axis: Any, lines: list[Line], settings: list[str]) -> None:
-    methods = [m for m in TEXT_METHODS if any(line.method == m for line in lines)]
-    for i, method in enumerate(methods):
-        part = {line.setting: line.test_loss for line in lines if line.method == method}
-        places = [k + 0.12 * (i - 1.5) for k, s in enumerate(settings) if s in part]
-        means, stds = zip(*(part[s] for s in settings if s in part), strict=True)
-        axis.errorbar(places, means, stds, fmt="o", capsize=3, label=method, color=f"C{i}")
-    axis.set_xticks(range(len(settings)), settings)
-    axis.set_ylabel("test loss, nats a character, after hard quantization")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8)
+def plot_widths(experiment: str, settings: list[str], lines: list[Line], found: dict) -> dict[str, bytes]:
+    """The float model, which is the same at every width, as a line."""
+    losses = {(line.method, line.setting): line.test_loss for line in lines}
+    names = {"straight-through": "straight-through", "relaxed": "ASkewSGD's rule over AdamW, relaxed (published)",
+             "hard": "ASkewSGD's rule over AdamW, hard (recipe)"}  # fmt: skip
+    figure, (axis,) = figures.figure(1, 1, 7.5, 4.2)
+    if reference := [v for (method, _), v in losses.items() if method == "float"]:
+        axis.axhline(reference[0][0], color="black", linewidth=1, linestyle="--", label="float")
+    figures.means(axis, settings, {t: [losses.get((m, s)) for s in settings] for m, t in names.items()})
+    y = "test loss, nats a character, after hard quantization"
+    figures.label(axis, "Character GPT on Python's standard library", y=y)
+    figures.legend_below(figure, [axis], 2)
+    return figures.save(figure, experiment)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -505,9 +450,9 @@ EXPERIMENTS = ("logistic", "moons", "text")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
                         help=f"of: {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--seeds", type=whole(1), default=20, help="of logistic and moons")
-    parser.add_argument("--text-seeds", type=whole(1), default=3, help="of text")
-    parser.add_argument("--text-steps", type=whole(1), default=400, help="training steps of text")
+    parser.add_argument("--seeds", type=command.whole(1), default=20, help="of logistic and moons")
+    parser.add_argument("--text-seeds", type=command.whole(1), default=3, help="of text")
+    parser.add_argument("--text-steps", type=command.whole(1), default=400, help="training steps of text")
     parser.add_argument("--resume", action="store_true", help="keep the rows in --out and train what is missing")
     parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder for rows, page and plots")
 
@@ -521,14 +466,14 @@ class Job:
     train: Callable[[], list[Result]]
 
 
-def _jobs(arguments: argparse.Namespace) -> list[Job]:
+def jobs_for(arguments: argparse.Namespace) -> list[Job]:
     jobs = []
     for setting in [s for s in SETTINGS if s.experiment in arguments.experiments]:
         for method in METHODS:
             keys = [(setting.experiment, setting.name, method, seed) for seed in range(arguments.seeds)]
             jobs.append(Job(keys, functools.partial(train_small, setting, method, arguments.seeds)))
     if "text" in arguments.experiments:
-        runs = [("float", "float"), *((width, method) for width in WIDTHS for method in TEXT_METHODS[1:])]
+        runs = [("float", "float"), *((width, method) for width in demo.WIDTHS for method in TEXT_METHODS[1:])]
         for seed in range(arguments.text_seeds):
             for width, method in runs:
                 train = functools.partial(train_text, width, method, seed, arguments.text_steps)
@@ -536,77 +481,46 @@ def _jobs(arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _measured(arguments: argparse.Namespace, console: Any, results: list[Result]) -> Iterator[None]:
+def measured(arguments: argparse.Namespace, screen: Any, results: list[Result]) -> Iterator[None]:
     """Runs the jobs below a progress bar; each job's results are in ``results`` when this yields."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    done = {(r.experiment, r.setting, r.method, r.seed) for r in results}
-    jobs = [job for job in _jobs(arguments) if not done.issuperset(job.keys)]
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=len(jobs))
+    def key(r: Result) -> Key:
+        return (r.experiment, r.setting, r.method, r.seed)
+
+    done = set(map(key, results))
+    jobs = [job for job in jobs_for(arguments) if not done.issuperset(job.keys)]
+    with command.progress(screen) as bar:
+        task = bar.add_task("", total=len(jobs))
         for job in jobs:
-            progress.update(bar, description=", ".join(map(str, job.keys[0][:3])))
+            bar.update(task, description=", ".join(map(str, job.keys[0][:3])))
             again = job.train()
-            results[:] = [r for r in results if (r.experiment, r.setting, r.method, r.seed) not in job.keys] + again
+            results[:] = [r for r in results if key(r) not in job.keys] + again
             yield
-            progress.advance(bar)
+            bar.advance(task)
+    order = {k: i for i, job in enumerate(jobs_for(arguments)) for k in job.keys}
+    results.sort(key=lambda r: order.get(key(r), -1))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; returns the exit code."""
-    try:
-        import matplotlib  # noqa: F401
-        import scipy  # noqa: F401
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError as problem:
-        print(f'paper: {problem.name} is not installed; pip install "askew_kernels[paper]"', file=sys.stderr)
-        return 2
-    check_folder(arguments.out)
+    command.need("paper", "matplotlib", "rich", "scipy")
+    command.check_folder(arguments.out)
     rows = arguments.out / "rows.jsonl"
-    results = read_rows(rows, Result) if arguments.resume else []
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 130  # a file or a CI log
-    console = Console(width=width, highlight=False)
-    code = 0
-    try:
-        with keeping(rows, results):
-            for _ in _measured(arguments, console, results):
-                write_rows(rows, results)
-    except BenchError as problem:
-        print(f"paper: {problem}; {len(results)} rows were finished", file=sys.stderr)
-        return 1
-    order = {key: i for i, job in enumerate(_jobs(arguments)) for key in job.keys}
-    results.sort(key=lambda r: order.get((r.experiment, r.setting, r.method, r.seed), -1))
+    results = command.read_rows(rows, Result) if arguments.resume else []
+    screen = command.console(130)
+    with command.keeping(rows, results):
+        for _ in measured(arguments, screen, results):
+            command.write_rows(rows, results)
     lines = summarise(results)
     for members in by_setting(lines):
         head = members[-1]
-        headings, cells = _table(members)
-        table = Table(title=f"{head.experiment}: {head.setting}, {head.seeds} seeds", title_justify="left", box=None,
-                      padding=(0, 1, 0, 0), pad_edge=False)  # fmt: skip
-        for heading in headings:
-            table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
-        for row in cells:
-            table.add_row(*(cell.replace(" ± ", "±") for cell in row))
-        console.print(table)
-        console.print()
-    for text in verdicts(lines):
-        console.print(text, soft_wrap=True)
-    console.print(conclusion(lines), soft_wrap=True)
-    try:
-        write_atomic(arguments.out / "README.md", markdown(results))
-        for name, data in plots(results).items():
-            write_atomic(arguments.out / name, data)
-    except BenchError as problem:
-        print(f"paper: {problem}", file=sys.stderr)
-        code = 1
-    console.print(f"Rows, page and plots: {arguments.out}")
-    return code
+        headings, cells = table(members)
+        cells = [[cell.replace(" ± ", "±") for cell in row] for row in cells]
+        shown = command.table(f"{head.experiment}: {head.setting}, {head.seeds} seeds", headings, cells)
+        screen.print(shown, "")
+    for text in (*verdicts(lines), conclusion(lines)):
+        screen.print(text, soft_wrap=True)
+    for name, data in {"README.md": markdown(results).encode(), **plots(results)}.items():
+        command.write_atomic(arguments.out / name, data)
+    screen.print(f"Rows, page and plots: {arguments.out}")
+    return 0

@@ -1,0 +1,64 @@
+"""The commands' figures: one look, legends beside the data, and the same rows make the same file, byte for byte.
+
+matplotlib is imported when a figure is made, and its global state (pyplot) is left alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+PALETTE = ("#8a8a8a", "#d08a2e", "#1f6fb4", "#3a9a5b", "#8c5ab4", "#c0392b")
+
+
+def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
+    """(the figure, its panels row by row); width and height are the whole figure's, in inches."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    return made, list(made.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "y") -> None:
+    axis.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+    axis.set_xlabel(x, fontsize=8.5)
+    axis.set_ylabel(y, fontsize=8.5)
+    axis.tick_params(labelsize=8)
+    axis.grid(axis=grid, alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_below(figure: Any, axes: Iterable[Any], columns: int = 4) -> None:
+    """One legend for all panels, under them."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(text, handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8.5)
+
+
+def means(axis: Any, names: Sequence[str], series: dict[str, Sequence[tuple[float, float] | None]]) -> None:
+    """(mean, standard deviation) of each series at each name, side by side, as dots with error bars."""
+    for i, (text, values) in enumerate(series.items()):
+        shift = 0.7 / max(len(series), 1) * (i - (len(series) - 1) / 2)
+        known = [(place + shift, *v) for place, v in enumerate(values) if v is not None]
+        if known:
+            places, middle, spread = zip(*known, strict=True)
+            axis.errorbar(places, middle, spread, fmt="o", capsize=2.5, markersize=4.5, label=text,
+                          color=PALETTE[i % len(PALETTE)])  # fmt: skip
+    axis.set_xticks(range(len(names)), names)
+
+
+def save(figure: Any, name: str, suffixes: Sequence[str] = ("png", "svg"), dpi: int = 130) -> dict[str, bytes]:
+    """File name -> contents."""
+    import matplotlib
+
+    files = {}
+    with matplotlib.rc_context({"svg.hashsalt": "askew_kernels", "svg.fonttype": "none"}):  # text stays text
+        for suffix in suffixes:
+            out = io.BytesIO()
+            figure.savefig(out, format=suffix, dpi=dpi, metadata={"Date": None} if suffix == "svg" else {})
+            files[f"{name}.{suffix}"] = out.getvalue()
+            figure.set_layout_engine("none")  # laid out by the first
+    return files

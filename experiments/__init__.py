@@ -1,0 +1,9 @@
+"""What makes this repository's evidence; not part of the installed package.
+
+    sam       python -m askew_kernels demo --sam    do flat minima survive quantization better?
+    search    python -m askew_kernels search        which layer deserves which bits
+    paper     python -m askew_kernels paper         the experiments that the method was published with
+
+Data, networks, recipe, the training loop and the pool of processes are the demo's (``askew_kernels.demo``), which lends
+them and sees nothing of what stands here.
+"""
