@@ -46,14 +46,12 @@ LOOP_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
-AVX2_FLAGS = ["-mavx2", "-mfma"]
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-ISA_FLAGS = {
-    "loops_avx2.cpp": AVX2_FLAGS,
-    "loops_avx512.cpp": AVX512_FLAGS,
-    "loops_packed_avx2.cpp": AVX2_FLAGS,
-    "loops_packed_avx512.cpp": AVX512_FLAGS,
-    "loops_packed_avx512_vnni.cpp": [*AVX512_FLAGS, "-mavx512vnni"],
+ISA_FLAGS = {  # csrc/cpu/isa: a stub for each instruction set, the slowest to compile first
+    "baseline": [],
+    "avx512": AVX512_FLAGS,
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
 
@@ -160,15 +158,14 @@ class BuildExt(build_ext):
         base = [cxx, *CXX_FLAGS, *include, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
 
-        def cpu_command(source: Path) -> list[str]:
-            loops = source.name.startswith("loops_")
-            return [*base, *(LOOP_FLAGS if loops else []), *(ISA_FLAGS.get(source.name, []) if x86 else [])]
+        def loops_command(isa: str) -> list[str]:
+            return [*base, *LOOP_FLAGS, *(ISA_FLAGS[isa] if x86 else [])]
 
+        cpu_jobs = [(CSRC / f"cpu/isa/{isa}.cpp", loops_command(isa)) for isa in ISA_FLAGS]
+        cpu_jobs += [(source, base) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
         with ThreadPoolExecutor(jobs) as pool:
-            # the slowest first
-            cpu_sources = sorted((CSRC / "cpu").glob("*.cpp"), key=lambda p: not p.name.startswith("loops_"))
             cuda_objects, archs, version, cuda_libs = self.compile_cuda(pool, compile_one, base)
-            cpu_objects = list(pool.map(compile_one, [(s, cpu_command(s)) for s in cpu_sources]))
+            cpu_objects = list(pool.map(compile_one, cpu_jobs))
             bindings = [*base, f'-DASKEW_CUDA_ARCHS="{archs}"', f'-DASKEW_CUDA_VERSION="{version}"']
             objects = [*cpu_objects, *cuda_objects(), compile_one((CSRC / "bindings.cpp", bindings))]
         target = Path(self.get_ext_fullpath(ext.name))

@@ -8,6 +8,7 @@ so that quantized codes agree exactly with every backend. Nothing here is writte
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -256,128 +257,123 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
 # ---- the update -------------------------------------------------------------------------------------------------
 
 
-def _update(w, g, s, levels, grid, base, lr, eps, alpha, direction, clamp_, maximize):
-    """(new weight, velocity, h, old nearest level) of a (rows, cols) matrix; ``base`` maps a gradient to a velocity."""
-    if clamp_:
-        w = clamp_hull(w, s, levels, grid)
-    d = g if maximize else -g
-    if direction:
-        v, h = skew_velocity(base(-d, w), w, s, levels, grid, lr, eps, alpha)
-    else:
-        v, h = skew_velocity(d, w, s, levels, grid, lr, eps, alpha)
-        v = base(-v, w)
-    new = w + lr * v
-    if clamp_:
-        new = clamp_hull(new, s, levels, grid)
-    return new, v, h, nearest(w / s, levels, grid)
-
-
-def _present(tensors: list[Tensor], i: int) -> Tensor | None:
+def _present(tensors: list[Tensor] | None, i: int) -> Tensor | None:
     return tensors[i] if tensors and tensors[i].numel() else None
-
-
-def _apply(make_base, params, grads, states, scales, levels, grids, dequantized, row_sums_out, totals, lr, eps,
-           alpha, direction, clamp_, maximize, skip_nonfinite):  # fmt: skip
-    for i, param in enumerate(params):
-        if param.numel() == 0:
-            for out in (_present(row_sums_out, i), _present(totals, i)):
-                if out is not None:
-                    out.zero_()
-            continue
-        grid = grids[3 * i : 3 * i + 3]
-        w, s = _rows(param, scales[i])
-        g = grads[i].reshape(w.shape).to(w.dtype)
-        state = [_present(buffers, i) for buffers in states]
-        values = [None if b is None else b.reshape(w.shape).to(w.dtype) for b in state]
-        updated = list(values)
-        lr_, eps_ = (float(t.to(w.dtype)) for t in (lr, eps))
-        base = make_base(values, updated)
-        new, v, h, level = _update(w, g, s, levels[i], grid, base, lr_, eps_, alpha, direction, clamp_, maximize)
-        finite = g.isfinite()
-        if skip_nonfinite:
-            new, v = torch.where(finite, new, w), torch.where(finite, v, torch.zeros_like(v))
-            updated = [u if u is None else torch.where(finite, u, o) for u, o in zip(updated, values, strict=True)]
-            g = torch.where(finite, g, torch.zeros_like(g))
-        param.copy_(new.reshape(param.shape))
-        for buffer, value in zip(state, updated, strict=True):
-            if buffer is not None:
-                buffer.copy_(value.reshape(buffer.shape))
-        stored = param.reshape(w.shape).to(w.dtype)
-        if (copy := _present(dequantized, i)) is not None:
-            copy.copy_((s * nearest(stored / s, levels[i], grid)).reshape(copy.shape))
-        if (out := _present(row_sums_out, i)) is not None:
-            out.copy_(row_sums(stored, stored.shape[0]))
-        if (out := _present(totals, i)) is not None:
-            flips = nearest(stored / s, levels[i], grid) != level
-            parts = (h < 0, torch.where(h < 0, -h, torch.zeros_like(h)), v * v, g * v, flips, ~finite)
-            out.copy_(torch.stack([p.double().sum() for p in parts]))
 
 
 def descend(
     params: list[Tensor], grads: list[Tensor], kept: list[Tensor] | None, firsts: list[Tensor] | None,
-    coefficients: Tensor | None,
+    coefficients: Tensor | None, restore: Callable[..., None], average: Callable[..., None],
 ) -> list[Tensor]:  # fmt: skip
-    """A sharpness-aware step starts from the kept weights; returns the gradients, or their mean with the first ones."""
+    """A sharpness-aware step starts from the kept weights; returns the gradients, or their mean with the first ones.
+
+    restore, average: ``sam_restore_`` and ``sam_average_`` of an implementation that takes passes of their own for it.
+    """
+    for name, tensors in (("kept", kept), ("firsts", firsts)):
+        if tensors and len(tensors) != len(params):
+            raise ValueError(f"{name}: expected 0 or {len(params)} tensors, got {len(tensors)}")
+    some = [i for i in range(len(params)) if _present(kept, i) is not None]
+    if kept and some:
+        restore([params[i] for i in some], [kept[i] for i in some])
     means = list(grads)
-    for i, p in enumerate(params):
-        if (keep := _present(kept or [], i)) is not None:
-            sam_restore_([p], [keep])
-        if (first := _present(firsts or [], i)) is not None:
+    some = [i for i in range(len(params)) if _present(firsts, i) is not None]
+    if firsts and some:
+        for i in some:
             means[i] = grads[i].clone()
-            sam_average_([means[i]], [first], coefficients)  # type: ignore[arg-type]
+        average([means[i] for i in some], [firsts[i] for i in some], coefficients)
     return means
 
 
-def skew_sgd_(
-    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], scales: list[Tensor],
-    levels: list[Tensor], grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
-    lr: Tensor, eps: Tensor, alpha: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-    direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
-    kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None, coefficients: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One ASkewSGD step over a tensor list; see ``ops.skew_sgd_``."""
-    grads = descend(params, grads, kept, firsts, coefficients)
+def _step(param, g, state, s, levels, grid, copy, sums, totals, base, lr, eps, alpha, direction, clamp_, maximize,
+          skip_nonfinite):  # fmt: skip
+    """One tensor through one step; ``base`` maps (g, w, state) to the rule's (descent, new state)."""
+    old, s = _rows(param, s)
+    g = g.reshape(old.shape).to(old.dtype)
+    values = [b.reshape(old.shape).to(old.dtype) for b in state]
+    lr, eps = (float(t.to(old.dtype)) for t in (lr, eps))
+    w = clamp_hull(old, s, levels, grid) if clamp_ else old
+    d = g if maximize else -g
+    if direction:
+        descent, updated = base(-d, w, values)
+        v, h = skew_velocity(-descent, w, s, levels, grid, lr, eps, alpha)
+    else:
+        v, h = skew_velocity(d, w, s, levels, grid, lr, eps, alpha)
+        descent, updated = base(-v, w, values)
+        v = -descent
+    new = w + lr * v
+    if clamp_:
+        new = clamp_hull(new, s, levels, grid)
+    level, finite = nearest(w / s, levels, grid), g.isfinite()
+    if skip_nonfinite:
+        new, v, g = torch.where(finite, new, old), torch.where(finite, v, 0.0), torch.where(finite, g, 0.0)
+        updated = [torch.where(finite, u, o) for u, o in zip(updated, values, strict=True)]
+    for target, value in zip([param, *state], [new, *updated], strict=True):
+        target.copy_(value.reshape(target.shape))
+    stored = param.reshape(old.shape).to(old.dtype)
+    now = nearest(stored / s, levels, grid)
+    if copy is not None:
+        copy.copy_((s * now).reshape(copy.shape))
+    if sums is not None:
+        sums.copy_(row_sums(stored, stored.shape[0]))
+    if totals is not None:
+        parts = (h < 0, torch.where(h < 0, -h, 0.0), v * v, g * v, now != level, ~finite)
+        totals.copy_(torch.stack([p.double().sum() for p in parts]))
 
-    def make_base(values, updated):
-        def base(g, w):
-            if weight_decay:
-                g = g + weight_decay * w
-            if values[0] is not None:
-                updated[0] = momentum * values[0] + (1 - dampening) * g
-                g = g + momentum * updated[0] if nesterov else updated[0]
-            return -g
 
-        return base
+def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., None]:
+    """The operator ``skew_<rule>_`` of a rule's mathematics.
 
-    _apply(make_base, params, grads, [momentum_buffers], scales, levels, grids, dequantized, row_sums, totals,
-           lr, eps, alpha, direction, clamp, maximize, skip_nonfinite)  # fmt: skip
+    rule: (g, w, state, numbers, step) -> what the base optimizer subtracts from w, over lr, and the new state.
+    """
+
+    def update(
+        params: list[Tensor], grads: list[Tensor], states: list[Tensor], scales: list[Tensor], levels: list[Tensor],
+        grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
+        step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
+        maximize: bool, skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
+        coefficients: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        grads = descend(params, grads, kept, firsts, coefficients, sam_restore_, sam_average_)
+        t = 0.0 if step is None else float(step)
+        for i, param in enumerate(params):
+            copy, sums, total = (_present(tensors, i) for tensors in (dequantized, row_sums, totals))
+            if param.numel() == 0:
+                for out in (sums, total):
+                    if out is not None:
+                        out.zero_()
+                continue
+            state = [b for b in states[i :: len(params)] if b.numel()]
+            _step(
+                param, grads[i], state, scales[i], levels[i], grids[3 * i : 3 * i + 3], copy, sums, total,
+                lambda g, w, values: rule(g, w, values, numbers, t), lr, eps, alpha, direction, clamp, maximize,
+                skip_nonfinite,
+            )  # fmt: skip
+
+    update.__name__, update.__doc__ = rule.__name__, rule.__doc__
+    return update
 
 
-def skew_adamw_(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    scales: list[Tensor], levels: list[Tensor], grids: list[int], dequantized: list[Tensor],
-    row_sums: list[Tensor], totals: list[Tensor], step: Tensor, lr: Tensor, eps: Tensor, alpha: float, beta1: float,
-    beta2: float, adam_eps: float, weight_decay: float, direction: bool, clamp: bool, maximize: bool,
-    skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
-    coefficients: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
-    grads = descend(params, grads, kept, firsts, coefficients)
-    first_correction = 1 / (1 - beta1 ** float(step))
-    root_second_correction = 1 / math.sqrt(1 - beta2 ** float(step))
+@_skewed
+def skew_sgd_(g, w, state, numbers, step):
+    """torch.optim.SGD; state: the momentum buffer, or nothing."""
+    momentum, dampening, weight_decay, nesterov = numbers
+    if weight_decay:
+        g = g + weight_decay * w
+    if not state:
+        return g, []
+    buffer = momentum * state[0] + (1 - dampening) * g
+    return g + momentum * buffer if nesterov else buffer, [buffer]
 
-    def make_base(values, updated):
-        def base(g, w):
-            updated[0] = values[0] + (1 - beta1) * (g - values[0])
-            updated[1] = beta2 * values[1] + (1 - beta2) * (g * g)
-            root = updated[1].double().sqrt().to(g.dtype)  # torch's float32 sqrt (MKL) is not correctly rounded
-            v = -(updated[0] * first_correction) / (root * root_second_correction + adam_eps)
-            return v - weight_decay * w if weight_decay else v
 
-        return base
-
-    _apply(make_base, params, grads, [exp_avgs, exp_avg_sqs], scales, levels, grids, dequantized, row_sums, totals,
-           lr, eps, alpha, direction, clamp, maximize, skip_nonfinite)  # fmt: skip
+@_skewed
+def skew_adamw_(g, w, state, numbers, step):
+    """torch.optim.AdamW; state: first and second moment."""
+    beta1, beta2, adam_eps, weight_decay = numbers
+    first = state[0] + (1 - beta1) * (g - state[0])
+    second = beta2 * state[1] + (1 - beta2) * (g * g)
+    root = second.double().sqrt().to(g.dtype)  # torch's float32 sqrt (MKL) is not correctly rounded
+    descent = first * (1 / (1 - beta1**step)) / (root * (1 / math.sqrt(1 - beta2**step)) + adam_eps)
+    return descent + weight_decay * w if weight_decay else descent, [first, second]
 
 
 # ---- sharpness-aware perturbations ------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import contract, reference, runtime
-from askew_kernels.ops import schema
+from askew_kernels.ops import RULES, schema
 from askew_kernels.quant import Codebook, Uniform
 
 Check = Callable[[], str]  # says what it found; raises Wrong, or whatever went wrong
@@ -89,17 +89,15 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
 
         outs = [[torch.zeros(rows, cols, dtype=torch.bfloat16)], [torch.zeros(rows, 3)],
                 [torch.zeros(6, dtype=torch.float64)]]  # fmt: skip
-        rates = [torch.tensor(0.01), torch.tensor(0.3)]
+        rates = [torch.tensor(0.01), torch.tensor(0.3), 1.0]
         tail = [False, True, False, False]  # direction, clamp, maximize, skip_nonfinite
-        sgd = [[w], [grad], [torch.zeros_like(w)], [scale], [levels], code, *outs, *rates, 1.0, 0.9, 0.0, 0.01, False]
-        yield "skew_sgd_", sgd + tail
-        yield "skew_sgd_", [*sgd[:9], torch.tensor(0.01), torch.tensor(1.0), *sgd[11:], *tail]  # hold
-        yield "skew_sgd_", [*sgd, *tail, [third], [grad.flip(0)], torch.tensor([0.1, 0.0])]  # a SAM step
-        yield (
-            "skew_adamw_",
-            [[w], [grad], [torch.zeros_like(w)], [torch.ones_like(w)], [scale], [levels], code, *outs,
-             torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.01, *tail],
-        )  # fmt: skip
+        for rule in RULES.values():
+            states = [torch.ones_like(w) for _ in rule.buffers]
+            numbers = rule.numbers_of({**rule.defaults, "momentum": 0.9, "weight_decay": 0.01})
+            step = [[w], [grad], states, [scale], [levels], code, *outs, torch.tensor(1.0), *rates, numbers, *tail]
+            yield rule.operator, step
+            yield rule.operator, [*step[:11], torch.tensor(1.0), *step[12:]]  # hold
+            yield rule.operator, [*step, [third], [grad.flip(0)], torch.tensor([0.1, 0.0])]  # a SAM step
 
         scales, strengths = torch.rand(2, rows, generator=g) + 0.5, torch.tensor([0.3, 0.7])
         yield "mix_fake_quantize", [w, scales, strengths, [1, -2, 1, 0, 0, 0], True, True]

@@ -1,5 +1,5 @@
-// The Python module askew_kernels._C. Importing it registers the operators (static initialisers of ops.cpp);
-// what it offers itself is information about the build and switches of the CPU implementation.
+// The Python module askew_kernels._C. Importing it registers the operators (static initialisers of cpu/*.cpp,
+// cuda/*.cpp); what it offers itself is information about the build and switches of the CPU implementation.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,18 +29,20 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = ASKEW_CUDA_ARCHS;      // as given to nvcc; empty: built without CUDA
   m.attr("cuda_version") = ASKEW_CUDA_VERSION;  // of nvcc; empty: built without CUDA
   m.attr("compiler") = __VERSION__;
-  m.def("cpu_capability", [] { return askew::loops().name; }, "Instruction set in use: baseline, avx2 or avx512.");
+  m.def("cpu_capability", &askew::capability, "Instruction set in use: baseline, avx2 or avx512.");
+  m.def("packed_capability", &askew::packed_capability,
+        "The same for products of packed weights: avx512_vnni where those with int8 activations use VNNI.");
   m.def("best_cpu_capability", &askew::best_capability, "The best one that this CPU runs.");
   m.def(
       "force_cpu_capability",
-      [](const char* name) {
-        if (!askew::force_capability(name))
+      [](const char* name, bool vnni) {
+        if (!askew::force_capability(name, vnni))
           throw std::invalid_argument(
               std::string("cpu capability: expected baseline, avx2 or avx512, built and supported "
                           "by this CPU (best here: ") +
               askew::best_capability() + "), got " + name);
       },
-      "Use this instruction set from now on.");
+      pybind11::arg("name"), pybind11::arg("vnni") = true, "Use this instruction set from now on.");
   m.def(
       "tuning",
       [] {

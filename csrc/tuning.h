@@ -2,7 +2,7 @@
 // order of a sum depends on (the band, the pieces of a row) is not among them.
 // Read at the start of an operator; to be changed only while none runs.
 #pragma once
-#include <cstdint>
+#include "math/types.h"
 
 namespace askew {
 
@@ -14,7 +14,7 @@ struct Tuning {
   int64_t streaming_bytes = 16 << 20;  // what is written by lists from this size on goes past the caches
   int64_t pooled_bytes = 1 << 20;      // outputs from this size on come from the output pool
   // CUDA
-  int64_t slots = 16;  // 16-byte vectors that a thread of the elementwise passes takes of a large matrix
+  int64_t slots = kSumSlots;  // 16-byte vectors that a thread of the elementwise passes takes of a large matrix
 };
 
 inline Tuning tuning;

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from askew_kernels import ops
-from askew_kernels.ops import schema
+from askew_kernels.ops import RULES, schema
 from askew_kernels.ops.autograd import refuse
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform
 
@@ -206,14 +206,13 @@ def test_learned_scales_are_differentiated_once(x, p, backend):
 
 def calls(x):
     """{name: arguments}, the first of which may be differentiated"""
-    none, one, grid, last = torch.empty(0), torch.tensor(0.5), [1, -8, 7], (False, False, True, False, False)
+    none, one, grid = torch.empty(0), torch.tensor(1.0), [1, -8, 7]
     return {
         "fake_quantize_out_": (x, ROWS, none, grid, torch.empty_like(x)),
         "ste_clip_": (x.clone(), x, ROWS, none, grid), "project_interval_": (x, ROWS, none, grid, one),
         "row_sums": (x, 4), "sam_norm": ([x], [x], [0], 0.1),
-        "skew_sgd_": ([x], [x], [], [ROWS], [none], grid, [], [], [], one, one, 1.0, 0.0, 0.0, 0.0, *last),
-        "skew_adamw_": ([x], [x], [x.clone()], [x * x], [ROWS], [none], grid, [], [], [], one, one, one, 1.0, 0.9, 0.9,
-                         1e-8, 0.0, *last[1:]),
+        **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
+                        r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
         "sam_perturb_": ([x], [x], [x.clone()], torch.tensor([0.1, 0.0]), [0], 0.1),
         "sam_restore_": ([x], [x.clone()]), "sam_average_": ([x], [x.clone()], torch.tensor([0.1, 0.0])),
     }  # fmt: skip

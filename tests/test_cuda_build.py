@@ -96,7 +96,7 @@ def test_no_spills_and_no_local_memory(compiled, source, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_registers_leave_room_for_the_blocks_that_launch_cuh_counts_on(compiled, arch):
+def test_registers_leave_room_for_the_blocks_that_device_cuh_counts_on(compiled, arch):
     for source, blocks in (("quantize", 3), ("update", 2), ("sam", 3)):
         for name, used in functions(compiled[source][1][arch]).items():
             assert used["registers"] <= 65536 // 256 // blocks // 8 * 8, (name, used)

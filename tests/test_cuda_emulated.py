@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import math
 import os
 import platform
 import shutil
@@ -21,6 +22,7 @@ import pytest
 import torch
 
 from askew_kernels import contract, reference
+from askew_kernels.ops import RULES
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
@@ -56,34 +58,21 @@ class Scalar(ctypes.Structure):
 
 
 class Rates(ctypes.Structure):
-    _fields_ = [
-        ("lr", Scalar),
-        ("eps", Scalar),
-        ("step", Scalar),
-        ("beta1", ctypes.c_double),
-        ("beta2", ctypes.c_double),
-    ]
+    _fields_ = [("lr", Scalar), ("eps", Scalar), ("step", Scalar), ("numbers", ctypes.c_double * 4)]
 
 
 class Hyper(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_float)
-        for n in ("lr eps alpha cap weight_decay momentum one_minus_dampening one_minus_beta1 beta2 one_minus_beta2 "
-                  "adam_eps first_correction root_second_correction").split()
-    ] + [(n, ctypes.c_bool) for n in "nesterov direction clamp maximize skip_nonfinite".split()]  # fmt: skip
+    _fields_ = [("rule", ctypes.c_int), *((n, ctypes.c_float) for n in "lr eps alpha cap".split()),
+                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite".split()),
+                ("constants", ctypes.c_float * 8)]  # fmt: skip
 
 
 class UpdateTensor(ctypes.Structure):
-    _fields_ = (
-        [(n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()]
-        + [
-            ("type", ctypes.c_int),
-            ("dequantized_type", ctypes.c_int),
-            ("rows", ctypes.c_int64),
-            ("cols", ctypes.c_int64),
-        ]
-        + [("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p)]
-    )
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()),
+        ("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+        ("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class SamTensor(ctypes.Structure):
@@ -97,7 +86,7 @@ class SamTensor(ctypes.Structure):
 @pytest.fixture(scope="module")
 def kernels():
     """The kernels, compiled for the CPU; kept in the temporary folder by the hash of everything that is compiled."""
-    sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.[hc]u*"), ROOT / "csrc/cuda/launch.h",
+    sources = sorted([*HERE.iterdir(), *(ROOT / "csrc/cuda").glob("*.cu*"), ROOT / "csrc/cuda/kernels.h",
                       ROOT / "csrc/tuning.h", *(ROOT / "csrc/math").iterdir()])  # fmt: skip
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"askew_cuda_emulated_{digest}.so"
@@ -307,30 +296,13 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
-    "adamw": {"adamw": True, "weight_decay": 0.01, "clamp": True},
-    "adamw_direction": {"adamw": True, "direction": True, "skip_nonfinite": True},
-    "adamw_hold": {"adamw": True, "eps": 1.0},
+    "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},
+    "adamw_hold": {"rule": "adamw", "eps": 1.0},
+    **{rule: {"rule": rule, "weight_decay": 0.01, "clamp": True} for rule in RULES if rule != "sgd"},
 }
 DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
             "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
-            "adamw": False, "step": 3.0, "beta1": 0.9, "beta2": 0.95, "adam_eps": 1e-8}  # fmt: skip
-
-
-def f32(value):
-    return float(torch.tensor(value, dtype=torch.float64).float())
-
-
-def hyper(o):
-    h = Hyper(lr=o["lr"], eps=o["eps"], alpha=o["alpha"], weight_decay=o["weight_decay"], momentum=o["momentum"])
-    h.cap = float(1 / (4 * torch.tensor(o["lr"], dtype=torch.float32)))
-    h.one_minus_dampening = 1 - o["dampening"]
-    h.one_minus_beta1, h.beta2, h.one_minus_beta2 = 1 - o["beta1"], o["beta2"], 1 - o["beta2"]
-    h.adam_eps = o["adam_eps"]
-    h.first_correction = 1 / (1 - o["beta1"] ** o["step"])
-    h.root_second_correction = 1 / (1 - o["beta2"] ** o["step"]) ** 0.5
-    for name in ("nesterov", "direction", "clamp", "maximize", "skip_nonfinite"):
-        setattr(h, name, o[name])
-    return h
+            "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
 
 
 def make_problem(specs, o, seed):
@@ -344,12 +316,12 @@ def make_problem(specs, o, seed):
         if o.get("bad_gradients") and grad.numel() > 4:
             grad.view(-1)[::5] = float("nan")
             grad.view(-1)[1::7] = -float("inf")
-        state = torch.randn(rows, cols, generator=g).to(dtype)
-        has_a = o["momentum"] != 0 or o["adamw"]
+        state = torch.randn(rows, cols, generator=g).to(dtype), torch.rand(rows, cols, generator=g).to(dtype)
+        buffers = len(RULES[o["rule"]].buffers) if RULES[o["rule"]].keeps_buffers(o) else 0
         p["params"].append(w)
         p["grads"].append(grad)
-        p["a"].append(state if has_a else torch.empty(0, dtype=dtype))
-        p["b"].append(torch.rand(rows, cols, generator=g).to(dtype) if o["adamw"] else torch.empty(0, dtype=dtype))
+        for k in range(2):
+            p["ab"[k]].append(state[k] if k < buffers else torch.empty(0, dtype=dtype))
         p["scales"].append(scale)
         p["levels"].append(GRIDS[grid][1])
         p["grids"].append(GRIDS[grid][0])
@@ -386,8 +358,11 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
         t.rows, t.cols = rows, cols
         t.kept, t.first = (pointer(list[i]) if list else None for list in (kept, firsts))
         t.grid = grid_arg(grid)
-    h = hyper(o)
-    rates = Rates(Scalar(0, None, False), Scalar(0, None, False), Scalar(0, None, False), o["beta1"], o["beta2"])
+    h = Hyper(list(RULES).index(o["rule"]), alpha=o["alpha"])
+    for name in ("direction", "clamp", "maximize", "skip_nonfinite"):
+        setattr(h, name, o[name])
+    rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step")))
+    rates.numbers[:] = [*RULES[o["rule"]].numbers_of(o), *[math.nan] * 4][:4]
     if on_device:
         lr, eps, step = torch.tensor(o["lr"]), torch.tensor(o["eps"], dtype=torch.float64), torch.tensor(o["step"])
         rates.lr, rates.eps, rates.step = (
@@ -395,40 +370,24 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
             Scalar(0, eps.data_ptr(), True),
             Scalar(0, step.data_ptr(), False),
         )
-        h.lr = h.eps = h.cap = h.first_correction = h.root_second_correction = float("nan")
+        h.lr = h.eps = h.cap = math.nan
+        h.constants[:] = [math.nan] * 8
     assert not kernels.emulated_update(
-        tensors,
-        ctypes.c_size_t(len(specs)),
-        int(o["adamw"]),
-        ctypes.byref(h),
-        ctypes.byref(rates),
-        pointer(coefficients),
+        tensors, ctypes.c_size_t(len(specs)), ctypes.byref(h), ctypes.byref(rates), pointer(coefficients)
     )
     return out, all(intact() for intact in guards)
 
 
 def run_reference(p, o):
     out = {k: [t.clone() for t in p[k]] for k in WRITTEN}
-    lists = [out["params"], p["grads"], out["a"]] + ([out["b"]] if o["adamw"] else [])
-    lists += [
-        p["scales"],
-        p["levels"],
-        [v for g in p["grids"] for v in g],
-        out["dequantized"],
-        out["row_sums"],
-        out["totals"],
-    ]
+    row = RULES[o["rule"]]
+    states = [*out["a"], *out["b"]][: len(row.buffers) * len(p["params"])]
     lr, eps = torch.tensor(o["lr"], dtype=torch.float64), torch.tensor(o["eps"], dtype=torch.float64)
-    tail = [o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")]
-    if o["adamw"]:
-        step = torch.tensor(o["step"])
-        reference.skew_adamw_(
-            *lists, step, lr, eps, o["alpha"], o["beta1"], o["beta2"], o["adam_eps"], o["weight_decay"], *tail
-        )
-    else:
-        reference.skew_sgd_(
-            *lists, lr, eps, o["alpha"], o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], *tail
-        )
+    getattr(reference, row.operator)(
+        out["params"], p["grads"], states, p["scales"], p["levels"], [v for g in p["grids"] for v in g],
+        out["dequantized"], out["row_sums"], out["totals"], torch.tensor(o["step"]), lr, eps, o["alpha"],
+        row.numbers_of(o), *(o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")),
+    )  # fmt: skip
     return out
 
 
@@ -496,12 +455,12 @@ def test_update(kernels, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", ["momentum", "adamw"])
+@pytest.mark.parametrize("name", ["momentum", *list(RULES)[1:]])
 def test_update_shapes(kernels, name, dtype):
     check_update(kernels, specs_for(dtype, ["uniform4", "binary"], SHAPES), {**DEFAULTS, **OPTIONS[name]}, 11)
 
 
-@pytest.mark.parametrize("name", ["clamp", "hold", "adamw", "adamw_direction"])
+@pytest.mark.parametrize("name", ["clamp", "hold", "adamw_direction", *list(RULES)[1:]])
 def test_update_with_rates_on_the_device(kernels, name):
     o = {**DEFAULTS, **OPTIONS[name]}
     check_update(kernels, specs_for(torch.float32, ["uniform4", "nf4"], [(3, 64), (1, 9)]), o, 5, on_device=True)
@@ -563,6 +522,9 @@ def sam_problem(lengths, dtypes, seed):
     return make(), make(), [i % 2 for i in range(len(lengths))]
 
 
+PERTURB, RESTORE, AVERAGE = 1, 2, 3  # csrc/math/types.h, SamPass
+
+
 def sam_tensors(ws, gs, kept, adaptive):
     tensors = (SamTensor * len(ws))()
     for t, w, g, keep, adapted in zip(tensors, ws, gs, kept, adaptive, strict=True):
@@ -584,14 +546,14 @@ def test_sam_perturb_restore_average(kernels, shift, coefficients):
             where.append(view)
             guards.append(intact)
     tensors, n = sam_tensors(ws, gs, keeps, adaptive)
-    assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(pair))
+    assert not kernels.emulated_sam(PERTURB, tensors, n, ctypes.c_float(0.01), pointer(pair))
     expected, kept = [w.clone() for w in weights], [torch.empty_like(w) for w in weights]
     reference.sam_perturb_(expected, gradients, kept, pair, adaptive, 0.01)
     assert all(map(same, ws, expected)) and all(map(same, keeps, weights))
-    assert not kernels.emulated_sam_restore(tensors, n)
+    assert not kernels.emulated_sam(RESTORE, tensors, n, ctypes.c_float(0), None)
     assert all(map(same, ws, weights))
     tensors, n = sam_tensors(ws, gs, [None] * len(ws), adaptive)
-    assert not kernels.emulated_sam_average(tensors, n, pointer(pair))
+    assert not kernels.emulated_sam(AVERAGE, tensors, n, ctypes.c_float(0), pointer(pair))
     means = [w.clone() for w in weights]
     reference.sam_average_(means, gradients, pair)
     assert all(map(same, ws, means)) and all(intact() for intact in guards)
@@ -602,8 +564,8 @@ def test_sam_restores_every_bit(kernels):
         patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
         w, keep = patterns.view(dtype).clone(), torch.zeros(2**16, dtype=dtype)
         tensors, n = sam_tensors([w], [torch.ones_like(w)], [keep], [1])
-        assert not kernels.emulated_sam_perturb(tensors, n, ctypes.c_float(0.01), pointer(torch.tensor([0.1, 0.0])))
-        assert not kernels.emulated_sam_restore(tensors, n)
+        assert not kernels.emulated_sam(PERTURB, tensors, n, ctypes.c_float(0.01), pointer(torch.tensor([0.1, 0.0])))
+        assert not kernels.emulated_sam(RESTORE, tensors, n, ctypes.c_float(0), None)
         assert torch.equal(keep.view(torch.int16), patterns) and torch.equal(w.view(torch.int16), patterns)
 
 
@@ -628,7 +590,7 @@ def test_sam_norm(kernels, dtype):
 
 
 @pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
-@pytest.mark.parametrize("name", ["clamp", "adamw"])
+@pytest.mark.parametrize("name", ["clamp", *list(RULES)[1:]])
 def test_descent_inside_the_update(kernels, name, coefficients):
     """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
     o = {**DEFAULTS, **OPTIONS[name]}
@@ -651,7 +613,8 @@ def test_descent_inside_the_update(kernels, name, coefficients):
 class MixArg(ctypes.Structure):
     _fields_ = [("x", ctypes.c_void_p), ("type", ctypes.c_int), ("n", ctypes.c_int), ("rows", ctypes.c_int64),
                 ("cols", ctypes.c_int64), ("scales", ctypes.c_void_p), ("strengths", ctypes.c_void_p),
-                ("grids", GridArg * 8), ("clip", ctypes.c_bool), ("learned", ctypes.c_bool)]  # fmt: skip
+                ("grids", GridArg * 8), ("clip", ctypes.c_bool), ("learned", ctypes.c_bool),
+                ("lsq", ctypes.c_double * 8)]  # fmt: skip
 
 
 MIXTURES = {
@@ -678,9 +641,11 @@ def test_mixture(kernels, name, dtype):
         x, _ = guarded(w, shift)
         grad, _ = guarded(torch.randn(w.shape, generator=g).to(dtype), shift)
         clip, learned = seed % 3 != 0, seed % 2 == 0
+        lsq = [(max(cols, 1) * max(top, 1)) ** -0.5 for top in grids[2::3]]
         arg = MixArg(x.data_ptr() if x.numel() else None, TYPES[dtype], n, rows, cols, scales.data_ptr(),
                      strengths.data_ptr(), (GridArg * 8)(*[GridArg(*grids[i : i + 3], None, 0)
-                                                           for i in range(0, 3 * n, 3)]), clip, learned)  # fmt: skip
+                                                           for i in range(0, 3 * n, 3)]),
+                     clip, learned, (ctypes.c_double * 8)(*lsq))  # fmt: skip
         y, intact = guarded(torch.full_like(w, 99.0), shift)
         assert not kernels.emulated_mix(ctypes.byref(arg), pointer(y))
         expected = reference.mix_fake_quantize(w, scales, strengths, grids, clip, learned)
@@ -700,7 +665,7 @@ def test_mixture(kernels, name, dtype):
             factor = scales[k].double() if grids[3 * k] else torch.ones(rows, dtype=torch.float64)
             bound = error * (factor * size).sum() + 1e-30
             assert (to_strengths[k].double() - wanted[1][k].double()).abs() <= bound, (rows, cols, shift, k)
-            gain = float(strengths[k]) / (max(cols, 1) * max(grids[3 * k + 2], 1)) ** 0.5
+            gain = float(strengths[k]) * lsq[k]
             assert ((to_scales[k].double() - wanted[2][k].double()).abs() <= 2 * error * gain * size + 1e-30).all()
 
 
@@ -720,7 +685,8 @@ PACKED = {  # bits of a code (0: five trits a byte), grid, levels
     "nf4": (4, [3, 0, 0], NF4),
 }  # fmt: skip
 # (n, cols, groups): nothing, one scale, one a row, groups that end with words, inside words; rows of whole vectors
-PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), (18, 256, 8), (7, 2176, 17), (2, 96, 6)]
+PACKED_SHAPES = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), (18, 256, 8), (7, 2176, 17),
+                 (2, 96, 6)]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -728,7 +694,7 @@ PACKED = [(0, 5, 1), (3, 0, 1), (1, 1, 0), (3, 7, 1), (5, 45, 3), (33, 256, 1), 
 def test_packed_weights(kernels, name, dtype):
     """The decoded weight bit for bit; products of one, few and many inputs as exact as ``ops.packed_linear`` says."""
     bits, grid, levels = PACKED[name]
-    for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED, (0, 1))):
+    for seed, ((n, cols, groups), shift) in enumerate(itertools.product(PACKED_SHAPES, (0, 1))):
         g = torch.Generator().manual_seed(seed)
         bytes_of_row = contract.row_bytes(cols, bits)
         # the bytes of the last row end with the buffer's guard; bits past the last code are random

@@ -55,17 +55,15 @@ def everything(x, g, s, grid, seed, lr, eps, **options):
     leaf = x.clone().requires_grad_()
     ops.fake_quantize(leaf, s, grid).backward(g)
     results += [leaf.grad, ops.project_interval_(x.clone(), s, grid, eps), ops.row_sums(x, rows)]
-    for operator in ("sgd", "adamw"):
+    for rule in ops.RULES.values():
         for copy_dtype, momentum in ((x.dtype, 0.9), (torch.bfloat16, 0.0)):
-            w, m, v = x.clone(), (g * 0.5).clone(), g.abs() + 0.1
+            w, states = x.clone(), [[(g * 0.5).clone()], [g.abs() + 0.1]][: len(rule.buffers)]
             copy = torch.full(x.shape, math.nan, dtype=copy_dtype)
             stats = ops.SkewStats.empty_for([x], [s])
-            common = dict(lr=lr, eps=eps, dequantized=[copy], stats=stats, **options)
-            if operator == "sgd":
-                ops.skew_sgd_([w], [g], [m], [s], [grid], momentum=momentum, **common)
-            else:
-                ops.skew_adamw_([w], [g], [m], [v], [s], [grid], step=2.0, **common)
-            results += [w, m, v, copy, *stats.row_sums, *stats.totals]
+            own = {"momentum": momentum} if rule.buffers_if else {"step": 2.0} if rule.counts else {}
+            getattr(ops, rule.operator)([w], [g], *states, [s], [grid], lr=lr, eps=eps, dequantized=[copy],
+                                        stats=stats, **own, **options)  # fmt: skip
+            results += [w, *(b for buffers in states for b in buffers), copy, *stats.row_sums, *stats.totals]
     return results
 
 

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import math
 
@@ -23,6 +25,7 @@ from oracles import DTYPES, EPSILON, GRANULARITIES, GRIDS, Binary, Codebook, Ter
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
+from askew_kernels.ops import RULES
 from askew_kernels.quant import compute_scale
 
 GRID_NAMES = list(GRIDS)
@@ -376,6 +379,12 @@ SGD_CASES = [
 OPERATOR_NAMES = {"skew": "direction", "clamp": "clamped"}
 
 
+def step_of(rule):
+    """The function of a rule, with momentum where there is a choice, at step 3 where steps count."""
+    options = {"momentum": 0.9} if RULES[rule].buffers_if else {"step": 3.0} if RULES[rule].counts else {}
+    return functools.partial(getattr(ops, RULES[rule].operator), **options)
+
+
 def update_case(grid, case, generator, dtype, cols=37):
     case = dict(case)
     outside = case.pop("outside", 0.0)
@@ -506,37 +515,49 @@ def test_the_cap(backend):
         torch.testing.assert_close(w, torch.tensor([[0.2499, 0.7501, -0.2499, -0.7501]]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("operator", ["sgd", "adamw"])
-def test_zero_lr_moves_nothing(operator, backend, generator):
+def test_any_direction(backend, generator):
+    """A direction is applied as SGD applies its gradient's negative, and ends on levels at small eps."""
+    w, d = (torch.randn(4, 300, generator=generator) for _ in range(2))
+    new, other, s, grid = w.clone(), w.clone(), torch.full((4,), 0.3), Uniform(3)
+    options = dict(lr=0.05, eps=1e-4, alpha=3.0)
+    for _ in range(200):
+        ops.skew_direction_([new], [d], [s], [grid], **options)
+        ops.skew_sgd_([other], [-d], None, [s], [grid], **options)
+    assert torch.equal(new, other)
+    assert ((new - ops.fake_quantize(new, s, grid)).abs() < 0.01).all()
+    stats = ops.SkewStats.empty_for([w], [s])
+    ops.skew_direction_([w.clone()], [d], [s], [grid], lr=0.05, eps=1.0, stats=stats)
+    torch.testing.assert_close(stats.totals[0][3], (d.double() ** 2).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_lr_moves_nothing(rule, backend, generator):
     for name in GRID_NAMES:
         w = oracles.weights_in_brackets(GRIDS[name], 2, 33, generator).float()
         new, g = w.clone(), torch.randn(2, 33, generator=generator)
-        common = dict(lr=0.0, eps=0.01)
-        if operator == "sgd":
-            ops.skew_sgd_([new], [g], None, [torch.ones(1)], [GRIDS[name]], **common)
-        else:
-            m, v = torch.zeros_like(w), torch.zeros_like(w)
-            ops.skew_adamw_([new], [g], [m], [v], [torch.ones(1)], [GRIDS[name]], step=1.0, **common)
+        states = [[torch.zeros_like(w)] for _ in RULES[rule].buffers]
+        step_of(rule)([new], [g], *states, [torch.ones(1)], [GRIDS[name]], lr=0.0, eps=0.01)
         assert torch.equal(new, w)
 
 
 # ---- backends, copies and sums ---------------------------------------------------------------------------------------
 
 
-def run_update(operator, w, g, s, grid, dtype_of_copy, **options):
-    """(new w, state…, copy, row sums, totals) on clones."""
-    new, m, v = w.clone(), w.clone() * 0.5, w.clone().abs() + 0.1
+def run_update(rule, w, g, s, grid, dtype_of_copy, **options):
+    """(new w, copy, row sums, totals, state…) on clones; "direction" takes ``g`` as such."""
+    new = w.clone()
+    states = [w.clone() * 0.5, w.clone().abs() + 0.1][: len(RULES[rule].buffers) if rule in RULES else 0]
     copy = torch.full(w.shape, math.nan, dtype=dtype_of_copy)
     stats = ops.SkewStats.empty_for([w], [s])
     for out in (*stats.row_sums, *stats.totals):
         out.fill_(math.nan)
-    common = dict(dequantized=[copy], stats=stats, **options)
-    if operator == "sgd":
-        ops.skew_sgd_([new], [g], [m], [s], [grid], momentum=0.9, **common)
-        v = torch.zeros_like(v)
+    options = dict(dequantized=[copy], stats=stats, **options)
+    if rule == "direction":
+        shared = {k: v for k, v in options.items() if k not in ("skew", "weight_decay", "maximize")}
+        ops.skew_direction_([new], [g], [s], [grid], **shared)
     else:
-        ops.skew_adamw_([new], [g], [m], [v], [s], [grid], step=3.0, **common)
-    return new, m, v, copy, stats.row_sums[0], stats.totals[0]
+        step_of(rule)([new], [g], *([b] for b in states), [s], [grid], **options)
+    return new, copy, stats.row_sums[0], stats.totals[0], *states
 
 
 OPTIONS = [
@@ -551,7 +572,7 @@ OPTIONS = [
 def test_update_everywhere(name, granularity, dtype, generator):
     """Every grid x granularity x dtype: cpp and reference bit for bit; copies and sums as the operators give them."""
     grid, group = GRIDS[name], GRANULARITIES[granularity]
-    for cols, operator in itertools.product((4, 8, 132), ("sgd", "adamw")):
+    for cols, rule in itertools.product((4, 8, 132), (*RULES, "direction")):
         w = some((3, cols), dtype, generator, 0.5)
         g = some((3, cols), dtype, generator, 0.3)
         if cols == 132:
@@ -563,27 +584,27 @@ def test_update_everywhere(name, granularity, dtype, generator):
             results = {}
             for backend in ("cpp", "reference"):
                 with runtime.use_backend(backend):
-                    results[backend] = run_update(operator, w, g, s, grid, copy_dtype, lr=0.07, **options)
-                    new, _, _, copy, row_sums, _ = results[backend]
+                    results[backend] = run_update(rule, w, g, s, grid, copy_dtype, lr=0.07, **options)
+                    new, copy, row_sums, *_ = results[backend]
                     assert same_bits(row_sums, ops.row_sums(new, s.numel()))
                     out = torch.full(w.shape, math.nan, dtype=copy_dtype)
                     assert same_bits(copy, ops.fake_quantize_out_(new, s, grid, out))
                     if copy_dtype == dtype:
                         assert same_bits(copy, ops.fake_quantize(new, s, grid))
-            for part, a, b in zip(("w", "m", "v", "copy"), *(r[:4] for r in results.values()), strict=True):
-                assert oracles.same_values(a, b), (part, cols, operator, options, (a - b).abs().max())
-            sums, want = (r[5] for r in results.values())
+            for part, (a, b) in enumerate(zip(*(r[:2] + r[4:] for r in results.values()), strict=True)):
+                assert oracles.same_values(a, b), (part, cols, rule, options, (a - b).abs().max())
+            sums, want = (r[3] for r in results.values())
             assert torch.equal(sums[[0, 4, 5]], want[[0, 4, 5]])  # counts are exact
             if cols < 132:  # the others: 32 float additions at most per lane, over terms of either sign (g v)
                 torch.testing.assert_close(sums, want, rtol=64 * 2**-24, atol=64 * 2**-24 * float(want[2] + 1))
 
 
-@pytest.mark.parametrize("operator", ["sgd", "adamw"])
-def test_empty_updates(operator, backend):
+@pytest.mark.parametrize("rule", [*RULES, "direction"])
+def test_empty_updates(rule, backend):
     for shape, rows in (((3, 0), 3), ((3, 0), 1), ((0, 5), 1), ((0,), 1)):
         w = torch.empty(shape)
-        *_, row_sums, totals = run_update(
-            operator, w, w.clone(), torch.ones(rows), Uniform(4), torch.float32, lr=0.1, eps=0.1
+        _, _, row_sums, totals, *_ = run_update(
+            rule, w, w.clone(), torch.ones(rows), Uniform(4), torch.float32, lr=0.1, eps=0.1
         )
         assert (row_sums == 0).all() and (totals == 0).all()  # both were NaN
 
@@ -690,33 +711,24 @@ BAD_SCALES = {
 BAD_NUMBERS = {
     "lr": [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2), torch.tensor(1)],
     "eps": [0.0, -0.1, 1.5, math.nan, "1", None, torch.tensor(0.0), torch.tensor(2.0), torch.ones(3)],
-    "alpha": [-1.0, math.nan, "1", None], "weight_decay": [-1.0, math.nan, None],
+    "alpha": [-1.0, math.nan, "1", None],
 }  # fmt: skip
-SGD_NUMBERS = {"momentum": [-0.1, math.nan, None], "dampening": [math.nan, None]}
-ADAM_NUMBERS = {
-    "adam_eps": [-1.0, None], "step": [0.0, -1.0, None, math.nan, torch.tensor(0.0)],
-    "betas": [(1.0, 0.9), (-0.1, 0.9), (0.9, 1.5), (0.9,), (0.9, 0.9, 0.9), (None, 0.9)],
+RULE_NUMBERS = {  # where the rule has such a number
+    "weight_decay": [-1.0, math.nan, None], "momentum": [-0.1, math.nan, None], "dampening": [math.nan, None],
+    "adam_eps": [-1.0, None], "betas": [(1.0, 0.9), (-0.1, 0.9), (0.9, 1.5), (0.9,), (0.9, 0.9, 0.9), (None, 0.9)],
 }  # fmt: skip
+BAD_STEPS = {"step": [0.0, -1.0, None, math.nan, torch.tensor(0.0)]}
 
 
-def update_arguments(operator):
-    tensors = {
-        key: torch.full((4, 8), 0.3) for key in ("params", "grads", "momentum_buffers", "exp_avgs", "exp_avg_sqs")
-    }
-    arguments = {"params": [tensors["params"]], "grads": [tensors["grads"]]}
-    if operator == "sgd":
-        arguments["momentum_buffers"] = [tensors["momentum_buffers"]]
-    else:
-        arguments |= {"exp_avgs": [tensors["exp_avgs"]], "exp_avg_sqs": [tensors["exp_avg_sqs"]]}
+def update_arguments(rule):
+    arguments = {key: [torch.full((4, 8), 0.3)] for key in ("params", "grads", *(b + "s" for b in RULES[rule].buffers))}
     arguments |= {"scales": [torch.ones(4)], "grids": [Uniform(4)]}
-    options = dict(lr=0.1, eps=0.3, dequantized=[torch.full((4, 8), 7.0)])
-    options |= dict(momentum=0.9) if operator == "sgd" else dict(step=1.0)
-    return arguments, options
+    return arguments, dict(lr=0.1, eps=0.3, dequantized=[torch.full((4, 8), 7.0)])
 
 
 def bad_update_cases():
-    for operator in ("sgd", "adamw"):
-        lists = ["params", "grads"] + (["momentum_buffers"] if operator == "sgd" else ["exp_avgs", "exp_avg_sqs"])
+    for operator, row in RULES.items():
+        lists = ["params", "grads", *(b + "s" for b in row.buffers)]
         for key in lists:
             for why, (value, error) in BAD_TENSORS.items():
                 if key == "params" and why in ("shape", "transposed", "device"):
@@ -749,7 +761,8 @@ def bad_update_cases():
             yield pytest.param(operator, {"stats": stats}, error, r"stats\.row_sums", id=f"{operator}-stats-{why}")
         totals = ops.SkewStats([], [torch.zeros(6)])
         yield pytest.param(operator, {"stats": totals}, ValueError, r"stats\.totals", id=f"{operator}-totals")
-        numbers = BAD_NUMBERS | (SGD_NUMBERS if operator == "sgd" else ADAM_NUMBERS)
+        numbers = {k: v for k, v in RULE_NUMBERS.items() if k in row.defaults}
+        numbers |= BAD_NUMBERS | (BAD_STEPS if row.counts else {})
         for key, values in numbers.items():
             for value in values:
                 yield pytest.param(operator, {key: value}, (TypeError, ValueError), key, id=f"{operator}-{key}-{value}")
@@ -766,8 +779,29 @@ def test_bad_update_arguments(operator, change, error, words):
     for key, value in change.items():
         (arguments if key in arguments else options)[key] = value
     with pytest.raises(error, match=f"^{words}"):
-        getattr(ops, f"skew_{operator}_")(*arguments.values(), **options)
+        step_of(operator)(*arguments.values(), **options)
     assert all(torch.equal(t, b) for t, b in zip(good, before, strict=True))
+
+
+def test_bad_directions():
+    w = [torch.full((4, 8), 0.3)]
+    with pytest.raises(ValueError, match=r"^directions\[0\]: expected torch.float32 of shape \(4, 8\)"):
+        ops.skew_direction_(w, [torch.ones(8, 4)], [torch.ones(4)], [Binary()], lr=0.1, eps=0.1)
+    assert (w[0] == 0.3).all()
+
+
+def test_functions_of_rules_read_like_others():
+    """They are made from rows: their signatures and texts are what help() and an editor show."""
+    for rule in RULES.values():
+        function = getattr(ops, rule.operator)
+        parameters = inspect.signature(function).parameters
+        assert list(parameters)[:2] == ["params", "grads"] and function.__name__ == rule.operator
+        assert all(parameters[name].default == value for name, value in rule.defaults.items() if name != "lr")
+        assert f"ASkew{rule.title}" in function.__doc__ and ", ".join(b + "s" for b in rule.buffers) in function.__doc__
+    with pytest.raises(TypeError, match="momentum_buffers"):
+        ops.skew_sgd_([], [])
+    with pytest.raises(TypeError, match="betas"):
+        ops.skew_sgd_([], [], None, [], [], lr=0.1, eps=0.1, betas=(0.9, 0.99))
 
 
 def test_a_bad_second_tensor_leaves_the_first_alone():
@@ -866,15 +900,12 @@ def operator_samples():
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
-        rates = (torch.tensor(0.1), torch.tensor(0.3))
-        yield "skew_sgd_", (
-            [x.clone()], [x + 1], [torch.zeros(3, 20)], [s], [levels], grid, *outs, *rates, 1.0, 0.9, 0.0, 0.1, False,
-            False, True, False, False,
-        )  # fmt: skip
-        yield "skew_adamw_", (
-            [x.clone()], [x + 1], [torch.zeros(3, 20)], [torch.ones(3, 20)], [s], [levels], grid, *outs,
-            torch.tensor(1.0), *rates, 1.0, 0.9, 0.999, 1e-8, 0.1, False, True, False, False,
-        )  # fmt: skip
+        for rule in RULES.values():
+            yield rule.operator, (
+                [x.clone()], [x + 1], [torch.ones(3, 20) for _ in rule.buffers], [s], [levels], grid, *outs,
+                torch.tensor(1.0), torch.tensor(0.1), torch.tensor(0.3), 1.0,
+                rule.numbers_of({**rule.defaults, "momentum": 0.9, "weight_decay": 0.1}), False, True, False, False,
+            )  # fmt: skip
     x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
     scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])
     candidates = [1, -2, 1, 0, 0, 0]

@@ -271,28 +271,25 @@ def test_operators_check_before_they_touch_memory(generator):
 
 @pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("rule", ops.RULES)
 def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, generator):
     """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
-    grid, shapes = Uniform(4), [(3, 129), (40, 32), (1, 40_000), (2, 7)]
+    row, grid, shapes = ops.RULES[rule], Uniform(4), [(3, 129), (40, 32), (1, 40_000), (2, 7)]
     ws, gs, firsts = ([some(s, dtype, generator, 0.5) for s in shapes] for _ in range(3))
     gs[0][0, 0], firsts[1][0, 0] = math.inf, math.nan
     scales = [torch.full((s[0],), 0.1) for s in shapes]
     pair = torch.tensor(coefficients)
 
     def run(params, grads, *descent):
-        states = [[torch.full_like(w, 0.1) for w in ws] for _ in range(1 if rule == "sgd" else 2)]
-        names = ("momentum_buffers",) if rule == "sgd" else ("exp_avgs", "exp_avg_sqs")
+        states = [[torch.full_like(w, 0.1) for w in ws] for _ in row.buffers]
         copies = [torch.zeros_like(w) for w in ws]
         stats = ops.SkewStats.empty_for(ws, scales)
-        rates = [torch.tensor(0.1), torch.tensor(0.3)]
-        numbers = [0.7, 0.9, 0.0, 0.01, False] if rule == "sgd" else [0.7, 0.9, 0.99, 1e-8, 0.01]
-        if rule == "adamw":
-            rates = [torch.tensor(2.0), *rates]
+        numbers = row.numbers_of({**row.defaults, "momentum": 0.9, "weight_decay": 0.01})
         ops.run_skew_update(
-            f"skew_{rule}_", params, grads, dict(zip(names, states, strict=True)), scales,
-            [grid.levels_tensor(torch.device("cpu"))] * len(ws), grid.encoding * len(ws), copies, stats, rates,
-            [*numbers, False, True, False, False], contiguous=True, descent=descent,
+            row, params, grads, states, scales, [grid.levels_tensor(torch.device("cpu"))] * len(ws),
+            grid.encoding * len(ws), copies, stats, step=torch.tensor(2.0), lr=torch.tensor(0.1), eps=torch.tensor(0.3),
+            alpha=0.7, numbers=numbers, direction=False, clamp=True, maximize=False, skip_nonfinite=False,
+            contiguous=True, descent=descent,
         )  # fmt: skip
         return [*params, *itertools.chain(*states), *copies, *stats.row_sums, *stats.totals]
 

@@ -30,6 +30,7 @@ import torch
 
 import askew_kernels
 from askew_kernels import contract, reference
+from askew_kernels.ops import RULES
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -103,7 +104,7 @@ def serve():
             name, args, offset, by_pointer, *more = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        scalar = (lambda t, name: (t, True)) if by_pointer else by_value
+        scalar = (lambda t, name: t) if by_pointer else by_value
         quantize.scalar_argument = update.scalar_argument = scalar
         try:
             if name == "REDUCE":
@@ -329,20 +330,16 @@ class Problem:
         other.grids = self.grids[3 * i : 3 * i + 3]
         return other
 
-    def sgd(self, lr=0.1, eps=0.3, alpha=0.2, momentum=0.9, dampening=0.0, decay=0.0, nesterov=False, direction=False,
-            clamp=False, maximize=False, skip=False):  # fmt: skip
-        return "skew_sgd_", [
-            self.params, self.grads, self.a, self.scales, self.levels, self.grids, self.copies, self.row_sums,
-            self.totals, torch.tensor(lr), torch.tensor(eps), alpha, momentum, dampening, decay, nesterov, direction,
-            clamp, maximize, skip,
-        ]  # fmt: skip
-
-    def adamw(self, lr=0.01, eps=0.3, alpha=0.2, step=3.0, decay=0.0, direction=False, clamp=False, maximize=False,
-              skip=False):  # fmt: skip
-        return "skew_adamw_", [
-            self.params, self.grads, self.a, self.b, self.scales, self.levels, self.grids, self.copies, self.row_sums,
-            self.totals, torch.tensor(step), torch.tensor(lr), torch.tensor(eps), alpha, 0.9, 0.999, 1e-8, decay,
-            direction, clamp, maximize, skip,
+    def step(self, rule="sgd", lr=None, eps=0.3, alpha=0.2, step=3.0, direction=False, clamp=False, maximize=False,
+             skip=False, **options):  # fmt: skip
+        row = RULES[rule]
+        options = {**row.defaults, "momentum": 0.9, "weight_decay": 0.0, **options}
+        lr = lr if lr is not None else 0.1 if rule == "sgd" else 0.01
+        states = [*self.a, *self.b][: len(row.buffers) * len(self.params)] if self.a else []
+        return row.operator, [
+            self.params, self.grads, states, self.scales, self.levels, self.grids, self.copies, self.row_sums,
+            self.totals, torch.tensor(step) if row.counts else None, torch.tensor(lr), torch.tensor(eps), alpha,
+            row.numbers_of(options), direction, clamp, maximize, skip,
         ]  # fmt: skip
 
 
@@ -390,14 +387,14 @@ def assert_adamw_step(got, expected, start, root_error=2.0**-23):
 
 def check_step(triton, problem, rule, offset=0, by_pointer=False, **options):
     start, expected = problem.copy(), problem.copy()
-    name, args = getattr(expected, rule)(**options)
+    name, args = expected.step(rule, **options)
     getattr(reference, name)(*args)
-    name, args = getattr(problem, rule)(**options)
+    name, args = problem.step(rule, **options)
     triton(name, args, offset, by_pointer)
-    if rule == "sgd":
-        assert_same_step(problem, expected)
-    else:
+    if rule == "adamw":
         assert_adamw_step(problem, expected, start, root_error=2.0**-22 if by_pointer else 2.0**-23)
+    else:
+        assert_same_step(problem, expected)
 
 
 # Every way a row can lie in tiles of 32 segments of 32 columns: a part of a segment, several segments, several tiles
@@ -410,8 +407,8 @@ STEP_GRIDS = ["uniform4", "uniform4", "narrow2", "uniform4", "uniform4", "binary
     "options",
     [
         dict(),
-        dict(nesterov=True, decay=0.01, clamp=True),
-        dict(direction=True, dampening=0.5, decay=0.01, clamp=True),
+        dict(nesterov=True, weight_decay=0.01, clamp=True),
+        dict(direction=True, dampening=0.5, weight_decay=0.01, clamp=True),
         dict(maximize=True, eps=1.6e-5, alpha=5.0),
     ],
     ids=str,
@@ -422,19 +419,23 @@ def test_sgd(triton, options):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(), dict(direction=True, decay=0.1, clamp=True), dict(maximize=True, eps=1.6e-5, decay=0.1, step=1.0)],
+    [
+        dict(),
+        dict(direction=True, weight_decay=0.1, clamp=True),
+        dict(maximize=True, eps=1.6e-5, weight_decay=0.1, step=1.0),
+    ],
     ids=str,
 )
 def test_adamw(triton, options):
     check_step(triton, Problem(STEP_SHAPES, STEP_GRIDS), "adamw", **options)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype, copy", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16),
                                          (torch.float32, torch.bfloat16)])  # fmt: skip
 def test_storage_types(triton, dtype, copy, rule):
     problem = Problem([(3, 129), (8, 64)], ["uniform4", "binary"], dtype, copy)
-    check_step(triton, problem, rule, clamp=True, decay=0.01)
+    check_step(triton, problem, rule, clamp=True, weight_decay=0.01)
 
 
 @pytest.mark.parametrize("options", [dict(eps=1.0), dict(lr=0.0, direction=True)], ids=str)
@@ -448,7 +449,7 @@ def test_step_on_every_grid(triton, name):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("rule", RULES)
 def test_nonfinite_gradients(triton, rule, skip):
     problem = Problem([(3, 129), (8, 64)], ["uniform4", "binary"])
     for g in problem.grads:
@@ -471,7 +472,7 @@ def test_alignment(triton, offset):
     check_step(triton, Problem([(8, 64)], ["uniform4"], copy=torch.bfloat16), "sgd", offset=offset)
 
 
-@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+@pytest.mark.parametrize("rule", RULES)
 def test_scalars_on_the_device(triton, rule):
     """The bias corrections come from float32 logarithms of beta: 2^-24 more, half of it under the root."""
     check_step(triton, Problem([(3, 40)], ["uniform4"]), rule, by_pointer=True, clamp=True)
@@ -480,9 +481,9 @@ def test_scalars_on_the_device(triton, rule):
 def test_one_list_is_many_calls(triton):
     together = Problem([(3, 129), (8, 64), (2, 1100)], ["uniform4", "nf4", "uniform4"])
     apart = together.copy()
-    triton(*together.sgd())
+    triton(*together.step())
     for i in range(3):
-        triton(*apart.only(i).sgd())
+        triton(*apart.only(i).step())
     assert_same_step(together, apart)
 
 
@@ -491,10 +492,10 @@ def test_gradients_move_between_steps(triton):
     problem = Problem([(8, 64), (3, 40)], ["uniform4"] * 2)
     expected = problem.copy()
     more = [[g * k for g in problem.grads] for k in (2, -1, 3)]
-    triton(*problem.sgd(), more_gradients=more)
+    triton(*problem.step(), more_gradients=more)
     for gradients in [expected.grads, *more]:
         expected.grads = gradients
-        reference.skew_sgd_(*expected.sgd()[1])
+        reference.skew_sgd_(*expected.step()[1])
     assert_same_step(problem, expected)
 
 
@@ -526,12 +527,12 @@ def test_errors(interpreter):
     with pytest.raises(ValueError, match="rows: 5 rows do not divide 32"):
         triton.row_sums(x, 5)
     problem = Problem([(3, 40)], ["uniform4"])
-    problem.b = []
-    with pytest.raises(ValueError, match="exp_avgs, exp_avg_sqs: expected for every parameter"):
-        triton(*problem.adamw())
+    problem.b = [NONE]
+    with pytest.raises(ValueError, match="states: expected 2 for every parameter"):
+        triton(*problem.step("adamw"))
     problem.row_sums[0] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="row_sums: expected 9 elements"):
-        triton(*problem.sgd())
+        triton(*problem.step())
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
@@ -752,7 +753,7 @@ def compile_all():
         kernels.fake_quantize(x, s, *GRIDS[grid_name], True, stochastic, 0)
 
     def step(rule, **options):
-        name, args = getattr(Problem([(64, 128)], ["uniform4"], **options), rule)(decay=0.01, clamp=True)
+        name, args = Problem([(64, 128)], ["uniform4"], **options).step(rule, weight_decay=0.01, clamp=True)
         getattr(kernels, name)(*args)
 
     bf16 = torch.bfloat16
@@ -811,7 +812,7 @@ def compile_all():
     del launched[:]
     problem = Problem([(64, 128)], ["uniform4"])
     for lr, eps in itertools.product((0.1, 1.0, 0.0), (0.3, 1.0)):
-        kernels.skew_sgd_(*problem.sgd(lr=lr, eps=eps, alpha=lr + 1)[1])
+        kernels.skew_sgd_(*problem.step(lr=lr, eps=eps, alpha=lr + 1)[1])
     for seed in (0, 1, 16, 2**40, -1):
         kernels.fake_quantize(x, s, levels, grid, True, True, seed)
     report["compiled"] = {
@@ -819,7 +820,7 @@ def compile_all():
     }
     del launched[:]
     shapes = [(64, 27 * 8), (64, 576), (128, 1152), (512, 4608), (1000, 512), (10, 32), (1, 4096)]
-    kernels.skew_sgd_(*Problem(shapes, ["uniform4", "narrow2"] * 3 + ["uniform4"]).sgd()[1])
+    kernels.skew_sgd_(*Problem(shapes, ["uniform4", "narrow2"] * 3 + ["uniform4"]).step()[1])
     report["launches"] = [name for name, _ in launched]
     print(json.dumps(report))
 
@@ -877,7 +878,7 @@ class TestGpu:
     def test_large_list(self):
         shapes = [(1, 3_000_001), (4096, 1024), (200_000, 32), (512, 4608), (64, 147)]
         problem = Problem(shapes, ["uniform4"] * 5, copy=torch.bfloat16)
-        check_step(Runner(on_gpu), problem, "sgd", clamp=True, decay=0.01)
+        check_step(Runner(on_gpu), problem, "sgd", clamp=True, weight_decay=0.01)
 
     def test_sums_are_the_same_bits_every_time(self):
         x = torch.randn(3, 1_000_003)
@@ -907,10 +908,10 @@ class TestGpu:
 
         problem = cuda(Problem([(8, 64), (3, 40)], ["uniform4"] * 2))
         expected = problem.copy()
-        name, args = problem.sgd()
+        name, args = problem.step()
         step = getattr(triton_kernels, name)
-        lr, eps = (args[k] for k in (9, 10))
-        args[9], args[10] = lr.cuda(), eps.cuda()
+        lr, eps = args[10:12]
+        args[10:12] = lr.cuda(), eps.cuda()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -922,12 +923,12 @@ class TestGpu:
             step(*args)
         for t, e in zip(problem.params + problem.a, expected.params + expected.a, strict=True):
             t.copy_(e)
-        args[9].fill_(0.02)
+        args[10].fill_(0.02)
         graph.replay()
         torch.cuda.synchronize()
         for key, value in expected.__dict__.items():
             expected.__dict__[key] = [v.cpu() if isinstance(v, torch.Tensor) else v for v in value]
-        reference.skew_sgd_(*expected.sgd(lr=0.02)[1])
+        reference.skew_sgd_(*expected.step(lr=0.02)[1])
         for t, e in zip(problem.params, expected.params, strict=True):
             assert_same(t.cpu(), e)
 

@@ -7,6 +7,9 @@ Arguments shared by all of them:
   levels (float32, on the tensor's device) and is empty otherwise; lists of tensors take ``grids``, three integers a
   tensor;
 * ``lr``, ``eps`` and ``step`` are 0-dim float tensors (CPU, or on the device), so that schedules never recompile;
+  ``step`` counts from 1, and is None for a rule that does not ask for it;
+* ``states`` holds a rule's buffers, each for all parameters, one after the other (``rules.RULES``); none where SGD has
+  no momentum. ``numbers`` are its hyper-parameters;
 * in a list, a tensor without elements stands for "absent";
 * ``kept``, ``firsts`` and ``coefficients`` (beside ``firsts``) are a sharpness-aware step's: ``kept`` is
   read in place of the parameter, the mean of gradient and first gradient in place of the gradient;

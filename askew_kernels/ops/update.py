@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -13,21 +14,21 @@ from .. import contract
 from . import autograd
 from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
+from .rules import RULES, Rule
 from .schema import define
 
-__all__ = ["SKEWS", "SkewStats", "run_skew_update", "skew_adamw_", "skew_sgd_"]
+__all__ = [
+    "SKEWS", "SkewStats", "run_skew_direction", "run_skew_update", "skew_adamw_", "skew_direction_", "skew_sgd_",
+]  # fmt: skip
 
-_LISTS = "Tensor[] scales, Tensor[] levels, int[] grids"
-_OUTPUTS = "Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals"
-_FLAGS = "bool direction, bool clamp, bool maximize, bool skip_nonfinite"
-_DESCENT = "Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None"
-
-define("skew_sgd_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-       f"{_LISTS}, {_OUTPUTS}, Tensor lr, Tensor eps, float alpha, float momentum, float dampening, "
-       f"float weight_decay, bool nesterov, {_FLAGS}, {_DESCENT}) -> ()")  # fmt: skip
-define("skew_adamw_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-       f"{_LISTS}, {_OUTPUTS}, Tensor step, Tensor lr, Tensor eps, float alpha, float beta1, float beta2, "
-       f"float adam_eps, float weight_decay, {_FLAGS}, {_DESCENT}) -> ()")  # fmt: skip
+SKEW = (
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor[] scales, Tensor[] levels, int[] grids,"
+    " Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals, Tensor? step, Tensor lr, Tensor eps,"
+    " float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
+    " Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None) -> ()"
+)
+for _rule in RULES.values():
+    define(_rule.operator, SKEW)
 
 SKEWS = ("gradient", "direction")
 
@@ -57,17 +58,24 @@ class SkewStats:
         )
 
 
-def _skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
-    scales: Sequence[Tensor], grids: Sequence[Any], dequantized: Sequence[Tensor] | None, stats: SkewStats | None,
-    rates: list[Tensor], numbers: list[Any], skew: str,
+def _checked_update(
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor] | None],
+    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float, skew: str,
+    clamp: bool, dequantized: Sequence[Tensor] | None, stats: SkewStats | None, maximize: bool, skip_nonfinite: bool,
+    step: float | Tensor | None = None, grads_name: str = "grads", **options: Any,
 ) -> None:  # fmt: skip
-    """Checks everything, then runs operator ``name``; ``states`` None where the rule keeps no such buffer."""
+    """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
+    numbers = rule.numbers_of(options)
+    keeps = rule.keeps_buffers(options)
+    count = rate_tensor("step", step, 1.0) if rule.counts else None
+    lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
+    alpha = number("alpha", alpha, 0.0)
     check_params(params)
-    check_list("grads", grads, params)
-    for key, buffers in states.items():
-        if buffers is not None:
-            check_list(key, buffers, params)
+    check_list(grads_name, grads, params)
+    for key, buffers in zip(rule.buffers if keeps else (), states, strict=False):
+        if buffers is None:
+            raise ValueError(f"{key}s: expected one for each parameter with {rule.buffers_if} > 0, got None")
+        check_list(f"{key}s", buffers, params)
     for key, items in (("scales", scales), ("grids", grids)):
         if len(items) != len(params):
             raise ValueError(f"{key}: expected {len(params)}, one for each parameter, got {len(items)}")
@@ -97,19 +105,24 @@ def _skew_update(
     if params:
         levels = [grid.levels_tensor(p.device) for grid, p in zip(grids, params, strict=True)]
         encodings = [n for grid in grids for n in grid.encoding]
-        run_skew_update(name, params, grads, states, flat_scales, levels, encodings, dequantized or [], stats, rates,
-                        numbers)  # fmt: skip
+        run_skew_update(
+            rule, params, grads, states if keeps else [], flat_scales, levels, encodings, dequantized or [], stats,  # type: ignore[arg-type]
+            step=count, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
+            maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite),
+        )  # fmt: skip
 
 
 def run_skew_update(
-    name: str, params: Sequence[Tensor], grads: Sequence[Tensor], states: Mapping[str, Sequence[Tensor] | None],
+    rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
-    rates: list[Tensor], numbers: list[Any], contiguous: bool = False, descent: Sequence[Any] = (),
+    *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
+    maximize: bool, skip_nonfinite: bool, contiguous: bool = False, descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
-    ``contiguous``: every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a
-    sharpness-aware step (see ``schema``); needs ``contiguous``.
+    states: a list for each of ``rule.buffers``, [] where none are kept; numbers: ``rule.numbers_of``. ``contiguous``:
+    every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a sharpness-aware step
+    (see ``schema``); needs ``contiguous``.
     """
     stand_ins = InPlace()
     if contiguous:
@@ -122,28 +135,33 @@ def run_skew_update(
             for g, order in zip(grads, orders, strict=True)
         ]
 
-        def writable(tensors: Sequence[Tensor] | None) -> list[Tensor]:
-            return [stand_ins.writable(t, order) for t, order in zip(tensors or [], orders, strict=False)]
+        def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
+            return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]
 
     autograd.below_autograd(
-        name, params[0],
-        writable(params), grads, *(writable(buffers) for buffers in states.values()), scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, *rates, *numbers, *descent,
+        rule.operator, params[0],
+        writable(params), grads, [b for buffers in states for b in writable(buffers)], scales, levels, encodings,
+        writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
+        direction, clamp, maximize, skip_nonfinite, *descent,
     )  # fmt: skip
-    stand_ins.finish([*params, *(b for buffers in states.values() if buffers for b in buffers), *dequantized])
+    stand_ins.finish([*params, *(b for buffers in states for b in buffers), *dequantized])
 
 
-@in_place()
-def skew_sgd_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], momentum_buffers: Sequence[Tensor] | None,
-    scales: Sequence[Tensor], grids: Sequence[Any], *, lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0,
-    momentum: float = 0.0, dampening: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+def run_skew_direction(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: list[Tensor], levels: list[Tensor],
+    encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats, **options: Any,
 ) -> None:  # fmt: skip
-    """One ASkewSGD step, in place, over a tensor list in one launch: each tensor is read once and written once.
+    """``skew_direction_`` without its checks; ``options``: lr, eps, alpha, clamp, … of ``run_skew_update``."""
+    # What plain SGD adds to w when it ascends a "gradient" is that gradient.
+    run_skew_update(
+        RULES["sgd"], params, directions, [], scales, levels, encodings, dequantized, stats, step=None,
+        numbers=[0.0] * len(RULES["sgd"].numbers), direction=True, maximize=True, **options,
+    )  # fmt: skip
 
-    With d = -grad (``skew="gradient"``, as published) or SGD's own direction (``skew="direction"``), u the distance
+
+_TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each tensor is read once and written once.
+
+    With d = -grad (``skew="gradient"``, as published) or {0}'s own direction (``skew="direction"``), u the distance
     to the nearest level over the bracket length Delta, h = eps - 16 u^2 (1-u)^2 and |h'| = (32/Delta) u (1-u)(1-2u):
 
         kappa = min(alpha (-h) / |h'|, Delta / (4 lr))
@@ -151,58 +169,73 @@ def skew_sgd_(
               = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
         w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)
 
-    ``skew="gradient"``: -v then replaces the gradient in torch.optim.SGD's rule (weight decay, momentum, Nesterov).
-    A zero momentum buffer with ``dampening=0`` is torch's first step.
+    ``skew="gradient"``: -v then replaces the gradient in {0}'s rule, which is
 
-    params, grads, momentum_buffers (None without momentum): lists of equal shapes and dtypes; scales: () or (rows,);
-    grids: one for each parameter; lr >= 0 and eps in (0, 1]: floats or 0-dim tensors. ``dequantized``: tensors that
+{1}
+
+    params, grads, {2}: lists of equal shapes and dtypes; scales: () or (rows,); grids: one for
+    each parameter; lr >= 0 and eps in (0, 1], the constraint's: floats or 0-dim tensors. ``dequantized``: tensors that
     receive s Q(w/s) of the new weights, in their own dtype; ``stats``: a ``SkewStats`` that receives the pass's sums.
-    NaN and inf gradients do what torch.optim.SGD does; with ``skip_nonfinite`` their elements are left alone.
+    NaN and inf gradients do what {0} does with them; with ``skip_nonfinite`` their elements are left alone.
     Raises TypeError/ValueError naming the argument before anything is written.
     Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.
     """
-    momentum = number("momentum", momentum, 0.0)
-    if nesterov and (momentum <= 0 or dampening != 0):
-        raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
-    if momentum and momentum_buffers is None:
-        raise ValueError("momentum_buffers: expected one for each parameter with momentum > 0, got None")
-    rates = [rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)]
-    numbers = [
-        number("alpha", alpha, 0.0), momentum, number("dampening", dampening, -math.inf),
-        number("weight_decay", weight_decay, 0.0), bool(nesterov), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
+
+
+def _public(rule: Rule) -> Callable[..., None]:
+    """The checked function of a rule: its state lists and hyper-parameters stand among the arguments shared by all."""
+    tensors, rate, no_list = "Sequence[Tensor]", "float | Tensor", "Sequence[Tensor] | None"
+    states = [key + "s" for key in rule.buffers]
+    lists = [(name, no_list if rule.buffers_if and name in states else tensors)
+             for name in ("params", "grads", *states, "scales")]  # fmt: skip
+    options: list[tuple[str, str, Any]] = [("step", rate, Parameter.empty)] if rule.counts else []
+    options += [("lr", rate, Parameter.empty), ("eps", rate, Parameter.empty), ("alpha", "float", 1.0)]
+    options += [(name, type(default).__name__, default) for name, default in rule.defaults.items() if name != "lr"]
+    options += [
+        ("skew", "str", "gradient"), ("clamp", "bool", True), ("dequantized", no_list, None),
+        ("stats", "SkewStats | None", None), ("maximize", "bool", False), ("skip_nonfinite", "bool", False),
     ]  # fmt: skip
-    states = {"momentum_buffers": momentum_buffers if momentum else None}
-    _skew_update("skew_sgd_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    signature = Signature(
+        [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+         for name, kind in (*lists, ("grids", "Sequence[Any]"))]
+        + [Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+           for name, kind, default in options],
+        return_annotation="None",
+    )  # fmt: skip
+
+    def update(params: Sequence[Tensor], *args: Any, **given: Any) -> None:
+        bound = signature.bind(params, *args, **given)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        _checked_update(rule, states=[arguments.pop(name) for name in states], **arguments)
+
+    update.__name__ = update.__qualname__ = rule.operator
+    update.__doc__ = _TEXT.format(
+        rule.title, fill(rule.text, 116, initial_indent=" " * 4, subsequent_indent=" " * 4), ", ".join(states)
+    )
+    update.__signature__ = signature  # type: ignore[attr-defined]
+    return in_place()(update)
+
+
+FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
+globals().update(FUNCTIONS)
+__all__ += [name for name in FUNCTIONS if name not in __all__]
+skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
 
 
 @in_place()
-def skew_adamw_(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
-    scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor, lr: float | Tensor, eps: float | Tensor,
-    alpha: float = 1.0, betas: tuple[float, float] = (0.9, 0.999), adam_eps: float = 1e-8, weight_decay: float = 0.01,
-    skew: str = "gradient", clamp: bool = True, dequantized: Sequence[Tensor] | None = None,
-    stats: SkewStats | None = None, maximize: bool = False, skip_nonfinite: bool = False,
+def skew_direction_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *,
+    lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,
+    dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, skip_nonfinite: bool = False,
 ) -> None:  # fmt: skip
-    """One ASkewAdamW step: ``skew_sgd_`` with torch.optim.AdamW as the base rule.
+    """The constraint for any base optimizer: ``skew_sgd_`` with a given d in place of -grad.
 
-    The base direction is -(m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + adam_eps) - weight_decay w, with the
-    moments updated first. ``step`` counts from 1; ``eps`` is the constraint's, ``adam_eps`` AdamW's denominator's.
+    directions: what the base optimizer would add to each weight, over lr: d = (w1 - w0) / lr. Other arguments and
+    errors as there; ``stats.totals`` hold d·v in place of g·v, and d that are inf or NaN as ``nonfinite``.
     """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
-    beta1, beta2 = (number(f"betas[{i}]", b, 0.0) for i, b in enumerate(betas))
-    if beta1 >= 1 or beta2 >= 1:
-        raise ValueError(f"betas: expected numbers in [0, 1), got {betas}")
-    rates = [
-        rate_tensor("step", step, 1.0),
-        rate_tensor("lr", lr, 0.0),
-        rate_tensor("eps", eps, 0.0, 1.0, open_low=True),
-    ]
-    numbers = [
-        number("alpha", alpha, 0.0), beta1, beta2, number("adam_eps", adam_eps, 0.0),
-        number("weight_decay", weight_decay, 0.0), skew == "direction", bool(clamp), bool(maximize),
-        bool(skip_nonfinite),
-    ]  # fmt: skip
-    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _skew_update("skew_adamw_", params, grads, states, scales, grids, dequantized, stats, rates, numbers, skew)
+    _checked_update(
+        RULES["sgd"], params, directions, [], scales, grids, eps=eps, alpha=alpha, skew="direction", clamp=clamp,
+        dequantized=dequantized, stats=stats, maximize=True, skip_nonfinite=skip_nonfinite, grads_name="directions",
+        **{**RULES["sgd"].defaults, "lr": lr},
+    )  # fmt: skip

@@ -90,11 +90,11 @@ class _Plan:
 class _Skewed(Optimizer):
     """What both optimizers share: group keys, scales and their freezing, telemetry, checkpoints.
 
-    A subclass gives ``OPERATOR``, ``_plain_step(group, params)``, ``_states(group, params)`` and ``_numbers(group)``.
+    A subclass gives ``RULE``, ``_plain_step(group, params)``, ``_states(group, params)`` and ``_numbers(group)``.
     """
 
     KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
-    OPERATOR: str
+    RULE: str
     TAKES_SPARSE: bool  # in groups without a grid
 
     def __init__(self, params: Any, defaults: dict[str, Any], telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -307,9 +307,11 @@ class _Skewed(Optimizer):
             scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
         try:
             ops.run_skew_update(
-                self.OPERATOR, weights, grads, states, scales, launch.levels,
-                launch.encodings, launch.copies, ops.SkewStats(launch.sums, totals), [*leading, *rates],
-                [*numbers, group["skew"] == "direction", launch.clamp, group["maximize"], group["skip_nonfinite"]],
+                ops.RULES[self.RULE], weights, grads, [buffers for buffers in states.values() if buffers is not None],
+                scales, launch.levels, launch.encodings, launch.copies, ops.SkewStats(launch.sums, totals),
+                step=leading[0] if leading else None, lr=rates[0], eps=rates[1], alpha=float(group["alpha"]),
+                numbers=numbers, direction=group["skew"] == "direction", clamp=launch.clamp,
+                maximize=bool(group["maximize"]), skip_nonfinite=bool(group["skip_nonfinite"]),
                 contiguous=launch.contiguous, descent=self._descent(members, weights),
             )  # fmt: skip
         except BaseException:
@@ -504,7 +506,7 @@ class ASkewSGD(_Skewed):
     Raises TypeError/ValueError naming the argument before anything is written.
     """
 
-    OPERATOR = "skew_sgd_"
+    RULE = "sgd"
     TAKES_SPARSE = True
 
     def __init__(
@@ -542,8 +544,8 @@ class ASkewSGD(_Skewed):
     def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
         first = launch.key[0]  # torch's first step takes the gradient whole; with a zero buffer that is dampening 0
         return [], [
-            float(group["alpha"]), float(group["momentum"]), 0.0 if first else float(group["dampening"]),
-            float(group["weight_decay"]), bool(group["nesterov"]),
+            float(group["momentum"]), 0.0 if first else float(group["dampening"]), float(group["weight_decay"]),
+            float(group["nesterov"]),
         ]  # fmt: skip
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -566,7 +568,7 @@ class ASkewAdamW(_Skewed):
     torch.optim.AdamW's own code.
     """
 
-    OPERATOR = "skew_adamw_"
+    RULE = "adamw"
     TAKES_SPARSE = False
 
     def __init__(
@@ -614,8 +616,7 @@ class ASkewAdamW(_Skewed):
 
     def _numbers(self, group: dict[str, Any], launch: _Launch) -> tuple[list[Tensor], list[Any]]:
         return [torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")], [
-            float(group["alpha"]), float(group["betas"][0]), float(group["betas"][1]), float(group["adam_eps"]),
-            float(group["weight_decay"]),
+            float(group["betas"][0]), float(group["betas"][1]), float(group["adam_eps"]), float(group["weight_decay"]),
         ]  # fmt: skip
 
     def _plain_step(self, group: dict[str, Any], params: list[Tensor]) -> None:

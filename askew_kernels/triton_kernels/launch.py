@@ -88,11 +88,11 @@ def check_grid(grid: list[int], levels: Tensor, like: Tensor) -> tuple[int, int]
 # ---- launches -----------------------------------------------------------------------------------------------------
 
 
-def scalar_argument(t: Tensor, name: str) -> tuple[float | Tensor, bool]:
-    """(argument, on device) of a 0-dim tensor: by value from the CPU, else by pointer, read by the kernel."""
+def scalar_argument(t: Tensor, name: str) -> float | Tensor:
+    """A 0-dim tensor as an argument: by value from the CPU, else by pointer, read by the kernel."""
     if t.numel() != 1 or not t.is_floating_point():
         raise ValueError(f"{name}: expected a 0-dim floating-point tensor")
-    return (t.item(), False) if t.is_cpu else (t, True)
+    return t.item() if t.is_cpu else t
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager:

@@ -9,6 +9,9 @@ float32 levels) with the compile-time ``N_LEVELS``; ``KIND`` is compile-time as 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,7 +21,6 @@ FLOAT = tl.constexpr(contract.FLOAT)
 UNIFORM = tl.constexpr(contract.UNIFORM)
 BINARY = tl.constexpr(contract.BINARY)
 CODEBOOK = tl.constexpr(contract.CODEBOOK)
-SGD, ADAMW = tl.constexpr(0), tl.constexpr(1)  # csrc/math/types.h, Rule
 
 # Launch options of every kernel but the packed products, whose sums have a bound and no fixed bits. A fused
 # multiply-add would round once where the CPU and the reference round twice.
@@ -54,9 +56,9 @@ def round_even(a):
 
 
 @triton.jit
-def read_scalar(x, ON_DEVICE: tl.constexpr):
-    """A 0-dim argument as float32: passed by value, or (``ON_DEVICE``) as a pointer, so that the host never waits."""
-    if ON_DEVICE:
+def read_scalar(x):
+    """A 0-dim argument as float32: passed by value, or as a pointer, so that the host never waits."""
+    if isinstance(x, tl.tensor) and x.dtype.is_ptr():  # in the interpreter a number is Python's own
         return tl.load(x).to(tl.float32)
     else:
         return tl.cast(x, tl.float32)
@@ -235,64 +237,71 @@ def skew(g, kappa, distance):
 
 
 # ---- update.inl ---------------------------------------------------------------------------------------------------
+#
+# A rule is its descent, a device function (g, w, state, constants) -> (what the base optimizer subtracts from w, over
+# lr; new state), and the constants that it takes: numbers, None where a term is to be left out at compile time.
 
 
 @triton.jit
-def sgd_descent(
-    g, w, a, momentum, one_minus_dampening, weight_decay, HAS_A: tl.constexpr, DECAY: tl.constexpr,
-    NESTEROV: tl.constexpr,
-):  # fmt: skip
-    """What ``torch.optim.SGD`` subtracts from w, over lr: (descent, momentum buffer)."""
-    if DECAY:
+def sgd_descent(g, w, state, constants):
+    """``torch.optim.SGD``; state: the momentum buffer, or nothing."""
+    momentum, one_minus_dampening, weight_decay, nesterov = constants
+    if weight_decay is not None:
         g = g + weight_decay * w
-    if HAS_A:
-        a = momentum * a + one_minus_dampening * g
-        if NESTEROV:
-            g = g + momentum * a
+    if len(state) > 0:
+        buffer = momentum * state[0] + one_minus_dampening * g
+        state = (buffer,)
+        if nesterov is not None:
+            g = g + momentum * buffer
         else:
-            g = a
-    return g, a
+            g = buffer
+    return g, state
+
+
+def sgd_constants(corrections, momentum, dampening, weight_decay, nesterov):
+    return momentum, 1 - dampening, weight_decay or None, nesterov or None
 
 
 @triton.jit
-def adamw_descent(
-    g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction, root_second_correction,
-    weight_decay, DECAY: tl.constexpr,
-):  # fmt: skip
-    """What ``torch.optim.AdamW`` subtracts from w, over lr: (descent, first moment, second moment)."""
+def adamw_descent(g, w, state, constants):
+    """``torch.optim.AdamW``; state: first and second moment."""
+    one_minus_beta1, beta2, one_minus_beta2, adam_eps, weight_decay, first_correction, root_second_correction = (
+        constants
+    )
+    a, b = state
     a = a + one_minus_beta1 * (g - a)
     b = beta2 * b + one_minus_beta2 * (g * g)
-    step = divide(a * first_correction, root(b) * root_second_correction + adam_eps)
-    if DECAY:
+    step = divide(a * read_scalar(first_correction), root(b) * read_scalar(root_second_correction) + adam_eps)
+    if weight_decay is not None:
         step = step + weight_decay * w
-    return step, a, b
+    return step, (a, b)
 
 
-@triton.jit
-def base_descent(
-    g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction,
-    root_second_correction, weight_decay, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr,
-    NESTEROV: tl.constexpr,
-):  # fmt: skip
-    """(descent, a, b) of the base optimizer ``RULE``."""
-    if RULE == SGD:
-        g, a = sgd_descent(g, w, a, momentum, one_minus_dampening, weight_decay, HAS_A, DECAY, NESTEROV)
-    else:
-        g, a, b = adamw_descent(g, w, a, b, one_minus_beta1, beta2, one_minus_beta2, adam_eps, first_correction,
-                                root_second_correction, weight_decay, DECAY)  # fmt: skip
-    return g, a, b
+def adamw_constants(corrections, beta1, beta2, adam_eps, weight_decay):
+    return 1 - beta1, beta2, 1 - beta2, adam_eps, weight_decay or None, *corrections(beta1, beta2)
+
+
+class Rule(NamedTuple):
+    descent: triton.JITFunction
+    constants: Callable[..., tuple]  # of corrections(beta1, beta2) and the rule's numbers
+    buffers: int
+    optional: bool = False  # whether it does without its buffers
+
+
+RULES = {
+    "sgd": Rule(sgd_descent, sgd_constants, 1, optional=True),
+    "adamw": Rule(adamw_descent, adamw_constants, 2),
+}
 
 
 @triton.jit
 def step_weight(
-    w, g, a, b, scale, lo, hi, levels, lr, eps, alpha, momentum, one_minus_dampening, one_minus_beta1, beta2,
-    one_minus_beta2, adam_eps, first_correction, root_second_correction, weight_decay, KIND: tl.constexpr,
-    N_LEVELS: tl.constexpr, RULE: tl.constexpr, HAS_A: tl.constexpr, DECAY: tl.constexpr, NESTEROV: tl.constexpr,
-    DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
+    w, g, state, scale, lo, hi, levels, lr, eps, alpha, constants, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    DESCENT: tl.constexpr, DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
 ):  # fmt: skip
     """One weight through one step: base direction, skew, move, clamp.
 
-    Returns (new w, a, b, descent, -h / 16 where the step started).
+    Returns (new w, new state, descent, -h / 16 where the step started).
     """
     if CLAMP:
         w = clamp_hull(w, scale, lo, hi)
@@ -304,15 +313,13 @@ def step_weight(
         g = 0.0 - g
     if not DIRECTION:
         g = skew(g, kappa, distance)
-    descent, a, b = base_descent(g, w, a, b, momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2,
-                                 adam_eps, first_correction, root_second_correction, weight_decay, RULE, HAS_A, DECAY,
-                                 NESTEROV)  # fmt: skip
+    descent, state = DESCENT(g, w, state, constants)
     if DIRECTION:
         descent = skew(descent, kappa, distance)
     w = w - lr * descent
     if CLAMP:
         w = clamp_hull(w, scale, lo, hi)
-    return w, a, b, descent, excess
+    return w, state, descent, excess
 
 
 # ---- random.inl ---------------------------------------------------------------------------------------------------

@@ -68,13 +68,13 @@ def ste_clip_kernel(
 @triton.jit(do_not_specialize=["magic"])
 def project_kernel(
     w_ptr, eps, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
-    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, EPS_ON_DEVICE: tl.constexpr,
+    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """w moved to the nearest point with h_eps >= 0."""
     start, lane, valid, scale, lo, hi = weight_block(
         scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
     )
-    radius = feasible_radius(read_scalar(eps, EPS_ON_DEVICE))
+    radius = feasible_radius(read_scalar(eps))
     w = load_wide(w_ptr + start + lane, valid)
     store_narrow(w_ptr + start + lane, project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS), valid)
 
@@ -145,8 +145,7 @@ def ste_clip_(grad, x, scale, levels, grid):
 
 def project_interval_(w, scale, levels, grid, eps):
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
-    value, device = scalar_argument(eps, "eps")
-    launch.with_scales(project_kernel, w, scale, levels, grid, w, value, EPS_ON_DEVICE=device)
+    launch.with_scales(project_kernel, w, scale, levels, grid, w, scalar_argument(eps, "eps"))
 
 
 def row_sums(x, rows):

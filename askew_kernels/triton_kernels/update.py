@@ -12,15 +12,17 @@ float64 in an order that depends on the shapes alone.
 from __future__ import annotations
 
 import collections
+import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import reference
 from ..contract import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
 from .launch import (
     STORAGE,
@@ -32,10 +34,8 @@ from .launch import (
     on_device,
     scalar_argument,
 )
-from .math import ADAMW, EXACT, SGD, hull, narrow, nearest_level, read_scalar, step_weight, widen
+from .math import EXACT, RULES, hull, narrow, nearest_level, read_scalar, step_weight, widen
 from .sam import sam_average_, sam_restore_
-
-__all__ = ["skew_adamw_", "skew_sgd_"]
 
 SEGMENT = tl.constexpr(32)  # columns of a segment
 SEGMENTS = tl.constexpr(32)  # segments of a tile
@@ -46,7 +46,8 @@ ADDRESSES = 32  # addresses that one launch of store_addresses takes
 
 # The table: one row of 16 int64 (128 bytes, a cache line) for each tensor. SLOT and TILE are the tensor's first slot
 # of partial row sums and its first tile, counted over the launch.
-W, A, B, COPY, SCALE, LEVELS, ROW_SUMS, TOTALS = (tl.constexpr(i) for i in range(8))  # addresses, 0 where absent
+# Of STATE there are two.
+W, STATE, _, COPY, SCALE, LEVELS, ROW_SUMS, TOTALS = (tl.constexpr(i) for i in range(8))  # addresses, 0 where absent
 ROWS, COLS, LO, HI, SLOT, TILE, TILES = (tl.constexpr(i) for i in range(8, 15))
 WIDTH = tl.constexpr(16)
 
@@ -84,16 +85,12 @@ def tile_sum(x, valid):
 
 @triton.jit
 def update_kernel(
-    tiles, table, grads, partial_rows, partial_totals, n_slots, n_tiles, lr, eps, first_correction,
-    root_second_correction, alpha, weight_decay, momentum, one_minus_dampening, one_minus_beta1, beta2,
-    one_minus_beta2, adam_eps,
-    DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr, KIND: tl.constexpr, N_LEVELS: tl.constexpr, HAS_A: tl.constexpr,
-    HAS_ROW_SUMS: tl.constexpr, HAS_TOTALS: tl.constexpr, ALIGNED: tl.constexpr, RULE: tl.constexpr,
-    LR_ON_DEVICE: tl.constexpr, EPS_ON_DEVICE: tl.constexpr, STEP_ON_DEVICE: tl.constexpr, DECAY: tl.constexpr,
-    NESTEROV: tl.constexpr, DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
-    SKIP_NONFINITE: tl.constexpr,
+    tiles, table, grads, partial_rows, partial_totals, n_slots, n_tiles, lr, eps, alpha, constants,
+    DTYPE: tl.constexpr, COPY_DTYPE: tl.constexpr, KIND: tl.constexpr, N_LEVELS: tl.constexpr, BUFFERS: tl.constexpr,
+    HAS_ROW_SUMS: tl.constexpr, HAS_TOTALS: tl.constexpr, ALIGNED: tl.constexpr, DESCENT: tl.constexpr,
+    DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
-    """One tile through one step: ``StepLoop`` of csrc/cpu/loops.inl."""
+    """One tile through one step: ``StepLoop`` of csrc/cpu/update.inl."""
     job = tl.load(tiles + tl.program_id(0))
     which = job >> 32
     tile = (job & 0x7FFFFFFF).to(tl.uint32)
@@ -119,38 +116,31 @@ def update_kernel(
     w_ptr = address(entry + W, DTYPE, ALIGNMENT)
     w = widen(tl.load(w_ptr + i, mask=valid, other=0.0))
     g = widen(tl.load(address(grads + which, DTYPE, ALIGNMENT) + i, mask=valid, other=0.0))
-    a = g  # stand-ins where the rule has no such state
-    b = g
-    if HAS_A:
-        a_ptr = address(entry + A, DTYPE, ALIGNMENT)
-        a = widen(tl.load(a_ptr + i, mask=valid, other=0.0))
-    if RULE == ADAMW:
-        b_ptr = address(entry + B, DTYPE, ALIGNMENT)
-        b = widen(tl.load(b_ptr + i, mask=valid, other=0.0))
+    state = ()
+    for k in tl.static_range(BUFFERS):
+        pointer = address(entry + STATE + k, DTYPE, ALIGNMENT)
+        state = state + (widen(tl.load(pointer + i, mask=valid, other=0.0)),)
     scale = tl.load(address(entry + SCALE, tl.float32, 4) + row, mask=inside, other=1.0)[:, None]
     levels = address(entry + LEVELS, tl.float32, 4)
     lo, hi = hull(tl.load(entry + LO), tl.load(entry + HI), levels, KIND, N_LEVELS)
 
-    new, new_a, new_b, descent, excess = step_weight(
-        w, g, a, b, scale, lo, hi, levels, read_scalar(lr, LR_ON_DEVICE), read_scalar(eps, EPS_ON_DEVICE), alpha,
-        momentum, one_minus_dampening, one_minus_beta1, beta2, one_minus_beta2, adam_eps,
-        read_scalar(first_correction, STEP_ON_DEVICE), read_scalar(root_second_correction, STEP_ON_DEVICE),
-        weight_decay, KIND, N_LEVELS, RULE, HAS_A, DECAY, NESTEROV, DIRECTION, CLAMP, MAXIMIZE,
+    new, new_state, descent, excess = step_weight(
+        w, g, state, scale, lo, hi, levels, read_scalar(lr), read_scalar(eps), alpha, constants, KIND, N_LEVELS,
+        DESCENT, DIRECTION, CLAMP, MAXIMIZE,
     )  # fmt: skip
     finite = tl.abs(g) < float("inf")
     if SKIP_NONFINITE:
         new = tl.where(finite, new, w)
         descent = tl.where(finite, descent, 0.0)
-        new_a = tl.where(finite, new_a, a)
-        new_b = tl.where(finite, new_b, b)
         g = tl.where(finite, g, 0.0)
 
     rounded = narrow(new, DTYPE)
     tl.store(w_ptr + i, rounded, mask=valid)
-    if HAS_A:
-        tl.store(a_ptr + i, narrow(new_a, DTYPE), mask=valid)
-    if RULE == ADAMW:
-        tl.store(b_ptr + i, narrow(new_b, DTYPE), mask=valid)
+    for k in tl.static_range(BUFFERS):
+        after = new_state[k]
+        if SKIP_NONFINITE:
+            after = tl.where(finite, after, state[k])
+        tl.store(address(entry + STATE + k, DTYPE, ALIGNMENT) + i, narrow(after, DTYPE), mask=valid)
     stored = tl.where(valid, widen(rounded), 0.0)
 
     if HAS_TOTALS or COPY_DTYPE is not None:
@@ -259,16 +249,12 @@ class _Lists(NamedTuple):
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
-    a: Sequence[Tensor]
-    b: Sequence[Tensor]
+    states: Sequence[Tensor]
     scales: Sequence[Tensor]
     levels: Sequence[Tensor]
     dequantized: Sequence[Tensor]
     row_sums: Sequence[Tensor]
     totals: Sequence[Tensor]
-
-
-_NAMES = ("momentum_buffers or exp_avgs", "exp_avg_sqs", "dequantized", "row_sums", "totals")
 
 
 class _Launch(NamedTuple):
@@ -328,13 +314,7 @@ def _check_out(t: Tensor, dtype: torch.dtype, count: int, like: Tensor, name: st
         raise ValueError(f"{name}: expected {count} elements of {dtype} on {like.device}, got {t.numel()} of {t.dtype}")
 
 
-def _same_dtype(t: Tensor, w: Tensor, name: str) -> None:
-    check_like(t, w, name)
-    if t.dtype != w.dtype:
-        raise TypeError(f"{name}: expected {w.dtype}, the dtype of the parameter, got {t.dtype}")
-
-
-def _describe(lists: _Lists, grids: Sequence[int], rule: int) -> tuple:
+def _describe(lists: _Lists, grids: Sequence[int], rule: str) -> tuple:
     """Everything that a plan depends on. Addresses of gradients come and go: only their alignment counts."""
     facts = [rule, *grids]
     for tensors in lists:
@@ -350,23 +330,25 @@ def _numbered(count: int, number: int) -> Tensor:
     return torch.arange(count, dtype=torch.int64) + (number << 32)
 
 
-def _build(lists: _Lists, grids: Sequence[int], rule: int) -> _Plan:
+def _build(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
     n = len(lists.params)
     if any(len(t) != n for t in (lists.grads, lists.scales, lists.levels)) or len(grids) != 3 * n:
         raise ValueError(f"grads, scales, levels: expected {n} tensors each, and {3 * n} integers in grids")
+    buffers = RULES[rule].buffers
+    if len(lists.states) not in (0, buffers * n):
+        raise ValueError(f"states: expected 0 or {buffers * n} tensors, got {len(lists.states)}")
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
     cleared = []
     for i, w in enumerate(lists.params):  # every check comes before the first write
         rows, cols = as_matrix(w, lists.scales[i])
-        _same_dtype(lists.grads[i], w, "grads")
+        check_like(lists.grads[i], w, "grads", same_dtype=True)
         kind, n_levels = check_grid(list(grids[3 * i : 3 * i + 3]), lists.levels[i], w)
-        optional = (lists.a, lists.b, lists.dequantized, lists.row_sums, lists.totals)
-        a, b, copy, row_sums, totals = (
-            _present(tensors, i, n, name) for tensors, name in zip(optional, _NAMES, strict=True)
+        copy, row_sums, totals = (
+            _present(getattr(lists, name), i, n, name) for name in ("dequantized", "row_sums", "totals")
         )
-        for state, name in zip((a, b), _NAMES, strict=False):
-            if state is not None:
-                _same_dtype(state, w, name)
+        state = [t for t in lists.states[i::n] if t.numel()]
+        for t in state:
+            check_like(t, w, "states", same_dtype=True)
         if copy is not None:
             check_like(copy, w, "dequantized")
             check_storage(copy, "dequantized")
@@ -377,13 +359,14 @@ def _build(lists: _Lists, grids: Sequence[int], rule: int) -> _Plan:
         if w.numel() == 0:
             cleared += [t for t in (row_sums, totals) if t is not None]
             continue
-        if rule == ADAMW and (a is None or b is None):
-            raise ValueError("exp_avgs, exp_avg_sqs: expected for every parameter")
-        vectors = [t.data_ptr() for t in (w, lists.grads[i], a, b, copy) if t is not None]
+        if len(state) != buffers and (state or not RULES[rule].optional):
+            raise ValueError(f"states: expected {buffers} for every parameter")
+        vectors = [t.data_ptr() for t in (w, lists.grads[i], *state, copy) if t is not None]
         aligned = cols % VECTOR.value == 0 and all(p % 16 == 0 for p in vectors)
-        key = (w.device, w.dtype, None if copy is None else copy.dtype, kind, n_levels, a is not None,
+        key = (w.device, w.dtype, None if copy is None else copy.dtype, kind, n_levels, len(state),
                row_sums is not None, totals is not None, aligned)  # fmt: skip
-        addresses = [0 if t is None else t.data_ptr() for t in (w, a, b, copy, lists.scales[i])]
+        no_state = [None] * (COPY.value - STATE.value - len(state))
+        addresses = [0 if t is None else t.data_ptr() for t in (w, *state, *no_state, copy, lists.scales[i])]
         addresses += [lists.levels[i].data_ptr() if n_levels else 0]
         addresses += [0 if t is None else t.data_ptr() for t in (row_sums, totals)]
         groups.setdefault(key, []).append((i, [*addresses, rows, cols, grids[3 * i + 1], grids[3 * i + 2]]))
@@ -391,7 +374,7 @@ def _build(lists: _Lists, grids: Sequence[int], rule: int) -> _Plan:
 
 
 def _build_launch(key: tuple, members: list[tuple[int, list[int]]]) -> _Launch:
-    device, dtype, copy_dtype, kind, n_levels, has_a, has_row_sums, has_totals, aligned = key
+    device, dtype, copy_dtype, kind, n_levels, buffers, has_row_sums, has_totals, aligned = key
     if _capturing(device):
         raise RuntimeError("skewed step: run one step with these tensors before capturing it in a CUDA graph")
     table, tiles, shapes = [], [], []
@@ -414,7 +397,7 @@ def _build_launch(key: tuple, members: list[tuple[int, list[int]]]) -> _Launch:
     blocks = torch.cat([_numbered(triton.cdiv(rows, height), number) for rows, number in shapes])
     constants = dict(
         DTYPE=STORAGE[dtype], COPY_DTYPE=None if copy_dtype is None else STORAGE[copy_dtype], KIND=kind,
-        N_LEVELS=n_levels, HAS_A=has_a, HAS_ROW_SUMS=has_row_sums, HAS_TOTALS=has_totals, ALIGNED=aligned,
+        N_LEVELS=n_levels, BUFFERS=buffers, HAS_ROW_SUMS=has_row_sums, HAS_TOTALS=has_totals, ALIGNED=aligned,
     )  # fmt: skip
     return _Launch(
         [i for i, _ in members], constants, torch.cat(tiles).to(device), torch.tensor(table).to(device),
@@ -423,7 +406,7 @@ def _build_launch(key: tuple, members: list[tuple[int, list[int]]]) -> _Launch:
     )  # fmt: skip
 
 
-def _plan(lists: _Lists, grids: Sequence[int], rule: int) -> _Plan:
+def _plan(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
     key = _describe(lists, grids, rule)
     plan = _plans.lookup(key)
     if plan is None:
@@ -455,96 +438,59 @@ def _grad_tables(plan: _Plan, grads: Sequence[Tensor]) -> list[Tensor]:
     return tables
 
 
-def _update(lists: _Lists, grids: Sequence[int], rule: int, lr: Tensor, eps: Tensor, corrections, **hyper) -> None:
-    """Check, group, launch; ``corrections(like)`` gives the bias corrections as kernel arguments."""
-    plan = _plan(lists, grids, rule)
-    for t in plan.cleared:
-        t.zero_()
-    lr, lr_on_device = scalar_argument(lr, "lr")
-    eps, eps_on_device = scalar_argument(eps, "eps")
-    for launch, grads in zip(plan.launches, _grad_tables(plan, lists.grads), strict=True):
-        tiles, table, n_tiles = launch.tiles, launch.table, launch.tiles.numel()
-        has_row_sums, has_totals = launch.constants["HAS_ROW_SUMS"], launch.constants["HAS_TOTALS"]
-        with on_device(tiles):
-            first_correction, root_second_correction, step_on_device = corrections(tiles)
-            rows = tiles.new_empty(NUM_ROW_SUMS * launch.n_slots if has_row_sums else 0, dtype=torch.float32)
-            totals = tiles.new_empty(NUM_TOTALS * n_tiles if has_totals else 0, dtype=torch.float32)
-            update_kernel[(n_tiles,)](
-                tiles, table, grads, rows, totals, launch.n_slots, n_tiles, lr, eps, first_correction,
-                root_second_correction, **hyper, **launch.constants, RULE=rule, LR_ON_DEVICE=lr_on_device,
-                EPS_ON_DEVICE=eps_on_device,
-                STEP_ON_DEVICE=step_on_device, num_warps=launch.num_warps, **EXACT,
-            )  # fmt: skip
-            if has_row_sums:
-                height, width = launch.row_shape
-                reduce_rows_kernel[(launch.row_blocks.numel(), NUM_ROW_SUMS)](
-                    launch.row_blocks, table, rows, launch.n_slots, R=height, E=width, num_warps=4, **EXACT
-                )
-            if has_totals:
-                reduce_totals_kernel[(table.shape[0], NUM_TOTALS)](
-                    table, totals, n_tiles, E=REDUCE, num_warps=4, **EXACT
-                )
+def _corrections(step: Tensor | None, like: Tensor, beta1: float, beta2: float) -> tuple[Any, Any]:
+    """(1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)): numbers, or tensors where the step is on the device."""
+    if step is None:
+        raise ValueError("step: expected a 0-dim tensor, got None")
+    count = scalar_argument(step, "step")
+    if not isinstance(count, Tensor):
+        return 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
+    out = like.new_empty(2, dtype=torch.float32)
+    logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
+    bias_corrections_kernel[(1,)](out, count, *logs, num_warps=1, **EXACT)
+    return out[:1], out[1:]
 
 
-# ---- operators ----------------------------------------------------------------------------------------------------
+def _operator(rule: str) -> Callable[..., None]:
+    """``skew_<rule>_``: one step over a tensor list; see the function of this name in ``ops``."""
+
+    def update(
+        params: list[Tensor], grads: list[Tensor], states: list[Tensor], scales: list[Tensor], levels: list[Tensor],
+        grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
+        step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
+        maximize: bool, skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
+        coefficients: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        grads = reference.descend(params, grads, kept, firsts, coefficients, sam_restore_, sam_average_)
+        plan = _plan(_Lists(params, grads, states, scales, levels, dequantized, row_sums, totals), grids, rule)
+        for t in plan.cleared:
+            t.zero_()
+        rates = scalar_argument(lr, "lr"), scalar_argument(eps, "eps")
+        for launch, addresses in zip(plan.launches, _grad_tables(plan, grads), strict=True):
+            tiles, table, n_tiles = launch.tiles, launch.table, launch.tiles.numel()
+            has_row_sums, has_totals = launch.constants["HAS_ROW_SUMS"], launch.constants["HAS_TOTALS"]
+            with on_device(tiles):
+                constants = RULES[rule].constants(functools.partial(_corrections, step, tiles), *numbers)
+                rows = tiles.new_empty(NUM_ROW_SUMS * launch.n_slots if has_row_sums else 0, dtype=torch.float32)
+                parts = tiles.new_empty(NUM_TOTALS * n_tiles if has_totals else 0, dtype=torch.float32)
+                update_kernel[(n_tiles,)](
+                    tiles, table, addresses, rows, parts, launch.n_slots, n_tiles, *rates, alpha, constants,
+                    **launch.constants, DESCENT=RULES[rule].descent, DIRECTION=direction, CLAMP=clamp,
+                    MAXIMIZE=maximize, SKIP_NONFINITE=skip_nonfinite, num_warps=launch.num_warps, **EXACT,
+                )  # fmt: skip
+                if has_row_sums:
+                    height, width = launch.row_shape
+                    reduce_rows_kernel[(launch.row_blocks.numel(), NUM_ROW_SUMS)](
+                        launch.row_blocks, table, rows, launch.n_slots, R=height, E=width, num_warps=4, **EXACT
+                    )
+                if has_totals:
+                    reduce_totals_kernel[(table.shape[0], NUM_TOTALS)](
+                        table, parts, n_tiles, E=REDUCE, num_warps=4, **EXACT
+                    )
+
+    return update
 
 
-def descend(params, grads, kept, firsts, coefficients):
-    """A sharpness-aware step's weights and gradients, by passes of their own (``reference.descend``)."""
-    n = len(params)
-    some = [i for i in range(n) if _present(kept or [], i, n, "kept") is not None]
-    sam_restore_([params[i] for i in some], [kept[i] for i in some])
-    some = [i for i in range(n) if _present(firsts or [], i, n, "firsts") is not None]
-    means = list(grads)
-    for i in some:
-        means[i] = grads[i].clone()
-    if some:
-        sam_average_([means[i] for i in some], [firsts[i] for i in some], coefficients)
-    return means
-
-
-def skew_sgd_(
-    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], scales: list[Tensor],
-    levels: list[Tensor], grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
-    lr: Tensor, eps: Tensor, alpha: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool,
-    direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
-    kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None, coefficients: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One ASkewSGD step over a tensor list; see ``ops.skew_sgd_``."""
-    grads = descend(params, grads, kept, firsts, coefficients)
-    _update(
-        _Lists(params, grads, momentum_buffers, [], scales, levels, dequantized, row_sums, totals), grids, SGD.value,
-        lr, eps, lambda _: (1.0, 1.0, False), alpha=alpha, weight_decay=weight_decay, momentum=momentum,
-        one_minus_dampening=1 - dampening, one_minus_beta1=0.0, beta2=0.0, one_minus_beta2=0.0, adam_eps=0.0,
-        DECAY=weight_decay != 0, NESTEROV=nesterov, DIRECTION=direction, CLAMP=clamp, MAXIMIZE=maximize,
-        SKIP_NONFINITE=skip_nonfinite,
-    )  # fmt: skip
-
-
-def skew_adamw_(
-    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    scales: list[Tensor], levels: list[Tensor], grids: list[int], dequantized: list[Tensor],
-    row_sums: list[Tensor], totals: list[Tensor], step: Tensor, lr: Tensor, eps: Tensor, alpha: float, beta1: float,
-    beta2: float, adam_eps: float, weight_decay: float, direction: bool, clamp: bool, maximize: bool,
-    skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
-    coefficients: Tensor | None = None,
-) -> None:  # fmt: skip
-    """One ASkewAdamW step over a tensor list; see ``ops.skew_adamw_``."""
-    grads = descend(params, grads, kept, firsts, coefficients)
-    step, step_on_device = scalar_argument(step, "step")
-
-    def corrections(like: Tensor):
-        if not step_on_device:
-            return 1 / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), False
-        out = like.new_empty(2, dtype=torch.float32)
-        logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
-        bias_corrections_kernel[(1,)](out, step, *logs, num_warps=1, **EXACT)
-        return out[:1], out[1:], True
-
-    _update(
-        _Lists(params, grads, exp_avgs, exp_avg_sqs, scales, levels, dequantized, row_sums, totals), grids, ADAMW.value,
-        lr, eps, corrections, alpha=alpha, weight_decay=weight_decay, momentum=0.0, one_minus_dampening=0.0,
-        one_minus_beta1=1 - beta1, beta2=beta2, one_minus_beta2=1 - beta2, adam_eps=adam_eps,
-        DECAY=weight_decay != 0, NESTEROV=False, DIRECTION=direction, CLAMP=clamp, MAXIMIZE=maximize,
-        SKIP_NONFINITE=skip_nonfinite,
-    )  # fmt: skip
+OPERATORS = {f"skew_{rule}_": _operator(rule) for rule in RULES}
+globals().update(OPERATORS)
+__all__ = [*OPERATORS]

@@ -1,4 +1,4 @@
-// The CPU loops as every instruction set offers them: raw pointers, no torch.
+// The CPU loops as every instruction set offers them (raw pointers, no torch), and which of them are in use.
 #pragma once
 #include "../math/types.h"
 
@@ -10,53 +10,76 @@ struct Tile {
   int64_t row0, row1, col0, col1;
 };
 
-struct UpdateTensor {
-  void* w;
-  const void* g;
-  void* a;  // momentum or first moment; may be null for SGD
-  void* b;  // second moment; AdamW only
-  const float* scale;
-  void* dequantized;  // may be null
-  int type, dequantized_type;
-  int64_t rows, cols;
-  GridArg grid;
-  const void* kept;   // read in place of w, whose content does not matter then; may be null
-  const void* first;  // a gradient whose mean with g takes g's place; may be null
-};
-
 struct Loops {
-  const char* name;
-  // y = s Q(w/s); y may have another storage type
-  void (*fake_quantize)(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg, int64_t cols,
-                        Tile);
-  void (*stochastic_quantize)(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg, int64_t cols,
-                              Tile, uint64_t seed);
-  // out = g inside the hull, 0 outside; out may be g
-  void (*ste_clip)(const void* g, const void* x, int type, void* out, const float* scale, GridArg, int64_t cols, Tile);
-  void (*project_interval)(void* w, int type, const float* scale, GridArg, float eps, int64_t cols, Tile);
+  void (*quantize)(const QuantizeArg&, Tile);
   // sums: [rows of the tile][kRowSums]
-  void (*row_sums)(const void* x, int type, int64_t cols, Tile, double* sums);
+  void (*row_sums)(const QuantizeArg&, Tile, double* sums);
   // row_sums (may be null): [rows of the tile][kRowSums], of the weights after the step; totals (may be null):
   // [kTotals], overwritten
-  void (*update)(const UpdateTensor&, int rule, const Hyper&, Tile, double* row_sums, double* totals);
-  // Sharpness-aware passes over columns [col0, col1) of a flat tensor. `past_caches`: what is only written is stored
-  // with non-temporal stores, which wants the written tensors aligned to 64 bytes.
-  double (*sam_norm)(const void* w, const void* g, int type, SamArg, Tile);                           // sum (T g)^2
-  void (*sam_perturb)(void* w, const void* g, void* kept, int type, SamArg, bool past_caches, Tile);  // w += delta
-  void (*sam_restore)(void* w, const void* kept, int type, bool past_caches, Tile);                   // w = kept
-  void (*sam_average)(void* g, const void* first, int type, Tile);                                    // g = mean
+  void (*update)(const UpdateTensor&, const Hyper&, Tile, double* row_sums, double* totals);
+  // Columns of one flat tensor; the sum for kSamNorm, else 0. `past_caches`: what is only written is stored with
+  // non-temporal stores, which wants the written tensors aligned to 64 bytes.
+  double (*sam)(SamPass, const SamTensor&, SamArg, bool past_caches, Tile);
   // A mixture of quantizations. sums: [rows of the tile][n][2]: of G Q, and of LSQ's terms where scales are learned
   void (*mix)(const MixArg&, void* y, Tile);
   void (*mix_gradient)(const MixArg&, const void* g, void* out, Tile, double* sums);
 };
 
-const Loops* loops_baseline();
-const Loops* loops_avx2();    // null where the compiler target has no AVX2
-const Loops* loops_avx512();  // null where the compiler target has no AVX-512
+struct PackedWeight : PackedArg {
+  const uint8_t* digits;  // trits: (256, 8), the five codes of a byte and padding; above kTopTrits those of it
+  const uint32_t* words;  // the same codes in a word, four bits each
+  float table[16];        // level of the code in the low `bits` bits of the index, where there are at most 4
+  float lo, hi, step;     // levels lo, lo + step … hi, but for a codebook
+};
 
-// The loops in use: the best this CPU runs, or the one that was forced.
+// x quantized to int8, token by token.
+struct Int8Input {
+  const int8_t* q;     // (batch, width)
+  const float* scale;  // (batch): x = scale q
+  const float* sums;   // (batch, padded groups): lo / step times the sum of q over a group
+};
+
+struct PackedLoops {
+  // Row r as float32 s c, rounded to the storage type; `out` has room for cols rounded up to 64, the rest is set to 0.
+  // bytes: scratch of cols + 64.
+  void (*decode)(const PackedWeight&, int64_t row, int type, float* out, uint8_t* bytes);
+  void (*store)(const float* values, int64_t count, void* out, int type);
+  void (*load)(const void* values, int64_t count, int type, float* out);
+
+  // Float activations. `arrange` brings one input into the order in which the kernel meets the codes, padded with 0
+  // to `width`; `multiply` then makes rows [row0, row1) of y (batch, n) = x W^T + bias. scratch: `scratch` bytes.
+  int64_t (*width)(const PackedWeight&);
+  void (*arrange)(const PackedWeight&, const float* x, float* out);
+  int64_t (*scratch)(const PackedWeight&);
+  void (*multiply)(const PackedWeight&, int64_t row0, int64_t row1, const float* x, int64_t batch, const float* bias,
+                   float* y, char* scratch);
+
+  // The same for codes of 1 and 2 bits and few inputs, where a table of all sums that four bits of codes can choose
+  // from stands in the place of the input. Null where the instruction set has no 16-entry table look-up.
+  int64_t (*tables_width)(const PackedWeight&);
+  void (*make_tables)(const PackedWeight&, const float* x, float* out);
+  void (*multiply_tables)(const PackedWeight&, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                          const float* bias, float* y);
+
+  // int8 activations, quantized by token; integer sums are exact.
+  int64_t (*int8_width)(const PackedWeight&);
+  void (*quantize)(const PackedWeight&, const float* x, int8_t* q, float* scale, float* sums, int8_t* scratch);
+  int64_t (*int8_scratch)(const PackedWeight&);
+  void (*multiply_int8)(const PackedWeight&, int64_t row0, int64_t row1, const Int8Input&, int64_t token0,
+                        int64_t token1, const float* bias, float* y, char* scratch);
+};
+
+constexpr int64_t kPadding = 64;  // arrays that the packed loops read are padded to whole vectors
+ASKEW_FN int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+ASKEW_FN int64_t padded_groups(const PackedWeight& w) { return rounded_up(w.groups ? w.groups : 1, 16); }
+
+// The set in use: the best that this CPU runs, or the one that was forced (dispatch.cpp).
 const Loops& loops();
+const PackedLoops& packed_loops();
+const char* capability();         // baseline, avx2 or avx512
+const char* packed_capability();  // the same, or avx512_vnni: products with int8 activations use VNNI
 const char* best_capability();
-bool force_capability(const char* name);  // false: unknown, not built or not supported by this CPU
+// The set of this name, without VNNI where it is not wanted. False: unknown, not built or not supported by this CPU.
+bool force_capability(const char* name, bool vnni);
 
 }  // namespace askew

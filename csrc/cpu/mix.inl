@@ -72,23 +72,12 @@ struct MixGateLoop {
   }
 };
 
-#define ASKEW_BY_CANDIDATE(GRID, CALL) \
-  switch ((GRID).kind) {               \
-    case kFloat: {                     \
-      typedef FloatGrid Grid;          \
-      CALL;                            \
-      break;                           \
-    }                                  \
-    case kBinary: {                    \
-      typedef BinaryGrid Grid;         \
-      CALL;                            \
-      break;                           \
-    }                                  \
-    default: {                         \
-      typedef UniformGrid Grid;        \
-      CALL;                            \
-      break;                           \
-    }                                  \
+// A mixture has no codebooks.
+#define ASKEW_BY_CANDIDATE(KIND, ...)                              \
+  switch (KIND) {                                                  \
+    ASKEW_CASE(case kFloat, typedef FloatGrid Grid, __VA_ARGS__)   \
+    ASKEW_CASE(case kBinary, typedef BinaryGrid Grid, __VA_ARGS__) \
+    ASKEW_CASE(default, typedef UniformGrid Grid, __VA_ARGS__)     \
   }
 
 template <class Grid>
@@ -108,7 +97,7 @@ void mix_typed(const MixArg& m, void* y, Tile t) {
       const Stream so_far{sum - (base + c), 4, true};
       for (int k = 0; k < m.n; ++k)
         ASKEW_BY_CANDIDATE(
-            m.grids[k],
+            m.grids[k].kind,
             for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k}, base, c, end))
       for_columns(MixStoreLoop<T>{{so_far, out}}, base, c, end);
     }
@@ -128,7 +117,7 @@ void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, do
       const Stream so_far{gate - (base + c), 4, true};
       for (int k = 0; k < m.n; ++k) {
         ASKEW_BY_CANDIDATE(
-            m.grids[k],
+            m.grids[k].kind,
             for_columns(
                 MixGradientLoop<T, Grid>{
                     {g, x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k, m.clip, m.learned, lanes[k]},

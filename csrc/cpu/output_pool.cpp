@@ -1,8 +1,5 @@
 #include "output_pool.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -10,7 +7,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "../checks.h"
+#include "../ops/tensors.h"
 #include "../tuning.h"
 
 namespace askew {
@@ -79,7 +76,7 @@ Buffer acquire(int64_t bytes) {
 
 Tensor pooled_empty_like(const Tensor& like) {
   const auto sizes = like.sizes();
-  const int64_t bytes = like.numel() * (like.scalar_type() == ScalarType::Float ? 4 : 2);
+  const int64_t bytes = like.numel() * type_size(storage_type(like, "out"));
   bool enabled;
   {
     std::lock_guard<std::mutex> lock(pool().mutex);

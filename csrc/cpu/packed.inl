@@ -2,13 +2,12 @@
 //
 // Codes of at most 4 bits become levels by one permutation of a register of 16 levels, which reads the low four bits of
 // each lane.
-#include "packed.h"
-#include "../math/portability.h"
+#include "loops.h"
+#include "../math/choose.h"
 
 namespace askew {
 namespace ASKEW_ISA {
 
-#include "../math/scalar.inl"
 #include "vec.inl"
 
 typedef Storage<kFloat32> Floats;
@@ -146,12 +145,7 @@ ASKEW_FN void decode_typed(const PackedWeight& weight, int64_t row, float* out, 
 }
 
 static void decode(const PackedWeight& w, int64_t row, int type, float* out, uint8_t* bytes) {
-  if (type == kFloat32)
-    decode_typed<kFloat32>(w, row, out, bytes);
-  else if (type == kBFloat16)
-    decode_typed<kBFloat16>(w, row, out, bytes);
-  else
-    decode_typed<kFloat16>(w, row, out, bytes);
+  ASKEW_BY_TYPE(type, decode_typed<T>(w, row, out, bytes))
 }
 
 template <int T>
@@ -168,12 +162,7 @@ ASKEW_FN void store_typed(const float* row, int64_t cols, void* out) {
 }
 
 static void store(const float* row, int64_t cols, void* out, int type) {
-  if (type == kFloat32)
-    store_typed<kFloat32>(row, cols, out);
-  else if (type == kBFloat16)
-    store_typed<kBFloat16>(row, cols, out);
-  else
-    store_typed<kFloat16>(row, cols, out);
+  ASKEW_BY_TYPE(type, store_typed<T>(row, cols, out))
 }
 
 template <int T>
@@ -191,14 +180,8 @@ ASKEW_FN void load_typed(const void* in, int64_t count, float* out) {
   }
 }
 
-static void load(const void* in, int64_t count, int type, float* out) {
-  if (type == kFloat32)
-    load_typed<kFloat32>(in, count, out);
-  else if (type == kBFloat16)
-    load_typed<kBFloat16>(in, count, out);
-  else
-    load_typed<kFloat16>(in, count, out);
-}
+static void load(const void* in, int64_t count, int type,
+                 float* out){ASKEW_BY_TYPE(type, load_typed<T>(in, count, out))}
 
 // The sum of all lanes by one fixed tree.
 ASKEW_FN float sum_of(vf v) {
@@ -343,16 +326,14 @@ ASKEW_FN vf scales_of(const LaneScales& s, const float* p, int64_t left) {
 #include "packed_float.inl"
 #include "packed_int8.inl"
 
-static const PackedLoops table = {decode,       store,       load,
-                                  width,        arrange,     scratch,
-                                  multiply,
-#if ASKEW_LANES == 16 && defined(__AVX512F__)
-                                  tables_width, make_tables, multiply_tables,
-#else
-                                  nullptr,    nullptr,  nullptr,
+#if !defined(ASKEW_TABLES)
+constexpr decltype(PackedLoops::tables_width) tables_width = nullptr;
+constexpr decltype(PackedLoops::make_tables) make_tables = nullptr;
+constexpr decltype(PackedLoops::multiply_tables) multiply_tables = nullptr;
 #endif
-                                  int8_width,   quantize,    int8_scratch,
-                                  multiply_int8};
+extern const PackedLoops packed = {decode,     store,    load,         width,        arrange,
+                                   scratch,    multiply, tables_width, make_tables,  multiply_tables,
+                                   int8_width, quantize, int8_scratch, multiply_int8};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

@@ -3,39 +3,25 @@
 
 enum Form : int { kBytes = 8, kDecoded = 32 };  // else the bits of a code: 1 to 4, or 0 for trits
 
+#define ASKEW_BY_FORM(NAME, VALUE, LAST, ...)                    \
+  switch (VALUE) {                                               \
+    ASKEW_CASE(case kTrits, constexpr int NAME = 0, __VA_ARGS__) \
+    ASKEW_CASE(case 1, constexpr int NAME = 1, __VA_ARGS__)      \
+    ASKEW_CASE(case 2, constexpr int NAME = 2, __VA_ARGS__)      \
+    ASKEW_CASE(case 3, constexpr int NAME = 3, __VA_ARGS__)      \
+    ASKEW_CASE(case 4, constexpr int NAME = 4, __VA_ARGS__)      \
+    ASKEW_CASE(default, constexpr int NAME = LAST, __VA_ARGS__)  \
+  }
+
 // How rows are read: as they stand, as bytes made of them, or as decoded floats where groups end inside a lane.
 ASKEW_FN int form_of(const PackedWeight& w) {
-  switch (w.bits) {
-    case 0:
-      return groups_fit(w, Block<0>::kCols, Block<0>::kCodes) ? 0 : kDecoded;
-    case 1:
-      return groups_fit(w, Block<1>::kCols, Block<1>::kCodes) ? 1 : kDecoded;
-    case 2:
-      return groups_fit(w, Block<2>::kCols, Block<2>::kCodes) ? 2 : kDecoded;
-    case 3:
-      return groups_fit(w, Block<3>::kCols, Block<3>::kCodes) ? 3 : kDecoded;
-    case 4:
-      return groups_fit(w, Block<4>::kCols, Block<4>::kCodes) ? 4 : kDecoded;
-    default:
-      return groups_fit(w, ASKEW_LANES, 1) ? kBytes : kDecoded;
-  }
+  ASKEW_BY_FORM(BITS, w.bits, kBytes, return groups_fit(w, Block<BITS>::kCols, Block<BITS>::kCodes) ? BITS : kDecoded)
+  return kDecoded;
 }
 
 static int64_t width(const PackedWeight& w) {
-  switch (form_of(w)) {
-    case 0:
-      return rounded_up(w.cols, Block<0>::kCols);
-    case 1:
-      return rounded_up(w.cols, Block<1>::kCols);
-    case 2:
-      return rounded_up(w.cols, Block<2>::kCols);
-    case 3:
-      return rounded_up(w.cols, Block<3>::kCols);
-    case 4:
-      return rounded_up(w.cols, Block<4>::kCols);
-    default:
-      return rounded_up(w.cols, ASKEW_LANES);
-  }
+  ASKEW_BY_FORM(FORM, form_of(w), kBytes, return rounded_up(w.cols, Block<FORM>::kCols))
+  return 0;
 }
 
 template <int BITS>
@@ -55,21 +41,10 @@ ASKEW_FN void arrange_blocks(const PackedWeight& weight, const float* x, float* 
 }
 
 static void arrange(const PackedWeight& w, const float* x, float* out) {
-  switch (form_of(w)) {
-    case 0:
-      return arrange_blocks<0>(w, x, out);
-    case 1:
-      return arrange_blocks<1>(w, x, out);
-    case 2:
-      return arrange_blocks<2>(w, x, out);
-    case 3:
-      return arrange_blocks<3>(w, x, out);
-    case 4:
-      return arrange_blocks<4>(w, x, out);
-    default:
-      __builtin_memcpy(out, x, w.cols * 4);
-      for (int64_t c = w.cols; c % ASKEW_LANES; ++c) out[c] = 0;
-  }
+  const int form = form_of(w);
+  if (form <= 4) ASKEW_BY_FORM(FORM, form, 4, return arrange_blocks<FORM>(w, x, out))
+  __builtin_memcpy(out, x, w.cols * 4);
+  for (int64_t c = w.cols; c % ASKEW_LANES; ++c) out[c] = 0;
 }
 
 constexpr int kRows = 4;  // that the kernel has in flight for one input
@@ -168,11 +143,7 @@ ASKEW_FN void multiply_rows(const PackedWeight& w, int64_t row, const float* x, 
     ASKEW_UNROLL for (int r = 0; r < R; ++r)
         decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
     p = (const uint8_t*)scratch;
-  } else if (FORM == kBytes && w.bits != 8) {
-    stride = rounded_up(w.cols, 64) + kPadding;
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
-    p = (const uint8_t*)scratch;
-  } else if (FORM == kBytes && w.cols % ASKEW_LANES) {
+  } else if (FORM == kBytes && (w.bits != 8 || w.cols % ASKEW_LANES)) {
     stride = rounded_up(w.cols, 64) + kPadding;
     ASKEW_UNROLL for (int r = 0; r < R; ++r) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
     p = (const uint8_t*)scratch;
@@ -217,29 +188,16 @@ ASKEW_FN void multiply_form(const PackedWeight& w, int64_t row0, int64_t row1, c
 
 static void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
                      const float* bias, float* y, char* scratch) {
-#define ASKEW_FORM(FORM)                                                               \
-  (w.groups > 1 ? multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch) \
-                : multiply_form<FORM, false>(w, row0, row1, x, batch, bias, y, scratch))
-  switch (form_of(w)) {
-    case 0:
-      return ASKEW_FORM(0);
-    case 1:
-      return ASKEW_FORM(1);
-    case 2:
-      return ASKEW_FORM(2);
-    case 3:
-      return ASKEW_FORM(3);
-    case 4:
-      return ASKEW_FORM(4);
-    case kBytes:
-      return ASKEW_FORM(kBytes);
-    default:
-      return multiply_form<kDecoded, false>(w, row0, row1, x, batch, bias, y, scratch);
-  }
-#undef ASKEW_FORM
+  const int form = form_of(w);
+  if (form == kDecoded) return multiply_form<kDecoded, false>(w, row0, row1, x, batch, bias, y, scratch);
+  if (w.groups > 1)
+    ASKEW_BY_FORM(FORM, form, kBytes, multiply_form<FORM, true>(w, row0, row1, x, batch, bias, y, scratch))
+  else
+    ASKEW_BY_FORM(FORM, form, kBytes, multiply_form<FORM, false>(w, row0, row1, x, batch, bias, y, scratch))
 }
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
+#define ASKEW_TABLES 1
 // Codes of 1 and 2 bits: four bits of a row choose among 16 sums of inputs (four inputs or two), which fit one
 // register. A lane is a row here: 16 rows look up in the same table at once.
 constexpr int kBands = 4;  // of 16 rows that share a table while it is in a register

@@ -69,8 +69,8 @@ static void quantize(const PackedWeight& weight, const float* x, int8_t* q, floa
   float top;
   __builtin_memcpy(&top, &most, 4);
   const bool finite = most < 0x7f800000u;
-  const float inverse = finite && top > 0 ? 127.f / top : 0.f;
-  *scale = finite ? top / 127.f : __builtin_nanf("");
+  const float inverse = finite && top > 0 ? (float)kInt8Top / top : 0.f;
+  *scale = finite ? top / (float)kInt8Top : __builtin_nanf("");
   int8_t* to = parts == 1 || !parts ? q : scratch;
   if (finite && inverse < __builtin_inff()) {
     int64_t c = 0;
@@ -84,7 +84,7 @@ static void quantize(const PackedWeight& weight, const float* x, int8_t* q, floa
 #endif
       __builtin_memcpy(to + c, &bytes, sizeof bytes);
     }
-    for (; c < cols; ++c) to[c] = (int8_t)((x[c] * inverse + 12582912.f) - 12582912.f);
+    for (; c < cols; ++c) to[c] = (int8_t)round_even(x[c] * inverse);
   } else {  // nothing but zeros and subnormal numbers, or a token that is not finite: its scale is NaN
     for (int64_t c = 0; c < cols; ++c) to[c] = 0;
   }
@@ -163,7 +163,7 @@ ASKEW_FN void unpack_trits(const PackedWeight& w, int64_t row, uint8_t* out) {
   const uint8_t* p = w.codes + row * w.row_bytes;
   const __m512i three = _mm512_set1_epi16(3), above = _mm512_set1_epi16(3 << 8), low = _mm512_set1_epi16(255);
   for (int64_t at = 0; at < int8_width(w) / 5; at += 64, out += 5 * 64) {
-    const __m512i bytes = _mm512_min_epu8((__m512i)row_words(w, p, at), _mm512_set1_epi8((char)242));
+    const __m512i bytes = _mm512_min_epu8((__m512i)row_words(w, p, at), _mm512_set1_epi8((char)kTopTrits));
     __m512i even = _mm512_mullo_epi16(_mm512_and_si512(bytes, low), _mm512_set1_epi16(270));
     __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(bytes, 8), _mm512_set1_epi16(270));
     ASKEW_UNROLL for (int k = 4; k >= 0; --k) {
@@ -193,70 +193,55 @@ ASKEW_FN void unpack_int8(const PackedWeight& w, int64_t row, uint8_t* out) {
 }
 
 // Sums of four products in each lane; with the factor, which only sums in int16 take.
-#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
+#if (ASKEW_LANES == 16 && defined(__AVX512BW__)) || (ASKEW_LANES == 8 && defined(__AVX2__))
+#if ASKEW_LANES == 16
 typedef __m512i Codes;
-typedef __m512i Sums;  // int32, four products each
-ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
-ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) { return _mm512_dpbusd_epi32(sums, codes, input); }
-ASKEW_FN Sums products(Codes codes, Codes input) { return add_products(zero_sums(), codes, input); }
-ASKEW_FN vi lane_sums(Sums sums, int = 1) { return (vi)sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT32_MAX; }
-#elif ASKEW_LANES == 16 && defined(__AVX512BW__)
-typedef __m512i Codes;
-typedef __m512i Sums;  // int16, two products each: added up in int32 before they overflow
-ASKEW_FN Codes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-ASKEW_FN Sums zero_sums() { return _mm512_setzero_si512(); }
-ASKEW_FN Sums products(Codes codes, Codes input) { return _mm512_maddubs_epi16(codes, input); }
-ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(products(codes, input)));  // in place: GCC copies otherwise
-  return sums;
-}
-ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return (vi)_mm512_madd_epi16(sums, _mm512_set1_epi16(factor)); }
-#define ASKEW_PLACES 4
-ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
-// Codes above 129 times 127, two of them, leave int16: low and high bytes of 16 bits apart.
-ASKEW_FN vi wide_products(Codes codes, Codes input) {
-  const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(255)),
-                                         _mm512_srai_epi16(_mm512_slli_epi16(input, 8), 8));
-  return (vi)_mm512_add_epi32(even, _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(input, 8)));
-}
-#define ASKEW_WIDE 1
-#elif ASKEW_LANES == 8 && defined(__AVX2__)
-typedef __m256i Codes;
-typedef __m256i Sums;
-ASKEW_FN Codes load_bytes(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
-ASKEW_FN Sums zero_sums() { return _mm256_setzero_si256(); }
-ASKEW_FN Sums products(Codes codes, Codes input) { return _mm256_maddubs_epi16(codes, input); }
-ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-  asm("vpaddw %1, %0, %0" : "+x"(sums) : "x"(products(codes, input)));  // in place: GCC copies otherwise
-  return sums;
-}
-ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return (vi)_mm256_madd_epi16(sums, _mm256_set1_epi16(factor)); }
-ASKEW_FN int64_t vectors_in_flight(int top) { return 32767 / (2 * 127 * top); }
-ASKEW_FN vi wide_products(Codes codes, Codes input) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(input, 8), 8));
-  return (vi)_mm256_add_epi32(even, _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(input, 8)));
-}
-#define ASKEW_WIDE 1
+#define ASKEW_MM(NAME) _mm512_##NAME
 #else
-struct Codes {
-  uint8_t byte[4 * ASKEW_LANES];
-};
+typedef __m256i Codes;
+#define ASKEW_MM(NAME) _mm256_##NAME
+#endif
+typedef Codes Sums;
+#else
+typedef uint8_t Codes __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef vi Sums;
+#endif
 ASKEW_FN Codes load_bytes(const void* p) {
   Codes codes;
   __builtin_memcpy(&codes, p, sizeof codes);
   return codes;
 }
-ASKEW_FN Sums zero_sums() { return vi{}; }
-ASKEW_FN Sums add_products(Sums sums, const Codes& codes, const Codes& input) {
-  for (int i = 0; i < 4 * ASKEW_LANES; ++i) sums[i / 4] += codes.byte[i] * (int8_t)input.byte[i];
+
+#if defined(ASKEW_MM) && !defined(__AVX512VNNI__)  // int16, two products each: added up in int32 before they overflow
+ASKEW_FN Sums products(Codes codes, Codes input) { return ASKEW_MM(maddubs_epi16)(codes, input); }
+ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
+  asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(products(codes, input)));  // in place: GCC copies otherwise
   return sums;
 }
-ASKEW_FN Sums products(const Codes& codes, const Codes& input) { return add_products(zero_sums(), codes, input); }
-ASKEW_FN vi lane_sums(Sums sums, int = 1) { return sums; }
+ASKEW_FN vi pair_sums(Codes a, Codes b) { return (vi)ASKEW_MM(madd_epi16)(a, b); }
+ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return pair_sums(sums, ASKEW_MM(set1_epi16)((short)factor)); }
+ASKEW_FN int64_t vectors_in_flight(int top) { return INT16_MAX / (2 * kInt8Top * top); }
+#if ASKEW_LANES == 16
+#define ASKEW_PLACES 4
+#endif
+#define ASKEW_WIDE 1
+// Codes above 129 times 127, two of them, leave int16: low and high bytes of 16 bits apart.
+ASKEW_FN vi wide_products(Codes codes, Codes input) {
+  const Codes low = ASKEW_MM(set1_epi16)(255);
+  return pair_sums(codes & low, ASKEW_MM(srai_epi16)(ASKEW_MM(slli_epi16)(input, 8), 8)) +
+         pair_sums(ASKEW_MM(srli_epi16)(codes, 8), ASKEW_MM(srai_epi16)(input, 8));
+}
+#else  // int32
+ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
+#if defined(ASKEW_MM)
+  return _mm512_dpbusd_epi32(sums, codes, input);
+#else
+  for (int i = 0; i < 4 * ASKEW_LANES; ++i) sums[i / 4] += codes[i] * (int8_t)input[i];
+  return sums;
+#endif
+}
+ASKEW_FN Sums products(Codes codes, Codes input) { return add_products(Sums{}, codes, input); }
+ASKEW_FN vi lane_sums(Sums sums, int = 1) { return (vi)sums; }
 ASKEW_FN int64_t vectors_in_flight(int) { return INT32_MAX; }
 #endif
 
@@ -283,7 +268,7 @@ ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, in
     }
 #endif
     Sums own[R][B];
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = zero_sums();
+    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = Sums{};
     for (; i < end; i += kStep) {
       Codes code[R];
       ASKEW_UNROLL for (int r = 0; r < R; ++r) code[r] = load_bytes(codes + r * width + i);
@@ -318,7 +303,7 @@ ASKEW_FN void direct_sums(const PackedWeight& w, const uint8_t* p, const int8_t*
     const int64_t stop = (end - c) / kBlock > blocks ? c + blocks * kBlock : end;
     Sums own[kPlaces][R][B];
     ASKEW_UNROLL for (int k = 0; k < kPlaces; ++k) ASKEW_UNROLL for (int r = 0; r < R; ++r)
-        ASKEW_UNROLL for (int b = 0; b < B; ++b) own[k][r][b] = zero_sums();
+        ASKEW_UNROLL for (int b = 0; b < B; ++b) own[k][r][b] = Sums{};
     do {
       vu word[R];
       ASKEW_UNROLL for (int r = 0; r < R; ++r) word[r] =

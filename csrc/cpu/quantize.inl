@@ -67,3 +67,30 @@ struct ProjectLoop {
       store<T>(l.streams[0], i, project_interval(load<T>(l.streams[0], i), l.row, l.radius));
   }
 };
+
+template <class Loop>
+ASKEW_FN void for_rows(const QuantizeArg& a, Tile t, Loop loop) {
+  for (int64_t r = t.row0; r < t.row1; ++r) {
+    loop.row = make_row(vf{} + a.scale[r], decltype(loop.row.grid)::make(a.grid));
+    for_columns(loop, r * a.m.cols, t.col0, t.col1);
+  }
+}
+
+template <int T, class Grid>
+void quantize_typed(const QuantizeArg& a, Tile t) {
+  const Stream x{(void*)a.x, type_size(T), false}, y{a.y, type_size(a.y_type), true};
+  switch (a.pass) {
+    case kQuantize:
+      return for_rows(a, t, QuantizeLoop<T, Grid>{{x, y}, a.y_type, {}});
+    case kStochastic:
+      return for_rows(a, t, StochasticLoop<T, Grid>{{x, y}, a.y_type, {}, a.seed});
+    case kSteClip:
+      return for_rows(a, t, SteClipLoop<T, Grid>{{{(void*)a.g, type_size(T), false}, x, y}, {}});
+    case kProject:
+      return for_rows(a, t, ProjectLoop<T, Grid>{{y}, feasible_radius((float)a.eps.value), {}});
+  }
+}
+
+static void quantize(const QuantizeArg& a, Tile t) {
+  ASKEW_BY_TYPE(a.type, ASKEW_BY_GRID(a.grid.kind, quantize_typed<T, Grid>(a, t)))
+}

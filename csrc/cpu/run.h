@@ -3,24 +3,20 @@
 // Work is divided by the shapes alone (never by the thread count), and partial sums are added in the order of the
 // pieces: results are the same bits for any number of threads.
 #pragma once
-#include <torch/csrc/stable/library.h>
-
 #include <cstring>
 
-#include "../checks.h"
+#include "../ops/tensors.h"
 #include "../tuning.h"
 #include "loops.h"
 #include "output_pool.h"
 
 namespace askew {
 
-constexpr int64_t kPiece = 16384;  // columns of a row whose sums are taken together; a multiple of the loops' band
-
 // A (rows, cols) matrix cut into tiles: pieces of long rows, or bands of short rows, `piece` elements each or a little
-// more. Where sums are taken the piece decides their bits and is kPiece.
+// more. Where sums are taken the piece decides their bits and is kSumPiece.
 struct Tiling {
   int64_t rows, cols, piece, pieces_per_row, rows_per_band, tiles;
-  explicit Tiling(Matrix m, int64_t piece = kPiece) : rows(m.rows), cols(m.cols), piece(piece) {
+  explicit Tiling(Matrix m, int64_t piece = kSumPiece) : rows(m.rows), cols(m.cols), piece(piece) {
     if (rows == 0 || cols == 0) rows = cols = 0;
     pieces_per_row = cols > 2 * piece ? (cols + piece - 1) / piece : 1;
     rows_per_band = pieces_per_row > 1 || cols == 0 ? 1 : (piece + cols - 1) / cols;
@@ -34,6 +30,9 @@ struct Tiling {
     const int64_t first = i * rows_per_band;
     return {first, first + rows_per_band < rows ? first + rows_per_band : rows, 0, cols};
   }
+  // Where the partial sums of tile i start, counted in rows: those of a row's pieces stand side by side.
+  int64_t partial(int64_t i) const { return pieces_per_row > 1 ? i : i * rows_per_band; }
+  int64_t partials() const { return rows * pieces_per_row; }
 };
 
 template <class F>
@@ -45,11 +44,11 @@ inline void for_tiles(int64_t tiles, int64_t elements, const F& f) {
   torch::stable::parallel_for(0, tiles, 1, f);
 }
 
+// body(tile, its number)
 template <class F>
-inline void over_matrix(Matrix m, const F& body) {
-  const Tiling tiling(m, tuning.piece_columns);
-  for_tiles(tiling.tiles, m.rows * m.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(tiling[i]);
+inline void over_matrix(const Tiling& tiling, const F& body) {
+  for_tiles(tiling.tiles, tiling.rows * tiling.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(tiling[i], i);
   });
 }
 
@@ -65,5 +64,11 @@ inline void gather_row_sums(const Tiling& tiling, const double* partial, float* 
     for (int j = 0; j < kRowSums; ++j) out[j] = (float)s[j];
   }
 }
+
+// What every operator's `Device` on the CPU has.
+struct OnCpu {
+  explicit OnCpu(const Tensor&) {}
+  Tensor empty_like(const Tensor& t) const { return pooled_empty_like(t); }
+};
 
 }  // namespace askew

@@ -23,19 +23,6 @@ struct SamNormLoop {
   }
 };
 
-static double sam_norm(const void* w, const void* g, int type, SamArg arg, Tile t) {
-  Lanes16 sum;
-  clear(sum);
-  const int size = type_size(type);
-  for (int64_t c = t.col0; c < t.col1; c += kBand) {
-    const int64_t end = c + kBand < t.col1 ? c + kBand : t.col1;
-    ASKEW_BY_TYPE(type,
-                  for_columns(SamNormLoop<T>{{{(void*)w, size, false}, {(void*)g, size, false}}, arg, &sum}, 0, c, end))
-    flush(sum);
-  }
-  return finish(sum);
-}
-
 // A vector of a storage type, bit for bit (a conversion would change a signalling NaN).
 template <int T>
 struct Raw {
@@ -48,30 +35,19 @@ struct Raw<kFloat32> {
 
 // Without bringing the line into the caches, which a plain store does first.
 template <class Bits>
-ASKEW_FN void store_bits(void* p, Bits v, bool past_caches) {
+ASKEW_FN void store_bits(void* p, Bits v, [[maybe_unused]] bool past_caches) {
 #if defined(__AVX__)
   if (past_caches) {
-    if constexpr (sizeof v == 64) {
 #if ASKEW_LANES == 16
-      __m512i bits;
-      __builtin_memcpy(&bits, &v, sizeof bits);
-      _mm512_stream_si512((__m512i*)p, bits);
+    if constexpr (sizeof v == 64) return _mm512_stream_si512((__m512i*)p, (__m512i)v);
 #endif
-    } else if constexpr (sizeof v == 32) {
-      __m256i bits;
-      __builtin_memcpy(&bits, &v, sizeof bits);
-      _mm256_stream_si256((__m256i*)p, bits);
-    } else {
-      __m128i bits;
-      __builtin_memcpy(&bits, &v, sizeof bits);
-      _mm_stream_si128((__m128i*)p, bits);
-    }
-    return;
+    if constexpr (sizeof v == 32) return _mm256_stream_si256((__m256i*)p, (__m256i)v);
+    if constexpr (sizeof v == 16) return _mm_stream_si128((__m128i*)p, (__m128i)v);
   }
 #endif
   __builtin_memcpy(p, &v, sizeof v);
 }
-ASKEW_FN void finish_stores(bool past_caches) {  // before another thread is told that they are done
+ASKEW_FN void finish_stores([[maybe_unused]] bool past_caches) {  // before another thread is told that they are done
 #if defined(__AVX__)
   if (past_caches) _mm_sfence();
 #endif
@@ -98,21 +74,6 @@ struct SamPerturbLoop {
   }
 };
 
-template <bool PAST_CACHES>
-static void sam_perturb_as(void* w, const void* g, void* kept, int type, SamArg arg, Tile t) {
-  const int size = type_size(type);
-  const Stream ws{w, size, true}, gs{(void*)g, size, false}, keep{kept, size, true};
-  ASKEW_BY_TYPE(type, for_columns(SamPerturbLoop<T, PAST_CACHES>{{ws, gs, keep}, arg}, 0, t.col0, t.col1))
-  finish_stores(PAST_CACHES);
-}
-
-static void sam_perturb(void* w, const void* g, void* kept, int type, SamArg arg, bool past_caches, Tile t) {
-  if (past_caches)
-    sam_perturb_as<true>(w, g, kept, type, arg, t);
-  else
-    sam_perturb_as<false>(w, g, kept, type, arg, t);
-}
-
 template <int T, bool PAST_CACHES>
 struct CopyLoop {
   static constexpr int kStreams = 2;
@@ -130,16 +91,6 @@ struct CopyLoop {
   }
 };
 
-static void sam_restore(void* w, const void* kept, int type, bool past_caches, Tile t) {
-  const int size = type_size(type);
-  const Stream to{w, size, true}, from{(void*)kept, size, false};
-  if (past_caches)
-    ASKEW_BY_TYPE(type, for_columns(CopyLoop<T, true>{{to, from}}, 0, t.col0, t.col1))
-  else
-    ASKEW_BY_TYPE(type, for_columns(CopyLoop<T, false>{{to, from}}, 0, t.col0, t.col1))
-  finish_stores(past_caches);
-}
-
 template <int T>
 struct SamMeanLoop {
   static constexpr int kStreams = 3;
@@ -155,8 +106,34 @@ struct SamMeanLoop {
   }
 };
 
-static void sam_average(void* g, const void* first, int type, Tile t) {
-  const int size = type_size(type);
-  const Stream mean{g, size, true}, second{g, size, false}, other{(void*)first, size, false};
-  ASKEW_BY_TYPE(type, for_columns(SamMeanLoop<T>{{mean, second, other}}, 0, t.col0, t.col1))
+template <int T, bool PAST_CACHES>
+double sam_typed(SamPass pass, const SamTensor& s, SamArg arg, Tile t) {
+  const Stream w{s.w, type_size(T), true}, w_read{s.w, type_size(T), false}, g{(void*)s.g, type_size(T), false};
+  const Stream kept{s.kept, type_size(T), true}, kept_read{s.kept, type_size(T), false};
+  Lanes16 sum;
+  switch (pass) {
+    case kSamNorm:
+      clear(sum);
+      for (int64_t c = t.col0; c < t.col1; c += kBand) {
+        for_columns(SamNormLoop<T>{{w_read, g}, arg, &sum}, 0, c, c + kBand < t.col1 ? c + kBand : t.col1);
+        flush(sum);
+      }
+      return finish(sum);
+    case kSamPerturb:
+      for_columns(SamPerturbLoop<T, PAST_CACHES>{{w, g, kept}, arg}, 0, t.col0, t.col1);
+      break;
+    case kSamRestore:
+      for_columns(CopyLoop<T, PAST_CACHES>{{w, kept_read}}, 0, t.col0, t.col1);
+      break;
+    case kSamAverage:
+      for_columns(SamMeanLoop<T>{{w, w_read, g}}, 0, t.col0, t.col1);
+  }
+  finish_stores(PAST_CACHES);
+  return 0;
+}
+
+static double sam(SamPass pass, const SamTensor& s, SamArg arg, bool past_caches, Tile t) {
+  if (past_caches) ASKEW_BY_TYPE(s.type, return sam_typed<T, true>(pass, s, arg, t))
+  ASKEW_BY_TYPE(s.type, return sam_typed<T, false>(pass, s, arg, t))
+  return 0;
 }

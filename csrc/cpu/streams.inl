@@ -15,8 +15,6 @@ struct Stream {
   }
 };
 
-ASKEW_FN int type_size(int type) { return type == kFloat32 ? 4 : 2; }
-
 // Runs the loop over columns [c0, c1) of the row that starts at element `base`.
 template <class Loop>
 ASKEW_FN void for_columns(const Loop& loop, int64_t base, int64_t c0, int64_t c1) {

@@ -1,5 +1,8 @@
 // F = vf: a vector of ASKEW_LANES floats, and loads and stores of the three storage types.
 // GCC/Clang vector extensions: the same source becomes SSE2, AVX2 or AVX-512 (or NEON) code, lane for lane equal.
+#pragma once
+#include "../math/scalar.inl"
+
 typedef float vf __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * ASKEW_LANES)));
@@ -10,11 +13,10 @@ ASKEW_FN vi both(vi a, vi b) { return a & b; }
 #if defined(__FMA__)
 #if ASKEW_LANES == 16
 ASKEW_FN vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-ASKEW_FN vf remainder_of(vf a, vf q, vf b) { return (vf)_mm512_fnmadd_ps((__m512)q, (__m512)b, (__m512)a); }
-#elif ASKEW_LANES == 8
+#else
 ASKEW_FN vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-ASKEW_FN vf remainder_of(vf a, vf q, vf b) { return (vf)_mm256_fnmadd_ps((__m256)q, (__m256)b, (__m256)a); }
 #endif
+ASKEW_FN vf remainder_of(vf a, vf q, vf b) { return fused_multiply_add(-q, b, a); }
 #endif
 ASKEW_FN vf absolute(vf a) { return (vf)((vi)a & 0x7fffffff); }
 ASKEW_FN vf negate_where_negative(vf a, vf by) { return (vf)((vi)a ^ ((vi)by & (int32_t)0x80000000)); }
@@ -46,7 +48,7 @@ ASKEW_FN vf divide(vf a, const Divisor<vf>& b) {
   return a / b.value;
 }
 ASKEW_FN vf divide_roughly(vf a, const Divisor<vf>& b) { return a * b.inverse; }  // the same on every instruction set
-ASKEW_FN vf round_even(vf a) { return (a + 12582912.f) - 12582912.f; }
+ASKEW_FN vf round_even(vf a) { return (a + kRounding) - kRounding; }
 ASKEW_FN vf root(vf a) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
   return (vf)_mm512_sqrt_ps((__m512)a);
@@ -96,8 +98,45 @@ ASKEW_FN Pair divide_roughly(Pair a, const Divisor<Pair>& b) {
   return {divide_roughly(a.lo, b.of_each), divide_roughly(a.hi, b.of_each)};
 }
 
+ASKEW_FN vf widen_bf16(vu u) { return (vf)(u << 16); }
+ASKEW_FN vu narrow_bf16(vf v) {  // ties to even; NaN stays NaN, quiet
+  vu b = (vu)v;
+  vu r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  return (vu)((v == v) ? (vi)r : (vi)((b >> 16) | 0x40u));
+}
+ASKEW_FN vf widen_f16(vu u) {  // exponent rebias by an exact multiplication, which also serves subnormals
+  vu sign = (u & 0x8000u) << 16, body = (u & 0x7fffu) << 13;
+  vf v = (vf)body * 0x1p112f;
+  vf special = (vf)(body | 0x7f800000u);  // inf and NaN
+  v = ((vi)(u & 0x7c00u) == 0x7c00) ? special : v;
+  return (vf)((vu)v | sign);
+}
+ASKEW_FN vu narrow_f16(vf v) {  // ties to even, gradual underflow, overflow to inf
+  vu b = (vu)v, sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
+  vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000u;  // the adder rounds to multiples of 2^-24
+  vi r = ((vi)a < 0x38800000) ? (vi)subnormal : (vi)normal;
+  r = ((vi)a >= 0x477ff000) ? vi{} + 0x7c00 : r;
+  r = ((vi)a > 0x7f800000) ? (vi)(0x7e00u | ((a >> 13) & 0x3ffu)) : r;
+  return (vu)r | sign;
+}
+
 template <int T>
-struct Storage;
+struct Storage {  // 16 bits
+  typedef uint16_t type;
+  ASKEW_FN vf widen(vu u) { return T == kBFloat16 ? widen_bf16(u) : widen_f16(u); }
+  ASKEW_FN vu narrow(vf v) { return T == kBFloat16 ? narrow_bf16(v) : narrow_f16(v); }
+  ASKEW_FN vf load(const uint16_t* p) {
+    vh h;
+    __builtin_memcpy(&h, p, sizeof h);
+    return widen(__builtin_convertvector(h, vu));
+  }
+  ASKEW_FN void store(uint16_t* p, vf v) {
+    vh h = __builtin_convertvector(narrow(v), vh);
+    __builtin_memcpy(p, &h, sizeof h);
+  }
+  ASKEW_FN vf rounded(vf v) { return widen(narrow(v)); }
+};
 
 template <>
 struct Storage<kFloat32> {
@@ -109,56 +148,4 @@ struct Storage<kFloat32> {
   }
   ASKEW_FN void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
   ASKEW_FN vf rounded(vf v) { return v; }
-};
-
-template <>
-struct Storage<kBFloat16> {
-  typedef uint16_t type;
-  ASKEW_FN vf widen(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
-  ASKEW_FN vu narrow(vf v) {  // ties to even; NaN stays NaN, quiet
-    vu b = (vu)v;
-    vu r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return (vu)((v == v) ? (vi)r : (vi)((b >> 16) | 0x40u));
-  }
-  ASKEW_FN vf load(const uint16_t* p) {
-    vh h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return widen(h);
-  }
-  ASKEW_FN void store(uint16_t* p, vf v) {
-    vh h = __builtin_convertvector(narrow(v), vh);
-    __builtin_memcpy(p, &h, sizeof h);
-  }
-  ASKEW_FN vf rounded(vf v) { return (vf)(narrow(v) << 16); }
-};
-
-template <>
-struct Storage<kFloat16> {
-  typedef uint16_t type;
-  ASKEW_FN vf widen(vh h) {  // exponent rebias by an exact multiplication, which also serves subnormals
-    vu u = __builtin_convertvector(h, vu), sign = (u & 0x8000u) << 16, body = (u & 0x7fffu) << 13;
-    vf v = (vf)body * 0x1p112f;
-    vf special = (vf)(body | 0x7f800000u);  // inf and NaN
-    v = ((vi)(u & 0x7c00u) == 0x7c00) ? special : v;
-    return (vf)((vu)v | sign);
-  }
-  ASKEW_FN vu narrow(vf v) {  // ties to even, gradual underflow, overflow to inf
-    vu b = (vu)v, sign = (b >> 16) & 0x8000u, a = b & 0x7fffffffu;
-    vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
-    vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000u;  // the adder rounds to multiples of 2^-24
-    vi r = ((vi)a < 0x38800000) ? (vi)subnormal : (vi)normal;
-    r = ((vi)a >= 0x477ff000) ? vi{} + 0x7c00 : r;
-    r = ((vi)a > 0x7f800000) ? (vi)(0x7e00u | ((a >> 13) & 0x3ffu)) : r;
-    return (vu)r | sign;
-  }
-  ASKEW_FN vf load(const uint16_t* p) {
-    vh h;
-    __builtin_memcpy(&h, p, sizeof h);
-    return widen(h);
-  }
-  ASKEW_FN void store(uint16_t* p, vf v) {
-    vh h = __builtin_convertvector(narrow(v), vh);
-    __builtin_memcpy(p, &h, sizeof h);
-  }
-  ASKEW_FN vf rounded(vf v) { return widen(__builtin_convertvector(narrow(v), vh)); }
 };

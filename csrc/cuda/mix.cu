@@ -4,9 +4,7 @@
 // How many candidates there are and of which kind is known at run time; all threads take the same branch. The gradient
 // leaves two sums of every candidate for each row, or piece of a long one; two small kernels put them together in a
 // fixed order, so that the same call gives the same bits.
-#include <cmath>
-
-#include "launch.cuh"
+#include "device.cuh"
 
 namespace askew {
 namespace cuda {
@@ -30,11 +28,6 @@ __device__ __forceinline__ void quantized(const MixArg& m, int k, int64_t row, c
     run(make_row(scale, BinaryGrid::make(m.grids[k])));
   else
     run(make_row(scale, UniformGrid::make(m.grids[k])));
-}
-
-template <int T>
-__device__ __forceinline__ float element(const Words& w, int j) {
-  return Storage<T>::get(w.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord);
 }
 
 template <int T>
@@ -81,8 +74,8 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
 // lie outside the matrix.
 __device__ __forceinline__ void finish_mix(const float (&sums)[kMostCandidates][kSums], const MixPass& p, int64_t row) {
   __shared__ float across[kThreads / 32][kMostCandidates * kSums];
-  const bool whole_block = p.cut.team_shift > 5;
-  const int shift = whole_block ? 5 : p.cut.team_shift, width = p.mix.n * kSums;
+  const bool whole_block = p.cut.team_shift > kWarpShift;
+  const int shift = whole_block ? kWarpShift : p.cut.team_shift, width = p.mix.n * kSums;
   const bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
   float* to = p.partial + (p.cut.pieces > 1 ? (int64_t)blockIdx.x : row) * width;
 #pragma unroll
@@ -110,7 +103,7 @@ __device__ __forceinline__ void finish_mix(const float (&sums)[kMostCandidates][
 
 template <int T>
 __global__ void __launch_bounds__(kThreads, 2) mix_gradient_kernel(const __grid_constant__ MixPass p) {
-  constexpr int kWidth = Walk<T>::kWidth, kPer = Storage<T>::kPerWord;
+  constexpr int kWidth = Walk<T>::kWidth;
   Walk<T> walk(p.cut, blockIdx.x);
   float sums[kMostCandidates][kSums] = {};
   for (int taken = 0; taken < walk.count; ++taken) {
@@ -130,17 +123,11 @@ __global__ void __launch_bounds__(kThreads, 2) mix_gradient_kernel(const __grid_
           }
         } else {
           quantized(p.mix, k, spot.row, [&](const auto& row) {
-            const float ends[2] = {row.low, row.high};  // below, as clamped x is stored
-            float low = ends[0], high = ends[1];
-            if (T != kFloat32) {
-              const uint32_t stored = Storage<T>::put(ends);
-              low = Storage<T>::get(stored, 0);
-              high = Storage<T>::get(stored, kPer - 1);
-            }
+            const auto stored = with_stored_ends<T>(row);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
               const float v = element<T>(x, j), placed = in_hull(v, row), q = row.grid.nearest(placed);
-              const bool outside = v < low || v > high;
+              const bool outside = v < stored.low || v > stored.high;
               gate[j] += p.mix.clip && outside ? 0.f : strength;
               sums[k][0] += element<T>(g, j) * q;
               sums[k][1] += element<T>(g, j) * (outside ? q : q - placed);
@@ -161,23 +148,10 @@ __global__ void __launch_bounds__(kThreads, 2) mix_gradient_kernel(const __grid_
   }
 }
 
-// The sum of v over the block, for thread 0; added in a fixed order.
-__device__ __forceinline__ double add_block(double v) {
-  __shared__ double lanes[kThreads];
-  lanes[threadIdx.x] = v;
-  __syncthreads();
-  for (int o = kThreads / 2; o; o >>= 1) {
-    if ((int)threadIdx.x < o) lanes[threadIdx.x] += lanes[threadIdx.x + o];
-    __syncthreads();
-  }
-  return lanes[0];
-}
-
 struct MixFinish {
   MixArg mix;
   const float* partial;
   int pieces, chunks;  // chunks: blocks of kThreads rows for each candidate
-  double lsq[kMostCandidates];
   float *to_strengths, *to_scales;
   double* of_chunk;  // [candidates][chunks]
 };
@@ -194,9 +168,9 @@ __global__ void __launch_bounds__(kThreads) mix_rows_kernel(const __grid_constan
     for (int piece = 0; piece < p.pieces; ++piece)
       for (int j = 0; j < kSums; ++j) sum[j] += p.partial[((row * p.pieces + piece) * m.n + k) * kSums + j];
     part = (is_float ? 1.0 : (double)m.scales[k * m.rows + row]) * sum[0];
-    p.to_scales[k * m.rows + row] = m.learned && !is_float ? (float)(m.strengths[k] * p.lsq[k] * sum[1]) : 0.f;
+    p.to_scales[k * m.rows + row] = m.learned && !is_float ? (float)(m.strengths[k] * m.lsq[k] * sum[1]) : 0.f;
   }
-  part = add_block(part);
+  part = over_block(part);
   if (threadIdx.x == 0) p.of_chunk[blockIdx.x] = part;
 }
 
@@ -204,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) mix_strengths_kernel(const __grid_co
   const int k = blockIdx.x;
   double part = 0;
   for (int i = threadIdx.x; i < p.chunks; i += kThreads) part += p.of_chunk[(int64_t)k * p.chunks + i];
-  part = add_block(part);
+  part = over_block(part);
   if (threadIdx.x == 0) p.to_strengths[k] = (float)part;
 }
 
@@ -245,8 +219,6 @@ cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_st
   f.of_chunk = (double*)scratch;
   f.to_strengths = to_strengths;
   f.to_scales = to_scales;
-  for (int k = 0; k < m.n; ++k)
-    f.lsq[k] = 1 / std::sqrt((double)m.cols * (m.grids[k].hi > 0 ? (double)m.grids[k].hi : 1));
   MixPass p{};
   p.mix = m;
   p.g = g;

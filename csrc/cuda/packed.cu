@@ -5,7 +5,7 @@
 // does only 16 a cycle: the code becomes the low bits of the float 2^23, or, with one bit, the sign of 1. PREDICTED,
 // H200: at 4.3 TB/s an SM meets 38 codes of 4 bits in each cycle; shift and mask, insertion, subtraction and
 // multiply-add are about 3.5 of its 128 lane-operations a code, so one input is bound by memory, two are by arithmetic.
-#include "launch.cuh"
+#include "device.cuh"
 
 namespace askew {
 namespace cuda {
@@ -15,19 +15,16 @@ constexpr int kRows = 2;      // of a warp
 constexpr int kTogether = 4;  // inputs that one reading of the codes serves
 constexpr int kWords = 4;     // of 32 bits that a lane reads at once
 
-struct PackedPass {
-  PackedArg w;
+struct PackedPass : LinearArg {
   int length;  // columns of a group
-  const void *x, *bias;
-  void* y;
-  int tokens, y_type;
+  int tokens;
   bool code_vectors, x_vectors;  // 16-byte access is possible
 };
 
 __device__ __forceinline__ uint32_t code_at(const PackedArg& w, const uint8_t* row, int64_t k) {
-  if (w.bits == 0) {
-    uint32_t byte = row[k / 5];
-    for (int digit = (int)(k % 5); digit; --digit) byte /= 3;
+  if (w.bits == kTrits) {
+    uint32_t byte = min((int)row[k / kTritsInByte], kTopTrits);
+    for (int digit = (int)(k % kTritsInByte); digit; --digit) byte /= 3;
     return byte % 3;
   }
   const int64_t at = k * w.bits;
@@ -40,7 +37,7 @@ __device__ __forceinline__ uint32_t code_at(const PackedArg& w, const uint8_t* r
 __device__ __forceinline__ float level_of(const PackedArg& w, uint32_t code) {
   const int k = min((int)code, w.n_levels - 1);
   if (w.grid.kind == kCodebook) return w.grid.levels[k];
-  return w.grid.lo + (w.grid.kind == kBinary ? 2.f : 1.f) * (float)k;
+  return w.grid.lo + (float)grid_step(w.grid.kind) * (float)k;
 }
 
 __device__ __forceinline__ float scale_of(const PackedPass& p, int64_t row, int64_t k) {
@@ -225,10 +222,10 @@ cudaError_t launch_linear(const PackedPass& p, cudaStream_t stream) {
   return launch((packed_codes_kernel<T>), (unsigned)ceil_div(p.w.n, kThreads / 32), kThreads, stream, p);
 }
 
-PackedPass packed_pass(const PackedArg& w) {
+PackedPass packed_pass(const LinearArg& a) {
   PackedPass p{};
-  p.w = w;
-  p.length = (int)(w.cols / (w.groups > 1 ? w.groups : 1));
+  static_cast<LinearArg&>(p) = a;
+  p.length = (int)(a.w.cols / (a.w.groups > 1 ? a.w.groups : 1));
   return p;
 }
 
@@ -236,26 +233,24 @@ PackedPass packed_pass(const PackedArg& w) {
 
 cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStream_t stream) {
   if (w.n == 0 || w.cols == 0) return cudaSuccess;
-  PackedPass p = packed_pass(w);
-  p.y = out;
+  const PackedPass p = packed_pass({w, nullptr, nullptr, out, 0, type});
   const unsigned blocks = (unsigned)(w.n * ceil_div(w.cols, kThreads * kDecoded));
   ASKEW_BY_TYPE(type, return launch((packed_dequantize_kernel<T>), blocks, kThreads, stream, p))
   return cudaErrorInvalidValue;
 }
 
-cudaError_t packed_linear(const PackedArg& w, const void* x, int64_t tokens, const void* bias, void* y, int type,
-                          cudaStream_t stream) {
-  PackedPass p = packed_pass(w);
-  p.bias = bias;
-  const int64_t size = type_size(type);
-  p.code_vectors = (uintptr_t)w.codes % 16 == 0 && w.row_bytes % 16 == 0;
-  p.x_vectors = (uintptr_t)x % 16 == 0 && w.cols * size % 16 == 0;
+// As many inputs at a time as one reading of the codes serves; a rest of two or three one after the other.
+cudaError_t packed_linear(const LinearArg& a, cudaStream_t stream) {
+  PackedPass p = packed_pass(a);
+  const int64_t size = type_size(a.type);
+  p.code_vectors = (uintptr_t)a.w.codes % 16 == 0 && a.w.row_bytes % 16 == 0;
+  p.x_vectors = (uintptr_t)a.x % 16 == 0 && a.w.cols * size % 16 == 0;
   cudaError_t error = cudaSuccess;
-  for (int64_t t = 0; t < tokens && error == cudaSuccess; t += p.tokens) {
-    p.tokens = tokens - t >= kTogether ? kTogether : 1;  // a rest of two or three one after the other
-    p.x = (const char*)x + t * w.cols * size;
-    p.y = (char*)y + t * w.n * size;
-    ASKEW_BY_TYPE(type, error = launch_linear<T>(p, stream))
+  for (int64_t t = 0; t < a.batch && error == cudaSuccess; t += p.tokens) {
+    p.tokens = a.batch - t >= kTogether ? kTogether : 1;
+    p.x = (const char*)a.x + t * a.w.cols * size;
+    p.y = (char*)a.y + t * a.w.n * size;
+    ASKEW_BY_TYPE(a.type, error = launch_linear<T>(p, stream))
   }
   return error;
 }

@@ -1,5 +1,5 @@
 // The passes with one read and one write: quantize-dequantize, straight-through clip, interval projection; row sums.
-#include "launch.cuh"
+#include "device.cuh"
 #include "../tuning.h"
 
 namespace askew {
@@ -28,14 +28,7 @@ __device__ __forceinline__ void for_slots(const void* x, const float* scale, con
 
 constexpr int kResident = 3;  // blocks of an SM, at least: at most 80 registers
 
-struct Pass {  // one matrix through one pass
-  const void *x, *g;
-  void* y;
-  const float* scale;
-  GridArg grid;
-  int y_type;
-  uint64_t seed;
-  Scalar eps;
+struct Pass : QuantizeArg {
   Cut cut;
 };
 
@@ -46,8 +39,7 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(const __g
     const auto row = make_row(scale, grid);
     float y[Walk<T>::kWidth];
 #pragma unroll
-    for (int j = 0; j < Walk<T>::kWidth; ++j)
-      y[j] = quantize_dequantize(Storage<T>::get(in.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord), row);
+    for (int j = 0; j < Walk<T>::kWidth; ++j) y[j] = quantize_dequantize(element<T>(in, j), row);
     store_as(p.y_type, p.y, y, s, walk);
   });
 }
@@ -70,24 +62,10 @@ __global__ void __launch_bounds__(kThreads, kResident) stochastic_kernel(const _
         random = philox(p.seed, e >> 2);
         bits = e & 2 ? (e & 1 ? random.word[3] : random.word[2]) : (e & 1 ? random.word[1] : random.word[0]);
       }
-      const float w = Storage<T>::get(in.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord);
-      y[j] = row.scale.value * stochastic_level(w, uniform01(bits), row);
+      y[j] = row.scale.value * stochastic_level(element<T>(in, j), uniform01(bits), row);
     }
     store_as(p.y_type, p.y, y, s, walk);
   });
-}
-
-// Applies `element` to each value of a slot in place.
-template <int T, class Element>
-__device__ __forceinline__ void map_words(Words& w, const Element& element) {
-  constexpr int kPer = Storage<T>::kPerWord;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    float v[kPer];
-#pragma unroll
-    for (int e = 0; e < kPer; ++e) v[e] = element(Storage<T>::get(w.word[q], e), q, e);
-    w.word[q] = Storage<T>::put(v);
-  }
 }
 
 template <int T, class Grid>
@@ -108,32 +86,20 @@ __global__ void __launch_bounds__(kThreads, kResident) ste_clip_kernel(const __g
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      auto row = make_row(scale[u], grid);
-      if (T != kFloat32) {  // the ends as a clamped weight is stored
-        const float ends[2] = {row.low, row.high};
-        const uint32_t stored = Storage<T>::put(ends);
-        row.low = Storage<T>::get(stored, 0);
-        row.high = Storage<T>::get(stored, 1);
-      }
-      map_words<T>(g[u], [&](float v, int q, int e) { return pass_inside(v, Storage<T>::get(x[u].word[q], e), row); });
+      const auto row = with_stored_ends<T>(make_row(scale[u], grid));
+      g[u] = map_words<T>(g[u], x[u], [&](float v, float w) { return pass_inside(v, w, row); });
       store(p.y, g[u], spot[u], walk);
     }
   }
 }
 
-__device__ __forceinline__ float read(const Scalar& s) {
-  if (!s.device) return (float)s.value;
-  return s.is_double ? (float)*(const double*)s.device : *(const float*)s.device;
-}
-
 template <int T, class Grid>
 __global__ void __launch_bounds__(kThreads, kResident) project_interval_kernel(const __grid_constant__ Pass p) {
   const Grid grid = GridMaker<Grid>::make(p.grid);
-  const float radius = feasible_radius(read(p.eps));
-  for_slots<T, 4>(p.y, p.scale, p.cut, [&](Words w, float scale, const Spot& s, const Walk<T>& walk) {
+  const float radius = feasible_radius((float)read(p.eps));
+  for_slots<T, 4>(p.y, p.scale, p.cut, [&](const Words& w, float scale, const Spot& s, const Walk<T>& walk) {
     const auto row = make_row(scale, grid);
-    map_words<T>(w, [&](float v, int, int) { return project_interval(v, row, radius); });
-    store(p.y, w, s, walk);
+    store(p.y, map_words<T>(w, w, [&](float v, float) { return project_interval(v, row, radius); }), s, walk);
   });
 }
 
@@ -143,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __g
   for_slots<T, 4>(p.x, nullptr, p.cut, [&](const Words& in, float, const Spot& s, const Walk<T>&) {
 #pragma unroll
     for (int j = 0; j < Walk<T>::kWidth; ++j)  // elements that do not exist were loaded as zeros
-      add(sums, Storage<T>::get(in.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord));
+      add(sums, element<T>(in, j));
     if (s.ends_row) {
       finish_row(sums, p.cut, s.row, blockIdx.x, p.y);
       sums = {0, 0, 0};
@@ -151,85 +117,49 @@ __global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __g
   });
 }
 
-// The cut for an elementwise pass over x (and others beside it) of one storage type.
-Cut cut_for(Matrix m, int type, bool all_aligned) {
-  const int width = per_vector(type);
-  return make_cut(m, width, all_aligned && m.cols % width == 0, tuning.slots);
+template <int T, class Grid>
+cudaError_t launch_pass(const Pass& p, cudaStream_t stream) {
+  const unsigned blocks = (unsigned)blocks_of(p.cut);
+  switch (p.pass) {
+    case kQuantize:
+      return launch((quantize_kernel<T, Grid>), blocks, kThreads, stream, p);
+    case kStochastic:
+      return launch((stochastic_kernel<T, Grid>), blocks, kThreads, stream, p);
+    case kSteClip:
+      return launch((ste_clip_kernel<T, Grid>), blocks, kThreads, stream, p);
+    default:
+      return launch((project_interval_kernel<T, Grid>), blocks, kThreads, stream, p);
+  }
 }
-Cut cut_for_sums(Matrix m, int type, const void* x) {
-  const int width = per_vector(type);
-  return make_cut(m, width, aligned(x, type, width) && m.cols % width == 0);
+
+Pass with_cut(const QuantizeArg& a, int64_t most_slots) {
+  const int width = per_vector(a.type);
+  const bool vectors = aligned(a.x, a.type, width) && aligned(a.g, a.type, width) && aligned(a.y, a.y_type, width);
+  return {a, make_cut(a.m, width, vectors && a.m.cols % width == 0, most_slots)};
 }
 
 }  // namespace
 
-cudaError_t fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid, Matrix m,
-                          bool stochastic, uint64_t seed, cudaStream_t stream) {
-  Pass p{};
-  p.x = x;
-  p.y = y;
-  p.y_type = y_type;
-  p.scale = scale;
-  p.grid = grid;
-  p.seed = seed;
-  p.cut = cut_for(m, x_type, aligned(x, x_type, per_vector(x_type)) && aligned(y, y_type, per_vector(x_type)));
-  const unsigned blocks = (unsigned)blocks_of(p.cut);
-  if (stochastic) {
-    ASKEW_BY_TYPE(x_type,
-                  ASKEW_BY_GRID(grid.kind, return launch((stochastic_kernel<T, Grid>), blocks, kThreads, stream, p)))
-  } else {
-    ASKEW_BY_TYPE(x_type,
-                  ASKEW_BY_GRID(grid.kind, return launch((quantize_kernel<T, Grid>), blocks, kThreads, stream, p)))
-  }
+cudaError_t quantize(const QuantizeArg& a, cudaStream_t stream) {
+  const Pass p = with_cut(a, tuning.slots);
+  ASKEW_BY_TYPE(a.type, ASKEW_BY_GRID(a.grid.kind, return launch_pass<T, Grid>(p, stream)))
   return cudaErrorInvalidValue;
 }
 
-cudaError_t ste_clip(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid, Matrix m,
-                     cudaStream_t stream) {
-  Pass p{};
-  p.g = g;
-  p.x = x;
-  p.y = out;
-  p.scale = scale;
-  p.grid = grid;
-  const int width = per_vector(type);
-  p.cut = cut_for(m, type, aligned(g, type, width) && aligned(x, type, width) && aligned(out, type, width));
-  const unsigned blocks = (unsigned)blocks_of(p.cut);
-  ASKEW_BY_TYPE(type, ASKEW_BY_GRID(grid.kind, return launch((ste_clip_kernel<T, Grid>), blocks, kThreads, stream, p)))
-  return cudaErrorInvalidValue;
+size_t row_sums_scratch(const QuantizeArg& a) {
+  const Cut cut = with_cut(a, kSumSlots).cut;
+  return cut.pieces > 1 ? (size_t)(a.m.rows * cut.pieces) * kRowSums * sizeof(double) : 0;
 }
 
-cudaError_t project_interval(void* w, int type, const float* scale, GridArg grid, Scalar eps, Matrix m,
-                             cudaStream_t stream) {
-  Pass p{};
-  p.y = w;
-  p.scale = scale;
-  p.grid = grid;
-  p.eps = eps;
-  p.cut = cut_for(m, type, aligned(w, type, per_vector(type)));
-  const unsigned blocks = (unsigned)blocks_of(p.cut);
-  ASKEW_BY_TYPE(
-      type, ASKEW_BY_GRID(grid.kind, return launch((project_interval_kernel<T, Grid>), blocks, kThreads, stream, p)))
-  return cudaErrorInvalidValue;
-}
-
-size_t row_sums_scratch(const void* x, int type, Matrix m) {
-  const Cut cut = cut_for_sums(m, type, x);
-  return cut.pieces > 1 ? (size_t)(m.rows * cut.pieces) * kRowSums * sizeof(double) : 0;
-}
-
-cudaError_t row_sums(const void* x, int type, Matrix m, float* sums, void* scratch, cudaStream_t stream) {
-  Pass p{};
-  p.x = x;
-  p.cut = cut_for_sums(m, type, x);
-  if (m.cols == 0) return cudaMemsetAsync(sums, 0, (size_t)m.rows * kRowSums * sizeof(float), stream);
+cudaError_t row_sums(const QuantizeArg& a, float* sums, void* scratch, cudaStream_t stream) {
+  if (a.m.cols == 0) return cudaMemsetAsync(sums, 0, (size_t)a.m.rows * kRowSums * sizeof(float), stream);
+  Pass p = with_cut(a, kSumSlots);
   p.y = p.cut.pieces > 1 ? scratch : (void*)sums;
-  const unsigned blocks = (unsigned)blocks_of(p.cut);
   cudaError_t error = cudaSuccess;
-  ASKEW_BY_TYPE(type, error = launch((row_sums_kernel<T>), blocks, kThreads, stream, p))
+  ASKEW_BY_TYPE(a.type, error = launch((row_sums_kernel<T>), (unsigned)blocks_of(p.cut), kThreads, stream, p))
   Finisher finisher;
   finisher.stream = stream;
-  if (p.cut.pieces > 1) finisher.add((const double*)scratch, sums, m.rows, p.cut.pieces, kRowSums);
+  if (p.cut.pieces > 1) finisher.add((const double*)scratch, sums, a.m.rows, p.cut.pieces, kRowSums);
   finisher.run();
   return error != cudaSuccess ? error : finisher.error;
 }

@@ -1,6 +1,6 @@
 // The sharpness-aware passes over a list of tensors: norm, perturbation with a copy kept, restore, mean of gradients.
 // Every tensor is one long row; tensors of one storage type share a launch.
-#include "launch.cuh"
+#include "device.cuh"
 
 namespace askew {
 namespace cuda {
@@ -24,19 +24,6 @@ struct FlatList {
   FlatEntry entry[kFlatTensors];
 };
 static_assert(sizeof(FlatList) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
-
-// The tensor that this block belongs to.
-__device__ __forceinline__ int tensor_of_block(const FlatList& list) {
-  int low = 0, high = list.n - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (blockIdx.x >= list.first_block[middle])
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
 
 __device__ __forceinline__ SamArg read_arg(const FlatList& list, bool adaptive) {
   SamArg arg = list.arg;
@@ -72,21 +59,6 @@ __device__ __forceinline__ void for_pairs(const void* x, const void* y, const Cu
   }
 }
 
-// The words of a slot with f(element of a, element of b) in place of a.
-template <int T, class F>
-__device__ __forceinline__ Words map_pairs(const Words& a, const Words& b, const F& f) {
-  constexpr int kPer = Storage<T>::kPerWord;
-  Words out;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    float v[kPer];
-#pragma unroll
-    for (int e = 0; e < kPer; ++e) v[e] = f(Storage<T>::get(a.word[q], e), Storage<T>::get(b.word[q], e));
-    out.word[q] = Storage<T>::put(v);
-  }
-  return out;
-}
-
 template <int T>
 __global__ void __launch_bounds__(kThreads, 3) sam_norm_kernel(const __grid_constant__ FlatList list) {
   const int i = tensor_of_block(list);
@@ -97,8 +69,7 @@ __global__ void __launch_bounds__(kThreads, 3) sam_norm_kernel(const __grid_cons
                [&](const Words& w, const Words& g, const Spot&, const Walk<T>&) {
 #pragma unroll
                  for (int j = 0; j < Walk<T>::kWidth; ++j) {  // elements that do not exist are zeros, and 0 T = 0
-                   const int q = j / Storage<T>::kPerWord, e = j % Storage<T>::kPerWord;
-                   const float x = sam_scaled(Storage<T>::get(w.word[q], e), Storage<T>::get(g.word[q], e), arg);
+                   const float x = sam_scaled(element<T>(w, j), element<T>(g, j), arg);
                    sum += x * x;
                  }
                });
@@ -123,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 3) sam_perturb_kernel(const __grid_c
                [&](const Words& w, const Words& g, const Spot& s, const Walk<T>& walk) {
                  store(t.kept, w, s, walk);
                  if (!still)
-                   store(t.w, map_pairs<T>(w, g, [&](float v, float d) { return sam_perturbed(v, d, arg); }), s, walk);
+                   store(t.w, map_words<T>(w, g, [&](float v, float d) { return sam_perturbed(v, d, arg); }), s, walk);
                });
 }
 
@@ -142,7 +113,7 @@ __global__ void __launch_bounds__(kThreads, 3) sam_average_kernel(const __grid_c
   if (stands_still(read_arg(list, false))) return;
   for_pairs<T>(t.w, t.g, t.cut, blockIdx.x - list.first_block[i],
                [&](const Words& second, const Words& first, const Spot& s, const Walk<T>& walk) {
-                 store(t.w, map_pairs<T>(second, first, [](float x, float y) { return sam_mean(x, y); }), s, walk);
+                 store(t.w, map_words<T>(second, first, [](float x, float y) { return sam_mean(x, y); }), s, walk);
                });
 }
 
@@ -153,16 +124,14 @@ Cut flat_cut(const SamTensor& t) {
   return make_cut({1, t.n}, width, vectors);
 }
 
-enum SamPass : int { kNorm, kPerturb, kRestore, kAverage };
-
 template <int T>
 cudaError_t launch_flat(SamPass pass, const FlatList& list, unsigned blocks, cudaStream_t stream) {
   switch (pass) {
-    case kNorm:
+    case kSamNorm:
       return launch((sam_norm_kernel<T>), blocks, kThreads, stream, list);
-    case kPerturb:
+    case kSamPerturb:
       return launch((sam_perturb_kernel<T>), blocks, kThreads, stream, list);
-    case kRestore:
+    case kSamRestore:
       return launch((sam_restore_kernel<T>), blocks, kThreads, stream, list);
     default:
       return launch((sam_average_kernel<T>), blocks, kThreads, stream, list);
@@ -212,7 +181,7 @@ cudaError_t sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum,
   FlatList list{};
   list.arg.eta = eta;
   list.partial = (double*)scratch;
-  const cudaError_t error = over_list(kNorm, tensors, n, list, stream);
+  const cudaError_t error = over_list(kSamNorm, tensors, n, list, stream);
   Finisher finisher;
   finisher.stream = stream;
   finisher.add((const double*)scratch, sum, 1, list.partial - (double*)scratch, 1);
@@ -220,22 +189,12 @@ cudaError_t sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum,
   return error != cudaSuccess ? error : finisher.error;
 }
 
-cudaError_t sam_perturb(const SamTensor* tensors, size_t n, float eta, const float* coefficients, cudaStream_t stream) {
+cudaError_t sam(SamPass pass, const SamTensor* tensors, size_t n, float eta, const float* coefficients,
+                cudaStream_t stream) {
   FlatList list{};
   list.arg.eta = eta;
   list.coefficients = coefficients;
-  return over_list(kPerturb, tensors, n, list, stream);
-}
-
-cudaError_t sam_restore(const SamTensor* tensors, size_t n, cudaStream_t stream) {
-  FlatList list{};
-  return over_list(kRestore, tensors, n, list, stream);
-}
-
-cudaError_t sam_average(const SamTensor* tensors, size_t n, const float* coefficients, cudaStream_t stream) {
-  FlatList list{};
-  list.coefficients = coefficients;
-  return over_list(kAverage, tensors, n, list, stream);
+  return over_list(pass, tensors, n, list, stream);
 }
 
 }  // namespace cuda

@@ -1,22 +1,23 @@
 // F = float: the vocabulary of the math headers for one element (CUDA threads, scalar code on the CPU).
 // cpu/vec.inl says the same words for vectors.
 ASKEW_FN float select(bool m, float a, float b) { return m ? a : b; }
+ASKEW_FN bool both(bool a, bool b) { return a && b; }
 #if defined(__CUDA_ARCH__)
 ASKEW_FN float absolute(float a) { return fabsf(a); }
 ASKEW_FN float negate_where_negative(float a, float by) {  // by the sign bit, one instruction
   return __uint_as_float(__float_as_uint(a) ^ (__float_as_uint(by) & 0x80000000u));
 }
-#else
-ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
-ASKEW_FN float absolute(float a) { return a < 0.f ? -a : (a == 0.f ? 0.f : a); }
-#endif
-ASKEW_FN bool both(bool a, bool b) { return a && b; }
-#if defined(__CUDA_ARCH__)
 ASKEW_FN float divide(float a, float b) { return __fdiv_rn(a, b); }
 ASKEW_FN float root(float a) { return __fsqrt_rn(a); }
+ASKEW_FN double root(double a) { return sqrt(a); }
+ASKEW_FN double power(double a, double b) { return pow(a, b); }
 #else
+ASKEW_FN float absolute(float a) { return a < 0.f ? -a : (a == 0.f ? 0.f : a); }
+ASKEW_FN float negate_where_negative(float a, float by) { return by < 0.f ? -a : a; }
 ASKEW_FN float divide(float a, float b) { return a / b; }
 ASKEW_FN float root(float a) { return __builtin_sqrtf(a); }
+ASKEW_FN double root(double a) { return __builtin_sqrt(a); }
+ASKEW_FN double power(double a, double b) { return __builtin_pow(a, b); }
 #endif
 
 template <class F>
@@ -53,11 +54,11 @@ ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return a * b.i
 #endif
 
 // Nearest integer, ties to even, for |a| <= 2^22; never returns -0.
+constexpr float kRounding = 12582912.f;  // 1.5 * 2^23
 ASKEW_FN float round_even(float a) {
-  const float magic = 12582912.f;  // 1.5 * 2^23
 #if defined(__CUDA_ARCH__)
-  return __fadd_rn(__fadd_rn(a, magic), -magic);
+  return __fadd_rn(__fadd_rn(a, kRounding), -kRounding);
 #else
-  return (a + magic) - magic;
+  return (a + kRounding) - kRounding;
 #endif
 }

@@ -1,13 +1,27 @@
-// Plain data shared by the CPU loops, the CUDA kernels and their callers.
+// Plain data shared by the CPU loops, the CUDA kernels and their callers; constants that both, and
+// askew_kernels/contract.py, agree on.
 #pragma once
-#include <cstdint>
+#include "portability.h"
 
 namespace askew {
 
 // kFloat: every number is a level; only among the candidates of a mixture
 enum GridKind : int { kFloat = 0, kUniform = 1, kBinary = 2, kCodebook = 3 };
 enum StorageType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum Rule : int { kSgd = 0, kAdamW = 1 };
+
+ASKEW_FN constexpr int type_size(int type) { return type == kFloat32 ? 4 : 2; }
+ASKEW_FN constexpr int grid_step(int kind) { return kind == kBinary ? 2 : 1; }  // between levels, but for a codebook
+
+struct Matrix {  // contiguous, a scale for each row
+  int64_t rows, cols;
+};
+
+// A number that is known on the host, or read on the device when the kernel runs (no synchronisation).
+struct Scalar {
+  double value;
+  const void* device;  // null: `value` counts; else a float, or a double with is_double
+  bool is_double;
+};
 
 struct GridArg {  // passed to kernels by value
   int kind;
@@ -16,23 +30,93 @@ struct GridArg {  // passed to kernels by value
   int n_levels;
 };
 
-struct Hyper {                // one optimizer step, the same for every tensor of the list
-  float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
-  float weight_decay;
-  float momentum, one_minus_dampening;                      // Sgd
-  float one_minus_beta1, beta2, one_minus_beta2, adam_eps;  // AdamW; 1 - beta rounded once, from double
-  float first_correction, root_second_correction;           // 1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)
-  bool nesterov, direction, clamp, maximize, skip_nonfinite;
+enum QuantizePass : int {
+  kQuantize,    // y = s Q(x/s); y may have another storage type than x
+  kStochastic,  // y = a random level of x's bracket, times s
+  kSteClip,     // y = g inside the hull, 0 outside; y may be g
+  kProject      // y, in place, to the nearest feasible point
 };
+struct QuantizeArg {  // one elementwise pass over a matrix, or the sums of its rows; what a pass leaves out is null
+  QuantizePass pass;
+  int type, y_type;
+  const void *x, *g;
+  void* y;
+  const float* scale;  // (rows,)
+  GridArg grid;
+  Matrix m;
+  uint64_t seed;
+  Scalar eps;
+};
+
+constexpr int kMostBuffers = 2, kMostNumbers = 4, kMostConstants = 8;  // of a rule of the update
+
+struct Hyper {                // one optimizer step, the same for every tensor of the list
+  int rule;                   // its place among math's Rules
+  float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
+  bool direction, clamp, maximize, skip_nonfinite;
+  float constants[kMostConstants];  // the rule's members
+};
+
+struct Rates {  // what Hyper follows from and may stand on the device
+  Scalar lr, eps, step;
+  double numbers[kMostNumbers];  // the rule's, always on the host
+  bool on_device() const { return lr.device || eps.device || step.device; }
+};
+
+struct UpdateTensor {  // what is absent is null
+  void* w;
+  const void* g;
+  void* state[kMostBuffers];  // the rule's buffers
+  const float* scale;
+  void* dequantized;
+  float* row_sums;  // (rows, kRowSums) of the weights after the step
+  double* totals;   // (kTotals)
+  int type, dequantized_type;
+  Matrix m;
+  GridArg grid;
+  const void* kept;   // read in place of w, whose content does not matter then
+  const void* first;  // a gradient whose mean with g takes g's place
+};
+
+constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte
+constexpr int kTritsInByte = 5, kTopTrits = 242;  // 3^5 - 1; bytes above it count as it
+constexpr int kInt8Top = 127;                     // activations are quantized to -127 ... 127
+// Inputs from which on the library's float32 product of decoded panels beats products from the codes.
+constexpr int64_t kManyTokens = 96;
+
+ASKEW_FN constexpr int64_t row_bytes(int64_t cols, int bits) {
+  return bits == kTrits ? (cols + kTritsInByte - 1) / kTritsInByte : (cols * bits + 7) / 8;
+}
 
 struct PackedArg {       // a packed weight (docs/packed.md)
   const uint8_t* codes;  // (n, row_bytes)
   const float* scale;    // (1), (n) or (n * groups)
   GridArg grid;
-  int bits, n_levels;                  // bits: 1 ... 8; 0: five trits a byte
+  int bits, n_levels;                  // bits: 1 ... 8, or kTrits
   int64_t n, cols, row_bytes, groups;  // groups: scales of a row; 0: one scale for all
 };
+struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of one storage type
+  PackedArg w;
+  const void *x, *bias;  // bias may be null
+  void* y;
+  int64_t batch;
+  int type;
+};
 
+enum SamPass : int {
+  kSamNorm,     // sum (T g)^2
+  kSamPerturb,  // kept = w, w += (c T^2 - a) g
+  kSamRestore,  // w = kept
+  kSamAverage   // w = (w + g) / 2, of two gradients; not where nothing was perturbed
+};
+struct SamTensor {
+  void* w;        // average: the second gradient
+  const void* g;  // average: the first gradient; unused by restore
+  void* kept;     // the copy of w; unused by norm and average
+  int type;
+  bool adaptive;
+  int64_t n;  // elements
+};
 struct SamArg {  // a sharpness-aware perturbation by (c T^2 - a) g, T = |w| + eta where adaptive, else 1
   bool adaptive;
   float eta, c, a;
@@ -47,7 +131,12 @@ struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
   const float *scales, *strengths;  // (n, rows), (n,)
   GridArg grids[kMostCandidates];
   bool clip, learned;
+  double lsq[kMostCandidates];  // what LSQ multiplies the gradient of the scales by: 1 / sqrt(cols top level)
 };
+
+// How far a sum goes before it is added to others, which decides its bits: columns of a row on the CPU (a multiple of
+// its loops' band), 16-byte vectors of a CUDA thread.
+constexpr int64_t kSumPiece = 16384, kSumSlots = 16;
 
 // Sums that the passes accumulate, in this order everywhere.
 enum RowSum : int { kSumAbs = 0, kSumSquares = 1, kMaxAbs = 2, kRowSums = 3 };

@@ -1,42 +1,90 @@
 // One weight through one optimizer step: base direction, skew, move, clamp.
-// `Rule` is the base optimizer (Sgd, AdamW); buffers a and b are its state.
+//
+// A rule is what its optimizer subtracts from w, over lr. Its members are floats, made once a step from the numbers of
+// its row in askew_kernels/ops/rules.py; kBuffers are its state beside each weight. `usual`: nothing that
+// descent<true> leaves out is asked for. A new rule is a struct here and its name in Rules.
 
-struct Sgd {
-  // What torch.optim.SGD subtracts from w, over lr. a is the momentum buffer; has_a: momentum != 0.
-  template <class F, class Options>
-  ASKEW_FN F descent(F g, F w, F& a, F&, bool has_a, const Options& o) {
-    const Hyper& h = o.hyper;
-    if (o.weight_decay()) g = g + h.weight_decay * w;
-    if (has_a) {
-      a = h.momentum * a + h.one_minus_dampening * g;
-      g = o.nesterov() ? g + h.momentum * a : a;
-    }
-    return g;
+struct Sgd {  // torch.optim.SGD; state: the momentum buffer, or none
+  static constexpr const char* kOperator = "skew_sgd_";
+  static constexpr int kBuffers = 1, kNumbers = 4;
+  static constexpr bool kOptional = true, kCounts = false;  // does without its buffers; needs the number of the step
+  float momentum, one_minus_dampening, weight_decay, nesterov;
+  ASKEW_FN Sgd make(const double* n, double) { return {(float)n[0], (float)(1 - n[1]), (float)n[2], (float)n[3]}; }
+  ASKEW_INLINE bool usual() const { return weight_decay == 0.f && nesterov == 0.f; }
+  template <bool USUAL, class F>
+  ASKEW_INLINE F descent(F g, F w, F* state, bool stateful) const {
+    if (!USUAL && weight_decay != 0.f) g = g + weight_decay * w;
+    if (!stateful) return g;
+    state[0] = momentum * state[0] + one_minus_dampening * g;
+    return !USUAL && nesterov != 0.f ? g + momentum * state[0] : state[0];
   }
 };
 
-struct AdamW {
-  // What torch.optim.AdamW subtracts from w, over lr. a, b: first and second moment.
-  template <class F, class Options>
-  ASKEW_FN F descent(F g, F w, F& a, F& b, bool, const Options& o) {
-    const Hyper& h = o.hyper;
-    a = a + h.one_minus_beta1 * (g - a);
-    b = h.beta2 * b + h.one_minus_beta2 * (g * g);
-    F step = divide(a * h.first_correction, root(b) * h.root_second_correction + h.adam_eps);
-    return o.weight_decay() ? step + h.weight_decay * w : step;
+struct AdamW {  // torch.optim.AdamW; state: first and second moment
+  static constexpr const char* kOperator = "skew_adamw_";
+  static constexpr int kBuffers = 2, kNumbers = 4;
+  static constexpr bool kOptional = false, kCounts = true;
+  float one_minus_beta1, beta2, one_minus_beta2, adam_eps, weight_decay, first_correction, root_second_correction;
+  ASKEW_FN AdamW make(const double* n, double step) {  // 1 - beta rounded once, from double
+    return {(float)(1.0 - n[0]),
+            (float)n[1],
+            (float)(1.0 - n[1]),
+            (float)n[2],
+            (float)n[3],
+            (float)(1.0 / (1.0 - power(n[0], step))),
+            (float)(1.0 / root(1.0 - power(n[1], step)))};
+  }
+  ASKEW_INLINE bool usual() const { return weight_decay == 0.f; }
+  template <bool USUAL, class F>
+  ASKEW_INLINE F descent(F g, F w, F* state, bool) const {
+    state[0] = state[0] + one_minus_beta1 * (g - state[0]);
+    state[1] = beta2 * state[1] + one_minus_beta2 * (g * g);
+    const F step = divide(state[0] * first_correction, root(state[1]) * root_second_correction + adam_eps);
+    return USUAL || weight_decay == 0.f ? step : step + weight_decay * w;
   }
 };
+
+template <class... Rule>
+struct RuleList {
+  static constexpr int kCount = sizeof...(Rule);
+};
+typedef RuleList<Sgd, AdamW> Rules;  // the number of a rule is its place
+
+// body(Rule{}) of the rule with this number; on the host.
+template <class... Rule, class Body>
+static inline void with_rule(int number, RuleList<Rule...>, const Body& body) {
+  int place = 0;
+  ((place++ == number ? body(Rule{}) : void()), ...);
+}
+
+template <class Rule>
+ASKEW_FN Rule rule_of(const Hyper& h) {
+  static_assert(sizeof(Rule) <= sizeof(h.constants), "Hyper has room for the rule");
+  Rule rule;
+  __builtin_memcpy(&rule, h.constants, sizeof(Rule));
+  return rule;
+}
+
+// The members of Hyper that follow from numbers that may stand on the device.
+template <class Rule>
+ASKEW_FN void set_rates(Hyper& h, double lr, double eps, double step, const double* numbers) {
+  h.lr = (float)lr;
+  h.eps = (float)eps;
+  h.cap = divide(1.f, 4.f * h.lr);
+  const Rule rule = Rule::make(numbers, step);
+  __builtin_memcpy(h.constants, &rule, sizeof(Rule));
+}
 
 // The step's switches as Hyper has them. The CPU loops have a second kind, with the usual ones known to the compiler.
+template <class R>
 struct AnyOptions {
-  static constexpr bool kTraces = true;
+  static constexpr bool kUsual = false;
   Hyper hyper;
+  R rule;
   ASKEW_INLINE bool constrained() const { return hyper.eps < 1.f; }  // at eps = 1 all is feasible
   ASKEW_INLINE bool clamp() const { return hyper.clamp; }
   ASKEW_INLINE bool direction() const { return hyper.direction; }
   ASKEW_INLINE bool maximize() const { return hyper.maximize; }
-  ASKEW_INLINE bool nesterov() const { return hyper.nesterov; }
-  ASKEW_INLINE bool weight_decay() const { return hyper.weight_decay != 0.f; }
   ASKEW_INLINE bool skip_nonfinite() const { return hyper.skip_nonfinite; }
 };
 
@@ -47,12 +95,13 @@ struct Stepped {
   F excess;   // -h / 16 where the step started: positive where infeasible
 };
 
-template <class Rule, class F, class Grid, class Options>
-ASKEW_FN Stepped<F> step_weight(F w, F g, F& a, F& b, bool has_a, const Row<F, Grid>& row, const Options& o) {
+// `state`: the rule's buffers, where it is stateful; they are replaced.
+template <class F, class Grid, class Options>
+ASKEW_FN Stepped<F> step_weight(F w, F g, F* state, bool stateful, const Row<F, Grid>& row, const Options& o) {
   const F inside = clamp_hull(w, row);
   if (o.clamp()) w = inside;
   if (o.maximize()) g = 0.f - g;
-  if (o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
+  if (o.direction()) g = o.rule.template descent<Options::kUsual>(g, w, state, stateful);
   F excess{};
   if (o.constrained()) {
     // Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact
@@ -62,7 +111,7 @@ ASKEW_FN Stepped<F> step_weight(F w, F g, F& a, F& b, bool has_a, const Row<F, G
     g = skew(g, push.kappa, push.distance);
     excess = push.excess;
   }
-  if (!o.direction()) g = Rule::descent(g, w, a, b, has_a, o);
+  if (!o.direction()) g = o.rule.template descent<Options::kUsual>(g, w, state, stateful);
   w = w - o.hyper.lr * g;
   return {o.clamp() ? clamp_hull(w, row) : w, g, excess};
 }

@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda/launch.h, over ordinary memory, with plain names and arguments for ctypes.
+// The launchers of csrc/cuda/kernels.h, over ordinary memory, with plain names and arguments for ctypes.
 #include "emulator.h"
 
 #include "../../csrc/cuda/quantize.cu"
@@ -22,41 +22,48 @@ extern "C" {
 void emulated_set_slots(int64_t slots) { tuning.slots = slots; }
 int emulated_fake_quantize(const void* x, int x_type, void* y, int y_type, const float* scale, GridArg grid,
                            int64_t rows, int64_t cols, int stochastic, uint64_t seed) {
-  return cuda::fake_quantize(x, x_type, y, y_type, scale, grid, {rows, cols}, stochastic, seed, nullptr);
+  return cuda::quantize(
+      {stochastic ? kStochastic : kQuantize, x_type, y_type, x, nullptr, y, scale, grid, {rows, cols}, seed, {}},
+      nullptr);
 }
 int emulated_ste_clip(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid, int64_t rows,
                       int64_t cols) {
-  return cuda::ste_clip(g, x, type, out, scale, grid, {rows, cols}, nullptr);
+  return cuda::quantize({kSteClip, type, type, x, g, out, scale, grid, {rows, cols}, 0, {}}, nullptr);
 }
-int emulated_project_interval(void* w, int type, const float* scale, GridArg grid, cuda::Scalar eps, int64_t rows,
+int emulated_project_interval(void* w, int type, const float* scale, GridArg grid, Scalar eps, int64_t rows,
                               int64_t cols) {
-  return cuda::project_interval(w, type, scale, grid, eps, {rows, cols}, nullptr);
+  return cuda::quantize({kProject, type, type, w, nullptr, w, scale, grid, {rows, cols}, 0, eps}, nullptr);
 }
 int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float* sums) {
-  auto scratch = poisoned(cuda::row_sums_scratch(x, type, {rows, cols}));
-  return cuda::row_sums(x, type, {rows, cols}, sums, scratch.data(), nullptr);
+  QuantizeArg a{};
+  a.type = type;
+  a.x = x;
+  a.m = {rows, cols};
+  auto scratch = poisoned(cuda::row_sums_scratch(a));
+  return cuda::row_sums(a, sums, scratch.data(), nullptr);
 }
-int emulated_update(const cuda::UpdateTensor* tensors, size_t n, int rule, const Hyper* h, const cuda::Rates* rates,
+int emulated_update(const UpdateTensor* tensors, size_t n, const Hyper* switches, const Rates* rates,
                     const float* coefficients) {
   auto scratch = poisoned(cuda::update_scratch(tensors, n));
-  return cuda::update(tensors, n, rule, *h, *rates, coefficients, scratch.data(), nullptr);
+  Hyper h = *switches;
+  if (!rates->on_device())
+    cuda::with_rule(h.rule, cuda::Rules{}, [&](auto rule) {
+      cuda::set_rates<decltype(rule)>(h, rates->lr.value, rates->eps.value, rates->step.value, rates->numbers);
+    });
+  return cuda::update(tensors, n, h, *rates, coefficients, scratch.data(), nullptr);
 }
-int emulated_sam_norm(const cuda::SamTensor* tensors, size_t n, float eta, double* sum) {
+int emulated_sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum) {
   auto scratch = poisoned(cuda::sam_norm_scratch(tensors, n));
   return cuda::sam_norm(tensors, n, eta, sum, scratch.data(), nullptr);
 }
-int emulated_sam_perturb(const cuda::SamTensor* tensors, size_t n, float eta, const float* coefficients) {
-  return cuda::sam_perturb(tensors, n, eta, coefficients, nullptr);
-}
-int emulated_sam_restore(const cuda::SamTensor* tensors, size_t n) { return cuda::sam_restore(tensors, n, nullptr); }
-int emulated_sam_average(const cuda::SamTensor* tensors, size_t n, const float* coefficients) {
-  return cuda::sam_average(tensors, n, coefficients, nullptr);
+int emulated_sam(int pass, const SamTensor* tensors, size_t n, float eta, const float* coefficients) {
+  return cuda::sam((SamPass)pass, tensors, n, eta, coefficients, nullptr);
 }
 int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
   return cuda::packed_dequantize(*w, out, type, nullptr);
 }
 int emulated_packed_linear(const PackedArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
-  return cuda::packed_linear(*w, x, tokens, bias, y, type, nullptr);
+  return cuda::packed_linear({*w, x, bias, y, tokens, type}, nullptr);
 }
 int emulated_mix(const MixArg* m, void* y) { return cuda::mix(*m, y, nullptr); }
 int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_strengths, float* to_scales) {

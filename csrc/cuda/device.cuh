@@ -8,8 +8,9 @@
 // tensors of a list, and so do the results. Rows that do not start at multiples of 16 bytes (odd cols, shifted views)
 // use the same slots with single-element accesses, neighbours still side by side.
 //
-// MEMORY. By Little's law H200 (4.3 TB/s copy, 132 SMs, about 0.75 us) wants some 25 KB of loads in flight per SM for a
-// pure read, 12 KB for a copy, 16 KB for SGD (8 of 12 bytes are loads). Elementwise passes load 4 slots (64 B a thread)
+// What follows is PREDICTED for an H200 from its data sheet (4.3 TB/s copy, 132 SMs, about 0.75 us), not measured.
+// MEMORY. By Little's law an SM wants some 25 KB of loads in flight for a pure read, 12 KB for a copy, 16 KB for SGD
+// (8 of 12 bytes are loads). Elementwise passes load 4 slots (64 B a thread)
 // before the first use; at <= 80 registers 768 threads are resident: 48 KB. The update loads 1 slot of 2 to 4 streams
 // (32 to 64 B a thread): 24 to 48 KB at <= 80 registers (fp32, 768 threads), 16 to 32 KB at <= 128 (halves, 512).
 // Blocks are not persistent: 16 slots a thread (64 KB of parameters a block) pay for the start of a block, and blocks
@@ -20,8 +21,8 @@
 // instructions, and 32-bit index arithmetic inside a block.
 #pragma once
 #include "intrinsics.cuh"
-#include "launch.h"
-#include "../math/portability.h"
+#include "kernels.h"
+#include "../math/choose.h"
 
 namespace askew {
 namespace cuda {
@@ -32,7 +33,7 @@ namespace {
 __device__ __forceinline__ float clamp_between(float x, float lo, float hi) { return max_nan(lo, min_nan(x, hi)); }
 #include "../math/math.inl"
 
-constexpr int kThreads = 256;
+constexpr int kBlockShift = 8, kThreads = 1 << kBlockShift, kWarpShift = 5;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 // ---- storage types ------------------------------------------------------------------------------------------
@@ -58,8 +59,7 @@ struct Storage<kFloat32> {
   static __device__ __forceinline__ uint32_t put(const float* v) { return __float_as_uint(v[0]); }
 };
 
-inline int per_vector(int type) { return type == kFloat32 ? 4 : 8; }
-inline int type_size(int type) { return type == kFloat32 ? 4 : 2; }
+inline int per_vector(int type) { return 16 / type_size(type); }
 
 struct Words {  // 16 bytes of one tensor
   uint32_t word[4];
@@ -68,7 +68,7 @@ struct Words {  // 16 bytes of one tensor
 // ---- geometry -----------------------------------------------------------------------------------------------
 
 struct Cut {
-  int16_t team_shift;     // log2 of the threads that share a row: <= 5, or 8 (the block)
+  int16_t team_shift;     // log2 of the threads that share a row: of a warp at most, or of the block
   int16_t slots;          // vectors that a thread takes of one row, or of one piece of a row
   int16_t rows_per_team;  // rows that a team takes one after the other; 1 where rows are in pieces
   bool vectors;           // 16-byte access is possible everywhere
@@ -80,7 +80,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // vectors: every pointer is aligned to its vector and cols is a multiple of `width`, elements in a vector.
 // most_slots: of a thread, where the matrix is large; the order of sums depends on it, so passes that sum leave it.
-inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = 16) {
+inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = kSumSlots) {
   Cut c{};
   c.vectors = vectors;
   c.rows = m.rows;
@@ -92,7 +92,7 @@ inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = 16) 
   const int64_t units = vectors ? m.cols / width : m.cols;  // what neighbouring threads take
   const int64_t per_thread = vectors ? 1 : width;           // units in a thread's slot
   if (units > 32 * 2 * depth * per_thread) {
-    c.team_shift = 8;
+    c.team_shift = kBlockShift;
     c.pieces = (int32_t)ceil_div(units, kThreads * per_thread * depth);
     c.slots = (int16_t)ceil_div(units, kThreads * per_thread * c.pieces);
     c.pieces = (int32_t)ceil_div(units, kThreads * per_thread * c.slots);
@@ -100,11 +100,11 @@ inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = 16) 
     return c;
   }
   int64_t idle_best = -1;
-  for (int shift = 0; shift <= 5; ++shift) {
+  for (int shift = 0; shift <= kWarpShift; ++shift) {
     const int64_t team = (int64_t)1 << shift, slots = ceil_div(units, team * per_thread);
     // 8 lanes make a full line; fewer serve only rows that are shorter
     if (shift < 3 && team < units) continue;
-    if (shift < 5 && slots > depth) continue;
+    if (shift < kWarpShift && slots > depth) continue;
     const int64_t idle = slots * team * per_thread - units;
     if (idle_best < 0 || idle <= idle_best) {
       idle_best = idle;
@@ -117,7 +117,7 @@ inline Cut make_cut(Matrix m, int width, bool vectors, int64_t most_slots = 16) 
   return c;
 }
 
-inline int64_t rows_per_block(const Cut& c) { return (int64_t)c.rows_per_team << (8 - c.team_shift); }
+inline int64_t rows_per_block(const Cut& c) { return (int64_t)c.rows_per_team << (kBlockShift - c.team_shift); }
 inline int64_t blocks_of(const Cut& c) {
   if (c.rows == 0 || c.cols == 0) return 0;
   return c.pieces > 1 ? c.rows * c.pieces : ceil_div(c.rows, rows_per_block(c));
@@ -212,54 +212,41 @@ __device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T
   return w;
 }
 
-template <int T>
-__device__ __forceinline__ void store(void* p, const Words& w, const Spot& s, const Walk<T>& walk) {
-  typedef typename Storage<T>::type S;
-  S* at = (S*)p + s.index;
-  if (walk.vectors) {
-    if (s.n) *(uint4*)at = make_uint4(w.word[0], w.word[1], w.word[2], w.word[3]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < Storage<T>::kPerVector; ++j)
-      if (j < s.n) {
-        if (T == kFloat32)
-          ((uint32_t*)at)[j << walk.shift] = w.word[j / Storage<T>::kPerWord];
-        else
-          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(w.word[j / Storage<T>::kPerWord] >> (16 * (j & 1)));
-      }
-  }
-}
-
-// A slot's values as another storage type, chosen at run time.
-template <int OUT, int T>
-__device__ __forceinline__ void store_converted(void* p, const float* v, const Spot& s, const Walk<T>& walk) {
-  typedef typename Storage<OUT>::type S;
-  constexpr int kWords = Storage<T>::kPerVector / Storage<OUT>::kPerWord;  // 2, 4 or 8
-  uint32_t word[kWords];
-#pragma unroll
-  for (int q = 0; q < kWords; ++q) word[q] = Storage<OUT>::put(v + q * Storage<OUT>::kPerWord);
-  S* at = (S*)p + s.index;
+// A slot's values, of a walk over type T, as words of type S: 2, 4 or 8 of them.
+template <int S, int T>
+__device__ __forceinline__ void store_words(void* p, const uint32_t* word, const Spot& s, const Walk<T>& walk) {
+  constexpr int kPer = Storage<S>::kPerWord, kWords = Storage<T>::kPerVector / kPer;
+  typename Storage<S>::type* at = (typename Storage<S>::type*)p + s.index;
   if (walk.vectors) {
     if (s.n == 0) return;
-    if (kWords == 2) {
-      *(uint2*)at = make_uint2(word[0], word[1]);
-    } else {
+    if (kWords == 2) *(uint2*)at = make_uint2(word[0], word[1]);
 #pragma unroll
-      for (int q = 0; q + 3 < kWords; q += 4)
-        ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
-    }
+    for (int q = 0; q + 3 < kWords; q += 4)
+      ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
   } else {
 #pragma unroll
     for (int j = 0; j < Storage<T>::kPerVector; ++j)
       if (j < s.n) {
-        if (OUT == kFloat32)
-          ((uint32_t*)at)[j << walk.shift] = word[j / Storage<OUT>::kPerWord];
+        if (S == kFloat32)
+          ((uint32_t*)at)[j << walk.shift] = word[j / kPer];
         else
-          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / Storage<OUT>::kPerWord] >> (16 * (j & 1)));
+          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / kPer] >> (16 * (j & 1)));
       }
   }
 }
 template <int T>
+__device__ __forceinline__ void store(void* p, const Words& w, const Spot& s, const Walk<T>& walk) {
+  store_words<T>(p, w.word, s, walk);
+}
+template <int S, int T>
+__device__ __forceinline__ void store_converted(void* p, const float* v, const Spot& s, const Walk<T>& walk) {
+  constexpr int kPer = Storage<S>::kPerWord, kWords = Storage<T>::kPerVector / kPer;
+  uint32_t word[kWords];
+#pragma unroll
+  for (int q = 0; q < kWords; ++q) word[q] = Storage<S>::put(v + q * kPer);
+  store_words<S>(p, word, s, walk);
+}
+template <int T>  // the type chosen at run time
 __device__ __forceinline__ void store_as(int type, void* p, const float* v, const Spot& s, const Walk<T>& walk) {
   if (type == kFloat32)
     store_converted<kFloat32>(p, v, s, walk);
@@ -267,6 +254,56 @@ __device__ __forceinline__ void store_as(int type, void* p, const float* v, cons
     store_converted<kBFloat16>(p, v, s, walk);
   else
     store_converted<kFloat16>(p, v, s, walk);
+}
+
+// Value j of a slot.
+template <int T>
+__device__ __forceinline__ float element(const Words& w, int j) {
+  return Storage<T>::get(w.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord);
+}
+// The words of a slot with f(element of a, element of b) in place of a.
+template <int T, class F>
+__device__ __forceinline__ Words map_words(const Words& a, const Words& b, const F& f) {
+  constexpr int kPer = Storage<T>::kPerWord;
+  Words out;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    float v[kPer];
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) v[e] = f(Storage<T>::get(a.word[q], e), Storage<T>::get(b.word[q], e));
+    out.word[q] = Storage<T>::put(v);
+  }
+  return out;
+}
+
+// A row whose ends are as a clamped weight is stored.
+template <int T, class Row>
+__device__ __forceinline__ Row with_stored_ends(Row row) {
+  const float ends[2] = {row.low, row.high};
+  if (T == kFloat32) return row;
+  const uint32_t stored = Storage<T>::put(ends);
+  row.low = Storage<T>::get(stored, 0);
+  row.high = Storage<T>::get(stored, 1);
+  return row;
+}
+
+// The tensor of a list that this block belongs to: the last one that starts at it or before.
+template <class List>
+__device__ __forceinline__ int tensor_of_block(const List& list) {
+  int low = 0, high = list.n - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (blockIdx.x >= list.first_block[middle])
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+__device__ __forceinline__ double read(const Scalar& s) {
+  if (!s.device) return s.value;
+  return s.is_double ? *(const double*)s.device : (double)*(const float*)s.device;
 }
 
 // ---- grids --------------------------------------------------------------------------------------------------
@@ -302,6 +339,8 @@ struct SharedCodebook {
     return {x == x ? near : x, far, d, u > 0.5f ? 0.5f : u, delta};
   }
 };
+
+typedef SharedCodebook Codebook;
 
 // The grid of a block. Every thread of the block calls it, before anything that may return early.
 template <class Grid>
@@ -347,11 +386,11 @@ __device__ __forceinline__ uint32_t max_lanes(uint32_t v, int shift) {
 // additions is fixed. Every thread of the block calls it; the row of a team may lie outside the matrix.
 __device__ __forceinline__ void finish_row(Sums s, const Cut& cut, int64_t row, uint32_t block, void* out) {
   __shared__ double across[kThreads / 32][kRowSums];
-  const int shift = cut.team_shift < 5 ? cut.team_shift : 5;
+  const int shift = min((int)cut.team_shift, kWarpShift);
   double sum[kRowSums] = {add_lanes(s.abs, shift), add_lanes(s.squares, shift),
                           __uint_as_float(max_lanes(s.peak, shift))};
   bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
-  if (cut.team_shift > 5) {
+  if (cut.team_shift > kWarpShift) {
     if (writes)
       for (int c = 0; c < kRowSums; ++c) across[threadIdx.x >> 5][c] = sum[c];
     __syncthreads();
@@ -393,9 +432,21 @@ __device__ __forceinline__ double combine(double a, double b, bool maximum) {
   return a != a || b <= a ? a : b;
 }
 
+// The sum, or the maximum, of v over the block, for thread 0; combined in a fixed order. Every thread calls it.
+__device__ __forceinline__ double over_block(double v, bool maximum = false) {
+  __shared__ double lanes[kThreads];
+  __syncthreads();  // lanes may still be read from the last call
+  lanes[threadIdx.x] = v;
+  __syncthreads();
+  for (int o = kThreads / 2; o; o >>= 1) {
+    if ((int)threadIdx.x < o) lanes[threadIdx.x] = combine(lanes[threadIdx.x], lanes[threadIdx.x + o], maximum);
+    __syncthreads();
+  }
+  return lanes[0];
+}
+
 // One block for each output row; parts are added in a fixed order.
 __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ FinishList list) {
-  __shared__ double lanes[kThreads];
   int i = 0;
   while (i + 1 < list.n && blockIdx.x >= list.item[i + 1].first_block) ++i;
   const Finish& f = list.item[i];
@@ -405,19 +456,12 @@ __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ 
     const bool maximum = f.width == kRowSums && c == kMaxAbs;
     double v = 0;
     for (int64_t k = threadIdx.x; k < f.parts; k += kThreads) v = combine(v, from[k * f.width + c], maximum);
-    lanes[threadIdx.x] = v;
-    __syncthreads();
-    for (int o = kThreads / 2; o; o >>= 1) {
-      if ((int)threadIdx.x < o) lanes[threadIdx.x] = combine(lanes[threadIdx.x], lanes[threadIdx.x + o], maximum);
-      __syncthreads();
-    }
-    if (threadIdx.x == 0) {
-      if (f.width == kRowSums)
-        ((float*)f.out)[row * kRowSums + c] = (float)lanes[0];
-      else
-        ((double*)f.out)[c] = lanes[0];
-    }
-    __syncthreads();
+    v = over_block(v, maximum);
+    if (threadIdx.x) continue;
+    if (f.width == kRowSums)
+      ((float*)f.out)[row * kRowSums + c] = (float)v;
+    else
+      ((double*)f.out)[c] = v;
   }
 }
 
@@ -443,45 +487,6 @@ struct Finisher {
 };
 
 }  // namespace
-
-// ---- choosing the template ------------------------------------------------------------------------------------
-
-#define ASKEW_BY_TYPE(TYPE, CALL)  \
-  switch (TYPE) {                  \
-    case kFloat32: {               \
-      constexpr int T = kFloat32;  \
-      CALL;                        \
-      break;                       \
-    }                              \
-    case kBFloat16: {              \
-      constexpr int T = kBFloat16; \
-      CALL;                        \
-      break;                       \
-    }                              \
-    default: {                     \
-      constexpr int T = kFloat16;  \
-      CALL;                        \
-      break;                       \
-    }                              \
-  }
-#define ASKEW_BY_GRID(KIND, CALL)  \
-  switch (KIND) {                  \
-    case kUniform: {               \
-      typedef UniformGrid Grid;    \
-      CALL;                        \
-      break;                       \
-    }                              \
-    case kBinary: {                \
-      typedef BinaryGrid Grid;     \
-      CALL;                        \
-      break;                       \
-    }                              \
-    default: {                     \
-      typedef SharedCodebook Grid; \
-      CALL;                        \
-      break;                       \
-    }                              \
-  }
 
 }  // namespace cuda
 }  // namespace askew

@@ -3,11 +3,6 @@
 #include <immintrin.h>
 #define ASKEW_LANES 16
 #define ASKEW_ISA avx512
-#define ASKEW_ISA_NAME "avx512"
-#include "loops.inl"
-
-const askew::Loops* askew::loops_avx512() { return &avx512::table; }
-#else
-#include "loops.h"
-const askew::Loops* askew::loops_avx512() { return nullptr; }
+#include "../loops.inl"
+#include "../packed.inl"
 #endif

@@ -3,10 +3,6 @@
 #include <immintrin.h>
 #define ASKEW_LANES 8
 #define ASKEW_ISA avx2
-#include "packed.inl"
-
-const askew::PackedLoops* askew::packed_avx2() { return &avx2::table; }
-#else
-#include "packed.h"
-const askew::PackedLoops* askew::packed_avx2() { return nullptr; }
+#include "../loops.inl"
+#include "../packed.inl"
 #endif

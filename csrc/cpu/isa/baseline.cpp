@@ -1,6 +1,5 @@
 // Any CPU: four lanes (SSE2 on x86-64, NEON on ARM).
 #define ASKEW_LANES 4
 #define ASKEW_ISA baseline
-#include "packed.inl"
-
-const askew::PackedLoops* askew::packed_baseline() { return &baseline::table; }
+#include "../loops.inl"
+#include "../packed.inl"
