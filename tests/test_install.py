@@ -23,7 +23,7 @@ import torch
 
 import askew_kernels as ak
 from askew_kernels import __main__ as cli
-from askew_kernels import reference, runtime
+from askew_kernels import contract, reference, runtime
 
 PACKAGE = Path(ak.__file__).parent
 ROOT = PACKAGE.parent
@@ -260,6 +260,33 @@ def test_a_gpu_that_nothing_serves_is_told(monkeypatch):
         warnings.simplefilter("error")
         assert runtime.operator("ste_clip_", gpus.tensor(1)) == ("reference", "ste_clip_")
         assert runtime.operator("ste_clip_", gpus.tensor(0)) is torch.ops.askew.ste_clip_.default
+
+
+def test_products_from_codes_are_chosen_by_rows_and_device(monkeypatch):
+    """On a GPU few rows go from codes: the fewest by the CUDA kernel, more by Triton's, unless a backend is forced."""
+    Gpus(monkeypatch, "sm_80")
+    monkeypatch.setattr(runtime, "_TRITON", True)
+
+    def gpu(rows, dtype=torch.float32):
+        class Rows(types.SimpleNamespace):
+            __len__ = lambda self: rows  # noqa: E731
+
+        return Rows(dtype=dtype, is_cuda=True, is_cpu=False, get_device=lambda: 0)
+
+    few, most = contract.FEW_ROWS, runtime.FEW_ON_GPU
+    assert runtime.reads_codes(gpu(most), most) and not runtime.reads_codes(gpu(most + 1), most + 1)
+    assert not runtime.reads_codes(gpu(1, torch.float64), 1) and runtime.reads_codes(torch.ones(1, 1), 10**6)
+    compiled = torch.ops.askew.packed_linear.default
+    assert runtime.packed_product(gpu(few), "int8") == ("packed_linear", compiled)  # int8: on a CPU only
+    assert runtime.packed_product(gpu(few + 1), "float") == ("packed_linear", ("triton", "packed_linear"))
+    with runtime.use_backend("reference"):
+        assert runtime.packed_product(gpu(few + 1), "float")[1] == ("reference", "packed_linear")
+    assert runtime.packed_product(torch.ones(1, 1), "int8")[0] == "packed_linear_int8"
+    assert runtime.convolves_from_codes(runtime.FEW_POSITIONS - 1, "float")
+    assert not runtime.convolves_from_codes(runtime.FEW_POSITIONS, "float")
+    assert runtime.convolves_from_codes(10**6, "int8")
+    monkeypatch.setattr(runtime, "_TRITON", False)
+    assert not runtime.reads_codes(gpu(1), 1)
 
 
 def test_other_launch_parameters_reach_the_gpu_at_its_next_operator(monkeypatch):

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 from .checks import number
 
+__all__ = ["RULES", "Rule"]
+
 
 class Rule(NamedTuple):
     name: str  # of its mathematics everywhere

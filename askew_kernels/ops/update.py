@@ -209,6 +209,9 @@ def _public(rule: Rule) -> Callable[..., None]:
 
 
 FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
+globals().update(FUNCTIONS)
+__all__ += [name for name in FUNCTIONS if name not in __all__]
+skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
 
 
 @in_place()
@@ -230,4 +233,13 @@ def skew_direction_(
 
 
 globals().update(FUNCTIONS)  # skew_sgd_, skew_adamw_ and so on, one for each rule
-__all__ = ["RULES", "SKEWS", "Rule", "SkewStats", "run_skew_direction", "run_skew_update", "skew_direction_", *FUNCTIONS]
+__all__ = [
+    "RULES",
+    "SKEWS",
+    "Rule",
+    "SkewStats",
+    "run_skew_direction",
+    "run_skew_update",
+    "skew_direction_",
+    *FUNCTIONS,
+]

@@ -314,12 +314,6 @@ def _check_out(t: Tensor, dtype: torch.dtype, count: int, like: Tensor, name: st
         raise ValueError(f"{name}: expected {count} elements of {dtype} on {like.device}, got {t.numel()} of {t.dtype}")
 
 
-def _same_dtype(t: Tensor, w: Tensor, name: str) -> None:
-    check_like(t, w, name)
-    if t.dtype != w.dtype:
-        raise TypeError(f"{name}: expected {w.dtype}, the dtype of the parameter, got {t.dtype}")
-
-
 def _describe(lists: _Lists, grids: Sequence[int], rule: str) -> tuple:
     """Everything that a plan depends on. Addresses of gradients come and go: only their alignment counts."""
     facts = [rule, *grids]
@@ -347,14 +341,14 @@ def _build(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
     cleared = []
     for i, w in enumerate(lists.params):  # every check comes before the first write
         rows, cols = as_matrix(w, lists.scales[i])
-        _same_dtype(lists.grads[i], w, "grads")
+        check_like(lists.grads[i], w, "grads", same_dtype=True)
         kind, n_levels = check_grid(list(grids[3 * i : 3 * i + 3]), lists.levels[i], w)
         copy, row_sums, totals = (
             _present(getattr(lists, name), i, n, name) for name in ("dequantized", "row_sums", "totals")
         )
         state = [t for t in lists.states[i::n] if t.numel()]
         for t in state:
-            _same_dtype(t, w, "states")
+            check_like(t, w, "states", same_dtype=True)
         if copy is not None:
             check_like(copy, w, "dequantized")
             check_storage(copy, "dequantized")
