@@ -209,8 +209,6 @@ def _public(rule: Rule) -> Callable[..., None]:
 
 
 FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
-globals().update(FUNCTIONS)
-__all__ += [name for name in FUNCTIONS if name not in __all__]
 skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
 
 
