@@ -29,7 +29,7 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels import ops
-from askew_kernels.optim import ASkewAdamW, ASkewSGD
+from askew_kernels.optim import ASkewAdamW, ASkewLion, ASkewSGD
 from askew_kernels.quant import QuantConfig, WeightQuantizer, compute_scale
 
 GRID = Uniform(4)
@@ -39,8 +39,29 @@ SGD_OPTIONS = [
     dict(lr=0.1, momentum=0.8, dampening=0.3), dict(lr=0.1, momentum=0.9, maximize=True, weight_decay=0.1),
 ]  # fmt: skip
 ADAM_OPTIONS = [dict(lr=0.01), dict(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9)), dict(lr=0.01, maximize=True)]
-BOTH = [(ASkewSGD, dict(lr=0.1, momentum=0.9)), (ASkewAdamW, dict(lr=0.02))]
+LION_OPTIONS = [dict(lr=0.01), dict(lr=0.01, weight_decay=0.1, betas=(0.8, 0.9)), dict(lr=0.01, maximize=True)]
+EACH = [(ASkewSGD, dict(lr=0.1, momentum=0.9)), (ASkewAdamW, dict(lr=0.02)), (ASkewLion, dict(lr=0.01))]
 X = torch.randn(64, 6, 16, generator=torch.Generator().manual_seed(3))
+
+
+class Lion(torch.optim.Optimizer):
+    """Algorithm 2 of Chen et al., 2023, as torch.optim would write it, which has none."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, maximize=False):
+        super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                g = -p.grad if group["maximize"] else p.grad
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(m.lerp(g, 1 - group["betas"][0]).sign(), alpha=group["lr"])
+                m.lerp_(g, 1 - group["betas"][1])
+
+
+TWINS = {ASkewSGD: torch.optim.SGD, ASkewAdamW: torch.optim.AdamW, ASkewLion: Lion}
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +131,36 @@ def test_eps_1_is_adamw(options, skew, generator):
     for a, b in zip(*against_torch(ASkewAdamW, torch.optim.AdamW, options, GRID, skew, torch.float32, generator),
                     strict=True):  # fmt: skip
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("skew", ["gradient", "direction"])
+@pytest.mark.parametrize("options", LION_OPTIONS, ids=str)
+def test_eps_1_is_lion(options, skew, generator):
+    for a, b in zip(*against_torch(ASkewLion, Lion, options, GRID, skew, torch.float32, generator), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", LION_OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_plain_groups_of_lion(dtype, options, generator):
+    """Our own operator, unconstrained, over whatever a model holds: scalars, vectors, other strides, nothing."""
+    shapes = [(), (7,), (5, 8), (3, 2, 2, 2), (0, 4)]
+    ours = [nn.Parameter(torch.randn(s, generator=generator, dtype=dtype) * 3) for s in shapes]
+    ours.append(nn.Parameter(torch.randn(6, 4, generator=generator, dtype=dtype).t()))
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    optimizer, twin = ASkewLion(ours, **options), Lion(theirs, **options)
+    for i in range(20):
+        give_gradients(ours, generator)
+        if i % 3 == 0:
+            ours[1].grad = None
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step(), twin.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert all(optimizer.state[p].keys() == {"exp_avg"} and WeightQuantizer.of(p) is None for p in ours)
+    with pytest.raises(TypeError, match=r"^params\[0\]"):
+        ASkewLion([nn.Parameter(torch.ones(2, dtype=torch.complex64))])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -197,7 +248,7 @@ def test_adamw_list_equals_loop(generator):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_parameters_that_join_late(cls, options, generator):
     """A parameter whose first gradient comes later gets its own first step, as in torch."""
     ours, alone = parameters(generator), None
@@ -234,7 +285,7 @@ def test_lr_and_eps_as_tensors(generator):
 
 
 def test_skip_nonfinite(generator):
-    for cls, options in BOTH:
+    for cls, options in EACH:
         params = parameters(generator)
         optimizer = cls(params, grid=GRID, constraint_eps=0.5, skip_nonfinite=True, **options)
         before = [p.detach().clone() for p in params]
@@ -278,7 +329,7 @@ def test_freezing(freeze, rule, generator):
         assert not torch.equal(found, compute_scale(w, GRID, rule))
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_fixed_scale(cls, options, generator):
     for scale, rows in ((torch.tensor(0.2), 5), (torch.rand(5, generator=generator) + 0.1, 5)):
         w = nn.Parameter(torch.randn(5, 8, generator=generator))
@@ -447,12 +498,11 @@ SCHEDULERS = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_lr_schedulers(name, cls, options, generator):
     ours = parameters(generator)
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    twin_cls = torch.optim.SGD if cls is ASkewSGD else torch.optim.AdamW
-    optimizer, twin = cls(ours, grid=GRID, freeze_scale="never", **options), twin_cls(theirs, **options)
+    optimizer, twin = cls(ours, grid=GRID, freeze_scale="never", **options), TWINS[cls](theirs, **options)
     assert isinstance(optimizer, torch.optim.Optimizer)
     schedules = [SCHEDULERS[name](o) for o in (optimizer, twin)]
     for _ in range(10):
@@ -468,7 +518,7 @@ def test_lr_schedulers(name, cls, options, generator):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_grad_scaler(cls, options):
     """Scaled by a power of two and unscaled is exact; a step with an inf is skipped whole."""
     scaled, plain = network(), network()
@@ -495,7 +545,7 @@ def test_grad_scaler(cls, options):
 
 
 def test_closure(generator):
-    for cls, options in BOTH:
+    for cls, options in EACH:
         models = network(), network()
         optimizers = [cls(ak.param_groups(m), constraint_eps=0.5, **options) for m in models]
 
@@ -536,7 +586,7 @@ def test_gradient_accumulation():
 @pytest.mark.parametrize("order", ["model first", "optimizer first"])
 @pytest.mark.parametrize("saved_at", [0, 4, 10, 15])  # before the first step, in the hold, at its end, after freezing
 @pytest.mark.parametrize("freeze", ["anneal", "init", "never"])
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_resume(cls, options, freeze, saved_at, order):
     def make():
         model = network()
@@ -593,7 +643,7 @@ def test_resume_of_other_types(dtype):
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 @pytest.mark.parametrize("eps", [1.0, 0.5])
 def test_copies(cls, options, eps, how):
     model = network()
@@ -616,7 +666,7 @@ def test_state_dict_is_plain():
 # ---- telemetry -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_telemetry(cls, options, generator):
     w = nn.Parameter(torch.randn(6, 16, generator=generator) * 0.5)
     bias = nn.Parameter(torch.zeros(3))
@@ -671,7 +721,7 @@ def test_names():
 
 
 def test_no_gradient_and_frozen(generator):
-    for cls, options in BOTH:
+    for cls, options in EACH:
         params = parameters(generator)
         params[1].requires_grad_(False)
         optimizer = cls(params, grid=GRID, constraint_eps=0.3, **options)
@@ -730,7 +780,7 @@ GOOD = torch.ones(4, 8)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
+@pytest.mark.parametrize("cls", TWINS)
 def test_bad_arguments(cls, options, error, words):
     with pytest.raises(error, match=f"^{words}"):
         cls([nn.Parameter(GOOD.clone())], **{"lr": 0.1, "grid": GRID, **options})
@@ -746,6 +796,7 @@ def test_bad_arguments(cls, options, error, words):
         (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"),
         (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
         (ASkewAdamW, dict(eps=-1.0), "eps"),
+        (ASkewLion, dict(betas=0.9), "betas"),
     ],
 )
 def test_more_bad_arguments(cls, options, words):
@@ -762,7 +813,7 @@ def test_bad_parameters():
 
 
 @pytest.mark.parametrize("break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps"])
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     model = nn.ParameterList([nn.Parameter(GOOD.clone()) for _ in range(3)])
     groups = [{"params": [model[0]], "grid": GRID, "constraint_eps": 0.5}, {"params": [model[1]], "grid": GRID},
@@ -801,7 +852,7 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
 
 
 def test_mixed_types_in_one_group(generator):
-    for cls, options in BOTH:
+    for cls, options in EACH:
         types = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         params = [nn.Parameter(torch.ones(4, 8, dtype=t) * 0.5) for t in types]
         optimizer = cls(params, grid=GRID, scale="absmax", **options)
@@ -815,7 +866,7 @@ def test_mixed_types_in_one_group(generator):
 
 def test_signatures_follow_torch():
     """What torch.optim's namesakes take first, in their order."""
-    for cls, twin, count in ((ASkewSGD, torch.optim.SGD, 6), (ASkewAdamW, torch.optim.AdamW, 5)):
+    for cls, twin, count in ((ASkewSGD, torch.optim.SGD, 6), (ASkewAdamW, torch.optim.AdamW, 5), (ASkewLion, Lion, 4)):
         ours, theirs = (list(inspect.signature(c).parameters.values()) for c in (cls, twin))
         for mine, its in zip(ours[:count], theirs[:count], strict=True):
             assert (mine.name, mine.kind, mine.default) == (its.name, its.kind, its.default)
@@ -878,7 +929,7 @@ def _edits():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind,options", BOTH)
+@pytest.mark.parametrize("kind,options", EACH)
 @pytest.mark.parametrize("edit", _edits())
 @pytest.mark.parametrize("forward", ["relaxed", "hard"])
 def test_a_kept_plan_changes_nothing(kind, options, edit, forward):
@@ -1028,7 +1079,7 @@ def test_who_means_the_constraint_is_told(where):
         ASkewAdamW([w], lr=0.1, grid=GRID, eps=1e-3)
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_checkpoints_with_the_old_names(cls, options):
     """Until 0.2 groups had the constraint's eps as ``eps`` and AdamW's as ``adam_eps``."""
     models = [network() for _ in range(2)]
@@ -1047,7 +1098,7 @@ def test_checkpoints_with_the_old_names(cls, options):
     optimizers[1].load_state_dict(state)
     group = optimizers[1].param_groups[0]
     assert group["constraint_eps"] == 0.4 and "adam_eps" not in group
-    assert group["eps"] == (0.4 if cls is ASkewSGD else 1e-6)
+    assert group["eps"] == (1e-6 if cls is ASkewAdamW else 0.4)
     for model, optimizer in zip(models, optimizers, strict=True):
         train(model, optimizer, 3, 6)
     same_state(*models)
@@ -1103,7 +1154,7 @@ def test_weights_of_quantized_layers_in_a_group_without_a_grid_are_told(later):
         ASkewSGD(ak.param_groups(model), lr=0.1)
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_a_cast_in_the_middle_of_a_training(cls, options):
     model = network()
     optimizer = cls(ak.param_groups(model), **options)
@@ -1118,7 +1169,7 @@ def test_a_cast_in_the_middle_of_a_training(cls, options):
                 assert all(v.dtype == dtype for v in buffers) and p.isfinite().all()
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 def test_the_keys_of_the_state_are_the_same_in_every_phase(cls, options):
     """Whoever flattens it by key (torch.distributed.checkpoint) finds in a fresh one what was saved of another."""
     model = network()
@@ -1161,7 +1212,7 @@ def test_checkpoints_by_parameter_name_resume_bit_for_bit(flat, eps):
     assert torch.equal(model[0].weight_scale, other[0].weight_scale)
 
 
-@pytest.mark.parametrize(("cls", "options"), BOTH)
+@pytest.mark.parametrize(("cls", "options"), EACH)
 @pytest.mark.parametrize("what", ["step", "loop"])
 def test_a_compiled_step_is_the_step(cls, options, what):
     runs = []

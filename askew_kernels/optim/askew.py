@@ -306,6 +306,9 @@ class ASkewSGD(ByRule, rule="sgd"): ...
 class ASkewAdamW(ByRule, rule="adamw"): ...
 
 
+class ASkewLion(ByRule, rule="lion"): ...
+
+
 # A row needs no class statement above, which only lets type checkers see it.
 OPTIMIZERS: dict[str, type[ByRule]] = {}
 for _row in ops.RULES.values():

@@ -63,7 +63,7 @@ class Constrained(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
-        self._arguments(group, [])
+        self._checked(group)
         ops.number("alpha", group["alpha"], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")

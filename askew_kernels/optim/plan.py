@@ -19,7 +19,7 @@ class Launch:
     def __init__(self, members: list[Tensor], clamp: bool, bucket: list[Any], levels: Tensor,
                  encoding: list[int]) -> None:  # fmt: skip
         self.members, self.clamp, self.bucket = members, clamp, bucket
-        self.quantizers: list[WeightQuantizer] = [p._askew_quantizer for p in members]  # type: ignore[attr-defined]
+        self.quantizers: list[WeightQuantizer] = [WeightQuantizer.of(p) for p in members]  # type: ignore[misc]
         self.levels, self.encodings = [levels] * len(members), encoding * len(members)
         self.sharded = is_sharded(members[0])
         self.steps: list[Tensor] = []  # the rule's counters, and their versions when it last moved them
