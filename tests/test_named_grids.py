@@ -1,6 +1,6 @@
 """Contract: a grid that is one entry of ``quant/grids.py`` goes the whole way, with every scale rule and granularity.
 
-Levels against their sources: the normal quantiles of QLoRA, powers of two. ``quantize_``, three steps,
+Levels against their sources: E2M1's bits, the normal quantiles of QLoRA, powers of two. ``quantize_``, three steps,
 ``hard_quantize_``, ``pack_``, a file and ``unpack_`` give back the weights that were trained, bit for bit; products
 from the codes are within the bound of docs/packed.md of the exact ones; ONNX and torchao hold the same weights, or
 refuse them by name, as what works with evenly spaced levels only does (int8 activations, mixtures, trits, ``sawb``).
@@ -34,7 +34,14 @@ def quantiles(first, last, n):
     return [NormalDist().inv_cdf(first + (last - first) * i / (n - 1)) for i in range(n)]
 
 
+def e2m1(code):
+    exponent, mantissa = code >> 1 & 3, code & 1
+    value = (2.0 ** (exponent - 1) * (1 + mantissa / 2)) if exponent else mantissa / 2
+    return -value if code >> 3 else value
+
+
 SOURCE = {
+    "fp4": sorted({e2m1(code) for code in range(16)}),  # -0.0 == 0.0
     # both sides end at the quantile of 1 - (1/30 + 1/32) / 2; below 0 there are 8 levels, 0 with them, above 8
     "nf4": [q / NormalDist().inv_cdf(0.9677083) for q in
             sorted([-q for q in quantiles(0.9677083, 0.5, 8)] + quantiles(0.9677083, 0.5, 9)[:-1])],

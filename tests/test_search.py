@@ -36,7 +36,7 @@ from askew_kernels.__main__ import main
 from askew_kernels.nn.layers import quantized_input
 from askew_kernels.quant import Binary, Uniform
 from askew_kernels.search import Budget, BudgetError, LayerPolicy, Policy, PolicyError
-from askew_kernels.search.policy import kind_of, scale_rule, weight_grid
+from askew_kernels.search.policy import kind_of, weight_grid
 
 pytest.importorskip("scipy")
 
@@ -91,7 +91,7 @@ def test_mixed_layers_compute_their_mixture():
     layer = layers["0"]
     p, q = torch.softmax(layer.weight_strengths / 0.5, 0), torch.softmax(layer.act_strengths / 0.5, 0)
     mixed = sum(
-        p[k] * ops.fake_quantize(layer.weight, ak.quant.compute_scale(layer.weight, g, scale_rule(g)), g)
+        p[k] * ops.fake_quantize(layer.weight, ak.quant.compute_scale(layer.weight, g, ak.quant.default_rule(g)), g)
         for k, g in enumerate((Binary(), Uniform(2), Uniform(4)))
     )
     torch.testing.assert_close(layer.mixed_weight(), mixed)
@@ -176,7 +176,7 @@ def test_bytes_are_what_pack_makes(bits):
     model = cnn()
     profile = search.trace(model, torch.randn(1, 2, 9, 9))
     grid = weight_grid(bits)
-    ak.quantize_(model, ak.QuantConfig(weight=grid, scale=scale_rule(grid)))
+    ak.quantize_(model, ak.QuantConfig(weight=grid, scale=ak.quant.default_rule(grid)))
     ak.pack_(ak.hard_quantize_(model))
     for name, layer in ak.nn.packed_layers(model).items():
         assert profile.layers[name].packed_bytes(bits) == layer.packed_bytes
@@ -927,7 +927,7 @@ def test_scales_of_a_mixture_are_those_of_its_candidates(dtype):
         layer.weight[4, 1:] = 0.0  # where SAWB's clip is negative
     mixed = search.mix_(nn.Sequential(layer), range(1, 9))[0]
     for grid, scale in zip(mixed.weight_grids, mixed._rule_scales(), strict=True):
-        assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, scale_rule(grid))), grid
+        assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, ak.quant.default_rule(grid))), grid
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------

@@ -60,6 +60,12 @@ def moved(x: Any, device: torch.device | None = None) -> Any:
     return map_tensors(move, x)
 
 
+def check_count(name: str, value: Any) -> None:
+    """ValueError unless it is an int from 1 on."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+
+
 def samples(x: Any) -> int:
     """How many samples a batch has: the first dimension of its first tensor that has one.
 

@@ -29,13 +29,8 @@ def differentiable_twice(model: nn.Module | None = None) -> Iterator[None]:
     Fused attention and cuDNN's recurrent layers have none, nor has a graph that ``torch.compile`` made.
     """
     recurrent = model is not None and any(isinstance(m, nn.RNNBase) for m in model.modules())
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if recurrent:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(as_written())
+    native = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), native, as_written():
         yield
 
 

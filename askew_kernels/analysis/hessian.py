@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from ..nn import dequantize_, quantized_layers
 from ..nn.layers import quantized_input
 from ..optim import frozen_batchnorm_stats
-from .batches import batches_of, samples
+from .batches import batches_of, check_count, samples
 from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
 from .generators import seeded
 
@@ -86,8 +86,7 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
         raise ImportError('eigenvalues need SciPy: pip install "askew_kernels[analysis]"') from None
     import numpy as np
 
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"k: expected an int >= 1, got {k!r}")
+    check_count("k", k)
     sizes = [p.numel() for p in params]
     n = sum(sizes)
     if n == 0:
@@ -262,9 +261,9 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
                 parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
             else:
                 weight.copy_(value)
-            if layer.config.activation is not None:
-                dims = 1 if isinstance(new, nn.Linear) else 3
-                new.register_forward_pre_hook(_rounded(layer.config.activation, dims), prepend=True, with_kwargs=True)
+            if (grid := layer.kind.input_grid(layer)) is not None:
+                rounded = _rounded(grid, layer.kind.token_dims)
+                new.register_forward_pre_hook(rounded, prepend=True, with_kwargs=True)
     return twin, named
 
 
@@ -309,8 +308,7 @@ def hessian_trace(
     Off-diagonal blocks add variance, no bias. Model, data, seed and errors as in ``smoothness``; a shared parameter has
     one entry, under its first name. Source: Hutchinson 1990; used by HAWQ-V2 (Dong et al., 2020).
     """
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples: expected an int >= 1, got {samples!r}")
+    check_count("samples", samples)
     problem = _Problem(model, loss_fn, data, seed)
     params = list(problem.named.values())
     draws = _draws(seed)

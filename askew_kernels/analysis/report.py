@@ -7,10 +7,14 @@ import html
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PANELS = ("loss", "eps", "feasible", "flips", "sharpness", "accuracy")
+TITLES = {
+    "loss": "loss", "eps": "ε: 1 is free, 0 only levels", "feasible": "share of feasible weights",
+    "flips": "share of weights that changed level in a step", "sharpness": "sharpness", "accuracy": "accuracy",
+}  # fmt: skip
 
 
 def read_log(path: str | os.PathLike) -> dict[str, Any]:
@@ -36,7 +40,8 @@ def read_log(path: str | os.PathLike) -> dict[str, Any]:
                 continue
             step = int(found["step"])
             if kind == "step":
-                _check_tensors(found["tensors"])
+                for row in found["tensors"]:
+                    _ = [row[key] for key in ("name", "numel", "eps", "lr", "fraction_infeasible", "flips")]
         except (ValueError, KeyError, TypeError) as problem:
             if number == len(lines) and number > 1:
                 break
@@ -54,15 +59,9 @@ def read_log(path: str | os.PathLike) -> dict[str, Any]:
     return {"run": run, "steps": [steps[k] for k in sorted(steps)], "notes": notes}
 
 
-def _check_tensors(rows: Any) -> None:
-    for row in rows:
-        for key in ("name", "numel", "eps", "lr", "fraction_infeasible", "flips"):
-            row[key]
-
-
 def _series(log: dict[str, Any]) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
     """panel -> curve -> (steps, values)."""
-    found: dict[str, dict[str, tuple[list[int], list[float]]]] = {panel: {} for panel in PANELS}
+    found: dict[str, dict[str, tuple[list[int], list[float]]]] = {panel: {} for panel in TITLES}
 
     def add(panel: str, curve: str, step: int, value: Any) -> None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -92,58 +91,53 @@ def _series(log: dict[str, Any]) -> dict[str, dict[str, tuple[list[int], list[fl
     return {panel: curves for panel, curves in found.items() if curves}
 
 
-TITLES = {
-    "loss": "loss", "eps": "ε: 1 is free, 0 only levels", "feasible": "share of feasible weights",
-    "flips": "share of weights that changed level in a step", "sharpness": "sharpness", "accuracy": "accuracy",
-}  # fmt: skip
-
-
 def _png(figure: Any) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
     return stream.getvalue()
 
 
-def _curves(log: dict[str, Any]) -> dict[str, bytes]:
-    from matplotlib.figure import Figure
-
-    made = {}
-    for panel, curves in _series(log).items():
-        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-        axis = figure.subplots()
-        for name, (steps, values) in curves.items():
-            main = name in ("all", "ε") or len(curves) == 1
-            axis.plot(steps, values, label=name, linewidth=2 if main else 0.9, color="black" if name == "all" else None,
-                      marker="o" if len(steps) < 30 else None, markersize=3)  # fmt: skip
-        if panel == "eps":
-            axis.set_yscale("log")
-        if panel == "flips" and any(v > 0 for _, values in curves.values() for v in values):
-            axis.set_yscale("symlog", linthresh=1e-4)
-        axis.set_title(TITLES[panel], fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        if 1 < len(curves) <= 9:
-            axis.legend(fontsize=7)
-        made[panel] = _png(figure)
-    return made
-
-
-def _landscape(log: dict[str, Any]) -> bytes | None:
-    slices = [(n["step"], n["landscape"]) for n in log["notes"] if isinstance(n.get("landscape"), dict)]
-    if not slices:
-        return None
+def _plot(
+    title: str, xlabel: str, curves: Sequence[tuple[str, Any, Any, dict[str, Any]]], alone: bool = False, **scale: Any
+) -> bytes:  # fmt: skip
+    """curves: (label, x, y, how it is drawn); alone: whether the label of a single one tells something."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.2), layout="constrained")
     axis = figure.subplots()
-    for i, (step, s) in enumerate(slices):
-        axis.plot(s["t"], s["loss"], label=f"step {step}", alpha=0.35 + 0.65 * (i + 1) / len(slices))
-    axis.set_title("loss along a filter-normalised direction", fontsize=10)
-    axis.set_xlabel("t in w + t d")
+    for label, x, y, style in curves:
+        axis.plot(x, y, label=label, **style)
+    if scale:
+        axis.set_yscale(**scale)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(xlabel)
     axis.grid(alpha=0.3)
-    if len(slices) <= 9:
+    if 1 - alone < len(curves) <= 9:
         axis.legend(fontsize=7)
     return _png(figure)
+
+
+def _curves(log: dict[str, Any]) -> dict[str, bytes]:
+    made = {}
+    for panel, curves in _series(log).items():
+        drawn: list[tuple[str, Any, Any, dict[str, Any]]] = []
+        for name, (steps, values) in curves.items():
+            main = name in ("all", "ε") or len(curves) == 1
+            drawn.append((name, steps, values, {
+                "linewidth": 2 if main else 0.9, "color": "black" if name == "all" else None,
+                "marker": "o" if len(steps) < 30 else None, "markersize": 3,
+            }))  # fmt: skip
+        scale: dict[str, Any] = {"value": "log"} if panel == "eps" else {}
+        if panel == "flips" and any(v > 0 for _, values in curves.values() for v in values):
+            scale = {"value": "symlog", "linthresh": 1e-4}
+        made[panel] = _plot(TITLES[panel], "step", drawn, **scale)
+    slices = [(n["step"], n["landscape"]) for n in log["notes"] if isinstance(n.get("landscape"), dict)]
+    if slices:
+        made["landscape"] = _plot("loss along a filter-normalised direction", "t in w + t d", [
+            (f"step {step}", s["t"], s["loss"], {"alpha": 0.35 + 0.65 * (i + 1) / len(slices)})
+            for i, (step, s) in enumerate(slices)
+        ], alone=True)  # fmt: skip
+    return made
 
 
 def _frames(log: dict[str, Any]) -> list[tuple[Any, bytes]]:
@@ -166,10 +160,8 @@ def _frames(log: dict[str, Any]) -> list[tuple[Any, bytes]]:
             h = note["histograms"].get(name)
             if h is None:
                 continue
-            counts = h["counts"]
-            width = (h["high"] - h["low"]) / len(counts)
-            total = max(1, sum(counts)) * width
-            left = [h["low"] + i * width for i in range(len(counts))]
+            counts, width = h["counts"], (h["high"] - h["low"]) / len(h["counts"])
+            left, total = [h["low"] + i * width for i in range(len(counts))], max(1, sum(counts)) * width
             axis.bar(left, [c / total for c in counts], width, align="edge", color="#1f6fb4")
             for level in h["levels"]:
                 axis.axvline(level, color="black", linewidth=0.4, alpha=0.6)
@@ -234,10 +226,7 @@ def report(path: str | os.PathLike, folder: str | os.PathLike) -> list[Path]:
     Raises FileNotFoundError, ValueError (``read_log``); ImportError without Matplotlib.
     """
     log, folder = read_log(path), Path(folder)
-    pictures = _curves(log)
-    if (landscape := _landscape(log)) is not None:
-        pictures["landscape"] = landscape
-    frames = _frames(log)
+    pictures, frames = _curves(log), _frames(log)
     files = {f"{name}.png": png for name, png in pictures.items()}
     files |= {f"weights-{i:03d}.png": png for i, (_, png) in enumerate(frames)}
     files["index.html"] = _page(log, f"{Path(path).name}: the run", pictures, frames).encode()

@@ -16,8 +16,8 @@ from torch.optim.sgd import sgd
 
 from .. import contract, ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
-from ..quant.sharding import is_sharded, local_part, made_for_a_part, own_rows, sharding_of, share_rows
-from ..quant.state import ScaleBatch, next_scales
+from ..quant.sharding import is_sharded, local_part, made_for_a_part, own_rows, sharding_of
+from ..quant.state import ScaleBatch, next_scales, share_rows
 from .telemetry import Record, TelemetryLog
 
 FREEZE_SCALE = ("anneal", "init", "never")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
-__all__ = ["NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
+__all__ = ["FP4", "NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
 
 GRIDS: dict[str, type[Grid]] = {}
 
@@ -78,10 +78,9 @@ _tables: dict[tuple[tuple[float, ...], str], Tensor] = {}
 
 def _table(levels: tuple[float, ...], device: str) -> Tensor:
     """Made once for each device, whatever mode the first caller is in; a mode of tensors of its own gets its own."""
-    found = _tables.get((levels, device))
-    if torch.compiler.is_compiling():
-        return found if found is not None else torch.tensor(levels, dtype=torch.float32, device=device)
-    if torch._C._len_torch_dispatch_stack():  # FakeTensorMode and the like: only what is made inside belongs to it
+    found, compiling = _tables.get((levels, device)), torch.compiler.is_compiling()
+    # in FakeTensorMode and the like: only what is made inside belongs to it
+    if (compiling and found is None) or (not compiling and torch._C._len_torch_dispatch_stack()):
         return torch.tensor(levels, dtype=torch.float32, device=device)
     if found is None:
         with torch.inference_mode(False), torch._C._DisableFuncTorch():
@@ -154,6 +153,13 @@ class Ternary(Grid):
 def _mirrored(*magnitudes: float) -> tuple[float, ...]:
     """0 and ± each, which ascend: +0 and -0 are one level."""
     return (*(-c for c in reversed(magnitudes)), 0.0, *magnitudes)
+
+
+@dataclass(frozen=True)
+class FP4(Grid):
+    """E2M1, the 4-bit float of the OCP Microscaling Formats (MX) specification 1.0, 2023, and of NVFP4: 15 levels."""
+
+    table = _mirrored(0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 @dataclass(frozen=True)

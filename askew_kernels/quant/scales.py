@@ -42,9 +42,7 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
         return 1 if granularity == "per_tensor" or len(shape) < 2 else shape[0]
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int with granularity='per_group', got {group_size!r}")
-    inputs = 1
-    for n in shape[1:] if len(shape) > 1 else shape:
-        inputs *= n
+    inputs = math.prod(shape[1:] if len(shape) > 1 else shape)
     if inputs % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {inputs} inputs of a weight of shape {shape}")
     return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
@@ -93,12 +91,7 @@ def _normal_scale(levels: tuple[float, ...]) -> float:
 
 
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES: dict[str, Callable[[Any, Any, Any, Grid, tuple[float, float] | None], Any]] = {
-    "absmax": _absmax,
-    "sawb": _sawb,
-    "mean": _mean,
-    "rms": _rms,
-}
+SUM_RULES: dict[str, Callable[..., Any]] = {"absmax": _absmax, "sawb": _sawb, "mean": _mean, "rms": _rms}
 RULES = (*SUM_RULES, "mse")
 
 
@@ -242,9 +235,8 @@ def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
 def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
     """(len(c_maxes), rows) float32: max|x| / c_max of each row of ``x``; 1 where that is 0.
 
-    NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either.
-
-    Nothing waits for the device. ``rows``: tokens or images.
+    NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either. Nothing waits
+    for the device. ``rows``: tokens or images.
     """
     flat = x.detach().reshape(rows, x.numel() // rows if rows else 0)
     if flat.numel() == 0:
@@ -257,13 +249,9 @@ def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
 
 @torch.no_grad()
 def compute_scale(
-    w: Tensor,
-    grid: Grid,
-    rule: str | None = None,
-    granularity: str = "per_channel",
-    group_size: int | None = None,
+    w: Tensor, grid: Grid, rule: str | None = None, granularity: str = "per_channel", group_size: int | None = None,
     sawb_coefficients: tuple[float, float] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One positive scale per row of ``w``: float32, shape (rows,), on ``w``'s device.
 
     ===========  ====================================================================================================

@@ -1,17 +1,11 @@
-"""Weights that are split over ranks (FSDP2's DTensors): this rank's part, its rows of the scales, and how every rank
-comes to have all of them, since each computes the forward with the whole weight."""
+"""Weights that are split over ranks (FSDP2's DTensors): this rank's part, and its rows of the scales."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .state import WeightQuantizer
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -66,21 +60,3 @@ def own_rows(weight: Tensor, rows: int) -> slice:
     shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     each = rows // weight.shape[0]
     return slice(offset[0] * each, (offset[0] + shape[0]) * each)
-
-
-def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
-    """Brings every rank's rows of scales and sums to all ranks, for weights of one sharding: one sum over the ranks, of
-    numbers that are zero where the rows are another's. All ranks must call it."""
-    parts = []
-    for q, w in zip(quantizers, weights, strict=True):
-        own = own_rows(w, len(q.scale))
-        part = torch.zeros(len(q.scale), 1 + q.row_sums.shape[1], dtype=torch.float32, device=q.scale.device)
-        part[own, 0], part[own, 1:] = q.scale[own], q.row_sums[own]
-        parts.append(part)
-    joined = torch.cat(parts)
-    mesh, placements = sharding_of(weights[0])
-    for dim, placement in enumerate(placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
-    for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
-        q.write(scale=part[:, 0], sums=part[:, 1:])

@@ -41,7 +41,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import contract, ops
 from .config import QuantConfig
 from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums, scale_in_numpy
-from .sharding import is_sharded, local_part, own_rows, share_rows
+from .sharding import is_sharded, local_part, own_rows, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
@@ -211,10 +211,10 @@ class WeightQuantizer:
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
 
-    def _know(self, weight: Tensor, sums: bool = False, inside: bool = False,
-              fresh: frozenset[torch.dtype] = frozenset()) -> Known:  # fmt: skip
-        known = self._known = Known(self._stamp(weight), sums, inside, fresh)
-        return known
+    def _know(self, weight: Tensor, *known: Any) -> Known:
+        """``known``: sums, inside, fresh."""
+        self._known = now = Known(self._stamp(weight), *known)
+        return now
 
     def settle(self, weight: Tensor) -> Known:
         """What is known of the weight as it stands, after the scale was brought up to date where it has to be."""
@@ -229,14 +229,13 @@ class WeightQuantizer:
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
             self.look()
-        if self._frozen or (came and float(self.flag) == HELD):
-            return self._know(weight)
-        if is_sharded(weight):  # its whole is looked at in the forward; until then the scale is what the last step left
+        # the whole of a sharded weight is looked at in the forward; until then the scale is what the last step left
+        if self._frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
         if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
             self.write(scale=self._rule_scale(weight), sums=now)
-        return self._know(weight, sums=True)
+        return self._know(weight, True)
 
     # ---- scale ----
 
@@ -250,10 +249,7 @@ class WeightQuantizer:
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
-        if torch.is_inference_mode_enabled():  # what is kept must serve training too
-            with torch.inference_mode(False):
-                return self.current_scale(weight)
-        with LOCK:
+        with LOCK, torch.inference_mode(False):  # what is kept must serve training too
             self.settle(weight)
             return self.scale
 
@@ -269,41 +265,36 @@ class WeightQuantizer:
         serves = (flag != FOLLOWS) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
 
-    def next_scale(self, weight: Tensor) -> Tensor:
-        """What an update step starts from: the frozen scale, or the rule applied to the weight as it stands."""
-        return next_scales([self], [weight])[0]
-
     def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
         if scale is not None:
             self.set_scale(weight, scale)
         else:
-            self.next_scale(weight)
+            next_scales([self], [weight])
             if is_sharded(weight):
                 share_rows([self], [weight])
         self.revision += 1
         self.write(frozen=FROZEN)
         self._know(weight)
 
-    def set_scale(self, weight: Tensor, scale: Tensor) -> None:
-        rows = self.rows(weight)
+    def _given(self, weight: Tensor, scale: Tensor, rows: int) -> Tensor:
         if scale.numel() != rows:
             raise ValueError(f"scale: expected shape ({rows},) for a weight of shape {tuple(weight.shape)} "
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
+        return scale.detach().reshape(-1)
+
+    def set_scale(self, weight: Tensor, scale: Tensor) -> None:
+        scale = self._given(weight, scale, self.rows(weight))
         self.settle(weight)
         self.revision += 1
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
-        sums = None if unseen else self._sums(weight)
-        self.write(scale=scale.detach().reshape(-1), sums=sums)
-        self._know(weight, sums=sums is not None)
+        self.write(scale=scale, sums=None if unseen else self._sums(weight))
+        self._know(weight, not unseen)
 
     def restore(self, weight: Tensor, scale: Tensor, frozen: bool, sums: Tensor | None = None) -> None:
         """State from an optimizer's checkpoint; the weight may be loaded before or after."""
         self.allocate(weight)
-        if scale.numel() != self.scale.numel():
-            raise ValueError(f"scale: expected shape {tuple(self.scale.shape)} for a weight of shape "
-                             f"{tuple(weight.shape)}, got {tuple(scale.shape)}")  # fmt: skip
-        self.write(float(frozen), scale.detach().reshape(-1), sums)
+        self.write(float(frozen), self._given(weight, scale, self.scale.numel()), sums)
         self.invalidate()
 
     def forget(self) -> None:
@@ -322,11 +313,8 @@ class WeightQuantizer:
 
     def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
-        if torch.is_inference_mode_enabled():  # what is kept must serve training too
-            with torch.inference_mode(False):
-                return self.quantized(weight, dtype)
         dtype = dtype or weight.dtype
-        with LOCK:
+        with LOCK, torch.inference_mode(False):  # what is kept must serve training too
             known = self.settle(weight)
             if dtype != self.copy_dtype:
                 self.copy_dtype = dtype
@@ -340,15 +328,10 @@ class WeightQuantizer:
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
-        if (
-            known is None
-            or dtype not in known.fresh
-            or dtype is not self.copy_dtype
-            or known.stamp != self._stamp(weight)
-        ):
-            copy = self.quantized(weight, dtype)
-            return copy, self._known is not None and self._known.inside
-        return self._copies[dtype], known.inside
+        if known and dtype in known.fresh and dtype is self.copy_dtype and known.stamp == self._stamp(weight):
+            return self._copies[dtype], known.inside
+        copy = self.quantized(weight, dtype)
+        return copy, self._known is not None and self._known.inside
 
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
@@ -474,12 +457,31 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
             together.setdefault((w.device, *q.rule), []).append((q, w))
         else:
             q.write(FOLLOWS, q._rule_scale(w), q._sums(w))
-        q._know(w, sums=not is_sharded(w))  # copies of another scale are none
+        q._know(w, not is_sharded(w))  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
         for q, w in members:
-            q._know(w, sums=True)
+            q._know(w, True)
     return [q.scale for q in quantizers]
+
+
+def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
+    """Brings every rank's rows of scales and sums to all ranks, since each computes the forward with the whole weight,
+    for weights of one sharding: one sum over the ranks, of numbers that are zero where the rows are another's. All
+    ranks must call it."""
+    parts = []
+    for q, w in zip(quantizers, weights, strict=True):
+        own = own_rows(w, len(q.scale))
+        part = torch.zeros(len(q.scale), 1 + q.row_sums.shape[1], dtype=torch.float32, device=q.scale.device)
+        part[own, 0], part[own, 1:] = q.scale[own], q.row_sums[own]
+        parts.append(part)
+    joined = torch.cat(parts)
+    mesh, placements = sharding_of(weights[0])
+    for dim, placement in enumerate(placements):
+        if placement.is_shard():
+            torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
+    for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
+        q.write(scale=part[:, 0], sums=part[:, 1:])
 
 
 class ScaleBatch:

@@ -19,7 +19,7 @@ from ..analysis.generators import seeded
 from ..analysis.hessian import hessian_trace
 from ..quant import compute_scale
 from .cost import BudgetError
-from .policy import Policy, scale_rule, weight_grid
+from .policy import Policy, weight_grid
 from .space import Space, knapsack
 
 
@@ -61,8 +61,7 @@ def weight_errors(space: Space) -> dict[str, tuple[Tensor, float]]:
         errors = []
         for bits in space.weight_bits:
             grid = weight_grid(bits)
-            scale = compute_scale(w, grid, scale_rule(grid))
-            errors.append(float((w - ops.fake_quantize(w, scale, grid)).double().square().sum()))
+            errors.append(float((w - ops.fake_quantize(w, compute_scale(w, grid), grid)).double().square().sum()))
         found[name] = torch.tensor(errors, dtype=torch.float64, device="cpu"), float(w.double().square().sum())
     return found
 

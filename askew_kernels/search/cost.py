@@ -33,7 +33,7 @@ from ..nn.kinds import DEFAULT
 from ..nn.kinds import kind_of as find_kind
 from ..quant import QuantConfig, activation_scales
 from ..quant.grids import Uniform
-from .policy import Kinds, Policy, candidate_layers, kind_of, named, scale_rule, weight_grid, weight_id
+from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -342,7 +342,7 @@ def _packed_copy(layer: Any, bits: int) -> nn.Module:
     with seeded(0):
         new.reset_parameters()
     grid = weight_grid(bits)
-    config = QuantConfig(weight=grid, scale=scale_rule(grid))
+    config = QuantConfig(weight=grid)
     return pack_(hard_quantize_(quantize_(nn.Sequential(new), config, kinds=kind.name)))[0].eval()  # type: ignore[index]
 
 

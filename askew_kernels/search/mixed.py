@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
 from ..nn.kinds import DEFAULT
-from ..quant import Grid, Uniform, activation_scales
-from ..quant.scales import SAWB_COEFFICIENTS, _fill, _guarded
-from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, scale_rule, weight_grid, weight_id
+from ..quant import Grid, Uniform, activation_scales, default_rule
+from ..quant.scales import scale_from_sums
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
@@ -64,9 +64,6 @@ class MixedLayer(nn.Module):
         self.act_grids: list[Grid | None] = [
             None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
         ]
-        wide = {"dtype": torch.float64, "device": "cpu"}
-        self._coefficients = torch.tensor([_coefficients(g) for g in self.weight_grids], **wide)  # type: ignore[arg-type]
-        self._tops = torch.tensor([[g.c_max] for g in self.weight_grids], **wide)  # type: ignore[arg-type]
         self._weight_codes = ops.candidate_encodings(self.weight_grids)
         self._act_codes = ops.candidate_encodings(self.act_grids)
         place = {"device": self.weight.device}
@@ -89,22 +86,12 @@ class MixedLayer(nn.Module):
 
     @torch.no_grad()
     def _rule_scales(self) -> Tensor:
-        """(candidates, rows): every candidate's rule is a row of coefficients of (rms, mean|w|, max|w|)."""
+        """(candidates, rows), of every grid by its own rule."""
         rows = self.weight.shape[0]
         if self.weight.numel() == 0:
             return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
-        cols = self.weight.numel() // rows
-        sums = ops.row_sums(self.weight.detach(), rows).double()
-        if self._coefficients.device != sums.device:  # once: each copy to a GPU waits for it
-            self._coefficients, self._tops = self._coefficients.to(sums.device), self._tops.to(sums.device)
-        top = sums[:, contract.MAX_ABS]
-        c1, c2, c3 = self._coefficients.T[:, :, None]
-        # as quant.scales has it, for all candidates at once: the same operations in the same order, so the same bits
-        of_rms = torch.where(c1 > 0, c1 * (sums[:, contract.SUM_SQUARES] / cols).sqrt(), 0.0)
-        scales, absmax = (of_rms - c2 * sums[:, contract.SUM_ABS] / cols) / c3, top / self._tops
-        scales = torch.where((scales > 0) & scales.isfinite(), scales, absmax)
-        scales, usable = _guarded(torch, scales, top)
-        return _fill(scales.float(), usable, top == 0, None)
+        sums, cols = ops.row_sums(self.weight.detach(), rows), self.weight.numel() // rows
+        return torch.stack([scale_from_sums(sums, cols, g, default_rule(g)) for g in self.weight_grids])
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable."""
@@ -125,14 +112,6 @@ class MixedLayer(nn.Module):
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
-
-
-def _coefficients(grid: Grid) -> tuple[float, float, float]:
-    """(c1, c2, c3) of the candidate's scale rule (c1 rms − c2 mean|w|) / c3; the largest magnitude where all is 0."""
-    rule = scale_rule(grid)
-    if rule == "mean":
-        return 0.0, -1.0, 1.0
-    return (*SAWB_COEFFICIENTS[grid.bits], grid.c_max) if rule == "sawb" else (0.0, 0.0, 1.0)
 
 
 def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:

@@ -36,14 +36,6 @@ def weight_grid(bits: int) -> Grid:
     return Binary() if bits == 1 else Uniform(bits=bits)
 
 
-def scale_rule(grid: Grid) -> str:
-    """The scale rule of a candidate: mean for binary, SAWB up to 4 bits, the largest magnitude above.
-
-    At 8 bits SAWB takes two large numbers from each other, and cuts small rows off far inside (docs/notes.md).
-    """
-    return "mean" if isinstance(grid, Binary) else "sawb" if grid.bits <= 4 else "absmax"
-
-
 # ---- roles ----------------------------------------------------------------------------------------------------------
 
 
@@ -116,9 +108,8 @@ class LayerPolicy:
     def config(self) -> QuantConfig | None:
         if self.weight_bits is None:
             return None
-        grid = weight_grid(self.weight_bits)
         activation = None if self.act_bits is None else Uniform(bits=self.act_bits, signed=self.act_signed)
-        return QuantConfig(weight=grid, scale=scale_rule(grid), activation=activation)
+        return QuantConfig(weight=weight_grid(self.weight_bits), activation=activation)  # the grid's own scale rule
 
 
 class PolicyError(ValueError):
@@ -185,17 +176,12 @@ class Policy:
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
     def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found: dict[str, LayerPolicy] = {}
-        wrong = []
-        for name, (kind, _, _) in roles.items():
-            match = self.entry(name)
-            if match is not None and match.kind != kind:
-                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
-            elif match is not None:
-                found[name] = match
+        found = {name: match for name in roles if (match := self.entry(name)) is not None}
+        wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
+                 if match.kind != roles[name][0]]  # fmt: skip
         used = {layer.name for layer in found.values()}
-        unused = [p.name for p in self.layers if p.name not in used]
-        return found, wrong or _missing([n for n in roles if n not in found], unused)
+        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing(without, extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
         found = {}
@@ -290,7 +276,8 @@ def _by_every_name(
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    return [f"no {what} for {', '.join(names)}" for what, names in (("entry", layers), ("layer", entries)) if names]
+    both = (("no entry for", layers), ("no layer for", entries))
+    return [f"{what} {', '.join(names)}" for what, names in both if names]
 
 
 def _short(value: Any) -> str:

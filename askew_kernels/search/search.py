@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib.util
 import math
 import os
 import sys
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..analysis.batches import moved, pair_of
+from .. import atomic
+from ..analysis.batches import check_count, moved, pair_of
 from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
 from ..nn.kinds import DEFAULT
@@ -53,8 +56,7 @@ class Settings:
         for name, known in (("method", METHODS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps: expected an int >= 1, got {self.steps!r}")
+        check_count("steps", self.steps)
         for name in ("lr", "strength_lr", "weight_decay", "cost_weight", "rho", "rho_min", "rho_max", "align"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -93,20 +95,15 @@ class Feed:
         return batch
 
     def _next(self) -> tuple[Any, Any]:
-        for attempt in range(2):
-            if self.iterator is None:
-                self._begin()
-            try:
-                batch = next(self.iterator)
-            except StopIteration:
-                if attempt or self.index == 0:
-                    break
-                self.iterator = None
-                continue
-            batch = pair_of(batch, "loader: expected batches (x, y)")
+        end = object()
+        found = end if self.iterator is None else next(self.iterator, end)
+        if found is end and (self.iterator is None or self.index):  # at the start, or at the end of a pass
+            self._begin()
+            found = next(self.iterator, end)
+        if found is not end:
             self.index += 1
             self.drawn += 1
-            return batch
+            return pair_of(found, "loader: expected batches (x, y)")
         if self.drawn == 0:
             raise ValueError("loader: yielded no batch")
         raise ValueError(
@@ -261,28 +258,22 @@ class Search:
             "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
             "history": self.history, "seconds": self.seconds,
         }  # fmt: skip
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            torch.save(state, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic.replacing(path) as file:
+            torch.save(state, file)
 
     def load(self, path: Path) -> None:
         """Takes up where ``save`` stopped. ValueError for what is not a checkpoint of this very search."""
         try:
             state = torch.load(path, weights_only=True, map_location=next(self.model.parameters()).device)
-            known = isinstance(state, dict) and state.get("askew_search") == 1
+            if state["askew_search"] != 1:
+                raise ValueError(state["askew_search"])
         except Exception as problem:
             raise ValueError(f"{path}: not a checkpoint of a search ({type(problem).__name__})") from None
-        if not known:
-            raise ValueError(f"{path}: not a checkpoint of a search")
         mine, theirs = _flat(self._identity()), _flat(state["identity"])
         different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if different:
-            raise ValueError(
-                f"{path}: of another search ({', '.join(different)} differ); give another file or remove it"
-            )
+            raise ValueError(f"{path}: of another search ({', '.join(different)} differ); give another file or "
+                             "remove it")  # fmt: skip
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -317,10 +308,8 @@ class Search:
             "raised": [n for n in self.space.names if choice[n] != best[n] and
                        all(c >= b for c, b in zip(choice[n], best[n], strict=True))],
             "loss": sum(r["loss"] for r in last) / len(last),
-            "probabilities": {
-                name: {"weights": w.tolist(), "inputs": a.tolist()}
-                for name, (w, a) in ((n, (p[0].detach(), p[1].detach())) for n, p in self.probabilities().items())
-            },
+            "probabilities": {n: {"weights": w.tolist(), "inputs": a.tolist()}
+                              for n, (w, a) in self.probabilities().items()},
             "history": self.history[:: max(1, len(self.history) // 200)],
         }  # fmt: skip
         if "surrogate_gap" in last[-1]:
@@ -332,32 +321,37 @@ def _flat(d: Mapping[str, Any]) -> dict[str, Any]:
     """One level, sequences as lists (JSON and torch.save do not agree on tuples)."""
     found: dict[str, Any] = {}
     for key, value in d.items():
-        found |= _flat(value) if isinstance(value, Mapping) else {
-            key: list(value) if isinstance(value, (tuple, list)) else value
-        }  # fmt: skip
+        found |= _flat(value) if isinstance(value, Mapping) else {key: [*value] if type(value) is tuple else value}
     return found
 
 
 Progress = Callable[[dict[str, float]], None]
 
 
-def _bar(steps: int, done: int, cost: str) -> Iterator[Any]:
-    """A generator that shows what is sent to it: rich's progress bar where it is installed, else nothing."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        while True:
-            yield
+@contextlib.contextmanager
+def _shown(progress: bool | Progress | None, search: Search) -> Iterator[Progress]:
+    """What is called with each step's row: the caller's function, rich's progress bar, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    wanted = progress is not False and search.ranks.first and (progress or sys.stderr.isatty())
+    if not wanted or importlib.util.find_spec("rich") is None:
+        yield lambda row: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
     columns = (TextColumn("search"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}"))  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=steps, completed=done)
-        while True:
-            row = yield
-            if row is not None:
-                text = f"loss {row['loss']:.3f}, expected {cost} {row['expected']:.4g}"
-                progress.update(task, completed=row["step"], description=text)
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=search.settings.steps, completed=search.step)  # type: ignore[arg-type]
+
+        def show(row: dict[str, float]) -> None:
+            text = f"loss {row['loss']:.3f}, expected {search.space.cost.kind} {row['expected']:.4g}"
+            bar.update(task, completed=row["step"], description=text)  # type: ignore[arg-type]
+
+        yield show
 
 
 def search_policy(
@@ -412,8 +406,7 @@ def search_policy(
         method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho, rho_min, rho_max,
         align, learned_scales, seed,
     )  # fmt: skip
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every: expected an int >= 1, got {checkpoint_every!r}")
+    check_count("checkpoint_every", checkpoint_every)
     if budget is not None:
         check_solver()  # before the work, not after it
     path = None if checkpoint is None else Path(checkpoint)
@@ -428,30 +421,13 @@ def search_policy(
         search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)
-        show = _shown(progress, search)
         started = time.perf_counter() - search.seconds
-        try:
+        with _shown(progress, search) as show:
             while search.step < steps:
                 row = search.advance()
                 search.seconds = time.perf_counter() - started
                 show(row)
-                if (
-                    path is not None
-                    and search.ranks.first
-                    and (search.step % checkpoint_every == 0 or search.step == steps)
-                ):
+                due = search.step % checkpoint_every == 0 or search.step == steps
+                if path is not None and search.ranks.first and due:
                     search.save(path)
-        finally:
-            show(None)
         return search.policy()
-
-
-def _shown(progress: bool | Progress | None, search: Search) -> Callable[[dict[str, float] | None], None]:
-    """What is called with each step's row, and with None at the end."""
-    if callable(progress):
-        return lambda row: None if row is None else progress(row)  # type: ignore[operator]
-    if progress is False or not search.ranks.first or (progress is None and not sys.stderr.isatty()):
-        return lambda row: None
-    bar: Any = _bar(search.settings.steps, search.step, search.space.cost.kind)
-    next(bar)
-    return lambda row: bar.close() if row is None else bar.send(row)
