@@ -21,7 +21,7 @@ from askew_kernels.deploy.convert import convert_file
 from askew_kernels.nn import KINDS, kinds
 from askew_kernels.nn.layers import GRIDS, STATE
 from askew_kernels.quant import Binary, Ternary, Uniform
-from askew_kernels.search import Budget, search_policy, trace, uniform_policy
+from askew_kernels.search import Budget, LayerPolicy, Policy, search_policy, trace, uniform_policy
 
 pytest.importorskip("safetensors")
 
@@ -246,6 +246,21 @@ def test_kinds_are_asked_for_by_name(caplog):
 
 def default():
     return {kind.name for kind in kinds.chosen(kinds.DEFAULT)}
+
+
+def test_a_policy_speaks_of_its_kinds(caplog):
+    """One without a kind leaves its layers float, and quantize_ says so; one that names it takes them in."""
+    both = nn.Sequential(*(nn.Sequential(make()) for _, make, *_ in CASES.values()))
+    ends = [LayerPolicy(f"{i}.0", kind, "", 0.0, 4) for i, (kind, *_) in enumerate(CASES.values())]
+    for spoken in (("linear", "conv2d"), tuple(KINDS)):
+        policy = Policy(tuple(p for p in ends if p.kind in spoken))
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "askew_kernels"):
+            made = ak.quantize_(copy.deepcopy(both), policy)
+        assert {layer.kind.name for layer in ak.nn.quantized_layers(made).values()} == set(spoken)
+        told = "".join(record.getMessage() for record in caplog.records)
+        for i, (kind, *_) in enumerate(CASES.values()):
+            assert (f"{i}.0.weight" in told) == (kind not in spoken)
 
 
 def test_nothing_of_the_kinds(caplog):

@@ -366,9 +366,9 @@ def load_packed(
 ) -> nn.Module:  # fmt: skip
     """Fills ``model`` from a packed file, in place, and returns it.
 
-    Its nn.Linear and nn.Conv2d (or their quantized or packed twins) that the file has packed are replaced, and hooks on
-    them go on working; every other tensor is loaded, strictly, and extra state is set. As with ``load_state_dict`` all
-    takes the types, the devices and the ``requires_grad`` of the model; what was on the meta device comes to the CPU.
+    Its layers (float, quantized or packed) that the file has packed are replaced, and hooks on them go on working; all
+    other tensors are loaded, strictly, and extra state is set. As with ``load_state_dict`` all takes the types, the
+    devices and the ``requires_grad`` of the model; what was on the meta device comes to the CPU.
 
     ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
     the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
@@ -398,14 +398,14 @@ class _Load:
         first: dict[int, str] = {}
         for name, d in file.layers.items():
             old: Any = names.layer(name)
-            if old is None:
-                raise file._error(f"layer {name}: the model has no such layer")
-            _check_fits(file, name, d, old)
-            if (other := first.setdefault(id(old), name)) != name:
-                if d != file.layers[other] or not all(map(torch.equal, file.codes(name), file.codes(other))):
-                    raise file._error(f"layer {name}: is {other} in the model, and another layer in the file")
-            else:
-                self.new[id(old)] = self._filled(name, old)
+            try:
+                _check_fits(file, name, d, old)
+                if (other := first.setdefault(id(old), name)) == name:
+                    self.new[id(old)] = self._filled(name, old)
+                elif d != file.layers[other] or not all(map(torch.equal, file.codes(name), file.codes(other))):
+                    raise ValueError(f"is {other} in the model, and another layer in the file")
+            except ValueError as error:
+                raise file._error(f"layer {name}: {str(error).removeprefix(f'{name}: ')}") from None
             replaced |= {f"{name}.{k}" for k in own_keys(type(old)) | {"weight_codes", "weight_scale"} if k != "bias"}
         for name, module in names.modules.items():
             if isinstance(module, (QuantizedLayer, PackedLayer)) and id(module) not in self.new:
@@ -442,10 +442,7 @@ class _Load:
         device = torch.device("cpu") if place.is_meta else place.device
         layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
         layer.bias = getattr(old, "bias", None)
-        try:
-            layer.set_activations(self.activations)
-        except ValueError as error:
-            raise self.file._error(f"layer {name}: {error}") from None
+        layer.set_activations(self.activations)
         return layer
 
     def _value(self, key: str) -> None:
@@ -500,30 +497,31 @@ class _Load:
 
 
 def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> None:
+    """ValueError where the module of the model cannot be replaced by the file's layer of that name."""
+    if old is None:
+        raise ValueError("the model has no such layer")
     kind: Any = KINDS[d["kind"]]
-    try:
-        check_replaceable(name, old)
-    except ValueError as error:
-        raise file._error(f"layer {error}") from None
+    check_replaceable(name, old)
     if type(old) is not kind.plain and not isinstance(old, (kind.quantized, kind.packed)):
-        raise file._error(f"layer {name}: expected {kind.plain.__name__} in the model, got {type(old).__name__}")
+        raise ValueError(f"expected {kind.plain.__name__} in the model, got {type(old).__name__}")
     shape, dtype = (old.shape, old.weight_dtype) if isinstance(old, PackedLayer) else _type(old.weight)
     if dtype is None:
-        raise file._error(f"layer {name}: its weight is {shape} in the model, which cannot be replaced")
+        raise ValueError(f"its weight is {shape} in the model, which cannot be replaced")
     if str(dtype).removeprefix("torch.") not in FLOATS:
-        raise file._error(f"layer {name}: a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
-    if list(shape) != d["shape"]:
-        raise file._error(f"layer {name}: expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
+        raise ValueError(f"a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     bias, given = getattr(old, "bias", None), file.tensors.get(f"{name}.bias")
     if (bias is None) != (given is None):
-        raise file._error(f"layer {name}: only {'the file' if bias is None else 'the model'} has a bias")
+        raise ValueError(f"only {'the file' if bias is None else 'the model'} has a bias")
     if bias is not None and given is not None and given.shape != bias.shape:
-        raise file._error(f"layer {name}: bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
+        raise ValueError(f"bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
+    if shape != tuple(d["shape"]):
+        raise ValueError(f"expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
+    pairs: list[tuple[str, Any, Any]] = []
     if (config := getattr(old, "config", None)) is not None:
-        for what, field in (("grid", "weight"), ("activation", "activation")):
-            own, of_file = getattr(config, field), getattr(file.configs[name], field)
-            if own != of_file:
-                raise file._error(f"layer {name}: {what}: expected {own}, the file has {of_file}")
-    geometry = d.get("geometry")
-    if geometry is not None and (here := kind.geometry_of(old)) != geometry:
-        raise file._error(f"layer {name}: geometry: expected {here}, the file has {geometry}")
+        other = file.configs[name]
+        pairs = [("grid", config.weight, other.weight), ("activation", config.activation, other.activation)]
+    if "geometry" in d:
+        pairs.append(("geometry", kind.geometry_of(old), d["geometry"]))
+    for what, own, of_file in pairs:
+        if own != of_file:
+            raise ValueError(f"{what}: expected {own}, the file has {of_file}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import bits_per_code
+from ..nn import quantized_layers
 from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
@@ -82,11 +84,11 @@ class Report:
         ratio = f"{self.float_bytes / self.bytes:.2f}" if self.bytes else "-"
         rows.append(("all", "", "", str(sum(r.weights for r in self.layers)), str(self.bytes), ratio, "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        cells = (
-            [f"{c:{'<' if i < 2 else '>'}{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            for row in rows
-        )
-        return "\n".join("  ".join(line).rstrip() for line in cells)
+        lines = []
+        for row in rows:
+            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
@@ -96,11 +98,8 @@ class Report:
         names, place = [r.name for r in self.layers], range(len(self.layers))
         figure = Figure(figsize=(9, 1.6 + 0.28 * len(names)), layout="constrained")
         size, error = figure.subplots(1, 2, sharey=True)
-        for values, mark, label in (
-            ("float_bytes", "|", "float32"),
-            ("bytes", "o", "packed"),
-        ):  # a log axis has no bars
-            size.plot([getattr(r, values) for r in self.layers], place, mark, label=label)
+        size.plot([r.float_bytes for r in self.layers], place, "|", label="float32")  # bars have no end on a log axis
+        size.plot([r.bytes for r in self.layers], place, "o", label="packed")
         size.set(xscale="log", xlabel="bytes", yticks=list(place), yticklabels=names)
         size.invert_yaxis()
         for what, label in (("error", "weight"), ("output_error", "output")):
@@ -121,13 +120,17 @@ def short_name(grid: Grid, trits: bool = False) -> str:
     return ", ".join([f"{d['grid']} {size}".rstrip(), *flags]) + (" (trits)" if trits else "")
 
 
-def packed_report(name: str, layer: Any) -> LayerReport:
-    """Of a packed layer; its tensors may be on the meta device."""
-    weights = layer.weight_codes.shape[0] * layer.cols
-    bits = bits_per_code(layer.bits)
-    return LayerReport(
-        name, short_name(layer.config.weight, layer.trits), bits, weights, layer.packed_bytes, 4 * weights
-    )
+@torch.no_grad()
+def _of_layer(name: str, layer: Any) -> LayerReport:
+    """Of a quantized layer, or of a packed one, whose tensors may be on the meta device."""
+    grid = layer.config.weight
+    if isinstance(layer, PackedLayer):
+        weights, known = math.prod(layer.shape), short_name(grid, layer.trits)
+        return LayerReport(name, known, bits_per_code(layer.bits), weights, layer.packed_bytes, 4 * weights)
+    w, scale = layer.weight, layer.weight_scale
+    size = len(w) * row_bytes(w.numel() // max(len(w), 1), grid.bits) + 4 * scale.numel()
+    errors = _errors(w, layer.quantized_weight(), scale, grid)
+    return LayerReport(name, short_name(grid), grid.bits, w.numel(), size, 4 * w.numel(), *errors)
 
 
 def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) -> Report:
@@ -140,7 +143,7 @@ def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) 
     counted: set[str] = set()
     for name in file.layers:
         layer = file.empty_layer(name)
-        r = packed_report(name, layer)
+        r = _of_layer(name, layer)
         keys = [f"{name}.weight_codes", f"{name}.weight_scale"]
         if not set(keys) <= set(file.stored):
             r = replace(r, bytes=0, float_bytes=0)
@@ -169,15 +172,6 @@ def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float,
 
 
 @torch.no_grad()
-def _quantized_report(name: str, layer: Any) -> LayerReport:
-    grid, w, scale = layer.config.weight, layer.weight, layer.weight_scale
-    n = w.shape[0]
-    size = n * row_bytes(w.numel() // max(n, 1), grid.bits) + 4 * scale.numel()
-    error, outliers = _errors(w, layer.quantized_weight(), scale, grid)
-    return LayerReport(name, short_name(grid), grid.bits, w.numel(), size, 4 * w.numel(), error, outliers)
-
-
-@torch.no_grad()
 def inspect(model: nn.Module, batch: Any = None) -> Report:
     """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
 
@@ -188,16 +182,13 @@ def inspect(model: nn.Module, batch: Any = None) -> Report:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    outputs: dict[str, float] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (QuantizedLayer, PackedLayer))}
-    if batch is not None:
-        outputs = _output_errors(model, batch, {n: m for n, m in layers.items() if isinstance(m, QuantizedLayer)})
+    outputs = {} if batch is None else _output_errors(model, batch)
     reports: list[LayerReport] = []
     covered: set[int] = set()  # the layers' own tensors, all but the biases
     for name, m in layers.items():
-        packed = isinstance(m, PackedLayer)
-        r = packed_report(name, m) if packed else _quantized_report(name, m)
-        if id(m.weight_codes if packed else m.weight) in covered:  # tied: stored once
+        r = _of_layer(name, m)
+        if id(m.weight_codes if isinstance(m, PackedLayer) else m.weight) in covered:  # tied: stored once
             r = replace(r, bytes=0, float_bytes=0)
         reports.append(replace(r, output_error=outputs.get(name)))
         own = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
@@ -206,7 +197,8 @@ def inspect(model: nn.Module, batch: Any = None) -> Report:
     return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
 
 
-def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict[str, float]:
+def _output_errors(model: nn.Module, batch: Any) -> dict[str, float]:
+    """||y - y^|| / ||y|| of every quantized layer that the model calls."""
     found: dict[str, float] = {}
 
     def compare(name: str, layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
@@ -214,7 +206,10 @@ def _output_errors(model: nn.Module, batch: Any, layers: dict[str, Any]) -> dict
         exact = layer.product(x, layer.weight).double()
         found[name] = _relative(layer.product(x, layer.quantized_weight()).double(), exact)
 
-    handles = [m.register_forward_pre_hook(partial(compare, name), with_kwargs=True) for name, m in layers.items()]
+    handles = [
+        m.register_forward_pre_hook(partial(compare, name), with_kwargs=True)
+        for name, m in quantized_layers(model).items()
+    ]
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()

@@ -49,9 +49,13 @@ def quantize_(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     patterns, by_policy = isinstance(config, Mapping), hasattr(config, "configs")
-    asked = chosen(KINDS if by_policy else kinds)
-    if not patterns:
-        config = config.configs(model) if by_policy else {"*": QuantConfig() if config is None else config}
+    asked = chosen(kinds)
+    if by_policy:
+        config = config.configs(model)
+        spoken_of = [replaceable(model.get_submodule(name)) for name in config]
+        asked = [kind for kind in KINDS.values() if kind in spoken_of]
+    elif not patterns:
+        config = {"*": QuantConfig() if config is None else config}
     for pattern, value in config.items():
         if value is not None and not isinstance(value, QuantConfig):
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")

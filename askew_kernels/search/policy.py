@@ -176,17 +176,12 @@ class Policy:
         raise PolicyError("policy: does not fit the model " + ". ".join(why))
 
     def _by_name(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found: dict[str, LayerPolicy] = {}
-        wrong = []
-        for name, (kind, _, _) in roles.items():
-            match = self.entry(name)
-            if match is not None and match.kind != kind:
-                wrong.append(f"{name} is {kind}, the policy's {match.kind}")
-            elif match is not None:
-                found[name] = match
+        found = {name: match for name in roles if (match := self.entry(name)) is not None}
+        wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
+                 if match.kind != roles[name][0]]  # fmt: skip
         used = {layer.name for layer in found.values()}
-        unused = [p.name for p in self.layers if p.name not in used]
-        return found, wrong or _missing([n for n in roles if n not in found], unused)
+        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
+        return found, wrong or _missing(without, extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
         found = {}
@@ -281,7 +276,8 @@ def _by_every_name(
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
-    return [f"no {what} for {', '.join(names)}" for what, names in (("entry", layers), ("layer", entries)) if names]
+    both = (("no entry for", layers), ("no layer for", entries))
+    return [f"{what} {', '.join(names)}" for what, names in both if names]
 
 
 def _short(value: Any) -> str:
