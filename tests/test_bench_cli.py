@@ -109,6 +109,7 @@ def test_step_rows(monkeypatch, op, baseline, bytes_a_weight):
             "askew",
             "python",
             "allocator",
+            "instructions",
             "time",
         ):
             assert getattr(r, name), name
@@ -444,6 +445,33 @@ def test_goals_from_rows():
     assert results["ASkewAdamW ÷ AdamW fused"].reached is None  # its rows are not there
     assert not any(g.goal.startswith("fake_quantize") for g in results.values())
     assert "MISSED" in report.plain_report(measured)
+
+
+def test_the_summary_shows_the_copy_the_missed_goals_and_where_rows_are_from():
+    """As plainly as what was reached: every missed goal, the step that writes the copy, each suite's commits."""
+    measured = rows.read_rows(ROOT / "benchmarks/results/cpu/rows.json")
+    text, results = report.summary_table(measured), report.goals(measured)
+    missed = [g.goal for g in results if g.reached is False]
+    assert len(missed) > 10 and all(f"| {goal} |" in text for goal in missed)
+    assert f"{len(missed)} of {sum(g.reached is not None for g in results)} that were measured" in text
+    for suite in ("step", "fake_quant", "packed", "sam", "search"):
+        assert any(h.text in text for h in suites.HEADLINES[suite]) and f"{suite}: commit" in text
+    assert "with the hard copy, 4096x4096 | torch SGD fused | **1.57**" in text
+    for granularity in fake_quant.GRANULARITIES:
+        assert sum(f"fake_quantize per {granularity} " in g.goal for g in results) == 4
+    for name in packed.FILES:
+        assert any(name in g.goal and g.goal.startswith("load_packed") for g in results)
+
+
+def test_a_case_its_goal_and_its_line_in_the_readme_are_one_file(monkeypatch):
+    """What a suite's module holds beside its cases reaches tables and plots without another place knowing it."""
+    goal = goals.Goal("a new goal", "<=", 0.5, goals.ratio("op", "mine"))
+    monkeypatch.setitem(suites.GOALS, "suite", [goal])
+    monkeypatch.setitem(suites.HEADLINES, "suite", [goals.Headline("a new line", "op", "mine", (("base", "plain"),))])
+    impls = [Impl("base", kind="baseline"), Impl("mine", kind="ours")]
+    measured = [rows.Row(**{**vars(r), "quick": False, "p50": 2.0, "ratio": 1.0}) for r in some_rows(*impls)]
+    text = report.summary_table(measured)
+    assert "| a new line, 4 | base | **1.00** |  | plain 1.00 |" in text and "| a new goal | ≤ 0.5 | 1 |" in text
 
 
 # ---- an earlier run, documents ---------------------------------------------------------------------------------------

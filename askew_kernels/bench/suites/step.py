@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import optim, quant, reference
+from ... import ops, optim, quant, runtime
 from .. import peers
 from ..goals import Goal, Headline, extreme, ratio, ratio_to_best
 from ..harness import Case, Context, Entry, Impl, first_line, peer
@@ -41,7 +41,7 @@ class StepCheck:
         if self.frozen and self.scales:
             return
         self.scales = [
-            common.sawb(sample(p, self.rows)) if q else torch.ones(1, device=p.device)
+            common.sawb(sample(p, self.rows)) if q else torch.ones((), device=p.device)
             for p, q in zip(self.params, self.skewed, strict=True)
         ]
 
@@ -59,26 +59,27 @@ class StepCheck:
     def compare(self, i: int, step: int, before: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
         """Takes the reference's step from ``before``; what it and the implementation moved must agree."""
         quantized, expected = self.skewed[i], before.clone()
-        rate = torch.tensor(ADAM_LR if self.rule == "adamw" else LR, dtype=torch.float64)
-        eps = torch.tensor(self.eps if quantized else 1.0, dtype=torch.float64)
-        clamp = self.frozen and quantized
-        nothing = torch.empty(0, device=before.device)
-        tensors = [[self.scales[i]], [nothing], GRID.encoding, [], [], []]
-        arguments: list[Any] = [[expected], [grad]]
-        if self.rule == "adamw":
-            arguments += [[first], [second], *tensors, torch.tensor(float(step)), rate, eps, ALPHA]
-            arguments += [0.9, 0.999, 1e-8, 0.01, False, clamp, False, False]
-            reference.skew_adamw_(*arguments)
-        else:
-            arguments += [[first] if self.momentum else [], *tensors, rate, eps, ALPHA, self.momentum]
-            arguments += [0.0, 0.0, False, False, clamp, False, False]
-            reference.skew_sgd_(*arguments)
+        how: dict[str, Any] = {
+            "eps": self.eps if quantized else 1.0,
+            "alpha": ALPHA,
+            "clamp": self.frozen and quantized,
+        }
+        with runtime.use_backend("reference"):
+            if self.rule == "adamw":
+                ops.skew_adamw_([expected], [grad], [first], [second], [self.scales[i]], [GRID], step=step, lr=ADAM_LR,
+                                weight_decay=0.01, **how)  # fmt: skip
+            else:
+                buffers = [first] if self.momentum else None
+                ops.skew_sgd_(
+                    [expected], [grad], buffers, [self.scales[i]], [GRID], lr=LR, momentum=self.momentum, **how
+                )
         after = sample(self.params[i], self.rows)
         # 4e-6 |w|: rounding of w, and of the scale where a weight is clamped to the hull
         moved = (expected - before).abs() + before.abs() * 2e-3
         compare(f"tensor {i}, step {step}", after - before, expected - before, moved, 2e-3)
         if self.copies is not None and quantized:
-            hard = reference.fake_quantize(after, self.scales[i], nothing, GRID.encoding, True, False, 0)
+            with runtime.use_backend("reference"):
+                hard = ops.fake_quantize(after, self.scales[i], GRID)
             compare(f"copy {i}, step {step}", sample(self.copies()[i], self.rows), hard, hard, 1e-5)
 
 
