@@ -156,7 +156,7 @@ def askew_step(
             {"params": [p for p, q in zip(params, inputs.skewed, strict=True) if not q], "fused": True},
         ]
         groups = [g for g in groups if g["params"]]
-        common = dict(alpha=ALPHA, eps=eps, freeze_scale=freeze_scale)
+        common = dict(alpha=ALPHA, constraint_eps=eps, freeze_scale=freeze_scale)
         optimizer: torch.optim.Optimizer
         if rule == "adamw":
             optimizer = optim.ASkewAdamW(groups, lr=ADAM_LR, **common)  # type: ignore[arg-type]
