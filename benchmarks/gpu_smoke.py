@@ -170,7 +170,9 @@ def network() -> nn.Sequential:
 def trained(device: str, eps: float, steps: int = 3, autocast: bool = False, rule: str = "ASkewSGD") -> nn.Sequential:
     """The network after some steps on fixed data."""
     model = network().to(device)
-    optimizer = getattr(ak.optim, rule)(ak.param_groups(model), lr=0.01 if rule == "ASkewAdamW" else 1.0, eps=eps)
+    optimizer = getattr(ak.optim, rule)(
+        ak.param_groups(model), lr=0.01 if rule == "ASkewAdamW" else 1.0, constraint_eps=eps
+    )
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         x, y = (torch.randn(16, n, generator=g).to(device) for n in (256, 64))
@@ -232,7 +234,9 @@ def graph_check(backend: str, eps: float) -> str:
     weights = []
     for capture in (False, True):
         model = network().cuda()
-        optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.01, momentum=0.9, eps=eps, telemetry_every=0)
+        optimizer = ak.optim.ASkewSGD(
+            ak.param_groups(model), lr=0.01, momentum=0.9, constraint_eps=eps, telemetry_every=0
+        )
 
         def step(model: nn.Module = model, optimizer: Any = optimizer) -> None:
             optimizer.zero_grad()
@@ -361,7 +365,7 @@ def graphs(device: str, small: bool, path: Path | None) -> int:
                 if rule != "torch fused":
                     ak.quantize_(model, ak.QuantConfig(Uniform(4), scale="sawb"))
                     optimizer = ak.optim.ASkewSGD(
-                        ak.param_groups(model), lr=0.01, momentum=0.9, eps=eps, telemetry_every=0, fused=True
+                        ak.param_groups(model), lr=0.01, momentum=0.9, constraint_eps=eps, telemetry_every=0, fused=True
                     )
 
                 def step(model: nn.Module = model, optimizer: Any = optimizer, autocast: bool = autocast,

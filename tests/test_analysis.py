@@ -597,7 +597,7 @@ def skewed(w, lr, eps=1.0, alpha=1.0, scale=0.5, **options):
         "scale": torch.full((1,), scale),
         "granularity": "per_tensor",
     }
-    return ak.optim.ASkewSGD([group], lr=lr, eps=eps, alpha=alpha, freeze_scale="never", **options)
+    return ak.optim.ASkewSGD([group], lr=lr, constraint_eps=eps, alpha=alpha, freeze_scale="never", **options)
 
 
 def test_certificate_of_a_quadratic_is_its_closed_form():

@@ -67,9 +67,9 @@ def test_steps(device, name, rule, generator):
         params = [nn.Parameter(w.to(where)) for w in weights]
         group = {"params": params, "grid": grid, "scale": "absmax"}
         if rule == "sgd":
-            optimizer = ak.optim.ASkewSGD([group], lr=0.01, momentum=0.9, eps=0.3)
+            optimizer = ak.optim.ASkewSGD([group], lr=0.01, momentum=0.9, constraint_eps=0.3)
         else:
-            optimizer = ak.optim.ASkewAdamW([group], lr=0.01, eps=0.3)
+            optimizer = ak.optim.ASkewAdamW([group], lr=0.01, constraint_eps=0.3)
         with runtime.use_backend(backend) if backend else torch.enable_grad():
             for _ in range(3):
                 for p, g in zip(params, grads, strict=True):
@@ -148,7 +148,7 @@ def test_sharpness_aware_steps(device, kind, generator):
         torch.manual_seed(1)
         model = ak.quantize_(nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)), ak.QuantConfig(
             Uniform(4), scale="absmax", forward="relaxed")).to(where)  # fmt: skip
-        base = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9, eps=0.5)
+        base = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9, constraint_eps=0.5)
         optimizer = getattr(ak.optim, kind)(base, rho=0.1, model=model)
 
         def closure():

@@ -210,7 +210,7 @@ def test_from_float_and_to_float():
 
 def test_frozen_scale_round_trip():
     model = ak.quantize_(network(), CLIPPING)
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.2, eps=0.3)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.2, constraint_eps=0.3)
     train(model, optimizer, 3)
     state = model.state_dict()
     assert "3.weight_scale" in state and state["3.weight_scale"].dtype == torch.float32
@@ -236,7 +236,7 @@ def test_frozen_scale_round_trip():
 def test_copies(how, frozen):
     model = ak.quantize_(network(), CLIPPING)
     if frozen:
-        train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.2, eps=0.3), 3)
+        train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.2, constraint_eps=0.3), 3)
     want = model(IMAGES)
     if how == "deepcopy":
         other = copy.deepcopy(model)
@@ -249,7 +249,7 @@ def test_copies(how, frozen):
         other = torch.load(buffer, weights_only=False)
     assert torch.equal(other(IMAGES), want)
     assert other[3].weight is not model[3].weight and other[3].quantizer is not model[3].quantizer
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(other), lr=0.2, eps=0.3)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(other), lr=0.2, constraint_eps=0.3)
     train(other, optimizer, 2)  # the copy's optimizer finds the copy's layers
     assert torch.equal(model(IMAGES), want)
     for layer in ak.nn.convert.quantized_layers(other).values():
@@ -376,7 +376,7 @@ def test_never_stale(edit, state, conv):
     x = torch.randn(2, 3, 4, 4) if conv else torch.randn(4, 12)
     layer(x).sum().backward()
     if state != "fresh":
-        group = {"params": [layer.weight], "grid": CLIPPING.weight, "eps": 0.2 if state == "frozen" else 1.0}
+        group = {"params": [layer.weight], "grid": CLIPPING.weight, "constraint_eps": 0.2 if state == "frozen" else 1.0}
         ak.optim.ASkewSGD([group], lr=0.1).step()
         layer(x)
     scale = layer.weight_scale.clone()
@@ -425,7 +425,7 @@ def test_functional_call_and_parametrization_are_never_stale():
 def test_the_copy_of_the_optimizer_is_used(eps, monkeypatch):
     """After a step the forward quantizes nothing; after an edit it does."""
     model = ak.quantize_(network(), CONFIG)
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9, eps=eps)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9, constraint_eps=eps)
     train(model, optimizer, 2)
     calls = []
     original = ops.fake_quantize_out_
@@ -550,7 +550,7 @@ def test_compile(backend, forward, frozen):
     config = QuantConfig(Uniform(3), "sawb", forward=forward)
     model = ak.quantize_(network(), config)
     if frozen:
-        train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, eps=0.3), 2)
+        train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, constraint_eps=0.3), 2)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     gradients = []
     for f in (compiled, model):
@@ -614,7 +614,7 @@ def test_tied_weights(before):
     model = ak.quantize_(nn.Sequential(a, nn.ReLU(), b), CONFIG)
     if not before:
         model[2].weight = model[0].weight
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, eps=0.5)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, constraint_eps=0.5)
     assert sum(len(g["params"]) for g in optimizer.param_groups) == 3
     x = torch.randn(4, 8)
     scales = []
@@ -716,7 +716,7 @@ def test_repr_names_the_quantization():
 @pytest.mark.gpu
 def test_to_gpu_and_back():
     model = ak.quantize_(network(), CLIPPING)
-    train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, eps=0.3), 2)
+    train(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, constraint_eps=0.3), 2)
     want = model(IMAGES)
     model.cuda()
     torch.testing.assert_close(model(IMAGES.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)

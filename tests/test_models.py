@@ -145,7 +145,7 @@ def train(model, inputs, optimizer, steps=2):
 def anneal(optimizer, eps=0.5):
     for group in optimizer.param_groups:
         if group["grid"] is not None:
-            group["eps"] = eps
+            group["constraint_eps"] = eps
 
 
 def check_copies(model, inputs, make, forward, folder):

@@ -30,6 +30,10 @@ RUNS = {
     ),
     "relaxed": (QuantConfig(Uniform(4), forward="relaxed"), lambda m: ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1)),
     "torch's sgd": (QuantConfig(Uniform(4)), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
+    "skewed": (
+        QuantConfig(Uniform(4)), lambda m: ak.optim.Skewed(torch.optim.SGD(ak.param_groups(m), lr=0.1, momentum=0.9)),
+    ),
+    "lion": (QuantConfig(Ternary()), lambda m: ak.optim.ASkewLion(ak.param_groups(m), lr=0.003)),
     "sam": (QuantConfig(Uniform(4)), lambda m: ak.optim.SAM(torch.optim.SGD(m.parameters(), lr=0.1), rho=0.05)),
     "asam": (
         QuantConfig(Uniform(4)),

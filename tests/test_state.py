@@ -65,7 +65,7 @@ def model_in(phase, config=CONFIGS["4 bits"], optimizer=ak.optim.ASkewSGD):
     step = optimizer(ak.param_groups(model), lr=0.05)
     for i in range(4):
         for group in step.param_groups:
-            group["eps"] = 1.0 if phase == "hold" or i < 2 else 0.4
+            group["constraint_eps"] = 1.0 if phase == "hold" or i < 2 else 0.4
         step.zero_grad()
         model(X).square().sum().backward()
         step.step()
@@ -211,7 +211,7 @@ def test_an_average_made_before_freezing_gets_the_scales():
     average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
     for i in range(6):
-        optimizer.param_groups[0]["eps"] = 1.0 if i < 3 else 0.4
+        optimizer.param_groups[0]["constraint_eps"] = 1.0 if i < 3 else 0.4
         optimizer.zero_grad()
         model(X).square().sum().backward()
         optimizer.step()
@@ -351,7 +351,7 @@ def test_another_default_type_changes_nothing():
             for kind in (ak.optim.ASkewSGD, ak.optim.ASkewAdamW):
                 optimizer = kind([g for g in ak.param_groups(model) if g.get("grid")], lr=0.05)
                 for eps in (1.0, 1.0, 0.4):
-                    optimizer.param_groups[0]["eps"] = eps
+                    optimizer.param_groups[0]["constraint_eps"] = eps
                     optimizer.zero_grad()
                     model(X).square().sum().backward()
                     optimizer.step()
@@ -450,7 +450,7 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(phase):
 
         losses = []
         for i in range(5):
-            optimizer.param_groups[0]["eps"] = 0.4 if phase == "frozen" and i > 2 else 1.0
+            optimizer.param_groups[0]["constraint_eps"] = 0.4 if phase == "frozen" and i > 2 else 1.0
             losses.append(float(optimizer.step(closure)))
         runs.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert runs[0][0] == pytest.approx(runs[1][0], rel=1e-5)
@@ -664,7 +664,7 @@ def test_layers_without_weights(sizes):
     layer = AskewLinear(*sizes)
     optimizer = ak.optim.ASkewSGD(ak.param_groups(layer), lr=0.1)
     for eps in (1.0, 0.4):
-        optimizer.param_groups[0]["eps"] = eps
+        optimizer.param_groups[0]["constraint_eps"] = eps
         layer(torch.zeros(2, sizes[0])).sum().backward()
         optimizer.step()
     assert layer(torch.zeros(2, sizes[0])).shape == (2, sizes[1])

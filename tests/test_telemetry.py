@@ -104,6 +104,14 @@ def test_a_log_that_was_cut_off_goes_on_after_its_last_whole_line(tmp_path):
             json.loads(line)
 
 
+def test_a_log_goes_on_after_a_checkpoint_was_loaded(tmp_path):
+    model, optimizer = run(tmp_path / "log", 2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    walk(model, optimizer, 2)
+    optimizer.log()
+    assert [step["step"] for step in read_log(tmp_path / "log")["steps"]] == [1, 2, 3, 4]
+
+
 def test_the_file_stays_where_it_was_opened(tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -188,7 +188,7 @@ class Certificate:
         limits = [feasibility_limit(t["eps"], t["alpha"]) for t in tensors]
         curvature = big_l * squares
         row = {
-            "step": self.optimizer._steps, "lr": lr, "eps": min((t["eps"] for t in tensors), default=1.0),
+            "step": self.optimizer.steps, "lr": lr, "eps": min((t["eps"] for t in tensors), default=1.0),
             "loss": value, "L": big_l, "predicted": slope + curvature / 2, "measured": None, "holds": None,
             "stationarity": sum(vv for _, _, vv in sums) ** 0.5,
             "infeasibility": sum(t["mean_violation"] * t["numel"] for t in tensors),

@@ -268,6 +268,11 @@ class Constrained(Optimizer):
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> int:
+        """How many were made, those before a checkpoint included."""
+        return self._steps
+
     def telemetry(self) -> list[dict[str, Any]]:
         """What the passes summed up, for each quantized tensor of the last recorded step.
 

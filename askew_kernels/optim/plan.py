@@ -53,7 +53,7 @@ class Plan:
 
     def __init__(self, key: tuple, params: list[Tensor], launches: list[Launch]) -> None:
         self.key, self.params, self.launches = key, params, launches
-        self.quantizers: list[WeightQuantizer] = [p._askew_quantizer for p in params]  # type: ignore[attr-defined]
+        self.quantizers: list[WeightQuantizer] = [WeightQuantizer.of(p) for p in params]  # type: ignore[misc]
         self.revisions: list[int] = []
         self.used = False
 

@@ -146,7 +146,7 @@ def askew_step(
         quantizer.tie(p)
         written[id(p)] = quantizer.quantized(p)
     options: dict[str, Any] = {"momentum": momentum} if momentum else {}
-    optimizer = askew_optimizer(params, inputs.skewed, rule, eps=eps, freeze_scale=freeze_scale, **options)
+    optimizer = askew_optimizer(params, inputs.skewed, rule, constraint_eps=eps, freeze_scale=freeze_scale, **options)
 
     def copies() -> list[Tensor]:
         return [written.get(id(p), p) for p in params]
