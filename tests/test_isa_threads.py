@@ -16,7 +16,9 @@ import torch
 from hypothesis import strategies as st
 from oracles import DTYPES, GRIDS, same_bits, same_values
 
+import askew_kernels as ak
 from askew_kernels import ops, runtime
+from askew_kernels.quant.packing import pack_codes
 
 pytestmark = pytest.mark.skipif(runtime._C is None, reason="nothing is compiled")
 
@@ -101,6 +103,36 @@ def test_unknown_capability():
     with pytest.raises(ValueError, match="capability"):
         runtime.force_cpu_capability("mmx")
     assert runtime.cpu_capability() == before
+
+
+def test_vnni_changes_no_bits(generator):
+    """Products with int8 activations, with VNNI and without it: codes that fit sums in int16, and codes that do not."""
+    if runtime._C.best_cpu_capability() != "avx512":
+        pytest.skip("needs AVX-512")
+    found = {}
+    for vnni in (True, False):
+        runtime._C.force_cpu_capability("avx512", vnni=vnni)
+        found[vnni] = runtime._C.packed_capability()
+    if found[True] == found[False]:
+        pytest.skip("needs VNNI")
+    assert found == {True: "avx512_vnni", False: "avx512"} and runtime.cpu_capability() == "avx512"
+    for grid in (ak.quant.Uniform(8), ak.quant.Uniform(4), ak.quant.Uniform(2), ak.quant.Binary()):
+        for cols, groups in ((1056, 1), (321, 1), (1024, 8), (640, 5)):
+            index = torch.randint(0, len(grid.levels), (37, cols), generator=generator, dtype=torch.uint8)
+            codes, s = pack_codes(index, grid.bits), torch.rand(37 * groups, generator=generator) + 0.1
+            for batch in (1, 2, 13):
+                x = torch.randn(batch, cols, generator=generator)
+                results = []
+                for vnni in (True, False):
+                    runtime._C.force_cpu_capability("avx512", vnni=vnni)
+                    results.append(ops.packed_linear(x, codes, s, grid, grid.bits, None, "int8"))
+                assert same_bits(*results), (grid, cols, groups, batch)
+
+
+def test_forced_sets_say_what_they_are():
+    for name in CAPABILITIES:
+        runtime.force_cpu_capability(name)
+        assert runtime.cpu_capability() == name and runtime._C.packed_capability().removesuffix("_vnni") == name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

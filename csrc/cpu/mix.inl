@@ -72,20 +72,6 @@ struct MixGateLoop {
   }
 };
 
-// A mixture has no codebooks.
-#define ASKEW_BY_CANDIDATE(KIND, ...)                              \
-  switch (KIND) {                                                  \
-    ASKEW_CASE(case kFloat, typedef FloatGrid Grid, __VA_ARGS__)   \
-    ASKEW_CASE(case kBinary, typedef BinaryGrid Grid, __VA_ARGS__) \
-    ASKEW_CASE(default, typedef UniformGrid Grid, __VA_ARGS__)     \
-  }
-
-template <class Grid>
-ASKEW_FN Row<vf, Grid> candidate_row(const MixArg& m, int k, int64_t r) {
-  const float scale = m.grids[k].kind == kFloat ? 1.f : m.scales[k * m.rows + r];
-  return make_row(vf{} + scale, Grid::make(m.grids[k]));
-}
-
 template <int T>
 void mix_typed(const MixArg& m, void* y, Tile t) {
   constexpr int size = sizeof(typename Storage<T>::type);
@@ -98,7 +84,8 @@ void mix_typed(const MixArg& m, void* y, Tile t) {
       for (int k = 0; k < m.n; ++k)
         ASKEW_BY_CANDIDATE(
             m.grids[k].kind,
-            for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k}, base, c, end))
+            for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k}, base, c,
+                        end))
       for_columns(MixStoreLoop<T>{{so_far, out}}, base, c, end);
     }
 }
@@ -120,7 +107,7 @@ void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, do
             m.grids[k].kind,
             for_columns(
                 MixGradientLoop<T, Grid>{
-                    {g, x, so_far}, candidate_row<Grid>(m, k, r), m.strengths[k], !k, m.clip, m.learned, lanes[k]},
+                    {g, x, so_far}, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k, m.clip, m.learned, lanes[k]},
                 base, c, end))
         for (Lanes16& l : lanes[k]) flush(l);
       }

@@ -24,15 +24,6 @@ struct Pool {
   std::mutex mutex;
   std::vector<Buffer> free;  // oldest first
   int64_t held = 0, limit = (int64_t)1 << 30;
-
-  void trim(std::vector<void*>& drop) {
-    size_t n = 0;
-    while (n < free.size() && held > limit) {
-      held -= free[n].bytes;
-      drop.push_back(free[n++].data);
-    }
-    free.erase(free.begin(), free.begin() + n);
-  }
 };
 
 Pool& pool() {
@@ -40,15 +31,27 @@ Pool& pool() {
   return *p;
 }
 
-void release(Buffer b) {
-  std::vector<void*> drop;
+// Changes the pool, then frees what is above its limit, the oldest first and outside the lock.
+template <class F>
+void change(const F& f) {
+  std::vector<Buffer> drop;
   {
     std::lock_guard<std::mutex> lock(pool().mutex);
-    pool().free.push_back(b);
-    pool().held += b.bytes;
-    pool().trim(drop);
+    f(pool());
+    auto& free = pool().free;
+    auto end = free.begin();
+    while (end != free.end() && pool().held > pool().limit) pool().held -= end++->bytes;
+    drop.assign(free.begin(), end);
+    free.erase(free.begin(), end);
   }
-  for (void* p : drop) std::free(p);
+  for (const Buffer& b : drop) std::free(b.data);
+}
+
+void release(Buffer b) {
+  change([&](Pool& p) {
+    p.free.push_back(b);
+    p.held += b.bytes;
+  });
 }
 
 // A kept buffer of `bytes` to 1.25 * bytes, the most recently freed first; else a new one, null if there is no memory.
@@ -102,13 +105,7 @@ int64_t output_pool_bytes() {
 }
 
 void set_output_pool_limit(int64_t bytes) {
-  std::vector<void*> drop;
-  {
-    std::lock_guard<std::mutex> lock(pool().mutex);
-    pool().limit = bytes;
-    pool().trim(drop);
-  }
-  for (void* p : drop) std::free(p);
+  change([&](Pool& p) { p.limit = bytes; });
 }
 
 }  // namespace askew

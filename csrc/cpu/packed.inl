@@ -11,7 +11,6 @@ namespace ASKEW_ISA {
 #include "vec.inl"
 
 typedef Storage<kFloat32> Floats;
-#define ASKEW_UNROLL _Pragma("GCC unroll 32")  // else arrays of vectors stay in memory
 
 ASKEW_FN vf multiply_add(vf a, vf b, vf c) {
 #if defined(__FMA__)
@@ -75,7 +74,10 @@ ASKEW_FN void unpack_row(const PackedWeight& weight, int64_t row, uint8_t* out) 
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t end = rounded_up(w.cols, 64);
   if (w.bits == 0) {
-    for (int64_t i = 0; i < w.row_bytes; ++i) __builtin_memcpy(out + 5 * i, w.digits + 8 * p[i], 8);
+    const uint8_t* const digits = w.digits;
+    uint8_t* to = out;
+    for (const uint8_t* const last = p + w.row_bytes; p < last; ++p, to += kTritsInByte)
+      __builtin_memcpy(to, digits + 8 * *p, 8);
   } else if (w.bits == 8) {
     __builtin_memcpy(out, p, w.cols);
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)

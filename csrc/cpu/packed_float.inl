@@ -74,11 +74,12 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
     scale = w.scale + row * w.groups;
     until = lanes.blocks;
   }
-  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vf{};
+  ASKEW_EACH (r, R)
+    ASKEW_EACH (b, B) sum[r][b] = vf{};
   for (int64_t i = 0; i < blocks; ++i) {
     vu word[R];
     vf level[R], s[R], own[R];
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+    ASKEW_EACH (r, R) {
       const uint8_t* from = p + r * stride + i * kStep;
       if (FORM <= 4) __builtin_prefetch(from + R * stride);  // of the rows that come next
       if (FORM == kDecoded) {
@@ -95,16 +96,16 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
       own[r] = vf{};
     }
     const float* at = x + i * block::kCols;
-    ASKEW_UNROLL for (int k = 0; k < block::kCodes; ++k) {
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+    ASKEW_EACH (k, block::kCodes) {
+      ASKEW_EACH (r, R) {
         if (FORM == kBytes) level[r] = (vf)word[r] - (8388608.f - w.lo);
         if (FORM == kBytes && without_level) level[r] = select(level[r] > w.hi, vf{} + w.hi, level[r]);
         if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? block::kShift * k : 0));
         if (GROUPED && B > 1) level[r] = level[r] * s[r];
       }
-      ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+      ASKEW_EACH (b, B) {
         const vf input = Floats::load(at + b * width + k * ASKEW_LANES);
-        ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+        ASKEW_EACH (r, R) {
           if (GROUPED && B == 1)
             own[r] = multiply_add(level[r], input, own[r]);
           else
@@ -112,7 +113,8 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
         }
       }
     }
-    if (GROUPED && B == 1) ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
+    if (GROUPED && B == 1)
+      ASKEW_EACH (r, R) sum[r][0] = multiply_add(own[r], s[r], sum[r][0]);
     if (GROUPED) {
       const int64_t done = GROUPED == kBlocks || lanes.blocks ? i + 1 == until : lanes.groups;
       if ((GROUPED == kBlocks || lanes.blocks) && done) until += lanes.blocks;
@@ -127,10 +129,11 @@ __attribute__((noinline)) void multiply_tile(const PackedWeight& w, const uint8_
                                              const float* x, int64_t width, const float* bias, float* y) {
   vf sum[R][B];
   dot_tile<FORM, GROUPED, R, B>(w, p, stride, row, x, width, sum);
-  ASKEW_UNROLL for (int b = 0; b < B; ++b) ASKEW_UNROLL for (int r = 0; r < R; ++r) {
-    const float s = GROUPED || FORM == kDecoded ? 1.f : row_scale(w, row + r);
-    y[b * w.n + row + r] = sum_of(sum[r][b]) * s + (bias ? bias[row + r] : 0.f);
-  }
+  ASKEW_EACH (b, B)
+    ASKEW_EACH (r, R) {
+      const float s = GROUPED || FORM == kDecoded ? 1.f : row_scale(w, row + r);
+      y[b * w.n + row + r] = sum_of(sum[r][b]) * s + (bias ? bias[row + r] : 0.f);
+    }
 }
 
 template <int FORM, bool GROUPED, int R>
@@ -140,12 +143,12 @@ ASKEW_FN void multiply_rows(const PackedWeight& w, int64_t row, const float* x, 
   int64_t stride = w.row_bytes;
   if (FORM == kDecoded) {
     stride = (rounded_up(w.cols, 64) + kPadding) * 4;
-    ASKEW_UNROLL for (int r = 0; r < R; ++r)
-        decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
+    ASKEW_EACH (r, R)
+      decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
     p = (const uint8_t*)scratch;
   } else if (FORM == kBytes && (w.bits != 8 || w.cols % ASKEW_LANES)) {
     stride = rounded_up(w.cols, 64) + kPadding;
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
+    ASKEW_EACH (r, R) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
     p = (const uint8_t*)scratch;
   }
   constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
@@ -255,7 +258,7 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
   const int64_t words = (w.row_bytes + 3) / 4;
   vf sum[BANDS], total[BANDS];
   const uint8_t* from[BANDS][16];
-  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+  ASKEW_EACH (g, BANDS) {
     sum[g] = total[g] = vf{};
     for (int i = 0; i < 16; ++i) {  // past the end: the last row again
       const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
@@ -265,7 +268,7 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
   __m512i codes[BANDS][16];
   int64_t until = length, group = 0;
   for (int64_t at = 0; at < w.row_bytes; at += 64) {
-    ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+    ASKEW_EACH (g, BANDS) {
       if (at + 64 <= w.row_bytes) {
         transpose_words(from[g], at, codes[g]);
       } else {
@@ -282,14 +285,13 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
     const int64_t first = at / 4, last = first + 16 < words ? first + 16 : words;
     for (int64_t c = first; c < last; ++c, t += 8 * 16) {
       vu index[BANDS];
-      ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) index[g] = (vu)codes[g][c - first];
-      ASKEW_UNROLL for (int k = 0; k < 8; ++k) {
+      ASKEW_EACH (g, BANDS) index[g] = (vu)codes[g][c - first];
+      ASKEW_EACH (k, 8) {
         const __m512 sums = _mm512_loadu_ps(t + 16 * k);
-        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) sum[g] =
-            sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
+        ASKEW_EACH (g, BANDS) sum[g] = sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
       }
       if (c + 1 == until) {
-        ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) {
+        ASKEW_EACH (g, BANDS) {
           vf scale;
           for (int i = 0; i < 16; ++i) {
             const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
@@ -303,11 +305,12 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
       }
     }
   }
-  ASKEW_UNROLL for (int g = 0; g < BANDS; ++g) for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
-    const int64_t r = row + 16 * g + i;
-    const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
-    y[r] = dot + (bias ? bias[r] : 0.f);
-  }
+  ASKEW_EACH (g, BANDS)
+    for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
+      const int64_t r = row + 16 * g + i;
+      const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
+      y[r] = dot + (bias ? bias[r] : 0.f);
+    }
 }
 
 static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,

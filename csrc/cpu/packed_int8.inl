@@ -34,9 +34,9 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   for (int64_t c = 0; c < width; c += PARTS * kVector, out += PARTS * kVector) {
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
     if constexpr (PARTS != 5) {
-      ASKEW_UNROLL for (int k = 0; k < PARTS; ++k) {
+      ASKEW_EACH (k, PARTS) {
         const __m512i from = _mm512_loadu_si512(x + c + k * kVector);
-        ASKEW_UNROLL for (int v = 0; v < PARTS; ++v) {
+        ASKEW_EACH (v, PARTS) {
           int8_t* to = out + v * kVector + k * kVector / PARTS;
           if (PARTS == 2)
             _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(from, 8 * v)));
@@ -255,29 +255,33 @@ template <int R, int B, bool WIDE>
 ASKEW_FN void int8_sums(const uint8_t* codes, const int8_t* q, int64_t width, int64_t bytes, int64_t most,
                         vi (&sum)[R][B]) {
   constexpr int kStep = 4 * ASKEW_LANES;
-  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
+  ASKEW_EACH (r, R)
+    ASKEW_EACH (b, B) sum[r][b] = vi{};
   for (int64_t i = 0; i < bytes;) {
     const int64_t end = bytes - i > most * kStep ? i + most * kStep : bytes;
 #if defined(ASKEW_WIDE)
     if (WIDE) {
-      for (; i < end; i += kStep) ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+      for (; i < end; i += kStep)
+        ASKEW_EACH (b, B) {
           const Codes input = load_bytes(q + b * width + i);
-          ASKEW_UNROLL for (int r = 0; r < R; ++r) sum[r][b] += wide_products(load_bytes(codes + r * width + i), input);
+          ASKEW_EACH (r, R) sum[r][b] += wide_products(load_bytes(codes + r * width + i), input);
         }
       continue;
     }
 #endif
     Sums own[R][B];
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) own[r][b] = Sums{};
+    ASKEW_EACH (r, R)
+      ASKEW_EACH (b, B) own[r][b] = Sums{};
     for (; i < end; i += kStep) {
       Codes code[R];
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) code[r] = load_bytes(codes + r * width + i);
-      ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+      ASKEW_EACH (r, R) code[r] = load_bytes(codes + r * width + i);
+      ASKEW_EACH (b, B) {
         const Codes input = load_bytes(q + b * width + i);
-        ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r][b] = add_products(own[r][b], code[r], input);
+        ASKEW_EACH (r, R) own[r][b] = add_products(own[r][b], code[r], input);
       }
     }
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[r][b]);
+    ASKEW_EACH (r, R)
+      ASKEW_EACH (b, B) sum[r][b] += lane_sums(own[r][b]);
   }
 }
 
@@ -298,26 +302,27 @@ ASKEW_FN void direct_sums(const PackedWeight& w, const uint8_t* p, const int8_t*
   constexpr int kVector = 4 * ASKEW_LANES, kShifts = 8 / BITS / kPlaces, kBlock = kShifts * kPlaces * kVector;
   constexpr int kUp = (kPlaces - 1) * BITS;
   const int64_t blocks = WIDE ? INT32_MAX : vectors_in_flight((w.n_levels - 1) << kUp) / kShifts;
-  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] = vi{};
+  ASKEW_EACH (r, R)
+    ASKEW_EACH (b, B) sum[r][b] = vi{};
   for (int64_t c = begin; SPAN != kAny || c < end;) {
     const int64_t stop = (end - c) / kBlock > blocks ? c + blocks * kBlock : end;
     Sums own[kPlaces][R][B];
-    ASKEW_UNROLL for (int k = 0; k < kPlaces; ++k) ASKEW_UNROLL for (int r = 0; r < R; ++r)
-        ASKEW_UNROLL for (int b = 0; b < B; ++b) own[k][r][b] = Sums{};
+    ASKEW_EACH (k, kPlaces)
+      ASKEW_EACH (r, R)
+        ASKEW_EACH (b, B) own[k][r][b] = Sums{};
     do {
       vu word[R];
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) word[r] =
-          with_levels<BITS>(w, row_words(w, p + r * w.row_bytes, c * BITS / 8));
-      ASKEW_UNROLL for (int v = 0; v < kShifts * kPlaces; ++v) {
+      ASKEW_EACH (r, R) word[r] = with_levels<BITS>(w, row_words(w, p + r * w.row_bytes, c * BITS / 8));
+      ASKEW_EACH (v, kShifts * kPlaces) {
         const int k = v % kPlaces;
         Codes code[R];
-        ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+        ASKEW_EACH (r, R) {
           const vu bytes = (word[r] >> ((v - k) * BITS)) & (byte_mask(BITS) << (k * BITS));
           __builtin_memcpy(&code[r], &bytes, sizeof bytes);
         }
-        ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+        ASKEW_EACH (b, B) {
           const Codes input = load_bytes(q + b * width + c + v * kVector);
-          ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+          ASKEW_EACH (r, R) {
 #if defined(ASKEW_WIDE)
             if (WIDE) {
               sum[r][b] += wide_products(code[r], input);
@@ -332,11 +337,14 @@ ASKEW_FN void direct_sums(const PackedWeight& w, const uint8_t* p, const int8_t*
       c += kBlock;
     } while (SPAN == kAny && c < stop);
     if (!WIDE)
-      ASKEW_UNROLL for (int k = 0; k < kPlaces; ++k) ASKEW_UNROLL for (int r = 0; r < R; ++r)
-          ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] += lane_sums(own[k][r][b], 1 << (kUp - k * BITS));
+      ASKEW_EACH (k, kPlaces)
+        ASKEW_EACH (r, R)
+          ASKEW_EACH (b, B) sum[r][b] += lane_sums(own[k][r][b], 1 << (kUp - k * BITS));
     if (SPAN != kAny) break;
   }
-  if (kUp) ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) sum[r][b] >>= kUp;
+  if (kUp)
+    ASKEW_EACH (r, R)
+      ASKEW_EACH (b, B) sum[r][b] >>= kUp;
 }
 
 // The sums over columns [begin, end) of codes in a buffer, or, with BITS, from the weight's rows.
@@ -347,8 +355,8 @@ ASKEW_FN void span_sums(const PackedWeight& w, const Int8Rows& rows, const int8_
   if constexpr (BITS != 0) return direct_sums<BITS, R, B, WIDE, SPAN>(w, rows.codes, q, rows.width, begin, end, sum);
   const int64_t most = WIDE ? INT32_MAX : vectors_in_flight(w.n_levels - 1);
   if (SPAN == kAny) return int8_sums<R, B, WIDE>(rows.codes + begin, q + begin, rows.width, end - begin, most, sum);
-  ASKEW_UNROLL for (int b = 0; b < B; ++b) {
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+  ASKEW_EACH (b, B) {
+    ASKEW_EACH (r, R) {
       const uint8_t* codes = rows.codes + r * rows.width + begin;
       const int8_t* input = q + b * rows.width + begin;
       const Sums own = products(load_bytes(codes), load_bytes(input));
@@ -363,21 +371,22 @@ ASKEW_FN void int8_groups(const PackedWeight& w, const Int8Rows& rows, const Int
   const int8_t* q = x.q + token * rows.width;
   vi sum[R][B];
   vf total[B][R];
-  ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] = vf{};
+  ASKEW_EACH (r, R)
+    ASKEW_EACH (b, B) total[b][r] = vf{};
   for (int64_t g = 0; g < rows.groups; g += ASKEW_LANES)
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
-        multiply_add(Floats::load(rows.scales + r * rows.groups + g),
-                     Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
+    ASKEW_EACH (r, R)
+      ASKEW_EACH (b, B)
+        total[b][r] = multiply_add(Floats::load(rows.scales + r * rows.groups + g),
+                                   Floats::load(x.sums + (token + b) * rows.groups + g), total[b][r]);
   for (int64_t i = 0, g = 0; i < rows.width; i += step, g += lanes.groups) {
     span_sums<BITS, R, B, WIDE, SPAN>(w, rows, q, i, i + step, sum);
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) {
+    ASKEW_EACH (r, R) {
       const float* first = rows.scales + r * rows.groups + g;
       const vf s = SPAN == kBlockOfOne ? vf{} + *first : scales_of(lanes, first, w.groups - g);
-      ASKEW_UNROLL for (int b = 0; b < B; ++b) total[b][r] =
-          multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
+      ASKEW_EACH (b, B) total[b][r] = multiply_add(__builtin_convertvector(sum[r][b], vf), s, total[b][r]);
     }
   }
-  ASKEW_UNROLL for (int b = 0; b < B; ++b) sums_of<R>(total[b], dot[b]);
+  ASKEW_EACH (b, B) sums_of<R>(total[b], dot[b]);
 }
 
 template <int BITS, int R, int B, bool GROUPED, bool WIDE>
@@ -387,12 +396,12 @@ __attribute__((noinline)) void int8_tile(const PackedWeight& w, const Int8Rows& 
   if (!GROUPED) {
     vi sum[R][B];
     span_sums<BITS, R, B, WIDE, kAny>(w, rows, x.q + token * rows.width, 0, rows.width, sum);
-    ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+    ASKEW_EACH (b, B) {
       vi own[R];
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) own[r] = sum[r][b];
+      ASKEW_EACH (r, R) own[r] = sum[r][b];
       sums_of<R>(own, dot[b]);
       const float correction = x.sums[(token + b) * rows.groups];
-      ASKEW_UNROLL for (int r = 0; r < R; ++r) dot[b][r] = (dot[b][r] + correction) * rows.scales[r * rows.groups];
+      ASKEW_EACH (r, R) dot[b][r] = (dot[b][r] + correction) * rows.scales[r * rows.groups];
     }
   } else {
     const int parts = int8_parts(w);
@@ -406,10 +415,10 @@ __attribute__((noinline)) void int8_tile(const PackedWeight& w, const Int8Rows& 
     else
       int8_groups<BITS, R, B, WIDE, kAny>(w, rows, x, lanes, step, token, dot);
   }
-  ASKEW_UNROLL for (int b = 0; b < B; ++b) {
+  ASKEW_EACH (b, B) {
     const float s = w.step * x.scale[token + b];
     float* to = y + (token + b) * w.n + row;
-    ASKEW_UNROLL for (int r = 0; r < R; ++r) to[r] = dot[b][r] * s + (bias ? bias[row + r] : 0.f);
+    ASKEW_EACH (r, R) to[r] = dot[b][r] * s + (bias ? bias[row + r] : 0.f);
   }
 }
 

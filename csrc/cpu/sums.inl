@@ -78,17 +78,19 @@ struct RowSumsLoop {
 };
 
 template <int T>
-void row_sums_typed(const QuantizeArg& a, Tile t, double* out) {
+void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
   for (int64_t r = t.row0; r < t.row1; ++r, out += kRowSums) {
     RowSums sums;
     clear(sums);
-    const RowSumsLoop<T> loop{{{(void*)a.x, type_size(T), false}}, &sums};
+    const RowSumsLoop<T> loop{{{(void*)x, type_size(T), false}}, &sums};
     for (int64_t c = t.col0; c < t.col1; c += kBand) {
-      for_columns(loop, r * a.m.cols, c, c + kBand < t.col1 ? c + kBand : t.col1);
+      for_columns(loop, r * cols, c, c + kBand < t.col1 ? c + kBand : t.col1);
       flush(sums);
     }
     finish(sums, out);
   }
 }
 
-static void row_sums(const QuantizeArg& a, Tile t, double* out) { ASKEW_BY_TYPE(a.type, row_sums_typed<T>(a, t, out)) }
+static void row_sums(const QuantizeArg& a, Tile t, double* out) {
+  ASKEW_BY_TYPE(a.type, row_sums_typed<T>(a.x, a.m.cols, t, out))
+}

@@ -20,6 +20,8 @@
 // (6 B). Hence division by the scale through its correctly rounded reciprocal (math/scalar.inl), clamps of two
 // instructions, and 32-bit index arithmetic inside a block.
 #pragma once
+#include <initializer_list>
+
 #include "intrinsics.cuh"
 #include "kernels.h"
 #include "../math/choose.h"
@@ -128,6 +130,15 @@ inline bool aligned(const void* p, int type, int width) {
   return (uintptr_t)p % (bytes < 16 ? bytes : 16) == 0;
 }
 
+// The cut of a matrix of one storage type, for a pass over `all` tensors of its shape and type (null: absent).
+inline Cut cut_for(Matrix m, int type, std::initializer_list<const void*> all, bool others_aligned = true,
+                   int64_t most_slots = kSumSlots) {
+  const int width = per_vector(type);
+  bool vectors = others_aligned && m.cols % width == 0;
+  for (const void* p : all) vectors = vectors && aligned(p, type, width);
+  return make_cut(m, width, vectors, most_slots);
+}
+
 // One slot of one thread.
 struct Spot {
   int64_t row, index;  // element j stands at index + (j << shift)
@@ -200,8 +211,7 @@ __device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T
       w = {{v.x, v.y, v.z, v.w}};
     }
   } else {
-#pragma unroll
-    for (int j = 0; j < Storage<T>::kPerVector; ++j)
+    ASKEW_EACH (j, Storage<T>::kPerVector)
       if (j < s.n) {
         if (T == kFloat32)
           w.word[j / Storage<T>::kPerWord] = ((const uint32_t*)at)[j << walk.shift];
@@ -224,8 +234,7 @@ __device__ __forceinline__ void store_words(void* p, const uint32_t* word, const
     for (int q = 0; q + 3 < kWords; q += 4)
       ((uint4*)at)[q / 4] = make_uint4(word[q], word[q + 1], word[q + 2], word[q + 3]);
   } else {
-#pragma unroll
-    for (int j = 0; j < Storage<T>::kPerVector; ++j)
+    ASKEW_EACH (j, Storage<T>::kPerVector)
       if (j < s.n) {
         if (S == kFloat32)
           ((uint32_t*)at)[j << walk.shift] = word[j / kPer];
@@ -242,8 +251,7 @@ template <int S, int T>
 __device__ __forceinline__ void store_converted(void* p, const float* v, const Spot& s, const Walk<T>& walk) {
   constexpr int kPer = Storage<S>::kPerWord, kWords = Storage<T>::kPerVector / kPer;
   uint32_t word[kWords];
-#pragma unroll
-  for (int q = 0; q < kWords; ++q) word[q] = Storage<S>::put(v + q * kPer);
+  ASKEW_EACH (q, kWords) word[q] = Storage<S>::put(v + q * kPer);
   store_words<S>(p, word, s, walk);
 }
 template <int T>  // the type chosen at run time
@@ -266,11 +274,9 @@ template <int T, class F>
 __device__ __forceinline__ Words map_words(const Words& a, const Words& b, const F& f) {
   constexpr int kPer = Storage<T>::kPerWord;
   Words out;
-#pragma unroll
-  for (int q = 0; q < 4; ++q) {
+  ASKEW_EACH (q, 4) {
     float v[kPer];
-#pragma unroll
-    for (int e = 0; e < kPer; ++e) v[e] = f(Storage<T>::get(a.word[q], e), Storage<T>::get(b.word[q], e));
+    ASKEW_EACH (e, kPer) v[e] = f(Storage<T>::get(a.word[q], e), Storage<T>::get(b.word[q], e));
     out.word[q] = Storage<T>::put(v);
   }
   return out;
@@ -306,6 +312,25 @@ __device__ __forceinline__ double read(const Scalar& s) {
   return s.is_double ? *(const double*)s.device : (double)*(const float*)s.device;
 }
 
+// Calls run(words of every source, scale of the row, spot, walk) for every slot, with the loads of `Ahead` slots of all
+// N sources under way at once. scale may be null where run does not use it.
+template <int T, int Ahead, int N, class Run>
+__device__ __forceinline__ void for_slots(const void* const (&from)[N], const float* scale, const Cut& cut,
+                                          uint32_t block, const Run& run) {
+  Walk<T> walk(cut, block);
+  for (int taken = 0; taken < walk.count; taken += Ahead) {
+    Spot spot[Ahead];
+    Words words[Ahead][N];
+    float scales[Ahead];
+    ASKEW_EACH (u, Ahead) {
+      spot[u] = walk.take(taken + u);
+      ASKEW_EACH (k, N) words[u][k] = load(from[k], spot[u], walk);
+      scales[u] = spot[u].n && scale ? scale[spot[u].row] : 1.f;
+    }
+    ASKEW_EACH (u, Ahead) run(words[u], scales[u], spot[u], walk);
+  }
+}
+
 // ---- grids --------------------------------------------------------------------------------------------------
 
 constexpr int kMaxLevels = 256;
@@ -332,11 +357,7 @@ struct SharedCodebook {
   }
   __device__ __forceinline__ Offset<float> offset(float x) const {
     const int k = below(x);
-    const float lower = table[k], upper = table[k + 1], delta = upper - lower;
-    const bool up = x > 0.5f * lower + 0.5f * upper;
-    const float near = up ? upper : lower, far = up ? lower : upper;
-    const float d = x - near, u = divide(absolute(d), delta);
-    return {x == x ? near : x, far, d, u > 0.5f ? 0.5f : u, delta};
+    return offset_between(x, table[k], table[k + 1]);
   }
 };
 

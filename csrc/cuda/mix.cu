@@ -20,54 +20,24 @@ struct MixPass {
   Cut cut;
 };
 
-// Calls run(row) for the quantization of candidate k with the scale of a row; not for the one that quantizes nothing.
-template <class Run>
-__device__ __forceinline__ void quantized(const MixArg& m, int k, int64_t row, const Run& run) {
-  const float scale = m.scales[k * m.rows + row];
-  if (m.grids[k].kind == kBinary)
-    run(make_row(scale, BinaryGrid::make(m.grids[k])));
-  else
-    run(make_row(scale, UniformGrid::make(m.grids[k])));
-}
-
 template <int T>
 __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ MixPass p) {
-  constexpr int kAhead = 2, kWidth = Walk<T>::kWidth;
-  Walk<T> walk(p.cut, blockIdx.x);
-  for (int taken = 0; taken < walk.count; taken += kAhead) {
-    Spot spot[kAhead];
-    Words x[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      spot[u] = walk.take(taken + u);
-      x[u] = load(p.mix.x, spot[u], walk);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (spot[u].n == 0) continue;
-      float y[kWidth] = {};
-      for (int k = 0; k < p.mix.n; ++k) {
-        const float strength = p.mix.strengths[k];
-        const bool first = k == 0;  // 0 + -0 would lose a sign
-        if (p.mix.grids[k].kind == kFloat) {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            const float part = strength * element<T>(x[u], j);
-            y[j] = first ? part : y[j] + part;
-          }
-        } else {
-          quantized(p.mix, k, spot[u].row, [&](const auto& row) {
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              const float part = strength * quantize_dequantize(element<T>(x[u], j), row);
-              y[j] = first ? part : y[j] + part;
-            }
-          });
+  const auto run = [&](const Words* x, float, const Spot& spot, const Walk<T>& walk) {
+    if (spot.n == 0) return;
+    float y[Walk<T>::kWidth] = {};
+    for (int k = 0; k < p.mix.n; ++k) {
+      const float strength = p.mix.strengths[k];
+      const auto add = [&](const auto& row) {
+        ASKEW_EACH (j, Walk<T>::kWidth) {
+          const float part = strength * quantize_dequantize(element<T>(*x, j), row);
+          y[j] = k == 0 ? part : y[j] + part;  // 0 + -0 would lose a sign
         }
-      }
-      store_converted<T>(p.out, y, spot[u], walk);
+      };
+      ASKEW_BY_CANDIDATE(p.mix.grids[k].kind, add(candidate_row<float, Grid>(p.mix, k, spot.row)))
     }
-  }
+    store_converted<T>(p.out, y, spot, walk);
+  };
+  for_slots<T, 2>({p.mix.x}, nullptr, p.cut, blockIdx.x, run);
 }
 
 // Puts together the sums of a row's team and writes them. Every thread of the block calls it; the row of a team may
@@ -78,11 +48,9 @@ __device__ __forceinline__ void finish_mix(const float (&sums)[kMostCandidates][
   const int shift = whole_block ? kWarpShift : p.cut.team_shift, width = p.mix.n * kSums;
   const bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
   float* to = p.partial + (p.cut.pieces > 1 ? (int64_t)blockIdx.x : row) * width;
-#pragma unroll
-  for (int k = 0; k < kMostCandidates; ++k) {
+  ASKEW_EACH (k, kMostCandidates) {
     if (k >= p.mix.n) break;
-#pragma unroll
-    for (int j = 0; j < kSums; ++j) {
+    ASKEW_EACH (j, kSums) {
       const float v = add_lanes(sums[k][j], shift);
       if (!writes) continue;
       if (whole_block)
@@ -111,39 +79,28 @@ __global__ void __launch_bounds__(kThreads, 2) mix_gradient_kernel(const __grid_
     const Words x = load(p.mix.x, spot, walk), g = load(p.g, spot, walk);  // zeros where there is no element
     float gate[kWidth] = {};
     if (spot.n) {
-#pragma unroll
-      for (int k = 0; k < kMostCandidates; ++k) {
+      ASKEW_EACH (k, kMostCandidates) {
         if (k >= p.mix.n) break;
         const float strength = p.mix.strengths[k];
-        if (p.mix.grids[k].kind == kFloat) {
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) {
-            gate[j] += strength;
-            sums[k][0] += element<T>(g, j) * element<T>(x, j);
+        const auto add = [&](const auto& row) {
+          const auto stored = with_stored_ends<T>(row);
+          ASKEW_EACH (j, kWidth) {
+            const float v = element<T>(x, j), placed = in_hull(v, row), q = row.grid.nearest(placed);
+            const bool outside = v < stored.low || v > stored.high;
+            gate[j] += p.mix.clip && outside ? 0.f : strength;
+            sums[k][0] += element<T>(g, j) * q;
+            sums[k][1] += element<T>(g, j) * (outside ? q : q - placed);
           }
-        } else {
-          quantized(p.mix, k, spot.row, [&](const auto& row) {
-            const auto stored = with_stored_ends<T>(row);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-              const float v = element<T>(x, j), placed = in_hull(v, row), q = row.grid.nearest(placed);
-              const bool outside = v < stored.low || v > stored.high;
-              gate[j] += p.mix.clip && outside ? 0.f : strength;
-              sums[k][0] += element<T>(g, j) * q;
-              sums[k][1] += element<T>(g, j) * (outside ? q : q - placed);
-            }
-          });
-        }
+        };
+        ASKEW_BY_CANDIDATE(p.mix.grids[k].kind, add(candidate_row<float, Grid>(p.mix, k, spot.row)))
       }
       float out[kWidth];
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) out[j] = element<T>(g, j) * gate[j];
+      ASKEW_EACH (j, kWidth) out[j] = element<T>(g, j) * gate[j];
       store_converted<T>(p.out, out, spot, walk);
     }
     if (spot.ends_row) {
       finish_mix(sums, p, spot.row);
-#pragma unroll
-      for (int k = 0; k < kMostCandidates; ++k) sums[k][0] = sums[k][1] = 0;
+      ASKEW_EACH (k, kMostCandidates) sums[k][0] = sums[k][1] = 0;
     }
   }
 }
@@ -182,10 +139,8 @@ __global__ void __launch_bounds__(kThreads) mix_strengths_kernel(const __grid_co
   if (threadIdx.x == 0) p.to_strengths[k] = (float)part;
 }
 
-Cut mix_cut(const MixArg& m, const void* other, const void* third) {
-  const int width = per_vector(m.type);
-  const bool vectors = aligned(m.x, m.type, width) && aligned(other, m.type, width) && aligned(third, m.type, width);
-  return make_cut({m.rows, m.cols}, width, vectors && m.cols % width == 0);
+Cut mix_cut(const MixArg& m, const void* g, const void* out) {
+  return cut_for({m.rows, m.cols}, m.type, {m.x, g, out});
 }
 
 int mix_chunks(const MixArg& m) { return (int)ceil_div(m.rows, kThreads); }

@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(kThreads) packed_dequantize_kernel(const __gri
   const int64_t row = blockIdx.x / (uint32_t)pieces;
   const int64_t first = (int64_t)(blockIdx.x % (uint32_t)pieces) * (kThreads * kDecoded) + threadIdx.x;
   const uint8_t* codes = p.w.codes + row * p.w.row_bytes;
-#pragma unroll
-  for (int i = 0; i < kDecoded; ++i) {
+  ASKEW_EACH (i, kDecoded) {
     const int64_t k = first + i * kThreads;
     if (k < p.w.cols)
       store_one<T>(p.y, row * p.w.cols + k, scale_of(p, row, k) * level_of(p.w, code_at(p.w, codes, k)));
@@ -84,11 +83,9 @@ __device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const
     word[3] = v.w;
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
+  ASKEW_EACH (i, kWords) {
     word[i] = 0;
-#pragma unroll
-    for (int b = 0; b < 4; ++b)
+    ASKEW_EACH (b, 4)
       if (at + 4 * i + b < p.w.row_bytes) word[i] |= (uint32_t)row[at + 4 * i + b] << 8 * b;
   }
 }
@@ -104,16 +101,22 @@ __device__ __forceinline__ void load_inputs(const PackedPass& p, int64_t token, 
     for (int i = 0; i < N; i += kPer) {
       const uint4 v = k + i < p.w.cols ? *(const uint4*)(at + i) : make_uint4(0, 0, 0, 0);
       const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) x[i + j] = Storage<T>::get(word[j / kPerWord], j % kPerWord);
+      ASKEW_EACH (j, kPer) x[i + j] = Storage<T>::get(word[j / kPerWord], j % kPerWord);
     }
     return;
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = k + i < p.w.cols ? load_one<T>(at, i) : 0.f;
+  ASKEW_EACH (i, N) x[i] = k + i < p.w.cols ? load_one<T>(at, i) : 0.f;
 }
 
-__device__ __forceinline__ float add_warp(float v) { return add_lanes(v, 5); }
+// Puts together a warp's parts of the product of a row with input m, for one lane to write.
+template <int T>
+__device__ __forceinline__ void finish_product(const PackedPass& p, float sum, int64_t row, int m, bool exists) {
+  float y = add_lanes(sum, kWarpShift);
+  if (threadIdx.x % 32 || !exists || m >= p.tokens) return;
+  if (p.w.groups <= 1) y *= scale_of(p, row, 0);
+  if (p.bias) y += load_one<T>(p.bias, row);
+  store_one<T>(p.y, m * p.w.n + row, y);
+}
 
 // Codes of 1, 2, 4 or 8 bits, integer levels, groups that end with words.
 template <int T, int BITS, int M>
@@ -124,8 +127,7 @@ __global__ void __launch_bounds__(kThreads) packed_words_kernel(const __grid_con
   if (first >= p.w.n) return;
   const uint8_t* codes[kRows];
   int64_t row[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
+  ASKEW_EACH (r, kRows) {
     row[r] = first + r < p.w.n ? first + r : p.w.n - 1;  // past the end: the last one again
     codes[r] = p.w.codes + row[r] * p.w.row_bytes;
   }
@@ -133,22 +135,16 @@ __global__ void __launch_bounds__(kThreads) packed_words_kernel(const __grid_con
   float sum[kRows][M] = {};
   for (int64_t at = lane * (4 * kWords); at < p.w.row_bytes; at += 32 * 4 * kWords) {
     uint32_t word[kRows][kWords];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) load_codes(codes[r], at, p, word[r]);
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
+    ASKEW_EACH (r, kRows) load_codes(codes[r], at, p, word[r]);
+    ASKEW_EACH (i, kWords) {
       const int64_t k = (at + 4 * i) * (8 / BITS);
       float x[M][kPer];
-#pragma unroll
-      for (int m = 0; m < M; ++m) load_inputs<T, kPer>(p, m, k, x[m]);
+      ASKEW_EACH (m, M) load_inputs<T, kPer>(p, m, k, x[m]);
       float scale[kRows];
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) scale[r] = p.w.groups > 1 && k < p.w.cols ? scale_of(p, row[r], k) : 1.f;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
+      ASKEW_EACH (r, kRows) scale[r] = p.w.groups > 1 && k < p.w.cols ? scale_of(p, row[r], k) : 1.f;
+      ASKEW_EACH (r, kRows) {
         float part[M] = {};
-#pragma unroll
-        for (int j = 0; j < kPer; ++j) {
+        ASKEW_EACH (j, kPer) {
           float level;
           if (BITS == 1) {
             level = __uint_as_float(0xbf800000u ^ (word[r][i] << (31 - j) & 0x80000000u));
@@ -157,24 +153,14 @@ __global__ void __launch_bounds__(kThreads) packed_words_kernel(const __grid_con
             level = __uint_as_float(code | 0x4b000000u) - below;
             level = level > top ? top : level;
           }
-#pragma unroll
-          for (int m = 0; m < M; ++m) part[m] = __fmaf_rn(level, x[m][j], part[m]);
+          ASKEW_EACH (m, M) part[m] = __fmaf_rn(level, x[m][j], part[m]);
         }
-#pragma unroll
-        for (int m = 0; m < M; ++m) sum[r][m] = __fmaf_rn(part[m], scale[r], sum[r][m]);
+        ASKEW_EACH (m, M) sum[r][m] = __fmaf_rn(part[m], scale[r], sum[r][m]);
       }
     }
   }
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      float y = add_warp(sum[r][m]);
-      if (lane || first + r >= p.w.n || m >= p.tokens) continue;
-      if (p.w.groups <= 1) y *= scale_of(p, row[r], 0);
-      if (p.bias) y += load_one<T>(p.bias, row[r]);
-      store_one<T>(p.y, m * p.w.n + row[r], y);
-    }
+  ASKEW_EACH (r, kRows)
+    ASKEW_EACH (m, M) finish_product<T>(p, sum[r][m], row[r], m, first + r < p.w.n);
 }
 
 // Every other format: a warp takes a row, code by code.
@@ -188,18 +174,10 @@ __global__ void __launch_bounds__(kThreads) packed_codes_kernel(const __grid_con
   for (int64_t k = lane; k < p.w.cols; k += 32) {
     float level = level_of(p.w, code_at(p.w, codes, k));
     if (p.w.groups > 1) level *= scale_of(p, row, k);
-#pragma unroll
-    for (int m = 0; m < kTogether; ++m)
+    ASKEW_EACH (m, kTogether)
       if (m < p.tokens) sum[m] = __fmaf_rn(level, load_one<T>(p.x, m * p.w.cols + k), sum[m]);
   }
-#pragma unroll
-  for (int m = 0; m < kTogether; ++m) {
-    float y = add_warp(sum[m]);
-    if (lane || m >= p.tokens) continue;
-    if (p.w.groups <= 1) y *= scale_of(p, row, 0);
-    if (p.bias) y += load_one<T>(p.bias, row);
-    store_one<T>(p.y, m * p.w.n + row, y);
-  }
+  ASKEW_EACH (m, kTogether) finish_product<T>(p, sum[m], row, m, true);
 }
 
 template <int T, int BITS>

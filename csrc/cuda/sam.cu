@@ -35,46 +35,21 @@ __device__ __forceinline__ SamArg read_arg(const FlatList& list, bool adaptive) 
   return arg;
 }
 
-// Calls run(x, y, spot, walk) for every slot, with the loads of two slots of both tensors under way at once; y may be
-// null, and is zeros then.
-template <int T, class Run>
-__device__ __forceinline__ void for_pairs(const void* x, const void* y, const Cut& cut, uint32_t block,
-                                          const Run& run) {
-  constexpr int kAhead = 2;
-  Walk<T> walk(cut, block);
-  for (int taken = 0; taken < walk.count; taken += kAhead) {
-    Spot spot[kAhead];
-    Words a[kAhead], b[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      spot[u] = walk.take(taken + u);
-      a[u] = load(x, spot[u], walk);
-      if (y)
-        b[u] = load(y, spot[u], walk);
-      else
-        b[u] = {{0, 0, 0, 0}};
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) run(a[u], b[u], spot[u], walk);
-  }
-}
-
 template <int T>
 __global__ void __launch_bounds__(kThreads, 3) sam_norm_kernel(const __grid_constant__ FlatList list) {
   const int i = tensor_of_block(list);
   const FlatEntry& t = list.entry[i];
   const SamArg arg = read_arg(list, t.adaptive);
   float sum = 0;
-  for_pairs<T>(t.w, t.g, t.cut, blockIdx.x - list.first_block[i],
-               [&](const Words& w, const Words& g, const Spot&, const Walk<T>&) {
-#pragma unroll
-                 for (int j = 0; j < Walk<T>::kWidth; ++j) {  // elements that do not exist are zeros, and 0 T = 0
-                   const float x = sam_scaled(element<T>(w, j), element<T>(g, j), arg);
-                   sum += x * x;
-                 }
-               });
+  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
+                  [&](const Words* in, float, const Spot&, const Walk<T>&) {
+                    ASKEW_EACH (j, Walk<T>::kWidth) {  // elements that do not exist are zeros, and 0 T = 0
+                      const float x = sam_scaled(element<T>(in[0], j), element<T>(in[1], j), arg);
+                      sum += x * x;
+                    }
+                  });
   __shared__ float across[kThreads / 32];
-  sum = add_lanes(sum, 5);
+  sum = add_lanes(sum, kWarpShift);
   if (threadIdx.x % 32 == 0) across[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -90,20 +65,21 @@ __global__ void __launch_bounds__(kThreads, 3) sam_perturb_kernel(const __grid_c
   const FlatEntry& t = list.entry[i];
   const SamArg arg = read_arg(list, t.adaptive);
   const bool still = stands_still(arg);
-  for_pairs<T>(t.w, t.g, t.cut, blockIdx.x - list.first_block[i],
-               [&](const Words& w, const Words& g, const Spot& s, const Walk<T>& walk) {
-                 store(t.kept, w, s, walk);
-                 if (!still)
-                   store(t.w, map_words<T>(w, g, [&](float v, float d) { return sam_perturbed(v, d, arg); }), s, walk);
-               });
+  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
+                  [&](const Words* in, float, const Spot& s, const Walk<T>& walk) {
+                    store(t.kept, in[0], s, walk);
+                    if (still) return;
+                    const auto moved = [&](float w, float g) { return sam_perturbed(w, g, arg); };
+                    store(t.w, map_words<T>(in[0], in[1], moved), s, walk);
+                  });
 }
 
 template <int T>
 __global__ void __launch_bounds__(kThreads, 3) sam_restore_kernel(const __grid_constant__ FlatList list) {
   const int i = tensor_of_block(list);
   const FlatEntry& t = list.entry[i];
-  for_pairs<T>(t.kept, nullptr, t.cut, blockIdx.x - list.first_block[i],
-               [&](const Words& kept, const Words&, const Spot& s, const Walk<T>& walk) { store(t.w, kept, s, walk); });
+  for_slots<T, 2>({t.kept}, nullptr, t.cut, blockIdx.x - list.first_block[i],
+                  [&](const Words* kept, float, const Spot& s, const Walk<T>& walk) { store(t.w, *kept, s, walk); });
 }
 
 template <int T>
@@ -111,31 +87,20 @@ __global__ void __launch_bounds__(kThreads, 3) sam_average_kernel(const __grid_c
   const int i = tensor_of_block(list);
   const FlatEntry& t = list.entry[i];
   if (stands_still(read_arg(list, false))) return;
-  for_pairs<T>(t.w, t.g, t.cut, blockIdx.x - list.first_block[i],
-               [&](const Words& second, const Words& first, const Spot& s, const Walk<T>& walk) {
-                 store(t.w, map_words<T>(second, first, [](float x, float y) { return sam_mean(x, y); }), s, walk);
-               });
+  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
+                  [&](const Words* in, float, const Spot& s, const Walk<T>& walk) {
+                    const auto mean = [](float second, float first) { return sam_mean(second, first); };
+                    store(t.w, map_words<T>(in[0], in[1], mean), s, walk);
+                  });
 }
 
-Cut flat_cut(const SamTensor& t) {
-  const int width = per_vector(t.type);
-  bool vectors = t.n % width == 0;
-  for (const void* p : {(const void*)t.w, t.g, (const void*)t.kept}) vectors = vectors && aligned(p, t.type, width);
-  return make_cut({1, t.n}, width, vectors);
-}
+Cut flat_cut(const SamTensor& t) { return cut_for({1, t.n}, t.type, {t.w, t.g, t.kept}); }
 
 template <int T>
 cudaError_t launch_flat(SamPass pass, const FlatList& list, unsigned blocks, cudaStream_t stream) {
-  switch (pass) {
-    case kSamNorm:
-      return launch((sam_norm_kernel<T>), blocks, kThreads, stream, list);
-    case kSamPerturb:
-      return launch((sam_perturb_kernel<T>), blocks, kThreads, stream, list);
-    case kSamRestore:
-      return launch((sam_restore_kernel<T>), blocks, kThreads, stream, list);
-    default:
-      return launch((sam_average_kernel<T>), blocks, kThreads, stream, list);
-  }
+  void (*const kernels[])(FlatList) = {sam_norm_kernel<T>, sam_perturb_kernel<T>, sam_restore_kernel<T>,
+                                       sam_average_kernel<T>};  // as SamPass counts them
+  return launch(kernels[pass], blocks, kThreads, stream, list);
 }
 
 // One launch for each storage type among up to kFlatTensors tensors. list.partial moves on by a sum for each block.

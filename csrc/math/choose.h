@@ -22,3 +22,10 @@
     ASKEW_CASE(case kBinary, typedef BinaryGrid Grid, __VA_ARGS__)   \
     ASKEW_CASE(default, typedef Codebook Grid, __VA_ARGS__)          \
   }
+// Of a mixture, which has no codebooks.
+#define ASKEW_BY_CANDIDATE(KIND, ...)                              \
+  switch (KIND) {                                                  \
+    ASKEW_CASE(case kFloat, typedef FloatGrid Grid, __VA_ARGS__)   \
+    ASKEW_CASE(case kBinary, typedef BinaryGrid Grid, __VA_ARGS__) \
+    ASKEW_CASE(default, typedef UniformGrid Grid, __VA_ARGS__)     \
+  }

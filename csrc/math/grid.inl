@@ -15,6 +15,15 @@ struct Offset {
   F delta;      // length of the bracket
 };
 
+// Of x in the bracket between two neighbouring levels; a midpoint is the lower one's, NaN stays NaN.
+template <class F>
+ASKEW_FN Offset<F> offset_between(F x, F below, F above) {
+  F middle = 0.5f * below + 0.5f * above, delta = above - below;
+  F near = select(x > middle, above, below), far = select(x > middle, below, above);
+  F d = x - near, u = divide(absolute(d), delta);
+  return {select(x == x, near, x), far, d, select(u > 0.5f, F{} + 0.5f, u), delta};
+}
+
 // A NaN in x survives.
 template <class F>
 ASKEW_FN F clamp_between(F x, F lo, F hi) {
@@ -89,10 +98,7 @@ struct CodebookGrid {
       below = select(x >= levels[k], F{} + levels[k], below);
       above = select(x >= levels[k], F{} + levels[k + 1], above);
     }
-    F middle = 0.5f * below + 0.5f * above, delta = above - below;
-    F near = select(x > middle, above, below), far = select(x > middle, below, above);
-    F d = x - near, u = divide(absolute(d), delta);
-    return {select(x == x, near, x), far, d, select(u > 0.5f, F{} + 0.5f, u), delta};
+    return offset_between(x, below, above);
   }
 };
 
@@ -114,6 +120,11 @@ struct Row {
 template <class F, class Grid>
 ASKEW_FN Row<F, Grid> make_row(F scale, const Grid& grid) {
   return {grid, divisor(scale), scale * grid.low(), scale * grid.high()};
+}
+
+template <class F, class Grid>
+ASKEW_FN Row<F, Grid> candidate_row(const MixArg& m, int k, int64_t row) {
+  return make_row(F{} + (m.grids[k].kind == kFloat ? 1.f : m.scales[k * m.rows + row]), Grid::make(m.grids[k]));
 }
 
 // w moved into the hull [s c_0, s c_(K-1)]; NaN stays NaN.

@@ -13,3 +13,11 @@
 #define ASKEW_INLINE inline __attribute__((always_inline))
 #endif
 #define ASKEW_FN static ASKEW_INLINE
+
+// A loop over I = 0 ... N - 1 that is unrolled; else arrays of vectors would stay in memory.
+#if defined(__CUDACC__)
+#define ASKEW_UNROLL _Pragma("unroll")
+#else
+#define ASKEW_UNROLL _Pragma("GCC unroll 32")
+#endif
+#define ASKEW_EACH(I, N) ASKEW_UNROLL for (int I = 0; I < (N); ++I)
