@@ -12,17 +12,24 @@ struct Trace {
 // The streams of a step. Excess, descent and gradient are the trace, null if not traced; from kState on, the buffers.
 enum StepStream : int { kW, kG, kExcess, kDescent, kGradient, kState, kMostStreams = kState + kMostBuffers };
 
+// The step as everything around it sees it, whatever the rule.
+template <int T, class Grid>
+struct Step {
+  Stream streams[kMostStreams];
+  const Row<vf, Grid>* row;
+  const Hyper* hyper;
+  void (*columns)(const Step&, int64_t base, int64_t c0, int64_t c1);
+};
+
 // The step itself. It also brings in what comes next, so that memory keeps busy while this is computed.
 template <int T, class Grid, class Options, int BUFFERS>
-struct StepLoop {
+struct StepLoop : Step<T, Grid> {
   static constexpr int kStreams = kState + BUFFERS;
-  Stream streams[kStreams];
-  Row<vf, Grid> row;
-  Options options;
+  using Step<T, Grid>::streams;
 
   // One vector or pair.
   template <class F>
-  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, int64_t ahead) const {
+  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, const Options& options, int64_t ahead) const {
     for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) {
       prefetch<T>(streams[kW], i + c, ahead);
       prefetch<T>(streams[kG], i + c, ahead);
@@ -52,23 +59,17 @@ struct StepLoop {
   }
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const StepLoop l = *this;  // what a store cannot change
-    const Row<Pair, Grid> twice = pair_of(l.row);
+    const Row<vf, Grid> once = *l.row;
+    const Row<Pair, Grid> twice = pair_of(once);
+    const Options options{*l.hyper, rule_of<typename Options::Rule>(*l.hyper)};
     const int64_t end = i + n, ahead = tuning.prefetch_columns;
-    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, ahead);
-    if (i < end) l.step(i, l.row, ahead);
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, options, ahead);
+    if (i < end) l.step(i, once, options, ahead);
+  }
+  static void over(const Step<T, Grid>& step, int64_t base, int64_t c0, int64_t c1) {
+    for_columns(static_cast<const StepLoop&>(step), base, c0, c1);
   }
 };
-
-template <int T, class Grid>
-using Step = void (*)(const Stream* streams, const Row<vf, Grid>&, const Hyper&, int64_t base, int64_t c0, int64_t c1);
-
-template <int T, class Grid, class Options, int BUFFERS>
-static void step_columns(const Stream* streams, const Row<vf, Grid>& row, const Hyper& h, int64_t base, int64_t c0,
-                         int64_t c1) {
-  StepLoop<T, Grid, Options, BUFFERS> loop{{}, row, {h, rule_of<typename Options::Rule>(h)}};
-  for (int k = 0; k < loop.kStreams; ++k) loop.streams[k] = streams[k];
-  for_columns(loop, base, c0, c1);
-}
 
 // For the trace, the levels where the step starts; AFTER it, 1 in their place where the level has changed, 0 elsewhere.
 template <int T, class Grid, bool AFTER>
@@ -109,7 +110,7 @@ static ASKEW_LOOP void add_trace(const Trace& trace, int64_t columns, bool skip_
 
 // Everything around the step, which is the same for every rule.
 template <int T, class Grid>
-static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> step, Tile tile, double* row_sums,
+static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& step, Tile tile, double* row_sums,
                          double* totals) {
   constexpr int size = sizeof(typename Storage<T>::type);
   Lanes16 lanes[kTotals];
@@ -119,15 +120,20 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> st
   alignas(64) char mean[2 * kBand * size];  // of two gradients; twice as long for what StepLoop brings in ahead
   int64_t traced = 0;                       // columns of the trace in use
   const Stream w{t.w, size, true}, w_read{t.w, size, false}, g{(void*)t.g, size, false};
+  Stream* const streams = step.streams;
+  streams[kW] = w;
+  streams[kG] = g;
+  for (const StepStream k : {kExcess, kDescent, kGradient}) streams[k] = {};
+  for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
+  step.hyper = &h;
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
     if (row_sums) clear(sums);
     const Row<vf, Grid> row = make_row(vf{} + t.scale[r], Grid::make(t.grid));
+    step.row = &row;
     const int64_t base = r * t.m.cols;
     for (int64_t c = tile.col0; c < tile.col1; c += kBand) {
       const int64_t n = c + kBand < tile.col1 ? kBand : tile.col1 - c, padded = (n + 15) / 16 * 16;
-      Stream streams[kMostStreams] = {w, g};
-      for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
       if (t.kept) for_columns(CopyLoop<T, false>{{w, {(void*)t.kept, size, false}}}, base, c, c + n);
       if (t.first) {
         streams[kG] = {mean - (base + c) * size, size, true};
@@ -145,7 +151,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> st
         streams[kGradient] = part(trace.gradient);
         for_columns(LevelsLoop<T, Grid, false>{{w_read, level}, row}, base, c, c + n);
       }
-      step(streams, row, h, base, c, c + n);
+      step.columns(step, base, c, c + n);
       if (totals) {
         for_columns(LevelsLoop<T, Grid, true>{{w_read, level}, row}, base, c, c + n);
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
@@ -172,20 +178,24 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid> st
   }
 }
 
-template <class Rule, int BUFFERS>
+template <int T, class Grid, class Options, int BUFFERS>
+static void update_by(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
+  StepLoop<T, Grid, Options, BUFFERS> loop;
+  loop.columns = loop.over;
+  update_typed<T, Grid>(t, h, loop, tile, row_sums, totals);
+}
+
+template <class R, int BUFFERS>
 static void update_rule(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
-  const bool usual = !totals && !h.direction && !h.maximize && !h.skip_nonfinite && rule_of<Rule>(h).usual() &&
+  const bool usual = !totals && !h.direction && !h.maximize && !h.skip_nonfinite && rule_of<R>(h).usual() &&
                      h.clamp == (h.eps < 1.f) && t.type == kFloat32 && t.grid.kind == kUniform;
-  if (usual) {
-    const auto step = h.clamp ? step_columns<kFloat32, UniformGrid, StepOptions<Rule, kConstrainedStep>, BUFFERS>
-                              : step_columns<kFloat32, UniformGrid, StepOptions<Rule, kFreeStep>, BUFFERS>;
-    update_typed<kFloat32, UniformGrid>(t, h, step, tile, row_sums, nullptr);
-  } else {
-    ASKEW_BY_TYPE(t.type, ASKEW_BY_GRID(t.grid.kind, {
-                    const auto step = step_columns<T, Grid, StepOptions<Rule>, BUFFERS>;
-                    update_typed<T, Grid>(t, h, step, tile, row_sums, totals);
-                  }))
-  }
+  if (usual && h.clamp)
+    update_by<kFloat32, UniformGrid, StepOptions<R, kConstrainedStep>, BUFFERS>(t, h, tile, row_sums, totals);
+  else if (usual)
+    update_by<kFloat32, UniformGrid, StepOptions<R, kFreeStep>, BUFFERS>(t, h, tile, row_sums, totals);
+  else
+    ASKEW_BY_TYPE(t.type,
+                  ASKEW_BY_GRID(t.grid.kind, update_by<T, Grid, StepOptions<R>, BUFFERS>(t, h, tile, row_sums, totals)))
 }
 
 static void update(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
