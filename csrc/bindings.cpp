@@ -36,11 +36,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "force_cpu_capability",
       [](const char* name, bool vnni) {
-        if (!askew::force_capability(name, vnni))
-          throw std::invalid_argument(
-              std::string("cpu capability: expected baseline, avx2 or avx512, built and supported "
-                          "by this CPU (best here: ") +
-              askew::best_capability() + "), got " + name);
+        if (askew::force_capability(name, vnni)) return;
+        const std::string expected =
+            "cpu capability: expected baseline, avx2 or avx512, built and supported by this CPU";
+        throw std::invalid_argument(expected + " (best here: " + askew::best_capability() + "), got " + name);
       },
       pybind11::arg("name"), pybind11::arg("vnni") = true, "Use this instruction set from now on.");
   m.def(

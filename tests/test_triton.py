@@ -96,16 +96,16 @@ def serve():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to stderr
     from askew_kernels import triton_kernels
-    from askew_kernels.triton_kernels import quantize, update
+    from askew_kernels.triton_kernels import launch, update
 
-    by_value = quantize.scalar_argument
+    by_value = launch.scalar_argument
     while True:
         try:
             name, args, offset, by_pointer, *more = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         scalar = (lambda t, name: t) if by_pointer else by_value
-        quantize.scalar_argument = update.scalar_argument = scalar
+        launch.scalar_argument = scalar
         try:
             if name == "REDUCE":
                 update.REDUCE, answer = args[0], (None, [])

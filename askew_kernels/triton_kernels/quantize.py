@@ -7,27 +7,11 @@ import triton
 import triton.language as tl
 
 from ..contract import NUM_ROW_SUMS, SUM_COLUMNS
-from . import launch
-from .launch import load_wide, scalar_argument, store_narrow, stored_ends, weight_block
-from .math import (
-    EXACT,
-    element_uniforms,
-    feasible_radius,
-    pass_inside,
-    project_interval,
-    quantize_dequantize,
-    read_scalar,
-    stochastic_level,
-)
+from . import launch, math
+from .launch import load_wide, store_narrow, stored_ends, weight_block
 
-__all__ = [
-    "fake_quantize",
-    "fake_quantize_backward",
-    "fake_quantize_out_",
-    "project_interval_",
-    "row_sums",
-    "ste_clip_",
-]
+__all__ = ["fake_quantize", "fake_quantize_backward", "fake_quantize_out_", "project_interval_", "row_sums",
+           "ste_clip_"]  # fmt: skip
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -43,10 +27,10 @@ def quantize_kernel(
     )
     x = load_wide(x_ptr + start + lane, valid)
     if STOCHASTIC:
-        uniform = element_uniforms(key0, key1, start, BLOCK)
-        y = scale * stochastic_level(x, uniform, scale, lo, hi, levels, KIND, N_LEVELS)
+        uniform = math.element_uniforms(key0, key1, start, BLOCK)
+        y = scale * math.stochastic_level(x, uniform, scale, lo, hi, levels, KIND, N_LEVELS)
     else:
-        y = quantize_dequantize(x, scale, lo, hi, levels, KIND, N_LEVELS)
+        y = math.quantize_dequantize(x, scale, lo, hi, levels, KIND, N_LEVELS)
     store_narrow(y_ptr + start + lane, y, valid)
 
 
@@ -62,7 +46,7 @@ def ste_clip_kernel(
     x = load_wide(x_ptr + start + lane, valid)
     g = tl.load(g_ptr + start + lane, mask=valid, other=0.0)  # never computed with: stays in its storage type
     low, high = stored_ends(scale, lo, hi, x_ptr.dtype.element_ty)
-    tl.store(out_ptr + start + lane, pass_inside(g, x, low, high), mask=valid)
+    tl.store(out_ptr + start + lane, math.pass_inside(g, x, low, high), mask=valid)
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -74,9 +58,9 @@ def project_kernel(
     start, lane, valid, scale, lo, hi = weight_block(
         scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
     )
-    radius = feasible_radius(read_scalar(eps))
+    radius = math.feasible_radius(math.read_scalar(eps))
     w = load_wide(w_ptr + start + lane, valid)
-    store_narrow(w_ptr + start + lane, project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS), valid)
+    store_narrow(w_ptr + start + lane, math.project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS), valid)
 
 
 @triton.jit
@@ -145,7 +129,7 @@ def ste_clip_(grad, x, scale, levels, grid):
 
 def project_interval_(w, scale, levels, grid, eps):
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
-    launch.with_scales(project_kernel, w, scale, levels, grid, w, scalar_argument(eps, "eps"))
+    launch.with_scales(project_kernel, w, scale, levels, grid, w, launch.scalar_argument(eps, "eps"))
 
 
 def row_sums(x, rows):
@@ -169,7 +153,7 @@ def row_sums(x, rows):
     with launch.on_device(x):
         row_sums_kernel[(triton.cdiv(rows, launch.SUM_BLOCK // width) * pieces,)](
             x, parts, rows, cols, pieces, row_stride, sum_stride, R=launch.SUM_BLOCK // width, C=width, STEPS=steps,
-            num_warps=launch.SUM_WARPS, **EXACT,
+            num_warps=launch.SUM_WARPS, **math.EXACT,
         )  # fmt: skip
     if pieces > 1:
         out[:, :2] = parts[:2].sum(2, dtype=torch.float64).T

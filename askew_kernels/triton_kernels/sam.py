@@ -69,32 +69,27 @@ def sam_average_kernel(g_ptr, first_ptr, coefficients, n, INDEX: tl.constexpr, B
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-def _check(tensors: Sequence[Tensor], **beside: Sequence[Tensor]) -> None:
-    """Everything, before the first write."""
+def _check(
+    tensors: Sequence[Tensor], coefficients: Tensor | None = None, adaptive: Sequence[int] | None = None, **beside
+) -> None:
+    """Everything, before the first write; ``beside``: lists of tensors like ``tensors``."""
+    if adaptive is not None and len(adaptive) != len(tensors):
+        raise ValueError(f"adaptive: expected {len(tensors)} integers, got {len(adaptive)}")
     for name, others in beside.items():
         if len(others) != len(tensors):
             raise ValueError(f"{name}: expected {len(tensors)}, got {len(others)}")
-    for i, t in enumerate(tensors):
-        launch.check_storage(t, "params")
-        for name, others in beside.items():
-            launch.check_like(others[i], t, name, same_dtype=True)
-
-
-def _check_coefficients(coefficients: Tensor) -> None:
-    launch.check_dense(coefficients, "coefficients")
-    if coefficients.dtype != torch.float32 or coefficients.numel() != 2:
-        raise ValueError(f"coefficients: expected float32 of shape (2,), got {coefficients.dtype}")
-
-
-def _check_adaptive(adaptive: Sequence[int], n: int) -> None:
-    if len(adaptive) != n:
-        raise ValueError(f"adaptive: expected {n} integers, got {len(adaptive)}")
+        for t, other in zip(tensors, others, strict=True):
+            launch.check_storage(t, "params")
+            launch.check_like(other, t, name, same_dtype=True)
+    if coefficients is not None:
+        launch.check_dense(coefficients, "coefficients")
+        if coefficients.dtype != torch.float32 or coefficients.numel() != 2:
+            raise ValueError(f"coefficients: expected float32 of shape (2,), got {coefficients.dtype}")
 
 
 def sam_norm(params, grads, adaptive, eta):
     """sum (T g)^2 over the list: float32 in a block, float64 over the blocks, the same bits every time."""
-    _check(params, grads=grads)
-    _check_adaptive(adaptive, len(params))
+    _check(params, adaptive=adaptive, grads=grads)
     blocks = [triton.cdiv(p.numel(), launch.SUM_BLOCK) for p in params]
     parts = params[0].new_empty(sum(blocks), dtype=torch.float32)
     for w, g, adapted, part in zip(params, grads, adaptive, parts.split(blocks), strict=True):
@@ -104,9 +99,7 @@ def sam_norm(params, grads, adaptive, eta):
 
 def sam_perturb_(params, grads, kept, coefficients, adaptive, eta):
     """kept = w, w <- w + (c T^2 - a) g; see ``ops.sam_perturb_``."""
-    _check(params, grads=grads, kept=kept)
-    _check_adaptive(adaptive, len(params))
-    _check_coefficients(coefficients)
+    _check(params, coefficients, adaptive, grads=grads, kept=kept)
     for w, g, keep, adapted in zip(params, grads, kept, adaptive, strict=True):
         launch.elementwise(sam_perturb_kernel, w, w, g, keep, coefficients, float(eta), ADAPTIVE=bool(adapted))
 
@@ -120,7 +113,6 @@ def sam_restore_(params, kept):
 
 def sam_average_(grads, firsts, coefficients):
     """g <- (g + first) / 2; see ``ops.sam_average_``."""
-    _check(grads, firsts=firsts)
-    _check_coefficients(coefficients)
+    _check(grads, coefficients, firsts=firsts)
     for g, first in zip(grads, firsts, strict=True):
         launch.elementwise(sam_average_kernel, g, g, first, coefficients)

@@ -24,16 +24,7 @@ from torch import Tensor
 
 from .. import reference
 from ..contract import MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
-from .launch import (
-    STORAGE,
-    as_matrix,
-    check_dense,
-    check_grid,
-    check_like,
-    check_storage,
-    on_device,
-    scalar_argument,
-)
+from . import launch
 from .math import EXACT, RULES, hull, narrow, nearest_level, read_scalar, step_weight, widen
 from .sam import sam_average_, sam_restore_
 
@@ -244,17 +235,8 @@ def bias_corrections_kernel(out, step, log_beta1, log_beta2):
 # ---- the plan: what a list of tensors needs on the device ---------------------------------------------------------
 
 
-class _Lists(NamedTuple):
-    """The tensor lists of one call; optional ones are empty."""
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[Tensor]
-    scales: Sequence[Tensor]
-    levels: Sequence[Tensor]
-    dequantized: Sequence[Tensor]
-    row_sums: Sequence[Tensor]
-    totals: Sequence[Tensor]
+# The tensor lists of one call; optional ones are empty.
+_Lists = collections.namedtuple("_Lists", "params grads states scales levels dequantized row_sums totals")
 
 
 class _Launch(NamedTuple):
@@ -309,7 +291,7 @@ def _present(tensors: Sequence[Tensor], i: int, n: int, name: str) -> Tensor | N
 
 
 def _check_out(t: Tensor, dtype: torch.dtype, count: int, like: Tensor, name: str) -> None:
-    check_dense(t, name)
+    launch.check_dense(t, name)
     if t.dtype != dtype or t.numel() != count or t.device != like.device:
         raise ValueError(f"{name}: expected {count} elements of {dtype} on {like.device}, got {t.numel()} of {t.dtype}")
 
@@ -340,18 +322,18 @@ def _build(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
     groups: dict[tuple, list[tuple[int, list[int]]]] = {}
     cleared = []
     for i, w in enumerate(lists.params):  # every check comes before the first write
-        rows, cols = as_matrix(w, lists.scales[i])
-        check_like(lists.grads[i], w, "grads", same_dtype=True)
-        kind, n_levels = check_grid(list(grids[3 * i : 3 * i + 3]), lists.levels[i], w)
+        rows, cols = launch.as_matrix(w, lists.scales[i])
+        launch.check_like(lists.grads[i], w, "grads", same_dtype=True)
+        kind, n_levels = launch.check_grid(list(grids[3 * i : 3 * i + 3]), lists.levels[i], w)
         copy, row_sums, totals = (
             _present(getattr(lists, name), i, n, name) for name in ("dequantized", "row_sums", "totals")
         )
         state = [t for t in lists.states[i::n] if t.numel()]
         for t in state:
-            check_like(t, w, "states", same_dtype=True)
+            launch.check_like(t, w, "states", same_dtype=True)
         if copy is not None:
-            check_like(copy, w, "dequantized")
-            check_storage(copy, "dequantized")
+            launch.check_like(copy, w, "dequantized")
+            launch.check_storage(copy, "dequantized")
         if row_sums is not None:
             _check_out(row_sums, torch.float32, rows * NUM_ROW_SUMS, w, "row_sums")
         if totals is not None:
@@ -396,7 +378,7 @@ def _build_launch(key: tuple, members: list[tuple[int, list[int]]]) -> _Launch:
     height = REDUCE // width
     blocks = torch.cat([_numbered(triton.cdiv(rows, height), number) for rows, number in shapes])
     constants = dict(
-        DTYPE=STORAGE[dtype], COPY_DTYPE=None if copy_dtype is None else STORAGE[copy_dtype], KIND=kind,
+        DTYPE=launch.STORAGE[dtype], COPY_DTYPE=None if copy_dtype is None else launch.STORAGE[copy_dtype], KIND=kind,
         N_LEVELS=n_levels, BUFFERS=buffers, HAS_ROW_SUMS=has_row_sums, HAS_TOTALS=has_totals, ALIGNED=aligned,
     )  # fmt: skip
     return _Launch(
@@ -427,11 +409,11 @@ def _grad_tables(plan: _Plan, grads: Sequence[Tensor]) -> list[Tensor]:
     tables = plan.grad_tables.lookup(key)
     if tables is None:
         tables, keep = [], True
-        for launch in plan.launches:
-            table = torch.empty_like(launch.table[:, 0], memory_format=torch.contiguous_format)
-            with on_device(table):
+        for group in plan.launches:
+            table = torch.empty_like(group.table[:, 0], memory_format=torch.contiguous_format)
+            with launch.on_device(table):
                 keep = keep and not _capturing(table.device)  # a captured table is written by the replay only
-                _store_addresses(table, [key[i] for i in launch.members])
+                _store_addresses(table, [key[i] for i in group.members])
             tables.append(table)
         if keep:
             plan.grad_tables.keep(key, tables)
@@ -442,7 +424,7 @@ def _corrections(step: Tensor | None, like: Tensor, beta1: float, beta2: float) 
     """(1 / (1 - beta1^step), 1 / sqrt(1 - beta2^step)): numbers, or tensors where the step is on the device."""
     if step is None:
         raise ValueError("step: expected a 0-dim tensor, got None")
-    count = scalar_argument(step, "step")
+    count = launch.scalar_argument(step, "step")
     if not isinstance(count, Tensor):
         return 1 / (1 - beta1**count), 1 / math.sqrt(1 - beta2**count)
     out = like.new_empty(2, dtype=torch.float32)
@@ -465,23 +447,23 @@ def _operator(rule: str) -> Callable[..., None]:
         plan = _plan(_Lists(params, grads, states, scales, levels, dequantized, row_sums, totals), grids, rule)
         for t in plan.cleared:
             t.zero_()
-        rates = scalar_argument(lr, "lr"), scalar_argument(eps, "eps")
-        for launch, addresses in zip(plan.launches, _grad_tables(plan, grads), strict=True):
-            tiles, table, n_tiles = launch.tiles, launch.table, launch.tiles.numel()
-            has_row_sums, has_totals = launch.constants["HAS_ROW_SUMS"], launch.constants["HAS_TOTALS"]
-            with on_device(tiles):
+        rates = launch.scalar_argument(lr, "lr"), launch.scalar_argument(eps, "eps")
+        for group, addresses in zip(plan.launches, _grad_tables(plan, grads), strict=True):
+            tiles, table, n_tiles = group.tiles, group.table, group.tiles.numel()
+            has_row_sums, has_totals = group.constants["HAS_ROW_SUMS"], group.constants["HAS_TOTALS"]
+            with launch.on_device(tiles):
                 constants = RULES[rule].constants(functools.partial(_corrections, step, tiles), *numbers)
-                rows = tiles.new_empty(NUM_ROW_SUMS * launch.n_slots if has_row_sums else 0, dtype=torch.float32)
+                rows = tiles.new_empty(NUM_ROW_SUMS * group.n_slots if has_row_sums else 0, dtype=torch.float32)
                 parts = tiles.new_empty(NUM_TOTALS * n_tiles if has_totals else 0, dtype=torch.float32)
                 update_kernel[(n_tiles,)](
-                    tiles, table, addresses, rows, parts, launch.n_slots, n_tiles, *rates, alpha, constants,
-                    **launch.constants, DESCENT=RULES[rule].descent, DIRECTION=direction, CLAMP=clamp,
-                    MAXIMIZE=maximize, SKIP_NONFINITE=skip_nonfinite, num_warps=launch.num_warps, **EXACT,
+                    tiles, table, addresses, rows, parts, group.n_slots, n_tiles, *rates, alpha, constants,
+                    **group.constants, DESCENT=RULES[rule].descent, DIRECTION=direction, CLAMP=clamp,
+                    MAXIMIZE=maximize, SKIP_NONFINITE=skip_nonfinite, num_warps=group.num_warps, **EXACT,
                 )  # fmt: skip
                 if has_row_sums:
-                    height, width = launch.row_shape
-                    reduce_rows_kernel[(launch.row_blocks.numel(), NUM_ROW_SUMS)](
-                        launch.row_blocks, table, rows, launch.n_slots, R=height, E=width, num_warps=4, **EXACT
+                    height, width = group.row_shape
+                    reduce_rows_kernel[(group.row_blocks.numel(), NUM_ROW_SUMS)](
+                        group.row_blocks, table, rows, group.n_slots, R=height, E=width, num_warps=4, **EXACT
                     )
                 if has_totals:
                     reduce_totals_kernel[(table.shape[0], NUM_TOTALS)](

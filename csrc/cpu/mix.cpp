@@ -3,16 +3,15 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnCpu {
+struct MixOnCpu : OnCpu {
   using OnCpu::OnCpu;
   void run(const MixArg& m, void* y) const {
     over_matrix(Tiling({m.rows, m.cols}, tuning.piece_columns), [&](Tile t, int64_t) { loops().mix(m, y, t); });
   }
   void gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales) const {
     const Tiling tiling({m.rows, m.cols});
-    const int64_t width = 2 * m.n, pieces = tiling.cols ? tiling.pieces_per_row : 0;
+    const int64_t width = 2 * m.n, pieces = tiling.pieces_per_row;
     std::vector<double> partial(tiling.partials() * width);
     over_matrix(tiling, [&](Tile t, int64_t i) {
       loops().mix_gradient(m, g, out, t, partial.data() + tiling.partial(i) * width);
@@ -32,7 +31,6 @@ struct Device : OnCpu {
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CPU, m) { askew::MixOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CPU, m) { askew::MixOps<askew::MixOnCpu>::implement(m); }

@@ -3,20 +3,13 @@
 // memory sees x once whatever their number.
 
 template <int T, class Grid>
-struct MixLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // x, the sum so far (float)
-  Row<vf, Grid> row;
-  float p;
-  bool first;
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const MixLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      const vf y = l.p * quantize_dequantize(load<T>(l.streams[0], i), l.row);
-      store<kFloat32>(l.streams[1], i, l.first ? y : load<kFloat32>(l.streams[1], i) + y);
-    }
-  }
-};
+ASKEW_FN void add_candidate(Stream x, Stream so_far, const Row<vf, Grid>& row, float p, bool first, Columns c) {
+  for_vectors<T>(
+      {x, so_far}, c, ASKEW_VECTOR {
+        const vf y = p * quantize_dequantize(load<T>(s[0], i), row);
+        store<kFloat32>(s[1], i, first ? y : load<kFloat32>(s[1], i) + y);
+      });
+}
 
 // What each candidate adds to the gradients: its strength to the gate of x's where x is inside its hull, G Q to the sum
 // that the strength's gradient is made of, and with `learned` G (Q - x/s) inside, G Q outside to the scale's.
@@ -30,14 +23,14 @@ struct MixGradientLoop {
   Lanes16* sums;  // 2
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const MixGradientLoop l = *this;
-    const vf low = Storage<T>::rounded(l.row.low), high = Storage<T>::rounded(l.row.high);  // as clamped x is stored
+    const Row<vf, Grid> stored = with_stored_ends<T>(l.row);
     vf strength[kVectors] = {}, scale[kVectors] = {};
     for (const int64_t end = i + n; i < end; i += 16)
       for (int k = 0; k < kVectors; ++k) {
         const int64_t at = i + k * ASKEW_LANES;
         const vf g = load<T>(l.streams[0], at), x = load<T>(l.streams[1], at);
         const vf placed = in_hull(x, l.row), q = l.row.grid.nearest(placed);
-        const vi outside = (x < low) | (x > high);
+        const vi outside = (x < stored.low) | (x > stored.high);
         const vf gate = l.clip ? select(outside, vf{}, vf{} + l.p) : vf{} + l.p;
         store<kFloat32>(l.streams[2], at, l.first ? gate : load<kFloat32>(l.streams[2], at) + gate);
         strength[k] += g * q;
@@ -51,43 +44,18 @@ struct MixGradientLoop {
 };
 
 template <int T>
-struct MixStoreLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // the sum (float), y
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const MixStoreLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
-      store<T>(l.streams[1], i, load<kFloat32>(l.streams[0], i));
-  }
-};
-
-template <int T>
-struct MixGateLoop {
-  static constexpr int kStreams = 3;
-  Stream streams[kStreams];  // G, the gate (float), x's gradient
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const MixGateLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES)
-      store<T>(l.streams[2], i, load<T>(l.streams[0], i) * load<kFloat32>(l.streams[1], i));
-  }
-};
-
-template <int T>
 void mix_typed(const MixArg& m, void* y, Tile t) {
   constexpr int size = sizeof(typename Storage<T>::type);
   alignas(64) float sum[kBand];
   const Stream x{(void*)m.x, size, false}, out{y, size, true};
   for (int64_t r = t.row0; r < t.row1; ++r)
-    for (int64_t c = t.col0; c < t.col1; c += kBand) {
-      const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
-      const Stream so_far{sum - (base + c), 4, true};
+    for_bands(r * m.cols, t, [&](Columns c) {
+      const Stream so_far{sum - c.first, 4, true};
       for (int k = 0; k < m.n; ++k)
-        ASKEW_BY_CANDIDATE(
-            m.grids[k].kind,
-            for_columns(MixLoop<T, Grid>{{x, so_far}, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k}, base, c,
-                        end))
-      for_columns(MixStoreLoop<T>{{so_far, out}}, base, c, end);
-    }
+        ASKEW_BY_CANDIDATE(m.grids[k].kind,
+                           add_candidate<T>(x, so_far, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k, c))
+      for_vectors<T>({so_far, out}, c, ASKEW_VECTOR { store<T>(s[1], i, load<kFloat32>(s[0], i)); });
+    });
 }
 
 template <int T>
@@ -97,22 +65,21 @@ void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, do
   const Stream x{(void*)m.x, size, false}, g{(void*)grad, size, false}, result{out, size, true};
   Lanes16 lanes[kMostCandidates][2];
   for (int64_t r = t.row0; r < t.row1; ++r, sums += 2 * m.n) {
-    for (int k = 0; k < m.n; ++k)
-      for (Lanes16& l : lanes[k]) clear(l);
-    for (int64_t c = t.col0; c < t.col1; c += kBand) {
-      const int64_t base = r * m.cols, end = c + kBand < t.col1 ? c + kBand : t.col1;
-      const Stream so_far{gate - (base + c), 4, true};
+    for (int k = 0; k < m.n; ++k) lanes[k][0] = lanes[k][1] = {};
+    for_bands(r * m.cols, t, [&](Columns c) {
+      const Stream so_far{gate - c.first, 4, true};
       for (int k = 0; k < m.n; ++k) {
         ASKEW_BY_CANDIDATE(
             m.grids[k].kind,
             for_columns(
                 MixGradientLoop<T, Grid>{
                     {g, x, so_far}, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k, m.clip, m.learned, lanes[k]},
-                base, c, end))
+                c))
         for (Lanes16& l : lanes[k]) flush(l);
       }
-      for_columns(MixGateLoop<T>{{g, so_far, result}}, base, c, end);
-    }
+      for_vectors<T>(
+          {g, so_far, result}, c, ASKEW_VECTOR { store<T>(s[2], i, load<T>(s[0], i) * load<kFloat32>(s[1], i)); });
+    });
     for (int k = 0; k < m.n; ++k)
       for (int j = 0; j < 2; ++j) sums[2 * k + j] = finish(lanes[k][j]);
   }

@@ -16,8 +16,8 @@ namespace {
 constexpr size_t kAlign = 2 << 20;  // a huge page
 
 struct Buffer {
-  void* data;
-  int64_t bytes;
+  void* data = nullptr;
+  int64_t bytes = 0;
 };
 
 struct Pool {
@@ -54,10 +54,12 @@ void release(Buffer b) {
   });
 }
 
-// A kept buffer of `bytes` to 1.25 * bytes, the most recently freed first; else a new one, null if there is no memory.
+// A kept buffer of `bytes` to 1.25 * bytes, the most recently freed first; else a new one. Null if there is no memory
+// or the pool is switched off.
 Buffer acquire(int64_t bytes) {
   {
     std::lock_guard<std::mutex> lock(pool().mutex);
+    if (pool().limit <= 0) return {};
     auto& free = pool().free;
     for (size_t i = free.size(); i-- > 0;)
       if (free[i].bytes >= bytes && free[i].bytes <= bytes + bytes / 4) {
@@ -80,15 +82,8 @@ Buffer acquire(int64_t bytes) {
 Tensor pooled_empty_like(const Tensor& like) {
   const auto sizes = like.sizes();
   const int64_t bytes = like.numel() * type_size(storage_type(like, "out"));
-  bool enabled;
-  {
-    std::lock_guard<std::mutex> lock(pool().mutex);
-    enabled = pool().limit > 0;
-  }
-  if (!enabled || bytes < tuning.pooled_bytes)  // below, malloc reuses its own memory
-    return torch::stable::new_empty(like, sizes);
-  const Buffer b = acquire(bytes);
-  if (!b.data) return torch::stable::new_empty(like, sizes);  // torch's own out-of-memory error
+  const Buffer b = bytes < tuning.pooled_bytes ? Buffer{} : acquire(bytes);  // below, malloc reuses its own memory
+  if (!b.data) return torch::stable::new_empty(like, sizes);                 // or throws torch's out-of-memory error
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {

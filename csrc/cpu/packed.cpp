@@ -8,6 +8,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #include "run.h"
@@ -22,18 +23,11 @@ constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of th
 
 // Uninitialised memory, aligned to cache lines.
 template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(std::aligned_alloc(64, rounded_up(count * sizeof(T) + 64, 64))) {
-    if (!data_) throw std::bad_alloc();
+struct Scratch : std::unique_ptr<T, void (*)(void*)> {
+  explicit Scratch(int64_t count)
+      : Scratch::unique_ptr((T*)std::aligned_alloc(64, rounded_up(count * sizeof(T) + 64, 64)), std::free) {
+    if (!this->get()) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* get() const { return static_cast<T*>(data_); }
-
- private:
-  void* data_;
 };
 
 // The five codes of each byte, as bytes and in one word.

@@ -12,6 +12,14 @@ namespace ASKEW_ISA {
 
 typedef Storage<kFloat32> Floats;
 
+// The codes of a word one after the other. Four lanes take dozens of instructions for each, which unrolled were slow to
+// compile and no faster.
+#if ASKEW_LANES == 4
+#define ASKEW_EACH_CODE(K, N) for (int K = 0; K < (N); ++K)
+#else
+#define ASKEW_EACH_CODE(K, N) ASKEW_EACH (K, N)
+#endif
+
 ASKEW_FN vf multiply_add(vf a, vf b, vf c) {
 #if defined(__FMA__)
   return fused_multiply_add(a, b, c);
@@ -209,38 +217,24 @@ ASKEW_FN int32_t sum_of(vi v) {
 }
 
 // The sums of R vectors; of four at once by adding them lane by lane while they are transposed.
-template <int R>
-ASKEW_FN void sums_of(const vi* v, float* sum) {
+template <int R, class V>
+ASKEW_FN void sums_of(const V* v, float* sum) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
   if (R == 4) {
+    typedef __typeof__(v[0][0] + v[0][0]) Lane;
+    typedef Lane Half __attribute__((vector_size(32)));
+    typedef Lane Quarter __attribute__((vector_size(16)));
     const __m512i a = (__m512i)v[0], b = (__m512i)v[1], c = (__m512i)v[2], d = (__m512i)v[3];
-    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    _mm_storeu_ps(sum, _mm_cvtepi32_ps(four));
+    const __m512i ab = (__m512i)((V)_mm512_unpacklo_epi32(a, b) + (V)_mm512_unpackhi_epi32(a, b));
+    const __m512i cd = (__m512i)((V)_mm512_unpacklo_epi32(c, d) + (V)_mm512_unpackhi_epi32(c, d));
+    const __m512i all = (__m512i)((V)_mm512_unpacklo_epi64(ab, cd) + (V)_mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = (__m256i)((Half)_mm512_castsi512_si256(all) + (Half)_mm512_extracti64x4_epi64(all, 1));
+    const Quarter four = (Quarter)_mm256_castsi256_si128(half) + (Quarter)_mm256_extracti128_si256(half, 1);
+    for (int r = 0; r < R; ++r) sum[r] = (float)four[r % 4];
     return;
   }
 #endif
   for (int r = 0; r < R; ++r) sum[r] = (float)sum_of(v[r]);
-}
-
-template <int R>
-ASKEW_FN void sums_of(const vf* v, float* sum) {
-#if ASKEW_LANES == 16 && defined(__AVX512F__)
-  if (R == 4) {
-    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                                     _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-    return;
-  }
-#endif
-  for (int r = 0; r < R; ++r) sum[r] = sum_of(v[r]);
 }
 
 ASKEW_FN float row_scale(const PackedWeight& w, int64_t row) { return w.scale[w.groups ? row * w.groups : 0]; }

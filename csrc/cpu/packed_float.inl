@@ -29,14 +29,12 @@ ASKEW_FN void arrange_blocks(const PackedWeight& weight, const float* x, float* 
   const PackedWeight w = weight;  // a copy that the stores cannot change
   constexpr int kCodes = Block<BITS>::kCodes;
   for (int64_t c = 0; c < w.cols; c += Block<BITS>::kCols, out += Block<BITS>::kCols) {
-    if (c + Block<BITS>::kCols <= w.cols) {
-      for (int k = 0; k < kCodes; ++k)
-        for (int i = 0; i < ASKEW_LANES; ++i) out[k * ASKEW_LANES + i] = x[c + i * kCodes + k];
-    } else {
-      for (int k = 0; k < kCodes; ++k)
-        for (int i = 0; i < ASKEW_LANES; ++i)
-          out[k * ASKEW_LANES + i] = c + i * kCodes + k < w.cols ? x[c + i * kCodes + k] : 0;
-    }
+    const bool whole = c + Block<BITS>::kCols <= w.cols;
+    for (int k = 0; k < kCodes; ++k)
+      for (int i = 0; i < ASKEW_LANES; ++i) {
+        const int64_t from = c + i * kCodes + k;
+        out[k * ASKEW_LANES + i] = whole || from < w.cols ? x[from] : 0;
+      }
   }
 }
 
@@ -96,7 +94,7 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
       own[r] = vf{};
     }
     const float* at = x + i * block::kCols;
-    ASKEW_EACH (k, block::kCodes) {
+    ASKEW_EACH_CODE (k, block::kCodes) {
       ASKEW_EACH (r, R) {
         if (FORM == kBytes) level[r] = (vf)word[r] - (8388608.f - w.lo);
         if (FORM == kBytes && without_level) level[r] = select(level[r] > w.hi, vf{} + w.hi, level[r]);
@@ -252,8 +250,8 @@ ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* t
 }
 
 template <int BANDS>
-ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
-                          float* y) {
+static void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
+                        float* y) {
   const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
   const int64_t words = (w.row_bytes + 3) / 4;
   vf sum[BANDS], total[BANDS];
@@ -316,17 +314,10 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
 static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
                             const float* bias, float* y) {
   const int64_t wide = tables_width(w);
-  int64_t row = row0;
-  for (; row < row1; row += 16 * kBands) {
+  for (int64_t row = row0; row < row1; row += 16 * kBands) {
     const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
-    for (int64_t b = 0; b < batch; ++b) {
-      if (rows > 32)
-        tables_band<4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
-      else if (rows > 16)
-        tables_band<2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
-      else
-        tables_band<1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
-    }
+    const auto band = rows > 32 ? tables_band<4> : rows > 16 ? tables_band<2> : tables_band<1>;
+    for (int64_t b = 0; b < batch; ++b) band(w, row, rows, tables + b * wide, bias, y + b * w.n);
   }
 }
 #endif

@@ -5,8 +5,7 @@
 // Codes of 1, 2 and 4 bits are unpacked a vector of words at a time, all words shifted by one code, and the input is
 // brought into that order; so are trits with AVX-512, digit by digit; others are unpacked in the order of the columns.
 // For many tokens codes are unpacked four rows at a time into a buffer that stays in L1, where they meet every token of
-// the batch; for one or two of them they stay in registers, as
-// filling a buffer would take longer than the products.
+// the batch; for one or two they stay in registers, as filling a buffer would take longer than the products.
 
 constexpr int kInt8Rows = 4;
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
@@ -203,7 +202,7 @@ typedef __m256i Codes;
 #endif
 typedef Codes Sums;
 #else
-typedef uint8_t Codes __attribute__((vector_size(4 * ASKEW_LANES)));
+typedef vu Codes;
 typedef vi Sums;
 #endif
 ASKEW_FN Codes load_bytes(const void* p) {
@@ -236,7 +235,7 @@ ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
 #if defined(ASKEW_MM)
   return _mm512_dpbusd_epi32(sums, codes, input);
 #else
-  for (int i = 0; i < 4 * ASKEW_LANES; ++i) sums[i / 4] += codes[i] * (int8_t)input[i];
+  ASKEW_EACH (byte, 4) sums += (vi)(codes >> 8 * byte & 255u) * ((vi)(input << (24 - 8 * byte)) >> 24);
   return sums;
 #endif
 }
@@ -313,7 +312,7 @@ ASKEW_FN void direct_sums(const PackedWeight& w, const uint8_t* p, const int8_t*
     do {
       vu word[R];
       ASKEW_EACH (r, R) word[r] = with_levels<BITS>(w, row_words(w, p + r * w.row_bytes, c * BITS / 8));
-      ASKEW_EACH (v, kShifts * kPlaces) {
+      ASKEW_EACH_CODE (v, kShifts * kPlaces) {
         const int k = v % kPlaces;
         Codes code[R];
         ASKEW_EACH (r, R) {

@@ -3,9 +3,8 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnCpu {
+struct QuantizeOnCpu : OnCpu {
   using OnCpu::OnCpu;
   void run(const QuantizeArg& a) const {
     over_matrix(Tiling(a.m, tuning.piece_columns), [&](Tile t, int64_t) { loops().quantize(a, t); });
@@ -15,14 +14,10 @@ struct Device : OnCpu {
     std::vector<double> partial(tiling.partials() * kRowSums);
     over_matrix(tiling,
                 [&](Tile t, int64_t i) { loops().row_sums(a, t, partial.data() + tiling.partial(i) * kRowSums); });
-    if (tiling.cols)
-      gather_row_sums(tiling, partial.data(), sums);
-    else
-      std::memset(sums, 0, a.m.rows * kRowSums * sizeof(float));
+    gather_row_sums(tiling, partial.data(), sums);
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CPU, m) { askew::QuantizeOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CPU, m) { askew::QuantizeOps<askew::QuantizeOnCpu>::implement(m); }

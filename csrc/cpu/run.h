@@ -3,8 +3,6 @@
 // Work is divided by the shapes alone (never by the thread count), and partial sums are added in the order of the
 // pieces: results are the same bits for any number of threads.
 #pragma once
-#include <cstring>
-
 #include "../ops/tensors.h"
 #include "../tuning.h"
 #include "loops.h"
@@ -17,10 +15,9 @@ namespace askew {
 struct Tiling {
   int64_t rows, cols, piece, pieces_per_row, rows_per_band, tiles;
   explicit Tiling(Matrix m, int64_t piece = kSumPiece) : rows(m.rows), cols(m.cols), piece(piece) {
-    if (rows == 0 || cols == 0) rows = cols = 0;
-    pieces_per_row = cols > 2 * piece ? (cols + piece - 1) / piece : 1;
-    rows_per_band = pieces_per_row > 1 || cols == 0 ? 1 : (piece + cols - 1) / cols;
-    tiles = pieces_per_row > 1 ? rows * pieces_per_row : (rows + rows_per_band - 1) / rows_per_band;
+    pieces_per_row = cols > 2 * piece ? (cols + piece - 1) / piece : cols > 0;
+    rows_per_band = pieces_per_row == 1 ? (piece + cols - 1) / cols : 1;
+    tiles = pieces_per_row == 1 ? (rows + rows_per_band - 1) / rows_per_band : rows * pieces_per_row;
   }
   Tile operator[](int64_t i) const {
     if (pieces_per_row > 1) {
@@ -35,21 +32,32 @@ struct Tiling {
   int64_t partials() const { return rows * pieces_per_row; }
 };
 
+// body(number of the matrix, tile of it, number of the tile among the matrix's)
 template <class F>
-inline void for_tiles(int64_t tiles, int64_t elements, const F& f) {
-  if (elements <= tuning.serial_elements || tiles <= 1) {
-    f(0, tiles);
-    return;
+inline void over_list(const Tiling* list, size_t n, const F& body) {
+  int64_t tiles = 0, elements = 0;
+  for (const Tiling* t = list; t < list + n; ++t) {
+    tiles += t->tiles;
+    elements += t->rows * t->cols;
   }
-  torch::stable::parallel_for(0, tiles, 1, f);
+  const auto run = [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // tile of the matrix
+    size_t j = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      for (; i >= first + list[j].tiles; ++j) first += list[j].tiles;
+      body(j, list[j][i - first], i - first);
+    }
+  };
+  if (elements <= tuning.serial_elements || tiles <= 1)
+    run(0, tiles);
+  else
+    torch::stable::parallel_for(0, tiles, 1, run);
 }
 
 // body(tile, its number)
 template <class F>
 inline void over_matrix(const Tiling& tiling, const F& body) {
-  for_tiles(tiling.tiles, tiling.rows * tiling.cols, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(tiling[i], i);
-  });
+  over_list(&tiling, 1, [&](size_t, Tile t, int64_t i) { body(t, i); });
 }
 
 // Adds a tile's sums to those of its row, in the order of the pieces.

@@ -23,16 +23,6 @@ struct SamNormLoop {
   }
 };
 
-// A vector of a storage type, bit for bit (a conversion would change a signalling NaN).
-template <int T>
-struct Raw {
-  typedef vh type;
-};
-template <>
-struct Raw<kFloat32> {
-  typedef vf type;
-};
-
 // Without bringing the line into the caches, which a plain store does first.
 template <class Bits>
 ASKEW_FN void store_bits(void* p, Bits v, [[maybe_unused]] bool past_caches) {
@@ -53,87 +43,58 @@ ASKEW_FN void finish_stores([[maybe_unused]] bool past_caches) {  // before anot
 #endif
 }
 
+// Bit for bit: a conversion would change a signalling NaN.
 template <int T, bool PAST_CACHES>
-struct SamPerturbLoop {
-  static constexpr int kStreams = 3;
-  Stream streams[kStreams];  // w, g, kept
-  SamArg arg;
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    typedef typename Storage<T>::type S;
-    const SamPerturbLoop l = *this;
-    const int64_t ahead = tuning.prefetch_columns;
-    const bool still = stands_still(l.arg);
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[0], i, ahead);
-      prefetch<T>(l.streams[1], i, ahead);
-      typename Raw<T>::type bits;
-      __builtin_memcpy(&bits, l.streams[0].template at<S>(i), sizeof bits);
-      store_bits(l.streams[2].template at<S>(i), bits, PAST_CACHES);
-      if (!still) store<T>(l.streams[0], i, sam_perturbed(load<T>(l.streams[0], i), load<T>(l.streams[1], i), l.arg));
-    }
-  }
-};
-
+ASKEW_FN void copy_vector(const Stream& from, const Stream& to, int64_t i) {
+  typedef typename Storage<T>::type S;
+  typedef S Bits __attribute__((vector_size(ASKEW_LANES * sizeof(S))));
+  Bits bits;
+  __builtin_memcpy(&bits, from.template at<S>(i), sizeof bits);
+  store_bits(to.template at<S>(i), bits, PAST_CACHES);
+}
 template <int T, bool PAST_CACHES>
-struct CopyLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // to, from
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    typedef typename Storage<T>::type S;
-    const CopyLoop l = *this;
-    const int64_t ahead = tuning.prefetch_columns;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[1], i, ahead);
-      typename Raw<T>::type bits;
-      __builtin_memcpy(&bits, l.streams[1].template at<S>(i), sizeof bits);
-      store_bits(l.streams[0].template at<S>(i), bits, PAST_CACHES);
-    }
-  }
-};
-
+ASKEW_FN void copy_columns(Stream from, Stream to, Columns c) {
+  for_vectors<T, 1>({from, to}, c, ASKEW_VECTOR { copy_vector<T, PAST_CACHES>(s[0], s[1], i); });
+}
 template <int T>
-struct SamMeanLoop {
-  static constexpr int kStreams = 3;
-  Stream streams[kStreams];  // mean, second, first
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const SamMeanLoop l = *this;
-    const int64_t ahead = tuning.prefetch_columns;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      prefetch<T>(l.streams[1], i, ahead);
-      prefetch<T>(l.streams[2], i, ahead);
-      store<T>(l.streams[0], i, sam_mean(load<T>(l.streams[1], i), load<T>(l.streams[2], i)));
-    }
-  }
-};
+ASKEW_FN void mean_columns(Stream second, Stream first, Stream mean, Columns c) {
+  for_vectors<T, 2>(
+      {second, first, mean}, c, ASKEW_VECTOR { store<T>(s[2], i, sam_mean(load<T>(s[0], i), load<T>(s[1], i))); });
+}
 
 template <int T, bool PAST_CACHES>
-double sam_typed(SamPass pass, const SamTensor& s, SamArg arg, Tile t) {
-  const Stream w{s.w, type_size(T), true}, w_read{s.w, type_size(T), false}, g{(void*)s.g, type_size(T), false};
-  const Stream kept{s.kept, type_size(T), true}, kept_read{s.kept, type_size(T), false};
-  Lanes16 sum;
+double sam_typed(SamPass pass, const SamTensor& x, SamArg arg, Tile t) {
+  const Stream w{x.w, type_size(T), true}, w_read{x.w, type_size(T), false}, g{(void*)x.g, type_size(T), false};
+  const Stream kept{x.kept, type_size(T), true}, kept_read{x.kept, type_size(T), false};
+  const Columns all{t.col0, t.col1 - t.col0};
+  const bool still = stands_still(arg);
+  Lanes16 sum{};
   switch (pass) {
     case kSamNorm:
-      clear(sum);
-      for (int64_t c = t.col0; c < t.col1; c += kBand) {
-        for_columns(SamNormLoop<T>{{w_read, g}, arg, &sum}, 0, c, c + kBand < t.col1 ? c + kBand : t.col1);
+      for_bands(0, t, [&](Columns c) {
+        for_columns(SamNormLoop<T>{{w_read, g}, arg, &sum}, c);
         flush(sum);
-      }
+      });
       return finish(sum);
     case kSamPerturb:
-      for_columns(SamPerturbLoop<T, PAST_CACHES>{{w, g, kept}, arg}, 0, t.col0, t.col1);
+      for_vectors<T, 2>(
+          {w, g, kept}, all, ASKEW_VECTOR {
+            copy_vector<T, PAST_CACHES>(s[0], s[2], i);
+            if (!still) store<T>(s[0], i, sam_perturbed(load<T>(s[0], i), load<T>(s[1], i), arg));
+          });
       break;
     case kSamRestore:
-      for_columns(CopyLoop<T, PAST_CACHES>{{w, kept_read}}, 0, t.col0, t.col1);
+      copy_columns<T, PAST_CACHES>(kept_read, w, all);
       break;
     case kSamAverage:
-      for_columns(SamMeanLoop<T>{{w, w_read, g}}, 0, t.col0, t.col1);
+      mean_columns<T>(w_read, g, w, all);
   }
   finish_stores(PAST_CACHES);
   return 0;
 }
 
-static double sam(SamPass pass, const SamTensor& s, SamArg arg, bool past_caches, Tile t) {
-  if (past_caches) ASKEW_BY_TYPE(s.type, return sam_typed<T, true>(pass, s, arg, t))
-  ASKEW_BY_TYPE(s.type, return sam_typed<T, false>(pass, s, arg, t))
+static double sam(SamPass pass, const SamTensor& x, SamArg arg, bool past_caches, Tile t) {
+  if (past_caches) ASKEW_BY_TYPE(x.type, return sam_typed<T, true>(pass, x, arg, t))
+  ASKEW_BY_TYPE(x.type, return sam_typed<T, false>(pass, x, arg, t))
   return 0;
 }

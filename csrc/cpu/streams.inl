@@ -15,14 +15,15 @@ struct Stream {
   }
 };
 
-// Runs the loop over columns [c0, c1) of the row that starts at element `base`.
+struct Columns {  // `count` of them from element `first` on
+  int64_t first, count;
+};
+
 template <class Loop>
-ASKEW_FN void for_columns(const Loop& loop, int64_t base, int64_t c0, int64_t c1) {
-  const int64_t full = (c1 - c0) / 16 * 16;
-  if (full) loop.run(base + c0, full);
-  const int64_t rest = c1 - c0 - full;
+ASKEW_FN void for_columns(const Loop& loop, Columns c) {
+  const int64_t full = c.count / 16 * 16, rest = c.count - full, first = c.first + full;
+  if (full) loop.run(c.first, full);
   if (!rest) return;
-  const int64_t first = base + c0 + full;
   Loop staged = loop;
   alignas(64) char stage[Loop::kStreams][64] = {};
   for (int k = 0; k < Loop::kStreams; ++k) {
@@ -36,6 +37,12 @@ ASKEW_FN void for_columns(const Loop& loop, int64_t base, int64_t c0, int64_t c1
     if (loop.streams[k].data && loop.streams[k].written)
       __builtin_memcpy((char*)loop.streams[k].data + first * loop.streams[k].size, stage[k],
                        rest * loop.streams[k].size);
+}
+
+// body(columns) for each band of the tile in the row that starts at element `base`.
+template <class Body>
+ASKEW_FN void for_bands(int64_t base, Tile t, const Body& body) {
+  for (int64_t c = t.col0; c < t.col1; c += kBand) body(Columns{base + c, c + kBand < t.col1 ? kBand : t.col1 - c});
 }
 
 // One of the storage types, chosen at run time (outputs whose type is not a template argument).
@@ -77,4 +84,35 @@ ASKEW_FN void prefetch(const Stream& s, int64_t i, int64_t ahead) {
 template <class Grid>
 ASKEW_FN Row<Pair, Grid> pair_of(const Row<vf, Grid>& r) {
   return {r.grid, {{r.scale.value, r.scale.value}, r.scale}, {r.low, r.low}, {r.high, r.high}};
+}
+// The ends as a clamped weight is stored.
+template <int T, class Grid>
+ASKEW_FN Row<vf, Grid> with_stored_ends(Row<vf, Grid> row) {
+  row.low = Storage<T>::rounded(row.low);
+  row.high = Storage<T>::rounded(row.high);
+  return row;
+}
+
+// What most loops are: body(streams, i) for every vector of columns, none of which sees another. The first AHEAD
+// streams are read ahead.
+#define ASKEW_VECTOR [=](const Stream* s, int64_t i) __attribute__((always_inline))
+template <int T, int AHEAD, int N, class Body>
+struct VectorLoop {
+  static constexpr int kStreams = N;
+  Stream streams[N];
+  Body body;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const VectorLoop l = *this;  // what a store cannot change
+    const int64_t ahead = tuning.prefetch_columns;
+    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
+      for (int k = 0; k < AHEAD; ++k) prefetch<T>(l.streams[k], i, ahead);
+      l.body(l.streams, i);
+    }
+  }
+};
+template <int T, int AHEAD = 0, int N, class Body>
+ASKEW_FN void for_vectors(const Stream (&streams)[N], Columns c, const Body& body) {
+  VectorLoop<T, AHEAD, N, Body> loop{{}, body};
+  for (int k = 0; k < N; ++k) loop.streams[k] = streams[k];
+  for_columns(loop, c);
 }

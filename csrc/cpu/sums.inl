@@ -4,10 +4,6 @@ struct Lanes16 {  // float lanes of one band, double lanes of one row
   vf now[kVectors];
   double total[16];
 };
-ASKEW_FN void clear(Lanes16& s) {
-  for (int k = 0; k < kVectors; ++k) s.now[k] = vf{};
-  for (int i = 0; i < 16; ++i) s.total[i] = 0;
-}
 ASKEW_FN void flush(Lanes16& s) {
   for (int k = 0; k < kVectors; ++k) {
     float t[ASKEW_LANES];
@@ -27,11 +23,6 @@ struct RowSums {
   Lanes16 abs, squares;
   vf peak[kVectors];
 };
-ASKEW_FN void clear(RowSums& s) {
-  clear(s.abs);
-  clear(s.squares);
-  for (int k = 0; k < kVectors; ++k) s.peak[k] = vf{};
-}
 ASKEW_FN void flush(RowSums& s) {
   flush(s.abs);
   flush(s.squares);
@@ -80,13 +71,12 @@ struct RowSumsLoop {
 template <int T>
 void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
   for (int64_t r = t.row0; r < t.row1; ++r, out += kRowSums) {
-    RowSums sums;
-    clear(sums);
+    RowSums sums{};
     const RowSumsLoop<T> loop{{{(void*)x, type_size(T), false}}, &sums};
-    for (int64_t c = t.col0; c < t.col1; c += kBand) {
-      for_columns(loop, r * cols, c, c + kBand < t.col1 ? c + kBand : t.col1);
+    for_bands(r * cols, t, [&](Columns c) {
+      for_columns(loop, c);
       flush(sums);
-    }
+    });
     finish(sums, out);
   }
 }

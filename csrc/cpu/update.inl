@@ -18,7 +18,7 @@ struct Step {
   Stream streams[kMostStreams];
   const Row<vf, Grid>* row;
   const Hyper* hyper;
-  void (*columns)(const Step&, int64_t base, int64_t c0, int64_t c1);
+  void (*columns)(const Step&, Columns);
 };
 
 // The step itself. It also brings in what comes next, so that memory keeps busy while this is computed.
@@ -66,25 +66,7 @@ struct StepLoop : Step<T, Grid> {
     for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, options, ahead);
     if (i < end) l.step(i, once, options, ahead);
   }
-  static void over(const Step<T, Grid>& step, int64_t base, int64_t c0, int64_t c1) {
-    for_columns(static_cast<const StepLoop&>(step), base, c0, c1);
-  }
-};
-
-// For the trace, the levels where the step starts; AFTER it, 1 in their place where the level has changed, 0 elsewhere.
-template <int T, class Grid, bool AFTER>
-struct LevelsLoop {
-  static constexpr int kStreams = 2;
-  Stream streams[kStreams];  // w, level
-  Row<vf, Grid> row;
-  ASKEW_LOOP void run(int64_t i, int64_t n) const {
-    const LevelsLoop l = *this;
-    for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
-      vf level = nearest_level(load<T>(l.streams[0], i), l.row);
-      if (AFTER) level = select(level != load<kFloat32>(l.streams[1], i), vf{} + 1.f, vf{});
-      store<kFloat32>(l.streams[1], i, level);
-    }
-  }
+  static void over(const Step<T, Grid>& step, Columns c) { for_columns(static_cast<const StepLoop&>(step), c); }
 };
 
 static ASKEW_LOOP void add_trace(const Trace& trace, int64_t columns, bool skip_nonfinite, Lanes16* totals) {
@@ -115,7 +97,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   constexpr int size = sizeof(typename Storage<T>::type);
   Lanes16 lanes[kTotals];
   if (totals)
-    for (int j = 0; j < kTotals; ++j) clear(lanes[j]);
+    for (Lanes16& l : lanes) l = {};
   Trace trace;
   alignas(64) char mean[2 * kBand * size];  // of two gradients; twice as long for what StepLoop brings in ahead
   int64_t traced = 0;                       // columns of the trace in use
@@ -128,45 +110,49 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   step.hyper = &h;
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
-    if (row_sums) clear(sums);
+    if (row_sums) sums = {};
     const Row<vf, Grid> row = make_row(vf{} + t.scale[r], Grid::make(t.grid));
     step.row = &row;
-    const int64_t base = r * t.m.cols;
-    for (int64_t c = tile.col0; c < tile.col1; c += kBand) {
-      const int64_t n = c + kBand < tile.col1 ? kBand : tile.col1 - c, padded = (n + 15) / 16 * 16;
-      if (t.kept) for_columns(CopyLoop<T, false>{{w, {(void*)t.kept, size, false}}}, base, c, c + n);
+    for_bands(r * t.m.cols, tile, [&](Columns c) {
+      const int64_t padded = (c.count + 15) / 16 * 16;
+      if (t.kept) copy_columns<T, false>({(void*)t.kept, size, false}, w, c);
       if (t.first) {
-        streams[kG] = {mean - (base + c) * size, size, true};
-        for_columns(SamMeanLoop<T>{{streams[kG], g, {(void*)t.first, size, false}}}, base, c, c + n);
+        streams[kG] = {mean - c.first * size, size, true};
+        mean_columns<T>(g, {(void*)t.first, size, false}, streams[kG], c);
       }
       if (totals && traced + padded > kBand) {
         add_trace(trace, traced, h.skip_nonfinite, lanes);
         traced = 0;
       }
-      const auto part = [&](float* of) { return Stream{of + traced - (base + c), 4, true}; };  // at an element's index
+      const auto part = [&](float* of) { return Stream{of + traced - c.first, 4, true}; };  // at an element's index
       const Stream level = part(trace.level);
       if (totals) {
         streams[kExcess] = part(trace.excess);
         streams[kDescent] = part(trace.descent);
         streams[kGradient] = part(trace.gradient);
-        for_columns(LevelsLoop<T, Grid, false>{{w_read, level}, row}, base, c, c + n);
+        for_vectors<T>(
+            {w_read, level}, c, ASKEW_VECTOR { store<kFloat32>(s[1], i, nearest_level(load<T>(s[0], i), row)); });
       }
-      step.columns(step, base, c, c + n);
+      step.columns(step, c);
       if (totals) {
-        for_columns(LevelsLoop<T, Grid, true>{{w_read, level}, row}, base, c, c + n);
+        for_vectors<T>(
+            {w_read, level}, c, ASKEW_VECTOR {  // 1 where the level has changed
+              const vf now = nearest_level(load<T>(s[0], i), row);
+              store<kFloat32>(s[1], i, select(now != load<kFloat32>(s[1], i), vf{} + 1.f, vf{}));
+            });
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
-          for (int64_t gap = n; gap < padded; ++gap) of[traced + gap] = 0;
+          for (int64_t gap = c.count; gap < padded; ++gap) of[traced + gap] = 0;
         traced += padded;
       }
       if (row_sums) {
-        for_columns(RowSumsLoop<T>{{w_read}, &sums}, base, c, c + n);
+        for_columns(RowSumsLoop<T>{{w_read}, &sums}, c);
         flush(sums);
       }
       if (t.dequantized) {
         const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
-        for_columns(QuantizeLoop<T, Grid>{{w_read, copy}, t.dequantized_type, row}, base, c, c + n);
+        quantize_columns<T>(w_read, copy, t.dequantized_type, row, c);
       }
-    }
+    });
     if (row_sums) {
       finish(sums, row_sums);
       row_sums += kRowSums;

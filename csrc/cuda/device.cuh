@@ -433,14 +433,31 @@ __device__ __forceinline__ void finish_row(Sums s, const Cut& cut, int64_t row, 
   }
 }
 
-// ---- the second kernel: partial sums put together -------------------------------------------------------------
+// The block's sums of N numbers, added in a fixed order.
+template <int N>
+__device__ __forceinline__ void finish_block(const float (&sum)[N], double* out) {
+  __shared__ float across[kThreads / 32][N];
+  ASKEW_EACH (c, N) {
+    const float v = add_lanes(sum[c], kWarpShift);
+    if (threadIdx.x % 32 == 0) across[threadIdx.x / 32][c] = v;
+  }
+  __syncthreads();
+  if (threadIdx.x < N) {
+    double v = 0;
+    for (int w = 0; w < kThreads / 32; ++w) v += across[w][threadIdx.x];
+    out[threadIdx.x] = v;
+  }
+}
+
+// ---- the second kernel: partial sums put together -----------------------------------------------------------
 
 struct Finish {           // one row of partial sums per output row
   const double* partial;  // [rows][parts][width]
-  void* out;              // float rows (row sums), or double (totals)
+  void* out;              // [rows][width]
+  bool floats;            // of out; else doubles
   int64_t parts;
-  uint32_t first_block, rows;
-  int width;  // kRowSums or kTotals
+  uint32_t first_block;
+  int width;  // kRowSums: the last is a maximum
 };
 constexpr int kFinishes = 256;
 struct FinishList {
@@ -479,31 +496,33 @@ __global__ void __launch_bounds__(kThreads) finish_sums(const __grid_constant__ 
     for (int64_t k = threadIdx.x; k < f.parts; k += kThreads) v = combine(v, from[k * f.width + c], maximum);
     v = over_block(v, maximum);
     if (threadIdx.x) continue;
-    if (f.width == kRowSums)
-      ((float*)f.out)[row * kRowSums + c] = (float)v;
+    if (f.floats)
+      ((float*)f.out)[row * f.width + c] = (float)v;
     else
-      ((double*)f.out)[c] = v;
+      ((double*)f.out)[row * f.width + c] = v;
   }
 }
 
+inline cudaError_t first_error(cudaError_t a, cudaError_t b) { return a != cudaSuccess ? a : b; }
+
 // Collects what finish_sums has to do and launches it whenever a list is full.
 struct Finisher {
+  cudaStream_t stream;
   FinishList list{};
   uint32_t blocks = 0;
-  cudaStream_t stream;
   cudaError_t error = cudaSuccess;
-  void add(const double* partial, void* out, int64_t rows, int64_t parts, int width) {
+  template <class Out>
+  void add(const double* partial, Out* out, int64_t rows, int64_t parts, int width) {
     if (rows == 0) return;
     if (list.n == kFinishes) run();
-    list.item[list.n++] = {partial, out, parts, blocks, (uint32_t)rows, width};
+    list.item[list.n++] = {partial, out, sizeof(Out) == sizeof(float), parts, blocks, width};
     blocks += (uint32_t)rows;
   }
-  void run() {
-    if (list.n == 0) return;
-    const cudaError_t e = launch(finish_sums, blocks, kThreads, stream, list);
-    if (error == cudaSuccess) error = e;
+  cudaError_t run() {  // the first error of all
+    error = first_error(error, launch(finish_sums, blocks, kThreads, stream, list));
     list.n = 0;
     blocks = 0;
+    return error;
   }
 };
 

@@ -3,9 +3,8 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnDevice {
+struct MixOnDevice : OnDevice {
   using OnDevice::OnDevice;
   void run(const MixArg& m, void* y) const { check_cuda(cuda::mix(m, y, stream), "mix_fake_quantize"); }
   void gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales) const {
@@ -15,7 +14,6 @@ struct Device : OnDevice {
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::MixOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::MixOps<askew::MixOnDevice>::implement(m); }

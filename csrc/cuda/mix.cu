@@ -109,8 +109,8 @@ struct MixFinish {
   MixArg mix;
   const float* partial;
   int pieces, chunks;  // chunks: blocks of kThreads rows for each candidate
-  float *to_strengths, *to_scales;
-  double* of_chunk;  // [candidates][chunks]
+  float* to_scales;
+  double* of_chunk;  // [candidates][chunks]: what the strengths' gradients are the sums of
 };
 
 // A thread takes a row: the gradient of its scale, and its part of the strength's.
@@ -129,14 +129,6 @@ __global__ void __launch_bounds__(kThreads) mix_rows_kernel(const __grid_constan
   }
   part = over_block(part);
   if (threadIdx.x == 0) p.of_chunk[blockIdx.x] = part;
-}
-
-__global__ void __launch_bounds__(kThreads) mix_strengths_kernel(const __grid_constant__ MixFinish p) {
-  const int k = blockIdx.x;
-  double part = 0;
-  for (int i = threadIdx.x; i < p.chunks; i += kThreads) part += p.of_chunk[(int64_t)k * p.chunks + i];
-  part = over_block(part);
-  if (threadIdx.x == 0) p.to_strengths[k] = (float)part;
 }
 
 Cut mix_cut(const MixArg& m, const void* g, const void* out) {
@@ -165,14 +157,13 @@ size_t mix_gradient_scratch(const MixArg& m, const void* g, const void* out) {
 cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales,
                          void* scratch, cudaStream_t stream) {
   if (m.rows == 0 || m.cols == 0) {
-    const cudaError_t error = cudaMemsetAsync(to_scales, 0, (size_t)(m.n * m.rows) * sizeof(float), stream);
-    return error != cudaSuccess ? error : cudaMemsetAsync(to_strengths, 0, (size_t)m.n * sizeof(float), stream);
+    return first_error(cudaMemsetAsync(to_scales, 0, (size_t)(m.n * m.rows) * sizeof(float), stream),
+                       cudaMemsetAsync(to_strengths, 0, (size_t)m.n * sizeof(float), stream));
   }
   MixFinish f{};
   f.mix = m;
   f.chunks = mix_chunks(m);
   f.of_chunk = (double*)scratch;
-  f.to_strengths = to_strengths;
   f.to_scales = to_scales;
   MixPass p{};
   p.mix = m;
@@ -186,7 +177,9 @@ cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_st
   cudaError_t error = cudaErrorInvalidValue;
   ASKEW_BY_TYPE(m.type, error = launch((mix_gradient_kernel<T>), blocks, kThreads, stream, p))
   if (error == cudaSuccess) error = launch(mix_rows_kernel, (unsigned)(m.n * f.chunks), kThreads, stream, f);
-  return error != cudaSuccess ? error : launch(mix_strengths_kernel, (unsigned)m.n, kThreads, stream, f);
+  Finisher finisher{stream};
+  finisher.add(f.of_chunk, to_strengths, m.n, f.chunks, 1);
+  return first_error(error, finisher.run());
 }
 
 }  // namespace cuda

@@ -3,9 +3,8 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnDevice {
+struct PackedOnDevice : OnDevice {
   static constexpr bool kInt8 = false;  // products with int8 activations unpack the weight
   using OnDevice::OnDevice;
   void dequantize(const PackedArg& w, void* out, int type) const {
@@ -14,7 +13,6 @@ struct Device : OnDevice {
   void linear(const LinearArg& a) const { check_cuda(cuda::packed_linear(a, stream), "packed_linear"); }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::PackedOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::PackedOps<askew::PackedOnDevice>::implement(m); }

@@ -3,9 +3,8 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnDevice {
+struct QuantizeOnDevice : OnDevice {
   using OnDevice::OnDevice;
   void run(const QuantizeArg& a) const { check_cuda(cuda::quantize(a, stream), "quantize"); }
   void row_sums(const QuantizeArg& a, float* sums) const {
@@ -14,7 +13,6 @@ struct Device : OnDevice {
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::QuantizeOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::QuantizeOps<askew::QuantizeOnDevice>::implement(m); }

@@ -12,61 +12,42 @@ struct Pass : QuantizeArg {
   Cut cut;
 };
 
-template <int T, class Grid>
+// Element j of a slot's part of the random numbers; `random` is kept from one j to the next.
+template <int T>
+__device__ __forceinline__ float uniform_at(uint64_t seed, const Spot& s, const Walk<T>& walk, int j, Philox4& random) {
+  const uint64_t e = (uint64_t)(s.index + ((int64_t)j << walk.shift));
+  if (!walk.vectors || j % 4 == 0) random = philox(seed, e >> 2);
+  if (walk.vectors) return uniform01(random.word[j % 4]);  // e is a multiple of 4 where j is
+  return uniform01(e & 2 ? (e & 1 ? random.word[3] : random.word[2]) : (e & 1 ? random.word[1] : random.word[0]));
+}
+
+template <int T, class Grid, QuantizePass PASS>
 __global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(const __grid_constant__ Pass p) {
+  constexpr int kAhead = PASS == kQuantize || PASS == kProject ? 4 : 2;
   const Grid grid = GridMaker<Grid>::make(p.grid);
-  for_slots<T, 4>({p.x}, p.scale, p.cut, blockIdx.x,
-                  [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
-                    const auto row = make_row(scale, grid);
-                    float y[Walk<T>::kWidth];
-                    ASKEW_EACH (j, Walk<T>::kWidth) y[j] = quantize_dequantize(element<T>(*in, j), row);
-                    store_as(p.y_type, p.y, y, s, walk);
-                  });
-}
-
-template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads, kResident) stochastic_kernel(const __grid_constant__ Pass p) {
-  const Grid grid = GridMaker<Grid>::make(p.grid);
-  for_slots<T, 2>(
-      {p.x}, p.scale, p.cut, blockIdx.x, [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
-        const auto row = make_row(scale, grid);
-        float y[Walk<T>::kWidth];
-        Philox4 random;
-        ASKEW_EACH (j, Walk<T>::kWidth) {
-          const uint64_t e = (uint64_t)(s.index + ((int64_t)j << walk.shift));
-          uint32_t bits;
-          if (walk.vectors) {  // e is a multiple of 4 where j is
-            if (j % 4 == 0) random = philox(p.seed, e >> 2);
-            bits = random.word[j % 4];
-          } else {
-            random = philox(p.seed, e >> 2);
-            bits = e & 2 ? (e & 1 ? random.word[3] : random.word[2]) : (e & 1 ? random.word[1] : random.word[0]);
-          }
-          y[j] = row.scale.value * stochastic_level(element<T>(*in, j), uniform01(bits), row);
-        }
-        store_as(p.y_type, p.y, y, s, walk);
-      });
-}
-
-template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads, kResident) ste_clip_kernel(const __grid_constant__ Pass p) {
-  const Grid grid = GridMaker<Grid>::make(p.grid);
-  for_slots<T, 2>(
-      {p.g, p.x}, p.scale, p.cut, blockIdx.x, [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
-        const auto row = with_stored_ends<T>(make_row(scale, grid));
-        store(p.y, map_words<T>(in[0], in[1], [&](float g, float x) { return pass_inside(g, x, row); }), s, walk);
-      });
-}
-
-template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads, kResident) project_interval_kernel(const __grid_constant__ Pass p) {
-  const Grid grid = GridMaker<Grid>::make(p.grid);
-  const float radius = feasible_radius((float)read(p.eps));
-  for_slots<T, 4>(
-      {p.y}, p.scale, p.cut, blockIdx.x, [&](const Words* w, float scale, const Spot& s, const Walk<T>& walk) {
-        const auto row = make_row(scale, grid);
-        store(p.y, map_words<T>(*w, *w, [&](float v, float) { return project_interval(v, row, radius); }), s, walk);
-      });
+  const float radius = PASS == kProject ? feasible_radius((float)read(p.eps)) : 0.f;
+  const auto run = [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
+    const auto row = make_row(scale, grid);
+    if constexpr (PASS == kSteClip) {
+      const auto stored = with_stored_ends<T>(row);
+      store(p.y, map_words<T>(in[0], in[1], [&](float g, float x) { return pass_inside(g, x, stored); }), s, walk);
+    } else if constexpr (PASS == kProject) {
+      store(p.y, map_words<T>(*in, *in, [&](float w, float) { return project_interval(w, row, radius); }), s, walk);
+    } else {
+      float y[Walk<T>::kWidth];
+      Philox4 random;
+      ASKEW_EACH (j, Walk<T>::kWidth) {
+        const float x = element<T>(*in, j);
+        y[j] = PASS == kQuantize ? quantize_dequantize(x, row)
+                                 : row.scale.value * stochastic_level(x, uniform_at(p.seed, s, walk, j, random), row);
+      }
+      store_as(p.y_type, p.y, y, s, walk);
+    }
+  };
+  if constexpr (PASS == kSteClip)
+    for_slots<T, kAhead>({p.g, p.x}, p.scale, p.cut, blockIdx.x, run);
+  else
+    for_slots<T, kAhead>({PASS == kProject ? p.y : p.x}, p.scale, p.cut, blockIdx.x, run);
 }
 
 template <int T>
@@ -84,8 +65,9 @@ __global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __g
 
 template <int T, class Grid>
 cudaError_t launch_pass(const Pass& p, cudaStream_t stream) {
-  void (*const kernels[])(Pass) = {quantize_kernel<T, Grid>, stochastic_kernel<T, Grid>, ste_clip_kernel<T, Grid>,
-                                   project_interval_kernel<T, Grid>};  // as QuantizePass counts them
+  void (*const kernels[])(Pass) = {quantize_kernel<T, Grid, kQuantize>, quantize_kernel<T, Grid, kStochastic>,
+                                   quantize_kernel<T, Grid, kSteClip>,
+                                   quantize_kernel<T, Grid, kProject>};  // as QuantizePass counts them
   return launch(kernels[p.pass], (unsigned)blocks_of(p.cut), kThreads, stream, p);
 }
 
@@ -113,11 +95,9 @@ cudaError_t row_sums(const QuantizeArg& a, float* sums, void* scratch, cudaStrea
   p.y = p.cut.pieces > 1 ? scratch : (void*)sums;
   cudaError_t error = cudaSuccess;
   ASKEW_BY_TYPE(a.type, error = launch((row_sums_kernel<T>), (unsigned)blocks_of(p.cut), kThreads, stream, p))
-  Finisher finisher;
-  finisher.stream = stream;
+  Finisher finisher{stream};
   if (p.cut.pieces > 1) finisher.add((const double*)scratch, sums, a.m.rows, p.cut.pieces, kRowSums);
-  finisher.run();
-  return error != cudaSuccess ? error : finisher.error;
+  return first_error(error, finisher.run());
 }
 
 }  // namespace cuda

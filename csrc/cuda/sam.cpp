@@ -3,11 +3,9 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-typedef std::vector<SamTensor> List;
-
-struct Device : OnDevice {
+struct SamOnDevice : OnDevice {
+  typedef std::vector<SamTensor> List;
   using OnDevice::OnDevice;
   void norm(const List& list, float eta, double* sum) const {
     const Tensor memory = scratch(cuda::sam_norm_scratch(list.data(), list.size()));
@@ -18,7 +16,6 @@ struct Device : OnDevice {
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::SamOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::SamOps<askew::SamOnDevice>::implement(m); }

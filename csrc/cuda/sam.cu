@@ -25,81 +25,49 @@ struct FlatList {
 };
 static_assert(sizeof(FlatList) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
 
-__device__ __forceinline__ SamArg read_arg(const FlatList& list, bool adaptive) {
+template <int T, SamPass PASS>
+__global__ void __launch_bounds__(kThreads, 3) sam_kernel(const __grid_constant__ FlatList list) {
+  const int i = tensor_of_block(list);
+  const FlatEntry& t = list.entry[i];
+  const uint32_t block = blockIdx.x - list.first_block[i];
+  if (PASS == kSamRestore) {
+    for_slots<T, 2>({t.kept}, nullptr, t.cut, block,
+                    [&](const Words* kept, float, const Spot& s, const Walk<T>& walk) { store(t.w, *kept, s, walk); });
+    return;
+  }
   SamArg arg = list.arg;
-  arg.adaptive = adaptive;
-  if (list.coefficients) {
+  arg.adaptive = t.adaptive;
+  if (PASS != kSamNorm) {
     arg.c = list.coefficients[0];
     arg.a = list.coefficients[1];
   }
-  return arg;
-}
-
-template <int T>
-__global__ void __launch_bounds__(kThreads, 3) sam_norm_kernel(const __grid_constant__ FlatList list) {
-  const int i = tensor_of_block(list);
-  const FlatEntry& t = list.entry[i];
-  const SamArg arg = read_arg(list, t.adaptive);
-  float sum = 0;
-  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
-                  [&](const Words* in, float, const Spot&, const Walk<T>&) {
-                    ASKEW_EACH (j, Walk<T>::kWidth) {  // elements that do not exist are zeros, and 0 T = 0
-                      const float x = sam_scaled(element<T>(in[0], j), element<T>(in[1], j), arg);
-                      sum += x * x;
-                    }
-                  });
-  __shared__ float across[kThreads / 32];
-  sum = add_lanes(sum, kWarpShift);
-  if (threadIdx.x % 32 == 0) across[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double total = 0;
-    for (int w = 0; w < kThreads / 32; ++w) total += across[w];
-    list.partial[blockIdx.x] = total;
-  }
-}
-
-template <int T>
-__global__ void __launch_bounds__(kThreads, 3) sam_perturb_kernel(const __grid_constant__ FlatList list) {
-  const int i = tensor_of_block(list);
-  const FlatEntry& t = list.entry[i];
-  const SamArg arg = read_arg(list, t.adaptive);
   const bool still = stands_still(arg);
-  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
-                  [&](const Words* in, float, const Spot& s, const Walk<T>& walk) {
-                    store(t.kept, in[0], s, walk);
-                    if (still) return;
-                    const auto moved = [&](float w, float g) { return sam_perturbed(w, g, arg); };
-                    store(t.w, map_words<T>(in[0], in[1], moved), s, walk);
-                  });
-}
-
-template <int T>
-__global__ void __launch_bounds__(kThreads, 3) sam_restore_kernel(const __grid_constant__ FlatList list) {
-  const int i = tensor_of_block(list);
-  const FlatEntry& t = list.entry[i];
-  for_slots<T, 2>({t.kept}, nullptr, t.cut, blockIdx.x - list.first_block[i],
-                  [&](const Words* kept, float, const Spot& s, const Walk<T>& walk) { store(t.w, *kept, s, walk); });
-}
-
-template <int T>
-__global__ void __launch_bounds__(kThreads, 3) sam_average_kernel(const __grid_constant__ FlatList list) {
-  const int i = tensor_of_block(list);
-  const FlatEntry& t = list.entry[i];
-  if (stands_still(read_arg(list, false))) return;
-  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, blockIdx.x - list.first_block[i],
-                  [&](const Words* in, float, const Spot& s, const Walk<T>& walk) {
-                    const auto mean = [](float second, float first) { return sam_mean(second, first); };
-                    store(t.w, map_words<T>(in[0], in[1], mean), s, walk);
-                  });
+  if (PASS == kSamAverage && still) return;
+  float sum[1] = {0};
+  for_slots<T, 2>({t.w, t.g}, nullptr, t.cut, block, [&](const Words* in, float, const Spot& s, const Walk<T>& walk) {
+    if (PASS == kSamNorm) {
+      ASKEW_EACH (j, Walk<T>::kWidth) {  // elements that do not exist are zeros, and 0 T = 0
+        const float x = sam_scaled(element<T>(in[0], j), element<T>(in[1], j), arg);
+        sum[0] += x * x;
+      }
+      return;
+    }
+    if (PASS == kSamPerturb) store(t.kept, in[0], s, walk);
+    if (PASS == kSamPerturb && still) return;
+    const auto moved = [&](float w, float g) {
+      return PASS == kSamPerturb ? sam_perturbed(w, g, arg) : sam_mean(w, g);
+    };
+    store(t.w, map_words<T>(in[0], in[1], moved), s, walk);
+  });
+  if (PASS == kSamNorm) finish_block(sum, list.partial + blockIdx.x);
 }
 
 Cut flat_cut(const SamTensor& t) { return cut_for({1, t.n}, t.type, {t.w, t.g, t.kept}); }
 
 template <int T>
 cudaError_t launch_flat(SamPass pass, const FlatList& list, unsigned blocks, cudaStream_t stream) {
-  void (*const kernels[])(FlatList) = {sam_norm_kernel<T>, sam_perturb_kernel<T>, sam_restore_kernel<T>,
-                                       sam_average_kernel<T>};  // as SamPass counts them
+  void (*const kernels[])(FlatList) = {sam_kernel<T, kSamNorm>, sam_kernel<T, kSamPerturb>, sam_kernel<T, kSamRestore>,
+                                       sam_kernel<T, kSamAverage>};  // as SamPass counts them
   return launch(kernels[pass], blocks, kThreads, stream, list);
 }
 
@@ -114,7 +82,7 @@ cudaError_t over_list(SamPass pass, const SamTensor* tensors, size_t n, FlatList
       if (list.n == 0) return;
       cudaError_t e = cudaErrorInvalidValue;
       ASKEW_BY_TYPE(type, e = launch_flat<T>(pass, list, blocks, stream))
-      if (error == cudaSuccess) error = e;
+      error = first_error(error, e);
       if (list.partial) list.partial += blocks;
       list.n = 0;
       blocks = 0;
@@ -147,11 +115,9 @@ cudaError_t sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum,
   list.arg.eta = eta;
   list.partial = (double*)scratch;
   const cudaError_t error = over_list(kSamNorm, tensors, n, list, stream);
-  Finisher finisher;
-  finisher.stream = stream;
+  Finisher finisher{stream};
   finisher.add((const double*)scratch, sum, 1, list.partial - (double*)scratch, 1);
-  finisher.run();
-  return error != cudaSuccess ? error : finisher.error;
+  return first_error(error, finisher.run());
 }
 
 cudaError_t sam(SamPass pass, const SamTensor* tensors, size_t n, float eta, const float* coefficients,

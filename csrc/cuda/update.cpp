@@ -3,9 +3,8 @@
 #include "run.h"
 
 namespace askew {
-namespace {
 
-struct Device : OnDevice {
+struct UpdateOnDevice : OnDevice {
   using OnDevice::OnDevice;
   void run(const Update& u) const {
     const size_t n = u.tensors.size();
@@ -15,7 +14,6 @@ struct Device : OnDevice {
   }
 };
 
-}  // namespace
 }  // namespace askew
 
-STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::UpdateOps<askew::Device>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(askew, CUDA, m) { askew::UpdateOps<askew::UpdateOnDevice>::implement(m); }

@@ -36,36 +36,14 @@ struct List {
 };
 static_assert(sizeof(List) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
 
-// Partial totals of one thread.
-struct Totals {
-  float sum[kTotals];
-};
-
-__device__ __forceinline__ void add(Totals& t, bool exists, const Stepped<float>& s, float gradient, bool finite,
+__device__ __forceinline__ void add(float (&totals)[kTotals], const Stepped<float>& s, float gradient, bool finite,
                                     bool flip) {
-  if (!exists) return;
-  t.sum[kInfeasible] += s.excess > 0.f ? 1.f : 0.f;
-  t.sum[kViolation] += s.excess > 0.f ? 16.f * s.excess : 0.f;
-  t.sum[kVelocity2] += s.descent * s.descent;
-  t.sum[kGradVelocity] -= gradient * s.descent;
-  t.sum[kFlips] += flip ? 1.f : 0.f;
-  t.sum[kNonfinite] += finite ? 0.f : 1.f;
-}
-
-// The block's totals, added in a fixed order.
-__device__ __forceinline__ void finish_totals(const Totals& t, double* out) {
-  __shared__ float across[kThreads / 32][kTotals];
-#pragma unroll
-  for (int c = 0; c < kTotals; ++c) {
-    const float v = add_lanes(t.sum[c], 5);
-    if (threadIdx.x % 32 == 0) across[threadIdx.x / 32][c] = v;
-  }
-  __syncthreads();
-  if (threadIdx.x < kTotals) {
-    double v = 0;
-    for (int w = 0; w < kThreads / 32; ++w) v += across[w][threadIdx.x];
-    out[threadIdx.x] = v;
-  }
+  totals[kInfeasible] += s.excess > 0.f ? 1.f : 0.f;
+  totals[kViolation] += s.excess > 0.f ? 16.f * s.excess : 0.f;
+  totals[kVelocity2] += s.descent * s.descent;
+  totals[kGradVelocity] -= gradient * s.descent;
+  totals[kFlips] += flip ? 1.f : 0.f;
+  totals[kNonfinite] += finite ? 0.f : 1.f;
 }
 
 template <int T, class Rule, class Grid>
@@ -87,29 +65,24 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
   const StepOptions<Rule> options{h, rule_of<Rule>(h)};
   Walk<T> walk(t.cut, block);
   Sums sums{0, 0, 0};
-  Totals totals{};
+  float totals[kTotals] = {};
   for (int taken = 0; taken < walk.count; ++taken) {
     const Spot spot = walk.take(taken);
     Words w = load(t.from, spot, walk), g = load(t.g, spot, walk), state[Rule::kBuffers];
     if (first)
       g = map_words<T>(g, load(first, spot, walk), [](float second, float first) { return sam_mean(second, first); });
-#pragma unroll
-    for (int k = 0; k < Rule::kBuffers; ++k)
+    ASKEW_EACH (k, Rule::kBuffers)
       if (t.state[k]) state[k] = load(t.state[k], spot, walk);
     const auto row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
     float copy[kWidth];
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
+    ASKEW_EACH (q, 4) {
       Stepped<float> s[kPer];
       float gradient[kPer], level[kPer], new_w[kPer], new_state[Rule::kBuffers][kPer];
       bool finite[kPer];
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) {
+      ASKEW_EACH (e, kPer) {
         const float old = Storage<T>::get(w.word[q], e);
         float before[Rule::kBuffers], after[Rule::kBuffers];
-#pragma unroll
-        for (int k = 0; k < Rule::kBuffers; ++k)
-          before[k] = after[k] = t.state[k] ? Storage<T>::get(state[k].word[q], e) : 0.f;
+        ASKEW_EACH (k, Rule::kBuffers) before[k] = after[k] = t.state[k] ? Storage<T>::get(state[k].word[q], e) : 0.f;
         gradient[e] = Storage<T>::get(g.word[q], e);
         if (t.totals) level[e] = nearest_level(old, row);
         s[e] = step_weight(old, gradient[e], after, t.state[0] != nullptr, row, options);
@@ -121,15 +94,12 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
           gradient[e] = 0.f;
         }
         new_w[e] = s[e].w;
-#pragma unroll
-        for (int k = 0; k < Rule::kBuffers; ++k) new_state[k][e] = skipped ? before[k] : after[k];
+        ASKEW_EACH (k, Rule::kBuffers) new_state[k][e] = skipped ? before[k] : after[k];
       }
       w.word[q] = Storage<T>::put(new_w);
-#pragma unroll
-      for (int k = 0; k < Rule::kBuffers; ++k)
+      ASKEW_EACH (k, Rule::kBuffers)
         if (t.state[k]) state[k].word[q] = Storage<T>::put(new_state[k]);
-#pragma unroll
-      for (int e = 0; e < kPer; ++e) {
+      ASKEW_EACH (e, kPer) {
         const int j = q * kPer + e;
         const bool exists = j < spot.n;
         const float stored = Storage<T>::get(w.word[q], e);  // as the next step will read it
@@ -137,13 +107,12 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
         if (t.dequantized || t.totals) {
           const float now = nearest_level(stored, row);
           copy[j] = row.scale.value * now;
-          if (t.totals) add(totals, exists, s[e], gradient[e], finite[e], now != level[e]);
+          if (t.totals && exists) add(totals, s[e], gradient[e], finite[e], now != level[e]);
         }
       }
     }
     store(t.w, w, spot, walk);
-#pragma unroll
-    for (int k = 0; k < Rule::kBuffers; ++k)
+    ASKEW_EACH (k, Rule::kBuffers)
       if (t.state[k]) store(t.state[k], state[k], spot, walk);
     if (t.dequantized) store_as(t.dequantized_type, t.dequantized, copy, spot, walk);
     if (t.sums && spot.ends_row) {
@@ -151,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
       sums = {0, 0, 0};
     }
   }
-  if (t.totals) finish_totals(totals, t.totals + (int64_t)block * kTotals);
+  if (t.totals) finish_block(totals, t.totals + (int64_t)block * kTotals);
 }
 
 template <class Rule>
@@ -162,11 +131,8 @@ __global__ void rates_kernel(Rates r, Hyper* h) {
 // ---- the host's side: which tensors share a launch, and where partial sums go in the scratch memory -----------
 
 Cut cut_of(const UpdateTensor& t) {
-  const int width = per_vector(t.type);
-  bool vectors = t.m.cols % width == 0;
-  for (const void* p : {(const void*)t.w, t.g, (const void*)t.state[0], (const void*)t.state[1], t.kept, t.first})
-    vectors = vectors && aligned(p, t.type, width);
-  return make_cut(t.m, width, vectors && aligned(t.dequantized, t.dequantized_type, width));
+  const bool copy_aligned = aligned(t.dequantized, t.dequantized_type, per_vector(t.type));
+  return cut_for(t.m, t.type, {t.w, t.g, t.state[0], t.state[1], t.kept, t.first}, copy_aligned);
 }
 
 constexpr size_t kRatesBytes = 128;  // at the start of the scratch
@@ -199,15 +165,14 @@ size_t update_scratch(const UpdateTensor* tensors, size_t n) {
 cudaError_t update(const UpdateTensor* tensors, size_t n, const Hyper& h, const Rates& rates, const float* coefficients,
                    void* scratch, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  const auto note = [&](cudaError_t e) { error = error == cudaSuccess ? e : error; };
+  const auto note = [&](cudaError_t e) { error = first_error(error, e); };
   Hyper* const device_h = rates.on_device() ? (Hyper*)scratch : nullptr;
   if (device_h)
     with_rule(h.rule, Rules{},
               [&](auto rule) { note(launch(rates_kernel<decltype(rule)>, 1, 1, stream, rates, device_h)); });
 
   double* partial = (double*)((char*)scratch + kRatesBytes);
-  Finisher finisher;
-  finisher.stream = stream;
+  Finisher finisher{stream};
   List list;
   list.h = h;
   list.coefficients = coefficients;
@@ -247,9 +212,7 @@ cudaError_t update(const UpdateTensor* tensors, size_t n, const Hyper& h, const 
       }
       if (list.n) note(launch_update(type, kind, list, blocks, stream));
     }
-  finisher.run();
-  note(finisher.error);
-  return error;
+  return first_error(error, finisher.run());
 }
 
 }  // namespace cuda

@@ -61,7 +61,8 @@ struct UpdateOps {
     STD_TORCH_CHECK(!Rule::kCounts || count, "step: expected a 0-dim tensor");
     if (n == 0) return;
 
-    Update u{std::vector<UpdateTensor>(n)};
+    Update u{};
+    u.tensors.resize(n);
     for (size_t i = 0; i < n; ++i) {
       const Tensor& w = params[i];
       UpdateTensor& t = u.tensors[i];
