@@ -156,10 +156,8 @@ class ByRule(Constrained):
         numbers = self.RULE.numbers_of({**options, **self.RULE.at_first} if first else options)
         if "eps" in self.OWN and LARGEST_EPS <= group["eps"] <= 1 and not self._told:
             self._told = True
-            warnings.warn(
-                f"eps: {group['eps']} is the number in {self.RULE.title}'s denominator; the constraint's is "
-                "constraint_eps", stacklevel=6,
-            )  # fmt: skip
+            warnings.warn(f"eps: {group['eps']} is the number in {self.RULE.title}'s denominator; the constraint's is "
+                          "constraint_eps", stacklevel=6)  # fmt: skip
         return numbers
 
     def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
@@ -262,26 +260,23 @@ class ByRule(Constrained):
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
+    def _torch_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {key: group[key] for key in (*self.OWN, "maximize", "foreach", "fused")}
+
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads: list[Any] = [p.grad for p in params]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        sgd(
-            params, [p.grad for p in params], buffers, has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[misc,union-attr,arg-type]
-            foreach=group["foreach"], fused=group["fused"], weight_decay=group["weight_decay"],
-            momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )  # fmt: skip
+        sgd(params, grads, buffers, has_sparse_grad=any(g.is_sparse for g in grads), **self._torch_options(group))
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads: list[Any] = [p.grad for p in params]
         steps = [self._counter(p, group["fused"]) for p in params]
-        adamw(
-            params, [p.grad for p in params], *self._buffers(group, params), [], steps,  # type: ignore[misc,arg-type]
-            foreach=group["foreach"], fused=group["fused"], amsgrad=False, beta1=group["betas"][0],
-            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=group["maximize"],
-        )  # fmt: skip
+        options = self._torch_options(group)
+        options["beta1"], options["beta2"] = options.pop("betas")
+        adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Of a rule that torch.optim does not have: its operator on any grid, where nothing is constrained."""

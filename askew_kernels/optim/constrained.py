@@ -4,7 +4,7 @@ and their freezing, telemetry, checkpoints."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -61,6 +61,10 @@ class Constrained(Optimizer):
     def _add(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
 
+    def _quantized(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """(group, parameter) of all under the constraint."""
+        return ((group, p) for group in self.param_groups if group["grid"] is not None for p in group["params"])
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
@@ -70,10 +74,9 @@ class Constrained(Optimizer):
         if group["grid"] is None:
             return
         if made_for_a_part():
-            raise TypeError(
-                f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the scale of a "
-                "quantized weight moves with its step, which one rank alone would make; use fully_shard (FSDP2)"
-            )
+            raise TypeError(f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the "
+                            "scale of a quantized weight moves with its step, which one rank alone would make; use "
+                            "fully_shard (FSDP2)")  # fmt: skip
         ops.check_grid(group["grid"])
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
@@ -89,11 +92,9 @@ class Constrained(Optimizer):
             for p in group["params"]:
                 self._quantizer(group, p)
         elif any(WeightQuantizer.of(p) is not None for p in group["params"]):
-            warnings.warn(
-                f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are then not "
-                "under the constraint; give it ak.param_groups(model) in place of model.parameters()",
-                stacklevel=4,
-            )
+            warnings.warn(f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are "
+                          "then not under the constraint; give it ak.param_groups(model) in place of "
+                          "model.parameters()", stacklevel=4)  # fmt: skip
 
     def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
         """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
@@ -131,7 +132,7 @@ class Constrained(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         arguments = [self._arguments(group, params) for group, params in work]
         every = self.telemetry_every
-        record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
+        record = every > 0 and (self._telemetry_wanted or self._steps % every == 0)
         if record:
             self._record = Record(self._steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
@@ -313,18 +314,15 @@ class Constrained(Optimizer):
             for index, (saved, present) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False))
         ]
         groups += state_dict["param_groups"][len(groups) :]  # too many: torch says so
-        scales: dict[Any, dict[str, Any]] = {}
-        state: dict[Any, dict[str, Any]] = {}
-        for index, found in state_dict["state"].items():
-            scales[index] = {k: found[k] for k in _QUANTIZER_KEYS if k in found}
-            state[index] = {k: v for k, v in found.items() if k not in _QUANTIZER_KEYS}
+        found = state_dict["state"]
+        state = {index: {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS} for index, of in found.items()}
         load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
         self._steps = state_dict.get("askew_steps", 0)
         self._record, self._telemetry_wanted = Record(), True
         for saved, group in zip(groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
-                if group["grid"] is not None and "scale" in scales.get(index, {}):
-                    self._restore(group, p, scales[index])
+                if group["grid"] is not None and "scale" in found.get(index, {}):
+                    self._restore(group, p, found[index])
 
     def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
         if "grid" not in saved:  # another optimizer's, which knows nothing of the constraint
@@ -353,11 +351,7 @@ class Constrained(Optimizer):
         return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        scales = {
-            p: self._scale_state(group, p)
-            for group in self.param_groups
-            for p in (group["params"] if group["grid"] is not None else [])
-        }
+        scales = {p: self._scale_state(group, p) for group, p in self._quantized()}
         own = {"telemetry_every": self.telemetry_every, "_steps": self._steps, "_scales": scales}
         return {**super().__getstate__(), **own}
 
@@ -367,10 +361,9 @@ class Constrained(Optimizer):
             self._begin(state["telemetry_every"])
         self._plans, self._known = {}, {}
         super().__setstate__(state)
-        for group in self.param_groups:
-            for p in group["params"] if group["grid"] is not None else []:
-                if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
-                    self._restore(group, p, scales[p])
+        for group, p in self._quantized():
+            if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
+                self._restore(group, p, scales[p])
 
 
 def _config_of(group: Mapping[str, Any]) -> QuantConfig:

@@ -42,6 +42,8 @@ class Skewed(Constrained, Wrapper):
     Other arguments and errors as for ``ASkewSGD``.
     """
 
+    _KEYS = CONSTRAINT_KEYS
+
     def __init__(
         self, base_optimizer: Optimizer, *, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
         freeze_scale: str = "anneal", skip_nonfinite: bool = False, telemetry_every: int = 10,
@@ -69,7 +71,6 @@ class Skewed(Constrained, Wrapper):
         self._begin(telemetry_every, telemetry_log)
         self._wrap(base_optimizer, own)
         for group in self.param_groups:
-            self._complete(group)
             self._take(group)
 
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -86,11 +87,7 @@ class Skewed(Constrained, Wrapper):
 
     def _add(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)
-        self._complete(self.param_groups[-1])
-
-    def _complete(self, group: dict[str, Any]) -> None:
-        for key in CONSTRAINT_KEYS:
-            group.setdefault(key, self.defaults[key])
+        self._complete()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if "lr" not in group:
@@ -103,42 +100,38 @@ class Skewed(Constrained, Wrapper):
         """The base's step. It leaves the weights moved, with their copies in ``saved_weights``; a weight that has to be
         looked at for its scale is put back, with its direction in the copy's place."""
         params = [p for group, members in work if group["grid"] is not None for p in members]
-        quantizers = [WeightQuantizer.of(p) for p in params]
+        quantizers: list[Any] = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
         copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
         torch._foreach_copy_(copies, weights)
         for q, p in zip(quantizers, params, strict=True):
-            q.leaving(p)  # type: ignore[union-attr]
+            q.leaving(p)
         try:
             self.base_optimizer.step()
         except BaseException:
             torch._foreach_copy_(weights, copies)
             for q, p in zip(quantizers, params, strict=True):
-                q.returned(p)  # type: ignore[union-attr]
+                q.returned(p)
             raise
         self.saved_weights, self._directions = {}, {}
         lrs = {p: _divisor(group["lr"]) for group, members in work for p in members}
         for q, p, w, copy in zip(quantizers, params, weights, copies, strict=True):
-            if w.is_contiguous() and q.home_has_scale(p):  # type: ignore[union-attr]
+            if w.is_contiguous() and q.home_has_scale(p):
                 self.saved_weights[p] = copy
             else:
                 moved = w - copy
                 w.copy_(copy)
                 self._directions[p] = torch.div(moved, lrs[p], out=copy)
-            q.returned(p)  # type: ignore[union-attr]
+            q.returned(p)
 
+    @torch.no_grad()
     def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         try:
             return super()._step(closure)
-        finally:
-            self._put_back()
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
-        """Weights that no launch has come to, because another one raised."""
-        for p, copy in self.saved_weights.items():
-            local_part(p).copy_(copy)
-        self.saved_weights, self._directions = {}, {}
+        finally:  # weights that no launch has come to, because another one raised, are put back
+            for p, copy in self.saved_weights.items():
+                local_part(p).copy_(copy)
+            self.saved_weights, self._directions = {}, {}
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         self._counted += p.numel()
@@ -146,12 +139,11 @@ class Skewed(Constrained, Wrapper):
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
-        moved = [(w, self.saved_weights[p]) for p, w in zip(launch.members, weights, strict=True)
-                 if p in self.saved_weights]  # fmt: skip
+        moved = [(p, w) for p, w in zip(launch.members, weights, strict=True) if p in self.saved_weights]
         if moved:
-            found = torch._foreach_sub(*(list(side) for side in zip(*moved, strict=True)))
+            found = torch._foreach_sub([w for _, w in moved], [self.saved_weights[p] for p, _ in moved])
             torch._foreach_div_(found, _divisor(group["lr"]))
-            self._directions.update(zip((p for p in launch.members if p in self.saved_weights), found, strict=True))
+            self._directions.update(zip((p for p, _ in moved), found, strict=True))
         directions = [self._directions.pop(p) for p in launch.members]
         ops.run_skew_direction(weights, directions, scales, *outputs, **arguments)
 
@@ -162,8 +154,7 @@ class Skewed(Constrained, Wrapper):
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._load(state_dict, self.base_optimizer.load_state_dict)
-        for group in self.param_groups:
-            self._complete(group)
+        self._complete()
 
 
 def _divisor(lr: float | Tensor) -> float | Tensor:

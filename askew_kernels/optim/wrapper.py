@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Wrapper(Optimizer):
     and checkpoints see one optimizer."""
 
     base_optimizer: Optimizer
+    _KEYS: ClassVar[Iterable[str]]  # of groups, beside the base's
     _shares = False  # Optimizer.__init__ must not touch what is the base's
     param_groups = _of_base("param_groups")
     state = _of_base("state")
@@ -34,6 +36,13 @@ class Wrapper(Optimizer):
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
+        self._complete()
+
+    def _complete(self) -> None:
+        """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
+        for group in self.param_groups:
+            for key in self._KEYS:
+                group.setdefault(key, self.defaults[key])
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and what this optimizer adds to its groups and state."""
