@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
+
+_SWITCHES: tuple[tuple[Any, str, bool | float], ...] = (
+    (nn.modules.batchnorm._BatchNorm, "track_running_stats", False),
+    (nn.modules.instancenorm._InstanceNorm, "momentum", 0.0),
+)
 
 
 @contextlib.contextmanager
@@ -18,14 +24,9 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     with contextlib.ExitStack() as put_back:
-        for module in (m for m in model.modules() if m.training):
-            frozen: bool | float = False
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                name = "track_running_stats"
-            elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is not None:
-                name, frozen = "momentum", 0.0
-            else:
-                continue
-            put_back.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, frozen)
+        for module in model.modules():
+            for kind, name, frozen in _SWITCHES:
+                if isinstance(module, kind) and module.training and module.running_mean is not None:
+                    put_back.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, frozen)
         yield

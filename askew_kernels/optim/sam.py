@@ -479,8 +479,8 @@ class SAM(Wrapper):
     def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
             if not self._has_zero_gradients():
-                raise ValueError("closure: expected a function that computes the loss and its gradients, because "
-                                 "a step needs them twice, got None; by hand use first_step and second_step")  # fmt: skip
+                raise ValueError("closure: expected a function that computes the loss and its gradients, as a step "
+                                 "needs them twice, got None; by hand use first_step and second_step")  # fmt: skip
             return self.base_optimizer.step()
         if not callable(closure):
             raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
