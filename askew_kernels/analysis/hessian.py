@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -47,13 +49,13 @@ def hessian_eigenvalues(
     with differentiable_twice(), seeded(seed):
         found = _finite(loss())
         with naming(lambda: "loss"):
-            check_twice(found)
-            gradients = torch.autograd.grad(found, params, create_graph=True, materialize_grads=True)
-            return _largest(_product_of(gradients, params), params, k, tol, seed)
+            return _largest(_product_of(found, params), params, k, tol, seed)
 
 
-def _product_of(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Product:
+def _product_of(loss: Tensor, params: Sequence[Tensor]) -> Product:
     """v -> H v; the graph of the gradients is kept."""
+    check_twice(loss)
+    gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
     moving = [g for g in gradients if g.requires_grad]  # a gradient that does not depend on the weights: H is 0 there
 
     def product(vectors: list[Tensor]) -> list[Tensor]:
@@ -84,8 +86,6 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     except ImportError:
         raise ImportError('eigenvalues need SciPy: pip install "askew_kernels[analysis]"') from None
-    import numpy as np
-
     check_count("k", k)
     sizes = [p.numel() for p in params]
     n = sum(sizes)
@@ -111,9 +111,8 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
         values = eigsh(operator, k, which="LA", v0=start, tol=tol, return_eigenvectors=False)
     except ArpackNoConvergence as problem:
         if len(problem.eigenvalues) < k:
-            raise ValueError(
-                f"k: {len(problem.eigenvalues)} of {k} eigenvalues converged to {tol:g}; ask for fewer or a larger tol"
-            ) from None
+            raise ValueError(f"k: {len(problem.eigenvalues)} of {k} eigenvalues converged to {tol:g}; ask for fewer "
+                             "or a larger tol") from None  # fmt: skip
         values = problem.eigenvalues
     return sorted(values.tolist(), reverse=True)
 
@@ -136,8 +135,8 @@ class Smoothness:
 class _Problem:
     """The mean loss of a model over all batches, as a function of some of its parameters.
 
-    ``named`` and ``layers``: the parameters that can be moved, by name and by module. Batch i is always run with the
-    same draws, those of ``seed`` + i: with dropout too there is one function, whose Hessian is asked for.
+    ``named``: the parameters that can be moved. Batch i is always run with the same draws, those of ``seed`` + i: with
+    dropout too there is one function, whose Hessian is asked for.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], data: Any, seed: int) -> None:
@@ -148,7 +147,6 @@ class _Problem:
         sizes = [max(1, samples(x)) for x, _ in self.batches]
         self.shares = [n / sum(sizes) for n in sizes]
         self.model, self.named = _float_twin(model)
-        self.layers = _by_module(self.named)
 
     def loss(self, i: int) -> Tensor:
         """Batch i's part of the mean loss."""
@@ -159,14 +157,15 @@ class _Problem:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Everything that products need; all is put back afterwards, also by an exception."""
-        params = self.named.values()
-        with (
-            differentiable_twice(self.model),
-            left_alone(self.model),
-            frozen_batchnorm_stats(self.model),
-            _with_gradients(params),
-        ):
-            yield
+        frozen = [p for p in self.named.values() if not p.requires_grad]  # they have a Hessian as well
+        with differentiable_twice(self.model), left_alone(self.model), frozen_batchnorm_stats(self.model):
+            try:
+                for p in frozen:
+                    p.requires_grad_(True)
+                yield
+            finally:
+                for p in frozen:
+                    p.requires_grad_(False)
 
     def product(self, params: Sequence[Tensor]) -> Product:
         """v -> H v. One batch: its graph is kept; several: each is run anew, so that memory holds one at a time."""
@@ -174,42 +173,24 @@ class _Problem:
         def part(i: int) -> Product:
             loss = _finite(self.loss(i))
             with naming(lambda: self.culprit(i)):
-                check_twice(loss)
-                return _product_of(torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True), params)
+                return _product_of(loss, params)
 
-        kept = part(0) if len(self.batches) == 1 else None
+        def times(i: int, product: Product, vectors: list[Tensor]) -> list[Tensor]:
+            with naming(lambda: self.culprit(i)):
+                return product(vectors)
 
-        def product(vectors: list[Tensor]) -> list[Tensor]:
-            if kept is not None:
-                with naming(lambda: self.culprit(0)):
-                    return kept(vectors)
+        def summed(vectors: list[Tensor]) -> list[Tensor]:
             total = [torch.zeros_like(p) for p in params]
             with left_alone(self.model):
                 for i in range(len(self.batches)):
-                    times = part(i)
-                    with naming(lambda i=i: self.culprit(i)):  # type: ignore[misc]
-                        made = times(vectors)
-                    for t, h in zip(total, made, strict=True):
+                    for t, h in zip(total, times(i, part(i), vectors), strict=True):
                         t += h
             return total
 
-        return product
+        return summed if len(self.batches) > 1 else functools.partial(times, 0, part(0))
 
     def culprit(self, i: int) -> str:
         return culprit(self.model, lambda: self.loss(i)) or "loss_fn"
-
-
-@contextlib.contextmanager
-def _with_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Frozen parameters have a Hessian as well."""
-    frozen = [p for p in params if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
 
 
 class _Shifted(nn.Module):
@@ -257,22 +238,14 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         for name, layer in layers.items():
             new: Any = twin.get_submodule(name)
             weight, value = new.weight, weights[name]
-            if not all(torch.equal(other, value) for other in uses[id(weight)]):
-                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
-            else:
+            if all(torch.equal(other, value) for other in uses[id(weight)]):
                 weight.copy_(value)
+            else:
+                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
             if (grid := layer.kind.input_grid(layer)) is not None:
                 rounded = _rounded(grid, layer.kind.token_dims)
                 new.register_forward_pre_hook(rounded, prepend=True, with_kwargs=True)
     return twin, named
-
-
-def _by_module(named: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    """{module name: the parameters that are its own}, each parameter once."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, p in named.items():
-        found.setdefault(name.rpartition(".")[0], []).append(p)
-    return found
 
 
 def smoothness(
@@ -291,13 +264,14 @@ def smoothness(
     differentiated twice; ImportError without SciPy.
     """
     problem = _Problem(model, loss_fn, data, seed)
-    parts: Mapping[str, Sequence[Tensor]] = problem.layers if per_layer else {"": list(problem.named.values())}
+    parts: dict[str, list[Tensor]] = {}
+    for name, p in problem.named.items():
+        parts.setdefault(name.rpartition(".")[0] if per_layer else "", []).append(p)
     with problem.ready():
-        found = {
+        return Smoothness({
             name: _largest(problem.product(part), part, min(k, sum(p.numel() for p in part)), tol, seed)
             for name, part in parts.items() if any(p.numel() for p in part)
-        }  # fmt: skip
-    return Smoothness(found)
+        })  # fmt: skip
 
 
 def hessian_trace(
@@ -335,7 +309,7 @@ def loss_slice(
     draws = _draws(seed)
     moving = [p for p in problem.named.values() if p.dim() > 1]
     losses = []
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), left_alone(problem.model), frozen_batchnorm_stats(problem.model):
         ts = torch.linspace(-reach, reach, points, dtype=torch.float32, device="cpu").tolist()
         kept = [p.detach().clone() for p in moving]
         directions = []
@@ -344,11 +318,10 @@ def loss_slice(
             norms = [t.flatten(1).norm(dim=1).reshape(-1, *[1] * (p.dim() - 1)) for t in (p.detach(), d)]
             directions.append(d * norms[0] / norms[1].clamp(min=1e-12))
         try:
-            with left_alone(problem.model), frozen_batchnorm_stats(problem.model):
-                for t in ts:
-                    for p, w, d in zip(moving, kept, directions, strict=True):
-                        p.copy_(w + t * d)
-                    losses.append(math.fsum(float(problem.loss(i)) for i in range(len(problem.batches))))
+            for t in ts:
+                for p, w, d in zip(moving, kept, directions, strict=True):
+                    p.copy_(w + t * d)
+                losses.append(math.fsum(float(problem.loss(i)) for i in range(len(problem.batches))))
         finally:
             for p, w in zip(moving, kept, strict=True):
                 p.copy_(w)
