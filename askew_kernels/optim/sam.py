@@ -30,8 +30,6 @@ from .ranks import ProcessGroup, sum_over_ranks
 from .telemetry import checked_every
 from .wrapper import Wrapper, checked_base, room_for
 
-PERTURBATIONS = ("global", "local")
-
 
 @dataclass
 class _Bucket:
@@ -109,17 +107,16 @@ class SAM(Wrapper):
     ) -> None:  # fmt: skip
         own = {"rho": rho, "eta": eta, "adaptive": adaptive}
         _check_keys(own)
-        if perturbation not in PERTURBATIONS:
-            raise ValueError(f"perturbation: expected one of {', '.join(PERTURBATIONS)}, got {perturbation!r}")
+        if perturbation not in ("global", "local"):
+            raise ValueError(f"perturbation: expected one of global, local, got {perturbation!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.telemetry_every = checked_every(telemetry_every)
         if made_for_a_part():  # norm and perturbation would be those of one rank's part
             name = type(self).__name__
-            raise TypeError(
-                f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
-                f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
-            )
+            raise TypeError(f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
+                            f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), "
+                            "rho=...)")  # fmt: skip
         base = _make_base(params, base_optimizer, base_options)
         for group in base.param_groups:
             _check_keys({**own, **group})
@@ -137,10 +134,8 @@ class SAM(Wrapper):
 
     # ---- one optimizer, not two ---------------------------------------------------------------------------------
 
-    @property
-    def KEEPS_QUANTIZERS_FRESH(self) -> bool:
-        """quant.state's hook asks: true where the base optimizer writes the quantized copies itself."""
-        return getattr(self.base_optimizer, "KEEPS_QUANTIZERS_FRESH", False)
+    # quant.state's hook asks: true where the base optimizer writes the quantized copies itself
+    KEEPS_QUANTIZERS_FRESH = property(lambda self: getattr(self.base_optimizer, "KEEPS_QUANTIZERS_FRESH", False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._shares:  # called by Optimizer.__init__ for a group that the base already has
@@ -299,7 +294,9 @@ class SAM(Wrapper):
                 bucket.params.append(p)
                 bucket.weights.append(w)
                 bucket.grads.append(g)
-                bucket.adaptive.append(int(_is_adaptive(group["adaptive"], name, p)))
+                if (adaptive := group["adaptive"]) is None:
+                    adaptive = "weight" in name if name else p.dim() >= 2
+                bucket.adaptive.append(int(adaptive))
         return list(buckets.values())
 
     def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
@@ -331,9 +328,8 @@ class SAM(Wrapper):
         ``scaler.step(optimizer)`` or ``second_step(scaler=scaler)``: inf or NaN in either half skips the base's step.
         Raises RuntimeError without a ``first_step``, or when groups or parameters have changed since.
         """
-        options = {"zero_grad": zero_grad, "loss": loss, "scaler": scaler}
-        self._descend(**options)
-        self._call_post_hooks((self,), options)
+        self._descend(zero_grad, loss, scaler)
+        self._call_post_hooks((self,), {"zero_grad": zero_grad, "loss": loss, "scaler": scaler})
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -371,9 +367,7 @@ class SAM(Wrapper):
 
     def _descends_inside(self, ascent: _Ascent) -> dict[Tensor, Tensor]:
         """The copies that the base's own update reads in place of the weights, so that restoring them costs no pass.
-
-        ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them.
-        """
+        ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them."""
         base = self.base_optimizer
         if not isinstance(base, ByRule):
             return {}
@@ -429,10 +423,11 @@ class SAM(Wrapper):
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
     def _note_losses(self, loss: Tensor | float | None, skipped: bool) -> None:
-        first = self._report.get("loss")
+        first = self._report["loss"]
         self._report["perturbed_loss"] = second = _detached(loss)
         if first is not None and second is not None:
             gap = first - second if self._directions() == {True} else second - first  # a loss to maximize is a gain
+            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self._report["gradient_norm"], gap)
             self._report["surrogate_gap"] = gap
             self._keep_gap(gap, skipped)
 
@@ -440,16 +435,13 @@ class SAM(Wrapper):
         """Whether groups maximize."""
         return {bool(group.get("maximize")) for group in self.param_groups}
 
-    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
+    def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
         """For the next step's radius; in the same tensor every time, where the replay of a CUDA graph looks for it.
-
-        A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays.
-        """
+        A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays."""
         if skipped:
             return
         norm: Tensor = self._report["gradient_norm"]
-        gap = gap.double().to(norm.device) if isinstance(gap, Tensor) else torch.full_like(norm, gap)
-        gap = torch.where(norm.isfinite() & (norm > 0), gap, self._gap.to(norm.device))
+        gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self._gap.to(norm.device))
         if self._gap.device == gap.device:
             self._gap.copy_(gap)
         else:
@@ -522,10 +514,8 @@ class SAM(Wrapper):
         return self._telemetry_wanted and not sharded
 
     def _cosine(self, ascent: _Ascent) -> Tensor | None:
-        """Between both gradients, over all parameters and ranks: float64, on the device.
-
-        None where the first gradients were overwritten in place (``zero_grad(set_to_none=False)``).
-        """
+        """Between both gradients, over all parameters and ranks: float64, on the device. None where the first gradients
+        were overwritten in place (``zero_grad(set_to_none=False)``)."""
         parts = []
         for p, (first, version) in ascent.firsts.items():
             if p.grad is not None:
@@ -551,7 +541,7 @@ class SAM(Wrapper):
         known = {key: value for key, value in self._report.items() if value is not None}
         report = {key: value.item() if isinstance(value, Tensor) else value for key, value in known.items()}
         norm = report["gradient_norm"]
-        report["perturbed"] = math.isfinite(norm) and norm > 0
+        report["perturbed"] = 0 < norm < math.inf
         if not report["perturbed"]:
             kind = "zero" if norm == 0 else "NaN" if math.isnan(norm) else "inf"
             report["reason"] = f"the gradient's norm was {kind}: weights not perturbed"
@@ -659,11 +649,8 @@ class AlignedSAM(SAM):
             raise ValueError("maximize: expected all groups to maximize or none with rho_max, because the radius "
                              "follows how much worse the loss gets, got some of each")  # fmt: skip
 
-    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
-        if self._rho_max is not None:
-            norm = self._report["gradient_norm"]  # on the device of the gradients, which the group can add up
-            gap = self._group.mean(gap.double() if isinstance(gap, Tensor) else torch.full_like(norm, gap))
-        super()._keep_gap(gap, skipped)
+    def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
+        super()._keep_gap(gap if self._rho_max is None else self._group.mean(gap), skipped)
 
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
@@ -685,9 +672,6 @@ class AlignedSAM(SAM):
         for key, pairs in together.items():
             if key in coefficients:
                 ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])
-
-
-# ---- helpers --------------------------------------------------------------------------------------------------------
 
 
 def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Optimizer:
@@ -723,12 +707,6 @@ def _check_keys(keys: dict[str, Any]) -> None:
     ops.number("eta", keys["eta"], 0.0)
     if keys["adaptive"] not in (True, False, None):
         raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
-
-
-def _is_adaptive(adaptive: bool | None, name: str | None, p: Tensor) -> bool:
-    if adaptive is not None:
-        return bool(adaptive)
-    return "weight" in name if name else p.dim() >= 2
 
 
 def _checked_loss(loss: Any) -> Any:
