@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
 import warnings
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from torch.optim.sgd import sgd
 from .. import ops
 from ..quant import Binary
 from ..quant.sharding import local_part
-from .constrained import GRID_KEYS, Constrained
+from .constrained import CONSTRAINT_KEYS, Constrained
 from .plan import Launch
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
@@ -52,6 +51,8 @@ _OLD_EPS = "    ``eps`` is another name of ``constraint_eps``, in groups too.\n"
 _OWN_EPS = (
     "    ``eps`` is {title}'s, added to its denominator; of old it was ``{old}``, and the constraint's was ``eps``.\n"
 )
+_COMMON = {**CONSTRAINT_KEYS, "skew": "gradient", "maximize": False, "foreach": None, "fused": None}
+_TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
@@ -80,37 +81,26 @@ class ByRule(Constrained):
             ByRule.__init__(self, params, *arguments, **options)
 
         kind = inspect.Parameter
-        common = [p for p in inspect.signature(ByRule.__init__).parameters.values() if p.kind is kind.KEYWORD_ONLY]
         __init__.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
-            kind("self", kind.POSITIONAL_OR_KEYWORD), kind("params", kind.POSITIONAL_OR_KEYWORD),
-            *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()), *common,
-            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in GRID_KEYS.items()),
+            *(kind(key, kind.POSITIONAL_OR_KEYWORD) for key in ("self", "params")),
+            *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()),
+            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in {**_COMMON, **_TELEMETRY}.items()),
         ])  # fmt: skip
         cls.__init__ = __init__  # type: ignore[method-assign]
 
-    def __init__(
-        self, params: Any, *arguments: Any, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
-        skew: str = "gradient", freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False,
-        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10,
-        telemetry_log: str | os.PathLike | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, params: Any, *arguments: Any, **options: Any) -> None:
         if len(arguments) > len(self.OWN):
             raise TypeError(f"expected at most {len(self.OWN)} arguments after params, got {len(arguments)}")
         given = dict(zip(self.OWN, arguments, strict=False))
-        known = {*self.OWN, *GRID_KEYS, *self._old_names}
+        known = {*self.OWN, *_COMMON, *_TELEMETRY, *self._old_names}
         for key in options:
             if key not in known:
                 raise TypeError(f"{key}: unknown argument; expected one of {', '.join(sorted(known))}")
             if key in given:
                 raise TypeError(f"{key}: given twice")
-        keys = dict(
-            alpha=alpha, constraint_eps=constraint_eps, skew=skew, freeze_scale=freeze_scale,
-            skip_nonfinite=skip_nonfinite, maximize=maximize, foreach=foreach, fused=fused,
-        )  # fmt: skip
-        defaults = {**self.OWN, **GRID_KEYS, **keys, **given, **self._renamed(options)}
-        self._begin(telemetry_every, telemetry_log)
+        self._begin(**{key: options.pop(key, default) for key, default in _TELEMETRY.items()})
         self._seen_eps: dict[int, Any] = {}  # by id of the group: the constraint's, as the last step saw it
-        super().__init__(params, defaults)
+        super().__init__(params, {**self.OWN, **_COMMON, **given, **self._renamed(options)})
 
     # ---- groups -------------------------------------------------------------------------------------------------
 
