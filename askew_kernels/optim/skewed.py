@@ -53,15 +53,12 @@ class Skewed(Constrained, Wrapper):
             raise TypeError(f"base_optimizer: expected a torch.optim.Optimizer, got {base_optimizer!r}")
         name = type(base_optimizer).__name__
         if isinstance(base_optimizer, Constrained):
-            raise TypeError(
-                f"base_optimizer: expected an optimizer without a constraint, got {name}, which has its own"
-            )
+            raise TypeError(f"base_optimizer: expected an optimizer without a constraint, got {name}, with its own")
         if isinstance(base_optimizer, Wrapper):
             raise TypeError(f"base_optimizer: expected an optimizer that steps once, got {name}; put it around: "
                             f"{name}(Skewed(...))")  # fmt: skip
-        for key in grid_options:
-            if key not in GRID_KEYS:
-                raise TypeError(f"{key}: unknown argument; the grid's are {', '.join(GRID_KEYS)}")
+        if unknown := grid_options.keys() - GRID_KEYS.keys():
+            raise TypeError(f"{min(unknown)}: unknown argument; the grid's are {', '.join(GRID_KEYS)}")
         own = {
             **CONSTRAINT_KEYS, "alpha": alpha, "constraint_eps": constraint_eps, "freeze_scale": freeze_scale,
             "skip_nonfinite": skip_nonfinite, **grid_options,
@@ -79,8 +76,6 @@ class Skewed(Constrained, Wrapper):
         self._directions: dict[Tensor, Tensor] = {}  # of those that had to be put back first
         self._counted = 0
 
-    # ---- groups -------------------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._shares:  # otherwise called by Optimizer.__init__ for a group that the base already has
             super().add_param_group(param_group)
@@ -93,8 +88,6 @@ class Skewed(Constrained, Wrapper):
         if "lr" not in group:
             raise ValueError("lr: expected in every group of the base optimizer, whose step is taken over it, got none")
         super()._check_group(group)
-
-    # ---- the step -----------------------------------------------------------------------------------------------
 
     def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         """The base's step. It leaves the weights moved, with their copies in ``saved_weights``; a weight that has to be
@@ -113,15 +106,14 @@ class Skewed(Constrained, Wrapper):
             for q, p in zip(quantizers, params, strict=True):
                 q.returned(p)
             raise
-        self.saved_weights, self._directions = {}, {}
-        lrs = {p: _divisor(group["lr"]) for group, members in work for p in members}
+        divisors = {p: _divisor(group["lr"]) for group, members in work for p in members}
         for q, p, w, copy in zip(quantizers, params, weights, copies, strict=True):
             if w.is_contiguous() and q.home_has_scale(p):
                 self.saved_weights[p] = copy
             else:
                 moved = w - copy
                 w.copy_(copy)
-                self._directions[p] = torch.div(moved, lrs[p], out=copy)
+                self._directions[p] = torch.div(moved, divisors[p], out=copy)
             q.returned(p)
 
     @torch.no_grad()
@@ -146,8 +138,6 @@ class Skewed(Constrained, Wrapper):
             self._directions.update(zip((p for p, _ in moved), found, strict=True))
         directions = [self._directions.pop(p) for p in launch.members]
         ops.run_skew_direction(weights, directions, scales, *outputs, **arguments)
-
-    # ---- checkpoints: Wrapper asks for them --------------------------------------------------------------------
 
     def _pack(self) -> dict[str, Any]:
         return self._packed(self.base_optimizer.state_dict())

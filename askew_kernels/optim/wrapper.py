@@ -20,9 +20,6 @@ def _of_base(name: str) -> Any:
 
 
 class Wrapper(Optimizer):
-    """``param_groups``, ``defaults`` and ``state`` are the base's own objects, so LR schedulers, ``EpsilonAnnealing``
-    and checkpoints see one optimizer."""
-
     base_optimizer: Optimizer
     _KEYS: ClassVar[Iterable[str]]  # of groups, beside the base's
     _shares = False  # Optimizer.__init__ must not touch what is the base's
@@ -80,10 +77,8 @@ def checked_base(base: Any) -> Optimizer:
     """``base``, an optimizer that steps with the gradients it finds. Raises TypeError for one that does not."""
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
-            "which evaluates a closure itself"
-        )
+        raise TypeError("base_optimizer: expected an optimizer that steps with the gradients it finds, got "
+                        f"{type(base).__name__}, which evaluates a closure itself")  # fmt: skip
     return base
 
 
