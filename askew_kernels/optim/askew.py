@@ -39,18 +39,16 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
                         weights are clamped to the hull once the scale is frozen
     ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
     ==================  =============================================================================================
-{old}
-    lr and constraint_eps may be floats or 0-dim tensors. While the scale moves, a step uses the scale of the weights as
-    the step found them, and the layer's next forward uses that scale with the new weights.
+
+    ``eps`` is the rule's own where it has one (added to AdamW's denominator; of old ``adam_eps``, when the constraint's
+    was ``eps``), otherwise another name of ``constraint_eps``, in groups too. lr and constraint_eps may be floats or
+    0-dim tensors. While the scale moves, a step uses the scale of the weights as the step found them, and the layer's
+    next forward uses that scale with the new weights.
     ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never). ``telemetry_log``: a
     file to which every recorded step and what ``log(…)`` is given are appended, as lines of JSON (``optim.telemetry``);
     not part of copies and checkpoints.
     Raises TypeError/ValueError naming the argument before anything is written.
     """
-_OLD_EPS = "    ``eps`` is another name of ``constraint_eps``, in groups too.\n"
-_OWN_EPS = (
-    "    ``eps`` is {title}'s, added to its denominator; of old it was ``{old}``, and the constraint's was ``eps``.\n"
-)
 _COMMON = {**CONSTRAINT_KEYS, "skew": "gradient", "maximize": False, "foreach": None, "fused": None}
 _TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
@@ -71,11 +69,10 @@ class ByRule(Constrained):
         row = cls.RULE = ops.RULES[rule]
         cls.OWN = {row.torch_names.get(key, key): value for key, value in row.defaults.items()}
         cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
-        old = _OWN_EPS.format(title=row.title, old=next(iter(row.torch_names))) if "eps" in cls.OWN else _OLD_EPS
         cls._ARGUMENTS = (*Constrained._ARGUMENTS, *cls.OWN, "skew", "maximize")
         cls._in_torch = hasattr(cls, f"_plain_{rule}")
         plain = f"torch.optim.{row.title}'s own code" if cls._in_torch else f"plain {row.title}"
-        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain, old=old)
+        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain)
 
         def __init__(self: ByRule, params: Any, *arguments: Any, **options: Any) -> None:
             ByRule.__init__(self, params, *arguments, **options)
@@ -161,8 +158,7 @@ class ByRule(Constrained):
         super().__setstate__(state)
         self._seen_eps = {}
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update({**self.defaults, **group})
             self._agree(group)
 
     def state_dict(self) -> dict[str, Any]:
