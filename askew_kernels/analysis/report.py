@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .. import figures
 
 TITLES = {
     "loss": "loss", "eps": "ε: 1 is free, 0 only levels", "feasible": "share of feasible weights",
@@ -89,28 +90,21 @@ def _series(log: dict[str, Any]) -> dict[str, dict[str, tuple[list[int], list[fl
 
 
 def _png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
-    return stream.getvalue()
+    return figures.save(figure, "it", ("png",), dpi=100)["it.png"]
 
 
 def _plot(
     title: str, xlabel: str, curves: Sequence[tuple[str, Any, Any, dict[str, Any]]], alone: bool = False, **scale: Any
 ) -> bytes:  # fmt: skip
     """curves: (label, x, y, how it is drawn); alone: whether the label of a single one tells something."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = figures.figure(1, 1, 5.2, 3.2)
     for label, x, y, style in curves:
         axis.plot(x, y, label=label, **style)
     if scale:
         axis.set_yscale(**scale)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(xlabel)
-    axis.grid(alpha=0.3)
+    figures.label(axis, title, xlabel, grid="both")
     if 1 - alone < len(curves) <= 9:
-        axis.legend(fontsize=7)
+        figures.legend_below(figure, [axis])
     return _png(figure)
 
 
@@ -140,17 +134,12 @@ def _curves(log: dict[str, Any]) -> dict[str, bytes]:
 def _frames(log: dict[str, Any]) -> list[tuple[Any, bytes]]:
     """(epoch, picture): every tensor's weights in units of its scale, levels as lines."""
     notes = [n for n in log["notes"] if n.get("histograms")]
-    if not notes:
-        return []
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for n in notes for name in n["histograms"]))
     columns = min(3, len(names))
-    rows = -(-len(names) // columns)
     frames = []
     for note in notes:
-        figure = Figure(figsize=(3.2 * columns, 1.9 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        rows = -(-len(names) // columns)
+        figure, axes = figures.figure(rows, columns, 3.2 * columns, 1.9 * rows)
         for axis in axes[len(names) :]:
             axis.remove()
         for axis, name in zip(axes, names, strict=False):
