@@ -160,8 +160,8 @@ class SAM(Wrapper):
         return self.param_groups[0]["sam_steps"]
 
     @property
-    def _gap(self) -> Tensor:
-        """Of the last step: float64 (), NaN where it is not known."""
+    def gap(self) -> Tensor:
+        """The last surrogate gap: float64 (), NaN where it is not known."""
         return self.param_groups[0]["sam_gap"]
 
     @torch.inference_mode(False)
@@ -441,9 +441,9 @@ class SAM(Wrapper):
         if skipped:
             return
         norm: Tensor = self._report["gradient_norm"]
-        gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self._gap.to(norm.device))
-        if self._gap.device == gap.device:
-            self._gap.copy_(gap)
+        gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self.gap.to(norm.device))
+        if self.gap.device == gap.device:
+            self.gap.copy_(gap)
         else:
             self._keep(self._steps, gap)
 
@@ -554,7 +554,7 @@ class SAM(Wrapper):
         self._refuse_between_halves("state_dict")
         self._complete()
         packed = self.base_optimizer.state_dict()
-        own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
+        own = {"sam_steps": self._steps, "sam_gap": self.gap.clone()}
         packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
         return packed
 
@@ -636,7 +636,7 @@ class AlignedSAM(SAM):
     def _radius(self, rho: Tensor | float) -> Tensor | float:
         if self._rho_max is None:
             return rho
-        gap = self._gap
+        gap = self.gap
         rho = rho.detach().to(gap.device) if isinstance(rho, Tensor) else torch.full_like(gap, rho)
         return torch.where(gap.isnan(), rho, gap.clamp(min=0).log1p().clamp(self._rho_min, self._rho_max))
 
