@@ -91,8 +91,6 @@ class EpsilonAnnealing(LRScheduler):
         self._hook()
         self._apply()
 
-    # ---- the schedule ---------------------------------------------------------------------------------------------
-
     def eps_at(self, k: int) -> float:
         """eps of period k."""
         j = k - self.hold
@@ -149,8 +147,6 @@ class EpsilonAnnealing(LRScheduler):
                 group["alpha"] = first[1] * first[0] / lr
         return moved
 
-    # ---- what the optimizer does meanwhile --------------------------------------------------------------------------
-
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
         myself, self._counts = weakref.ref(self), False
@@ -205,8 +201,6 @@ class EpsilonAnnealing(LRScheduler):
             _warn(f"the optimizer or its model is annealed already ({ahead}), but this annealing starts over with "
                   f"eps = {self.eps_at(self.last_epoch):.3g} (period {self.last_epoch}); to go on, save "
                   "annealing.state_dict() and give it to annealing.load_state_dict()")  # fmt: skip
-
-    # ---- what torch and others ask of a scheduler -------------------------------------------------------------------
 
     def get_last_eps(self) -> list[float]:
         """eps of each group with a grid."""

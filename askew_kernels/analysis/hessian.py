@@ -30,9 +30,6 @@ from .generators import seeded
 Product = Callable[[list[Tensor]], list[Tensor]]
 
 
-# ---- eigenvalues ----------------------------------------------------------------------------------------------------
-
-
 def hessian_eigenvalues(
     loss: Callable[[], Tensor], params: Sequence[Tensor], k: int = 1, *, tol: float = 1e-4, seed: int = 0
 ) -> list[float]:
@@ -115,9 +112,6 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
                              "or a larger tol") from None  # fmt: skip
         values = problem.eigenvalues
     return sorted(values.tolist(), reverse=True)
-
-
-# ---- a model, a loss and data ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

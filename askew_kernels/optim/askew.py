@@ -99,8 +99,6 @@ class ByRule(Constrained):
         self._seen_eps: dict[int, Any] = {}  # by id of the group: the constraint's, as the last step saw it
         super().__init__(params, {**self.OWN, **_COMMON, **given, **self._renamed(options)})
 
-    # ---- groups -------------------------------------------------------------------------------------------------
-
     def _renamed(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Old names replaced; it is told where the old name means something else now."""
         for old, new in self._old_names.items():
@@ -173,8 +171,6 @@ class ByRule(Constrained):
         """
         self._load(state_dict, super().load_state_dict)
 
-    # ---- the step -----------------------------------------------------------------------------------------------
-
     def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         self._agree(group)
         ours = group["grid"] is not None
@@ -240,8 +236,6 @@ class ByRule(Constrained):
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
         return state["step"]
-
-    # ---- groups without a grid ----------------------------------------------------------------------------------
 
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
