@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,34 +43,30 @@ def hessian_eigenvalues(
         if not p.requires_grad:
             raise ValueError(f"params[{i}]: expected a tensor that requires a gradient, got one that does not")
     with differentiable_twice(), seeded(seed):
-        found = _finite(loss())
-        with naming(lambda: "loss"):
-            return _largest(_product_of(found, params), params, k, tol, seed)
+        return _largest(_product_of(loss(), params, lambda: "loss"), params, k, tol, seed)
 
 
-def _product_of(loss: Tensor, params: Sequence[Tensor]) -> Product:
-    """v -> H v; the graph of the gradients is kept."""
-    check_twice(loss)
-    gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
-    moving = [g for g in gradients if g.requires_grad]  # a gradient that does not depend on the weights: H is 0 there
-
-    def product(vectors: list[Tensor]) -> list[Tensor]:
-        if not moving:
-            return [torch.zeros_like(p) for p in params]
-        chosen = [v for v, g in zip(vectors, gradients, strict=True) if g.requires_grad]
-        return list(torch.autograd.grad(moving, params, chosen, retain_graph=True, materialize_grads=True))
-
-    return product
-
-
-def _finite(loss: Tensor) -> Tensor:
+def _product_of(loss: Tensor, params: Sequence[Tensor], where: Callable[[], str]) -> Product:
+    """v -> H v; the graph of the gradients is kept. ``where``: what an error names."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss: expected a scalar tensor, got {loss!r}")
     if not bool(loss.detach().isfinite()):
         raise ValueError(f"loss: expected a finite number, got {float(loss.detach())}")
     if not loss.requires_grad:
         raise ValueError("loss: does not depend on the parameters (is it detached, or computed without gradients?)")
-    return loss
+    with naming(where):
+        check_twice(loss)
+        gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+    moving = [g for g in gradients if g.requires_grad]  # a gradient that does not depend on the weights: H is 0 there
+
+    def product(vectors: list[Tensor]) -> list[Tensor]:
+        if not moving:
+            return [torch.zeros_like(p) for p in params]
+        chosen = [v for v, g in zip(vectors, gradients, strict=True) if g.requires_grad]
+        with naming(where):
+            return list(torch.autograd.grad(moving, params, chosen, retain_graph=True, materialize_grads=True))
+
+    return product
 
 
 def _draws(seed: int) -> torch.Generator:
@@ -165,26 +160,17 @@ class _Problem:
         """v -> H v. One batch: its graph is kept; several: each is run anew, so that memory holds one at a time."""
 
         def part(i: int) -> Product:
-            loss = _finite(self.loss(i))
-            with naming(lambda: self.culprit(i)):
-                return _product_of(loss, params)
-
-        def times(i: int, product: Product, vectors: list[Tensor]) -> list[Tensor]:
-            with naming(lambda: self.culprit(i)):
-                return product(vectors)
+            return _product_of(self.loss(i), params, lambda: culprit(self.model, lambda: self.loss(i)) or "loss_fn")
 
         def summed(vectors: list[Tensor]) -> list[Tensor]:
             total = [torch.zeros_like(p) for p in params]
             with left_alone(self.model):
                 for i in range(len(self.batches)):
-                    for t, h in zip(total, times(i, part(i), vectors), strict=True):
+                    for t, h in zip(total, part(i)(vectors), strict=True):
                         t += h
             return total
 
-        return summed if len(self.batches) > 1 else functools.partial(times, 0, part(0))
-
-    def culprit(self, i: int) -> str:
-        return culprit(self.model, lambda: self.loss(i)) or "loss_fn"
+        return summed if len(self.batches) > 1 else part(0)
 
 
 class _Shifted(nn.Module):
@@ -225,9 +211,8 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
-            for key, p in module._parameters.items():
-                if p is not None:
-                    uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
+            for key, p in module.named_parameters(recurse=False):
+                uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
         dequantize_(twin) if layers else None
         for name, layer in layers.items():
             new: Any = twin.get_submodule(name)
