@@ -211,7 +211,7 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
-            for key, p in module.named_parameters(recurse=False):
+            for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
         dequantize_(twin) if layers else None
         for name, layer in layers.items():

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,15 @@ from .telemetry import checked_every
 from .wrapper import Wrapper, checked_base, room_for
 
 
-@dataclass
-class _Bucket:
+class _Bucket(NamedTuple):
     """Parameters that share a launch: one device, sharding, rho, eta, direction; float64 apart."""
 
     group: dict[str, Any]
     eta: float
-    params: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)  # this rank's parts
-    grads: list[Tensor] = field(default_factory=list)
-    adaptive: list[int] = field(default_factory=list)
+    params: list[Tensor]
+    weights: list[Tensor]  # this rank's parts
+    grads: list[Tensor]
+    adaptive: list[int]
 
 
 @dataclass
@@ -257,7 +256,7 @@ class SAM(Wrapper):
 
     def _buckets(self) -> list[_Bucket]:
         """Every parameter that has a gradient; raises before anything is written."""
-        buckets: dict[Any, _Bucket] = {}
+        buckets: dict[Any, Any] = {}  # key -> group, eta, [(parameter, its part, gradient, adaptive)]
         places: set[int] = set()
         for group in self.param_groups:
             _check_keys(group)
@@ -289,15 +288,11 @@ class SAM(Wrapper):
                                      "Parameter instead of two with the same data")  # fmt: skip
                 if w.numel():
                     places.add(place)
-                key = (*_launch_of(w), sharding_of(p), rho_key, eta, maximize)
-                bucket = buckets.get(key) or buckets.setdefault(key, _Bucket(group, eta))
-                bucket.params.append(p)
-                bucket.weights.append(w)
-                bucket.grads.append(g)
                 if (adaptive := group["adaptive"]) is None:
                     adaptive = "weight" in name if name else p.dim() >= 2
-                bucket.adaptive.append(int(adaptive))
-        return list(buckets.values())
+                key = (*_launch_of(w), sharding_of(p), rho_key, eta, maximize)
+                buckets.setdefault(key, (group, eta, []))[2].append((p, w, g, int(adaptive)))
+        return [_Bucket(*shared, *map(list, zip(*rows, strict=True))) for *shared, rows in buckets.values()]
 
     def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
         """sum (T g)^2 over all parameters and ranks: float64, on the device."""
