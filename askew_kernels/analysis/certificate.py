@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..optim import ASkewSGD
 from .hessian import Smoothness
 
@@ -39,9 +40,7 @@ class Secant:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.95) -> None:
-        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
-        self.optimizer, self.decay = optimizer, float(decay)
+        self.optimizer, self.decay = optimizer, ops.number("decay", decay, 0.0, 1.0)
         self._kept: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | float = 0.0
         self._value: Tensor | float = 0.0

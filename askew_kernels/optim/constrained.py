@@ -34,7 +34,7 @@ class Constrained(Optimizer):
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
         """What is the optimizer's own, beside groups and state."""
         self.telemetry_every = checked_every(telemetry_every)
-        self._steps = 0
+        self.steps = 0  # made, those before a checkpoint included
         self._telemetry_wanted = True
         self._record = Record()
         self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
@@ -132,9 +132,9 @@ class Constrained(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         arguments = [self._arguments(group, params) for group, params in work]
         every = self.telemetry_every
-        record = every > 0 and (self._telemetry_wanted or self._steps % every == 0)
+        record = every > 0 and (self._telemetry_wanted or self.steps % every == 0)
         if record:
-            self._record = Record(self._steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
+            self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
         for index, (group, params) in enumerate(work):
@@ -146,7 +146,7 @@ class Constrained(Optimizer):
                 if record:
                     self._record.keep_rates(index, group)
                 self._step_constrained(index, group, params, arguments[index], record)
-        self._steps += 1
+        self.steps += 1
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
@@ -257,7 +257,6 @@ class Constrained(Optimizer):
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
         """The operator, over this rank's ``weights`` of the launch."""
-        raise NotImplementedError
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
@@ -268,11 +267,6 @@ class Constrained(Optimizer):
         return True
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """How many were made, those before a checkpoint included."""
-        return self._steps
 
     def telemetry(self) -> list[dict[str, Any]]:
         """What the passes summed up, for each quantized tensor of the last recorded step.
@@ -293,7 +287,7 @@ class Constrained(Optimizer):
         recorded step is written as well; call it at the end of a run.
         """
         if self._log is not None:
-            self._log.note(self._steps, self.param_groups, numbers)
+            self._log.note(self.steps, self.param_groups, numbers)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -303,9 +297,8 @@ class Constrained(Optimizer):
             if group["grid"] is not None:
                 saved["grid"] = group["grid"].to_dict()
                 for index, p in zip(saved["params"], group["params"], strict=True):
-                    packed["state"][index] = {**packed["state"].get(index, {}), **self._scale_state(group, p)}
-        packed["askew_steps"] = self._steps
-        return packed
+                    packed["state"][index] = packed["state"].get(index, {}) | self._scale_state(group, p)
+        return packed | {"askew_steps": self.steps}
 
     def _load(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid."""
@@ -317,7 +310,7 @@ class Constrained(Optimizer):
         found = state_dict["state"]
         state = {index: {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS} for index, of in found.items()}
         load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
-        self._steps = state_dict.get("askew_steps", 0)
+        self.steps = state_dict.get("askew_steps", 0)
         self._record, self._telemetry_wanted = Record(), True
         for saved, group in zip(groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
@@ -352,7 +345,7 @@ class Constrained(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         scales = {p: self._scale_state(group, p) for group, p in self._quantized()}
-        own = {"telemetry_every": self.telemetry_every, "_steps": self._steps, "_scales": scales}
+        own = {"telemetry_every": self.telemetry_every, "steps": self.steps, "_scales": scales}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
