@@ -1,9 +1,7 @@
 """SAM, ASAM and AlignedSAM: sharpness-aware steps over any base optimizer (docs/mathematics.md, section 4).
 
-A step has two halves. The *ascent* (``first_step``) keeps a copy of every weight that has a gradient and moves it by
-delta = (c T^2 - a) g; the *descent* (``second_step``), after a second backward at the moved point, puts every copy back
-bit for bit and lets the base optimizer step with the second gradient. Norm, coefficients and the decision that there is
-nothing to perturb stay on the device: neither half waits for it.
+A step has two halves, *ascent* (``first_step``) and *descent* (``second_step``). Norm, coefficients and the decision
+that there is nothing to perturb stay on the device: neither half waits for it.
 """
 
 from __future__ import annotations
@@ -399,11 +397,10 @@ class SAM(Wrapper):
         perturbed for now, and with them the first half.
         """
         ascent, self._ascent = self._ascent, None
-        if ascent is None or not ascent.kept:
+        if ascent is None:
             return
         going = [item for item in ascent.kept if item[0] not in but]
-        staying = [item for item in ascent.kept if item[0] in but]
-        if staying:
+        if staying := [item for item in ascent.kept if item[0] in but]:
             ascent.kept, self._ascent = staying, ascent
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for _, w, copy in going:
@@ -495,18 +492,15 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _has_zero_gradients(self) -> bool:
         """Gradients, and each of them zero on every rank; waits for the device."""
-        buckets = self._buckets()
-        return bool(buckets) and not self._squared_norm(buckets).item()
+        return bool(buckets := self._buckets()) and not self._squared_norm(buckets).item()
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
     def _records(self) -> bool:
         """Whether this step takes the cosine; all ranks that share parameters must agree, so asking does not count."""
-        every = self.telemetry_every
-        if every and self._steps % every == 0:
+        if self.telemetry_every and self._steps % self.telemetry_every == 0:
             return True
-        sharded = any(sharding_of(p) is not None for group in self.param_groups for p in group["params"])
-        return self._telemetry_wanted and not sharded
+        return self._telemetry_wanted and not any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def _cosine(self, ascent: _Ascent) -> Tensor | None:
         """Between both gradients, over all parameters and ranks: float64, on the device. None where the first gradients
@@ -610,13 +604,10 @@ class AlignedSAM(SAM):
         adaptive: bool | None = False, eta: float = 0.01, *, align: float = 0.001, rho_max: float | None = None,
         rho_min: float = 0.0, process_group: Any = None, **options: Any,
     ) -> None:  # fmt: skip
-        align = ops.number("align", align, 0.0)
-        rho_min = ops.number("rho_min", rho_min, 0.0)
-        if rho_max is not None:
-            rho_max = ops.number("rho_max", rho_max, rho_min)
+        self._align, self._rho_min = ops.number("align", align, 0.0), ops.number("rho_min", rho_min, 0.0)
+        self._rho_max = None if rho_max is None else ops.number("rho_max", rho_max, self._rho_min)
         if options.get("perturbation", "global") == "local":
             raise ValueError('perturbation: expected "global": the first gradient is part of the step, got "local"')
-        self._align, self._rho_min, self._rho_max = align, rho_min, rho_max
         self._group = ProcessGroup(process_group)
         super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
 

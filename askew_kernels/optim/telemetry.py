@@ -110,10 +110,9 @@ class TelemetryLog:
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: str) -> None:
-        try:
-            self.path = Path(os.fsdecode(path)).absolute()  # a run may change its directory
-        except TypeError:
-            raise TypeError(f"telemetry_log: expected a path, got {path!r}") from None
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise TypeError(f"telemetry_log: expected a path, got {path!r}")
+        self.path = Path(os.fsdecode(path)).absolute()  # a run may change its directory
         self.optimizer = optimizer
         with self.path.open("ab+" if self.path.is_file() else "ab") as stream:
             if stream.readable():
@@ -161,20 +160,15 @@ class TelemetryLog:
                     stream.truncate(size)
                 raise
 
-    def recorded(self, record: Record, groups: list[dict[str, Any]]) -> None:
+    def recorded(self, record: Record | None, groups: list[dict[str, Any]]) -> None:
         """Keeps the step that was just recorded, and writes the one before."""
         with self._lock:
-            self.flush(groups)
-            self.pending = record
-
-    def flush(self, groups: list[dict[str, Any]]) -> None:
-        with self._lock:
-            record, self.pending = self.pending, None
-            if record is not None:
-                line: dict[str, Any] = {"kind": "step", "step": record.step}
-                if (loss := _number(record.loss)) is not None:
+            before, self.pending = self.pending, record
+            if before is not None:
+                line: dict[str, Any] = {"kind": "step", "step": before.step}
+                if (loss := _number(before.loss)) is not None:
                     line["loss"] = loss
-                self._append(groups, [{**line, "tensors": record.rows(groups)}])
+                self._append(groups, [{**line, "tensors": before.rows(groups)}])
 
     def note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
         """Raises ValueError for a name that the line itself needs, TypeError for what JSON cannot hold."""
@@ -189,7 +183,7 @@ class TelemetryLog:
         if not isinstance(_plain(line["step"]), int):
             raise TypeError(f"step: expected an int, got {line['step']!r}")
         with self._lock:
-            self.flush(groups)
+            self.recorded(None, groups)
             if "epoch" in numbers:
                 quantized = [(name, p) for name, p, index in _tensors(groups) if groups[index].get("grid") is not None]
                 line["histograms"] = {str(name): h for name, p in quantized if (h := weight_histogram(p)) is not None}
