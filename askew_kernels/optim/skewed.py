@@ -53,7 +53,7 @@ class Skewed(Constrained, Wrapper):
             raise TypeError(f"base_optimizer: expected a torch.optim.Optimizer, got {base_optimizer!r}")
         name = type(base_optimizer).__name__
         if isinstance(base_optimizer, Constrained):
-            raise TypeError(f"base_optimizer: expected an optimizer without a constraint, got {name}, with its own")
+            raise TypeError(f"base_optimizer: expected one without a constraint, got {name}, which has its own")
         if isinstance(base_optimizer, Wrapper):
             raise TypeError(f"base_optimizer: expected an optimizer that steps once, got {name}; put it around: "
                             f"{name}(Skewed(...))")  # fmt: skip
