@@ -78,11 +78,10 @@ class Constrained(Optimizer):
                             "scale of a quantized weight moves with its step, which one rank alone would make; use "
                             "fully_shard (FSDP2)")  # fmt: skip
         ops.check_grid(group["grid"])
+        quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
-        config = _config_of(group)
-        for p in group["params"]:
-            rows = WeightQuantizer(config).rows(p)
+            rows = quantizer.rows(p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
 
