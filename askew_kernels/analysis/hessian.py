@@ -69,10 +69,6 @@ def _product_of(loss: Tensor, params: Sequence[Tensor], where: Callable[[], str]
     return product
 
 
-def _draws(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
-
-
 def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, seed: int) -> list[float]:
     try:
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
@@ -95,7 +91,8 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
     if n <= k + 1:
         dense = np.stack([times(row) for row in np.eye(n)])
         return sorted(np.linalg.eigvalsh((dense + dense.T) / 2).tolist(), reverse=True)[:k]
-    start = torch.randn(n, generator=_draws(seed), dtype=torch.float64, device="cpu").numpy()
+    draws = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, generator=draws, dtype=torch.float64, device="cpu").numpy()
     if not times(start).any():  # almost surely only where H is 0, which Lanczos cannot start from
         return [0.0] * k
     operator = LinearOperator((n, n), matvec=times, dtype=np.float64)
@@ -264,7 +261,7 @@ def hessian_trace(
     check_count("samples", samples)
     problem = _Problem(model, loss_fn, data, seed)
     params = list(problem.named.values())
-    draws = _draws(seed)
+    draws = torch.Generator("cpu").manual_seed(seed)
     with problem.ready():
         traces = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         product = problem.product(params)
@@ -285,7 +282,7 @@ def loss_slice(
     model draws is the same at every t. The model is put back.
     """
     problem = _Problem(model, loss_fn, data, seed)
-    draws = _draws(seed)
+    draws = torch.Generator("cpu").manual_seed(seed)
     moving = [p for p in problem.named.values() if p.dim() > 1]
     losses = []
     with torch.inference_mode(False), torch.no_grad(), left_alone(problem.model), frozen_batchnorm_stats(problem.model):

@@ -46,8 +46,7 @@ class _Ascent:
 
     groups: list[list[int]]  # ids of the parameters, to notice other groups
     kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # parameter, this rank's part, its copy
-    # first gradients and their versions, where they are needed again
-    firsts: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    firsts: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)  # first gradients, versions; where needed
     coefficients: list[Tensor] = field(default_factory=list)  # of each launch
     scaler: Any = None
     found_inf: Tensor | None = None  # in the first half
