@@ -256,6 +256,7 @@ class Constrained(Optimizer):
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
         """The operator, over this rank's ``weights`` of the launch."""
+        raise NotImplementedError
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         """What must be equal for parameters to share a launch, besides the device."""
@@ -296,8 +297,8 @@ class Constrained(Optimizer):
             if group["grid"] is not None:
                 saved["grid"] = group["grid"].to_dict()
                 for index, p in zip(saved["params"], group["params"], strict=True):
-                    packed["state"][index] = packed["state"].get(index, {}) | self._scale_state(group, p)
-        return packed | {"askew_steps": self.steps}
+                    packed["state"][index] = {**packed["state"].get(index, {}), **self._scale_state(group, p)}
+        return {**packed, "askew_steps": self.steps}
 
     def _load(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid."""
