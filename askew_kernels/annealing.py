@@ -44,17 +44,9 @@ class EpsilonAnnealing(LRScheduler):
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        hold: int | None = None,
-        total: int | None = None,
-        mode: str = "gap",
-        power: float = 12.0,
-        decay: float | None = None,
-        floor: float = FLOOR,
-        keep_pull: bool | None = None,
-    ) -> None:
+        self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None, mode: str = "gap",
+        power: float = 12.0, decay: float | None = None, floor: float = FLOOR, keep_pull: bool | None = None,
+    ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -76,10 +68,8 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")
         if decay is not None and mode != "geometric":
             raise ValueError(f"decay: only for mode='geometric', got mode={mode!r}")
-        if total is None and (mode != "geometric" or decay is None):
-            raise ValueError(
-                f"total: mode={mode!r} needs the number of periods" + (" or decay" if mode == "geometric" else "")
-            )
+        if total is None and decay is None:
+            raise ValueError(f"total: mode={mode!r} needs the number of periods" + " or decay" * (mode == "geometric"))
         if total is not None and total <= hold:
             raise ValueError(f"total: expected more than hold={hold}, got {total}")
         if keep_pull is not None and not isinstance(keep_pull, bool):
@@ -96,29 +86,24 @@ class EpsilonAnnealing(LRScheduler):
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
-        self._stepped, self._late, self._looked, self._told = False, 0, False, False
+        self._late, self._looked = 0, False
         self._ahead = self._further_along()  # as the groups were found, before they are set
         self._hook()
         self._apply()
-
-    # ---- the schedule ---------------------------------------------------------------------------------------------
 
     def eps_at(self, k: int) -> float:
         """eps of period k."""
         j = k - self.hold
         if j <= 0:
             return 1.0
+        periods = math.inf if self.total is None else self.total - self.hold
+        share = min(1.0, j / periods)
         if self.mode == "geometric":
-            decay = self.decay if self.decay is not None else self.floor ** (1 / (self.total - self.hold))  # type: ignore[operator]
-            eps = decay**j
+            eps = (self.floor ** (1 / periods) if self.decay is None else self.decay) ** j
+        elif self.mode == "gap":
+            eps = (1 - share ** (2 * self.power)) ** 2
         else:
-            share = min(1.0, j / (self.total - self.hold))  # type: ignore[operator]
-            if self.mode == "gap":
-                eps = (1 - share ** (2 * self.power)) ** 2
-            elif self.mode == "linear":
-                eps = 1 - share
-            else:
-                eps = (1 + math.cos(math.pi * share)) / 2
+            eps = 1 - share if self.mode == "linear" else (1 + math.cos(math.pi * share)) / 2
         return min(1.0, max(self.floor, eps))
 
     def step(self, epoch: int | None = None) -> None:
@@ -134,13 +119,11 @@ class EpsilonAnnealing(LRScheduler):
     def _apply(self) -> None:
         eps = self.eps_at(self.last_epoch)
         for _, group in self._groups():
-            old_name = group.get("eps") is group["constraint_eps"]
-            if isinstance(group["constraint_eps"], torch.Tensor):
-                group["constraint_eps"].fill_(eps)
-            else:
-                group["constraint_eps"] = eps
-            if old_name:  # of optimizers whose base has no eps of its own
-                group["eps"] = group["constraint_eps"]
+            present = group["constraint_eps"]
+            new = present.fill_(eps) if isinstance(present, torch.Tensor) else eps
+            if group.get("eps") is present:  # the same by its old name, where the base has no eps of its own
+                group["eps"] = new
+            group["constraint_eps"] = new
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
             group["annealing"] = self.last_epoch > self.hold
         self._stepped = self._told = False
@@ -163,8 +146,6 @@ class EpsilonAnnealing(LRScheduler):
                 first[0] = max(first[0], lr)
                 group["alpha"] = first[1] * first[0] / lr
         return moved
-
-    # ---- what the optimizer does meanwhile --------------------------------------------------------------------------
 
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
@@ -202,24 +183,24 @@ class EpsilonAnnealing(LRScheduler):
                 return "in the groups"
         return ""
 
-    def _frozen(self) -> str:
-        for _, group in self._groups():
-            if group.get("freeze_scale") == "anneal" and not isinstance(group.get("scale"), torch.Tensor):
-                if any(getattr(getattr(p, "_askew_quantizer", None), "frozen", False) for p in group["params"]):
-                    return "frozen scales"
-        return ""
+    def _frozen(self) -> bool:
+        return any(
+            getattr(getattr(p, "_askew_quantizer", None), "frozen", False)
+            for _, group in self._groups()
+            if group.get("freeze_scale") == "anneal" and not isinstance(group.get("scale"), torch.Tensor)
+            for p in group["params"]
+        )
 
     def _warn_if_ahead(self) -> None:
-        if not self._looked and self.last_epoch <= self.hold:  # once: before the first step of anything
-            self._ahead = self._ahead or self._frozen()
-        ahead, self._ahead, self._looked = self._ahead, "", True
+        ahead = self._ahead
+        if not ahead and not self._looked and self.last_epoch <= self.hold and self._frozen():
+            ahead = "frozen scales"  # looked at once: before the first step of anything
+        self._ahead, self._looked = "", True
         if ahead and not self._told:
             self._told = True
             _warn(f"the optimizer or its model is annealed already ({ahead}), but this annealing starts over with "
                   f"eps = {self.eps_at(self.last_epoch):.3g} (period {self.last_epoch}); to go on, save "
                   "annealing.state_dict() and give it to annealing.load_state_dict()")  # fmt: skip
-
-    # ---- what torch and others ask of a scheduler -------------------------------------------------------------------
 
     def get_last_eps(self) -> list[float]:
         """eps of each group with a grid."""
@@ -237,11 +218,9 @@ class EpsilonAnnealing(LRScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of ``state_dict``; sets the groups' eps. Raises ValueError before anything changes."""
-        missing, unknown = set(STATE) - set(state_dict), set(state_dict) - set(STATE)
+        missing, unknown = sorted(set(STATE) - set(state_dict)), sorted(set(state_dict) - set(STATE))
         if missing or unknown:
-            raise ValueError(
-                f"state_dict: expected EpsilonAnnealing's keys, got {sorted(unknown)} instead of {sorted(missing)}"
-            )
+            raise ValueError(f"state_dict: expected EpsilonAnnealing's keys, got {unknown} instead of {missing}")
         self.__dict__.update(state_dict)
         self._first = {str(k): list(v) for k, v in state_dict["_first"].items()}
         self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}

@@ -758,10 +758,10 @@ def test_the_gap_stays_in_one_tensor():
     model = network()
     optimizer = AlignedSAM(BASES["SGD"](model.parameters()), rho_max=0.3)
     train(model, optimizer, 0, 1)
-    gap, saved = optimizer._gap, optimizer.state_dict()
+    gap, saved = optimizer.gap, optimizer.state_dict()
     before = saved["param_groups"][0]["sam_gap"].clone()
     train(model, optimizer, 1, 3)
-    assert optimizer._gap is gap and not torch.equal(gap, before)
+    assert optimizer.gap is gap and not torch.equal(gap, before)
     optimizer.load_state_dict(saved)
     train(model, optimizer, 1, 3)
     assert torch.equal(saved["param_groups"][0]["sam_gap"], before)
@@ -1179,11 +1179,11 @@ def test_a_gap_that_is_not_known_leaves_the_radius_to_rho():
     optimizer.second_step(zero_grad=True, loss=math.nan)
     train(model, optimizer, 2, 3)
     assert optimizer.telemetry()["rho"] == 0.05
-    gap = optimizer._gap.clone()
+    gap = optimizer.gap.clone()
     optimizer.zero_grad()
     optimizer.first_step(loss=1.0)  # no gradient, no perturbation: nothing is learned of the surface
     optimizer.second_step(loss=1.0)
-    assert torch.equal(optimizer._gap, gap) and gap > 0
+    assert torch.equal(optimizer.gap, gap) and gap > 0
 
 
 @pytest.mark.parametrize("what", ["step", "halves", "loop", "loop of step"])

@@ -419,7 +419,7 @@ def test_sharpness_aware_steps_of_it(kind, base):
     assert all(p.isfinite().all() for p in models[2].parameters())
     again = copy.deepcopy(some.state_dict())
     some.load_state_dict(again)
-    assert some.base_optimizer._steps == 5 and some.telemetry() == {}
+    assert some.base_optimizer.steps == 5 and some.telemetry() == {}
 
 
 def test_compiled_steps():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ def tensors_of(x: Any) -> Iterator[Tensor]:
     """Every tensor in ``x``, in order."""
     if isinstance(x, Tensor):
         yield x
-    for part in [] if isinstance(x, Tensor) else _parts(x):
+    for part in _parts(x):
         yield from tensors_of(part)
 
 
@@ -41,12 +42,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
         return x
     if isinstance(x, (tuple, list)):
         return type(x)(*made) if hasattr(x, "_fields") else type(x)(made)  # type: ignore[call-arg]
-    new = copy.copy(x)
+    new, put = copy.copy(x), operator.setitem if isinstance(x, Mapping) else object.__setattr__  # frozen ones too
     for name, value in zip(x if isinstance(x, Mapping) else [f.name for f in dataclasses.fields(x)], made, strict=True):
-        if isinstance(x, Mapping):
-            new[name] = value
-        else:
-            object.__setattr__(new, name, value)  # frozen ones too
+        put(new, name, value)
     return new
 
 

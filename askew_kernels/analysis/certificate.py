@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..optim import ASkewSGD
 from .hessian import Smoothness
 
@@ -39,12 +40,10 @@ class Secant:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float = 0.95) -> None:
-        if not isinstance(decay, (int, float)) or not 0 <= decay <= 1:
-            raise ValueError(f"decay: expected a number in [0, 1], got {decay!r}")
-        self.optimizer, self.decay = optimizer, float(decay)
+        self.optimizer, self.decay = optimizer, ops.number("decay", decay, 0.0, 1.0)
         self._kept: dict[Tensor, tuple[Tensor, Tensor]] = {}
-        self._last: Tensor | None = None
-        self._value: Tensor | None = None
+        self._last: Tensor | float = 0.0
+        self._value: Tensor | float = 0.0
         self._handle = optimizer.register_step_pre_hook(self._look)
 
     @torch.no_grad()
@@ -56,10 +55,8 @@ class Secant:
             moved = torch._foreach_norm(torch._foreach_sub([p.detach() for p in known], list(weights)))
             turned = torch._foreach_norm(torch._foreach_sub([p.grad for p in known], list(grads)))  # type: ignore[arg-type]
             lengths = [torch.stack([t.double().to(part[0].device) for t in part]).norm() for part in (turned, moved)]
-            estimate = lengths[0] / lengths[1]
-            estimate = torch.where(estimate.isfinite(), estimate, torch.zeros_like(estimate))  # it stood still
-            self._last = estimate
-            self._value = estimate if self._value is None else torch.maximum(estimate, self.decay * self._value)
+            last = (lengths[0] / lengths[1]).nan_to_num(0.0, 0.0)  # 0 where the weights stood still
+            self._last, self._value = last, last.clamp(min=self.decay * self._value)
         for p in params:
             if p in self._kept:
                 self._kept[p][0].copy_(p.detach())
@@ -70,12 +67,12 @@ class Secant:
     @property
     def last(self) -> float:
         """The estimate of the last step; 0 before the second."""
-        return 0.0 if self._last is None else float(self._last)
+        return float(self._last)
 
     @property
     def value(self) -> float:
         """The largest of late; 0 before the second step."""
-        return 0.0 if self._value is None else float(self._value)
+        return float(self._value)
 
     def remove(self) -> None:
         self._handle.remove()
@@ -129,8 +126,7 @@ class Certificate:
         self.rows: list[dict[str, Any]] = []
         self._before: list[tuple[Tensor, Tensor, float]] = []
         self._plain: list[tuple[float, float, float]] = []
-        self._above = False
-        self._stepped = False
+        self._above = self._stepped = False
         self._precision = 0.0  # of the last row's loss
         optimizer.telemetry()  # the next step is to be recorded
         self._handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._sum)]
@@ -143,10 +139,9 @@ class Certificate:
     def _keep(self, *_: Any) -> None:
         self._before = [
             (p, p.detach().clone(), float(group["lr"]))
-            for group in self.optimizer.param_groups
-            for p in (group["params"] if group["grid"] is None else [])
-            if p.grad is not None
-        ]
+            for group in self.optimizer.param_groups if group["grid"] is None
+            for p in group["params"] if p.grad is not None
+        ]  # fmt: skip
 
     def _sum(self, *_: Any) -> None:
         """(lr, g·v, ‖v‖²) of every tensor without a grid."""
@@ -162,10 +157,9 @@ class Certificate:
     def L(self) -> float:
         """L̂ as it stands."""
         s = self.smoothness
-        return _number(
-            "smoothness",
-            s.L if isinstance(s, Smoothness) else s.value if isinstance(s, Secant) else s() if callable(s) else s,
-        )
+        if isinstance(s, (Smoothness, Secant)):
+            return s.L if isinstance(s, Smoothness) else s.value
+        return _number("smoothness", s() if callable(s) else s)
 
     def update(self, loss: Tensor | float, after: Tensor | float | None = None) -> dict[str, Any]:
         """The row of the step that was just made. Losses as they come: with or without a graph, on any device.
@@ -183,18 +177,16 @@ class Certificate:
         big_l, tensors = self.L, self.optimizer.telemetry()
         sums = [(t["lr"], t["grad_velocity"], t["velocity_norm"] ** 2) for t in tensors] + self._plain
         slope = sum(lr * gv for lr, gv, _ in sums)
-        squares = sum(lr * lr * vv for lr, _, vv in sums)
+        curvature = big_l * sum(lr * lr * vv for lr, _, vv in sums)
         lr = max((lr for lr, _, _ in sums), default=0.0)
         limits = [feasibility_limit(t["eps"], t["alpha"]) for t in tensors]
-        curvature = big_l * squares
         row = {
             "step": self.optimizer.steps, "lr": lr, "eps": min((t["eps"] for t in tensors), default=1.0),
             "loss": value, "L": big_l, "predicted": slope + curvature / 2, "measured": None, "holds": None,
             "stationarity": sum(vv for _, _, vv in sums) ** 0.5,
             "infeasibility": sum(t["mean_violation"] * t["numel"] for t in tensors),
-            "complementarity": sum(
-                (t["velocity_norm"] ** 2 + t["grad_velocity"]) / t["alpha"] for t in tensors if t["alpha"]
-            ),
+            "complementarity": sum((t["velocity_norm"] ** 2 + t["grad_velocity"]) / t["alpha"]
+                                   for t in tensors if t["alpha"]),
             "descent_lr": max(0.0, -2 * lr * slope / curvature) if curvature else math.inf,
             "stable_lr": min([1 / big_l if big_l else math.inf, *limits]),
         }  # fmt: skip
@@ -203,10 +195,8 @@ class Certificate:
         self.rows.append(row)
         above = lr * big_l > 1 + 1e-9
         if above and not self._above and self.warn:
-            warnings.warn(
-                f"step {row['step']}: lr = {lr:g} is above 1/L̂ = {1 / big_l:g}; the loss need not decrease",
-                CertificateWarning, stacklevel=2,
-            )  # fmt: skip
+            text = f"step {row['step']}: lr = {lr:g} is above 1/L̂ = {1 / big_l:g}; the loss need not decrease"
+            warnings.warn(text, CertificateWarning, stacklevel=2)
         self._above = above
         return row
 

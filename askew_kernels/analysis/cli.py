@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
+from ..command import Refused, check_folder, need
 from .report import read_log, report
 
 
@@ -36,25 +34,20 @@ def _summary(log: dict[str, Any]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a summary, writes the report; returns the exit code."""
+    if args.log.is_dir():
+        raise Refused(f"{args.log}: is a folder, expected the log of a run")
+    if args.plot is not None:
+        there = next(path for path in (args.plot, *args.plot.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise Refused(f"--plot {args.plot}: expected a folder, {there} is a file")
+        need("analyze", "matplotlib", extra="analysis")
     try:
-        if args.log.is_dir():
-            raise ValueError(f"{args.log}: is a folder, expected the log of a run")
-        if args.plot is not None:
-            there = next(path for path in (args.plot, *args.plot.absolute().parents) if path.exists())
-            if not there.is_dir():
-                raise ValueError(f"--plot {args.plot}: expected a folder, {there} is a file")
         summary = "\n".join(_summary(read_log(args.log)))
-        if args.plot is not None:  # before anything is printed
-            if importlib.util.find_spec("matplotlib") is None:
-                raise ValueError('--plot needs matplotlib: pip install "askew_kernels[analysis]"')
-            args.plot.mkdir(parents=True, exist_ok=True)
-            if not os.access(args.plot, os.W_OK):
-                raise ValueError(f"--plot {args.plot}: cannot be written to")
-        print(summary)
-        if args.plot is not None:
-            written = report(args.log, args.plot)
-            print(f"wrote {len(written)} files: {args.plot / 'index.html'}")
     except (OSError, ValueError) as problem:
-        print(f"analyze: {problem}", file=sys.stderr)
-        return 2
+        raise Refused(problem) from None
+    if args.plot is not None:  # before anything is printed
+        check_folder(args.plot, "--plot")
+    print(summary)
+    if args.plot is not None:
+        print(f"wrote {len(report(args.log, args.plot))} files: {args.plot / 'index.html'}")
     return 0

@@ -99,12 +99,12 @@ def _differentiate_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any])
     """Raises what torch raises where that cannot be done."""
     args, kwargs = map_tensors(lambda t: t.detach().requires_grad_(t.is_floating_point()), (args, kwargs))
     wanted = [t for t in (*tensors_of((args, kwargs)), *module.parameters()) if t.requires_grad]
-    made = [t.square().sum() for t in tensors_of(module(*args, **kwargs)) if t.requires_grad]
+    made: Any = tensors_of(module(*args, **kwargs))
     for _ in range(2):
-        if made:
-            check_twice(sum(made))  # type: ignore[arg-type]
-            grads = torch.autograd.grad(sum(made), wanted, create_graph=True, allow_unused=True)  # type: ignore[arg-type]
-            made = [g.square().sum() for g in grads if g is not None and g.requires_grad]
+        if squares := [t.square().sum() for t in made if t is not None and t.requires_grad]:
+            total: Any = sum(squares)
+            check_twice(total)
+            made = torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True)
 
 
 def culprit(model: nn.Module, forward: Callable[[], Any]) -> str | None:
@@ -139,6 +139,5 @@ def naming(where: Callable[[], str]) -> Iterator[None]:
     except RuntimeError as problem:
         if not isinstance(problem, NotImplementedError) and not any(words in str(problem) for words in SAYS_NO):
             raise
-        raise NotImplementedError(
-            f"{where()}: cannot be differentiated twice, which a Hessian needs ({problem})"
-        ) from None
+        text = f"{where()}: cannot be differentiated twice, which a Hessian needs ({problem})"
+        raise NotImplementedError(text) from None

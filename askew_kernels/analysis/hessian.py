@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -26,9 +27,6 @@ from .differentiable import check_gradients, check_twice, culprit, differentiabl
 from .generators import seeded
 
 Product = Callable[[list[Tensor]], list[Tensor]]
-
-
-# ---- eigenvalues ----------------------------------------------------------------------------------------------------
 
 
 def hessian_eigenvalues(
@@ -45,38 +43,30 @@ def hessian_eigenvalues(
         if not p.requires_grad:
             raise ValueError(f"params[{i}]: expected a tensor that requires a gradient, got one that does not")
     with differentiable_twice(), seeded(seed):
-        found = _finite(loss())
-        with naming(lambda: "loss"):
-            check_twice(found)
-            gradients = torch.autograd.grad(found, params, create_graph=True, materialize_grads=True)
-            return _largest(_product_of(gradients, params), params, k, tol, seed)
+        return _largest(_product_of(loss(), params, lambda: "loss"), params, k, tol, seed)
 
 
-def _product_of(gradients: Sequence[Tensor], params: Sequence[Tensor]) -> Product:
-    """v -> H v; the graph of the gradients is kept."""
-    moving = [g for g in gradients if g.requires_grad]  # a gradient that does not depend on the weights: H is 0 there
-
-    def product(vectors: list[Tensor]) -> list[Tensor]:
-        if not moving:
-            return [torch.zeros_like(p) for p in params]
-        chosen = [v for v, g in zip(vectors, gradients, strict=True) if g.requires_grad]
-        return list(torch.autograd.grad(moving, params, chosen, retain_graph=True, materialize_grads=True))
-
-    return product
-
-
-def _finite(loss: Tensor) -> Tensor:
+def _product_of(loss: Tensor, params: Sequence[Tensor], where: Callable[[], str]) -> Product:
+    """v -> H v; the graph of the gradients is kept. ``where``: what an error names."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss: expected a scalar tensor, got {loss!r}")
     if not bool(loss.detach().isfinite()):
         raise ValueError(f"loss: expected a finite number, got {float(loss.detach())}")
     if not loss.requires_grad:
         raise ValueError("loss: does not depend on the parameters (is it detached, or computed without gradients?)")
-    return loss
+    with naming(where):
+        check_twice(loss)
+        gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+    moving = [g for g in gradients if g.requires_grad]  # a gradient that does not depend on the weights: H is 0 there
 
+    def product(vectors: list[Tensor]) -> list[Tensor]:
+        if not moving:
+            return [torch.zeros_like(p) for p in params]
+        chosen = [v for v, g in zip(vectors, gradients, strict=True) if g.requires_grad]
+        with naming(where):
+            return list(torch.autograd.grad(moving, params, chosen, retain_graph=True, materialize_grads=True))
 
-def _draws(seed: int) -> torch.Generator:
-    return torch.Generator("cpu").manual_seed(seed)
+    return product
 
 
 def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, seed: int) -> list[float]:
@@ -84,8 +74,6 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     except ImportError:
         raise ImportError('eigenvalues need SciPy: pip install "askew_kernels[analysis]"') from None
-    import numpy as np
-
     check_count("k", k)
     sizes = [p.numel() for p in params]
     n = sum(sizes)
@@ -103,7 +91,8 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
     if n <= k + 1:
         dense = np.stack([times(row) for row in np.eye(n)])
         return sorted(np.linalg.eigvalsh((dense + dense.T) / 2).tolist(), reverse=True)[:k]
-    start = torch.randn(n, generator=_draws(seed), dtype=torch.float64, device="cpu").numpy()
+    draws = torch.Generator("cpu").manual_seed(seed)
+    start = torch.randn(n, generator=draws, dtype=torch.float64, device="cpu").numpy()
     if not times(start).any():  # almost surely only where H is 0, which Lanczos cannot start from
         return [0.0] * k
     operator = LinearOperator((n, n), matvec=times, dtype=np.float64)
@@ -111,14 +100,10 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
         values = eigsh(operator, k, which="LA", v0=start, tol=tol, return_eigenvectors=False)
     except ArpackNoConvergence as problem:
         if len(problem.eigenvalues) < k:
-            raise ValueError(
-                f"k: {len(problem.eigenvalues)} of {k} eigenvalues converged to {tol:g}; ask for fewer or a larger tol"
-            ) from None
+            raise ValueError(f"k: {len(problem.eigenvalues)} of {k} eigenvalues converged to {tol:g}; ask for fewer "
+                             "or a larger tol") from None  # fmt: skip
         values = problem.eigenvalues
     return sorted(values.tolist(), reverse=True)
-
-
-# ---- a model, a loss and data ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -136,8 +121,8 @@ class Smoothness:
 class _Problem:
     """The mean loss of a model over all batches, as a function of some of its parameters.
 
-    ``named`` and ``layers``: the parameters that can be moved, by name and by module. Batch i is always run with the
-    same draws, those of ``seed`` + i: with dropout too there is one function, whose Hessian is asked for.
+    ``named``: the parameters that can be moved. Batch i is always run with the same draws, those of ``seed`` + i: with
+    dropout too there is one function, whose Hessian is asked for.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor], data: Any, seed: int) -> None:
@@ -148,7 +133,6 @@ class _Problem:
         sizes = [max(1, samples(x)) for x, _ in self.batches]
         self.shares = [n / sum(sizes) for n in sizes]
         self.model, self.named = _float_twin(model)
-        self.layers = _by_module(self.named)
 
     def loss(self, i: int) -> Tensor:
         """Batch i's part of the mean loss."""
@@ -159,57 +143,31 @@ class _Problem:
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
         """Everything that products need; all is put back afterwards, also by an exception."""
-        params = self.named.values()
-        with (
-            differentiable_twice(self.model),
-            left_alone(self.model),
-            frozen_batchnorm_stats(self.model),
-            _with_gradients(params),
-        ):
-            yield
+        frozen = [p for p in self.named.values() if not p.requires_grad]  # they have a Hessian as well
+        with differentiable_twice(self.model), left_alone(self.model), frozen_batchnorm_stats(self.model):
+            try:
+                for p in frozen:
+                    p.requires_grad_(True)
+                yield
+            finally:
+                for p in frozen:
+                    p.requires_grad_(False)
 
     def product(self, params: Sequence[Tensor]) -> Product:
         """v -> H v. One batch: its graph is kept; several: each is run anew, so that memory holds one at a time."""
 
         def part(i: int) -> Product:
-            loss = _finite(self.loss(i))
-            with naming(lambda: self.culprit(i)):
-                check_twice(loss)
-                return _product_of(torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True), params)
+            return _product_of(self.loss(i), params, lambda: culprit(self.model, lambda: self.loss(i)) or "loss_fn")
 
-        kept = part(0) if len(self.batches) == 1 else None
-
-        def product(vectors: list[Tensor]) -> list[Tensor]:
-            if kept is not None:
-                with naming(lambda: self.culprit(0)):
-                    return kept(vectors)
+        def summed(vectors: list[Tensor]) -> list[Tensor]:
             total = [torch.zeros_like(p) for p in params]
             with left_alone(self.model):
                 for i in range(len(self.batches)):
-                    times = part(i)
-                    with naming(lambda i=i: self.culprit(i)):  # type: ignore[misc]
-                        made = times(vectors)
-                    for t, h in zip(total, made, strict=True):
+                    for t, h in zip(total, part(i)(vectors), strict=True):
                         t += h
             return total
 
-        return product
-
-    def culprit(self, i: int) -> str:
-        return culprit(self.model, lambda: self.loss(i)) or "loss_fn"
-
-
-@contextlib.contextmanager
-def _with_gradients(params: Iterable[Tensor]) -> Iterator[None]:
-    """Frozen parameters have a Hessian as well."""
-    frozen = [p for p in params if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+        return summed if len(self.batches) > 1 else part(0)
 
 
 class _Shifted(nn.Module):
@@ -250,29 +208,20 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
         named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
-            for key, p in module._parameters.items():
-                if p is not None:
-                    uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
+            for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
+                uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
         dequantize_(twin) if layers else None
         for name, layer in layers.items():
             new: Any = twin.get_submodule(name)
             weight, value = new.weight, weights[name]
-            if not all(torch.equal(other, value) for other in uses[id(weight)]):
-                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
-            else:
+            if all(torch.equal(other, value) for other in uses[id(weight)]):
                 weight.copy_(value)
+            else:
+                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
             if (grid := layer.kind.input_grid(layer)) is not None:
                 rounded = _rounded(grid, layer.kind.token_dims)
                 new.register_forward_pre_hook(rounded, prepend=True, with_kwargs=True)
     return twin, named
-
-
-def _by_module(named: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
-    """{module name: the parameters that are its own}, each parameter once."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, p in named.items():
-        found.setdefault(name.rpartition(".")[0], []).append(p)
-    return found
 
 
 def smoothness(
@@ -291,13 +240,14 @@ def smoothness(
     differentiated twice; ImportError without SciPy.
     """
     problem = _Problem(model, loss_fn, data, seed)
-    parts: Mapping[str, Sequence[Tensor]] = problem.layers if per_layer else {"": list(problem.named.values())}
+    parts: dict[str, list[Tensor]] = {}
+    for name, p in problem.named.items():
+        parts.setdefault(name.rpartition(".")[0] if per_layer else "", []).append(p)
     with problem.ready():
-        found = {
+        return Smoothness({
             name: _largest(problem.product(part), part, min(k, sum(p.numel() for p in part)), tol, seed)
             for name, part in parts.items() if any(p.numel() for p in part)
-        }  # fmt: skip
-    return Smoothness(found)
+        })  # fmt: skip
 
 
 def hessian_trace(
@@ -311,7 +261,7 @@ def hessian_trace(
     check_count("samples", samples)
     problem = _Problem(model, loss_fn, data, seed)
     params = list(problem.named.values())
-    draws = _draws(seed)
+    draws = torch.Generator("cpu").manual_seed(seed)
     with problem.ready():
         traces = torch.zeros(len(params), dtype=torch.float64, device="cpu")
         product = problem.product(params)
@@ -332,10 +282,10 @@ def loss_slice(
     model draws is the same at every t. The model is put back.
     """
     problem = _Problem(model, loss_fn, data, seed)
-    draws = _draws(seed)
+    draws = torch.Generator("cpu").manual_seed(seed)
     moving = [p for p in problem.named.values() if p.dim() > 1]
     losses = []
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), left_alone(problem.model), frozen_batchnorm_stats(problem.model):
         ts = torch.linspace(-reach, reach, points, dtype=torch.float32, device="cpu").tolist()
         kept = [p.detach().clone() for p in moving]
         directions = []
@@ -344,11 +294,10 @@ def loss_slice(
             norms = [t.flatten(1).norm(dim=1).reshape(-1, *[1] * (p.dim() - 1)) for t in (p.detach(), d)]
             directions.append(d * norms[0] / norms[1].clamp(min=1e-12))
         try:
-            with left_alone(problem.model), frozen_batchnorm_stats(problem.model):
-                for t in ts:
-                    for p, w, d in zip(moving, kept, directions, strict=True):
-                        p.copy_(w + t * d)
-                    losses.append(math.fsum(float(problem.loss(i)) for i in range(len(problem.batches))))
+            for t in ts:
+                for p, w, d in zip(moving, kept, directions, strict=True):
+                    p.copy_(w + t * d)
+                losses.append(math.fsum(float(problem.loss(i)) for i in range(len(problem.batches))))
         finally:
             for p, w in zip(moving, kept, strict=True):
                 p.copy_(w)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .. import figures
 
 TITLES = {
     "loss": "loss", "eps": "ε: 1 is free, 0 only levels", "feasible": "share of feasible weights",
@@ -80,40 +81,30 @@ def _series(log: dict[str, Any]) -> dict[str, dict[str, tuple[list[int], list[fl
         for row in rows:
             add("feasible", str(row["name"]), at, 1 - row["fraction_infeasible"])
             add("flips", str(row["name"]), at, row["flips"] / max(1, row["numel"]))
+    words = {"loss": "loss", "accuracy": "accuracy", "sharpness": "sharpness", "eigenvalue": "sharpness"}
     for line in log["notes"]:
         for key, value in line.items():
-            if "loss" in key:
-                add("loss", key, line["step"], value)
-            elif "accuracy" in key:
-                add("accuracy", key, line["step"], value)
-            elif "sharpness" in key or "eigenvalue" in key:
-                add("sharpness", key, line["step"], value)
+            if word := next(filter(key.__contains__, words), None):
+                add(words[word], key, line["step"], value)
     return {panel: curves for panel, curves in found.items() if curves}
 
 
 def _png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
-    return stream.getvalue()
+    return figures.save(figure, "it", ("png",), dpi=100)["it.png"]
 
 
 def _plot(
     title: str, xlabel: str, curves: Sequence[tuple[str, Any, Any, dict[str, Any]]], alone: bool = False, **scale: Any
 ) -> bytes:  # fmt: skip
     """curves: (label, x, y, how it is drawn); alone: whether the label of a single one tells something."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = figures.figure(1, 1, 5.2, 3.2)
     for label, x, y, style in curves:
         axis.plot(x, y, label=label, **style)
     if scale:
         axis.set_yscale(**scale)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(xlabel)
-    axis.grid(alpha=0.3)
+    figures.label(axis, title, xlabel, grid="both")
     if 1 - alone < len(curves) <= 9:
-        axis.legend(fontsize=7)
+        figures.legend_below(figure, [axis])
     return _png(figure)
 
 
@@ -143,22 +134,16 @@ def _curves(log: dict[str, Any]) -> dict[str, bytes]:
 def _frames(log: dict[str, Any]) -> list[tuple[Any, bytes]]:
     """(epoch, picture): every tensor's weights in units of its scale, levels as lines."""
     notes = [n for n in log["notes"] if n.get("histograms")]
-    if not notes:
-        return []
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for n in notes for name in n["histograms"]))
     columns = min(3, len(names))
-    rows = -(-len(names) // columns)
     frames = []
     for note in notes:
-        figure = Figure(figsize=(3.2 * columns, 1.9 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        rows = -(-len(names) // columns)
+        figure, axes = figures.figure(rows, columns, 3.2 * columns, 1.9 * rows)
         for axis in axes[len(names) :]:
             axis.remove()
         for axis, name in zip(axes, names, strict=False):
-            h = note["histograms"].get(name)
-            if h is None:
+            if (h := note["histograms"].get(name)) is None:
                 continue
             counts, width = h["counts"], (h["high"] - h["low"]) / len(h["counts"])
             left, total = [h["low"] + i * width for i in range(len(counts))], max(1, sum(counts)) * width
@@ -173,8 +158,8 @@ def _frames(log: dict[str, Any]) -> list[tuple[Any, bytes]]:
     return frames
 
 
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _image(title: Any, png: bytes) -> str:
+    return f"<img alt='{html.escape(str(title))}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -187,30 +172,27 @@ function show(){f.forEach((e,i)=>e.hidden=i!=s.value)}s.oninput=show;show()"""
 
 def _page(log: dict[str, Any], title: str, pictures: dict[str, bytes], frames: list[tuple[Any, bytes]]) -> str:
     run, text = log["run"], html.escape
-    last = log["steps"][-1]["tensors"] if log["steps"] else []
     parts = [
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(title)}</title><style>{_STYLE}</style>",
         f"<h1>{text(title)}</h1><p>{text(str(run.get('optimizer')))}, {len(run.get('tensors', []))} tensors, "
         f"{len(log['steps'])} recorded steps, {len(log['notes'])} notes.</p>",
     ]
-    for name, png in pictures.items():
-        opening = "<div class=row>" if name == next(iter(pictures)) else ""
-        parts.append(f"{opening}<img alt={text(name)!r} src='{_inline(png)}'>")
-    parts.append("</div>" if pictures else "")
+    if pictures:
+        parts += ["<div class=row>", *(_image(name, png) for name, png in pictures.items()), "</div>"]
     if frames:
         parts.append(f"<h2>Weights sliding into their levels</h2><input id=epoch type=range min=0 "
                      f"max={len(frames) - 1} value={len(frames) - 1} style='width:30rem'>")  # fmt: skip
-        parts += [f"<div class=frame><img alt='epoch {text(str(e))}' src='{_inline(png)}'></div>" for e, png in frames]
+        parts += [f"<div class=frame>{_image(f'epoch {epoch}', png)}</div>" for epoch, png in frames]
         parts.append(f"<script>{_SLIDER}</script>")
-    if last:
+    if last := log["steps"][-1]["tensors"] if log["steps"] else []:
         parts.append("<h2>Last recorded step</h2><table><tr><th>tensor<th>weights<th>ε<th>infeasible<th>mean "
                      "violation<th>flips<th>‖v‖<th>g·v</tr>")  # fmt: skip
-        for r in last:
-            parts.append(
-                f"<tr><td>{text(str(r['name']))}<td>{r['numel']:,}<td>{r['eps']:.3g}"
-                f"<td>{100 * r['fraction_infeasible']:.2f} %<td>{r.get('mean_violation', 0):.3g}<td>{r['flips']:.0f}"
-                f"<td>{_number(r.get('velocity_norm'))}<td>{_number(r.get('grad_velocity'))}</tr>"
-            )
+        parts += [
+            f"<tr><td>{text(str(r['name']))}<td>{r['numel']:,}<td>{r['eps']:.3g}"
+            f"<td>{100 * r['fraction_infeasible']:.2f} %<td>{r.get('mean_violation', 0):.3g}<td>{r['flips']:.0f}"
+            f"<td>{_number(r.get('velocity_norm'))}<td>{_number(r.get('grad_velocity'))}</tr>"
+            for r in last
+        ]
         parts.append("</table>")
     return "\n".join(parts) + "</html>\n"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import os
 import warnings
 from typing import Any, ClassVar
 
@@ -20,7 +19,7 @@ from torch.optim.sgd import sgd
 from .. import ops
 from ..quant import Binary
 from ..quant.sharding import local_part
-from .constrained import GRID_KEYS, Constrained
+from .constrained import CONSTRAINT_KEYS, Constrained
 from .plan import Launch
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
@@ -40,18 +39,18 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
                         weights are clamped to the hull once the scale is frozen
     ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
     ==================  =============================================================================================
-{old}
-    lr and constraint_eps may be floats or 0-dim tensors. While the scale moves, a step uses the scale of the weights as
-    the step found them, and the layer's next forward uses that scale with the new weights.
+
+    ``eps`` is the rule's own where it has one (added to AdamW's denominator; of old ``adam_eps``, when the constraint's
+    was ``eps``), otherwise another name of ``constraint_eps``, in groups too. lr and constraint_eps may be floats or
+    0-dim tensors. While the scale moves, a step uses the scale of the weights as the step found them, and the layer's
+    next forward uses that scale with the new weights.
     ``telemetry_every``: every how many steps the sums for ``telemetry()`` are taken (0: never). ``telemetry_log``: a
     file to which every recorded step and what ``log(…)`` is given are appended, as lines of JSON (``optim.telemetry``);
     not part of copies and checkpoints.
     Raises TypeError/ValueError naming the argument before anything is written.
     """
-_OLD_EPS = "    ``eps`` is another name of ``constraint_eps``, in groups too.\n"
-_OWN_EPS = (
-    "    ``eps`` is {title}'s, added to its denominator; of old it was ``{old}``, and the constraint's was ``eps``.\n"
-)
+_COMMON = {**CONSTRAINT_KEYS, "skew": "gradient", "maximize": False, "foreach": None, "fused": None}
+_TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
@@ -70,49 +69,35 @@ class ByRule(Constrained):
         row = cls.RULE = ops.RULES[rule]
         cls.OWN = {row.torch_names.get(key, key): value for key, value in row.defaults.items()}
         cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
-        old = _OWN_EPS.format(title=row.title, old=next(iter(row.torch_names))) if "eps" in cls.OWN else _OLD_EPS
         cls._ARGUMENTS = (*Constrained._ARGUMENTS, *cls.OWN, "skew", "maximize")
         cls._in_torch = hasattr(cls, f"_plain_{rule}")
         plain = f"torch.optim.{row.title}'s own code" if cls._in_torch else f"plain {row.title}"
-        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain, old=old)
+        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain)
 
         def __init__(self: ByRule, params: Any, *arguments: Any, **options: Any) -> None:
             ByRule.__init__(self, params, *arguments, **options)
 
         kind = inspect.Parameter
-        common = [p for p in inspect.signature(ByRule.__init__).parameters.values() if p.kind is kind.KEYWORD_ONLY]
         __init__.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
-            kind("self", kind.POSITIONAL_OR_KEYWORD), kind("params", kind.POSITIONAL_OR_KEYWORD),
-            *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()), *common,
-            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in GRID_KEYS.items()),
+            *(kind(key, kind.POSITIONAL_OR_KEYWORD) for key in ("self", "params")),
+            *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()),
+            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in {**_COMMON, **_TELEMETRY}.items()),
         ])  # fmt: skip
         cls.__init__ = __init__  # type: ignore[method-assign]
 
-    def __init__(
-        self, params: Any, *arguments: Any, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
-        skew: str = "gradient", freeze_scale: str = "anneal", skip_nonfinite: bool = False, maximize: bool = False,
-        foreach: bool | None = None, fused: bool | None = None, telemetry_every: int = 10,
-        telemetry_log: str | os.PathLike | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, params: Any, *arguments: Any, **options: Any) -> None:
         if len(arguments) > len(self.OWN):
             raise TypeError(f"expected at most {len(self.OWN)} arguments after params, got {len(arguments)}")
         given = dict(zip(self.OWN, arguments, strict=False))
-        known = {*self.OWN, *GRID_KEYS, *self._old_names}
+        known = {*self.OWN, *_COMMON, *_TELEMETRY, *self._old_names}
         for key in options:
             if key not in known:
                 raise TypeError(f"{key}: unknown argument; expected one of {', '.join(sorted(known))}")
             if key in given:
                 raise TypeError(f"{key}: given twice")
-        keys = dict(
-            alpha=alpha, constraint_eps=constraint_eps, skew=skew, freeze_scale=freeze_scale,
-            skip_nonfinite=skip_nonfinite, maximize=maximize, foreach=foreach, fused=fused,
-        )  # fmt: skip
-        defaults = {**self.OWN, **GRID_KEYS, **keys, **given, **self._renamed(options)}
-        self._begin(telemetry_every, telemetry_log)
+        self._begin(**{key: options.pop(key, default) for key, default in _TELEMETRY.items()})
         self._seen_eps: dict[int, Any] = {}  # by id of the group: the constraint's, as the last step saw it
-        super().__init__(params, defaults)
-
-    # ---- groups -------------------------------------------------------------------------------------------------
+        super().__init__(params, {**self.OWN, **_COMMON, **given, **self._renamed(options)})
 
     def _renamed(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Old names replaced; it is told where the old name means something else now."""
@@ -156,10 +141,8 @@ class ByRule(Constrained):
         numbers = self.RULE.numbers_of({**options, **self.RULE.at_first} if first else options)
         if "eps" in self.OWN and LARGEST_EPS <= group["eps"] <= 1 and not self._told:
             self._told = True
-            warnings.warn(
-                f"eps: {group['eps']} is the number in {self.RULE.title}'s denominator; the constraint's is "
-                "constraint_eps", stacklevel=6,
-            )  # fmt: skip
+            warnings.warn(f"eps: {group['eps']} is the number in {self.RULE.title}'s denominator; the constraint's is "
+                          "constraint_eps", stacklevel=6)  # fmt: skip
         return numbers
 
     def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
@@ -173,8 +156,7 @@ class ByRule(Constrained):
         super().__setstate__(state)
         self._seen_eps = {}
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
+            group.update({**self.defaults, **group})
             self._agree(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,8 +170,6 @@ class ByRule(Constrained):
         which stay as they are. Raises ValueError, before anything changes, where a group has another grid.
         """
         self._load(state_dict, super().load_state_dict)
-
-    # ---- the step -----------------------------------------------------------------------------------------------
 
     def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
         self._agree(group)
@@ -257,31 +237,26 @@ class ByRule(Constrained):
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
         return state["step"]
 
-    # ---- groups without a grid ----------------------------------------------------------------------------------
-
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
+    def _torch_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {key: group[key] for key in (*self.OWN, "maximize", "foreach", "fused")}
+
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads: list[Any] = [p.grad for p in params]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        sgd(
-            params, [p.grad for p in params], buffers, has_sparse_grad=any(p.grad.is_sparse for p in params),  # type: ignore[misc,union-attr,arg-type]
-            foreach=group["foreach"], fused=group["fused"], weight_decay=group["weight_decay"],
-            momentum=group["momentum"], lr=group["lr"], dampening=group["dampening"], nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )  # fmt: skip
+        sgd(params, grads, buffers, has_sparse_grad=any(g.is_sparse for g in grads), **self._torch_options(group))
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
 
     def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        grads: list[Any] = [p.grad for p in params]
         steps = [self._counter(p, group["fused"]) for p in params]
-        adamw(
-            params, [p.grad for p in params], *self._buffers(group, params), [], steps,  # type: ignore[misc,arg-type]
-            foreach=group["foreach"], fused=group["fused"], amsgrad=False, beta1=group["betas"][0],
-            beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-            maximize=group["maximize"],
-        )  # fmt: skip
+        options = self._torch_options(group)
+        options["beta1"], options["beta2"] = options.pop("betas")
+        adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Of a rule that torch.optim does not have: its operator on any grid, where nothing is constrained."""

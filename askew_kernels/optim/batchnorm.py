@@ -8,6 +8,11 @@ from typing import Any
 
 from torch import nn
 
+_SWITCHES: tuple[tuple[Any, str, bool | float], ...] = (
+    (nn.modules.batchnorm._BatchNorm, "track_running_stats", False),
+    (nn.modules.instancenorm._InstanceNorm, "momentum", 0.0),
+)
+
 
 @contextlib.contextmanager
 def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
@@ -18,18 +23,10 @@ def frozen_batchnorm_stats(model: nn.Module) -> Iterator[None]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    before: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            before.append((module, "track_running_stats", True))
-        elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.running_mean is not None:
-            before.append((module, "momentum", module.momentum))
-    try:
-        for module, name, _ in before:
-            setattr(module, name, False if name == "track_running_stats" else 0.0)
+    with contextlib.ExitStack() as put_back:
+        for module in model.modules():
+            for kind, name, frozen in _SWITCHES:
+                if isinstance(module, kind) and module.training and module.running_mean is not None:
+                    put_back.callback(setattr, module, name, getattr(module, name))
+                    setattr(module, name, frozen)
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)

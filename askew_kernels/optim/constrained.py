@@ -4,7 +4,7 @@ and their freezing, telemetry, checkpoints."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,7 +34,7 @@ class Constrained(Optimizer):
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
         """What is the optimizer's own, beside groups and state."""
         self.telemetry_every = checked_every(telemetry_every)
-        self._steps = 0
+        self.steps = 0  # made, those before a checkpoint included
         self._telemetry_wanted = True
         self._record = Record()
         self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
@@ -61,6 +61,10 @@ class Constrained(Optimizer):
     def _add(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
 
+    def _quantized(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        """(group, parameter) of all under the constraint."""
+        return ((group, p) for group in self.param_groups if group["grid"] is not None for p in group["params"])
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
@@ -70,16 +74,14 @@ class Constrained(Optimizer):
         if group["grid"] is None:
             return
         if made_for_a_part():
-            raise TypeError(
-                f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the scale of a "
-                "quantized weight moves with its step, which one rank alone would make; use fully_shard (FSDP2)"
-            )
+            raise TypeError(f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the "
+                            "scale of a quantized weight moves with its step, which one rank alone would make; use "
+                            "fully_shard (FSDP2)")  # fmt: skip
         ops.check_grid(group["grid"])
+        quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
-        config = _config_of(group)
-        for p in group["params"]:
-            rows = WeightQuantizer(config).rows(p)
+            rows = quantizer.rows(p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
 
@@ -89,11 +91,9 @@ class Constrained(Optimizer):
             for p in group["params"]:
                 self._quantizer(group, p)
         elif any(WeightQuantizer.of(p) is not None for p in group["params"]):
-            warnings.warn(
-                f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are then not "
-                "under the constraint; give it ak.param_groups(model) in place of model.parameters()",
-                stacklevel=4,
-            )
+            warnings.warn(f"{type(self).__name__}: a group without a grid holds weights of quantized layers, which are "
+                          "then not under the constraint; give it ak.param_groups(model) in place of "
+                          "model.parameters()", stacklevel=4)  # fmt: skip
 
     def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
         """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
@@ -131,9 +131,9 @@ class Constrained(Optimizer):
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         arguments = [self._arguments(group, params) for group, params in work]
         every = self.telemetry_every
-        record = bool(every) and (self._telemetry_wanted or self._steps % every == 0)
+        record = every > 0 and (self._telemetry_wanted or self.steps % every == 0)
         if record:
-            self._record = Record(self._steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
+            self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
         for index, (group, params) in enumerate(work):
@@ -145,7 +145,7 @@ class Constrained(Optimizer):
                 if record:
                     self._record.keep_rates(index, group)
                 self._step_constrained(index, group, params, arguments[index], record)
-        self._steps += 1
+        self.steps += 1
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
@@ -268,11 +268,6 @@ class Constrained(Optimizer):
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
-    @property
-    def steps(self) -> int:
-        """How many were made, those before a checkpoint included."""
-        return self._steps
-
     def telemetry(self) -> list[dict[str, Any]]:
         """What the passes summed up, for each quantized tensor of the last recorded step.
 
@@ -292,7 +287,7 @@ class Constrained(Optimizer):
         recorded step is written as well; call it at the end of a run.
         """
         if self._log is not None:
-            self._log.note(self._steps, self.param_groups, numbers)
+            self._log.note(self.steps, self.param_groups, numbers)
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
@@ -303,8 +298,7 @@ class Constrained(Optimizer):
                 saved["grid"] = group["grid"].to_dict()
                 for index, p in zip(saved["params"], group["params"], strict=True):
                     packed["state"][index] = {**packed["state"].get(index, {}), **self._scale_state(group, p)}
-        packed["askew_steps"] = self._steps
-        return packed
+        return {**packed, "askew_steps": self.steps}
 
     def _load(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
         """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid."""
@@ -313,18 +307,15 @@ class Constrained(Optimizer):
             for index, (saved, present) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False))
         ]
         groups += state_dict["param_groups"][len(groups) :]  # too many: torch says so
-        scales: dict[Any, dict[str, Any]] = {}
-        state: dict[Any, dict[str, Any]] = {}
-        for index, found in state_dict["state"].items():
-            scales[index] = {k: found[k] for k in _QUANTIZER_KEYS if k in found}
-            state[index] = {k: v for k, v in found.items() if k not in _QUANTIZER_KEYS}
+        found = state_dict["state"]
+        state = {index: {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS} for index, of in found.items()}
         load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
-        self._steps = state_dict.get("askew_steps", 0)
+        self.steps = state_dict.get("askew_steps", 0)
         self._record, self._telemetry_wanted = Record(), True
         for saved, group in zip(groups, self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
-                if group["grid"] is not None and "scale" in scales.get(index, {}):
-                    self._restore(group, p, scales[index])
+                if group["grid"] is not None and "scale" in found.get(index, {}):
+                    self._restore(group, p, found[index])
 
     def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
         if "grid" not in saved:  # another optimizer's, which knows nothing of the constraint
@@ -353,12 +344,8 @@ class Constrained(Optimizer):
         return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        scales = {
-            p: self._scale_state(group, p)
-            for group in self.param_groups
-            for p in (group["params"] if group["grid"] is not None else [])
-        }
-        own = {"telemetry_every": self.telemetry_every, "_steps": self._steps, "_scales": scales}
+        scales = {p: self._scale_state(group, p) for group, p in self._quantized()}
+        own = {"telemetry_every": self.telemetry_every, "steps": self.steps, "_scales": scales}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,10 +354,9 @@ class Constrained(Optimizer):
             self._begin(state["telemetry_every"])
         self._plans, self._known = {}, {}
         super().__setstate__(state)
-        for group in self.param_groups:
-            for p in group["params"] if group["grid"] is not None else []:
-                if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
-                    self._restore(group, p, scales[p])
+        for group, p in self._quantized():
+            if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
+                self._restore(group, p, scales[p])
 
 
 def _config_of(group: Mapping[str, Any]) -> QuantConfig:

@@ -59,12 +59,8 @@ class Plan:
 
     def holds(self, key: tuple, params: list[Tensor]) -> bool:
         """Same tensors, and since the last step only the update pass has touched them."""
-        return (
-            key == self.key
-            and len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
-            and all(
-                WeightQuantizer.of(p) is q and q.revision == revision and q.settled(p)
-                for p, q, revision in zip(params, self.quantizers, self.revisions, strict=True)
-            )
+        same = key == self.key and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
+        return same and all(
+            WeightQuantizer.of(p) is q and q.revision == revision and q.settled(p)
+            for p, q, revision in zip(params, self.quantizers, self.revisions, strict=True)
         )

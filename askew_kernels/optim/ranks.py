@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -23,23 +24,17 @@ def sum_over_ranks(parts: Iterable[tuple[Tensor, Tensor]], groups: list[dict[str
     for p, part in parts:
         key = sharding_of(p)
         sums[key] = sums[key] + part.to(sums[key].device) if key in sums else part
-    total: Tensor | None = None
-    seen = set()
+    shardings: dict[Any, Tensor] = {}
     for p in (p for group in groups for p in group["params"]):
-        if (key := sharding_of(p)) in seen:
-            continue
-        seen.add(key)
-        value = sums.get(key)
-        if value is None:
-            value = torch.zeros(shape, dtype=torch.float64, device=local_part(p).device)
-        if key is not None:
-            mesh, placements = key
-            for dim, placement in enumerate(placements):
-                if placement.is_shard():
-                    torch.distributed.all_reduce(value, group=mesh.get_group(dim))
-        total = value if total is None else total + value.to(total.device)
-    assert total is not None  # an optimizer has parameters
-    return total
+        shardings.setdefault(sharding_of(p), p)
+    totals = []
+    for key, p in shardings.items():
+        value = sums[key] if key in sums else torch.zeros(shape, dtype=torch.float64, device=local_part(p).device)
+        for dim, placement in enumerate(key[1] if key else ()):
+            if placement.is_shard():
+                torch.distributed.all_reduce(value, group=key[0].get_group(dim))
+        totals.append(value)
+    return functools.reduce(lambda total, value: total + value.to(total.device), totals)
 
 
 class ProcessGroup:
@@ -62,9 +57,6 @@ class ProcessGroup:
 
     def __reduce__(self) -> Any:
         if self.group is not None:
-            warnings.warn(
-                "process_group: a pickle cannot hold it; the optimizer that is loaded averages the surrogate gap over "
-                "all ranks until its process_group is set",
-                stacklevel=2,
-            )
+            warnings.warn("process_group: a pickle cannot hold it; the optimizer that is loaded averages the surrogate "
+                          "gap over all ranks until its process_group is set", stacklevel=2)  # fmt: skip
         return ProcessGroup, (None,)

@@ -1,9 +1,7 @@
 """SAM, ASAM and AlignedSAM: sharpness-aware steps over any base optimizer (docs/mathematics.md, section 4).
 
-A step has two halves. The *ascent* (``first_step``) keeps a copy of every weight that has a gradient and moves it by
-delta = (c T^2 - a) g; the *descent* (``second_step``), after a second backward at the moved point, puts every copy back
-bit for bit and lets the base optimizer step with the second gradient. Norm, coefficients and the decision that there is
-nothing to perturb stay on the device: neither half waits for it.
+A step has two halves, *ascent* (``first_step``) and *descent* (``second_step``). Norm, coefficients and the decision
+that there is nothing to perturb stay on the device: neither half waits for it.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,22 +28,16 @@ from .ranks import ProcessGroup, sum_over_ranks
 from .telemetry import checked_every
 from .wrapper import Wrapper, checked_base, room_for
 
-PERTURBATIONS = ("global", "local")
-_KEYS = ("rho", "eta", "adaptive")
 
-
-# ---- what a first step leaves for the second ------------------------------------------------------------------------
-
-
-@dataclass
-class _Bucket:
+class _Bucket(NamedTuple):
     """Parameters that share a launch: one device, sharding, rho, eta, direction; float64 apart."""
 
     group: dict[str, Any]
-    params: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)  # this rank's parts
-    grads: list[Tensor] = field(default_factory=list)
-    adaptive: list[int] = field(default_factory=list)
+    eta: float
+    params: list[Tensor]
+    weights: list[Tensor]  # this rank's parts
+    grads: list[Tensor]
+    adaptive: list[int]
 
 
 @dataclass
@@ -54,8 +46,7 @@ class _Ascent:
 
     groups: list[list[int]]  # ids of the parameters, to notice other groups
     kept: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # parameter, this rank's part, its copy
-    # first gradients and their versions, where they are needed again
-    firsts: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)
+    firsts: dict[Tensor, tuple[Tensor, int]] = field(default_factory=dict)  # first gradients, versions; where needed
     coefficients: list[Tensor] = field(default_factory=list)  # of each launch
     scaler: Any = None
     found_inf: Tensor | None = None  # in the first half
@@ -101,6 +92,7 @@ class SAM(Wrapper):
     """
 
     _step_supports_amp_scaling = True  # GradScaler.step calls step() also when it found inf: weights must come back
+    _KEYS = ("rho", "eta", "adaptive")
     _NEEDS_FIRSTS = False  # whether the first gradients are part of the step
     _align = 0.0
 
@@ -111,25 +103,22 @@ class SAM(Wrapper):
     ) -> None:  # fmt: skip
         own = {"rho": rho, "eta": eta, "adaptive": adaptive}
         _check_keys(own)
-        if perturbation not in PERTURBATIONS:
-            raise ValueError(f"perturbation: expected one of {', '.join(PERTURBATIONS)}, got {perturbation!r}")
+        if perturbation not in ("global", "local"):
+            raise ValueError(f"perturbation: expected one of global, local, got {perturbation!r}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.telemetry_every = checked_every(telemetry_every)
         if made_for_a_part():  # norm and perturbation would be those of one rank's part
             name = type(self).__name__
-            raise TypeError(
-                f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
-                f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), rho=...)"
-            )
+            raise TypeError(f"optimizer_class: {name} needs the parameters of all ranks, got one rank's from "
+                            f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), "
+                            "rho=...)")  # fmt: skip
         base = _make_base(params, base_optimizer, base_options)
         for group in base.param_groups:
-            _check_keys({**own, **{k: group[k] for k in own if k in group}})
-        self.model = model
-        self.perturbation = perturbation
+            _check_keys({**own, **group})
+        self.model, self.perturbation = model, perturbation
         self._begin()
         self._wrap(base, own)
-        self._complete()
 
     def _begin(self) -> None:
         """What copies and checkpoints do not hold."""
@@ -141,25 +130,20 @@ class SAM(Wrapper):
 
     # ---- one optimizer, not two ---------------------------------------------------------------------------------
 
-    @property
-    def KEEPS_QUANTIZERS_FRESH(self) -> bool:
-        """quant.state's hook asks: true where the base optimizer writes the quantized copies itself."""
-        return getattr(self.base_optimizer, "KEEPS_QUANTIZERS_FRESH", False)
+    # quant.state's hook asks: true where the base optimizer writes the quantized copies itself
+    KEEPS_QUANTIZERS_FRESH = property(lambda self: getattr(self.base_optimizer, "KEEPS_QUANTIZERS_FRESH", False))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not self._shares:  # called by Optimizer.__init__ for a group that the base already has
             return
         self._refuse_between_halves("add_param_group")
-        _check_keys({key: param_group.get(key, self.defaults[key]) for key in _KEYS})
+        _check_keys({**self.defaults, **param_group})
         self.base_optimizer.add_param_group(param_group)
         self._complete()
         self._note_names()
 
     def _complete(self) -> None:
-        """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
-        for group in self.param_groups:
-            for key in _KEYS:
-                group.setdefault(key, self.defaults[key])
+        super()._complete()
         if any("sam_gap" not in group for group in self.param_groups):
             first = self.param_groups[0]
             self._keep(first.get("sam_steps", 0), first.get("sam_gap"))
@@ -172,8 +156,8 @@ class SAM(Wrapper):
         return self.param_groups[0]["sam_steps"]
 
     @property
-    def _gap(self) -> Tensor:
-        """Of the last step: float64 (), NaN where it is not known."""
+    def gap(self) -> Tensor:
+        """The last surrogate gap: float64 (), NaN where it is not known."""
         return self.param_groups[0]["sam_gap"]
 
     @torch.inference_mode(False)
@@ -186,6 +170,10 @@ class SAM(Wrapper):
         for group in self.param_groups:
             group["sam_steps"], group["sam_gap"] = steps, gap
 
+    def _ids(self) -> list[list[int]]:
+        """By which a change of the groups is noticed."""
+        return [[id(p) for p in group["params"]] for group in self.param_groups]
+
     def _refuse_between_halves(self, what: str) -> None:
         if self._ascent is not None:
             raise RuntimeError(f"{what}: the weights are perturbed; call second_step() or restore() first")
@@ -193,9 +181,7 @@ class SAM(Wrapper):
     # ---- the first half -----------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def first_step(
-        self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
-    ) -> None:  # fmt: skip
+    def first_step(self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None) -> None:
         """Ascent: keeps a copy of every weight that has a gradient and moves it by delta.
 
         loss: the loss at the weights, for telemetry and an adaptive radius. scaler: the GradScaler that scaled the
@@ -205,15 +191,13 @@ class SAM(Wrapper):
         if self._ascent is not None:
             self.restore()
             raise RuntimeError("first_step: called twice without second_step between; the weights were restored")
-        options = {"zero_grad": zero_grad, "loss": loss, "scaler": scaler}
-        _, options = self._call_pre_hooks((self,), options)
+        _, options = self._call_pre_hooks((self,), {"zero_grad": zero_grad, "loss": loss, "scaler": scaler})
         self._ascend(**options)
 
     def _call_pre_hooks(self, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As torch does around ``step``; what the hooks make of the arguments."""
         for hook in itertools.chain(_global_optimizer_pre_hooks.values(), self._optimizer_step_pre_hooks.values()):
-            changed = hook(self, args, options)  # type: ignore[arg-type]
-            args, options = args if changed is None else changed[0], options if changed is None else changed[1]
+            args, options = hook(self, args, options) or (args, options)  # type: ignore[arg-type]
         return args, options
 
     def _call_post_hooks(self, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -224,7 +208,7 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _ascend(self, zero_grad: bool, loss: Tensor | float | None, scaler: Any) -> None:
         self._complete()
-        ascent = _Ascent([[id(p) for p in group["params"]] for group in self.param_groups], scaler=scaler)
+        ascent = _Ascent(self._ids(), scaler=scaler)
         buckets = self._buckets()
         self._check_loss("first_step", loss)
         ascent.found_inf = unscale_first(scaler, self)
@@ -243,9 +227,7 @@ class SAM(Wrapper):
                 quantized = [(q, p) for p in bucket.params if (q := WeightQuantizer.of(p)) is not None]
                 for q, p in quantized:
                     q.leaving(p)
-                ops.run_sam_perturb(
-                    bucket.weights, bucket.grads, kept, coefficients, bucket.adaptive, float(bucket.group["eta"])
-                )
+                ops.run_sam_perturb(bucket.weights, bucket.grads, kept, coefficients, bucket.adaptive, bucket.eta)
                 ascent.kept += zip(bucket.params, bucket.weights, kept, strict=True)
                 for q, p in quantized:
                     q.away(p)
@@ -271,16 +253,15 @@ class SAM(Wrapper):
 
     def _buckets(self) -> list[_Bucket]:
         """Every parameter that has a gradient; raises before anything is written."""
-        buckets: dict[Any, _Bucket] = {}
+        buckets: dict[Any, Any] = {}  # key -> group, eta, [(parameter, its part, gradient, adaptive)]
         places: set[int] = set()
         for group in self.param_groups:
             _check_keys(group)
-            rho, adaptive, names = group["rho"], group["adaptive"], group.get("param_names")
+            rho, names = group["rho"], group.get("param_names")
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
-            own = (rho_key, float(group["eta"]), bool(group.get("maximize")))
+            eta, maximize = float(group["eta"]), bool(group.get("maximize"))
             for i, p in enumerate(group["params"]):
-                g = p.grad
-                if g is None:
+                if (g := p.grad) is None:
                     continue
                 name = names[i] if names else self._names.get(p)
                 what = name or f"params[{i}]"
@@ -300,27 +281,19 @@ class SAM(Wrapper):
                     w, g = local_part(p), local_part(g)
                 place = w.data_ptr()
                 if place in places:  # moved twice, and the second copy would be of a moved weight
-                    raise ValueError(
-                        f"{what}: expected memory of its own, got another parameter's; tie modules "
-                        "by one Parameter instead of two with the same data"
-                    )
+                    raise ValueError(f"{what}: expected memory of its own, got another parameter's; tie modules by one "
+                                     "Parameter instead of two with the same data")  # fmt: skip
                 if w.numel():
                     places.add(place)
-                key = (w.device, w.dtype == torch.float64, sharding_of(p), *own)
-                if key not in buckets:
-                    buckets[key] = _Bucket(group)
-                bucket = buckets[key]
-                bucket.params.append(p)
-                bucket.weights.append(w)
-                bucket.grads.append(g)
-                bucket.adaptive.append(int(_is_adaptive(adaptive, name, p)))
-        return list(buckets.values())
+                if (adaptive := group["adaptive"]) is None:
+                    adaptive = "weight" in name if name else p.dim() >= 2
+                key = (*_launch_of(w), sharding_of(p), rho_key, eta, maximize)
+                buckets.setdefault(key, (group, eta, []))[2].append((p, w, g, int(adaptive)))
+        return [_Bucket(*shared, *map(list, zip(*rows, strict=True))) for *shared, rows in buckets.values()]
 
     def _squared_norm(self, buckets: list[_Bucket]) -> Tensor:
         """sum (T g)^2 over all parameters and ranks: float64, on the device."""
-        parts = [
-            (b.params[0], ops.run_sam_norm(b.weights, b.grads, b.adaptive, float(b.group["eta"]))) for b in buckets
-        ]
+        parts = ((b.params[0], ops.run_sam_norm(b.weights, b.grads, b.adaptive, b.eta)) for b in buckets)
         return sum_over_ranks(parts, self.param_groups)
 
     def _radius(self, rho: Tensor | float) -> Tensor | float:
@@ -334,25 +307,21 @@ class SAM(Wrapper):
         if isinstance(rho, Tensor):
             rho = rho.detach().to(norm.device)
         c = (rho / norm).to(dtype)
-        pair = torch.stack([c, torch.full_like(c, self._align)])
         usable = (norm > 0) & norm.isfinite() & c.isfinite()
-        return torch.where(usable, pair, torch.zeros_like(pair)).to(like.device)
+        return torch.where(usable, torch.stack([c, torch.full_like(c, self._align)]), 0.0).to(like.device)
 
     # ---- the second half ----------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def second_step(
-        self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None
-    ) -> None:  # fmt: skip
+    def second_step(self, zero_grad: bool = False, *, loss: Tensor | float | None = None, scaler: Any = None) -> None:
         """Descent: every kept weight put back bit for bit, then the base optimizer's step with the second gradient.
 
         loss: the loss at the perturbed weights, for telemetry and an adaptive radius. With the GradScaler, either
         ``scaler.step(optimizer)`` or ``second_step(scaler=scaler)``: inf or NaN in either half skips the base's step.
         Raises RuntimeError without a ``first_step``, or when groups or parameters have changed since.
         """
-        options = {"zero_grad": zero_grad, "loss": loss, "scaler": scaler}
-        self._descend(**options)
-        self._call_post_hooks((self,), options)
+        self._descend(zero_grad, loss, scaler)
+        self._call_post_hooks((self,), {"zero_grad": zero_grad, "loss": loss, "scaler": scaler})
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -361,10 +330,8 @@ class SAM(Wrapper):
         if ascent is None:
             raise RuntimeError("second_step: expected first_step() before it")
         try:
-            if ascent.groups != [[id(p) for p in group["params"]] for group in self.param_groups]:
-                raise RuntimeError(
-                    "second_step: the parameter groups have changed since first_step(); weights restored"
-                )
+            if ascent.groups != self._ids():
+                raise RuntimeError("second_step: the parameter groups have changed since first_step; weights restored")
             self._check_loss("second_step", loss)
             skipped = unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
             self._note_losses(loss, skipped)
@@ -392,19 +359,16 @@ class SAM(Wrapper):
 
     def _descends_inside(self, ascent: _Ascent) -> dict[Tensor, Tensor]:
         """The copies that the base's own update reads in place of the weights, so that restoring them costs no pass.
-
-        ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them.
-        """
+        ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them."""
         base = self.base_optimizer
         if not isinstance(base, ByRule):
             return {}
-        kept = {p: copy for p, _, copy in ascent.kept if p.grad is not None and p.is_contiguous()}
-        inside = {}
-        for group in base.param_groups:
-            for p in group["params"] if group["grid"] is not None else []:
-                if p in kept and (q := WeightQuantizer.of(p)) is not None and q.home_has_scale(p):
-                    inside[p] = kept[p]
-        return inside
+        constrained = {p for group in base.param_groups if group["grid"] is not None for p in group["params"]}
+        return {
+            p: copy for p, _, copy in ascent.kept
+            if p in constrained and p.grad is not None and p.is_contiguous()
+            and (q := WeightQuantizer.of(p)) is not None and q.home_has_scale(p)
+        }  # fmt: skip
 
     def _step_base(self, ascent: _Ascent, inside: dict[Tensor, Tensor]) -> None:
         """The base optimizer's step; what it has not taken from ``inside`` is restored, before or by an error."""
@@ -415,13 +379,10 @@ class SAM(Wrapper):
         assert isinstance(base, ByRule)
         for p in inside:
             WeightQuantizer.of(p).returned(p)  # type: ignore[union-attr]
-        base.saved_weights = dict(inside)
+        base.saved_weights, unused = dict(inside), inside
         try:
             base.step()
-            unused = dict(base.saved_weights)
-        except BaseException:
-            unused = inside
-            raise
+            unused = base.saved_weights
         finally:
             base.saved_weights, base.first_gradients, base.coefficients = {}, {}, None
             ascent.kept = [item for item in ascent.kept if item[0] in unused]
@@ -435,17 +396,16 @@ class SAM(Wrapper):
         perturbed for now, and with them the first half.
         """
         ascent, self._ascent = self._ascent, None
-        if ascent is None or not ascent.kept:
+        if ascent is None:
             return
         going = [item for item in ascent.kept if item[0] not in but]
-        staying = [item for item in ascent.kept if item[0] in but]
-        if staying:
+        if staying := [item for item in ascent.kept if item[0] in but]:
             ascent.kept, self._ascent = staying, ascent
-        together: dict[Any, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for item in going:
-            together.setdefault((item[1].device, item[1].dtype == torch.float64), []).append(item)
-        for items in together.values():
-            ops.run_sam_restore([w for _, w, _ in items], [kept for _, _, kept in items])
+        together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for _, w, copy in going:
+            together.setdefault(_launch_of(w), []).append((w, copy))
+        for pairs in together.values():
+            ops.run_sam_restore(*map(list, zip(*pairs, strict=True)))
         for p, _, _ in going:
             if (q := WeightQuantizer.of(p)) is not None:
                 q.returned(p)
@@ -454,12 +414,11 @@ class SAM(Wrapper):
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
     def _note_losses(self, loss: Tensor | float | None, skipped: bool) -> None:
-        self._report["perturbed_loss"] = _detached(loss)
-        first = self._report.get("loss")
-        if loss is not None and first is not None:
-            gap = self._report["perturbed_loss"] - first  # type: ignore[operator]
-            if self._directions() == {True}:  # the objective's loss is a gain
-                gap = -gap
+        first = self._report["loss"]
+        self._report["perturbed_loss"] = second = _detached(loss)
+        if first is not None and second is not None:
+            gap = first - second if self._directions() == {True} else second - first  # a loss to maximize is a gain
+            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self._report["gradient_norm"], gap)
             self._report["surrogate_gap"] = gap
             self._keep_gap(gap, skipped)
 
@@ -467,28 +426,22 @@ class SAM(Wrapper):
         """Whether groups maximize."""
         return {bool(group.get("maximize")) for group in self.param_groups}
 
-    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
+    def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
         """For the next step's radius; in the same tensor every time, where the replay of a CUDA graph looks for it.
-
-        A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays.
-        """
+        A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays."""
         if skipped:
             return
         norm: Tensor = self._report["gradient_norm"]
-        gap = gap.double().to(norm.device) if isinstance(gap, Tensor) else torch.full_like(norm, gap)
-        known = self._gap.to(norm.device)
-        gap = torch.where(norm.isfinite() & (norm > 0), gap, known)
-        if self._gap.device == gap.device:
-            self._gap.copy_(gap)
+        gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self.gap.to(norm.device))
+        if self.gap.device == gap.device:
+            self.gap.copy_(gap)
         else:
             self._keep(self._steps, gap)
 
     # ---- both halves --------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
-    def step(  # type: ignore[override]
-        self, closure: Callable[[], Any] | None = None, *, scaler: Any = None
-    ) -> Any:  # fmt: skip
+    def step(self, closure: Callable[[], Any] | None = None, *, scaler: Any = None) -> Any:  # type: ignore[override]
         """Both halves; ``closure`` computes the loss and its gradients (of all micro-batches) and returns the loss.
 
         It is evaluated twice, gradients are cleared before each, and the first loss is returned. With a ``scaler``,
@@ -509,10 +462,8 @@ class SAM(Wrapper):
     def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
             if not self._has_zero_gradients():
-                raise ValueError(
-                    "closure: expected a function that computes the loss and its gradients, because a step needs them "
-                    "twice, got None; by hand use first_step() and second_step()"
-                )
+                raise ValueError("closure: expected a function that computes the loss and its gradients, as a step "
+                                 "needs them twice, got None; by hand use first_step and second_step")  # fmt: skip
             return self.base_optimizer.step()
         if not callable(closure):
             raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
@@ -540,34 +491,26 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _has_zero_gradients(self) -> bool:
         """Gradients, and each of them zero on every rank; waits for the device."""
-        buckets = self._buckets()
-        return bool(buckets) and not self._squared_norm(buckets).item()
+        return bool(buckets := self._buckets()) and not self._squared_norm(buckets).item()
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
     def _records(self) -> bool:
         """Whether this step takes the cosine; all ranks that share parameters must agree, so asking does not count."""
-        every = self.telemetry_every
-        if every and self._steps % every == 0:
+        if self.telemetry_every and self._steps % self.telemetry_every == 0:
             return True
-        sharded = any(sharding_of(p) is not None for group in self.param_groups for p in group["params"])
-        return self._telemetry_wanted and not sharded
+        return self._telemetry_wanted and not any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
     def _cosine(self, ascent: _Ascent) -> Tensor | None:
-        """Between both gradients, over all parameters and ranks: float64, on the device.
-
-        None where the first gradients were overwritten in place (``zero_grad(set_to_none=False)``).
-        """
-        if any(
-            g._version != version or local_part(p.grad) is g
-            for p, (g, version) in ascent.firsts.items()
-            if p.grad is not None
-        ):
-            return None
+        """Between both gradients, over all parameters and ranks: float64, on the device. None where the first gradients
+        were overwritten in place (``zero_grad(set_to_none=False)``)."""
         parts = []
-        for p, (first, _) in ascent.firsts.items():
+        for p, (first, version) in ascent.firsts.items():
             if p.grad is not None:
-                a, b = first.flatten().float(), local_part(p.grad).flatten().float()
+                second = local_part(p.grad)
+                if first._version != version or second is first:
+                    return None
+                a, b = first.flatten().float(), second.flatten().float()
                 parts.append((p, torch.stack([a @ b, a @ a, b @ b]).double()))
         dot, one, other = sum_over_ranks(parts, self.param_groups, (3,))
         return dot / (one * other).sqrt()
@@ -583,13 +526,10 @@ class SAM(Wrapper):
         self._telemetry_wanted = True
         if "step" not in self._report:
             return {}
-        report = {
-            key: value.item() if isinstance(value, Tensor) else value
-            for key, value in self._report.items()
-            if value is not None
-        }
+        known = {key: value for key, value in self._report.items() if value is not None}
+        report = {key: value.item() if isinstance(value, Tensor) else value for key, value in known.items()}
         norm = report["gradient_norm"]
-        report["perturbed"] = math.isfinite(norm) and norm > 0
+        report["perturbed"] = 0 < norm < math.inf
         if not report["perturbed"]:
             kind = "zero" if norm == 0 else "NaN" if math.isnan(norm) else "inf"
             report["reason"] = f"the gradient's norm was {kind}: weights not perturbed"
@@ -602,18 +542,17 @@ class SAM(Wrapper):
         self._refuse_between_halves("state_dict")
         self._complete()
         packed = self.base_optimizer.state_dict()
-        own = {"sam_steps": self._steps, "sam_gap": self._gap.clone()}
+        own = {"sam_steps": self._steps, "sam_gap": self.gap.clone()}
         packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
         return packed
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._refuse_between_halves("load_state_dict")
         own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
-        before = [{key: group.get(key, self.defaults[key]) for key in _KEYS} for group in self.param_groups]
+        before = [{key: group.get(key, self.defaults[key]) for key in self._KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, before, strict=True):
-            for key, value in kept.items():
-                group.setdefault(key, value)
+            group.update({**kept, **group})
         first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
         self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
         self._report = {}
@@ -664,15 +603,10 @@ class AlignedSAM(SAM):
         adaptive: bool | None = False, eta: float = 0.01, *, align: float = 0.001, rho_max: float | None = None,
         rho_min: float = 0.0, process_group: Any = None, **options: Any,
     ) -> None:  # fmt: skip
-        align = ops.number("align", align, 0.0)
-        rho_min = ops.number("rho_min", rho_min, 0.0)
-        if rho_max is not None:
-            rho_max = ops.number("rho_max", rho_max, rho_min)
+        self._align, self._rho_min = ops.number("align", align, 0.0), ops.number("rho_min", rho_min, 0.0)
+        self._rho_max = None if rho_max is None else ops.number("rho_max", rho_max, self._rho_min)
         if options.get("perturbation", "global") == "local":
-            raise ValueError(
-                'perturbation: expected "global", because the first gradient is part of the step, got "local"'
-            )
-        self._align, self._rho_min, self._rho_max = align, rho_min, rho_max
+            raise ValueError('perturbation: expected "global": the first gradient is part of the step, got "local"')
         self._group = ProcessGroup(process_group)
         super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
 
@@ -687,7 +621,7 @@ class AlignedSAM(SAM):
     def _radius(self, rho: Tensor | float) -> Tensor | float:
         if self._rho_max is None:
             return rho
-        gap = self._gap
+        gap = self.gap
         rho = rho.detach().to(gap.device) if isinstance(rho, Tensor) else torch.full_like(gap, rho)
         return torch.where(gap.isnan(), rho, gap.clamp(min=0).log1p().clamp(self._rho_min, self._rho_max))
 
@@ -697,44 +631,32 @@ class AlignedSAM(SAM):
         if loss is None:
             raise ValueError(f"loss: expected {where}(loss=...), which the radius follows with rho_max, got None")
         if len(self._directions()) > 1:
-            raise ValueError(
-                "maximize: expected all groups to maximize or none with rho_max, because the radius follows how much "
-                "worse the loss gets, got some of each"
-            )
+            raise ValueError("maximize: expected all groups to maximize or none with rho_max, because the radius "
+                             "follows how much worse the loss gets, got some of each")  # fmt: skip
 
-    def _keep_gap(self, gap: Tensor | float, skipped: bool) -> None:
-        if self._rho_max is not None:
-            norm = self._report["gradient_norm"]  # on the device of the gradients, which the group can add up
-            gap = self._group.mean(gap.double() if isinstance(gap, Tensor) else torch.full_like(norm, gap))
-        super()._keep_gap(gap, skipped)
+    def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
+        super()._keep_gap(gap if self._rho_max is None else self._group.mean(gap), skipped)
 
     def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
-        coefficients = {(c.device, c.dtype == torch.float64): c for c in ascent.coefficients}
+        coefficients = {_launch_of(c): c for c in ascent.coefficients}
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                first = ascent.firsts.get(p, (None, 0))[0]
-                if first is None and p.grad is None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            first = ascent.firsts.get(p, (None, 0))[0]
+            if p.grad is None:
+                if first is None or not p.requires_grad:
                     continue
-                if p.grad is None:
-                    if not p.requires_grad:
-                        continue
-                    p.grad = torch.zeros_like(p)
-                second = local_part(p.grad)
-                first = torch.zeros_like(second) if first is None else first
-                if p in inside:
-                    self.base_optimizer.first_gradients[p] = first  # type: ignore[attr-defined]
-                    key = second.device, second.dtype == torch.float64
-                    self.base_optimizer.coefficients = coefficients[key]  # type: ignore[attr-defined]
-                    continue
-                together.setdefault((second.device, second.dtype == torch.float64), []).append((second, first))
-        for key, items in together.items():
+                p.grad = torch.zeros_like(p)
+            second = local_part(p.grad)
+            first = torch.zeros_like(second) if first is None else first
+            if p in inside:
+                self.base_optimizer.first_gradients[p] = first  # type: ignore[attr-defined]
+                self.base_optimizer.coefficients = coefficients[_launch_of(second)]  # type: ignore[attr-defined]
+            else:
+                together.setdefault(_launch_of(second), []).append((second, first))
+        for key, pairs in together.items():
             if key in coefficients:
-                ops.sam_average_([g for g, _ in items], [first for _, first in items], coefficients[key])
-
-
-# ---- helpers --------------------------------------------------------------------------------------------------------
+                ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])
 
 
 def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Optimizer:
@@ -747,14 +669,17 @@ def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Opt
     else:
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, Optimizer)):
             got = type(params).__name__ if base_optimizer is None else repr(base_optimizer)
-            raise TypeError(
-                "base_optimizer: expected a torch.optim.Optimizer as first argument, or parameters and an Optimizer "
-                f"class, got {got}"
-            )
+            raise TypeError("base_optimizer: expected a torch.optim.Optimizer as first argument, or parameters and an "
+                            f"Optimizer class, got {got}")  # fmt: skip
         base = base_optimizer(params, **options)
     if isinstance(base, SAM):
         raise TypeError("base_optimizer: expected an optimizer that is not itself sharpness-aware, got a SAM")
     return checked_base(base)
+
+
+def _launch_of(t: Tensor) -> tuple[torch.device, bool]:
+    """What tensors of one launch share."""
+    return t.device, t.dtype == torch.float64
 
 
 def _is_lent(g: Tensor) -> bool:
@@ -767,12 +692,6 @@ def _check_keys(keys: dict[str, Any]) -> None:
     ops.number("eta", keys["eta"], 0.0)
     if keys["adaptive"] not in (True, False, None):
         raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
-
-
-def _is_adaptive(adaptive: bool | None, name: str | None, p: Tensor) -> bool:
-    if adaptive is not None:
-        return bool(adaptive)
-    return "weight" in name if name else p.dim() >= 2
 
 
 def _checked_loss(loss: Any) -> Any:

@@ -42,6 +42,8 @@ class Skewed(Constrained, Wrapper):
     Other arguments and errors as for ``ASkewSGD``.
     """
 
+    _KEYS = CONSTRAINT_KEYS
+
     def __init__(
         self, base_optimizer: Optimizer, *, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
         freeze_scale: str = "anneal", skip_nonfinite: bool = False, telemetry_every: int = 10,
@@ -51,15 +53,12 @@ class Skewed(Constrained, Wrapper):
             raise TypeError(f"base_optimizer: expected a torch.optim.Optimizer, got {base_optimizer!r}")
         name = type(base_optimizer).__name__
         if isinstance(base_optimizer, Constrained):
-            raise TypeError(
-                f"base_optimizer: expected an optimizer without a constraint, got {name}, which has its own"
-            )
+            raise TypeError(f"base_optimizer: expected one without a constraint, got {name}, which has its own")
         if isinstance(base_optimizer, Wrapper):
             raise TypeError(f"base_optimizer: expected an optimizer that steps once, got {name}; put it around: "
                             f"{name}(Skewed(...))")  # fmt: skip
-        for key in grid_options:
-            if key not in GRID_KEYS:
-                raise TypeError(f"{key}: unknown argument; the grid's are {', '.join(GRID_KEYS)}")
+        if unknown := grid_options.keys() - GRID_KEYS.keys():
+            raise TypeError(f"{min(unknown)}: unknown argument; the grid's are {', '.join(GRID_KEYS)}")
         own = {
             **CONSTRAINT_KEYS, "alpha": alpha, "constraint_eps": constraint_eps, "freeze_scale": freeze_scale,
             "skip_nonfinite": skip_nonfinite, **grid_options,
@@ -69,7 +68,6 @@ class Skewed(Constrained, Wrapper):
         self._begin(telemetry_every, telemetry_log)
         self._wrap(base_optimizer, own)
         for group in self.param_groups:
-            self._complete(group)
             self._take(group)
 
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -78,67 +76,54 @@ class Skewed(Constrained, Wrapper):
         self._directions: dict[Tensor, Tensor] = {}  # of those that had to be put back first
         self._counted = 0
 
-    # ---- groups -------------------------------------------------------------------------------------------------
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._shares:  # otherwise called by Optimizer.__init__ for a group that the base already has
             super().add_param_group(param_group)
 
     def _add(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)
-        self._complete(self.param_groups[-1])
-
-    def _complete(self, group: dict[str, Any]) -> None:
-        for key in CONSTRAINT_KEYS:
-            group.setdefault(key, self.defaults[key])
+        self._complete()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if "lr" not in group:
             raise ValueError("lr: expected in every group of the base optimizer, whose step is taken over it, got none")
         super()._check_group(group)
 
-    # ---- the step -----------------------------------------------------------------------------------------------
-
     def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         """The base's step. It leaves the weights moved, with their copies in ``saved_weights``; a weight that has to be
         looked at for its scale is put back, with its direction in the copy's place."""
         params = [p for group, members in work if group["grid"] is not None for p in members]
-        quantizers = [WeightQuantizer.of(p) for p in params]
+        quantizers: list[Any] = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
         copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
         torch._foreach_copy_(copies, weights)
         for q, p in zip(quantizers, params, strict=True):
-            q.leaving(p)  # type: ignore[union-attr]
+            q.leaving(p)
         try:
             self.base_optimizer.step()
         except BaseException:
             torch._foreach_copy_(weights, copies)
             for q, p in zip(quantizers, params, strict=True):
-                q.returned(p)  # type: ignore[union-attr]
+                q.returned(p)
             raise
-        self.saved_weights, self._directions = {}, {}
-        lrs = {p: _divisor(group["lr"]) for group, members in work for p in members}
+        divisors = {p: _divisor(group["lr"]) for group, members in work for p in members}
         for q, p, w, copy in zip(quantizers, params, weights, copies, strict=True):
-            if w.is_contiguous() and q.home_has_scale(p):  # type: ignore[union-attr]
+            if w.is_contiguous() and q.home_has_scale(p):
                 self.saved_weights[p] = copy
             else:
                 moved = w - copy
                 w.copy_(copy)
-                self._directions[p] = torch.div(moved, lrs[p], out=copy)
-            q.returned(p)  # type: ignore[union-attr]
+                self._directions[p] = torch.div(moved, divisors[p], out=copy)
+            q.returned(p)
 
+    @torch.no_grad()
     def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         try:
             return super()._step(closure)
-        finally:
-            self._put_back()
-
-    @torch.no_grad()
-    def _put_back(self) -> None:
-        """Weights that no launch has come to, because another one raised."""
-        for p, copy in self.saved_weights.items():
-            local_part(p).copy_(copy)
-        self.saved_weights, self._directions = {}, {}
+        finally:  # weights that no launch has come to, because another one raised, are put back
+            for p, copy in self.saved_weights.items():
+                local_part(p).copy_(copy)
+            self.saved_weights, self._directions = {}, {}
 
     def _bucket(self, group: dict[str, Any], p: Tensor) -> tuple[Any, ...]:
         self._counted += p.numel()
@@ -146,24 +131,20 @@ class Skewed(Constrained, Wrapper):
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
-        moved = [(w, self.saved_weights[p]) for p, w in zip(launch.members, weights, strict=True)
-                 if p in self.saved_weights]  # fmt: skip
+        moved = [(p, w) for p, w in zip(launch.members, weights, strict=True) if p in self.saved_weights]
         if moved:
-            found = torch._foreach_sub(*(list(side) for side in zip(*moved, strict=True)))
+            found = torch._foreach_sub([w for _, w in moved], [self.saved_weights[p] for p, _ in moved])
             torch._foreach_div_(found, _divisor(group["lr"]))
-            self._directions.update(zip((p for p in launch.members if p in self.saved_weights), found, strict=True))
+            self._directions.update(zip((p for p, _ in moved), found, strict=True))
         directions = [self._directions.pop(p) for p in launch.members]
         ops.run_skew_direction(weights, directions, scales, *outputs, **arguments)
-
-    # ---- checkpoints: Wrapper asks for them --------------------------------------------------------------------
 
     def _pack(self) -> dict[str, Any]:
         return self._packed(self.base_optimizer.state_dict())
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._load(state_dict, self.base_optimizer.load_state_dict)
-        for group in self.param_groups:
-            self._complete(group)
+        self._complete()
 
 
 def _divisor(lr: float | Tensor) -> float | Tensor:

@@ -62,13 +62,13 @@ class Record:
 
     def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         report = []
-        for number, (name, p, index) in enumerate(_tensors(groups)):
+        for name, p, index in _tensors(groups):
             if (totals := self.totals.get(p)) is None or index not in self.rates:
                 continue
             t = dict(zip(ops.SkewStats.NAMES, totals.tolist(), strict=True))
             n = max(1, p.numel())
             report.append({
-                "step": self.step, "name": number if name is None else name, "numel": p.numel(),
+                "step": self.step, "name": name, "numel": p.numel(),
                 **{key: float(value) for key, value in self.rates[index].items()},
                 "fraction_infeasible": t["infeasible"] / n, "mean_violation": t["violation"] / n,
                 "flips": t["flips"], "velocity_norm": t["velocity_squared"] ** 0.5,
@@ -78,10 +78,10 @@ class Record:
 
 
 def _tensors(groups: list[dict[str, Any]]) -> list[tuple[Any, Tensor, int]]:
-    """(name or None, parameter, index of its group), in order."""
+    """(name or place, parameter, index of its group), in order."""
     found: list[tuple[Any, Tensor, int]] = []
     for index, group in enumerate(groups):
-        names = group.get("param_names") or [None] * len(group["params"])
+        names = group.get("param_names") or range(len(found), len(found) + len(group["params"]))
         found += [(name, p, index) for name, p in zip(names, group["params"], strict=True)]
     return found
 
@@ -110,10 +110,9 @@ class TelemetryLog:
     """
 
     def __init__(self, path: str | os.PathLike, optimizer: str) -> None:
-        try:
-            self.path = Path(os.fsdecode(path)).absolute()  # a run may change its directory
-        except TypeError:
-            raise TypeError(f"telemetry_log: expected a path, got {path!r}") from None
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise TypeError(f"telemetry_log: expected a path, got {path!r}")
+        self.path = Path(os.fsdecode(path)).absolute()  # a run may change its directory
         self.optimizer = optimizer
         with self.path.open("ab+" if self.path.is_file() else "ab") as stream:
             if stream.readable():
@@ -131,19 +130,18 @@ class TelemetryLog:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
             whole = content.rfind(b"\n") + 1
             cut = whole < len(content)
-        if cut:
+        if cut:  # nothing of a whole file, to which another process may be appending
             stream.truncate(whole)
 
     def _append(self, groups: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
         if not self._begun:
             tensors = [
-                {"name": number if name is None else name, "numel": p.numel(),
-                 "grid": None if (grid := groups[index].get("grid")) is None else grid.to_dict()}
-                for number, (name, p, index) in enumerate(_tensors(groups))
-            ]  # fmt: skip
+                {"name": name, "numel": p.numel(), "grid": (grid := groups[index].get("grid")) and grid.to_dict()}
+                for name, p, index in _tensors(groups)
+            ]
             head = {"kind": "run", "version": VERSION, "optimizer": self.optimizer, "time": time.time()}
             lines = [{**head, "tensors": tensors}, *lines]
-        text = "".join(json.dumps(_plain(line), allow_nan=False, default=_refused) + "\n" for line in lines)
+        text = "".join(json.dumps(_plain(line), allow_nan=False) + "\n" for line in lines)
         try:
             self._write(text.encode())
             self._begun = True
@@ -158,52 +156,38 @@ class TelemetryLog:
                 while data:
                     data = data[stream.write(data) :]
             except OSError:
-                with contextlib.suppress(OSError):
-                    if size is not None:
-                        stream.truncate(size)
+                with contextlib.suppress(OSError):  # a pipe keeps what it took
+                    stream.truncate(size)
                 raise
 
-    def recorded(self, record: Record, groups: list[dict[str, Any]]) -> None:
+    def recorded(self, record: Record | None, groups: list[dict[str, Any]]) -> None:
         """Keeps the step that was just recorded, and writes the one before."""
         with self._lock:
-            self.flush(groups)
-            self.pending = record
-
-    def flush(self, groups: list[dict[str, Any]]) -> None:
-        with self._lock:
-            record, self.pending = self.pending, None
-            if record is not None:
-                line: dict[str, Any] = {"kind": "step", "step": record.step}
-                if (loss := _number(record.loss)) is not None:
+            before, self.pending = self.pending, record
+            if before is not None:
+                line: dict[str, Any] = {"kind": "step", "step": before.step}
+                if (loss := _number(before.loss)) is not None:
                     line["loss"] = loss
-                self._append(groups, [{**line, "tensors": record.rows(groups)}])
+                self._append(groups, [{**line, "tensors": before.rows(groups)}])
 
     def note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
         """Raises ValueError for a name that the line itself needs, TypeError for what JSON cannot hold."""
-        for name in ("kind", "histograms"):
-            if name in numbers:
-                raise ValueError(f"{name}: a line of the log has one of its own; expected another name")
         for name, value in numbers.items():
+            if name in ("kind", "histograms"):
+                raise ValueError(f"{name}: a line of the log has one of its own; expected another name")
             try:
-                json.dumps(_plain(value), default=_refused)
-            except (TypeError, ValueError) as problem:
-                raise TypeError(f"{name}: expected numbers, text, lists or dicts of them, {problem}") from None
-        if not isinstance(_plain(numbers.get("step", step)), int):
-            raise TypeError(f"step: expected an int, got {numbers['step']!r}")
-        with self._lock:
-            self._note(step, groups, numbers)
-
-    def _note(self, step: int, groups: list[dict[str, Any]], numbers: dict[str, Any]) -> None:
-        self.flush(groups)
+                json.dumps(_plain(value))
+            except (TypeError, ValueError):
+                raise TypeError(f"{name}: expected numbers, text, lists or dicts of them, got {value!r}") from None
         line = {"kind": "note", "step": step, **numbers}
-        if "epoch" in numbers:
-            found = {
-                str(number if name is None else name): weight_histogram(p)
-                for number, (name, p, index) in enumerate(_tensors(groups))
-                if groups[index].get("grid") is not None
-            }
-            line["histograms"] = {name: h for name, h in found.items() if h is not None}
-        self._append(groups, [line])
+        if not isinstance(_plain(line["step"]), int):
+            raise TypeError(f"step: expected an int, got {line['step']!r}")
+        with self._lock:
+            self.recorded(None, groups)
+            if "epoch" in numbers:
+                quantized = [(name, p) for name, p, index in _tensors(groups) if groups[index].get("grid") is not None]
+                line["histograms"] = {str(name): h for name, p in quantized if (h := weight_histogram(p)) is not None}
+            self._append(groups, [line])
 
 
 def _plain(value: Any) -> Any:
@@ -217,10 +201,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _refused(value: Any) -> Any:
-    raise TypeError(f"got {value!r}")
 
 
 def _number(loss: Any) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,8 @@ def _of_base(name: str) -> Any:
 
 
 class Wrapper(Optimizer):
-    """``param_groups``, ``defaults`` and ``state`` are the base's own objects, so LR schedulers, ``EpsilonAnnealing``
-    and checkpoints see one optimizer."""
-
     base_optimizer: Optimizer
+    _KEYS: ClassVar[Iterable[str]]  # of groups, beside the base's
     _shares = False  # Optimizer.__init__ must not touch what is the base's
     param_groups = _of_base("param_groups")
     state = _of_base("state")
@@ -34,6 +33,13 @@ class Wrapper(Optimizer):
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
+        self._complete()
+
+    def _complete(self) -> None:
+        """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
+        for group in self.param_groups:
+            for key in self._KEYS:
+                group.setdefault(key, self.defaults[key])
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, and what this optimizer adds to its groups and state."""
@@ -71,10 +77,8 @@ def checked_base(base: Any) -> Optimizer:
     """``base``, an optimizer that steps with the gradients it finds. Raises TypeError for one that does not."""
     closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise TypeError(
-            f"base_optimizer: expected an optimizer that steps with the gradients it finds, got {type(base).__name__}, "
-            "which evaluates a closure itself"
-        )
+        raise TypeError("base_optimizer: expected an optimizer that steps with the gradients it finds, got "
+                        f"{type(base).__name__}, which evaluates a closure itself")  # fmt: skip
     return base
 
 

@@ -237,7 +237,7 @@ class Search:
         with torch.no_grad():
             row = {"step": self.step, "loss": float(first), "expected": float(self.expected_cost())}
         if isinstance(optimizer, AlignedSAM):
-            row |= {"surrogate_gap": float(optimizer._gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
+            row |= {"surrogate_gap": float(optimizer.gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
         self.history.append(row)
         return row
 
