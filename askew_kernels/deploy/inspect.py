@@ -21,7 +21,8 @@ from ..nn import quantized_layers
 from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
-from ..quant import Grid, unpack_weight
+from ..nn.replace import first_input, observed
+from ..quant import Grid
 from ..quant.packing import row_bytes
 from .files import PackedFile, PackedFileError, read_safetensors
 
@@ -63,12 +64,8 @@ class Report:
         return self.other_bytes + sum(r.float_bytes for r in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "layers": [asdict(r) | {"compression": r.compression} for r in self.layers],
-            "other_bytes": self.other_bytes,
-            "bytes": self.bytes,
-            "float_bytes": self.float_bytes,
-        }
+        layers = [asdict(r) | {"compression": r.compression} for r in self.layers]
+        return {"layers": layers, "other_bytes": self.other_bytes, "bytes": self.bytes, "float_bytes": self.float_bytes}
 
     def __str__(self) -> str:
         def number(value: float | None, form: str) -> str:
@@ -84,15 +81,11 @@ class Report:
         ratio = f"{self.float_bytes / self.bytes:.2f}" if self.bytes else "-"
         rows.append(("all", "", "", str(sum(r.weights for r in self.layers)), str(self.bytes), ratio, "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        form = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))
+        return "\n".join(form.format(*row).rstrip() for row in rows)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         names, place = [r.name for r in self.layers], range(len(self.layers))
@@ -110,7 +103,7 @@ class Report:
         for axes in (size, error):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend()
-        FigureCanvasAgg(figure).print_figure(str(path), dpi=120)
+        figure.savefig(str(path), dpi=120)
 
 
 def short_name(grid: Grid, trits: bool = False) -> str:
@@ -152,9 +145,8 @@ def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) 
             if w is None or tuple(w.shape) != layer.shape:
                 found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
                 raise PackedFileError(f"{file.path}: layer {name}: {name}.weight {found} in the original")
-            codes, scale = (file.tensors[k] for k in keys)
-            w_hat = unpack_weight(codes, scale, layer.config.weight, layer.shape, torch.float64, trits=layer.trits)
-            error, outliers = _errors(w, w_hat, scale, layer.config.weight)
+            layer.weight_codes, layer.weight_scale = file.codes(name)
+            error, outliers = _errors(w, layer.dequantize(torch.float64), layer.weight_scale, layer.config.weight)
             r = replace(r, error=error, outliers=outliers)
         counted.update(keys)
         reports.append(r)
@@ -201,27 +193,16 @@ def _output_errors(model: nn.Module, batch: Any) -> dict[str, float]:
     """||y - y^|| / ||y|| of every quantized layer that the model calls."""
     found: dict[str, float] = {}
 
-    def compare(name: str, layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
-        x = inputs[0] if inputs else next(iter(named.values()))
+    def compare(name: str, layer: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        x = first_input(args, kwargs)
         exact = layer.product(x, layer.weight).double()
         found[name] = _relative(layer.product(x, layer.quantized_weight()).double(), exact)
 
-    handles = [
-        m.register_forward_pre_hook(partial(compare, name), with_kwargs=True)
-        for name, m in quantized_layers(model).items()
-    ]
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
+    with observed(model, [(m, partial(compare, name)) for name, m in quantized_layers(model).items()]):
         if isinstance(batch, Mapping):
             model(**batch)
         else:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -41,14 +41,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def _fake_quantized(x: Tensor, scale: Tensor, grid: Any, clip: bool) -> Tensor:
+    """``ops.fake_quantize`` without its checks."""
+    scale = scale.double() if x.dtype == torch.float64 else scale
+    return ops.run_fake_quantize(x.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding, clip, False, 0)
+
+
+def token_rows(x: Tensor, token_dims: int) -> int:
+    """Rows of a layer's input that have a scale each: one for its last ``token_dims`` dimensions."""
+    return math.prod(x.shape[: max(0, x.dim() - token_dims)])
+
+
 def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     """s Q(x/s) of a layer's input, straight-through; s = max|x| / c_max over the last ``token_dims`` dimensions."""
-    rows = math.prod(x.shape[: max(0, x.dim() - token_dims)])
-    scale = activation_scales(x, [grid.c_max], rows)[0]
-    wide = x.dtype == torch.float64
-    return ops.run_fake_quantize(
-        x.contiguous(), scale.double() if wide else scale, grid.levels_tensor(x.device), grid.encoding, False, False, 0
-    )
+    return _fake_quantized(x, activation_scales(x, [grid.c_max], token_rows(x, token_dims))[0], grid, False)
 
 
 def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
@@ -154,7 +160,7 @@ class QuantizedLayer(nn.Module):
         if (found := WeightQuantizer.of(weight)) is not quantizer:
             if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
                 quantizer = self.quantizer = found
-            elif any(layer._parameters.get("weight") is not weight for layer in self._sharing(quantizer)):
+            elif any(w is not weight and WeightQuantizer.of(w) is quantizer for w in self._others(quantizer)):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
             if found is not quantizer:
                 quantizer.tie(weight)
@@ -165,10 +171,9 @@ class QuantizedLayer(nn.Module):
             self._show(quantizer)
         return quantizer
 
-    def _sharing(self, quantizer: WeightQuantizer) -> list[QuantizedLayer]:
-        """The other layers whose weight has this quantizer now."""
-        layers = [layer for layer in quantizer.layers if layer is not self]
-        return [m for m in layers if WeightQuantizer.of(m._parameters.get("weight")) is quantizer]
+    def _others(self, quantizer: WeightQuantizer) -> list[Any]:
+        """The weights of the other layers that were tied to this quantizer."""
+        return [layer._parameters.get("weight") for layer in quantizer.layers if layer is not self]
 
     def _show(self, quantizer: WeightQuantizer) -> None:
         """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
@@ -187,25 +192,19 @@ class QuantizedLayer(nn.Module):
         if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.invalidate()
             old = self._parameters.get("weight")
-            was_tied = type(old) is QuantizedParameter
+            was_tied = type(old) is QuantizedParameter and not old.is_meta and "_loading" not in self.__dict__
             if isinstance(value, nn.Parameter) and value is not old:
                 if old is not None and not is_sharded(old) and not is_sharded(value):
                     quantizer.untie(old)
                 if is_sharded(value):
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
-                elif (
-                    was_tied
-                    and not old.is_meta  # type: ignore[union-attr]
-                    and (quantizer.frozen or not self.training)
-                    and not self.__dict__.get("_loading")
-                ):
+                elif was_tied and (quantizer.frozen or not self.training):
+                    scale = "with the frozen scale of the old one" if quantizer.frozen else "by its rule"
                     warnings.warn(
-                        f"{type(self).__name__}: weight was replaced; it is quantized anew "
-                        f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
-                        "folding a BatchNorm or another factor into it does not give what both layers computed: fold "
-                        "before quantize_, or after dequantize_",
-                        stacklevel=2,
+                        f"{type(self).__name__}: weight was replaced; it is quantized anew {scale}, so that folding a "
+                        "BatchNorm or another factor into it does not give what both layers computed: fold before "
+                        "quantize_, or after dequantize_", stacklevel=2,
                     )  # fmt: skip
         elif name in STATE and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
             # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
@@ -248,9 +247,6 @@ class QuantizedLayer(nn.Module):
         if (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.forget()
 
-    def _uses_float(self) -> bool:
-        return self.training and self.config.forward == "relaxed"
-
     def _ordinary(self) -> bool:
         """The weight is a Parameter whose changes can be seen, and nothing traces or transforms the call: what is
         known of it may be kept for the next. In every forward, so of few Python operations."""
@@ -277,13 +273,9 @@ class QuantizedLayer(nn.Module):
 
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
-        config, weight = self.config, self.weight
+        weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
-        scale = self._functional_scale(weight)
-        return ops.run_fake_quantize(
-            weight.contiguous(), scale.double() if weight.dtype == torch.float64 else scale,
-            config.weight.levels_tensor(weight.device), config.weight.encoding, config.ste_clip, False, 0,
-        )  # fmt: skip
+        return _fake_quantized(weight, self._functional_scale(weight), self.config.weight, self.config.ste_clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
         weight, quantizer, low = self._parameters["weight"], self.quantizer, autocast_dtype(x)
@@ -311,7 +303,7 @@ class QuantizedLayer(nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
-        if self._uses_float():
+        if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x)
@@ -336,18 +328,16 @@ class QuantizedLayer(nn.Module):
         quantizer = self._tied()
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
-        if of is not None and not of.is_meta and not torch.equal(of.detach().cpu().float(), mine):
-            which = "weight" if torch.equal(of.detach().cpu().float()[1], mine[1]) else "activation"
-            error_msgs.append(
-                f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
-                f"{getattr(self.config, which)}; call quantize_ with the configuration that was trained"
-            )
+        if of is not None and not of.is_meta and not torch.equal(of := of.detach().cpu().float(), mine):
+            which = "weight" if torch.equal(of[1], mine[1]) else "activation"
+            error_msgs.append(f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
+                              f"{getattr(self.config, which)}; call quantize_ with the configuration that was "
+                              "trained")  # fmt: skip
             return
         self.__dict__["_loading"] = True  # by ``assign``: another weight, which comes with its scale
         try:
-            super()._load_from_state_dict(
-                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys,
+                                          error_msgs)  # fmt: skip
         finally:
             del self.__dict__["_loading"]
         came = prefix + "weight" in state_dict

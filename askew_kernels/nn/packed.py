@@ -100,18 +100,14 @@ class PackedLayer(nn.Module):
             raise ValueError(f"weight_scale: expected shape {tuple(self.weight_scale.shape)} for {tuple(self.shape)} "
                              f"weights {self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
         exact, scale = scale, scale.to(self.weight_scale.dtype)
-        if not torch.equal(scale.float(), exact.float()) and not force:
-            raise ValueError(
-                f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
-            )
+        if not force and not torch.equal(scale.float(), exact.float()):
+            why = "would change the scales; use float32, or force=True to round them"
+            raise ValueError(f"scale_dtype: {scale.dtype} {why}")
         codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
-        off = int((self.dequantize() != weight).sum())
-        if off and not force:
-            raise ValueError(
-                f"weight: {off} of {weight.numel()} weights are not on their levels; call hard_quantize_(model) "
-                "first, or give force=True to round them"
-            )
+        if not force and (off := int((self.dequantize() != weight).sum())):
+            raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
+                             "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
 
     def to_float(self) -> nn.Module:
         """A float layer with the unpacked weight and the same bias Parameter."""
@@ -119,9 +115,9 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
-        return ops.packed_dequantize(
-            self.weight_codes, self.weight_scale, self.config.weight, self.bits, self.cols, dtype or self.weight_dtype
-        ).reshape(self.shape)
+        codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
+        flat = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
+        return flat.reshape(self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -133,21 +129,15 @@ class PackedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
-            raise AttributeError(
-                "weight: a packed layer keeps codes, it can be given no other weight; call unpack_(model) first"
-            )
+            raise AttributeError("weight: a packed layer keeps codes, it can be given no other weight; call "
+                                 "unpack_(model) first")  # fmt: skip
         super().register_parameter(name, param)
-
-    def _input(self, x: Tensor) -> Tensor:
-        """The input as the trained layer has taken it."""
-        grid = self.kind.input_grid(self)
-        return x if grid is None else quantized_input(x, grid, self.kind.token_dims)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-        if self.config.activation is not None:  # of a kind that takes numbers: indices do not come here
-            x = self._input(x)
+        if (grid := self.config.activation) is not None:  # of a kind that takes numbers: indices do not come here
+            x = quantized_input(x, grid, self.kind.token_dims)
         if low is not None:
             x = x.to(low)
         try:  # not `self.bias`, nor a cast to the same type: microseconds, in every call
@@ -175,20 +165,19 @@ class PackedLayer(nn.Module):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
-        grid, compiling = self.config.weight, torch.compiler.is_compiling()
+        grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         name, product = runtime.packed_product(x, self.activations)
-        codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
-        if scale.dtype != torch.float32:  # type: ignore[union-attr]
-            scale = scale.float()  # type: ignore[union-attr]
+        scale: Any = buffers["weight_scale"]
+        if scale.dtype != torch.float32:
+            scale = scale.float()
         levels = grid.levels_tensor(x.device)
-        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.run_packed_linear(
-                name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
-            )
+        inputs = x.contiguous(), buffers["weight_codes"], scale, levels, grid.encoding, self.bits, bias
+        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):
+            return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
-            return product(x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias)
+            return product(*inputs)
         finally:
             del below
 
@@ -199,11 +188,9 @@ class PackedLayer(nn.Module):
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""
-        geometry = self.kind.geometry_of(self)
-        return {
-            "kind": self.kind.name, "config": self.config.to_dict(), "trits": self.trits, "shape": list(self.shape),
-            "dtype": str(self.weight_dtype).removeprefix("torch."), **({"geometry": geometry} if geometry else {}),
-        }  # fmt: skip
+        geometry, dtype = self.kind.geometry_of(self), str(self.weight_dtype).removeprefix("torch.")
+        return {"kind": self.kind.name, "config": self.config.to_dict(), "trits": self.trits, "shape": list(self.shape),
+                "dtype": dtype, **({"geometry": geometry} if geometry else {})}  # fmt: skip
 
     def set_activations(self, activations: str) -> None:
         """How the input is taken, but for indices; ValueError where it is unknown or the grid does not allow it."""
@@ -214,11 +201,9 @@ class PackedLayer(nn.Module):
 
     def _meaning(self) -> dict[str, Any]:
         """What two layers must agree in so that the codes of one mean the same in the other, and outputs are equal."""
-        activation = self.config.activation
-        return {
-            "grid": self.config.weight.to_dict(), "trits": self.trits, "shape": list(self.shape),
-            "activation": None if activation is None else activation.to_dict(),
-        }  # fmt: skip
+        grid, activation = self.config.weight.to_dict(), self.config.activation
+        return {"grid": grid, "trits": self.trits, "shape": list(self.shape),
+                "activation": None if activation is None else activation.to_dict()}  # fmt: skip
 
     def get_extra_state(self) -> Tensor:
         """JSON as uint8: a tensor goes through every kind of checkpoint."""
@@ -261,8 +246,7 @@ class PackedLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        c = self.config
+        c, packing = self.config, ", trits" if self.trits else ""
         group = f", group_size={c.group_size}" if c.group_size else ""
-        packing = ", trits" if self.trits else ""
         int8 = ", activations=int8" if self.activations == "int8" else ""
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"

@@ -73,10 +73,8 @@ def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[
         kind = kind_of(module)
         roles[name] = kind, f"{place} {kind} {re.sub(r'[0-9]+', '*', name)}"
         members.setdefault(roles[name][1], []).append(name)
-    return {
-        name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
-        for name, (kind, role) in roles.items()
-    }
+    return {name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
+            for name, (kind, role) in roles.items()}  # fmt: skip
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
@@ -179,19 +177,15 @@ class Policy:
         found = {name: match for name in roles if (match := self.entry(name)) is not None}
         wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
                  if match.kind != roles[name][0]]  # fmt: skip
-        used = {layer.name for layer in found.values()}
-        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        return found, wrong or _missing(without, extra)
+        extra = [p.name for p in self.layers if p not in found.values()]
+        return found, wrong or _missing([n for n in roles if n not in found], extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found = {}
-        for name, (_, role, position) in roles.items():
-            if alike := [layer for layer in self.layers if layer.role == role]:
-                found[name] = min(alike, key=lambda p: abs(p.position - position))
-        present = {role for _, role, _ in roles.values()}
-        extra = [p.name for p in self.layers if p.role not in present]
-        without = [f"{n} ({roles[n][1]})" for n in roles if n not in found]
-        return found, _missing(without, extra)
+        alike = {role: [p for p in self.layers if p.role == role] for _, role, _ in roles.values()}
+        found = {name: min(alike[role], key=lambda p: abs(p.position - position))
+                 for name, (_, role, position) in roles.items() if alike[role]}  # fmt: skip
+        extra = [p.name for p in self.layers if p.role not in alike]
+        return found, _missing([f"{n} ({roles[n][1]})" for n in roles if n not in found], extra)
 
     # ---- files and tables ----
 
@@ -206,8 +200,7 @@ class Policy:
             found = d.get("askew_policy") if isinstance(d, dict) else type(d).__name__
             raise PolicyError(f"policy: expected a policy of version {VERSION}, got {found!r}")
         try:
-            layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
-            return cls(layers, dict(d.get("report", {})))
+            return cls(tuple(LayerPolicy(**layer) for layer in d["layers"]), dict(d.get("report", {})))
         except PolicyError:
             raise
         except (TypeError, KeyError, ValueError) as problem:
@@ -238,8 +231,7 @@ class Policy:
             inputs = "float" if p.act_bits is None else f"{p.act_bits}{'' if p.act_signed else ' unsigned'}"
             lines.append(f"{p.name:<{width}}  {p.kind:<9}  {weights:>7}  {inputs}")
         for key in ("expected", "chosen"):
-            costs = self.report.get(key)
-            if isinstance(costs, dict):
+            if isinstance(costs := self.report.get(key), dict):
                 lines.append(f"{key}: " + ", ".join(f"{name} {_short(value)}" for name, value in costs.items()))
         return "\n".join(lines)
 
@@ -248,12 +240,12 @@ class Policy:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(4.0, 0.5 * len(self.layers) + 1.5), 3.2), layout="constrained")
-        axis = figure.subplots()
-        places = range(len(self.layers))
-        axis.bar([i - 0.2 for i in places], [p.weight_bits or 32 for p in self.layers], 0.4, label="weights")
-        if any(p.act_bits for p in self.layers):
-            axis.bar([i + 0.2 for i in places], [p.act_bits or 32 for p in self.layers], 0.4, label="inputs")
-        axis.set_xticks(list(places), [p.name for p in self.layers], rotation=60, fontsize=8)
+        axis, places = figure.subplots(), range(len(self.layers))
+        for what, label, side in (("weight_bits", "weights", -0.2), ("act_bits", "inputs", 0.2)):
+            bits = [getattr(p, what) for p in self.layers]
+            if what == "weight_bits" or any(bits):
+                axis.bar([i + side for i in places], [b or 32 for b in bits], 0.4, label=label)
+        axis.set_xticks(places, [p.name for p in self.layers], rotation=60, fontsize=8)
         axis.set_ylabel("bits")
         axis.legend(fontsize=8)
         figure.savefig(path, dpi=120)
@@ -268,10 +260,9 @@ def _by_every_name(
     for name, entry in found.items():
         if entry.weight_bits is not None:
             first, has = bits.setdefault(weight_id(layers[name]), (name, entry.weight_bits))
-            if has != entry.weight_bits:
-                raise PolicyError(
-                    f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
-                )
+            if has != (other := entry.weight_bits):
+                both = f"{first} and {name} share one weight, but are to have {has} and {other} bits"
+                raise PolicyError(f"policy: {both}")
     return {name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs}
 
 
