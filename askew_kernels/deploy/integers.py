@@ -43,7 +43,6 @@ def integers(layer: Any, holder: str) -> Integers:
     """Of a packed layer, on its device; raises as ``table``."""
     values, factor = table(layer, holder)
     codes, scale = layer.weight_codes, layer.weight_scale.detach() * factor
-    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)[
-        unpack_codes(codes, layer.bits, layer.cols).int()
-    ]
+    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)
+    levels = levels[unpack_codes(codes, layer.bits, layer.cols).int()]
     return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), values[0], values[-1])

@@ -48,16 +48,14 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
     rows, groups = scale.shape
     if format == "int4":
         if high - low > 15 or rows != n:
-            raise ValueError(
-                f"int4: expected at most 16 consecutive integers and scales by channel or group, got "
-                f"{layer.config.weight}, {layer.config.granularity}"
-            )
+            raise ValueError("int4: expected at most 16 consecutive integers and scales by channel or group, got "
+                             f"{layer.config.weight}, {layer.config.granularity}")  # fmt: skip
         if not torch.equal(scale.bfloat16().float(), scale.float()):
             raise ValueError("int4: bfloat16 does not hold the scales; pack with scale_dtype=torch.bfloat16")
-        offset = 8 if low < -8 or high > 7 else 0  # weight = q s + zero_point
-        nibbles = (levels - offset).to(torch.int8)
         if cols % 2:
             raise ValueError(f"int4: expected an even number of columns, got {cols}")
+        offset = 8 if low < -8 or high > 7 else 0  # weight = q s + zero_point
+        nibbles = (levels - offset).to(torch.int8)
         data = (nibbles[:, 0::2] & 15) | (nibbles[:, 1::2] << 4)
         scales = scale.bfloat16().t().contiguous()
         return int4(data.contiguous(), scales, scales * offset, [1, cols // groups], torch.Size((n, cols)))

@@ -28,10 +28,8 @@ NAMES_TOLD = 4  # of each type, in the line that says what stays float
 logger = logging.getLogger("askew_kernels")
 
 
-def quantize_(
-    model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    kinds: str | Iterable[str] = DEFAULT,
-) -> nn.Module:  # fmt: skip
+def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None,
+              kinds: str | Iterable[str] = DEFAULT) -> nn.Module:  # fmt: skip
     """Replaces the layers of these ``kinds`` in ``model``, in place, by their quantized twins; returns the model.
 
     config: one ``QuantConfig`` for all, or ``{pattern: config}`` where a pattern is a module's full name with ``*``
@@ -189,10 +187,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack_(
-    model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
-    activations: str = "float",
-) -> nn.Module:  # fmt: skip
+def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
+          activations: str = "float") -> nn.Module:  # fmt: skip
     """Replaces every quantized layer of ``model``, in place, by its packed twin; returns the model.
 
     The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers

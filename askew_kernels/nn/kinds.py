@@ -102,11 +102,9 @@ class PackedLinear(PackedLayer):
     rows on, and on a GPU with Triton up to ``runtime.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
-        trits: bool = False, scale_dtype: torch.dtype = torch.float32, device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
+                 trits: bool = False, scale_dtype: torch.dtype = torch.float32, device: Any = None,
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._attach((out_features, in_features), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
@@ -181,9 +179,10 @@ class _PackedConvolution(PackedLayer):
         """Sizes of the output."""
         conv: Any = self
         around = conv._reversed_padding_repeated_twice[::-1]
-        sizes = (n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True))
-        geometry = zip(sizes, conv.kernel_size, conv.stride, conv.dilation, strict=True)
-        return [(size - gap * (k - 1) - 1) // step + 1 for size, k, step, gap in geometry]
+        geometry = zip(
+            x.shape[2:], around[::2], around[1::2], conv.kernel_size, conv.stride, conv.dilation, strict=True
+        )
+        return [(n + a + b - gap * (k - 1) - 1) // step + 1 for n, a, b, k, step, gap in geometry]
 
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""

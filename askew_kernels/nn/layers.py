@@ -57,20 +57,9 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     return _fake_quantized(x, activation_scales(x, [grid.c_max], token_rows(x, token_dims))[0], grid, False)
 
 
-def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-    """In the weight's own dtype, and zero where the weight is outside the hull, which ``clip`` (scale, grid) says; in
-    place: a product has just made this gradient. While a backward of the backward is recorded (``create_graph``) with
-    an operator that can be differentiated."""
-    grad_w = grad_w.to(weight.dtype)
-    if clip is None:
-        return grad_w
-    if torch.is_grad_enabled():
-        return grad_w * ops.ste_clip_(torch.ones_like(weight), weight, *clip)
-    return ops.ste_clip_(grad_w, weight, *clip)
-
-
 class _StraightThrough(torch.autograd.Function):
-    """The copy of the weight, whose gradient the weight receives as ``_clipped``."""
+    """The copy of the weight, whose gradient the weight receives in its own dtype, and zero where it is outside the
+    hull, which ``clip`` (scale, grid) says."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
@@ -81,7 +70,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _clipped(grad, weight, ctx.clip), None, None
+        grad = grad.to(weight.dtype)
+        if ctx.clip is not None and torch.is_grad_enabled():  # create_graph: with an operator that has a derivative
+            grad = grad * ops.ste_clip_(torch.ones_like(weight), weight, *ctx.clip)
+        elif ctx.clip is not None:  # in place: a product has just made this gradient
+            grad = ops.ste_clip_(grad, weight, *ctx.clip)
+        return grad, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
@@ -92,12 +86,8 @@ def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
 def _transformed() -> bool:
     """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
     tracing, counting): what is made there must not be kept for outside."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None)  # fmt: skip
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -278,20 +268,17 @@ class QuantizedLayer(nn.Module):
         return _fake_quantized(weight, self._functional_scale(weight), self.config.weight, self.config.ste_clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight, quantizer, low = self._parameters["weight"], self.quantizer, autocast_dtype(x)
-        assert weight is not None
+        weight: Any = self._parameters["weight"]
+        quantizer, low, bias = self.quantizer, autocast_dtype(x), self.bias
         quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
-        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
-        if low is None:
-            return self._hard_forward(x, quantized, clip)
-        with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self._hard_forward(x.to(low), quantized, clip)
-
-    def _hard_forward(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
         if torch.is_grad_enabled():
-            quantized = _StraightThrough.apply(self.weight, quantized, clip)
-        bias = self.bias
-        return self.kind.product(self, x, quantized, None if bias is None else bias.to(quantized.dtype))
+            clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
+            quantized = _StraightThrough.apply(weight, quantized, clip)
+        bias = None if bias is None else bias.to(quantized.dtype)
+        if low is None:
+            return self.kind.product(self, x, quantized, bias)
+        with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
+            return self.kind.product(self, x.to(low), quantized, bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
@@ -325,7 +312,7 @@ class QuantizedLayer(nn.Module):
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
         """A checkpoint without the quantizer's tensors is a float model's (silently, where it says so itself), or a
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
-        quantizer = self._tied()
+        self._tied()
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
         if of is not None and not of.is_meta and not torch.equal(of := of.detach().cpu().float(), mine):

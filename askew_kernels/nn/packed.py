@@ -1,11 +1,9 @@
 """What layers for inference share whose weight is packed codes; ``kinds`` has the layers themselves.
 
-Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel decodes them as it goes, for many rows
-in pieces of up to 2^22 weights; elsewhere the weight is unpacked for the call, and torch's own product taken.
-
 ``weight_codes`` (n, row_bytes) uint8 and ``weight_scale`` (rows,) are buffers; the weight is s c, bit for bit the one
-that was trained (docs/packed.md). Casting a model (``model.half()``) changes the type it computes in, never its codes
-and scales.
+that was trained (docs/packed.md). Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel
+decodes them as it goes, for many rows in pieces of up to 2^22 weights; elsewhere the weight is unpacked for the call,
+and torch's own product taken. Casting a model changes the type it computes in, never its codes and scales.
 """
 
 from __future__ import annotations
@@ -42,20 +40,17 @@ class PackedLayer(nn.Module):
     own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
                       "weight_scale")  # fmt: skip
 
-    def __init__(
-        self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
-        scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
+                 scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None,
+                 **kwargs: Any) -> None:  # fmt: skip
         """The float layer's arguments, and how its weight is packed; codes and scales are empty."""
         super().__init__(*args, **kwargs, device="meta")
         weight: Any = self._parameters.pop("weight")
         bias = self._parameters.pop("bias", None) is not None
         self._attach(tuple(weight.shape), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
-    def _attach(
-        self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
-        dtype: torch.dtype | None, device: Any,
-    ) -> None:  # fmt: skip
+    def _attach(self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
+                dtype: torch.dtype | None, device: Any) -> None:  # fmt: skip
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
         if scale_dtype not in SCALE_TYPES:
@@ -77,16 +72,14 @@ class PackedLayer(nn.Module):
         return cls(**cls.kind.arguments_of(layer) | options)
 
     @classmethod
-    def from_quantized(
-        cls, layer: Any, *, force: bool = False, trits: bool = False, scale_dtype: torch.dtype = torch.float32
-    ) -> Any:
+    def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
+                       scale_dtype: torch.dtype = torch.float32) -> Any:  # fmt: skip
         """Packs the weight of ``layer`` (an AskewLinear for a PackedLinear, and so on); its bias is shared. Raises
         ValueError where that would change a weight, unless ``force``."""
         new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
         if weight.is_meta or hasattr(weight, "fake_mode"):
-            raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
-                             "there instead")  # fmt: skip
+            raise ValueError(f"weight: is meta or fake and has no values to pack; make a {cls.__name__} there instead")
         new.fill(weight, layer.weight_scale.detach(), force)
         if layer.bias is not None:
             new.bias = layer.bias
@@ -97,12 +90,11 @@ class PackedLayer(nn.Module):
         """Codes and scales of ``weight``. Raises ValueError where that would change a weight or a scale, unless
         ``force``, and for NaN."""
         if scale.shape != self.weight_scale.shape:
-            raise ValueError(f"weight_scale: expected shape {tuple(self.weight_scale.shape)} for {tuple(self.shape)} "
-                             f"weights {self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
+            wanted = f"{tuple(self.weight_scale.shape)} for {self.shape} weights {self.config.granularity}"
+            raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
         exact, scale = scale, scale.to(self.weight_scale.dtype)
         if not force and not torch.equal(scale.float(), exact.float()):
-            why = "would change the scales; use float32, or force=True to round them"
-            raise ValueError(f"scale_dtype: {scale.dtype} {why}")
+            raise ValueError(f"scale_dtype: {scale.dtype} changes the scales; use float32, or round by force=True")
         codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
         if not force and (off := int((self.dequantize() != weight).sum())):
@@ -121,8 +113,7 @@ class PackedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight for those who read it, read-only: dtype, device and shape cost nothing, values are unpacked where
-        they are used, each time."""
+        """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
         if "weight_codes" not in self._buffers:
             raise AttributeError("weight")  # while nn.Conv2d makes its own
         return self.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self)

@@ -133,10 +133,8 @@ def _observe(model: nn.Module, x: Any, hooks: Iterable[tuple[nn.Module, Callable
 
 
 @torch.inference_mode(False)
-def trace(
-    model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
-    hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT,
-) -> Profile:  # fmt: skip
+def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
+          hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT) -> Profile:  # fmt: skip
     """Runs ``model(x)`` once, in eval mode, and counts.
 
     names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
@@ -240,10 +238,8 @@ class Cost:
         return (self.fixed + low) / self.divisor, (self.fixed + high) / self.divisor
 
 
-def cost_of(
-    kind: str, profile: Profile, weight_bits: Sequence[int], act_bits: Sequence[int | None],
-    latency: Latency | None = None,
-) -> Cost:  # fmt: skip
+def cost_of(kind: str, profile: Profile, weight_bits: Sequence[int], act_bits: Sequence[int | None],
+            latency: Latency | None = None) -> Cost:  # fmt: skip
     """The tables of one cost. ValueError where ``latency`` is missing or does not know a layer."""
     shared = profile.weights
 
@@ -276,10 +272,8 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 
 @torch.inference_mode(False)
-def latency_table(
-    model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
-    kinds: Kinds = DEFAULT,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+def latency_table(model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
+                  kinds: Kinds = DEFAULT) -> dict[str, dict[str, float]]:  # fmt: skip
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
     The median over about ``seconds`` for each, with the threads torch has. JSON-ready; give it to

@@ -23,7 +23,7 @@ from ..quant.scales import scale_from_sums
 from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
 
 
-def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
+def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
     """Ascending and without repetition, None last. ValueError where there are none or one is not known."""
     found = list(dict.fromkeys(bits))
     if not found:
@@ -144,11 +144,9 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = D
     return found
 
 
-def mix_(
-    model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
-    filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
-    kinds: Kinds = DEFAULT,
-) -> nn.Module:  # fmt: skip
+def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
+         filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
+         kinds: Kinds = DEFAULT) -> nn.Module:  # fmt: skip
     """Replaces the layers of these ``kinds``, in place, by mixtures of their candidates; returns the model.
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative

@@ -322,16 +322,15 @@ def _shown(progress: bool | Progress | None, search: Search) -> Iterator[Progres
         yield show
 
 
-def search_policy(
-    model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor], *, weight_bits: Sequence[int] = (2, 3, 4, 8),
-    act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, cost_weight: float = 1.0,
-    steps: int = 500, method: str = "asga", schedule: str = "joint", lr: float = 1e-3, strength_lr: float = 0.02,
-    weight_decay: float = 0.0, temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
-    rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
-    filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
-    latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
-    checkpoint_every: int = 50, progress: bool | Progress | None = None,
-) -> Policy:  # fmt: skip
+def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor], *,
+                  weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
+                  budget: Budget | None = None, cost_weight: float = 1.0, steps: int = 500, method: str = "asga",
+                  schedule: str = "joint", lr: float = 1e-3, strength_lr: float = 0.02, weight_decay: float = 0.0,
+                  temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
+                  rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
+                  filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+                  latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
+                  checkpoint_every: int = 50, progress: bool | Progress | None = None) -> Policy:  # fmt: skip
     """The bits of every layer of these ``kinds`` of ``model``, searched on a small proxy data set.
 
     Every layer becomes a mixture of its candidate quantizations (``mix_``), in a copy of the model; weights and

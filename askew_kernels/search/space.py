@@ -26,10 +26,8 @@ def check_solver() -> None:
         raise ImportError('the knapsack needs SciPy: pip install "askew_kernels[search]"') from None
 
 
-def knapsack(
-    values: Mapping[str, Tensor], cost: Cost, limit: float,
-    options: Mapping[str, Sequence[tuple[int, int]]] | None = None,
-) -> Choice:  # fmt: skip
+def knapsack(values: Mapping[str, Tensor], cost: Cost, limit: float,
+             options: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> Choice:  # fmt: skip
     """One (weight candidate, input candidate) a layer with the largest sum of ``values`` and cost <= limit: exact.
 
     options: {layer: the pairs that it may have} (default: all). A mixed-integer program for ``scipy.optimize.milp``
@@ -72,10 +70,8 @@ def knapsack(
     return _improved(choice, pairs, worth, price, cost, limit)
 
 
-def _improved(
-    choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
-    price: Mapping[str, list[float]], cost: Cost, limit: float,
-) -> Choice:  # fmt: skip
+def _improved(choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
+              price: Mapping[str, list[float]], cost: Cost, limit: float) -> Choice:  # fmt: skip
     """Changes one layer at a time, the one that gains most first, while any pair of more value is affordable."""
     choice = dict(choice)
     while True:
@@ -101,19 +97,17 @@ class Space:
     candidates can reach, for a budget outside.
     """
 
-    def __init__(
-        self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
-        act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *, filter_fn: FilterFn | None = None,
-        hooks: Mapping[type[nn.Module], MacsHook] | None = None, latency: Latency | None = None,
-        kinds: Kinds = DEFAULT,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
+                 act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *,
+                 filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+                 latency: Latency | None = None, kinds: Kinds = DEFAULT) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.model = model = getattr(model, "_orig_mod", model)  # inside torch.compile's: names that others have too
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
-        self.weight_bits: Sequence[Any] = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
-        self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+        self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+        self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
         self.budget, self.kinds, chosen = budget, kinds, list(chosen_layers(model, filter_fn, kinds))
         self.profile = trace(model, example, chosen, act_bits=self.act_bits, hooks=hooks, kinds=kinds)
         self.names = list(self.profile.weights)  # a choice for each weight, under the first layer that has it
