@@ -287,11 +287,9 @@ class PackedFile:
         """The packed layer, on the meta device; geometry and bias of ``like``, or of a plain layer of the shape."""
         d = self.layers[name]
         kind = KINDS[d["kind"]]
-        return kind.packed.like(
-            like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors),
-            config=self.configs[name], trits=d["trits"], scale_dtype=self.tensors[f"{name}.weight_scale"].dtype,
-            dtype=dtype or getattr(torch, d["dtype"]),
-        )  # fmt: skip
+        like = like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors)
+        scale_dtype, dtype = self.codes(name)[1].dtype, dtype or getattr(torch, d["dtype"])
+        return kind.packed.like(like, config=self.configs[name], trits=d["trits"], scale_dtype=scale_dtype, dtype=dtype)
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """(codes, scale) of a layer."""
@@ -311,7 +309,7 @@ class PackedFile:
                 raise ValueError(f"trits: expected true or false, got {d['trits']!r}")
             config = QuantConfig.from_dict(d["config"])
             self.configs = {name: config}
-            codes, scale = (self.tensors[f"{name}.{key}"] for key in ("weight_codes", "weight_scale"))
+            codes, scale = self.codes(name)
             empty = self.empty_layer(name)
             for key, got, want in (("codes", codes, empty.weight_codes), ("scale", scale, empty.weight_scale)):
                 if _type(got) != _type(want):

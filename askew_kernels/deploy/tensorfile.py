@@ -125,11 +125,8 @@ def read(path: str | bytes | os.PathLike, *, sums: bool = False, mmap: bool = Fa
         begin = 8 + length
         try:
             entries, metadata = _header(file.read(length), size - begin)
-            tensors = {
-                name: torch.empty(shape, dtype=dtype, device="cpu")
-                for name, (dtype, shape, _) in entries.items()
-                if not mmap or 0 in shape
-            }
+            tensors = {name: torch.empty(shape, dtype=dtype, device="cpu")
+                       for name, (dtype, shape, _) in entries.items() if not mmap or 0 in shape}  # fmt: skip
         except (TypeError, KeyError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
             raise ValueError(f"its header is damaged: {type(error).__name__} {error}") from None
         whole = mapping.mmap(file.fileno(), 0, access=mapping.ACCESS_COPY) if mmap else None

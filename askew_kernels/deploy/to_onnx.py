@@ -67,10 +67,8 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
     buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
-        arguments: Any = (example,) if isinstance(example, Tensor) else example
-        torch.onnx.export(
-            plain, arguments, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options
-        )
+        given: Any = (example,) if isinstance(example, Tensor) else example
+        torch.onnx.export(plain, given, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options)
     made = onnx.load_from_string(buffer.getvalue())
     graph, kept, nodes = made.graph, [], []
     written: set[str] = set()

@@ -61,12 +61,10 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
         return int4(data.contiguous(), scales, scales * offset, [1, cols // groups], torch.Size((n, cols)))
     width = next((b for b in range(1, 9) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1)), 8)
     zero = -128 if high > 127 else 0  # unsigned levels of 8 bits; weight = (q - zero_point) s
-    made = intx(
-        qdata=(levels + zero).to(torch.int8), scale=scale,
-        zero_point=torch.full(scale.shape, zero, dtype=torch.int8, device=scale.device),
-        target_dtype=getattr(torch, f"int{width}"), block_size=(n // rows, cols // groups),
-        dtype=layer.weight_dtype, activation_quantization=None,
-    )  # fmt: skip
+    points = torch.full(scale.shape, zero, dtype=torch.int8, device=scale.device)
+    made = intx(qdata=(levels + zero).to(torch.int8), scale=scale, zero_point=points,
+                target_dtype=getattr(torch, f"int{width}"), block_size=(n // rows, cols // groups),
+                dtype=layer.weight_dtype, activation_quantization=None)  # fmt: skip
     if not torch.equal(made.dequantize(), layer.dequantize()):
         raise ValueError(f"intx: torchao gives other weights in {layer.weight_dtype}; this is a limit of its rounding")
     return made

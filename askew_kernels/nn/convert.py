@@ -299,10 +299,8 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             continue
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
-        group = groups.setdefault(c.to_json(), {
-            "params": [], "grid": c.weight, "scale": c.scale, "granularity": c.granularity, "group_size": c.group_size,
-            "sawb_coefficients": c.sawb_coefficients, **options,
-        })  # fmt: skip
+        of_layer = {key: getattr(c, key) for key in ("scale", "granularity", "group_size", "sawb_coefficients")}
+        group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
     return [*groups.values(), *([{"params": plain, **options}] if plain else [])]

@@ -179,10 +179,9 @@ class _PackedConvolution(PackedLayer):
         """Sizes of the output."""
         conv: Any = self
         around = conv._reversed_padding_repeated_twice[::-1]
-        geometry = zip(
-            x.shape[2:], around[::2], around[1::2], conv.kernel_size, conv.stride, conv.dilation, strict=True
-        )
-        return [(n + a + b - gap * (k - 1) - 1) // step + 1 for n, a, b, k, step, gap in geometry]
+        padded = [n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True)]
+        geometry = zip(padded, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        return [(n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in geometry]
 
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""
@@ -279,29 +278,17 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "linear", "linear", nn.Linear, AskewLinear, PackedLinear,
-            ("out_features", "in_features"), (), geometry=(), dims=2, output=0, token_dims=1,
-            product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
-        ),
-        Kind(
-            "conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d,
-            CHANNELS, GEOMETRY, GEOMETRY, dims=3, output=0, token_dims=2, product=_convolved,
-        ),
-        Kind(
-            "conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d,
-            CHANNELS, GEOMETRY, GEOMETRY, dims=4, output=0, token_dims=3, product=_convolved,
-        ),
-        Kind(
-            "embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding,
-            ("num_embeddings", "embedding_dim"), ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
-            geometry=(), dims=2, output=None, token_dims=0, product=_looked_up,
-        ),
-    )
-}  # fmt: skip
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (
+    Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
+         dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
+    Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=3, output=0, token_dims=2, product=_convolved),
+    Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=4, output=0, token_dims=3, product=_convolved),
+    Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
+         ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
+         dims=2, output=None, token_dims=0, product=_looked_up),
+)}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
 

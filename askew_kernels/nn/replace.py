@@ -10,11 +10,7 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks",
-    "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds that this torch has, and their flags
 TENSORS = ("_parameters", "_buffers", "_modules")
 MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
                   "remove_spectral_norm or prune.remove")  # fmt: skip

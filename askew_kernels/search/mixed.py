@@ -160,9 +160,8 @@ def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: 
     made: dict[int, Any] = {}
     firsts: dict[int, Any] = {}
     for name, layer in layers.items():
-        new = made[id(layer)] = MIXED[type(layer)].from_float(
-            layer, weight_bits=weight_bits, act_bits=act_bits, signed=(signed or {}).get(name, True), learned=learned
-        )
+        given = {"weight_bits": weight_bits, "act_bits": act_bits, "signed": (signed or {}).get(name, True)}
+        new = made[id(layer)] = MIXED[type(layer)].from_float(layer, **given, learned=learned)
         first = firsts.setdefault(weight_id(layer), new)
         for shared in ("weight_strengths", "act_strengths", *(["weight_scales"] if learned else [])):
             setattr(new, shared, getattr(first, shared))

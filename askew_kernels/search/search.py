@@ -224,11 +224,9 @@ class Search:
 
     def save(self, path: Path) -> None:
         """Everything that the next step depends on; the file is replaced only by a whole one."""
-        state = {
-            "askew_search": 1, "identity": self._identity(), "step": self.step, "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
-            "history": self.history, "seconds": self.seconds,
-        }  # fmt: skip
+        state = {"askew_search": 1, "identity": self._identity(), "step": self.step, "model": self.model.state_dict(),
+                 "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
+                 "history": self.history, "seconds": self.seconds}  # fmt: skip
         with atomic.replacing(path) as file:
             torch.save(state, file)
 
@@ -369,10 +367,8 @@ def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor],
     a loader that yields nothing or is exhausted, a loss that is not finite. Source: Ma et al., ICML 2025; Cai,
     Vasconcelos, EdMIPS, CVPR 2020.
     """
-    settings = Settings(
-        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho, rho_min, rho_max,
-        align, learned_scales, seed,
-    )  # fmt: skip
+    settings = Settings(method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho,
+                        rho_min, rho_max, align, learned_scales, seed)  # fmt: skip
     check_count("checkpoint_every", checkpoint_every)
     if budget is not None:
         check_solver()  # before the work, not after it
@@ -381,10 +377,8 @@ def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor],
         feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        space = Space(
-            model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency,
-            kinds=kinds,
-        )  # fmt: skip
+        space = Space(model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks,
+                      latency=latency, kinds=kinds)  # fmt: skip
         search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)

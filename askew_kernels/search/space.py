@@ -73,20 +73,17 @@ def knapsack(values: Mapping[str, Tensor], cost: Cost, limit: float,
 def _improved(choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
               price: Mapping[str, list[float]], cost: Cost, limit: float) -> Choice:  # fmt: skip
     """Changes one layer at a time, the one that gains most first, while any pair of more value is affordable."""
-    choice = dict(choice)
     while True:
         now = {n: pairs[n].index(choice[n]) for n in pairs}
         room = limit * cost.divisor - cost.fixed - math.fsum(price[n][k] for n, k in now.items())
         room += 1e-9 * abs(limit * cost.divisor)  # roughly first: adding all up exactly takes its time
-        gains = sorted(
-            ((worth[n][i] - worth[n][k], n, pairs[n][i]) for n, k in now.items() for i in range(len(pairs[n]))
-             if worth[n][i] > worth[n][k] and price[n][i] - price[n][k] <= room),
-            key=lambda gain: -gain[0],
-        )  # fmt: skip
-        best = next(((n, pair) for _, n, pair in gains if cost.of({**choice, n: pair}) <= limit), None)
+        gains = [(worth[n][k] - worth[n][i], n, pairs[n][i]) for n, k in now.items() for i in range(len(pairs[n]))
+                 if worth[n][i] > worth[n][k] and price[n][i] - price[n][k] <= room]  # fmt: skip
+        by_gain = sorted(gains, key=lambda gain: gain[0])
+        best = next(({**choice, n: pair} for _, n, pair in by_gain if cost.of({**choice, n: pair}) <= limit), None)
         if best is None:
             return choice
-        choice[best[0]] = best[1]
+        choice = best
 
 
 class Space:
