@@ -1,11 +1,10 @@
 """Packed models as one safetensors file: codes, scales, the remaining tensors, and what they mean, as JSON.
 
 The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers": {name: description}, "aliases":
-{name: kept name}, "extra": {key: extra state that is no tensor}, "checksum": hexadecimal CRC-32}``. A description holds
-kind, config (grid, granularity), trits, shape, dtype, and for convolutions the geometry; aliases are tensors that are
-one in memory; the checksum covers all of it and finds damage (it is no defence against an author who means harm, but
-nothing read here is ever executed). Never pickle. Names are those of the state_dict, without the steps that wrappers
-(``torch.compile``, DDP, activation checkpoints) put into them.
+{name: kept name}, "extra": {key: extra state that is no tensor}, "checksum": hexadecimal CRC-32}``. A description is
+``PackedLayer.description``; aliases are tensors that are one in memory; the checksum covers all of it and finds damage
+(it is no defence against an author who means harm, but nothing read here is ever executed). Names are those of the
+state_dict, without the steps that wrappers (``torch.compile``, DDP, activation checkpoints) put into them.
 """
 
 from __future__ import annotations
@@ -98,11 +97,10 @@ class _Names:
         named = self.modules.get(name) if name else None
         if key is None:
             return named
-        homes = self.homes[id(self.held[key])]
-        owners = {id(m): m for m, child in homes if child == key.rpartition(".")[2]}
-        if named is not None and id(named) in owners:
+        owners = [m for m, child in self.homes[id(self.held[key])] if child == key.rpartition(".")[2]]
+        if any(m is named for m in owners):
             return named
-        return next(iter(owners.values())) if len(owners) == 1 and name else None
+        return owners[0] if len(owners) == 1 and name else None
 
     def is_extra(self, key: str) -> bool:
         return key.rpartition(".")[2] == EXTRA_STATE and key not in self.held
@@ -127,8 +125,7 @@ def _sound(scale: Tensor) -> bool:
 
 
 def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor], sums: tensorfile.Sums) -> str:
-    """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
-    tensor."""
+    """CRC-32, eight hexadecimal digits, of the metadata, and of each tensor's name, type, shape and own sums."""
     text = json.dumps({k: v for k, v in document.items() if k != "checksum"}, sort_keys=True)
     crc = crc32(text.encode())
     for name in sorted(tensors):
@@ -142,17 +139,15 @@ def write_packed(path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor],
                  extra: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Writes tensors, layer descriptions and JSON-ready extra state, whole or not at all (``atomic.replacing``)."""
     shown = os.fsdecode(path)
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
     owners: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
     for name, t in tensors.items():
         if why := tensorfile.not_storable(t):
             raise PackedFileError(f"{shown}: {name} {why}")
         same = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg())
         if t.numel() and owners.setdefault(same, name) != name:
             aliases[name] = owners[same]
-        else:
-            kept[name] = t
+    kept = {name: t for name, t in tensors.items() if name not in aliases}
     document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
     document |= {"extra": dict(extra)} if extra else {}
     try:
@@ -166,13 +161,13 @@ def write_packed(path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor],
 def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     """Writes a packed model (``ak.pack_``): codes, scales and every other tensor of its state_dict, in one file.
 
-    The file appears under ``path`` only when it is whole (``atomic.replacing`` says what becomes of links and modes).
-    Extra state (``get_extra_state``) goes along where it is a tensor or JSON. Wrappers (``torch.compile``, DDP) are
-    looked through: the file fits the wrapper and what it wraps.
+    The file appears under ``path`` only when it is whole (``atomic.replacing``). Extra state (``get_extra_state``) goes
+    along where it is a tensor or JSON. Wrappers (``torch.compile``, DDP) are looked through: the file fits the wrapper
+    and what it wraps.
 
     Raises PackedFileError (a ValueError), and leaves the old file: for a model without packed layers, layers that are
-    still quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load
-    could not find again (state_dict hooks that invent them), and where the file cannot be written.
+    quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load could not
+    find again (state_dict hooks that invent them), and where the file cannot be written.
     """
 
     def fail(text: str) -> PackedFileError:
@@ -355,7 +350,7 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
     the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
     is used, and the file must not be changed in place while the model is in use (a change shows, a cut file kills the
-    process). By default the tensors are read, and what becomes of the file later does not matter.
+    process).
 
     Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
     then leaves the model as it was.

@@ -29,19 +29,17 @@ from .files import PackedFile, PackedFileError, read_safetensors
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``bits``: of a code (1.6 for trits); ``bytes``: codes and scales as packed; ``float_bytes``: of the
-    weight in float32; ``error``: ||w - w^|| / ||w|| (None where only w^ is known); ``outliers``: share of weights
-    outside the hull; ``output_error``: ||y - y^|| / ||y|| of the layer alone on the calibration batch, or None."""
+    """One layer. Norms are of l2; w^ and y^ are the quantized weight and what the layer gives with it."""
 
     name: str
     grid: str
-    bits: float
+    bits: float  # of a code; 1.6 for trits
     weights: int
-    bytes: int
-    float_bytes: int
-    error: float | None = None
-    outliers: float | None = None
-    output_error: float | None = None
+    bytes: int  # codes and scales as packed
+    float_bytes: int  # of the weight in float32
+    error: float | None = None  # ||w - w^|| / ||w||; None where only w^ is known
+    outliers: float | None = None  # share of weights outside the hull
+    output_error: float | None = None  # ||y - y^|| / ||y|| of the layer alone on the calibration batch
 
     @property
     def compression(self) -> float:
@@ -156,7 +154,7 @@ def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) 
 
 @torch.no_grad()
 def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float, float]:
-    """(||w - w^|| / ||w||, share of w outside the hull)."""
+    """``error`` and ``outliers`` of a ``LayerReport``."""
     w, scale = w.detach().double(), scale.double()
     x = w.reshape(scale.numel(), -1) / scale.reshape(-1, 1)
     outside = (x < grid.levels[0]) | (x > grid.levels[-1])
@@ -167,10 +165,9 @@ def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float,
 def inspect(model: nn.Module, batch: Any = None) -> Report:
     """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
 
-    error = ||w - w^|| / ||w|| and outliers (share of w outside the hull) are of the float weights, so of layers that
-    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model, or a tuple or a dict of
-    its arguments; each quantized layer then also gets ||y - y^|| / ||y||, of its output with float against quantized
-    weights on the same input (the last, where it is called several times).
+    Error and outliers are of the float weights, so of layers that are not packed; after ``hard_quantize_`` the error is
+    0. ``batch``: an input of the model, or a tuple or a dict of its arguments; each quantized layer then also gets the
+    error of its output with quantized against float weights on the same input (the last, where it is called often).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -101,11 +101,8 @@ def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
-    """{parameter: why} of the weights of two and more dimensions that modules of ``model`` use unquantized, also those
-    that they share with a quantized layer (an embedding tied to the head).
-
-    Biases, norms and other vectors are float by design and not listed.
-    """
+    """{parameter: why} of the weights that modules of ``model`` use unquantized, also those that they share with a
+    quantized layer (an embedding tied to the head); of two and more dimensions: vectors are float by design."""
     return {name: f"{kind}{why}" for name, (_, kind, why) in _float_weights(model).items()}
 
 
@@ -135,8 +132,8 @@ def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
 
 
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
-    """One line of the logger for the weights that ``call`` leaves float. A plain layer of the kinds that were asked for
-    is left by the caller's choice (``filter_fn``, patterns), and not told."""
+    """One line of the logger for the weights that ``call`` leaves float; of plain layers of the kinds that were asked
+    for, which are left by the caller's choice, it does not tell."""
     plain = [kind.plain for kind in asked]
     by_type: dict[str, list[str]] = {}
     for name, (module, kind, _) in _float_weights(model).items():
@@ -154,18 +151,12 @@ def _names(kinds: Iterable[Kind]) -> str:
     return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
 
 
-# torch's encoder layers look past their linear layers at the weights when they are evaluated, and compute with these.
-# What they look at first to find out whether they may:
-_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-
-
 def _decline_fast_paths(model: nn.Module) -> None:
-    """Turns torch's fast paths off where quantized layers are inside, and on again where none is any more."""
+    """torch's encoders, when they are evaluated, compute with the weights of their linear layers and look past these.
+    Turns that off, by what they ask first, where quantized layers are inside, and on again where none is any more."""
     for module in model.modules():
-        for kind, (name, off) in _FAST_PATHS.items():
+        for kind, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+                                (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
             if not isinstance(module, kind) or not hasattr(module, name):
                 continue
             if any(isinstance(m, QuantizedLayer) for m in module.modules()):
@@ -230,7 +221,6 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
     Raises ValueError naming the layer, and leaves the model as it was, where the inputs of a layer are quantized
     (``QuantConfig(activation=…)``), which these layers cannot do; ``force=True`` leaves that out.
     """
-
     weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
 
     def make(name: str, layer: Any) -> nn.Module:
@@ -263,10 +253,8 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
-    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers.
-
-    Raises RuntimeError naming the layer, before anything is written, where the weight is computed from others.
-    """
+    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers. Raises
+    RuntimeError naming the layer, before anything is written, where the weight is computed from others."""
     layers = quantized_layers(model)
     for name, layer in layers.items():
         if maker := computed_tensors(layer).get("weight"):

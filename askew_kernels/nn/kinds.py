@@ -1,7 +1,6 @@
 """Kinds of layers: ``KINDS``, one entry each, and the layers themselves, quantized and packed.
 
-Adding a kind is its two classes and one entry here. What is said of the layers elsewhere (which are replaced, packed,
-written, exported, counted, reported) is read from the entry.
+Adding a kind is its two classes and one entry: who replaces, packs, writes, exports, counts or reports layers reads it.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ class Kind:
     token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 for indices
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
 
+    def _others(self, bias: bool) -> dict[str, Any]:
+        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
+
     def arguments_of(self, layer: Any) -> dict[str, Any]:
         """What makes another layer of the same sizes, on the meta device."""
         given = {name: getattr(layer, name) for name in self.sizes + self.options}
         return given | self._others(getattr(layer, "bias", None) is not None)
-
-    def _others(self, bias: bool) -> dict[str, Any]:
-        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
 
     def geometry_of(self, layer: Any) -> dict[str, Any]:
         """What makes two layers with one weight differ, JSON-ready."""
@@ -65,8 +64,7 @@ class Kind:
         return (cls or self.plain)(**sizes, **self._others(bias))
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
-        """A float layer, or one of a class with the same arguments, of the sizes of ``layer``, with this weight and the
-        bias Parameter of ``layer``."""
+        """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
         new: Any = (cls or self.plain)(**self.arguments_of(layer))
         new.weight = weight
         if self.output is not None:
@@ -310,8 +308,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def own_keys(cls: type[nn.Module]) -> frozenset[str]:
-    """Keys that every layer of this class has in a state_dict, be it plain, quantized or packed; what else stands under
-    a layer's name was hung on it."""
+    """Keys that every layer of this class has in a state_dict; what else stands under its name was hung on it."""
     bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, kind.plain))
     return _keys(*next((kind, base) for kind, base in bases if issubclass(cls, base)))
 

@@ -5,8 +5,8 @@ the gradient straight through inside the hull, ``forward="relaxed"`` computes wi
 hard in eval (as published). s Q(w/s) is the copy that an ASkew optimizer wrote in its own pass where that is fresh,
 and is recomputed otherwise.
 
-What a layer computes follows from its weight and three buffers, ``weight_scale``, ``weight_scale_frozen`` and
-``weight_sums`` (see ``quant.state``): every copy, checkpoint or average that has these computes the same.
+What a layer computes follows from its weight and three buffers, ``STATE`` (see ``quant.state``): every copy,
+checkpoint or average that has these computes the same.
 """
 
 from __future__ import annotations
@@ -93,11 +93,9 @@ def _transformed() -> bool:
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
     """For the grid of the weight and that of the input: number of levels, the lowest, the highest, and the mean of
     level i times i; zeros without a grid. Of two grids with one fingerprint a scale means the same."""
-    rows = []
-    for grid in (config.weight, config.activation):
-        levels = () if grid is None else grid.levels
-        moment = math.fsum(i * c for i, c in enumerate(levels)) / max(1, len(levels))
-        rows.append([len(levels), levels[0], levels[-1], moment] if levels else [0.0] * 4)
+    levels = [() if grid is None else grid.levels for grid in (config.weight, config.activation)]
+    rows = [[len(c), c[0], c[-1], math.fsum(map(operator.mul, range(len(c)), c)) / len(c)] if c else [0.0] * 4
+            for c in levels]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
@@ -108,7 +106,6 @@ class QuantizedLayer(nn.Module):
     bias: Any
     config: QuantConfig
     kind: ClassVar[Any]  # its entry in kinds.KINDS
-
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
     own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
@@ -136,9 +133,7 @@ class QuantizedLayer(nn.Module):
         self.quantizer = WeightQuantizer(config)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
         self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
-        for name in STATE:
-            self._buffers[name] = None
-        self._buffers[GRIDS] = _fingerprint(config, self.weight.device)
+        self._buffers.update(dict.fromkeys(STATE), **{GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
     def _tied(self) -> WeightQuantizer:

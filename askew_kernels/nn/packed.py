@@ -28,9 +28,9 @@ _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._
 
 
 class PackedLayer(nn.Module):
-    """What the packed layers share. ``config``: grid and granularity; ``trits``: five ternary codes in a byte;
-    ``weight_dtype``: the type that was trained, in which ``dequantize`` gives the weight; ``activations``: "float", or
-    "int8", which lets a CPU round each row of the input to int8 on the way."""
+    """``config``: grid and granularity; ``trits``: five ternary codes in a byte; ``weight_dtype``: the type that was
+    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "int8", which lets a CPU round each
+    row of the input to int8 on the way."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -74,8 +74,7 @@ class PackedLayer(nn.Module):
     @classmethod
     def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
                        scale_dtype: torch.dtype = torch.float32) -> Any:  # fmt: skip
-        """Packs the weight of ``layer`` (an AskewLinear for a PackedLinear, and so on); its bias is shared. Raises
-        ValueError where that would change a weight, unless ``force``."""
+        """Packs the weight of ``layer``, as ``fill``; its bias is shared."""
         new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
         if weight.is_meta or hasattr(weight, "fake_mode"):
@@ -138,8 +137,7 @@ class PackedLayer(nn.Module):
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _special(self, x: Any) -> Any:
-        """The result for what is no plain tensor: a node of torch.fx's graph, of which a packed layer is a leaf, or a
-        nested tensor; None for the rest."""
+        """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         return self._nested(x) if x.is_nested else None
@@ -148,8 +146,8 @@ class PackedLayer(nn.Module):
         raise NotImplementedError(f"x: {type(self).__name__} takes no nested tensors; give it one tensor at a time")
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
-        """Whether a product of that many rows is made from the codes: where ``runtime.reads_codes`` says so, but never
-        where x wants a gradient or under a transform of torch.func."""
+        """Whether a product of that many rows is made from the codes; never where x wants a gradient or is transformed
+        by torch.func."""
         if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
         return runtime.reads_codes(x, rows)
@@ -174,7 +172,6 @@ class PackedLayer(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of codes and scales."""
         return self.weight_codes.numel() + self.weight_scale.numel() * self.weight_scale.element_size()
 
     def description(self) -> dict[str, Any]:
@@ -196,8 +193,7 @@ class PackedLayer(nn.Module):
         return {"grid": grid, "trits": self.trits, "shape": list(self.shape),
                 "activation": None if activation is None else activation.to_dict()}  # fmt: skip
 
-    def get_extra_state(self) -> Tensor:
-        """JSON as uint8: a tensor goes through every kind of checkpoint."""
+    def get_extra_state(self) -> Tensor:  # a tensor goes through every kind of checkpoint
         return torch.tensor(list(json.dumps(self._meaning()).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
@@ -213,10 +209,10 @@ class PackedLayer(nn.Module):
         except (AttributeError, ValueError, TypeError) as error:
             return f"{EXTRA_STATE}: expected the JSON of a packed layer as uint8 ({error})"
 
-        def said(key: str, value: Any) -> Any:
-            return grid_from_dict(value) if key in ("grid", "activation") and value is not None else value
+        def said(value: Any) -> Any:
+            return grid_from_dict(value) if isinstance(value, dict) else value
 
-        return "; ".join(f"{key}: expected {said(key, value)}, got {said(key, got)}" for key, got, value in differing)
+        return "; ".join(f"{key}: expected {said(value)}, got {said(got)}" for key, got, value in differing)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip

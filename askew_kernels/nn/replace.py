@@ -17,8 +17,7 @@ MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizatio
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
-    """{``weight`` or ``bias``: what computes it} where it is not a Parameter of the module but made from others: by a
-    parametrization, weight_norm, spectral_norm, a pruning mask."""
+    """{``weight`` or ``bias``: what computes it} where it is no Parameter of the module but made from others."""
     found, own = {}, module._parameters
     chains: Any = module._modules.get("parametrizations")
     for name in (name for name in ("weight", "bias") if name not in own):
@@ -34,8 +33,7 @@ def computed_tensors(module: nn.Module) -> dict[str, str]:
 
 
 def check_replaceable(name: str, old: nn.Module) -> None:
-    """ValueError naming the layer where another module in its place would compute something else: where its forward was
-    replaced on the instance, or its weight is made from other parameters."""
+    """ValueError naming the layer where another module in its place would compute something else."""
     if "forward" in vars(old):
         raise ValueError(f"{name}: its forward was replaced on the instance, which another layer cannot keep; undo "
                          "that first (accelerate: remove_hook_from_module)")  # fmt: skip
@@ -83,9 +81,9 @@ def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """What users hang on a module goes from ``old`` to ``new``, which takes its place: hooks of every kind with their
-    flags (handles go on working: both modules hold the same hooks from now on), the training flag, and parameters,
-    buffers, submodules and attributes that ``new`` has not, but for ``old.own_attributes``, which its class defines."""
+    """What users hang on a module goes from ``old`` to ``new``, which takes its place: hooks (handles go on working:
+    both modules hold the same hooks from now on), the training flag, and parameters, buffers, submodules and attributes
+    that ``new`` has not, but for ``old.own_attributes``, which its class defines."""
     for name in HOOKS:
         hooks = getattr(old, name)
         hooks.update(getattr(new, name))
@@ -104,9 +102,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
                 getattr(new, kind)[name] = value
                 if name in old._non_persistent_buffers_set:
                     new._non_persistent_buffers_set.add(name)
-    for name, value in vars(old).items():
-        if name in vars(new) or name in own:
-            continue
+    for name, value in [(n, v) for n, v in vars(old).items() if n not in vars(new) and n not in own]:
         if name == "_compiled_call_impl":  # of the old module's code
             new.compile()
         elif isinstance(value, types.MethodType) and value.__self__ is old:

@@ -1,7 +1,6 @@
 """Policies without a differentiable search, under the same costs and budgets: what a search has to beat.
 
-Each takes the model, an example batch and what ``search_policy`` takes: ``weight_bits``, ``act_bits``, ``budget``,
-``filter_fn``, ``hooks``, ``latency``.
+Each takes the model, an example batch and the ``options`` of ``Space``, which ``search_policy`` has, too.
 """
 
 from __future__ import annotations

@@ -73,41 +73,34 @@ class Budget:
 
 @dataclass
 class LayerProfile:
-    """One searched layer. ``macs`` of one sample; ``cols``: weights of an output channel; ``signed``: the input has
-    negative values; ``looked_up``: the input is indices, which have no bits to choose; ``act_errors``: {bits:
-    ‖x − x̂‖² / ‖x‖²} on the traced batch."""
+    """One searched layer."""
 
     name: str
     kind: str
-    macs: float
+    macs: float  # of one sample
     rows: int
-    cols: int
-    signed: bool = True
-    looked_up: bool = False
-    act_errors: dict[int, float] = field(default_factory=dict)
+    cols: int  # weights of an output channel
+    signed: bool = True  # the input has negative values
+    looked_up: bool = False  # the input is indices, which have no bits to choose
+    act_errors: dict[int, float] = field(default_factory=dict)  # {bits: ‖x − x̂‖² / ‖x‖²} on the traced batch
 
     @property
     def weights(self) -> int:
         return self.rows * self.cols
 
     def packed_bytes(self, bits: int) -> int:
-        """Codes and float32 scales, one a channel."""
-        return self.rows * row_bytes(self.cols, bits) + 4 * self.rows
+        return self.rows * (row_bytes(self.cols, bits) + 4)  # codes, and a float32 scale for each channel
 
 
 @dataclass
 class Profile:
-    """What one forward told: the searched layers, and the MACs of all the rest.
-
-    ``tied``: {layer: the first one that has the same weight}; ``unreached``: layers that the forward does not call;
-    ``uncounted``: modules with a weight whose MACs are not known.
-    """
+    """What one forward told: the searched layers, and the MACs of all the rest."""
 
     layers: dict[str, LayerProfile]
     other_macs: float = 0.0
-    tied: dict[str, str] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
-    uncounted: tuple[str, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)  # {layer: the first one that has the same weight}
+    unreached: tuple[str, ...] = ()  # layers that the forward does not call
+    uncounted: tuple[str, ...] = ()  # modules with a weight whose MACs are not known
 
     @property
     def weights(self) -> dict[str, list[LayerProfile]]:
@@ -135,13 +128,12 @@ def _observe(model: nn.Module, x: Any, hooks: Iterable[tuple[nn.Module, Callable
 @torch.inference_mode(False)
 def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
           hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT) -> Profile:  # fmt: skip
-    """Runs ``model(x)`` once, in eval mode, and counts.
+    """Runs ``model(x)`` once, in eval mode, and counts; a layer that the forward does not reach costs nothing.
 
     names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
     output) -> MACs of the whole batch} for modules that the count does not know. The batch has as many samples as the
-    first tensor in ``x`` has rows, in whatever tuples, mappings or dataclasses it stands.
-    A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none, for a name
-    that is none of a layer, and for a model without values (meta device).
+    first tensor in ``x`` has rows. Raises ValueError where the forward reaches no layer, for a name that is none of a
+    layer, and for a model without values (meta device).
     """
     check_values(model)
     layers = candidate_layers(model, kinds)
@@ -276,8 +268,7 @@ def latency_table(model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 
                   kinds: Kinds = DEFAULT) -> dict[str, dict[str, float]]:  # fmt: skip
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
-    The median over about ``seconds`` for each, with the threads torch has. JSON-ready; give it to
-    ``search_policy(latency=…)``.
+    The median over about ``seconds`` for each, with the threads torch has; for ``search_policy(latency=…)``.
     """
     inputs: dict[str, Any] = {}
 
@@ -331,9 +322,9 @@ def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:
 
 def warn_of(profile: Profile, kind: str) -> None:
     """Says which layers a search leaves out although it was asked for them, and which MACs it does not know."""
-    if profile.unreached:
-        warnings.warn(f"search: the forward does not call {', '.join(profile.unreached)}; left float, at no cost",
-                      stacklevel=4)  # fmt: skip
-    if profile.uncounted and kind == "bitops":
-        warnings.warn(f"search: bit operations of {', '.join(profile.uncounted)} are not known and not counted; "
-                      "give hooks={type: f(module, inputs, output) -> MACs}", stacklevel=4)  # fmt: skip
+    left, unknown = ", ".join(profile.unreached), ", ".join(profile.uncounted)
+    if left:
+        warnings.warn(f"search: the forward does not call {left}; left float, at no cost", stacklevel=4)
+    if unknown and kind == "bitops":
+        warnings.warn(f"search: bit operations of {unknown} are not known and not counted; give "
+                      "hooks={type: f(module, inputs, output) -> MACs}", stacklevel=4)  # fmt: skip

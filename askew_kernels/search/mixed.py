@@ -26,10 +26,8 @@ from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weigh
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
     """Ascending and without repetition, None last. ValueError where there are none or one is not known."""
     found = list(dict.fromkeys(bits))
-    if not found:
-        raise ValueError(f"{name}: expected at least one candidate, got none")
-    if len(found) > ops.MOST_CANDIDATES:
-        raise ValueError(f"{name}: expected at most {ops.MOST_CANDIDATES} candidates, got {len(found)}")
+    if not 0 < len(found) <= ops.MOST_CANDIDATES:
+        raise ValueError(f"{name}: expected at least one candidate and at most {ops.MOST_CANDIDATES}, got {len(found)}")
     for b in found:
         if (b is None and not none) or (b is not None and (isinstance(b, bool) or b not in known)):
             raise ValueError(f"{name}: expected {known[0]} to {known[-1]}{' or None' if none else ''}, got {b!r}")
@@ -37,11 +35,8 @@ def check_candidates(name: str, bits: Sequence[int | None], known: range, none: 
 
 
 class MixedLayer(nn.Module):
-    """What the mixed layers share.
-
-    ``weight_strengths`` and ``act_strengths`` are β, one number a candidate; ``temperature`` is T. A single candidate
-    has no strength to learn; ``act_bits=(None,)`` leaves the input alone.
-    """
+    """What the mixed layers share: ``weight_strengths`` and ``act_strengths``, β, one number a candidate, and
+    ``temperature``, T. A single candidate has no strength to learn; ``act_bits=(None,)`` leaves the input alone."""
 
     weight: Any
     weight_strengths: Any
@@ -122,11 +117,8 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 
 def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = DEFAULT) -> dict[str, nn.Module]:
-    """{name: layer} of these kinds that the search is about, each module once.
-
-    ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
-    quantized or packed already, or computed from other parameters.
-    """
+    """{name: layer} of these kinds that the search is about, each module once. ValueError where there is none, and
+    naming those that filter_fn lets pass but that have no weight of their own: quantized, packed or computed."""
     layers = candidate_layers(model, kinds)
     computed = {n: m for n, m in layers.items() if m._parameters.get("weight") is None}
     for found, state, way in (

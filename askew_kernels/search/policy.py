@@ -1,8 +1,8 @@
 """Policies: which layer gets which bits, how that is kept, and how it is carried over to another model.
 
-A layer's *role* does not depend on shapes: what kind it is, whether it is the model's first, its last or an inner one,
-and its name without numbers; its *position* is how far into the layers of that role it stands, from 0 to 1. A wider
-model has the same names, a deeper one the same roles.
+A layer's *role* is its kind, whether it is the model's first, its last or an inner one, and its name without numbers;
+its *position* is how far into the layers of that role it stands, from 0 to 1. A wider model has the same names, a
+deeper one the same roles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -34,9 +33,6 @@ ACT_BITS = range(2, 9)
 def weight_grid(bits: int) -> Grid:
     """The grid of a weight candidate: Binary() for 1 bit, else Uniform(bits)."""
     return Binary() if bits == 1 else Uniform(bits=bits)
-
-
-# ---- roles ----------------------------------------------------------------------------------------------------------
 
 
 def named(of: Kinds) -> str:
@@ -96,7 +92,7 @@ class LayerPolicy:
     def __post_init__(self) -> None:
         for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
             bits = getattr(self, what)
-            if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
+            if bits is not None and not (type(bits) is int and bits in known):
                 raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
         if self.weight_bits is None and self.act_bits is not None:
             raise ValueError(f"{self.name}: act_bits: expected None for a layer that is left float")
@@ -129,8 +125,8 @@ class Policy:
         if not self.layers:
             raise PolicyError("policy: has no layers")
         names = [layer.name for layer in self.layers]
-        if len(set(names)) != len(names):
-            raise PolicyError(f"policy: {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PolicyError(f"policy: {twice[0]!r} is there twice")
 
     def __iter__(self) -> Iterator[LayerPolicy]:
         return iter(self.layers)
@@ -154,15 +150,13 @@ class Policy:
         linear, conv2d, and those of its entries.
 
         by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
-        fits, else by role. A layer that the model holds under several names is there under each. Raises PolicyError
-        naming the layers that have no entry and the entries that have no layer, and layers that share one weight but
-        are to have different bits.
+        fits, else by role. A layer of several names is there under each. Raises PolicyError naming the layers that have
+        no entry, the entries that have no layer, and layers that share a weight but are to have different bits.
         """
         if by not in ("auto", "name", "role"):
             raise ValueError(f"by: expected auto, name or role, got {by!r}")
         of = [*ALWAYS, *(layer.kind for layer in self.layers if layer.kind in kinds.KINDS)]
-        roles = layer_roles(model, of)
-        if not roles:
+        if not (roles := layer_roles(model, of)):
             raise PolicyError(f"model: has no {named(dict.fromkeys(of))} layer, of which the policy speaks")
         why = []
         for way, find in (("name", self._by_name), ("role", self._by_role)):
@@ -190,8 +184,7 @@ class Policy:
     # ---- files and tables ----
 
     def to_dict(self) -> dict[str, Any]:
-        return {"askew_policy": VERSION, "layers": [dataclasses.asdict(layer) for layer in self.layers],
-                "report": self.report}  # fmt: skip
+        return {"askew_policy": VERSION, "layers": list(map(dataclasses.asdict, self.layers)), "report": self.report}
 
     @classmethod
     def from_dict(cls, d: Any) -> Policy:
@@ -232,7 +225,8 @@ class Policy:
             lines.append(f"{p.name:<{width}}  {p.kind:<9}  {weights:>7}  {inputs}")
         for key in ("expected", "chosen"):
             if isinstance(costs := self.report.get(key), dict):
-                lines.append(f"{key}: " + ", ".join(f"{name} {_short(value)}" for name, value in costs.items()))
+                shown = (f"{name} {value:{',.0f' if abs(value) >= 1000 else '.4g'}}" for name, value in costs.items())
+                lines.append(f"{key}: {', '.join(shown)}")
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
@@ -269,9 +263,3 @@ def _by_every_name(
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
     both = (("no entry for", layers), ("no layer for", entries))
     return [f"{what} {', '.join(names)}" for what, names in both if names]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

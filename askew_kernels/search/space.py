@@ -89,9 +89,8 @@ def _improved(choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth:
 class Space:
     """The searched layers of a model, their candidates, every cost, and the budget; checked when it is made.
 
-    example: a batch for the one traced forward; kinds: as in ``quantize_``. Raises ValueError for candidates that are
-    empty or unknown and a model without a layer to quantize; BudgetError, with the smallest and the largest that the
-    candidates can reach, for a budget outside.
+    example: a batch for the one traced forward. Raises ValueError for candidates that are empty or unknown and a model
+    without a layer to quantize; BudgetError, with what the candidates reach, for a budget outside.
     """
 
     def __init__(self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
