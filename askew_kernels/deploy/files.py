@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -56,12 +56,12 @@ class _Names:
     {id of a module: names in the model}.
     """
 
-    def __init__(self, model: nn.Module, fail: Callable[[str], PackedFileError]) -> None:
+    def __init__(self, model: nn.Module, where: str | bytes | os.PathLike) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
-        self.model, self.fail = model, fail
+        self.model, self.where = model, os.fsdecode(where)
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = defaultdict(list)
         self.homes: dict[int, dict[tuple[nn.Module, str], None]] = defaultdict(dict)
@@ -83,13 +83,16 @@ class _Names:
         for key, value in state.items():
             key = _unwrapped(key)
             if key in self.state and self.state[key] is not value:
-                raise fail(f"{key}: the state_dict has it twice")
+                raise self.fail(f"{key}: the state_dict has it twice")
             self.state[key] = value
             named = self.tensors.get(key)
             if id(value) in self.homes:
                 self.held[key] = value
             elif named is not None and isinstance(value, Tensor) and _type(named) == _type(value):
                 self.held[key] = named
+
+    def fail(self, text: str) -> PackedFileError:
+        return PackedFileError(f"{self.where}: {text}")
 
     def layer(self, name: str) -> nn.Module | None:
         """The module that the state_dict calls so: by its name or, where hooks rename keys, by its weight or codes."""
@@ -169,11 +172,8 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load could not
     find again (state_dict hooks that invent them), and where the file cannot be written.
     """
-
-    def fail(text: str) -> PackedFileError:
-        return PackedFileError(f"{os.fsdecode(path)}: {text}")
-
-    names = _Names(model, fail)
+    names = _Names(model, path)
+    fail = names.fail
     if isinstance(names.model, (QuantizedLayer, PackedLayer)):
         raise fail("the model is itself a layer; put it into an nn.Sequential")
     for name, module in names.modules.items():
@@ -181,8 +181,7 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
             raise fail(f"{name} is not packed; call hard_quantize_(model) and pack_(model) first")
     layers: dict[str, Any] = {}
     lost: list[str] = []
-    derived: set[str] = set()
-    found: set[int] = set()
+    derived, found = set(), set()  # keys that a load makes anew, ids of layers
     for key in names.state:
         name = key.removesuffix(".weight_codes")
         layer = names.layer(name) if name != key else None
@@ -355,7 +354,7 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
     then leaves the model as it was.
     """
-    names = _Names(model, lambda text: PackedFileError(f"{os.fsdecode(path)}: {text}"))
+    names = _Names(model, path)
     file = PackedFile(path, verify, mmap)
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         _Load(file, names, activations).commit()

@@ -94,9 +94,9 @@ class Report:
         size.set(xscale="log", xlabel="bytes", yticks=list(place), yticklabels=names)
         size.invert_yaxis()
         for what, label in (("error", "weight"), ("output_error", "output")):
-            known = [(i, getattr(r, what)) for i, r in enumerate(self.layers) if getattr(r, what) is not None]
+            known = [(getattr(r, what), i) for i, r in enumerate(self.layers) if getattr(r, what) is not None]
             if known:
-                error.plot([v for _, v in known], [i for i, _ in known], "o", label=label)
+                error.plot(*zip(*known, strict=True), "o", label=label)
         error.set(xlabel="relative error (2-norm)", xlim=(0, None))
         for axes in (size, error):
             if axes.get_legend_handles_labels()[0]:
@@ -148,8 +148,7 @@ def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) 
             r = replace(r, error=error, outliers=outliers)
         counted.update(keys)
         reports.append(r)
-    rest = [file.tensors[k] for k in file.stored if k not in counted]
-    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in rest))
+    return Report(tuple(reports), sum(file.tensors[k].nbytes for k in file.stored if k not in counted))
 
 
 @torch.no_grad()
@@ -182,8 +181,8 @@ def inspect(model: nn.Module, batch: Any = None) -> Report:
         reports.append(replace(r, output_error=outputs.get(name)))
         own = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
         covered |= {id(t) for child, t in own if child in own_keys(type(m)) - {"bias"}}
-    others = [t for t in [*model.parameters(), *model.buffers()] if id(t) not in covered]
-    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
+    tensors = (*model.parameters(), *model.buffers())
+    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in tensors if id(t) not in covered))
 
 
 def _output_errors(model: nn.Module, batch: Any) -> dict[str, float]:

@@ -33,7 +33,7 @@ def table(layer: Any, holder: str) -> tuple[tuple[int, ...], float]:
         raise ValueError(f"{holder} keep no quantized inputs, got activation={inputs}")
     if (found := grid.integers()) is None:
         raise ValueError(f"{holder} hold integer levels, got {grid}")
-    low, high = found[0][0], found[0][-1]
+    low, *_, high = found[0]
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
     return found

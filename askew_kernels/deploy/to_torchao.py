@@ -71,8 +71,10 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
 
 
 def to_torchao_(model: nn.Module, format: str = "intx") -> nn.Module:
-    """Replaces every PackedLinear of ``model``, in place, by an nn.Linear whose weight is ``to_torchao``'s tensor. Raises
-    as that, naming the layer, before anything is replaced; ValueError for a model without a PackedLinear."""
+    """Replaces every PackedLinear of ``model``, in place, by an nn.Linear with ``to_torchao``'s tensor as its weight.
+
+    Raises as that, naming the layer, before anything is replaced; ValueError for a model without a PackedLinear.
+    """
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}
     if not layers:
         raise ValueError("model: has no PackedLinear; call pack_(model) first")

@@ -74,46 +74,38 @@ class Feed:
 
     def __init__(self, loader: Any, generators: Generators) -> None:
         self.loader, self.generators, self.index, self.drawn = loader, generators, 0, 0
-        self.iterator: Any = None
         self.start: dict[str, Any] = {}
         self.ahead: tuple[Any, Any] | None = None
+        self.batches = self._passes()
 
-    def _begin(self) -> None:
-        self.start, self.index = self.generators.state(), 0
-        self.iterator = iter(self.loader)
+    def _passes(self) -> Iterator[tuple[Any, Any]]:
+        while True:
+            self.start, self.index = self.generators.state(), 0
+            for batch in self.loader:
+                self.index += 1
+                self.drawn += 1
+                yield pair_of(batch, "loader: expected batches (x, y)")
+            if self.index == 0:
+                again = f"exhausted after {self.drawn} batches; expected one to iterate again (a DataLoader, a list)"
+                raise ValueError(f"loader: {again if self.drawn else 'yielded no batch'}")
 
     def peek(self) -> tuple[Any, Any]:
         """The next batch, which stays the next."""
-        if self.ahead is None:
-            self.ahead = self._next()
+        self.ahead = self.ahead or next(self.batches)
         return self.ahead
 
     def next(self) -> tuple[Any, Any]:
         batch, self.ahead = self.peek(), None
         return batch
 
-    def _next(self) -> tuple[Any, Any]:
-        end = object()
-        found = end if self.iterator is None else next(self.iterator, end)
-        if found is end and (self.iterator is None or self.index):  # at the start, or at the end of a pass
-            self._begin()
-            found = next(self.iterator, end)
-        if found is not end:
-            self.index += 1
-            self.drawn += 1
-            return pair_of(found, "loader: expected batches (x, y)")
-        again = f"exhausted after {self.drawn} batches; expected one to iterate again (a DataLoader, a list)"
-        raise ValueError(f"loader: {again if self.drawn else 'yielded no batch'}")
-
     def state(self) -> dict[str, Any]:
         return {"start": self.start, "index": self.index, "drawn": self.drawn, "now": self.generators.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self.ahead = None
         self.generators.set_state(state["start"])
-        self._begin()
+        self.ahead, self.batches = None, self._passes()
         for _ in range(state["index"]):
-            next(self.iterator, None)
+            next(self.batches)
         self.index, self.drawn = state["index"], state["drawn"]
         self.generators.set_state(state["now"])
 
