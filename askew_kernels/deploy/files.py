@@ -105,15 +105,14 @@ class _Names:
             return named
         return owners[0] if len(owners) == 1 and name else None
 
-    def is_extra(self, key: str) -> bool:
-        return key.rpartition(".")[2] == EXTRA_STATE and key not in self.held
-
-    def with_extra(self, key: str) -> Any:
-        """The module whose extra state has this key."""
-        module = self.modules.get(key.removesuffix(EXTRA_STATE).removesuffix("."))
-        if module is None:
+    def with_extra(self, key: str) -> nn.Module | None:
+        """The module whose extra state has this key; None for other keys."""
+        name, _, last = key.rpartition(".")
+        if last != EXTRA_STATE or key in self.held:
+            return None
+        if name not in self.modules:
             raise self.fail(f"{key}: a state_dict hook renames it, a load could not find its module")
-        return module
+        return self.modules[name]
 
 
 def _type(t: Tensor) -> tuple:
@@ -203,8 +202,7 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     for key, value in names.state.items():
         if key in derived:
             continue
-        if names.is_extra(key):
-            names.with_extra(key)
+        if names.with_extra(key) is not None:
             if not isinstance(value, Tensor) and not _is_json(value):
                 raise fail(f"{key}: extra state is saved where it is a tensor or JSON, got {type(value).__name__}")
         elif not isinstance(value, Tensor):
@@ -382,9 +380,9 @@ class _Load:
             except ValueError as error:
                 raise file._error(f"layer {name}: {str(error).removeprefix(f'{name}: ')}") from None
             replaced |= {f"{name}.{k}" for k in own_keys(type(old)) | {"weight_codes", "weight_scale"} if k != "bias"}
-        for name, module in names.modules.items():
-            if isinstance(module, (QuantizedLayer, PackedLayer)) and id(module) not in self.new:
-                what = "packed" if isinstance(module, PackedLayer) else "quantized"
+        for name, layer in names.modules.items():
+            if isinstance(layer, (QuantizedLayer, PackedLayer)) and id(layer) not in self.new:
+                what = "packed" if isinstance(layer, PackedLayer) else "quantized"
                 raise file._error(f"layer {name} is {what} in the model and not packed in the file")
         there = names.state.keys() - replaced
         given = (file.tensors.keys() | file.extra.keys()) - replaced
@@ -392,9 +390,8 @@ class _Load:
         if any(lacks.values()):
             raise file._error("; ".join(f"{who} lacks {', '.join(keys)}" for who, keys in lacks.items() if keys))
         for key in sorted(there):
-            if names.is_extra(key):
-                state = file.tensors[key].clone() if key in file.tensors else file.extra[key]
-                self.extra.append((key, names.with_extra(key), state))
+            if (module := names.with_extra(key)) is not None:
+                self.extra.append((key, module, file.tensors[key].clone() if key in file.tensors else file.extra[key]))
             elif key in file.extra:
                 raise file._error(f"{key}: extra state in the file, a tensor in the model")
             else:

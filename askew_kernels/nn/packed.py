@@ -93,7 +93,9 @@ class PackedLayer(nn.Module):
             raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
         exact, scale = scale, scale.to(self.weight_scale.dtype)
         if not force and not torch.equal(scale.float(), exact.float()):
-            raise ValueError(f"scale_dtype: {scale.dtype} changes the scales; use float32, or round by force=True")
+            raise ValueError(
+                f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
+            )
         codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
         if not force and (off := int((self.dequantize() != weight).sum())):
