@@ -78,7 +78,8 @@ class PackedLayer(nn.Module):
         new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
         if weight.is_meta or hasattr(weight, "fake_mode"):
-            raise ValueError(f"weight: is meta or fake and has no values to pack; make a {cls.__name__} there instead")
+            raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
+                             "there instead")  # fmt: skip
         new.fill(weight, layer.weight_scale.detach(), force)
         if layer.bias is not None:
             new.bias = layer.bias
