@@ -78,11 +78,11 @@ def test_an_entry_is_whole(case):
     """All arguments of torch's class but those that are no attributes; classes that are told apart; keys."""
     kind, layer = KINDS[CASES[case][0]], model_of(case)[0]
     others = {"self", "bias", "device", "dtype", "norm_type", "_weight", "_freeze"}
-    assert set(kind.arguments) == set(inspect.signature(kind.plain.__init__).parameters) - others
+    assert set(kind.sizes + kind.options) == set(inspect.signature(kind.plain.__init__).parameters) - others
     assert type(layer) is kind.plain and layer.weight.dim() == kind.dims
     alike, other = kind.plain(**kind.arguments_of(layer)), kind.of_shape(layer.weight.shape, False)
     assert repr(alike) == repr(layer) and other.weight.shape == layer.weight.shape
-    assert kind.geometry_of(alike) == kind.geometry_of(layer) and set(kind.geometry) <= set(kind.arguments)
+    assert kind.geometry_of(alike) == kind.geometry_of(layer) and set(kind.geometry) <= set(kind.options)
     packed = kind.packed.like(layer)
     assert kinds.kind_of(layer) is kinds.kind_of(packed) is kind.quantized.kind is packed.kind is kind
     assert kinds.replaceable(layer) is kind and kinds.replaceable(packed) is None

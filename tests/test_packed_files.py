@@ -74,13 +74,13 @@ def saved(path):
 def refused(path, target, *words):
     """The load is a PackedFileError with these words, and the target is the same objects and bits as before."""
     before = {n: m for n, m in target.named_modules(remove_duplicate=False)}
-    tensors = {n: (p, p if p.is_meta else p.clone()) for n, p in files._Names(target, ValueError).tensors.items()}
+    tensors = {n: (p, p if p.is_meta else p.clone()) for n, p in files._Names(target, path).tensors.items()}
     with pytest.raises(PackedFileError) as caught:
         ak.load_packed(path, target)
     assert str(caught.value).startswith(str(path))
     assert all(word in str(caught.value) for word in words), caught.value
     assert before == {n: m for n, m in target.named_modules(remove_duplicate=False)}
-    now = files._Names(target, ValueError).tensors
+    now = files._Names(target, path).tensors
     assert all(now[n] is p and (p.is_meta or raw(p) == raw(value)) for n, (p, value) in tensors.items())
 
 

@@ -23,10 +23,8 @@ from .inspect import report_of_file
 
 
 @torch.no_grad()
-def convert_file(
-    source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*", force: bool = False,
-    kinds: Mapping[str, str] | None = None,
-) -> None:  # fmt: skip
+def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*",
+                 force: bool = False, kinds: Mapping[str, str] | None = None) -> None:  # fmt: skip
     """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
     (``nn.KINDS``), name like ``only``. kinds: {pattern of names: kind}, for what the number does not tell: without it
     two dimensions are a linear layer, not an embedding.
@@ -46,9 +44,8 @@ def convert_file(
         try:
             scale = tensors.get(f"{name}.weight_scale")
             if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
-                scale = compute_scale(
-                    w, config.weight, config.scale, config.granularity, config.group_size, config.sawb_coefficients
-                )
+                c = config
+                scale = compute_scale(w, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients)
             layer = kind.packed.like(kind.of_shape(w.shape, False), config=config, dtype=w.dtype)
             layer.fill(w, scale.float(), force)
         except ValueError as error:
@@ -73,19 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax; of --grid its own)")
     parser.add_argument("--group-size", type=int, metavar="G", help="a scale for each G weights; default each channel")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names of the layers to pack, with * and ?")
-    parser.add_argument(
-        "--kind", action="append", default=[], metavar="PATTERN=KIND", help="of the layers of such names"
-    )
+    parser.add_argument("--kind", action="append", default=[], metavar="PATTERN=KIND", help="of layers of such names")
     parser.add_argument("--force", action="store_true", help="round weights that are not on their levels")
 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
         grid: Any = quant.grid_from_dict({"grid": arguments.grid}) if arguments.grid else quant.Uniform(arguments.bits)
-        config = QuantConfig(
-            grid, arguments.scale or (None if arguments.grid else "absmax"),  # type: ignore[arg-type]  # its own
-            "per_group" if arguments.group_size else "per_channel", arguments.group_size,
-        )  # fmt: skip
+        rule: Any = arguments.scale or (None if arguments.grid else "absmax")  # None: the grid's own
+        config = QuantConfig(grid, rule, "per_group" if arguments.group_size else "per_channel", arguments.group_size)
         if any("=" not in given for given in arguments.kind):
             raise ValueError(f"--kind: expected PATTERN=KIND, got {' '.join(arguments.kind)}")
         kinds = dict(given.rsplit("=", 1) for given in arguments.kind)

@@ -1,11 +1,10 @@
 """Packed models as one safetensors file: codes, scales, the remaining tensors, and what they mean, as JSON.
 
 The header's metadata has the entry ``askew_kernels``: ``{"version": 1, "layers": {name: description}, "aliases":
-{name: kept name}, "extra": {key: extra state that is no tensor}, "checksum": hexadecimal CRC-32}``. A description holds
-kind, config (grid, granularity), trits, shape, dtype, and for convolutions the geometry; aliases are tensors that are
-one in memory; the checksum covers all of it and finds damage (it is no defence against an author who means harm, but
-nothing read here is ever executed). Never pickle. Names are those of the state_dict, without the steps that wrappers
-(``torch.compile``, DDP, activation checkpoints) put into them.
+{name: kept name}, "extra": {key: extra state that is no tensor}, "checksum": hexadecimal CRC-32}``. A description is
+``PackedLayer.description``; aliases are tensors that are one in memory; the checksum covers all of it and finds damage
+(it is no defence against an author who means harm, but nothing read here is ever executed). Names are those of the
+state_dict, without the steps that wrappers (``torch.compile``, DDP, activation checkpoints) put into them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -52,30 +52,28 @@ class _Names:
     """What a model holds, by the names of its state_dict.
 
     ``state`` {key: value}; ``held`` {key: the model's own tensor}: the value itself or, where a state_dict hook made a
-    copy, what has that name; ``homes`` {id of a tensor: [(module, name in it)]}, several where it is tied; ``paths``
+    copy, what has that name; ``homes`` {id of a tensor: its (module, name in it)}, several where it is tied; ``paths``
     {id of a module: names in the model}.
     """
 
-    def __init__(self, model: nn.Module, fail: Callable[[str], PackedFileError]) -> None:
+    def __init__(self, model: nn.Module, where: str | bytes | os.PathLike) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
-        self.model, self.fail = model, fail
+        self.model, self.where = model, os.fsdecode(where)
         self.modules: dict[str, nn.Module] = {}
-        self.paths: dict[int, list[str]] = {}
-        self.homes: dict[int, list[tuple[nn.Module, str]]] = {}
+        self.paths: dict[int, list[str]] = defaultdict(list)
+        self.homes: dict[int, dict[tuple[nn.Module, str], None]] = defaultdict(dict)
         self.tensors: dict[str, Tensor] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             name = _unwrapped(path)
             self.modules[name] = module
-            self.paths.setdefault(id(module), []).append(path)
+            self.paths[id(module)].append(path)
             for child, t in [*module._parameters.items(), *module._buffers.items()]:
                 if t is not None:
                     self.tensors[f"{name}.{child}" if name else child] = t
-                    homes = self.homes.setdefault(id(t), [])
-                    if (module, child) not in homes:
-                        homes.append((module, child))
+                    self.homes[id(t)][module, child] = None
         self.state: dict[str, Any] = {}
         self.held: dict[str, Tensor] = {}
         try:
@@ -85,7 +83,7 @@ class _Names:
         for key, value in state.items():
             key = _unwrapped(key)
             if key in self.state and self.state[key] is not value:
-                raise fail(f"{key}: the state_dict has it twice")
+                raise self.fail(f"{key}: the state_dict has it twice")
             self.state[key] = value
             named = self.tensors.get(key)
             if id(value) in self.homes:
@@ -93,27 +91,28 @@ class _Names:
             elif named is not None and isinstance(value, Tensor) and _type(named) == _type(value):
                 self.held[key] = named
 
+    def fail(self, text: str) -> PackedFileError:
+        return PackedFileError(f"{self.where}: {text}")
+
     def layer(self, name: str) -> nn.Module | None:
         """The module that the state_dict calls so: by its name or, where hooks rename keys, by its weight or codes."""
         key = next((k for k in (f"{name}.weight_codes", f"{name}.weight") if k in self.held), None)
         named = self.modules.get(name) if name else None
         if key is None:
             return named
-        homes = self.homes[id(self.held[key])]
-        owners = {id(m): m for m, child in homes if child == key.rpartition(".")[2]}
-        if named is not None and id(named) in owners:
+        owners = [m for m, child in self.homes[id(self.held[key])] if child == key.rpartition(".")[2]]
+        if any(m is named for m in owners):
             return named
-        return next(iter(owners.values())) if len(owners) == 1 and name else None
+        return owners[0] if len(owners) == 1 and name else None
 
-    def is_extra(self, key: str) -> bool:
-        return key.rpartition(".")[2] == EXTRA_STATE and key not in self.held
-
-    def with_extra(self, key: str) -> Any:
-        """The module whose extra state has this key."""
-        module = self.modules.get(key.removesuffix(EXTRA_STATE).removesuffix("."))
-        if module is None:
+    def with_extra(self, key: str) -> nn.Module | None:
+        """The module whose extra state has this key; None for other keys."""
+        name, _, last = key.rpartition(".")
+        if last != EXTRA_STATE or key in self.held:
+            return None
+        if name not in self.modules:
             raise self.fail(f"{key}: a state_dict hook renames it, a load could not find its module")
-        return module
+        return self.modules[name]
 
 
 def _type(t: Tensor) -> tuple:
@@ -128,8 +127,7 @@ def _sound(scale: Tensor) -> bool:
 
 
 def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor], sums: tensorfile.Sums) -> str:
-    """CRC-32, eight hexadecimal digits, of the metadata, and of name, type, shape and the CRC-32 of each 4 MiB of each
-    tensor."""
+    """CRC-32, eight hexadecimal digits, of the metadata, and of each tensor's name, type, shape and own sums."""
     text = json.dumps({k: v for k, v in document.items() if k != "checksum"}, sort_keys=True)
     crc = crc32(text.encode())
     for name in sorted(tensors):
@@ -139,23 +137,19 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor], sums: 
     return f"{crc:08x}"
 
 
-def write_packed(
-    path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
-    extra: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+def write_packed(path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
+                 extra: Mapping[str, Any] | None = None) -> None:  # fmt: skip
     """Writes tensors, layer descriptions and JSON-ready extra state, whole or not at all (``atomic.replacing``)."""
     shown = os.fsdecode(path)
-    kept: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
     owners: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
     for name, t in tensors.items():
         if why := tensorfile.not_storable(t):
             raise PackedFileError(f"{shown}: {name} {why}")
         same = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg())
         if t.numel() and owners.setdefault(same, name) != name:
             aliases[name] = owners[same]
-        else:
-            kept[name] = t
+    kept = {name: t for name, t in tensors.items() if name not in aliases}
     document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
     document |= {"extra": dict(extra)} if extra else {}
     try:
@@ -169,42 +163,38 @@ def write_packed(
 def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     """Writes a packed model (``ak.pack_``): codes, scales and every other tensor of its state_dict, in one file.
 
-    The file appears under ``path`` only when it is whole (``atomic.replacing`` says what becomes of links and modes).
-    Extra state (``get_extra_state``) goes along where it is a tensor or JSON. Wrappers (``torch.compile``, DDP) are
-    looked through: the file fits the wrapper and what it wraps.
+    The file appears under ``path`` only when it is whole (``atomic.replacing``). Extra state (``get_extra_state``) goes
+    along where it is a tensor or JSON. Wrappers (``torch.compile``, DDP) are looked through: the file fits the wrapper
+    and what it wraps.
 
     Raises PackedFileError (a ValueError), and leaves the old file: for a model without packed layers, layers that are
-    still quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load
-    could not find again (state_dict hooks that invent them), and where the file cannot be written.
+    quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load could not
+    find again (state_dict hooks that invent them), and where the file cannot be written.
     """
-
-    def fail(text: str) -> PackedFileError:
-        return PackedFileError(f"{os.fsdecode(path)}: {text}")
-
-    names = _Names(model, fail)
+    names = _Names(model, path)
+    fail = names.fail
     if isinstance(names.model, (QuantizedLayer, PackedLayer)):
         raise fail("the model is itself a layer; put it into an nn.Sequential")
     for name, module in names.modules.items():
         if isinstance(module, QuantizedLayer):
             raise fail(f"{name} is not packed; call hard_quantize_(model) and pack_(model) first")
     layers: dict[str, Any] = {}
-    derived: set[str] = set()
-    found: set[int] = set()
+    lost: list[str] = []
+    derived, found = set(), set()  # keys that a load makes anew, ids of layers
     for key in names.state:
         name = key.removesuffix(".weight_codes")
         layer = names.layer(name) if name != key else None
         if isinstance(layer, PackedLayer):
-            lost = [k for k in ("weight_scale", "bias") if names.held.get(f"{name}.{k}") is not getattr(layer, k)]
-            if lost:
-                raise fail(f"{name}.{lost[0]}: a state_dict hook hides or renames it, a load could not find it")
+            own = {f"{name}.{k}": getattr(layer, k) for k in ("weight_scale", "bias")}
+            lost += [k for k, t in own.items() if names.held.get(k) is not t]
             if not layer.weight_scale.is_meta and not _sound(layer.weight_scale):
                 raise fail(f"{name}.weight_scale: expected positive finite scales")
             layers[name] = layer.description()
             derived |= {f"{name}.{k}" for k in own_keys(type(layer)) - {"weight_codes", "weight_scale", "bias"}}
             found.add(id(layer))
-    hidden = [n for n, m in names.modules.items() if isinstance(m, PackedLayer) and id(m) not in found]
-    if hidden:
-        raise fail(f"{hidden[0]}: a state_dict hook hides or renames it, a load could not find it")
+    lost += [n for n, m in names.modules.items() if isinstance(m, PackedLayer) and id(m) not in found]
+    if lost:
+        raise fail(f"{lost[0]}: a state_dict hook hides or renames it, a load could not find it")
     if not layers:
         raise fail("the model has no packed layers; call pack_(model) first")
     tensors: dict[str, Tensor] = {}
@@ -212,8 +202,7 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     for key, value in names.state.items():
         if key in derived:
             continue
-        if names.is_extra(key):
-            names.with_extra(key)
+        if names.with_extra(key) is not None:
             if not isinstance(value, Tensor) and not _is_json(value):
                 raise fail(f"{key}: extra state is saved where it is a tensor or JSON, got {type(value).__name__}")
         elif not isinstance(value, Tensor):
@@ -226,10 +215,9 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
 
 def _is_json(value: Any) -> bool:
     """Whether JSON gives ``value`` back: not tuples, sets, keys that are no texts, NaN."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
         return bool(json.loads(json.dumps(value)) == value)
-    except (TypeError, ValueError, RecursionError):
-        return False
+    return False
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -244,10 +232,9 @@ def read_safetensors(path: str | bytes | os.PathLike, **options: bool) -> tensor
         raise PackedFileError(f"{shown}: is a folder or a device, not a file")
     try:
         return tensorfile.read(path, **options)
-    except OSError as error:
-        raise PackedFileError(f"{shown}: cannot be read ({error})") from None
-    except ValueError as error:
-        raise PackedFileError(f"{shown}: not a whole safetensors file ({error})") from None
+    except (OSError, ValueError) as error:
+        why = "cannot be read" if isinstance(error, OSError) else "not a whole safetensors file"
+        raise PackedFileError(f"{shown}: {why} ({error})") from None
 
 
 class PackedFile:
@@ -288,18 +275,13 @@ class PackedFile:
     def _error(self, text: str) -> PackedFileError:
         return PackedFileError(f"{self.path}: {text}")
 
-    def dtype(self, name: str) -> torch.dtype:
-        return getattr(torch, self.layers[name]["dtype"])
-
     def empty_layer(self, name: str, like: Any = None, dtype: torch.dtype | None = None) -> PackedLayer:
         """The packed layer, on the meta device; geometry and bias of ``like``, or of a plain layer of the shape."""
         d = self.layers[name]
         kind = KINDS[d["kind"]]
-        return kind.packed.like(
-            like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors),
-            config=self.configs[name], trits=d["trits"], scale_dtype=self.tensors[f"{name}.weight_scale"].dtype,
-            dtype=dtype or self.dtype(name),
-        )  # fmt: skip
+        like = like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors)
+        scale_dtype, dtype = self.codes(name)[1].dtype, dtype or getattr(torch, d["dtype"])
+        return kind.packed.like(like, config=self.configs[name], trits=d["trits"], scale_dtype=scale_dtype, dtype=dtype)
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """(codes, scale) of a layer."""
@@ -319,13 +301,12 @@ class PackedFile:
                 raise ValueError(f"trits: expected true or false, got {d['trits']!r}")
             config = QuantConfig.from_dict(d["config"])
             self.configs = {name: config}
-            codes, scale = (self.tensors[f"{name}.{key}"] for key in ("weight_codes", "weight_scale"))
+            codes, scale = self.codes(name)
             empty = self.empty_layer(name)
             for key, got, want in (("codes", codes, empty.weight_codes), ("scale", scale, empty.weight_scale)):
-                if got.shape != want.shape or got.dtype != want.dtype:
-                    raise ValueError(
-                        f"weight_{key}: expected {want.dtype} {tuple(want.shape)}, got {got.dtype} {tuple(got.shape)}"
-                    )
+                if _type(got) != _type(want):
+                    (shape, dtype), (right, kind) = _type(got), _type(want)
+                    raise ValueError(f"weight_{key}: expected {kind} {right}, got {dtype} {shape}")
             if not _sound(scale):
                 raise ValueError("weight_scale: expected positive finite scales")
             check_codes(codes, empty.bits, empty.cols, len(config.weight.levels))
@@ -341,10 +322,11 @@ class PackedFile:
         t = self.tensors[key]
         if t.dtype == dtype:
             return t
-        new = t.to(dtype) if _kind(t.dtype) == _kind(dtype) else None
-        if new is None:
+        kind, theirs = ((d.is_floating_point, d.is_complex, d == torch.bool) for d in (dtype, t.dtype))
+        if kind != theirs:
             raise self._error(f"{key}: expected {dtype}, the file has {t.dtype}")
-        same = new.isfinite() == t.isfinite() if _kind(dtype) in ("float", "complex") else new.to(t.dtype) == t
+        new = t.to(dtype)
+        same = new.isfinite() == t.isfinite() if any(kind) else new.to(t.dtype) == t
         if not bool(same.all()):
             raise self._error(f"{key}: {dtype}, the model's type, does not hold numbers of the file's {t.dtype}")
         return new
@@ -354,16 +336,8 @@ def _bits(t: Tensor) -> Tensor:
     return t.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype == torch.bool:
-        return "bool"
-    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
-
-
-def load_packed(
-    path: str | bytes | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float",
-    mmap: bool = False,
-) -> nn.Module:  # fmt: skip
+def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float",
+                mmap: bool = False) -> nn.Module:  # fmt: skip
     """Fills ``model`` from a packed file, in place, and returns it.
 
     Its layers (float, quantized or packed) that the file has packed are replaced, and hooks on them go on working; all
@@ -373,16 +347,15 @@ def load_packed(
     ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
     the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
     is used, and the file must not be changed in place while the model is in use (a change shows, a cut file kills the
-    process). By default the tensors are read, and what becomes of the file later does not matter.
+    process).
 
     Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
     then leaves the model as it was.
     """
-    names = _Names(model, lambda text: PackedFileError(f"{os.fsdecode(path)}: {text}"))
+    names = _Names(model, path)
     file = PackedFile(path, verify, mmap)
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        load = _Load(file, names, activations)
-        load.commit()
+        _Load(file, names, activations).commit()
     return model
 
 
@@ -407,39 +380,33 @@ class _Load:
             except ValueError as error:
                 raise file._error(f"layer {name}: {str(error).removeprefix(f'{name}: ')}") from None
             replaced |= {f"{name}.{k}" for k in own_keys(type(old)) | {"weight_codes", "weight_scale"} if k != "bias"}
-        for name, module in names.modules.items():
-            if isinstance(module, (QuantizedLayer, PackedLayer)) and id(module) not in self.new:
-                what = "packed" if isinstance(module, PackedLayer) else "quantized"
+        for name, layer in names.modules.items():
+            if isinstance(layer, (QuantizedLayer, PackedLayer)) and id(layer) not in self.new:
+                what = "packed" if isinstance(layer, PackedLayer) else "quantized"
                 raise file._error(f"layer {name} is {what} in the model and not packed in the file")
         there = names.state.keys() - replaced
         given = (file.tensors.keys() | file.extra.keys()) - replaced
-        lacks = [f"the file lacks {', '.join(sorted(there - given)[:5])}"] * bool(there - given)
-        lacks += [f"the model lacks {', '.join(sorted(given - there)[:5])}"] * bool(given - there)
-        if lacks:
-            raise file._error("; ".join(lacks))
+        lacks = {"the file": sorted(there - given)[:5], "the model": sorted(given - there)[:5]}
+        if any(lacks.values()):
+            raise file._error("; ".join(f"{who} lacks {', '.join(keys)}" for who, keys in lacks.items() if keys))
         for key in sorted(there):
-            if names.is_extra(key):
-                state = file.tensors[key].clone() if key in file.tensors else file.extra[key]
-                self.extra.append((key, names.with_extra(key), state))
+            if (module := names.with_extra(key)) is not None:
+                self.extra.append((key, module, file.tensors[key].clone() if key in file.tensors else file.extra[key]))
             elif key in file.extra:
                 raise file._error(f"{key}: extra state in the file, a tensor in the model")
             else:
                 self._value(key)
-        left = {
-            key for key, t in names.tensors.items()
-            if t.is_meta and id(t) not in self.values and any(self._home(*home) for home in names.homes[id(t)])
-        }  # fmt: skip
+        left = [key for key, t in names.tensors.items() if t.is_meta and id(t) not in self.values
+                and any(self._home(*home) for home in names.homes[id(t)])]  # fmt: skip
         if left:
-            raise file._error(
-                f"{', '.join(sorted(left)[:5])}: on the meta device in the model and not in the file (buffers with "
-                "persistent=False never are); make the model on a real device, or give them values first"
-            )
+            raise file._error(f"{', '.join(sorted(left)[:5])}: on the meta device in the model and not in the file "
+                              "(buffers with persistent=False never are); make the model on a real device, or give "
+                              "them values first")  # fmt: skip
 
     def _filled(self, name: str, old: Any) -> PackedLayer:
-        packed = isinstance(old, PackedLayer)
-        layer = self.file.empty_layer(name, old, old.weight_dtype if packed else old.weight.dtype)
-        place = old.weight_codes if packed else old.weight
-        device = torch.device("cpu") if place.is_meta else place.device
+        weight = old.weight  # of a packed layer, too, it tells type and device
+        layer = self.file.empty_layer(name, old, weight.dtype)
+        device = torch.device("cpu") if weight.is_meta else weight.device
         layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
         layer.bias = getattr(old, "bias", None)
         layer.set_activations(self.activations)
@@ -470,16 +437,15 @@ class _Load:
 
     def commit(self) -> None:
         done: list[tuple[Any, Any]] = []
-        try:
-            for key, module, state in self.extra:  # first: this is the model's own code, and may raise
-                now = key
+        for key, module, state in self.extra:  # first: this is the model's own code, and may raise
+            try:
                 done.append((module, module.get_extra_state()))
                 module.set_extra_state(state)
-        except Exception as error:
-            for module, before in reversed(done):
-                with contextlib.suppress(Exception):
-                    module.set_extra_state(before)
-            raise self.file._error(f"{now}: {type(error).__name__}: {error}") from error
+            except Exception as error:
+                for changed, before in reversed(done):
+                    with contextlib.suppress(Exception):
+                        changed.set_extra_state(before)
+                raise self.file._error(f"{key}: {type(error).__name__}: {error}") from error
         paths = self.names.paths
         replace_modules(self.names.model, {path: new for old, new in self.new.items() for path in paths[old]})
         given: set[int] = set()
@@ -516,12 +482,11 @@ def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> Non
         raise ValueError(f"bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
     if shape != tuple(d["shape"]):
         raise ValueError(f"expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
-    pairs: list[tuple[str, Any, Any]] = []
-    if (config := getattr(old, "config", None)) is not None:
-        other = file.configs[name]
-        pairs = [("grid", config.weight, other.weight), ("activation", config.activation, other.activation)]
-    if "geometry" in d:
-        pairs.append(("geometry", kind.geometry_of(old), d["geometry"]))
-    for what, own, of_file in pairs:
+    other = file.configs[name]
+    config = getattr(old, "config", None) or other
+    geometry = kind.geometry_of(old)
+    for what, own, of_file in (("grid", config.weight, other.weight),
+                               ("activation", config.activation, other.activation),
+                               ("geometry", geometry, d.get("geometry", geometry))):  # fmt: skip
         if own != of_file:
             raise ValueError(f"{what}: expected {own}, the file has {of_file}")

@@ -21,26 +21,25 @@ from ..nn import quantized_layers
 from ..nn.kinds import own_keys
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import PackedLayer
-from ..quant import Grid, unpack_weight
+from ..nn.replace import first_input, observed
+from ..quant import Grid
 from ..quant.packing import row_bytes
 from .files import PackedFile, PackedFileError, read_safetensors
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer. ``bits``: of a code (1.6 for trits); ``bytes``: codes and scales as packed; ``float_bytes``: of the
-    weight in float32; ``error``: ||w - w^|| / ||w|| (None where only w^ is known); ``outliers``: share of weights
-    outside the hull; ``output_error``: ||y - y^|| / ||y|| of the layer alone on the calibration batch, or None."""
+    """One layer. Norms are of l2; w^ and y^ are the quantized weight and what the layer gives with it."""
 
     name: str
     grid: str
-    bits: float
+    bits: float  # of a code; 1.6 for trits
     weights: int
-    bytes: int
-    float_bytes: int
-    error: float | None = None
-    outliers: float | None = None
-    output_error: float | None = None
+    bytes: int  # codes and scales as packed
+    float_bytes: int  # of the weight in float32
+    error: float | None = None  # ||w - w^|| / ||w||; None where only w^ is known
+    outliers: float | None = None  # share of weights outside the hull
+    output_error: float | None = None  # ||y - y^|| / ||y|| of the layer alone on the calibration batch
 
     @property
     def compression(self) -> float:
@@ -63,12 +62,8 @@ class Report:
         return self.other_bytes + sum(r.float_bytes for r in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "layers": [asdict(r) | {"compression": r.compression} for r in self.layers],
-            "other_bytes": self.other_bytes,
-            "bytes": self.bytes,
-            "float_bytes": self.float_bytes,
-        }
+        layers = [asdict(r) | {"compression": r.compression} for r in self.layers]
+        return {"layers": layers, "other_bytes": self.other_bytes, "bytes": self.bytes, "float_bytes": self.float_bytes}
 
     def __str__(self) -> str:
         def number(value: float | None, form: str) -> str:
@@ -84,15 +79,11 @@ class Report:
         ratio = f"{self.float_bytes / self.bytes:.2f}" if self.bytes else "-"
         rows.append(("all", "", "", str(sum(r.weights for r in self.layers)), str(self.bytes), ratio, "", "", ""))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = []
-        for row in rows:
-            cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        form = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))
+        return "\n".join(form.format(*row).rstrip() for row in rows)
 
     def plot(self, path: str | os.PathLike) -> None:
         """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         names, place = [r.name for r in self.layers], range(len(self.layers))
@@ -103,14 +94,14 @@ class Report:
         size.set(xscale="log", xlabel="bytes", yticks=list(place), yticklabels=names)
         size.invert_yaxis()
         for what, label in (("error", "weight"), ("output_error", "output")):
-            known = [(i, getattr(r, what)) for i, r in enumerate(self.layers) if getattr(r, what) is not None]
+            known = [(getattr(r, what), i) for i, r in enumerate(self.layers) if getattr(r, what) is not None]
             if known:
-                error.plot([v for _, v in known], [i for i, _ in known], "o", label=label)
+                error.plot(*zip(*known, strict=True), "o", label=label)
         error.set(xlabel="relative error (2-norm)", xlim=(0, None))
         for axes in (size, error):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend()
-        FigureCanvasAgg(figure).print_figure(str(path), dpi=120)
+        figure.savefig(str(path), dpi=120)
 
 
 def short_name(grid: Grid, trits: bool = False) -> str:
@@ -152,19 +143,17 @@ def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) 
             if w is None or tuple(w.shape) != layer.shape:
                 found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
                 raise PackedFileError(f"{file.path}: layer {name}: {name}.weight {found} in the original")
-            codes, scale = (file.tensors[k] for k in keys)
-            w_hat = unpack_weight(codes, scale, layer.config.weight, layer.shape, torch.float64, trits=layer.trits)
-            error, outliers = _errors(w, w_hat, scale, layer.config.weight)
+            layer.weight_codes, layer.weight_scale = file.codes(name)
+            error, outliers = _errors(w, layer.dequantize(torch.float64), layer.weight_scale, layer.config.weight)
             r = replace(r, error=error, outliers=outliers)
         counted.update(keys)
         reports.append(r)
-    rest = [file.tensors[k] for k in file.stored if k not in counted]
-    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in rest))
+    return Report(tuple(reports), sum(file.tensors[k].nbytes for k in file.stored if k not in counted))
 
 
 @torch.no_grad()
 def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float, float]:
-    """(||w - w^|| / ||w||, share of w outside the hull)."""
+    """``error`` and ``outliers`` of a ``LayerReport``."""
     w, scale = w.detach().double(), scale.double()
     x = w.reshape(scale.numel(), -1) / scale.reshape(-1, 1)
     outside = (x < grid.levels[0]) | (x > grid.levels[-1])
@@ -175,10 +164,9 @@ def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float,
 def inspect(model: nn.Module, batch: Any = None) -> Report:
     """A ``Report`` of every quantized and packed layer of ``model``; print it, or read its fields.
 
-    error = ||w - w^|| / ||w|| and outliers (share of w outside the hull) are of the float weights, so of layers that
-    are not packed; after ``hard_quantize_`` the error is 0. ``batch``: an input of the model, or a tuple or a dict of
-    its arguments; each quantized layer then also gets ||y - y^|| / ||y||, of its output with float against quantized
-    weights on the same input (the last, where it is called several times).
+    Error and outliers are of the float weights, so of layers that are not packed; after ``hard_quantize_`` the error is
+    0. ``batch``: an input of the model, or a tuple or a dict of its arguments; each quantized layer then also gets the
+    error of its output with quantized against float weights on the same input (the last, where it is called often).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -193,35 +181,24 @@ def inspect(model: nn.Module, batch: Any = None) -> Report:
         reports.append(replace(r, output_error=outputs.get(name)))
         own = [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)]
         covered |= {id(t) for child, t in own if child in own_keys(type(m)) - {"bias"}}
-    others = [t for t in [*model.parameters(), *model.buffers()] if id(t) not in covered]
-    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in others))
+    tensors = (*model.parameters(), *model.buffers())
+    return Report(tuple(reports), sum(t.numel() * t.element_size() for t in tensors if id(t) not in covered))
 
 
 def _output_errors(model: nn.Module, batch: Any) -> dict[str, float]:
     """||y - y^|| / ||y|| of every quantized layer that the model calls."""
     found: dict[str, float] = {}
 
-    def compare(name: str, layer: Any, inputs: tuple, named: dict[str, Any]) -> None:
-        x = inputs[0] if inputs else next(iter(named.values()))
+    def compare(name: str, layer: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
+        x = first_input(args, kwargs)
         exact = layer.product(x, layer.weight).double()
         found[name] = _relative(layer.product(x, layer.quantized_weight()).double(), exact)
 
-    handles = [
-        m.register_forward_pre_hook(partial(compare, name), with_kwargs=True)
-        for name, m in quantized_layers(model).items()
-    ]
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
+    with observed(model, [(m, partial(compare, name)) for name, m in quantized_layers(model).items()]):
         if isinstance(batch, Mapping):
             model(**batch)
         else:
             model(*(batch if isinstance(batch, tuple) else (batch,)))
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -33,7 +33,7 @@ def table(layer: Any, holder: str) -> tuple[tuple[int, ...], float]:
         raise ValueError(f"{holder} keep no quantized inputs, got activation={inputs}")
     if (found := grid.integers()) is None:
         raise ValueError(f"{holder} hold integer levels, got {grid}")
-    low, high = found[0][0], found[0][-1]
+    low, *_, high = found[0]
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
     return found
@@ -43,7 +43,6 @@ def integers(layer: Any, holder: str) -> Integers:
     """Of a packed layer, on its device; raises as ``table``."""
     values, factor = table(layer, holder)
     codes, scale = layer.weight_codes, layer.weight_scale.detach() * factor
-    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)[
-        unpack_codes(codes, layer.bits, layer.cols).int()
-    ]
+    levels = torch.tensor(values, dtype=torch.int16, device=codes.device)
+    levels = levels[unpack_codes(codes, layer.bits, layer.cols).int()]
     return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), values[0], values[-1])

@@ -1,9 +1,8 @@
-"""safetensors files with the means of torch and numpy.
+"""safetensors files with the means of torch and numpy; the library of that name reads them, too.
 
 Eight bytes, little end first, say how long the header is; the header is JSON, {name: {dtype, shape, data_offsets}} and
-``__metadata__`` {text: text}; the bytes of the tensors follow without gaps. The library of that name reads these files.
-Here every path is taken that the system takes, CRC-32 sums of the bytes cost no pass of their own, and nothing is
-mapped unless that is asked: what becomes of a file while it is read or later neither changes a tensor nor kills anyone.
+``__metadata__`` {text: text}; the bytes of the tensors follow without gaps. Here every path is taken that the system
+takes, CRC-32 sums of the bytes cost no pass of their own, and nothing is mapped unless that is asked.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import mmap as mapping
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -49,9 +49,9 @@ def not_plain(t: Tensor) -> str:
         return "not initialised yet"
     if is_traceable_wrapper_subclass(t) or hasattr(t, "fake_mode"):
         return f"a {type(t).__name__}"
-    if t.layout is not torch.strided or t.is_nested:
-        return "a nested tensor" if t.is_nested else f"of layout {t.layout}"
-    return ""
+    if t.is_nested:
+        return "a nested tensor"
+    return "" if t.layout is torch.strided else f"of layout {t.layout}"
 
 
 def not_storable(t: Tensor) -> str:
@@ -76,8 +76,7 @@ def _crcs(pieces: Iterable[tuple[str, memoryview]]) -> Sums:
         try:
             return pool.submit(crc32, piece).result
         except RuntimeError:  # the interpreter is ending, and starts no thread any more
-            crc = crc32(piece)
-            return lambda: crc
+            return partial(crc32, piece)
 
     sums: Sums = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -95,8 +94,7 @@ def write(path: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str],
     header: dict[str, Any] = {METADATA: dict(metadata)}
     end = 0
     for name in order:
-        t, start = tensors[name], end
-        end += t.numel() * t.element_size()
+        t, start, end = tensors[name], end, end + tensors[name].nbytes
         header[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -125,11 +123,8 @@ def read(path: str | bytes | os.PathLike, *, sums: bool = False, mmap: bool = Fa
         begin = 8 + length
         try:
             entries, metadata = _header(file.read(length), size - begin)
-            tensors = {
-                name: torch.empty(shape, dtype=dtype, device="cpu")
-                for name, (dtype, shape, _) in entries.items()
-                if not mmap or 0 in shape
-            }
+            tensors = {name: torch.empty(shape, dtype=dtype, device="cpu")
+                       for name, (dtype, shape, _) in entries.items() if not mmap or 0 in shape}  # fmt: skip
         except (TypeError, KeyError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
             raise ValueError(f"its header is damaged: {type(error).__name__} {error}") from None
         whole = mapping.mmap(file.fileno(), 0, access=mapping.ACCESS_COPY) if mmap else None
@@ -138,7 +133,9 @@ def read(path: str | bytes | os.PathLike, *, sums: bool = False, mmap: bool = Fa
         def pieces() -> Iterator[tuple[str, memoryview]]:
             for name, (dtype, shape, start) in entries.items():
                 if whole is not None and name not in tensors:
-                    tensors[name] = _mapped(whole, dtype, shape, begin + start)
+                    place, count = begin + start, math.prod(shape)
+                    t = torch.frombuffer(whole, dtype=dtype, count=count, offset=place).reshape(shape)
+                    tensors[name] = t.clone() if place % dtype.itemsize else t  # another writer's: at any byte
                 for piece in _pieces(tensors[name]):
                     if whole is None and file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
                         raise ValueError("it was cut while it was read")
@@ -168,8 +165,3 @@ def _header(text: bytes, size: int) -> tuple[dict[str, tuple[torch.dtype, list[i
     if end != size:
         raise ValueError(f"{size} bytes of tensors, the header says {end}")
     return entries, metadata
-
-
-def _mapped(whole: mapping.mmap, dtype: torch.dtype, shape: list[int], start: int) -> Tensor:
-    t = torch.frombuffer(whole, dtype=dtype, count=math.prod(shape), offset=start).reshape(shape)
-    return t if start % dtype.itemsize == 0 else t.clone()  # another writer's file may have it at any byte

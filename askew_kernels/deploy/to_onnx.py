@@ -27,10 +27,9 @@ OPSET = 21  # the first with 4-bit integers and groups in DequantizeLinear
 def _integer_type(layer: Any, name: str) -> str:
     """INT4, UINT4, INT8 or UINT8: the narrowest that holds the grid's levels, or a power of two times them."""
     try:
-        values, _ = table(layer, "ONNX files")
+        (low, *_, high), _ = table(layer, "ONNX files")
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    low, high = values[0], values[-1]
     width = 4 if (low >= -8 and high <= 7) or (low >= 0 and high <= 15) else 8
     return f"{'U' if low >= 0 else ''}INT{width}"
 
@@ -68,10 +67,8 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
     buffer: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
-        arguments: Any = (example,) if isinstance(example, Tensor) else example
-        torch.onnx.export(
-            plain, arguments, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options
-        )
+        given: Any = (example,) if isinstance(example, Tensor) else example
+        torch.onnx.export(plain, given, buffer, opset_version=20, dynamo=False, do_constant_folding=False, **options)
     made = onnx.load_from_string(buffer.getvalue())
     graph, kept, nodes = made.graph, [], []
     written: set[str] = set()
@@ -85,11 +82,9 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
         inputs = [f"{owner}.weight_levels", f"{owner}.weight_scale"]
         if owner not in written:
             written.add(owner)
-            kind = getattr(TensorProto, types[owner])
-            kept += [
-                helper.make_tensor(inputs[0], kind, list(levels.shape), levels.flatten().tolist()),
-                helper.make_tensor(inputs[1], TensorProto.FLOAT, list(scale.shape), scale.flatten().tolist()),
-            ]
+            parts = zip(inputs, (types[owner], "FLOAT"), (levels, scale), strict=True)
+            kept += [helper.make_tensor(name, getattr(TensorProto, kind), list(t.shape), t.flatten().tolist())
+                     for name, kind, t in parts]  # fmt: skip
         flat = levels.shape == tuple(initializer.dims)
         out = initializer.name if flat else f"{initializer.name}_matrix"
         nodes.append(helper.make_node("DequantizeLinear", inputs, [out], f"{named}.dequantize", **options_of))
@@ -103,9 +98,9 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
         raise ValueError(f"{lost[0]}: its weight is not in the exported graph")
     del graph.initializer[:]
     graph.initializer.extend(kept)
-    operations = list(graph.node)
+    nodes += graph.node
     del graph.node[:]
-    graph.node.extend([*nodes, *operations])
+    graph.node.extend(nodes)
     made.opset_import[0].version = OPSET
     made.ir_version = 10
     onnx.checker.check_model(made)
@@ -120,8 +115,8 @@ def _numbers(weight: Any) -> tuple[tuple[int, ...], str, bytes]:
 
 def _parts(layer: PackedLayer) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """(levels, scale, attributes of DequantizeLinear); groups want the weight as a matrix."""
-    found = integers(layer, "ONNX files")
-    levels, scale = found.levels.cpu(), found.scale.float().cpu()
+    levels, scale, _, _ = integers(layer, "ONNX files")
+    levels, scale = levels.cpu(), scale.float().cpu()
     n, groups = scale.shape
     if groups > 1:
         return levels, scale, {"axis": 1, "block_size": layer.cols // groups}

@@ -48,37 +48,32 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
     rows, groups = scale.shape
     if format == "int4":
         if high - low > 15 or rows != n:
-            raise ValueError(
-                f"int4: expected at most 16 consecutive integers and scales by channel or group, got "
-                f"{layer.config.weight}, {layer.config.granularity}"
-            )
+            raise ValueError("int4: expected at most 16 consecutive integers and scales by channel or group, got "
+                             f"{layer.config.weight}, {layer.config.granularity}")  # fmt: skip
         if not torch.equal(scale.bfloat16().float(), scale.float()):
             raise ValueError("int4: bfloat16 does not hold the scales; pack with scale_dtype=torch.bfloat16")
-        offset = 8 if low < -8 or high > 7 else 0  # weight = q s + zero_point
-        nibbles = (levels - offset).to(torch.int8)
         if cols % 2:
             raise ValueError(f"int4: expected an even number of columns, got {cols}")
+        offset = 8 if low < -8 or high > 7 else 0  # weight = q s + zero_point
+        nibbles = (levels - offset).to(torch.int8)
         data = (nibbles[:, 0::2] & 15) | (nibbles[:, 1::2] << 4)
         scales = scale.bfloat16().t().contiguous()
         return int4(data.contiguous(), scales, scales * offset, [1, cols // groups], torch.Size((n, cols)))
     width = next((b for b in range(1, 9) if -(2 ** (b - 1)) <= low and high < 2 ** (b - 1)), 8)
     zero = -128 if high > 127 else 0  # unsigned levels of 8 bits; weight = (q - zero_point) s
-    made = intx(
-        qdata=(levels + zero).to(torch.int8), scale=scale,
-        zero_point=torch.full(scale.shape, zero, dtype=torch.int8, device=scale.device),
-        target_dtype=getattr(torch, f"int{width}"), block_size=(n // rows, cols // groups),
-        dtype=layer.weight_dtype, activation_quantization=None,
-    )  # fmt: skip
+    points = torch.full(scale.shape, zero, dtype=torch.int8, device=scale.device)
+    made = intx(qdata=(levels + zero).to(torch.int8), scale=scale, zero_point=points,
+                target_dtype=getattr(torch, f"int{width}"), block_size=(n // rows, cols // groups),
+                dtype=layer.weight_dtype, activation_quantization=None)  # fmt: skip
     if not torch.equal(made.dequantize(), layer.dequantize()):
         raise ValueError(f"intx: torchao gives other weights in {layer.weight_dtype}; this is a limit of its rounding")
     return made
 
 
 def to_torchao_(model: nn.Module, format: str = "intx") -> nn.Module:
-    """Replaces every PackedLinear of ``model``, in place, by an nn.Linear whose weight is ``to_torchao``'s tensor.
+    """Replaces every PackedLinear of ``model``, in place, by an nn.Linear with ``to_torchao``'s tensor as its weight.
 
-    Convolutions stay packed. Raises as ``to_torchao``, naming the layer, before anything is replaced; ValueError for a
-    model without a PackedLinear.
+    Raises as that, naming the layer, before anything is replaced; ValueError for a model without a PackedLinear.
     """
     layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}
     if not layers:

@@ -28,10 +28,8 @@ NAMES_TOLD = 4  # of each type, in the line that says what stays float
 logger = logging.getLogger("askew_kernels")
 
 
-def quantize_(
-    model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None,
-    kinds: str | Iterable[str] = DEFAULT,
-) -> nn.Module:  # fmt: skip
+def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Module, str], bool] | None = None,
+              kinds: str | Iterable[str] = DEFAULT) -> nn.Module:  # fmt: skip
     """Replaces the layers of these ``kinds`` in ``model``, in place, by their quantized twins; returns the model.
 
     config: one ``QuantConfig`` for all, or ``{pattern: config}`` where a pattern is a module's full name with ``*``
@@ -48,8 +46,7 @@ def quantize_(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    patterns, by_policy = isinstance(config, Mapping), hasattr(config, "configs")
-    asked = chosen(kinds)
+    patterns, by_policy, asked = isinstance(config, Mapping), hasattr(config, "configs"), chosen(kinds)
     if by_policy:
         config = config.configs(model)
         spoken_of = [replaceable(model.get_submodule(name)) for name in config]
@@ -60,9 +57,7 @@ def quantize_(
         if value is not None and not isinstance(value, QuantConfig):
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     matches = operator.eq if by_policy else fnmatch.fnmatchcase  # exact, whatever characters a name has
-    unused = dict.fromkeys(config)
-    layers: dict[str, nn.Module] = {}
-    configs: dict[str, QuantConfig] = {}
+    unused, layers, configs = dict.fromkeys(config), {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         if replaceable(module) not in asked or not (filter_fn is None or filter_fn(module, name)):
             continue
@@ -76,8 +71,9 @@ def quantize_(
     _check_shared(model, layers, configs)
     made: list[QuantizedLayer] = []
 
-    def make(name: str, module: nn.Module) -> nn.Module:
-        made.append(replaceable(module).quantized.from_float(module, configs[name]))  # type: ignore[union-attr]
+    def make(name: str, module: Any) -> nn.Module:
+        kind: Any = replaceable(module)
+        made.append(kind.quantized.from_float(module, configs[name]))
         return made[-1]
 
     try:
@@ -98,18 +94,15 @@ def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[
     kept = {name: layer for name, layer in quantized_layers(model).items() if id(layer) not in renewed}
     sharing: dict[int, tuple[str, QuantConfig]] = {}
     for name, layer in (kept | layers).items():
-        config = configs[name] if name in configs else layer.config
+        config = configs.get(name) or layer.config
         other, theirs = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config))
         if not same_weight(theirs, config):
             raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
-    """{parameter: why} of the weights of two and more dimensions that modules of ``model`` use unquantized, also those
-    that they share with a quantized layer (an embedding tied to the head).
-
-    Biases, norms and other vectors are float by design and not listed.
-    """
+    """{parameter: why} of the weights that modules of ``model`` use unquantized, also those that they share with a
+    quantized layer (an embedding tied to the head); of two and more dimensions: vectors are float by design."""
     return {name: f"{kind}{why}" for name, (_, kind, why) in _float_weights(model).items()}
 
 
@@ -119,18 +112,16 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
     held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
     return {
         f"{name}.{key}" if name else key: (module, *_why_float(module, held.get(id(p))))
-        for name, module in model.named_modules()
-        if name not in layers
-        for key, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2
-    }
+        for name, module in model.named_modules() if name not in layers
+        for key, p in module.named_parameters(recurse=False) if p.dim() >= 2
+    }  # fmt: skip
 
 
 def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
     name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
     if tied_to is not None:
-        tied = f"{name} tied to {tied_to}"
-        return tied, ", which reads the latent weight until hard_quantize_ writes the quantized one"
+        name += f" tied to {tied_to}"
+        return name, ", which reads the latent weight until hard_quantize_ writes the quantized one"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return name, ", whose weight nn.MultiheadAttention reads past its forward"
     if (kind := kind_of(module)) is None:
@@ -141,18 +132,16 @@ def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
 
 
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
-    """One line of the logger for the weights that ``call`` leaves float. A plain layer of the kinds that were asked for
-    is left by the caller's choice (``filter_fn``, patterns), and not told."""
+    """One line of the logger for the weights that ``call`` leaves float; of plain layers of the kinds that were asked
+    for, which are left by the caller's choice, it does not tell."""
     plain = [kind.plain for kind in asked]
     by_type: dict[str, list[str]] = {}
     for name, (module, kind, _) in _float_weights(model).items():
         if type(module) not in plain:
             by_type.setdefault(kind, []).append(name)
     if by_type:
-        told = [
-            f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
-            for of, names in by_type.items()
-        ]
+        told = [f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
+                for of, names in by_type.items()]  # fmt: skip
         logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(told))
     elif call == "quantize_" and not any(isinstance(m, (*plain, QuantizedLayer)) for m in model.modules()):
         logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
@@ -162,34 +151,26 @@ def _names(kinds: Iterable[Kind]) -> str:
     return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
 
 
-# torch's encoder layers look past their linear layers at the weights when they are evaluated, and compute with these.
-# What they look at first to find out whether they may:
-_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-
-
 def _decline_fast_paths(model: nn.Module) -> None:
-    """Turns torch's fast paths off where quantized layers are inside, and on again where none is any more."""
+    """torch's encoders, when they are evaluated, compute with the weights of their linear layers and look past these.
+    Turns that off, by what they ask first, where quantized layers are inside, and on again where none is any more."""
     for module in model.modules():
-        for kind, (name, off) in _FAST_PATHS.items():
+        for kind, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+                                (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
             if not isinstance(module, kind) or not hasattr(module, name):
                 continue
             if any(isinstance(m, QuantizedLayer) for m in module.modules()):
-                if not hasattr(module, "_askew_fast_path"):
-                    module._askew_fast_path = getattr(module, name)  # type: ignore[assignment]
+                vars(module).setdefault("_askew_fast_path", getattr(module, name))
                 setattr(module, name, off)
-            elif hasattr(module, "_askew_fast_path"):
-                setattr(module, name, module._askew_fast_path)
-                del module._askew_fast_path
+            elif "_askew_fast_path" in vars(module):
+                setattr(module, name, vars(module).pop("_askew_fast_path"))
 
 
 def dequantize_(model: nn.Module) -> nn.Module:
     """The inverse of ``quantize_``: float layers with the same Parameter objects (the latent weights), in place."""
     layers = _named(model, QuantizedLayer)
     layers.pop("", None)
-    new = successors(layers, lambda name, layer: layer.to_float())
+    new = successors(layers, lambda _, layer: layer.to_float())
     for layer in layers.values():
         layer.quantizer.untie(layer.weight)
     replace_modules(model, new)
@@ -197,10 +178,8 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack_(
-    model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
-    activations: str = "float",
-) -> nn.Module:  # fmt: skip
+def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
+          activations: str = "float") -> nn.Module:  # fmt: skip
     """Replaces every quantized layer of ``model``, in place, by its packed twin; returns the model.
 
     The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers
@@ -242,19 +221,17 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
     Raises ValueError naming the layer, and leaves the model as it was, where the inputs of a layer are quantized
     (``QuantConfig(activation=…)``), which these layers cannot do; ``force=True`` leaves that out.
     """
+    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
 
     def make(name: str, layer: Any) -> nn.Module:
         if (grid := layer.kind.input_grid(layer)) is not None and not force:
-            raise ValueError(
-                f"its inputs are quantized to {grid} (activation=), which a float layer does not do; force=True leaves "
-                "that out, and changes the outputs"
-            )
+            raise ValueError(f"its inputs are quantized to {grid} (activation=), which a float layer does not do; "
+                             "force=True leaves that out, and changes the outputs")  # fmt: skip
         key = id(layer.weight_codes), id(layer.weight_scale), layer.weight_dtype
         if key not in weights:
             weights[key] = nn.Parameter(layer.dequantize())
         return layer.kind.float_layer(layer, weights[key])
 
-    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
     replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
     return model
 
@@ -276,10 +253,8 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def hard_quantize_(model: nn.Module) -> nn.Module:
-    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers.
-
-    Raises RuntimeError naming the layer, before anything is written, where the weight is computed from others.
-    """
+    """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers. Raises
+    RuntimeError naming the layer, before anything is written, where the weight is computed from others."""
     layers = quantized_layers(model)
     for name, layer in layers.items():
         if maker := computed_tensors(layer).get("weight"):
@@ -312,10 +287,8 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             continue
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
-        group = groups.setdefault(c.to_json(), {
-            "params": [], "grid": c.weight, "scale": c.scale, "granularity": c.granularity, "group_size": c.group_size,
-            "sawb_coefficients": c.sawb_coefficients, **options,
-        })  # fmt: skip
+        of_layer = {key: getattr(c, key) for key in ("scale", "granularity", "group_size", "sawb_coefficients")}
+        group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
     return [*groups.values(), *([{"params": plain, **options}] if plain else [])]

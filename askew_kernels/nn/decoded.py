@@ -13,10 +13,8 @@ VALUES = {
     Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__,
     Tensor.untyped_storage, Tensor.__dlpack__,
 }  # fmt: skip
-READ_ONLY = (
-    "weight: a packed layer's is read-only, its values are in weight_codes and weight_scale; call unpack_(model), or "
-    "take a copy by layer.dequantize()"
-)
+READ_ONLY = ("weight: a packed layer's is read-only, its values are in weight_codes and weight_scale; call "
+             "unpack_(model), or take a copy by layer.dequantize()")  # fmt: skip
 
 
 class DecodedWeight(Tensor):
@@ -28,9 +26,8 @@ class DecodedWeight(Tensor):
 
     @staticmethod
     def __new__(cls, layer: Any) -> DecodedWeight:
-        new = Tensor._make_wrapper_subclass(
-            cls, layer.shape, dtype=layer.weight_dtype, device=layer.weight_codes.device
-        )  # type: ignore[attr-defined]
+        place = layer.weight_codes.device
+        new = Tensor._make_wrapper_subclass(cls, layer.shape, dtype=layer.weight_dtype, device=place)  # type: ignore[attr-defined]
         new.layer = layer
         return new
 
@@ -50,9 +47,8 @@ class DecodedWeight(Tensor):
             return DecodedWeight(args[0].layer)
         arguments = func._schema.arguments
         given = {**{a.name: v for a, v in zip(arguments, args, strict=False)}, **(kwargs or {})}
-        for a in arguments:
-            if a.is_write and isinstance(given.get(a.name), DecodedWeight):
-                raise RuntimeError(READ_ONLY)
+        if any(a.is_write and isinstance(given.get(a.name), DecodedWeight) for a in arguments):
+            raise RuntimeError(READ_ONLY)
         args, kwargs = _values((args, kwargs))
         return func(*args, **(kwargs or {}))
 

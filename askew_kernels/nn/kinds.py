@@ -1,7 +1,6 @@
 """Kinds of layers: ``KINDS``, one entry each, and the layers themselves, quantized and packed.
 
-Adding a kind is its two classes and one entry here. What is said of the layers elsewhere (which are replaced, packed,
-written, exported, counted, reported) is read from the entry.
+Adding a kind is its two classes and one entry: who replaces, packs, writes, exports, counts or reports layers reads it.
 """
 
 from __future__ import annotations
@@ -31,49 +30,41 @@ PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a
 
 @dataclass(frozen=True)
 class Kind:
-    """All that is known of a kind of layers, but for what its classes do.
+    """All that is known of a kind of layers, but for what its classes do."""
 
-    ``name``: as files and policies have it; ``group``: a name that it shares with others; ``plain``: torch's class, and
-    ``quantized`` and ``packed``, which take its place. ``arguments``: those of ``plain`` that are its attributes, too,
-    besides ``bias``; ``geometry``: those of them that the weight's shape does not tell. ``dims``: of the weight;
-    ``shaped``: the arguments that its shape tells. ``output``: the weight's dimension whose every index is an output, a
-    sum of products over all the others and a bias; None where rows are looked up. ``token_dims``: last dimensions of
-    the input that share one scale where it is quantized; 0 for indices. ``product``: (layer, x, weight, bias) -> y.
-    """
-
-    name: str
-    group: str
-    plain: type[nn.Module]
+    name: str  # as files and policies have it
+    group: str  # a name that it shares with others
+    plain: type[nn.Module]  # torch's class; the next two take its place
     quantized: type[QuantizedLayer]
     packed: type[PackedLayer]
-    arguments: tuple[str, ...]
-    geometry: tuple[str, ...]
-    dims: int
-    shaped: Callable[[Any], dict[str, Any]]
-    output: int | None
-    token_dims: int
-    product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-
-    def arguments_of(self, layer: Any) -> dict[str, Any]:
-        """What makes another layer of the same sizes, on the meta device."""
-        given = {name: getattr(layer, name) for name in self.arguments}
-        return given | self._others(getattr(layer, "bias", None) is not None)
+    sizes: tuple[str, ...]  # its arguments that the weight's shape tells: its first two dimensions, and all the others
+    options: tuple[str, ...]  # its further arguments that are attributes, too, besides ``bias``
+    geometry: tuple[str, ...]  # the options that make two layers with one weight differ
+    dims: int  # of the weight
+    output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
+    token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 for indices
+    product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
 
     def _others(self, bias: bool) -> dict[str, Any]:
         return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
+
+    def arguments_of(self, layer: Any) -> dict[str, Any]:
+        """What makes another layer of the same sizes, on the meta device."""
+        given = {name: getattr(layer, name) for name in self.sizes + self.options}
+        return given | self._others(getattr(layer, "bias", None) is not None)
 
     def geometry_of(self, layer: Any) -> dict[str, Any]:
         """What makes two layers with one weight differ, JSON-ready."""
         given = {name: getattr(layer, name) for name in self.geometry}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
-    def of_shape(self, shape: Any, bias: bool) -> nn.Module:
-        """A float layer with a weight of this shape, on the meta device."""
-        return self.plain(**self.shaped(shape), **self._others(bias))
+    def of_shape(self, shape: Any, bias: bool, cls: type[nn.Module] | None = None) -> nn.Module:
+        """A float layer, or one of a class with the same arguments, with a weight of this shape, on the meta device."""
+        sizes = dict(zip(self.sizes, (*shape[:2], tuple(shape[2:])), strict=False))
+        return (cls or self.plain)(**sizes, **self._others(bias))
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
-        """A float layer, or one of a class with the same arguments, of the sizes of ``layer``, with this weight and the
-        bias Parameter of ``layer``."""
+        """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
         new: Any = (cls or self.plain)(**self.arguments_of(layer))
         new.weight = weight
         if self.output is not None:
@@ -109,11 +100,9 @@ class PackedLinear(PackedLayer):
     rows on, and on a GPU with Triton up to ``runtime.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
-        trits: bool = False, scale_dtype: torch.dtype = torch.float32, device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
+                 trits: bool = False, scale_dtype: torch.dtype = torch.float32, device: Any = None,
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self._attach((out_features, in_features), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
@@ -130,10 +119,9 @@ class PackedLinear(PackedLayer):
             return functional.linear(x, self.dequantize(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
-        sizes = x.shape[:-1]
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
             x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.in_features), bias).reshape(*sizes, self.out_features)
+        return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -150,15 +138,12 @@ class PackedLinear(PackedLayer):
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
 
+CHANNELS = ("out_channels", "in_channels", "kernel_size")
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return layer._conv_forward(x, weight, bias)
-
-
-def _channels(shape: Any) -> dict[str, Any]:
-    return {"in_channels": shape[1], "out_channels": shape[0], "kernel_size": tuple(shape[2:])}
 
 
 class _PackedConvolution(PackedLayer):
@@ -192,9 +177,9 @@ class _PackedConvolution(PackedLayer):
         """Sizes of the output."""
         conv: Any = self
         around = conv._reversed_padding_repeated_twice[::-1]
-        sizes = (n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True))
-        geometry = zip(sizes, conv.kernel_size, conv.stride, conv.dilation, strict=True)
-        return [(size - gap * (k - 1) - 1) // step + 1 for size, k, step, gap in geometry]
+        padded = [n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True)]
+        geometry = zip(padded, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        return [(n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in geometry]
 
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""
@@ -212,18 +197,18 @@ class _PackedConvolution(PackedLayer):
             rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, conv.out_channels)
 
-        if torch.compiler.is_exporting():
-            y = product(x, height).permute(0, 3, 1, 2).contiguous()
-            return y[..., 0] if signal else y
-        y = x.new_empty(images, height, width, conv.out_channels)
-        reach = dilation[0] * (kernel[0] - 1) + 1
-        lines = max(1, PATCHES // max(1, images * width * self.cols))  # of the output, at a time
-        for first in range(0, height, lines):
-            last = min(first + lines, height)
-            part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
-            y[:, first:last] = product(part, last - first)
+        if exporting := torch.compiler.is_exporting():
+            y = product(x, height)
+        else:
+            y = x.new_empty(images, height, width, conv.out_channels)
+            reach = dilation[0] * (kernel[0] - 1) + 1
+            lines = max(1, PATCHES // max(1, images * width * self.cols))  # of the output, at a time
+            for first in range(0, height, lines):
+                last = min(first + lines, height)
+                part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
+                y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
-        y = y if channels_last else y.contiguous()
+        y = y if channels_last and not exporting else y.contiguous()
         return y[..., 0] if signal else y
 
 
@@ -250,15 +235,19 @@ def _looked_up(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return functional.embedding(x, weight, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
 
 
-def _refuse(layer: Any) -> None:
-    """ValueError for what writes into the weight that is read, and for gradients that no update pass takes."""
-    if layer.max_norm is not None:
-        raise ValueError(f"max_norm: expected None, got {layer.max_norm}: it would write into the quantized weight")
-    if layer.sparse:
-        raise ValueError("sparse: expected False: the gradient of a quantized weight is dense")
+class _Lookup:
+    """Refuses what writes into the weight that is read, and gradients that no update pass takes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        layer: Any = self
+        if layer.max_norm is not None:
+            raise ValueError(f"max_norm: expected None, got {layer.max_norm}: it would write into the quantized weight")
+        if layer.sparse:
+            raise ValueError("sparse: expected False: the gradient of a quantized weight is dense")
 
 
-class AskewEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
+class AskewEmbedding(_Lookup, QuantizedLayer, nn.Embedding):  # type: ignore[misc]
     """nn.Embedding with a quantized weight; per channel, every row has a scale. x: indices (…) -> (…, embedding_dim).
 
     The row ``padding_idx`` gets no gradient, and stays zeros where the grid has the level 0. Raises ValueError for
@@ -267,17 +256,9 @@ class AskewEmbedding(QuantizedLayer, nn.Embedding):  # type: ignore[misc]
 
     bias = None
 
-    def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, config=config, **kwargs)
-        _refuse(self)
 
-
-class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override]
+class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc, override]
     """nn.Embedding with a packed weight: the rows that are looked up are decoded, or all where they are fewer."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _refuse(self)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
@@ -295,33 +276,17 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[misc, override
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-KINDS: dict[str, Kind] = {
-    kind.name: kind
-    for kind in (
-        Kind(
-            "linear", "linear", nn.Linear, AskewLinear, PackedLinear,
-            arguments=("in_features", "out_features"), geometry=(),
-            dims=2, shaped=lambda shape: {"in_features": shape[1], "out_features": shape[0]},
-            output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
-        ),
-        Kind(
-            "conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d,
-            arguments=("in_channels", "out_channels", "kernel_size", *GEOMETRY), geometry=GEOMETRY,
-            dims=3, shaped=_channels, output=0, token_dims=2, product=_convolved,
-        ),
-        Kind(
-            "conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d,
-            arguments=("in_channels", "out_channels", "kernel_size", *GEOMETRY), geometry=GEOMETRY,
-            dims=4, shaped=_channels, output=0, token_dims=3, product=_convolved,
-        ),
-        Kind(
-            "embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding,
-            arguments=("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "scale_grad_by_freq", "sparse"),
-            geometry=(), dims=2, shaped=lambda shape: {"num_embeddings": shape[0], "embedding_dim": shape[1]},
-            output=None, token_dims=0, product=_looked_up,
-        ),
-    )
-}  # fmt: skip
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (
+    Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
+         dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
+    Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=3, output=0, token_dims=2, product=_convolved),
+    Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=4, output=0, token_dims=3, product=_convolved),
+    Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
+         ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
+         dims=2, output=None, token_dims=0, product=_looked_up),
+)}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
 
@@ -343,15 +308,14 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def own_keys(cls: type[nn.Module]) -> frozenset[str]:
-    """Keys that every layer of this class has in a state_dict, be it plain, quantized or packed; what else stands under
-    a layer's name was hung on it."""
+    """Keys that every layer of this class has in a state_dict; what else stands under its name was hung on it."""
     bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, kind.plain))
     return _keys(*next((kind, base) for kind, base in bases if issubclass(cls, base)))
 
 
 @functools.cache
 def _keys(kind: Any, base: Any) -> frozenset[str]:
-    return frozenset(base(**kind.shaped((1,) * kind.dims), device="meta").state_dict())
+    return frozenset(kind.of_shape((1,) * kind.dims, True, base).state_dict())
 
 
 def replaceable(module: nn.Module) -> Kind | None:

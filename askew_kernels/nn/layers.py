@@ -5,8 +5,8 @@ the gradient straight through inside the hull, ``forward="relaxed"`` computes wi
 hard in eval (as published). s Q(w/s) is the copy that an ASkew optimizer wrote in its own pass where that is fresh,
 and is recomputed otherwise.
 
-What a layer computes follows from its weight and three buffers, ``weight_scale``, ``weight_scale_frozen`` and
-``weight_sums`` (see ``quant.state``): every copy, checkpoint or average that has these computes the same.
+What a layer computes follows from its weight and three buffers, ``STATE`` (see ``quant.state``): every copy,
+checkpoint or average that has these computes the same.
 """
 
 from __future__ import annotations
@@ -41,30 +41,25 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def _fake_quantized(x: Tensor, scale: Tensor, grid: Any, clip: bool) -> Tensor:
+    """``ops.fake_quantize`` without its checks."""
+    scale = scale.double() if x.dtype == torch.float64 else scale
+    return ops.run_fake_quantize(x.contiguous(), scale, grid.levels_tensor(x.device), grid.encoding, clip, False, 0)
+
+
+def token_rows(x: Tensor, token_dims: int) -> int:
+    """Rows of a layer's input that have a scale each: one for its last ``token_dims`` dimensions."""
+    return math.prod(x.shape[: max(0, x.dim() - token_dims)])
+
+
 def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
     """s Q(x/s) of a layer's input, straight-through; s = max|x| / c_max over the last ``token_dims`` dimensions."""
-    rows = math.prod(x.shape[: max(0, x.dim() - token_dims)])
-    scale = activation_scales(x, [grid.c_max], rows)[0]
-    wide = x.dtype == torch.float64
-    return ops.run_fake_quantize(
-        x.contiguous(), scale.double() if wide else scale, grid.levels_tensor(x.device), grid.encoding, False, False, 0
-    )
-
-
-def _clipped(grad_w: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
-    """In the weight's own dtype, and zero where the weight is outside the hull, which ``clip`` (scale, grid) says; in
-    place: a product has just made this gradient. While a backward of the backward is recorded (``create_graph``) with
-    an operator that can be differentiated."""
-    grad_w = grad_w.to(weight.dtype)
-    if clip is None:
-        return grad_w
-    if torch.is_grad_enabled():
-        return grad_w * ops.ste_clip_(torch.ones_like(weight), weight, *clip)
-    return ops.ste_clip_(grad_w, weight, *clip)
+    return _fake_quantized(x, activation_scales(x, [grid.c_max], token_rows(x, token_dims))[0], grid, False)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The copy of the weight, whose gradient the weight receives as ``_clipped``."""
+    """The copy of the weight, whose gradient the weight receives in its own dtype, and zero where it is outside the
+    hull, which ``clip`` (scale, grid) says."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
@@ -75,7 +70,12 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return _clipped(grad, weight, ctx.clip), None, None
+        grad = grad.to(weight.dtype)
+        if ctx.clip is not None and torch.is_grad_enabled():  # create_graph: with an operator that has a derivative
+            grad = grad * ops.ste_clip_(torch.ones_like(weight), weight, *ctx.clip)
+        elif ctx.clip is not None:  # in place: a product has just made this gradient
+            grad = ops.ste_clip_(grad, weight, *ctx.clip)
+        return grad, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
@@ -86,22 +86,16 @@ def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
 def _transformed() -> bool:
     """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
     tracing, counting): what is made there must not be kept for outside."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None)  # fmt: skip
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
     """For the grid of the weight and that of the input: number of levels, the lowest, the highest, and the mean of
     level i times i; zeros without a grid. Of two grids with one fingerprint a scale means the same."""
-    rows = []
-    for grid in (config.weight, config.activation):
-        levels = () if grid is None else grid.levels
-        moment = math.fsum(i * c for i, c in enumerate(levels)) / max(1, len(levels))
-        rows.append([len(levels), levels[0], levels[-1], moment] if levels else [0.0] * 4)
+    levels = [() if grid is None else grid.levels for grid in (config.weight, config.activation)]
+    rows = [[len(c), c[0], c[-1], math.fsum(map(operator.mul, range(len(c)), c)) / len(c)] if c else [0.0] * 4
+            for c in levels]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
@@ -112,7 +106,6 @@ class QuantizedLayer(nn.Module):
     bias: Any
     config: QuantConfig
     kind: ClassVar[Any]  # its entry in kinds.KINDS
-
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
     own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
@@ -140,9 +133,7 @@ class QuantizedLayer(nn.Module):
         self.quantizer = WeightQuantizer(config)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
         self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
-        for name in STATE:
-            self._buffers[name] = None
-        self._buffers[GRIDS] = _fingerprint(config, self.weight.device)
+        self._buffers.update(dict.fromkeys(STATE), **{GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
     def _tied(self) -> WeightQuantizer:
@@ -154,7 +145,7 @@ class QuantizedLayer(nn.Module):
         if (found := WeightQuantizer.of(weight)) is not quantizer:
             if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
                 quantizer = self.quantizer = found
-            elif any(layer._parameters.get("weight") is not weight for layer in self._sharing(quantizer)):
+            elif any(w is not weight and WeightQuantizer.of(w) is quantizer for w in self._others(quantizer)):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
             if found is not quantizer:
                 quantizer.tie(weight)
@@ -165,10 +156,9 @@ class QuantizedLayer(nn.Module):
             self._show(quantizer)
         return quantizer
 
-    def _sharing(self, quantizer: WeightQuantizer) -> list[QuantizedLayer]:
-        """The other layers whose weight has this quantizer now."""
-        layers = [layer for layer in quantizer.layers if layer is not self]
-        return [m for m in layers if WeightQuantizer.of(m._parameters.get("weight")) is quantizer]
+    def _others(self, quantizer: WeightQuantizer) -> list[Any]:
+        """The weights of the other layers that were tied to this quantizer."""
+        return [layer._parameters.get("weight") for layer in quantizer.layers if layer is not self]
 
     def _show(self, quantizer: WeightQuantizer) -> None:
         """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
@@ -187,25 +177,19 @@ class QuantizedLayer(nn.Module):
         if name == "weight" and (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.invalidate()
             old = self._parameters.get("weight")
-            was_tied = type(old) is QuantizedParameter
+            was_tied = type(old) is QuantizedParameter and not old.is_meta and "_loading" not in self.__dict__
             if isinstance(value, nn.Parameter) and value is not old:
                 if old is not None and not is_sharded(old) and not is_sharded(value):
                     quantizer.untie(old)
                 if is_sharded(value):
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
-                elif (
-                    was_tied
-                    and not old.is_meta  # type: ignore[union-attr]
-                    and (quantizer.frozen or not self.training)
-                    and not self.__dict__.get("_loading")
-                ):
+                elif was_tied and (quantizer.frozen or not self.training):
+                    scale = "with the frozen scale of the old one" if quantizer.frozen else "by its rule"
                     warnings.warn(
-                        f"{type(self).__name__}: weight was replaced; it is quantized anew "
-                        f"{'with the frozen scale of the old one' if quantizer.frozen else 'by its rule'}, so that "
-                        "folding a BatchNorm or another factor into it does not give what both layers computed: fold "
-                        "before quantize_, or after dequantize_",
-                        stacklevel=2,
+                        f"{type(self).__name__}: weight was replaced; it is quantized anew {scale}, so that folding a "
+                        "BatchNorm or another factor into it does not give what both layers computed: fold before "
+                        "quantize_, or after dequantize_", stacklevel=2,
                     )  # fmt: skip
         elif name in STATE and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
             # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
@@ -248,9 +232,6 @@ class QuantizedLayer(nn.Module):
         if (quantizer := self.__dict__.get("quantizer")) is not None:
             quantizer.forget()
 
-    def _uses_float(self) -> bool:
-        return self.training and self.config.forward == "relaxed"
-
     def _ordinary(self) -> bool:
         """The weight is a Parameter whose changes can be seen, and nothing traces or transforms the call: what is
         known of it may be kept for the next. In every forward, so of few Python operations."""
@@ -277,29 +258,22 @@ class QuantizedLayer(nn.Module):
 
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
-        config, weight = self.config, self.weight
+        weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
-        scale = self._functional_scale(weight)
-        return ops.run_fake_quantize(
-            weight.contiguous(), scale.double() if weight.dtype == torch.float64 else scale,
-            config.weight.levels_tensor(weight.device), config.weight.encoding, config.ste_clip, False, 0,
-        )  # fmt: skip
+        return _fake_quantized(weight, self._functional_scale(weight), self.config.weight, self.config.ste_clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight, quantizer, low = self._parameters["weight"], self.quantizer, autocast_dtype(x)
-        assert weight is not None
+        weight: Any = self._parameters["weight"]
+        quantizer, low, bias = self.quantizer, autocast_dtype(x), self.bias
         quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
-        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
-        if low is None:
-            return self._hard_forward(x, quantized, clip)
-        with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self._hard_forward(x.to(low), quantized, clip)
-
-    def _hard_forward(self, x: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
         if torch.is_grad_enabled():
-            quantized = _StraightThrough.apply(self.weight, quantized, clip)
-        bias = self.bias
-        return self.kind.product(self, x, quantized, None if bias is None else bias.to(quantized.dtype))
+            clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
+            quantized = _StraightThrough.apply(weight, quantized, clip)
+        bias = None if bias is None else bias.to(quantized.dtype)
+        if low is None:
+            return self.kind.product(self, x, quantized, bias)
+        with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
+            return self.kind.product(self, x.to(low), quantized, bias)
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
@@ -311,7 +285,7 @@ class QuantizedLayer(nn.Module):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
-        if self._uses_float():
+        if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x)
@@ -333,21 +307,19 @@ class QuantizedLayer(nn.Module):
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
         """A checkpoint without the quantizer's tensors is a float model's (silently, where it says so itself), or a
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
-        quantizer = self._tied()
+        self._tied()
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
-        if of is not None and not of.is_meta and not torch.equal(of.detach().cpu().float(), mine):
-            which = "weight" if torch.equal(of.detach().cpu().float()[1], mine[1]) else "activation"
-            error_msgs.append(
-                f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
-                f"{getattr(self.config, which)}; call quantize_ with the configuration that was trained"
-            )
+        if of is not None and not of.is_meta and not torch.equal(of := of.detach().cpu().float(), mine):
+            which = "weight" if torch.equal(of[1], mine[1]) else "activation"
+            error_msgs.append(f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
+                              f"{getattr(self.config, which)}; call quantize_ with the configuration that was "
+                              "trained")  # fmt: skip
             return
         self.__dict__["_loading"] = True  # by ``assign``: another weight, which comes with its scale
         try:
-            super()._load_from_state_dict(
-                state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys,
+                                          error_msgs)  # fmt: skip
         finally:
             del self.__dict__["_loading"]
         came = prefix + "weight" in state_dict

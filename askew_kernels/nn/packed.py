@@ -1,11 +1,9 @@
 """What layers for inference share whose weight is packed codes; ``kinds`` has the layers themselves.
 
-Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel decodes them as it goes, for many rows
-in pieces of up to 2^22 weights; elsewhere the weight is unpacked for the call, and torch's own product taken.
-
 ``weight_codes`` (n, row_bytes) uint8 and ``weight_scale`` (rows,) are buffers; the weight is s c, bit for bit the one
-that was trained (docs/packed.md). Casting a model (``model.half()``) changes the type it computes in, never its codes
-and scales.
+that was trained (docs/packed.md). Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel
+decodes them as it goes, for many rows in pieces of up to 2^22 weights; elsewhere the weight is unpacked for the call,
+and torch's own product taken. Casting a model changes the type it computes in, never its codes and scales.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._
 
 
 class PackedLayer(nn.Module):
-    """What the packed layers share. ``config``: grid and granularity; ``trits``: five ternary codes in a byte;
-    ``weight_dtype``: the type that was trained, in which ``dequantize`` gives the weight; ``activations``: "float", or
-    "int8", which lets a CPU round each row of the input to int8 on the way."""
+    """``config``: grid and granularity; ``trits``: five ternary codes in a byte; ``weight_dtype``: the type that was
+    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "int8", which lets a CPU round each
+    row of the input to int8 on the way."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -42,20 +40,17 @@ class PackedLayer(nn.Module):
     own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
                       "weight_scale")  # fmt: skip
 
-    def __init__(
-        self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
-        scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
+                 scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None,
+                 **kwargs: Any) -> None:  # fmt: skip
         """The float layer's arguments, and how its weight is packed; codes and scales are empty."""
         super().__init__(*args, **kwargs, device="meta")
         weight: Any = self._parameters.pop("weight")
         bias = self._parameters.pop("bias", None) is not None
         self._attach(tuple(weight.shape), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
-    def _attach(
-        self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
-        dtype: torch.dtype | None, device: Any,
-    ) -> None:  # fmt: skip
+    def _attach(self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
+                dtype: torch.dtype | None, device: Any) -> None:  # fmt: skip
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
         if scale_dtype not in SCALE_TYPES:
@@ -77,11 +72,9 @@ class PackedLayer(nn.Module):
         return cls(**cls.kind.arguments_of(layer) | options)
 
     @classmethod
-    def from_quantized(
-        cls, layer: Any, *, force: bool = False, trits: bool = False, scale_dtype: torch.dtype = torch.float32
-    ) -> Any:
-        """Packs the weight of ``layer`` (an AskewLinear for a PackedLinear, and so on); its bias is shared. Raises
-        ValueError where that would change a weight, unless ``force``."""
+    def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
+                       scale_dtype: torch.dtype = torch.float32) -> Any:  # fmt: skip
+        """Packs the weight of ``layer``, as ``fill``; its bias is shared."""
         new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
         if weight.is_meta or hasattr(weight, "fake_mode"):
@@ -97,21 +90,18 @@ class PackedLayer(nn.Module):
         """Codes and scales of ``weight``. Raises ValueError where that would change a weight or a scale, unless
         ``force``, and for NaN."""
         if scale.shape != self.weight_scale.shape:
-            raise ValueError(f"weight_scale: expected shape {tuple(self.weight_scale.shape)} for {tuple(self.shape)} "
-                             f"weights {self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
+            wanted = f"{tuple(self.weight_scale.shape)} for {self.shape} weights {self.config.granularity}"
+            raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
         exact, scale = scale, scale.to(self.weight_scale.dtype)
-        if not torch.equal(scale.float(), exact.float()) and not force:
+        if not force and not torch.equal(scale.float(), exact.float()):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
         codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
-        off = int((self.dequantize() != weight).sum())
-        if off and not force:
-            raise ValueError(
-                f"weight: {off} of {weight.numel()} weights are not on their levels; call hard_quantize_(model) "
-                "first, or give force=True to round them"
-            )
+        if not force and (off := int((self.dequantize() != weight).sum())):
+            raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
+                             "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
 
     def to_float(self) -> nn.Module:
         """A float layer with the unpacked weight and the same bias Parameter."""
@@ -119,35 +109,28 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
-        return ops.packed_dequantize(
-            self.weight_codes, self.weight_scale, self.config.weight, self.bits, self.cols, dtype or self.weight_dtype
-        ).reshape(self.shape)
+        codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
+        flat = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
+        return flat.reshape(self.shape)
 
     @property
     def weight(self) -> Tensor:
-        """The weight for those who read it, read-only: dtype, device and shape cost nothing, values are unpacked where
-        they are used, each time."""
+        """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
         if "weight_codes" not in self._buffers:
             raise AttributeError("weight")  # while nn.Conv2d makes its own
         return self.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
-            raise AttributeError(
-                "weight: a packed layer keeps codes, it can be given no other weight; call unpack_(model) first"
-            )
+            raise AttributeError("weight: a packed layer keeps codes, it can be given no other weight; call "
+                                 "unpack_(model) first")  # fmt: skip
         super().register_parameter(name, param)
-
-    def _input(self, x: Tensor) -> Tensor:
-        """The input as the trained layer has taken it."""
-        grid = self.kind.input_grid(self)
-        return x if grid is None else quantized_input(x, grid, self.kind.token_dims)
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-        if self.config.activation is not None:  # of a kind that takes numbers: indices do not come here
-            x = self._input(x)
+        if (grid := self.config.activation) is not None:  # of a kind that takes numbers: indices do not come here
+            x = quantized_input(x, grid, self.kind.token_dims)
         if low is not None:
             x = x.to(low)
         try:  # not `self.bias`, nor a cast to the same type: microseconds, in every call
@@ -157,8 +140,7 @@ class PackedLayer(nn.Module):
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
     def _special(self, x: Any) -> Any:
-        """The result for what is no plain tensor: a node of torch.fx's graph, of which a packed layer is a leaf, or a
-        nested tensor; None for the rest."""
+        """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
         return self._nested(x) if x.is_nested else None
@@ -167,43 +149,39 @@ class PackedLayer(nn.Module):
         raise NotImplementedError(f"x: {type(self).__name__} takes no nested tensors; give it one tensor at a time")
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
-        """Whether a product of that many rows is made from the codes: where ``runtime.reads_codes`` says so, but never
-        where x wants a gradient or under a transform of torch.func."""
+        """Whether a product of that many rows is made from the codes; never where x wants a gradient or is transformed
+        by torch.func."""
         if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
         return runtime.reads_codes(x, rows)
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
-        grid, compiling = self.config.weight, torch.compiler.is_compiling()
+        grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         name, product = runtime.packed_product(x, self.activations)
-        codes, scale = self._buffers["weight_codes"], self._buffers["weight_scale"]
-        if scale.dtype != torch.float32:  # type: ignore[union-attr]
-            scale = scale.float()  # type: ignore[union-attr]
+        scale: Any = buffers["weight_scale"]
+        if scale.dtype != torch.float32:
+            scale = scale.float()
         levels = grid.levels_tensor(x.device)
-        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):  # type: ignore[union-attr]
-            return ops.run_packed_linear(
-                name, product, x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
-            )
+        inputs = x.contiguous(), buffers["weight_codes"], scale, levels, grid.encoding, self.bits, bias
+        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):
+            return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
-            return product(x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias)
+            return product(*inputs)
         finally:
             del below
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of codes and scales."""
         return self.weight_codes.numel() + self.weight_scale.numel() * self.weight_scale.element_size()
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""
-        geometry = self.kind.geometry_of(self)
-        return {
-            "kind": self.kind.name, "config": self.config.to_dict(), "trits": self.trits, "shape": list(self.shape),
-            "dtype": str(self.weight_dtype).removeprefix("torch."), **({"geometry": geometry} if geometry else {}),
-        }  # fmt: skip
+        geometry, dtype = self.kind.geometry_of(self), str(self.weight_dtype).removeprefix("torch.")
+        return {"kind": self.kind.name, "config": self.config.to_dict(), "trits": self.trits, "shape": list(self.shape),
+                "dtype": dtype, **({"geometry": geometry} if geometry else {})}  # fmt: skip
 
     def set_activations(self, activations: str) -> None:
         """How the input is taken, but for indices; ValueError where it is unknown or the grid does not allow it."""
@@ -214,14 +192,11 @@ class PackedLayer(nn.Module):
 
     def _meaning(self) -> dict[str, Any]:
         """What two layers must agree in so that the codes of one mean the same in the other, and outputs are equal."""
-        activation = self.config.activation
-        return {
-            "grid": self.config.weight.to_dict(), "trits": self.trits, "shape": list(self.shape),
-            "activation": None if activation is None else activation.to_dict(),
-        }  # fmt: skip
+        grid, activation = self.config.weight.to_dict(), self.config.activation
+        return {"grid": grid, "trits": self.trits, "shape": list(self.shape),
+                "activation": None if activation is None else activation.to_dict()}  # fmt: skip
 
-    def get_extra_state(self) -> Tensor:
-        """JSON as uint8: a tensor goes through every kind of checkpoint."""
+    def get_extra_state(self) -> Tensor:  # a tensor goes through every kind of checkpoint
         return torch.tensor(list(json.dumps(self._meaning()).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
@@ -237,10 +212,10 @@ class PackedLayer(nn.Module):
         except (AttributeError, ValueError, TypeError) as error:
             return f"{EXTRA_STATE}: expected the JSON of a packed layer as uint8 ({error})"
 
-        def said(key: str, value: Any) -> Any:
-            return grid_from_dict(value) if key in ("grid", "activation") and value is not None else value
+        def said(value: Any) -> Any:
+            return grid_from_dict(value) if isinstance(value, dict) else value
 
-        return "; ".join(f"{key}: expected {said(key, value)}, got {said(key, got)}" for key, got, value in differing)
+        return "; ".join(f"{key}: expected {said(value)}, got {said(got)}" for key, got, value in differing)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
@@ -261,8 +236,7 @@ class PackedLayer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        c = self.config
+        c, packing = self.config, ", trits" if self.trits else ""
         group = f", group_size={c.group_size}" if c.group_size else ""
-        packing = ", trits" if self.trits else ""
         int8 = ", activations=int8" if self.activations == "int8" else ""
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"

@@ -1,38 +1,29 @@
-"""Putting one module in the place of another without losing what users hang on modules."""
+"""Putting one module in the place of another without losing what users hang on modules, and looking at their calls."""
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_state_dict_pre_hooks",
-    "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds that this torch has, and their flags
 TENSORS = ("_parameters", "_buffers", "_modules")
-MAKE_PERMANENT = (
-    "make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, remove_spectral_norm or "
-    "prune.remove"
-)
+MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
+                  "remove_spectral_norm or prune.remove")  # fmt: skip
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
-    """{``weight`` or ``bias``: what computes it} where it is not a Parameter of the module but made from others: by a
-    parametrization, weight_norm, spectral_norm, a pruning mask."""
-    found = {}
-    for name in ("weight", "bias"):
-        if name in module._parameters:
-            continue
-        chain = module._modules.get("parametrizations")
-        makers: list[Any] = []
-        if isinstance(chain, nn.ModuleDict) and name in chain:
-            makers = [*chain[name]]  # type: ignore[misc]
-        elif name in vars(module) or f"{name}_orig" in module._parameters or f"{name}_v" in module._parameters:
+    """{``weight`` or ``bias``: what computes it} where it is no Parameter of the module but made from others."""
+    found, own = {}, module._parameters
+    chains: Any = module._modules.get("parametrizations")
+    for name in (name for name in ("weight", "bias") if name not in own):
+        if isinstance(chains, nn.ModuleDict) and name in chains:
+            makers = [*chains[name]]  # type: ignore[misc]
+        elif name in vars(module) or f"{name}_orig" in own or f"{name}_v" in own:
             hooks = module._forward_pre_hooks.values()
             makers = [h for h in hooks if name in (getattr(h, "name", ""), getattr(h, "_tensor_name", ""))]
         else:
@@ -42,13 +33,10 @@ def computed_tensors(module: nn.Module) -> dict[str, str]:
 
 
 def check_replaceable(name: str, old: nn.Module) -> None:
-    """ValueError naming the layer where another module in its place would compute something else: where its forward was
-    replaced on the instance, or its weight is made from other parameters."""
+    """ValueError naming the layer where another module in its place would compute something else."""
     if "forward" in vars(old):
-        raise ValueError(
-            f"{name}: its forward was replaced on the instance, which another layer cannot keep; undo that first "
-            "(accelerate: remove_hook_from_module)"
-        )
+        raise ValueError(f"{name}: its forward was replaced on the instance, which another layer cannot keep; undo "
+                         "that first (accelerate: remove_hook_from_module)")  # fmt: skip
     for tensor, maker in computed_tensors(old).items():
         raise ValueError(f"{name}: its {tensor} is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
 
@@ -72,10 +60,30 @@ def successors(
     return {name: made[id(layer)] for name, layer in layers.items()}
 
 
+@contextlib.contextmanager
+def observed(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> Iterator[None]:
+    """``model`` in eval mode, with forward hooks (module, args, kwargs, y); all is as before afterwards."""
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+
+
+def first_input(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """A layer's input, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def carry_over(old: nn.Module, new: nn.Module) -> None:
-    """What users hang on a module goes from ``old`` to ``new``, which takes its place: hooks of every kind with their
-    flags (handles go on working: both modules hold the same hooks from now on), the training flag, and parameters,
-    buffers, submodules and attributes that ``new`` has not, but for ``old.own_attributes``, which its class defines."""
+    """What users hang on a module goes from ``old`` to ``new``, which takes its place: hooks (handles go on working:
+    both modules hold the same hooks from now on), the training flag, and parameters, buffers, submodules and attributes
+    that ``new`` has not, but for ``old.own_attributes``, which its class defines."""
     for name in HOOKS:
         hooks = getattr(old, name)
         hooks.update(getattr(new, name))
@@ -94,9 +102,7 @@ def carry_over(old: nn.Module, new: nn.Module) -> None:
                 getattr(new, kind)[name] = value
                 if name in old._non_persistent_buffers_set:
                     new._non_persistent_buffers_set.add(name)
-    for name, value in vars(old).items():
-        if name in vars(new) or name in own:
-            continue
+    for name, value in [(n, v) for n, v in vars(old).items() if n not in vars(new) and n not in own]:
         if name == "_compiled_call_impl":  # of the old module's code
             new.compile()
         elif isinstance(value, types.MethodType) and value.__self__ is old:

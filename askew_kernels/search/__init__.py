@@ -17,6 +17,5 @@ from .space import Space, knapsack
 __all__ = [
     "COSTS", "Budget", "BudgetError", "LayerPolicy", "MixedConv2d", "MixedLinear", "Policy", "PolicyError", "Profile",
     "Space", "hessian_policy", "knapsack", "latency_table", "layer_roles", "mix_", "mixed_layers", "policy_costs",
-    "random_policy",
-    "search_policy", "sensitivity_policy", "trace", "uniform_policy", "unmix_",
+    "random_policy", "search_policy", "sensitivity_policy", "trace", "uniform_policy", "unmix_",
 ]  # fmt: skip

@@ -1,7 +1,6 @@
 """Policies without a differentiable search, under the same costs and budgets: what a search has to beat.
 
-Each takes the model, an example batch and what ``search_policy`` takes: ``weight_bits``, ``act_bits``, ``budget``,
-``filter_fn``, ``hooks``, ``latency``.
+Each takes the model, an example batch and the ``options`` of ``Space``, which ``search_policy`` has, too.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,9 +32,8 @@ def uniform_policy(model: nn.Module, example: Any, **options: Any) -> Policy:
     started = time.perf_counter()
     space = Space(model, example, **options)
     limit = float("inf") if space.budget is None else space.budget.limit
-    pairs = [(i, j) for i in range(len(space.weight_bits)) for j in range(len(space.act_bits))]
-    for i, j in reversed(pairs):
-        choice = {name: (i, j) for name in space.names}
+    for pair in reversed([*np.ndindex(len(space.weight_bits), len(space.act_bits))]):
+        choice = dict.fromkeys(space.names, pair)
         if space.cost.of(choice) <= limit:
             return space.policy(choice, _report("uniform", started))
     raise BudgetError(f"budget: {limit:g} is below every uniform policy's cost")  # the range allowed it: rounding
@@ -45,35 +44,23 @@ def random_policy(model: nn.Module, example: Any, *, seed: int = 0, **options: A
     started = time.perf_counter()
     space = Space(model, example, **options)
     draws = torch.Generator("cpu").manual_seed(seed)
-    values = {
-        name: torch.rand(t.shape, generator=draws, dtype=torch.float64, device="cpu")
-        for name, t in space.cost.tables.items()
-    }
+    values = {name: torch.rand(table.shape, generator=draws, dtype=torch.float64, device="cpu")
+              for name, table in space.cost.tables.items()}  # fmt: skip
     return space.policy(space.choose(values), _report("random", started, seed=seed))
 
 
 @torch.no_grad()
-def weight_errors(space: Space) -> dict[str, tuple[Tensor, float]]:
-    """{layer: (‖w − ŵ‖² of each weight candidate, ‖w‖²)}, each weight once."""
-    found = {}
-    for name in space.names:
-        w = space.model.get_submodule(name).weight.detach().float()  # type: ignore[union-attr, operator]
-        errors = []
-        for bits in space.weight_bits:
-            grid = weight_grid(bits)
-            errors.append(float((w - ops.fake_quantize(w, compute_scale(w, grid), grid)).double().square().sum()))
-        found[name] = torch.tensor(errors, dtype=torch.float64, device="cpu"), float(w.double().square().sum())
-    return found
-
-
 def _by_errors(space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]:
-    """Minus the error that each pair of candidates brings in: the weight's, and the input's share of the same size."""
+    """Minus the error that each pair of candidates brings in, ‖w − ŵ‖², and the input's share of the same size."""
     values = {}
-    for name, (errors, size) in weight_errors(space).items():
+    for name in space.names:
+        w = space.model.get_parameter(f"{name}.weight").detach().float()
+        grids = [weight_grid(bits) for bits in space.weight_bits]
+        errors = [float((w - ops.fake_quantize(w, compute_scale(w, g), g)).double().square().sum()) for g in grids]
         inputs = [p.act_errors for p in space.profile.weights[name]]
         shares = [0.0 if a is None else sum(of_input.get(a, 0.0) for of_input in inputs) for a in space.act_bits]
-        acts = torch.tensor(shares, dtype=torch.float64, device="cpu")
-        values[name] = -weigh(name) * (errors[:, None] + size * acts[None])
+        weights, acts = (torch.tensor(t, dtype=torch.float64, device="cpu") for t in (errors, shares))
+        values[name] = -weigh(name) * (weights[:, None] + float(w.double().square().sum()) * acts[None])
     return values
 
 
@@ -81,8 +68,7 @@ def sensitivity_policy(model: nn.Module, example: Any, **options: Any) -> Policy
     """Least sum of ‖w − ŵ‖² under the budget. ``model``: a trained one."""
     started = time.perf_counter()
     space = Space(model, example, **options)
-    values = _by_errors(space, lambda name: 1.0)
-    return space.policy(_spend(space, values), _report("sensitivity", started))
+    return space.policy(_spend(space, _by_errors(space, lambda name: 1.0)), _report("sensitivity", started))
 
 
 def hessian_policy(
@@ -98,11 +84,11 @@ def hessian_policy(
         batches = batches_of(data)
     space = Space(model, batches[0][0], **options)
     traces = hessian_trace(space.model, loss_fn, batches, samples=samples, seed=seed)
-    first_names = {id(p): name for name, p in space.model.named_parameters()}  # a shared weight's trace has its first
-    found = {name: traces[first_names[id(space.model.get_parameter(f"{name}.weight"))]] for name in space.names}
+    firsts = {id(p): name for name, p in space.model.named_parameters()}  # a shared weight's trace has its first name
+    found = {name: traces[firsts[id(space.model.get_parameter(f"{name}.weight"))]] for name in space.names}
     weights = {name: max(0.0, found[name]) / space.profile.layers[name].weights for name in space.names}
-    values = _by_errors(space, lambda name: weights[name])
-    return space.policy(_spend(space, values), _report("hessian", started, traces=weights, seed=seed))
+    choice = _spend(space, _by_errors(space, weights.__getitem__))
+    return space.policy(choice, _report("hessian", started, traces=weights, seed=seed))
 
 
 def _spend(space: Space, values: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..analysis.batches import moved, samples
 from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
@@ -31,8 +30,9 @@ from ..contract import row_bytes
 from ..nn import hard_quantize_, pack_, quantize_
 from ..nn.kinds import DEFAULT
 from ..nn.kinds import kind_of as find_kind
-from ..quant import QuantConfig, activation_scales
-from ..quant.grids import Uniform
+from ..nn.layers import quantized_input
+from ..nn.replace import first_input, observed
+from ..quant import QuantConfig, Uniform
 from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
@@ -55,12 +55,12 @@ class Budget:
     latency: float | None = None
 
     def __post_init__(self) -> None:
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        given = [name for name in COSTS if getattr(self, name) is not None]
         if len(given) != 1:
             raise BudgetError(f"budget: expected exactly one of {', '.join(COSTS)}, got {', '.join(given) or 'none'}")
-        ((name, value),) = given.items()
+        value = self.limit
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise BudgetError(f"budget: {name}: expected a number > 0, got {value!r}")
+            raise BudgetError(f"budget: {self.kind}: expected a number > 0, got {value!r}")
 
     @property
     def kind(self) -> str:
@@ -73,42 +73,34 @@ class Budget:
 
 @dataclass
 class LayerProfile:
-    """One searched layer. ``macs`` of one sample; ``cols``: weights of an output channel; ``signed``: the input has
-    negative values; ``looked_up``: the input is indices, which have no bits to choose; ``act_errors``: {bits:
-    ‖x − x̂‖² / ‖x‖²} on the traced batch."""
+    """One searched layer."""
 
     name: str
     kind: str
-    macs: float
+    macs: float  # of one sample
     rows: int
-    cols: int
-    signed: bool = True
-    calls: int = 1
-    looked_up: bool = False
-    act_errors: dict[int, float] = field(default_factory=dict)
+    cols: int  # weights of an output channel
+    signed: bool = True  # the input has negative values
+    looked_up: bool = False  # the input is indices, which have no bits to choose
+    act_errors: dict[int, float] = field(default_factory=dict)  # {bits: ‖x − x̂‖² / ‖x‖²} on the traced batch
 
     @property
     def weights(self) -> int:
         return self.rows * self.cols
 
     def packed_bytes(self, bits: int) -> int:
-        """Codes and float32 scales, one a channel."""
-        return self.rows * row_bytes(self.cols, bits) + 4 * self.rows
+        return self.rows * (row_bytes(self.cols, bits) + 4)  # codes, and a float32 scale for each channel
 
 
 @dataclass
 class Profile:
-    """What one forward told: the searched layers, and the MACs of all the rest.
-
-    ``tied``: {layer: the first one that has the same weight}; ``unreached``: layers that the forward does not call;
-    ``uncounted``: modules with a weight whose MACs are not known.
-    """
+    """What one forward told: the searched layers, and the MACs of all the rest."""
 
     layers: dict[str, LayerProfile]
     other_macs: float = 0.0
-    tied: dict[str, str] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
-    uncounted: tuple[str, ...] = ()
+    tied: dict[str, str] = field(default_factory=dict)  # {layer: the first one that has the same weight}
+    unreached: tuple[str, ...] = ()  # layers that the forward does not call
+    uncounted: tuple[str, ...] = ()  # modules with a weight whose MACs are not known
 
     @property
     def weights(self) -> dict[str, list[LayerProfile]]:
@@ -119,47 +111,29 @@ class Profile:
         return found
 
 
-Hook = Callable[..., None]  # (module, args, kwargs, y)
-
-
-def _observe(model: nn.Module, x: Any, hooks: Sequence[tuple[nn.Module, Hook]]) -> None:
-    """model(x) in eval mode and without gradients, every submodule by its own forward; all is as before after it."""
-    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
-    before = [(m, m.training) for m in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of layers that it does not call
-        with left_alone(model), seeded(0), torch.no_grad(), as_written():
-            model(moved(x))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for m, training in before:
-            m.training = training
-        for handle in handles:
-            handle.remove()
-
-
-def _given(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-    """A layer's input, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 NO_PRODUCTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
+def _observe(model: nn.Module, x: Any, hooks: Iterable[tuple[nn.Module, Callable[..., None]]]) -> None:
+    """model(x) in eval mode and without gradients, every submodule by its own forward; all is as before after it."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # it reads the weights of layers that it does not call
+        with observed(model, hooks), left_alone(model), seeded(0), torch.no_grad(), as_written():
+            model(moved(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
 @torch.inference_mode(False)
-def trace(
-    model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
-    hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT,
-) -> Profile:  # fmt: skip
-    """Runs ``model(x)`` once, in eval mode, and counts.
+def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
+          hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT) -> Profile:  # fmt: skip
+    """Runs ``model(x)`` once, in eval mode, and counts; a layer that the forward does not reach costs nothing.
 
     names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
     output) -> MACs of the whole batch} for modules that the count does not know. The batch has as many samples as the
-    first tensor in ``x`` has rows, in whatever tuples, mappings or dataclasses it stands.
-    A layer that the forward does not reach costs nothing. Raises ValueError where the forward reaches none, for a name
-    that is none of a layer, and for a model without values (meta device).
+    first tensor in ``x`` has rows. Raises ValueError where the forward reaches no layer, for a name that is none of a
+    layer, and for a model without values (meta device).
     """
     check_values(model)
     layers = candidate_layers(model, kinds)
@@ -171,7 +145,7 @@ def trace(
         raise ValueError("x: expected at least one sample, got an empty batch")
     found: dict[str, LayerProfile] = {}
     other = [0.0]
-    errors: dict[str, dict[int, list[float]]] = {}
+    errors: dict[str, dict[int, tuple[float, float]]] = {}
     uncounted: dict[str, None] = {}
 
     def count(name: str, kind: Any, module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
@@ -179,23 +153,21 @@ def trace(
         if name not in searched:
             other[0] += macs
             return
-        given, rows = _given(args, kwargs), module.weight.shape[0]
-        p = found.setdefault(
-            name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows), False, 0)
-        )
-        p.macs, p.looked_up = p.macs + macs, not kind.token_dims
-        p.calls += 1
-        p.signed |= p.looked_up or bool((given < 0).any())
+        x, rows = first_input(args, kwargs), module.weight.shape[0]
+        p = found.setdefault(name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows),
+                                                signed=False, looked_up=not kind.token_dims))  # fmt: skip
+        p.macs += macs
+        p.signed |= p.looked_up or bool((x < 0).any())
         for bits in () if p.looked_up else act_bits:
             if bits is not None:
-                sums = errors.setdefault(name, {}).setdefault(bits, [0.0, 0.0])
-                for i, value in enumerate(_act_error(given, bits, p.signed, kind.token_dims)):
-                    sums[i] += value
+                error, size = _act_error(x, bits, p.signed, kind.token_dims)
+                before = errors.setdefault(name, {}).get(bits, (0.0, 0.0))
+                errors[name][bits] = before[0] + error, before[1] + size
 
     def count_other(function: MacsHook, module: nn.Module, args: tuple, kwargs: Any, y: Any) -> None:
         other[0] += float(function(module, args, y)) / batch
 
-    watched: list[tuple[nn.Module, Hook]] = [(m, partial(count, name, find_kind(m))) for name, m in layers.items()]
+    watched: list[Any] = [(m, partial(count, name, find_kind(m))) for name, m in layers.items()]
     for name, module in model.named_modules():
         if name in layers:
             continue
@@ -211,9 +183,7 @@ def trace(
     for name, by_bits in errors.items():
         found[name].act_errors = {b: e / n if n else 0.0 for b, (e, n) in by_bits.items()}
     reached = {name: found[name] for name in layers if name in found}
-    firsts: dict[int, str] = {}
-    for name in reached:
-        firsts.setdefault(weight_id(layers[name]), name)
+    firsts = {weight_id(layers[name]): name for name in reversed(reached)}  # of the layers that share a weight
     tied = {name: first for name in reached if (first := firsts[weight_id(layers[name])]) != name}
     unreached = tuple(name for name in layers if name in searched and name not in found)
     return Profile(reached, other[0], tied, unreached, tuple(uncounted))
@@ -221,12 +191,10 @@ def trace(
 
 def _act_error(x: Tensor, bits: int, signed: bool, dims: int) -> tuple[float, float]:
     """(‖x − x̂‖², ‖x‖²)"""
-    grid = Uniform(bits=bits, signed=signed)
-    rows = math.prod(x.shape[: max(0, x.dim() - dims)])
     x = x.float().contiguous()
     if not x.numel():
         return 0.0, 0.0
-    error = x - ops.fake_quantize(x, activation_scales(x, [grid.c_max], rows)[0], grid).reshape(x.shape)
+    error = x - quantized_input(x, Uniform(bits=bits, signed=signed), dims)
     return float((error * error).sum()), float((x * x).sum())
 
 
@@ -251,10 +219,8 @@ class Cost:
 
     def expected(self, probabilities: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
         """E[cost] under independent candidates: sum p_w^T C p_a, differentiable."""
-        parts = []
-        for name, t in self.tables.items():
-            weights, acts = probabilities[name]
-            parts.append(weights @ t.to(weights) @ acts.to(weights))
+        given = ((*probabilities[name], table) for name, table in self.tables.items())
+        parts = [weights @ table.to(weights) @ acts.to(weights) for weights, acts, table in given]
         return (self.fixed + torch.stack(parts).sum()) / self.divisor
 
     @property
@@ -264,11 +230,10 @@ class Cost:
         return (self.fixed + low) / self.divisor, (self.fixed + high) / self.divisor
 
 
-def cost_of(
-    kind: str, profile: Profile, weight_bits: Sequence[int], act_bits: Sequence[int | None],
-    latency: Latency | None = None,
-) -> Cost:  # fmt: skip
+def cost_of(kind: str, profile: Profile, weight_bits: Sequence[int], act_bits: Sequence[int | None],
+            latency: Latency | None = None) -> Cost:  # fmt: skip
     """The tables of one cost. ValueError where ``latency`` is missing or does not know a layer."""
+    shared = profile.weights
 
     def entry(layers: list[LayerProfile], w: int, a: int | None) -> float:
         if kind == "average_bits":
@@ -279,14 +244,10 @@ def cost_of(
             return sum(p.macs * w * (FLOAT_BITS if a is None else a) for p in layers)
         return sum(_latency_of(latency, p, w, a) for p in layers)
 
-    tables = {
-        name: torch.tensor(
-            [[float(entry(layers, w, a)) for a in act_bits] for w in weight_bits], dtype=torch.float64, device="cpu"
-        )
-        for name, layers in profile.weights.items()
-    }
+    rows = {n: [[float(entry(layers, w, a)) for a in act_bits] for w in weight_bits] for n, layers in shared.items()}
+    tables = {name: torch.tensor(table, dtype=torch.float64, device="cpu") for name, table in rows.items()}
     if kind == "average_bits":
-        return Cost(kind, tables, divisor=float(sum(layers[0].weights for layers in profile.weights.values())))
+        return Cost(kind, tables, divisor=float(sum(layers[0].weights for layers in shared.values())))
     return Cost(kind, tables, fixed=profile.other_macs * FLOAT_BITS**2 if kind == "bitops" else 0.0)
 
 
@@ -303,46 +264,40 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 
 @torch.inference_mode(False)
-def latency_table(
-    model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
-    kinds: Kinds = DEFAULT,
-) -> dict[str, dict[str, float]]:  # fmt: skip
+def latency_table(model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
+                  kinds: Kinds = DEFAULT) -> dict[str, dict[str, float]]:  # fmt: skip
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
-    The median over about ``seconds`` for each, with the threads torch has. JSON-ready; give it to
-    ``search_policy(latency=…)``.
+    The median over about ``seconds`` for each, with the threads torch has; for ``search_policy(latency=…)``.
     """
     inputs: dict[str, Any] = {}
-    layers = candidate_layers(model, kinds)
 
     def keep(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        inputs.setdefault(name, _given(args, kwargs).detach().clone())
+        inputs.setdefault(name, first_input(args, kwargs).detach().clone())
 
     check_values(model)
+    layers = candidate_layers(model, kinds)
     _observe(model, x, [(m, partial(keep, name)) for name, m in layers.items()])
     if not inputs:
         raise ValueError("model: its forward reaches no layer to measure")
     from torch.utils.benchmark import Timer  # brings in setuptools: a fifth of a second that others need not wait for
 
-    table: dict[str, dict[str, float]] = {}
-    for name, given in inputs.items():
-        for bits in weight_bits:
-            layer = _packed_copy(layers[name], bits)
-            timer = Timer("layer(x)", globals={"layer": layer, "x": given}, num_threads=torch.get_num_threads())
-            with torch.no_grad():
-                table.setdefault(name, {})[str(bits)] = 1e3 * timer.blocked_autorange(min_run_time=seconds).median
-    return table
+    def measured(name: str, bits: int) -> float:
+        given = {"layer": _packed_copy(layers[name], bits), "x": inputs[name]}
+        timer = Timer("layer(x)", globals=given, num_threads=torch.get_num_threads())
+        with torch.no_grad():
+            return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+
+    return {name: {str(bits): measured(name, bits) for bits in weight_bits} for name in inputs}
 
 
 def _packed_copy(layer: Any, bits: int) -> nn.Module:
     """The layer alone, packed, with a weight that was drawn."""
     kind: Any = find_kind(layer)
-    weight = layer.weight.detach()
-    new = kind.plain(**kind.arguments_of(layer)).to(weight.dtype).to_empty(device=weight.device)
+    new = kind.plain(**kind.arguments_of(layer)).to(layer.weight.dtype).to_empty(device=layer.weight.device)
     with seeded(0):
         new.reset_parameters()
-    grid = weight_grid(bits)
-    config = QuantConfig(weight=grid)
+    config = QuantConfig(weight=weight_grid(bits))
     return pack_(hard_quantize_(quantize_(nn.Sequential(new), config, kinds=kind.name)))[0].eval()  # type: ignore[index]
 
 
@@ -355,8 +310,7 @@ def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:
     for layers in profile.weights.values():
         kept = set()
         for p in layers:
-            chosen = policy.entry(p.name)
-            if chosen is None:
+            if (chosen := policy.entry(p.name)) is None:
                 raise ValueError(f"policy: has no entry for {p.name}")
             kept.add(chosen.weight_bits)
             macs += p.macs * (chosen.weight_bits or FLOAT_BITS) * (chosen.act_bits or FLOAT_BITS)
@@ -368,9 +322,9 @@ def policy_costs(policy: Policy, profile: Profile) -> dict[str, float]:
 
 def warn_of(profile: Profile, kind: str) -> None:
     """Says which layers a search leaves out although it was asked for them, and which MACs it does not know."""
-    if profile.unreached:
-        warnings.warn(f"search: the forward does not call {', '.join(profile.unreached)}; left float, at no cost",
-                      stacklevel=4)  # fmt: skip
-    if profile.uncounted and kind == "bitops":
-        warnings.warn(f"search: bit operations of {', '.join(profile.uncounted)} are not known and not counted; "
-                      "give hooks={type: f(module, inputs, output) -> MACs}", stacklevel=4)  # fmt: skip
+    left, unknown = ", ".join(profile.unreached), ", ".join(profile.uncounted)
+    if left:
+        warnings.warn(f"search: the forward does not call {left}; left float, at no cost", stacklevel=4)
+    if unknown and kind == "bitops":
+        warnings.warn(f"search: bit operations of {unknown} are not known and not counted; give "
+                      "hooks={type: f(module, inputs, output) -> MACs}", stacklevel=4)  # fmt: skip

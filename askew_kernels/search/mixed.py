@@ -8,7 +8,6 @@ scales of all candidates come from one pass of row sums, without waiting for the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,18 +17,17 @@ from torch import Tensor, nn
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
 from ..nn.kinds import DEFAULT
-from ..quant import Grid, Uniform, activation_scales, default_rule
+from ..nn.layers import token_rows
+from ..quant import Uniform, activation_scales, default_rule
 from ..quant.scales import scale_from_sums
 from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
 
 
-def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[int | None, ...]:
+def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
     """Ascending and without repetition, None last. ValueError where there are none or one is not known."""
     found = list(dict.fromkeys(bits))
-    if not found:
-        raise ValueError(f"{name}: expected at least one candidate, got none")
-    if len(found) > ops.MOST_CANDIDATES:
-        raise ValueError(f"{name}: expected at most {ops.MOST_CANDIDATES} candidates, got {len(found)}")
+    if not 0 < len(found) <= ops.MOST_CANDIDATES:
+        raise ValueError(f"{name}: expected at least one candidate and at most {ops.MOST_CANDIDATES}, got {len(found)}")
     for b in found:
         if (b is None and not none) or (b is not None and (isinstance(b, bool) or b not in known)):
             raise ValueError(f"{name}: expected {known[0]} to {known[-1]}{' or None' if none else ''}, got {b!r}")
@@ -37,13 +35,12 @@ def check_candidates(name: str, bits: Sequence[int | None], known: range, none: 
 
 
 class MixedLayer(nn.Module):
-    """What the mixed layers share.
-
-    ``weight_strengths`` and ``act_strengths`` are β, one number a candidate; ``temperature`` is T. A single candidate
-    has no strength to learn; ``act_bits=(None,)`` leaves the input alone.
-    """
+    """What the mixed layers share: ``weight_strengths`` and ``act_strengths``, β, one number a candidate, and
+    ``temperature``, T. A single candidate has no strength to learn; ``act_bits=(None,)`` leaves the input alone."""
 
     weight: Any
+    weight_strengths: Any
+    act_strengths: Any
     kind: ClassVar[Any]  # its entry in nn.KINDS
 
     @classmethod
@@ -61,20 +58,15 @@ class MixedLayer(nn.Module):
         self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
         self.signed, self.learned, self.temperature = signed, learned, 1.0
         self.weight_grids = [weight_grid(b) for b in self.weight_bits]  # type: ignore[arg-type]
-        self.act_grids: list[Grid | None] = [
-            None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits
-        ]
+        self.act_grids = [None if b is None else Uniform(bits=b, signed=signed) for b in self.act_bits]
         self._weight_codes = ops.candidate_encodings(self.weight_grids)
         self._act_codes = ops.candidate_encodings(self.act_grids)
-        place = {"device": self.weight.device}
-        kind = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        self.weight_strengths = nn.Parameter(torch.zeros(len(self.weight_bits), dtype=kind, **place))
-        self.act_strengths = nn.Parameter(torch.zeros(len(self.act_bits), dtype=kind, **place))
-        self.weight_strengths.requires_grad_(len(self.weight_bits) > 1)
-        self.act_strengths.requires_grad_(len(self.act_bits) > 1)
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": contract.compute_dtype(self.weight.dtype)}
+        for what, bits in (("weight_strengths", self.weight_bits), ("act_strengths", self.act_bits)):
+            setattr(self, what, nn.Parameter(torch.zeros(len(bits), **like), requires_grad=len(bits) > 1))
         if learned:  # LSQ's start
-            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(kind).clamp(min=contract.SCALE_FLOOR)
-            tops = torch.tensor([g.c_max for g in self.weight_grids], dtype=kind, **place)
+            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(**like).clamp(min=contract.SCALE_FLOOR)
+            tops = torch.tensor([g.c_max for g in self.weight_grids], **like)
             self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
 
     def weight_probabilities(self) -> Tensor:
@@ -94,29 +86,24 @@ class MixedLayer(nn.Module):
         return torch.stack([scale_from_sums(sums, cols, g, default_rule(g)) for g in self.weight_grids])
 
     def mixed_weight(self) -> Tensor:
-        """sum_b p_b s_b Q_b(w / s_b), differentiable."""
+        """sum_b p_b s_b Q_b(w / s_b), differentiable; by the operator without checks: rules give positive scales."""
         scales = self.weight_scales.clamp(min=contract.SCALE_FLOOR) if self.learned else self._rule_scales()
-        return _mix(self.weight, scales, self.weight_probabilities(), self._weight_codes, True, self.learned)
+        strengths = self.weight_probabilities()
+        return ops.run_mix_fake_quantize(self.weight, scales, strengths, self._weight_codes, True, self.learned)
 
     def mixed_input(self, x: Tensor) -> Tensor:
         if self.act_grids == [None] or not self.kind.token_dims:
             return x
-        rows = math.prod(x.shape[: max(0, x.dim() - self.kind.token_dims)])
-        scales = activation_scales(x, [1.0 if g is None else g.c_max for g in self.act_grids], rows)
-        return _mix(x, scales, self.act_probabilities(), self._act_codes, False, False)
+        tops = [1.0 if g is None else g.c_max for g in self.act_grids]
+        scales = activation_scales(x, tops, token_rows(x, self.kind.token_dims))
+        return ops.run_mix_fake_quantize(x, scales, self.act_probabilities(), self._act_codes, False, False)
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = getattr(self, "bias", None)
-        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), bias)
+        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), getattr(self, "bias", None))
 
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
-
-
-def _mix(x: Tensor, scales: Tensor, strengths: Tensor, codes: list[int], clip: bool, learned: bool) -> Tensor:
-    """The operator without checks: scales come from rules that give nothing else than positive numbers."""
-    return ops.run_mix_fake_quantize(x, scales, strengths, codes, clip, learned)
 
 
 # {torch's class: that of its mixtures}
@@ -130,12 +117,10 @@ FilterFn = Callable[[nn.Module, str], bool]
 
 
 def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = DEFAULT) -> dict[str, nn.Module]:
-    """{name: layer} of these kinds that the search is about, each module once.
-
-    ValueError where there is none, and naming those that filter_fn lets pass but that have no weight of their own:
-    quantized or packed already, or computed from other parameters.
-    """
-    computed = {n: m for n, m in candidate_layers(model, kinds).items() if m._parameters.get("weight") is None}
+    """{name: layer} of these kinds that the search is about, each module once. ValueError where there is none, and
+    naming those that filter_fn lets pass but that have no weight of their own: quantized, packed or computed."""
+    layers = candidate_layers(model, kinds)
+    computed = {n: m for n, m in layers.items() if m._parameters.get("weight") is None}
     for found, state, way in (
         (quantized_layers(model), "quantized already", "call dequantize_ first"),
         (packed_layers(model), "packed already", "call unpack_ and dequantize_ first"),
@@ -143,10 +128,7 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = D
     ):
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
             raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
-    found = {
-        name: m for name, m in candidate_layers(model, kinds).items()
-        if type(m) in MIXED and (filter_fn is None or filter_fn(m, name))
-    }  # fmt: skip
+    found = {n: m for n, m in layers.items() if type(m) in MIXED and (filter_fn is None or filter_fn(m, n))}
     if not found:
         raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
@@ -154,11 +136,9 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = D
     return found
 
 
-def mix_(
-    model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
-    filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
-    kinds: Kinds = DEFAULT,
-) -> nn.Module:  # fmt: skip
+def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
+         filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
+         kinds: Kinds = DEFAULT) -> nn.Module:  # fmt: skip
     """Replaces the layers of these ``kinds``, in place, by mixtures of their candidates; returns the model.
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
@@ -172,9 +152,8 @@ def mix_(
     made: dict[int, Any] = {}
     firsts: dict[int, Any] = {}
     for name, layer in layers.items():
-        new = made[id(layer)] = MIXED[type(layer)].from_float(
-            layer, weight_bits=weight_bits, act_bits=act_bits, signed=(signed or {}).get(name, True), learned=learned
-        )
+        given = {"weight_bits": weight_bits, "act_bits": act_bits, "signed": (signed or {}).get(name, True)}
+        new = made[id(layer)] = MIXED[type(layer)].from_float(layer, **given, learned=learned)
         first = firsts.setdefault(weight_id(layer), new)
         for shared in ("weight_strengths", "act_strengths", *(["weight_scales"] if learned else [])):
             setattr(new, shared, getattr(first, shared))

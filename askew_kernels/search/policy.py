@@ -1,8 +1,8 @@
 """Policies: which layer gets which bits, how that is kept, and how it is carried over to another model.
 
-A layer's *role* does not depend on shapes: what kind it is, whether it is the model's first, its last or an inner one,
-and its name without numbers; its *position* is how far into the layers of that role it stands, from 0 to 1. A wider
-model has the same names, a deeper one the same roles.
+A layer's *role* is its kind, whether it is the model's first, its last or an inner one, and its name without numbers;
+its *position* is how far into the layers of that role it stands, from 0 to 1. A wider model has the same names, a
+deeper one the same roles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -34,9 +33,6 @@ ACT_BITS = range(2, 9)
 def weight_grid(bits: int) -> Grid:
     """The grid of a weight candidate: Binary() for 1 bit, else Uniform(bits)."""
     return Binary() if bits == 1 else Uniform(bits=bits)
-
-
-# ---- roles ----------------------------------------------------------------------------------------------------------
 
 
 def named(of: Kinds) -> str:
@@ -73,10 +69,8 @@ def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[
         kind = kind_of(module)
         roles[name] = kind, f"{place} {kind} {re.sub(r'[0-9]+', '*', name)}"
         members.setdefault(roles[name][1], []).append(name)
-    return {
-        name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
-        for name, (kind, role) in roles.items()
-    }
+    return {name: (kind, role, members[role].index(name) / max(1, len(members[role]) - 1))
+            for name, (kind, role) in roles.items()}  # fmt: skip
 
 
 # ---- the policy -----------------------------------------------------------------------------------------------------
@@ -98,7 +92,7 @@ class LayerPolicy:
     def __post_init__(self) -> None:
         for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
             bits = getattr(self, what)
-            if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or bits not in known):
+            if bits is not None and not (type(bits) is int and bits in known):
                 raise ValueError(f"{self.name}: {what}: expected {known[0]} to {known[-1]} or None, got {bits!r}")
         if self.weight_bits is None and self.act_bits is not None:
             raise ValueError(f"{self.name}: act_bits: expected None for a layer that is left float")
@@ -131,8 +125,8 @@ class Policy:
         if not self.layers:
             raise PolicyError("policy: has no layers")
         names = [layer.name for layer in self.layers]
-        if len(set(names)) != len(names):
-            raise PolicyError(f"policy: {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise PolicyError(f"policy: {twice[0]!r} is there twice")
 
     def __iter__(self) -> Iterator[LayerPolicy]:
         return iter(self.layers)
@@ -156,15 +150,13 @@ class Policy:
         linear, conv2d, and those of its entries.
 
         by: ``"name"`` (patterns allowed, the first that matches counts), ``"role"``, or ``"auto"``: by name where that
-        fits, else by role. A layer that the model holds under several names is there under each. Raises PolicyError
-        naming the layers that have no entry and the entries that have no layer, and layers that share one weight but
-        are to have different bits.
+        fits, else by role. A layer of several names is there under each. Raises PolicyError naming the layers that have
+        no entry, the entries that have no layer, and layers that share a weight but are to have different bits.
         """
         if by not in ("auto", "name", "role"):
             raise ValueError(f"by: expected auto, name or role, got {by!r}")
         of = [*ALWAYS, *(layer.kind for layer in self.layers if layer.kind in kinds.KINDS)]
-        roles = layer_roles(model, of)
-        if not roles:
+        if not (roles := layer_roles(model, of)):
             raise PolicyError(f"model: has no {named(dict.fromkeys(of))} layer, of which the policy speaks")
         why = []
         for way, find in (("name", self._by_name), ("role", self._by_role)):
@@ -179,25 +171,20 @@ class Policy:
         found = {name: match for name in roles if (match := self.entry(name)) is not None}
         wrong = [f"{name} is {roles[name][0]}, the policy's {match.kind}" for name, match in found.items()
                  if match.kind != roles[name][0]]  # fmt: skip
-        used = {layer.name for layer in found.values()}
-        without, extra = [n for n in roles if n not in found], [p.name for p in self.layers if p.name not in used]
-        return found, wrong or _missing(without, extra)
+        extra = [p.name for p in self.layers if p not in found.values()]
+        return found, wrong or _missing([n for n in roles if n not in found], extra)
 
     def _by_role(self, roles: dict[str, tuple[str, str, float]]) -> tuple[dict[str, LayerPolicy], list[str]]:
-        found = {}
-        for name, (_, role, position) in roles.items():
-            if alike := [layer for layer in self.layers if layer.role == role]:
-                found[name] = min(alike, key=lambda p: abs(p.position - position))
-        present = {role for _, role, _ in roles.values()}
-        extra = [p.name for p in self.layers if p.role not in present]
-        without = [f"{n} ({roles[n][1]})" for n in roles if n not in found]
-        return found, _missing(without, extra)
+        alike = {role: [p for p in self.layers if p.role == role] for _, role, _ in roles.values()}
+        found = {name: min(alike[role], key=lambda p: abs(p.position - position))
+                 for name, (_, role, position) in roles.items() if alike[role]}  # fmt: skip
+        extra = [p.name for p in self.layers if p.role not in alike]
+        return found, _missing([f"{n} ({roles[n][1]})" for n in roles if n not in found], extra)
 
     # ---- files and tables ----
 
     def to_dict(self) -> dict[str, Any]:
-        return {"askew_policy": VERSION, "layers": [dataclasses.asdict(layer) for layer in self.layers],
-                "report": self.report}  # fmt: skip
+        return {"askew_policy": VERSION, "layers": list(map(dataclasses.asdict, self.layers)), "report": self.report}
 
     @classmethod
     def from_dict(cls, d: Any) -> Policy:
@@ -206,8 +193,7 @@ class Policy:
             found = d.get("askew_policy") if isinstance(d, dict) else type(d).__name__
             raise PolicyError(f"policy: expected a policy of version {VERSION}, got {found!r}")
         try:
-            layers = tuple(LayerPolicy(**layer) for layer in d["layers"])
-            return cls(layers, dict(d.get("report", {})))
+            return cls(tuple(LayerPolicy(**layer) for layer in d["layers"]), dict(d.get("report", {})))
         except PolicyError:
             raise
         except (TypeError, KeyError, ValueError) as problem:
@@ -238,9 +224,9 @@ class Policy:
             inputs = "float" if p.act_bits is None else f"{p.act_bits}{'' if p.act_signed else ' unsigned'}"
             lines.append(f"{p.name:<{width}}  {p.kind:<9}  {weights:>7}  {inputs}")
         for key in ("expected", "chosen"):
-            costs = self.report.get(key)
-            if isinstance(costs, dict):
-                lines.append(f"{key}: " + ", ".join(f"{name} {_short(value)}" for name, value in costs.items()))
+            if isinstance(costs := self.report.get(key), dict):
+                shown = (f"{name} {value:{',.0f' if abs(value) >= 1000 else '.4g'}}" for name, value in costs.items())
+                lines.append(f"{key}: {', '.join(shown)}")
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
@@ -248,12 +234,12 @@ class Policy:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(4.0, 0.5 * len(self.layers) + 1.5), 3.2), layout="constrained")
-        axis = figure.subplots()
-        places = range(len(self.layers))
-        axis.bar([i - 0.2 for i in places], [p.weight_bits or 32 for p in self.layers], 0.4, label="weights")
-        if any(p.act_bits for p in self.layers):
-            axis.bar([i + 0.2 for i in places], [p.act_bits or 32 for p in self.layers], 0.4, label="inputs")
-        axis.set_xticks(list(places), [p.name for p in self.layers], rotation=60, fontsize=8)
+        axis, places = figure.subplots(), range(len(self.layers))
+        for what, label, side in (("weight_bits", "weights", -0.2), ("act_bits", "inputs", 0.2)):
+            bits = [getattr(p, what) for p in self.layers]
+            if what == "weight_bits" or any(bits):
+                axis.bar([i + side for i in places], [b or 32 for b in bits], 0.4, label=label)
+        axis.set_xticks(places, [p.name for p in self.layers], rotation=60, fontsize=8)
         axis.set_ylabel("bits")
         axis.legend(fontsize=8)
         figure.savefig(path, dpi=120)
@@ -268,19 +254,12 @@ def _by_every_name(
     for name, entry in found.items():
         if entry.weight_bits is not None:
             first, has = bits.setdefault(weight_id(layers[name]), (name, entry.weight_bits))
-            if has != entry.weight_bits:
-                raise PolicyError(
-                    f"policy: {first} and {name} share one weight, but are to have {has} and {entry.weight_bits} bits"
-                )
+            if has != (other := entry.weight_bits):
+                both = f"{first} and {name} share one weight, but are to have {has} and {other} bits"
+                raise PolicyError(f"policy: {both}")
     return {name: configs[id(m)] for name, m in model.named_modules(remove_duplicate=False) if id(m) in configs}
 
 
 def _missing(layers: list[str], entries: list[str]) -> list[str]:
     both = (("no entry for", layers), ("no layer for", entries))
     return [f"{what} {', '.join(names)}" for what, names in both if names]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -24,6 +24,7 @@ from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
 from ..nn.kinds import DEFAULT
 from ..optim import AlignedSAM
+from ..optim.ranks import ProcessGroup
 from .cost import Budget, Latency, MacsHook
 from .mixed import FilterFn, mix_, mixed_layers
 from .policy import Kinds, Policy
@@ -57,7 +58,7 @@ class Settings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_count("steps", self.steps)
-        for name in ("lr", "strength_lr", "weight_decay", "cost_weight", "rho", "rho_min", "rho_max", "align"):
+        for name in "lr strength_lr weight_decay cost_weight rho rho_min rho_max align".split():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
@@ -68,79 +69,45 @@ class Settings:
 
 
 class Feed:
-    """Batches without end from anything that can be iterated again; knows its place, to resume.
-
-    The order that a shuffling loader takes comes from the generators, whose state at the start of a pass is part of
-    the place.
-    """
+    """Batches without end from anything that can be iterated again; knows its place, to resume: the state of the
+    generators at the start of a pass, from which a shuffling loader has its order, is part of it."""
 
     def __init__(self, loader: Any, generators: Generators) -> None:
         self.loader, self.generators, self.index, self.drawn = loader, generators, 0, 0
-        self.iterator: Any = None
         self.start: dict[str, Any] = {}
         self.ahead: tuple[Any, Any] | None = None
+        self.batches = self._passes()
 
-    def _begin(self) -> None:
-        self.start, self.index = self.generators.state(), 0
-        self.iterator = iter(self.loader)
+    def _passes(self) -> Iterator[tuple[Any, Any]]:
+        while True:
+            self.start, self.index = self.generators.state(), 0
+            for batch in self.loader:
+                self.index += 1
+                self.drawn += 1
+                yield pair_of(batch, "loader: expected batches (x, y)")
+            if self.index == 0:
+                again = f"exhausted after {self.drawn} batches; expected one to iterate again (a DataLoader, a list)"
+                raise ValueError(f"loader: {again if self.drawn else 'yielded no batch'}")
 
     def peek(self) -> tuple[Any, Any]:
         """The next batch, which stays the next."""
-        if self.ahead is None:
-            self.ahead = self._next()
+        self.ahead = self.ahead or next(self.batches)
         return self.ahead
 
     def next(self) -> tuple[Any, Any]:
         batch, self.ahead = self.peek(), None
         return batch
 
-    def _next(self) -> tuple[Any, Any]:
-        end = object()
-        found = end if self.iterator is None else next(self.iterator, end)
-        if found is end and (self.iterator is None or self.index):  # at the start, or at the end of a pass
-            self._begin()
-            found = next(self.iterator, end)
-        if found is not end:
-            self.index += 1
-            self.drawn += 1
-            return pair_of(found, "loader: expected batches (x, y)")
-        if self.drawn == 0:
-            raise ValueError("loader: yielded no batch")
-        raise ValueError(
-            f"loader: exhausted after {self.drawn} batches; expected one to iterate again (a DataLoader, a list)"
-        )
-
     def state(self) -> dict[str, Any]:
         return {"start": self.start, "index": self.index, "drawn": self.drawn, "now": self.generators.state()}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self.ahead = None
         self.generators.set_state(state["start"])
-        self._begin()
+        self.ahead, self.batches = None, self._passes()
         for _ in range(state["index"]):
-            next(self.iterator, None)
+            next(self.batches)
         self.index, self.drawn = state["index"], state["drawn"]
         self.generators.set_state(state["now"])
-
-
-class _Ranks:
-    """Averages over the processes of torch.distributed; nothing where there is one."""
-
-    def __init__(self) -> None:
-        dist = torch.distributed
-        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.first = self.size == 1 or dist.get_rank() == 0
-
-    def same_start(self, module: nn.Module) -> None:
-        if self.size > 1:
-            for t in (*module.parameters(), *module.buffers()):
-                torch.distributed.broadcast(t.detach(), 0)
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        if self.size > 1:
-            for t in tensors:
-                torch.distributed.all_reduce(t)
-                t /= self.size
 
 
 class Search:
@@ -154,23 +121,22 @@ class Search:
              learned=s.learned_scales, kinds=space.kinds)  # fmt: skip
         self.layers = mixed_layers(self.model)
         self.model.train()
-        self.ranks = _Ranks()
-        self.ranks.same_start(self.model)
+        self.processes, distributed = ProcessGroup(None), torch.distributed
+        self.alone = not (distributed.is_available() and distributed.is_initialized())
+        self.first = self.alone or distributed.get_rank() == 0
+        for t in () if self.alone else (*self.model.parameters(), *self.model.buffers()):
+            distributed.broadcast(t.detach(), 0)
         own = {id(p): p for m in self.layers.values() for p in (m.weight_strengths, m.act_strengths)}  # shared: once
         strengths = [p for p in own.values() if p.requires_grad]
         weights = [p for p in self.model.parameters() if id(p) not in own and p.requires_grad]
-        groups = [
-            {"params": weights, "lr": s.lr, "weight_decay": s.weight_decay},
-            {"params": strengths, "lr": s.strength_lr, "weight_decay": 0.0},
-        ]
-        groups = [g for g in groups if g["params"]]
+        given = ((weights, s.lr, s.weight_decay), (strengths, s.strength_lr, 0.0))
+        groups = [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in given if params]
         if not groups:
             raise ValueError("model: has no parameter that requires a gradient")
         parts = [groups] if s.schedule == "joint" else [[g] for g in groups]
         self.optimizers = [self._optimizer(part) for part in parts]
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
 
     def _optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         s = self.settings
@@ -190,10 +156,9 @@ class Search:
 
     def penalty(self, expected: Tensor) -> Tensor:
         """λ |E[cost] / budget − 1|: the budget is there to be used up; without one, λ E[cost] / cost at 8 bits."""
-        budget = self.space.budget
-        if budget is None:
+        if self.space.budget is None:
             return self.settings.cost_weight * expected / self.space.cost_8bit
-        return self.settings.cost_weight * (expected / budget.limit - 1).abs()
+        return self.settings.cost_weight * (expected / self.space.budget.limit - 1).abs()
 
     def _anneal(self, step: int) -> None:
         """Temperature and learning rates of a step, counted from 0."""
@@ -227,15 +192,15 @@ class Search:
             task.append(loss.detach())
             total = loss + self.penalty(self.expected_cost())
             total.backward()
-            self.ranks.average([p.grad for p in every if p.grad is not None])
+            for p in () if self.alone else every:
+                p.grad = None if p.grad is None else self.processes.mean(p.grad)
             return total.detach()
 
         optimizer.step(closure)  # type: ignore[arg-type]
-        first = task[0].clone()
-        self.ranks.average([first])
         self.step += 1
         with torch.no_grad():
-            row = {"step": self.step, "loss": float(first), "expected": float(self.expected_cost())}
+            loss = float(self.processes.mean(task[0]))
+            row = {"step": self.step, "loss": loss, "expected": float(self.expected_cost())}
         if isinstance(optimizer, AlignedSAM):
             row |= {"surrogate_gap": float(optimizer.gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
         self.history.append(row)
@@ -244,20 +209,16 @@ class Search:
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        budget = self.space.budget
-        return {
-            "settings": dataclasses.asdict(self.settings), "weight_bits": list(self.space.weight_bits),
-            "act_bits": list(self.space.act_bits), "budget": None if budget is None else [budget.kind, budget.limit],
-            "layers": list(self.space.profile.layers),
-        }  # fmt: skip
+        space, budget = self.space, self.space.budget
+        return {"settings": dataclasses.asdict(self.settings), "weight_bits": list(space.weight_bits),
+                "act_bits": list(space.act_bits), "budget": None if budget is None else [budget.kind, budget.limit],
+                "layers": list(space.profile.layers)}  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Everything that the next step depends on; the file is replaced only by a whole one."""
-        state = {
-            "askew_search": 1, "identity": self._identity(), "step": self.step, "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
-            "history": self.history, "seconds": self.seconds,
-        }  # fmt: skip
+        state = {"askew_search": 1, "identity": self._identity(), "step": self.step, "model": self.model.state_dict(),
+                 "optimizers": [o.state_dict() for o in self.optimizers], "feed": self.feed.state(),
+                 "history": self.history, "seconds": self.seconds}  # fmt: skip
         with atomic.replacing(path) as file:
             torch.save(state, file)
 
@@ -272,8 +233,8 @@ class Search:
         mine, theirs = _flat(self._identity()), _flat(state["identity"])
         different = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
         if different:
-            raise ValueError(f"{path}: of another search ({', '.join(different)} differ); give another file or "
-                             "remove it")  # fmt: skip
+            differ = f"{', '.join(different)} differ"
+            raise ValueError(f"{path}: of another search ({differ}); give another file or remove it")
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -294,26 +255,23 @@ class Search:
             found[name] = weights[:, None] + acts[None]
         return found
 
+    @torch.no_grad()
     def policy(self) -> Policy:
         values = self.values()
         choice, best = self.space.choose(values), self.space.best(values)
         budget = self.space.budget
         last = self.history[-max(1, len(self.history) // 10) :]
-        with torch.no_grad():
-            expected = float(self.expected_cost())
         report: dict[str, Any] = {
             "method": self.settings.method, "settings": dataclasses.asdict(self.settings), "seconds": self.seconds,
-            "expected": {self.space.cost.kind: expected},
+            "expected": {self.space.cost.kind: float(self.expected_cost())},
             "by_knapsack": budget is not None and self.space.cost.of(best) > budget.limit,
             "raised": [n for n in self.space.names if choice[n] != best[n] and
                        all(c >= b for c, b in zip(choice[n], best[n], strict=True))],
-            "loss": sum(r["loss"] for r in last) / len(last),
             "probabilities": {n: {"weights": w.tolist(), "inputs": a.tolist()}
                               for n, (w, a) in self.probabilities().items()},
             "history": self.history[:: max(1, len(self.history) // 200)],
+            **{key: sum(r[key] for r in last) / len(last) for key in ("loss", "surrogate_gap") if key in last[-1]},
         }  # fmt: skip
-        if "surrogate_gap" in last[-1]:
-            report["surrogate_gap"] = sum(r["surrogate_gap"] for r in last) / len(last)
         return self.space.policy(choice, report)
 
 
@@ -334,8 +292,8 @@ def _shown(progress: bool | Progress | None, search: Search) -> Iterator[Progres
     if callable(progress):
         yield progress
         return
-    wanted = progress is not False and search.ranks.first and (progress or sys.stderr.isatty())
-    if not wanted or importlib.util.find_spec("rich") is None:
+    wanted = sys.stderr.isatty() if progress is None else progress
+    if not wanted or not search.first or importlib.util.find_spec("rich") is None:
         yield lambda row: None
         return
     from rich.console import Console
@@ -354,16 +312,15 @@ def _shown(progress: bool | Progress | None, search: Search) -> Iterator[Progres
         yield show
 
 
-def search_policy(
-    model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor], *, weight_bits: Sequence[int] = (2, 3, 4, 8),
-    act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, cost_weight: float = 1.0,
-    steps: int = 500, method: str = "asga", schedule: str = "joint", lr: float = 1e-3, strength_lr: float = 0.02,
-    weight_decay: float = 0.0, temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
-    rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
-    filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
-    latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
-    checkpoint_every: int = 50, progress: bool | Progress | None = None,
-) -> Policy:  # fmt: skip
+def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor], *,
+                  weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
+                  budget: Budget | None = None, cost_weight: float = 1.0, steps: int = 500, method: str = "asga",
+                  schedule: str = "joint", lr: float = 1e-3, strength_lr: float = 0.02, weight_decay: float = 0.0,
+                  temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
+                  rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
+                  filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+                  latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
+                  checkpoint_every: int = 50, progress: bool | Progress | None = None) -> Policy:  # fmt: skip
     """The bits of every layer of these ``kinds`` of ``model``, searched on a small proxy data set.
 
     Every layer becomes a mixture of its candidate quantizations (``mix_``), in a copy of the model; weights and
@@ -402,10 +359,8 @@ def search_policy(
     a loader that yields nothing or is exhausted, a loss that is not finite. Source: Ma et al., ICML 2025; Cai,
     Vasconcelos, EdMIPS, CVPR 2020.
     """
-    settings = Settings(
-        method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho, rho_min, rho_max,
-        align, learned_scales, seed,
-    )  # fmt: skip
+    settings = Settings(method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho,
+                        rho_min, rho_max, align, learned_scales, seed)  # fmt: skip
     check_count("checkpoint_every", checkpoint_every)
     if budget is not None:
         check_solver()  # before the work, not after it
@@ -414,10 +369,8 @@ def search_policy(
         feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        space = Space(
-            model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks, latency=latency,
-            kinds=kinds,
-        )  # fmt: skip
+        space = Space(model, moved(x, device), weight_bits, act_bits, budget, filter_fn=filter_fn, hooks=hooks,
+                      latency=latency, kinds=kinds)  # fmt: skip
         search = Search(space.model, feed, loss_fn, space, settings)
         if path is not None and path.is_file():
             search.load(path)
@@ -428,6 +381,6 @@ def search_policy(
                 search.seconds = time.perf_counter() - started
                 show(row)
                 due = search.step % checkpoint_every == 0 or search.step == steps
-                if path is not None and search.ranks.first and due:
+                if path is not None and search.first and due:
                     search.save(path)
         return search.policy()

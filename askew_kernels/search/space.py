@@ -26,12 +26,8 @@ def check_solver() -> None:
         raise ImportError('the knapsack needs SciPy: pip install "askew_kernels[search]"') from None
 
 
-def knapsack(
-    values: Mapping[str, Tensor],
-    cost: Cost,
-    limit: float,
-    options: Mapping[str, Sequence[tuple[int, int]]] | None = None,
-) -> Choice:
+def knapsack(values: Mapping[str, Tensor], cost: Cost, limit: float,
+             options: Mapping[str, Sequence[tuple[int, int]]] | None = None) -> Choice:  # fmt: skip
     """One (weight candidate, input candidate) a layer with the largest sum of ``values`` and cost <= limit: exact.
 
     options: {layer: the pairs that it may have} (default: all). A mixed-integer program for ``scipy.optimize.milp``
@@ -43,7 +39,7 @@ def knapsack(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     names = list(cost.tables)
-    pairs = {n: list(options[n] if options else _pairs(cost.tables[n])) for n in names}
+    pairs = {n: list(options[n] if options else np.ndindex(*cost.tables[n].shape)) for n in names}
     worth = {n: [float(values[n][pair]) for pair in pairs[n]] for n in names}
     price = {n: [float(cost.tables[n][pair]) for pair in pairs[n]] for n in names}
     cheapest = {n: pairs[n][min(range(len(pairs[n])), key=price[n].__getitem__)] for n in names}
@@ -55,10 +51,8 @@ def knapsack(
     room = limit * cost.divisor - cost.fixed
     scale = prices.max() or 1.0
     objective = -worths / (np.ptp(worths) or 1.0) + 1e-9 * prices / scale
-    starts = np.cumsum([0, *(len(pairs[n]) for n in names)])
-    one_each = np.zeros((len(names), len(worths)))
-    for row, start, end in zip(one_each, starts, starts[1:], strict=False):
-        row[start:end] = 1
+    counts = [len(pairs[n]) for n in names]
+    one_each = np.repeat(np.eye(len(names)), counts, axis=1)
     choice = cheapest
     # the solver's own tolerance is 1e-6: of what exceeds the limit by less, the next try stays further away
     for margin in (0.0, 1e-6, 1e-4, 1e-2):
@@ -68,66 +62,49 @@ def knapsack(
                      options={"mip_rel_gap": 0.0})  # fmt: skip
         if found.x is None:
             continue
-        made = {n: pairs[n][int(found.x[s:e].argmax())] for n, s, e in zip(names, starts, starts[1:], strict=False)}
+        parts = np.split(found.x, np.cumsum(counts[:-1]))
+        made = {n: pairs[n][int(part.argmax())] for n, part in zip(names, parts, strict=True)}
         if cost.of(made) <= limit:
             choice = made
             break
     return _improved(choice, pairs, worth, price, cost, limit)
 
 
-def _improved(
-    choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
-    price: Mapping[str, list[float]], cost: Cost, limit: float,
-) -> Choice:  # fmt: skip
+def _improved(choice: Choice, pairs: Mapping[str, list[tuple[int, int]]], worth: Mapping[str, list[float]],
+              price: Mapping[str, list[float]], cost: Cost, limit: float) -> Choice:  # fmt: skip
     """Changes one layer at a time, the one that gains most first, while any pair of more value is affordable."""
-    choice = dict(choice)
     while True:
         now = {n: pairs[n].index(choice[n]) for n in pairs}
         room = limit * cost.divisor - cost.fixed - math.fsum(price[n][k] for n, k in now.items())
         room += 1e-9 * abs(limit * cost.divisor)  # roughly first: adding all up exactly takes its time
-        gains = sorted(
-            ((worth[n][i] - worth[n][k], n, pairs[n][i]) for n, k in now.items() for i in range(len(pairs[n]))
-             if worth[n][i] > worth[n][k] and price[n][i] - price[n][k] <= room),
-            key=lambda gain: -gain[0],
-        )  # fmt: skip
-        best = next(((n, pair) for _, n, pair in gains if cost.of({**choice, n: pair}) <= limit), None)
+        gains = [(worth[n][k] - worth[n][i], n, pairs[n][i]) for n, k in now.items() for i in range(len(pairs[n]))
+                 if worth[n][i] > worth[n][k] and price[n][i] - price[n][k] <= room]  # fmt: skip
+        by_gain = sorted(gains, key=lambda gain: gain[0])
+        best = next(({**choice, n: pair} for _, n, pair in by_gain if cost.of({**choice, n: pair}) <= limit), None)
         if best is None:
             return choice
-        choice[best[0]] = best[1]
-
-
-def _pairs(table: Tensor) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(table.shape[0]) for j in range(table.shape[1])]
-
-
-def _unravel(index: int, table: Tensor) -> tuple[int, int]:
-    return index // table.shape[1], index % table.shape[1]
+        choice = best
 
 
 class Space:
     """The searched layers of a model, their candidates, every cost, and the budget; checked when it is made.
 
-    example: a batch for the one traced forward; kinds: as in ``quantize_``. Raises ValueError for candidates that are
-    empty or unknown and a model without a layer to quantize; BudgetError, with the smallest and the largest that the
-    candidates can reach, for a budget outside.
+    example: a batch for the one traced forward. Raises ValueError for candidates that are empty or unknown and a model
+    without a layer to quantize; BudgetError, with what the candidates reach, for a budget outside.
     """
 
-    def __init__(
-        self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
-        act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *, filter_fn: FilterFn | None = None,
-        hooks: Mapping[type[nn.Module], MacsHook] | None = None, latency: Latency | None = None,
-        kinds: Kinds = DEFAULT,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
+                 act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *,
+                 filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
+                 latency: Latency | None = None, kinds: Kinds = DEFAULT) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.model = model = getattr(model, "_orig_mod", model)  # inside torch.compile's: names that others have too
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(f"budget: expected a Budget, got {budget!r}")
-        found: Any = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
-        self.weight_bits: tuple[int, ...] = found
-        self.act_bits: Any = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
-        self.budget, self.kinds = budget, kinds
-        chosen = list(chosen_layers(model, filter_fn, kinds))
+        self.weight_bits = check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
+        self.act_bits = check_candidates("act_bits", act_bits, ACT_BITS, none=True)
+        self.budget, self.kinds, chosen = budget, kinds, list(chosen_layers(model, filter_fn, kinds))
         self.profile = trace(model, example, chosen, act_bits=self.act_bits, hooks=hooks, kinds=kinds)
         self.names = list(self.profile.weights)  # a choice for each weight, under the first layer that has it
         self.roles = layer_roles(model, kinds)
@@ -140,9 +117,8 @@ class Space:
         if budget is not None:
             low, high = self.cost.range
             if not low <= budget.limit <= high:
-                raise BudgetError(
-                    f"budget: {kind}={budget.limit:g} is outside what the candidates reach, from {low:g} to {high:g}"
-                )
+                reach = f"what the candidates reach, from {low:g} to {high:g}"
+                raise BudgetError(f"budget: {kind}={budget.limit:g} is outside {reach}")
 
     @property
     def signed(self) -> dict[str, bool]:
@@ -151,7 +127,7 @@ class Space:
 
     def best(self, values: Mapping[str, Tensor]) -> Choice:
         """The pair of most value for every weight, whatever it costs."""
-        return {name: _unravel(int(values[name].argmax()), self.cost.tables[name]) for name in self.names}
+        return {name: divmod(int(values[name].argmax()), len(self.act_bits)) for name in self.names}
 
     def choose(self, values: Mapping[str, Tensor]) -> Choice:
         """The best of every layer where that meets the budget, else the knapsack's choice; then ``spend``."""
@@ -174,9 +150,8 @@ class Space:
         above, score = {}, {}
         for name, table in self.cost.tables.items():
             i, j = chosen[name]
-            above[name] = [
-                (k, m) for k, m in _pairs(table) if k >= i and (m == j or (m > j and table[k, m] > table[k, j]))
-            ]
+            above[name] = [(k, m) for k, m in np.ndindex(*table.shape)
+                           if k >= i and (m == j or (m > j and table[k, m] > table[k, j]))]  # fmt: skip
             steps = torch.ones_like(table).cumsum(0).cumsum(1).sqrt()  # grows along both: more is never equal
             up = values[name].detach().double().cpu().logcumsumexp(0).logcumsumexp(1)
             score[name] = up + 1e-6 * steps
@@ -184,18 +159,17 @@ class Space:
 
     def policy(self, choice: Choice, report: dict[str, Any] | None = None) -> Policy:
         """The policy of a choice; layers that are not searched stay float. Costs are added to the report."""
-        layers = []
+        layers, signed = [], self.signed
         for name, (kind, role, position) in self.roles.items():
             w = a = None
             if name in self.profile.layers:
                 i, j = choice[self.profile.tied.get(name, name)]
                 w, a = self.weight_bits[i], None if self.profile.layers[name].looked_up else self.act_bits[j]
-            signed = self.signed.get(name, True)
-            layers.append(LayerPolicy(name, kind, role, position, w, a, signed))
+            layers.append(LayerPolicy(name, kind, role, position, w, a, signed.get(name, True)))
         found = Policy(tuple(layers), dict(report or {}))
         found.report["chosen"] = policy_costs(found, self.profile)
         if self.budget is not None:
             found.report["budget"] = {self.budget.kind: self.budget.limit}
-            found.report["chosen"][self.budget.kind] = self.cost.of(choice)
-            assert self.cost.of(choice) <= self.budget.limit or math.isclose(self.cost.of(choice), self.budget.limit)
+            cost = found.report["chosen"][self.budget.kind] = self.cost.of(choice)
+            assert cost <= self.budget.limit or math.isclose(cost, self.budget.limit)
         return found
