@@ -14,7 +14,7 @@ from .. import contract, runtime
 from ..contract import compute_dtype
 from ..reference import product
 from .autograd import below_autograd, one_by_one, tracked, transformed
-from .checks import check_float_tensor, check_grid
+from .checks import check_float_tensor, check_grid, check_like
 from .schema import define
 
 __all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
@@ -55,9 +55,7 @@ def _not_transformed(t: Tensor) -> Tensor:
     while torch._C._functorch.is_gradtrackingtensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
-        raise NotImplementedError(
-            "askew::packed_linear: vmap over packed codes cannot be differentiated; unpack_ first"
-        )
+        raise NotImplementedError("askew::packed_linear: vmap over packed codes has no derivative; unpack_ first")
     return t
 
 
@@ -198,9 +196,8 @@ def packed_linear(
     if x.device != codes.device:
         raise ValueError(f"x: expected on the device of codes ({codes.device}), got {x.device}")
     n = codes.shape[0]
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"bias: expected {x.dtype} of shape ({n},) on {x.device}, got {bias.dtype} "
-                         f"{tuple(bias.shape)} on {bias.device}")  # fmt: skip
+    if bias is not None:
+        check_like("bias", bias, x.dtype, (n,), x.device)
     check_activations(activations, grid)
     if activations == "int8" and not contract.int8_sums_fit(cols, len(grid.levels)):
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
-from .checks import check_float_tensor, check_weight, rate_tensor
+from .checks import check_float_tensor, check_like, check_weight, rate_tensor
 from .dense import InPlace, in_place, layout
 from .schema import define, like_first
 
@@ -149,8 +149,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
     check_float_tensor("out", out)
     weight = check_weight("x", x, scale, grid)
-    if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
+    check_like("out", out, None, x.shape, x.device, contiguous=True)
     x = x.detach().contiguous()
     below_autograd("fake_quantize_out_", x, x, *weight, out)
     torch.autograd.graph.increment_version(out)
@@ -162,11 +161,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
-    if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(
-            f"grad: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {grad.dtype} {tuple(grad.shape)} "
-            f"on {grad.device}"
-        )
+    check_like("grad", grad, x.dtype, x.shape, x.device)
     order, written = layout(x, weight[0].numel()), InPlace()
     point = x.detach() if order is None else x.detach().permute(order)
     below_autograd("ste_clip_", x, written.writable(grad, order), point.contiguous(), *weight)

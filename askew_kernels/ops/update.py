@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import contract
 from . import autograd
-from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
+from .checks import check_grid, check_like, check_list, check_lists, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
 from .rules import RULES, Rule
 from .schema import define
@@ -45,13 +45,9 @@ class SkewStats:
     @classmethod
     def empty_for(cls, params: Sequence[Tensor], scales: Sequence[Tensor]) -> SkewStats:
         """Room for both kinds of sums."""
-        return cls(
-            [
-                torch.zeros(s.numel(), contract.NUM_ROW_SUMS, dtype=torch.float32, device=p.device)
-                for p, s in zip(params, scales, strict=True)
-            ],
-            [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
-        )
+        rows = [(s.numel(), p.device) for p, s in zip(params, scales, strict=True)]
+        sums = [torch.zeros(n, contract.NUM_ROW_SUMS, dtype=torch.float32, device=device) for n, device in rows]
+        return cls(sums, [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params])
 
 
 def _checked_update(
@@ -67,8 +63,7 @@ def _checked_update(
     count = rate_tensor("step", step, 1.0) if rule.counts else None
     lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     alpha = number("alpha", alpha, 0.0)
-    check_params(params)
-    check_list(grads_name, grads, params)
+    check_lists(params, **{grads_name: grads})
     for key, buffers in zip(rule.buffers if keeps else (), states, strict=False):
         if buffers is None:
             raise ValueError(f"{key}s: expected one for each parameter with {rule.buffers_if} > 0, got None")
@@ -91,12 +86,7 @@ def _checked_update(
         if outs and len(outs) != len(params):
             raise ValueError(f"{key}: expected {len(params)} tensors, got {len(outs)}")
         for i, out in enumerate(outs):
-            if not isinstance(out, Tensor) or out.device != params[i].device:
-                raise TypeError(f"{key}[{i}]: expected a Tensor on {params[i].device}, got {out!r}")
-            if tuple(out.shape) != shapes[i] or out.dtype != dtype or not out.is_contiguous():
-                raise ValueError(
-                    f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}"
-                )
+            check_like(f"{key}[{i}]", out, dtype, shapes[i], params[i].device, contiguous=True)
     if skew not in SKEWS:
         raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
     if params:
@@ -231,13 +221,4 @@ def skew_direction_(
 
 
 globals().update(FUNCTIONS)  # skew_sgd_, skew_adamw_ and so on, one for each rule
-__all__ = [
-    "RULES",
-    "SKEWS",
-    "Rule",
-    "SkewStats",
-    "run_skew_direction",
-    "run_skew_update",
-    "skew_direction_",
-    *FUNCTIONS,
-]
+__all__ = ["SKEWS", "SkewStats", "run_skew_direction", "run_skew_update", "skew_direction_", *FUNCTIONS]
