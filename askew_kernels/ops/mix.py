@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,10 +52,8 @@ def _quantized(wide: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]
 def _mixture(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], clip: bool, learned: bool) -> Tensor:
     """``mix_fake_quantize``, the same products and sums in the same order."""
     _once(learned)
-    y: Any = None
-    for p, q, _ in _quantized(x.to(compute_dtype(x.dtype)), scales, strengths, grids, clip):
-        y = p * q if y is None else y + p * q
-    return y.to(x.dtype)
+    parts = (p * q for p, q, _ in _quantized(x.to(compute_dtype(x.dtype)), scales, strengths, grids, clip))
+    return functools.reduce(torch.add, parts).to(x.dtype)
 
 
 def _mixture_gradients(

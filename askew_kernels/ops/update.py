@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import contract
 from . import autograd
-from .checks import check_grid, check_like, check_list, check_lists, check_scale, number, rate_tensor
+from .checks import check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout
 from .rules import RULES, Rule
 from .schema import define
@@ -63,7 +63,8 @@ def _checked_update(
     count = rate_tensor("step", step, 1.0) if rule.counts else None
     lr, eps = rate_tensor("lr", lr, 0.0), rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     alpha = number("alpha", alpha, 0.0)
-    check_lists(params, **{grads_name: grads})
+    check_params(params)
+    check_list(grads_name, grads, params)
     for key, buffers in zip(rule.buffers if keeps else (), states, strict=False):
         if buffers is None:
             raise ValueError(f"{key}s: expected one for each parameter with {rule.buffers_if} > 0, got None")
@@ -221,4 +222,7 @@ def skew_direction_(
 
 
 globals().update(FUNCTIONS)  # skew_sgd_, skew_adamw_ and so on, one for each rule
-__all__ = ["SKEWS", "SkewStats", "run_skew_direction", "run_skew_update", "skew_direction_", *FUNCTIONS]
+__all__ = [  # by name: what type checkers see
+    "SKEWS", "SkewStats", "run_skew_direction", "run_skew_update", "skew_adamw_", "skew_direction_", "skew_sgd_",
+]  # fmt: skip
+__all__ += [name for name in FUNCTIONS if name not in __all__]
