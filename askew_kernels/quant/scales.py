@@ -122,10 +122,9 @@ def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
 
 def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | None = None, name: str = "rule") -> None:
     """Raises TypeError/ValueError, naming the argument, where the rule is unknown or has no meaning for the grid."""
-    if not isinstance(rule, str):
-        raise TypeError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
-    if rule not in RULES:
-        raise ValueError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r}")
+    if not isinstance(rule, str) or rule not in RULES:
+        error = ValueError if isinstance(rule, str) else TypeError
+        raise error(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
     check_coefficients(sawb_coefficients)
     if rule == "sawb" and sawb_coefficients is None and not (grid.evenly_spaced and grid.bits in SAWB_COEFFICIENTS):
         what = f"{grid.bits} bits" if grid.evenly_spaced else f"levels that are not evenly spaced, got {grid}"
@@ -217,15 +216,14 @@ def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -
 
 def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
     """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
-    matrix = w.reshape(rows, -1)
-    amax = ops.row_sums(matrix, rows)[:, contract.MAX_ABS].double()
+    matrix = w.reshape(rows, -1).float()
+    amax = ops.row_sums(w, rows)[:, contract.MAX_ABS].double()
     guarded, usable = _guarded(torch, amax / grid.c_max, amax)
     top = guarded.float()
-    best = torch.full((rows,), float("inf"), dtype=torch.float64, device=w.device)
-    chosen = top.clone()
+    best, chosen = torch.full_like(amax, math.inf), top
     for j in range(1, 101):
         scale = _guarded(torch, top.double() * (j / 100), amax)[0].float()
-        error = (matrix.float() - ops.fake_quantize(matrix.float(), scale, grid)).square_().sum(1, dtype=torch.float64)
+        error = (matrix - ops.fake_quantize(matrix, scale, grid)).square_().sum(1, dtype=torch.float64)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return _fill(chosen, usable, amax == 0, None)
