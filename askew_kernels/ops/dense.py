@@ -45,6 +45,10 @@ def _order(t: Tensor, fixed: int) -> list[int] | None:
     return order if t.permute(order).is_contiguous() else None
 
 
+def permuted(t: Tensor, order: list[int] | None) -> Tensor:
+    return t if order is None else t.permute(order)
+
+
 def layout(t: Tensor, rows: int) -> list[int] | None:
     """A permutation that makes ``t`` contiguous without moving it between rows; None to take it as it is."""
     if t.is_contiguous() or t.dim() < 3 or rows not in (1, t.shape[0]):
@@ -59,8 +63,7 @@ class InPlace:
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def writable(self, t: Tensor, order: list[int] | None = None) -> Tensor:
-        t = t.detach()
-        view = t if order is None else t.permute(order)
+        view = permuted(t.detach(), order)
         if view.is_contiguous():
             return view
         work = view.contiguous()
@@ -89,10 +92,7 @@ class Flat:
     def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.orders is None:
             return [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        return [
-            (t if order is None else t.permute(order)).contiguous()
-            for t, order in zip(tensors, self.orders, strict=True)
-        ]
+        return [permuted(t, order).contiguous() for t, order in zip(tensors, self.orders, strict=True)]
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.orders is None:

@@ -19,8 +19,6 @@ from .schema import define
 
 __all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
 
-# ---- derivatives ----------------------------------------------------------------------------------------------------
-
 
 def _packed_weight(
     codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
@@ -32,22 +30,15 @@ def _packed_weight(
         recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or tracked((scale,))
     kind = compute_dtype(dtype) if recorded else dtype
     factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
-    level = _unpacked(codes, factor, levels, grid, bits, cols, kind)
+    with contextlib.ExitStack() as plain:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            codes, factor, levels = (_not_transformed(t) for t in (codes, factor, levels))
+            plain.enter_context(torch._C._DisableFuncTorch())
+        level = torch.empty(codes.shape[0], cols, dtype=kind, device=codes.device)
+        below_autograd("packed_dequantize_", level, codes, factor, levels, grid, bits, level)
     if not recorded:
         return level
     return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
-
-
-def _unpacked(
-    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
-) -> Tensor:
-    with contextlib.ExitStack() as plain:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            codes, scale, levels = (_not_transformed(t) for t in (codes, scale, levels))
-            plain.enter_context(torch._C._DisableFuncTorch())
-        out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
-        below_autograd("packed_dequantize_", out, codes, scale, levels, grid, bits, out)
-    return out
 
 
 def _not_transformed(t: Tensor) -> Tensor:
@@ -116,8 +107,6 @@ def _batched(op: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tenso
     y = op(x.reshape(-1, x.shape[-1]), *weight, bias if shared else None).unflatten(0, x.shape[:2])
     return y if shared or bias is None else y + bias.movedim(in_dims[6], 0)[:, None], 0
 
-
-# ---- the operators --------------------------------------------------------------------------------------------------
 
 _CODES = "Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits"
 

@@ -14,12 +14,10 @@ from torch.autograd import forward_ad
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
 from .checks import check_float_tensor, check_like, check_weight, rate_tensor
-from .dense import InPlace, in_place, layout
+from .dense import InPlace, in_place, layout, permuted
 from .schema import define, like_first
 
 __all__ = ["fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize", "ste_clip_"]
-
-# ---- the straight-through estimator -------------------------------------------------------------------------------
 
 
 class _StraightThrough:
@@ -98,8 +96,6 @@ def _batched(points: int, run: Callable[..., Any], info: Any, in_dims: tuple, *a
     return run(*(t.contiguous() for t in front[:points]), front[points].reshape(-1), *args[points + 1 :]), 0
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------
-
 _WEIGHT = "Tensor x, Tensor scale, Tensor levels, int[] grid"
 
 define("fake_quantize", f"({_WEIGHT}, bool ste_clip, bool stochastic, int seed) -> Tensor", fake=like_first,
@@ -163,8 +159,8 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
     order, written = layout(x, weight[0].numel()), InPlace()
-    point = x.detach() if order is None else x.detach().permute(order)
-    below_autograd("ste_clip_", x, written.writable(grad, order), point.contiguous(), *weight)
+    point = permuted(x.detach(), order).contiguous()
+    below_autograd("ste_clip_", x, written.writable(grad, order), point, *weight)
     written.finish([grad])
     return grad
 
@@ -195,6 +191,5 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 or x.numel() % rows:
         raise ValueError(f"rows: expected a positive divisor of {x.numel()}, got {rows!r}")
     x = x.detach()
-    order = layout(x, rows)  # the order in which the update pass sums
-    x = (x if order is None else x.permute(order)).contiguous()
+    x = permuted(x, layout(x, rows)).contiguous()  # the order in which the update pass sums
     return below_autograd("row_sums", x, x, rows)

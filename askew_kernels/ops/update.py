@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import contract
 from . import autograd
 from .checks import check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
-from .dense import InPlace, in_place, layout
+from .dense import InPlace, in_place, layout, permuted
 from .rules import RULES, Rule
 from .schema import define
 
@@ -118,10 +118,7 @@ def run_skew_update(
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
     else:
         orders = [layout(p, s.numel()) for p, s in zip(params, scales, strict=True)]
-        grads = [
-            (g if order is None else g.permute(order)).detach().contiguous()
-            for g, order in zip(grads, orders, strict=True)
-        ]
+        grads = [permuted(g, order).detach().contiguous() for g, order in zip(grads, orders, strict=True)]
 
         def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]

@@ -232,7 +232,7 @@ class WeightQuantizer:
         if self._frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
-        if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
+        if not (torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))):
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, True)
 
@@ -419,11 +419,6 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     with torch.inference_mode(False):
         scale = torch.ones(rows, dtype=torch.float32, device=device)
         return scale, scale.new_zeros(()), scale.new_full((rows, contract.NUM_ROW_SUMS), -1.0)
-
-
-def _close(now: Tensor, sums: Tensor) -> bool:
-    """Sums of one weight, added in another order."""
-    return bool(((now - sums).abs() <= LAYOUT * sums).all())
 
 
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
