@@ -36,16 +36,11 @@ def hull(levels: Tensor, grid: list[int]) -> tuple[Any, Any]:
     return (levels[0], levels[-1]) if kind == CODEBOOK else (float(lo), float(hi))
 
 
-def clamp(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
-    lo, hi = hull(levels, grid)
-    return x.clamp(lo, hi)  # keeps NaN
-
-
 def nearest(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
     """Q(x): nearest level; ties to even (uniform) or to the lower level (binary, codebook); NaN stays NaN."""
     kind = grid[0]
     if kind == UNIFORM:
-        return torch.round(clamp(x, levels, grid)) + 0.0  # + 0.0: no level is -0
+        return torch.round(x.clamp(*hull(levels, grid))) + 0.0  # + 0.0: no level is -0
     if kind == BINARY:
         return torch.where(x > 0, 1.0, torch.where(x == x, -1.0, x))
     table = levels.to(device=x.device, dtype=x.dtype)
@@ -65,7 +60,7 @@ def place(x: Tensor, levels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, T
     u in [0, 1/2] is the distance to the nearest level over the bracket length; side is the direction towards that
     level, +1 or -1. An exact midpoint belongs to the lower level.
     """
-    kind, c, near = grid[0], clamp(x, levels, grid), nearest(x, levels, grid)
+    kind, c, near = grid[0], x.clamp(*hull(levels, grid)), nearest(x, levels, grid)
     d, delta = c - near, torch.full_like(x, contract.level_step(kind))
     if kind == UNIFORM:
         up = (d == -0.5).to(x.dtype)  # the tie that was rounded up

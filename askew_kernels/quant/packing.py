@@ -70,14 +70,6 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten(1)[:, : row_bytes(cols, bits)].contiguous()
 
 
-def level_codes(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Index of Q(w/s), uint8, in the shape of ``w``; NaN has no index."""
-    levels = grid.levels_tensor(w.device)
-    level = reference.nearest_levels(w, scale, levels, grid.encoding)
-    table = level_table(levels, grid.encoding, w.device).to(level.dtype)
-    return torch.searchsorted(table, level.contiguous()).to(torch.uint8).reshape(w.shape)
-
-
 @torch.no_grad()
 def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) -> Tensor:
     """(n, row_bytes) uint8 codes of Q(w/s), n = w.shape[0]; ``unpack_weight`` gives s Q(w/s) back, bit for bit.
@@ -90,7 +82,11 @@ def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) ->
         raise ValueError("w: expected at least one dimension")
     if bool(w.isnan().any()):
         raise ValueError(f"w: {int(w.isnan().sum())} of {w.numel()} weights are NaN")
-    return pack_codes(level_codes(w, scale, grid).reshape(w.shape[0], math.prod(w.shape[1:])), bits)
+    levels = grid.levels_tensor(w.device)
+    level = reference.nearest_levels(w, scale, levels, grid.encoding)
+    table = level_table(levels, grid.encoding, w.device).to(level.dtype)
+    codes = torch.searchsorted(table, level.contiguous()).to(torch.uint8)
+    return pack_codes(codes.reshape(w.shape[0], math.prod(w.shape[1:])), bits)
 
 
 @torch.no_grad()

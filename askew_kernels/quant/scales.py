@@ -192,13 +192,10 @@ def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
 
 def _fill_numpy(scale: Any, usable: Any, zero: Any, rows: list[int] | None) -> Any:
     if zero.any():
-        start = 0
-        for n in [len(scale)] if rows is None else rows:
-            part = slice(start, start + n)
-            start += n
-            known = np.sort(scale[part][usable[part]])
-            if len(known):
-                scale[part][zero[part]] = known[(len(known) - 1) // 2]
+        ends = np.cumsum([len(scale)] if rows is None else rows)[:-1]
+        for part, used, empty in zip(*(np.split(a, ends) for a in (scale, usable, zero)), strict=True):
+            if used.any():
+                part[empty] = np.sort(part[used])[(np.count_nonzero(used) - 1) // 2]
     return scale
 
 
