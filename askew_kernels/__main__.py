@@ -30,9 +30,6 @@ ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_
 SECTIONS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "triton_packed")}  # of the tables of launch parameters
 
 
-# ---- info ------------------------------------------------------------------------------------------------------------
-
-
 def triton_version() -> str:
     """Of whichever distribution brings it; "" without one."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -120,9 +117,6 @@ def info(arguments: argparse.Namespace) -> int:
     for name, text in lines.items():
         print(f"{name:<16} {text}")
     return 0
-
-
-# ---- the commands ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

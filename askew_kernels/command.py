@@ -65,9 +65,6 @@ def keeping(path: Path, rows: Collection[Any]) -> Iterator[None]:
         raise type(stop)(f"{len(rows)} finished rows are in {path}" if rows else "no row was finished") from None
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
-
-
 def _option(read: Callable[[str], T], fits: Callable[[T], bool], expected: str) -> Callable[[str], T]:
     """The type of an option: ``read`` of its text, where that is a value which fits."""
 
@@ -96,9 +93,6 @@ def check_folder(path: Path, option: str = "--out") -> None:
     except OSError as problem:
         why = "it is a file" if path.is_file() else problem.strerror or problem
         raise Refused(f"{option} {path}: expected a folder that can be written to ({why})") from None
-
-
-# ---- rows, a JSON object a line --------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, kind: Callable[..., T]) -> list[T]:
@@ -168,9 +162,6 @@ def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(headings)
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rows)])
-
-
-# ---- what a command needs --------------------------------------------------------------------------------------------
 
 
 def need(command: str, *modules: str, extra: str = "") -> None:

@@ -158,8 +158,6 @@ def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
     return table, f"made for {made_for}"
 
 
-# ---- the values in use ----------------------------------------------------------------------------------------------
-
 built_in: Values = {  # and those of the compiled module (``runtime``)
     section: {name: p.built_in for name, p in parameters.items() if p.built_in is not None}
     for section, parameters in PARAMETERS.items()
