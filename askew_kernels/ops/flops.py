@@ -30,15 +30,14 @@ class _WhenImported(importlib.abc.MetaPathFinder):
         if fullname != MODULE:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
+        spec: Any = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
 
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _register(module)
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        spec.loader.exec_module = exec_module
         return spec
 
 

@@ -31,10 +31,8 @@ def code_bits(grid: Grid, trits: bool = False) -> int:
     ``trits`` with others than -1, 0, +1.
     """
     if len(grid.levels) > 2**grid.bits:
-        raise ValueError(
-            f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; train with "
-            f"Uniform(bits={grid.bits}) or narrow=True"
-        )
+        raise ValueError(f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; "
+                         f"train with Uniform(bits={grid.bits}) or narrow=True")  # fmt: skip
     if not grid.evenly_spaced and len(grid.levels) > 16:
         raise ValueError(f"grid: codebooks are packed up to 16 levels, got {len(grid.levels)}")
     if trits and grid.encoding != [UNIFORM, -1, 1]:
