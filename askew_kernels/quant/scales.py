@@ -57,7 +57,7 @@ def _absmax(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float
 
 
 def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
+    c1, c2 = coefficients or SAWB_COEFFICIENTS[grid.bits]
     clip = c1 * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols) - c2 * sums[:, contract.SUM_ABS] / cols
     return xp.where(clip > 0, clip / grid.c_max, _absmax(xp, sums, cols, grid, None))
 
@@ -155,10 +155,8 @@ def scale_from_sums(
     ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors, which ``table`` tells
     apart: a row of zeros looks at the other rows of its own tensor.
     """
-    if ops.concrete(sums):
-        per_row = cols if isinstance(cols, int) else cols.numpy()
-        rows = None if table is None else table.rows
-        return torch.from_numpy(scale_in_numpy(sums.numpy(), per_row, grid, rule, sawb_coefficients, rows))
+    if table is None and ops.concrete(sums):
+        return torch.from_numpy(scale_in_numpy(sums.numpy(), cols, grid, rule, sawb_coefficients, None))
     scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
     return _fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table)
 
