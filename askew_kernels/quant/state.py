@@ -121,7 +121,7 @@ class WeightQuantizer:
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
         self._known: Known | None = None
-        self._frozen = False  # the flag as it was when last looked at: a GPU is not asked every time
+        self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
@@ -166,7 +166,7 @@ class WeightQuantizer:
         if self.frozen:
             warnings.warn(f"weight: its frozen scale has {self.scale.numel()} rows, and its shape is now "
                           f"{tuple(weight.shape)}; the scale follows its rule again", stacklevel=4)  # fmt: skip
-        self._frozen, self.tensors = False, empty_state(rows, weight.device)
+        self.frozen, self.tensors = False, empty_state(rows, weight.device)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,17 +187,12 @@ class WeightQuantizer:
                 self.row_sums.copy_(sums)
             if frozen is not None:
                 self.flag.fill_(frozen)
-                self._frozen = frozen == FROZEN
+                self.frozen = frozen == FROZEN
 
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
         if not self.flag.is_meta:
-            self._frozen = float(self.flag) > FOLLOWS
-
-    @property
-    def frozen(self) -> bool:
-        """The scale no longer follows its rule."""
-        return self._frozen
+            self.frozen = float(self.flag) > FOLLOWS
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes whenever the weight's content, or that of the three tensors, may have changed; equal to none where
@@ -229,7 +224,7 @@ class WeightQuantizer:
         if came:
             self.look()
         # the whole of a sharded weight is looked at in the forward; until then the scale is what the last step left
-        if self._frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
+        if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
         if not (torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))):
@@ -258,7 +253,7 @@ class WeightQuantizer:
         scale, flag, sums = tensors or self.tensors
         if len(scale) != self.rows(weight):  # as in ``fit``
             return self._rule_scale(weight)
-        if self._frozen or weight.is_meta:
+        if self.frozen or weight.is_meta:
             return scale
         now = self._sums(weight)
         serves = (flag != FOLLOWS) | (now == sums).all()
@@ -351,7 +346,7 @@ class WeightQuantizer:
 
     def sums_to_write(self) -> Tensor | None:
         """The buffer for the row sums of the updated weight, or None where the scale does not follow it."""
-        return None if self._frozen else self.row_sums
+        return None if self.frozen else self.row_sums
 
     @property
     def rule(self) -> tuple[Any, ...]:
@@ -360,13 +355,13 @@ class WeightQuantizer:
 
     def batches(self, weight: Tensor) -> bool:
         """The next scale comes from the sums that the update pass leaves behind."""
-        return not self._frozen and self.config.scale in SUM_RULES and weight.numel() > 0
+        return not self.frozen and self.config.scale in SUM_RULES and weight.numel() > 0
 
     def settled(self, weight: Tensor) -> bool:
         """Nothing but the update pass has touched weight and scale since its last run."""
         known = self._known
         follows = known is not None and known.sums and self.config.scale in SUM_RULES
-        return known is not None and (self._frozen or follows) and known.stamp == self._stamp(weight)
+        return known is not None and (self.frozen or follows) and known.stamp == self._stamp(weight)
 
     def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
         """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
@@ -381,18 +376,18 @@ class WeightQuantizer:
 
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
-        if not self._frozen:
+        if not self.frozen:
             self.write(frozen=HELD)
         self._know(weight)
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
-        return self._frozen or (self._home is not None and self._home.sums and self.batches(weight))
+        return self.frozen or (self._home is not None and self._home.sums and self.batches(weight))
 
     def returned(self, weight: Tensor) -> None:
         """It is back, bit for bit."""
         home, self._home = self._home, None
-        if not self._frozen:
+        if not self.frozen:
             self.write(frozen=FOLLOWS)
         if home is None:
             self.invalidate()
@@ -407,11 +402,11 @@ class WeightQuantizer:
 
     def __getstate__(self) -> dict:
         """For copies too: in one of a layer the tensors are the copied layer's buffers."""
-        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self._frozen}
+        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
-        self.tensors, self._frozen = state["tensors"], state["frozen"]
+        self.tensors, self.frozen = state["tensors"], state["frozen"]
 
 
 def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
