@@ -10,32 +10,28 @@ import torch
 from torch import Tensor
 
 
-def in_place(position: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def in_place(function: Callable[..., Any], position: int = 0) -> Callable[..., Any]:
     """For a function that writes its argument number ``position`` (a tensor or a list) and records nothing.
 
     NotImplementedError where autograd has computed what is to be written: its gradient would leave the write out.
     """
+    name = function.__code__.co_varnames[position]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__code__.co_varnames[position]
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            written = args[position] if len(args) > position else kwargs.get(name)
+            for t in [written] if isinstance(written, Tensor) else written or ():
+                if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
+                    raise NotImplementedError(
+                        f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even once, "
+                        "so double backward (create_graph=True) cannot pass through it; "
+                        f"detach {name}, or call it under torch.no_grad()"
+                    )
+        with torch.no_grad():
+            return function(*args, **kwargs)
 
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                written = args[position] if len(args) > position else kwargs.get(name)
-                for t in [written] if isinstance(written, Tensor) else written or ():
-                    if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
-                        raise NotImplementedError(
-                            f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even "
-                            f"once, so double backward (create_graph=True) cannot pass through it; detach {name}, or "
-                            "call it under torch.no_grad()"
-                        )
-            with torch.no_grad():
-                return function(*args, **kwargs)
-
-        return checked
-
-    return decorate
+    return checked
 
 
 def _order(t: Tensor, fixed: int) -> list[int] | None:

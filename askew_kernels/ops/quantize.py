@@ -140,7 +140,7 @@ def run_fake_quantize_backward(*inputs: Any) -> Tensor:
     return differentiable("fake_quantize_backward", _forced, inputs)
 
 
-@in_place(3)
+@partial(in_place, position=3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
     check_float_tensor("out", out)
@@ -152,7 +152,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     return out
 
 
-@in_place()
+@in_place
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
@@ -165,7 +165,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     return grad
 
 
-@in_place()
+@in_place
 def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) -> Tensor:
     """Moves every weight, in place, into the hull and then to the nearest point with h >= 0.
 

@@ -51,10 +51,6 @@ def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -
     return [int(flag) for flag in flags]
 
 
-def _check_coefficients(coefficients: Any, like: Tensor) -> None:
-    check_like("coefficients", coefficients, compute_dtype(like.dtype), (2,), like.device)
-
-
 @torch.no_grad()
 def sam_norm(
     params: Sequence[Tensor], grads: Sequence[Tensor], *, adaptive: bool | Sequence[bool] = False, eta: float = 0.01
@@ -72,7 +68,7 @@ def sam_norm(
     return run_sam_norm(params, grads, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
 
 
-@in_place()
+@in_place
 def sam_perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
     adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
@@ -88,11 +84,11 @@ def sam_perturb_(
     if not len(params):
         return
     check_lists(params, grads=grads, kept=kept)
-    _check_coefficients(coefficients, params[0])
+    check_like("coefficients", coefficients, compute_dtype(params[0].dtype), (2,), params[0].device)
     run_sam_perturb(params, grads, kept, coefficients, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
 
 
-@in_place()
+@in_place
 def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """w = kept, bit for bit, over a list of tensors in one pass.
 
@@ -104,7 +100,7 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     run_sam_restore(params, kept)
 
 
-@in_place()
+@in_place
 def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
     """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
 
@@ -114,5 +110,5 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     if not len(grads):
         return
     check_lists(grads, "grads", firsts=firsts)
-    _check_coefficients(coefficients, grads[0])
+    check_like("coefficients", coefficients, compute_dtype(grads[0].dtype), (2,), grads[0].device)
     _run_average(grads, firsts, coefficients)

@@ -193,14 +193,14 @@ def _public(rule: Rule) -> Callable[..., None]:
     update.__name__ = update.__qualname__ = rule.operator
     update.__doc__ = _TEXT.format(rule.title, text, ", ".join(b.name for b in buffers))
     update.__signature__ = own  # type: ignore[attr-defined]
-    return in_place()(update)
+    return in_place(update)
 
 
 FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
 skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
 
 
-@in_place()
+@in_place
 def skew_direction_(
     params: Sequence[Tensor], directions: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *,
     lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,

@@ -16,9 +16,6 @@ from .. import reference
 from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, UNIFORM, level_table, row_bytes, unpack_codes
 from .grids import Grid
 
-__all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
-           "unpack_weight"]  # fmt: skip
-
 # bits -> (shifts that leave a one where all bits of a code are ones, the places of these ones)
 ALL_ONES = {2: ((1,), 0x55), 4: ((1, 2), 0x11), 8: ((1, 2, 4), 0x01)}
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
