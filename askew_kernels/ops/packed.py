@@ -124,11 +124,9 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
         raise ValueError("codes: expected a contiguous uint8 tensor of shape (n, row_bytes)")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 8:
         raise ValueError(f"bits: expected 1 to 8, or 0 for five trits a byte, got {bits!r}")
-    if codes.shape[1] != contract.row_bytes(cols, bits):
-        raise ValueError(
-            f"codes: expected {contract.row_bytes(cols, bits)} bytes a row for {cols} weights of "
-            f"{bits or 'five to a byte'}{' bits' if bits else ''}, got {codes.shape[1]}"
-        )
+    if codes.shape[1] != (wanted := contract.row_bytes(cols, bits)):
+        each = f"{bits} bits" if bits else "five to a byte"
+        raise ValueError(f"codes: expected {wanted} bytes a row for {cols} weights of {each}, got {codes.shape[1]}")
     if not isinstance(scale, Tensor) or not scale.is_floating_point() or scale.device != codes.device:
         raise ValueError(f"scale: expected a float tensor on {codes.device}")
     rows, n = scale.numel(), codes.shape[0]
