@@ -211,9 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return serve(list(sys.argv[1:] if argv is None else argv))
             finally:
                 sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
-    except Refused as problem:
-        error(problem)
-        return 2
     except KeyboardInterrupt as stop:
         how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         error("; ".join([how, *map(str, stop.args)]))
@@ -223,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (Failed, OSError) as problem:
         error(problem)
-        return 1
+        return 2 if isinstance(problem, Refused) else 1
 
 
 if __name__ == "__main__":

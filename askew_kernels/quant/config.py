@@ -19,8 +19,8 @@ class QuantConfig:
 
     weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
     the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
-    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
-    for the gradient; ``"relaxed"`` computes with the float weights in training and with s Q(w/s) in eval, as published.
+    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
+    the float weights in training and with s Q(w/s) in eval, as published.
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float.
