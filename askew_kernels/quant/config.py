@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .grids import Grid, Uniform, as_flag, grid_from_dict
-from .scales import GRANULARITIES, SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
+from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
 
@@ -53,9 +53,7 @@ class QuantConfig:
         check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
         if self.sawb_coefficients is not None and self.scale != "sawb":
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
-        num_rows((1, self.group_size or 1), self.granularity, self.group_size)
+        num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in fields(self)}

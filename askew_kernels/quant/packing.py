@@ -110,9 +110,8 @@ def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
                     raise ValueError(f"codes: expected indices of {levels} levels, got {levels}")
             return
         if 8 % bits == 0:  # a byte is bad whatever its place: 256 cases
-            seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero().to(torch.uint8)
-            top = int(unpack_codes(seen.cpu(), bits, 8 // bits).max())
-        else:
-            top = int(unpack_codes(codes, bits, cols).max())
+            seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero()
+            codes, cols = seen.to(torch.uint8).cpu(), 8 // bits
+        top = int(unpack_codes(codes, bits, cols).max())
         if top >= levels:
             raise ValueError(f"codes: expected indices of {levels} levels, got {top}")

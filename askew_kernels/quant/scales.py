@@ -34,18 +34,18 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     ``group_size`` does not divide them.
     """
     shape = tuple(int(n) for n in shape)  # under torch.jit.trace sizes are tensors
+    channels, inputs = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if granularity != "per_group":
         if group_size is not None:
             raise ValueError(f"group_size: only with granularity='per_group', got {group_size} with {granularity!r}")
-        return 1 if granularity == "per_tensor" or len(shape) < 2 else shape[0]
+        return 1 if granularity == "per_tensor" else channels
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int with granularity='per_group', got {group_size!r}")
-    inputs = math.prod(shape[1:] if len(shape) > 1 else shape)
     if inputs % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {inputs} inputs of a weight of shape {shape}")
-    return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
+    return channels * (inputs // group_size)
 
 
 # The rules below are written over arrays of float64, torch's or (on the CPU, where a dozen small torch operations would
