@@ -266,7 +266,8 @@ def descend(
 def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, direction, clamp_, maximize,
           skip_nonfinite):  # fmt: skip
     """One tensor through one step; ``base`` maps (g, w, state) to the rule's (descent, new state)."""
-    (copy, sums, totals), (old, s) = outs, _rows(param, s)
+    copy, sums, totals = outs
+    old, s = _rows(param, s)
     g = g.reshape(old.shape).to(old.dtype)
     values = [b.reshape(old.shape).to(old.dtype) for b in state]
     lr, eps = (float(t.to(old.dtype)) for t in (lr, eps))
