@@ -30,9 +30,6 @@ ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_
 SECTIONS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "triton_packed")}  # of the tables of launch parameters
 
 
-# ---- info ------------------------------------------------------------------------------------------------------------
-
-
 def triton_version() -> str:
     """Of whichever distribution brings it; "" without one."""
     for name in ("triton", "pytorch-triton", "triton-windows"):
@@ -48,12 +45,11 @@ def collect_info() -> dict[str, Any]:
     from . import runtime
 
     module, build = runtime._C, runtime.build_report()
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     no_gpu = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     archs = module.cuda_archs if module is not None else ""
-    backends = {"cpu": {}, "cuda": {"backend": "none", "why": no_gpu}}
-    tuning = {}
-    for device in devices:
+    backends, tuning = {"cpu": {}, "cuda": {"backend": "none", "why": no_gpu}}, {}
+    for device in ("cpu", "cuda") if gpus else ("cpu",):
         backend, why = runtime.choose_backend(device)
         backends[device] = {"backend": backend, "why": runtime.slow_because(device) or why}
         table, why = runtime.tuning_table(device)
@@ -78,7 +74,7 @@ def collect_info() -> dict[str, Any]:
         "packed_capability": getattr(module, "packed_capability", str)(),
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if devices[1:] else [],
+        "gpus": gpus,
         "backends": backends,
         "tuning": tuning,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -121,9 +117,6 @@ def info(arguments: argparse.Namespace) -> int:
     for name, text in lines.items():
         print(f"{name:<16} {text}")
     return 0
-
-
-# ---- the commands ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -169,9 +162,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Every option's default, where there is one and its text does not name it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is False or action.default in (None, "", []) or "default" in (action.help or ""):
-            return action.help
-        return super()._get_help_string(action)
+        told = action.default in (None, False, "", []) or "default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -219,9 +211,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return serve(list(sys.argv[1:] if argv is None else argv))
             finally:
                 sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
-    except Refused as problem:
-        error(problem)
-        return 2
     except KeyboardInterrupt as stop:
         how, code = ("terminated", 143) if isinstance(stop, Terminated) else ("interrupted", 130)
         error("; ".join([how, *map(str, stop.args)]))
@@ -231,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (Failed, OSError) as problem:
         error(problem)
-        return 1
+        return 2 if isinstance(problem, Refused) else 1
 
 
 if __name__ == "__main__":

@@ -27,13 +27,9 @@ def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
     old: os.stat_result | None = None
     with contextlib.suppress(FileNotFoundError):
         old = os.stat(target)
-    if old is not None:
-        if stat.S_ISDIR(old.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), target)
-        if not stat.S_ISREG(old.st_mode):
+        if not (stat.S_ISREG(old.st_mode) or stat.S_ISDIR(old.st_mode)):
             raise OSError(errno.EINVAL, "not a regular file", target)
-        if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), target)
+        os.close(os.open(target, os.O_WRONLY))  # IsADirectoryError, PermissionError
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)  # from the start: nobody reads more than he may
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
     try:

@@ -65,33 +65,23 @@ def keeping(path: Path, rows: Collection[Any]) -> Iterator[None]:
         raise type(stop)(f"{len(rows)} finished rows are in {path}" if rows else "no row was finished") from None
 
 
-# ---- arguments -------------------------------------------------------------------------------------------------------
+def _option(read: Callable[[str], T], fits: Callable[[T], bool], expected: str) -> Callable[[str], T]:
+    """The type of an option: ``read`` of its text, where that is a value which fits."""
 
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an option that takes a whole number from ``least`` on."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-        return value
+    def parse(text: str) -> T:
+        with contextlib.suppress(ValueError):
+            if fits(value := read(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
 
     return parse
 
 
-def positive(text: str) -> float:
-    """The type of an option that takes a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+def whole(least: int) -> Callable[[str], int]:
+    return _option(int, lambda value: value >= least, f"a whole number from {least} on")
+
+
+positive = _option(float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
 def check_folder(path: Path, option: str = "--out") -> None:
@@ -103,9 +93,6 @@ def check_folder(path: Path, option: str = "--out") -> None:
     except OSError as problem:
         why = "it is a file" if path.is_file() else problem.strerror or problem
         raise Refused(f"{option} {path}: expected a folder that can be written to ({why})") from None
-
-
-# ---- rows, a JSON object a line --------------------------------------------------------------------------------------
 
 
 def read_rows(path: Path, kind: Callable[..., T]) -> list[T]:
@@ -175,9 +162,6 @@ def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
 def markdown_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     head = list(headings)
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rows)])
-
-
-# ---- what a command needs --------------------------------------------------------------------------------------------
 
 
 def need(command: str, *modules: str, extra: str = "") -> None:

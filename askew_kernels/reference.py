@@ -7,14 +7,16 @@ so that quantized codes agree exactly with every backend. Nothing here is writte
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, NUM_ROW_SUMS, UNIFORM, compute_dtype, level_table, unpack_codes
+from . import contract
+from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, UNIFORM, compute_dtype, level_table, unpack_codes
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,19 +36,13 @@ def hull(levels: Tensor, grid: list[int]) -> tuple[Any, Any]:
     return (levels[0], levels[-1]) if kind == CODEBOOK else (float(lo), float(hi))
 
 
-def clamp(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
-    lo, hi = hull(levels, grid)
-    return x.clamp(lo, hi)  # keeps NaN
-
-
 def nearest(x: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
     """Q(x): nearest level; ties to even (uniform) or to the lower level (binary, codebook); NaN stays NaN."""
     kind = grid[0]
     if kind == UNIFORM:
-        return torch.round(clamp(x, levels, grid)) + 0.0  # + 0.0: no level is -0
+        return torch.round(x.clamp(*hull(levels, grid))) + 0.0  # + 0.0: no level is -0
     if kind == BINARY:
-        one = torch.ones_like(x)
-        return torch.where(x > 0, one, torch.where(x == x, -one, x))
+        return torch.where(x > 0, 1.0, torch.where(x == x, -1.0, x))
     table = levels.to(device=x.device, dtype=x.dtype)
     middles = 0.5 * table[:-1] + 0.5 * table[1:]
     return torch.where(x == x, table[torch.bucketize(x.contiguous(), middles)], x)
@@ -64,25 +60,16 @@ def place(x: Tensor, levels: Tensor, grid: list[int]) -> tuple[Tensor, Tensor, T
     u in [0, 1/2] is the distance to the nearest level over the bracket length; side is the direction towards that
     level, +1 or -1. An exact midpoint belongs to the lower level.
     """
-    kind = grid[0]
-    c = clamp(x, levels, grid)
-    near = nearest(x, levels, grid)
+    kind, c, near = grid[0], x.clamp(*hull(levels, grid)), nearest(x, levels, grid)
+    d, delta = c - near, torch.full_like(x, contract.level_step(kind))
     if kind == UNIFORM:
-        d = c - near
         up = (d == -0.5).to(x.dtype)  # the tie that was rounded up
         near, d = near - up, d + up
-        u, delta = d.abs(), torch.ones_like(x)
-    elif kind == BINARY:
-        d = c - near
-        u, delta = d.abs() * 0.5, torch.full_like(x, 2.0)
-    else:
+    elif kind == CODEBOOK:
         table = levels.to(device=x.device, dtype=x.dtype)
         below = torch.bucketize(c.contiguous(), table, right=True).sub_(1).clamp_(0, len(table) - 2)
         delta = table[below + 1] - table[below]
-        d = c - near
-        u = (d.abs() / delta).clamp(max=0.5)
-    side = torch.where(d > 0, -torch.ones_like(x), torch.ones_like(x))
-    return near, u, side, delta
+    return near, (d.abs() / delta).clamp(max=0.5), 1 - 2 * (d > 0).to(x.dtype), delta
 
 
 def clamp_hull(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
@@ -154,44 +141,38 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
     grad.copy_(fake_quantize_backward(grad, x, scale, levels, grid))
 
 
-def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> list[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
+def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
     """(scale, x / s in the hull, Q(x / s), inside, top level) of each candidate, (rows, cols)."""
-    found, none = [], torch.empty(0, dtype=torch.float32, device=x.device)
-    for k in range(len(scales)):
+    none = torch.empty(0, dtype=torch.float32, device=x.device)
+    for k, scale in enumerate(scales):
         grid = grids[3 * k : 3 * k + 3]
-        w, s = _rows(x, scales[k])
+        w, s = _rows(x, scale)
         if grid[0] == FLOAT:
-            found.append((torch.ones_like(s), w, w, torch.ones_like(w, dtype=torch.bool), 1.0))
-            continue
-        placed = clamp_hull(w, s, none, grid) / s
-        found.append(
-            (s, placed, nearest(placed, none, grid), _inside(x, scales[k], none, grid), float(max(grid[2], 1)))
-        )
-    return found
+            yield torch.ones_like(s), w, w, torch.ones_like(w, dtype=torch.bool), 1.0
+        else:
+            placed = clamp_hull(w, s, none, grid) / s
+            yield s, placed, nearest(placed, none, grid), _inside(x, scale, none, grid), float(max(grid[2], 1))
 
 
 def mix_fake_quantize(
     x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
 ) -> Tensor:
     """y = sum_k p_k s_k Q_k(x / s_k), added up in the order of the candidates; see ``ops.mix_fake_quantize``."""
-    y = None
-    for p, (s, _, q, _, _) in zip(strengths.to(compute_dtype(x.dtype)), _candidates(x, scales, grids), strict=True):
-        part = p * (s * q)
-        y = part if y is None else y + part
-    return y.to(x.dtype).reshape(x.shape)  # type: ignore[union-attr]
+    candidates = zip(strengths.to(compute_dtype(x.dtype)), _candidates(x, scales, grids), strict=True)
+    y = functools.reduce(torch.add, (p * (s * q) for p, (s, _, q, *_) in candidates))
+    return y.to(x.dtype).reshape(x.shape)
 
 
 def mix_fake_quantize_backward(
     grad: Tensor, x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], ste_clip: bool, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, strengths and scales (zeros unless ``learned``)."""
-    dtype = compute_dtype(x.dtype)
-    g = grad.reshape(scales.shape[1], -1).to(dtype) if x.numel() else grad.reshape(scales.shape[1], 0).to(dtype)
+    g, _ = _rows(grad, scales[0])
     gate = torch.zeros_like(g)
     to_strengths, to_scales = torch.zeros_like(strengths), torch.zeros_like(scales)
     for k, (s, placed, q, inside, top) in enumerate(_candidates(x, scales, grids)):
-        p = strengths[k].to(dtype)
-        gate = gate + (torch.where(inside, p, torch.zeros_like(p)) if ste_clip else p)
+        p = strengths[k].to(g.dtype)
+        gate = gate + (torch.where(inside, p, 0.0) if ste_clip else p)
         to_strengths[k] = (s.double() * (g * q).double().sum(1, keepdim=True)).sum()
         if learned and grids[3 * k] != FLOAT and x.numel():
             sums = (g * torch.where(inside, q - placed, q)).double().sum(1)
@@ -202,14 +183,14 @@ def mix_fake_quantize_backward(
 # ---- the interval constraint ----------------------------------------------------------------------------------------
 
 
+def _sqrt(t: Tensor) -> Tensor:  # torch's own of float32 (MKL's) is not always correctly rounded
+    return t.double().sqrt().to(t.dtype)
+
+
 def feasible_radius(eps: Tensor) -> Tensor:
     """r / Delta = (1 - sqrt(1 - sqrt(eps))) / 2, without its cancellation; every operation rounded to eps's type."""
-
-    def root(t: Tensor) -> Tensor:  # torch's float32 sqrt is not always correctly rounded on the CPU
-        return t.double().sqrt().to(t.dtype)
-
-    q = root(eps)
-    return 0.5 * q / (1 + root(1 - q))
+    q = _sqrt(eps)
+    return 0.5 * q / (1 + _sqrt(1 - q))
 
 
 def constraint(u: Tensor, eps: float) -> Tensor:
@@ -248,9 +229,9 @@ def skew_velocity(
 
 def row_sums(x: Tensor, rows: int) -> Tensor:
     """(rows, 3) float32: sum |x|, sum x^2, max |x| of each row."""
-    a = x.detach().reshape(rows, -1).double().abs()
+    a = x.detach().reshape(rows, x.numel() // max(rows, 1)).double().abs()
     if a.shape[1] == 0:
-        return torch.zeros(rows, NUM_ROW_SUMS, dtype=torch.float32, device=x.device)
+        return torch.zeros(rows, contract.NUM_ROW_SUMS, dtype=torch.float32, device=x.device)
     return torch.stack([a.sum(1), (a * a).sum(1), a.amax(1)], dim=1).float()
 
 
@@ -272,21 +253,20 @@ def descend(
     for name, tensors in (("kept", kept), ("firsts", firsts)):
         if tensors and len(tensors) != len(params):
             raise ValueError(f"{name}: expected 0 or {len(params)} tensors, got {len(tensors)}")
-    some = [i for i in range(len(params)) if _present(kept, i) is not None]
-    if kept and some:
-        restore([params[i] for i in some], [kept[i] for i in some])
-    means = list(grads)
-    some = [i for i in range(len(params)) if _present(firsts, i) is not None]
-    if firsts and some:
-        for i in some:
-            means[i] = grads[i].clone()
-        average([means[i] for i in some], [firsts[i] for i in some], coefficients)
+    moved = [(p, k) for p, k in zip(params, kept or [], strict=False) if k.numel()]
+    if moved:
+        restore([p for p, _ in moved], [k for _, k in moved])
+    means = [g.clone() if _present(firsts, i) is not None else g for i, g in enumerate(grads)]
+    averaged = [(mean, first) for mean, first in zip(means, firsts or [], strict=False) if first.numel()]
+    if averaged:
+        average([mean for mean, _ in averaged], [first for _, first in averaged], coefficients)
     return means
 
 
-def _step(param, g, state, s, levels, grid, copy, sums, totals, base, lr, eps, alpha, direction, clamp_, maximize,
+def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, direction, clamp_, maximize,
           skip_nonfinite):  # fmt: skip
     """One tensor through one step; ``base`` maps (g, w, state) to the rule's (descent, new state)."""
+    copy, sums, totals = outs
     old, s = _rows(param, s)
     g = g.reshape(old.shape).to(old.dtype)
     values = [b.reshape(old.shape).to(old.dtype) for b in state]
@@ -336,15 +316,10 @@ def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., N
         grads = descend(params, grads, kept, firsts, coefficients, sam_restore_, sam_average_)
         t = 0.0 if step is None else float(step)
         for i, param in enumerate(params):
-            copy, sums, total = (_present(tensors, i) for tensors in (dequantized, row_sums, totals))
-            if param.numel() == 0:
-                for out in (sums, total):
-                    if out is not None:
-                        out.zero_()
-                continue
-            state = [b for b in states[i :: len(params)] if b.numel()]
+            outs = [_present(tensors, i) for tensors in (dequantized, row_sums, totals)]
+            state = [b for b in states[i :: len(params)] if b.numel() == param.numel()]  # others are absent
             _step(
-                param, grads[i], state, scales[i], levels[i], grids[3 * i : 3 * i + 3], copy, sums, total,
+                param, grads[i], state, scales[i], levels[i], grids[3 * i : 3 * i + 3], outs,
                 lambda g, w, values: rule(g, w, values, numbers, t), lr, eps, alpha, direction, clamp, maximize,
                 skip_nonfinite,
             )  # fmt: skip
@@ -371,8 +346,7 @@ def skew_adamw_(g, w, state, numbers, step):
     beta1, beta2, adam_eps, weight_decay = numbers
     first = state[0] + (1 - beta1) * (g - state[0])
     second = beta2 * state[1] + (1 - beta2) * (g * g)
-    root = second.double().sqrt().to(g.dtype)  # torch's float32 sqrt (MKL) is not correctly rounded
-    descent = first * (1 / (1 - beta1**step)) / (root * (1 / math.sqrt(1 - beta2**step)) + adam_eps)
+    descent = first * (1 / (1 - beta1**step)) / (_sqrt(second) * (1 / math.sqrt(1 - beta2**step)) + adam_eps)
     return descent + weight_decay * w if weight_decay else descent, [first, second]
 
 

@@ -96,13 +96,9 @@ def cuda_archs_fit(index: int | None = None) -> bool:
     if not has_cuda_kernels() or not torch.cuda.is_available():
         return False
     major, minor = torch.cuda.get_device_capability(index)
-    for arch in _C.cuda_archs.split():  # type: ignore[union-attr]
-        kind, number = arch.split("_")
-        if kind == "compute" and int(number) <= 10 * major + minor:
-            return True
-        if kind == "sm" and int(number) // 10 == major and int(number) % 10 <= minor:
-            return True
-    return False
+    archs = (arch.split("_") for arch in _C.cuda_archs.split())  # type: ignore[union-attr]
+    return any((kind == "compute" or int(number) // 10 == major) and int(number) <= 10 * major + minor
+               for kind, number in archs)  # fmt: skip
 
 
 @functools.cache
@@ -144,15 +140,13 @@ def choose_backend(device: torch.device | str) -> tuple[str, str]:
     if _forced is not None:
         return _forced, "forced by ASKEW_BACKEND or set_backend"
     if device.type == "cpu":
-        if _C is not None:
-            return "cpp", f"compiled, {cpu_capability()}"
-        return "reference", why_not_compiled()
-    if device.type == "cuda":
-        if cuda_archs_fit(device.index):
-            return "cpp", f"compiled for {_C.cuda_archs}"  # type: ignore[union-attr]
-        why = f"compiled for {_C.cuda_archs} only" if has_cuda_kernels() else why_no_cuda()  # type: ignore[union-attr]
-        return ("triton", why) if has_triton() else ("reference", f"{why}; triton is not installed")
-    return "reference", f"no kernels for {device.type}"
+        return ("reference", why_not_compiled()) if _C is None else ("cpp", f"compiled, {cpu_capability()}")
+    if device.type != "cuda":
+        return "reference", f"no kernels for {device.type}"
+    if cuda_archs_fit(device.index):
+        return "cpp", f"compiled for {_C.cuda_archs}"  # type: ignore[union-attr]
+    why = f"compiled for {_C.cuda_archs} only" if has_cuda_kernels() else why_no_cuda()  # type: ignore[union-attr]
+    return ("triton", why) if has_triton() else ("reference", f"{why}; triton is not installed")
 
 
 def why_no_cuda() -> str:
@@ -220,10 +214,9 @@ def operator(name: str, like: torch.Tensor) -> Callable:
         return getattr(reference, name)
     if like.is_cuda and (backend := _gpu_stand_in(like.get_device(), _forced)):
         return implementation(backend, name)
-    found = _operators.get(name)
-    if found is None:
-        found = _operators[name] = getattr(torch.ops.askew, name).default
-    return found
+    if name not in _operators:
+        _operators[name] = getattr(torch.ops.askew, name).default
+    return _operators[name]
 
 
 def _gpu_stand_in(index: int, forced: str | None) -> str:
@@ -255,10 +248,8 @@ _TRITON = has_triton()  # a constant for torch.compile, which does not look into
 def reads_codes(x: torch.Tensor, rows: int) -> bool:
     """Whether a product of ``rows`` rows such as ``x`` is made from packed codes: on a CPU always, on a GPU with Triton
     where the rows are few (``FEW_ON_GPU``). Elsewhere the weight is unpacked for torch's own product."""
-    if x.is_cpu:
-        return True
-    if not (x.is_cuda and _TRITON and x.dtype != torch.float64):
-        return False
+    if x.is_cpu or not (x.is_cuda and _TRITON and x.dtype != torch.float64):
+        return x.is_cpu
     if torch.compiler.is_exporting() and not isinstance(rows, int):
         return False  # a choice by size would be a bound on what was exported
     return rows <= FEW_ON_GPU
@@ -336,10 +327,8 @@ def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "au
     """
     if isinstance(source, Mapping):
         _give_tuning(tables.Table("given values", None, tables.check_values(source, "tuning")))
-    elif source == "auto":
-        _give_tuning(None)
-    elif source == "default":
-        _give_tuning(tables.Table("built-in values", None, {}))
+    elif source in ("auto", "default"):
+        _give_tuning(None if source == "auto" else tables.Table("built-in values", None, {}))
     else:
         _give_tuning(tables.read_table(Path(source)))
 

@@ -3,6 +3,7 @@ a plain ``open(path, "wb")`` would have given it, and leaves no other file, whoe
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import stat
@@ -133,7 +134,13 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 def test_a_file_that_may_not_be_written_is_not_replaced(old, monkeypatch):
     old.chmod(0o444)
     if os.geteuid() == 0:  # who may write everything
-        monkeypatch.setattr(os, "access", lambda path, *_, **__: os.stat(path).st_mode & stat.S_IWUSR)
+
+        def open_as_others(path, flags, *rest, real=os.open):
+            if path == str(old) and not os.stat(path).st_mode & stat.S_IWUSR:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return real(path, flags, *rest)
+
+        monkeypatch.setattr(os, "open", open_as_others)
     with pytest.raises(PermissionError):
         write(old)
     assert old.read_bytes() == b"old" and os.listdir(old.parent) == ["old"]

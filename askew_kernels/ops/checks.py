@@ -29,15 +29,31 @@ def concrete(t: Tensor) -> bool:
     )
 
 
-def check_float_tensor(name: str, t: Any) -> None:
+def check_tensor(name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
-    if t.is_complex():
-        raise TypeError(f"{name}: complex tensors cannot be quantized, got {t.dtype}")
+
+
+def check_float_tensor(name: str, t: Any) -> None:
+    check_tensor(name, t)
     if t.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
     if t.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_like(
+    name: str, t: Any, dtype: torch.dtype | None, shape: Sequence[int], device: torch.device, contiguous: bool = False
+) -> None:
+    """A tensor of just this shape; without ``dtype`` any type."""
+    check_tensor(name, t)
+    wrong_type = dtype is not None and t.dtype != dtype
+    if t.shape != shape or t.device != device or wrong_type or (contiguous and not t.is_contiguous()):
+        strided = ", not contiguous" if contiguous and not t.is_contiguous() else ""
+        raise ValueError(
+            f"{name}: expected {'contiguous ' * contiguous}{dtype or 'floats'} of shape {tuple(shape)} on {device}, "
+            f"got {t.dtype} {tuple(t.shape)} on {t.device}{strided}"
+        )
 
 
 def check_grid(grid: Any) -> None:
@@ -47,8 +63,7 @@ def check_grid(grid: Any) -> None:
 
 def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
     """``scale`` as float32 (rows,), after checking that it fits ``x``."""
-    if not isinstance(scale, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(scale).__name__}")
+    check_tensor(name, scale)
     if not scale.is_floating_point():
         raise TypeError(f"{name}: expected a float tensor, got {scale.dtype}")
     if scale.device != x.device:
@@ -64,9 +79,7 @@ def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
     if rows and concrete(scale):  # on a GPU the look would stall the stream
         low, high = scale.detach().aminmax()
         if not (low > 0 and high < math.inf):
-            raise ValueError(
-                f"{name}: expected positive finite scales, got values in [{float(low):g}, {float(high):g}]"
-            )
+            raise ValueError(f"{name}: expected positive finite scales, got values in [{low:g}, {high:g}]")
     return scale.detach().to(compute_dtype(x.dtype)).reshape(-1).contiguous()
 
 
@@ -91,9 +104,7 @@ def rate_tensor(name: str, value: Any, low: float, high: float = math.inf, open_
     """A float or a 0-dim tensor as a 0-dim float tensor; values on the CPU are checked, a GPU's are not waited for."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or not value.is_floating_point():
-            raise ValueError(
-                f"{name}: expected a float or a 0-dim float tensor, got {value.dtype} {tuple(value.shape)}"
-            )
+            raise ValueError(f"{name}: expected a float or 0-dim float tensor, got {value.dtype} {tuple(value.shape)}")
         if concrete(value):
             number(name, float(value), low, high, open_low)
         value = value.detach()
@@ -107,9 +118,14 @@ def check_params(params: Sequence[Tensor], name: str = "params") -> None:
         if p.device != params[0].device:
             raise ValueError(f"{name}[{i}]: expected on {params[0].device} as {name}[0], got {p.device}")
         if (p.dtype == torch.float64) != (params[0].dtype == torch.float64):
-            raise TypeError(
-                f"{name}[{i}]: float64 parameters take a list of their own, got {p.dtype} beside {params[0].dtype}"
-            )
+            raise TypeError(f"{name}[{i}]: float64 takes a list of its own, got {p.dtype} beside {params[0].dtype}")
+
+
+def check_lists(params: Sequence[Tensor], name: str = "params", **others: Sequence[Tensor]) -> None:
+    """Lists of equal shapes, dtypes and devices."""
+    check_params(params, name)
+    for other, tensors in others.items():
+        check_list(other, tensors, params)
 
 
 def check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], same_dtype: bool = True) -> None:
@@ -117,8 +133,4 @@ def check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], s
         raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
     for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
         check_float_tensor(f"{name}[{i}]", t)
-        if t.shape != p.shape or t.device != p.device or (same_dtype and t.dtype != p.dtype):
-            raise ValueError(
-                f"{name}[{i}]: expected {p.dtype if same_dtype else 'a float tensor'} of shape {tuple(p.shape)} on "
-                f"{p.device}, got {t.dtype} {tuple(t.shape)} on {t.device}"
-            )
+        check_like(f"{name}[{i}]", t, p.dtype if same_dtype else None, p.shape, p.device)

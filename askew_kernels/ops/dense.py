@@ -10,32 +10,28 @@ import torch
 from torch import Tensor
 
 
-def in_place(position: int = 0) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def in_place(function: Callable[..., Any], position: int = 0) -> Callable[..., Any]:
     """For a function that writes its argument number ``position`` (a tensor or a list) and records nothing.
 
     NotImplementedError where autograd has computed what is to be written: its gradient would leave the write out.
     """
+    name = function.__code__.co_varnames[position]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__code__.co_varnames[position]
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            written = args[position] if len(args) > position else kwargs.get(name)
+            for t in [written] if isinstance(written, Tensor) else written or ():
+                if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
+                    raise NotImplementedError(
+                        f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even once, "
+                        "so double backward (create_graph=True) cannot pass through it; "
+                        f"detach {name}, or call it under torch.no_grad()"
+                    )
+        with torch.no_grad():
+            return function(*args, **kwargs)
 
-        @functools.wraps(function)
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            if torch.is_grad_enabled():
-                written = args[position] if len(args) > position else kwargs.get(name)
-                for t in [written] if isinstance(written, Tensor) else written or ():
-                    if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf:
-                        raise NotImplementedError(
-                            f"{name}: askew::{function.__name__} writes in place and is not differentiable, not even "
-                            f"once, so double backward (create_graph=True) cannot pass through it; detach {name}, or "
-                            "call it under torch.no_grad()"
-                        )
-            with torch.no_grad():
-                return function(*args, **kwargs)
-
-        return checked
-
-    return decorate
+    return checked
 
 
 def _order(t: Tensor, fixed: int) -> list[int] | None:
@@ -43,6 +39,10 @@ def _order(t: Tensor, fixed: int) -> list[int] | None:
     strides = t.stride()
     order = [*range(fixed), *sorted(range(fixed, t.dim()), key=lambda d: (-strides[d], d))]
     return order if t.permute(order).is_contiguous() else None
+
+
+def permuted(t: Tensor, order: list[int] | None) -> Tensor:
+    return t if order is None else t.permute(order)
 
 
 def layout(t: Tensor, rows: int) -> list[int] | None:
@@ -59,8 +59,7 @@ class InPlace:
         self.copies: list[tuple[Tensor, Tensor]] = []
 
     def writable(self, t: Tensor, order: list[int] | None = None) -> Tensor:
-        t = t.detach()
-        view = t if order is None else t.permute(order)
+        view = permuted(t.detach(), order)
         if view.is_contiguous():
             return view
         work = view.contiguous()
@@ -89,10 +88,7 @@ class Flat:
     def read(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.orders is None:
             return [t if t.is_contiguous() else t.contiguous() for t in tensors]
-        return [
-            (t if order is None else t.permute(order)).contiguous()
-            for t, order in zip(tensors, self.orders, strict=True)
-        ]
+        return [permuted(t, order).contiguous() for t, order in zip(tensors, self.orders, strict=True)]
 
     def write(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self.orders is None:

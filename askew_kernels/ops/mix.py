@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,6 @@ from .quantize import run_fake_quantize, run_fake_quantize_backward
 from .schema import define, like_first
 
 __all__ = ["MOST_CANDIDATES", "candidate_encodings", "mix_fake_quantize", "run_mix_fake_quantize"]
-
-# ---- derivatives ----------------------------------------------------------------------------------------------------
 
 
 class _Mixed(torch.autograd.Function):
@@ -42,19 +41,15 @@ def _quantized(wide: Tensor, scales: Tensor, strengths: Tensor, grids: list[int]
     no_levels = torch.empty(0, dtype=torch.float32, device=wide.device)
     for k, p in enumerate(strengths.to(wide.dtype)):
         weight = (scales[k], no_levels, grids[3 * k : 3 * k + 3])
-        if grids[3 * k] == contract.FLOAT:
-            yield p, wide, None
-        else:
-            yield p, run_fake_quantize(wide, *weight, clip, False, 0), weight
+        is_float = grids[3 * k] == contract.FLOAT
+        yield (p, wide, None) if is_float else (p, run_fake_quantize(wide, *weight, clip, False, 0), weight)
 
 
 def _mixture(x: Tensor, scales: Tensor, strengths: Tensor, grids: list[int], clip: bool, learned: bool) -> Tensor:
     """``mix_fake_quantize``, the same products and sums in the same order."""
     _once(learned)
-    y: Any = None
-    for p, q, _ in _quantized(x.to(compute_dtype(x.dtype)), scales, strengths, grids, clip):
-        y = p * q if y is None else y + p * q
-    return y.to(x.dtype)
+    parts = (p * q for p, q, _ in _quantized(x.to(compute_dtype(x.dtype)), scales, strengths, grids, clip))
+    return functools.reduce(torch.add, parts).to(x.dtype)
 
 
 def _mixture_gradients(
@@ -87,8 +82,6 @@ def _mix(name: str, run: Callable, args: tuple) -> Any:
 def _mix_backward(name: str, run: Callable, args: tuple) -> Any:
     return _mixture_gradients(*args) if tracked(args) else run(*args)
 
-
-# ---- the operators --------------------------------------------------------------------------------------------------
 
 _MIXTURE = "Tensor x, Tensor scales, Tensor strengths, int[] grids, bool ste_clip, bool learned"
 
@@ -140,13 +133,9 @@ def candidate_encodings(grids: Sequence[Any]) -> list[int]:
     """Three integers a candidate; None is no quantization."""
     if not 1 <= len(grids) <= MOST_CANDIDATES:
         raise ValueError(f"grids: expected 1 to {MOST_CANDIDATES} candidates, got {len(grids)}")
-    encodings: list[int] = []
     for grid in grids:
-        if grid is None:
-            encodings += [contract.FLOAT, 0, 0]
-            continue
-        check_grid(grid)
-        if grid.encoding[0] == contract.CODEBOOK:
-            raise ValueError(f"grids: expected Uniform, Ternary, Binary or None, got {grid}")
-        encodings += grid.encoding
-    return encodings
+        if grid is not None:
+            check_grid(grid)
+            if grid.encoding[0] == contract.CODEBOOK:
+                raise ValueError(f"grids: expected Uniform, Ternary, Binary or None, got {grid}")
+    return [n for grid in grids for n in ((contract.FLOAT, 0, 0) if grid is None else grid.encoding)]

@@ -14,12 +14,10 @@ from .. import contract, runtime
 from ..contract import compute_dtype
 from ..reference import product
 from .autograd import below_autograd, one_by_one, tracked, transformed
-from .checks import check_float_tensor, check_grid
+from .checks import check_float_tensor, check_grid, check_like
 from .schema import define
 
 __all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
-
-# ---- derivatives ----------------------------------------------------------------------------------------------------
 
 
 def _packed_weight(
@@ -32,22 +30,15 @@ def _packed_weight(
         recorded = torch._C._functorch.is_functorch_wrapped_tensor(scale) or tracked((scale,))
     kind = compute_dtype(dtype) if recorded else dtype
     factor = torch.ones(scale.numel(), dtype=torch.float32, device=codes.device) if recorded else scale.detach()
-    level = _unpacked(codes, factor, levels, grid, bits, cols, kind)
+    with contextlib.ExitStack() as plain:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            codes, factor, levels = (_not_transformed(t) for t in (codes, factor, levels))
+            plain.enter_context(torch._C._DisableFuncTorch())
+        level = torch.empty(codes.shape[0], cols, dtype=kind, device=codes.device)
+        below_autograd("packed_dequantize_", level, codes, factor, levels, grid, bits, level)
     if not recorded:
         return level
     return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
-
-
-def _unpacked(
-    codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, cols: int, dtype: torch.dtype
-) -> Tensor:
-    with contextlib.ExitStack() as plain:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            codes, scale, levels = (_not_transformed(t) for t in (codes, scale, levels))
-            plain.enter_context(torch._C._DisableFuncTorch())
-        out = torch.empty(codes.shape[0], cols, dtype=dtype, device=codes.device)
-        below_autograd("packed_dequantize_", out, codes, scale, levels, grid, bits, out)
-    return out
 
 
 def _not_transformed(t: Tensor) -> Tensor:
@@ -55,9 +46,7 @@ def _not_transformed(t: Tensor) -> Tensor:
     while torch._C._functorch.is_gradtrackingtensor(t):
         t = torch._C._functorch.get_unwrapped(t)
     if torch._C._functorch.is_functorch_wrapped_tensor(t):
-        raise NotImplementedError(
-            "askew::packed_linear: vmap over packed codes cannot be differentiated; unpack_ first"
-        )
+        raise NotImplementedError("askew::packed_linear: vmap over packed codes has no derivative; unpack_ first")
     return t
 
 
@@ -119,8 +108,6 @@ def _batched(op: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tenso
     return y if shared or bias is None else y + bias.movedim(in_dims[6], 0)[:, None], 0
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------
-
 _CODES = "Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits"
 
 define("packed_dequantize_", f"({_CODES}, Tensor(a!) out) -> ()")
@@ -137,11 +124,9 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
         raise ValueError("codes: expected a contiguous uint8 tensor of shape (n, row_bytes)")
     if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 8:
         raise ValueError(f"bits: expected 1 to 8, or 0 for five trits a byte, got {bits!r}")
-    if codes.shape[1] != contract.row_bytes(cols, bits):
-        raise ValueError(
-            f"codes: expected {contract.row_bytes(cols, bits)} bytes a row for {cols} weights of "
-            f"{bits or 'five to a byte'}{' bits' if bits else ''}, got {codes.shape[1]}"
-        )
+    if codes.shape[1] != (wanted := contract.row_bytes(cols, bits)):
+        each = f"{bits} bits" if bits else "five to a byte"
+        raise ValueError(f"codes: expected {wanted} bytes a row for {cols} weights of {each}, got {codes.shape[1]}")
     if not isinstance(scale, Tensor) or not scale.is_floating_point() or scale.device != codes.device:
         raise ValueError(f"scale: expected a float tensor on {codes.device}")
     rows, n = scale.numel(), codes.shape[0]
@@ -198,9 +183,8 @@ def packed_linear(
     if x.device != codes.device:
         raise ValueError(f"x: expected on the device of codes ({codes.device}), got {x.device}")
     n = codes.shape[0]
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(f"bias: expected {x.dtype} of shape ({n},) on {x.device}, got {bias.dtype} "
-                         f"{tuple(bias.shape)} on {bias.device}")  # fmt: skip
+    if bias is not None:
+        check_like("bias", bias, x.dtype, (n,), x.device)
     check_activations(activations, grid)
     if activations == "int8" and not contract.int8_sums_fit(cols, len(grid.levels)):
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")

@@ -13,13 +13,11 @@ from torch.autograd import forward_ad
 
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
-from .checks import check_float_tensor, check_weight, rate_tensor
-from .dense import InPlace, in_place, layout
+from .checks import check_float_tensor, check_like, check_weight, rate_tensor
+from .dense import InPlace, in_place, layout, permuted
 from .schema import define, like_first
 
 __all__ = ["fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize", "ste_clip_"]
-
-# ---- the straight-through estimator -------------------------------------------------------------------------------
 
 
 class _StraightThrough:
@@ -98,8 +96,6 @@ def _batched(points: int, run: Callable[..., Any], info: Any, in_dims: tuple, *a
     return run(*(t.contiguous() for t in front[:points]), front[points].reshape(-1), *args[points + 1 :]), 0
 
 
-# ---- the operators --------------------------------------------------------------------------------------------------
-
 _WEIGHT = "Tensor x, Tensor scale, Tensor levels, int[] grid"
 
 define("fake_quantize", f"({_WEIGHT}, bool ste_clip, bool stochastic, int seed) -> Tensor", fake=like_first,
@@ -144,37 +140,32 @@ def run_fake_quantize_backward(*inputs: Any) -> Tensor:
     return differentiable("fake_quantize_backward", _forced, inputs)
 
 
-@in_place(3)
+@partial(in_place, position=3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
     """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
     check_float_tensor("out", out)
     weight = check_weight("x", x, scale, grid)
-    if out.shape != x.shape or out.device != x.device or not out.is_contiguous():
-        raise ValueError(f"out: expected a contiguous tensor of shape {tuple(x.shape)} on {x.device}")
+    check_like("out", out, None, x.shape, x.device, contiguous=True)
     x = x.detach().contiguous()
     below_autograd("fake_quantize_out_", x, x, *weight, out)
     torch.autograd.graph.increment_version(out)
     return out
 
 
-@in_place()
+@in_place
 def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     """Zeroes ``grad`` in place where x lies outside the hull: ``fake_quantize``'s backward without a new tensor."""
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
-    if grad.shape != x.shape or grad.dtype != x.dtype or grad.device != x.device:
-        raise ValueError(
-            f"grad: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, got {grad.dtype} {tuple(grad.shape)} "
-            f"on {grad.device}"
-        )
+    check_like("grad", grad, x.dtype, x.shape, x.device)
     order, written = layout(x, weight[0].numel()), InPlace()
-    point = x.detach() if order is None else x.detach().permute(order)
-    below_autograd("ste_clip_", x, written.writable(grad, order), point.contiguous(), *weight)
+    point = permuted(x.detach(), order).contiguous()
+    below_autograd("ste_clip_", x, written.writable(grad, order), point, *weight)
     written.finish([grad])
     return grad
 
 
-@in_place()
+@in_place
 def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) -> Tensor:
     """Moves every weight, in place, into the hull and then to the nearest point with h >= 0.
 
@@ -200,6 +191,5 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1 or x.numel() % rows:
         raise ValueError(f"rows: expected a positive divisor of {x.numel()}, got {rows!r}")
     x = x.detach()
-    order = layout(x, rows)  # the order in which the update pass sums
-    x = (x if order is None else x.permute(order)).contiguous()
+    x = permuted(x, layout(x, rows)).contiguous()  # the order in which the update pass sums
     return below_autograd("row_sums", x, x, rows)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..contract import compute_dtype
 from .autograd import below_autograd
-from .checks import check_list, check_params, number
+from .checks import check_like, check_lists, number
 from .dense import Flat, in_place
 from .schema import define
 
@@ -19,32 +20,35 @@ __all__ = [
     "sam_restore_",
 ]  # fmt: skip
 
-define("sam_norm", "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
-       fake=lambda params, *_args: params[0].new_empty((), dtype=torch.float64))  # fmt: skip
-define("sam_perturb_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients, int[] adaptive,"
-       " float eta) -> ()")  # fmt: skip
-define("sam_restore_", "(Tensor(a!)[] params, Tensor[] kept) -> ()")
-define("sam_average_", "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()")
+
+def _define(name: str, schema: str, **entry: Any) -> Callable[..., Any]:
+    """Defines an operator over lists of equal shapes; returns it without checks, for the optimizer."""
+    define(name, schema, **entry)
+    writes = re.findall(r"Tensor(\(.!\))?\[\]", schema)  # for each list, what marks it as written or ""
+
+    def run(*args: Any) -> Any:
+        flat = Flat(args[0])
+        lists = [flat.write(tensors) if w else flat.read(tensors) for w, tensors in zip(writes, args, strict=False)]
+        result = below_autograd(name, args[0][0], *lists, *args[len(lists) :])
+        flat.finish(*(tensors for w, tensors in zip(writes, args, strict=False) if w))
+        return result
+
+    return run
+
+
+run_sam_norm = _define("sam_norm", "(Tensor[] params, Tensor[] grads, int[] adaptive, float eta) -> Tensor",
+                       fake=lambda params, *_args: params[0].new_empty((), dtype=torch.float64))  # fmt: skip
+run_sam_perturb = _define("sam_perturb_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] kept, Tensor coefficients"
+                          ", int[] adaptive, float eta) -> ()")  # fmt: skip
+run_sam_restore = _define("sam_restore_", "(Tensor(a!)[] params, Tensor[] kept) -> ()")
+_run_average = _define("sam_average_", "(Tensor(a!)[] grads, Tensor[] firsts, Tensor coefficients) -> ()")
 
 
 def _adaptive_flags(adaptive: bool | Sequence[bool], params: Sequence[Tensor]) -> list[int]:
     flags = [adaptive] * len(params) if isinstance(adaptive, bool) else list(adaptive)
     if len(flags) != len(params) or not all(isinstance(flag, bool) for flag in flags):
-        raise ValueError(
-            f"adaptive: expected a bool or {len(params)} of them, one for each parameter, got {adaptive!r}"
-        )
+        raise ValueError(f"adaptive: expected a bool or {len(params)}, one for each parameter, got {adaptive!r}")
     return [int(flag) for flag in flags]
-
-
-def _check_coefficients(coefficients: Any, like: Tensor, name: str) -> None:
-    wanted = compute_dtype(like.dtype)
-    if not isinstance(coefficients, Tensor):
-        raise TypeError(f"coefficients: expected a Tensor, got {type(coefficients).__name__}")
-    if coefficients.shape != (2,) or coefficients.dtype != wanted or coefficients.device != like.device:
-        raise ValueError(
-            f"coefficients: expected {wanted} of shape (2,) on {like.device} as {name}, got {coefficients.dtype} "
-            f"{tuple(coefficients.shape)} on {coefficients.device}"
-        )
 
 
 @torch.no_grad()
@@ -60,18 +64,11 @@ def sam_norm(
     """
     if not len(params):
         raise ValueError("params: expected at least one tensor")
-    check_params(params)
-    check_list("grads", grads, params)
+    check_lists(params, grads=grads)
     return run_sam_norm(params, grads, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
 
 
-def run_sam_norm(params: Sequence[Tensor], grads: Sequence[Tensor], adaptive: list[int], eta: float) -> Tensor:
-    """``sam_norm`` without its checks, for the optimizer."""
-    flat = Flat(params)
-    return below_autograd("sam_norm", params[0], flat.read(params), flat.read(grads), adaptive, eta)
-
-
-@in_place()
+@in_place
 def sam_perturb_(
     params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor, *,
     adaptive: bool | Sequence[bool] = False, eta: float = 0.01,
@@ -86,28 +83,12 @@ def sam_perturb_(
     """
     if not len(params):
         return
-    check_params(params)
-    check_list("grads", grads, params)
-    check_list("kept", kept, params)
-    _check_coefficients(coefficients, params[0], "params")
-    run_sam_perturb(
-        params, grads, kept, coefficients, _adaptive_flags(adaptive, params), number("eta", eta, 0.0)
-    )  # fmt: skip
+    check_lists(params, grads=grads, kept=kept)
+    check_like("coefficients", coefficients, compute_dtype(params[0].dtype), (2,), params[0].device)
+    run_sam_perturb(params, grads, kept, coefficients, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
 
 
-def run_sam_perturb(
-    params: Sequence[Tensor], grads: Sequence[Tensor], kept: Sequence[Tensor], coefficients: Tensor,
-    adaptive: list[int], eta: float,
-) -> None:  # fmt: skip
-    """``sam_perturb_`` without its checks, for the optimizer."""
-    flat = Flat(params)
-    below_autograd(
-        "sam_perturb_", params[0], flat.write(params), flat.read(grads), flat.write(kept), coefficients, adaptive, eta
-    )
-    flat.finish(params, kept)
-
-
-@in_place()
+@in_place
 def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """w = kept, bit for bit, over a list of tensors in one pass.
 
@@ -115,19 +96,11 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """
     if not len(params):
         return
-    check_params(params)
-    check_list("kept", kept, params)
+    check_lists(params, kept=kept)
     run_sam_restore(params, kept)
 
 
-def run_sam_restore(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
-    """``sam_restore_`` without its checks, for the optimizer."""
-    flat = Flat(params)
-    below_autograd("sam_restore_", params[0], flat.write(params), flat.read(kept))
-    flat.finish(params)
-
-
-@in_place()
+@in_place
 def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients: Tensor) -> None:
     """g <- (g + first) / 2 in place, the gradient of an aligned step; c = a = 0 in ``coefficients`` leaves g as it is.
 
@@ -136,9 +109,6 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     """
     if not len(grads):
         return
-    check_params(grads, "grads")
-    check_list("firsts", firsts, grads)
-    _check_coefficients(coefficients, grads[0], "grads")
-    flat = Flat(grads)
-    below_autograd("sam_average_", grads[0], flat.write(grads), flat.read(firsts), coefficients)
-    flat.finish(grads)
+    check_lists(grads, "grads", firsts=firsts)
+    check_like("coefficients", coefficients, compute_dtype(grads[0].dtype), (2,), grads[0].device)
+    _run_average(grads, firsts, coefficients)

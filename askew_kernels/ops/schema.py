@@ -25,7 +25,11 @@ Implementations: C++ (``csrc``; for the CPU all of them, for CUDA all but ``pack
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
+import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -77,3 +81,36 @@ def _stand_in(device: str, name: str) -> Callable:
 def like_first(x: Tensor, *_args: Any) -> Tensor:
     """The fake of an operator that gives a contiguous tensor like its first argument."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+FLOP_COUNTER = "torch.utils.flop_counter"  # it counts only what it has formulas of
+
+
+def _add_formulas(counter: ModuleType) -> None:
+    for name, operator in OPERATORS.items():
+        if operator.flops is not None:
+            counter.register_flop_formula(getattr(torch.ops.askew, name))(operator.flops)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != FLOP_COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec: Any = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _add_formulas(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def count_flops() -> None:
+    """Tells torch's counter all formulas, when somebody imports it: it imports Triton, half a second."""
+    if FLOP_COUNTER in sys.modules:
+        _add_formulas(sys.modules[FLOP_COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

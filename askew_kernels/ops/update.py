@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import contract
 from . import autograd
-from .checks import check_grid, check_list, check_params, check_scale, number, rate_tensor
-from .dense import InPlace, in_place, layout
+from .checks import check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
+from .dense import InPlace, in_place, layout, permuted
 from .rules import RULES, Rule
 from .schema import define
 
@@ -45,13 +45,9 @@ class SkewStats:
     @classmethod
     def empty_for(cls, params: Sequence[Tensor], scales: Sequence[Tensor]) -> SkewStats:
         """Room for both kinds of sums."""
-        return cls(
-            [
-                torch.zeros(s.numel(), contract.NUM_ROW_SUMS, dtype=torch.float32, device=p.device)
-                for p, s in zip(params, scales, strict=True)
-            ],
-            [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params],
-        )
+        rows = [(s.numel(), p.device) for p, s in zip(params, scales, strict=True)]
+        sums = [torch.zeros(n, contract.NUM_ROW_SUMS, dtype=torch.float32, device=device) for n, device in rows]
+        return cls(sums, [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in params])
 
 
 def _checked_update(
@@ -91,12 +87,7 @@ def _checked_update(
         if outs and len(outs) != len(params):
             raise ValueError(f"{key}: expected {len(params)} tensors, got {len(outs)}")
         for i, out in enumerate(outs):
-            if not isinstance(out, Tensor) or out.device != params[i].device:
-                raise TypeError(f"{key}[{i}]: expected a Tensor on {params[i].device}, got {out!r}")
-            if tuple(out.shape) != shapes[i] or out.dtype != dtype or not out.is_contiguous():
-                raise ValueError(
-                    f"{key}[{i}]: expected contiguous {dtype} {shapes[i]}, got {out.dtype} {tuple(out.shape)}"
-                )
+            check_like(f"{key}[{i}]", out, dtype, shapes[i], params[i].device, contiguous=True)
     if skew not in SKEWS:
         raise ValueError(f"skew: expected one of {', '.join(SKEWS)}, got {skew!r}")
     if params:
@@ -127,10 +118,7 @@ def run_skew_update(
         grads = [g if g.is_contiguous() else g.contiguous() for g in grads]
     else:
         orders = [layout(p, s.numel()) for p, s in zip(params, scales, strict=True)]
-        grads = [
-            (g if order is None else g.permute(order)).detach().contiguous()
-            for g, order in zip(grads, orders, strict=True)
-        ]
+        grads = [permuted(g, order).detach().contiguous() for g, order in zip(grads, orders, strict=True)]
 
         def writable(tensors: Sequence[Tensor]) -> list[Tensor]:
             return [stand_ins.writable(t, order) for t, order in zip(tensors, orders, strict=False)]
@@ -205,14 +193,14 @@ def _public(rule: Rule) -> Callable[..., None]:
     update.__name__ = update.__qualname__ = rule.operator
     update.__doc__ = _TEXT.format(rule.title, text, ", ".join(b.name for b in buffers))
     update.__signature__ = own  # type: ignore[attr-defined]
-    return in_place()(update)
+    return in_place(update)
 
 
 FUNCTIONS = {rule.operator: _public(rule) for rule in RULES.values()}
 skew_sgd_, skew_adamw_ = (FUNCTIONS[name] for name in ("skew_sgd_", "skew_adamw_"))  # what type checkers see
 
 
-@in_place()
+@in_place
 def skew_direction_(
     params: Sequence[Tensor], directions: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *,
     lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, clamp: bool = True,

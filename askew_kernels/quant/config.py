@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .grids import Grid, Uniform, as_flag, grid_from_dict
-from .scales import GRANULARITIES, SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
+from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
 
@@ -19,8 +19,8 @@ class QuantConfig:
 
     weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
     the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
-    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
-    for the gradient; ``"relaxed"`` computes with the float weights in training and with s Q(w/s) in eval, as published.
+    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
+    the float weights in training and with s Q(w/s) in eval, as published.
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float.
@@ -53,9 +53,7 @@ class QuantConfig:
         check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
         if self.sawb_coefficients is not None and self.scale != "sawb":
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {self.granularity!r}")
-        num_rows((1, self.group_size or 1), self.granularity, self.group_size)
+        num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -16,9 +16,6 @@ from .. import reference
 from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, UNIFORM, level_table, row_bytes, unpack_codes
 from .grids import Grid
 
-__all__ = ["TRITS", "check_codes", "code_bits", "pack_codes", "pack_weight", "row_bytes", "unpack_codes",
-           "unpack_weight"]  # fmt: skip
-
 # bits -> (shifts that leave a one where all bits of a code are ones, the places of these ones)
 ALL_ONES = {2: ((1,), 0x55), 4: ((1, 2), 0x11), 8: ((1, 2, 4), 0x01)}
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,10 +28,8 @@ def code_bits(grid: Grid, trits: bool = False) -> int:
     ``trits`` with others than -1, 0, +1.
     """
     if len(grid.levels) > 2**grid.bits:
-        raise ValueError(
-            f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; train with "
-            f"Uniform(bits={grid.bits}) or narrow=True"
-        )
+        raise ValueError(f"grid: {grid} has {len(grid.levels)} levels and cannot be packed in {grid.bits} bits; "
+                         f"train with Uniform(bits={grid.bits}) or narrow=True")  # fmt: skip
     if not grid.evenly_spaced and len(grid.levels) > 16:
         raise ValueError(f"grid: codebooks are packed up to 16 levels, got {len(grid.levels)}")
     if trits and grid.encoding != [UNIFORM, -1, 1]:
@@ -70,14 +65,6 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return packed.flatten(1)[:, : row_bytes(cols, bits)].contiguous()
 
 
-def level_codes(w: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Index of Q(w/s), uint8, in the shape of ``w``; NaN has no index."""
-    levels = grid.levels_tensor(w.device)
-    level = reference.nearest_levels(w, scale, levels, grid.encoding)
-    table = level_table(levels, grid.encoding, w.device).to(level.dtype)
-    return torch.searchsorted(table, level.contiguous()).to(torch.uint8).reshape(w.shape)
-
-
 @torch.no_grad()
 def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) -> Tensor:
     """(n, row_bytes) uint8 codes of Q(w/s), n = w.shape[0]; ``unpack_weight`` gives s Q(w/s) back, bit for bit.
@@ -90,7 +77,11 @@ def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) ->
         raise ValueError("w: expected at least one dimension")
     if bool(w.isnan().any()):
         raise ValueError(f"w: {int(w.isnan().sum())} of {w.numel()} weights are NaN")
-    return pack_codes(level_codes(w, scale, grid).reshape(w.shape[0], math.prod(w.shape[1:])), bits)
+    levels = grid.levels_tensor(w.device)
+    level = reference.nearest_levels(w, scale, levels, grid.encoding)
+    table = level_table(levels, grid.encoding, w.device).to(level.dtype)
+    codes = torch.searchsorted(table, level.contiguous()).to(torch.uint8)
+    return pack_codes(codes.reshape(w.shape[0], math.prod(w.shape[1:])), bits)
 
 
 @torch.no_grad()
@@ -119,9 +110,8 @@ def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
                     raise ValueError(f"codes: expected indices of {levels} levels, got {levels}")
             return
         if 8 % bits == 0:  # a byte is bad whatever its place: 256 cases
-            seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero().to(torch.uint8)
-            top = int(unpack_codes(seen.cpu(), bits, 8 // bits).max())
-        else:
-            top = int(unpack_codes(codes, bits, cols).max())
+            seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero()
+            codes, cols = seen.to(torch.uint8).cpu(), 8 // bits
+        top = int(unpack_codes(codes, bits, cols).max())
         if top >= levels:
             raise ValueError(f"codes: expected indices of {levels} levels, got {top}")

@@ -34,18 +34,18 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     ``group_size`` does not divide them.
     """
     shape = tuple(int(n) for n in shape)  # under torch.jit.trace sizes are tensors
+    channels, inputs = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if granularity != "per_group":
         if group_size is not None:
             raise ValueError(f"group_size: only with granularity='per_group', got {group_size} with {granularity!r}")
-        return 1 if granularity == "per_tensor" or len(shape) < 2 else shape[0]
+        return 1 if granularity == "per_tensor" else channels
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int with granularity='per_group', got {group_size!r}")
-    inputs = math.prod(shape[1:] if len(shape) > 1 else shape)
     if inputs % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {inputs} inputs of a weight of shape {shape}")
-    return (shape[0] if len(shape) > 1 else 1) * (inputs // group_size)
+    return channels * (inputs // group_size)
 
 
 # The rules below are written over arrays of float64, torch's or (on the CPU, where a dozen small torch operations would
@@ -57,7 +57,7 @@ def _absmax(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float
 
 
 def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    c1, c2 = coefficients if coefficients is not None else SAWB_COEFFICIENTS[grid.bits]
+    c1, c2 = coefficients or SAWB_COEFFICIENTS[grid.bits]
     clip = c1 * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols) - c2 * sums[:, contract.SUM_ABS] / cols
     return xp.where(clip > 0, clip / grid.c_max, _absmax(xp, sums, cols, grid, None))
 
@@ -122,10 +122,9 @@ def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
 
 def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | None = None, name: str = "rule") -> None:
     """Raises TypeError/ValueError, naming the argument, where the rule is unknown or has no meaning for the grid."""
-    if not isinstance(rule, str):
-        raise TypeError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
-    if rule not in RULES:
-        raise ValueError(f"{name}: expected one of {', '.join(RULES)}, got {rule!r}")
+    if not isinstance(rule, str) or rule not in RULES:
+        error = ValueError if isinstance(rule, str) else TypeError
+        raise error(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
     check_coefficients(sawb_coefficients)
     if rule == "sawb" and sawb_coefficients is None and not (grid.evenly_spaced and grid.bits in SAWB_COEFFICIENTS):
         what = f"{grid.bits} bits" if grid.evenly_spaced else f"levels that are not evenly spaced, got {grid}"
@@ -156,10 +155,8 @@ def scale_from_sums(
     ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors, which ``table`` tells
     apart: a row of zeros looks at the other rows of its own tensor.
     """
-    if ops.concrete(sums):
-        per_row = cols if isinstance(cols, int) else cols.numpy()
-        rows = None if table is None else table.rows
-        return torch.from_numpy(scale_in_numpy(sums.numpy(), per_row, grid, rule, sawb_coefficients, rows))
+    if table is None and ops.concrete(sums):
+        return torch.from_numpy(scale_in_numpy(sums.numpy(), cols, grid, rule, sawb_coefficients, None))
     scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
     return _fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table)
 
@@ -193,13 +190,10 @@ def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
 
 def _fill_numpy(scale: Any, usable: Any, zero: Any, rows: list[int] | None) -> Any:
     if zero.any():
-        start = 0
-        for n in [len(scale)] if rows is None else rows:
-            part = slice(start, start + n)
-            start += n
-            known = np.sort(scale[part][usable[part]])
-            if len(known):
-                scale[part][zero[part]] = known[(len(known) - 1) // 2]
+        ends = np.cumsum([len(scale)] if rows is None else rows)[:-1]
+        for part, used, empty in zip(*(np.split(a, ends) for a in (scale, usable, zero)), strict=True):
+            if used.any():
+                part[empty] = np.sort(part[used])[(np.count_nonzero(used) - 1) // 2]
     return scale
 
 
@@ -217,15 +211,14 @@ def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -
 
 def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
     """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
-    matrix = w.reshape(rows, -1)
-    amax = ops.row_sums(matrix, rows)[:, contract.MAX_ABS].double()
+    matrix = w.reshape(rows, -1).float()
+    amax = ops.row_sums(w, rows)[:, contract.MAX_ABS].double()
     guarded, usable = _guarded(torch, amax / grid.c_max, amax)
     top = guarded.float()
-    best = torch.full((rows,), float("inf"), dtype=torch.float64, device=w.device)
-    chosen = top.clone()
+    best, chosen = torch.full_like(amax, math.inf), top
     for j in range(1, 101):
         scale = _guarded(torch, top.double() * (j / 100), amax)[0].float()
-        error = (matrix.float() - ops.fake_quantize(matrix.float(), scale, grid)).square_().sum(1, dtype=torch.float64)
+        error = (matrix - ops.fake_quantize(matrix, scale, grid)).square_().sum(1, dtype=torch.float64)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return _fill(chosen, usable, amax == 0, None)

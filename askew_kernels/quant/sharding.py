@@ -48,15 +48,12 @@ def own_rows(weight: Tensor, rows: int) -> slice:
 
     mesh, placements = sharding_of(weight)
     if not all(type(p) is Replicate or (type(p) is Shard and p.dim == 0) for p in placements):
-        raise NotImplementedError(
-            f"weight: a quantized weight may be sharded along its first dimension only, got {placements}; "
-            "leave this layer to torch.optim (no grid), or shard it by fully_shard alone"
-        )
+        raise NotImplementedError(f"weight: a quantized weight may be sharded along its first dimension only, got "
+                                  f"{placements}; leave this layer to torch.optim (no grid), or shard it by "
+                                  "fully_shard alone")  # fmt: skip
     if rows % weight.shape[0]:
-        raise NotImplementedError(
-            f"granularity: {rows} scale(s) for a weight of shape {tuple(weight.shape)} that is sharded over ranks; "
-            "use per_channel or per_group"
-        )
+        raise NotImplementedError(f"granularity: {rows} scale(s) for a weight of shape {tuple(weight.shape)} that is "
+                                  "sharded over ranks; use per_channel or per_group")  # fmt: skip
     shape, offset = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
     each = rows // weight.shape[0]
     return slice(offset[0] * each, (offset[0] + shape[0]) * each)

@@ -121,9 +121,8 @@ class WeightQuantizer:
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
         self._known: Known | None = None
-        self._frozen = False  # the flag as it was when last looked at: a GPU is not asked every time
+        self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
-        self._resets = 0
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -167,7 +166,7 @@ class WeightQuantizer:
         if self.frozen:
             warnings.warn(f"weight: its frozen scale has {self.scale.numel()} rows, and its shape is now "
                           f"{tuple(weight.shape)}; the scale follows its rule again", stacklevel=4)  # fmt: skip
-        self._frozen, self.tensors = False, empty_state(rows, weight.device)
+        self.frozen, self.tensors = False, empty_state(rows, weight.device)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,25 +187,20 @@ class WeightQuantizer:
                 self.row_sums.copy_(sums)
             if frozen is not None:
                 self.flag.fill_(frozen)
-                self._frozen = frozen == FROZEN
+                self.frozen = frozen == FROZEN
 
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
         if not self.flag.is_meta:
-            self._frozen = float(self.flag) > FOLLOWS
-
-    @property
-    def frozen(self) -> bool:
-        """The scale no longer follows its rule."""
-        return self._frozen
+            self.frozen = float(self.flag) > FOLLOWS
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
         """Changes whenever the weight's content, or that of the three tensors, may have changed; equal to none where
         that cannot be told."""
         try:
             return (
-                self.scale._version, self.flag._version, self.row_sums._version, self._resets,
-                weight._version, weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0),
+                self.scale._version, self.flag._version, self.row_sums._version, weight._version, weight.data_ptr(),
+                weight.dtype, weight.__dict__.get("_data_uses", 0),
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
@@ -230,10 +224,10 @@ class WeightQuantizer:
         if came:
             self.look()
         # the whole of a sharded weight is looked at in the forward; until then the scale is what the last step left
-        if self._frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
+        if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
-        if not (torch.equal(now, self.row_sums) or (came and _close(now, self.row_sums))):
+        if not (torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))):
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, True)
 
@@ -259,7 +253,7 @@ class WeightQuantizer:
         scale, flag, sums = tensors or self.tensors
         if len(scale) != self.rows(weight):  # as in ``fit``
             return self._rule_scale(weight)
-        if self._frozen or weight.is_meta:
+        if self.frozen or weight.is_meta:
             return scale
         now = self._sums(weight)
         serves = (flag != FOLLOWS) | (now == sums).all()
@@ -277,15 +271,15 @@ class WeightQuantizer:
         self.write(frozen=FROZEN)
         self._know(weight)
 
-    def _given(self, weight: Tensor, scale: Tensor, rows: int) -> Tensor:
-        if scale.numel() != rows:
-            raise ValueError(f"scale: expected shape ({rows},) for a weight of shape {tuple(weight.shape)} "
+    def _given(self, weight: Tensor, scale: Tensor) -> Tensor:
+        if scale.numel() != len(self.scale):
+            raise ValueError(f"scale: expected shape ({len(self.scale)},) for a weight of shape {tuple(weight.shape)} "
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
         return scale.detach().reshape(-1)
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
-        scale = self._given(weight, scale, self.rows(weight))
         self.settle(weight)
+        scale = self._given(weight, scale)
         self.revision += 1
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
         self.write(scale=scale, sums=None if unseen else self._sums(weight))
@@ -294,7 +288,7 @@ class WeightQuantizer:
     def restore(self, weight: Tensor, scale: Tensor, frozen: bool, sums: Tensor | None = None) -> None:
         """State from an optimizer's checkpoint; the weight may be loaded before or after."""
         self.allocate(weight)
-        self.write(float(frozen), self._given(weight, scale, self.scale.numel()), sums)
+        self.write(float(frozen), self._given(weight, scale), sums)
         self.invalidate()
 
     def forget(self) -> None:
@@ -306,7 +300,6 @@ class WeightQuantizer:
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
         self.revision += 1
-        self._resets += 1
         self._known = None
 
     # ---- copies ----
@@ -314,7 +307,7 @@ class WeightQuantizer:
     def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
         dtype = dtype or weight.dtype
-        with LOCK, torch.inference_mode(False):  # what is kept must serve training too
+        with LOCK, torch.inference_mode(False):
             known = self.settle(weight)
             if dtype != self.copy_dtype:
                 self.copy_dtype = dtype
@@ -331,7 +324,7 @@ class WeightQuantizer:
         if known and dtype in known.fresh and dtype is self.copy_dtype and known.stamp == self._stamp(weight):
             return self._copies[dtype], known.inside
         copy = self.quantized(weight, dtype)
-        return copy, self._known is not None and self._known.inside
+        return copy, self.all_inside(weight)
 
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
@@ -341,8 +334,7 @@ class WeightQuantizer:
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
-            copy = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-            self._copies[dtype] = copy
+            copy = self._copies[dtype] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             self.revision += 1
         return copy
 
@@ -354,7 +346,7 @@ class WeightQuantizer:
 
     def sums_to_write(self) -> Tensor | None:
         """The buffer for the row sums of the updated weight, or None where the scale does not follow it."""
-        return None if self._frozen else self.row_sums
+        return None if self.frozen else self.row_sums
 
     @property
     def rule(self) -> tuple[Any, ...]:
@@ -363,14 +355,13 @@ class WeightQuantizer:
 
     def batches(self, weight: Tensor) -> bool:
         """The next scale comes from the sums that the update pass leaves behind."""
-        return not self._frozen and self.config.scale in SUM_RULES and weight.numel() > 0
+        return not self.frozen and self.config.scale in SUM_RULES and weight.numel() > 0
 
     def settled(self, weight: Tensor) -> bool:
         """Nothing but the update pass has touched weight and scale since its last run."""
         known = self._known
-        if known is None or not (self._frozen or (known.sums and self.config.scale in SUM_RULES)):
-            return False
-        return known.stamp == self._stamp(weight)
+        follows = known is not None and known.sums and self.config.scale in SUM_RULES
+        return known is not None and (self.frozen or follows) and known.stamp == self._stamp(weight)
 
     def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
         """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
@@ -385,18 +376,18 @@ class WeightQuantizer:
 
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
-        if not self._frozen:
+        if not self.frozen:
             self.write(frozen=HELD)
         self._know(weight)
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
-        return self._frozen or (self._home is not None and self._home.sums and self.batches(weight))
+        return self.frozen or (self._home is not None and self._home.sums and self.batches(weight))
 
     def returned(self, weight: Tensor) -> None:
         """It is back, bit for bit."""
         home, self._home = self._home, None
-        if not self._frozen:
+        if not self.frozen:
             self.write(frozen=FOLLOWS)
         if home is None:
             self.invalidate()
@@ -409,34 +400,20 @@ class WeightQuantizer:
         self.copy_dtype = None
         self.invalidate()
 
-    def __deepcopy__(self, memo: dict) -> WeightQuantizer:
-        new = memo[id(self)] = WeightQuantizer(self.config)
-        new.scale, new.flag, new.row_sums = (copy.deepcopy(t, memo) for t in self.tensors)  # the copied layer's buffers
-        new._frozen = self._frozen
-        return new
-
     def __getstate__(self) -> dict:
-        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self._frozen}
+        """For copies too: in one of a layer the tensors are the copied layer's buffers."""
+        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
-        self.scale, self.flag, self.row_sums = state["tensors"]
-        self._frozen = state["frozen"]
+        self.tensors, self.frozen = state["tensors"], state["frozen"]
 
 
 def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """scale, frozen and sums of a weight of which nothing is known."""
     with torch.inference_mode(False):
-        return (
-            torch.ones(rows, dtype=torch.float32, device=device),
-            torch.zeros((), dtype=torch.float32, device=device),
-            torch.full((rows, contract.NUM_ROW_SUMS), -1.0, dtype=torch.float32, device=device),
-        )
-
-
-def _close(now: Tensor, sums: Tensor) -> bool:
-    """Sums of one weight, added in another order."""
-    return bool(((now - sums).abs() <= LAYOUT * sums).all())
+        scale = torch.ones(rows, dtype=torch.float32, device=device)
+        return scale, scale.new_zeros(()), scale.new_full((rows, contract.NUM_ROW_SUMS), -1.0)
 
 
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
@@ -471,10 +448,9 @@ def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor])
     ranks must call it."""
     parts = []
     for q, w in zip(quantizers, weights, strict=True):
-        own = own_rows(w, len(q.scale))
-        part = torch.zeros(len(q.scale), 1 + q.row_sums.shape[1], dtype=torch.float32, device=q.scale.device)
-        part[own, 0], part[own, 1:] = q.scale[own], q.row_sums[own]
-        parts.append(part)
+        own, state = own_rows(w, len(q.scale)), torch.cat([q.scale[:, None], q.row_sums], 1)
+        parts.append(torch.zeros_like(state))
+        parts[-1][own] = state[own]
     joined = torch.cat(parts)
     mesh, placements = sharding_of(weights[0])
     for dim, placement in enumerate(placements):
@@ -491,17 +467,16 @@ class ScaleBatch:
         self.quantizers = quantizers
         self.rows = [q.rows(w) for q, w in zip(quantizers, weights, strict=True)]
         cols = [w.numel() // n for n, w in zip(self.rows, weights, strict=True)]
-        each = [n for n, rows in zip(cols, self.rows, strict=True) for _ in range(rows)]  # (sum of rows,)
+        self.cols: Any = cols[0] if len(set(cols)) == 1 else np.repeat(np.array(cols, np.float64), self.rows)
         # on the CPU arrays of the quantizers' own memory: a dozen small operations of torch would cost more than a step
         self.arrays = all(ops.concrete(q.row_sums) for q in quantizers)
         if self.arrays:
-            self.cols: Any = cols[0] if len(set(cols)) == 1 else np.array(each, dtype=np.float64)
             self.sums = [q.row_sums.numpy() for q in quantizers]
             self.scales = [q.scale.numpy() for q in quantizers]
         else:
-            alike, device = len(set(cols)) == 1, weights[0].device
-            self.cols = cols[0] if alike else torch.tensor(each, dtype=torch.float64, device=device)
-            self.table = RowTable(self.rows, device)
+            if isinstance(self.cols, np.ndarray):
+                self.cols = torch.from_numpy(self.cols).to(weights[0].device)
+            self.table = RowTable(self.rows, weights[0].device)
 
     def update(self) -> None:
         c = self.quantizers[0].config

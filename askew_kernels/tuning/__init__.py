@@ -39,13 +39,11 @@ class Parameter:
     choice: str = ""
     built_in: int | None = None
 
-    def expected(self) -> str:
-        return f"{'a power of two' if self.power_of_two else 'an integer'} from {self.low} to {self.high}"
-
-    def accepts(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int) or not self.low <= value <= self.high:
-            return False
-        return not self.power_of_two or value & (value - 1) == 0
+    def check(self, name: str, value: object) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool) and self.low <= value <= self.high
+        if not whole or (self.power_of_two and value & (value - 1)):  # type: ignore[operator]
+            what = "a power of two" if self.power_of_two else "an integer"
+            raise ValueError(f"{name}: expected {what} from {self.low} to {self.high}, got {value!r}")
 
 
 NEVER = 1 << 60  # bytes that no list has
@@ -106,20 +104,16 @@ def check_values(parameters: object, where: str) -> Values:
     """``parameters`` as sections of values. Raises ValueError that begins with ``where`` and names the key."""
     if not isinstance(parameters, Mapping):
         raise ValueError(f"{where}: parameters: expected an object with the sections {', '.join(PARAMETERS)}")
-    checked: Values = {}
     for section, values in parameters.items():
         if section not in PARAMETERS:
             raise ValueError(f"{where}: parameters: expected the sections {', '.join(PARAMETERS)}, got {section!r}")
         if not isinstance(values, Mapping):
             raise ValueError(f"{where}: {section}: expected an object of names and integers, got {values!r}")
         for name, value in values.items():
-            known = PARAMETERS[section].get(name)
-            if known is None:
+            if name not in PARAMETERS[section]:
                 raise ValueError(f"{where}: {section}: expected {', '.join(PARAMETERS[section])}, got {name!r}")
-            if not known.accepts(value):
-                raise ValueError(f"{where}: {section}.{name}: expected {known.expected()}, got {value!r}")
-        checked[section] = dict(values)
-    return checked
+            PARAMETERS[section][name].check(f"{where}: {section}.{name}", value)
+    return {section: dict(values) for section, values in parameters.items()}
 
 
 def _device(found: object, where: str) -> Device:
@@ -142,9 +136,8 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(document, dict) or "parameters" not in document:
         raise ValueError(f"{path}: parameters: missing")
-    for key in document:
-        if key not in ("device", "parameters", "found"):
-            raise ValueError(f"{path}: expected device, parameters and found, got {key!r}")
+    if unknown := sorted(document.keys() - {"device", "parameters", "found"}):
+        raise ValueError(f"{path}: expected device, parameters and found, got {unknown[0]!r}")
     device = _device(document["device"], str(path)) if "device" in document else None
     return Table(path.name, device, check_values(document["parameters"], str(path)), document.get("found", {}))
 
@@ -164,8 +157,6 @@ def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
     table, made_for = min(fitting, key=lambda found: abs(found[1].cores - device.cores))
     return table, f"made for {made_for}"
 
-
-# ---- the values in use ----------------------------------------------------------------------------------------------
 
 built_in: Values = {  # and those of the compiled module (``runtime``)
     section: {name: p.built_in for name, p in parameters.items() if p.built_in is not None}
@@ -192,7 +183,7 @@ def values(section: str, device: Device) -> dict[str, int]:
     """The launch parameters of a section on a device; empty where there is no such kernel."""
     table, _ = serving(device)
     own = built_in.get(section, {})
-    return {**own, **(table.parameters.get(section, {}) if table is not None and own else {})}
+    return own | table.parameters.get(section, {}) if table is not None and own else dict(own)
 
 
 def gpu(device: torch.device | str | int) -> Device:
