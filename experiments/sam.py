@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,11 +50,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    task: str
-    optimizer: str
-    width: str
-    seed: int
+class Result(Job):
     accuracy: float  # test, per cent, of the hard-quantized model
     after: dict[str, float]  # float only: test accuracy when quantized afterwards, by width
     eigenvalue: float
@@ -136,7 +133,7 @@ def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 WAYS = {"float": "float", "after": "quantized after", "aware": "quantization-aware"}
-MEASURES = {  # heading, ending of the row's key, digits, panel's title, ways
+MEASURES = {  # heading: (ending of the row's key, digits)
     "Test accuracy, %": ("", 2),
     "Largest eigenvalue of the Hessian, training set": (", eigenvalue", 2),
     f"Rise of the training loss within a distance of {REACH}": (", rise", 3),
@@ -164,11 +161,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy, eigenvalue and rise against the width, one row of panels for each task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = command.grouped(rows, lambda row: row["task"])
     figure, axes = figures.figure(len(tasks), len(PANELS), 14, 2.9 * len(tasks) + 0.5)
-    panels = [(task, *panel) for task in tasks for panel in PANELS]
-    for axis, (task, title, ending, ways) in zip(axes, panels, strict=True):
-        part = [row for row in rows if row["task"] == task and row["way"] in ways]
+    for axis, (task, (title, ending, ways)) in zip(axes, itertools.product(tasks, PANELS), strict=True):
+        part = [row for row in tasks[task] if row["way"] in ways]
         figures.means(axis, [row["width"] for row in part], {o: [r.get(o + ending) for r in part] for o in OPTIMIZERS})
         figures.label(axis, f"{task}\n{title}")
         if ending:

@@ -73,7 +73,7 @@ def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str],
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         with subprocess.Popen(command, env={**os.environ, **variables}, **pipes) as child:
             try:
-                for line in child.stdout:
+                for line in child.stdout or ():
                     try:
                         message = json.loads(line)
                     except ValueError:
