@@ -58,9 +58,6 @@ class Result(Job):
     seconds: float
 
 
-# ---- sharpness ------------------------------------------------------------------------------------------------------
-
-
 def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: float, steps: int = ASCENT_STEPS) -> float:
     """How far gradient ascent on the sphere of radius ``reach`` raises the loss; ``params`` are put back."""
     before = [p.detach().clone() for p in params]
@@ -78,9 +75,6 @@ def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: flo
         for p, w in zip(params, before, strict=True):
             p.copy_(w)
     return highest - here
-
-
-# ---- one training ---------------------------------------------------------------------------------------------------
 
 
 def train(job: Job) -> list[Result]:
@@ -108,9 +102,6 @@ def train(job: Job) -> list[Result]:
 
     return [Result(**asdict(job), accuracy=test, after=after, eigenvalue=hessian_eigenvalues(loss, params)[0],
                    rise=rise_within(loss, params, REACH), seconds=time.perf_counter() - started)]  # fmt: skip
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -171,9 +162,6 @@ def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
             axis.set_ylim(bottom=0)
     figures.legend_below(figure, axes)
     return figures.save(figure, "sam", ("png",))
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:

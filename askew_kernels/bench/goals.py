@@ -35,9 +35,6 @@ class Headline:
     peers: tuple[tuple[str, str], ...] = ()  # (implementation, its short name)
 
 
-# ---- figures from rows -----------------------------------------------------------------------------------------------
-
-
 def first_case(rows: Iterable[Row], op: str, allocator: str = "default") -> dict[str, Row]:
     """What was measured in the first case of that name, by implementation."""
     mine = [r for r in rows if r.op == op and r.allocator == allocator]
@@ -71,9 +68,6 @@ def extreme(accept: Callable[[Row], bool], value: Callable[[Row], float | None],
 
 def rate(op: str, impl: str) -> Measure:
     return lambda rows: first_case(rows, op)[impl].rate or 0.0
-
-
-# ---- what rows reach -------------------------------------------------------------------------------------------------
 
 
 @dataclass

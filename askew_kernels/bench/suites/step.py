@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import ops, optim, quant, runtime
 from .. import peers
@@ -23,43 +23,45 @@ class StepCheck:
     """Follows the first optimizer steps on sampled rows with ``reference.py`` and compares what the step moved.
 
     skewed: for each tensor whether it is quantized; the others take plain SGD / AdamW steps. frozen: the scale of the
-    first step stays and the hull clamp acts. copies: what holds s Q(w/s) after a step.
+    first step stays and the hull clamp acts. copies: what holds s Q(w/s) after a step. weight_of: what a parameter's
+    step moves.
     """
 
     def __init__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor], skewed: Sequence[bool], rule: str = "sgd",
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], skewed: Sequence[bool] = (), rule: str = "sgd",
         eps: float = 1.0, momentum: float = 0.0, frozen: bool = False, copies: Sequence[Tensor] | None = None,
-        steps: int = 2,
+        steps: int = 2, weight_of: Callable[[Any], Tensor] = lambda p: p,
     ) -> None:  # fmt: skip
-        self.params, self.grads, self.skewed, self.rule, self.steps = params, grads, skewed, rule, steps
-        self.eps, self.momentum, self.frozen, self.copies = eps, momentum, frozen, copies
-        self.rows = 8 if len(params) <= 8 else 3
+        self.params, self.grads, self.skewed = params, grads, skewed or [False] * len(params)
+        self.rule, self.eps, self.momentum, self.frozen, self.copies = rule, eps, momentum, frozen, copies
+        self.steps, self.weight_of, self.rows = steps, weight_of, 8 if len(params) <= 8 else 3
         self.scales: list[Tensor] = []
+
+    def weights(self) -> list[Tensor]:
+        return [sample(self.weight_of(p), self.rows) for p in self.params]
 
     def take_scales(self) -> None:
         """Those of the weights as they stand; of frozen ones, those of the first step, wherever that is made."""
-        if self.frozen and self.scales:
-            return
-        self.scales = [
-            common.sawb(sample(p, self.rows)) if q else torch.ones((), device=p.device)
-            for p, q in zip(self.params, self.skewed, strict=True)
-        ]
+        if not (self.frozen and self.scales):
+            self.scales = [common.sawb(w) if q else torch.ones((), device=w.device)
+                           for w, q in zip(self.weights(), self.skewed, strict=True)]  # fmt: skip
 
     def __call__(self, run: Callable[[], Any]) -> None:
         grads = [sample(g, self.rows) for g in self.grads]
         first, second = ([torch.zeros_like(g) for g in grads] for _ in range(2))
         for step in range(1, self.steps + 1):
-            before = [sample(p, self.rows) for p in self.params]
+            before = self.weights()
             self.take_scales()
             run()
             with common.one_thread():
-                for i in range(len(before)):
-                    self.compare(i, step, before[i], grads[i], first[i], second[i])
+                for i, of_tensor in enumerate(zip(before, self.weights(), grads, first, second, strict=True)):
+                    self.compare(i, step, *of_tensor)
 
-    def compare(self, i: int, step: int, before: Tensor, grad: Tensor, first: Tensor, second: Tensor) -> None:
+    def compare(
+        self, i: int, step: int, before: Tensor, after: Tensor, grad: Tensor, first: Tensor, second: Tensor
+    ) -> None:
         """Takes the reference's step from ``before``; what it and the implementation moved must agree."""
-        quantized, expected, after = self.skewed[i], before.clone(), sample(self.params[i], self.rows)
-        where = [self.scales[i]], [GRID]
+        quantized, expected, where = self.skewed[i], before.clone(), ([self.scales[i]], [GRID])
         how: dict[str, Any] = {"eps": self.eps if quantized else 1.0, "clamp": self.frozen and quantized}
         with runtime.use_backend("reference"):
             if self.rule == "adamw":
@@ -85,7 +87,7 @@ def torch_step(inputs: Inputs, rule: str, momentum: float = 0.0, how: str = "fus
     options: dict[str, Any] = {"lr": ADAM_LR} if rule == "adamw" else {"lr": LR, "momentum": momentum}
     base: Any = torch.optim.AdamW if rule == "adamw" else torch.optim.SGD
     optimizer = base(params, **options, **{how: True})
-    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), rule, momentum=momentum)
+    check = StepCheck(params, inputs.grads_of(params), rule=rule, momentum=momentum)
     name = f"torch {type(optimizer).__name__}{' momentum' if momentum else ''} {how}"
     return Impl(name, optimizer.step, kind, inputs.traffic(state_buffers(rule, momentum)), check)
 
@@ -234,28 +236,18 @@ def written_step(
     return Impl(name, run, "peer", inputs.traffic(0), check, first_call=first_call)
 
 
-class Latents(Sequence[Tensor]):
-    """The weights that PARQ's base optimizer moves: the parameters before the first step, then kept beside them."""
-
-    def __init__(self, params: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-        self.params, self.optimizer = params, optimizer
-
-    def __len__(self) -> int:
-        return len(self.params)
-
-    def __getitem__(self, i: Any) -> Any:
-        p = self.params[i]
-        return self.optimizer.state[p].get("latent", p) if p in self.optimizer.state else p
-
-
 def parq_step(inputs: Inputs, momentum: float) -> Impl:
     """The check follows the base optimizer's steps; the proximal map is PARQ's own."""
     params = inputs.parameters()
     groups = groups_of(params, inputs.skewed, {"quant_bits": BITS}, {})
     base = torch.optim.SGD(groups, lr=LR, momentum=momentum, fused=True)
     optimizer = peers.parq_optimizer(base, steps=1000)
-    plain = [False] * len(params)
-    check = StepCheck(Latents(params, optimizer), inputs.grads_of(params), plain, momentum=momentum)
+
+    def latent(p: Any) -> Tensor:
+        """What its base optimizer moves: the parameter before the first step, then a tensor kept beside it."""
+        return optimizer.state[p].get("latent", p) if p in optimizer.state else p
+
+    check = StepCheck(params, inputs.grads_of(params), momentum=momentum, weight_of=latent)
     return Impl("", optimizer.step, traffic=inputs.traffic(1), check=check, note="its own quantizer and annealing")
 
 
@@ -263,7 +255,7 @@ def adamw8bit_step(inputs: Inputs) -> Impl:
     """Checked for one step: later ones see states that were rounded to 8 bits."""
     params = inputs.parameters()
     optimizer = peers.load("bitsandbytes").optim.AdamW8bit(params, lr=ADAM_LR, weight_decay=0.01)
-    check = StepCheck(params, inputs.grads_of(params), [False] * len(params), "adamw", steps=1)
+    check = StepCheck(params, inputs.grads_of(params), rule="adamw", steps=1)
     return Impl("", optimizer.step, check=check, note="no quantized weights")
 
 
@@ -355,9 +347,8 @@ def of(model: str, shapes: str) -> dict[str, Any]:
 
 
 SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))  # 1M … 128M weights
-SGD, MOMENTUM_STEP, ADAMW_STEP, PUBLISHED_STEP = (
-    "SGD step", "SGD momentum step", "AdamW step", "SGD step, published formulation",
-)  # fmt: skip
+SGD, MOMENTUM_STEP, ADAMW_STEP = "SGD step", "SGD momentum step", "AdamW step"
+PUBLISHED_STEP = "SGD step, published formulation"
 LIST, MOMENTUM_LIST, ADAMW_LIST = (f"{op}, tensor list" for op in (SGD, MOMENTUM_STEP, ADAMW_STEP))
 RESNET18 = of("ResNet-18", "resnet18_shapes")
 

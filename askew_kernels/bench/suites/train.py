@@ -147,10 +147,10 @@ class Task:
         return self.turns + 4
 
 
-def _replace(model: nn.Module, kinds: Any, ends: tuple[str, ...], made: Callable[[Any], nn.Module]) -> None:
+def _replaced(model: nn.Module, kinds: Any, ends: tuple[str, ...], made: Callable[[Any], nn.Module]) -> nn.Module:
     for name in [name for name, m in model.named_modules() if isinstance(m, kinds) and name not in ends]:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made(model.get_submodule(name)))
+        model.set_submodule(name, made(model.get_submodule(name)))
+    return model
 
 
 def _quantized(model: nn.Module, ends: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -215,7 +215,7 @@ def starting_point(context: Context, task: Task) -> tuple[Callable[[], nn.Module
         return fresh, float(functional.cross_entropy(fresh()(x).flatten(0, -2), y.flatten()))
 
 
-def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[Impl]:
+def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
     fresh, expected = starting_point(context, task)
 
     def impl(training: Training, name: str = "", kind: str = "peer", note: str = "") -> Impl:
@@ -226,17 +226,12 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
         base: Any = torch.optim.AdamW if task.adamw else functools.partial(torch.optim.SGD, momentum=0.9)
         return Training(task, context, model, base(model.parameters(), lr=task.lr, fused=True), **how)
 
-    def with_layers(made: Callable[[Any], nn.Module]) -> Callable[[], Impl]:
-        def build() -> Impl:
-            model = fresh()
-            _replace(model, (nn.Linear, nn.Conv2d), task.ends, made)
-            return impl(plain(model), note="absmax scale")
-
-        return build
+    def with_layers(made: Callable[[Any], nn.Module]) -> Impl:
+        model = _replaced(fresh(), (nn.Linear, nn.Conv2d), task.ends, made)
+        return impl(plain(model), note="absmax scale")
 
     def liger() -> Impl:
-        model = fresh()
-        _replace(model, nn.LayerNorm, (), peers.liger_layer_norm)
+        model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
     def own(autocast: bool) -> Impl:
@@ -251,23 +246,18 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
     impls = [
         impl(plain(fresh()), "float", "baseline"),
         impl(plain(fresh(), autocast=True), AUTOCAST),
-        peer("torchao QAT", "torchao", with_layers(lambda m: peers.torchao_linear(m, BITS)), no_torchao),
-        peer("brevitas QAT", "brevitas", with_layers(lambda m: peers.brevitas_layer(m, BITS))),
+        peer("torchao QAT", "torchao", lambda: with_layers(lambda m: peers.torchao_linear(m, BITS)), no_torchao),
+        peer("brevitas QAT", "brevitas", lambda: with_layers(lambda m: peers.brevitas_layer(m, BITS))),
     ]
     if context.is_cuda and any(isinstance(m, nn.LayerNorm) for m in fresh().modules()):
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
-    return impls
+    return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
 LIGER = "float, Liger's layer norm and cross entropy"
-
-
-def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
-    impls = training_impls(context, task, no_torchao)
-    return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 def _turns(context: Context, full: int) -> int:
