@@ -34,7 +34,7 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import command, demo, figures
-from askew_kernels.bench.suites.train import GPT, library_text
+from askew_kernels.bench.suites.train import GPT, library_text, windows
 
 from .common import differences
 
@@ -227,12 +227,6 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
 LENGTH, BATCH, TEXT_LR = 64, 32, 3e-3
 
 
-def text_batch(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows of ``LENGTH`` characters, and the same one character later."""
-    windows = text[starts[:, None] + torch.arange(LENGTH + 1)]
-    return windows[:, :-1], windows[:, 1:]
-
-
 def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     """A character GPT of two layers, 64 wide; the seed decides initialisation and batches, whatever the method."""
     started = time.perf_counter()
@@ -244,7 +238,7 @@ def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     optimizer, recipe = demo.prepare(model, method, width, TEXT_LR, adamw=True, ends=("head",))
     order = torch.Generator().manual_seed(seed)
     starts = (torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order) for _ in range(steps))
-    losses = demo.fit(model, optimizer, (text_batch(train, s) for s in starts), steps, recipe, smoothing=0.0)
+    losses = demo.fit(model, optimizer, (windows(train, s, LENGTH) for s in starts), steps, recipe, smoothing=0.0)
     every = max(steps // 20, 1)
     means = torch.stack(losses)[: steps // every * every].double().unflatten(0, (-1, every)).mean(1)
     curve = [round(v, 5) for v in means.tolist()]
@@ -252,7 +246,7 @@ def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     tested = []
     with torch.no_grad():
         for part in torch.arange(0, len(test) - LENGTH - 1, LENGTH)[:2048].split(256):
-            x, y = text_batch(test, part)
+            x, y = windows(test, part, LENGTH)
             tested.append(functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item())
     seconds = time.perf_counter() - started
     return Result("text", width, method, seed, curve[-1], statistics.fmean(tested), math.nan, curve, seconds)

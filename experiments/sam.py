@@ -180,9 +180,8 @@ def run(args: argparse.Namespace) -> int:
 
     words = f"{{}} models, {{}} of them to train: {', '.join(tasks)}; {seeds} seeds."
     place = {job: i for i, job in enumerate(jobs)}
-    results = complete(path, Result, job_of, jobs, train, args.workers, words)
-    results.sort(key=lambda r: place.get(job_of(r), len(jobs)))
-    command.write_rows(path, results)
+    order = lambda r: place.get(job_of(r), len(jobs))  # noqa: E731
+    results = complete(path, Result, job_of, jobs, train, args.workers, words, order)
     rows = summarise(r for r in results if job_of(r) in place)
     print(markdown(rows))
     for name, data in {"sam.md": (markdown(rows) + "\n").encode(), **plot(rows)}.items():

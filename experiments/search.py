@@ -298,10 +298,8 @@ def full(args: argparse.Namespace) -> int:
     """Rows that are known are not made again; the tables are of all rows."""
     path = args.out / "search.jsonl"
     jobs = [Job(pair, seed) for seed in range(args.seeds) for pair in PAIRS]
-    words = "{} cases, {} of them to make"
-    rows = complete(path, Row, lambda r: Job(r.pair, r.seed), jobs, rows_of, args.workers, words)
-    rows.sort(key=lambda r: (list(PAIRS).index(r.pair), r.budget, r.seed))
-    command.write_rows(path, rows)
+    words, order = "{} cases, {} of them to make", lambda r: (list(PAIRS).index(r.pair), r.budget, r.seed)
+    rows = complete(path, Row, lambda r: Job(r.pair, r.seed), jobs, rows_of, args.workers, words, order)
     lines = summarise(rows)
     text = f"{markdown(lines)}\n\nDifferences over equal target, budget and seed, ± standard error:\n\n{claims(rows)}\n"
     print(text)

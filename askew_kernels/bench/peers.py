@@ -7,7 +7,6 @@ others. Nothing is imported before a case asks for it: some of these packages ta
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
 import importlib.util
@@ -45,11 +44,11 @@ def why_missing(module: str) -> str:
     return f"{DISTRIBUTIONS[module]} is not installed: pip install {install}"
 
 
-def _shape(layer: nn.Linear) -> tuple[int, int, bool]:
+def shape_of(layer: nn.Linear) -> tuple[int, int, bool]:
     return layer.in_features, layer.out_features, layer.bias is not None
 
 
-def _filled(made: Any, layer: Any, strict: bool = True) -> Any:
+def filled(made: Any, layer: Any, strict: bool = True) -> Any:
     """``made`` with copies of the layer's parameters, on its device."""
     made.load_state_dict(layer.state_dict(), strict=strict)
     return made.to(layer.weight.device)
@@ -85,15 +84,24 @@ def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = 
 def torchao_linear(layer: nn.Linear, bits: int, group: int | None = None) -> nn.Linear:
     """A weight-only QAT linear layer with copies of this one's parameters."""
     linear = load("torchao.quantization.qat.linear").FakeQuantizedLinear
-    return _filled(linear(*_shape(layer), weight_config=_weights(bits, group)), layer)
+    return filled(linear(*shape_of(layer), weight_config=_weights(bits, group)), layer)
 
 
-def torchao_inference(layer: nn.Linear, config: str) -> nn.Module:
-    """A copy of this layer, quantized for inference by ``torchao.quantization.<config>()``."""
-    quantization = load("torchao.quantization")
-    made = nn.Sequential(copy.deepcopy(layer))
+def _torchao_inference(config: str, layer: nn.Linear) -> nn.Module:
+    """This layer, quantized for inference by ``torchao.quantization.<config>()``."""
+    quantization, made = load("torchao.quantization"), nn.Sequential(layer)
     quantization.quantize_(made, getattr(quantization, config)())
     return made
+
+
+torchao_int8_weights = functools.partial(_torchao_inference, "Int8WeightOnlyConfig")
+torchao_int8_dynamic = functools.partial(_torchao_inference, "Int8DynamicActivationInt8WeightConfig")
+
+
+def torch_dynamic(layer: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
 
 
 def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
@@ -119,8 +127,8 @@ def brevitas_layer(layer: nn.Linear | nn.Conv2d, bits: int, per_channel: bool = 
         geometry = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
         made = layers.QuantConv2d(*geometry, bias=layer.bias is not None, **options)
     else:
-        made = layers.QuantLinear(*_shape(layer), **options)
-    return _filled(made, layer, strict=False)  # its quantizers bring entries of their own
+        made = layers.QuantLinear(*shape_of(layer), **options)
+    return filled(made, layer, strict=False)  # its quantizers bring entries of their own
 
 
 class Converted(nn.Module):
@@ -152,7 +160,7 @@ def gemlite_linear(layer: nn.Linear, bits: int, group: int = 128) -> nn.Module:
 
 def liger_layer_norm(layer: nn.LayerNorm) -> nn.Module:
     norm = load("liger_kernel.transformers").LigerLayerNorm
-    return _filled(norm(layer.normalized_shape[0], eps=layer.eps, bias=True), layer)
+    return filled(norm(layer.normalized_shape[0], eps=layer.eps, bias=True), layer)
 
 
 def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
@@ -162,4 +170,4 @@ def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
 def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
     """NF4 weights in blocks of 64 for inference, fp32 arithmetic, made from this layer's parameters."""
     linear = load("bitsandbytes").nn.Linear4bit
-    return _filled(linear(*_shape(layer), compute_dtype=torch.float32, quant_type="nf4"), layer)  # moving quantizes
+    return filled(linear(*shape_of(layer), compute_dtype=torch.float32, quant_type="nf4"), layer)  # moving quantizes

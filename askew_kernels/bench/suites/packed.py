@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .. import peers
 from ..goals import Goal, Headline, rate, ratio, ratio_to_best
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
 from . import common
-from .linear import Check, near_check
+from .linear import near_check
 
 GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
     "8-bit": (quant.QuantConfig(quant.Uniform(8), scale="absmax"), False),
@@ -117,36 +116,36 @@ def linear_case(context: Context, batch: int) -> Case:
         half = common.float_layer(side, side, device, torch.bfloat16)
         impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, x.bfloat16()))
     for name in GPU_GRIDS if cuda else GRIDS:
-        impls += common.ours(context, ours(name), functools.partial(own, name, "float"))
-        if not cuda:
-            impls += common.ours(context, ours(name) + INT8, functools.partial(own, name, "int8"))
-    impls += _gpu_peers(layer, x, impl) if cuda else _cpu_peers(layer, x, impl)
+        for activations, words in (("float", ""), ("int8", INT8))[: 1 if cuda else 2]:
+            impls += common.ours(context, ours(name) + words, functools.partial(own, name, activations))
+
+    def library(name: str, module: str, made: Callable[[Any], Layer], size: int, least: float = 0.01) -> Impl:
+        def build() -> Impl:
+            first = made(copy.deepcopy(layer))  # quantizing takes longer than copying
+            return impl("", lambda: copy.deepcopy(first), size, check=near_check(layer, x, least=least))
+
+        return peer(name, module, build)
+
+    n = side * side
+    if cuda:
+        impls += [library("torchao int4 weight-only", "torchao", peers.torchao_int4, n // 2),
+                  library("gemlite 4-bit", "gemlite", lambda m: peers.gemlite_linear(m, 4), n // 2)]  # fmt: skip
+    else:
+        impls += [
+            *_torch_peers(layer, x, impl),
+            library(DYNAMIC, "torch", peers.torch_dynamic, n, 0.0),
+            library("torchao int8 weight-only", "torchao", peers.torchao_int8_weights, n, 0.0),
+            library("torchao int8 dynamic", "torchao", peers.torchao_int8_dynamic, n, 0.0),
+            library(BITSANDBYTES, "bitsandbytes", peers.bitsandbytes_linear4bit, n // 2),
+        ]
     return Case(f"{batch} x {side} x {side}", str(dtype).removeprefix("torch."), "nn.Linear", impls, side * side * cuda,
                 work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
 
 
-def _library(impl: Callable[..., Impl], made: Callable[[], Layer], size: int, check: Check) -> Callable[[], Impl]:
-    def build() -> Impl:
-        first = made()  # quantizing takes longer than copying
-        return impl("", lambda: copy.deepcopy(first), size, check=check)
-
-    return build
-
-
-def _gpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
-    def library(name: str, module: str, made: Callable[[Any], Layer]) -> Impl:
-        size = layer.weight.numel() // 2
-        return peer(name, module, _library(impl, lambda: made(copy.deepcopy(layer)), size, near_check(layer, x)))
-
-    return [library("torchao int4 weight-only", "torchao", peers.torchao_int4),
-            library("gemlite 4-bit", "gemlite", lambda m: peers.gemlite_linear(m, 4))]  # fmt: skip
-
-
-def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
-    """What torch itself brings for the CPU, each with its own quantizer; the bias is left out where it takes none."""
+def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
+    """What torch itself brings for the CPU, each with its own quantizer, without the bias, which it does not take."""
     w, half = layer.weight.detach(), x.bfloat16()
     n, k = w.shape
-    near = functools.partial(near_check, layer, x)
 
     def int4() -> Impl:
         groups = w.reshape(n, -1, 128)
@@ -160,7 +159,7 @@ def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[I
             codes = packed.clone()
             return lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)
 
-        return impl("", made, n * k // 2, value=half, check=near())
+        return impl("", made, n * k // 2, value=half, check=near_check(layer, x))
 
     def int8() -> Impl:
         scale = w.abs().amax(1) / 127
@@ -170,26 +169,9 @@ def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[I
             codes = q.clone()
             return lambda v: torch.ops.aten._weight_int8pack_mm(v, codes, s)
 
-        return impl("", made, n * k, value=half, check=near(least=0.0))
+        return impl("", made, n * k, value=half, check=near_check(layer, x, least=0.0))
 
-    def dynamic() -> Layer:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
-
-    def library(name: str, module: str, made: Callable[[], Layer], size: int, least: float) -> Impl:
-        return peer(name, module, _library(impl, made, size, near(least=least)))
-
-    def torchao(config: str) -> Callable[[], Layer]:
-        return lambda: peers.torchao_inference(layer, config)
-
-    return [
-        peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8),
-        library(DYNAMIC, "torch", dynamic, n * k, 0.0),
-        library("torchao int8 weight-only", "torchao", torchao("Int8WeightOnlyConfig"), n * k, 0.0),
-        library("torchao int8 dynamic", "torchao", torchao("Int8DynamicActivationInt8WeightConfig"), n * k, 0.0),
-        library(BITSANDBYTES, "bitsandbytes", lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01),
-    ]  # fmt: skip
+    return [peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8)]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

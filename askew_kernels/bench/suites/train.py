@@ -56,13 +56,19 @@ def library_text(most: int = 4_000_000) -> Tensor:
     return torch.where(codes < 128, codes, ord("?"))
 
 
+def windows(text: Tensor, starts: Tensor, length: int) -> Batch:
+    """So many characters from each start, and the same one character later."""
+    found = text[starts[:, None] + torch.arange(length + 1)]
+    return found[:, :-1], found[:, 1:]
+
+
 def text_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
     text = library_text()
 
     def batch(k: int) -> Batch:
         starts = torch.randint(0, len(text) - length - 1, (size,), generator=torch.Generator().manual_seed(1000 + k))
-        windows = text[starts[:, None] + torch.arange(length + 1)]
-        return windows[:, :-1].to(device), windows[:, 1:].to(device)
+        x, y = windows(text, starts, length)
+        return x.to(device), y.to(device)
 
     return batch
 
