@@ -53,10 +53,7 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-Plan = list[tuple[runs.Choice, str]]  # (entries, allocator)
-
-
-def plan(arguments: argparse.Namespace) -> Plan:
+def plan(arguments: argparse.Namespace) -> list[runs.Choice]:
     """Raises Refused where the request makes no sense."""
     if arguments.suite not in ("all", *SUITES):
         raise Refused(f"--suite: expected {', '.join(SUITES)} or all, got {arguments.suite!r}")
@@ -70,7 +67,7 @@ def plan(arguments: argparse.Namespace) -> Plan:
     if here != "default" and ("default", False) in wanted:
         raise Refused("--allocator default: GLIBC_TUNABLES already asks for the warm one; unset it")
     return [
-        (runs.Choice(suite, arguments.quick, only_warm, arguments.op, part), allocator)
+        runs.Choice(suite, arguments.quick, only_warm, arguments.op, part, allocator)
         for suite in (SUITES if arguments.suite == "all" else [arguments.suite])
         for allocator, only_warm in wanted
     ]
@@ -87,14 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         command.need("--plot", "matplotlib", extra="bench")
     old = read_rows(arguments.compare) if arguments.compare else []
-    rows: list[Row] = []
-    planned: Plan = []
-    if arguments.rows:
-        rows = in_order(merged(map(read_rows, arguments.rows)))
-    else:
-        planned = plan(arguments)
+    rows = in_order(merged(map(read_rows, arguments.rows or [])))
+    planned = [] if arguments.rows else plan(arguments)
+    if planned:
         device = harness.check_device(arguments.device)
-        if not any(choice.entries(device) for choice, _ in planned):
+        if not any(choice.entries(device) for choice in planned):
             raise Refused(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
     for path in arguments.fill:
         read_text(path)
@@ -156,28 +150,24 @@ def in_order(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda r: (suites.get(r.suite, last), r.allocator, ops.get((r.suite, r.op), last)))
 
 
-def measure(planned: Plan, device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
+def measure(planned: list[runs.Choice], device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
-    entries = [choice.entries(device) for choice, _ in planned]
-    with showing(arguments.plain, sum(map(len, entries))) as show:
+    counts = [len(choice.entries(device)) for choice in planned]
+    with showing(arguments.plain, sum(counts)) as show:
         before = 0
-        for (choice, allocator), members in zip(planned, entries, strict=True):
+        for choice, count in zip(planned, counts, strict=True):
 
-            def tick(name: str, suite: str = choice.suite, allocator: str = allocator) -> None:
-                show(f"{suite} ({allocator}): {name}"[:100].replace("[", r"\["), None)
+            def tick(name: str, choice: runs.Choice = choice) -> None:
+                show(f"{choice.suite} ({choice.allocator}): {name}"[:100].replace("[", r"\["), None)
 
-            if allocator == allocator_in_use() or not members:
-                made = runs.run_entries(choice.suite, members, device, choice.quick, tick)
-            else:
-                made = runs.run_entries_warm(choice, device, tick)
             cases: set[tuple[str, ...]] = set()
-            for row in made:
+            for row in runs.run(choice, device, tick) if count else ():
                 if cases and row.case not in cases:
                     show(None, before + len(cases))
                     write(rows, arguments)
                 cases.add(row.case)
                 rows.append(row)
-            before += len(members)
+            before += count
             show(None, before)
             write(rows, arguments)
 

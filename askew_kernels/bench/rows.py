@@ -95,9 +95,6 @@ def merged(runs: Iterable[Iterable[Row]]) -> list[Row]:
     return [r for rows in cases.values() for r in rows]
 
 
-# ---- where and with what ---------------------------------------------------------------------------------------------
-
-
 def _commit() -> str:
     """Short hash of the commit that this package stands in, "+" where the tree was changed; "" outside a checkout."""
 
@@ -147,9 +144,6 @@ def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def rows_to_json(rows: Iterable[Row], results: Iterable[Any] = ()) -> str:
     """A document with one line for each row and each goal's result, so that two of them can be compared as text too."""
     lines, judged = (",\n  ".join(json.dumps(asdict(r)) for r in part) for part in (rows, results))
@@ -185,9 +179,6 @@ def rows_to_csv(rows: Iterable[Row]) -> str:
         losses = None if r.losses is None else " ".join(f"{v:.6g}" for v in r.losses)
         writer.writerow({k: "" if v is None else v for k, v in {**asdict(r), "losses": losses}.items()})
     return out.getvalue()
-
-
-# ---- comparison with an earlier run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from ..command import Failed
 from .harness import Context, Entry, first_line, run_case
-from .rows import PACKAGE, Row
+from .rows import PACKAGE, Row, allocator_in_use
 from .suites import SUITES
 
 # glibc keeps freed memory: fresh outputs cause no page faults (docs/notes.md)
@@ -33,6 +33,7 @@ class Choice:
     only_warm: bool = False
     op: str = ""
     part: tuple[int, int] = (1, 1)
+    allocator: str = "default"
 
     def entries(self, device: torch.device) -> list[Entry]:
         fitting = [e for e in SUITES[self.suite] if device.type in e.devices and self.op in e.op]
@@ -41,26 +42,32 @@ class Choice:
         return fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
 
 
-def run_entries(
-    suite: str, entries: Sequence[Entry], device: torch.device, quick: bool = False,
-    tick: Callable[[str], None] = lambda name: None,
-) -> Iterator[Row]:  # fmt: skip
-    """The rows of these entries, as they come, with this process' allocator."""
-    context = Context(device, quick)
-    for entry in entries:
+Tick = Callable[[str], None]  # told what is run now
+
+
+def run(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """The rows of these entries, as they come."""
+    return (run_entries if choice.allocator == allocator_in_use() else run_entries_warm)(choice, device, tick)
+
+
+def run_entries(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """With this process' allocator."""
+    context = Context(device, choice.quick)
+    for entry in choice.entries(device):
         tick(entry.op)
         torch.manual_seed(0)
+        told = lambda name, op=entry.op: tick(f"{op}: {name}" if name else "")  # noqa: E731
         try:
-            yield from run_case(suite, entry, context, lambda name, op=entry.op: tick(f"{op}: {name}" if name else ""))  # type: ignore[misc]
+            yield from run_case(choice.suite, entry, context, told)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise Failed(f"{suite}, {entry.op}: not enough memory ({first_line(error)})") from None
+            raise Failed(f"{choice.suite}, {entry.op}: not enough memory ({first_line(error)})") from None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of these entries in a child process whose glibc keeps freed memory."""
+def run_entries_warm(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """In a child process whose glibc keeps freed memory."""
     if platform.libc_ver()[0] != "glibc":
         raise Failed("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
     program = f"import sys; from {__name__} import child_main; sys.exit(child_main(*sys.argv[1:]))"
@@ -97,9 +104,8 @@ def child_main(device: str, text: str) -> int:
     def send(message: dict) -> None:
         print(json.dumps(message), flush=True)
 
-    choice, here = Choice(**json.loads(text)), torch.device(device)
     try:
-        for row in run_entries(choice.suite, choice.entries(here), here, choice.quick, lambda t: send({"tick": t})):
+        for row in run_entries(Choice(**json.loads(text)), torch.device(device), lambda name: send({"tick": name})):
             send({"row": asdict(row)})
     except KeyboardInterrupt:
         return 130

@@ -31,8 +31,6 @@ LR, ALPHA, EPS, MOMENTUM, ADAM_LR = 0.05, 1.0, 0.3, 0.9, 1e-4
 WEIGHT_STD, GRAD_STD = 0.02, 1e-3  # a step moves a weight by about a hundredth of a 4-bit level
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------
-
 Shapes = list[tuple[int, ...]]
 
 
@@ -84,9 +82,6 @@ def gpt2_small_shapes() -> Shapes:
     return [(50257, d), (1024, d), *12 * _transformer_block(d), *_norm(d)]
 
 
-# ---- comparison with the reference -----------------------------------------------------------------------------------
-
-
 def compare(what: str, got: Tensor, expected: Tensor, size: Tensor, relative: float, rare: float = 2e-3) -> None:
     """|got - expected| <= relative * size for all but a share ``rare`` of elements (float rounding may put a weight on
     the other side of a threshold), plus three standard deviations of that share in so small a sample, and on average
@@ -122,9 +117,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# ---- our backends, and the compiler ----------------------------------------------------------------------------------
 
 
 def in_backend(backend: str, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -195,6 +187,14 @@ def why_no_compile(context: Context, quick: bool = True) -> str:
     if not context.is_cuda and not os.environ.get("CXX") and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler"
     return "left out of --quick" if context.quick and not quick else ""
+
+
+def when_compiled(context: Context, name: str, build: Callable[[], Impl], quick: bool = False) -> Impl:
+    """``build()``'s implementation, which torch.compile makes, under this name, or one that says why it is not here."""
+    missing = why_no_compile(context, quick)
+    impl = Impl(name, missing=missing) if missing else build()
+    impl.name, impl.first_call = name, "compilation included"
+    return impl
 
 
 @functools.cache

@@ -65,6 +65,7 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
     scale = quant.compute_scale(x, GRID, "sawb", "per_group" if group else f"per_{granularity}", group)
     size = 4 * n * n
     traffic = Traffic(read=3 * size, written=2 * size)  # x; then the gradient and x again; y and x's gradient
+    copied = Traffic(read=2 * size, written=2 * size)
     check, torch_check = FakeQuantizeCheck(x, grad, scale), FakeQuantizeCheck(x, grad, scale, 0.5)
 
     def forward_backward(function: Callable[[Tensor], Tensor], rows: tuple[int, int] = (n, n)) -> Callable[[], Any]:
@@ -108,30 +109,27 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
         x = t / s
         return x.clamp(LO, HI).round() * s, torch.where((x >= LO) & (x <= HI), g, 0.0)
 
+    def compiled_eager() -> Impl:
+        return Impl("", forward_backward(compiled(eager), rows), "peer", traffic, check)
+
+    def one_graph() -> Impl:
+        t, incoming, together = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
+        return Impl("", lambda: together(t, incoming, column), "peer", copied, check)  # reads x once
+
     per_tensor = granularity == "tensor"
     no_torchao = "left out: torchao's QAT quantizers have no per-tensor granularity" if per_tensor else ""
     no_brevitas = "left out: no group of columns among its ready-made weight quantizers" if group else ""
     kind = "tensor" if per_tensor else "channel"
     impls = [
-        Impl(
-            "two copies", lambda: (to_a.copy_(a), to_b.copy_(b)), "baseline", Traffic(read=2 * size, written=2 * size)
-        ),
+        Impl("two copies", lambda: (to_a.copy_(a), to_b.copy_(b)), "baseline", copied),
         *common.ours(context, "ops.fake_quantize", own),
         Impl(f"torch.fake_quantize_per_{kind}_affine", forward_backward(native, rows), "peer", traffic, torch_check),
         Impl("eager straight-through", forward_backward(eager, rows), "peer", traffic, check),
         peer("torchao QAT", "torchao", torchao, no_torchao),
         peer("brevitas", "brevitas", brevitas, no_brevitas),
+        common.when_compiled(context, COMPILED[0], compiled_eager),
+        common.when_compiled(context, COMPILED[1], one_graph),
     ]
-    if why_not := common.why_no_compile(context, quick=False):
-        impls += [Impl(name, missing=why_not) for name in COMPILED]
-    else:
-        t, incoming, together = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
-        graphs = (
-            (forward_backward(compiled(eager), rows), traffic),
-            (lambda: together(t, incoming, column), Traffic(read=2 * size, written=2 * size)),  # reads x once
-        )
-        impls += [Impl(name, run, "peer", moved, check, first_call="compilation included")
-                  for name, (run, moved) in zip(COMPILED, graphs, strict=True)]  # fmt: skip
     return Case(f"{n}x{n}", "float32", "two copies", impls, n * n)
 
 

@@ -174,9 +174,6 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
     return [peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8)]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def file_case(context: Context, name: str) -> Case:
     """A model of 100 million weights (4 million with ``quick``): save, load into one on the meta device, read it all.
 

@@ -53,14 +53,14 @@ def asam_check(inputs: Inputs, weights: Sequence[Tensor], halves: Halves, everyw
     return check
 
 
-def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., Halves], everywhere: bool = False, **how: Any) -> Impl:
+def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., Halves], everywhere: bool = False) -> Impl:
     """``make(weights, gradients, adapted)`` gives (perturb, restore)."""
     params = inputs.parameters()
     halves = perturb, restore = make(params, inputs.grads_of(params), inputs.skewed)
     # norm: w, g; perturb: g, w updated, copy written; restore: copy read, w written
     traffic = Traffic(read=4 * inputs.bytes, updated=inputs.bytes, written=2 * inputs.bytes)
     check = asam_check(inputs, params, halves, everywhere)
-    return Impl(name, lambda: (perturb(), restore()), "peer", traffic, check, **how)
+    return Impl(name, lambda: (perturb(), restore()), "peer", traffic, check)
 
 
 def asam_foreach(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
@@ -161,12 +161,9 @@ def sam_case(context: Context) -> Case:
         *ours(context, inputs, [HOLD]),
         asam_in_turns(inputs, "eager, lean foreach", asam_foreach),
         asam_in_turns(inputs, "eager, one tensor after the other", asam_by_tensor),
+        common.when_compiled(context, COMPILED, lambda: asam_in_turns(inputs, "", asam_compiled)),
+        peer(OTHER, "pytorch_optimizer", lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, True)),
     ]
-    if why_not := common.why_no_compile(context, quick=False):
-        impls.append(Impl(COMPILED, missing=why_not))
-    else:
-        impls.append(asam_in_turns(inputs, COMPILED, asam_compiled, first_call="compilation included"))
-    impls.append(peer(OTHER, "pytorch_optimizer", lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, True)))
     return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
 
 

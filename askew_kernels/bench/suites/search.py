@@ -70,7 +70,6 @@ def search_case(context: Context) -> Case:
     g = torch.Generator(context.device).manual_seed(3)
     x = torch.randn(tokens, n, device=context.device, generator=g)
     grad = torch.randn(tokens, n, device=context.device, generator=g) * GRAD_STD
-
     float_layer = functools.partial(common.float_layer, n, n, context.device)
 
     def step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:

@@ -214,13 +214,9 @@ def published_step_(w: Tensor, g: Tensor, lr: Tensor, eps: Tensor) -> None:
     w += lr * v
 
 
-def written_step(
-    inputs: Inputs, name: str, function: Callable[..., Tensor | None], missing: str = "", first_call: str = ""
-) -> Impl:
+def written_step(inputs: Inputs, name: str, function: Callable[..., Tensor | None]) -> Impl:
     """A step that is a plain function of (w, g, lr, eps), rows by columns, in place or giving the new weight; tensors
     that are not quantized take plain SGD steps."""
-    if missing:
-        return Impl(name, missing=missing)
     weights, grads = ([t.clone() for t in tensors] for tensors in (inputs.weights, inputs.grads))
     lr, eps = (torch.tensor(v, device=weights[0].device) for v in (LR, EPS))
 
@@ -232,8 +228,7 @@ def written_step(
             elif (new := function(weights[i].flatten(1), g.flatten(1), lr, eps)) is not None:
                 weights[i] = new.view_as(g)
 
-    check = StepCheck(weights, grads, inputs.skewed, eps=EPS)
-    return Impl(name, run, "peer", inputs.traffic(0), check, first_call=first_call)
+    return Impl(name, run, "peer", inputs.traffic(0), StepCheck(weights, grads, inputs.skewed, eps=EPS))
 
 
 def parq_step(inputs: Inputs, momentum: float) -> Impl:
@@ -304,15 +299,16 @@ def peers_of(name: str, context: Context, inputs: Inputs, rule: str, momentum: f
     if name == BNB_ADAMW:
         return [peer(BNB_ADAMW, "bitsandbytes", lambda: adamw8bit_step(inputs))]
     functions = {EAGER: lean_eager_step_, PUBLISHED: published_step_, IN_PLACE: in_place_step_, FRESH: functional_step}
-    function, missing, first_call = functions[name], "", ""
-    if name == PUBLISHED:
-        gigabytes = PUBLISHED_BYTES * max(w.numel() for w in inputs.weights) / 1e9
-        missing = f"left out: its temporaries would take {gigabytes:.0f} GB" if gigabytes > 4 else ""
-        missing = "left out of --quick" if context.quick and len(inputs.weights) > 1 else missing
-    elif name != EAGER:
-        missing, first_call = common.why_no_compile(context, quick=name == IN_PLACE), "compilation included"
-        function = function if missing else compiled(function)
-    return [written_step(inputs, name, function, missing, first_call)]
+    function = functions[name]
+    if name in (IN_PLACE, FRESH):
+        build = lambda: written_step(inputs, name, compiled(function))  # noqa: E731
+        return [common.when_compiled(context, name, build, quick=name == IN_PLACE)]
+    gigabytes = PUBLISHED_BYTES * max(w.numel() for w in inputs.weights) / 1e9
+    if name == PUBLISHED and context.quick and len(inputs.weights) > 1:
+        return [Impl(name, missing="left out of --quick")]
+    if name == PUBLISHED and gigabytes > 4:
+        return [Impl(name, missing=f"left out: its temporaries would take {gigabytes:.0f} GB")]
+    return [written_step(inputs, name, function)]
 
 
 def step_case(
