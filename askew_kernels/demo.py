@@ -28,20 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import EpsilonAnnealing, QuantConfig, figures, hard_quantize_, optim, param_groups, quantize_
-from .command import (
-    check_folder,
-    console,
-    grouped,
-    keeping,
-    markdown_table,
-    need,
-    progress,
-    table,
-    whole,
-    write_atomic,
-    write_rows,
-)
+from . import EpsilonAnnealing, QuantConfig, command, figures, hard_quantize_, optim, param_groups, quantize_
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
@@ -325,7 +312,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as it stands in the README."""
-    return markdown_table(HEADINGS.values(), map(cells, rows))
+    return command.markdown_table(HEADINGS.values(), map(cells, rows))
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
@@ -342,7 +329,7 @@ def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
 
 def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy against width, a panel for each task, standard deviation as error bars."""
-    tasks = grouped(rows, lambda row: row["task"])
+    tasks = command.grouped(rows, lambda row: row["task"])
     names = {method: HEADINGS[method] for method in METHODS[1:]}
     figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 6.5), 3.6)
     for axis, (task, part) in zip(axes, tasks.items(), strict=True):
@@ -362,14 +349,14 @@ def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--full", action="store_true", help="every task, five seeds (default: two tasks, two seeds)")
-    add("--seeds", type=whole(1), help="number of seeds (default: 2, with --full 5)")
+    add("--seeds", type=command.whole(1), help="number of seeds (default: 2, with --full 5)")
     add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK",
         help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
     add("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)} (default: all)")
     add("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
     add("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
     add("--no-bench", action="store_true", help="leave the throughput table out")
-    add("--workers", type=whole(1), default=os.cpu_count() or 1,
+    add("--workers", type=command.whole(1), default=os.cpu_count() or 1,
         help="processes (default: one a core, here %(default)s)")  # fmt: skip
 
 
@@ -414,35 +401,35 @@ def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Gener
 
 def run(args: argparse.Namespace) -> int:
     """Trains, shows the table, writes rows, table and plot; returns the exit code."""
-    need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
-    check_folder(args.out)
+    command.need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
+    command.check_folder(args.out)
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
     seeds = args.seeds or (5 if args.full else 2)
-    screen = console(120)
+    screen = command.console(120)
     jobs = jobs_for(tasks, widths, seeds)
     screen.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
     results: list[Result] = []
     path = args.out / "accuracy.jsonl"
     with (
-        keeping(path, results),
-        progress(screen) as bar,
+        command.keeping(path, results),
+        command.progress(screen) as bar,
         contextlib.closing(run_all(jobs, args.workers, train)) as finished,
     ):
         task = bar.add_task("training", total=len(jobs))
         for result in finished:
             results.append(result)
-            write_rows(path, results)
-            write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
+            command.write_rows(path, results)
+            command.write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
             bar.update(task, advance=1, description=f"{result.task}, {result.width}")
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
-    write_rows(path, results)
+    command.write_rows(path, results)
     rows = summarise(results)
     headings = ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float")
     texts = [[cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)] for row in rows]
     short = [[*row[:-2], *(cell.split("±")[0] for cell in row[-2:])] for row in texts]  # fits into 80 columns
     title = f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds"
-    screen.print(table(title, headings, short, left=2))
+    screen.print(command.table(title, headings, short, left=2))
     screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
     reached = "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
@@ -450,7 +437,7 @@ def run(args: argparse.Namespace) -> int:
     furthest = max((r.moved for r in results if r.method == "hard"), default=0.0)
     screen.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.4f} scales.")
     for name, data in {"accuracy.md": (markdown(rows) + "\n").encode(), **plot(rows)}.items():
-        write_atomic(args.out / name, data)
+        command.write_atomic(args.out / name, data)
     screen.print(f"Rows, table and plot: {path}, {args.out / 'accuracy.md'}, {args.out / 'accuracy.png'}")
     return 0
 
