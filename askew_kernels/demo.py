@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,19 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import EpsilonAnnealing, QuantConfig, figures, hard_quantize_, optim, param_groups, quantize_
-from .command import (
-    check_folder,
-    console,
-    keeping,
-    markdown_table,
-    need,
-    progress,
-    table,
-    whole,
-    write_atomic,
-    write_rows,
-)
+from . import EpsilonAnnealing, QuantConfig, command, figures, hard_quantize_, optim, param_groups, quantize_
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
@@ -51,9 +40,7 @@ RECIPE = {
 LR, MOMENTUM, BATCH, LABEL_SMOOTHING = 0.2, 0.9, 64, 0.1
 METHODS = ("float", "straight-through", "relaxed", "hard")
 WIDTHS: dict[str, tuple[Grid, str]] = {
-    "4 bits": (Uniform(bits=4), "sawb"),
-    "3 bits": (Uniform(bits=3), "sawb"),
-    "2 bits": (Uniform(bits=2), "sawb"),
+    **{f"{bits} bits": (Uniform(bits), "sawb") for bits in (4, 3, 2)},
     "ternary": (Ternary(), "mean"),
     "binary": (Binary(), "mean"),
 }
@@ -109,31 +96,31 @@ def load_mnist1d(fold: int = 0) -> Data:
 
 
 def mlp(inputs: int, width: int) -> nn.Sequential:
-    hidden = [
-        layer for k in (inputs, width) for layer in (nn.Linear(k, width, bias=False), nn.BatchNorm1d(width), nn.ReLU())
-    ]
-    return nn.Sequential(*hidden, nn.Linear(width, 10))
+    return nn.Sequential(*dense(inputs, width), *dense(width, width), nn.Linear(width, 10))
 
 
-def digits_cnn() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 8, 8)),
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(),
-        nn.Linear(512, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),
-        nn.Linear(64, 10),
-    )  # fmt: skip
+def dense(inputs: int, outputs: int) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+
+
+def convolved(inputs: int, outputs: int, kernel: int | tuple[int, int], stride: Any, padding: Any) -> list[nn.Module]:
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+    return [layer, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def digits_cnn(channels: Sequence[int] = (16, 32), hidden: int = 64) -> nn.Sequential:
+    """Any number of 3 × 3 layers, the second with stride 2."""
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
+    for i, (inputs, outputs) in enumerate(itertools.pairwise((1, *channels))):
+        layers += convolved(inputs, outputs, 3, 2 if i == 1 else 1, 1)
+    return nn.Sequential(*layers, nn.Flatten(), *dense(16 * channels[-1], hidden), nn.Linear(hidden, 10))
 
 
 def mnist1d_cnn() -> nn.Sequential:
     """A 1-D convolutional network, written with kernels of height 1."""
-    return nn.Sequential(
-        nn.Unflatten(1, (1, 1, 40)),
-        nn.Conv2d(1, 32, (1, 5), stride=(1, 2), padding=(0, 2), bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, (1, 3), stride=(1, 2), padding=(0, 1), bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 64, (1, 3), stride=(1, 2), padding=(0, 1), bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-        nn.Flatten(), nn.Linear(320, 10),
-    )  # fmt: skip
+    layers = [layer for inputs, outputs, width in ((1, 32, 5), (32, 32, 3), (32, 64, 3))
+              for layer in convolved(inputs, outputs, (1, width), (1, 2), (0, width // 2))]  # fmt: skip
+    return nn.Sequential(nn.Unflatten(1, (1, 1, 40)), *layers, nn.Flatten(), nn.Linear(320, 10))
 
 
 # name: (data, network, epochs)
@@ -157,11 +144,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    task: str
-    method: str
-    width: str
-    seed: int
+class Result(Job):
     accuracy: float  # test, per cent, of the hard-quantized model
     train_accuracy: float
     moved: float  # furthest that the final hard quantization moved a weight, in scales
@@ -197,14 +180,18 @@ def prepare(
     """Quantizes the model as a row of the table asks; (its optimizer, the recipe of eps or "")."""
     if method != "float":
         quantize_inner(model, width, "relaxed" if method == "relaxed" else "hard", ends)
+    return optimizer_of(model, method, lr, adamw)
+
+
+def optimizer_of(
+    model: nn.Module, method: str, lr: float = LR, adamw: bool = False
+) -> tuple[torch.optim.Optimizer, str]:
     ours = method in RECIPE
     groups: Any = param_groups(model) if ours else model.parameters()
-    optimizer: torch.optim.Optimizer
+    recipe = method if ours else ""
     if adamw:
-        optimizer = optim.ASkewAdamW(groups, lr=lr) if ours else torch.optim.AdamW(groups, lr=lr, fused=True)
-    else:
-        optimizer = (optim.ASkewSGD if ours else torch.optim.SGD)(groups, lr=lr, momentum=MOMENTUM)
-    return optimizer, method if ours else ""
+        return optim.ASkewAdamW(groups, lr=lr) if ours else torch.optim.AdamW(groups, lr=lr, fused=True), recipe
+    return (optim.ASkewSGD if ours else torch.optim.SGD)(groups, lr=lr, momentum=MOMENTUM), recipe
 
 
 def batches(data: Data, epochs: int, seed: int) -> Iterator[Batch]:
@@ -222,12 +209,13 @@ def fit(
 ) -> list[Tensor]:  # fmt: skip
     """One training: cosine learning rate over ``total`` steps, eps by ``RECIPE[recipe]`` where one is named. Gives the
     loss of every step; ``optimizer`` may be one that asks for it twice."""
-    annealing = None
+    schedules: list[Any] = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
+    ]
     if recipe:
         periods: dict[str, Any] = dict(RECIPE[recipe])
         hold, end = (round(periods.pop(name) * total) for name in ("hold", "end"))
-        annealing = EpsilonAnnealing(optimizer, hold=hold, total=end, **periods)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
+        schedules.append(EpsilonAnnealing(optimizer, hold=hold, total=end, **periods))
     losses: list[Tensor] = []
     for x, y in batches:
 
@@ -239,9 +227,8 @@ def fit(
             return loss
 
         losses.append(optimizer.step(closure).detach())  # type: ignore[arg-type, attr-defined]
-        schedule.step()
-        if annealing:
-            annealing.step()
+        for schedule in schedules:
+            schedule.step()
     return losses
 
 
@@ -277,22 +264,18 @@ def train(job: Job) -> Result:
 
 def jobs_for(tasks: list[str], widths: list[str], seeds: int) -> list[Job]:
     """Float once per task and seed, every other method for every width."""
-    jobs = []
-    for seed in range(seeds):
-        for task in tasks:
-            jobs.append(Job(task, "float", "float", seed))
-            jobs += [Job(task, method, width, seed) for width in widths for method in METHODS[1:]]
-    return jobs
+    ways = [("float", "float"), *((method, width) for width in widths for method in METHODS[1:])]
+    return [Job(task, method, width, seed) for seed in range(seeds) for task in tasks for method, width in ways]
 
 
 def summarise(results: list[Result]) -> list[dict[str, Any]]:
     """One row for each task and width: (mean, standard deviation) of every method and of differences over seeds."""
-    table: dict[tuple[str, str, str], dict[int, float]] = {}
-    for r in results:
-        table.setdefault((r.task, r.width, r.method), {})[r.seed] = r.accuracy
     rows = []
     for task, width in dict.fromkeys((r.task, r.width) for r in results if r.width != "float"):
-        found = {m: table.get((task, "float" if m == "float" else width, m), {}) for m in METHODS}
+        found: dict[str, dict[int, float]] = {method: {} for method in METHODS}
+        for r in results:
+            if r.task == task and r.width in ("float", width):
+                found[r.method][r.seed] = r.accuracy
         row: dict[str, Any] = {"task": task, "width": width, "seeds": len(found["hard"])}
         row |= {method: mean_std(list(values.values())) for method, values in found.items()}
         for other in ("straight-through", "float"):
@@ -322,16 +305,14 @@ HEADINGS = {
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Of a row of ``summarise``: methods ± standard deviation, differences ± standard error."""
-    differences = []
-    for key in list(HEADINGS)[-2:]:
-        pair = row[key]
-        differences.append(plus_minus(pair and (pair[0], pair[1] / math.sqrt(max(1, row["seeds"]))), sign="+"))
+    pairs, root = [row[key] for key in list(HEADINGS)[-2:]], math.sqrt(max(1, row["seeds"]))
+    differences = [plus_minus(pair and (pair[0], pair[1] / root), sign="+") for pair in pairs]
     return [row["task"], row["width"], *(plus_minus(row[method]) for method in METHODS), *differences]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as it stands in the README."""
-    return markdown_table(HEADINGS.values(), map(cells, rows))
+    return command.markdown_table(HEADINGS.values(), map(cells, rows))
 
 
 def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
@@ -348,12 +329,10 @@ def shortfalls(rows: list[dict[str, Any]]) -> list[str]:
 
 def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy against width, a panel for each task, standard deviation as error bars."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    names = {"straight-through": "straight-through", "relaxed": "ASkewSGD relaxed (published)",
-             "hard": "ASkewSGD hard (recipe)"}  # fmt: skip
+    tasks = command.grouped(rows, lambda row: row["task"])
+    names = {method: HEADINGS[method] for method in METHODS[1:]}
     figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 6.5), 3.6)
-    for axis, task in zip(axes, tasks, strict=True):
-        part = [row for row in rows if row["task"] == task]
+    for axis, (task, part) in zip(axes, tasks.items(), strict=True):
         if part[0]["float"]:
             axis.axhline(part[0]["float"][0], color="black", linewidth=1, linestyle="--", label="float")
         figures.means(axis, [r["width"] for r in part], {text: [r[m] for r in part] for m, text in names.items()})
@@ -368,21 +347,17 @@ def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="every task, five seeds (default: two tasks, two seeds)")
-    parser.add_argument("--seeds", type=whole(1), help="number of seeds (default: 2, with --full 5)")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK",
-                        help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
-    parser.add_argument("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH",
-                        help=f"of: {', '.join(WIDTHS)} (default: all)")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
-    parser.add_argument("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
-    parser.add_argument("--no-bench", action="store_true", help="leave the throughput table out")
-    parser.add_argument("--workers", type=whole(1), default=os.cpu_count() or 1,
-                        help="processes (default: one a core, here %(default)s)")  # fmt: skip
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    add = parser.add_argument
+    add("--full", action="store_true", help="every task, five seeds (default: two tasks, two seeds)")
+    add("--seeds", type=command.whole(1), help="number of seeds (default: 2, with --full 5)")
+    add("--tasks", nargs="+", choices=list(TASKS), metavar="TASK",
+        help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
+    add("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)} (default: all)")
+    add("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
+    add("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
+    add("--no-bench", action="store_true", help="leave the throughput table out")
+    add("--workers", type=command.whole(1), default=os.cpu_count() or 1,
+        help="processes (default: one a core, here %(default)s)")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -402,7 +377,7 @@ def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Gener
     """The results in the order in which they are finished. However this ends, its processes end with it at once."""
     if workers <= 1 or not jobs:
         threads = torch.get_num_threads()
-        _one_thread()  # these networks are too small for more
+        torch.set_num_threads(1)  # these networks are too small for more
         try:
             yield from map(train, jobs)
         finally:
@@ -410,7 +385,7 @@ def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Gener
         return
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, torch.set_num_threads, (1,)) as pool:
         try:
             with _interrupts_wait():  # a terminal sends Ctrl-C to every process; this one decides
                 futures = [pool.submit(train, job) for job in jobs]
@@ -426,35 +401,35 @@ def run_all(jobs: list[Any], workers: int, train: Callable[[Any], Any]) -> Gener
 
 def run(args: argparse.Namespace) -> int:
     """Trains, shows the table, writes rows, table and plot; returns the exit code."""
-    need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
-    check_folder(args.out)
+    command.need("demo", "matplotlib", "mnist1d", "sklearn", "rich")
+    command.check_folder(args.out)
     tasks = args.tasks or (list(TASKS) if args.full else ["digits / CNN", "mnist1d / MLP"])
     widths = args.widths or list(WIDTHS)
     seeds = args.seeds or (5 if args.full else 2)
-    screen = console(120)
+    screen = command.console(120)
     jobs = jobs_for(tasks, widths, seeds)
     screen.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
     results: list[Result] = []
     path = args.out / "accuracy.jsonl"
     with (
-        keeping(path, results),
-        progress(screen) as bar,
+        command.keeping(path, results),
+        command.progress(screen) as bar,
         contextlib.closing(run_all(jobs, args.workers, train)) as finished,
     ):
         task = bar.add_task("training", total=len(jobs))
         for result in finished:
             results.append(result)
-            write_rows(path, results)
-            write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
+            command.write_rows(path, results)
+            command.write_atomic(args.out / "accuracy.md", markdown(summarise(results)) + "\n")
             bar.update(task, advance=1, description=f"{result.task}, {result.width}")
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
-    write_rows(path, results)
+    command.write_rows(path, results)
     rows = summarise(results)
     headings = ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float")
     texts = [[cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)] for row in rows]
     short = [[*row[:-2], *(cell.split("±")[0] for cell in row[-2:])] for row in texts]  # fits into 80 columns
     title = f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds"
-    screen.print(table(title, headings, short, left=2))
+    screen.print(command.table(title, headings, short, left=2))
     screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
     missed = shortfalls(rows)
     reached = "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
@@ -462,7 +437,7 @@ def run(args: argparse.Namespace) -> int:
     furthest = max((r.moved for r in results if r.method == "hard"), default=0.0)
     screen.print(f"The final hard quantization moved no weight of the recipe's by more than {furthest:.4f} scales.")
     for name, data in {"accuracy.md": (markdown(rows) + "\n").encode(), **plot(rows)}.items():
-        write_atomic(args.out / name, data)
+        command.write_atomic(args.out / name, data)
     screen.print(f"Rows, table and plot: {path}, {args.out / 'accuracy.md'}, {args.out / 'accuracy.png'}")
     return 0
 

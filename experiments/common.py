@@ -18,12 +18,10 @@ Row = TypeVar("Row")
 
 def complete(
     path: Path, kind: Callable[..., Row], job_of: Callable[[Row], Hashable], jobs: Sequence[Any],
-    train: Callable[[Any], list[Row]], workers: int, words: str,
+    train: Callable[[Any], list[Row]], workers: int, words: str, order: Callable[[Row], Any],
 ) -> list[Row]:  # fmt: skip
-    """All rows of the file after what is missing for ``jobs`` was made; written after every job, kept however it ends.
-
-    words: what is said first, of the number of jobs and of those to make.
-    """
+    """All rows of the file after what is missing for ``jobs`` was made, sorted by ``order``; written after every job,
+    kept however it ends. words: what is said first, of the number of jobs and of those to make."""
     rows = read_rows(path, kind)
     done = set(map(job_of, rows))
     missing = [job for job in jobs if job not in done]
@@ -33,6 +31,8 @@ def complete(
             rows += made
             write_rows(path, rows)
             print(f"{count} of {len(missing)}", file=sys.stderr, flush=True)
+    rows.sort(key=order)
+    write_rows(path, rows)
     return rows
 
 

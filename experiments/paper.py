@@ -34,7 +34,7 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import command, demo, figures
-from askew_kernels.bench.suites.train import GPT, library_text
+from askew_kernels.bench.suites.train import GPT, library_text, windows
 
 from .common import differences
 
@@ -43,7 +43,7 @@ FULL, DETERMINISTIC, STOCHASTIC, PROX = (
 )  # fmt: skip
 BY_EPOCH, BY_STEP = "ASkewSGD, eps by epoch", "ASkewSGD, eps by step"
 METHODS = (FULL, DETERMINISTIC, STOCHASTIC, PROX, BY_EPOCH, BY_STEP)
-TEXT_METHODS = ("float", "straight-through", "relaxed", "hard")
+TEXT_METHODS = demo.METHODS
 
 
 @dataclass
@@ -67,14 +67,17 @@ class Result:
 # ---- the two small problems: every tensor begins with a dimension of seeds -------------------------------------------
 
 
+Made = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]  # training x, y, test x, y, parameters
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One experiment. ``make(generator)`` gives (training x, y, test x, y, parameters) of one seed; ``logits(params,
-    x)``; the first ``quantized`` parameters are."""
+    """One experiment. ``make(generator)``: of one seed; ``logits(params, x)``; the first ``quantized`` parameters
+    are."""
 
     experiment: str
     name: str
-    make: Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]
+    make: Callable[[torch.Generator], Made]
     logits: Callable[[Sequence[Tensor], Tensor], Tensor]
     quantized: int
     adam: bool
@@ -87,14 +90,11 @@ class Setting:
     decay: float
 
 
-def _logistic_data(factor: float) -> Callable[[torch.Generator], tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]]:
-    def make(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-        truth = factor * (2 * torch.randint(0, 2, (10,), generator=g) - 1).float()
-        x = 2 * torch.rand(7000, 10, generator=g) - 1
-        y = torch.bernoulli(torch.sigmoid(x @ truth), generator=g)
-        return x[:6000], y[:6000], x[6000:], y[6000:], [2 * torch.rand(10, generator=g) - 1]
-
-    return make
+def _logistic_data(factor: float, g: torch.Generator) -> Made:
+    truth = factor * (2 * torch.randint(0, 2, (10,), generator=g) - 1).float()
+    x = 2 * torch.rand(7000, 10, generator=g) - 1
+    y = torch.bernoulli(torch.sigmoid(x @ truth), generator=g)
+    return x[:6000], y[:6000], x[6000:], y[6000:], [2 * torch.rand(10, generator=g) - 1]
 
 
 def _logistic_logits(params: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _moons(n: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
     return x + 0.1 * torch.randn(n, 2, generator=g), y.float()
 
 
-def _moons_data(g: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+def _moons_data(g: torch.Generator) -> Made:
     params = [2 * torch.rand(6, generator=g) - 1, 2 * torch.rand(3, generator=g) - 1, torch.zeros(1)]
     return *_moons(2000, g), *_moons(200, g), params
 
@@ -125,8 +125,8 @@ def _moons_logits(params: Sequence[Tensor], x: Tensor) -> Tensor:
 
 SETTINGS = [
     *[
-        Setting("logistic", f"w* of size {factor:g}, batch {batch}", _logistic_data(factor), _logistic_logits, 1,
-                False, 2.0, 30, batch, epochs, 0.1, 50, 0.96)
+        Setting("logistic", f"w* of size {factor:g}, batch {batch}", functools.partial(_logistic_data, factor),
+                _logistic_logits, 1, False, 2.0, 30, batch, epochs, 0.1, 50, 0.96)
         for factor in (1.0, 0.8)
         for batch, epochs in ((100, 50), (1000, 25))
     ],
@@ -176,12 +176,9 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
             return [p.detach() for p in params]
         return [*(binary(w.detach()) for w in weights), *(p.detach() for p in others)]
 
-    draws = torch.Generator().manual_seed(1)
-    order = torch.Generator().manual_seed(2)
-    n = x.shape[1]
+    draws, order = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    n, step, curve = x.shape[1], 0, []
     steps = setting.epochs * (n // setting.batch)
-    step = 0
-    curve = []
     for epoch in range(setting.epochs):
         if epoch == setting.halve_at:
             for param_group in optimizer.param_groups:
@@ -230,12 +227,6 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
 LENGTH, BATCH, TEXT_LR = 64, 32, 3e-3
 
 
-def text_batch(text: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Windows of ``LENGTH`` characters, and the same one character later."""
-    windows = text[starts[:, None] + torch.arange(LENGTH + 1)]
-    return windows[:, :-1], windows[:, 1:]
-
-
 def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     """A character GPT of two layers, 64 wide; the seed decides initialisation and batches, whatever the method."""
     started = time.perf_counter()
@@ -247,7 +238,7 @@ def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     optimizer, recipe = demo.prepare(model, method, width, TEXT_LR, adamw=True, ends=("head",))
     order = torch.Generator().manual_seed(seed)
     starts = (torch.randint(0, len(train) - LENGTH - 1, (BATCH,), generator=order) for _ in range(steps))
-    losses = demo.fit(model, optimizer, (text_batch(train, s) for s in starts), steps, recipe, smoothing=0.0)
+    losses = demo.fit(model, optimizer, (windows(train, s, LENGTH) for s in starts), steps, recipe, smoothing=0.0)
     every = max(steps // 20, 1)
     means = torch.stack(losses)[: steps // every * every].double().unflatten(0, (-1, every)).mean(1)
     curve = [round(v, 5) for v in means.tolist()]
@@ -255,7 +246,7 @@ def train_text(width: str, method: str, seed: int, steps: int) -> Result:
     tested = []
     with torch.no_grad():
         for part in torch.arange(0, len(test) - LENGTH - 1, LENGTH)[:2048].split(256):
-            x, y = text_batch(test, part)
+            x, y = windows(test, part, LENGTH)
             tested.append(functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item())
     seconds = time.perf_counter() - started
     return Result("text", width, method, seed, curve[-1], statistics.fmean(tested), math.nan, curve, seconds)
@@ -375,28 +366,25 @@ def by_setting(lines: list[Line]) -> list[list[Line]]:
 def markdown(results: list[Result]) -> str:
     """The page that stands beside the rows."""
     lines = summarise(results)
-    out = [
+    parts = [
         "# The published experiments, repeated",
-        "",
         "Made by `python -m askew_kernels paper`; what is trained stands in `experiments/paper.py`. Losses are those "
         "of the quantized weights, mean ± standard deviation over seeds; differences are paired over seeds (t-test): "
         "below 0, ASkewSGD's loss is lower.",
     ]
     titles = {"logistic": "Logistic regression", "moons": "Two moons", "text": "Text: a character GPT"}
-    seen = ""
-    for members in by_setting(lines):
-        head = members[-1]
-        if head.experiment != seen:
-            seen = head.experiment
-            out += ["", f"## {titles[seen]}", "", f"![{seen}]({seen}.png)"]
-        out += ["", f"**{head.setting}**, {head.seeds} seeds", "", command.markdown_table(*table(members))]
-    out += [
-        "", "## Digits and mnist1d", "",
+    for experiment, here in command.grouped(lines, lambda line: line.experiment).items():
+        parts += [f"## {titles[experiment]}", f"![{experiment}]({experiment}.png)"]
+        for members in by_setting(here):
+            head = members[-1]
+            parts += [f"**{head.setting}**, {head.seeds} seeds", command.markdown_table(*table(members))]
+    parts += [
+        "## Digits and mnist1d",
         "At 4, 3 and 2 bits, ternary and binary, two networks, five seeds, accuracy against straight-through paired "
         "over seeds: `python -m askew_kernels demo --full`, in this repository benchmarks/results/accuracy.md.",
+        "## Does the claim hold?", conclusion(lines), "\n".join(f"* {text}" for text in verdicts(lines)),
     ]  # fmt: skip
-    out += ["", "## Does the claim hold?", "", conclusion(lines), "", *(f"* {text}" for text in verdicts(lines))]
-    return "\n".join(out) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------
@@ -448,13 +436,14 @@ EXPERIMENTS = ("logistic", "moons", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
-                        help=f"of: {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
-    parser.add_argument("--seeds", type=command.whole(1), default=20, help="of logistic and moons")
-    parser.add_argument("--text-seeds", type=command.whole(1), default=3, help="of text")
-    parser.add_argument("--text-steps", type=command.whole(1), default=400, help="training steps of text")
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --out and train what is missing")
-    parser.add_argument("--out", type=Path, default=Path("paper-results"), help="folder for rows, page and plots")
+    add = parser.add_argument
+    add("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME",
+        help=f"of: {', '.join(EXPERIMENTS)} (default: all)")  # fmt: skip
+    add("--seeds", type=command.whole(1), default=20, help="of logistic and moons")
+    add("--text-seeds", type=command.whole(1), default=3, help="of text")
+    add("--text-steps", type=command.whole(1), default=400, help="training steps of text")
+    add("--resume", action="store_true", help="keep the rows in --out and train what is missing")
+    add("--out", type=Path, default=Path("paper-results"), help="folder for rows, page and plots")
 
 
 Key = tuple[str, str, str, int]  # experiment, setting, method, seed
@@ -513,11 +502,9 @@ def run(arguments: argparse.Namespace) -> int:
             command.write_rows(rows, results)
     lines = summarise(results)
     for members in by_setting(lines):
-        head = members[-1]
-        headings, cells = table(members)
+        head, (headings, cells) = members[-1], table(members)
         cells = [[cell.replace(" ± ", "±") for cell in row] for row in cells]
-        shown = command.table(f"{head.experiment}: {head.setting}, {head.seeds} seeds", headings, cells)
-        screen.print(shown, "")
+        screen.print(command.table(f"{head.experiment}: {head.setting}, {head.seeds} seeds", headings, cells), "")
     for text in (*verdicts(lines), conclusion(lines)):
         screen.print(text, soft_wrap=True)
     for name, data in {"README.md": markdown(results).encode(), **plots(results)}.items():

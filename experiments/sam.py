@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,19 +50,12 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Result:
-    task: str
-    optimizer: str
-    width: str
-    seed: int
+class Result(Job):
     accuracy: float  # test, per cent, of the hard-quantized model
     after: dict[str, float]  # float only: test accuracy when quantized afterwards, by width
     eigenvalue: float
     rise: float  # of the training loss within REACH
     seconds: float
-
-
-# ---- sharpness ------------------------------------------------------------------------------------------------------
 
 
 def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: float, steps: int = ASCENT_STEPS) -> float:
@@ -81,9 +75,6 @@ def rise_within(loss: Callable[[], Tensor], params: Sequence[Tensor], reach: flo
         for p, w in zip(params, before, strict=True):
             p.copy_(w)
     return highest - here
-
-
-# ---- one training ---------------------------------------------------------------------------------------------------
 
 
 def train(job: Job) -> list[Result]:
@@ -113,9 +104,6 @@ def train(job: Job) -> list[Result]:
                    rise=rise_within(loss, params, REACH), seconds=time.perf_counter() - started)]  # fmt: skip
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
-
-
 def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
     """One row for each task, way (float, quantized after, quantization-aware) and width: (mean, std) by optimizer."""
     found: list[tuple[str, str, str, str, float]] = []
@@ -136,7 +124,7 @@ def summarise(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 WAYS = {"float": "float", "after": "quantized after", "aware": "quantization-aware"}
-MEASURES = {  # heading, ending of the row's key, digits, panel's title, ways
+MEASURES = {  # heading: (ending of the row's key, digits)
     "Test accuracy, %": ("", 2),
     "Largest eigenvalue of the Hessian, training set": (", eigenvalue", 2),
     f"Rise of the training loss within a distance of {REACH}": (", rise", 3),
@@ -164,20 +152,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy, eigenvalue and rise against the width, one row of panels for each task."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = command.grouped(rows, lambda row: row["task"])
     figure, axes = figures.figure(len(tasks), len(PANELS), 14, 2.9 * len(tasks) + 0.5)
-    panels = [(task, *panel) for task in tasks for panel in PANELS]
-    for axis, (task, title, ending, ways) in zip(axes, panels, strict=True):
-        part = [row for row in rows if row["task"] == task and row["way"] in ways]
+    for axis, (task, (title, ending, ways)) in zip(axes, itertools.product(tasks, PANELS), strict=True):
+        part = [row for row in tasks[task] if row["way"] in ways]
         figures.means(axis, [row["width"] for row in part], {o: [r.get(o + ending) for r in part] for o in OPTIMIZERS})
         figures.label(axis, f"{task}\n{title}")
         if ending:
             axis.set_ylim(bottom=0)
     figures.legend_below(figure, axes)
     return figures.save(figure, "sam", ("png",))
-
-
-# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> int:
@@ -196,9 +180,8 @@ def run(args: argparse.Namespace) -> int:
 
     words = f"{{}} models, {{}} of them to train: {', '.join(tasks)}; {seeds} seeds."
     place = {job: i for i, job in enumerate(jobs)}
-    results = complete(path, Result, job_of, jobs, train, args.workers, words)
-    results.sort(key=lambda r: place.get(job_of(r), len(jobs)))
-    command.write_rows(path, results)
+    order = lambda r: place.get(job_of(r), len(jobs))  # noqa: E731
+    results = complete(path, Result, job_of, jobs, train, args.workers, words, order)
     rows = summarise(r for r in results if job_of(r) in place)
     print(markdown(rows))
     for name, data in {"sam.md": (markdown(rows) + "\n").encode(), **plot(rows)}.items():

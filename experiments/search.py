@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import itertools
+import math
 import os
 import statistics
 import time
@@ -33,27 +36,15 @@ from .common import complete, differences, standard_error
 WEIGHT_BITS = (1, 2, 3, 4, 8)
 BUDGETS = (1.25, 1.75)
 FLOAT_EPOCHS, AWARE_EPOCHS = 8, 3
-FLOAT_LR, AWARE_LR, MOMENTUM = 0.2, 0.1, 0.9
+FLOAT_LR, AWARE_LR = 0.2, 0.1
 STEPS, STRENGTH_LR = 100, 0.05
 
 
 # ---- data and networks: what a policy is found on, and where it is used ----------------------------------------------
 
 
-def digits_cnn(channels: Sequence[int] = (8, 16), hidden: int = 32) -> nn.Sequential:
-    """A CNN of the digits: any number of 3 × 3 layers, the second with stride 2."""
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
-    before = 1
-    for i, width in enumerate(channels):
-        stride = 2 if i == 1 else 1
-        layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        before = width
-    layers += [nn.Flatten(), nn.Linear(16 * before, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, 10))
-
-
-def large_digits_cnn() -> nn.Sequential:
-    return digits_cnn((16, 32, 32), 64)
+small_digits_cnn = functools.partial(demo.digits_cnn, (8, 16), 32)
+large_digits_cnn = functools.partial(demo.digits_cnn, (16, 32, 32), 64)
 
 
 def digits_as_signals(fold: int = 0) -> Data:
@@ -85,7 +76,7 @@ PAIRS = {
         {"digits as signals": (digits_as_signals, mnist1d_cnn), "5 % of the data": (some_mnist1d, mnist1d_cnn)},
         (load_mnist1d, mnist1d_cnn),
     ),
-    "digits / larger CNN": Pair({"smaller CNN": (load_digits, digits_cnn)}, (load_digits, large_digits_cnn)),
+    "digits / larger CNN": Pair({"smaller CNN": (load_digits, small_digits_cnn)}, (load_digits, large_digits_cnn)),
 }
 METHODS = ("ASGA", "plain", "sensitivity", "hessian", "random", "uniform")
 SEARCHES = {"ASGA": "asga", "plain": "plain"}
@@ -136,15 +127,11 @@ def loss_fn(output: Tensor, y: Tensor) -> Tensor:
 
 def fit(model: nn.Module, data: Data, epochs: int, seed: int) -> nn.Module:
     """Trains; with quantized layers by the recipe of ``demo``, and hard-quantizes at the end."""
-    aware = bool(quantized_layers(model))
-    optimizer: torch.optim.Optimizer
-    if aware:
-        optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=AWARE_LR, momentum=MOMENTUM)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), lr=FLOAT_LR, momentum=MOMENTUM)
+    method = "hard" if quantized_layers(model) else "float"
+    optimizer, recipe = demo.optimizer_of(model, method, AWARE_LR if method == "hard" else FLOAT_LR)
     loader = batches(data, seed)
     steps = (batch for _ in range(epochs) for batch in loader)
-    demo.fit(model.train(), optimizer, steps, max(1, epochs * len(loader)), "hard" if aware else "")
+    demo.fit(model.train(), optimizer, steps, max(1, epochs * len(loader)), recipe)
     return ak.hard_quantize_(model).eval()
 
 
@@ -181,10 +168,8 @@ def find_policy(method: str, model: nn.Module, data: Data, budget: search.Budget
                                     strength_lr=STRENGTH_LR, seed=seed, progress=progress, **options)  # fmt: skip
     if method == "hessian":
         return search.hessian_policy(model, few, loss_fn, samples=16, seed=seed, **options)
-    if method == "random":
-        return search.random_policy(model, few[0], seed=seed, **options)
-    by_rule = {"sensitivity": search.sensitivity_policy, "uniform": search.uniform_policy}
-    return by_rule[method](model, few[0], **options)
+    options |= {"seed": seed} if method == "random" else {}
+    return getattr(search, f"{method}_policy")(model, few[0], **options)
 
 
 def deploy(policy: search.Policy, model: nn.Module, data: Data, seed: int) -> tuple[nn.Module, float, float]:
@@ -242,16 +227,7 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def markdown(lines: Sequence[dict[str, Any]]) -> str:
-    headings = (
-        "target",
-        "budget",
-        "policy by",
-        "found on",
-        "bits",
-        "accuracy before training",
-        "accuracy",
-        "search, s",
-    )
+    headings = "target; budget; policy by; found on; bits; accuracy before training; accuracy; search, s".split("; ")
     return command.markdown_table(headings, [
         (line["pair"], f"{line['budget']:g}", line["method"], line["found_on"] or "—", f"{line['average_bits'][0]:.2f}",
          demo.plus_minus(line["before"]), demo.plus_minus(line["accuracy"]), f"{line['seconds'][0]:.1f}")
@@ -261,11 +237,10 @@ def markdown(lines: Sequence[dict[str, Any]]) -> str:
 
 def paired(rows: Sequence[Row], one: tuple[str, str], other: tuple[str, str], key: str) -> tuple[float, float, int]:
     """Mean difference one − other over equal (pair, budget, seed), its standard error, and how many."""
-    values: dict[tuple[str, str], dict[Any, float]] = {one: {}, other: {}}
-    for r in rows:
-        values.setdefault((r.method, r.found_on), {})[r.pair, r.budget, r.seed] = getattr(r, key)
-    found = differences(values[one], values[other])
-    return (statistics.fmean(found) if found else float("nan")), standard_error(found), len(found)
+    a, b = ({(r.pair, r.budget, r.seed): getattr(r, key) for r in rows if (r.method, r.found_on) == which}
+            for which in (one, other))  # fmt: skip
+    found = differences(a, b)
+    return (statistics.fmean(found) if found else math.nan), standard_error(found), len(found)
 
 
 def claims(rows: Sequence[Row]) -> str:
@@ -273,9 +248,7 @@ def claims(rows: Sequence[Row]) -> str:
     proxies = [name for pair in PAIRS.values() for name in pair.proxies]
     target = ("ASGA", "target")
     comparisons = [(("ASGA", p), target, f"ASGA found on {p} − ASGA found on the target") for p in proxies]
-    comparisons += [
-        (("ASGA", p), ("plain", p), f"ASGA − plain, both found on {p}") for p in ("target", *proxies)
-    ]  # fmt: skip
+    comparisons += [(("ASGA", p), ("plain", p), f"ASGA − plain, both found on {p}") for p in ("target", *proxies)]
     comparisons += [(target, (m, ""), f"ASGA found on the target − {m}") for m in METHODS if m not in SEARCHES]
     lines = []
     for one, other, text in comparisons:
@@ -288,17 +261,14 @@ def claims(rows: Sequence[Row]) -> str:
 def plot(lines: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy against average bits, before and after training; a method's colour, a line style for where it was
     found."""
-    pairs = list(dict.fromkeys(line["pair"] for line in lines))
+    pairs = command.grouped(lines, lambda line: line["pair"])
     figure, axes = figures.figure(len(pairs), 2, 11, 3.6 * len(pairs) + 0.9)
     colours = dict(zip(METHODS, figures.PALETTE[2:] + figures.PALETTE[:2], strict=True))
-    panels = [(pair, key, text) for pair in pairs
-              for key, text in (("before", "before training"), ("accuracy", "after training"))]  # fmt: skip
-    for axis, (pair, key, text) in zip(axes, panels, strict=True):
-        here = [line for line in lines if line["pair"] == pair]
+    measures = (("before", "before training"), ("accuracy", "after training"))
+    for axis, ((pair, here), (key, text)) in zip(axes, itertools.product(pairs.items(), measures), strict=True):
         styles = dict(zip(["", "target", *PAIRS[pair].proxies], ("-", "-", "--", ":"), strict=False))
-        for (method, found_on), points in command.grouped(
-            here, lambda line: (line["method"], line["found_on"])
-        ).items():
+        series = command.grouped(here, lambda line: (line["method"], line["found_on"]))
+        for (method, found_on), points in series.items():
             axis.errorbar(
                 [p["average_bits"][0] for p in points], [p[key][0] for p in points], [p[key][1] for p in points],
                 marker="o", markersize=4, capsize=2, linewidth=1.2, color=colours[method], linestyle=styles[found_on],
@@ -314,28 +284,22 @@ def plot(lines: Sequence[dict[str, Any]]) -> dict[str, bytes]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
+    what, add = parser.add_mutually_exclusive_group(), parser.add_argument
     what.add_argument("--demo", action="store_true", help="one seed, from float to packed (the default)")
     what.add_argument("--full", action="store_true", help="the evidence: proxies, targets, budgets, five seeds")
-    parser.add_argument(
-        "--bits", type=command.positive, default=1.75, metavar="B", help="demo: average bits of the budget"
-    )
-    parser.add_argument("--seeds", type=command.whole(1), default=5, help="full: number of seeds")
-    parser.add_argument(
-        "--out", type=Path, default=Path("search-results"), help="folder for policy, model, rows, plots"
-    )
-    parser.add_argument("--workers", type=command.whole(1), default=os.cpu_count() or 1,
-                        help="full: processes (default: one a core, here %(default)s)")  # fmt: skip
+    add("--bits", type=command.positive, default=1.75, metavar="B", help="demo: average bits of the budget")
+    add("--seeds", type=command.whole(1), default=5, help="full: number of seeds")
+    add("--out", type=Path, default=Path("search-results"), help="folder for policy, model, rows, plots")
+    add("--workers", type=command.whole(1), default=os.cpu_count() or 1,
+        help="full: processes (default: one a core, here %(default)s)")  # fmt: skip
 
 
 def full(args: argparse.Namespace) -> int:
     """Rows that are known are not made again; the tables are of all rows."""
     path = args.out / "search.jsonl"
     jobs = [Job(pair, seed) for seed in range(args.seeds) for pair in PAIRS]
-    words = "{} cases, {} of them to make"
-    rows = complete(path, Row, lambda r: Job(r.pair, r.seed), jobs, rows_of, args.workers, words)
-    rows.sort(key=lambda r: (list(PAIRS).index(r.pair), r.budget, r.seed))
-    command.write_rows(path, rows)
+    words, order = "{} cases, {} of them to make", lambda r: (list(PAIRS).index(r.pair), r.budget, r.seed)
+    rows = complete(path, Row, lambda r: Job(r.pair, r.seed), jobs, rows_of, args.workers, words, order)
     lines = summarise(rows)
     text = f"{markdown(lines)}\n\nDifferences over equal target, budget and seed, ± standard error:\n\n{claims(rows)}\n"
     print(text)
@@ -376,8 +340,7 @@ def one_seed(args: argparse.Namespace) -> int:
     if "surrogate_gap" in policy.report:
         screen.print(f"surrogate gap {policy.report['surrogate_gap']:.4f}, loss {policy.report['loss']:.4f}")
     size = sum(p.numel() * 4 for p in target.parameters())
-    again = ak.load_packed(args.out / "model.safetensors", large_digits_cnn()).eval()
-    loaded = accuracy(again, data)
+    loaded = accuracy(ak.load_packed(args.out / "model.safetensors", large_digits_cnn()), data)
     packed = (args.out / "model.safetensors").stat().st_size
     screen.print(f"Packed and saved: {packed:,} bytes ({size:,} as float32); loaded again: {loaded:.2f} % "
                   f"({after:.2f} % when trained). {time.perf_counter() - started:.0f} s in all.")  # fmt: skip

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import math
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..command import (
-    Failed,
-    Refused,
-    Terminated,
-    check_folder,
-    check_writable,
-    console,
-    error,
-    need,
-    progress,
-    write_atomic,
-)
+from .. import command
+from ..command import Failed, Refused, Terminated, check_writable, error, write_atomic
 from . import harness, report, runs
 from .goals import ALLOCATORS
 from .rows import Row, allocator_in_use, by_suite, merged, read_rows, read_text, rows_to_csv, rows_to_json
@@ -61,29 +53,24 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-Plan = list[tuple[runs.Choice, str]]  # (entries, allocator)
-
-
-def plan(arguments: argparse.Namespace) -> Plan:
+def plan(arguments: argparse.Namespace) -> list[runs.Choice]:
     """Raises Refused where the request makes no sense."""
-    suites = list(SUITES) if arguments.suite == "all" else [arguments.suite]
     if arguments.suite not in ("all", *SUITES):
         raise Refused(f"--suite: expected {', '.join(SUITES)} or all, got {arguments.suite!r}")
     if arguments.allocator not in ("auto", "both", *ALLOCATORS):
         raise Refused(f"--allocator: expected default, warm, both or auto, got {arguments.allocator!r}")
     part, here = parse_part(arguments.part), allocator_in_use()
-    planned: Plan = []
-    for suite in suites:
-        wanted = [(name, False) for name in (ALLOCATORS if arguments.allocator == "both" else [arguments.allocator])]
-        if arguments.allocator == "auto":
-            also = any(e.warm for e in SUITES[suite]) and arguments.device == "cpu" and not arguments.quick
-            twice = also and here == "default" and platform.libc_ver()[0] == "glibc"
-            wanted = [(here, False), ("warm", True)][: 1 + twice]
-        if here != "default" and any(name == "default" for name, _ in wanted):
-            raise Refused("--allocator default: GLIBC_TUNABLES already asks for the warm one; unset it")
-        for allocator, only_warm in wanted:
-            planned.append((runs.Choice(suite, arguments.quick, only_warm, arguments.op, part), allocator))
-    return planned
+    wanted = [(name, False) for name in (ALLOCATORS if arguments.allocator == "both" else [arguments.allocator])]
+    if arguments.allocator == "auto":
+        again = arguments.device == "cpu" and not arguments.quick and platform.libc_ver()[0] == "glibc"
+        wanted = [(here, False), ("warm", True)][: 2 if again and here == "default" else 1]
+    if here != "default" and ("default", False) in wanted:
+        raise Refused("--allocator default: GLIBC_TUNABLES already asks for the warm one; unset it")
+    return [
+        runs.Choice(suite, arguments.quick, only_warm, arguments.op, part, allocator)
+        for suite in (SUITES if arguments.suite == "all" else [arguments.suite])
+        for allocator, only_warm in wanted
+    ]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,25 +80,22 @@ def run(arguments: argparse.Namespace) -> int:
 
         return tune.run(arguments)
     if not arguments.plain:
-        need("bench (without --plain)", "rich", extra="bench")
+        command.need("bench (without --plain)", "rich", extra="bench")
     if arguments.plot:
-        need("--plot", "matplotlib", extra="bench")
+        command.need("--plot", "matplotlib", extra="bench")
     old = read_rows(arguments.compare) if arguments.compare else []
-    rows: list[Row] = []
-    planned: Plan = []
-    if arguments.rows:
-        rows = in_order(merged(map(read_rows, arguments.rows)))
-    else:
-        planned = plan(arguments)
+    rows = in_order(merged(map(read_rows, arguments.rows or [])))
+    planned = [] if arguments.rows else plan(arguments)
+    if planned:
         device = harness.check_device(arguments.device)
-        if not any(choice.entries(device) for choice, _ in planned):
+        if not any(choice.entries(device) for choice in planned):
             raise Refused(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
     for path in arguments.fill:
         read_text(path)
     for path in filter(None, (arguments.json, arguments.csv, arguments.page, *arguments.fill)):
         check_writable(path)
     if arguments.plot is not None:
-        check_folder(arguments.plot, "--plot")
+        command.check_folder(arguments.plot, "--plot")
 
     stopped: list[str] = []
     code = 0
@@ -150,54 +134,40 @@ Show = Callable[[str | None, int | None], None]
 def showing(plain: bool, total: int) -> Iterator[Show]:
     """A function show(what runs now, cases done), on stderr: a live bar, or with ``plain`` a line for each case."""
     if plain:
-
-        def show_line(text: str | None, done: int | None) -> None:
-            if done is not None:
-                print(f"{done} of {total} cases", file=sys.stderr, flush=True)
-
-        yield show_line
+        say = functools.partial(print, file=sys.stderr, flush=True)
+        yield lambda text, done: None if done is None else say(f"{done} of {total} cases")
         return
-    with progress(console(stderr=True)) as bar:
+    with command.progress(command.console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda text, done: bar.update(task, description=text, completed=done)
 
 
 def in_order(rows: list[Row]) -> list[Row]:
-    """As one run measures them: by suite, allocator and operation."""
-    ops = [(suite, e.op) for suite, entries in SUITES.items() for e in entries]
-    suites = list(SUITES)
-
-    def place(r: Row) -> tuple[int, str, int]:
-        suite = suites.index(r.suite) if r.suite in suites else len(suites)
-        return suite, r.allocator, ops.index((r.suite, r.op)) if (r.suite, r.op) in ops else len(ops)
-
-    return sorted(rows, key=place)
+    """As one run measures them: by suite, allocator and operation; what no longer exists last."""
+    suites = {suite: i for i, suite in enumerate(SUITES)}
+    ops = {(suite, e.op): i for suite, entries in SUITES.items() for i, e in reversed([*enumerate(entries)])}
+    last = math.inf
+    return sorted(rows, key=lambda r: (suites.get(r.suite, last), r.allocator, ops.get((r.suite, r.op), last)))
 
 
-def measure(planned: Plan, device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
+def measure(planned: list[runs.Choice], device: Any, arguments: argparse.Namespace, rows: list[Row]) -> None:
     """Appends to ``rows`` and rewrites the files after each case, below a progress bar that says what runs now."""
-    entries = [choice.entries(device) for choice, _ in planned]
-    with showing(arguments.plain, sum(map(len, entries))) as show:
+    counts = [len(choice.entries(device)) for choice in planned]
+    with showing(arguments.plain, sum(counts)) as show:
         before = 0
-        for (choice, allocator), members in zip(planned, entries, strict=True):
+        for choice, count in zip(planned, counts, strict=True):
 
-            def tick(name: str, suite: str = choice.suite, allocator: str = allocator) -> None:
-                show(f"{suite} ({allocator}): {name}"[:100].replace("[", r"\["), None)
+            def tick(name: str, choice: runs.Choice = choice) -> None:
+                show(f"{choice.suite} ({choice.allocator}): {name}"[:100].replace("[", r"\["), None)
 
-            if not members:
-                continue
-            if allocator == allocator_in_use():
-                made = runs.run_entries(choice.suite, members, device, choice.quick, tick)
-            else:
-                made = runs.run_entries_warm(choice, device, tick)
             cases: set[tuple[str, ...]] = set()
-            for row in made:
+            for row in runs.run(choice, device, tick) if count else ():
                 if cases and row.case not in cases:
                     show(None, before + len(cases))
                     write(rows, arguments)
                 cases.add(row.case)
                 rows.append(row)
-            before += len(members)
+            before += count
             show(None, before)
             write(rows, arguments)
 
@@ -205,12 +175,11 @@ def measure(planned: Plan, device: Any, arguments: argparse.Namespace, rows: lis
 def publish(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> None:
     """Tables to stdout, then files and plots: where a disk is full the rows have been seen."""
     if not rows:
-        write(rows, arguments)
-        return
+        return write(rows, arguments)
     if arguments.plain:
         print(report.plain_report(rows))
     else:
-        screen = console(150)
+        screen = command.console(150)
         for suite, members in by_suite(rows).items():
             screen.print(report.suite_table(suite, members), "")
         if (table := report.goals_table(rows)) is not None:

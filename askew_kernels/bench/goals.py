@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from .rows import Row
+from .rows import Row, by_suite
 
 Measure = Callable[[list[Row]], float]
 ALLOCATORS = ("default", "warm")  # warm: glibc keeps freed memory
@@ -34,24 +35,18 @@ class Headline:
     peers: tuple[tuple[str, str], ...] = ()  # (implementation, its short name)
 
 
-# ---- figures from rows -----------------------------------------------------------------------------------------------
-
-
-def found(rows: list[Row], op: str, impl: str, allocator: str = "default") -> Row:
-    """The row of an implementation in the first case of that name; LookupError where it is missing or failed."""
-    first = next((r.case for r in rows if r.op == op and r.allocator == allocator), None)
-    for r in rows:
-        if r.case == first and r.impl == impl and r.p50 is not None:
-            return r
-    raise LookupError(f"{op}: {impl}")
+def first_case(rows: Iterable[Row], op: str, allocator: str = "default") -> dict[str, Row]:
+    """What was measured in the first case of that name, by implementation."""
+    mine = [r for r in rows if r.op == op and r.allocator == allocator]
+    return {r.impl: r for r in mine if r.case == mine[0].case and r.p50 is not None}
 
 
 def ratio(op: str, impl: str, to: str = "", allocator: str = "default") -> Measure:
     """p50 of ``impl`` over that of ``to`` (the case's baseline where not given), same case."""
 
     def measure(rows: list[Row]) -> float:
-        ours = found(rows, op, impl, allocator)
-        return ours.p50 / found(rows, op, to or ours.baseline, allocator).p50  # type: ignore[operator]
+        here = first_case(rows, op, allocator)
+        return here[impl].p50 / here[to or here[impl].baseline].p50  # type: ignore[operator]
 
     return measure
 
@@ -60,29 +55,19 @@ def ratio_to_best(op: str, impl: str, peers: Sequence[str], allocator: str = "de
     """p50 of ours over that of the fastest of the peers."""
 
     def measure(rows: list[Row]) -> float:
-        ratios = []
-        for peer in peers:
-            with contextlib.suppress(LookupError):
-                ratios.append(ratio(op, impl, peer, allocator)(rows))
-        return max(ratios)  # ValueError where there is none
+        here = first_case(rows, op, allocator)
+        return here[impl].p50 / min(here[peer].p50 for peer in peers if peer in here)  # type: ignore[operator, type-var]
 
     return measure
 
 
 def extreme(accept: Callable[[Row], bool], value: Callable[[Row], float | None], worst: Callable = max) -> Measure:
     """The worst ``value`` among the rows of ours that ``accept`` takes."""
-
-    def measure(rows: list[Row]) -> float:
-        return worst(v for r in rows if r.kind == "ours" and accept(r) and (v := value(r)) is not None)
-
-    return measure
+    return lambda rows: worst(v for r in rows if r.kind == "ours" and accept(r) and (v := value(r)) is not None)
 
 
 def rate(op: str, impl: str) -> Measure:
-    return lambda rows: found(rows, op, impl).rate or 0.0
-
-
-# ---- what rows reach -------------------------------------------------------------------------------------------------
+    return lambda rows: first_case(rows, op)[impl].rate or 0.0
 
 
 @dataclass
@@ -98,10 +83,9 @@ class GoalResult:
 
 def judge(goals: Mapping[str, Sequence[Goal]], rows: Iterable[Row]) -> list[GoalResult]:
     """Every goal (by suite) that these rows can answer."""
-    rows = list(rows)
-    results = []
+    results, suites = [], by_suite(rows)
     for suite, goal in ((suite, goal) for suite, members in goals.items() for goal in members):
-        mine = [r for r in rows if r.device_type == goal.device and r.suite == suite]
+        mine = [r for r in suites.get(suite, []) if r.device_type == goal.device]
         measured = reached = None
         with contextlib.suppress(LookupError, TypeError, ValueError, ZeroDivisionError):
             measured = goal.measure(mine)
@@ -111,28 +95,18 @@ def judge(goals: Mapping[str, Sequence[Goal]], rows: Iterable[Row]) -> list[Goal
     return results
 
 
-@dataclass(frozen=True)
-class HeadlineFigures:
-    headline: Headline
+class HeadlineFigures(NamedTuple):
+    title: str
     ours: Row
     peers: list[tuple[str, Row]]
-
-    @property
-    def title(self) -> str:
-        return f"{self.headline.text}, {self.ours.shape}"
 
 
 def headline_figures(headlines: Mapping[str, Sequence[Headline]], rows: Iterable[Row]) -> list[HeadlineFigures]:
     """The headlines (by suite) that these rows hold, default allocator."""
-    rows = list(rows)
-    figures = []
+    figures, suites = [], by_suite(rows)
     for suite, h in ((suite, h) for suite, members in headlines.items() for h in members):
-        mine = [r for r in rows if r.suite == suite]
-        with contextlib.suppress(LookupError):
-            ours = found(mine, h.op, h.ours)
-            others = []
-            for impl, name in h.peers:
-                with contextlib.suppress(LookupError):
-                    others.append((name, found(mine, h.op, impl)))
-            figures.append(HeadlineFigures(h, ours, others))
+        here = first_case(suites.get(suite, []), h.op)
+        if ours := here.get(h.ours):
+            peers = [(name, here[impl]) for impl, name in h.peers if impl in here]
+            figures.append(HeadlineFigures(f"{h.text}, {ours.shape}", ours, peers))
     return figures

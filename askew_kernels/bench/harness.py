@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import gc
+import itertools
 import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,6 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """Bytes read plus bytes written."""
         return self.read + 2 * self.updated + self.written
 
     @property
@@ -74,7 +75,7 @@ class Impl:
     run: Callable[[], Any] = lambda: None
     kind: str = "peer"
     traffic: Traffic | None = None
-    check: Callable[[Callable[[], Any]], None] | None = None
+    check: Callable[[Callable[[], Any]], Any] = lambda run: run()
     prepare: Callable[[], Any] | None = None
     first_call: str = ""  # what the first call holds, e.g. "compilation included": a row of its own
     backend: str = "torch"
@@ -119,7 +120,10 @@ class Context:
 
     device: torch.device
     quick: bool = False
-    environment: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def environment(self) -> dict[str, Any]:
+        return environment(self.device, self.quick)
 
     @property
     def is_cuda(self) -> bool:
@@ -192,9 +196,18 @@ class CudaClock:
         return start.elapsed_time(end)
 
 
+def clock_of(device: torch.device) -> CpuClock | CudaClock:
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
 def percentile(values: list[float], share: float) -> float:
     """Linear interpolation between the closest ranks."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(share))
+
+
+def now() -> str:
+    """UTC, ISO 8601."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def first_line(error: BaseException) -> str:
@@ -213,9 +226,9 @@ def interleave(
     failures: dict[str, str] = {}
 
     def is_due(impl: Impl, turn: int) -> bool:
-        if impl.name in failures or turns:
-            return impl.name not in failures
-        return turn < 3 or impl.calls * sum(times[impl.name]) < budget * (2 if turn < fewest else 1)
+        spent = impl.calls * sum(times[impl.name])
+        within = turns > 0 or turn < 3 or spent < budget * (2 if turn < fewest else 1)
+        return within and impl.name not in failures
 
     gc.collect()
     gc.disable()
@@ -249,14 +262,13 @@ def _quiet_stderr() -> Iterator[None]:
     """torch's profiler writes to file descriptor 2 itself."""
     sys.stderr.flush()
     kept = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(null, 2)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device, calls: int = 2) -> int:
@@ -273,17 +285,13 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, calls: int = 
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    resident = 0
-    seen = False
-    try:
+    resident = None
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: torch's own count remains
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = _status_bytes("VmRSS:")
         run()
         resident = _status_bytes("VmHWM:") - before
-        seen = True
-    except OSError:
-        pass  # not Linux, or not allowed: torch's own count remains
-    if seen and calls == 1:
+    if resident is not None and calls == 1:
         return resident
     from torch.profiler import ProfilerActivity, profile
 
@@ -291,12 +299,9 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, calls: int = 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             run()
         events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    held = most = 0
-    for event in events:
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return max(most, resident if resident >= 8_000_000 else 0)  # below, pages of code and of the profiler show
+    held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
+    resident = resident or 0
+    return max(0, *held, resident if resident >= 8_000_000 else 0)  # below, pages of code and of the profiler show
 
 
 # ---- ceilings --------------------------------------------------------------------------------------------------------
@@ -353,7 +358,7 @@ def prove(impl: Impl, device: torch.device) -> tuple[float, int | None]:
 
     prepare = impl.prepare or (lambda: None)
     prepare()
-    (impl.check or (lambda run: run()))(timed_run)
+    impl.check(timed_run)
     if impl.own_clock:
         return calls[0], None  # another process' memory
     prepare()
@@ -364,22 +369,18 @@ def run_case(
     suite: str, entry: Entry, context: Context, tick: Callable[[str], None] = lambda name: None
 ) -> Iterator[Row]:
     """Checks and measures one entry; yields its rows. A failing implementation becomes a row with a note."""
-    case = entry.build(context)
-    device = context.device
-    fixed = {**EMPTY, **(context.environment or environment(device, context.quick))}
-    fixed |= {"suite": suite, "op": entry.op, "shape": case.shape, "dtype": case.dtype, "baseline": case.baseline,
-              "unit": "ms", "repetitions": 0}  # fmt: skip
+    case, device = entry.build(context), context.device
+    fixed = {**EMPTY, **context.environment, "suite": suite, "op": entry.op, "shape": case.shape, "dtype": case.dtype,
+             "baseline": case.baseline, "unit": "ms", "repetitions": 0}  # fmt: skip
 
     def row(impl: Impl, /, **values: Any) -> Row:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        own = {"impl": impl.name, "kind": impl.kind, "backend": impl.backend, "note": impl.note, "time": now}
+        own = {"impl": impl.name, "kind": impl.kind, "backend": impl.backend, "note": impl.note, "time": now()}
         return Row(**{**fixed, **own, **values})
 
     ready: list[Impl] = []
     peaks: dict[str, int | None] = {}
     for impl in case.impls:
-        if impl.missing or impl.failed:
-            why = f"failed: {impl.failed}" if impl.failed else impl.missing
+        if why := f"failed: {impl.failed}" if impl.failed else impl.missing:
             yield row(impl, note=why if why.startswith(("left out", "failed")) else f"missing: {why}")
             continue
         tick(impl.name)
@@ -397,31 +398,30 @@ def run_case(
         ready.append(impl)
 
     ceilings = ceilings_of(case, device)
-    clock = CudaClock(device) if device.type == "cuda" else CpuClock()
-    times, failures = interleave([*ceilings, *ready], clock, context.quick, lambda: tick(""), case.turns)
+    shown = [*ceilings, *ready]
+    times, failures = interleave(shown, clock_of(device), context.quick, lambda: tick(""), case.turns)
     medians = {name: statistics.median(values) for name, values in times.items() if values and name not in failures}
-    copy_rate = line_rate = flop_rate = None
+    copy_rate = line_rate = None  # bytes/ms
     if case.numel:
         copy_rate = ceilings[0].traffic.total / medians["copy"]  # type: ignore[union-attr]
         line_rate = max(i.traffic.lines / medians[i.name] for i in ceilings if i.traffic)
-    if case.product:
-        flop_rate = 2e-9 * math.prod(case.product) / medians[PRODUCT]  # GFLOP/ms
+    product = 2e-9 * math.prod(case.product or (0,))  # GFLOP
 
     def limit_of(impl: Impl) -> float | None:
         if impl.kind == "ceiling":
             return None
         if impl.traffic is not None and copy_rate and line_rate:
             return impl.traffic.total / copy_rate if device.type == "cuda" else impl.traffic.lines / line_rate
-        return case.work / flop_rate if flop_rate and case.work_unit == "GFLOP" else None
+        return case.work * medians[PRODUCT] / product if product and case.work_unit == "GFLOP" else None
 
-    for impl in [*ceilings, *ready]:
+    for impl in shown:
         if impl.name in failures:
             yield row(impl, note=f"failed: {failures[impl.name]}")
             continue
         values, p50, traffic = times[impl.name], medians[impl.name], impl.traffic
         work, unit = case.work, case.work_unit
         if impl.kind == "ceiling":
-            work, unit = 2e-9 * math.prod(case.product or ()) * (impl.name == PRODUCT), "GFLOP"
+            work, unit = product * (impl.name == PRODUCT), "GFLOP"
         moved: dict[str, Any] = {}
         if traffic:
             percent = 100 * traffic.total / p50 / copy_rate if copy_rate else None

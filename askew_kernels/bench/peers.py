@@ -7,7 +7,6 @@ others. Nothing is imported before a case asks for it: some of these packages ta
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib
 import importlib.util
@@ -41,9 +40,18 @@ def why_missing(module: str) -> str:
     """ "" where the library is installed, else what to install."""
     if importlib.util.find_spec(module) is not None:
         return ""
-    if module in GPU_LIBRARIES:
-        return f"{DISTRIBUTIONS[module]} is not installed: pip install {DISTRIBUTIONS[module]}"
-    return f'{DISTRIBUTIONS[module]} is not installed: pip install "askew_kernels[peers]"'
+    install = DISTRIBUTIONS[module] if module in GPU_LIBRARIES else '"askew_kernels[peers]"'
+    return f"{DISTRIBUTIONS[module]} is not installed: pip install {install}"
+
+
+def shape_of(layer: nn.Linear) -> tuple[int, int, bool]:
+    return layer.in_features, layer.out_features, layer.bias is not None
+
+
+def filled(made: Any, layer: Any, strict: bool = True) -> Any:
+    """``made`` with copies of the layer's parameters, on its device."""
+    made.load_state_dict(layer.state_dict(), strict=strict)
+    return made.to(layer.weight.device)
 
 
 @functools.cache
@@ -58,18 +66,15 @@ def load(module: str) -> Any:
         return importlib.import_module(module)
 
 
-# ---- torchao ---------------------------------------------------------------------------------------------------------
-
-
-def _granularity(group: int | None) -> Any:
+def _weights(bits: int, group: int | None, **how: Any) -> Any:
     kinds = load("torchao.quantization.granularity")
-    return kinds.PerAxis(0) if group is None else kinds.PerGroup(group)
+    granularity = kinds.PerAxis(0) if group is None else kinds.PerGroup(group)
+    return load("torchao.quantization.qat").IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), granularity, **how)
 
 
 def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = None) -> nn.Module:
     """QAT weight quantizer per channel or group; its own absmax scale each time, or the ``scale`` that is given."""
-    qat = load("torchao.quantization.qat")
-    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), _granularity(group), is_dynamic=scale is None)
+    config = _weights(bits, group, is_dynamic=scale is None)
     quantizer = load("torchao.quantization.qat.fake_quantizer").IntxFakeQuantizer(config)
     if scale is not None:
         quantizer.scale, quantizer.zero_point = scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -78,21 +83,25 @@ def torchao_fake_quantizer(bits: int, group: int | None, scale: Tensor | None = 
 
 def torchao_linear(layer: nn.Linear, bits: int, group: int | None = None) -> nn.Linear:
     """A weight-only QAT linear layer with copies of this one's parameters."""
-    qat = load("torchao.quantization.qat")
-    config = qat.IntxFakeQuantizeConfig(getattr(torch, f"int{bits}"), _granularity(group))
-    made = load("torchao.quantization.qat.linear").FakeQuantizedLinear(
-        layer.in_features, layer.out_features, layer.bias is not None, weight_config=config
-    )
-    made.load_state_dict(layer.state_dict())
-    return made.to(layer.weight.device)
+    linear = load("torchao.quantization.qat.linear").FakeQuantizedLinear
+    return filled(linear(*shape_of(layer), weight_config=_weights(bits, group)), layer)
 
 
-def torchao_inference(layer: nn.Linear, config: str) -> nn.Module:
-    """A copy of this layer, quantized for inference by ``torchao.quantization.<config>()``."""
-    quantization = load("torchao.quantization")
-    made = nn.Sequential(copy.deepcopy(layer))
+def _torchao_inference(config: str, layer: nn.Linear) -> nn.Module:
+    """This layer, quantized for inference by ``torchao.quantization.<config>()``."""
+    quantization, made = load("torchao.quantization"), nn.Sequential(layer)
     quantization.quantize_(made, getattr(quantization, config)())
     return made
+
+
+torchao_int8_weights = functools.partial(_torchao_inference, "Int8WeightOnlyConfig")
+torchao_int8_dynamic = functools.partial(_torchao_inference, "Int8DynamicActivationInt8WeightConfig")
+
+
+def torch_dynamic(layer: nn.Linear) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
 
 
 def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
@@ -104,34 +113,22 @@ def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optim
 
 def torchao_int4(layer: nn.Linear) -> nn.Module:
     """int4 weights in groups of 128 for inference, bfloat16 activations, torch's own kernel (tinygemm); CUDA."""
-    quantization = load("torchao.quantization")
-    config = quantization.Int4WeightOnlyConfig(128, False, int4_packing_format="tile_packed_to_4d")
-    made = layer.to(torch.bfloat16)
-    quantization.quantize_(made, config)
+    quantization, made = load("torchao.quantization"), layer.to(torch.bfloat16)
+    quantization.quantize_(made, quantization.Int4WeightOnlyConfig(128, False, int4_packing_format="tile_packed_to_4d"))
     return Converted(made, torch.bfloat16)
 
 
-# ---- brevitas --------------------------------------------------------------------------------------------------------
-
-
-def brevitas_layer(layer: nn.Module, bits: int, per_channel: bool = True) -> nn.Module:
+def brevitas_layer(layer: nn.Linear | nn.Conv2d, bits: int, per_channel: bool = True) -> nn.Module:
     """A weight-only QAT nn.Linear or nn.Conv2d with copies of this one's parameters; its own absmax scale."""
-    made: nn.Module
     layers, quant = load("brevitas.nn"), load("brevitas.quant")
     rule = quant.Int8WeightPerChannelFloat if per_channel else quant.Int8WeightPerTensorFloat
-    options = dict(bias=layer.bias is not None, weight_quant=rule, weight_bit_width=bits)
+    options = {"weight_quant": rule, "weight_bit_width": bits}
     if isinstance(layer, nn.Conv2d):
-        made = layers.QuantConv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, **options
-        )
+        geometry = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
+        made = layers.QuantConv2d(*geometry, bias=layer.bias is not None, **options)
     else:
-        assert isinstance(layer, nn.Linear)
-        made = layers.QuantLinear(layer.in_features, layer.out_features, **options)
-    made.load_state_dict(layer.state_dict(), strict=False)  # its quantizers bring entries of their own
-    return made.to(layer.weight.device)  # type: ignore[arg-type]
-
-
-# ---- gemlite, Liger: on a GPU only -----------------------------------------------------------------------------------
+        made = layers.QuantLinear(*shape_of(layer), **options)
+    return filled(made, layer, strict=False)  # its quantizers bring entries of their own
 
 
 class Converted(nn.Module):
@@ -162,23 +159,15 @@ def gemlite_linear(layer: nn.Linear, bits: int, group: int = 128) -> nn.Module:
 
 
 def liger_layer_norm(layer: nn.LayerNorm) -> nn.Module:
-    made = load("liger_kernel.transformers").LigerLayerNorm(layer.normalized_shape[0], eps=layer.eps, bias=True)
-    made.load_state_dict(layer.state_dict())
-    return made.to(layer.weight.device)
+    norm = load("liger_kernel.transformers").LigerLayerNorm
+    return filled(norm(layer.normalized_shape[0], eps=layer.eps, bias=True), layer)
 
 
 def liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
     return load("liger_kernel.transformers").LigerCrossEntropyLoss()
 
 
-# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
-
-
 def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
     """NF4 weights in blocks of 64 for inference, fp32 arithmetic, made from this layer's parameters."""
-    bnb = load("bitsandbytes")
-    made = bnb.nn.Linear4bit(
-        layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
-    )
-    made.load_state_dict(layer.state_dict())
-    return made.to(layer.weight.device)  # moving quantizes
+    linear = load("bitsandbytes").nn.Linear4bit
+    return filled(linear(*shape_of(layer), compute_dtype=torch.float32, quant_type="nf4"), layer)  # moving quantizes

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .. import figures
-from ..command import Failed, markdown_table
+from ..command import Failed, grouped, markdown_table
 from .goals import GoalResult, HeadlineFigures, headline_figures, judge
 from .rows import Row, by_case, by_suite, compare
 from .suites import GOALS, HEADLINES
-
-SIGNS = {"<=": "≤", ">=": "≥"}
 
 
 def goals(rows: Iterable[Row]) -> list[GoalResult]:
@@ -21,12 +19,10 @@ def goals(rows: Iterable[Row]) -> list[GoalResult]:
 
 
 def _size(n: float | None) -> str:
-    if n is None:
-        return ""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n >= scale:
+        if n is not None and n >= scale:
             return f"{n / scale:.3g} {unit}"
-    return f"{n:.0f} B"
+    return "" if n is None else f"{n:.0f} B"
 
 
 def _significant(value: float | None, digits: int = 3) -> str:
@@ -36,6 +32,10 @@ def _significant(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def _listed(*texts: str) -> str:
+    return ", ".join(filter(None, texts))
+
+
 def _threads(r: Row) -> str:
     return f"{r.threads} thread{'s' if r.threads != 1 else ''}"
 
@@ -43,17 +43,17 @@ def _threads(r: Row) -> str:
 def _where(r: Row) -> str:
     """Shape, type and allocator of a case."""
     allocator = f"{r.allocator} allocator" if r.device_type == "cpu" else ""
-    return ", ".join(filter(None, (r.shape, r.dtype, allocator)))
+    return _listed(r.shape, r.dtype, allocator)
 
 
 def _taken(rows: Iterable[Row]) -> str:
     """Commits, days and instruction sets of the rows, which may be of several runs."""
     rows = list(rows)
-    commits = ", ".join(dict.fromkeys(r.commit or "no commit" for r in rows))
+    commits = _listed(*dict.fromkeys(r.commit or "no commit" for r in rows))
     days = sorted({r.time[:10] for r in rows})
-    sets = ", ".join(filter(None, dict.fromkeys(r.instructions for r in rows)))
+    sets = dict.fromkeys(r.instructions for r in rows)
     commit = f"commit{'s' if ',' in commits else ''} {commits}"
-    return ", ".join(filter(None, (sets, commit, " to ".join(dict.fromkeys((days[0], days[-1]))))))
+    return _listed(*sets, commit, " to ".join(dict.fromkeys((days[0], days[-1]))))
 
 
 # Heading -> text of a row's cell; a column that all rows leave empty is not shown.
@@ -77,7 +77,8 @@ def _columns(rows: Iterable[Row]) -> dict[str, Callable[[Row], str]]:
 def _verdict(g: GoalResult) -> tuple[str, str, str]:
     """Wanted, measured, reached or not."""
     measured = "not measured" if g.measured is None else f"{g.measured:.3g}"
-    return f"{SIGNS[g.sense]} {g.wanted:g}", measured, {None: "", True: "reached", False: "**MISSED**"}[g.reached]
+    sign = {"<=": "≤", ">=": "≥"}[g.sense]
+    return f"{sign} {g.wanted:g}", measured, {None: "", True: "reached", False: "**MISSED**"}[g.reached]
 
 
 # ---- on a terminal ---------------------------------------------------------------------------------------------------
@@ -142,8 +143,8 @@ def comparison_report(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
         times = f"{m.factor:.2f} × the time" if m.factor > 1 else f"{1 / m.factor:.2f} × faster"
         spreads = [f"{_significant(x.p50)} ({_significant(x.p20)}–{_significant(x.p80)})" for x in (m.old, r)]
         lines.append(f"  {times}: {where}: {' -> '.join(spreads)} ms")
-    for text, rows in (("only in the old run", gone), ("only in this run", added)):
-        lines += [f"{len(rows)} rows {text}"] if rows else []
+    lines += [f"{len(gone)} rows only in the old run"] * bool(gone)
+    lines += [f"{len(added)} rows only in this run"] * bool(added)
     devices = {r.device for r in old} ^ {r.device for r in new}
     if devices and moves:
         lines.append(f"different devices: {', '.join(sorted(devices))}; only ratios carry over")
@@ -203,14 +204,13 @@ def _legend(figure: Any, rows: Sequence[Row], columns: int = 5, spread: bool = T
     from matplotlib.lines import Line2D
 
     texts, kinds = {"ours": "this package", "baseline": "baseline", "peer": "others"}, {r.kind for r in rows}
-    handles = [Line2D([], [], color=COLORS[k], marker="o", label=t) for k, t in texts.items() if k in kinds]
+    looks: dict[str, dict[str, Any]] = {t: {"color": COLORS[k], "marker": "o"} for k, t in texts.items() if k in kinds}
     if any(r.kind == "ours" and _limit_ratio(r) for r in rows):
-        text = "least time that the ceilings, measured in the same turns, allow ours"
-        handles.append(
-            Line2D([], [], color=RED, marker="|", linestyle="", markersize=10, markeredgewidth=1.6, label=text)
-        )
+        looks["least time that the ceilings, measured in the same turns, allow ours"] = {
+            "color": RED, "marker": "|", "linestyle": "", "markersize": 10, "markeredgewidth": 1.6}  # fmt: skip
     if spread:
-        handles.append(Line2D([], [], color="#777777", linewidth=3.2, alpha=0.45, label="p20–p80"))
+        looks["p20–p80"] = {"color": "#777777", "linewidth": 3.2, "alpha": 0.45}
+    handles = [Line2D([], [], label=text, **look) for text, look in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
 
 
@@ -218,23 +218,18 @@ def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     """One panel for each case, in columns of about equal height; all panels have the same axis."""
     from matplotlib.figure import Figure
 
-    columns: list[list[list[Row]]] = [[]]
     heights = [len(case) + 2.6 for case in cases]
-    wanted = 1 if len(cases) < 3 else 2
-    for case, before in zip(cases, (sum(heights[:i]) for i in range(len(cases))), strict=True):
-        if len(columns) < wanted and before >= sum(heights) / 2 - 2:
-            columns.append([])
-        columns[-1].append(case)
+    half = next(i for i in range(len(cases) + 1) if sum(heights[:i]) >= sum(heights) / 2 - 2)
+    columns = [cases] if len(cases) < 3 else [*filter(None, (cases[:half], cases[half:]))]
     tallest = max(sum(len(case) + 2.6 for case in column) for column in columns)
     rows = [r for case in cases for r in case]
     ends = [r.ratio * p / r.p50 for r in rows for p in (r.p20, r.p80) if r.ratio and r.p50 and p]
     low, high = min(*ends, *filter(None, map(_limit_ratio, rows)), 1) * 0.8, max(*ends, 1) * 1.25
     figure = Figure(figsize=(8.5 * len(columns), 0.24 * tallest + 1.0), layout="constrained")
     several = len({r.allocator for r in rows}) > 1
-    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
-    for part, column in zip(parts, columns, strict=True):
-        spare = tallest - sum(len(case) + 2.6 for case in column)
-        ratios = [len(case) + 2.6 for case in column] + [spare] * (spare > 0)
+    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
+        ratios = [len(case) + 2.6 for case in column]
+        ratios += [tallest - sum(ratios)] * (tallest > sum(ratios))
         axes = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
         for axis in axes[len(column) :]:
             axis.set_axis_off()
@@ -245,7 +240,7 @@ def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
             _log_axis(axis, low, high)
             _dots(axis, case)
             axis.set_xlabel(f"time ÷ {head.baseline} (log)", fontsize=8)
-    _legend(figure, rows, 3 if wanted == 1 else 5)
+    _legend(figure, rows, 5 if columns[1:] else 3)
     return _save(figure, suite, rows)
 
 
@@ -260,19 +255,20 @@ def _size_of(shape: str) -> tuple[str, float]:
 def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
     """One panel for each operation and kind of shape that was measured at several sizes: a line for each
     implementation, over the size."""
-    panels: dict[tuple[str, str], list[Row]] = {}
-    for r in (r for case in cases for r in case):
-        panels.setdefault((r.op.removesuffix("by size").rstrip(", "), _size_of(r.shape)[0]), []).append(r)
+    all_rows = [r for case in cases for r in case]
+    panels = grouped(all_rows, lambda r: (r.op.removesuffix("by size").rstrip(", "), _size_of(r.shape)[0]))
     ops = list(dict.fromkeys(op for op, _ in panels))
     ordered = sorted(panels.items(), key=lambda item: (ops.index(item[0][0]), len(item[0][1]), item[0][1]))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    width = max(5.2 * columns, 9)
-    figure, axes = figures.figure(lines, columns, width, 3.4 * lines + 1.2, sharey=True)
+    figure, axes = figures.figure(lines, columns, max(5.2 * columns, 9), 3.4 * lines + 1.2, sharey=True)
     names = list(dict.fromkeys(r.impl for rows in panels.values() for r in rows))
+    ratios = [r.ratio for r in all_rows if r.ratio]
+    steps = (1, 2, 5) if max(ratios) > 10 * min(ratios) else (1, 1.2, 1.5, 2, 3, 4, 5, 7)
+    ticks = [s * 10.0**e for e in (-1, 0, 1, 2) for s in steps]
     for axis, ((op, unit), rows) in zip(axes, ordered, strict=False):
-        for impl in dict.fromkeys(r.impl for r in rows):
-            mine = sorted((r for r in rows if r.impl == impl), key=lambda r: _size_of(r.shape)[1])
+        for impl, mine in grouped(rows, lambda r: r.impl).items():
+            mine.sort(key=lambda r: _size_of(r.shape)[1])
             ours = mine[0].kind == "ours"
             axis.plot([_size_of(r.shape)[1] for r in mine], [r.ratio for r in mine], marker="o", markersize=4,
                       color=f"C{names.index(impl)}", linewidth=2.2 if ours else 1.2, label=impl,
@@ -284,15 +280,12 @@ def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         axis.set_yscale("log")
         axis.set_xticks(sizes, [f"{s / 2**20:g}M" if s >= 2**20 else f"{s:g}" for s in sizes])
         axis.set_xticks([], minor=True)
-        ratios = [r.ratio for case in cases for r in case if r.ratio]
-        steps = (1, 2, 5) if max(ratios) > 10 * min(ratios) else (1, 1.2, 1.5, 2, 3, 4, 5, 7)
-        ticks = [s * 10.0**e for e in (-1, 0, 1, 2) for s in steps]
         axis.set_yticks([t for t in ticks if min(ratios) * 0.9 < t < max(ratios) * 1.1])
         axis.set_yticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
     figure.supylabel(f"time ÷ {cases[0][0].baseline} (log)", fontsize=8.5)
     figures.legend_below(figure, axes, 3)
-    return _save(figure, f"{suite}-by-size", [r for case in cases for r in case])
+    return _save(figure, f"{suite}-by-size", all_rows)
 
 
 def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
@@ -378,14 +371,14 @@ def summary_table(rows: Sequence[Row]) -> str:
     found = headline_figures(HEADLINES, rows)
     if not found:
         raise Failed("the rows hold none of the headlines: measure without --quick")
-    lines = []
-    for f in found:
-        others = ", ".join(f"{name} {_significant(r.ratio)}" for name, r in f.peers)
-        ours = f"**{_significant(f.ours.ratio)}**"
-        lines.append((f.title, f.ours.baseline, ours, _significant(_limit_ratio(f.ours)), others))
+    lines = [
+        (f.title, f.ours.baseline, f"**{_significant(f.ours.ratio)}**", _significant(_limit_ratio(f.ours)),
+         _listed(*(f"{name} {_significant(r.ratio)}" for name, r in f.peers)))
+        for f in found
+    ]  # fmt: skip
     first, results = found[0].ours, goals(rows)
     suites = [f"{suite}: {_taken(members)}" for suite, members in by_suite(f.ours for f in found).items()]
-    where = ", ".join(filter(None, (first.device, _threads(first), f"torch {first.torch}", first.versions)))
+    where = _listed(first.device, _threads(first), f"torch {first.torch}", first.versions)
     missed = [g for g in results if g.reached is False]
     measured = sum(g.reached is not None for g in results)
     return "\n\n".join([
@@ -404,9 +397,8 @@ def case_markdown(case: Sequence[Row]) -> str:
     head, columns = case[0], _columns(case)
     lines = []
     for r in case:
-        note = f" ({r.note})" if r.note and r.p50 is not None else f": {r.note}" if r.note else ""
-        cells = ["" if r.p50 is None else cell(r) for cell in columns.values()]
-        lines.append([f"{r.impl}{note}", *cells])
+        note = (f": {r.note}" if r.p50 is None else f" ({r.note})") if r.note else ""
+        lines.append([f"{r.impl}{note}", *("" if r.p50 is None else cell(r) for cell in columns.values())])
     what = f"**{head.op}**, {_where(head)}; {_taken(case)}"
     return f"{what}\n\n{markdown_table(('implementation', *columns), lines)}"
 
@@ -414,12 +406,12 @@ def case_markdown(case: Sequence[Row]) -> str:
 def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     """A Markdown page of a whole run: where, goals, every row, the plots."""
     first = rows[0]
-    where = [_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _taken(rows)]
+    where = _listed(_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _taken(rows))
     quick = ", **quick sizes**" if first.quick else ""
     parts = [
         f"# Measured on {first.device}",
         "Made by `python -m askew_kernels bench --page`; how to read it: [benchmarks/README.md](../../README.md).",
-        f"{', '.join(filter(None, where))}{quick}. Each case names its own commit.",
+        f"{where}{quick}. Each case names its own commit.",
     ]
     if goals(rows):
         parts += ["## Goals", goals_markdown(rows)]

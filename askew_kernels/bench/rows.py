@@ -95,23 +95,19 @@ def merged(runs: Iterable[Iterable[Row]]) -> list[Row]:
     return [r for rows in cases.values() for r in rows]
 
 
-# ---- where and with what ---------------------------------------------------------------------------------------------
-
-
 def _commit() -> str:
     """Short hash of the commit that this package stands in, "+" where the tree was changed; "" outside a checkout."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        command = ["git", "-C", str(PACKAGE), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
-    try:
-        if not git("ls-files", "--error-unmatch", "__init__.py"):
-            return ""  # e.g. installed into a virtual environment inside some other repository
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(PACKAGE), str(PACKAGE.parent / "csrc"))
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        # not here: e.g. installed into a virtual environment inside some other repository
+        if git("ls-files", "--error-unmatch", "__init__.py"):
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../csrc")
+            return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    return ""
 
 
 def device_name(device: torch.device) -> str:
@@ -148,23 +144,20 @@ def environment(device: torch.device, quick: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def rows_to_json(rows: Iterable[Row], results: Iterable[Any] = ()) -> str:
     """A document with one line for each row and each goal's result, so that two of them can be compared as text too."""
     lines, judged = (",\n  ".join(json.dumps(asdict(r)) for r in part) for part in (rows, results))
     return f'{{"schema": {SCHEMA_VERSION},\n "rows": [\n  {lines}\n ],\n "goals": [\n  {judged}\n ]}}\n'
 
 
-def rows_from_json(text: str) -> list[Row]:
+def rows_from_json(text: str, where: str = "") -> list[Row]:
     """The inverse of ``rows_to_json``; fields of a later version are left out, those that an earlier one lacks are
     empty. Raises Refused for anything else than such a document."""
     try:
         found = json.loads(text)["rows"]
         return [Row(**{**EMPTY, **{k: v for k, v in r.items() if k in ROW_FIELDS}}) for r in found]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"not a file of bench rows ({type(error).__name__}: {error})") from None
+        raise Refused(f"{where}not a file of bench rows ({type(error).__name__}: {error})") from None
 
 
 def read_text(path: Path) -> str:
@@ -175,11 +168,7 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    text = read_text(path)
-    try:
-        return rows_from_json(text)
-    except Refused as error:
-        raise Refused(f"{path}: {error}") from None
+    return rows_from_json(read_text(path), f"{path}: ")
 
 
 def rows_to_csv(rows: Iterable[Row]) -> str:
@@ -190,9 +179,6 @@ def rows_to_csv(rows: Iterable[Row]) -> str:
         losses = None if r.losses is None else " ".join(f"{v:.6g}" for v in r.losses)
         writer.writerow({k: "" if v is None else v for k, v in {**asdict(r), "losses": losses}.items()})
     return out.getvalue()
-
-
-# ---- comparison with an earlier run ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -222,5 +208,5 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> tuple[list[Move], list[Ro
     after = {_identity(r): r for r in new if r.p50}
     moves = [Move(before[key], r) for key, r in after.items() if key in before]
     moves.sort(key=lambda m: max(m.factor, 1 / m.factor), reverse=True)
-    gone = [r for key, r in before.items() if key not in after]
-    return moves, gone, [r for key, r in after.items() if key not in before]
+    gone, added = ([r for key, r in a.items() if key not in b] for a, b in ((before, after), (after, before)))
+    return moves, gone, added

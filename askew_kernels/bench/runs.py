@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import os
 import platform
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from ..command import Failed
 from .harness import Context, Entry, first_line, run_case
-from .rows import PACKAGE, Row, environment
+from .rows import PACKAGE, Row, allocator_in_use
 from .suites import SUITES
 
 # glibc keeps freed memory: fresh outputs cause no page faults (docs/notes.md)
@@ -33,83 +33,79 @@ class Choice:
     only_warm: bool = False
     op: str = ""
     part: tuple[int, int] = (1, 1)
+    allocator: str = "default"
 
     def entries(self, device: torch.device) -> list[Entry]:
-        fitting = [e for e in SUITES[self.suite] if device.type in e.devices and (e.quick or not self.quick)]
-        fitting = [e for e in fitting if self.op in e.op and (e.warm or not self.only_warm)]
+        fitting = [e for e in SUITES[self.suite] if device.type in e.devices and self.op in e.op]
+        fitting = [e for e in fitting if (e.quick or not self.quick) and (e.warm or not self.only_warm)]
         i, n = self.part
         return fitting[len(fitting) * (i - 1) // n : len(fitting) * i // n]
 
 
-def run_entries(
-    suite: str,
-    entries: Sequence[Entry],
-    device: torch.device,
-    quick: bool = False,
-    tick: Callable[[str], None] = lambda name: None,
-) -> Iterator[Row]:
-    """The rows of these entries, as they come, with this process' allocator."""
-    context = Context(device, quick, environment(device, quick))
-    for entry in entries:
+Tick = Callable[[str], None]  # told what is run now
+
+
+def run(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """The rows of these entries, as they come."""
+    return (run_entries if choice.allocator == allocator_in_use() else run_entries_warm)(choice, device, tick)
+
+
+def run_entries(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """With this process' allocator."""
+    context = Context(device, choice.quick)
+    for entry in choice.entries(device):
         tick(entry.op)
         torch.manual_seed(0)
+        told = lambda name, op=entry.op: tick(f"{op}: {name}" if name else "")  # noqa: E731
         try:
-            yield from run_case(suite, entry, context, lambda name, op=entry.op: tick(f"{op}: {name}" if name else ""))  # type: ignore[misc]
+            yield from run_case(choice.suite, entry, context, told)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise Failed(f"{suite}, {entry.op}: not enough memory ({first_line(error)})") from None
+            raise Failed(f"{choice.suite}, {entry.op}: not enough memory ({first_line(error)})") from None
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def run_entries_warm(choice: Choice, device: torch.device, tick: Callable[[str], None]) -> Iterator[Row]:
-    """The rows of these entries in a child process whose glibc keeps freed memory."""
+def run_entries_warm(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
+    """In a child process whose glibc keeps freed memory."""
     if platform.libc_ver()[0] != "glibc":
         raise Failed("--allocator warm: needs glibc, which reads GLIBC_TUNABLES")
-    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES)))
-    command = [sys.executable, "-m", "askew_kernels.bench", device.type, json.dumps(asdict(choice))]
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "GLIBC_TUNABLES": tunables, "PYTHONPATH": path},
-    )  # fmt: skip
-    assert child.stdout is not None and child.stderr is not None
-    with contextlib.closing(child.stdout), contextlib.closing(child.stderr):
-        try:
-            errors: list[str] = []
-            drain = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
-            drain.start()
-            for line in child.stdout:
-                try:
-                    message = json.loads(line)
-                except ValueError:
-                    continue  # something a library printed
-                if "row" in message:
-                    yield Row(**message["row"])
-                else:
-                    tick(message["tick"])
-            code = child.wait()
-            drain.join(5)
-        finally:  # before its pipes are closed, which would wait for the thread that reads them
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    if code:
-        last = errors[-1].strip() if errors else f"exit code {code}"
-        raise Failed(f"{choice.suite} with the warm allocator: {last}")
+    program = f"import sys; from {__name__} import child_main; sys.exit(child_main(*sys.argv[1:]))"
+    command = [sys.executable, "-c", program, device.type, json.dumps(asdict(choice))]
+    variables = {
+        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), WARM_TUNABLES))),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH")))),
+    }
+    with tempfile.TemporaryFile("w+") as errors:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, env={**os.environ, **variables}, **pipes) as child:
+            try:
+                for line in child.stdout or ():
+                    try:
+                        message = json.loads(line)
+                    except ValueError:
+                        continue  # something a library printed
+                    if "row" in message:
+                        yield Row(**message["row"])
+                    else:
+                        tick(message["tick"])
+            except BaseException:
+                child.kill()  # leaving waits for it
+                raise
+        if child.returncode:
+            errors.seek(0)
+            last = [f"exit code {child.returncode}", *errors.read().strip().splitlines()][-1]
+            raise Failed(f"{choice.suite} with the warm allocator: {last}")
 
 
-def child_main(arguments: list[str]) -> int:
-    """Entry point of the child process: rows and ticks as JSON lines on stdout."""
-    device = torch.device(arguments[0])
-    choice = Choice(**json.loads(arguments[1]))
+def child_main(device: str, text: str) -> int:
+    """The child process: rows and ticks as JSON lines on stdout."""
 
     def send(message: dict) -> None:
         print(json.dumps(message), flush=True)
 
     try:
-        rows = run_entries(choice.suite, choice.entries(device), device, choice.quick, lambda t: send({"tick": t}))
-        for row in rows:
+        for row in run_entries(Choice(**json.loads(text)), torch.device(device), lambda name: send({"tick": name})):
             send({"row": asdict(row)})
     except KeyboardInterrupt:
         return 130

@@ -9,7 +9,6 @@ passes) is at least 3 % shorter, twice: what stands in a table is no noise.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
 import itertools
 import json
@@ -33,6 +32,7 @@ LEAST_GAIN = 0.97
 Values = dict[str, int]
 Run = Callable[[], Sequence[Tensor]]  # gives the tensors that it wrote
 Build = Callable[[torch.device], Run]
+Passes = dict[str, Build]
 
 
 # ---- what is run: the passes, each on tensors of its own -------------------------------------------------------------
@@ -51,92 +51,83 @@ def _scale(rows: int, device: torch.device) -> Tensor:
     return torch.full((rows,), 0.01, device=device)
 
 
-def quantize(rows: int, cols: int, scales: int, dtype: torch.dtype = torch.float32, fresh: bool = False) -> Build:
+def on_device(make: Callable[..., Run]) -> Callable[..., Build]:
+    """make(device, *what) as a function of ``what`` that gives one of the device."""
+    return lambda *what, **how: lambda device: make(device, *what, **how)
+
+
+@on_device
+def quantize(
+    device: torch.device, rows: int, cols: int, scales: int, dtype: torch.dtype = torch.float32, fresh: bool = False
+) -> Run:
     """Into an existing tensor, or into a new one, which is freed before the next call."""
-
-    def build(device: torch.device) -> Run:
-        x, s = _normal((rows, cols), device).to(dtype), _scale(scales, device)
-        out = torch.empty_like(x)
-        return lambda: [ops.fake_quantize(x, s, GRID) if fresh else ops.fake_quantize_out_(x, s, GRID, out)]
-
-    return build
+    x, s = _normal((rows, cols), device).to(dtype), _scale(scales, device)
+    out = torch.empty_like(x)
+    return lambda: [ops.fake_quantize(x, s, GRID) if fresh else ops.fake_quantize_out_(x, s, GRID, out)]
 
 
-def clip(rows: int, cols: int, dtype: torch.dtype = torch.float32) -> Build:
-    def build(device: torch.device) -> Run:
-        x, g = (_normal((rows, cols), device, seed).to(dtype) for seed in (0, 1))
-        s = _scale(rows, device)
-        return lambda: [ops.ste_clip_(g, x, s, GRID)]
-
-    return build
+@on_device
+def clip(device: torch.device, rows: int, cols: int) -> Run:
+    x, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
+    return lambda: [ops.ste_clip_(g, x, s, GRID)]
 
 
-def step(rows: int, cols: int, momentum: float) -> Build:
+@on_device
+def step(device: torch.device, rows: int, cols: int, momentum: float) -> Run:
     """An annealed ASkewSGD step."""
+    w, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
+    buffers = [torch.zeros_like(w)] if momentum else None
 
-    def build(device: torch.device) -> Run:
-        w, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
-        buffers = [torch.zeros_like(w)] if momentum else None
+    def run() -> Sequence[Tensor]:
+        ops.skew_sgd_([w], [g], buffers, [s], [GRID], lr=0.05, eps=0.3, momentum=momentum)
+        return [w, *(buffers or [])]
 
-        def run() -> Sequence[Tensor]:
-            ops.skew_sgd_([w], [g], buffers, [s], [GRID], lr=0.05, eps=0.3, momentum=momentum)
-            return [w, *(buffers or [])]
-
-        return run
-
-    return build
+    return run
 
 
-def perturb_and_restore(shapes: Sequence[tuple[int, ...]]) -> Build:
-    def build(device: torch.device) -> Run:
-        weights = [_normal(shape, device, i) for i, shape in enumerate(shapes)]
-        grads = [_normal(shape, device, 1000 + i) for i, shape in enumerate(shapes)]
-        kept = [torch.empty_like(w) for w in weights]
-        coefficients = torch.tensor([0.1, 0.0], device=device)
+@on_device
+def perturb_and_restore(device: torch.device, shapes: Sequence[tuple[int, ...]]) -> Run:
+    weights = [_normal(shape, device, i) for i, shape in enumerate(shapes)]
+    grads = [_normal(shape, device, 1000 + i) for i, shape in enumerate(shapes)]
+    kept = [torch.empty_like(w) for w in weights]
+    coefficients = torch.tensor([0.1, 0.0], device=device)
 
-        def run() -> Sequence[Tensor]:
-            ops.sam_perturb_(weights, grads, kept, coefficients, adaptive=True)
-            ops.sam_restore_(weights, kept)
-            return [*weights, *kept]
+    def run() -> Sequence[Tensor]:
+        ops.sam_perturb_(weights, grads, kept, coefficients, adaptive=True)
+        ops.sam_restore_(weights, kept)
+        return [*weights, *kept]
 
-        return run
-
-    return build
+    return run
 
 
-def packed_product(tokens: int, rows: int, cols: int, group: int) -> Build:
+@on_device
+def packed_product(device: torch.device, tokens: int, rows: int, cols: int, group: int) -> Run:
     """bfloat16 inputs times 4-bit codes."""
-
-    def build(device: torch.device) -> Run:
-        x = _normal((tokens, cols), device).bfloat16()
-        codes = (_normal((rows, cols // 2), device, 1) * 2e3).clamp(-128, 127).to(torch.int8).view(torch.uint8)
-        scale = _scale(rows * cols // group if group else rows, device)
-        return lambda: [ops.packed_linear(x, codes, scale, GRID, 4)]
-
-    return build
+    x = _normal((tokens, cols), device).bfloat16()
+    codes = (_normal((rows, cols // 2), device, 1) * 2e3).clamp(-128, 127).to(torch.int8).view(torch.uint8)
+    scale = _scale(rows * cols // group if group else rows, device)
+    return lambda: [ops.packed_linear(x, codes, scale, GRID, 4)]
 
 
-def passes(section: str, name: str, quick: bool) -> dict[str, Build]:
+def passes(section: str, name: str, quick: bool) -> Passes:
     """What a parameter, or a choice of several, is judged by."""
     n = 1024 if quick else 4096
     if section == "triton_packed":
         n = 512 if quick else 8192
-        few, many = ((1,), (16,)) if quick else ((1, 4), (16, 64))
+        counts = ((1, 4) if name.startswith("few") else (16, 64))[: 1 if quick else 2]
         return {
             f"{count} x {n}x{n}" + (f", groups of {group}" if group else ""): packed_product(count, n, n, group)
-            for count in (few if name.startswith("few") else many) for group in (0, 128)
+            for count in counts for group in (0, 128)
         }  # fmt: skip
-    if section in ("cuda", "triton"):
-        n = 1024 if quick else 8192
-        made = {f"quantize {n}x{n}": quantize(n, n, n), f"clip {n}x{n}": clip(n, n)}
-        if not quick:
-            made[f"quantize {n}x{n}, groups of 128"] = quantize(n, n, n * n // 128)
-            made[f"quantize {n}x{n} bfloat16"] = quantize(n, n, n, torch.bfloat16)
-        return made
+    if section in ("cuda", "triton") and not quick:
+        n = 8192
     large = {f"quantize {n}x{n}": quantize(n, n, n), f"clip {n}x{n}": clip(n, n)}
+    if section in ("cuda", "triton"):
+        more = {f"quantize {n}x{n}, groups of 128": quantize(n, n, n * n // 128),
+                f"quantize {n}x{n} bfloat16": quantize(n, n, n, torch.bfloat16)}  # fmt: skip
+        return large if quick else {**large, **more}
     if name == "prefetch_columns":
-        steps = {f"step {n}x{n}": step(n, n, 0.0), f"momentum step {n}x{n}": step(n, n, 0.9)}
-        return {**large, **steps}
+        return {**large, f"step {n}x{n}": step(n, n, 0.0), f"momentum step {n}x{n}": step(n, n, 0.9)}
     if name == "piece_columns":
         return {**large, f"quantize {n * n} in one row": quantize(1, n * n, 1)}
     if name == "serial_elements":
@@ -177,9 +168,7 @@ def _text(values: Values) -> str:
     return ", ".join("never" if v == tuning.NEVER else str(v) for v in values.values())
 
 
-def check_bits(
-    section: str, name: str, candidates: list[Values], judged: dict[str, Build], device: torch.device
-) -> None:
+def check_bits(section: str, name: str, candidates: list[Values], judged: Passes, device: torch.device) -> None:
     """Raises Failed where a value gives other bits (other sums) than the first one."""
     same = _same_sums if section in tuning.SUMS else _same_bits
     for what, build in judged.items():
@@ -193,16 +182,14 @@ def check_bits(
 
 
 def in_turns(
-    section: str, candidates: list[Values], judged: dict[str, Build], device: torch.device, quick: bool
+    section: str, candidates: list[Values], judged: Passes, device: torch.device, quick: bool
 ) -> tuple[list[float], list[list[float]]]:
     """For each candidate its time over that of the first, the geometric mean over the passes; and its milliseconds."""
-    clock = harness.CudaClock(device) if device.type == "cuda" else harness.CpuClock()
+    clock = harness.clock_of(device)
     times: list[list[float]] = [[] for _ in candidates]
     for what, build in judged.items():
-        run = build(device)
-        impls = [
-            harness.Impl(_text(c), run, prepare=functools.partial(runtime.use_tuning, {section: c})) for c in candidates
-        ]
+        run, use = build(device), runtime.use_tuning
+        impls = [harness.Impl(_text(c), run, prepare=functools.partial(use, {section: c})) for c in candidates]
         measured, failures = harness.interleave(impls, clock, quick)
         if failures:
             raise Failed(f"{what}: {next(iter(failures.values()))}")
@@ -248,13 +235,10 @@ def file_name(device: tuning.Device) -> str:
 
 def document(key: tuning.Device, parameters: tuning.Values, tried: list[dict[str, Any]], where: dict[str, Any]) -> str:
     """The table as JSON, a line for each value that was tried."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     facts = {name: where[name] for name in ("askew", "torch", "commit", "threads", "quick")}
-    made = {
-        "device": {name: value for name, value in vars(key).items() if value},
-        "parameters": parameters,
-        "found": {"time": now, **facts, "tried": []},
-    }
+    device = {name: value for name, value in vars(key).items() if value}
+    found = {"time": harness.now(), **facts, "tried": []}
+    made = {"device": device, "parameters": parameters, "found": found}
     lines = ",\n   ".join(map(json.dumps, tried))
     return json.dumps(made, indent=1).replace('"tried": []', f'"tried": [\n   {lines}\n  ]') + "\n"
 

@@ -8,7 +8,6 @@ in the case's text.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import math
@@ -31,8 +30,6 @@ C1, C2 = quant.scales.SAWB_COEFFICIENTS[BITS]
 LR, ALPHA, EPS, MOMENTUM, ADAM_LR = 0.05, 1.0, 0.3, 0.9, 1e-4
 WEIGHT_STD, GRAD_STD = 0.02, 1e-3  # a step moves a weight by about a hundredth of a 4-bit level
 
-
-# ---- shapes ----------------------------------------------------------------------------------------------------------
 
 Shapes = list[tuple[int, ...]]
 
@@ -76,8 +73,7 @@ def _transformer_block(d: int) -> Shapes:
 def vit_b_shapes() -> Shapes:
     """The 152 parameters of torchvision's vit_b_16: 86,567,656 weights."""
     d = 768
-    ends: Shapes = [*_norm(d), (1000, d), (1000,)]
-    return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *12 * _transformer_block(d), *ends]
+    return [(1, 1, d), (d, 3, 16, 16), (d,), (1, 197, d), *12 * _transformer_block(d), *_norm(d), (1000, d), (1000,)]
 
 
 def gpt2_small_shapes() -> Shapes:
@@ -86,23 +82,16 @@ def gpt2_small_shapes() -> Shapes:
     return [(50257, d), (1024, d), *12 * _transformer_block(d), *_norm(d)]
 
 
-# ---- comparison with the reference -----------------------------------------------------------------------------------
-
-
 def compare(what: str, got: Tensor, expected: Tensor, size: Tensor, relative: float, rare: float = 2e-3) -> None:
     """|got - expected| <= relative * size for all but a share ``rare`` of elements (float rounding may put a weight on
     the other side of a threshold), plus three standard deviations of that share in so small a sample, and on average
     within 1 % of the mean size. Raises CheckFailed."""
-    error = (got.double() - expected.double()).abs()
-    size = size.double().abs()
+    error, size = (got.double() - expected.double()).abs(), size.double().abs()
     outside = float((~(error <= relative * size)).double().mean())  # NaN counts as outside
-    if outside > rare + 3 * math.sqrt(rare / max(error.numel(), 1)) or not float(error.mean()) <= 0.01 * float(
-        size.mean()
-    ):
-        raise CheckFailed(
-            f"{what}: {outside:.2%} of the elements differ from the reference, on average by "
-            f"{float(error.mean()):.3g} where {float(size.mean()):.3g} is expected"
-        )
+    off, usual = float(error.mean()), float(size.mean())
+    if outside > rare + 3 * math.sqrt(rare / max(error.numel(), 1)) or not off <= 0.01 * usual:
+        raise CheckFailed(f"{what}: {outside:.2%} of the elements differ from the reference, on average by {off:.3g} "
+                          f"where {usual:.3g} is expected")  # fmt: skip
 
 
 def sample(t: Tensor, rows: int = 8) -> Tensor:
@@ -130,15 +119,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# ---- our backends, and the compiler ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def forced(backend: str) -> Iterator[None]:
-    with runtime.use_backend(backend) if backend else contextlib.nullcontext():
-        yield
-
-
 def in_backend(backend: str, run: Callable[[], Any]) -> Callable[[], Any]:
     def wrapped() -> Any:
         with runtime.use_backend(backend):
@@ -152,15 +132,11 @@ def ours(context: Context, name: str, build: Callable[[], Impl]) -> list[Impl]:
     made = []
     for backend, missing in context.backends():
         title = f"{name} ({backend})" if backend else name
-        if missing:
-            made.append(Impl(title, kind="ours", backend=backend, missing=missing))
-            continue
-        with forced(backend):
-            impl = build()
-        prepare = impl.prepare and in_backend(backend, impl.prepare)
-        served = backend or runtime.choose_backend(context.device.type)[0]
-        made.append(dataclasses.replace(impl, name=title, kind="ours", backend=served, prepare=prepare,
-                                        run=in_backend(backend, impl.run)))  # fmt: skip
+        impl = Impl(title, missing=missing) if missing else in_backend(backend, build)()
+        impl.name, impl.kind = title, "ours"
+        impl.backend = backend or runtime.choose_backend(context.device.type)[0]
+        impl.run, impl.prepare = in_backend(backend, impl.run), impl.prepare and in_backend(backend, impl.prepare)
+        made.append(impl)
     return made
 
 
@@ -190,14 +166,17 @@ class Inputs:
         return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=self.quantized_bytes * copy)
 
 
+def float_layer(inputs: int, outputs: int, device: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """Every call makes the same one."""
+    torch.manual_seed(4)
+    return nn.Linear(inputs, outputs, device=device).to(dtype)
+
+
 def eager_sawb(w: Tensor, bits: int = BITS) -> Tensor:
     """SAWB per row (above 4 bits the largest weight), (rows, 1), by reductions without temporaries of weight size."""
-    cols = w.shape[1]
-    mean = torch.linalg.vector_norm(w, 1, dim=1, keepdim=True) / cols
-    rms = torch.linalg.vector_norm(w, 2, dim=1, keepdim=True) / cols**0.5
-    amax = torch.linalg.vector_norm(w, torch.inf, dim=1, keepdim=True)
-    c1, c2 = quant.scales.SAWB_COEFFICIENTS[bits]
-    clip = c1 * rms - c2 * mean if bits <= 4 else amax
+    total, root, amax = [torch.linalg.vector_norm(w, p, dim=1, keepdim=True) for p in (1, 2, torch.inf)]
+    cols, (c1, c2) = w.shape[1], quant.scales.SAWB_COEFFICIENTS[bits]
+    clip = c1 * (root / cols**0.5) - c2 * (total / cols) if bits <= 4 else amax
     return torch.where(clip > 0, clip, amax) / (2 ** (bits - 1) - 1)
 
 
@@ -210,6 +189,14 @@ def why_no_compile(context: Context, quick: bool = True) -> str:
     return "left out of --quick" if context.quick and not quick else ""
 
 
+def when_compiled(context: Context, name: str, build: Callable[[], Impl], quick: bool = False) -> Impl:
+    """``build()``'s implementation, which torch.compile makes, under this name, or one that says why it is not here."""
+    missing = why_no_compile(context, quick)
+    impl = Impl(name, missing=missing) if missing else build()
+    impl.name, impl.first_call = name, "compilation included"
+    return impl
+
+
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile with an empty cache, so that the first call is a true first call."""
@@ -218,7 +205,3 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     inductor.force_disable_caches = True  # type: ignore[assignment]
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     return torch.compile(function, dynamic=False)
-
-
-def square(n: int) -> str:
-    return f"{n}x{n}"

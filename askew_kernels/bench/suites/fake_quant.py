@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from .. import peers
 from ..goals import ALLOCATORS, Goal, Headline, extreme, ratio, ratio_to_best
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
 from . import common
-from .common import BITS, GRAD_STD, GRID, HI, LO, WEIGHT_STD, compare, compiled, sample, square
+from .common import BITS, GRAD_STD, GRID, HI, LO, WEIGHT_STD, compare, compiled, sample
 
 
 class FakeQuantizeCheck:
@@ -22,44 +23,33 @@ class FakeQuantizeCheck:
     (torch's masks by the rounded value: half a level)."""
 
     def __init__(self, x: Tensor, grad: Tensor, scale: Tensor, margin: float = 0.0) -> None:
-        if scale.numel() == 1:
-            scale = scale.expand(x.shape[0])
-        per_row = scale.numel() // x.shape[0]
-        rows = sample(x)
-        self.scale = sample(scale.reshape(x.shape[0], per_row)).reshape(-1)
-        self.y = reference.fake_quantize(rows, self.scale, torch.empty(0), GRID.encoding, True, False, 0)
-        ratio = (rows.reshape(self.scale.numel(), -1) / self.scale[:, None]).reshape(rows.shape)
+        scale = scale.expand(x.shape[0]) if scale.numel() == 1 else scale
+        rows, scale = sample(x), sample(scale.reshape(x.shape[0], -1)).reshape(-1)
+        self.y = reference.fake_quantize(rows, scale, torch.empty(0), GRID.encoding, True, False, 0)
+        ratio = (rows.reshape(scale.numel(), -1) / scale[:, None]).reshape(rows.shape)
         inside = (ratio >= LO - margin) & (ratio <= HI + margin)
         self.g, self.size = sample(grad) * inside, sample(grad)
 
     def __call__(self, run: Callable[[], Any]) -> None:
-        y, g = run()
-        shape = self.g.shape[1:]
-        y, g = (sample(t.reshape(-1, *shape)) for t in (y, g))
+        y, g = (sample(t.reshape(-1, *self.g.shape[1:])) for t in run())
         compare("output", y, self.y, self.y, 1e-5)
         compare("gradient", g, self.g, self.size, 1e-6)
 
 
-class OwnScaleCheck:
-    """For a peer that chooses its scale itself: in every sampled group of ``cols`` weights the result has at most
-    2^bits values, evenly spaced, the nearest one to each weight, and gradients pass."""
-
-    def __init__(self, x: Tensor, grad: Tensor, cols: int) -> None:
-        self.x, self.grad, self.cols = sample(x), sample(grad), cols
-
-    def __call__(self, run: Callable[[], Any]) -> None:
-        y, g = (sample(t.detach().reshape(-1, self.x.shape[1])) for t in run())
-        for weights, levels in zip(self.x.reshape(-1, self.cols), y.reshape(-1, self.cols), strict=True):
-            values = levels.unique()
-            steps = values.diff()
-            if len(values) > 2**BITS or len(values) < 2**BITS // 2:
-                raise CheckFailed(f"{len(values)} different values in a group, expected about {2**BITS}")
-            step = steps.min()
-            inside = (weights >= values[0] - step / 2) & (weights <= values[-1] + step / 2)
-            error = ((weights - levels).abs() * inside).max()
-            if not bool((steps / step - (steps / step).round()).abs().max() < 0.02) or not error <= 0.51 * step:
-                raise CheckFailed("the values are not the nearest ones of an even grid")
-        compare("gradient", g, self.grad, self.grad, 1e-6, 0.01)
+def check_own_scale(x: Tensor, grad: Tensor, run: Callable[[], Any]) -> None:
+    """For a peer that chooses its scale itself: in every sampled row the result has at most 2^bits values, evenly
+    spaced, the nearest one to each weight, and gradients pass."""
+    y, g = (sample(t.detach().reshape(x.shape)) for t in run())
+    for weights, levels in zip(sample(x), y, strict=True):
+        values = levels.unique()
+        if len(values) > 2**BITS or len(values) < 2**BITS // 2:
+            raise CheckFailed(f"{len(values)} different values in a group, expected about {2**BITS}")
+        steps, step = values.diff(), values.diff().min()
+        inside = (weights >= values[0] - step / 2) & (weights <= values[-1] + step / 2)
+        error = ((weights - levels).abs() * inside).max()
+        if not bool((steps / step - (steps / step).round()).abs().max() < 0.02) or not error <= 0.51 * step:
+            raise CheckFailed("the values are not the nearest ones of an even grid")
+    compare("gradient", g, sample(grad), sample(grad), 1e-6, 0.01)
 
 
 def fake_quantize_case(context: Context, granularity: str) -> Case:
@@ -75,6 +65,7 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
     scale = quant.compute_scale(x, GRID, "sawb", "per_group" if group else f"per_{granularity}", group)
     size = 4 * n * n
     traffic = Traffic(read=3 * size, written=2 * size)  # x; then the gradient and x again; y and x's gradient
+    copied = Traffic(read=2 * size, written=2 * size)
     check, torch_check = FakeQuantizeCheck(x, grad, scale), FakeQuantizeCheck(x, grad, scale, 0.5)
 
     def forward_backward(function: Callable[[Tensor], Tensor], rows: tuple[int, int] = (n, n)) -> Callable[[], Any]:
@@ -106,14 +97,10 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
     def brevitas() -> Impl:
         layer: Any = peers.brevitas_layer(nn.Linear(n, n, bias=False, device=device), BITS, granularity == "channel")
         run = forward_backward(lambda t: layer.weight_quant(t).value)
-        check = OwnScaleCheck(x, grad, n)
+        check = functools.partial(check_own_scale, x, grad)
         return Impl("", run, traffic=traffic, check=check, note="absmax computed inside")
 
     a, b, to_a, to_b = x.clone(), grad.clone(), torch.empty_like(x), torch.empty_like(x)
-
-    def two_copies() -> None:
-        to_a.copy_(a)
-        to_b.copy_(b)
 
     def own() -> Impl:
         return Impl("", forward_backward(lambda t: ops.fake_quantize(t, scale, GRID)), "ours", traffic, check)
@@ -122,29 +109,28 @@ def fake_quantize_case(context: Context, granularity: str) -> Case:
         x = t / s
         return x.clamp(LO, HI).round() * s, torch.where((x >= LO) & (x <= HI), g, 0.0)
 
+    def compiled_eager() -> Impl:
+        return Impl("", forward_backward(compiled(eager), rows), "peer", traffic, check)
+
+    def one_graph() -> Impl:
+        t, incoming, together = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
+        return Impl("", lambda: together(t, incoming, column), "peer", copied, check)  # reads x once
+
     per_tensor = granularity == "tensor"
     no_torchao = "left out: torchao's QAT quantizers have no per-tensor granularity" if per_tensor else ""
     no_brevitas = "left out: no group of columns among its ready-made weight quantizers" if group else ""
     kind = "tensor" if per_tensor else "channel"
     impls = [
-        Impl("two copies", two_copies, "baseline", Traffic(read=2 * size, written=2 * size)),
+        Impl("two copies", lambda: (to_a.copy_(a), to_b.copy_(b)), "baseline", copied),
         *common.ours(context, "ops.fake_quantize", own),
         Impl(f"torch.fake_quantize_per_{kind}_affine", forward_backward(native, rows), "peer", traffic, torch_check),
         Impl("eager straight-through", forward_backward(eager, rows), "peer", traffic, check),
         peer("torchao QAT", "torchao", torchao, no_torchao),
         peer("brevitas", "brevitas", brevitas, no_brevitas),
+        common.when_compiled(context, COMPILED[0], compiled_eager),
+        common.when_compiled(context, COMPILED[1], one_graph),
     ]
-    if why_not := common.why_no_compile(context, quick=False):
-        impls += [Impl(name, missing=why_not) for name in COMPILED]
-    else:
-        t, incoming, together = x.clone().reshape(rows), grad.clone().reshape(rows), compiled(both_passes)
-        graphs = (
-            (forward_backward(compiled(eager), rows), traffic),
-            (lambda: together(t, incoming, column), Traffic(read=2 * size, written=2 * size)),  # reads x once
-        )
-        impls += [Impl(name, run, "peer", moved, check, first_call="compilation included")
-                  for name, (run, moved) in zip(COMPILED, graphs, strict=True)]  # fmt: skip
-    return Case(square(n), "float32", "two copies", impls, n * n)
+    return Case(f"{n}x{n}", "float32", "two copies", impls, n * n)
 
 
 # The second computes output and gradient together, as no training step can: what the compiler makes of it at best.
@@ -159,31 +145,23 @@ def op(text: str) -> str:
 ENTRIES = [
     Entry(op(text), functools.partial(fake_quantize_case, granularity=g), warm=True)
     for text, g in GRANULARITIES.items()
-]  # fmt: skip
+]
 
-GOALS = [
-    *[
-        goal
-        for text in GRANULARITIES
-        for allocator in ALLOCATORS
-        for goal in (
-            Goal(f"fake_quantize per {text} forward + backward ÷ two copies, {allocator} allocator", "<=", 1.3,
-                 ratio(op(text), "ops.fake_quantize", "two copies", allocator)),
-            Goal(f"fake_quantize per {text} ÷ torch.compile, {allocator} allocator", "<=", 1.0,
-                 ratio_to_best(op(text), "ops.fake_quantize", COMPILED, allocator)),
-        )
-    ],
-    *[
-        goal
-        for backend in ("cpp", "triton")
-        for goal in (
-            Goal(f"fake_quantize, {backend}: least % of the device's copy bandwidth", ">=", 90,
-                 extreme(lambda r, b=backend: r.backend == b, lambda r: r.percent_of_copy, min), "cuda"),  # type: ignore[misc]
-            Goal(f"fake_quantize, {backend} ÷ torch.compile", "<=", 1.0,
-                 ratio_to_best(op("channel"), f"ops.fake_quantize ({backend})", COMPILED), "cuda"),
-        )
-    ],
-]  # fmt: skip
+GOALS = []
+for text, allocator in itertools.product(GRANULARITIES, ALLOCATORS):
+    GOALS += [
+        Goal(f"fake_quantize per {text} forward + backward ÷ two copies, {allocator} allocator", "<=", 1.3,
+             ratio(op(text), "ops.fake_quantize", "two copies", allocator)),
+        Goal(f"fake_quantize per {text} ÷ torch.compile, {allocator} allocator", "<=", 1.0,
+             ratio_to_best(op(text), "ops.fake_quantize", COMPILED, allocator)),
+    ]  # fmt: skip
+for backend in ("cpp", "triton"):
+    GOALS += [
+        Goal(f"fake_quantize, {backend}: least % of the device's copy bandwidth", ">=", 90,
+             extreme(lambda r, b=backend: r.backend == b, lambda r: r.percent_of_copy, min), "cuda"),  # type: ignore[misc]
+        Goal(f"fake_quantize, {backend} ÷ torch.compile", "<=", 1.0,
+             ratio_to_best(op("channel"), f"ops.fake_quantize ({backend})", COMPILED), "cuda"),
+    ]  # fmt: skip
 
 HEADLINES = [
     Headline(f"fake-quantize per {text}, forward + backward", op(text), "ops.fake_quantize", (

@@ -17,57 +17,55 @@ from ..harness import Case, CheckFailed, Context, Entry, Impl, peer
 from . import common
 from .common import BITS, GRAD_STD, GRID, HI, LO, LR, compare, sawb
 
+Check = Callable[[Callable[[], Any]], None]
 
-class LinearCheck:
-    """Forward output (and, with ``backward``, the weight's gradient) of the first 32 outputs, in float64."""
 
-    def __init__(self, layer: nn.Linear, x: Tensor, hard: bool, grad: Tensor | None = None) -> None:
-        self.layer, self.x, self.hard, self.grad = layer, x, hard, grad
+def output_of(got: Any) -> Tensor:
+    return (got[0] if isinstance(got, tuple) else got).detach()
 
-    def __call__(self, run: Callable[[], Any]) -> None:
-        w = self.layer.weight.detach()[:32].clone()
+
+def linear_check(layer: nn.Linear, x: Tensor, hard: bool, grad: Tensor | None = None) -> Check:
+    """Forward output (and, with ``grad``, the weight's gradient) of the first 32 outputs, in float64."""
+
+    def check(run: Callable[[], Any]) -> None:
+        w = layer.weight.detach()[:32].clone()
         inside = torch.ones_like(w)
         got = run()
-        quantizer = quant.WeightQuantizer.of(self.layer.weight)
-        if self.hard:
+        quantizer = quant.WeightQuantizer.of(layer.weight)
+        if hard:
             scale = sawb(w)
             if quantizer is not None and quantizer.scale is not None:
                 compare("scale", quantizer.scale[:32], scale, scale, 1e-3)  # a step uses that of the weights it found
                 scale = quantizer.scale[:32]  # a last bit of difference would put a weight on another level
-            levels = torch.empty(0, device=w.device)
             inside = ((w / scale[:, None] >= LO) & (w / scale[:, None] <= HI)).to(w.dtype)
+            levels = torch.empty(0, device=w.device)
             w = reference.fake_quantize(w, scale, levels, GRID.encoding, True, False, 0)
-        expected = torch.nn.functional.linear(
-            self.x.detach().double(), w.double(), self.layer.bias.detach()[:32].double()
-        )
-        y = got[0] if isinstance(got, tuple) else got
-        compare("output", y.detach()[:, :32], expected, expected, 1e-3, 0.02)
-        if self.grad is not None:
-            wanted = self.grad[:, :32].double().t().matmul(self.x.detach().double()) * inside
+        expected = nn.functional.linear(x.detach().double(), w.double(), layer.bias.detach()[:32].double())
+        compare("output", output_of(got)[:, :32], expected, expected, 1e-3, 0.02)
+        if grad is not None:
+            wanted = grad[:, :32].double().t().matmul(x.detach().double()) * inside
             compare("weight gradient", got[1][:32], wanted, wanted.abs() + wanted.abs().mean(), 1e-3, 0.02)
 
+    return check
 
-class NearCheck:
+
+@torch.no_grad()
+def near_check(layer: nn.Linear, x: Tensor, most: float = 0.3, least: float = 0.01) -> Check:
     """For a peer with a quantizer of its own: the output is within ``most`` (root mean square, relative) of the float
     layer's, and not nearer than quantization to 4 bits can be."""
+    expected = layer(x)
 
-    def __init__(self, layer: nn.Linear, x: Tensor, most: float = 0.3, least: float = 0.01) -> None:
-        with torch.no_grad():
-            self.expected, self.most, self.least = layer(x), most, least
+    def check(run: Callable[[], Any]) -> None:
+        error = float((output_of(run()) - expected).norm() / expected.norm())
+        if not least <= error <= most:
+            raise CheckFailed(f"output: {error:.3g} away from the float layer's, expected {least} to {most}")
 
-    def __call__(self, run: Callable[[], Any]) -> None:
-        got = run()
-        y = (got[0] if isinstance(got, tuple) else got).detach()
-        error = float((y - self.expected).norm() / self.expected.norm())
-        if not self.least <= error <= self.most:
-            raise CheckFailed(f"output: {error:.3g} away from the float layer's, expected {self.least} to {self.most}")
+    return check
 
 
 TORCHAO, BREVITAS = "torchao QAT, 4-bit weights", "brevitas QuantLinear, 4-bit weights"
-HARD, IN_FORWARD, AFTER_STEP = (
-    "AskewLinear hard, fresh copy", "AskewLinear hard, quantized in the forward",
-    "AskewLinear hard, copy written by the step",
-)  # fmt: skip
+RELAXED, HARD = "AskewLinear relaxed", "AskewLinear hard, fresh copy"
+IN_FORWARD, AFTER_STEP = "AskewLinear hard, quantized in the forward", "AskewLinear hard, copy written by the step"
 
 
 def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, inputs: int = 0) -> Case:
@@ -80,9 +78,7 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
     grad = torch.randn(tokens, outputs, device=context.device, generator=g) * GRAD_STD
     backward, after_step = what == "forward + backward", what == "forward after a step"
 
-    def float_layer() -> nn.Linear:
-        torch.manual_seed(4)
-        return nn.Linear(inputs, outputs, device=context.device)
+    float_layer = functools.partial(common.float_layer, inputs, outputs, context.device)
 
     def call(layer: Any, leaf: Tensor) -> Callable[[], Any]:
         def run() -> Any:
@@ -100,49 +96,47 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
         if after_step:
             layer.weight.grad = torch.full_like(layer.weight, 1e-6)
             prepare = torch.optim.SGD([layer.weight], lr=LR, fused=True).step
-        check = LinearCheck(layer, x, False, grad if backward else None)
+        check = linear_check(layer, x, False, grad if backward else None)
         return Impl("nn.Linear", call(layer, x.clone().requires_grad_()), "baseline", None, check, prepare)
 
     def own(forward: str, stale: bool) -> Impl:
         config = quant.QuantConfig(weight=GRID, scale="sawb", forward=forward)
         layer = ask_nn.AskewLinear.from_float(float_layer(), config)
         leaf = x.clone().requires_grad_()
-        prepare: Callable[[], Any] | None = None
-        if stale:
-            prepare = layer.quantizer.invalidate
+        prepare: Callable[[], Any] | None = layer.quantizer.invalidate if stale else None
         if after_step:
             layer.weight.grad = torch.full_like(layer.weight, 1e-6)
             layer(leaf)  # the layer now asks for a copy
             prepare = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}], lr=LR).step
-        check = LinearCheck(layer, x, forward == "hard", grad if backward else None)
+        check = linear_check(layer, x, forward == "hard", grad if backward else None)
         return Impl("", call(layer, leaf), "ours", None, check, prepare)
 
-    def library(name: str, module: str, made: Callable[[], nn.Module], note: str = "") -> Impl:
+    def library(name: str, module: str, made: Callable[[Any], nn.Module], note: str = "") -> Impl:
         def build() -> Impl:
-            return Impl("", call(made(), x.clone().requires_grad_()), check=NearCheck(float_layer(), x), note=note)
+            run = call(made(float_layer()), x.clone().requires_grad_())
+            return Impl("", run, check=near_check(float_layer(), x), note=note)
 
         return peer(name, module, build)
 
-    names = {"AskewLinear relaxed": ("relaxed", False), HARD: ("hard", False), IN_FORWARD: ("hard", True)}
+    names = {RELAXED: ("relaxed", False), HARD: ("hard", False), IN_FORWARD: ("hard", True)}
     if after_step:
         names = {AFTER_STEP: ("hard", False)}
     elif sized:
-        del names["AskewLinear relaxed"]
+        del names[RELAXED]
     impls = [float_impl()]
     for text, how in names.items():
         impls += common.ours(context, text, functools.partial(own, *how))
     if not after_step:
-        impls += [library(TORCHAO, "torchao", lambda: peers.torchao_linear(float_layer(), BITS)),
-                  library(BREVITAS, "brevitas", lambda: peers.brevitas_layer(float_layer(), BITS))]  # fmt: skip
+        impls += [library(TORCHAO, "torchao", lambda layer: peers.torchao_linear(layer, BITS)),
+                  library(BREVITAS, "brevitas", lambda layer: peers.brevitas_layer(layer, BITS))]  # fmt: skip
     if what == "forward":
-        nf4 = lambda: peers.bitsandbytes_linear4bit(float_layer())  # noqa: E731
-        impls.append(library("bitsandbytes Linear4bit", "bitsandbytes", nf4, "inference: 4-bit NF4 storage"))
+        impls.append(library("bitsandbytes Linear4bit", "bitsandbytes", peers.bitsandbytes_linear4bit,
+                             "inference: 4-bit NF4 storage"))  # fmt: skip
     if what == "forward" and context.is_cuda:
-        half = "inference: 4 bits in groups of 128, {} activations"
-        impls += [library("torchao int4 weight-only", "torchao", lambda: peers.torchao_int4(float_layer()),
-                          half.format("bfloat16")),
-                  library("gemlite 4-bit", "gemlite", lambda: peers.gemlite_linear(float_layer(), BITS),
-                          half.format("float16"))]  # fmt: skip
+        half = "inference: 4 bits in groups of 128, {} activations".format
+        impls += [library("torchao int4 weight-only", "torchao", peers.torchao_int4, half("bfloat16")),
+                  library("gemlite 4-bit", "gemlite", lambda layer: peers.gemlite_linear(layer, BITS),
+                          half("float16"))]  # fmt: skip
     work = (6 if backward else 2) * tokens * outputs * inputs / 1e9
     shape = f"{tokens} tokens x {inputs} x {outputs}"
     return Case(shape, "float32", "nn.Linear", impls, 0, product=(tokens, inputs, outputs), work=work,
@@ -155,34 +149,24 @@ TOKENS = (1, 16, 512, 4096)
 
 ENTRIES = [
     *[Entry(f"linear {what}", functools.partial(linear_case, what=what), warm=True) for what in WHATS],
-    *[
-        Entry(f"linear {what}, by size",
-              functools.partial(linear_case, what=what, tokens=tokens, outputs=outputs, inputs=inputs), quick=False)
-        for what in ("forward", "forward + backward")
-        for outputs, inputs in SHAPES
-        for tokens in TOKENS
-        if (tokens, outputs, inputs) != (512, 4096, 4096)  # stands above
-    ],
+    *[Entry(f"linear {what}, by size",
+            functools.partial(linear_case, what=what, tokens=tokens, outputs=outputs, inputs=inputs), quick=False)
+      for what in ("forward", "forward + backward") for outputs, inputs in SHAPES for tokens in TOKENS
+      if (tokens, outputs, inputs) != (512, 4096, 4096)],  # stands above
 ]  # fmt: skip
 
 BOTH = "linear forward + backward"
 
 GOALS = [
-    Goal("AskewLinear relaxed forward ÷ nn.Linear", "<=", 1.05, ratio("linear forward", "AskewLinear relaxed")),
+    Goal("AskewLinear relaxed forward ÷ nn.Linear", "<=", 1.05, ratio("linear forward", RELAXED)),
     Goal("AskewLinear hard forward, fresh copy ÷ nn.Linear", "<=", 1.05, ratio("linear forward", HARD)),
     Goal("AskewLinear hard forward after a step ÷ nn.Linear", "<=", 1.05,
          ratio("linear forward after a step", AFTER_STEP)),
-    *[
-        Goal(f"AskewLinear hard forward + backward ÷ nn.Linear, {allocator} allocator", "<=", 1.05,
-             ratio(BOTH, HARD, "nn.Linear", allocator))
-        for allocator in ALLOCATORS
-    ],
-    *[
-        Goal(f"linear forward + backward: times faster than {name.split()[0]}, {allocator} allocator", ">=", wanted,
-             ratio(BOTH, name, HARD, allocator))
-        for name in (TORCHAO, BREVITAS)
-        for allocator, wanted in zip(ALLOCATORS, (2.0, 1.35), strict=True)
-    ],
+    *[Goal(f"AskewLinear hard forward + backward ÷ nn.Linear, {allocator} allocator", "<=", 1.05,
+           ratio(BOTH, HARD, "nn.Linear", allocator)) for allocator in ALLOCATORS],
+    *[Goal(f"linear forward + backward: times faster than {name.split()[0]}, {allocator} allocator", ">=", wanted,
+           ratio(BOTH, name, HARD, allocator))
+      for name in (TORCHAO, BREVITAS) for allocator, wanted in zip(ALLOCATORS, (2.0, 1.35), strict=True)],
 ]  # fmt: skip
 
 HEADLINES = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from .. import peers
 from ..goals import Goal, Headline, rate, ratio, ratio_to_best
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
 from . import common
-from .linear import NearCheck
+from .linear import near_check
 
 GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are kept, and whether as trits
     "8-bit": (quant.QuantConfig(quant.Uniform(8), scale="absmax"), False),
@@ -36,7 +35,8 @@ GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are 
     "ternary, 1.6 bits": (quant.QuantConfig(quant.Ternary(), scale="mean"), True),
     "binary": (quant.QuantConfig(quant.Binary(), scale="mean"), False),
 }
-GPU_GRIDS = ("4-bit group 128", "4-bit", "3-bit", "ternary", "binary")
+GROUPS = "4-bit group 128"
+GPU_GRIDS = (GROUPS, "4-bit", "3-bit", "ternary", "binary")
 INT8 = ", int8 activations"
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
 DYNAMIC, BITSANDBYTES = "torch dynamic quantized Linear", "bitsandbytes Linear4bit"
@@ -47,31 +47,20 @@ def ours(name: str) -> str:
     return f"PackedLinear {name}"
 
 
-class PackedCheck:
+def check_packed(layer: Any, x: Tensor, relative: float, run: Callable[[], Any]) -> None:
     """Against float64 with the unpacked weight, as a root mean square: 3 % where the input is rounded to int8."""
-
-    def __init__(self, layer: Any, x: Tensor, relative: float) -> None:
-        self.layer, self.x, self.relative = layer, x[:4], relative
-
-    def __call__(self, run: Callable[[], Any]) -> None:
-        got = run()[:4].double()
-        w, bias = self.layer.dequantize(torch.float32).double(), self.layer.bias.detach().double()
-        expected = self.x.double() @ w.t() + bias
-        error = float((got - expected).norm() / expected.norm())
-        if not error <= self.relative:
-            raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {self.relative}")
-
-
-def float_layer(side: int, device: str, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    torch.manual_seed(4)
-    return nn.Linear(side, side, device=device).to(dtype)
+    w, bias = layer.dequantize(torch.float32).double(), layer.bias.detach().double()
+    expected = x[:4].double() @ w.t() + bias
+    error = float((run()[:4].double() - expected).norm() / expected.norm())
+    if not error <= relative:
+        raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {relative}")
 
 
 @functools.lru_cache(2 * len(GRIDS))
 def packed_weight(name: str, side: int, device: str, dtype: torch.dtype) -> ask_nn.PackedLinear:
-    """Of ``float_layer``; packing takes longer than the measurements, so one serves every batch."""
+    """Of ``common.float_layer``; packing takes longer than the measurements, so one serves every batch."""
     config, trits = GRIDS[name]
-    layer = ask_nn.AskewLinear.from_float(float_layer(side, device, dtype), config)
+    layer = ask_nn.AskewLinear.from_float(common.float_layer(side, side, device, dtype), config)
     return ask_nn.PackedLinear.from_quantized(layer, force=True, trits=trits).eval()
 
 
@@ -88,11 +77,10 @@ class Chain:
     def __init__(self, made: Callable[[], Layer], value: Tensor, count: int) -> None:
         self.layers, self.value = [made() for _ in range(count)], value
 
+    @torch.no_grad()
     def __call__(self) -> Any:
-        y = None
-        with torch.no_grad():
-            for layer in self.layers:
-                y = layer(self.value)
+        for layer in self.layers:
+            y = layer(self.value)
         return y
 
 
@@ -101,7 +89,7 @@ def linear_case(context: Context, batch: int) -> Case:
     side, device, cuda = context.side, str(context.device), context.is_cuda
     dtype = torch.bfloat16 if cuda else torch.float32
     cold = (2 * COLD if cuda else COLD) >> 5 * context.quick
-    layer, other = float_layer(side, device, dtype), torch.zeros(cold // 4, device=device)
+    layer, other = common.float_layer(side, side, device, dtype), torch.zeros(cold // 4, device=device)
     g = torch.Generator(device).manual_seed(3)
     x = torch.randn(batch, side, device=device, generator=g).to(dtype)
 
@@ -120,52 +108,50 @@ def linear_case(context: Context, batch: int) -> Case:
             return copied
 
         relative = 0.01 if cuda else 0.03 if activations == "int8" else 1e-4
-        return impl("", made, packed.packed_bytes, check=PackedCheck(packed, x, relative))
+        return impl("", made, packed.packed_bytes, check=functools.partial(check_packed, packed, x, relative))
 
     bytes_of = dtype.itemsize * side * side
     impls = [impl("nn.Linear", lambda: copy.deepcopy(layer), bytes_of, kind="baseline")]
     if not cuda:
-        half = float_layer(side, device, torch.bfloat16)
+        half = common.float_layer(side, side, device, torch.bfloat16)
         impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, x.bfloat16()))
     for name in GPU_GRIDS if cuda else GRIDS:
-        impls += common.ours(context, ours(name), functools.partial(own, name, "float"))
-        if not cuda:
-            impls += common.ours(context, ours(name) + INT8, functools.partial(own, name, "int8"))
-    impls += _gpu_peers(layer, x, impl) if cuda else _cpu_peers(layer, x, impl)
+        for activations, words in (("float", ""), ("int8", INT8))[: 1 if cuda else 2]:
+            impls += common.ours(context, ours(name) + words, functools.partial(own, name, activations))
+
+    def library(name: str, module: str, made: Callable[[Any], Layer], size: int, least: float = 0.01) -> Impl:
+        def build() -> Impl:
+            first = made(copy.deepcopy(layer))  # quantizing takes longer than copying
+            return impl("", lambda: copy.deepcopy(first), size, check=near_check(layer, x, least=least))
+
+        return peer(name, module, build)
+
+    n = side * side
+    if cuda:
+        impls += [library("torchao int4 weight-only", "torchao", peers.torchao_int4, n // 2),
+                  library("gemlite 4-bit", "gemlite", lambda m: peers.gemlite_linear(m, 4), n // 2)]  # fmt: skip
+    else:
+        impls += [
+            *_torch_peers(layer, x, impl),
+            library(DYNAMIC, "torch", peers.torch_dynamic, n, 0.0),
+            library("torchao int8 weight-only", "torchao", peers.torchao_int8_weights, n, 0.0),
+            library("torchao int8 dynamic", "torchao", peers.torchao_int8_dynamic, n, 0.0),
+            library(BITSANDBYTES, "bitsandbytes", peers.bitsandbytes_linear4bit, n // 2),
+        ]
     return Case(f"{batch} x {side} x {side}", str(dtype).removeprefix("torch."), "nn.Linear", impls, side * side * cuda,
                 work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
 
 
-def _library(impl: Callable[..., Impl], made: Callable[[], Layer], size: int, check: NearCheck) -> Callable[[], Impl]:
-    def build() -> Impl:
-        first = made()  # quantizing takes longer than copying
-        return impl("", lambda: copy.deepcopy(first), size, check=check)
-
-    return build
-
-
-def _gpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
-    made = {
-        "torchao int4 weight-only": ("torchao", peers.torchao_int4),
-        "gemlite 4-bit": ("gemlite", lambda m: peers.gemlite_linear(m, 4)),
-    }
-    return [
-        peer(name, module, _library(impl, lambda f=function: f(copy.deepcopy(layer)), layer.weight.numel() // 2,  # type: ignore[misc]
-                                    NearCheck(layer, x)))
-        for name, (module, function) in made.items()
-    ]  # fmt: skip
-
-
-def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
-    """What torch itself brings for the CPU, each with its own quantizer; the bias is left out where it takes none."""
+def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
+    """What torch itself brings for the CPU, each with its own quantizer, without the bias, which it does not take."""
     w, half = layer.weight.detach(), x.bfloat16()
     n, k = w.shape
-    near = functools.partial(NearCheck, layer, x)
 
     def int4() -> Impl:
-        low, high = w.reshape(n, -1, 128).amin(2), w.reshape(n, -1, 128).amax(2)
+        groups = w.reshape(n, -1, 128)
+        low, high = groups.aminmax(dim=2)
         scale = (high - low) / 15
-        q = ((w.reshape(n, -1, 128) - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
+        q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
         zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
 
@@ -173,7 +159,7 @@ def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[I
             codes = packed.clone()
             return lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)
 
-        return impl("", made, n * k // 2, value=half, check=near())
+        return impl("", made, n * k // 2, value=half, check=near_check(layer, x))
 
     def int8() -> Impl:
         scale = w.abs().amax(1) / 127
@@ -183,29 +169,9 @@ def _cpu_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[I
             codes = q.clone()
             return lambda v: torch.ops.aten._weight_int8pack_mm(v, codes, s)
 
-        return impl("", made, n * k, value=half, check=near(least=0.0))
+        return impl("", made, n * k, value=half, check=near_check(layer, x, least=0.0))
 
-    def dynamic() -> Layer:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
-
-    made: dict[str, tuple[str, Callable[[], Layer], int, float]] = {
-        DYNAMIC: ("torch", dynamic, n * k, 0.0),
-        "torchao int8 weight-only": (
-            "torchao", lambda: peers.torchao_inference(layer, "Int8WeightOnlyConfig"), n * k, 0.0),
-        "torchao int8 dynamic": (
-            "torchao", lambda: peers.torchao_inference(layer, "Int8DynamicActivationInt8WeightConfig"), n * k, 0.0),
-        BITSANDBYTES: ("bitsandbytes", lambda: peers.bitsandbytes_linear4bit(layer), n * k // 2, 0.01),
-    }  # fmt: skip
-    libraries = [
-        peer(name, module, _library(impl, build, size, near(least=least)))
-        for name, (module, build, size, least) in made.items()
-    ]
-    return [peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8), *libraries]
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+    return [peer(TORCH_INT4, "torch", int4), peer(TORCH_INT8, "torch", int8)]
 
 
 def file_case(context: Context, name: str) -> Case:
@@ -232,11 +198,10 @@ def file_case(context: Context, name: str) -> Case:
         return files.load_packed(path, target, verify=verify)
 
     def check(run: Callable[[], Any]) -> None:
-        loaded = run()
-        if isinstance(loaded, nn.Module):
-            for key, t in loaded.state_dict().items():
-                if not torch.equal(t, model.state_dict()[key]):
-                    raise CheckFailed(f"{key}: is not what was saved")
+        loaded, saved = run(), model.state_dict()
+        for key, t in loaded.state_dict().items() if isinstance(loaded, nn.Module) else ():
+            if not torch.equal(t, saved[key]):
+                raise CheckFailed(f"{key}: is not what was saved")
 
     plain = path.with_suffix(".pt")
     impls = [
@@ -251,7 +216,7 @@ def file_case(context: Context, name: str) -> Case:
 
 BATCHES = (1, 16, 256, 4096)
 GPU_BATCHES = (1, 4, 32, 64, 4096)
-FILES = ("4-bit group 128", "ternary", "binary")
+FILES = (GROUPS, "ternary", "binary")
 
 
 def op(batch: int) -> str:
@@ -260,44 +225,25 @@ def op(batch: int) -> str:
 
 ENTRIES = [
     *[Entry(op(b), functools.partial(linear_case, batch=b), devices=("cpu",), quick=b <= IN_CHAIN) for b in BATCHES],
-    *[
-        Entry(f"packed linear on a GPU, batch {batch}", functools.partial(linear_case, batch=batch), devices=("cuda",))
-        for batch in GPU_BATCHES
-    ],
-    *[
-        Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
-        for name in FILES
-    ],
+    *[Entry(f"packed linear on a GPU, batch {b}", functools.partial(linear_case, batch=b), devices=("cuda",))
+      for b in GPU_BATCHES],
+    *[Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
+      for name in FILES],
 ]  # fmt: skip
 
-RIVALS = {  # of ours: the peers at the same bits
-    "4-bit group 128": (TORCH_INT4, TORCH_INT8, BITSANDBYTES), "4-bit" + INT8: (DYNAMIC,), "8-bit": (TORCH_INT8,),
-    "8-bit" + INT8: (DYNAMIC,),
-}  # fmt: skip
+RIVALS = {GROUPS: (TORCH_INT4, TORCH_INT8, BITSANDBYTES), "4-bit" + INT8: (DYNAMIC,), "8-bit": (TORCH_INT8,),
+          "8-bit" + INT8: (DYNAMIC,)}  # of ours: the peers at the same bits  # fmt: skip
+WANTED = ((GROUPS, 1, 7.0), ("binary", 1, 14.0), ("4-bit" + INT8, 16, 10.0), ("4-bit" + INT8, 256, 4.3))
 GOALS = [
-    *[
-        Goal(f"PackedLinear {name}, batch {batch}: times faster than nn.Linear", ">=", wanted,
-             ratio(op(batch), "nn.Linear", ours(name)))
-        for name, batch, wanted in (
-            ("4-bit group 128", 1, 7.0), ("binary", 1, 14.0), ("4-bit" + INT8, 16, 10.0), ("4-bit" + INT8, 256, 4.3),
-        )
-    ],
-    *[
-        Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
-             ratio_to_best(op(batch), ours(name), rivals))
-        for batch in BATCHES
-        for name, rivals in RIVALS.items()
-    ],
-    *[
-        Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
-        for name in FILES
-        for what in (SAVE, LOAD)
-    ],
-    *[
-        Goal(f"PackedLinear 4-bit group 128, batch 1, {backend}: times faster than bf16 nn.Linear", ">=", 3.3,
-             ratio("packed linear on a GPU, batch 1", "nn.Linear", f"{ours('4-bit group 128')} ({backend})"), "cuda")
-        for backend in ("cpp", "triton")
-    ],
+    *[Goal(f"PackedLinear {name}, batch {batch}: times faster than nn.Linear", ">=", wanted,
+           ratio(op(batch), "nn.Linear", ours(name))) for name, batch, wanted in WANTED],
+    *[Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
+           ratio_to_best(op(batch), ours(name), rivals)) for batch in BATCHES for name, rivals in RIVALS.items()],
+    *[Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
+      for name in FILES for what in (SAVE, LOAD)],
+    *[Goal(f"PackedLinear {GROUPS}, batch 1, {backend}: times faster than bf16 nn.Linear", ">=", 3.3,
+           ratio("packed linear on a GPU, batch 1", "nn.Linear", f"{ours(GROUPS)} ({backend})"), "cuda")
+      for backend in ("cpp", "triton")],
 ]  # fmt: skip
 
 FLOAT_PEERS = ((TORCH_INT4, "torch int4pack"), (TORCH_INT8, "torch int8pack"), (BITSANDBYTES, "bitsandbytes NF4"))
@@ -305,5 +251,5 @@ HEADLINES = [
     Headline(f"packed linear, {name}", op(batch), ours(name),
              ((DYNAMIC, "torch dynamic int8"),) if INT8 in name else FLOAT_PEERS)
     for batch in BATCHES
-    for name in ("4-bit group 128", "4-bit group 128" + INT8, "8-bit" + INT8)
+    for name in (GROUPS, GROUPS + INT8, "8-bit" + INT8)
 ]  # fmt: skip

@@ -28,77 +28,64 @@ class NoStep(torch.optim.SGD):
         return None
 
 
-class AsamCheck:
-    """Every weight at w + rho T^2 g / |T g| after ``perturb``, and back bit for bit after ``restore``."""
+Halves = tuple[Callable[[], Any], Callable[[], Any]]  # perturb, restore
 
-    def __init__(self, inputs: Inputs, weights: Sequence[Tensor], perturb: Callable[[], Any],
-                 restore: Callable[[], Any], everywhere: bool = False) -> None:  # fmt: skip
-        self.inputs, self.weights, self.perturb, self.restore = inputs, weights, perturb, restore
-        # everywhere: T = |w| for every tensor, as in the implementations that came first
-        self.adapted = [everywhere or q for q in inputs.skewed]
-        self.eta = 0.0 if everywhere else ETA
 
-    def __call__(self, run: Callable[[], Any]) -> None:
+def asam_check(inputs: Inputs, weights: Sequence[Tensor], halves: Halves, everywhere: bool = False) -> Callable:
+    """Every weight at w + rho T^2 g / |T g| after ``perturb``, and back bit for bit after ``restore``. everywhere: T =
+    |w| for every tensor, as in the implementations that came first."""
+    adapted, eta = [everywhere or q for q in inputs.skewed], 0.0 if everywhere else ETA
+    perturb, restore = halves
+
+    def check(run: Callable[[], Any]) -> None:
         run()
-        before = [w.detach().clone() for w in self.weights]
-        ts = [w.abs() + self.eta if a else torch.ones_like(w) for w, a in zip(before, self.adapted, strict=True)]
-        norm = sum(((t * g).double() ** 2).sum() for t, g in zip(ts, self.inputs.grads, strict=True)) ** 0.5
-        self.perturb()
-        for i, (w, b, t, g) in enumerate(zip(self.weights, before, ts, self.inputs.grads, strict=True)):
+        before = [w.detach().clone() for w in weights]
+        ts = [w.abs() + eta if a else torch.ones_like(w) for w, a in zip(before, adapted, strict=True)]
+        norm = sum(((t * g).double() ** 2).sum() for t, g in zip(ts, inputs.grads, strict=True)) ** 0.5
+        perturb()
+        for i, (w, b, t, g) in enumerate(zip(weights, before, ts, inputs.grads, strict=True)):
             delta = RHO / norm * (t * t * g).double()
             compare(f"tensor {i}", w.detach() - b, delta, delta.abs() + b.double().abs() * 1e-6, 0.1)
-        self.restore()
-        if not all(map(torch.equal, self.weights, before)):
+        restore()
+        if not all(map(torch.equal, weights, before)):
             raise CheckFailed("a weight did not come back bit for bit")
 
+    return check
 
-def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., tuple], everywhere: bool = False, **how: Any) -> Impl:
+
+def asam_in_turns(inputs: Inputs, name: str, make: Callable[..., Halves], everywhere: bool = False) -> Impl:
     """``make(weights, gradients, adapted)`` gives (perturb, restore)."""
     params = inputs.parameters()
-    perturb, restore = make(params, inputs.grads_of(params), inputs.skewed)
-    check = AsamCheck(inputs, params, perturb, restore, everywhere)
-
-    def run() -> None:
-        perturb()
-        restore()
-
-    return Impl(name, run, "peer", sam_traffic(inputs, restore=True), check, **how)
+    halves = perturb, restore = make(params, inputs.grads_of(params), inputs.skewed)
+    # norm: w, g; perturb: g, w updated, copy written; restore: copy read, w written
+    traffic = Traffic(read=4 * inputs.bytes, updated=inputs.bytes, written=2 * inputs.bytes)
+    check = asam_check(inputs, params, halves, everywhere)
+    return Impl(name, lambda: (perturb(), restore()), "peer", traffic, check)
 
 
-def sam_traffic(inputs: Inputs, restore: bool) -> Traffic:
-    """Norm: w, g; perturb: g, w updated, copy written; restore: copy read, w written."""
-    n = inputs.bytes
-    return Traffic(read=(3 + restore) * n, updated=n, written=(1 + restore) * n)
-
-
-def asam_foreach(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+def asam_foreach(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
     """Lean eager: torch._foreach, buffers kept from step to step."""
-    kept = [torch.empty_like(p) for p in params]
-    weights = [p for p, a in zip(params, adapted, strict=True) if a]
-    of_weights = [g for g, a in zip(grads, adapted, strict=True) if a]
-    others = [(p, g) for p, g, a in zip(params, grads, adapted, strict=True) if not a]
+    kept, pairs = [torch.empty_like(p) for p in params], list(zip(params, grads, adapted, strict=True))
+    weights, of_weights = [p for p, _, a in pairs if a], [g for _, g, a in pairs if a]
+    others, of_others = [p for p, _, a in pairs if not a], [g for _, g, a in pairs if not a]
 
     @torch.no_grad()
     def perturb() -> None:
         ts = torch._foreach_abs(weights)
         torch._foreach_add_(ts, ETA)
         scaled = torch._foreach_mul(ts, of_weights)
-        norms = torch._foreach_norm([*scaled, *(g for _, g in others)])
+        norms = torch._foreach_norm([*scaled, *of_others])
         c = RHO / torch.linalg.vector_norm(torch.stack(norms))
         torch._foreach_copy_(kept, params)
         torch._foreach_mul_(scaled, ts)
         torch._foreach_mul_(scaled, c)
         torch._foreach_add_(weights, scaled)
-        torch._foreach_add_([p for p, _ in others], torch._foreach_mul([g for _, g in others], c))
+        torch._foreach_add_(others, torch._foreach_mul(of_others, c))
 
-    @torch.no_grad()
-    def restore() -> None:
-        torch._foreach_copy_(params, kept)
-
-    return perturb, restore
+    return perturb, torch.no_grad()(lambda: torch._foreach_copy_(params, kept))
 
 
-def asam_by_tensor(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+def asam_by_tensor(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
     """As davda54/sam writes it, with ASAM's T: a Python loop over tensors, a fresh clone of each."""
     kept: dict[int, Tensor] = {}
 
@@ -112,7 +99,6 @@ def asam_by_tensor(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: S
             kept[i] = p.data.clone()
             p.add_((torch.pow(p.abs() + ETA, 2) if a else 1.0) * g * scale)
 
-    @torch.no_grad()
     def restore() -> None:
         for i, p in enumerate(params):
             p.data = kept[i]
@@ -131,7 +117,7 @@ def perturb_one_(w: Tensor, g: Tensor, kept: Tensor, c: Tensor, adapted: bool) -
     w.add_(c * (t * t) * g if adapted else c * g)
 
 
-def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
     weights, grads = ([t.detach().flatten() for t in tensors] for tensors in (params, grads))  # fewer shapes
     kept = [torch.empty_like(p) for p in weights]
     norm_of, move_ = torch.compile(squared_norm_of, dynamic=True), torch.compile(perturb_one_, dynamic=True)
@@ -143,19 +129,15 @@ def asam_compiled(params: list[Tensor], grads: Sequence[Tensor], adapted: Sequen
         for w, g, k, a in zip(weights, grads, kept, adapted, strict=True):
             move_(w, g, k, c, a)
 
-    @torch.no_grad()
-    def restore() -> None:
-        torch._foreach_copy_(weights, kept)
-
-    return perturb, restore
+    return perturb, torch.no_grad()(lambda: torch._foreach_copy_(weights, kept))
 
 
-def asam_ours(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+def asam_ours(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
     optimizer = optim.ASAM(torch.optim.SGD(params, lr=LR), rho=RHO, eta=ETA, telemetry_every=0)
     return optimizer.first_step, optimizer.restore
 
 
-def asam_pytorch_optimizer(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> tuple:
+def asam_pytorch_optimizer(params: Sequence[Tensor], grads: Sequence[Tensor], adapted: Sequence[bool]) -> Halves:
     optimizer = peers.load("pytorch_optimizer").SAM(params, NoStep, rho=RHO, adaptive=True, lr=LR)
     return optimizer.first_step, optimizer.second_step
 
@@ -164,13 +146,9 @@ def asam_inside(inputs: Inputs) -> Impl:
     """The whole step over ASkewSGD; what the two halves add is its difference from ASkewSGD's step alone."""
     params = inputs.parameters()
     optimizer = optim.ASAM(askew_optimizer(params, inputs.skewed), rho=RHO, eta=ETA, telemetry_every=0)
-
-    def run() -> None:
-        optimizer.first_step()
-        optimizer.second_step()
-
     traffic = Traffic(read=4 * inputs.bytes, updated=2 * inputs.bytes, written=inputs.bytes)
-    return Impl("", run, "ours", traffic, AsamCheck(inputs, params, optimizer.first_step, optimizer.restore))
+    check = asam_check(inputs, params, (optimizer.first_step, optimizer.restore))
+    return Impl("", lambda: (optimizer.first_step(), optimizer.second_step()), "ours", traffic, check)
 
 
 def sam_case(context: Context) -> Case:
@@ -183,12 +161,9 @@ def sam_case(context: Context) -> Case:
         *ours(context, inputs, [HOLD]),
         asam_in_turns(inputs, "eager, lean foreach", asam_foreach),
         asam_in_turns(inputs, "eager, one tensor after the other", asam_by_tensor),
+        common.when_compiled(context, COMPILED, lambda: asam_in_turns(inputs, "", asam_compiled)),
+        peer(OTHER, "pytorch_optimizer", lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, True)),
     ]
-    if why_not := common.why_no_compile(context, quick=False):
-        impls.append(Impl(COMPILED, missing=why_not))
-    else:
-        impls.append(asam_in_turns(inputs, COMPILED, asam_compiled, first_call="compilation included"))
-    impls.append(peer(OTHER, "pytorch_optimizer", lambda: asam_in_turns(inputs, "", asam_pytorch_optimizer, True)))
     return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +33,8 @@ class EagerMix(nn.Linear):
     def mixed_weight(self) -> Tensor:
         p = torch.softmax(self.weight_strengths, 0)
         total: Any = 0
-        for k, scale in enumerate(scales_of(self.weight)):
-            top = 2 ** (WEIGHT_BITS[k] - 1)
-            c = (self.weight / scale).clamp(-top, top - 1)
+        for k, (bits, scale) in enumerate(zip(WEIGHT_BITS, scales_of(self.weight), strict=True)):
+            c = (self.weight / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             total = total + p[k] * ((c + (c.round() - c).detach()) * scale)
         return total
 
@@ -48,24 +48,19 @@ def scales_of(w: Tensor) -> list[Tensor]:
     return [eager_sawb(w, bits) for bits in WEIGHT_BITS]
 
 
-class MixCheck:
+def check_mix(layer: Any, run: Callable[[], Any]) -> None:
     """The mixed weight of the first 32 outputs against float64, and a gradient that reaches the strengths."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def __call__(self, run: Callable[[], Any]) -> None:
-        w = self.layer.weight.detach()[:32].double()
-        scales, p = scales_of(w), torch.softmax(self.layer.weight_strengths.detach().double(), 0)
-        expected = sum(
-            p[k] * s * (w / s).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
-            for k, (b, s) in enumerate(zip(WEIGHT_BITS, scales, strict=True))
-        )
-        compare("mixed weight", self.layer.mixed_weight().detach()[:32], expected, w.abs() + w.abs().mean(), 1e-4, 0.02)  # type: ignore[arg-type]
-        run()
-        grad = self.layer.weight_strengths.grad
-        if grad is None or not bool((grad.isfinite() & (grad != 0)).all()):
-            raise CheckFailed("the strengths received no gradient")
+    w = layer.weight.detach()[:32].double()
+    p = torch.softmax(layer.weight_strengths.detach().double(), 0)
+    expected: Any = sum(
+        share * s * (w / s).clamp(-(2 ** (b - 1)), 2 ** (b - 1) - 1).round()
+        for share, b, s in zip(p, WEIGHT_BITS, scales_of(w), strict=True)
+    )
+    compare("mixed weight", layer.mixed_weight().detach()[:32], expected, w.abs() + w.abs().mean(), 1e-4, 0.02)
+    run()
+    grad = layer.weight_strengths.grad
+    if grad is None or not bool((grad.isfinite() & (grad != 0)).all()):
+        raise CheckFailed("the strengths received no gradient")
 
 
 def search_case(context: Context) -> Case:
@@ -75,10 +70,7 @@ def search_case(context: Context) -> Case:
     g = torch.Generator(context.device).manual_seed(3)
     x = torch.randn(tokens, n, device=context.device, generator=g)
     grad = torch.randn(tokens, n, device=context.device, generator=g) * GRAD_STD
-
-    def float_layer() -> nn.Linear:
-        torch.manual_seed(4)
-        return nn.Linear(n, n, device=context.device)
+    float_layer = functools.partial(common.float_layer, n, n, context.device)
 
     def step(layer: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
         leaf = x.clone().requires_grad_()
@@ -97,7 +89,7 @@ def search_case(context: Context) -> Case:
 
     def mixed(layer: Any, name: str = "") -> Impl:
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=LR, fused=True)
-        return Impl(name, step(layer, optimizer), check=MixCheck(layer))
+        return Impl(name, step(layer, optimizer), check=functools.partial(check_mix, layer))
 
     def own() -> Impl:
         bits: dict[str, Any] = {"weight_bits": WEIGHT_BITS, "act_bits": (None,), "signed": True, "learned": False}
@@ -113,11 +105,8 @@ OP = "search step, linear layer"
 ENTRIES = [Entry(OP, search_case, warm=True)]
 
 GOALS = [
-    *[
-        Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "<=", 1.5,
-             ratio(OP, MIXED, "", allocator))
-        for allocator in ALLOCATORS
-    ],
+    *[Goal(f"search step, 4 candidates ÷ 4-bit QAT step, {allocator} allocator", "<=", 1.5,
+           ratio(OP, MIXED, "", allocator)) for allocator in ALLOCATORS],
     Goal("search step: times faster than EdMIPS-style eager", ">=", 1.0, ratio(OP, EDMIPS, MIXED)),
 ]  # fmt: skip
 

@@ -7,7 +7,6 @@ steps; each row holds its loss curve, so that equal work is visible.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -52,13 +51,15 @@ def template_batches(shape: tuple[int, ...], size: int, device: torch.device) ->
 @functools.cache
 def library_text(most: int = 4_000_000) -> Tensor:
     """The source of Python's standard library, in the order of file names, as ASCII codes (others become "?")."""
-    text = bytearray()
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text += path.read_bytes()
-        if len(text) >= most:
-            break
-    codes = torch.frombuffer(text[:most], dtype=torch.uint8).long()
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    codes = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)[:most]), dtype=torch.uint8).long()
     return torch.where(codes < 128, codes, ord("?"))
+
+
+def windows(text: Tensor, starts: Tensor, length: int) -> Batch:
+    """So many characters from each start, and the same one character later."""
+    found = text[starts[:, None] + torch.arange(length + 1)]
+    return found[:, :-1], found[:, 1:]
 
 
 def text_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
@@ -66,8 +67,8 @@ def text_batches(size: int, length: int, device: torch.device) -> Callable[[int]
 
     def batch(k: int) -> Batch:
         starts = torch.randint(0, len(text) - length - 1, (size,), generator=torch.Generator().manual_seed(1000 + k))
-        windows = text[starts[:, None] + torch.arange(length + 1)]
-        return windows[:, :-1].to(device), windows[:, 1:].to(device)
+        x, y = windows(text, starts, length)
+        return x.to(device), y.to(device)
 
     return batch
 
@@ -76,23 +77,21 @@ def text_batches(size: int, length: int, device: torch.device) -> Callable[[int]
 
 
 def mlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, 10),
-    )  # fmt: skip
+    hidden = [layer for k in (784, width, width) for layer in (nn.Linear(k, width), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+
+def convolved(inputs: int, outputs: int, kernel: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs)]
 
 
 class Residual(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         stride = 1 if inputs == outputs else 2
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs),
-        )  # fmt: skip
-        self.short: nn.Module = nn.Identity()
-        if stride == 2:
-            self.short = nn.Sequential(nn.Conv2d(inputs, outputs, 1, 2, bias=False), nn.BatchNorm2d(outputs))
+        first, second = convolved(inputs, outputs, 3, stride), convolved(outputs, outputs, 3, 1)
+        self.body = nn.Sequential(*first, nn.ReLU(), *second)
+        self.short = nn.Sequential(*(convolved(inputs, outputs, 1, 2) if stride == 2 else []))
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.body(x) + self.short(x))
@@ -102,10 +101,8 @@ def resnet18(width: int) -> nn.Module:
     """ResNet-18 for 32 x 32 images (a first convolution of 3 x 3, no pooling after it); width 64 is the usual one."""
     widths = [width, width, width, 2 * width, 2 * width, 4 * width, 4 * width, 8 * width, 8 * width]
     blocks = [Residual(a, b) for a, b in itertools.pairwise(widths)]
-    return nn.Sequential(
-        nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), *blocks,
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, 10),
-    )  # fmt: skip
+    return nn.Sequential(*convolved(3, width, 3, 1), nn.ReLU(), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8 * width, 10))  # fmt: skip
 
 
 class Block(nn.Module):
@@ -156,22 +153,16 @@ class Task:
         return self.turns + 4
 
 
-def _inner(model: nn.Module, ends: tuple[str, ...]) -> list[str]:
-    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    return [name for name in layers if name not in ends]
-
-
-def _replace(model: nn.Module, names: list[str], made: Callable[[Any], nn.Module]) -> None:
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made(model.get_submodule(name)))
+def _replaced(model: nn.Module, kinds: Any, ends: tuple[str, ...], made: Callable[[Any], nn.Module]) -> nn.Module:
+    for name in [name for name, m in model.named_modules() if isinstance(m, kinds) and name not in ends]:
+        model.set_submodule(name, made(model.get_submodule(name)))
+    return model
 
 
 def _quantized(model: nn.Module, ends: tuple[str, ...]) -> list[dict[str, Any]]:
     """Parameter groups of ``model`` after its inner layers have become hard 4-bit ones with SAWB scales."""
-    inner = set(_inner(model, ends))
     config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard")
-    ask_nn.quantize_(model, config, lambda module, name: name in inner)
+    ask_nn.quantize_(model, config, lambda module, name: name not in ends)
     return ask_nn.param_groups(model)
 
 
@@ -195,10 +186,7 @@ class Training:
     def step(self) -> None:
         x, y = self.ready or self.task.batch(len(self.losses))
         self.ready = None
-        context: Any = contextlib.nullcontext()
-        if self.autocast:
-            context = torch.autocast(self.device.type, torch.bfloat16)
-        with context:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             logits = self.model(x)
             loss = self.loss(logits.float().flatten(0, -2), y.flatten())
         self.optimizer.zero_grad()
@@ -209,18 +197,13 @@ class Training:
         self.losses.append(loss.detach())
 
 
-class LossCheck:
+def check_losses(training: Training, expected: float, run: Callable[[], Any]) -> None:
     """Two calls: the losses are numbers, and the first is the float model's to a fifth (quantized weights differ)."""
-
-    def __init__(self, training: Training, expected: float) -> None:
-        self.training, self.expected = training, expected
-
-    def __call__(self, run: Callable[[], Any]) -> None:
-        run()
-        run()
-        first, second = (float(v) for v in self.training.losses[:2])
-        if not abs(first - self.expected) <= 0.2 * self.expected or not math.isfinite(second):
-            raise CheckFailed(f"losses {first:.4g}, {second:.4g}; the float model begins with {self.expected:.4g}")
+    run()
+    run()
+    first, second = (float(v) for v in training.losses[:2])
+    if not abs(first - expected) <= 0.2 * expected or not math.isfinite(second):
+        raise CheckFailed(f"losses {first:.4g}, {second:.4g}; the float model begins with {expected:.4g}")
 
 
 def starting_point(context: Context, task: Task) -> tuple[Callable[[], nn.Module], float]:
@@ -238,44 +221,30 @@ def starting_point(context: Context, task: Task) -> tuple[Callable[[], nn.Module
         return fresh, float(functional.cross_entropy(fresh()(x).flatten(0, -2), y.flatten()))
 
 
-def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[Impl]:
+def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
     fresh, expected = starting_point(context, task)
 
     def impl(training: Training, name: str = "", kind: str = "peer", note: str = "") -> Impl:
-        return Impl(name, training.step, kind, check=LossCheck(training, expected), prepare=training.prepare, note=note,
-                    losses=training.losses)  # fmt: skip
+        check = functools.partial(check_losses, training, expected)
+        return Impl(name, training.step, kind, None, check, training.prepare, note=note, losses=training.losses)
 
     def plain(model: nn.Module, **how: Any) -> Training:
-        optimizer: torch.optim.Optimizer
-        if task.adamw:
-            optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, fused=True)
-        else:
-            optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9, fused=True)
-        return Training(task, context, model, optimizer, **how)
+        base: Any = torch.optim.AdamW if task.adamw else functools.partial(torch.optim.SGD, momentum=0.9)
+        return Training(task, context, model, base(model.parameters(), lr=task.lr, fused=True), **how)
 
-    def with_layers(made: Callable[[Any], nn.Module]) -> Callable[[], Impl]:
-        def build() -> Impl:
-            model = fresh()
-            _replace(model, _inner(model, task.ends), made)
-            return impl(plain(model), note="absmax scale")
-
-        return build
+    def with_layers(made: Callable[[Any], nn.Module]) -> Impl:
+        model = _replaced(fresh(), (nn.Linear, nn.Conv2d), task.ends, made)
+        return impl(plain(model), note="absmax scale")
 
     def liger() -> Impl:
-        model = fresh()
-        _replace(
-            model, [name for name, m in model.named_modules() if isinstance(m, nn.LayerNorm)], peers.liger_layer_norm
-        )
+        model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
     def own(autocast: bool) -> Impl:
         model = fresh()
         groups = _quantized(model, task.ends)
-        optimizer: torch.optim.Optimizer
-        if task.adamw:
-            optimizer = optim.ASkewAdamW(groups, lr=task.lr)
-        else:
-            optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9)
+        base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
+        optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
         schedule = annealing.EpsilonAnnealing(optimizer, hold=task.steps // 10, total=20 * task.steps)
         return impl(Training(task, context, model, optimizer, [schedule], autocast), note="SAWB scale")
@@ -283,23 +252,18 @@ def training_impls(context: Context, task: Task, no_torchao: str = "") -> list[I
     impls = [
         impl(plain(fresh()), "float", "baseline"),
         impl(plain(fresh(), autocast=True), AUTOCAST),
-        peer("torchao QAT", "torchao", with_layers(lambda m: peers.torchao_linear(m, BITS)), no_torchao),
-        peer("brevitas QAT", "brevitas", with_layers(lambda m: peers.brevitas_layer(m, BITS))),
+        peer("torchao QAT", "torchao", lambda: with_layers(lambda m: peers.torchao_linear(m, BITS)), no_torchao),
+        peer("brevitas QAT", "brevitas", lambda: with_layers(lambda m: peers.brevitas_layer(m, BITS))),
     ]
     if context.is_cuda and any(isinstance(m, nn.LayerNorm) for m in fresh().modules()):
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
-    return impls
+    return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
 LIGER = "float, Liger's layer norm and cross entropy"
-
-
-def training_case(context: Context, name: str, task: Task, work: int, unit: str, no_torchao: str = "") -> Case:
-    impls = training_impls(context, task, no_torchao)
-    return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 def _turns(context: Context, full: int) -> int:
@@ -357,7 +321,7 @@ def log_case(context: Context) -> Case:
             for training.ready in batches:
                 training.step()
 
-        return Impl(name, run, kind, check=LossCheck(training, expected), note="ten steps a call")
+        return Impl(name, run, kind, None, functools.partial(check_losses, training, expected), note="ten steps a call")
 
     impls = [impl(NO_LOG, "baseline", False), impl(LOG, "ours", True)]
     name = f"MLP 784-{width}-{width}-{width}-10, batch {size}, {RECORDED} steps"
@@ -372,11 +336,9 @@ ENTRIES = [*[Entry(op, case, warm=True) for op, case in CASES.items()], Entry(WI
 GOALS = [
     *[Goal(f"hard QAT {op} ÷ float", "<=", 1.05, ratio(op, OURS)) for op in CASES],
     Goal("training steps with a telemetry log ÷ without", "<=", 1.01, ratio(WITH_LOG, LOG)),
-    *[
-        Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
-             ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
-        for backend in ("cpp", "triton")
-    ],
+    *[Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
+           ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
+      for backend in ("cpp", "triton")],
 ]  # fmt: skip
 
 HEADLINES = [
