@@ -49,12 +49,7 @@ def _unwrapped(name: str) -> str:
 
 
 class _Names:
-    """What a model holds, by the names of its state_dict.
-
-    ``state`` {key: value}; ``held`` {key: the model's own tensor}: the value itself or, where a state_dict hook made a
-    copy, what has that name; ``homes`` {id of a tensor: its (module, name in it)}, several where it is tied; ``paths``
-    {id of a module: names in the model}.
-    """
+    """What a model holds, by the names of its state_dict."""
 
     def __init__(self, model: nn.Module, where: str | bytes | os.PathLike) -> None:
         if not isinstance(model, nn.Module):
@@ -63,8 +58,8 @@ class _Names:
             model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
         self.model, self.where = model, os.fsdecode(where)
         self.modules: dict[str, nn.Module] = {}
-        self.paths: dict[int, list[str]] = defaultdict(list)
-        self.homes: dict[int, dict[tuple[nn.Module, str], None]] = defaultdict(dict)
+        self.paths: dict[int, list[str]] = defaultdict(list)  # {id of a module: its names in the model}
+        self.homes: dict[int, dict[tuple[nn.Module, str], None]] = defaultdict(dict)  # {id of a tensor: where it is}
         self.tensors: dict[str, Tensor] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             name = _unwrapped(path)
@@ -75,7 +70,7 @@ class _Names:
                     self.tensors[f"{name}.{child}" if name else child] = t
                     self.homes[id(t)][module, child] = None
         self.state: dict[str, Any] = {}
-        self.held: dict[str, Tensor] = {}
+        self.held: dict[str, Tensor] = {}  # the model's own: the value or, where a hook copied it, what has that name
         try:
             state = model.state_dict(keep_vars=True)
         except TypeError:  # a state_dict of the model's own
@@ -121,6 +116,11 @@ def _type(t: Tensor) -> tuple:
 
 def _sound(scale: Tensor) -> bool:
     return bool((scale.float().isfinite() & (scale > 0)).all())
+
+
+def _check(holds: bool, text: str) -> None:
+    if not holds:
+        raise ValueError(text)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -290,25 +290,20 @@ class PackedFile:
     def _check_layer(self, name: str, d: Any) -> QuantConfig:
         """The layer's config, after checking that codes and scales are what the description says."""
         try:
-            if d["kind"] not in KINDS:
-                raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {d['kind']!r}")
+            _check(d["kind"] in KINDS, f"kind: expected one of {', '.join(KINDS)}, got {d['kind']!r}")
             shape, dims = d["shape"], KINDS[d["kind"]].dims
-            if len(shape) != dims or not all(type(n) is int and 0 <= n < 2**40 for n in shape):
-                raise ValueError(f"shape: expected {dims} sizes, got {shape}")
-            if d["dtype"] not in FLOATS:
-                raise ValueError(f"dtype: expected a float type, got {d['dtype']!r}")
-            if type(d["trits"]) is not bool:
-                raise ValueError(f"trits: expected true or false, got {d['trits']!r}")
+            sizes = all(type(n) is int and 0 <= n < 2**40 for n in shape)
+            _check(len(shape) == dims and sizes, f"shape: expected {dims} sizes, got {shape}")
+            _check(d["dtype"] in FLOATS, f"dtype: expected a float type, got {d['dtype']!r}")
+            _check(type(d["trits"]) is bool, f"trits: expected true or false, got {d['trits']!r}")
             config = QuantConfig.from_dict(d["config"])
             self.configs = {name: config}
             codes, scale = self.codes(name)
             empty = self.empty_layer(name)
             for key, got, want in (("codes", codes, empty.weight_codes), ("scale", scale, empty.weight_scale)):
-                if _type(got) != _type(want):
-                    (shape, dtype), (right, kind) = _type(got), _type(want)
-                    raise ValueError(f"weight_{key}: expected {kind} {right}, got {dtype} {shape}")
-            if not _sound(scale):
-                raise ValueError("weight_scale: expected positive finite scales")
+                (shape, dtype), (right, kind) = _type(got), _type(want)
+                _check((shape, dtype) == (right, kind), f"weight_{key}: expected {kind} {right}, got {dtype} {shape}")
+            _check(_sound(scale), "weight_scale: expected positive finite scales")
             check_codes(codes, empty.bits, empty.cols, len(config.weight.levels))
         except KeyError as error:
             raise self._error(f"layer {name}: {error.args[0]!r} is missing") from None
@@ -464,29 +459,25 @@ class _Load:
 
 def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> None:
     """ValueError where the module of the model cannot be replaced by the file's layer of that name."""
-    if old is None:
-        raise ValueError("the model has no such layer")
+    _check(old is not None, "the model has no such layer")
     kind: Any = KINDS[d["kind"]]
     check_replaceable(name, old)
-    if type(old) is not kind.plain and not isinstance(old, (kind.quantized, kind.packed)):
-        raise ValueError(f"expected {kind.plain.__name__} in the model, got {type(old).__name__}")
+    fits = type(old) is kind.plain or isinstance(old, (kind.quantized, kind.packed))
+    _check(fits, f"expected {kind.plain.__name__} in the model, got {type(old).__name__}")
     shape, dtype = (old.shape, old.weight_dtype) if isinstance(old, PackedLayer) else _type(old.weight)
-    if dtype is None:
-        raise ValueError(f"its weight is {shape} in the model, which cannot be replaced")
-    if str(dtype).removeprefix("torch.") not in FLOATS:
-        raise ValueError(f"a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
+    _check(dtype is not None, f"its weight is {shape} in the model, which cannot be replaced")
+    floats = str(dtype).removeprefix("torch.") in FLOATS
+    _check(floats, f"a weight of type {dtype} in the model, expected one of {', '.join(FLOATS)}")
     bias, given = getattr(old, "bias", None), file.tensors.get(f"{name}.bias")
-    if (bias is None) != (given is None):
-        raise ValueError(f"only {'the file' if bias is None else 'the model'} has a bias")
-    if bias is not None and given is not None and given.shape != bias.shape:
-        raise ValueError(f"bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
-    if shape != tuple(d["shape"]):
-        raise ValueError(f"expected a weight of shape {shape}, the file has {tuple(d['shape'])}")
+    _check((bias is None) == (given is None), f"only {'the file' if bias is None else 'the model'} has a bias")
+    if bias is not None and given is not None:
+        _check(given.shape == bias.shape, f"bias: expected shape {list(bias.shape)}, got {list(given.shape)}")
+    found = tuple(d["shape"])
+    _check(shape == found, f"expected a weight of shape {shape}, the file has {found}")
     other = file.configs[name]
     config = getattr(old, "config", None) or other
     geometry = kind.geometry_of(old)
     for what, own, of_file in (("grid", config.weight, other.weight),
                                ("activation", config.activation, other.activation),
                                ("geometry", geometry, d.get("geometry", geometry))):  # fmt: skip
-        if own != of_file:
-            raise ValueError(f"{what}: expected {own}, the file has {of_file}")
+        _check(own == of_file, f"{what}: expected {own}, the file has {of_file}")

@@ -83,13 +83,6 @@ def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
     return a == b or replace(a, activation=None) == replace(b, activation=None)
 
 
-def _transformed() -> bool:
-    """Inside torch.func's transforms, forward-mode differentiation, or a mode that sees every operator (fake tensors,
-    tracing, counting): what is made there must not be kept for outside."""
-    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None)  # fmt: skip
-
-
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
     """For the grid of the weight and that of the input: number of levels, the lowest, the highest, and the mean of
     level i times i; zeros without a grid. Of two grids with one fingerprint a scale means the same."""
@@ -143,9 +136,10 @@ class QuantizedLayer(nn.Module):
         if weight is None or not isinstance(weight, nn.Parameter):
             return quantizer  # functional_call, a parametrization: a temporary has no identity
         if (found := WeightQuantizer.of(weight)) is not quantizer:
+            others = [layer._parameters.get("weight") for layer in quantizer.layers if layer is not self]
             if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
                 quantizer = self.quantizer = found
-            elif any(w is not weight and WeightQuantizer.of(w) is quantizer for w in self._others(quantizer)):
+            elif any(w is not weight and WeightQuantizer.of(w) is quantizer for w in others):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
             if found is not quantizer:
                 quantizer.tie(weight)
@@ -155,10 +149,6 @@ class QuantizedLayer(nn.Module):
         if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
             self._show(quantizer)
         return quantizer
-
-    def _others(self, quantizer: WeightQuantizer) -> list[Any]:
-        """The weights of the other layers that were tied to this quantizer."""
-        return [layer._parameters.get("weight") for layer in quantizer.layers if layer is not self]
 
     def _show(self, quantizer: WeightQuantizer) -> None:
         """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
@@ -235,7 +225,9 @@ class QuantizedLayer(nn.Module):
     def _ordinary(self) -> bool:
         """The weight is a Parameter whose changes can be seen, and nothing traces or transforms the call: what is
         known of it may be kept for the next. In every forward, so of few Python operations."""
-        if torch.compiler.is_compiling() or _transformed():
+        if (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+                or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+                or torch._C._len_torch_dispatch_stack() > 0):  # fmt: skip  # a mode, of fake tensors or counts
             return False
         weight, quantizer, buffers = self._parameters.get("weight"), self.quantizer, self._buffers
         if (

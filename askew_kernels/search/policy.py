@@ -78,16 +78,15 @@ def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """One layer. ``name``: its full name, or a pattern with ``*`` and ``?``; ``weight_bits`` 1…8, or None to leave it
-    float; ``act_bits`` 2…8, or None for a float input; ``act_signed``: whether the input has negative values."""
+    """One layer."""
 
-    name: str
+    name: str  # its full name, or a pattern with * and ?
     kind: str
     role: str
     position: float
-    weight_bits: int | None
-    act_bits: int | None = None
-    act_signed: bool = True
+    weight_bits: int | None  # 1…8; None leaves it float
+    act_bits: int | None = None  # 2…8; None for a float input
+    act_signed: bool = True  # the input has negative values
 
     def __post_init__(self) -> None:
         for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):

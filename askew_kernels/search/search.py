@@ -275,12 +275,10 @@ class Search:
         return self.space.policy(choice, report)
 
 
-def _flat(d: Mapping[str, Any]) -> dict[str, Any]:
-    """One level, sequences as lists (JSON and torch.save do not agree on tuples)."""
-    found: dict[str, Any] = {}
-    for key, value in d.items():
-        found |= _flat(value) if isinstance(value, Mapping) else {key: [*value] if type(value) is tuple else value}
-    return found
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """One level, sequences as lists."""
+    given = {**identity, **identity["settings"]}
+    return {key: [*value] if type(value) is tuple else value for key, value in given.items() if key != "settings"}
 
 
 Progress = Callable[[dict[str, float]], None]
