@@ -75,8 +75,8 @@ class Row:
         return self.note.startswith("failed")
 
 
-ROW_FIELDS = tuple(f.name for f in fields(Row))
 EMPTY = {f.name: "" if f.type == "str" else None for f in fields(Row)}
+ROW_FIELDS = tuple(EMPTY)
 
 
 def by_case(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
@@ -103,10 +103,9 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        # not here: e.g. installed into a virtual environment inside some other repository
-        if git("ls-files", "--error-unmatch", "__init__.py"):
-            changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../csrc")
-            return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        git("ls-files", "--error-unmatch", "__init__.py")  # not so in a virtual environment inside another repository
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", "../csrc")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     return ""
 
 
@@ -177,7 +176,7 @@ def rows_to_csv(rows: Iterable[Row]) -> str:
     writer.writeheader()
     for r in rows:
         losses = None if r.losses is None else " ".join(f"{v:.6g}" for v in r.losses)
-        writer.writerow({k: "" if v is None else v for k, v in {**asdict(r), "losses": losses}.items()})
+        writer.writerow({**asdict(r), "losses": losses})
     return out.getvalue()
 
 
