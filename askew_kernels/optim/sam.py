@@ -124,7 +124,7 @@ class SAM(Wrapper):
         """What copies and checkpoints do not hold."""
         self._ascent: _Ascent | None = None
         self._copies: dict[Tensor, Tensor] = {}  # of the weights, kept from step to step
-        self._report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}  # of the last step, tensors where they stand; ``telemetry`` gives numbers
         self._telemetry_wanted = True
         self._note_names()
 
@@ -214,7 +214,7 @@ class SAM(Wrapper):
         ascent.found_inf = unscale_first(scaler, self)
         norm = self._squared_norm(buckets).sqrt()
         record = self._records()
-        self._report = {"loss": _detached(loss), "gradient_norm": norm}
+        self.report = {"loss": _detached(loss), "gradient_norm": norm}
         try:
             self._ascent = ascent
             for bucket in buckets:
@@ -222,7 +222,7 @@ class SAM(Wrapper):
                 coefficients = self._coefficients(radius, norm, bucket.weights[0])
                 if bucket.group.get("maximize"):
                     coefficients = -coefficients
-                self._report.setdefault("rho", radius)
+                self.report.setdefault("rho", radius)
                 kept = [room_for(self._copies, p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
                 quantized = [(q, p) for p in bucket.params if (q := WeightQuantizer.of(p)) is not None]
                 for q, p in quantized:
@@ -336,7 +336,7 @@ class SAM(Wrapper):
             skipped = unscale_second(scaler or ascent.scaler, self, ascent.found_inf)
             self._note_losses(loss, skipped)
             if ascent.firsts and self._records():
-                self._report["cosine"] = self._cosine(ascent)
+                self.report["cosine"] = self._cosine(ascent)
             if skipped:
                 self.restore()
             else:
@@ -347,7 +347,7 @@ class SAM(Wrapper):
         finally:
             self.restore()
         steps = self._steps + 1
-        self._report.update(step=steps, skipped=skipped)
+        self.report.update(step=steps, skipped=skipped)
         for group in self.param_groups:
             group["sam_steps"] = steps
         self._telemetry_wanted = False
@@ -414,12 +414,12 @@ class SAM(Wrapper):
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
     def _note_losses(self, loss: Tensor | float | None, skipped: bool) -> None:
-        first = self._report["loss"]
-        self._report["perturbed_loss"] = second = _detached(loss)
+        first = self.report["loss"]
+        self.report["perturbed_loss"] = second = _detached(loss)
         if first is not None and second is not None:
             gap = first - second if self._directions() == {True} else second - first  # a loss to maximize is a gain
-            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self._report["gradient_norm"], gap)
-            self._report["surrogate_gap"] = gap
+            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self.report["gradient_norm"], gap)
+            self.report["surrogate_gap"] = gap
             self._keep_gap(gap, skipped)
 
     def _directions(self) -> set[bool]:
@@ -431,7 +431,7 @@ class SAM(Wrapper):
         A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays."""
         if skipped:
             return
-        norm: Tensor = self._report["gradient_norm"]
+        norm: Tensor = self.report["gradient_norm"]
         gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self.gap.to(norm.device))
         if self.gap.device == gap.device:
             self.gap.copy_(gap)
@@ -524,9 +524,9 @@ class SAM(Wrapper):
         between both gradients at every ``telemetry_every``-th step and at the step after a call of ``telemetry``.
         """
         self._telemetry_wanted = True
-        if "step" not in self._report:
+        if "step" not in self.report:
             return {}
-        known = {key: value for key, value in self._report.items() if value is not None}
+        known = {key: value for key, value in self.report.items() if value is not None}
         report = {key: value.item() if isinstance(value, Tensor) else value for key, value in known.items()}
         norm = report["gradient_norm"]
         report["perturbed"] = 0 < norm < math.inf
@@ -555,7 +555,7 @@ class SAM(Wrapper):
             group.update({**kept, **group})
         first = {"sam_steps": own.get("steps", 0), "sam_gap": own.get("gap"), **self.param_groups[0]}
         self._keep(first["sam_steps"], None if first["sam_gap"] is None else float(first["sam_gap"]))
-        self._report = {}
+        self.report = {}
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_between_halves("copy")

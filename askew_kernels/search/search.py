@@ -202,7 +202,7 @@ class Search:
             loss = float(self.processes.mean(task[0]))
             row = {"step": self.step, "loss": loss, "expected": float(self.expected_cost())}
         if isinstance(optimizer, AlignedSAM):
-            row |= {"surrogate_gap": float(optimizer.gap), "rho": float(optimizer._report["rho"])}  # type: ignore[arg-type]
+            row |= {"surrogate_gap": float(optimizer.gap), "rho": float(optimizer.report["rho"])}  # type: ignore[arg-type]
         self.history.append(row)
         return row
 
