@@ -3,9 +3,9 @@
 // memory sees x once whatever their number.
 
 template <int T, class Grid>
-ASKEW_FN void add_candidate(Stream x, Stream so_far, const Row<vf, Grid>& row, float p, bool first, Columns c) {
-  for_vectors<T>(
-      {x, so_far}, c, ASKEW_VECTOR {
+ASKEW_FN auto candidate_loop(Stream x, Stream so_far, float p, bool first) {
+  return vector_loop<T, 0, Row<vf, Grid>>(
+      {x, so_far}, ASKEW_VECTOR {
         const vf y = p * quantize_dequantize(load<T>(s[0], i), row);
         store<kFloat32>(s[1], i, first ? y : load<kFloat32>(s[1], i) + y);
       });
@@ -23,14 +23,14 @@ struct MixGradientLoop {
   Lanes16* sums;  // 2
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const MixGradientLoop l = *this;
-    const Row<vf, Grid> stored = with_stored_ends<T>(l.row);
+    const vf low = Storage<T>::rounded(l.row.low), high = Storage<T>::rounded(l.row.high);  // as clamped x is stored
     vf strength[kVectors] = {}, scale[kVectors] = {};
     for (const int64_t end = i + n; i < end; i += 16)
       for (int k = 0; k < kVectors; ++k) {
         const int64_t at = i + k * ASKEW_LANES;
         const vf g = load<T>(l.streams[0], at), x = load<T>(l.streams[1], at);
         const vf placed = in_hull(x, l.row), q = l.row.grid.nearest(placed);
-        const vi outside = (x < stored.low) | (x > stored.high);
+        const vi outside = (x < low) | (x > high);
         const vf gate = l.clip ? select(outside, vf{}, vf{} + l.p) : vf{} + l.p;
         store<kFloat32>(l.streams[2], at, l.first ? gate : load<kFloat32>(l.streams[2], at) + gate);
         strength[k] += g * q;
@@ -52,9 +52,12 @@ void mix_typed(const MixArg& m, void* y, Tile t) {
     for_bands(r * m.cols, t, [&](Columns c) {
       const Stream so_far{sum - c.first, 4, true};
       for (int k = 0; k < m.n; ++k)
-        ASKEW_BY_CANDIDATE(m.grids[k].kind,
-                           add_candidate<T>(x, so_far, candidate_row<vf, Grid>(m, k, r), m.strengths[k], !k, c))
-      for_vectors<T>({so_far, out}, c, ASKEW_VECTOR { store<T>(s[1], i, load<kFloat32>(s[0], i)); });
+        ASKEW_BY_CANDIDATE(m.grids[k].kind, {
+          auto loop = candidate_loop<T, Grid>(x, so_far, m.strengths[k], !k);
+          loop.row = candidate_row<vf, Grid>(m, k, r);
+          for_columns(loop, c);
+        })
+      for_columns(vector_loop<T>({so_far, out}, ASKEW_VECTOR { store<T>(s[1], i, load<kFloat32>(s[0], i)); }), c);
     });
 }
 
@@ -77,8 +80,10 @@ void mix_gradient_typed(const MixArg& m, const void* grad, void* out, Tile t, do
                 c))
         for (Lanes16& l : lanes[k]) flush(l);
       }
-      for_vectors<T>(
-          {g, so_far, result}, c, ASKEW_VECTOR { store<T>(s[2], i, load<T>(s[0], i) * load<kFloat32>(s[1], i)); });
+      for_columns(
+          vector_loop<T>(
+              {g, so_far, result}, ASKEW_VECTOR { store<T>(s[2], i, load<T>(s[0], i) * load<kFloat32>(s[1], i)); }),
+          c);
     });
     for (int k = 0; k < m.n; ++k)
       for (int j = 0; j < 2; ++j) sums[2 * k + j] = finish(lanes[k][j]);

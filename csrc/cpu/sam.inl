@@ -54,12 +54,13 @@ ASKEW_FN void copy_vector(const Stream& from, const Stream& to, int64_t i) {
 }
 template <int T, bool PAST_CACHES>
 ASKEW_FN void copy_columns(Stream from, Stream to, Columns c) {
-  for_vectors<T, 1>({from, to}, c, ASKEW_VECTOR { copy_vector<T, PAST_CACHES>(s[0], s[1], i); });
+  for_columns(vector_loop<T, 1>({from, to}, ASKEW_VECTOR { copy_vector<T, PAST_CACHES>(s[0], s[1], i); }), c);
 }
 template <int T>
 ASKEW_FN void mean_columns(Stream second, Stream first, Stream mean, Columns c) {
-  for_vectors<T, 2>(
-      {second, first, mean}, c, ASKEW_VECTOR { store<T>(s[2], i, sam_mean(load<T>(s[0], i), load<T>(s[1], i))); });
+  const auto loop = vector_loop<T, 2>(
+      {second, first, mean}, ASKEW_VECTOR { store<T>(s[2], i, sam_mean(load<T>(s[0], i), load<T>(s[1], i))); });
+  for_columns(loop, c);
 }
 
 template <int T, bool PAST_CACHES>
@@ -77,11 +78,13 @@ double sam_typed(SamPass pass, const SamTensor& x, SamArg arg, Tile t) {
       });
       return finish(sum);
     case kSamPerturb:
-      for_vectors<T, 2>(
-          {w, g, kept}, all, ASKEW_VECTOR {
-            copy_vector<T, PAST_CACHES>(s[0], s[2], i);
-            if (!still) store<T>(s[0], i, sam_perturbed(load<T>(s[0], i), load<T>(s[1], i), arg));
-          });
+      for_columns(vector_loop<T, 2>(
+                      {w, g, kept},
+                      ASKEW_VECTOR {
+                        copy_vector<T, PAST_CACHES>(s[0], s[2], i);
+                        if (!still) store<T>(s[0], i, sam_perturbed(load<T>(s[0], i), load<T>(s[1], i), arg));
+                      }),
+                  all);
       break;
     case kSamRestore:
       copy_columns<T, PAST_CACHES>(kept_read, w, all);

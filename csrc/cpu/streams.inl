@@ -85,34 +85,29 @@ template <class Grid>
 ASKEW_FN Row<Pair, Grid> pair_of(const Row<vf, Grid>& r) {
   return {r.grid, {{r.scale.value, r.scale.value}, r.scale}, {r.low, r.low}, {r.high, r.high}};
 }
-// The ends as a clamped weight is stored.
-template <int T, class Grid>
-ASKEW_FN Row<vf, Grid> with_stored_ends(Row<vf, Grid> row) {
-  row.low = Storage<T>::rounded(row.low);
-  row.high = Storage<T>::rounded(row.high);
-  return row;
-}
-
-// What most loops are: body(streams, i) for every vector of columns, none of which sees another. The first AHEAD
-// streams are read ahead.
-#define ASKEW_VECTOR [=](const Stream* s, int64_t i) __attribute__((always_inline))
-template <int T, int AHEAD, int N, class Body>
+// What most loops are: body(streams, i, row) for every vector of columns, none of which sees another. The first AHEAD
+// streams are read ahead. The row stands beside the body, not in it, so that it can be replaced without a copy of
+// everything, which would cost more than a short row.
+#define ASKEW_VECTOR [=](const Stream* s, int64_t i, [[maybe_unused]] const auto& row) __attribute__((always_inline))
+struct NoRow {};
+template <int T, int AHEAD, class R, int N, class Body>
 struct VectorLoop {
   static constexpr int kStreams = N;
   Stream streams[N];
   Body body;
+  R row;
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const VectorLoop l = *this;  // what a store cannot change
     const int64_t ahead = tuning.prefetch_columns;
     for (const int64_t end = i + n; i < end; i += ASKEW_LANES) {
       for (int k = 0; k < AHEAD; ++k) prefetch<T>(l.streams[k], i, ahead);
-      l.body(l.streams, i);
+      l.body(l.streams, i, l.row);
     }
   }
 };
-template <int T, int AHEAD = 0, int N, class Body>
-ASKEW_FN void for_vectors(const Stream (&streams)[N], Columns c, const Body& body) {
-  VectorLoop<T, AHEAD, N, Body> loop{{}, body};
+template <int T, int AHEAD = 0, class R = NoRow, int N, class Body>
+ASKEW_FN VectorLoop<T, AHEAD, R, N, Body> vector_loop(const Stream (&streams)[N], const Body& body) {
+  VectorLoop<T, AHEAD, R, N, Body> loop{{}, body, {}};
   for (int k = 0; k < N; ++k) loop.streams[k] = streams[k];
-  for_columns(loop, c);
+  return loop;
 }

@@ -111,8 +111,8 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
     if (row_sums) sums = {};
-    const Row<vf, Grid> row = make_row(vf{} + t.scale[r], Grid::make(t.grid));
-    step.row = &row;
+    const Row<vf, Grid> weights = make_row(vf{} + t.scale[r], Grid::make(t.grid));
+    step.row = &weights;
     for_bands(r * t.m.cols, tile, [&](Columns c) {
       const int64_t padded = (c.count + 15) / 16 * 16;
       if (t.kept) copy_columns<T, false>({(void*)t.kept, size, false}, w, c);
@@ -130,16 +130,20 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
         streams[kExcess] = part(trace.excess);
         streams[kDescent] = part(trace.descent);
         streams[kGradient] = part(trace.gradient);
-        for_vectors<T>(
-            {w_read, level}, c, ASKEW_VECTOR { store<kFloat32>(s[1], i, nearest_level(load<T>(s[0], i), row)); });
+        for_columns(
+            vector_loop<T>(
+                {w_read, level}, ASKEW_VECTOR { store<kFloat32>(s[1], i, nearest_level(load<T>(s[0], i), weights)); }),
+            c);
       }
       step.columns(step, c);
       if (totals) {
-        for_vectors<T>(
-            {w_read, level}, c, ASKEW_VECTOR {  // 1 where the level has changed
-              const vf now = nearest_level(load<T>(s[0], i), row);
-              store<kFloat32>(s[1], i, select(now != load<kFloat32>(s[1], i), vf{} + 1.f, vf{}));
-            });
+        for_columns(vector_loop<T>(
+                        {w_read, level},
+                        ASKEW_VECTOR {  // 1 where the level has changed
+                          const vf now = nearest_level(load<T>(s[0], i), weights);
+                          store<kFloat32>(s[1], i, select(now != load<kFloat32>(s[1], i), vf{} + 1.f, vf{}));
+                        }),
+                    c);
         for (float* of : {trace.excess, trace.level, trace.descent, trace.gradient})
           for (int64_t gap = c.count; gap < padded; ++gap) of[traced + gap] = 0;
         traced += padded;
@@ -150,7 +154,9 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
       }
       if (t.dequantized) {
         const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
-        quantize_columns<T>(w_read, copy, t.dequantized_type, row, c);
+        auto loop = quantize_loop<T, Grid>(w_read, copy, t.dequantized_type);
+        loop.row = weights;
+        for_columns(loop, c);
       }
     });
     if (row_sums) {
