@@ -116,9 +116,8 @@ class Certificate:
                             f"got {type(optimizer).__name__}")  # fmt: skip
         if optimizer.telemetry_every == 0:
             raise ValueError("optimizer: its telemetry_every is 0, so its passes sum up nothing; expected >= 1")
-        if isinstance(smoothness, bool) or not (
-            isinstance(smoothness, (int, float, Smoothness, Secant)) or callable(smoothness)
-        ):
+        known = isinstance(smoothness, (int, float, Smoothness, Secant)) or callable(smoothness)
+        if isinstance(smoothness, bool) or not known:
             raise TypeError(f"smoothness: expected a number, Smoothness, Secant or function, got {smoothness!r}")
         if isinstance(smoothness, (int, float)) and not 0 <= smoothness < math.inf:
             raise ValueError(f"smoothness: expected a finite number >= 0, got {smoothness}")
