@@ -220,7 +220,7 @@ ASKEW_FN int32_t sum_of(vi v) {
 template <int R, class V>
 ASKEW_FN void sums_of(const V* v, float* sum) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
-  if (R == 4) {
+  if constexpr (R == 4) {
     typedef __typeof__(v[0][0] + v[0][0]) Lane;
     typedef Lane Half __attribute__((vector_size(32)));
     typedef Lane Quarter __attribute__((vector_size(16)));
@@ -230,7 +230,8 @@ ASKEW_FN void sums_of(const V* v, float* sum) {
     const __m512i all = (__m512i)((V)_mm512_unpacklo_epi64(ab, cd) + (V)_mm512_unpackhi_epi64(ab, cd));
     const __m256i half = (__m256i)((Half)_mm512_castsi512_si256(all) + (Half)_mm512_extracti64x4_epi64(all, 1));
     const Quarter four = (Quarter)_mm256_castsi256_si128(half) + (Quarter)_mm256_extracti128_si256(half, 1);
-    for (int r = 0; r < R; ++r) sum[r] = (float)four[r % 4];
+    const auto floats = __builtin_convertvector(four, float __attribute__((vector_size(16))));
+    __builtin_memcpy(sum, &floats, sizeof floats);
     return;
   }
 #endif

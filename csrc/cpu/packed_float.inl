@@ -250,8 +250,8 @@ ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* t
 }
 
 template <int BANDS>
-static void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
-                        float* y) {
+ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
+                          float* y) {
   const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
   const int64_t words = (w.row_bytes + 3) / 4;
   vf sum[BANDS], total[BANDS];
@@ -316,8 +316,14 @@ static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, c
   const int64_t wide = tables_width(w);
   for (int64_t row = row0; row < row1; row += 16 * kBands) {
     const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
-    const auto band = rows > 32 ? tables_band<4> : rows > 16 ? tables_band<2> : tables_band<1>;
-    for (int64_t b = 0; b < batch; ++b) band(w, row, rows, tables + b * wide, bias, y + b * w.n);
+    for (int64_t b = 0; b < batch; ++b) {
+      if (rows > 32)
+        tables_band<4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+      else if (rows > 16)
+        tables_band<2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+      else
+        tables_band<1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+    }
   }
 }
 #endif
