@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
-from .kinds import DEFAULT, KINDS, Kind, chosen, kind_of, replaceable
+from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
 
 __all__ = [
-    "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
+    "as_linear_", "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
     "quantized_layers", "unpack_",
 ]  # fmt: skip
 
@@ -126,15 +126,15 @@ def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
         return name, ", whose weight nn.MultiheadAttention reads past its forward"
     if (kind := kind_of(module)) is None:
         return name, ", which has no quantized form"
-    if type(module) is not kind.plain:
-        return name, f", a subclass of nn.{kind.plain.__name__}"
+    if type(module) not in kind.classes:
+        return name, f", a subclass of {_named_class(kind)}"
     return name, ", left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
 
 
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
     """One line of the logger for the weights that ``call`` leaves float; of plain layers of the kinds that were asked
     for, which are left by the caller's choice, it does not tell."""
-    plain = [kind.plain for kind in asked]
+    plain = [cls for kind in asked for cls in kind.classes]
     by_type: dict[str, list[str]] = {}
     for name, (module, kind, _) in _float_weights(model).items():
         if type(module) not in plain:
@@ -147,8 +147,21 @@ def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
         logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
 
 
+def as_linear_(model: nn.Module) -> nn.Module:
+    """Replaces every ``PackedTransposedLinear``, in place, by the ``PackedLinear`` that computes the same: formats
+    whose weights are (outputs, inputs) take it as any other."""
+    transposed = {name: m for name, m in _named(model, PackedTransposedLinear).items()}
+    replace_modules(model, successors(transposed, lambda _, layer: layer.as_linear(), "its as_linear()"))
+    return model
+
+
 def _names(kinds: Iterable[Kind]) -> str:
-    return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
+    return " or ".join(map(_named_class, kinds))
+
+
+def _named_class(kind: Kind) -> str:
+    *_, cls = kind.classes  # another library's, where it is here
+    return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
 
 
 def _decline_fast_paths(model: nn.Module) -> None:

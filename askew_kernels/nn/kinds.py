@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,14 @@ from torch.nn import functional
 
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
+from ..quant.forms import ROWS, Form
 from .layers import QuantizedLayer
 from .packed import PackedLayer
+from .replace import derived
 
 __all__ = [
-    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewLinear", "Kind", "PackedConv1d", "PackedConv2d",
-    "PackedEmbedding", "PackedLinear",
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewLinear", "AskewTransposedLinear", "Kind",
+    "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedLinear", "PackedTransposedLinear",
 ]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
@@ -44,6 +47,17 @@ class Kind:
     output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
     token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 for indices
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
+    form: Form = ROWS  # how the weight is a matrix of outputs and inputs
+    foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
+    make: Callable[..., nn.Module] | None = (
+        None  # a float layer from the arguments, where ``plain`` is not what makes it
+    )
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """Of float layers of this kind."""
+        found = self.foreign()
+        return (self.plain,) if found is None else (self.plain, found)
 
     def _others(self, bias: bool) -> dict[str, Any]:
         return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
@@ -65,7 +79,7 @@ class Kind:
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
         """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
-        new: Any = (cls or self.plain)(**self.arguments_of(layer))
+        new: Any = (cls or self.make or self.plain)(**self.arguments_of(layer))
         new.weight = weight
         if self.output is not None:
             new.bias = layer.bias
@@ -93,7 +107,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
 
 
-class PackedLinear(PackedLayer):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
     """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
 
     From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
@@ -116,7 +130,7 @@ class PackedLinear(PackedLayer):
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
         rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
-            return functional.linear(x, self.dequantize(x.dtype), bias)
+            return functional.linear(x, self.matrix(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
@@ -131,9 +145,83 @@ class PackedLinear(PackedLayer):
             raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
         return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
 
+
+class TransposedLinear(nn.Module):
+    """y = x W + b with W (nx, nf), as Conv1D of transformers, which gives its arguments their names.
+    x: (…, nx) -> (…, nf)."""
+
+    weight: Any
+    bias: Any
+
+    def __init__(self, nf: int, nx: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if bias else None)
+        TransposedLinear.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _transposed(self, input, self.weight, self.bias)
+
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return sizes + super().extra_repr()
+        return f"nf={self.nf}, nx={self.nx}, bias={self.bias is not None}"
+
+
+def conv1d() -> type[nn.Module] | None:
+    """transformers' Conv1D where that module has been imported: a model that has such layers has done so."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _float_transposed(nf: int, nx: int, bias: bool, device: Any) -> nn.Module:
+    """A Conv1D, which always has a bias, where there is such a class."""
+    if (cls := conv1d()) is None or not bias:
+        return TransposedLinear(nf, nx, bias, device)
+    with torch.device(device):
+        return cls(nf, nx)
+
+
+def _transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight.t(), bias)
+
+
+class AskewTransposedLinear(QuantizedLayer, TransposedLinear):  # type: ignore[misc]
+    """A linear layer with a quantized weight (nx, nf); per channel, every output has a scale, and groups run along the
+    inputs. The weight keeps its shape and gets the memory layout of its transpose."""
+
+    __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        """One whose instances are of the class of ``layer``, too, for those who ask."""
+        if isinstance(layer, cls):
+            return type(layer)
+        return cls if type(layer) is TransposedLinear else derived(cls, type(layer))
+
+
+class PackedTransposedLinear(PackedLinear):
+    """``PackedLinear`` in the place of a layer with a weight (nx, nf): the codes are those of the (nf, nx) matrix."""
+
+    nf, nx = property(lambda self: self.out_features), property(lambda self: self.in_features)
+
+    def __init__(self, nf: int, nx: int, bias: bool = True, config: QuantConfig | None = None, *, trits: bool = False,
+                 scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None,
+                 ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = nx, nf
+        self._attach((nx, nf), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
+
+    def as_linear(self) -> PackedLinear:
+        """A ``PackedLinear`` with the same tensors, whose ``weight`` is (nf, nx): what other formats hold."""
+        new = PackedLinear(self.nx, self.nf, self.bias is not None, self.config, trits=self.trits, device="meta",
+                           scale_dtype=self.weight_scale.dtype, dtype=self.weight_dtype)  # fmt: skip
+        new.weight_codes, new.weight_scale, new.bias = self.weight_codes, self.weight_scale, self.bias
+        new.activations = self.activations
+        return new.train(self.training)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -279,6 +367,9 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
+    Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
+         (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
+         foreign=conv1d, make=_float_transposed),
     Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
@@ -289,6 +380,7 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
 )}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
+    _kind.quantized.form = _kind.packed.form = _kind.form
 
 DEFAULT = ("linear", "conv")  # what quantize_ replaces where nothing is said
 
@@ -304,13 +396,16 @@ def chosen(names: str | Iterable[str]) -> list[Kind]:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a layer, be it float, quantized, packed, or of a class derived from these."""
-    return next((kind for kind in KINDS.values() if isinstance(module, (kind.plain, kind.packed))), None)
+    if isinstance(module, (QuantizedLayer, PackedLayer)):
+        return module.kind
+    return next((kind for kind in KINDS.values() if isinstance(module, kind.classes)), None)
 
 
 def own_keys(cls: type[nn.Module]) -> frozenset[str]:
     """Keys that every layer of this class has in a state_dict; what else stands under its name was hung on it."""
-    bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, kind.plain))
-    return _keys(*next((kind, base) for kind, base in bases if issubclass(cls, base)))
+    bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, *kind.classes))
+    kind, base = next((kind, base) for kind, base in bases if issubclass(cls, base))
+    return _keys(kind, base if issubclass(base, (QuantizedLayer, PackedLayer)) else kind.plain)
 
 
 @functools.cache
@@ -324,4 +419,5 @@ def replaceable(module: nn.Module) -> Kind | None:
     cls: Any = type(module)
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
-    return next((kind for kind in KINDS.values() if cls in (kind.plain, kind.quantized)), None)
+    cls = vars(cls).get("mixin", cls)
+    return next((kind for kind in KINDS.values() if cls in (*kind.classes, kind.quantized)), None)

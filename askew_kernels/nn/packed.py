@@ -19,6 +19,7 @@ from torch.fx import Proxy
 
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
+from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
@@ -36,6 +37,7 @@ class PackedLayer(nn.Module):
     weight_scale: Tensor
     bias: Any
     kind: ClassVar[Any]  # its entry in kinds.KINDS
+    form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
     own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
                       "weight_scale")  # fmt: skip
@@ -57,13 +59,14 @@ class PackedLayer(nn.Module):
             raise TypeError(f"scale_dtype: expected float32, bfloat16 or float16, got {scale_dtype}")
         self.config, self.trits, self.shape = config, trits, shape
         self.bits = code_bits(config.weight, trits)
-        self.cols = math.prod(shape[1:])
+        matrix = self.form.shape(shape)
+        self.cols = math.prod(matrix[1:])
         self.weight_dtype = dtype or torch.get_default_dtype()
-        rows = num_rows(shape, config.granularity, config.group_size)
-        codes = torch.zeros(shape[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
+        rows = num_rows(matrix, config.granularity, config.group_size)
+        codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
-        empty = nn.Parameter(torch.zeros(shape[0], dtype=self.weight_dtype, device=device)) if bias else None
+        empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
         self.register_parameter("bias", empty)
 
     @classmethod
@@ -97,7 +100,7 @@ class PackedLayer(nn.Module):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
-        codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
+        codes = pack_weight(self.form.matrix(weight), scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
         if not force and (off := int((self.dequantize() != weight).sum())):
             raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
@@ -109,9 +112,12 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
+        return self.form.weight(self.matrix(dtype), self.shape).contiguous()
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The same as a matrix, (outputs, inputs) whatever the shape of the weight: the rows that the codes have."""
         codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
-        flat = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
-        return flat.reshape(self.shape)
+        return ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,28 @@ HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds th
 TENSORS = ("_parameters", "_buffers", "_modules")
 MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
                   "remove_spectral_norm or prune.remove")  # fmt: skip
+
+
+def derived(mixin: Any, base: Any) -> Any:
+    """A class of ``mixin`` before ``base``, one for each pair; its objects can be copied and pickled."""
+    return _derived(mixin, base)
+
+
+@functools.cache
+def _derived(*bases: Any) -> Any:
+    mixin, base = bases
+    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, "mixin": mixin, "base": base}
+    return type(f"Askew{base.__name__}", bases, own)
+
+
+def _reduced(self: Any, protocol: Any) -> tuple:
+    """By what the class is made of, since no module has it under its name."""
+    return _remade, (type(self).mixin, type(self).base), *object.__reduce_ex__(self, max(2, protocol))[2:]  # type: ignore[attr-defined]
+
+
+def _remade(mixin: type, base: type) -> Any:
+    cls: Any = derived(mixin, base)
+    return cls.__new__(cls)
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:
