@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from typing import IO
@@ -50,3 +51,49 @@ def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
+    """A name beside ``path`` for a file or a folder that the block makes, and that takes the place of ``path`` when the
+    block ends well: for libraries that write by name, and for folders. Whatever ends it early leaves ``path`` as it
+    was, and nothing else.
+
+    Raises FileExistsError before the block where ``path`` is there and ``overwrite`` is not set; a folder is replaced
+    as a whole (no reader finds half of one, but for an instant none). OSError where the block made nothing.
+    """
+    target = os.path.realpath(os.fspath(path))
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(errno.EEXIST, "is there already", os.fspath(path))
+    temporary, old = (os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp") for _ in range(2))
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _synchronise(os.path.join(folder, name))
+        if os.path.isfile(temporary):
+            _synchronise(temporary)
+        if os.path.isdir(target):  # which no rename replaces, unless it is empty
+            os.rename(target, old)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if os.path.lexists(old):
+                os.rename(old, target)
+            raise
+    except OSError as error:
+        if error.filename is not None and str(error.filename).startswith(temporary):  # a name that nobody knows
+            error.filename = target + str(error.filename)[len(temporary) :]
+        raise
+    finally:
+        for rest in (temporary, old):
+            if os.path.isdir(rest):
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(rest)
+
+
+def _synchronise(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

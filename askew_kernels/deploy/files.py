@@ -15,7 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import torch
@@ -171,16 +171,34 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     quantized but not packed, tensors that a file cannot hold (sparse, complex128, meta, …), keys that a load could not
     find again (state_dict hooks that invent them), and where the file cannot be written.
     """
-    names = _Names(model, path)
+    state = packed_state(model, path)
+    tensors = dict(state.tensors)
+    for name, layer in state.layers.items():
+        tensors |= {f"{name}.{key}": getattr(layer, key) for key in ("weight_codes", "weight_scale")}
+    write_packed(path, tensors, {name: layer.description() for name, layer in state.layers.items()}, state.extra)
+
+
+class PackedState(NamedTuple):
+    """Of a model: packed layers by their names in the state_dict, the other tensors, biases too, and extra state that
+    is no tensor by their keys there."""
+
+    layers: dict[str, PackedLayer]
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any]
+
+
+def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedState:
+    """What is to be written of a packed model; raises as ``save_packed``, beginning with ``where``."""
+    names = _Names(model, where)
     fail = names.fail
     if isinstance(names.model, (QuantizedLayer, PackedLayer)):
         raise fail("the model is itself a layer; put it into an nn.Sequential")
     for name, module in names.modules.items():
         if isinstance(module, QuantizedLayer):
             raise fail(f"{name} is not packed; call hard_quantize_(model) and pack_(model) first")
-    layers: dict[str, Any] = {}
+    layers: dict[str, PackedLayer] = {}
     lost: list[str] = []
-    derived, found = set(), set()  # keys that a load makes anew, ids of layers
+    derived, found = set(), set()  # keys that are the layers', ids of layers
     for key in names.state:
         name = key.removesuffix(".weight_codes")
         layer = names.layer(name) if name != key else None
@@ -189,8 +207,8 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
             lost += [k for k, t in own.items() if names.held.get(k) is not t]
             if not layer.weight_scale.is_meta and not _sound(layer.weight_scale):
                 raise fail(f"{name}.weight_scale: expected positive finite scales")
-            layers[name] = layer.description()
-            derived |= {f"{name}.{k}" for k in own_keys(type(layer)) - {"weight_codes", "weight_scale", "bias"}}
+            layers[name] = layer
+            derived |= {f"{name}.{k}" for k in own_keys(type(layer)) - {"bias"}}
             found.add(id(layer))
     lost += [n for n, m in names.modules.items() if isinstance(m, PackedLayer) and id(m) not in found]
     if lost:
@@ -210,7 +228,7 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
         elif key not in names.held:
             raise fail(f"{key}: a state_dict hook made it, it is no parameter or buffer that a load could find")
         (tensors if isinstance(value, Tensor) else extra)[key] = value
-    write_packed(path, tensors, layers, extra)
+    return PackedState(layers, tensors, extra)
 
 
 def _is_json(value: Any) -> bool:
@@ -276,10 +294,11 @@ class PackedFile:
         return PackedFileError(f"{self.path}: {text}")
 
     def empty_layer(self, name: str, like: Any = None, dtype: torch.dtype | None = None) -> PackedLayer:
-        """The packed layer, on the meta device; geometry and bias of ``like``, or of a plain layer of the shape."""
+        """The packed layer, on the meta device; geometry and bias of ``like``, or as the file says."""
         d = self.layers[name]
         kind = KINDS[d["kind"]]
-        like = like if like is not None else kind.of_shape(d["shape"], f"{name}.bias" in self.tensors)
+        if like is None:
+            like = kind.of_shape(d["shape"], f"{name}.bias" in self.tensors, geometry=d.get("geometry"))
         scale_dtype, dtype = self.codes(name)[1].dtype, dtype or getattr(torch, d["dtype"])
         return kind.packed.like(like, config=self.configs[name], trits=d["trits"], scale_dtype=scale_dtype, dtype=dtype)
 

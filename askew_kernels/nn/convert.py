@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
+from ..quant.config import SCALE_FIELDS
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
@@ -191,14 +192,14 @@ def dequantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype = torch.float32,
+def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_dtype: torch.dtype | None = None,
           activations: str = "float") -> nn.Module:  # fmt: skip
     """Replaces every quantized layer of ``model``, in place, by its packed twin; returns the model.
 
     The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers
     with five codes in a byte (1.6 bits a weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are
-    kept. ``activations``: "int8" lets the layers round their inputs to int8, row by row or patch by patch, when they
-    run on a CPU; files keep no such choice.
+    kept; None: as the layer's config has it (powers of two as bfloat16). ``activations``: "int8" lets the layers round
+    their inputs to int8, row by row or patch by patch, when they run on a CPU; files keep no such choice.
 
     Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
     (inclusive ones, codebooks of more than 16 levels), and, unless ``force=True`` rounds them, weights that are not
@@ -300,7 +301,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             continue
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
-        of_layer = {key: getattr(c, key) for key in ("scale", "granularity", "group_size", "sawb_coefficients")}
+        of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
         group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,15 @@ class Kind:
         given = {name: getattr(layer, name) for name in self.geometry}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
-    def of_shape(self, shape: Any, bias: bool, cls: type[nn.Module] | None = None) -> nn.Module:
-        """A float layer, or one of a class with the same arguments, with a weight of this shape, on the meta device."""
-        sizes = dict(zip(self.sizes, (*shape[:2], tuple(shape[2:])), strict=False))
-        return (cls or self.plain)(**sizes, **self._others(bias))
+    def of_shape(self, shape: Any, bias: bool, cls: type[nn.Module] | None = None,
+                 geometry: Mapping[str, Any] | None = None) -> nn.Module:  # fmt: skip
+        """A float layer, or one of a class with the same arguments, with a weight of this shape, on the meta device;
+        ``geometry`` as ``geometry_of`` gives it, or what torch does without being told."""
+        sizes: dict[str, Any] = dict(zip(self.sizes, (*shape[:2], tuple(shape[2:])), strict=False))
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in (geometry or {}).items() if k in self.geometry}
+        if "groups" in given:
+            sizes[self.sizes[1]] *= given["groups"]
+        return (cls or self.plain)(**sizes, **given, **self._others(bias))
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
         """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
@@ -115,7 +120,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
-                 trits: bool = False, scale_dtype: torch.dtype = torch.float32, device: Any = None,
+                 trits: bool = False, scale_dtype: torch.dtype | None = None, device: Any = None,
                  dtype: torch.dtype | None = None) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -209,7 +214,7 @@ class PackedTransposedLinear(PackedLinear):
     nf, nx = property(lambda self: self.out_features), property(lambda self: self.in_features)
 
     def __init__(self, nf: int, nx: int, bias: bool = True, config: QuantConfig | None = None, *, trits: bool = False,
-                 scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None,
+                 scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
                  ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features = nx, nf

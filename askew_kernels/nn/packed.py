@@ -20,7 +20,7 @@ from torch.fx import Proxy
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
-from ..quant.packing import SCALE_TYPES, row_bytes
+from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 
@@ -43,7 +43,7 @@ class PackedLayer(nn.Module):
                       "weight_scale")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
-                 scale_dtype: torch.dtype = torch.float32, device: Any = None, dtype: torch.dtype | None = None,
+                 scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
                  **kwargs: Any) -> None:  # fmt: skip
         """The float layer's arguments, and how its weight is packed; codes and scales are empty."""
         super().__init__(*args, **kwargs, device="meta")
@@ -51,10 +51,11 @@ class PackedLayer(nn.Module):
         bias = self._parameters.pop("bias", None) is not None
         self._attach(tuple(weight.shape), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
-    def _attach(self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool, scale_dtype: torch.dtype,
-                dtype: torch.dtype | None, device: Any) -> None:  # fmt: skip
+    def _attach(self, shape: tuple[int, ...], bias: bool, config: QuantConfig, trits: bool,
+                scale_dtype: torch.dtype | None, dtype: torch.dtype | None, device: Any) -> None:  # fmt: skip
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
+        scale_dtype = scale_dtype or storage_type(config.scale_dtype)
         if scale_dtype not in SCALE_TYPES:
             raise TypeError(f"scale_dtype: expected float32, bfloat16 or float16, got {scale_dtype}")
         self.config, self.trits, self.shape = config, trits, shape
@@ -76,7 +77,7 @@ class PackedLayer(nn.Module):
 
     @classmethod
     def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
-                       scale_dtype: torch.dtype = torch.float32) -> Any:  # fmt: skip
+                       scale_dtype: torch.dtype | None = None) -> Any:  # fmt: skip
         """Packs the weight of ``layer``, as ``fill``; its bias is shared."""
         new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()

@@ -7,10 +7,12 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .exports import target as find_target
 from .grids import Grid, Uniform, as_flag, grid_from_dict
-from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, default_rule, num_rows
+from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, check_scale_dtype, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
+SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class QuantConfig:
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float.
+    ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
+    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
@@ -36,6 +40,7 @@ class QuantConfig:
     sawb_coefficients: tuple[float, float] | None = None
     ste_clip: bool = True
     activation: Grid | None = None
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Grid):
@@ -53,7 +58,33 @@ class QuantConfig:
         check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
         if self.sawb_coefficients is not None and self.scale != "sawb":
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
+        object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
+
+    @classmethod
+    def for_export(cls, target: str, **options: Any) -> QuantConfig:
+        """What to train with, so that a format of others holds the weights bit for bit: its grid, its groups, and
+        scales that are rounded in training to the type that it keeps.
+
+        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, … (all: ``quant.exports.TARGETS``). options: the
+        other fields; ``group_size`` and ``granularity`` within what the format allows (a multiple of its block of
+        weights with one scale; one scale for each channel or tensor serves every block).
+        Raises ValueError for an unknown target, with those that are known, and for what the format does not hold.
+        """
+        wanted = find_target(target)
+        fixed: dict[str, Any] = {"weight": wanted.grid, "scale_dtype": wanted.scale_dtype}
+        if given := sorted(fixed.keys() & options.keys()):
+            raise ValueError(f"{given[0]}: {target} sets it ({fixed[given[0]]}), got {options[given[0]]!r:.80}")
+        if options.get("granularity") not in (None, "per_group"):
+            size = options.get("group_size")
+        else:
+            size = options.get("group_size") or wanted.group_size
+            options["granularity"] = "per_group" if size else "per_channel"
+        config = cls(**fixed, **options | {"group_size": size})
+        if wanted.block and config.group_size and config.group_size % wanted.block:
+            raise ValueError(f"group_size: {target} keeps a scale for each {wanted.block} weights, expected a multiple "
+                             f"of that, got {config.group_size}")  # fmt: skip
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -62,6 +93,8 @@ class QuantConfig:
             d["sawb_coefficients"] = list(self.sawb_coefficients)
         if self.activation is None:  # as before there was one
             del d["activation"]
+        if self.scale_dtype == "float32":
+            del d["scale_dtype"]
         return d
 
     @classmethod

@@ -21,6 +21,11 @@ ALL_ONES = {2: ((1,), 0x55), 4: ((1, 2), 0x11), 8: ((1, 2, 4), 0x01)}
 SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def storage_type(scale_dtype: str) -> torch.dtype:
+    """In which scales of a config's ``scale_dtype`` are packed: powers of two as bfloat16, which holds them."""
+    return torch.bfloat16 if scale_dtype == "float8_e8m0fnu" else getattr(torch, scale_dtype)
+
+
 def code_bits(grid: Grid, trits: bool = False) -> int:
     """Bits of a code of this grid: 1 … 8, or ``TRITS`` for five ternary codes in a byte (1.6 bits each).
 

@@ -26,6 +26,38 @@ SAWB_COEFFICIENTS = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.68, 12.80), 5: 
 
 _FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
 
+# What scales may be rounded to, with the smallest and the largest that they then can be: powers of two are E8M0 of the
+# OCP Microscaling Formats (MX) specification 1.0, 2023, but for 2^-127, which is no normal float32.
+SCALE_RANGES = {"float32": (0.0, 2.0**128 - 2.0**104), "bfloat16": (2.0**-126, 2.0**128 - 2.0**120),
+                "float16": (2.0**-24, 65504.0), "float8_e8m0fnu": (2.0**-126, 2.0**127)}  # fmt: skip
+
+
+def check_scale_dtype(name: str, value: Any) -> str:
+    """The name of a type of scales, which may be given as a torch.dtype. Raises TypeError/ValueError."""
+    known = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if not isinstance(known, str) or known not in SCALE_RANGES:
+        error = ValueError if isinstance(known, str) else TypeError
+        raise error(f"{name}: expected one of {', '.join(SCALE_RANGES)}, got {value!r:.80}")
+    return known
+
+
+def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
+    """The nearest scales that ``scale_dtype`` holds, float32: ties to even, powers of two by the smaller ratio; those
+    out of its range become its ends (a scale is never 0 or inf)."""
+    if scale_dtype == "float32":
+        return scale
+    low, high = SCALE_RANGES[scale_dtype]
+    scale = scale.clamp(low, high)
+    if scale_dtype == "float8_e8m0fnu":
+        mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
+        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa < math.sqrt(0.5)).to(exponent.dtype))
+    return scale.to(getattr(torch, scale_dtype)).float().clamp(low, high)
+
+
+def holds_scales(scale: Tensor, scale_dtype: str) -> bool:
+    """Whether ``scale_dtype`` holds these scales exactly."""
+    return torch.equal(round_scale(scale.float(), scale_dtype), scale.float())
+
 
 def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: int | None = None) -> int:
     """How many scales a tensor of this shape has: 1, ``shape[0]`` or ``numel / group_size``; a vector is one row.
@@ -148,7 +180,7 @@ class RowTable:
 
 def scale_from_sums(
     sums: Tensor, cols: int | Tensor, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None,
-    table: RowTable | None = None,
+    table: RowTable | None = None, scale_dtype: str = "float32",
 ) -> Tensor:  # fmt: skip
     """Scales (rows,) float32 from row sums (rows, 3) as ``ops.row_sums`` and the update pass give them.
 
@@ -156,19 +188,21 @@ def scale_from_sums(
     apart: a row of zeros looks at the other rows of its own tensor.
     """
     if table is None and ops.concrete(sums):
-        return torch.from_numpy(scale_in_numpy(sums.numpy(), cols, grid, rule, sawb_coefficients, None))
+        return torch.from_numpy(scale_in_numpy(sums.numpy(), cols, grid, rule, sawb_coefficients, None, scale_dtype))
     scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
-    return _fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table)
+    return round_scale(_fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table), scale_dtype)
 
 
 def scale_in_numpy(
-    sums: Any, cols: Any, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None, rows: list[int] | None
-) -> Any:
+    sums: Any, cols: Any, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None, rows: list[int] | None,
+    scale_dtype: str = "float32",
+) -> Any:  # fmt: skip
     """``scale_from_sums`` of arrays; ``rows`` of each tensor where there are several."""
     exact = sums.astype(np.float64)
     with np.errstate(all="ignore"):
         scale, usable = _scale(np, exact, cols, grid, rule, sawb_coefficients)
-        return _fill_numpy(scale.astype(np.float32), usable, exact[:, contract.MAX_ABS] == 0, rows)
+        found = _fill_numpy(scale.astype(np.float32), usable, exact[:, contract.MAX_ABS] == 0, rows)
+    return found if scale_dtype == "float32" else round_scale(torch.from_numpy(found), scale_dtype).numpy()
 
 
 def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
@@ -209,15 +243,15 @@ def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -
     return torch.where(zero & ~median.isnan(), median, scale)
 
 
-def _mse(w: Tensor, grid: Grid, rows: int) -> Tensor:
-    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100; of equals the smallest."""
+def _mse(w: Tensor, grid: Grid, rows: int, scale_dtype: str) -> Tensor:
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
     matrix = w.reshape(rows, -1).float()
     amax = ops.row_sums(w, rows)[:, contract.MAX_ABS].double()
     guarded, usable = _guarded(torch, amax / grid.c_max, amax)
     top = guarded.float()
-    best, chosen = torch.full_like(amax, math.inf), top
+    best, chosen = torch.full_like(amax, math.inf), round_scale(top, scale_dtype)
     for j in range(1, 101):
-        scale = _guarded(torch, top.double() * (j / 100), amax)[0].float()
+        scale = round_scale(_guarded(torch, top.double() * (j / 100), amax)[0].float(), scale_dtype)
         error = (matrix - ops.fake_quantize(matrix, scale, grid)).square_().sum(1, dtype=torch.float64)
         better = error < best
         best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
@@ -243,7 +277,7 @@ def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
 @torch.no_grad()
 def compute_scale(
     w: Tensor, grid: Grid, rule: str | None = None, granularity: str = "per_channel", group_size: int | None = None,
-    sawb_coefficients: tuple[float, float] | None = None,
+    sawb_coefficients: tuple[float, float] | None = None, scale_dtype: str | torch.dtype = "float32",
 ) -> Tensor:  # fmt: skip
     """One positive scale per row of ``w``: float32, shape (rows,), on ``w``'s device.
 
@@ -257,9 +291,11 @@ def compute_scale(
     ===========  ====================================================================================================
 
     ``granularity``: per_tensor, per_channel (dim 0; a vector is one row) or per_group (``group_size`` weights along the
-    inputs). A row of zeros gets the median of the other rows' scales.
+    inputs). A row of zeros gets the median of the other rows' scales. ``scale_dtype``: they are rounded to what it
+    holds (``round_scale``).
     Raises ValueError/TypeError for an unknown rule, granularity or a width without SAWB coefficients.
     """
+    scale_dtype = check_scale_dtype("scale_dtype", scale_dtype)
     ops.check_float_tensor("w", w)
     ops.check_grid(grid)
     rule = default_rule(grid, sawb_coefficients) if rule is None else rule
@@ -269,5 +305,6 @@ def compute_scale(
         return torch.ones(rows, dtype=torch.float32, device=w.device)
     w = w.detach().contiguous()
     if rule == "mse":
-        return _mse(w, grid, rows)
-    return scale_from_sums(ops.row_sums(w, rows), w.numel() // rows, grid, rule, sawb_coefficients)
+        return _mse(w, grid, rows, scale_dtype)
+    sums, cols = ops.row_sums(w, rows), w.numel() // rows
+    return scale_from_sums(sums, cols, grid, rule, sawb_coefficients, scale_dtype=scale_dtype)

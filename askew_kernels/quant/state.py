@@ -41,7 +41,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
-from .scales import SUM_RULES, RowTable, compute_scale, num_rows, scale_from_sums, scale_in_numpy
+from .scales import SUM_RULES, RowTable, compute_scale, num_rows, round_scale, scale_from_sums, scale_in_numpy
 from .sharding import is_sharded, local_part, own_rows, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
@@ -248,7 +248,7 @@ class WeightQuantizer:
     def _rule_scale(self, weight: Tensor) -> Tensor:
         c = self.config
         matrix = self.form.matrix(weight)
-        return compute_scale(matrix, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients)
+        return compute_scale(matrix, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients, c.scale_dtype)
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
@@ -287,8 +287,9 @@ class WeightQuantizer:
         return scale.detach().reshape(-1)
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
+        """A given scale, rounded as the config's ``scale_dtype`` asks for."""
         self.settle(weight)
-        scale = self._given(weight, scale)
+        scale = round_scale(self._given(weight, scale).float(), self.config.scale_dtype)
         self.revision += 1
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
         self.write(scale=scale, sums=None if unseen else self._sums(weight))
@@ -361,7 +362,8 @@ class WeightQuantizer:
     @property
     def rule(self) -> tuple[Any, ...]:
         """Weights with the same rule can have their scales computed together."""
-        return self.config.weight, self.config.scale, self.config.sawb_coefficients
+        c = self.config
+        return c.weight, c.scale, c.sawb_coefficients, c.scale_dtype
 
     def batches(self, weight: Tensor) -> bool:
         """The next scale comes from the sums that the update pass leaves behind."""
@@ -490,15 +492,15 @@ class ScaleBatch:
             self.table = RowTable(self.rows, weights[0].device)
 
     def update(self) -> None:
-        c = self.quantizers[0].config
+        grid, rule, coefficients, dtype = self.quantizers[0].rule
         if self.arrays:
             joined = np.concatenate(self.sums) if len(self.sums) > 1 else self.sums[0]
-            found, start = scale_in_numpy(joined, self.cols, c.weight, c.scale, c.sawb_coefficients, self.rows), 0
+            found, start = scale_in_numpy(joined, self.cols, grid, rule, coefficients, self.rows, dtype), 0
             for scale in self.scales:
                 scale[:] = found[start : start + len(scale)]
                 start += len(scale)
             return
         sums = [q.row_sums for q in self.quantizers]
         together = torch.cat(sums) if len(sums) > 1 else sums[0]
-        scales = scale_from_sums(together, self.cols, c.weight, c.scale, c.sawb_coefficients, self.table)
+        scales = scale_from_sums(together, self.cols, grid, rule, coefficients, self.table, dtype)
         torch._foreach_copy_([q.scale for q in self.quantizers], list(scales.split(self.rows)))
