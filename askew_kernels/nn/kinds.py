@@ -19,13 +19,17 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
+from .experts import (
+    AskewExperts, AskewTransposedExperts, ExpertWeight, PackedExperts, PackedTransposedExperts, TransposedExpertWeight,
+)  # fmt: skip
 from .layers import QuantizedLayer
 from .packed import PackedLayer
 from .replace import derived
 
 __all__ = [
-    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewLinear", "AskewTransposedLinear", "Kind",
-    "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedLinear", "PackedTransposedLinear",
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
+    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedExperts", "PackedLinear",
+    "PackedTransposedExperts", "PackedTransposedLinear",
 ]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
@@ -45,10 +49,13 @@ class Kind:
     geometry: tuple[str, ...]  # the options that make two layers with one weight differ
     dims: int  # of the weight
     output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
-    token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 for indices
+    token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 where it never is
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
+    held: bool = (
+        False  # the weight is a Parameter of another module, under the layer's name; its forward has the product
+    )
     make: Callable[..., nn.Module] | None = (
         None  # a float layer from the arguments, where ``plain`` is not what makes it
     )
@@ -76,7 +83,8 @@ class Kind:
                  geometry: Mapping[str, Any] | None = None) -> nn.Module:  # fmt: skip
         """A float layer, or one of a class with the same arguments, with a weight of this shape, on the meta device;
         ``geometry`` as ``geometry_of`` gives it, or what torch does without being told."""
-        sizes: dict[str, Any] = dict(zip(self.sizes, (*shape[:2], tuple(shape[2:])), strict=False))
+        parts = shape if len(self.sizes) == len(shape) else (*shape[:2], tuple(shape[2:]))
+        sizes: dict[str, Any] = dict(zip(self.sizes, parts, strict=True))
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in (geometry or {}).items() if k in self.geometry}
         if "groups" in given:
             sizes[self.sizes[1]] *= given["groups"]
@@ -367,6 +375,15 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
         return y.reshape(*x.shape, self.cols)
 
 
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+EXPERT_SIZES = ("num_experts", "height", "width")
+
+
+def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return layer.forward(x)  # which says that the module that holds the weight has the product
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
@@ -382,12 +399,17 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
          dims=2, output=None, token_dims=0, product=_looked_up),
+    Kind("experts", "experts", ExpertWeight, AskewExperts, PackedExperts, EXPERT_SIZES, (), geometry=(),
+         dims=3, output=None, token_dims=0, product=_of_holder, form=Form(stacked=True), held=True),
+    Kind("transposed_experts", "experts", TransposedExpertWeight, AskewTransposedExperts, PackedTransposedExperts,
+         EXPERT_SIZES, (), geometry=(), dims=3, output=None, token_dims=0, product=_of_holder,
+         form=Form(transposed=True, stacked=True), held=True),
 )}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
     _kind.quantized.form = _kind.packed.form = _kind.form
 
-DEFAULT = ("linear", "conv")  # what quantize_ replaces where nothing is said
+DEFAULT = ("linear", "conv", "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:

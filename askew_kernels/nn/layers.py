@@ -266,13 +266,19 @@ class QuantizedLayer(nn.Module):
         scale, view = self._functional_scale(weight), self.form.view  # of a view, the inverse is its view
         return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.ste_clip))
 
-    def _eager_forward(self, x: Tensor) -> Tensor:
+    def _eager_weight(self, dtype: torch.dtype) -> Tensor:
+        """s Q(w/s), differentiable: the quantizer's own copy."""
         weight: Any = self._parameters["weight"]
-        quantizer, low, bias = self.quantizer, autocast_dtype(x), self.bias
-        quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
-        if torch.is_grad_enabled():
-            clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
-            quantized = _StraightThrough.apply(weight, quantized, clip)
+        quantizer = self.quantizer
+        quantized, inside = quantizer.copy_and_inside(weight, dtype)
+        if not torch.is_grad_enabled():
+            return quantized
+        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
+        return _StraightThrough.apply(weight, quantized, clip)
+
+    def _eager_forward(self, x: Tensor) -> Tensor:
+        low, bias = autocast_dtype(x), self.bias
+        quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
             return self.kind.product(self, x, quantized, bias)
@@ -306,7 +312,7 @@ class QuantizedLayer(nn.Module):
         if not held.is_meta and not torch.equal(held, grids):  # memory that a loader left unwritten
             self._buffers[GRIDS] = grids
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.form.transposed and not keep_vars:  # in the order that writers of files take
+        if self.form.transposed and not keep_vars and f"{prefix}weight" in destination:  # the order of files
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,

@@ -120,6 +120,17 @@ class PackedLayer(nn.Module):
         codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
         return ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
 
+    def entries(self, index: Any) -> Tensor:
+        """``dequantize()[index]`` for an index of the first dimension, a list of numbers; only these are decoded."""
+        if self.form.transposed and not self.form.stacked:
+            return self.dequantize()[index]
+        codes, scale, n = self.weight_codes, self.weight_scale, self.shape[0]
+        rows = torch.arange(n, device=codes.device)[index]
+        codes = codes.reshape(n, -1, codes.shape[-1]).index_select(0, rows).flatten(0, 1)
+        scale = scale.reshape(n, -1).index_select(0, rows).reshape(-1) if scale.numel() > 1 else scale
+        matrix = ops.packed_dequantize(codes, scale, self.config.weight, self.bits, self.cols, self.weight_dtype)
+        return self.form.weight(matrix, (len(rows), *self.shape[1:]))
+
     @property
     def weight(self) -> Tensor:
         """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
