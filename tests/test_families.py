@@ -65,7 +65,7 @@ FAMILIES = {
     "Llama": Family("LlamaForCausalLM", "LlamaConfig", GROUPED, **DECODER),
     "Llama tied": Family("LlamaForCausalLM", "LlamaConfig", GROUPED | {"tie_word_embeddings": True}, **DECODER),
     "Mistral": Family("MistralForCausalLM", "MistralConfig", GROUPED, **DECODER),
-    "Qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", {k: v for k, v in GROUPED.items() if k != "head_dim"}, **DECODER),
+    "Qwen2": Family("Qwen2ForCausalLM", "Qwen2Config", GROUPED, **DECODER),
     "Qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", GROUPED, **DECODER),
     "Gemma": Family("GemmaForCausalLM", "GemmaConfig", GROUPED, **DECODER),
     "T5": Family("T5ForConditionalGeneration", "T5Config", {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 16,

@@ -268,7 +268,7 @@ def test_a_policy_speaks_of_its_kinds(caplog):
     """One without a kind leaves its layers float, and quantize_ says so; one that names it takes them in."""
     both = nn.Sequential(*(nn.Sequential(make()) for _, make, *_ in CASES.values()))
     ends = [LayerPolicy(f"{i}.0", kind, "", 0.0, 4) for i, (kind, *_) in enumerate(CASES.values())]
-    for spoken in (("linear", "transposed_linear", "conv2d"), tuple(KINDS)):
+    for spoken in (("linear", "transposed_linear", "conv2d"), tuple(kind for kind, *_ in CASES.values())):
         policy = Policy(tuple(p for p in ends if p.kind in spoken))
         caplog.clear()
         with caplog.at_level(logging.WARNING, "askew_kernels"):

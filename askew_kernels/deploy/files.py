@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.experts import exposed
-from ..nn.kinds import KINDS, own_keys
+from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import EXTRA_STATE, PackedLayer
 from ..nn.replace import check_replaceable, replace_modules
@@ -485,7 +485,7 @@ def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> Non
     _check(old is not None, "the model has no such layer")
     kind: Any = KINDS[d["kind"]]
     check_replaceable(name, old)
-    fits = type(old) in kind.classes or isinstance(old, (kind.quantized, kind.packed))
+    fits = replaceable(old) is kind or isinstance(old, (kind.quantized, kind.packed))
     _check(fits, f"expected {kind.plain.__name__} in the model, got {type(old).__name__}")
     shape, dtype = (old.shape, old.weight_dtype) if isinstance(old, PackedLayer) else _type(old.weight)
     _check(dtype is not None, f"its weight is {shape} in the model, which cannot be replaced")

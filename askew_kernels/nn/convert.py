@@ -14,8 +14,8 @@ from torch import nn
 
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
-from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
+from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
@@ -135,7 +135,7 @@ def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tupl
         return name, ", whose weight nn.MultiheadAttention reads past its forward"
     if (kind := kind_of(layer)) is None:
         return name, ", which has no quantized form"
-    if type(layer) not in kind.classes:
+    if replaceable(layer) is None:
         return name, f", a subclass of {_named_class(kind)}"
     return name, ", left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
 
@@ -143,16 +143,17 @@ def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tupl
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
     """One line of the logger for the weights that ``call`` leaves float; of plain layers of the kinds that were asked
     for, which are left by the caller's choice, it does not tell."""
-    plain = [cls for kind in asked for cls in kind.classes]
     by_type: dict[str, list[str]] = {}
     for name, (layer, kind, _) in _float_weights(model).items():
-        if type(layer) not in plain:
+        if replaceable(layer) not in asked:
             by_type.setdefault(kind, []).append(name)
     if by_type:
         told = [f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
                 for of, names in by_type.items()]  # fmt: skip
         logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(told))
-    elif call == "quantize_" and not any(isinstance(m, (*plain, QuantizedLayer)) for m in model.modules()):
+    elif call == "quantize_" and not any(
+        isinstance(m, QuantizedLayer) or replaceable(m) in asked for m in model.modules()
+    ):
         logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
 
 

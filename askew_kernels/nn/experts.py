@@ -186,7 +186,8 @@ def expert_weights(module: nn.Module) -> dict[str, ExpertWeight]:
     for name, p in module._parameters.items():
         if p is None or p.dim() != 3 or not p.is_floating_point() or "bias" in name or name in module._modules:
             continue
-        layer = (TransposedExpertWeight if transposed else ExpertWeight)(*p.shape, device="meta")
+        experts, height, width = p.shape
+        layer = (TransposedExpertWeight if transposed else ExpertWeight)(experts, height, width, device="meta")
         layer.weight = p
         found[name] = layer.train(module.training)
     return found

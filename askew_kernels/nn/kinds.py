@@ -5,12 +5,13 @@ Adding a kind is its two classes and one entry: who replaces, packs, writes, exp
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,12 @@ from .. import ops, runtime
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
 from .experts import (
-    AskewExperts, AskewTransposedExperts, ExpertWeight, PackedExperts, PackedTransposedExperts, TransposedExpertWeight,
+    AskewExperts,
+    AskewTransposedExperts,
+    ExpertWeight,
+    PackedExperts,
+    PackedTransposedExperts,
+    TransposedExpertWeight,
 )  # fmt: skip
 from .layers import QuantizedLayer
 from .packed import PackedLayer
@@ -53,18 +59,24 @@ class Kind:
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
-    held: bool = (
-        False  # the weight is a Parameter of another module, under the layer's name; its forward has the product
-    )
-    make: Callable[..., nn.Module] | None = (
-        None  # a float layer from the arguments, where ``plain`` is not what makes it
-    )
+    held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
+    wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property
     def classes(self) -> tuple[type[nn.Module], ...]:
         """Of float layers of this kind."""
         found = self.foreign()
         return (self.plain,) if found is None else (self.plain, found)
+
+    def float_class(self, layer: Any) -> Any:
+        """What a layer of this kind becomes when it is float again."""
+        if (base := vars(type(layer)).get("base")) is not None:
+            return base
+        return self.plain if getattr(layer, "bias", None) is None else self.classes[-1]
+
+    def wraps(self, cls: type) -> bool:
+        """Whether a class derived from torch's calls its forward and goes on with what that gives."""
+        return issubclass(cls, self.plain) and any(fnmatch.fnmatchcase(cls.__name__, name) for name in self.wrapping)
 
     def _others(self, bias: bool) -> dict[str, Any]:
         return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
@@ -92,7 +104,13 @@ class Kind:
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
         """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
-        new: Any = (cls or self.make or self.plain)(**self.arguments_of(layer))
+        arguments = self.arguments_of(layer)
+        if cls is not None:
+            new: Any = cls(**arguments)
+        else:  # of the very class that it was; what that has beside this kind's arguments is carried over
+            made = self.float_class(layer)
+            new = made.__new__(made)
+            self.plain.__init__(new, **arguments)
         new.weight = weight
         if self.output is not None:
             new.bias = layer.bias
@@ -188,14 +206,6 @@ class TransposedLinear(nn.Module):
 def conv1d() -> type[nn.Module] | None:
     """transformers' Conv1D where that module has been imported: a model that has such layers has done so."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
-def _float_transposed(nf: int, nx: int, bias: bool, device: Any) -> nn.Module:
-    """A Conv1D, which always has a bias, where there is such a class."""
-    if (cls := conv1d()) is None or not bias:
-        return TransposedLinear(nf, nx, bias, device)
-    with torch.device(device):
-        return cls(nf, nx)
 
 
 def _transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -337,7 +347,15 @@ def _looked_up(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class _Lookup:
-    """Refuses what writes into the weight that is read, and gradients that no update pass takes."""
+    """Refuses what writes into the weight that is read, and gradients that no update pass takes. In the place of a
+    class derived from nn.Embedding it is one of its instances, too."""
+
+    kind: ClassVar[Kind]
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        base = vars(type(layer)).get("base", type(layer))
+        return derived(cls, base, over=True) if cls.kind.wraps(base) else cls
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -391,14 +409,14 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
     Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
          (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
-         foreign=conv1d, make=_float_transposed),
+         foreign=conv1d),
     Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=4, output=0, token_dims=3, product=_convolved),
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
-         dims=2, output=None, token_dims=0, product=_looked_up),
+         dims=2, output=None, token_dims=0, product=_looked_up, wrapping=("*ScaledWordEmbedding",)),
     Kind("experts", "experts", ExpertWeight, AskewExperts, PackedExperts, EXPERT_SIZES, (), geometry=(),
          dims=3, output=None, token_dims=0, product=_of_holder, form=Form(stacked=True), held=True),
     Kind("transposed_experts", "experts", TransposedExpertWeight, AskewTransposedExperts, PackedTransposedExperts,
@@ -447,4 +465,4 @@ def replaceable(module: nn.Module) -> Kind | None:
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
     cls = vars(cls).get("mixin", cls)
-    return next((kind for kind in KINDS.values() if cls in (*kind.classes, kind.quantized)), None)
+    return next((k for k in KINDS.values() if cls in (*k.classes, k.quantized) or k.wraps(cls)), None)

@@ -71,9 +71,14 @@ class PackedLayer(nn.Module):
         self.register_parameter("bias", empty)
 
     @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        """What takes the place of ``layer``."""
+        return cls
+
+    @classmethod
     def like(cls, layer: Any, **options: Any) -> Any:
         """Empty, of the sizes of ``layer``, be it float; on the meta device unless ``options`` say where."""
-        return cls(**cls.kind.arguments_of(layer) | options)
+        return cls.class_for(layer)(**cls.kind.arguments_of(layer) | options)
 
     @classmethod
     def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,

@@ -17,25 +17,27 @@ MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizatio
                   "remove_spectral_norm or prune.remove")  # fmt: skip
 
 
-def derived(mixin: Any, base: Any) -> Any:
-    """A class of ``mixin`` before ``base``, one for each pair; its objects can be copied and pickled."""
-    return _derived(mixin, base)
+def derived(mixin: Any, base: Any, over: bool = False) -> Any:
+    """A class of ``mixin`` before ``base`` (after it, where its methods go ``over`` those of ``mixin``), one for each
+    pair; ``mixin`` makes its objects, which can be copied and pickled."""
+    return _derived(mixin, base, over)
 
 
 @functools.cache
-def _derived(*bases: Any) -> Any:
-    mixin, base = bases
-    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, "mixin": mixin, "base": base}
-    return type(f"Askew{base.__name__}", bases, own)
+def _derived(*of: Any) -> Any:
+    mixin, base, over = of
+    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, "mixin": mixin, "base": base, "derived_of": of}
+    own |= {"__init__": mixin.__init__} if over else {}
+    return type(f"{mixin.__name__}Of{base.__name__}", (base, mixin) if over else (mixin, base), own)
 
 
 def _reduced(self: Any, protocol: Any) -> tuple:
     """By what the class is made of, since no module has it under its name."""
-    return _remade, (type(self).mixin, type(self).base), *object.__reduce_ex__(self, max(2, protocol))[2:]  # type: ignore[attr-defined]
+    return _remade, type(self).derived_of, *object.__reduce_ex__(self, max(2, protocol))[2:]  # type: ignore[attr-defined]
 
 
-def _remade(mixin: type, base: type) -> Any:
-    cls: Any = derived(mixin, base)
+def _remade(*of: Any) -> Any:
+    cls: Any = derived(*of)
     return cls.__new__(cls)
 
 

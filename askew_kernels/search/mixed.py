@@ -133,7 +133,11 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = D
     ):
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
             raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
-    found = {n: m for n, m in layers.items() if replaceable(m) is not None and (filter_fn is None or filter_fn(m, n))}
+    found = {
+        n: m
+        for n, m in layers.items()
+        if type(m) in getattr(replaceable(m), "classes", ()) and (filter_fn is None or filter_fn(m, n))
+    }
     if not found:
         raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
