@@ -44,6 +44,8 @@ class Architecture:
     plus_one: bool = False  # norms are kept as 1 + weight, which is what multiplies
     transposed: tuple[str, ...] = ()  # modules whose float weight is (inputs, outputs)
     floats: tuple[str, ...] = ()  # modules that llama.cpp reads as float32
+    one: bool = False  # the head is the embedding, it has no place of its own
+    same: tuple[tuple[str, str], ...] = ()  # numbers of a config that llama.cpp takes to be one
     unused: tuple[str, ...] = ()  # patterns of modules for which llama.cpp has no place and no use
     window: bool = False  # whether a sliding window has a key; without, the context ends where it would begin
 
@@ -68,7 +70,7 @@ _LLAMA = (*_SIZES, Key("attention.head_count_kv", "num_key_value_heads"), Key("a
           Key("attention.value_length", "head_dim"), Key("rope.dimension_count", "head_dim"),
           Key("vocab_size", "vocab_size"), Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float),
           Key("rope.freq_base", "rope_theta", float))  # fmt: skip
-_SILU, _GELU = {"hidden_act": ("silu", "swish")}, {"hidden_act": ("gelu_pytorch_tanh", "gelu_new", "gelu")}
+_SILU, _GELU = {"hidden_act": ("silu", "swish")}, {"hidden_act": ("gelu_pytorch_tanh", "gelu_new")}
 
 
 def _decoder(name: str, model_types: tuple[str, ...], layer: dict[str, str], **options: Any) -> Architecture:
@@ -86,8 +88,10 @@ ARCHITECTURES = {a.name: a for a in (
              rotary={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}),
     _decoder("qwen2", ("qwen2",), _NORMS | _ATTENTION | _GATED),
     _decoder("qwen3", ("qwen3",), _NORMS | _ATTENTION | _QK_NORMS | _GATED),
-    _decoder("gemma", ("gemma",), _NORMS | _ATTENTION | _GATED, requires=_GELU, plus_one=True),
-    _decoder("gemma2", ("gemma2",), _FOUR_NORMS | _ATTENTION | _GATED, keys=_GEMMA_2, plus_one=True, window=True,
+    _decoder("gemma", ("gemma",), _NORMS | _ATTENTION | _GATED, requires=_GELU, plus_one=True,
+             one=True),
+    _decoder("gemma2", ("gemma2",), _FOUR_NORMS | _ATTENTION | _GATED, keys=_GEMMA_2, plus_one=True, one=True,
+             window=True, same=(("query_pre_attn_scalar", "head_dim"),),
              requires={"hidden_activation": _GELU["hidden_act"]}),
     Architecture(
         "gpt2", ("gpt2",),
@@ -99,8 +103,7 @@ ARCHITECTURES = {a.name: a for a in (
          Key("feed_forward_length", "n_inner"), Key("attention.head_count", "n_head"),
          Key("attention.layer_norm_epsilon", "layer_norm_epsilon", float)),
         prefix="transformer.", transposed=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-        floats=("position_embd",),
-        requires={"activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"), "scale_attn_weights": (True,),
+        requires={"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_attn_weights": (True,),
                   "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     ),
     Architecture(
@@ -114,7 +117,7 @@ ARCHITECTURES = {a.name: a for a in (
         {}, "embeddings.word_embeddings",
         (*_SIZES, Key("attention.layer_norm_epsilon", "layer_norm_eps", float)),
         vocabulary="words", values={"attention.causal": False},
-        floats=("token_types", "position_embd"), unused=("pooler.*", "cls.*"),
+        floats=("token_types",), unused=("pooler.*", "cls.*"),
         requires={"hidden_act": ("gelu",), "position_embedding_type": ("absolute",)},
     ),
 )}  # fmt: skip
@@ -199,6 +202,9 @@ def completed(a: Architecture, config: Config) -> dict[str, Any]:
             c["head_dim"] = c["hidden_size"] // c["num_attention_heads"]
     if "n_embd" in c and not c.get("n_inner"):
         c["n_inner"] = 4 * c["n_embd"]
+    for one, other in a.same:
+        if c.get(one, c.get(other)) != c.get(other):
+            raise ValueError(f"{one}: {a.name} of llama.cpp computes with {other}, {c[other]}, got {c[one]!r:.80}")
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     if window and not a.window and "max_position_embeddings" in c:  # up to there it makes no difference
         c["max_position_embeddings"] = min(c["max_position_embeddings"], window)
@@ -225,8 +231,8 @@ def to_fields(a: Architecture, config: Config) -> dict[str, Any]:
 def rope_factors(config: Config) -> Tensor | None:
     """What llama.cpp divides each frequency of the rotary positions by, where Llama 3.1 stretches them (rope_type
     llama3): 1 for short waves, ``factor`` for long ones, between them as their length lies."""
-    rope = config["rope_parameters"]
-    if rope.get("rope_type", rope.get("type")) != "llama3":
+    rope = config.get("rope_parameters", {})
+    if rope.get("rope_type", rope.get("type")) != "llama3" or "head_dim" not in config:
         return None
     dim, factor, old = config["head_dim"], rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -197,7 +197,7 @@ TYPES = (  # the first that holds a layer is taken: the fewest bytes, and what i
     BlockType("IQ4_NL", 20, 32, tuple(map(int, IQ4_NL.levels)), (IQ4_NL, Uniform(8)), _nibbles, _from_nibbles, 16),
     BlockType("MXFP4", 39, 32, (*_E2M1, *(-v for v in _E2M1)), (FP4(),), _nibbles, _from_nibbles, 16, EXPONENT,
               unit=0.5),
-    BlockType("Q5_0", 6, 32, tuple(range(-16, 16)), (Uniform(5), Uniform(6)), _five, _from_five, 20),
+    BlockType("Q5_0", 6, 32, tuple(range(-16, 16)), (Uniform(5), Uniform(6)), _five, _from_five, 20, wider=6),
     BlockType("Q8_0", 8, 32, _INT8, (Uniform(8),), _same, _same, 32),
 )  # fmt: skip
 BY_NUMBER = {t.number: t for t in TYPES}

@@ -22,7 +22,7 @@ from ...quant import QuantConfig
 from ..contents import Contents
 from ..files import FLOATS, PackedFileError
 from . import blocks
-from .architectures import ARCHITECTURES, Architecture, Names, completed, from_fields, last, rotary_rows
+from .architectures import ARCHITECTURES, Architecture, Names, completed, from_fields, last, rope_factors, rotary_rows
 from .blocks import BY_NUMBER
 from .container import KEY, VERSION, Container, TensorInfo, library, open_container
 
@@ -37,6 +37,7 @@ class _Source:
     config: dict[str, Any] | None
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
+    floats: list[str] = field(default_factory=list)  # layers that are floats for the model, though stored as blocks
     extra: dict[str, Any] = field(default_factory=dict)
 
     def error(self, name: str, text: object) -> PackedFileError:
@@ -87,7 +88,7 @@ def _open(path: str | os.PathLike) -> _Source:
         raise PackedFileError(f"{container.path}: {error}") from None
     source = _Source(container, architecture, Names(architecture, prefix), complete)
     source.layers, source.ties = said.get("layers", {}), said.get("ties", {})
-    source.extra = said.get("extra", {})
+    source.extra, source.floats = said.get("extra", {}), said.get("floats", [])
     return source
 
 
@@ -102,7 +103,7 @@ def _said(container: Container) -> dict[str, Any]:
             raise ValueError(f"{wrong or said['version']!r:.80}")
         if not all(isinstance(d, dict) for d in said.get("layers", {}).values()):
             raise ValueError("layers")
-        if not all(isinstance(d, str) for d in said.get("ties", {}).values()):
+        if not all(isinstance(d, str) for d in [*said.get("ties", {}).values(), *said.get("floats", [])]):
             raise ValueError("ties")
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise PackedFileError(f"{container.path}: {KEY}: damaged ({type(error).__name__}: {error})") from None
@@ -136,6 +137,12 @@ def read(path: str | os.PathLike) -> Contents:
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             raise source.error(info.name, error) from None
     _tie(source, layers, tensors)
+    for name in source.floats:
+        if name in layers:
+            tensors[f"{name}.weight"] = layers.pop(name).dequantize()
+    factors = None if source.architecture is None else rope_factors(source.config or {})
+    if factors is not None and torch.equal(tensors.get("rope_freqs.weight", torch.empty(0)), factors):
+        del tensors["rope_freqs.weight"]  # made of the config
     return Contents(str(path), layers, tensors, source.extra, source.config, None)
 
 
@@ -212,7 +219,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
         try:
             w = gguf.dequantize(t.data, t.tensor_type)
         except NotImplementedError:
-            w, version = _by_ggml(BY_NUMBER[info.number], np.ascontiguousarray(t.data))
+            w, version = by_ggml(BY_NUMBER[info.number], np.ascontiguousarray(t.data))
             said = f"{said.partition(',')[0]}, llama-cpp-python {version}"
         weight = torch.from_numpy(np.array(w, np.float32)).reshape(info.shape)
         rows, name = source.rows(info), source.place(info)[0]
@@ -226,7 +233,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     for name, first in (heads | source.ties).items():
         if first in weights:
             weights[name] = weights[first]
-    return weights, said
+    return {name: w for name, w in weights.items() if name not in source.floats}, said
 
 
 @cache
@@ -242,7 +249,7 @@ def _ggml() -> tuple[Any, str]:
     return ctypes.CDLL(str(found[0])), llama_cpp.__version__
 
 
-def _by_ggml(t: blocks.BlockType, data: np.ndarray) -> tuple[np.ndarray, str]:
+def by_ggml(t: blocks.BlockType, data: np.ndarray) -> tuple[np.ndarray, str]:
     """(weights of (n, row bytes), version)."""
     ggml, version = _ggml()
     w = np.empty((len(data), data.shape[1] // t.size * t.block), np.float32)

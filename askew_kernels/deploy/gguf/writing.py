@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ class _Export:
         return layer.shape[0] if layer is not None else len(self.contents.tensors[f"{name}.weight"])
 
     def write(self, path: str | os.PathLike) -> None:
+        if self.architecture is not None:
+            self._share_head(self.architecture)
         ties = self._ties()
         for name, layer in self.contents.layers.items():
             self._one(name, "weight", ties, layer, None)
@@ -120,13 +123,13 @@ class _Export:
         common = types.most_common(1)[0][0] if types else ""
         name = next((n for n in file_types if n.startswith(f"MOSTLY_{common}") and common), "ALL_F32")
         self.fields |= {"general.file_type": int(file_types[name]), KEY: json.dumps(self.said)}
-        write_container(path, self.fields, self.stored)
+        write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
                           stacklevel=4)  # fmt: skip
 
     def _ties(self) -> dict[str, str]:
-        """{layer or key: the one that is written in its place}: of a known architecture only an output that is the
+        """{layer or key: the one that is written in its place}: of a known architecture only a head that is the
         embedding, which llama.cpp understands."""
         layers, ties = self.contents.layers, {}
         for name, first in self.contents.ties().items():
@@ -135,6 +138,20 @@ class _Export:
             if same and (a is None or _module(name, layers) in a.heads):
                 ties[name] = first
         return ties
+
+    def _share_head(self, a: Architecture) -> None:
+        """A packed head and a float embedding that had one weight are written once, as blocks."""
+        embedding = self.names.prefix + a.embedding
+        key = f"{embedding}.weight"
+        for head in a.heads:
+            layer, t = self.contents.layers.get(head), self.contents.tensors.get(key)
+            if layer is None or t is None or layer.shape != t.shape or not torch.equal(layer.dequantize(), t):
+                continue
+            layers = {embedding if name == head else name: each for name, each in self.contents.layers.items()}
+            tensors = {name: each for name, each in self.contents.tensors.items() if name != key}
+            self.contents = replace(self.contents, layers=layers, tensors=tensors)
+            self.said |= {"ties": {head: embedding}, "floats": [embedding]}
+            self.said["layers"][head] = _description(layer)
 
     def _one(
         self, module: str, leaf: str, ties: Mapping[str, str], layer: PackedLayer | None, t: Tensor | None
@@ -199,14 +216,21 @@ class _Export:
         self.said["config"] = self.contents.architecture
         tied = self._tied_heads(a)
         for ours, theirs in a.heads.items():
+            if a.one and f"{theirs}.weight" in self.stored:
+                raise self.contents.error(ours, f"in {a.name} of llama.cpp it is {a.embedding}: expected one weight")
             if f"{theirs}.weight" not in self.stored and ours not in tied:
                 raise self.contents.error(ours, "expected the head of the model, or tie_word_embeddings in config.json")
-        if (factors := rope_factors(self.config) if "rope_theta" in self.config else None) is not None:
+        if (factors := rope_factors(self.config)) is not None:
             self.stored["rope_freqs.weight"] = plain(factors)
 
     def _tied_heads(self, a: Architecture) -> set[str]:
         tied = {_module(key, self.contents.layers) for key in self.said["ties"]}
         return tied | (set(a.heads) if self.config.get("tie_word_embeddings") else set())
+
+
+def _natural(name: str) -> list[Any]:
+    """blk.2 before blk.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _module(name: str, layers: Mapping[str, Any]) -> str:
