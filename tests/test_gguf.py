@@ -1,8 +1,7 @@
 """Contract: GGUF files hold packed layers bit for bit, and llama.cpp runs them.
 
-1. Every block type: what the package ``gguf`` decodes, and ggml itself (through llama-cpp-python, also for the types that
-   ``gguf`` does not decode), is the layer's weight, for odd sizes and scales at the ends of float16 and E8M0; reading gives
-   the codes and the scales back.
+1. Every block type: what the package ``gguf`` decodes, and ggml itself (through llama-cpp-python, for all of them), is
+   the layer's weight, for odd sizes and scales at the ends of float16 and E8M0; reading gives codes and scales back.
 2. A layer gets the narrowest type that holds it; what none holds is an error that names the layer and leaves no file.
 3. Any model: tensors, ties, geometry, extra state come back; stock files, whose scales may be negative, too.
 4. Models of known architectures have the names and keys of llama.cpp and their tokenizer; its logits are ours but for
@@ -38,7 +37,8 @@ gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parent.parent
 TYPES = {t.name: t for t in blocks.TYPES}
 NATURAL = {"Q1_0": Binary(), "TQ1_0": Ternary(), "TQ2_0": Ternary(), "Q2_0": Ternary(), "Q4_0": Uniform(4),
-           "IQ4_NL": IQ4_NL, "MXFP4": FP4(), "Q5_0": Uniform(5), "Q8_0": Uniform(8)}  # fmt: skip
+           "IQ4_NL": IQ4_NL, "MXFP4": FP4(), "Q5_0": Uniform(5), "Q6_K": Uniform(6),
+           "Q8_0": Uniform(8)}  # fmt: skip
 
 
 def packed_layer(grid, n, cols, granularity="per_group", group_size=None, scale=None, scale_dtype="float32",
@@ -90,8 +90,8 @@ E8M0_EDGES = [2.0**-127, 2.0**-126, 2.0**-125, 1.0, 2.0**100, 2.0**125, 2.0**127
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7, 5)])
 def test_every_type_is_decoded_to_the_same_bits(name, shape):
     t, grid = TYPES[name], NATURAL[name]
-    edges = E8M0_EDGES if name == "MXFP4" else HALF_EDGES
-    layer = packed_layer(grid, shape[0], shape[1] * t.block, group_size=t.block, scale=edges, trits=t.trits)
+    edges = {"MXFP4": E8M0_EDGES, "Q6_K": [2.0**-24, 2.0**-23, 127 * 2.0**-24, 2.0**-22]}.get(name, HALF_EDGES)
+    layer = packed_layer(grid, shape[0], shape[1] * t.block, group_size=t.group, scale=edges, trits=t.trits)
     only_this = lambda other: other.name == name  # noqa: E731
     found, data = blocks.encoded(layer, only_this)
     assert found.name == name and data.shape == (shape[0], shape[1] * t.size)
@@ -111,18 +111,17 @@ def test_every_type_is_decoded_to_the_same_bits(name, shape):
     assert torch.equal(torch.from_numpy(by_ggml(t, data)[0]), want)
 
 
-@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "Q2_0", "Q4_0", "IQ4_NL", "Q5_0", "Q8_0", "Q1_0"])
+@pytest.mark.parametrize("name", ["TQ1_0", "TQ2_0", "Q2_0", "Q4_0", "IQ4_NL", "Q5_0", "Q6_K", "Q8_0", "Q1_0"])
 def test_any_bytes_are_read_as_they_are_decoded(name):
     """Negative and zero d, codes that no writer makes."""
     t, pieces = TYPES[name], np.random.default_rng(3)
     data = pieces.integers(0, 256, (5, 3 * t.size), dtype=np.uint8)
     d = t.split(data.reshape(-1, t.size))[1]
-    d[:] = np.array([1.5, -0.25, 0, -3, 2.0**-24] * 3, np.float16).view(np.uint8).reshape(-1, 2)
+    d[:, -2:] = np.array([1.5, -0.25, 0, -3, 2.0**-24] * 3, np.float16).view(np.uint8).reshape(-1, 2)
     if name == "Q8_0":
         t.split(data.reshape(-1, t.size))[0][...] |= 1  # no -128, whose opposite no grid has
-    layer = packed_layer(Uniform(2), 1, 8, group_size=8)
     found = blocks.decoded(t, data)
-    layer = packed_layer(found.grid, 5, 3 * t.block, group_size=t.block, trits=t.trits)
+    layer = packed_layer(found.grid, 5, 3 * t.block, group_size=t.group, trits=t.trits)
     layer.weight_codes, layer.weight_scale = found.codes, found.scale
     if name in gguf.GGMLQuantizationType.__members__ and name != "Q1_0":
         want = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType[name]))
@@ -159,7 +158,8 @@ CHOICES = [
     (Uniform(2, narrow=True), 512, "TQ2_0"), (PowersOfTwo(2), 256, "TQ2_0"), (Codebook((-1, 0, 1, 2)), 256, "TQ2_0"),
     (Uniform(2), 32, "Q4_0"), (Uniform(3), 32, "Q4_0"), (Uniform(4), 64, "Q4_0"), (PowersOfTwo(3), 32, "Q4_0"),
     (Uniform(4, signed=False), 32, "Q5_0"), (Uniform(5), 32, "Q5_0"), (IQ4_NL, 32, "IQ4_NL"),
-    (FP4(), 32, "Q5_0"), (Uniform(6), 32, "Q8_0"), (Uniform(7), 32, "Q8_0"), (Uniform(8), 32, "Q8_0"),
+    (FP4(), 32, "Q5_0"), (Uniform(6), 256, "Q6_K"),
+    (Uniform(6), 32, "Q8_0"), (Uniform(7), 32, "Q8_0"), (Uniform(8), 32, "Q8_0"),
     (PowersOfTwo(4), 32, "Q8_0"), (Codebook((-100, 3, 90)), 32, "Q8_0"),
 ]  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_powers_of_two_become_mxfp4(tmp_path):
 
 
 REFUSED = [
-    ({"grid": Uniform(4), "cols": 64, "group_size": 8}, "groups of 8 weights are no multiple of its block of 32"),
+    ({"grid": Uniform(4), "cols": 64, "group_size": 8}, "groups of 8 weights are no multiple of its 32"),
     ({"grid": Uniform(4), "cols": 33, "granularity": "per_channel"}, "rows of 33 weights are no multiple"),
     ({"grid": NF4(), "cols": 32, "group_size": 32}, "integer levels"),
     ({"grid": Uniform(8, signed=False), "cols": 32, "group_size": 32}, "no type of GGUF's has the levels"),
@@ -227,7 +227,9 @@ def test_quantized_inputs_are_refused(tmp_path):
         ours.export(only(layer), tmp_path / "a.gguf")
 
 
-@pytest.mark.parametrize("target", ["q8_0", "q4_0", "q5_0", "q2_0", "iq4_nl", "mxfp4", "tq2_0", "tq1_0", "q1_0"])
+@pytest.mark.parametrize(
+    "target", ["q8_0", "q6_k", "q4_0", "q5_0", "q2_0", "iq4_nl", "mxfp4", "tq2_0", "tq1_0", "q1_0"]
+)
 def test_what_for_export_trains_fits(target, tmp_path):
     """Also after training, which rounds the scales that it computes."""
     model = nn.Sequential(nn.Linear(256, 12), nn.Linear(12, 3))
@@ -545,7 +547,7 @@ def trained(tokenizer_of):
     return config, {key: t.clone() for key, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("target", ["q8_0", "q5_0", "q4_0", "iq4_nl", "mxfp4", "tq2_0", "tq1_0", "q1_0"])
+@pytest.mark.parametrize("target", ["q8_0", "q6_k", "q5_0", "q4_0", "iq4_nl", "mxfp4", "tq2_0", "tq1_0", "q1_0"])
 def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
     """Logits within 2 % of their spread, and greedy texts that are the same up to a step whose two best logits are
     closer than twice that."""
@@ -577,7 +579,8 @@ def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
             best = logits.topk(2)
             if float(best.values[0] - best.values[1]) <= 2 * bound:
                 break
-            assert (token := next(steps)) == int(best.indices[0])
+            token = next(steps)
+            assert token == int(best.indices[0])
             ids = [*ids, token]
             agreed += 1
     assert agreed >= 3
@@ -767,8 +770,9 @@ def test_lies_about_layers_are_errors(tmp_path):
     good = {"kind": "linear", "shape": [4, 64], "dtype": "float32"}
     assert opened(file({"version": 1, "layers": {"layer": good}})) is not None
     for changed in ({"kind": "x"}, {"shape": [4, 65]}, {"shape": [4, -64]}, {"shape": [2**70, 1]}, {"shape": "ab"},
-                    {"dtype": "int8"}, {"dtype": 3}, {"kind": "conv2d", "shape": [4, 16, 2, 2], "geometry": {"groups": 3}},
-                    {"kind": "conv2d", "shape": [4, 16, 2, 2], "geometry": {"stride": "x"}}, {"kind": ["linear"]}):  # fmt: skip
+                    {"dtype": "int8"}, {"dtype": 3}, {"geometry": []},
+                    {"kind": "conv2d", "shape": [4, 16, 2, 2], "geometry": {"groups": 3}},
+                    {"kind": ["linear"]}):  # fmt: skip
         assert opened(file({"version": 1, "layers": {"layer": good | changed}})) is None, changed
     for said in ({"version": 2}, {}, [], 3, {"version": 1, "layers": []}, {"version": 1, "layers": {"layer": 1}},
                  {"version": 1, "ties": {"a": 1}}, {"version": 1, "ties": {"a": "b"}}, {"version": 1, "prefix": 1},
@@ -797,3 +801,22 @@ def test_other_types_are_named(tmp_path):
     writer.close()
     with pytest.raises(PackedFileError, match=r"blk.0.ffn_up.weight: .*Q4_K"):
         ours.read(tmp_path / "a.gguf")
+
+
+def test_stock_q6_k_is_read_and_written_back(tmp_path):
+    """The head of a stock Q4_0 file: int8 multiples of a float16, of either sign, and 0."""
+    t, source = TYPES["Q6_K"], np.random.default_rng(5)
+    data = source.integers(0, 256, (4, 3 * t.size), dtype=np.uint8)
+    scales = t.split(data.reshape(-1, t.size))[1]
+    scales[:, 16:] = np.array([0.75, -(2.0**-20), 0.0625] * 4, np.float16).view(np.uint8).reshape(-1, 2)
+    scales[2, 3:7] = 0
+    scales[3, :16] = 0
+    found = blocks.decoded(t, data)
+    layer = packed_layer(found.grid, 4, 3 * 256, group_size=16)
+    layer.weight_codes, layer.weight_scale = found.codes, found.scale
+    want = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q6_K))
+    assert torch.equal(layer.dequantize(), want)
+    contents = only(layer)
+    path = written(contents, tmp_path / "a.gguf")
+    assert types_in(path) == {"layer.weight": "Q6_K"}
+    assert torch.equal(ours.dequantized(path)[0]["layer"], want)

@@ -23,6 +23,7 @@ class Target:
 
 TARGETS = {
     "gguf:q8_0": Target(Uniform(8), 32, 32, "float16"),
+    "gguf:q6_k": Target(Uniform(6), 256, 256, "float16"),
     "gguf:q5_0": Target(Uniform(5), 32, 32, "float16"),
     "gguf:q4_0": Target(Uniform(4), 32, 32, "float16"),
     "gguf:iq4_nl": Target(IQ4_NL, 32, 32, "float16"),

@@ -1,6 +1,7 @@
 """GGUF's block types that hold levels of ours: ``TYPES``, one entry each, from codes and scales to bytes and back.
 
-A row of a matrix is cut into blocks of consecutive weights; weight = d * unit * value[code], d the block's number.
+A row of a matrix is cut into blocks of consecutive weights; weight = d * unit * value[code], d the number of the block,
+or of the group within it.
 Layouts and values are those that llama.cpp publishes (ggml-common.h, ggml-quants.c; package ``gguf``, quants.py).
 """
 
@@ -76,6 +77,17 @@ def _from_planes(data: Array) -> Array:
     return np.concatenate([part >> s & 3 for s in (0, 2, 4, 6)], axis=2).reshape(len(data), -1)
 
 
+def _six(codes: Array) -> Array:
+    """Of each 128 codes the low four bits as nibbles, then, after those of both halves, the high two as planes."""
+    low = _nibbles((codes & 15).reshape(-1, 128)).reshape(len(codes), -1)
+    return np.concatenate([low, _planes(codes >> 4)], axis=1)
+
+
+def _from_six(data: Array) -> Array:
+    low = _from_nibbles(data[:, :128].reshape(-1, 64)).reshape(len(data), -1)
+    return low | _from_planes(data[:, 128:]) << 4
+
+
 # (codes in a part, digits in a byte): the first code of a byte is its highest digit, of 3^5 in all
 TRIT_PARTS = ((160, 5), (80, 5), (16, 4))
 
@@ -111,43 +123,71 @@ def _same(codes: Array) -> Array:
 
 
 class Scales(NamedTuple):
-    """How a block's d is kept: its bytes, from (rows,) float32 (ValueError where they do not hold it), and back to
-    (d, NaN where it is no number; the type in which a layer keeps it)."""
+    """How the numbers d of a block are kept: their bytes, from (blocks, groups) float32 (ValueError where they do not
+    hold them), and back, NaN where one is no number."""
 
     size: int
     to_bytes: Callable[[Tensor], Array]
     from_bytes: Callable[[Array], Tensor]
     name: str  # of QuantConfig.scale_dtype
-    dtype: torch.dtype
+    dtype: torch.dtype  # in which a layer keeps them
 
 
-def _half(scale: Tensor) -> Array:
-    if not holds_scales(scale, "float16"):
-        bad = scale[scale.half().float() != scale]
-        raise ValueError(f"float16 does not hold the scale {float(bad[0] if len(bad) else scale.max()):.9g}")
-    return scale.half().numpy().view(np.uint8).reshape(-1, 2)
+def _half(d: Tensor) -> Array:
+    if not holds_scales(d.abs(), "float16"):
+        bad = d[d.half().float() != d]
+        raise ValueError(f"float16 does not hold the scale {float((bad if len(bad) else d).abs().max()):.9g}")
+    return d.half().numpy().view(np.uint8)
 
 
 def _from_half(data: Array) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(data).view(np.float16).reshape(-1)).float()
+    return torch.from_numpy(np.ascontiguousarray(data).view(np.float16)).float()
 
 
-def _exponent(scale: Tensor) -> Array:
+def _exponent(d: Tensor) -> Array:
     """2^(e - 127) as e."""
-    mantissa, exponent = np.frexp(scale.double().numpy())
+    mantissa, exponent = np.frexp(d.double().numpy())
     e = exponent + 126
-    if len(bad := scale[torch.from_numpy((mantissa != 0.5) | (e < 0) | (e > 254))]):
+    if len(bad := d[torch.from_numpy((mantissa != 0.5) | (e < 0) | (e > 254))]):
         raise ValueError(f"its scales are powers of two, got {float(bad[0]):.9g}")
-    return e.astype(np.uint8).reshape(-1, 1)
+    return e.astype(np.uint8)
 
 
 def _from_exponent(data: Array) -> Tensor:
-    e = torch.from_numpy(data.reshape(-1).astype(np.float64))
+    e = torch.from_numpy(data.astype(np.float64))
     return torch.where(e == 255, torch.nan, torch.exp2(e - 127)).float()
+
+
+def _multiples(d: Tensor) -> Array:
+    """16 numbers as int8 multiples of one float16, which stands last."""
+    out = np.empty((len(d), 18), np.uint8)
+    for first in range(0, len(d), 1024):
+        out[first : first + 1024] = _multiples_of(d[first : first + 1024].double())
+    return out
+
+
+def _multiples_of(d: Tensor) -> Array:
+    out = np.zeros((len(d), 18), np.uint8)
+    left = torch.arange(len(d))
+    for k in (sign * k for k in range(1, 129) for sign in (1, -1)):  # how many times the number the largest is
+        base = d[left].abs().amax(1, keepdim=True) / k
+        times = d[left] / base
+        found = ((base.half() == base) & (times == times.round()) & (times >= -128) & (times <= 127)).all(1)
+        out[left[found], :16] = times[found].numpy().astype(np.int8).view(np.uint8)
+        out[left[found], 16:] = base[found].half().numpy().view(np.uint8)
+        if not len(left := left[~found]):
+            return out
+    raise ValueError("the scales of 256 weights are no int8 multiples of one float16")
+
+
+def _from_multiples(data: Array) -> Tensor:
+    times = np.ascontiguousarray(data[:, :16]).view(np.int8)
+    return torch.from_numpy(times.astype(np.float32)) * _from_half(data[:, 16:])
 
 
 HALF = Scales(2, _half, _from_half, "float16", torch.float16)
 EXPONENT = Scales(1, _exponent, _from_exponent, "float8_e8m0fnu", torch.bfloat16)
+MULTIPLES = Scales(18, _multiples, _from_multiples, "float32", torch.float32)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -157,7 +197,7 @@ EXPONENT = Scales(1, _exponent, _from_exponent, "float8_e8m0fnu", torch.bfloat16
 class BlockType:
     name: str  # as gguf.GGMLQuantizationType has it
     number: int
-    block: int  # weights with one d
+    block: int  # weights that stand together in the file
     values: tuple[int, ...]  # by code; of two that are equal the first is written
     grids: tuple[Grid, ...]  # what a tensor is read as: the first that has all its levels
     pack: Callable[[Array], Array]
@@ -167,7 +207,13 @@ class BlockType:
     scale_first: bool = True
     trits: bool = False  # for layers packed five to a byte, and read as such
     unit: float = 1.0
-    wider: int = 0  # bits of grids beyond the values whose every block may fit with d of one sign or the other
+    wider: int = 0  # bits of grids beyond the values whose every group may fit with d of one sign or the other
+    groups: int = 1  # of a block, each with its d
+
+    @property
+    def group(self) -> int:
+        """Weights with one d."""
+        return self.block // self.groups
 
     @property
     def size(self) -> int:
@@ -198,6 +244,8 @@ TYPES = (  # the first that holds a layer is taken: the fewest bytes, and what i
     BlockType("MXFP4", 39, 32, (*_E2M1, *(-v for v in _E2M1)), (FP4(),), _nibbles, _from_nibbles, 16, EXPONENT,
               unit=0.5),
     BlockType("Q5_0", 6, 32, tuple(range(-16, 16)), (Uniform(5), Uniform(6)), _five, _from_five, 20, wider=6),
+    BlockType("Q6_K", 14, 256, tuple(range(-32, 32)), (Uniform(6), Uniform(7)), _six, _from_six, 192, MULTIPLES,
+              scale_first=False, wider=7, groups=16),
     BlockType("Q8_0", 8, 32, _INT8, (Uniform(8),), _same, _same, 32),
 )  # fmt: skip
 BY_NUMBER = {t.number: t for t in TYPES}
@@ -227,30 +275,31 @@ def encoded(layer: Any, known: Callable[[BlockType], bool]) -> tuple[BlockType, 
 
 def _encode(t: BlockType, layer: Any, values: tuple[int, ...], scale: Tensor) -> Array:
     n, cols = len(layer.weight_codes), layer.cols
-    group = layer.config.group_size or cols
-    for what, size in (("rows", cols), ("groups", group)):
-        if size % t.block:
-            raise ValueError(f"{what} of {size} weights are no multiple of its block of {t.block}")
-    blocks = cols // t.block
+    for what, size, whole in (("rows", cols, t.block), ("groups", layer.config.group_size or cols, t.group)):
+        if size % whole:
+            raise ValueError(f"{what} of {size} weights are no multiple of its {whole}")
+    blocks, groups = cols // t.block, cols // t.group  # of a row
+    d = (scale / t.unit).repeat_interleave(n * groups // max(len(scale), 1))
     out = np.empty((n * blocks, t.size), np.uint8)
     data, scales = t.split(out)
-    if len(scale):
-        scales[:] = np.repeat(t.scales.to_bytes(scale / t.unit), n * blocks // len(scale), axis=0)
     plus, minus = t.codes_of(values), t.codes_of(values, -1)
+    if exact := NONE not in plus:
+        plus = plus.astype(np.uint8)
+        scales[:] = t.scales.to_bytes(d.reshape(-1, t.groups))
     step = max(1, PIECE // max(cols, 1))
     for first in range(0, n, step):
         rows = slice(first * blocks, (first + step) * blocks)
-        index = unpack_codes(layer.weight_codes[first : first + step], layer.bits, cols).numpy().reshape(-1, t.block)
-        if NONE in plus:
-            codes = plus[index]
+        index = unpack_codes(layer.weight_codes[first : first + step], layer.bits, cols).numpy().reshape(-1, t.group)
+        codes = plus[index]
+        if not exact:
             turned = np.flatnonzero((codes == NONE).any(axis=1))
             codes[turned] = minus[index[turned]]
             if (codes == NONE).any():
                 raise ValueError(f"levels beyond its {min(t.values)} to {max(t.values)}, be d positive or negative")
-            scales[rows][turned, -1] ^= 0x80  # the sign of a float16, little end first
-            data[rows] = t.pack(codes.astype(np.uint8))
-        else:
-            data[rows] = t.pack(plus.astype(np.uint8)[index])
+            d[torch.from_numpy(turned) + first * groups] *= -1
+        data[rows] = t.pack(codes.astype(np.uint8, copy=False).reshape(-1, t.block))
+    if not exact:
+        scales[:] = t.scales.to_bytes(d.reshape(-1, t.groups))
     return out.reshape(n, blocks * t.size)
 
 
@@ -260,19 +309,21 @@ def _encode(t: BlockType, layer: Any, values: tuple[int, ...], scale: Tensor) ->
 class Decoded(NamedTuple):
     grid: Grid
     codes: Tensor  # packed as a layer keeps them
-    scale: Tensor  # (blocks of all rows,)
+    scale: Tensor  # (groups of all rows,)
 
 
 def decoded(t: BlockType, data: Array) -> Decoded:
-    """Of (n, row bytes) uint8. d < 0 turns the levels around, as scales are positive; blocks with d = 0 are level 0.
+    """Of (n, row bytes) uint8. d < 0 turns the levels around, as scales are positive; groups with d = 0 are level 0, of
+    any scale: that of the block.
     Raises ValueError for a d that is no number, and levels that no grid has."""
     blocks = data.reshape(-1, t.size)
     d = t.scales.from_bytes(t.split(blocks)[1])
     if not bool(d.isfinite().all()):
         raise ValueError("a scale that is no finite number")
-    scale = torch.where(d == 0, 1.0, d.abs()).to(t.scales.dtype)
+    scale = torch.where(d == 0, d.abs().amax(1, keepdim=True), d.abs())
+    scale = torch.where(scale == 0, 1.0, scale).flatten().to(t.scales.dtype)
     for grid in t.grids:
-        if (codes := _decode(t, grid, data, d.numpy())) is not None:
+        if (codes := _decode(t, grid, data, d.flatten().numpy())) is not None:
             return Decoded(grid, codes, scale)
     raise ValueError(f"blocks of d < 0 with the level {min(t.values)}, which no grid of 8 bits has turned around")
 
@@ -284,17 +335,17 @@ def _decode(t: BlockType, grid: Grid, data: Array, d: Array) -> Tensor | None:
     index = {value: i for i, value in enumerate(found[0])}
     plus, minus = (np.array([index.get(sign * v, NONE) for v in t.values], np.int16) for sign in (1, -1))
     bits = code_bits(grid, t.trits)
-    n, blocks = len(data), data.shape[1] // t.size
-    step = max(1, PIECE // max(blocks * t.block, 1))
+    n, cols = len(data), data.shape[1] // t.size * t.block
+    step, groups = max(1, PIECE // max(cols, 1)), cols // t.group
     packed = []
     for first in range(0, n, step):
-        rows = slice(first * blocks, (first + step) * blocks)
-        codes = t.unpack(t.split(data[first : first + step].reshape(-1, t.size))[0])
+        rows = slice(first * groups, (first + step) * groups)
+        codes = t.unpack(t.split(data[first : first + step].reshape(-1, t.size))[0]).reshape(-1, t.group)
         levels = plus[codes]
         if len(turned := np.flatnonzero(d[rows] < 0)):
             levels[turned] = minus[codes[turned]]
         levels[d[rows] == 0] = index.get(0, NONE)
         if (levels == NONE).any():
             return None
-        packed.append(pack_codes(torch.from_numpy(levels.astype(np.uint8).reshape(-1, blocks * t.block)), bits))
+        packed.append(pack_codes(torch.from_numpy(levels.astype(np.uint8).reshape(-1, cols)), bits))
     return torch.cat(packed) if packed else torch.zeros(0, 0, dtype=torch.uint8)

@@ -30,6 +30,10 @@ PLAIN = {  # types of tensors that are no blocks: (name, torch's type)
     0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16), 28: ("F64", torch.float64),
     24: ("I8", torch.int8), 25: ("I16", torch.int16), 26: ("I32", torch.int32), 27: ("I64", torch.int64),
 }  # fmt: skip
+OTHERS = {  # types whose weights are no levels of a grid times a scale, or levels of none of ours
+    3: "Q4_1", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 40: "NVFP4",
+}  # fmt: skip
 PLAIN_NUMBERS = {dtype: number for number, (_, dtype) in PLAIN.items()}
 MOST_NAME, MOST_DIMS, MOST_TEXTS = 63, 4, 1 << 22  # ggml's limits of a tensor; more texts than any vocabulary has
 
@@ -182,8 +186,8 @@ def _nbytes(name: str, number: int, shape: tuple[int, ...]) -> int:
     if number in PLAIN:
         return math.prod(shape) * PLAIN[number][1].itemsize
     if (t := BY_NUMBER.get(number)) is None:
-        known = [t.name for t in BY_NUMBER.values()] + [name for name, _ in PLAIN.values()]
-        raise ValueError(f"{name}: a tensor of type number {number}, which is none of {', '.join(known)}")
+        known = ", ".join([t.name for t in BY_NUMBER.values()] + [name for name, _ in PLAIN.values()])
+        raise ValueError(f"{name}: expected a tensor of {known}, got {OTHERS.get(number, f'type number {number}')}")
     if not shape or shape[-1] % t.block:
         raise ValueError(f"{name}: {t.name} of shape {shape}, its rows are no multiple of {t.block}")
     return math.prod(shape) // t.block * t.size

@@ -153,7 +153,7 @@ def _layer(source: _Source, name: str, info: TensorInfo) -> PackedLayer:
     if (rows := source.rows(info)) is not None:
         data = data[rows.numpy()]
     found = blocks.decoded(t, data)
-    config = QuantConfig(found.grid, granularity="per_group", group_size=t.block, scale_dtype=t.scales.name)
+    config = QuantConfig(found.grid, granularity="per_group", group_size=t.group, scale_dtype=t.scales.name)
     like = KINDS[kind].of_shape(shape, False, geometry=geometry)
     options = {"config": config, "trits": t.trits, "scale_dtype": found.scale.dtype, "dtype": dtype}
     layer: PackedLayer = KINDS[kind].packed.like(like, **options)
@@ -254,5 +254,5 @@ def by_ggml(t: blocks.BlockType, data: np.ndarray) -> tuple[np.ndarray, str]:
     ggml, version = _ggml()
     w = np.empty((len(data), data.shape[1] // t.size * t.block), np.float32)
     pointers = (a.ctypes.data_as(ctypes.c_void_p) for a in (data, w))
-    getattr(ggml, f"dequantize_row_{t.name.lower()}")(*pointers, ctypes.c_int64(w.size))
+    getattr(ggml, f"dequantize_row_{t.name.lower().replace('_k', '_K')}")(*pointers, ctypes.c_int64(w.size))
     return w, version
