@@ -18,6 +18,7 @@ if _sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(_sys.orig_argv, _s
 
 from . import analysis, nn, ops, optim, quant, runtime, search
 from .annealing import EpsilonAnnealing
+from .deploy.export import export_packed
 from .deploy.files import load_packed, save_packed
 from .deploy.inspect import inspect
 from .nn import dequantize_, hard_quantize_, pack_, param_groups, quantize_, unpack_
@@ -26,7 +27,7 @@ from .quant import QuantConfig
 __version__ = "0.1.0"
 
 __all__ = [
-    "EpsilonAnnealing", "QuantConfig", "__version__", "analysis", "dequantize_", "hard_quantize_", "inspect",
-    "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant", "quantize_", "runtime", "save_packed",
-    "search", "unpack_",
+    "EpsilonAnnealing", "QuantConfig", "__version__", "analysis", "dequantize_", "export_packed", "hard_quantize_",
+    "inspect", "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant", "quantize_", "runtime",
+    "save_packed", "search", "unpack_",
 ]  # fmt: skip

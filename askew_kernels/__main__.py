@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | demo | paper | search | analyze | inspect | convert``.
+"""``python -m askew_kernels info | bench | demo | paper | search | analyze | inspect | convert | export``.
 
 Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
 130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.
@@ -138,7 +138,8 @@ COMMANDS = {
     "search": Command("experiments.search", "search", "which layer deserves which bits: from float to packed"),
     "analyze": Command("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
     "inspect": Command("askew_kernels.deploy.inspect", "deploy", "bits, bytes and errors of a packed file, by layer"),
-    "convert": Command("askew_kernels.deploy.convert", "deploy", "pack a safetensors state_dict"),
+    "convert": Command("askew_kernels.deploy.convert", "deploy", "pack a state_dict, or a file of another format"),
+    "export": Command("askew_kernels.deploy.export", "deploy", "a packed file as GGUF, compressed-tensors, ONNX, …"),
 }
 
 

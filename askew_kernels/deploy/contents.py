@@ -47,11 +47,12 @@ class Contents:
         return {name: layer.dequantize() for name, layer in self.layers.items()}
 
 
-def read_contents(path: str | os.PathLike, verify: bool = True) -> Contents:
-    """Of a packed file. A ``config.json`` beside it with ``model_type`` is its architecture.
+def read_contents(path: str | os.PathLike, verify: bool = True, mmap: bool = False) -> Contents:
+    """Of a packed file; ``verify`` and ``mmap`` as in ``load_packed``. A ``config.json`` beside it that has a
+    ``model_type`` is its architecture.
 
     Raises PackedFileError/FileNotFoundError, as ``PackedFile``, and for a config.json that is not JSON."""
-    file = files.PackedFile(path, verify)
+    file = files.PackedFile(path, verify, mmap)
     tensors, layers = dict(file.tensors), {}
     for name in file.layers:
         layer = layers[name] = file.empty_layer(name)

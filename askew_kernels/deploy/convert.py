@@ -1,4 +1,4 @@
-"""``python -m askew_kernels convert``: a safetensors state_dict to a packed file."""
+"""``python -m askew_kernels convert``: a safetensors state_dict, or a file of another format, to a packed file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from ..nn.kinds import KINDS, chosen, own_keys
 from ..quant import QuantConfig, compute_scale
 from ..quant.grids import GRIDS
 from . import files
-from .inspect import report_of_file
+from .contents import read_contents, write_contents
+from .export import contents_at
+from .formats import FORMATS, format_of
+from .inspect import report_of_contents
 
 
 @torch.no_grad()
@@ -64,9 +67,10 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="IN", help="safetensors, keys as in a state_dict")
+    parser.add_argument("source", type=Path, metavar="IN",
+                        help="safetensors, keys as in a state_dict; or a format that export writes")  # fmt: skip
     parser.add_argument("target", type=Path, metavar="OUT")
-    grid = parser.add_mutually_exclusive_group(required=True)
+    grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--bits", type=int, help="uniform grid of 2 to 8 bits")
     grid.add_argument("--grid", choices=[name for name, kind in GRIDS.items() if not fields(kind)])  # type: ignore[arg-type]
     parser.add_argument("--scale", help="rule for weights without a weight_scale (default: absmax; of --grid its own)")
@@ -78,6 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
+        if arguments.bits is None and arguments.grid is None:
+            if format_of(arguments.source) is None:
+                raise ValueError("a state_dict of floats needs --bits or --grid; files of "
+                                 f"{', '.join(FORMATS)} bring their own")  # fmt: skip
+            contents = contents_at(arguments.source)
+            if not contents.layers:
+                raise contents.error("convert", "it has no layer of integers")
+            write_contents(contents, arguments.target)
+            print(report_of_contents(contents))
+            return 0
         grid: Any = quant.grid_from_dict({"grid": arguments.grid}) if arguments.grid else quant.Uniform(arguments.bits)
         rule: Any = arguments.scale or (None if arguments.grid else "absmax")  # None: the grid's own
         config = QuantConfig(grid, rule, "per_group" if arguments.group_size else "per_channel", arguments.group_size)
@@ -85,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--kind: expected PATTERN=KIND, got {' '.join(arguments.kind)}")
         kinds = dict(given.rsplit("=", 1) for given in arguments.kind)
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds)
-        print(report_of_file(files.PackedFile(arguments.target, verify=False, mmap=True)))
+        print(report_of_contents(read_contents(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         print(f"convert: {problem}", file=sys.stderr)
         return 2

@@ -24,7 +24,9 @@ from ..nn.packed import PackedLayer
 from ..nn.replace import first_input, observed
 from ..quant import Grid
 from ..quant.packing import row_bytes
-from .files import PackedFile, PackedFileError, read_safetensors
+from .contents import Contents
+from .export import contents_at
+from .files import read_safetensors
 
 
 @dataclass(frozen=True)
@@ -124,31 +126,30 @@ def _of_layer(name: str, layer: Any) -> LayerReport:
     return LayerReport(name, short_name(grid), grid.bits, w.numel(), size, 4 * w.numel(), *errors)
 
 
-def report_of_file(file: PackedFile, original: dict[str, Tensor] | None = None) -> Report:
-    """Of a packed file, without a model; a layer that is stored once and used twice counts its bytes once.
+def report_of_contents(contents: Contents, original: dict[str, Tensor] | None = None) -> Report:
+    """Of a file, without a model; a layer that is stored once and used twice counts its bytes once.
 
     ``original``: the state_dict before quantization; error and outliers are then those of its ``<name>.weight``.
     Raises PackedFileError where a layer is missing there or has another shape.
     """
     reports: list[LayerReport] = []
-    counted: set[str] = set()
-    for name in file.layers:
-        layer = file.empty_layer(name)
+    counted: set[int] = set()
+    for name, layer in contents.layers.items():
         r = _of_layer(name, layer)
-        keys = [f"{name}.weight_codes", f"{name}.weight_scale"]
-        if not set(keys) <= set(file.stored):
+        stored = {id(layer.weight_codes), id(layer.weight_scale)}
+        if stored <= counted:
             r = replace(r, bytes=0, float_bytes=0)
+        counted |= stored
         if original is not None:
             w = original.get(f"{name}.weight")
             if w is None or tuple(w.shape) != layer.shape:
                 found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
-                raise PackedFileError(f"{file.path}: layer {name}: {name}.weight {found} in the original")
-            layer.weight_codes, layer.weight_scale = file.codes(name)
+                raise contents.error(f"layer {name}", f"{name}.weight {found} in the original")
             error, outliers = _errors(w, layer.dequantize(torch.float64), layer.weight_scale, layer.config.weight)
             r = replace(r, error=error, outliers=outliers)
-        counted.update(keys)
         reports.append(r)
-    return Report(tuple(reports), sum(file.tensors[k].nbytes for k in file.stored if k not in counted))
+    others = {id(t): t.nbytes for t in contents.tensors.values()}
+    return Report(tuple(reports), sum(others.values()))
 
 
 @torch.no_grad()
@@ -211,7 +212,7 @@ def _relative(got: Tensor, exact: Tensor) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a packed file, or one of a format that export writes")
     parser.add_argument("--original", type=Path, metavar="FILE", help="safetensors of the float model: adds the errors")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write an image of sizes and errors")
@@ -220,7 +221,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         original = None if arguments.original is None else read_safetensors(arguments.original).tensors
-        report = report_of_file(PackedFile(arguments.file, mmap=True), original)
+        report = report_of_contents(contents_at(arguments.file, mmap=True), original)
         if arguments.plot is not None:
             report.plot(arguments.plot)
     except (ValueError, OSError, ImportError) as problem:
