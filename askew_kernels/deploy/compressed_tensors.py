@@ -99,8 +99,8 @@ def compressed(layer: PackedLayer) -> dict[str, Tensor]:
     exact = layer.weight_scale.detach().to(torch.promote_types(layer.weight_dtype, torch.float32)) * factor
     kept = str(layer.weight_dtype).removeprefix("torch.")
     if layer.weight_dtype in (torch.bfloat16, torch.float16) and not holds_scales(exact, kept):
-        raise ValueError(f"weight_scale: readers keep scales in the model's type, and {kept} does not hold these; train "
-                         f'with QuantConfig.for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
+        raise ValueError(f"weight_scale: readers keep scales in the model's type, and {kept} does not hold these; "
+                         f'train with QuantConfig.for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
     n = layer.shape[0]
     scale = exact.to(layer.weight_dtype).reshape(-1, 1 if exact.numel() in (1, n) else exact.numel() // n)
     scale = scale.expand(n, scale.shape[1]).contiguous()
@@ -268,7 +268,8 @@ class _File:
         if not isinstance(told, dict):
             raise self.fail(name, f"weights: expected how they are quantized, got {told!r:.80}")
         bits, strategy, size = told.get("num_bits"), told.get("strategy"), told.get("group_size")
-        if told.get("type", "int") != "int" or told.get("symmetric", True) is not True or bits not in range(2, 9):
+        symmetric = told.get("type", "int") == "int" and told.get("symmetric", True) is True
+        if not symmetric or not isinstance(bits, int) or bits not in range(2, 9):
             raise self.fail(name, f"weights: expected symmetric integers of 2 to 8 bits, got {told!r:.200}")
         if "weight_packed" in found:
             packed, shape = found["weight_packed"], found.get("weight_shape")
@@ -276,8 +277,8 @@ class _File:
             whole = shape is not None and not shape.is_floating_point() and sizes and sizes[1] >= 0
             wanted = [sizes[0], -(-int(sizes[1]) * bits // 32)] if whole else None
             if packed.dtype != torch.int32 or list(packed.shape) != wanted:
-                raise self.fail(name, f"weight_packed: expected int32 {wanted} for weight_shape {sizes} of {bits} bits, "
-                                f"got {packed.dtype} {list(packed.shape)}")  # fmt: skip
+                raise self.fail(name, f"weight_packed: expected int32 {wanted} for weight_shape {sizes} of {bits} "
+                                f"bits, got {packed.dtype} {list(packed.shape)}")  # fmt: skip
         else:
             packed = found["weight"]
             sizes = list(packed.shape)

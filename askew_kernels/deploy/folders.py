@@ -1,6 +1,6 @@
-"""A model's folder as transformers lays it out: ``config.json``, safetensors in one file or shards, and what lies beside.
+"""A folder as transformers lays it out: ``config.json``, safetensors in one file or shards, and what lies beside.
 
-Foreign folders are not trusted: names of shards stay inside the folder, JSON and headers are checked, nothing is executed.
+Foreign folders are not trusted: shards lie in the folder, JSON and headers are checked, nothing is executed.
 """
 
 from __future__ import annotations
