@@ -100,7 +100,7 @@ def compressed(layer: PackedLayer) -> dict[str, Tensor]:
     kept = str(layer.weight_dtype).removeprefix("torch.")
     if layer.weight_dtype in (torch.bfloat16, torch.float16) and not holds_scales(exact, kept):
         raise ValueError(f"weight_scale: readers keep scales in the model's type, and {kept} does not hold these; "
-                         f'train with QuantConfig.for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
+                         f'train with for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
     n = layer.shape[0]
     scale = exact.to(layer.weight_dtype).reshape(-1, 1 if exact.numel() in (1, n) else exact.numel() // n)
     scale = scale.expand(n, scale.shape[1]).contiguous()
@@ -138,8 +138,11 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         for alias in contents.ties():
             tensors.pop(alias, None)
     if told := [name for name, scheme in schemes.items() if scheme.inputs]:
-        logger.warning("compressed-tensors: the readers make the scales of %d quantized inputs (%s, …) themselves, and "
-                       "the package's differ from those here", len(told), told[0])  # fmt: skip
+        logger.warning("compressed-tensors: readers make the scales of quantized inputs (%d layers: %s, …), "
+                       "and the package's are max|x| / 127.5, those here max|x| / 127", len(told), told[0])  # fmt: skip
+    if told := [name for name, scheme in schemes.items() if scheme.kind == "embedding"]:
+        how = "from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))"
+        logger.warning("compressed-tensors: transformers loads packed embeddings (%s) by %s only", told[0], how)
     path.mkdir()
     folders.write_tensors(path, tensors)
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)

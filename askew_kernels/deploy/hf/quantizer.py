@@ -43,7 +43,8 @@ class AskewConfig(QuantizationConfigMixin):
             raise ValueError(f"AskewConfig: unknown argument {next(iter(unknown))}")
         if quant_method != METHOD:
             raise ValueError(f"quant_method: expected {METHOD!r}, got {quant_method!r}")
-        self.quant_method, self.version = METHOD, version
+        self.quant_method: Any = METHOD
+        self.version = version
         self.groups, self.aliases = groups, dict(aliases or {})
         if groups is not None:
             descriptions(self.to_dict(), "quantization_config")  # says what is wrong with them
@@ -182,7 +183,11 @@ class AskewQuantizer(HfQuantizer):
         self.attached(model)
         extra = {f"{name}.{EXTRA_STATE}" for name, layer in layers.items() if isinstance(layer, PackedLayer)}
         left_out = extra | shared_parts(layers).keys()
-        return {key: value for key, value in model.state_dict().items() if key not in left_out}, {}
+        state = {key: value for key, value in model.state_dict().items() if key not in left_out}
+        for name, layer in layers.items():  # layers that share a weight share these, and each needs its own in a file
+            if isinstance(layer, QuantizedLayer):
+                state |= {f"{name}.{key}": state[f"{name}.{key}"].clone() for key in STATE if f"{name}.{key}" in state}
+        return state, {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Float layers with the quantized weights."""
@@ -229,8 +234,9 @@ def _check_layer(model: nn.Module, name: str, d: Mapping[str, Any]) -> None:
     kind = KINDS.get(d.get("kind"))  # type: ignore[arg-type]
     if kind is None:
         raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {d.get('kind')!r}")
-    if type(module) is not kind.plain or list(module.weight.shape) != d["shape"]:
-        found = f"{type(module).__name__} {list(getattr(module, 'weight', torch.empty(0)).shape)}"
+    weight = getattr(module, "weight", None)
+    found = f"{type(module).__name__} {None if weight is None else list(weight.shape)}"
+    if found != f"{kind.plain.__name__} {d['shape']}":
         raise ValueError(f"{name}: expected {kind.plain.__name__} {d['shape']} in the model, got {found}")
 
 
