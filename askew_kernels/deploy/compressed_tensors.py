@@ -34,6 +34,7 @@ from .integers import integers, table
 
 METHOD = "compressed-tensors"
 PACKED, INT8 = "pack-quantized", "int-quantized"
+LINEAR = "Linear"  # the class, as targets name it
 KIND_NAMES = ("linear", "embedding")  # whose layers the package compresses
 HOLDER = "compressed-tensors files"
 PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape")
@@ -77,8 +78,7 @@ def scheme_of(layer: PackedLayer) -> Scheme:
     bits = next((k for k in range(2, 9) if -(2 ** (k - 1)) <= low and high < 2 ** (k - 1)), None)
     if bits is None:
         raise ValueError(f"{HOLDER} hold levels from -128 to 127, got {layer.config.weight}")
-    groups = layer.weight_scale.numel() // layer.shape[0] if layer.weight_scale.numel() > 1 else 1
-    return Scheme(layer.kind.name, bits, layer.cols // groups if groups > 1 else None, None if inputs is None else 8)
+    return Scheme(layer.kind.name, bits, layer.config.group_size, None if inputs is None else 8)
 
 
 def words(layer: PackedLayer, bits: int) -> Tensor:
@@ -102,8 +102,8 @@ def compressed(layer: PackedLayer) -> dict[str, Tensor]:
         raise ValueError(f"weight_scale: readers keep scales in the model's type, and {kept} does not hold these; "
                          f'train with for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
     n = layer.shape[0]
-    scale = exact.to(layer.weight_dtype).reshape(-1, 1 if exact.numel() in (1, n) else exact.numel() // n)
-    scale = scale.expand(n, scale.shape[1]).contiguous()
+    scale = exact.to(layer.weight_dtype).reshape(-1, layer.cols // scheme.group if scheme.group else 1)
+    scale = scale.expand(n, -1).contiguous()  # one for the tensor serves every row
     if scheme.inputs is not None:
         return {"weight": integers(layer, HOLDER, inputs=True).levels.to(torch.int8), "weight_scale": scale}
     shape = torch.tensor(layer.shape, dtype=torch.int64)
@@ -149,16 +149,16 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
 
 
 def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Layers of one kind and one scheme are targeted by the name of their class, others by their own names; ``ignore``
-    names every other matrix, so that no reader takes it for a quantized one."""
+    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignore`` names
+    every other matrix, so that no reader takes it for a quantized one."""
     groups: dict[str, Any] = {}
     for kind in KIND_NAMES:
         of_kind = {name: scheme for name, scheme in schemes.items() if scheme.kind == kind}
         found = list(dict.fromkeys(of_kind.values()))
         for i, scheme in enumerate(found):
             names = [name for name, other in of_kind.items() if other == scheme]
-            targets = [KINDS[kind].plain.__name__] if len(found) == 1 else names
-            groups[f"{kind}_{i}"] = scheme.to_dict(targets)
+            alone = kind == "linear" and len(found) == 1
+            groups[f"{kind}_{i}"] = scheme.to_dict([LINEAR] if alone else names)
     formats = sorted({group["format"] for group in groups.values()})
     matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
     return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
@@ -249,21 +249,23 @@ class _File:
         return PackedFileError(f"{self.path}: {name}: {text}")
 
     def group(self, name: str) -> dict[str, Any]:
-        """The config group that the layer follows: that which has its name, or the only one that fits its sizes.
-        Patterns of foreign files are not run."""
-        named = [g for g in self.groups.values() if name in (g.get("targets") or [])]
-        fitting = named or [g for g in self.groups.values() if self._fits(name, g)]
-        schemes = {json.dumps({k: v for k, v in g.items() if k != "targets"}, sort_keys=True) for g in fitting}
-        if len(schemes) != 1:
-            raise self.fail(name, f"{len(schemes)} config groups fit its sizes, expected one")
+        """The config group that the layer follows: that which has its name, or the only one that fits its sizes of
+        those that target more than other layers' names. Patterns of foreign files are not run."""
+        targets = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
+        named = [g for key, g in self.groups.items() if name in targets[key]]
+        wide = [g for key, g in self.groups.items() if any(target not in self.names for target in targets[key])]
+        fitting, why = [], "no config group has it as a target"
+        for g in named or wide:
+            try:
+                self._sizes(name, g)
+                fitting.append(g)
+            except PackedFileError as error:
+                why = str(error).removeprefix(f"{self.path}: {name}: ")
+        if not fitting:
+            raise self.fail(name, why)
+        if len({json.dumps({**g, "targets": []}, sort_keys=True) for g in fitting}) > 1:
+            raise self.fail(name, f"{len(fitting)} config groups fit its sizes, expected one")
         return fitting[0]
-
-    def _fits(self, name: str, group: Mapping[str, Any]) -> bool:
-        try:
-            self._sizes(name, group)
-        except PackedFileError:
-            return False
-        return True
 
     def _sizes(self, name: str, group: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
         """(bits, n, cols, group size), after comparing them with the tensors."""
@@ -295,7 +297,7 @@ class _File:
         if list(found["weight_scale"].shape) != wanted_scales:
             raise self.fail(name, f"weight_scale: expected shape {wanted_scales} for strategy {strategy!r:.80}, got "
                             f"{list(found['weight_scale'].shape)}")  # fmt: skip
-        return bits, n, cols, size if groups is not None and groups > 1 else None
+        return bits, n, cols, size if strategy == "group" else None
 
     def layer(self, name: str) -> PackedLayer:
         group, found = self.group(name), self.parts(name)
@@ -310,15 +312,15 @@ class _File:
             raise self.fail(name, "weight_scale: expected positive finite scales")
         by = "per_group" if size else "per_tensor" if scale.dim() == 1 else "per_channel"
         config = QuantConfig(grid, "absmax", by, size, activation=Uniform(8) if inputs else None)
-        kind = KINDS["embedding" if "Embedding" in group["targets"] or self._called(group, "embedding") else "linear"]
+        embedding = "Embedding" in group["targets"] or any(
+            g is group and key.startswith("embedding") for key, g in self.groups.items()
+        )
+        kind = KINDS["embedding" if embedding else "linear"]
         layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=scale.dtype,
                                  dtype=scale.dtype)  # fmt: skip
         layer.bias = None
         layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), scale.reshape(-1)
         return layer
-
-    def _called(self, group: Mapping[str, Any], kind: str) -> bool:
-        return any(g is group and key.startswith(kind) for key, g in self.groups.items())
 
     def _codes(self, found: Mapping[str, Tensor], bits: int, cols: int) -> Tensor:
         if "weight_packed" not in found:
