@@ -28,8 +28,6 @@ METHOD = "askew"
 VERSION = 1
 ALONE = ("AskewConfig", "AskewQuantizer", "attach")  # of the part that needs transformers
 
-registration.when_imported("transformers.quantizers.auto", f"{__name__}.quantizer")
-
 
 def __getattr__(name: str) -> Any:
     if name not in ALONE:
@@ -155,3 +153,6 @@ def layers_of(model: nn.Module) -> dict[str, Any]:
     """{name: layer} of the quantized and the packed layers, under all their names."""
     named = model.named_modules(remove_duplicate=False)
     return {name: m for name, m in named if isinstance(m, (QuantizedLayer, PackedLayer))}
+
+
+registration.when_imported("transformers.quantizers.auto", f"{__name__}.quantizer")

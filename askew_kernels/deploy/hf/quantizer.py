@@ -112,7 +112,12 @@ class AskewQuantizer(HfQuantizer):
             quantize_(model, told.config, lambda _, name: should_convert_module(name, skipped), told.kinds)
             self._may_lack(model, [rf"\.({'|'.join((*STATE, GRIDS))})$"])
             return model
-        layers = descriptions(told.to_dict(), "quantization_config")
+        described = descriptions(told.to_dict(), "quantization_config")
+        owners = {key: key.rpartition(".") for pair in told.aliases.items() for key in pair}
+        names = _names_in(model, {*described, *(path for path, _, _ in owners.values())})
+        layers = {names[name]: d for name, d in described.items() if name in names}
+        keys = {key: f"{names[path]}.{part}" for key, (path, _, part) in owners.items() if path in names}
+        told.aliases = {keys[key]: keys[kept] for key, kept in told.aliases.items() if {key, kept} <= keys.keys()}
         for name, d in layers.items():
             _check_layer(model, name, d)
         trained = {name: QuantConfig.from_dict(d["config"]) for name, d in layers.items() if not d["packed"]}
@@ -149,8 +154,10 @@ class AskewQuantizer(HfQuantizer):
         return model
 
     def attached(self, model: Any) -> None:
-        """``model`` is the one that this quantizer speaks of."""
+        """``model`` is the one that this quantizer speaks of. Its names are those of its modules in files, too: what
+        transformers renames and puts together on loading are weights, not codes."""
         self._model = weakref.ref(model)
+        model._weight_conversions = []
         self.quantization_config = model.config.quantization_config = _description_of(model)
 
     # ---- what transformers asks ----
@@ -214,6 +221,17 @@ def attach(model: Any) -> Any:
 def _description_of(model: nn.Module) -> AskewConfig:
     layers = layers_of(model)
     return AskewConfig.from_dict(describe(layers, shared_parts(layers)))
+
+
+def _names_in(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """{name of a module in the folder: its name in the model}, which may be loaded without the head that it was saved
+    with, or with one that it had not."""
+    prefix, names = f"{model.base_model_prefix}.", sorted(names)
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    ways = [{name: name for name in names},
+            {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)},
+            {name: prefix + name for name in names}]  # fmt: skip
+    return max(ways, key=lambda way: sum(name in modules for name in way.values()))
 
 
 def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
