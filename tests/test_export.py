@@ -244,3 +244,14 @@ def test_verify_shows_a_difference(tmp_path, capsys, monkeypatch):
     contents.layers["0"].weight_codes[0, 0] ^= 1
     (row,), _ = compare(contents, out, "gguf")
     assert row.difference and row.difference > 0
+
+
+def test_an_optimizer_rounds_the_scales_of_bare_parameters():
+    w = nn.Parameter(torch.randn(8, 32))
+    group = {"params": [w], "grid": ak.quant.Uniform(4), "scale_dtype": "float16"}
+    optimizer = ak.optim.ASkewSGD([group], lr=0.1)
+    for _ in range(2):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+    scale = optimizer.state_dict()["state"][0]["scale"]
+    assert holds_scales(scale, "float16") and not holds_scales(scale * 1.01, "float16")

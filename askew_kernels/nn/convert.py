@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
+from ..quant.config import SCALE_FIELDS
 from .kinds import DEFAULT, KINDS, Kind, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
@@ -287,7 +288,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             continue
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
-        of_layer = {key: getattr(c, key) for key in ("scale", "granularity", "group_size", "sawb_coefficients")}
+        of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
         group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]

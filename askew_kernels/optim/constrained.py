@@ -19,7 +19,8 @@ from .plan import Launch, Plan
 from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
-GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None}
+GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
+             "scale_dtype": "float32"}  # fmt: skip
 CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
@@ -368,7 +369,7 @@ def _config_of(group: Mapping[str, Any]) -> QuantConfig:
         rule = "absmax"  # never asked: the scale is frozen at once
     return QuantConfig(
         weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
-        forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+        forward="relaxed", sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
     )  # fmt: skip
 
 
