@@ -12,7 +12,6 @@ import fnmatch
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,12 +130,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
             tensors |= {f"{name}.{part}": t for part, t in compressed(layer).items()}
         except ValueError as error:
             raise contents.error(name, error) from None
-    changes: dict[str, Any] = {}
-    if _tied_layer(contents, schemes):
-        changes["tie_word_embeddings"] = False
-    elif (contents.architecture or {}).get("tie_word_embeddings", True):
-        for alias in contents.ties():
-            tensors.pop(alias, None)
+    changes = folders.settle_ties(contents, schemes, tensors)
     if told := [name for name, scheme in schemes.items() if scheme.inputs]:
         logger.warning("compressed-tensors: readers make the scales of quantized inputs (%d layers: %s, …), "
                        "and the package's are max|x| / 127.5, those here max|x| / 127", len(told), told[0])  # fmt: skip
@@ -164,21 +158,6 @@ def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Ten
     return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "kv_cache_scheme": None,
             "global_compression_ratio": None, "ignore": [name for name in matrices if name not in schemes]}  # fmt: skip
-
-
-def _tied_layer(contents: Contents, schemes: Mapping[str, Scheme]) -> bool:
-    """Whether another layer or tensor has the weight of a compressed layer, in a model that ties them on loading."""
-    if (contents.architecture or {"tie_word_embeddings": False}).get("tie_word_embeddings") is False:
-        return False
-    holders = Counter(id(layer.weight_codes) for layer in contents.layers.values())
-    for name in schemes:
-        layer = contents.layers[name]
-        like = [t for t in contents.tensors.values() if tuple(t.shape) == layer.shape and t.dtype == layer.weight_dtype]
-        if holders[id(layer.weight_codes)] > 1:
-            return True
-        if like and any(torch.equal(t, weight) for weight in [layer.dequantize()] for t in like):
-            return True
-    return False
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

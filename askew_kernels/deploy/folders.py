@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensorfile.write(path / WEIGHTS, tensors, {"format": "pt"}, "", lambda sums: "")
     except (OSError, ValueError, RuntimeError) as error:
         raise files.PackedFileError(f"{path / WEIGHTS}: cannot be written ({error})") from None
+
+
+def settle_ties(contents: Contents, compressed: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What transformers ties on loading is taken out of ``tensors`` but once. Where it would tie the weight of a
+    compressed layer, which is no Parameter there, both stay: returns the change of the config that says so."""
+    tied = (contents.architecture or {"tie_word_embeddings": False}).get("tie_word_embeddings", True)
+    if tied and _shares(contents, compressed):
+        return {"tie_word_embeddings": False}
+    for alias in contents.ties() if tied else ():
+        tensors.pop(alias, None)
+    return {}
+
+
+def _shares(contents: Contents, names: Iterable[str]) -> bool:
+    """Whether another layer or tensor has the weight of one of these layers."""
+    holders = Counter(id(layer.weight_codes) for layer in contents.layers.values())
+    for name in names:
+        layer = contents.layers[name]
+        like = [t for t in contents.tensors.values() if tuple(t.shape) == layer.shape and t.dtype == layer.weight_dtype]
+        if holders[id(layer.weight_codes)] > 1:
+            return True
+        if like and any(torch.equal(t, weight) for weight in [layer.dequantize()] for t in like):
+            return True
+    return False
 
 
 def main_type(contents: Contents) -> str:
