@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic
-from ..nn import packed_layers, unpack_
+from ..nn import as_linear_, packed_layers, unpack_
 from ..nn.packed import PackedLayer
 from .integers import integers, table
 
@@ -52,11 +52,12 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
         from onnx import TensorProto, helper
     except ImportError:
         raise ImportError('export_onnx needs onnx: pip install "askew_kernels[onnx]"') from None
-    layers = packed_layers(model)
+    plain = as_linear_(copy.deepcopy(model).float()).eval()
+    layers = packed_layers(plain)
     types = {name: _integer_type(layer, name) for name, layer in layers.items()}
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
-    plain = unpack_(copy.deepcopy(model).float()).eval()
+    unpack_(plain)
     numbers: dict[str, Any] = {}
     reached: set[str] = set()
     for name in layers:

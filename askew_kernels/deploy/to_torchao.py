@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn.kinds import PackedLinear
+from ..nn.kinds import PackedLinear, PackedTransposedLinear
 from ..nn.replace import replace_modules, successors
 from .integers import integers
 
@@ -43,7 +43,7 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
     intx, int4 = _library()
-    n, cols = layer.shape
+    n, cols = len(layer.weight_codes), layer.cols
     levels, scale, low, high = integers(layer, "torchao's tensors")
     rows, groups = scale.shape
     if format == "int4":
@@ -65,7 +65,7 @@ def to_torchao(layer: PackedLinear, format: str = "intx") -> Tensor:
     made = intx(qdata=(levels + zero).to(torch.int8), scale=scale, zero_point=points,
                 target_dtype=getattr(torch, f"int{width}"), block_size=(n // rows, cols // groups),
                 dtype=layer.weight_dtype, activation_quantization=None)  # fmt: skip
-    if not torch.equal(made.dequantize(), layer.dequantize()):
+    if not torch.equal(made.dequantize(), layer.matrix()):
         raise ValueError(f"intx: torchao gives other weights in {layer.weight_dtype}; this is a limit of its rounding")
     return made
 
@@ -75,7 +75,8 @@ def to_torchao_(model: nn.Module, format: str = "intx") -> nn.Module:
 
     Raises as that, naming the layer, before anything is replaced; ValueError for a model without a PackedLinear.
     """
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}
+    layers = {n: m.as_linear() if isinstance(m, PackedTransposedLinear) else m
+              for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}  # fmt: skip
     if not layers:
         raise ValueError("model: has no PackedLinear; call pack_(model) first")
 
