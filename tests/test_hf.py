@@ -70,7 +70,8 @@ FAMILIES = {
                 {"input_features": SOUND, "decoder_input_ids": TOKENS}),
 }  # fmt: skip
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_kind = pytest.mark.parametrize("kinds", [("linear", "conv"), ("linear", "conv", "embedding")], ids=len)
+EVERY_KIND = ("linear", "conv", "experts", "embedding")
+every_kind = pytest.mark.parametrize("kinds", [("linear", "conv"), EVERY_KIND], ids=["products", "all"])
 
 
 def outputs(model, inputs=WORDS):

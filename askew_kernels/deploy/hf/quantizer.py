@@ -15,7 +15,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...nn import dequantize_, hard_quantize_, quantize_, unpack_
-from ...nn.kinds import DEFAULT, KINDS
+from ...nn.experts import all_expert_weights, expose
+from ...nn.kinds import DEFAULT, KINDS, replaceable
 from ...nn.layers import GRIDS, STATE, QuantizedLayer
 from ...nn.packed import EXTRA_STATE, PackedLayer
 from ...nn.replace import replace_modules
@@ -118,6 +119,8 @@ class AskewQuantizer(HfQuantizer):
         layers = {names[name]: d for name, d in described.items() if name in names}
         keys = {key: f"{names[path]}.{part}" for key, (path, _, part) in owners.items() if path in names}
         told.aliases = {keys[key]: keys[kept] for key, kept in told.aliases.items() if {key, kept} <= keys.keys()}
+        held = [name for name, d in layers.items() if getattr(KINDS.get(str(d.get("kind"))), "held", False)]
+        expose(model, [name for name in held if name in all_expert_weights(model)])
         for name, d in layers.items():
             _check_layer(model, name, d)
         trained = {name: QuantConfig.from_dict(d["config"]) for name, d in layers.items() if not d["packed"]}
@@ -249,13 +252,13 @@ def _check_layer(model: nn.Module, name: str, d: Mapping[str, Any]) -> None:
         module: Any = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{name}: {type(model).__name__} has no such layer, the folder's config.json has") from None
-    kind = KINDS.get(d.get("kind"))  # type: ignore[arg-type]
+    kind = KINDS.get(str(d.get("kind")))
     if kind is None:
         raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {d.get('kind')!r}")
     weight = getattr(module, "weight", None)
-    found = f"{type(module).__name__} {None if weight is None else list(weight.shape)}"
-    if found != f"{kind.plain.__name__} {d['shape']}":
-        raise ValueError(f"{name}: expected {kind.plain.__name__} {d['shape']} in the model, got {found}")
+    shape = None if weight is None else list(weight.shape)
+    if replaceable(module) is not kind or shape != d["shape"]:
+        raise ValueError(f"{name}: expected {kind.name} {d['shape']} in the model, got {type(module).__name__} {shape}")
 
 
 def _packed_twin(module: Any, d: Mapping[str, Any]) -> PackedLayer:
@@ -264,7 +267,6 @@ def _packed_twin(module: Any, d: Mapping[str, Any]) -> PackedLayer:
     layer: Any = KINDS[d["kind"]].packed.like(module, config=config, trits=d["trits"], scale_dtype=dtype,
                                               dtype=module.weight.dtype)  # fmt: skip
     layer.bias = getattr(module, "bias", None)
-    layer._is_hf_initialized = True  # there is nothing to draw at random
     return layer
 
 
