@@ -222,6 +222,21 @@ def test_there_and_back_by_the_packed_file(tmp_path):
         assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_experts_stand_as_floats_where_that_is_asked(tmp_path):
+    torch.manual_seed(0)
+    shape = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)
+    model = transformers.MixtralForCausalLM(shape).eval()
+    ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig(Uniform(4))))
+    with torch.no_grad():
+        y = model(TOKENS).logits
+    ak.pack_(model)
+    with pytest.raises(PackedFileError, match=r"experts\.gate_up_proj: .*got experts"):
+        export_packed(model, tmp_path / "out", "compressed-tensors")
+    contents = export_packed(model, tmp_path / "out", "compressed-tensors", dense=["*.experts.*"])
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0} and torch.equal(logits(tmp_path / "out"), y)
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 

@@ -173,6 +173,16 @@ def test_shards_device_maps_and_auto_classes(tmp_path):
     assert same(outputs(whole.model), outputs(model.model))
 
 
+def test_layers_that_are_left_dense(tmp_path):
+    model, _ = packed("mixtral", EVERY_KIND)
+    contents = export_packed(model, tmp_path / "out", "transformers", dense=["*experts.*", "lm_head"])
+    rows, _ = compare(contents, tmp_path / "out", "transformers")
+    assert {row.difference for row in rows} == {0.0}
+    other = loaded(t.AutoModelForCausalLM, tmp_path / "out")
+    assert type(other.lm_head) is nn.Linear and torch.equal(other.lm_head.weight, model.lm_head.dequantize())
+    assert type(other.model.layers[0].mlp.experts) is t.models.mixtral.modeling_mixtral.MixtralExperts
+
+
 def test_an_exported_folder_is_a_packed_file_too(tmp_path):
     model, _ = packed("llama")
     export_packed(model, tmp_path / "out", "transformers")
@@ -211,6 +221,12 @@ def test_on_the_fly_is_quantize_by_hand(tmp_path):
     )
     by_hand = ak.quantize_(t.AutoModelForCausalLM.from_pretrained(folder).eval(), CONFIG)
     assert same(outputs(whole), outputs(by_hand)) and whole.hf_quantizer.is_trainable
+    experts = float_folder(tmp_path / "experts", "mixtral")  # in a file by expert, in the model in one Parameter
+    model = loaded(
+        t.AutoModelForCausalLM, experts, quantization_config=hf.AskewConfig(CONFIG, modules_to_not_convert=[])
+    )
+    by_hand = ak.quantize_(t.AutoModelForCausalLM.from_pretrained(experts).eval(), CONFIG)
+    assert same(outputs(model), outputs(by_hand)) and len(ak.nn.quantized_layers(model)) == 7
     mixed = hf.AskewConfig(
         {"*q_proj": ak.QuantConfig(Uniform(8)).to_dict(), "*lm_head": None, "*": CONFIG}, ["linear", "embedding"], []
     )

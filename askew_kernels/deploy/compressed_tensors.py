@@ -123,7 +123,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     path, tensors, schemes = Path(path), dict(contents.tensors), dict[str, Scheme]()
     for name, layer in contents.layers.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
-            tensors[f"{name}.weight"] = layer.dequantize()
+            tensors[folders.float_key(name, layer)] = layer.dequantize()
             continue
         try:
             schemes[name] = scheme_of(layer)
@@ -189,7 +189,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
             'reading with compressed-tensors needs it: pip install "askew_kernels[compressed-tensors]"'
         ) from None
     file = _File(path)
-    weights = {key.removesuffix(".weight"): t for key, t in file.tensors.items() if key.endswith(".weight")}
+    weights = folders.float_weights(file.tensors)
     for name in file.names:
         group = file.group(name)
         compressor: Any = BaseCompressor.get_value_from_registry(group.get("format") or file.format)

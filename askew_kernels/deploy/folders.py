@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..nn.packed import PackedLayer
 from . import files, tensorfile
 from .contents import Contents
 
@@ -64,6 +65,17 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if missing := sorted(places.keys() - tensors.keys()):
         raise files.PackedFileError(f"{folder / INDEX}: {missing[0]} is in no file")
     return tensors
+
+
+def float_key(name: str, layer: PackedLayer) -> str:
+    """The key of the weight of a layer that is written as floats."""
+    return name if layer.kind.held else f"{name}.weight"
+
+
+def float_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{name of a layer: weight} of all that stand as floats, as ``float_key`` names them."""
+    matrices = {key: t for key, t in tensors.items() if t.is_floating_point() and t.dim() > 1}
+    return {key.removesuffix(".weight"): t for key, t in matrices.items()}
 
 
 def write_config(

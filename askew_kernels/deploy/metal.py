@@ -44,7 +44,8 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     """
     path, tensors, layers = Path(path), dict(contents.tensors), dict(contents.layers)
     for name in [n for n in layers if any(fnmatch.fnmatchcase(n, pattern) for pattern in dense)]:
-        tensors[f"{name}.weight"] = layers.pop(name).dequantize()
+        layer = layers.pop(name)
+        tensors[folders.float_key(name, layer)] = layer.dequantize()
     widths: dict[str, int] = {}
     for name, layer in layers.items():
         try:
@@ -167,7 +168,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     except ImportError:
         raise ImportError('reading with transformers needs it: pip install "askew_kernels[transformers]"') from None
     _, bits, size, tensors, names = _opened(path)
-    weights = {key.removesuffix(".weight"): t for key, t in tensors.items() if key.endswith(".weight")}
+    weights = folders.float_weights(tensors)
     unpack = MetalDequantize(SimpleNamespace(quantization_config=SimpleNamespace(bits=bits, group_size=size)))
     for name in names:
         parts = {part: [tensors[f"{name}.{part}"]] for part in ("weight", "scales", "qbiases")}

@@ -95,7 +95,8 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     what lay beside the model. Every packed layer fits. Raises PackedFileError."""
     path, tensors, layers = Path(path), dict(contents.tensors), dict(contents.layers)
     for name in [n for n in layers if any(fnmatch.fnmatchcase(n, pattern) for pattern in dense)]:
-        tensors[f"{name}.weight"] = layers.pop(name).dequantize()
+        layer = layers.pop(name)
+        tensors[folders.float_key(name, layer)] = layer.dequantize()
     ties = contents.ties()
     aliases = shared_parts(layers) | {key: first for key, first in ties.items() if key in tensors}
     for name, layer in layers.items():
@@ -142,8 +143,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise files.PackedFileError(f"{path}: architectures: expected a model class of transformers, got {named!r:.80}")
     model = model_class.from_pretrained(str(path))
-    floats = {name: p.detach() for name, p in model.named_parameters() if name.endswith(".weight")}
-    weights = {name.removesuffix(".weight"): w for name, w in floats.items()}
+    weights = folders.float_weights({name: p.detach() for name, p in model.named_parameters()})
     packed = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer)}
     weights |= {name: layer.dequantize() for name, layer in packed.items()}
     return weights, f"transformers {transformers.__version__}"
