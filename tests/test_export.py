@@ -28,8 +28,7 @@ from askew_kernels.quant.exports import TARGETS
 from askew_kernels.quant.scales import SCALE_RANGES, holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
-NEEDS = {"gguf": "gguf", "compressed-tensors": "compressed_tensors", "transformers": "transformers", "onnx": "onnx",
-         "torchao": "torchao"}  # fmt: skip
+NEEDS = {name: name.replace("-", "_") for name in FORMATS} | {"metal": "transformers"}
 
 
 def held(value: float, scale_dtype: str) -> bool:
@@ -108,7 +107,7 @@ def test_layers_that_share_a_weight_round_its_scale_alike():
 
 def test_for_export_names_what_it_does_not_know():
     for target in ("gguf:q4_1", "gguf", "onnx:3", ""):
-        with pytest.raises(ValueError, match=r"target: expected one of gguf:q8_0, gguf:q4_0, .*torchao:8, got"):
+        with pytest.raises(ValueError, match=r"target: expected one of gguf:q8_0, .*gguf:q4_0, .*torchao:8, got"):
             ak.QuantConfig.for_export(target)
     with pytest.raises(TypeError, match="target: expected a name"):
         ak.QuantConfig.for_export(4)
@@ -244,3 +243,14 @@ def test_verify_shows_a_difference(tmp_path, capsys, monkeypatch):
     contents.layers["0"].weight_codes[0, 0] ^= 1
     (row,), _ = compare(contents, out, "gguf")
     assert row.difference and row.difference > 0
+
+
+def test_an_optimizer_rounds_the_scales_of_bare_parameters():
+    w = nn.Parameter(torch.randn(8, 32))
+    group = {"params": [w], "grid": ak.quant.Uniform(4), "scale_dtype": "float16"}
+    optimizer = ak.optim.ASkewSGD([group], lr=0.1)
+    for _ in range(2):
+        w.grad = torch.randn_like(w)
+        optimizer.step()
+    scale = optimizer.state_dict()["state"][0]["scale"]
+    assert holds_scales(scale, "float16") and not holds_scales(scale * 1.01, "float16")

@@ -48,8 +48,9 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
             scale = tensors.get(f"{name}.weight_scale")
             if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
                 c = config
+                matrix = kind.form.matrix(w)
                 scale = compute_scale(
-                    w, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients, c.scale_dtype
+                    matrix, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients, c.scale_dtype
                 )
             layer = kind.packed.like(kind.of_shape(w.shape, False), config=config, dtype=w.dtype)
             layer.fill(w, scale.float(), force)

@@ -21,7 +21,8 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..nn.kinds import KINDS, own_keys
+from ..nn.experts import exposed
+from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import EXTRA_STATE, PackedLayer
 from ..nn.replace import check_replaceable, replace_modules
@@ -284,6 +285,21 @@ class PackedFile:
             raise self._error("damaged metadata (layers and aliases do not fit the tensors)")
         if verify and _checksum(document, tensors, read.sums) != checksum:
             raise self._error("the checksum does not fit: the file was damaged or edited")
+        self._hold(tensors, layers, aliases, extra)
+
+    @classmethod
+    def of(cls, path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
+           aliases: Mapping[str, str]) -> PackedFile:  # fmt: skip
+        """The same of layers that stand elsewhere, checked as a file's own; raises as that does."""
+        new = cls.__new__(cls)
+        new.path = Path(os.fsdecode(path))
+        if wrong := next((name for name, kept in aliases.items() if kept not in tensors), None):
+            raise new._error(f"aliases: {wrong} is {aliases[wrong]}, which is not there")
+        new._hold(dict(tensors), dict(layers), aliases, {})
+        return new
+
+    def _hold(self, tensors: dict[str, Tensor], layers: dict[str, Any], aliases: Mapping[str, str],
+              extra: dict[str, Any]) -> None:  # fmt: skip
         self.stored = list(tensors)
         self.tensors: dict[str, Tensor] = tensors | {name: tensors[kept] for name, kept in aliases.items()}
         self.extra: dict[str, Any] = extra
@@ -368,7 +384,8 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     """
     names = _Names(model, path)
     file = PackedFile(path, verify, mmap)
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
+        names = _Names(model, path) if experts else names  # with the layers that these have now
         _Load(file, names, activations).commit()
     return model
 
@@ -394,6 +411,7 @@ class _Load:
             except ValueError as error:
                 raise file._error(f"layer {name}: {str(error).removeprefix(f'{name}: ')}") from None
             replaced |= {f"{name}.{k}" for k in own_keys(type(old)) | {"weight_codes", "weight_scale"} if k != "bias"}
+            replaced |= {name} if KINDS[d["kind"]].held else set()  # the key of a weight that another module holds
         for name, layer in names.modules.items():
             if isinstance(layer, (QuantizedLayer, PackedLayer)) and id(layer) not in self.new:
                 what = "packed" if isinstance(layer, PackedLayer) else "quantized"
@@ -446,7 +464,8 @@ class _Load:
         """Where a tensor of the model stands after the load; None for one that goes with its layer."""
         new = self.new.get(id(module))
         if new is None:
-            return module, child
+            held = id(module._modules.get(child)) in self.new  # a weight that the module holds for its layer
+            return None if held else (module, child)
         return (new, child) if child == "bias" or child not in own_keys(type(module)) else None
 
     def commit(self) -> None:
@@ -481,7 +500,7 @@ def _check_fits(file: PackedFile, name: str, d: dict[str, Any], old: Any) -> Non
     _check(old is not None, "the model has no such layer")
     kind: Any = KINDS[d["kind"]]
     check_replaceable(name, old)
-    fits = type(old) is kind.plain or isinstance(old, (kind.quantized, kind.packed))
+    fits = replaceable(old) is kind or isinstance(old, (kind.quantized, kind.packed))
     _check(fits, f"expected {kind.plain.__name__} in the model, got {type(old).__name__}")
     shape, dtype = (old.shape, old.weight_dtype) if isinstance(old, PackedLayer) else _type(old.weight)
     _check(dtype is not None, f"its weight is {shape} in the model, which cannot be replaced")

@@ -121,8 +121,9 @@ def _of_layer(name: str, layer: Any) -> LayerReport:
         weights, known = math.prod(layer.shape), short_name(grid, layer.trits)
         return LayerReport(name, known, bits_per_code(layer.bits), weights, layer.packed_bytes, 4 * weights)
     w, scale = layer.weight, layer.weight_scale
+    w, w_hat = layer.form.matrix(w), layer.form.matrix(layer.quantized_weight())
     size = len(w) * row_bytes(w.numel() // max(len(w), 1), grid.bits) + 4 * scale.numel()
-    errors = _errors(w, layer.quantized_weight(), scale, grid)
+    errors = _errors(w, w_hat, scale, grid)
     return LayerReport(name, short_name(grid), grid.bits, w.numel(), size, 4 * w.numel(), *errors)
 
 
@@ -145,7 +146,8 @@ def report_of_contents(contents: Contents, original: dict[str, Tensor] | None = 
             if w is None or tuple(w.shape) != layer.shape:
                 found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
                 raise contents.error(f"layer {name}", f"{name}.weight {found} in the original")
-            error, outliers = _errors(w, layer.dequantize(torch.float64), layer.weight_scale, layer.config.weight)
+            w_hat = layer.matrix(torch.float64)
+            error, outliers = _errors(layer.form.matrix(w), w_hat, layer.weight_scale, layer.config.weight)
             r = replace(r, error=error, outliers=outliers)
         reports.append(r)
     others = {id(t): t.nbytes for t in contents.tensors.values()}
@@ -155,7 +157,7 @@ def report_of_contents(contents: Contents, original: dict[str, Tensor] | None = 
 @torch.no_grad()
 def _errors(w: Tensor, w_hat: Tensor, scale: Tensor, grid: Grid) -> tuple[float, float]:
     """``error`` and ``outliers`` of a ``LayerReport``."""
-    w, scale = w.detach().double(), scale.double()
+    w, scale = w.detach().double().reshape(w_hat.shape), scale.double()
     x = w.reshape(scale.numel(), -1) / scale.reshape(-1, 1)
     outside = (x < grid.levels[0]) | (x > grid.levels[-1])
     return _relative(w_hat.double(), w), float(outside.double().mean()) if w.numel() else 0.0

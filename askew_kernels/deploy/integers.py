@@ -17,8 +17,8 @@ from ..quant.scales import holds_scales
 class Integers(NamedTuple):
     """weight[i, j] = levels[i, j] * scale[i or 0, j // group size]; the integers of the grid are within [low, high].
 
-    ``levels``: (n, cols) int16; ``scale``: (n, groups), (n, 1) or, where there is one, (1, 1), float32 or the type that
-    the layer keeps.
+    ``levels``: (n, cols) int16; ``scale``: (n, groups), (n, 1) or, where there is one, (1, 1), in the layer's type, or
+    float32 where the levels are fractions.
     """
 
     levels: Tensor
@@ -31,7 +31,7 @@ def table(layer: Any, holder: str, inputs: bool = False) -> tuple[tuple[int, ...
     """(n, f): the levels of a packed layer are f n, n integers of 8 bits, f a power of two.
 
     Raises ValueError, in which ``holder`` is what the integers are for, where there are none such, or where the layer
-    quantizes its inputs (``QuantConfig(activation=…)``) and the holder does not say by ``inputs`` that it keeps that.
+    quantizes its inputs (``QuantConfig(activation=…)``), unless ``inputs`` says that the caller keeps that.
     """
     grid = layer.config.weight
     if not inputs and (quantized := layer.kind.input_grid(layer)) is not None:
@@ -48,7 +48,7 @@ def integers(layer: Any, holder: str, inputs: bool = False) -> Integers:
     """Of a packed layer, on its device; raises as ``table``."""
     values, factor = table(layer, holder, inputs)
     codes, scale = layer.weight_codes, layer.weight_scale.detach()
-    scale = scale if factor == 1 else scale.float() * factor  # of the smallest float16 there is no half
+    scale = scale if factor == 1 else scale.float() * factor  # float16 may be too narrow for the smaller scale
     levels = torch.tensor(values, dtype=torch.int16, device=codes.device)
     levels = levels[unpack_codes(codes, layer.bits, layer.cols).int()]
     return Integers(levels, scale.reshape(1 if scale.numel() == 1 else len(codes), -1), values[0], values[-1])

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import unpack_codes
-from ..nn.kinds import KINDS, PackedConv2d, PackedEmbedding, PackedLinear
+from ..nn.kinds import KINDS, PackedConv2d, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..nn.packed import PackedLayer
 from ..nn.replace import replace_modules, successors
 from ..quant import QuantConfig, Uniform
 from . import files, tensorfile
 from .contents import Contents
+from .folders import float_key
 from .integers import Integers, integers, packed_layer
 
 LAYERS = (PackedLinear, PackedEmbedding, PackedConv2d)
@@ -35,7 +36,7 @@ INPUTS = {
         "reduce_range": False,
     },
 }  # as torchao writes what ``to_torchao`` makes
-KEY = "askew_kernels.layers"  # of the metadata of a file: {name: description}, JSON
+KEY = "askew_kernels_layers"  # of the metadata of a file: {name: description}, JSON
 
 
 def _library() -> Any:
@@ -117,8 +118,8 @@ FORMATS = tuple(MAKERS)
 
 @torch.no_grad()
 def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
-    """The packed weight as a tensor of torchao's, of the weight's shape. format: None (``"int8"`` where the layer's
-    inputs are quantized, else ``"intx"``), or
+    """The packed weight as a tensor of torchao's, of a linear layer (outputs, inputs). format: None (``"int8"`` where
+    the layer's inputs are quantized, else ``"intx"``), or
 
     ===========  =====================================================================================================
     ``"intx"``   IntxUnpackedToInt8Tensor: every grid of integer levels, in the narrowest torch.int1 … int8 that holds
@@ -142,6 +143,7 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     if format is not None and format not in MAKERS:
         raise ValueError(f"format: expected one of {', '.join(MAKERS)}, got {format!r}")
     _library()
+    layer = _as_linear(layer)
     inputs = layer.kind.input_grid(layer)
     format = format or ("intx" if inputs is None else "int8")
     if format == "int8" and inputs not in (None, Uniform(8), Uniform(8, narrow=True)):
@@ -154,13 +156,17 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     return made
 
 
+def _as_linear(layer: Any) -> Any:
+    return layer.as_linear() if isinstance(layer, PackedTransposedLinear) else layer
+
+
 def to_torchao_(model: nn.Module, format: str | None = None) -> nn.Module:
     """Replaces every PackedLinear, PackedEmbedding and PackedConv2d of ``model``, in place, by torch's own layer with
     ``to_torchao``'s tensor as its weight.
 
     Raises as that, naming the layer, before anything is replaced; ValueError for a model without such layers.
     """
-    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    layers = {n: _as_linear(m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError("model: has no PackedLinear, PackedEmbedding or PackedConv2d; call pack_(model) first")
 
@@ -194,14 +200,17 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     """
     support, tensors, descriptions = _support(), dict(contents.tensors), {}
     for name, layer in contents.layers.items():
+        key = float_key(name, layer)
         try:
-            tensors[f"{name}.weight"] = to_torchao(layer, format)
+            if layer.form.transposed:
+                raise ValueError(f"torchao multiplies by weights (outputs, inputs), got a {layer.kind.name} layer")
+            tensors[key] = to_torchao(layer, format)
             descriptions[name] = layer.description()
         except (TypeError, ValueError) as error:
             if not any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
                 raise contents.error(name, error) from None
             warnings.warn(f"{name}: written as floats ({error})", stacklevel=2)
-            tensors[f"{name}.weight"] = layer.dequantize()
+            tensors[key] = layer.dequantize()
     if odd := [name for name in tensors if "." not in name]:
         raise contents.error(odd[0], "torchao's files hold tensors of modules, with a dot in their name")
     plain = {name: t.detach() if type(t) is nn.Parameter else t for name, t in tensors.items()}

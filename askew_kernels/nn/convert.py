@@ -13,13 +13,15 @@ import torch
 from torch import nn
 
 from ..quant import QuantConfig
-from .kinds import DEFAULT, KINDS, Kind, chosen, kind_of, replaceable
+from ..quant.config import SCALE_FIELDS
+from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
+from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
 
 __all__ = [
-    "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
+    "as_linear_", "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
     "quantized_layers", "unpack_",
 ]  # fmt: skip
 
@@ -58,7 +60,8 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     matches = operator.eq if by_policy else fnmatch.fnmatchcase  # exact, whatever characters a name has
     unused, layers, configs = dict.fromkeys(config), {}, {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    experts = all_expert_weights(model)
+    for name, module in [*model.named_modules(remove_duplicate=False), *experts.items()]:
         if replaceable(module) not in asked or not (filter_fn is None or filter_fn(module, name)):
             continue
         match = next((pattern for pattern in config if matches(name, pattern)), None)
@@ -82,6 +85,7 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
         for layer in made:
             layer.quantizer.untie(layer.weight)
         raise
+    expose(model, [name for name in experts if name in new])
     replace_modules(model, new)
     _decline_fast_paths(model)
     tell_float(model, "quantize_", asked)
@@ -107,48 +111,70 @@ def left_float(model: nn.Module) -> dict[str, str]:
 
 
 def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
-    """{parameter: (module, what it is, why its weight stays float)}"""
+    """{parameter: (layer, what it is, why its weight stays float)}; the layer of a weight of experts is not the module
+    that holds it."""
     layers = quantized_layers(model)
     held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
-    return {
-        f"{name}.{key}" if name else key: (module, *_why_float(module, held.get(id(p))))
-        for name, module in model.named_modules() if name not in layers
-        for key, p in module.named_parameters(recurse=False) if p.dim() >= 2
-    }  # fmt: skip
+    found: dict[str, tuple[nn.Module, str, str]] = {}
+    for name, module in model.named_modules():
+        experts = expert_weights(module)
+        for key, p in module.named_parameters(recurse=False) if name not in layers else ():
+            if p.dim() < 2 or (isinstance(module, Holder) and key in module._modules):  # the layer's of that name
+                continue
+            layer = experts.get(key, module)
+            found[f"{name}.{key}" if name else key] = (layer, *_why_float(module, layer, held.get(id(p))))
+    return found
 
 
-def _why_float(module: nn.Module, tied_to: str | None) -> tuple[str, str]:
+def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tuple[str, str]:
     name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
     if tied_to is not None:
         name += f" tied to {tied_to}"
         return name, ", which reads the latent weight until hard_quantize_ writes the quantized one"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return name, ", whose weight nn.MultiheadAttention reads past its forward"
-    if (kind := kind_of(module)) is None:
+    if (kind := kind_of(layer)) is None:
         return name, ", which has no quantized form"
-    if type(module) is not kind.plain:
-        return name, f", a subclass of nn.{kind.plain.__name__}"
+    if replaceable(layer) is None:
+        return name, f", a subclass of {_named_class(kind)}"
     return name, ", left alone" + ("" if kind in chosen(DEFAULT) else f'; kinds= takes it in as "{kind.name}"')
 
 
 def tell_float(model: nn.Module, call: str, asked: list[Kind]) -> None:
     """One line of the logger for the weights that ``call`` leaves float; of plain layers of the kinds that were asked
     for, which are left by the caller's choice, it does not tell."""
-    plain = [kind.plain for kind in asked]
     by_type: dict[str, list[str]] = {}
-    for name, (module, kind, _) in _float_weights(model).items():
-        if type(module) not in plain:
+    for name, (layer, kind, _) in _float_weights(model).items():
+        if replaceable(layer) not in asked:
             by_type.setdefault(kind, []).append(name)
     if by_type:
         told = [f"{len(names)} of {of} ({', '.join(names[:NAMES_TOLD])}{', …' if len(names) > NAMES_TOLD else ''})"
                 for of, names in by_type.items()]  # fmt: skip
         logger.warning("%s: these weights stay float: %s; ak.nn.left_float(model) says why", call, "; ".join(told))
-    elif call == "quantize_" and not any(isinstance(m, (*plain, QuantizedLayer)) for m in model.modules()):
+    elif call == "quantize_" and not any(
+        isinstance(m, QuantizedLayer) or replaceable(m) in asked for m in model.modules()
+    ):
         logger.warning("quantize_: the model has no %s, nothing was quantized", _names(asked))
 
 
+def as_linear_(model: nn.Module) -> nn.Module:
+    """Replaces every ``PackedTransposedLinear``, in place, by the ``PackedLinear`` that computes the same: formats
+    whose weights are (outputs, inputs) take it as any other."""
+    transposed = {name: m for name, m in _named(model, PackedTransposedLinear).items()}
+    replace_modules(model, successors(transposed, lambda _, layer: layer.as_linear(), "its as_linear()"))
+    return model
+
+
 def _names(kinds: Iterable[Kind]) -> str:
-    return " or ".join(f"nn.{kind.plain.__name__}" for kind in kinds)
+    """Classes that users know, or the kinds themselves where there are none."""
+    kinds = list(kinds)
+    known = [kind for kind in kinds if not kind.classes[-1].__module__.startswith(__package__)]
+    return " or ".join(map(_named_class, known)) or " or ".join(kind.name for kind in kinds)
+
+
+def _named_class(kind: Kind) -> str:
+    *_, cls = kind.classes  # another library's, where it is here
+    return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
 
 
 def _decline_fast_paths(model: nn.Module) -> None:
@@ -174,6 +200,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         layer.quantizer.untie(layer.weight)
     replace_modules(model, new)
+    conceal(model)
     _decline_fast_paths(model)
     return model
 
@@ -233,6 +260,7 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
         return layer.kind.float_layer(layer, weights[key])
 
     replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
+    conceal(model)
     return model
 
 
@@ -287,7 +315,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             continue
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
-        of_layer = {key: getattr(c, key) for key in ("scale", "granularity", "group_size", "sawb_coefficients")}
+        of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
         group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]

@@ -23,6 +23,7 @@ class DecodedWeight(Tensor):
     (nn.TransformerEncoderLayer in eval) call the layer instead. Writing to it is a RuntimeError."""
 
     layer: Any
+    _is_hf_initialized = True  # transformers' word for: draw nothing at random here
 
     @staticmethod
     def __new__(cls, layer: Any) -> DecodedWeight:
@@ -49,8 +50,22 @@ class DecodedWeight(Tensor):
         given = {**{a.name: v for a, v in zip(arguments, args, strict=False)}, **(kwargs or {})}
         if any(a.is_write and isinstance(given.get(a.name), DecodedWeight) for a in arguments):
             raise RuntimeError(READ_ONLY)
+        if (index := _first_index(func, *args)) is not None:
+            part = args[0].layer.entries([index] if isinstance(index, int) else index)
+            return part[0] if isinstance(index, int) else part
         args, kwargs = _values((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _first_index(func: Any, weight: Any, *rest: Any) -> Any:
+    """The number or the vector of numbers by which the first dimension alone is indexed; None for all else."""
+    if not isinstance(weight, DecodedWeight) or len(weight.shape) < 3:
+        return None
+    if func is torch.ops.aten.select.int and rest[0] == 0:
+        return rest[1]
+    if func is torch.ops.aten.index.Tensor and len(rest[0]) == 1:
+        return rest[0][0] if rest[0][0].dim() == 1 else None
+    return None
 
 
 def _values(tree: Any) -> Any:

@@ -5,11 +5,13 @@ Adding a kind is its two classes and one entry: who replaces, packs, writes, exp
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +19,23 @@ from torch.nn import functional
 
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
+from ..quant.forms import ROWS, Form
+from .experts import (
+    AskewExperts,
+    AskewTransposedExperts,
+    ExpertWeight,
+    PackedExperts,
+    PackedTransposedExperts,
+    TransposedExpertWeight,
+)  # fmt: skip
 from .layers import QuantizedLayer
 from .packed import PackedLayer
+from .replace import derived
 
 __all__ = [
-    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewLinear", "Kind", "PackedConv1d", "PackedConv2d",
-    "PackedEmbedding", "PackedLinear",
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
+    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedExperts", "PackedLinear",
+    "PackedTransposedExperts", "PackedTransposedLinear",
 ]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
@@ -42,8 +55,28 @@ class Kind:
     geometry: tuple[str, ...]  # the options that make two layers with one weight differ
     dims: int  # of the weight
     output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
-    token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 for indices
+    token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 where it never is
     product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
+    form: Form = ROWS  # how the weight is a matrix of outputs and inputs
+    foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
+    held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
+    wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        """Of float layers of this kind."""
+        found = self.foreign()
+        return (self.plain,) if found is None else (self.plain, found)
+
+    def float_class(self, layer: Any) -> Any:
+        """What a layer of this kind becomes when it is float again."""
+        if (base := vars(type(layer)).get("base")) is not None:
+            return base
+        return self.plain if getattr(layer, "bias", None) is None else self.classes[-1]
+
+    def wraps(self, cls: type) -> bool:
+        """Whether a class derived from torch's calls its forward and goes on with what that gives."""
+        return issubclass(cls, self.plain) and any(fnmatch.fnmatchcase(cls.__name__, name) for name in self.wrapping)
 
     def _others(self, bias: bool) -> dict[str, Any]:
         return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
@@ -62,7 +95,8 @@ class Kind:
                  geometry: Mapping[str, Any] | None = None) -> nn.Module:  # fmt: skip
         """A float layer, or one of a class with the same arguments, with a weight of this shape, on the meta device;
         ``geometry`` as ``geometry_of`` gives it, or what torch does without being told."""
-        sizes: dict[str, Any] = dict(zip(self.sizes, (*shape[:2], tuple(shape[2:])), strict=False))
+        parts = shape if len(self.sizes) == len(shape) else (*shape[:2], tuple(shape[2:]))
+        sizes: dict[str, Any] = dict(zip(self.sizes, parts, strict=True))
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in (geometry or {}).items() if k in self.geometry}
         if "groups" in given:
             sizes[self.sizes[1]] *= given["groups"]
@@ -70,7 +104,13 @@ class Kind:
 
     def float_layer(self, layer: Any, weight: nn.Parameter, cls: type[nn.Module] | None = None) -> Any:
         """As ``of_shape``, of the sizes of ``layer``, with this weight and the bias Parameter of ``layer``."""
-        new: Any = (cls or self.plain)(**self.arguments_of(layer))
+        arguments = self.arguments_of(layer)
+        if cls is not None:
+            new: Any = cls(**arguments)
+        else:  # of the very class that it was; what that has beside this kind's arguments is carried over
+            made = self.float_class(layer)
+            new = made.__new__(made)
+            self.plain.__init__(new, **arguments)
         new.weight = weight
         if self.output is not None:
             new.bias = layer.bias
@@ -98,7 +138,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
 
 
-class PackedLinear(PackedLayer):
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
     """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
 
     From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
@@ -121,7 +161,7 @@ class PackedLinear(PackedLayer):
             raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
         rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
-            return functional.linear(x, self.dequantize(x.dtype), bias)
+            return functional.linear(x, self.matrix(x.dtype), bias)
         if x.dim() == 2:
             return self._product(x, bias)
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
@@ -136,9 +176,75 @@ class PackedLinear(PackedLayer):
             raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
         return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
 
+
+class TransposedLinear(nn.Module):
+    """y = x W + b with W (nx, nf), as Conv1D of transformers, which gives its arguments their names.
+    x: (…, nx) -> (…, nf)."""
+
+    weight: Any
+    bias: Any
+
+    def __init__(self, nf: int, nx: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        nn.Module.__init__(self)
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(nf, device=device, dtype=dtype)) if bias else None)
+        TransposedLinear.reset_parameters(self)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _transposed(self, input, self.weight, self.bias)
+
     def extra_repr(self) -> str:
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return sizes + super().extra_repr()
+        return f"nf={self.nf}, nx={self.nx}, bias={self.bias is not None}"
+
+
+def conv1d() -> type[nn.Module] | None:
+    """transformers' Conv1D where that module has been imported: a model that has such layers has done so."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def _transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight.t(), bias)
+
+
+class AskewTransposedLinear(QuantizedLayer, TransposedLinear):  # type: ignore[misc]
+    """A linear layer with a quantized weight (nx, nf); per channel, every output has a scale, and groups run along the
+    inputs. The weight keeps its shape and gets the memory layout of its transpose."""
+
+    __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        """One whose instances are of the class of ``layer``, too, for those who ask."""
+        if isinstance(layer, cls):
+            return type(layer)
+        return cls if type(layer) is TransposedLinear else derived(cls, type(layer))
+
+
+class PackedTransposedLinear(PackedLinear):
+    """``PackedLinear`` in the place of a layer with a weight (nx, nf): the codes are those of the (nf, nx) matrix."""
+
+    nf, nx = property(lambda self: self.out_features), property(lambda self: self.in_features)
+
+    def __init__(self, nf: int, nx: int, bias: bool = True, config: QuantConfig | None = None, *, trits: bool = False,
+                 scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
+                 ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = nx, nf
+        self._attach((nx, nf), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
+
+    def as_linear(self) -> PackedLinear:
+        """A ``PackedLinear`` with the same tensors, whose ``weight`` is (nf, nx): what other formats hold."""
+        new = PackedLinear(self.nx, self.nf, self.bias is not None, self.config, trits=self.trits, device="meta",
+                           scale_dtype=self.weight_scale.dtype, dtype=self.weight_dtype)  # fmt: skip
+        new.weight_codes, new.weight_scale, new.bias = self.weight_codes, self.weight_scale, self.bias
+        new.activations = self.activations
+        return new.train(self.training)
 
 
 # ---- convolutions ----------------------------------------------------------------------------------------------------
@@ -241,7 +347,15 @@ def _looked_up(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 class _Lookup:
-    """Refuses what writes into the weight that is read, and gradients that no update pass takes."""
+    """Refuses what writes into the weight that is read, and gradients that no update pass takes. In the place of a
+    class derived from nn.Embedding it is one of its instances, too."""
+
+    kind: ClassVar[Kind]
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        base = vars(type(layer)).get("base", type(layer))
+        return derived(cls, base, over=True) if cls.kind.wraps(base) else cls
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -279,23 +393,41 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
         return y.reshape(*x.shape, self.cols)
 
 
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+EXPERT_SIZES = ("num_experts", "height", "width")
+
+
+def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return layer.forward(x)  # which says that the module that holds the weight has the product
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
+    Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
+         (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
+         foreign=conv1d),
     Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=4, output=0, token_dims=3, product=_convolved),
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
-         dims=2, output=None, token_dims=0, product=_looked_up),
+         dims=2, output=None, token_dims=0, product=_looked_up, wrapping=("*ScaledWordEmbedding",)),
+    Kind("experts", "experts", ExpertWeight, AskewExperts, PackedExperts, EXPERT_SIZES, (), geometry=(),
+         dims=3, output=None, token_dims=0, product=_of_holder, form=Form(stacked=True), held=True),
+    Kind("transposed_experts", "experts", TransposedExpertWeight, AskewTransposedExperts, PackedTransposedExperts,
+         EXPERT_SIZES, (), geometry=(), dims=3, output=None, token_dims=0, product=_of_holder,
+         form=Form(transposed=True, stacked=True), held=True),
 )}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
+    _kind.quantized.form = _kind.packed.form = _kind.form
 
-DEFAULT = ("linear", "conv")  # what quantize_ replaces where nothing is said
+DEFAULT = ("linear", "conv", "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
@@ -309,13 +441,16 @@ def chosen(names: str | Iterable[str]) -> list[Kind]:
 
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a layer, be it float, quantized, packed, or of a class derived from these."""
-    return next((kind for kind in KINDS.values() if isinstance(module, (kind.plain, kind.packed))), None)
+    if isinstance(module, (QuantizedLayer, PackedLayer)):
+        return module.kind
+    return next((kind for kind in KINDS.values() if isinstance(module, kind.classes)), None)
 
 
 def own_keys(cls: type[nn.Module]) -> frozenset[str]:
     """Keys that every layer of this class has in a state_dict; what else stands under its name was hung on it."""
-    bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, kind.plain))
-    return _keys(*next((kind, base) for kind, base in bases if issubclass(cls, base)))
+    bases: Any = ((kind, base) for kind in KINDS.values() for base in (kind.quantized, kind.packed, *kind.classes))
+    kind, base = next((kind, base) for kind, base in bases if issubclass(cls, base))
+    return _keys(kind, base if issubclass(base, (QuantizedLayer, PackedLayer)) else kind.plain)
 
 
 @functools.cache
@@ -329,4 +464,5 @@ def replaceable(module: nn.Module) -> Kind | None:
     cls: Any = type(module)
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
-    return next((kind for kind in KINDS.values() if cls in (kind.plain, kind.quantized)), None)
+    cls = vars(cls).get("mixin", cls)
+    return next((k for k in KINDS.values() if cls in (*k.classes, k.quantized) or k.wraps(cls)), None)

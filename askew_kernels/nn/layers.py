@@ -26,6 +26,7 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
+from ..quant.forms import Form
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
 from .replace import MAKE_PERMANENT
@@ -59,7 +60,7 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     """The copy of the weight, whose gradient the weight receives in its own dtype, and zero where it is outside the
-    hull, which ``clip`` (scale, grid) says."""
+    hull, which ``clip`` (scale, grid, form) says."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
@@ -71,10 +72,12 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         grad = grad.to(weight.dtype)
-        if ctx.clip is not None and torch.is_grad_enabled():  # create_graph: with an operator that has a derivative
-            grad = grad * ops.ste_clip_(torch.ones_like(weight), weight, *ctx.clip)
-        elif ctx.clip is not None:  # in place: a product has just made this gradient
-            grad = ops.ste_clip_(grad, weight, *ctx.clip)
+        if ctx.clip is not None:
+            *clip, form = ctx.clip
+            again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
+            clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
+            ops.ste_clip_(form.view(clipped), form.view(weight), *clip)
+            grad = grad * clipped if again else clipped
         return grad, None, None
 
 
@@ -99,6 +102,7 @@ class QuantizedLayer(nn.Module):
     bias: Any
     config: QuantConfig
     kind: ClassVar[Any]  # its entry in kinds.KINDS
+    form: ClassVar[Form]  # its kind's: how the weight is a matrix
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
     own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
@@ -109,9 +113,14 @@ class QuantizedLayer(nn.Module):
         self._attach(config or QuantConfig())
 
     @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        """What takes the place of ``layer``."""
+        return cls
+
+    @classmethod
     def from_float(cls, layer: nn.Module, config: QuantConfig | None = None) -> Any:
         """Shares the Parameter objects of ``layer``, which is not copied and should not be used further."""
-        new = cls.kind.float_layer(layer, layer.weight, cls)
+        new = cls.kind.float_layer(layer, layer.weight, cls.class_for(layer))
         new._attach(config or QuantConfig())
         return new
 
@@ -123,7 +132,7 @@ class QuantizedLayer(nn.Module):
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
         self.config = config
-        self.quantizer = WeightQuantizer(config)
+        self.quantizer = WeightQuantizer(config, self.form)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
         self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
         self._buffers.update(dict.fromkeys(STATE), **{GRIDS: _fingerprint(config, self.weight.device)})
@@ -137,7 +146,7 @@ class QuantizedLayer(nn.Module):
             return quantizer  # functional_call, a parametrization: a temporary has no identity
         if (found := WeightQuantizer.of(weight)) is not quantizer:
             others = [layer._parameters.get("weight") for layer in quantizer.layers if layer is not self]
-            if found is not None and same_weight(found.config, self.config):  # a weight shared with another layer
+            if found is not None and found.form == self.form and same_weight(found.config, self.config):  # shared
                 quantizer = self.quantizer = found
             elif any(w is not weight and WeightQuantizer.of(w) is quantizer for w in others):
                 quantizer = self.quantizer = copy.deepcopy(quantizer)  # two that were one Parameter need two
@@ -172,6 +181,7 @@ class QuantizedLayer(nn.Module):
                 if old is not None and not is_sharded(old) and not is_sharded(value):
                     quantizer.untie(old)
                 if is_sharded(value):
+                    self.form.check_sharded(value)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
@@ -211,7 +221,8 @@ class QuantizedLayer(nn.Module):
         shard = self.__dict__.get("_shard")  # under FSDP2: what stays, also while the whole weight is gathered
         if shard is not None:
             part, own = local_part(shard), own_rows(shard, len(scale))
-            part.copy_(ops.fake_quantize(part, scale[own], self.config.weight))
+            view = self.form.view(part)
+            view.copy_(ops.fake_quantize(view, scale[own], self.config.weight))
         if not is_sharded(self.weight):
             self.weight.copy_(self.quantized_weight())
         quantizer.freeze(self.weight, scale)
@@ -252,15 +263,22 @@ class QuantizedLayer(nn.Module):
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
         weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
-        return _fake_quantized(weight, self._functional_scale(weight), self.config.weight, self.config.ste_clip)
+        scale, view = self._functional_scale(weight), self.form.view  # of a view, the inverse is its view
+        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.ste_clip))
+
+    def _eager_weight(self, dtype: torch.dtype) -> Tensor:
+        """s Q(w/s), differentiable: the quantizer's own copy."""
+        weight: Any = self._parameters["weight"]
+        quantizer = self.quantizer
+        quantized, inside = quantizer.copy_and_inside(weight, dtype)
+        if not torch.is_grad_enabled():
+            return quantized
+        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
+        return _StraightThrough.apply(weight, quantized, clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
-        weight: Any = self._parameters["weight"]
-        quantizer, low, bias = self.quantizer, autocast_dtype(x), self.bias
-        quantized, inside = quantizer.copy_and_inside(weight, low or weight.dtype)
-        if torch.is_grad_enabled():
-            clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight)
-            quantized = _StraightThrough.apply(weight, quantized, clip)
+        low, bias = autocast_dtype(x), self.bias
+        quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
             return self.kind.product(self, x, quantized, bias)
@@ -294,6 +312,8 @@ class QuantizedLayer(nn.Module):
         if not held.is_meta and not torch.equal(held, grids):  # memory that a loader left unwritten
             self._buffers[GRIDS] = grids
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.form.transposed and not keep_vars and f"{prefix}weight" in destination:  # the order of files
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].contiguous()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip

@@ -19,6 +19,7 @@ from torch.fx import Proxy
 
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
+from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
@@ -36,6 +37,7 @@ class PackedLayer(nn.Module):
     weight_scale: Tensor
     bias: Any
     kind: ClassVar[Any]  # its entry in kinds.KINDS
+    form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
     own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
                       "weight_scale")  # fmt: skip
@@ -58,19 +60,25 @@ class PackedLayer(nn.Module):
             raise TypeError(f"scale_dtype: expected float32, bfloat16 or float16, got {scale_dtype}")
         self.config, self.trits, self.shape = config, trits, shape
         self.bits = code_bits(config.weight, trits)
-        self.cols = math.prod(shape[1:])
+        matrix = self.form.shape(shape)
+        self.cols = math.prod(matrix[1:])
         self.weight_dtype = dtype or torch.get_default_dtype()
-        rows = num_rows(shape, config.granularity, config.group_size)
-        codes = torch.zeros(shape[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
+        rows = num_rows(matrix, config.granularity, config.group_size)
+        codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
-        empty = nn.Parameter(torch.zeros(shape[0], dtype=self.weight_dtype, device=device)) if bias else None
+        empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
         self.register_parameter("bias", empty)
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        """What takes the place of ``layer``."""
+        return cls
 
     @classmethod
     def like(cls, layer: Any, **options: Any) -> Any:
         """Empty, of the sizes of ``layer``, be it float; on the meta device unless ``options`` say where."""
-        return cls(**cls.kind.arguments_of(layer) | options)
+        return cls.class_for(layer)(**cls.kind.arguments_of(layer) | options)
 
     @classmethod
     def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
@@ -98,7 +106,7 @@ class PackedLayer(nn.Module):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
-        codes = pack_weight(weight, scale.float(), self.config.weight, trits=self.trits)
+        codes = pack_weight(self.form.matrix(weight), scale.float(), self.config.weight, trits=self.trits)
         self.weight_codes, self.weight_scale = codes, scale.clone()
         if not force and (off := int((self.dequantize() != weight).sum())):
             raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
@@ -110,9 +118,23 @@ class PackedLayer(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
+        return self.form.weight(self.matrix(dtype), self.shape).contiguous()
+
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The same as a matrix, (outputs, inputs) whatever the shape of the weight: the rows that the codes have."""
         codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
-        flat = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
-        return flat.reshape(self.shape)
+        return ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
+
+    def entries(self, index: Any) -> Tensor:
+        """``dequantize()[index]`` for an index of the first dimension, a list of numbers; only these are decoded."""
+        if self.form.transposed and not self.form.stacked:
+            return self.dequantize()[index]
+        codes, scale, n = self.weight_codes, self.weight_scale, self.shape[0]
+        rows = torch.arange(n, device=codes.device)[index]
+        codes = codes.reshape(n, -1, codes.shape[-1]).index_select(0, rows).flatten(0, 1)
+        scale = scale.reshape(n, -1).index_select(0, rows).reshape(-1) if scale.numel() > 1 else scale
+        matrix = ops.packed_dequantize(codes, scale, self.config.weight, self.bits, self.cols, self.weight_dtype)
+        return self.form.weight(matrix, (len(rows), *self.shape[1:]))
 
     @property
     def weight(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +15,30 @@ HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds th
 TENSORS = ("_parameters", "_buffers", "_modules")
 MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
                   "remove_spectral_norm or prune.remove")  # fmt: skip
+
+
+def derived(mixin: Any, base: Any, over: bool = False) -> Any:
+    """A class of ``mixin`` before ``base`` (after it, where its methods go ``over`` those of ``mixin``), one for each
+    pair; ``mixin`` makes its objects, which can be copied and pickled."""
+    return _derived(mixin, base, over)
+
+
+@functools.cache
+def _derived(*of: Any) -> Any:
+    mixin, base, over = of
+    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, "mixin": mixin, "base": base, "derived_of": of}
+    own |= {"__init__": mixin.__init__} if over else {}
+    return type(f"{mixin.__name__}Of{base.__name__}", (base, mixin) if over else (mixin, base), own)
+
+
+def _reduced(self: Any, protocol: Any) -> tuple:
+    """By what the class is made of, since no module has it under its name."""
+    return _remade, type(self).derived_of, *object.__reduce_ex__(self, max(2, protocol))[2:]  # type: ignore[attr-defined]
+
+
+def _remade(*of: Any) -> Any:
+    cls: Any = derived(*of)
+    return cls.__new__(cls)
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:

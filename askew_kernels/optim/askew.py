@@ -18,7 +18,6 @@ from torch.optim.sgd import sgd
 
 from .. import ops
 from ..quant import Binary
-from ..quant.sharding import local_part
 from .constrained import CONSTRAINT_KEYS, Constrained
 from .plan import Launch
 
@@ -214,8 +213,10 @@ class ByRule(Constrained):
             step = torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")
         if launch.bucket[1]:
             arguments["numbers"] = self._numbers(group, first=True)
-        if launch.sharded:
-            grads, *states = ([local_part(t) for t in tensors] for tensors in (grads, *states))
+        grads, *states = map(launch.viewed, (grads, *states))
+        if not launch.as_they_are:  # state that a checkpoint has brought in the other order
+            ordered = all(t.is_contiguous() for tensors in states for t in tensors)
+            arguments["contiguous"] = arguments.get("contiguous", False) and ordered
         ops.run_skew_update(self.RULE, weights, grads, states, scales, *outputs, step=step, **arguments)
 
     def _buffers(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor]]:
@@ -268,7 +269,7 @@ class ByRule(Constrained):
         for (device, dtype, *bucket), members in buckets.items():
             launch = Launch(members, False, bucket, _ANY.levels_tensor(device), _ANY.encoding)
             scales = [torch.ones(1, dtype=dtype, device=device)] * len(members)
-            self._update(launch, group, [local_part(p) for p in members], scales, launch.levels, launch.encodings, [],
+            self._update(launch, group, launch.viewed(members), scales, launch.levels, launch.encodings, [],
                          ops.SkewStats(), clamp=False, **arguments)  # fmt: skip
 
 

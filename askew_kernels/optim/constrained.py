@@ -13,13 +13,15 @@ from torch.optim import Optimizer
 
 from .. import contract, ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
-from ..quant.sharding import local_part, made_for_a_part, sharding_of
+from ..quant.forms import ROWS, Form
+from ..quant.sharding import made_for_a_part, sharding_of
 from ..quant.state import next_scales, share_rows
 from .plan import Launch, Plan
 from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
-GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None}
+GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
+             "scale_dtype": "float32"}  # fmt: skip
 CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
@@ -81,7 +83,7 @@ class Constrained(Optimizer):
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
-            rows = quantizer.rows(p)
+            rows = (WeightQuantizer.of(p) or quantizer).rows(p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
 
@@ -95,11 +97,11 @@ class Constrained(Optimizer):
                           "then not under the constraint; give it ak.param_groups(model) in place of "
                           "model.parameters()", stacklevel=4)  # fmt: skip
 
-    def _quantizer(self, group: dict[str, Any], p: Tensor) -> WeightQuantizer:
-        """The weight's quantizer: its layer's, or one made here for a weight without a layer."""
+    def _quantizer(self, group: dict[str, Any], p: Tensor, form: Form = ROWS) -> WeightQuantizer:
+        """The weight's quantizer: its layer's, or one made here, of this form, for a weight without a layer."""
         found = WeightQuantizer.of(p)
         if found is None:
-            found = WeightQuantizer(_config_of(group))
+            found = WeightQuantizer(_config_of(group), form)
             found.tie(p)  # type: ignore[arg-type]
         elif found.config.weight != group["grid"]:
             raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
@@ -218,9 +220,8 @@ class Constrained(Optimizer):
         if record:
             totals = [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
             self._record.totals.update(zip(members, totals, strict=True))
-        weights = members
+        weights = launch.viewed(members)
         if launch.sharded:
-            weights = [local_part(p) for p in members]
             scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
         try:
             self._update(
@@ -244,7 +245,8 @@ class Constrained(Optimizer):
         if not self.saved_weights:
             return []
         absent = torch.empty(0, device=weights[0].device, dtype=weights[0].dtype)
-        saved, firsts = ([some.get(p, absent) for p in members] for some in (self.saved_weights, self.first_gradients))
+        saved, firsts = ([viewed(p, some[p]) if p in some else absent for p in members]
+                         for some in (self.saved_weights, self.first_gradients))  # fmt: skip
         return [saved] if not self.first_gradients or self.coefficients is None else [saved, firsts, self.coefficients]
 
     def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
@@ -328,7 +330,7 @@ class Constrained(Optimizer):
         return {**present, **saved, "grid": present["grid"]}
 
     def _restore(self, group: dict[str, Any], p: Tensor, kept: dict[str, Any]) -> None:
-        quantizer = self._quantizer(group, p)
+        quantizer = self._quantizer(group, p, Form(*kept.get("form", ROWS)))
         quantizer.restore(p, kept["scale"], bool(kept.get("scale_frozen")), kept.get("row_sums"))
         if self.state.get(p):
             self._keep_scale(p, quantizer)
@@ -344,7 +346,8 @@ class Constrained(Optimizer):
         return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        scales = {p: self._scale_state(group, p) for group, p in self._quantized()}
+        scales = {p: {**self._scale_state(group, p), "form": tuple(self._quantizer(group, p).form)}
+                  for group, p in self._quantized()}  # fmt: skip
         own = {"telemetry_every": self.telemetry_every, "steps": self.steps, "_scales": scales}
         return {**super().__getstate__(), **own}
 
@@ -359,6 +362,11 @@ class Constrained(Optimizer):
                 self._restore(group, p, scales[p])
 
 
+def viewed(p: Tensor, t: Tensor) -> Tensor:
+    """Of a tensor like the parameter ``p``: the outputs before the inputs."""
+    return WeightQuantizer.of(p).form.view(t)  # type: ignore[union-attr]
+
+
 def _config_of(group: Mapping[str, Any]) -> QuantConfig:
     """The quantization of a weight that no layer says anything of."""
     rule = group["scale"]
@@ -368,7 +376,7 @@ def _config_of(group: Mapping[str, Any]) -> QuantConfig:
         rule = "absmax"  # never asked: the scale is frozen at once
     return QuantConfig(
         weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
-        forward="relaxed", sawb_coefficients=group["sawb_coefficients"],
+        forward="relaxed", sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import ops
 from ..quant import WeightQuantizer
 from ..quant.sharding import local_part
-from .constrained import CONSTRAINT_KEYS, GRID_KEYS, Constrained
+from .constrained import CONSTRAINT_KEYS, GRID_KEYS, Constrained, viewed
 from .plan import Launch
 from .wrapper import Wrapper, checked_base, room_for
 
@@ -131,12 +131,12 @@ class Skewed(Constrained, Wrapper):
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
-        moved = [(p, w) for p, w in zip(launch.members, weights, strict=True) if p in self.saved_weights]
+        moved = [(p, local_part(p)) for p in launch.members if p in self.saved_weights]
         if moved:
             found = torch._foreach_sub([w for _, w in moved], [self.saved_weights[p] for p, _ in moved])
             torch._foreach_div_(found, _divisor(group["lr"]))
             self._directions.update(zip((p for p, _ in moved), found, strict=True))
-        directions = [self._directions.pop(p) for p in launch.members]
+        directions = [viewed(p, self._directions.pop(p)) for p in launch.members]
         ops.run_skew_direction(weights, directions, scales, *outputs, **arguments)
 
     def _pack(self) -> dict[str, Any]:

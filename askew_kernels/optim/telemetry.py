@@ -94,7 +94,7 @@ def weight_histogram(p: Tensor) -> dict[str, Any] | None:
         return None
     levels = q.config.weight.levels
     scale = q.current_scale(p)
-    x = (p.detach().float().reshape(scale.numel(), -1) / scale[:, None]).flatten()
+    x = (q.form.matrix(p.detach()).float().reshape(scale.numel(), -1) / scale[:, None]).flatten()
     gap = (levels[-1] - levels[0]) / (len(levels) - 1)
     low, high = levels[0] - gap, levels[-1] + gap
     bins = min(MOST_BINS, BINS_PER_LEVEL * (len(levels) + 1))

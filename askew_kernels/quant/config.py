@@ -12,6 +12,7 @@ from .grids import Grid, Uniform, as_flag, grid_from_dict
 from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, check_scale_dtype, default_rule, num_rows
 
 FORWARDS = ("hard", "relaxed")
+SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
 
 @dataclass(frozen=True)

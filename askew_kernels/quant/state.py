@@ -40,6 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import contract, ops
 from .config import QuantConfig
+from .forms import ROWS, Form
 from .scales import SUM_RULES, RowTable, compute_scale, num_rows, round_scale, scale_from_sums, scale_in_numpy
 from .sharding import is_sharded, local_part, own_rows, sharding_of
 
@@ -111,10 +112,11 @@ class Known(NamedTuple):
 
 
 class WeightQuantizer:
-    """Scale and copies of one weight; see the module's text. ``rows``: how many scales it has."""
+    """Scale and copies of one weight; see the module's text. ``rows``: how many scales it has; ``form``: how it is a
+    matrix."""
 
-    def __init__(self, config: QuantConfig) -> None:
-        self.config = config
+    def __init__(self, config: QuantConfig, form: Form = ROWS) -> None:
+        self.config, self.form = config, form
         self.scale: Tensor = None  # type: ignore[assignment]  # the three tensors, made where the weight is known
         self.flag: Tensor = None  # type: ignore[assignment]
         self.row_sums: Tensor = None  # type: ignore[assignment]
@@ -133,6 +135,8 @@ class WeightQuantizer:
         if type(weight) is nn.Parameter:
             weight.__class__ = QuantizedParameter
         weight._askew_quantizer = self  # type: ignore[attr-defined]
+        if self.form.transposed and not self.form.view(weight).is_contiguous():
+            weight.data = self.form.laid_out(weight.data)
         self.allocate(weight)
 
     def untie(self, weight: nn.Parameter) -> None:
@@ -141,13 +145,15 @@ class WeightQuantizer:
             del weight._askew_quantizer  # type: ignore[attr-defined]
             if type(weight) is QuantizedParameter:
                 weight.__class__ = nn.Parameter  # type: ignore[assignment]
+            if self.form.transposed:
+                weight.data = weight.data.contiguous()
 
     @staticmethod
     def of(weight: Tensor) -> WeightQuantizer | None:
         return getattr(weight, "_askew_quantizer", None)
 
     def rows(self, weight: Tensor) -> int:
-        return num_rows(weight.shape, self.config.granularity, self.config.group_size)
+        return num_rows(self.form.shape(weight.shape), self.config.granularity, self.config.group_size)
 
     # ---- the three tensors ----
 
@@ -235,11 +241,14 @@ class WeightQuantizer:
 
     def _sums(self, weight: Tensor) -> Tensor:
         """``ops.row_sums``; zeros where there is no weight."""
-        return ops.row_sums(weight, self.rows(weight)) if weight.numel() else torch.zeros_like(self.row_sums)
+        if not weight.numel():
+            return torch.zeros_like(self.row_sums)
+        return ops.row_sums(self.form.view(weight), self.rows(weight))
 
     def _rule_scale(self, weight: Tensor) -> Tensor:
         c = self.config
-        return compute_scale(weight, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients, c.scale_dtype)
+        matrix = self.form.matrix(weight)
+        return compute_scale(matrix, c.weight, c.scale, c.granularity, c.group_size, c.sawb_coefficients, c.scale_dtype)
 
     def current_scale(self, weight: Tensor) -> Tensor:
         """The scale in use for the weight as it stands; computed by its rule where it is neither frozen nor known."""
@@ -315,7 +324,8 @@ class WeightQuantizer:
                 self.revision += 1
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
-                ops.fake_quantize_out_(weight, self.scale, self.config.weight, copy)
+                view = self.form.view
+                ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
                 self._know(weight, known.sums, known.inside, known.fresh | {dtype})
             return copy
 
@@ -335,7 +345,7 @@ class WeightQuantizer:
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
-            copy = self._copies[dtype] = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            copy = self._copies[dtype] = self.form.like(weight, dtype)
             self.revision += 1
         return copy
 
@@ -404,10 +414,11 @@ class WeightQuantizer:
 
     def __getstate__(self) -> dict:
         """For copies too: in one of a layer the tensors are the copied layer's buffers."""
-        return {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
+        held = {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
+        return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(QuantConfig.from_dict(state["config"]))  # type: ignore[misc]
+        self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
 
 

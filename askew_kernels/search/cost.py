@@ -153,7 +153,7 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
         if name not in searched:
             other[0] += macs
             return
-        x, rows = first_input(args, kwargs), module.weight.shape[0]
+        x, rows = first_input(args, kwargs), kind.form.shape(module.weight.shape)[0]
         p = found.setdefault(name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows),
                                                 signed=False, looked_up=not kind.token_dims))  # fmt: skip
         p.macs += macs

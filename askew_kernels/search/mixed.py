@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
-from ..nn.kinds import DEFAULT
+from ..nn.kinds import DEFAULT, replaceable
 from ..nn.layers import token_rows
 from ..quant import Uniform, activation_scales, default_rule
 from ..quant.scales import scale_from_sums
@@ -65,7 +65,9 @@ class MixedLayer(nn.Module):
         for what, bits in (("weight_strengths", self.weight_bits), ("act_strengths", self.act_bits)):
             setattr(self, what, nn.Parameter(torch.zeros(len(bits), **like), requires_grad=len(bits) > 1))
         if learned:  # LSQ's start
-            size = 2 * self.weight.detach().abs().flatten(1).mean(1).to(**like).clamp(min=contract.SCALE_FLOOR)
+            size = 2 * self.kind.form.matrix(self.weight.detach()).abs().flatten(1).mean(1).to(**like).clamp(
+                min=contract.SCALE_FLOOR
+            )
             tops = torch.tensor([g.c_max for g in self.weight_grids], **like)
             self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
 
@@ -79,17 +81,20 @@ class MixedLayer(nn.Module):
     @torch.no_grad()
     def _rule_scales(self) -> Tensor:
         """(candidates, rows), of every grid by its own rule."""
-        rows = self.weight.shape[0]
+        matrix = self.kind.form.matrix(self.weight.detach())
+        rows = len(matrix)
         if self.weight.numel() == 0:
             return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
-        sums, cols = ops.row_sums(self.weight.detach(), rows), self.weight.numel() // rows
+        sums, cols = ops.row_sums(matrix, rows), self.weight.numel() // rows
         return torch.stack([scale_from_sums(sums, cols, g, default_rule(g)) for g in self.weight_grids])
 
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable; by the operator without checks: rules give positive scales."""
         scales = self.weight_scales.clamp(min=contract.SCALE_FLOOR) if self.learned else self._rule_scales()
-        strengths = self.weight_probabilities()
-        return ops.run_mix_fake_quantize(self.weight, scales, strengths, self._weight_codes, True, self.learned)
+        strengths, form = self.weight_probabilities(), self.kind.form
+        matrix = form.matrix(self.weight).contiguous()
+        mixed = ops.run_mix_fake_quantize(matrix, scales, strengths, self._weight_codes, True, self.learned)
+        return form.weight(mixed, self.weight.shape)
 
     def mixed_input(self, x: Tensor) -> Tensor:
         if self.act_grids == [None] or not self.kind.token_dims:
@@ -128,12 +133,21 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = D
     ):
         if names := [name for name, m in found.items() if filter_fn is None or filter_fn(m, name)]:
             raise ValueError(f"model: {', '.join(names)}: {state}; {way}, or leave them out by filter_fn")
-    found = {n: m for n, m in layers.items() if type(m) in MIXED and (filter_fn is None or filter_fn(m, n))}
+    found = {
+        n: m
+        for n, m in layers.items()
+        if type(m) in getattr(replaceable(m), "classes", ()) and (filter_fn is None or filter_fn(m, n))
+    }
     if not found:
         raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
         raise ValueError("model: is itself a layer; wrap it in nn.Sequential")
     return found
+
+
+def _plain_class(layer: nn.Module) -> Any:
+    kind: Any = replaceable(layer)
+    return kind.plain
 
 
 def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
@@ -153,7 +167,7 @@ def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: 
     firsts: dict[int, Any] = {}
     for name, layer in layers.items():
         given = {"weight_bits": weight_bits, "act_bits": act_bits, "signed": (signed or {}).get(name, True)}
-        new = made[id(layer)] = MIXED[type(layer)].from_float(layer, **given, learned=learned)
+        new = made[id(layer)] = MIXED[_plain_class(layer)].from_float(layer, **given, learned=learned)
         first = firsts.setdefault(weight_id(layer), new)
         for shared in ("weight_strengths", "act_strengths", *(["weight_scales"] if learned else [])):
             setattr(new, shared, getattr(first, shared))

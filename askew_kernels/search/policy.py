@@ -55,7 +55,7 @@ def weight_id(layer: nn.Module) -> int:
 
 def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, nn.Module]:
     """{name: layer} of every layer of these kinds and what is made of them, in order, each once."""
-    plain = tuple(kind.plain for kind in kinds.chosen(of))
+    plain = tuple(cls for kind in kinds.chosen(of) for cls in kind.classes)
     return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 

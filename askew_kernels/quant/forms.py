@@ -1,0 +1,58 @@
+"""How a weight of a given shape is a matrix: rows are outputs, and scales and groups run along the inputs of a row.
+
+Most weights have their outputs first, (n, …). Of a **transposed** one the last two dimensions are (inputs, outputs); of
+a **stacked** one the first dimension counts matrices, each quantized like a weight of its own. The Parameter keeps its
+shape; memory of a transposed one is laid out so that the kernels find the matrix contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """``rows`` of (n, …); see the module's text. In shapes: (inputs, outputs) and (n, outputs, inputs)."""
+
+    transposed: bool = False
+    stacked: bool = False
+
+    def shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """Of the matrix of a weight of this shape, rows first."""
+        shape = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else tuple(shape)
+        return (shape[0] * shape[1], *shape[2:]) if self.stacked else shape
+
+    def view(self, weight: Tensor) -> Tensor:
+        """The weight, or what has its shape, with the outputs before the inputs: what the operators take."""
+        return weight.mT if self.transposed else weight
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``shape`` says; a copy where memory does not allow a view."""
+        return self.view(weight).reshape(self.shape(weight.shape)) if self.stacked else self.view(weight)
+
+    def weight(self, matrix: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """The inverse of ``matrix`` for a weight of ``shape``."""
+        if not self.transposed:
+            return matrix.reshape(shape)
+        return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).mT
+
+    def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory for another of its shape, whose ``view`` is contiguous."""
+        view = torch.empty(self.view(weight).shape, dtype=dtype, device=weight.device)
+        return view.mT if self.transposed else view
+
+    def laid_out(self, data: Tensor) -> Tensor:
+        """The same numbers in the order of the matrix; ``data`` itself where it is in it, and for other forms."""
+        return data.mT.contiguous().mT if self.transposed else data
+
+    def check_sharded(self, weight: Any) -> None:
+        """NotImplementedError for a DTensor whose shards are not rows of the matrix."""
+        if self.transposed and any(p.is_shard(0) for p in weight.placements) > self.stacked:
+            raise NotImplementedError(f"weight: one of shape (inputs, outputs), {tuple(weight.shape)}, has its scales "
+                                      "along the second dimension, and cannot be sharded along the first; leave this "
+                                      "layer out of fully_shard, or float")  # fmt: skip
+
+
+ROWS = Form()
