@@ -242,7 +242,7 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r:.80}")
     onnx = library("export_onnx")
     originals = packed_layers(model)
-    plain = as_linear_(copy.deepcopy(model)).float().eval()
+    plain: Any = as_linear_(copy.deepcopy(model)).float().eval()
     layers = packed_layers(plain)
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
@@ -258,6 +258,8 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         layer = plain.get_submodule(name)
         _as_written(layer, packed, blocks.get(name), accuracy_level)
         layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    if (choose := getattr(plain, "set_experts_implementation", None)) is not None:
+        choose("batched_mm")  # of transformers: no loop over the experts that the example asks for
     if blocks:
         options = options | {"custom_opsets": {CONTRIB: 1} | options.get("custom_opsets", {})}
     made = _traced(plain, example, options)
