@@ -185,6 +185,8 @@ def onnxruntime_layer(layer: PackedLinear, x: Tensor, accuracy_level: int) -> Ca
                         strict=True, input_names=["x"], dynamic_axes={"x": {0: "rows"}})  # fmt: skip
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # there are many sessions, whose threads would wait for work busily while others are measured
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
     def made(_: Any = folder) -> Callable[[Tensor], Tensor]:  # which is kept as long as this is
         session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
