@@ -29,7 +29,7 @@ from askew_kernels.quant.scales import SCALE_RANGES, holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
 NEEDS = {"gguf": "gguf", "compressed-tensors": "compressed_tensors", "transformers": "transformers", "onnx": "onnx",
-         "torchao": "torchao"}  # fmt: skip
+         "torchao": "torchao", "metal": "transformers"}  # fmt: skip
 
 
 def held(value: float, scale_dtype: str) -> bool:
