@@ -112,7 +112,7 @@ def test_packed_models_come_back(family, kinds, tmp_path):
     model, inputs = packed(family, kinds)
     y = outputs(model, inputs)
     contents = export_packed(model, tmp_path / "exported", "transformers")
-    hf.attach(model).save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
     for folder in (tmp_path / "exported", tmp_path / "saved"):
         other = loaded(type(model), folder)
         assert same(outputs(other, inputs), y)
@@ -159,7 +159,7 @@ def test_shards_device_maps_and_auto_classes(tmp_path):
     pytest.importorskip("accelerate")
     model, _ = packed("llama-tied", ("linear", "embedding"))
     model.generation_config.max_new_tokens = 3
-    hf.attach(model).save_pretrained(tmp_path / "out", max_shard_size="4KB")
+    model.save_pretrained(tmp_path / "out", max_shard_size="4KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     other = loaded(t.AutoModelForCausalLM, tmp_path / "out", device_map="cpu")
     assert same(outputs(other), outputs(model)) and other.generation_config.max_new_tokens == 3
@@ -198,7 +198,7 @@ def test_an_exported_folder_is_a_packed_file_too(tmp_path):
 @every_family
 def test_models_in_training_come_back(family, kinds, tmp_path):
     model, inputs = quantized(family, kinds)
-    hf.attach(model).save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     other = loaded(type(model), tmp_path / "out")
     assert same(outputs(other, inputs), outputs(model, inputs)) and other.hf_quantizer.is_qat_trainable
     for name, layer in ak.nn.quantized_layers(model).items():
@@ -281,7 +281,7 @@ def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path):
 
 def test_saving_says_what_the_model_is_now(tmp_path):
     model, _ = quantized("llama")
-    hf.attach(model).save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")
     other = copy.deepcopy(model)
     ak.pack_(ak.hard_quantize_(other))
     other.save_pretrained(tmp_path / "b")
@@ -297,7 +297,7 @@ def test_saving_says_what_the_model_is_now(tmp_path):
 def test_dequantize_gives_a_plain_model(make, tmp_path):
     model, _ = make("llama")
     y = outputs(model)["logits"]
-    plain = hf.attach(model).dequantize()
+    plain = model.dequantize()
     assert not plain.is_quantized and type(plain.lm_head) is nn.Linear
     assert torch.allclose(outputs(plain)["logits"], y, atol=1e-6)
 
@@ -383,6 +383,6 @@ def test_wrong_arguments():
 
 def test_a_folder_in_training_is_no_packed_model(tmp_path):
     model, _ = quantized("llama")
-    hf.attach(model).save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     with pytest.raises(PackedFileError, match="in training"):
         hf.read(tmp_path / "out")
