@@ -238,7 +238,7 @@ def write_container(path: str | os.PathLike, fields: Mapping[str, Any], tensors:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for t in tensors.values():
-            writer.write_tensor_data(t.data)
+            writer.write_tensor_data(np.ascontiguousarray(t.data))
     finally:
         writer.close()
 

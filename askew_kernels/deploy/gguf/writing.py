@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -113,10 +114,9 @@ class _Export:
             self._share_head(self.architecture)
         ties = self._ties()
         for name, layer in self.contents.layers.items():
-            self._one(name, "weight", ties, layer, None)
+            self._one(name, ties, layer, None)
         for key, t in self.contents.tensors.items():
-            module, _, leaf = key.rpartition(".")
-            self._one(module, leaf, ties, None, t)
+            self._one(key, ties, None, t)
         self._finish()
         types = Counter(BY_NUMBER[s.number].name for s in self.stored.values() if s.number in BY_NUMBER)
         file_types = library().LlamaFileType.__members__
@@ -153,45 +153,68 @@ class _Export:
             self.said |= {"ties": {head: embedding}, "floats": [embedding]}
             self.said["layers"][head] = _description(layer)
 
-    def _one(
-        self, module: str, leaf: str, ties: Mapping[str, str], layer: PackedLayer | None, t: Tensor | None
-    ) -> None:
-        key = module if layer is not None else f"{module}.{leaf}" if module else leaf
-        error, a = self.contents.error, self.architecture
+    def _one(self, key: str, ties: Mapping[str, str], layer: PackedLayer | None, t: Tensor | None) -> None:
+        """A layer by its name, or a tensor by its key."""
+        a = self.architecture
+        if layer is not None and key in ties:
+            self.said["layers"][key] = _description(layer)
         if key in ties:
             self.said["ties"][key] = ties[key]
-            if layer is not None:
-                self.said["layers"][key] = _description(layer)
             return
+        module, leaf = self._module(key, layer)
         if a is not None and any(fnmatchcase(module.removeprefix(self.names.prefix), p) for p in a.unused):
             self.left_out.append(key)
             return
-        theirs = self.names.theirs(module) if module else ("" if a is None else None)
-        if theirs is None or (a is not None and leaf not in ("weight", "bias")):
-            raise error(key, f"{a.name} of llama.cpp has no such tensor; known are "  # type: ignore[union-attr]
-                        f"{', '.join([*a.names, *a.heads])}")  # type: ignore[union-attr]  # fmt: skip
-        name = f"{theirs}.{leaf}" if theirs else leaf
-        if len(name.encode()) > MOST_NAME:
-            raise error(key, f"names in GGUF have up to {MOST_NAME} bytes, got {len(name.encode())}")
         try:
+            theirs = self.names.theirs(module) if module else ("" if a is None else None)
+            if theirs is None or (a is not None and leaf not in ("weight", "bias")):
+                assert a is not None
+                known = ", ".join([*a.names, *a.heads])
+                raise ValueError(f"{a.name} of llama.cpp has no such tensor; known are {known}")
             if layer is None or any(fnmatchcase(module, pattern) for pattern in self.dense):
                 floats: Any = t if layer is None else layer.dequantize()
-                self.stored[name] = self._plain(module, theirs, leaf, floats)
+                stored = self._plain(module, theirs, leaf, floats)
             else:
-                self.stored[name] = self._block(theirs, layer)
+                stored = self._block(theirs, layer)
                 self.said["layers"][key] = _description(layer)
+            for name, part in self._parts(theirs, stored):
+                name = f"{name}.{leaf}" if name else leaf
+                if len(name.encode()) > MOST_NAME:
+                    raise ValueError(f"names in GGUF have up to {MOST_NAME} bytes, got {len(name.encode())}")
+                self.stored[name] = part
         except ValueError as reason:
-            raise error(key, reason) from None
+            raise self.contents.error(key, reason) from None
+
+    def _module(self, key: str, layer: PackedLayer | None) -> tuple[str, str]:
+        """(module, leaf); a Parameter that has a name there counts as a module with a weight."""
+        if layer is not None or (
+            self.architecture is not None and key.endswith(self.architecture.parameters or ("\0",))
+        ):
+            return key, "weight"
+        module, _, leaf = key.rpartition(".")
+        return module, leaf
+
+    def _parts(self, theirs: str, stored: Stored) -> list[tuple[str, Stored]]:
+        """What is one weight here and several there: of each expert the first rows, the next ones."""
+        parts = self.architecture.split.get(last(theirs), ()) if self.architecture is not None else ()
+        if not parts:
+            return [(theirs, stored)]
+        experts, rows, *rest = stored.shape
+        data = stored.data.reshape(experts, len(parts), -1)
+        shape, before = (experts, rows // len(parts), *rest), theirs.removesuffix(last(theirs))
+        return [(before + part, Stored(stored.number, shape, data[:, i])) for i, part in enumerate(parts)]
 
     def _block(self, theirs: str, layer: PackedLayer) -> Stored:
-        if self.architecture is not None and theirs in self.architecture.floats:
+        if self.architecture is not None and last(theirs) in self.architecture.floats:
             raise ValueError("llama.cpp reads it as float32: leave it out of quantize_, or write it with dense=…")
         try:
             t, data = blocks.encoded(layer, self.known)
         except ValueError as reason:
             raise ValueError(f"{reason}; for_export('gguf:…') trains what fits, dense=… writes floats") from None
-        rows = rotary_rows(self.architecture, self.config, theirs, len(data))
-        return Stored(t.number, (len(data), layer.cols), data if rows is None else data[rows.numpy()])
+        if (rows := rotary_rows(self.architecture, self.config, theirs, len(data))) is not None:
+            data = data[rows.numpy()]
+        experts = layer.shape[:1] if layer.form.stacked else ()
+        return Stored(t.number, (*experts, len(data) // math.prod(experts), layer.cols), data)
 
     def _plain(self, module: str, theirs: str, leaf: str, t: Tensor) -> Stored:
         if (a := self.architecture) is not None:
@@ -199,7 +222,7 @@ class _Export:
                 t = t.float() + 1
             if leaf == "weight" and a.transposed and module.endswith(a.transposed):
                 t = t.t()
-            if t.dim() < 2 or theirs in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
+            if t.dim() < 2 or last(theirs) in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
                 if not torch.equal(t.float().to(t.dtype), t):
                     raise ValueError(f"float32 does not hold its numbers, of {t.dtype}")
                 t = t.float()
