@@ -77,7 +77,8 @@ class _Source:
     container: Container
     architecture: Architecture | None
     names: Names
-    config: dict[str, Any] | None
+    config: dict[str, Any]  # completed; empty where there is no architecture
+    told: dict[str, Any] | None = None  # the config as it was given to the writer, or as the file's values tell it
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
     floats: list[str] = field(default_factory=list)  # layers that are floats for the model, though stored as blocks
@@ -98,7 +99,7 @@ class _Source:
         module = info.name.rpartition(".")[0]
         if not info.shape:
             return None
-        found = rotary_rows(self.architecture, self.config or {}, module, info.shape[0])
+        found = rotary_rows(self.architecture, self.config, module, info.shape[0])
         return None if found is None else torch.argsort(found)
 
     def described(self, name: str, info: _Entry) -> tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]:
@@ -136,11 +137,11 @@ def _open(path: str | os.PathLike) -> _Source:
     said = _said(container)
     prefix = said.get("prefix", architecture.prefix if architecture else "")
     try:
-        config = None if architecture is None else said.get("config") or from_fields(architecture, fields)
-        complete = None if architecture is None or config is None else completed(architecture, config)
+        told = None if architecture is None else said.get("config") or from_fields(architecture, fields)
+        config = {} if architecture is None or told is None else completed(architecture, told)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise PackedFileError(f"{container.path}: {error}") from None
-    source = _Source(container, architecture, Names(architecture, prefix), complete)
+    source = _Source(container, architecture, Names(architecture, prefix), config, told)
     source.layers, source.ties = said.get("layers", {}), said.get("ties", {})
     source.extra, source.floats = said.get("extra", {}), said.get("floats", [])
     return source
@@ -180,6 +181,8 @@ def read(path: str | os.PathLike) -> Contents:
         module, leaf = source.place(info)
         key = f"{module}.{leaf}" if module and leaf else module or leaf
         try:
+            if key in tensors or (module in layers and leaf in ("weight", "")):
+                raise ValueError(f"it would be {key}, as another tensor is")
             if info.number in BY_NUMBER:
                 if leaf not in ("weight", "") or not module:
                     raise ValueError(f"{BY_NUMBER[info.number].name} blocks, expected to be the weight of a module")
@@ -194,10 +197,20 @@ def read(path: str | os.PathLike) -> Contents:
     for name in source.floats:
         if name in layers:
             tensors[f"{name}.weight"] = layers.pop(name).dequantize()
-    factors = None if source.architecture is None else rope_factors(source.config or {})
-    if factors is not None and torch.equal(tensors.get("rope_freqs.weight", torch.empty(0)), factors):
-        del tensors["rope_freqs.weight"]  # made of the config
-    return Contents(str(path), layers, tensors, source.extra, source.config, None)
+    if _made_of_config(tensors.get("rope_freqs.weight"), source.config):
+        del tensors["rope_freqs.weight"]
+    return Contents(str(path), layers, tensors, source.extra, source.told, None)
+
+
+def _made_of_config(factors: Tensor | None, config: dict[str, Any]) -> bool:
+    """Whether these are the rotary factors that export makes of a config, so that no model has them as a tensor."""
+    if factors is None or config.get("head_dim") != 2 * factors.numel():
+        return False
+    try:
+        made = rope_factors(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        return False
+    return made is not None and torch.equal(made, factors)
 
 
 def _layer(source: _Source, name: str, info: _Entry) -> PackedLayer:

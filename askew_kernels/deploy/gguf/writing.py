@@ -119,10 +119,13 @@ class _Export:
             self._one(key, ties, None, t)
         self._finish()
         types = Counter(BY_NUMBER[s.number].name for s in self.stored.values() if s.number in BY_NUMBER)
-        file_types = library().LlamaFileType.__members__
-        common = types.most_common(1)[0][0] if types else ""
-        name = next((n for n in file_types if n.startswith(f"MOSTLY_{common}") and common), "ALL_F32")
-        self.fields |= {"general.file_type": int(file_types[name]), KEY: json.dumps(self.said)}
+        known = library().LlamaFileType
+        common = types.most_common(1)[0][0] if types else "F32"
+        named = [
+            kind for name, kind in known.__members__.items() if name.startswith((f"MOSTLY_{common}", f"ALL_{common}"))
+        ]
+        file_type = named[0] if named else known.GUESSED
+        self.fields |= {"general.file_type": int(file_type), KEY: json.dumps(self.said)}
         write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
