@@ -179,6 +179,16 @@ def test_wider_scales_are_repeated(granularity, tmp_path):
     assert_equal(contents, written(contents, tmp_path / "a.gguf"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_less_precision(dtype, tmp_path):
+    """The product, exact in float32 on both sides, is rounded once."""
+    layer = packed_layer(Uniform(8), 5, 96, group_size=32)
+    layer.weight_dtype = dtype
+    path = written(only(layer), tmp_path / "a.gguf")
+    assert_equal(only(layer), path)
+    assert ours.read(path).layers["layer"].dequantize().dtype == dtype
+
+
 def test_trits_stay_five_to_a_byte(tmp_path):
     contents = only(packed_layer(Ternary(), 3, 512, group_size=256, trits=True))
     path = written(contents, tmp_path / "a.gguf")
@@ -645,6 +655,23 @@ def test_texts_become_the_same_tokens(kind, tmp_path, tokenizer_of):
         assert (want != bare) == (kind in CUTS)
 
 
+def test_sentencepiece_models(tmp_path):
+    """A folder with a tokenizer.model alone."""
+    llama_cpp, sentencepiece = pytest.importorskip("llama_cpp"), pytest.importorskip("sentencepiece")
+    text = tmp_path / "text"
+    text.write_text("\n".join(texts()))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=700, model_type="bpe",
+        byte_fallback=True, character_coverage=0.99, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False)  # fmt: skip
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    model, _ = family("llama")
+    path = written(contents_of(freeze(model, "gguf:q4_0"), tmp_path), tmp_path / "a.gguf")
+    llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    for prompt in PROMPTS:
+        assert llama.tokenize(prompt.encode(), add_bos=False) == pieces.encode(prompt), prompt
+
+
 def bert(tmp_path=None):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -707,7 +734,10 @@ def test_what_an_architecture_has_not_is_named(tmp_path, tokenizer_of):
     few = {k: v for k, v in contents.layers.items() if k != "model.embed_tokens"}
     refused("embed_tokens: expected one such module", replace(contents, layers=few))
     path = written(with_config(model_type="my_llama"), tmp_path / "a.gguf", architecture="llama")
-    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "llama"
+    reader = gguf.GGUFReader(path)
+    assert reader.fields["general.architecture"].contents() == "llama"
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q4_0
+    path.unlink()
     path = written(contents, tmp_path / "b.gguf", architecture="askew")
     assert "model.layers.0.self_attn.q_proj.weight" in types_in(path)
     assert_equal(contents, path)

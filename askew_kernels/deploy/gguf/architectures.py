@@ -139,6 +139,11 @@ ARCHITECTURES = {a.model_types[0]: a for a in (
 )}  # fmt: skip
 
 
+def by_name(name: str) -> Architecture | None:
+    """By its entry's name, or by llama.cpp's."""
+    return ARCHITECTURES.get(name) or next((a for a in ARCHITECTURES.values() if a.name == name), None)
+
+
 def by_model_type(model_type: str) -> Architecture | None:
     return next((a for a in ARCHITECTURES.values() if model_type in a.model_types), None)
 

@@ -25,6 +25,7 @@ from .architectures import (
     Architecture,
     Names,
     by_model_type,
+    by_name,
     completed,
     last,
     rope_factors,
@@ -71,7 +72,7 @@ class _Export:
         if asked == GENERIC or (asked is None and config is None):
             return None
         model_type = (config or {}).get("model_type")
-        found = ARCHITECTURES.get(asked) if asked else by_model_type(str(model_type))
+        found = by_name(asked) if asked else by_model_type(str(model_type))
         if found is None:
             text = f"expected one of {', '.join(ARCHITECTURES)}, got {asked or model_type!r}; {GENERIC!r} writes "
             text += "every tensor under its own name, for readers that know the model"
@@ -97,11 +98,11 @@ class _Export:
             self.fields |= {"general.architecture": a.name, "general.name": str(self.config.get("model_type"))}
             self.fields |= to_fields(a, self.config)
             self.fields |= vocabulary(source.folder, self._count(a), a.vocabulary)
+            if a.vocabulary == "words":
+                self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
+                self.fields |= _pooling(source.folder, a)
         except (ValueError, KeyError, TypeError) as error:
             raise source.error("architecture", error if isinstance(error, ValueError) else repr(error)) from None
-        if a.vocabulary == "words":
-            self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
-            self.fields |= _pooling(source.folder, a)
 
     def _count(self, a: Architecture) -> int:
         """Tokens of the model: rows of its embedding."""
@@ -129,7 +130,7 @@ class _Export:
         write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
-                          stacklevel=4)  # fmt: skip
+                          stacklevel=3)  # fmt: skip
 
     def _ties(self) -> dict[str, str]:
         """{layer or key: the one that is written in its place}: of a known architecture only a head that is the
@@ -235,9 +236,9 @@ class _Export:
 
     def _finish(self) -> None:
         """What the architecture has besides the model's own tensors, and what it must have."""
+        if self.contents.extra:
+            self.said["extra"] = self.contents.extra
         if (a := self.architecture) is None:
-            if self.contents.extra:
-                self.said["extra"] = self.contents.extra
             return
         self.said["config"] = self.contents.architecture
         tied = self._tied_heads(a)
