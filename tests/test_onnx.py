@@ -21,6 +21,7 @@ from oracles import NF4
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.__main__ import main
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.files import PackedFileError
 from askew_kernels.nn.layers import quantized_input
@@ -602,3 +603,20 @@ def test_what_no_graph_is_known_for(tmp_path):
     ):
         to_onnx.export(read_contents(tmp_path / "nf4" / "model.safetensors"), tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "nf4"]
+
+
+def test_the_command_line(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    model, ids = packed_folder("llama", tmp_path), torch.arange(12)[None]
+    source, path, back = (str(tmp_path / name) for name in ("model.safetensors", "m.onnx", "back.safetensors"))
+    assert main(["export", source, "--to", "onnx", "--out", path, "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "read by onnxruntime" in out and "16 of 16 layers equal bit for bit" in out
+    assert main(["inspect", path]) == 0 and "model.layers.0.mlp.up_proj" in capsys.readouterr().out
+    assert (
+        main(["export", source, "--to", "onnx", "--out", path]) == 2 and "is there already" in capsys.readouterr().err
+    )
+    assert main(["convert", path, back]) == 0
+    with torch.no_grad():
+        loaded = ak.load_packed(back, transformers.LlamaForCausalLM(model.config)).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
