@@ -807,6 +807,9 @@ def test_a_cut_file_is_an_error(whole, tmp_path):
     for end in sorted(ends):
         path.write_bytes(whole[:end])
         assert opened(path) is None, end
+    path.write_bytes(whole[: header_of(whole) + 200])
+    with pytest.raises(PackedFileError, match=r"ends at byte \d+ of \d+"):  # before memory for a tensor is taken
+        ours.read(path)
     path.write_bytes(whole)
     assert opened(path) is not None
 
@@ -869,6 +872,18 @@ def test_other_files_are_none_of_it(tmp_path):
         path.write_bytes(data)
         assert ours.is_one(path) == (data == b"GGUF")
         assert opened(path) is None
+
+
+def test_two_tensors_for_one_place(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for name in ("output.weight", "lm_head.weight"):
+        writer.add_tensor(name, np.zeros((2, 3), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(PackedFileError, match=r"lm_head.weight: it would be lm_head.weight, as another tensor is"):
+        ours.read(tmp_path / "a.gguf")
 
 
 def test_other_types_are_named(tmp_path):
