@@ -53,6 +53,11 @@ def read_contents(path: str | os.PathLike, verify: bool = True, mmap: bool = Fal
 
     Raises PackedFileError/FileNotFoundError, as ``PackedFile``, and for a config.json that is not JSON."""
     file = files.PackedFile(path, verify, mmap)
+    return contents_of_file(file, read_architecture(file.path.parent), file.path.parent)
+
+
+def contents_of_file(file: files.PackedFile, architecture: dict[str, Any] | None, folder: Path) -> Contents:
+    """Of a file that is open; what is one there is one here."""
     tensors, layers = dict(file.tensors), {}
     for name in file.layers:
         layer = layers[name] = file.empty_layer(name)
@@ -60,8 +65,7 @@ def read_contents(path: str | os.PathLike, verify: bool = True, mmap: bool = Fal
         layer.weight_codes, layer.weight_scale = file.codes(name)
         for key in ("weight_codes", "weight_scale"):
             del tensors[f"{name}.{key}"]
-    folder = file.path.parent
-    return Contents(str(path), layers, tensors, file.extra, read_architecture(folder), folder)
+    return Contents(str(file.path), layers, tensors, file.extra, architecture, folder)
 
 
 def read_architecture(folder: Path) -> dict[str, Any] | None:
@@ -78,7 +82,7 @@ def read_architecture(folder: Path) -> dict[str, Any] | None:
 
 def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Contents:
     """Of a packed model, as ``save_packed`` would write it; a transformers model brings its config. ``folder``: where
-    its tokenizer lies. Nothing is copied but to the CPU."""
+    its tokenizer lies, if not where transformers loaded it from. Nothing is copied but to the CPU."""
     state = files.packed_state(model, type(model).__name__)
     cpu: dict[int, Tensor] = {}
 
@@ -98,7 +102,12 @@ def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Co
         like.weight_codes, like.weight_scale = here(layer.weight_codes), here(layer.weight_scale)
     config: Any = getattr(model, "config", None)
     architecture = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
-    home = None if folder is None else Path(folder)
+    if architecture is not None:
+        architecture["architectures"] = [
+            type(getattr(model, "_orig_mod", model)).__name__
+        ]  # which a model that was never saved does not say
+    loaded_from = getattr(config, "_name_or_path", None) or ""  # of transformers: a folder, or a name on their hub
+    home = Path(folder) if folder is not None else Path(loaded_from) if os.path.isdir(loaded_from) else None
     tensors = {key: here(t) for key, t in state.tensors.items()}
     return Contents(type(model).__name__, layers, tensors, dict(state.extra), architecture, home)
 
