@@ -419,7 +419,7 @@ def make_tokenizer(folder, kind):
         t = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         t.normalizer = tokenizers.normalizers.Sequence(
             [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")])  # fmt: skip
-        special = ["<unk>", "<s>", "</s>"]
+        special = ["<unk>", "<s>", "</s>", "<|endoftext|>"]  # the last for llama.cpp's Phi-3, which looks for it
         trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False)
         options["unk_token"] = "<unk>"
     else:
@@ -434,7 +434,7 @@ def make_tokenizer(folder, kind):
     if kind == "pieces":  # the trainer knows no bytes: they come before the merges, as sentencepiece has them
         said = json.loads(t.to_str())
         special, merged = said["model"]["vocab"], said["model"]["merges"]
-        names = [n for n in special if n.startswith("<") and n.endswith(">") and len(n) > 2][:3]
+        names = [n for n in special if n.startswith("<") and n.endswith(">") and len(n) > 2][:4]
         rest = [n for n in special if n not in names]
         names += [f"<0x{i:02X}>" for i in range(256)] + rest
         said["model"] |= {"vocab": {n: i for i, n in enumerate(names)}, "merges": merged}
@@ -477,7 +477,10 @@ FAMILIES = {
     "llama biased": ("Llama", {"attention_bias": True}), "llama long heads": ("Llama", {"head_dim": 64}),
     "mistral": ("Mistral", {"sliding_window": 64}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 64}),
     "gemma": ("Gemma", {"head_dim": 32}),
-    "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}),
+    "gemma3": ("Gemma3Text", {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4,
+                              "num_hidden_layers": 7}),
+    "phi3": ("Phi3", {}),
     "gpt2": ("GPT2", {}), "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3 moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
                                "norm_topk_prob": True}),
@@ -493,7 +496,7 @@ def family(name):
         n_embd=128, n_layer=2, n_head=4, vocab_size=1024, n_positions=128, initializer_range=0.15, bos_token_id=0,
         eos_token_id=1)  # fmt: skip
     suffix = "LMHeadModel" if stem == "GPT2" else "ForCausalLM"
-    model = getattr(transformers, f"{stem}{suffix}")(config).eval()
+    model = getattr(transformers, f"{stem.removesuffix('Text')}{suffix}")(config).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 1:  # norms and biases of other than ones and zeros
@@ -519,7 +522,7 @@ def test_families_run_in_llama_cpp(name, tmp_path, tokenizer_of):
     activations are rounded to 8 bits for each product, too: with these random weights, of large gains, by 4 % of the
     logits' spread at most, by more where a token goes to another expert for it. A wrong order of rows or a wrong key
     moves them by all of it."""
-    folder, tokenizer = tokenizer_of("bytes")
+    folder, tokenizer = tokenizer_of("pieces" if name == "phi3" else "bytes")
     model, config = family(name)
     freeze(model, "gguf:q8_0")
     prompt = "The packed layer is a row of"
@@ -725,6 +728,7 @@ def test_what_an_architecture_has_not_is_named(tmp_path, tokenizer_of):
     refused("config.json beside the file", replace(contents, architecture=None), architecture="llama")
     refused("num_hidden_layers: expected a number, got None", with_config(num_hidden_layers=None))
     refused("hidden_act: llama of llama.cpp computes with 'silu', got 'relu'", with_config(hidden_act="relu"))
+    refused("partial_rotary_factor", with_config(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}))
     refused("rope_type", with_config(rope_parameters={"rope_type": "longrope"}))
     refused("num_attention_heads", with_config(num_attention_heads=3))
     refused("adapter.weight: llama of llama.cpp has no such tensor",
