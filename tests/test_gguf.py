@@ -330,6 +330,33 @@ def test_a_file_that_was_saved_exports_the_same(tmp_path):
     assert ours.read(tmp_path / "a.gguf").weights().keys() == contents_of(model).weights().keys()
 
 
+@pytest.mark.parametrize("dense", [["a", "table"], ["*"]])
+def test_tied_layers_written_as_floats(dense, tmp_path):
+    contents = contents_of(packed_zoo())
+    back = ours.read(written(contents, tmp_path / "a.gguf", dense=dense))
+    floats = {name for name in contents.layers if f"{name}.weight" in back.tensors}
+    assert floats == (set(contents.layers) if dense == ["*"] else {"a", "b", "table", "head"})
+    for name, layer in contents.layers.items():
+        w = back.tensors[f"{name}.weight"] if name in floats else back.layers[name].dequantize()
+        assert torch.equal(w, layer.dequantize())
+    assert back.tensors["b.weight"] is back.tensors["a.weight"]
+
+
+def test_a_head_that_is_the_embedding_as_floats(tmp_path, tokenizer_of):
+    """Packed alone, beside a float embedding with its weight."""
+    model, _ = family("llama tied")
+    contents = contents_of(freeze(model, "gguf:q4_0", kinds="linear"), tokenizer_of("bytes")[0])
+    for options, types in (({}, "Q4_0"), ({"dense": ["lm_head"]}, "F32")):
+        path = written(contents, tmp_path / f"{len(options)}.gguf", **options)
+        found = types_in(path)
+        assert found["token_embd.weight"] == types and "output.weight" not in found
+        back = ours.read(path)
+        assert torch.equal(back.tensors["model.embed_tokens.weight"], contents.tensors["model.embed_tokens.weight"])
+        head = back.layers["lm_head"].dequantize() if not options else back.tensors["lm_head.weight"]
+        assert torch.equal(head, contents.layers["lm_head"].dequantize())
+    assert_equal(contents, tmp_path / "0.gguf")
+
+
 def test_what_gguf_has_not_is_named(tmp_path):
     layer = packed_layer(Uniform(4), 2, 32, group_size=32)
     for t, why in ((torch.zeros(2, dtype=torch.bool), "no tensors of torch.bool"),
@@ -822,7 +849,7 @@ def test_changed_bytes_are_an_error_or_other_weights(whole, tmp_path):
     path = tmp_path / "a.gguf"
     source = np.random.default_rng(0)
     header = header_of(whole)
-    for _ in range(150):
+    for _ in range(80):
         data = bytearray(whole)
         for _ in range(source.integers(1, 4)):
             data[source.integers(0, header)] = source.integers(0, 256)

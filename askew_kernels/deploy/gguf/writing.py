@@ -151,6 +151,7 @@ class _Export:
             layer, t = self.contents.layers.get(head), self.contents.tensors.get(key)
             if layer is None or t is None or layer.shape != t.shape or not torch.equal(layer.dequantize(), t):
                 continue
+            self.dense += (embedding,) if self._is_dense(head) else ()
             layers = {embedding if name == head else name: each for name, each in self.contents.layers.items()}
             tensors = {name: each for name, each in self.contents.tensors.items() if name != key}
             self.contents = replace(self.contents, layers=layers, tensors=tensors)
@@ -175,7 +176,7 @@ class _Export:
                 assert a is not None
                 known = ", ".join([*a.names, *a.heads])
                 raise ValueError(f"{a.name} of llama.cpp has no such tensor; known are {known}")
-            if layer is None or any(fnmatchcase(module, pattern) for pattern in self.dense):
+            if layer is None or self._is_dense(module):
                 floats: Any = t if layer is None else layer.dequantize()
                 stored = self._plain(module, theirs, leaf, floats)
             else:
@@ -189,11 +190,12 @@ class _Export:
         except ValueError as reason:
             raise self.contents.error(key, reason) from None
 
+    def _is_dense(self, module: str) -> bool:
+        return any(fnmatchcase(module, pattern) for pattern in self.dense)
+
     def _module(self, key: str, layer: PackedLayer | None) -> tuple[str, str]:
         """(module, leaf); a Parameter that has a name there counts as a module with a weight."""
-        if layer is not None or (
-            self.architecture is not None and key.endswith(self.architecture.parameters or ("\0",))
-        ):
+        if layer is not None or (self.architecture is not None and key.endswith(self.architecture.parameters)):
             return key, "weight"
         module, _, leaf = key.rpartition(".")
         return module, leaf
@@ -224,7 +226,7 @@ class _Export:
         if (a := self.architecture) is not None:
             if a.plus_one and last(theirs).endswith("norm"):
                 t = t.float() + 1
-            if leaf == "weight" and a.transposed and module.endswith(a.transposed):
+            if leaf == "weight" and module.endswith(a.transposed):
                 t = t.t()
             if t.dim() < 2 or last(theirs) in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
                 if not torch.equal(t.float().to(t.dtype), t):
