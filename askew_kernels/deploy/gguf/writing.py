@@ -61,9 +61,9 @@ class _Export:
         self.names = Names(self.architecture, self._prefix())
         self.config: dict[str, Any] = {}
         self.fields: dict[str, Any] = {"general.architecture": GENERIC, "general.quantization_version": 2}
+        self.stored: dict[str, Stored] = {}
         if self.architecture is not None:
             self._describe(self.architecture)
-        self.stored: dict[str, Stored] = {}
         self.left_out: list[str] = []
         self.said: dict[str, Any] = {"version": VERSION, "prefix": self.names.prefix, "layers": {}, "ties": {}}
 
@@ -97,6 +97,8 @@ class _Export:
             self.config = completed(a, source.architecture or {})
             self.fields |= {"general.architecture": a.name, "general.name": str(self.config.get("model_type"))}
             self.fields |= to_fields(a, self.config)
+            if (factors := rope_factors(self.config)) is not None:
+                self.stored["rope_freqs.weight"] = plain(factors)
             self.fields |= vocabulary(source.folder, self._count(a), a.vocabulary)
             if a.vocabulary == "words":
                 self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
@@ -249,8 +251,6 @@ class _Export:
                 raise self.contents.error(ours, f"in {a.name} of llama.cpp it is {a.embedding}: expected one weight")
             if f"{theirs}.weight" not in self.stored and ours not in tied:
                 raise self.contents.error(ours, "expected the head of the model, or tie_word_embeddings in config.json")
-        if (factors := rope_factors(self.config)) is not None:
-            self.stored["rope_freqs.weight"] = plain(factors)
 
     def _tied_heads(self, a: Architecture) -> set[str]:
         tied = {_module(key, self.contents.layers) for key in self.said["ties"]}
@@ -259,7 +259,7 @@ class _Export:
 
 def _natural(name: str) -> list[Any]:
     """blk.2 before blk.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _module(name: str, layers: Mapping[str, Any]) -> str:
