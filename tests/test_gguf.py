@@ -544,7 +544,10 @@ def logits_of(path, ids, **options):
     return llama, torch.from_numpy(np.array(llama.scores[: len(ids)]))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SLOW = {"llama linear", "llama biased", "llama long heads", "gemma", "gemma2", "phi3", "qwen3 moe"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FAMILIES])
 def test_families_run_in_llama_cpp(name, tmp_path, tokenizer_of):
     """The levels written as floats: only the cache of keys and values is rounded, to float16. Written as blocks,
     activations are rounded to 8 bits for each product, too: with these random weights, of large gains, by 4 % of the
@@ -595,7 +598,8 @@ def trained(tokenizer_of):
     return config, {key: t.clone() for key, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("target", ["q8_0", "q6_k", "q5_0", "q4_0", "iq4_nl", "mxfp4", "tq2_0", "tq1_0", "q1_0"])
+@pytest.mark.parametrize("target", ["q8_0", "q4_0", "mxfp4", "tq2_0", "q1_0", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in ("q6_k", "q5_0", "iq4_nl", "tq1_0"))])  # fmt: skip
 def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
     """Logits within 2 % of their spread, and greedy texts that are the same up to a step whose two best logits are
     closer than twice that."""
