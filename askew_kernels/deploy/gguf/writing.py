@@ -130,6 +130,7 @@ class _Export:
         file_type = named[0] if named else known.GUESSED
         self.fields |= {"general.file_type": int(file_type), KEY: json.dumps(self.said)}
         write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
+        self.contents.left_out = self.left_out
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
                           stacklevel=3)  # fmt: skip
