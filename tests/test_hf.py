@@ -342,8 +342,10 @@ def layers(told):
     (lambda told: told["groups"][0]["config"]["weight"].update(bits=3), "weight_codes"),
     (lambda told: layers(told).update({"lm_head": [47, 32]}), "lm_head"),
     (lambda told: layers(told).update({"lm_tail": [48, 32]}), "lm_tail"),
+    (lambda told: told["groups"][0].pop("trits"), "trits"),
+    (lambda told: told["groups"][0].pop("packed"), "packed"),
     (lambda told: told.update(aliases={"lm_head.weight_codes": "nothing.weight_codes"}), "nothing"),
-], ids=["version", "groups", "kind", "bits", "shape", "name", "aliases"])  # fmt: skip
+], ids=["version", "groups", "kind", "bits", "shape", "name", "trits", "packed", "aliases"])  # fmt: skip
 def test_folders_that_do_not_fit_are_errors(change, text, tmp_path):
     model, _ = packed("llama")
     export_packed(model, tmp_path / "out", "transformers")
