@@ -212,6 +212,50 @@ def test_companions_go_along_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+def made_by_the_package(folder, weights, targets=("Linear",), ignore=("lm_head",)):
+    """A folder as the package itself compresses and saves it; and the weights that it decompresses."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    torch.manual_seed(2)
+    shape = transformers.LlamaConfig(**TEXT, num_key_value_heads=1, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(shape)
+    told = {"targets": list(targets), "weights": weights}
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": told}, ignore=list(ignore)))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            top = module.weight.detach().reshape(*module.weight_scale.shape, -1).abs().amax(-1)
+            module.weight_scale.data.copy_(top / (2 ** (weights["num_bits"] - 1) - 1))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    compressor.decompress_model(model)
+    return {name: m.weight.detach() for name, m in model.named_modules() if hasattr(m, "weight_scale")}
+
+
+@pytest.mark.parametrize("weights", [
+    {"num_bits": 4, "strategy": "group", "group_size": 16}, {"num_bits": 3, "strategy": "channel"},
+    {"num_bits": 8, "strategy": "channel"},
+], ids=["4", "3", "8"])  # fmt: skip
+@pytest.mark.parametrize("targets", [("Linear",), ("re:.*proj",)], ids=["class", "pattern"])
+def test_folders_of_the_package_are_read(weights, targets, tmp_path):
+    made = made_by_the_package(tmp_path / "theirs", weights, targets)
+    read = ct.read(tmp_path / "theirs")
+    assert read.layers.keys() == made.keys() and "lm_head.weight" in read.tensors
+    for name, layer in read.layers.items():
+        assert torch.equal(layer.dequantize(), made[name])
+    export_packed(tmp_path / "theirs", tmp_path / "ours", "compressed-tensors")  # and written again
+    rows, _ = compare(read, tmp_path / "ours", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+
+
+def test_asymmetric_folders_of_the_package_are_errors(tmp_path):
+    made_by_the_package(tmp_path / "theirs", {"num_bits": 4, "strategy": "channel", "symmetric": False})
+    with pytest.raises(PackedFileError, match="weight_zero_point"):
+        ct.read(tmp_path / "theirs")
+
+
 def test_there_and_back_by_the_packed_file(tmp_path):
     model, _ = llama(ak.QuantConfig(Uniform(4)))
     export_packed(model, tmp_path / "out", "compressed-tensors")
