@@ -266,15 +266,45 @@ def test_there_and_back_by_the_packed_file(tmp_path):
         assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_experts_stand_as_floats_where_that_is_asked(tmp_path):
+EXPERTS = {
+    "mixtral": (lambda: transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=3),
+                "MixtralForCausalLM", "model.layers.1.block_sparse_moe.experts.2.w2.weight_packed"),
+    "qwen": (lambda: transformers.Qwen3MoeConfig(**TEXT, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
+                                                 moe_intermediate_size=32, head_dim=16), "Qwen3MoeForCausalLM",
+             "model.layers.1.mlp.experts.2.down_proj.weight_packed"),
+}  # fmt: skip
+
+
+def mixture(family, config):
     torch.manual_seed(0)
-    shape = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)
-    model = transformers.MixtralForCausalLM(shape).eval()
-    ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig(Uniform(4))))
+    make, name, key = EXPERTS[family]
+    model = getattr(transformers, name)(make()).eval()
+    ak.hard_quantize_(ak.quantize_(model, config))
     with torch.no_grad():
         y = model(TOKENS).logits
-    ak.pack_(model)
-    with pytest.raises(PackedFileError, match=r"experts\.gate_up_proj: .*got experts"):
+    return ak.pack_(model), y, key
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one scheme", "mixed bits"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_stand_as_checkpoints_have_them(family, mixed, tmp_path):
+    config = ak.QuantConfig(Uniform(4), granularity="per_group", group_size=16)
+    model, y, key = mixture(family, {"*experts*": config, "*": ak.QuantConfig(Uniform(8))} if mixed else config)
+    contents = export_packed(model, tmp_path / "out", "compressed-tensors")
+    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    assert key in written and not any("gate_up" in name for name in written)
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+    read = ct.read(tmp_path / "out")
+    assert read.layers.keys() == contents.layers.keys() and read.tensors.keys() == contents.tensors.keys()
+    assert all(torch.equal(read.layers[n].weight_codes, layer.weight_codes) for n, layer in contents.layers.items())
+    assert torch.equal(logits(tmp_path / "out"), y)
+
+
+def test_experts_of_several_schemes_are_an_error_or_floats(tmp_path):
+    config = {"*down_proj": ak.QuantConfig(Uniform(8)), "*": ak.QuantConfig(Uniform(4))}
+    model, y, _ = mixture("mixtral", config)
+    with pytest.raises(PackedFileError, match="one scheme for all experts"):
         export_packed(model, tmp_path / "out", "compressed-tensors")
     contents = export_packed(model, tmp_path / "out", "compressed-tensors", dense=["*.experts.*"])
     rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
