@@ -1,8 +1,8 @@
 """The folder of transformers' method "bitnet": ternary weights with one scale for the tensor, and inputs of 8 bits.
 
 Of a layer ``weight`` (uint8) and ``weight_scale`` (1,) stand in the file: bits 2 i and 2 i + 1 of byte (r, c) are
-level + 1 of row i n / 4 + r, i = 0 … 3. weight = level · scale. transformers rounds the inputs to 8 bits, token by token,
-with a scale of its own, 127 / max|x|.
+level + 1 of row i n / 4 + r, i = 0 … 3. weight = level · scale. transformers rounds the inputs to 8 bits, token by
+token, with a scale of its own, 127 / max|x|.
 """
 
 from __future__ import annotations
