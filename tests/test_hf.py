@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -29,6 +31,7 @@ from askew_kernels.deploy import hf
 from askew_kernels.deploy.contents import contents_of
 from askew_kernels.deploy.export import compare, export_packed
 from askew_kernels.deploy.files import PackedFileError
+from askew_kernels.deploy.hf import registration
 from askew_kernels.nn.layers import QuantizedLayer
 from askew_kernels.nn.packed import PackedLayer
 
@@ -322,6 +325,21 @@ def test_transformers_finds_the_method_in_any_order(lines, tmp_path):
     code = f"{lines}; import transformers; print(type({load}.lm_head))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "PackedLinear" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_another_release_of_a_library_can_still_be_imported(before, tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    name, then = f"library_{before}", f"joining_{before}"
+    (tmp_path / f"{name}.py").write_text("value = 3")
+    (tmp_path / f"{then}.py").write_text("from transformers import what_no_release_has")
+    if before:
+        importlib.import_module(name)
+    with caplog.at_level(logging.WARNING, "askew_kernels"):
+        registration.when_imported(name, then)
+        registration.when_imported(name, then)  # asked twice, imported once
+        assert importlib.import_module(name).value == 3
+    assert then in caplog.text and not [f for f in sys.meta_path if type(f).__module__ == registration.__name__]
 
 
 def edited(folder, change):
