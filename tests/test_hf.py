@@ -190,6 +190,28 @@ def test_layers_that_are_left_dense(tmp_path):
     assert type(other.model.layers[0].mlp.experts) is t.models.mixtral.modeling_mixtral.MixtralExperts
 
 
+@pytest.mark.parametrize("to", ["compressed-tensors", "onnx", "torchao"])
+def test_a_loaded_model_goes_on_to_other_formats(to, tmp_path):
+    pytest.importorskip(to.replace("-", "_"))
+    model, _ = packed("llama", ("linear",), ak.QuantConfig(Uniform(4), scale_dtype="float16"))
+    model.save_pretrained(tmp_path / "in")
+    other = loaded(t.AutoModelForCausalLM, tmp_path / "in")
+    contents = export_packed(other, tmp_path / "out", to)
+    rows, _ = compare(contents, tmp_path / "out", to)
+    assert {row.difference for row in rows} == {0.0}
+
+
+def test_onnx_of_a_loaded_model(tmp_path):
+    pytest.importorskip("onnx")
+    from askew_kernels.deploy.to_onnx import export_onnx
+
+    model, _ = packed("vit")
+    model.save_pretrained(tmp_path / "in")
+    other = loaded(t.AutoModelForImageClassification, tmp_path / "in")
+    export_onnx(other, (PIXELS,), tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").stat().st_size > 1000
+
+
 def test_an_exported_folder_is_a_packed_file_too(tmp_path):
     model, _ = packed("llama")
     export_packed(model, tmp_path / "out", "transformers")
