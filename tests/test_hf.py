@@ -308,6 +308,21 @@ def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path):
         t.Trainer(model=final, args=t.TrainingArguments(str(tmp_path / "no"), report_to=[], use_cpu=True))
 
 
+def test_trainer_takes_a_model_that_was_quantized_by_hand(tmp_path):
+    pytest.importorskip("accelerate")
+    model, _ = quantized("llama-tied", ("linear", "embedding"))
+    optimizer = ak.optim.Skewed(torch.optim.AdamW(ak.param_groups(model), lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.ChainedScheduler(
+        [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4), ak.EpsilonAnnealing(optimizer, total=4)]
+    )
+    arguments = t.TrainingArguments(str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=4, save_steps=4,
+                                    report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no")  # fmt: skip
+    t.Trainer(model=model, args=arguments, train_dataset=Text(), optimizers=(optimizer, scheduler)).train()
+    checkpoint = loaded(t.AutoModelForCausalLM, tmp_path / "run" / "checkpoint-4")
+    assert same(outputs(checkpoint), outputs(model.eval())) and checkpoint.hf_quantizer.is_qat_trainable
+    assert checkpoint.lm_head.weight is checkpoint.model.embed_tokens.weight
+
+
 def test_saving_says_what_the_model_is_now(tmp_path):
     model, _ = quantized("llama")
     model.save_pretrained(tmp_path / "a")
