@@ -242,7 +242,9 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r:.80}")
     onnx = library("export_onnx")
     originals = packed_layers(model)
-    plain = as_linear_(copy.deepcopy(model)).float().eval()
+    plain = (
+        as_linear_(copy.deepcopy(model)).to(torch.float32).eval()
+    )  # not float(): models that transformers loaded packed refuse that
     layers = packed_layers(plain)
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
