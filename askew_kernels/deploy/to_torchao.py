@@ -76,7 +76,8 @@ def to_torchao_(model: nn.Module, format: str = "intx") -> nn.Module:
     Raises as that, naming the layer, before anything is replaced; ValueError for a model without a PackedLinear.
     """
     layers = {n: m.as_linear() if isinstance(m, PackedTransposedLinear) else m
-              for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLinear)}  # fmt: skip
+              for n, m in model.named_modules(remove_duplicate=False)
+              if isinstance(m, (PackedLinear, PackedTransposedLinear))}  # fmt: skip
     if not layers:
         raise ValueError("model: has no PackedLinear; call pack_(model) first")
 
