@@ -127,7 +127,8 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
 
 
 def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tuple[str, str]:
-    name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    cls = vars(type(module)).get("base", type(module))
+    name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}".replace("torch.", "nn.")
     if tied_to is not None:
         name += f" tied to {tied_to}"
         return name, ", which reads the latent weight until hard_quantize_ writes the quantized one"

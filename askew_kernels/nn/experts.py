@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 
 from ..quant import QuantConfig
 from .layers import QuantizedLayer
@@ -97,7 +98,10 @@ class PackedTransposedExperts(PackedExperts, TransposedExpertWeight):  # type: i
 
 
 # torch's functions that ask a module for what it holds, by an attribute's name
-HELD_BY = {nn.Module.get_submodule.__code__: "_modules", nn.Module.get_parameter.__code__: "_parameters"}
+HELD_BY = {
+    nn.Module.get_submodule.__code__: "_modules", NamedMemberAccessor.get_submodule.__code__: "_modules",
+    nn.Module.get_parameter.__code__: "_parameters",
+}  # fmt: skip
 
 
 class Holder(nn.Module):

@@ -452,7 +452,8 @@ def own_keys(cls: type[nn.Module]) -> frozenset[str]:
 
 @functools.cache
 def _keys(kind: Any, base: Any) -> frozenset[str]:
-    return frozenset(kind.of_shape((1,) * kind.dims, True, base).state_dict())
+    layer = kind.of_shape((1,) * kind.dims, True, base)
+    return frozenset((*layer.state_dict(), *layer._parameters)) - {n for n, p in layer._parameters.items() if p is None}
 
 
 def replaceable(module: nn.Module) -> Kind | None:
