@@ -18,6 +18,7 @@ if _sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(_sys.orig_argv, _s
 
 from . import analysis, nn, ops, optim, quant, runtime, search
 from .annealing import EpsilonAnnealing
+from .deploy import hf as _hf  # noqa: F401  # transformers learns of its quantizer there
 from .deploy.export import export_packed
 from .deploy.files import load_packed, save_packed
 from .deploy.inspect import inspect

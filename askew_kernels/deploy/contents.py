@@ -53,6 +53,11 @@ def read_contents(path: str | os.PathLike, verify: bool = True, mmap: bool = Fal
 
     Raises PackedFileError/FileNotFoundError, as ``PackedFile``, and for a config.json that is not JSON."""
     file = files.PackedFile(path, verify, mmap)
+    return contents_of_file(file, read_architecture(file.path.parent), file.path.parent)
+
+
+def contents_of_file(file: files.PackedFile, architecture: dict[str, Any] | None, folder: Path) -> Contents:
+    """Of a file that is open; what is one there is one here."""
     tensors, layers = dict(file.tensors), {}
     for name in file.layers:
         layer = layers[name] = file.empty_layer(name)
@@ -60,8 +65,7 @@ def read_contents(path: str | os.PathLike, verify: bool = True, mmap: bool = Fal
         layer.weight_codes, layer.weight_scale = file.codes(name)
         for key in ("weight_codes", "weight_scale"):
             del tensors[f"{name}.{key}"]
-    folder = file.path.parent
-    return Contents(str(path), layers, tensors, file.extra, read_architecture(folder), folder)
+    return Contents(str(file.path), layers, tensors, file.extra, architecture, folder)
 
 
 def read_architecture(folder: Path) -> dict[str, Any] | None:
@@ -98,6 +102,10 @@ def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Co
         like.weight_codes, like.weight_scale = here(layer.weight_codes), here(layer.weight_scale)
     config: Any = getattr(model, "config", None)
     architecture = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
+    if architecture is not None:
+        architecture["architectures"] = [
+            type(getattr(model, "_orig_mod", model)).__name__
+        ]  # which a model that was never saved does not say
     home = None if folder is None else Path(folder)
     tensors = {key: here(t) for key, t in state.tensors.items()}
     return Contents(type(model).__name__, layers, tensors, dict(state.extra), architecture, home)

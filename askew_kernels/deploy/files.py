@@ -285,6 +285,21 @@ class PackedFile:
             raise self._error("damaged metadata (layers and aliases do not fit the tensors)")
         if verify and _checksum(document, tensors, read.sums) != checksum:
             raise self._error("the checksum does not fit: the file was damaged or edited")
+        self._hold(tensors, layers, aliases, extra)
+
+    @classmethod
+    def of(cls, path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
+           aliases: Mapping[str, str]) -> PackedFile:  # fmt: skip
+        """The same of layers that stand elsewhere, checked as a file's own; raises as that does."""
+        new = cls.__new__(cls)
+        new.path = Path(os.fsdecode(path))
+        if wrong := next((name for name, kept in aliases.items() if kept not in tensors), None):
+            raise new._error(f"aliases: {wrong} is {aliases[wrong]}, which is not there")
+        new._hold(dict(tensors), dict(layers), aliases, {})
+        return new
+
+    def _hold(self, tensors: dict[str, Tensor], layers: dict[str, Any], aliases: Mapping[str, str],
+              extra: dict[str, Any]) -> None:  # fmt: skip
         self.stored = list(tensors)
         self.tensors: dict[str, Tensor] = tensors | {name: tensors[kept] for name, kept in aliases.items()}
         self.extra: dict[str, Any] = extra

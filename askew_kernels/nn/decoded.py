@@ -24,6 +24,7 @@ class DecodedWeight(Tensor):
     (nn.TransformerEncoderLayer in eval) call the layer instead. Writing to it is a RuntimeError."""
 
     layer: Any
+    _is_hf_initialized = True  # transformers' word for: draw nothing at random here
 
     @staticmethod
     def __new__(cls, layer: Any) -> DecodedWeight:

@@ -79,7 +79,11 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
         """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
         if self.training and self.config.forward == "relaxed":
             return self.weight
-        return self._eager_weight(self.weight.dtype) if self._ordinary() else self._functional_weight()
+        if not self._ordinary():
+            return self._functional_weight()
+        weight: Any = self._eager_weight(self.weight.dtype)
+        weight._is_hf_initialized = True  # transformers is not to draw random numbers into what is kept
+        return weight
 
 
 class AskewTransposedExperts(AskewExperts, TransposedExpertWeight):  # type: ignore[misc]

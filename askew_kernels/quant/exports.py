@@ -23,13 +23,17 @@ class Target:
 
 TARGETS = {
     "gguf:q8_0": Target(Uniform(8), 32, 32, "float16"),
+    "gguf:q6_k": Target(Uniform(6), 256, 256, "float16"),
+    "gguf:q5_0": Target(Uniform(5), 32, 32, "float16"),
     "gguf:q4_0": Target(Uniform(4), 32, 32, "float16"),
     "gguf:iq4_nl": Target(IQ4_NL, 32, 32, "float16"),
     "gguf:mxfp4": Target(FP4(), 32, 32, "float8_e8m0fnu"),
     "gguf:tq2_0": Target(Ternary(), 256, 256, "float16"),
     "gguf:tq1_0": Target(Ternary(), 256, 256, "float16"),
+    "gguf:q2_0": Target(Ternary(), 64, 64, "float16"),
     "gguf:q1_0": Target(Binary(), 128, 128, "float16"),
     **{f"compressed-tensors:{k}": Target(Uniform(k), 0, 128 if k < 8 else None, "bfloat16") for k in range(2, 9)},
+    **{f"metal:{k}": Target(Uniform(k), 32, 64, "bfloat16") for k in (2, 4, 8)},
     **{f"onnx:{k}": Target(Uniform(k), 32, 32, "float32") for k in (2, 4, 8)},
     **{f"torchao:{k}": Target(Uniform(k), 0, 32, "bfloat16") for k in range(2, 9)},
 }

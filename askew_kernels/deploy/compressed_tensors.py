@@ -1,0 +1,310 @@
+"""compressed-tensors: the folder that vLLM, SGLang and transformers load, with the levels that were trained.
+
+Of a layer ``weight_packed`` (int32), ``weight_scale`` (n, groups) and ``weight_shape`` stand in the file
+(pack-quantized), where its inputs are quantized ``weight`` (int8) instead (int-quantized). Bit i of code j of a row is
+bit ``bits j + i`` of its words, little end first, and a code is level + 2^(bits-1): the bytes of a packed layer of
+``Uniform(bits)``, padded to words. weight = level · scale, in the type of the scale.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..contract import row_bytes, unpack_codes
+from ..nn.kinds import KINDS
+from ..nn.packed import PackedLayer
+from ..quant import QuantConfig, Uniform
+from ..quant.packing import pack_codes
+from ..quant.scales import holds_scales
+from . import folders
+from .contents import Contents
+from .files import PackedFileError
+from .integers import integers, table
+
+METHOD = "compressed-tensors"
+PACKED, INT8 = "pack-quantized", "int-quantized"
+LINEAR = "Linear"  # the class, as targets name it
+KIND_NAMES = ("linear", "embedding")  # whose layers the package compresses
+HOLDER = "compressed-tensors files"
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape")
+FOREIGN = ("weight_zero_point", "weight_g_idx", "weight_global_scale")  # meanings that packed layers have not
+
+logger = logging.getLogger("askew_kernels")
+
+
+class Scheme(NamedTuple):
+    """How a layer stands in the file. group: weights that share a scale; None: a scale for each row. inputs: bits of
+    its inputs, whose scale is made for each token; None: they stay float."""
+
+    kind: str
+    bits: int
+    group: int | None
+    inputs: int | None
+
+    def to_dict(self, targets: list[str]) -> dict[str, Any]:
+        """A config group, as the package and vLLM read it."""
+        fixed = {"type": "int", "symmetric": True}
+        weights = fixed | {"num_bits": self.bits, "dynamic": False, "strategy": "group" if self.group else "channel"}
+        weights |= {"group_size": self.group} if self.group else {}
+        inputs = None if self.inputs is None else fixed | {
+            "num_bits": self.inputs, "dynamic": True, "strategy": "token"}  # fmt: skip
+        return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None,
+                "format": INT8 if inputs else PACKED}  # fmt: skip
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def scheme_of(layer: PackedLayer) -> Scheme:
+    """The narrowest that holds the layer. Raises ValueError where there is none."""
+    if layer.kind.name not in KIND_NAMES:
+        raise ValueError(f"{HOLDER} hold layers of the kinds {', '.join(KIND_NAMES)}, got {layer.kind.name}; name it "
+                         "in dense= to write it as floats")  # fmt: skip
+    inputs = layer.kind.input_grid(layer)
+    if inputs is not None and inputs not in (Uniform(8), Uniform(8, narrow=True)):
+        raise ValueError(f"{HOLDER} keep inputs of Uniform(8), got activation={inputs}")
+    (low, *_, high), _ = table(layer, HOLDER, inputs=True)
+    bits = next((k for k in range(2, 9) if -(2 ** (k - 1)) <= low and high < 2 ** (k - 1)), None)
+    if bits is None:
+        raise ValueError(f"{HOLDER} hold levels from -128 to 127, got {layer.config.weight}")
+    return Scheme(layer.kind.name, bits, layer.config.group_size, None if inputs is None else 8)
+
+
+def words(layer: PackedLayer, bits: int) -> Tensor:
+    """(n, ⌈cols bits / 32⌉) int32. Where the layer's codes are those of the format and fill whole words, a view of
+    them: nothing is copied."""
+    (low, *_, high), _ = table(layer, HOLDER, inputs=True)
+    half, codes = 2 ** (bits - 1), layer.weight_codes
+    if layer.bits != bits or low != -half or high - low + 1 != len(layer.config.weight.levels):
+        codes = pack_codes((integers(layer, HOLDER, inputs=True).levels + half).to(torch.uint8), bits)
+    if codes.shape[1] % 4 or codes.data_ptr() % 4:
+        codes = functional.pad(codes, (0, -codes.shape[1] % 4)).contiguous()
+    return codes.view(torch.int32)
+
+
+def compressed(layer: PackedLayer) -> dict[str, Tensor]:
+    """The tensors that stand for the layer's weight in a file. Raises ValueError where it does not fit."""
+    scheme, (_, factor) = scheme_of(layer), table(layer, HOLDER, inputs=True)
+    exact = layer.weight_scale.detach().to(torch.promote_types(layer.weight_dtype, torch.float32)) * factor
+    kept = str(layer.weight_dtype).removeprefix("torch.")
+    if layer.weight_dtype in (torch.bfloat16, torch.float16) and not holds_scales(exact, kept):
+        raise ValueError(f"weight_scale: readers keep scales in the model's type, and {kept} does not hold these; "
+                         f'train with for_export("{METHOD}:{scheme.bits}") or scale_dtype="{kept}"')  # fmt: skip
+    n = layer.shape[0]
+    scale = exact.to(layer.weight_dtype).reshape(-1, layer.cols // scheme.group if scheme.group else 1)
+    scale = scale.expand(n, -1).contiguous()  # one for the tensor serves every row
+    if scheme.inputs is not None:
+        return {"weight": integers(layer, HOLDER, inputs=True).levels.to(torch.int8), "weight_scale": scale}
+    shape = torch.tensor(layer.shape, dtype=torch.int64)
+    return {"weight_packed": words(layer, scheme.bits), "weight_scale": scale, "weight_shape": shape}
+
+
+@torch.no_grad()
+def export(contents: Contents, path: str | os.PathLike, *, architecture: str | None = None,
+           dense: Iterable[str] = ()) -> None:  # fmt: skip
+    """The folder ``path``: ``model.safetensors``, ``config.json`` and what lay beside the model (tokenizer). No package
+    is needed.
+
+    Linear layers and embeddings of integer levels from -128 to 127 fit, in the narrowest bits, with one scale for the
+    tensor (repeated), each channel or group, which the model's type must hold. Inputs quantized to Uniform(8) are kept
+    as dynamic 8 bits for each token, of which the readers make the scale: max|x| / 127.5 in the package, / 127 here
+    and in vLLM, so that outputs differ by roundings of the inputs. Raises PackedFileError naming the layer.
+    """
+    path, tensors, schemes = Path(path), dict(contents.tensors), dict[str, Scheme]()
+    for name, layer in contents.layers.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
+            tensors[folders.float_key(name, layer)] = layer.dequantize()
+            continue
+        try:
+            schemes[name] = scheme_of(layer)
+            tensors |= {f"{name}.{part}": t for part, t in compressed(layer).items()}
+        except ValueError as error:
+            raise contents.error(name, error) from None
+    changes = folders.settle_ties(contents, schemes, tensors)
+    if told := [name for name, scheme in schemes.items() if scheme.inputs]:
+        logger.warning("compressed-tensors: readers make the scales of quantized inputs (%d layers: %s, …), "
+                       "and the package's are max|x| / 127.5, those here max|x| / 127", len(told), told[0])  # fmt: skip
+    if told := [name for name, scheme in schemes.items() if scheme.kind == "embedding"]:
+        how = "from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))"
+        logger.warning("compressed-tensors: transformers loads packed embeddings (%s) by %s only", told[0], how)
+    path.mkdir()
+    folders.write_tensors(path, tensors)
+    folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
+
+
+def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignore`` names
+    every other matrix, so that no reader takes it for a quantized one."""
+    groups: dict[str, Any] = {}
+    for kind in KIND_NAMES:
+        of_kind = {name: scheme for name, scheme in schemes.items() if scheme.kind == kind}
+        found = list(dict.fromkeys(of_kind.values()))
+        for i, scheme in enumerate(found):
+            names = [name for name, other in of_kind.items() if other == scheme]
+            alone = kind == "linear" and len(found) == 1
+            groups[f"{kind}_{i}"] = scheme.to_dict([LINEAR] if alone else names)
+    formats = sorted({group["format"] for group in groups.values()})
+    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
+    return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed", "config_groups": groups, "kv_cache_scheme": None,
+            "global_compression_ratio": None, "ignore": [name for name in matrices if name not in schemes]}  # fmt: skip
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def is_one(path: str | os.PathLike) -> bool:
+    return folders.quantization_of(path, METHOD)
+
+
+def read(path: str | os.PathLike) -> Contents:
+    """A folder of symmetric integers of 2 to 8 bits as packed layers of Uniform(bits). Raises PackedFileError naming
+    the layer, FileNotFoundError."""
+    file = _File(path)
+    layers = {name: file.layer(name) for name in file.names}
+    own = {f"{name}.{part}" for name in layers for part in PARTS}
+    rest = {key: t for key, t in file.tensors.items() if key not in own}
+    architecture = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
+    return Contents(str(path), layers, rest, {}, architecture if "model_type" in architecture else None, file.path)
+
+
+def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
+    """As the package decompresses it; ImportError without it."""
+    try:
+        import compressed_tensors
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationScheme
+    except ImportError:
+        raise ImportError(
+            'reading with compressed-tensors needs it: pip install "askew_kernels[compressed-tensors]"'
+        ) from None
+    file = _File(path)
+    weights = folders.float_weights(file.tensors)
+    for name in file.names:
+        group = file.group(name)
+        compressor: Any = BaseCompressor.get_value_from_registry(group.get("format") or file.format)
+        found = compressor.decompress(file.parts(name), QuantizationScheme.model_validate(group))
+        weights[name] = found["weight"]
+    return weights, f"compressed-tensors {compressed_tensors.__version__}"
+
+
+class _File:
+    """A folder, its config groups, and which of them each layer follows."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.config = folders.read_json(self.path / folders.CONFIG)
+        told = self.config.get(folders.QUANTIZATION)
+        if not isinstance(told, dict) or told.get("quant_method") != METHOD:
+            raise PackedFileError(f"{path}: config.json names no quant_method {METHOD!r}")
+        groups, self.format = told.get("config_groups"), told.get("format")
+        if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+            raise PackedFileError(f"{path}: config_groups: expected groups by name, got {groups!r:.80}")
+        self.groups: dict[str, dict[str, Any]] = groups
+        self.tensors = folders.read_tensors(self.path)
+        self.names = [k.removesuffix(".weight_scale") for k in self.tensors if k.endswith(".weight_scale")]
+        if not self.names:
+            raise PackedFileError(f"{path}: no <name>.weight_scale, so no compressed layers")
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        found = {part: self.tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in self.tensors}
+        if wrong := next((part for part in FOREIGN if f"{name}.{part}" in self.tensors), None):
+            raise self.fail(name, f"{wrong}: a packed layer has none, its levels are symmetric and in their order")
+        if "weight_packed" not in found and "weight" not in found:
+            raise self.fail(name, "weight_packed and weight are missing")
+        return found
+
+    def fail(self, name: str, text: object) -> PackedFileError:
+        return PackedFileError(f"{self.path}: {name}: {text}")
+
+    def group(self, name: str) -> dict[str, Any]:
+        """The config group that the layer follows: that which has its name, or the only one that fits its sizes of
+        those that target more than other layers' names. Patterns of foreign files are not run."""
+        targets = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
+        named = [g for key, g in self.groups.items() if name in targets[key]]
+        wide = [g for key, g in self.groups.items() if any(target not in self.names for target in targets[key])]
+        fitting, why = [], "no config group has it as a target"
+        for g in named or wide:
+            try:
+                self._sizes(name, g)
+                fitting.append(g)
+            except PackedFileError as error:
+                why = str(error).removeprefix(f"{self.path}: {name}: ")
+        if not fitting:
+            raise self.fail(name, why)
+        if len({json.dumps({**g, "targets": []}, sort_keys=True) for g in fitting}) > 1:
+            raise self.fail(name, f"{len(fitting)} config groups fit its sizes, expected one")
+        return fitting[0]
+
+    def _sizes(self, name: str, group: Mapping[str, Any]) -> tuple[int, int, int, int | None]:
+        """(bits, n, cols, group size), after comparing them with the tensors."""
+        told, found = group.get("weights"), self.parts(name)
+        if not isinstance(told, dict):
+            raise self.fail(name, f"weights: expected how they are quantized, got {told!r:.80}")
+        bits, strategy, size = told.get("num_bits"), told.get("strategy"), told.get("group_size")
+        symmetric = told.get("type", "int") == "int" and told.get("symmetric", True) is True
+        if not symmetric or not isinstance(bits, int) or bits not in range(2, 9):
+            raise self.fail(name, f"weights: expected symmetric integers of 2 to 8 bits, got {told!r:.200}")
+        if "weight_packed" in found:
+            packed, shape = found["weight_packed"], found.get("weight_shape")
+            sizes = shape.tolist() if shape is not None and shape.dim() == 1 and shape.numel() == 2 else []
+            whole = shape is not None and not shape.is_floating_point() and sizes and sizes[1] >= 0
+            wanted = [sizes[0], -(-int(sizes[1]) * bits // 32)] if whole else None
+            if packed.dtype != torch.int32 or list(packed.shape) != wanted:
+                raise self.fail(name, f"weight_packed: expected int32 {wanted} for weight_shape {sizes} of {bits} "
+                                f"bits, got {packed.dtype} {list(packed.shape)}")  # fmt: skip
+        else:
+            packed = found["weight"]
+            sizes = list(packed.shape)
+            if packed.dtype != torch.int8 or len(sizes) != 2:
+                raise self.fail(name, f"weight: expected an int8 matrix, got {packed.dtype} {sizes}")
+        n, cols = sizes
+        if strategy == "group" and not (isinstance(size, int) and size > 0 and cols % size == 0):
+            raise self.fail(name, f"group_size: expected a divisor of {cols}, got {size!r:.80}")
+        groups = {"group": cols // size if strategy == "group" else 0, "channel": 1, "tensor": 0}.get(str(strategy))
+        wanted_scales = None if groups is None else [n, groups] if groups else [1]
+        if list(found["weight_scale"].shape) != wanted_scales:
+            raise self.fail(name, f"weight_scale: expected shape {wanted_scales} for strategy {strategy!r:.80}, got "
+                            f"{list(found['weight_scale'].shape)}")  # fmt: skip
+        return bits, n, cols, size if strategy == "group" else None
+
+    def layer(self, name: str) -> PackedLayer:
+        group, found = self.group(name), self.parts(name)
+        bits, n, cols, size = self._sizes(name, group)
+        grid, scale, inputs = Uniform(bits), found["weight_scale"], group.get("input_activations")
+        wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        if inputs is not None and not (isinstance(inputs, dict) and wanted.items() <= inputs.items()):
+            raise self.fail(name, f"input_activations: expected {wanted}, got {inputs!r:.200}")
+        if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise self.fail(name, f"weight_scale: expected float32, float16 or bfloat16, got {scale.dtype}")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise self.fail(name, "weight_scale: expected positive finite scales")
+        by = "per_group" if size else "per_tensor" if scale.dim() == 1 else "per_channel"
+        config = QuantConfig(grid, "absmax", by, size, activation=Uniform(8) if inputs else None)
+        embedding = "Embedding" in group["targets"] or any(
+            g is group and key.startswith("embedding") for key, g in self.groups.items()
+        )
+        kind = KINDS["embedding" if embedding else "linear"]
+        layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=scale.dtype,
+                                 dtype=scale.dtype)  # fmt: skip
+        layer.bias = None
+        layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), scale.reshape(-1)
+        return layer
+
+    def _codes(self, found: Mapping[str, Tensor], bits: int, cols: int) -> Tensor:
+        if "weight_packed" not in found:
+            return pack_codes((found["weight"].to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8), bits)
+        codes = found["weight_packed"].contiguous().view(torch.uint8)[:, : row_bytes(cols, bits)]
+        if bits * cols % 8 == 0:
+            return codes.contiguous()
+        return pack_codes(unpack_codes(codes.contiguous(), bits, cols), bits)  # bits after the last code are zeros

@@ -1,0 +1,258 @@
+"""GGUF files read as packed models, and decoded by the format's own libraries."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...nn.kinds import KINDS
+from ...nn.packed import PackedLayer
+from ...quant import QuantConfig
+from ..contents import Contents
+from ..files import FLOATS, PackedFileError
+from . import blocks
+from .architectures import ARCHITECTURES, Architecture, Names, completed, from_fields, last, rope_factors, rotary_rows
+from .blocks import BY_NUMBER
+from .container import KEY, VERSION, Container, TensorInfo, library, open_container
+
+
+@dataclass
+class _Source:
+    """A file that is understood: its header, its architecture, what it says under our own key."""
+
+    container: Container
+    architecture: Architecture | None
+    names: Names
+    config: dict[str, Any] | None
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+    floats: list[str] = field(default_factory=list)  # layers that are floats for the model, though stored as blocks
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def error(self, name: str, text: object) -> PackedFileError:
+        return PackedFileError(f"{self.container.path}: {name}: {text}")
+
+    def place(self, info: TensorInfo) -> tuple[str, str]:
+        """(module, leaf) of a tensor, by our names."""
+        module, _, leaf = info.name.rpartition(".")
+        return (self.names.ours(module), leaf) if module else ("", leaf)
+
+    def rows(self, info: TensorInfo) -> Tensor | None:
+        """Where our rows stand in the file."""
+        module = info.name.rpartition(".")[0]
+        if not info.shape:
+            return None
+        found = rotary_rows(self.architecture, self.config or {}, module, info.shape[0])
+        return None if found is None else torch.argsort(found)
+
+    def described(self, name: str, info: TensorInfo) -> tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]:
+        """(kind, shape, type, geometry) of a packed layer: what the file says, if it fits, or what the tensor tells."""
+        embedding = self.architecture is not None and name == self.names.prefix + self.architecture.embedding
+        d = self.layers.get(name, {})
+        kind, shape = d.get("kind", "embedding" if embedding else "linear"), d.get("shape", list(info.shape))
+        dtype, geometry = d.get("dtype", "float32"), d.get("geometry", {})
+        sound = kind in KINDS and dtype in FLOATS and isinstance(geometry, dict) and isinstance(shape, list)
+        if not sound or not all(type(n) is int and n > 0 for n in shape) or len(shape) != KINDS[kind].dims:
+            raise ValueError(f"its description does not fit a packed layer: {d or info.shape!r:.200}")
+        if (shape[0], int(np.prod(shape[1:], dtype=object))) != info.shape:
+            raise ValueError(f"a matrix of {info.shape} is no weight of {shape}")
+        return kind, tuple(shape), getattr(torch, dtype), geometry
+
+
+def _open(path: str | os.PathLike) -> _Source:
+    container = open_container(path)
+    fields = container.fields
+    if fields.get("split.count", 0) not in (0, 1):
+        raise PackedFileError(
+            f"{container.path}: one of {fields['split.count']} parts; merge them first (llama-gguf-split)"
+        )
+    named = fields.get("general.architecture")
+    architecture = ARCHITECTURES.get(named) if isinstance(named, str) else None
+    said = _said(container)
+    prefix = said.get("prefix", architecture.prefix if architecture else "")
+    try:
+        config = None if architecture is None else said.get("config") or from_fields(architecture, fields)
+        complete = None if architecture is None or config is None else completed(architecture, config)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise PackedFileError(f"{container.path}: {error}") from None
+    source = _Source(container, architecture, Names(architecture, prefix), complete)
+    source.layers, source.ties = said.get("layers", {}), said.get("ties", {})
+    source.extra, source.floats = said.get("extra", {}), said.get("floats", [])
+    return source
+
+
+def _said(container: Container) -> dict[str, Any]:
+    """What stands under our own key, its shapes checked; {} where it does not."""
+    if KEY not in container.fields:
+        return {}
+    try:
+        said = json.loads(container.fields[KEY])
+        wrong = [key for key in ("layers", "ties", "extra", "config") if not isinstance(said.get(key) or {}, dict)]
+        if said["version"] != VERSION or wrong or not isinstance(said.get("prefix", ""), str):
+            raise ValueError(f"{wrong or said['version']!r:.80}")
+        if not all(isinstance(d, dict) for d in said.get("layers", {}).values()):
+            raise ValueError("layers")
+        if not all(isinstance(d, str) for d in [*said.get("ties", {}).values(), *said.get("floats", [])]):
+            raise ValueError("ties")
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise PackedFileError(f"{container.path}: {KEY}: damaged ({type(error).__name__}: {error})") from None
+    return said
+
+
+@torch.no_grad()
+def read(path: str | os.PathLike) -> Contents:
+    """Blocks of the types that hold levels of ours as packed layers with the same weights, bit for bit; F32, F16, BF16,
+    F64 and integers as tensors; under the names of transformers where the architecture is known.
+
+    A block's scale is positive here: a tensor that has blocks with d < 0 gets the next wider grid that holds its levels
+    turned around (Uniform(5) for Q4_0). Raises FileNotFoundError, and PackedFileError for damage, for types that mix
+    scales within a block (the K-quants and others), and for blocks that no grid holds.
+    """
+    source = _open(path)
+    layers: dict[str, PackedLayer] = {}
+    tensors: dict[str, Tensor] = {}
+    for info in source.container.tensors.values():
+        module, leaf = source.place(info)
+        key = f"{module}.{leaf}" if module else leaf
+        try:
+            if info.number in BY_NUMBER:
+                if leaf != "weight" or not module:
+                    raise ValueError(f"{info.type_name} blocks, where a weight is expected under a name")
+                layers[module] = _layer(source, module, info)
+            else:
+                tensors[key] = _tensor(source, module, leaf, info)
+        except PackedFileError:
+            raise
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            raise source.error(info.name, error) from None
+    _tie(source, layers, tensors)
+    for name in source.floats:
+        if name in layers:
+            tensors[f"{name}.weight"] = layers.pop(name).dequantize()
+    factors = None if source.architecture is None else rope_factors(source.config or {})
+    if factors is not None and torch.equal(tensors.get("rope_freqs.weight", torch.empty(0)), factors):
+        del tensors["rope_freqs.weight"]  # made of the config
+    return Contents(str(path), layers, tensors, source.extra, source.config, None)
+
+
+def _layer(source: _Source, name: str, info: TensorInfo) -> PackedLayer:
+    kind, shape, dtype, geometry = source.described(name, info)
+    t = BY_NUMBER[info.number]
+    data = source.container.bytes_of(info).reshape(info.shape[0], -1)
+    if (rows := source.rows(info)) is not None:
+        data = data[rows.numpy()]
+    found = blocks.decoded(t, data)
+    config = QuantConfig(found.grid, granularity="per_group", group_size=t.group, scale_dtype=t.scales.name)
+    like = KINDS[kind].of_shape(shape, False, geometry=geometry)
+    options = {"config": config, "trits": t.trits, "scale_dtype": found.scale.dtype, "dtype": dtype}
+    layer: PackedLayer = KINDS[kind].packed.like(like, **options)
+    if layer.weight_codes.shape != found.codes.shape or layer.weight_scale.shape != found.scale.shape:
+        raise ValueError(f"a matrix of {info.shape} is no weight of {shape} with the geometry {geometry!r:.80}")
+    layer.bias = None
+    layer.weight_codes, layer.weight_scale = found.codes, found.scale
+    return layer
+
+
+def _tensor(source: _Source, module: str, leaf: str, info: TensorInfo) -> Tensor:
+    t, a = source.container.tensor(info), source.architecture
+    if (rows := source.rows(info)) is not None:
+        t = t[rows]
+    if a is not None:
+        if a.plus_one and last(info.name.rpartition(".")[0]).endswith("norm"):
+            t = t - 1
+        if leaf == "weight" and a.transposed and module.endswith(a.transposed):
+            t = t.t().contiguous()
+    return t
+
+
+def _tie(source: _Source, layers: dict[str, PackedLayer], tensors: dict[str, Tensor]) -> None:
+    """Puts what the file holds once in all its places."""
+    a, ties = source.architecture, dict(source.ties)
+    if a is not None:
+        first = source.names.prefix + a.embedding
+        for head in a.heads:
+            if head not in layers and f"{head}.weight" not in tensors:
+                ties.setdefault(*((head, first) if first in layers else (f"{head}.weight", f"{first}.weight")))
+    for name, first in ties.items():
+        if first in layers and name not in layers:
+            like = layers[first]
+            kind = source.layers.get(name, {}).get("kind", "linear")
+            if kind not in KINDS or KINDS[kind].dims != len(like.shape):
+                raise source.error(name, f"a layer of the kind {kind!r:.40} cannot be one with {first}")
+            options = {"config": like.config, "trits": like.trits, "scale_dtype": like.weight_scale.dtype,
+                       "dtype": like.weight_dtype}  # fmt: skip
+            layer = layers[name] = KINDS[kind].packed.like(KINDS[kind].of_shape(like.shape, False), **options)
+            layer.bias = None
+            layer.weight_codes, layer.weight_scale = like.weight_codes, like.weight_scale
+        elif first in tensors and name not in tensors:
+            tensors[name] = tensors[first]
+        elif first not in layers and first not in tensors:
+            raise source.error(name, f"is one with {first:.80}, which is not there")
+
+
+# ---- checking --------------------------------------------------------------------------------------------------------
+
+
+def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
+    """({layer: its weight, float32, in the shape and the order that it has here}, by whom): the package ``gguf``, and
+    ggml as ``llama-cpp-python`` brings it for types that ``gguf`` knows but does not decode (Q1_0).
+
+    Raises as ``read``; ImportError where a package is missing."""
+    source, gguf = _open(path), library()
+    weights: dict[str, Tensor] = {}
+    said = f"gguf {metadata.version('gguf')}"
+    for t in gguf.GGUFReader(path).tensors:
+        info = source.container.tensors[t.name]
+        if info.number not in BY_NUMBER:
+            continue
+        try:
+            w = gguf.dequantize(t.data, t.tensor_type)
+        except NotImplementedError:
+            w, version = by_ggml(BY_NUMBER[info.number], np.ascontiguousarray(t.data))
+            said = f"{said.partition(',')[0]}, llama-cpp-python {version}"
+        weight = torch.from_numpy(np.array(w, np.float32)).reshape(info.shape)
+        rows, name = source.rows(info), source.place(info)[0]
+        try:
+            shape = source.described(name, info)[1]
+        except ValueError as error:
+            raise source.error(info.name, error) from None
+        weights[name] = (weight if rows is None else weight[rows]).reshape(shape)
+    a = source.architecture
+    heads = {h: source.names.prefix + a.embedding for h in a.heads if h not in weights} if a else {}
+    for name, first in (heads | source.ties).items():
+        if first in weights:
+            weights[name] = weights[first]
+    return {name: w for name, w in weights.items() if name not in source.floats}, said
+
+
+@cache
+def _ggml() -> tuple[Any, str]:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise ImportError(f"gguf does not decode Q1_0, ggml does: pip install llama-cpp-python ({error})") from None
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    found = sorted(p for p in folder.iterdir() if re.fullmatch(r"(lib)?ggml-base\.(so|dylib|dll)", p.name))
+    if not found:
+        raise ImportError(f"no ggml-base in {folder}")
+    return ctypes.CDLL(str(found[0])), llama_cpp.__version__
+
+
+def by_ggml(t: blocks.BlockType, data: np.ndarray) -> tuple[np.ndarray, str]:
+    """(weights of (n, row bytes), version)."""
+    ggml, version = _ggml()
+    w = np.empty((len(data), data.shape[1] // t.size * t.block), np.float32)
+    pointers = (a.ctypes.data_as(ctypes.c_void_p) for a in (data, w))
+    getattr(ggml, f"dequantize_row_{t.name.lower().replace('_k', '_K')}")(*pointers, ctypes.c_int64(w.size))
+    return w, version
