@@ -762,6 +762,34 @@ def test_conv1d_of_transformers():
     assert type(model[0]) is Conv1D and torch.equal(model[0].weight, weight) and model[0].weight.is_contiguous()
 
 
+def test_a_weight_of_experts_is_not_computed_otherwise():
+    from torch.nn.utils import parametrize
+
+    for model in (ak.quantize_(Mixture()), ak.pack_(ak.hard_quantize_(ak.quantize_(Mixture())))):
+        with torch.no_grad():
+            want = model(TOKENS)
+        with pytest.raises((RuntimeError, ValueError), match="up"):
+            parametrize.register_parametrization(model.experts, "up", nn.Identity())
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS), want) and set(model.experts._modules) == {"up", "down"}
+
+
+def test_conv1d_is_searched():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(Conv1D(12, 8), nn.Tanh(), nn.Linear(12, 4))
+    profile = trace(model, TOKENS)
+    assert [(p.kind, p.macs, p.rows) for p in profile.layers.values()] == [
+        ("transposed_linear", 96, 12), ("linear", 48, 4)
+    ]  # fmt: skip
+    policy = search_policy(
+        model, [(TOKENS, torch.zeros(()))], lambda y, _: y.square().mean(), weight_bits=(2, 4), act_bits=(8,), steps=2,
+        progress=False,
+    )  # fmt: skip
+    assert type(model[0]) is Conv1D and policy.weight_bits["0"] in (2, 4)
+    ak.quantize_(model, policy)
+    assert ak.nn.quantized_layers(model)["0"].config.weight == Uniform(policy.weight_bits["0"])
+
+
 def test_shards_of_a_transposed_weight_are_refused():
     from types import SimpleNamespace as Fake
 

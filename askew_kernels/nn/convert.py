@@ -41,8 +41,11 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     Parameters stay the same objects under the same names; hooks, flags and attributes of a replaced layer go on. A
     layer that is quantized already is quantized anew where its configuration differs.
 
-    Other weights of two and more dimensions (nn.MultiheadAttention, Conv1D of transformers, experts in one parameter)
-    stay float: one line of the logger ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
+    Linear layers are Conv1D of transformers, too. Weights of experts in one Parameter of three dimensions get a layer
+    of the Parameter's name each (``experts.EXPERTS`` says of which classes); their module keeps the Parameter.
+
+    Other weights of two and more dimensions (nn.MultiheadAttention, a router's) stay float: one line of the logger
+    ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
     TypeError/ValueError before anything is replaced: for an unknown kind, a pattern that matches no layer, and, naming
     the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
     """

@@ -154,6 +154,14 @@ class Holder(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """RuntimeError for a weight of experts: what computes it from another tensor, as parametrizations and peft's
+        ``target_parameters`` do, would go past its quantization."""
+        if isinstance(self._modules.get(name), ExpertWeight):
+            raise RuntimeError(f"{name}: is quantized, its module cannot compute it otherwise (a parametrization, an "
+                               "adapter of target_parameters); call dequantize_(model) or unpack_(model) first")  # fmt: skip
+        super().__delattr__(name)
+
     def _layers(self) -> dict[str, Any]:
         """Those whose Parameter is this module's."""
         return {n: m for n, m in self._modules.items() if isinstance(m, ExpertWeight) and n in self._parameters}
@@ -185,7 +193,7 @@ class Holder(nn.Module):
 def expert_weights(module: nn.Module) -> dict[str, ExpertWeight]:
     """{name: float layer} of the Parameters of ``module`` that are weights of experts and have no layer yet; the layers
     are not part of it."""
-    cls = type(module).__name__
+    cls = vars(type(module)).get("base", type(module)).__name__
     pattern = next((pattern for pattern in EXPERTS if fnmatch.fnmatchcase(cls, pattern)), None)
     if pattern is None or isinstance(module, (ExpertWeight, PackedLayer)):
         return {}
