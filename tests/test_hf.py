@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +24,7 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.__main__ import main
 from askew_kernels.deploy import hf
 from askew_kernels.deploy.contents import contents_of
 from askew_kernels.deploy.export import compare, export_packed
@@ -112,7 +116,7 @@ def test_packed_models_come_back(family, kinds, tmp_path):
     model, inputs = packed(family, kinds)
     y = outputs(model, inputs)
     contents = export_packed(model, tmp_path / "exported", "transformers")
-    hf.attach(model).save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
     for folder in (tmp_path / "exported", tmp_path / "saved"):
         other = loaded(type(model), folder)
         assert same(outputs(other, inputs), y)
@@ -159,7 +163,7 @@ def test_shards_device_maps_and_auto_classes(tmp_path):
     pytest.importorskip("accelerate")
     model, _ = packed("llama-tied", ("linear", "embedding"))
     model.generation_config.max_new_tokens = 3
-    hf.attach(model).save_pretrained(tmp_path / "out", max_shard_size="4KB")
+    model.save_pretrained(tmp_path / "out", max_shard_size="4KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     other = loaded(t.AutoModelForCausalLM, tmp_path / "out", device_map="cpu")
     assert same(outputs(other), outputs(model)) and other.generation_config.max_new_tokens == 3
@@ -198,7 +202,7 @@ def test_an_exported_folder_is_a_packed_file_too(tmp_path):
 @every_family
 def test_models_in_training_come_back(family, kinds, tmp_path):
     model, inputs = quantized(family, kinds)
-    hf.attach(model).save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     other = loaded(type(model), tmp_path / "out")
     assert same(outputs(other, inputs), outputs(model, inputs)) and other.hf_quantizer.is_qat_trainable
     for name, layer in ak.nn.quantized_layers(model).items():
@@ -281,7 +285,7 @@ def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path):
 
 def test_saving_says_what_the_model_is_now(tmp_path):
     model, _ = quantized("llama")
-    hf.attach(model).save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")
     other = copy.deepcopy(model)
     ak.pack_(ak.hard_quantize_(other))
     other.save_pretrained(tmp_path / "b")
@@ -297,7 +301,7 @@ def test_saving_says_what_the_model_is_now(tmp_path):
 def test_dequantize_gives_a_plain_model(make, tmp_path):
     model, _ = make("llama")
     y = outputs(model)["logits"]
-    plain = hf.attach(model).dequantize()
+    plain = model.dequantize()
     assert not plain.is_quantized and type(plain.lm_head) is nn.Linear
     assert torch.allclose(outputs(plain)["logits"], y, atol=1e-6)
 
@@ -381,8 +385,47 @@ def test_wrong_arguments():
         contents_of(model)
 
 
+def test_random_bytes_are_errors_or_say_something_valid(tmp_path):
+    model, _ = packed("llama")
+    export_packed(model, tmp_path / "out", "transformers")
+    numbers = random.Random(0)
+    for _ in range(150):
+        shutil.copytree(tmp_path / "out", tmp_path / "bad", dirs_exist_ok=True)
+        file = tmp_path / "bad" / numbers.choice(["config.json", "model.safetensors"])
+        data = bytearray(file.read_bytes())
+        data[numbers.randrange(min(len(data), 3000))] = numbers.randrange(256)
+        file.write_bytes(bytes(data))
+        with contextlib.suppress(PackedFileError):
+            hf.read(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "bert-base", "t5", "vit", "mixtral"])
+def test_the_command_line_verifies_a_file_beside_a_config_without_architectures(family, tmp_path, capsys):
+    model, _ = packed(family, EVERY_KIND)
+    model.config.architectures = None
+    model.config.save_pretrained(tmp_path / "in")
+    ak.save_packed(model, tmp_path / "in" / "packed.safetensors")
+    given = ["export", str(tmp_path / "in" / "packed.safetensors"), "--out", str(tmp_path / "out"), "--verify"]
+    assert main([*given, "--to", "transformers"]) == 0, capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    if family == "llama":
+        assert main([*given, "--to", "compressed-tensors", "--overwrite"]) == 0, capsys.readouterr()
+
+
+def test_what_lay_beside_a_loaded_model_goes_along(tmp_path):
+    folder = float_folder(tmp_path / "float", "llama")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    model = ak.quantize_(t.AutoModelForCausalLM.from_pretrained(folder), CONFIG)
+    export_packed(ak.pack_(ak.hard_quantize_(model)), tmp_path / "out", "transformers")
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and (tmp_path / "out" / "generation_config.json").is_file()
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
+    assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_a_folder_in_training_is_no_packed_model(tmp_path):
     model, _ = quantized("llama")
-    hf.attach(model).save_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "out")
     with pytest.raises(PackedFileError, match="in training"):
         hf.read(tmp_path / "out")

@@ -25,6 +25,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
               "generation_config.json", "preprocessor_config.json", "processor_config.json", "chat_template*",
               "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json")  # fmt: skip
+PARTS = "[0-9]_*"  # folders of what sentence-transformers puts behind the model
 QUANTIZATION = "quantization_config"
 
 
@@ -91,6 +92,8 @@ def write_config(
         for file in sorted(contents.folder.iterdir()):
             if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in COMPANIONS):
                 shutil.copyfile(file, path / file.name)
+            elif file.is_dir() and fnmatchcase(file.name, PARTS):
+                shutil.copytree(file, path / file.name)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from ..nn.kinds import KINDS
 from ..quant import QuantConfig
 from .contents import Contents
 from .files import FLOATS, PackedFileError
+from .folders import float_key
 from .integers import packed_layer
 
 KEY = "askew_kernels"  # of the metadata
@@ -388,7 +389,7 @@ def _document(graph: _Graph) -> dict[str, Any] | None:
 
 def _described_tensors(graph: _Graph, document: dict[str, Any], packed: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """By the keys of the state_dict; what is one in the file is one in memory."""
-    weights = {f"{name}.weight": layer for name, layer in packed.items()}
+    weights = {float_key(name, layer): layer for name, layer in packed.items()}
     known: dict[tuple[str, str], Tensor] = {}
     for key, said in document["tensors"].items():
         try:
@@ -493,7 +494,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     for name, (node, place, _) in _layers(graph, _document(graph)).items():
         weight = _evaluated(graph, node)
         weight = weight.t() if place.across else weight
-        weights[name] = weight.reshape(place.shape or weight.shape).contiguous()
+        weights[name] = KINDS[place.kind].form.weight(weight, place.shape or weight.shape).contiguous()
     import onnxruntime
 
     return weights, f"onnxruntime {onnxruntime.__version__}"

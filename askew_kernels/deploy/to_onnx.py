@@ -32,6 +32,7 @@ from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
 from .contents import Contents, write_contents
 from .files import PackedFileError, load_packed
+from .folders import float_key
 from .from_onnx import CONTRIB, GATHERS, KEY, LIMIT, MULTIPLIES, VERSION, dequantized, is_one, library, read
 from .integers import integers, table
 from .onnx_layouts import HOLDER, Blocks, blocks_of
@@ -78,16 +79,17 @@ def _integer_type(layer: Any, opset: int) -> str:
 
 
 def _levels(layer: PackedLayer, opset: int) -> tuple[dict[str, Part], dict[str, Any]]:
-    """({last name: initialiser}, attributes of DequantizeLinear); groups want the weight as a matrix."""
+    """({last name: initialiser}, attributes of DequantizeLinear); groups and experts want the weight as a matrix."""
     levels, scale, _, _ = integers(layer, HOLDER, inputs=True)
     kind, (n, groups) = _integer_type(layer, opset), scale.shape
     bits = int(kind[-1])
     data = pack_codes((levels.cpu().flatten()[None] & (2**bits - 1)).to(torch.uint8), bits).numpy().tobytes()
     scale = scale.float()
+    shape = tuple(layer.shape) if groups == 1 and not layer.form.stacked else tuple(levels.shape)
     if groups > 1:
-        shape, attributes = tuple(levels.shape), {"axis": 1, "block_size": layer.cols // groups}
+        attributes = {"axis": 1, "block_size": layer.cols // groups}
     else:
-        shape, attributes = tuple(layer.shape), {} if n == 1 else {"axis": 0}
+        attributes = {} if n == 1 else {"axis": 0}
         scale = scale.reshape(() if n == 1 else n)
     return {"weight_levels": Part(kind, shape, data), "weight_scale": Part.of(scale)}, attributes
 
@@ -239,25 +241,27 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     if type(accuracy_level) is not int or not 0 <= accuracy_level <= 4:
         raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r:.80}")
     onnx = library("export_onnx")
-    plain = as_linear_(copy.deepcopy(model))
-    descriptions = {name: layer.description() for name, layer in packed_layers(plain).items()}
-    plain.float().eval()
+    originals = packed_layers(model)
+    plain = as_linear_(copy.deepcopy(model)).float().eval()
     layers = packed_layers(plain)
     if not layers:
         raise ValueError("model: has no packed layers; call pack_(model) first")
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
     unpack_(plain, force=True)  # what quantizes inputs comes back below
-    keys = {key for key in plain.state_dict() if key not in {f"{name}.weight" for name in held}}
+    weights = {name: float_key(name, layer) for name, layer in layers.items()}
+    keys = plain.state_dict().keys() - {weights[name] for name in held}
     reached: set[str] = set()
     for name, packed in layers.items():
+        if packed.kind.held:
+            continue
         layer = plain.get_submodule(name)
         _as_written(layer, packed, blocks.get(name), accuracy_level)
         layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
     if blocks:
         options = options | {"custom_opsets": {CONTRIB: 1} | options.get("custom_opsets", {})}
     made = _traced(plain, example, options)
-    writer = _Writer(made.graph, plain.state_dict(), held, blocks, opset)
+    writer = _Writer(made.graph, plain.state_dict(), held, weights, blocks, opset)
     lost = [name for name in held if name in reached and writer.integers(name) is None]
     if lost:
         raise ValueError(f"{lost[0]}: its weight is not in the exported graph")
@@ -270,12 +274,13 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     made.graph.input.extend(others)
     next(o for o in made.opset_import if o.domain in ("", "ai.onnx")).version = opset
     made.ir_version = IR_VERSIONS[opset]
-    types = {f"{name}.weight": d["dtype"] for name, d in descriptions.items()}
-    types |= {k: str(t.dtype).removeprefix("torch.") for k, t in model.state_dict().items() if isinstance(t, Tensor)}
+    dtypes = {weights[name]: layer.weight_dtype for name, layer in originals.items()}
+    dtypes |= {key: t.dtype for key, t in model.state_dict().items() if isinstance(t, Tensor)}
+    types = {key: str(dtype).removeprefix("torch.") for key, dtype in dtypes.items()}
     document = {
         "version": VERSION,
-        "layers": {name: descriptions[name] | {"integers": names} for name in layers
-                   if (names := writer.integers(name)) is not None},
+        "layers": {name: layer.description() | {"integers": names} for name, layer in originals.items()
+                   if name in held and (names := writer.integers(name)) is not None},
         "tensors": {key: [place, types[key]] for key in sorted(keys & types.keys())
                     if (place := writer.place_or_value(key)) is not None},
         "architecture": architecture,
@@ -290,13 +295,13 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
 class _Writer:
     """What takes the place of the inputs of a graph that are tensors of the state_dict."""
 
-    def __init__(self, graph: Any, state: dict[str, Tensor], layers: dict[str, Any], blocks: dict[str, Blocks],
-                 opset: int) -> None:  # fmt: skip
-        self.graph, self.state, self.blocks = graph, state, blocks
+    def __init__(self, graph: Any, state: dict[str, Tensor], layers: dict[str, Any], weights: dict[str, str],
+                 blocks: dict[str, Blocks], opset: int) -> None:  # fmt: skip
+        self.graph, self.state, self.layers, self.weights, self.blocks = graph, state, layers, weights, blocks
         self.wanted = [i.name for i in graph.input if i.name in state]
         self.keys = {name: Part.of(t).key() for name, t in state.items()}  # what a tensor has in common with its equals
         self.places = {self.keys[name]: name for name in reversed(self.wanted)}
-        owners = {self.keys[f"{name}.weight"]: name for name in reversed(layers)}  # the first of equals
+        owners = {self.keys[weights[name]]: name for name in reversed(layers)}  # the first of equals
         self.owner = {key: owners[self.keys[key]] for key in self.wanted if self.keys[key] in owners}
         self.stored = {name: _levels(layers[name], opset) for name in dict.fromkeys(self.owner.values())}
         self.equal = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Identity" and n.input[0] in state}
@@ -313,13 +318,13 @@ class _Writer:
             data, scale = (self.places.get(self.keys[f"{name}.weight_{part}"]) for part in ("data", "scale"))
             if data and scale and (data, scale) in self.taken:
                 return data, scale
-        owner = self.owner.get(self.places.get(self.keys[f"{name}.weight"], ""))
+        owner = self.owner.get(self.places.get(self.keys[self.weights[name]], ""))
         return None if owner is None else (f"{owner}.weight_levels", f"{owner}.weight_scale")
 
     def place(self, key: str) -> str | None:
         """The input that a tensor of the state_dict is; the weight of a layer, where it is that."""
         place = self.places.get(self.keys[key])
-        return f"{self.owner[place]}.weight" if place in self.owner else place
+        return self.weights[self.owner[place]] if place in self.owner else place
 
     def place_or_value(self, key: str) -> str | Any:
         """Where a tensor is, or the numbers of a few that are not in the graph, as BatchNorm's count of batches."""
@@ -329,9 +334,13 @@ class _Writer:
     def tensors(self) -> list[Any]:
         parts = {key: Part.of(self.state[key]) for key in self.wanted if key not in self.owner}
         parts |= {f"{name}.{last}": part for name, (found, _) in self.stored.items() for last, part in found.items()}
-        parts |= {f"{key}_shape": Part.of(torch.tensor(self.state[key].shape)) for key in self.owner
-                  if self._in_matrix(key)}  # fmt: skip
+        parts |= {f"{key}_shape": Part.of(torch.tensor(self._shape(key))) for key in self.owner if self._in_matrix(key)}
         return [_tensor(name, part) for name, part in parts.items()]
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        """Of a weight, the outputs before the inputs."""
+        shape = tuple(self.state[key].shape)
+        return (*shape[:-2], shape[-1], shape[-2]) if self.layers[self.owner[key]].form.transposed else shape
 
     def _in_matrix(self, key: str) -> bool:
         return self.stored[self.owner[key]][0]["weight_levels"].shape != tuple(self.state[key].shape)
@@ -342,11 +351,14 @@ class _Writer:
         nodes = []
         for key, name in self.owner.items():
             inputs = [f"{name}.{last}" for last in ("weight_levels", "weight_scale")]
-            out = f"{key}_matrix" if self._in_matrix(key) else key
-            title = f"{key.removesuffix('.weight')}.dequantize"
+            matrix, across = self._in_matrix(key), self.layers[name].form.transposed
+            out, title = f"{key}_matrix" if matrix else key, f"{key.removesuffix('.weight')}.dequantize"
             nodes.append(helper.make_node("DequantizeLinear", inputs, [out], title, **self.stored[name][1]))
-            if out != key:
-                nodes.append(helper.make_node("Reshape", [out, f"{key}_shape"], [key]))
+            if matrix:
+                shaped = f"{key}_transpose" if across else key
+                nodes.append(helper.make_node("Reshape", [out, f"{key}_shape"], [shaped]))
+                if across:
+                    nodes.append(helper.make_node("Transpose", [shaped], [key], perm=[0, 2, 1]))
         for node in self.graph.node:  # an initialiser stands where it is used
             for i, name in enumerate(node.input):
                 node.input[i] = self._named(name)
@@ -375,7 +387,7 @@ def _class(contents: Contents, config: Any, given: str | None) -> Any:
         if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
             raise contents.error("architecture", f"transformers {transformers.__version__} has no model {given!r:.80}")
         return cls._from_config
-    keys = contents.tensors.keys() | {f"{name}.weight" for name in contents.layers}
+    keys = contents.tensors.keys() | {float_key(name, layer) for name, layer in contents.layers.items()}
     for auto in (getattr(transformers, name) for name in sorted(dir(transformers)) if name.startswith("AutoModel")):
         with contextlib.suppress(ValueError, ImportError, AttributeError), torch.device("meta"):
             if auto.from_config(config).state_dict().keys() == keys:

@@ -159,7 +159,7 @@ class Holder(nn.Module):
         ``target_parameters`` do, would go past its quantization."""
         if isinstance(self._modules.get(name), ExpertWeight):
             raise RuntimeError(f"{name}: is quantized, its module cannot compute it otherwise (a parametrization, an "
-                               "adapter of target_parameters); call dequantize_(model) or unpack_(model) first")  # fmt: skip
+                               "adapter of target_parameters); call dequantize_ or unpack_ first")  # fmt: skip
         super().__delattr__(name)
 
     def _layers(self) -> dict[str, Any]:

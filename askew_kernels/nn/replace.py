@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds that this torch has, and their flags
+WATCHERS: list[Callable[[nn.Module], None]] = []  # are told of a model in which modules were replaced
 TENSORS = ("_parameters", "_buffers", "_modules")
 MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
                   "remove_spectral_norm or prune.remove")  # fmt: skip
@@ -152,3 +153,5 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         setattr(parent, child, module)
         if child == "_orig_mod" and hasattr(parent, "_initialize"):  # torch.compile's wrapper keeps the old one's call
             parent._initialize()  # type: ignore[operator]
+    for watcher in WATCHERS:
+        watcher(model)

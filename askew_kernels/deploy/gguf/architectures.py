@@ -45,6 +45,9 @@ class Architecture:
     transposed: tuple[str, ...] = ()  # modules whose float weight is (inputs, outputs)
     floats: tuple[str, ...] = ()  # modules that llama.cpp reads as float32
     one: bool = False  # the head is the embedding, it has no place of its own
+    split: dict[str, tuple[str, ...]] = field(default_factory=dict)  # {a weight: what each part of its rows is there}
+    parameters: tuple[str, ...] = ()  # names of weights that are no modules
+    mark: str = ""  # the key that tells it from another of the same name
     same: tuple[tuple[str, str], ...] = ()  # numbers of a config that llama.cpp takes to be one
     unused: tuple[str, ...] = ()  # patterns of modules for which llama.cpp has no place and no use
     window: bool = False  # whether a sliding window has a key; without, the context ends where it would begin
@@ -80,14 +83,27 @@ def _decoder(name: str, model_types: tuple[str, ...], layer: dict[str, str], **o
     return Architecture(name, model_types, names, {"lm_head": "output"}, "embed_tokens", **options)
 
 
+_EXPERTS = {"mlp.gate": "ffn_gate_inp", "mlp.experts.gate_up_proj": "ffn_gate_up_exps",
+            "mlp.experts.down_proj": "ffn_down_exps"}  # fmt: skip
+_MIXTURE: dict[str, Any] = {
+    "split": {"ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}, "mark": "expert_count",
+    "parameters": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "floats": ("ffn_gate_inp",),
+}  # fmt: skip
+_EXPERT_KEYS = (Key("expert_count", "num_local_experts"), Key("expert_used_count", "num_experts_per_tok"))
+_ROTARY = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
 _GEMMA_2 = (*_LLAMA, Key("attn_logit_softcapping", "attn_logit_softcapping", float),
             Key("final_logit_softcapping", "final_logit_softcapping", float),
             Key("attention.sliding_window", "sliding_window"))  # fmt: skip
-ARCHITECTURES = {a.name: a for a in (
-    _decoder("llama", ("llama", "mistral"), _NORMS | _ATTENTION | _GATED,
-             rotary={"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}),
+ARCHITECTURES = {a.model_types[0]: a for a in (
+    _decoder("llama", ("mixtral",), _NORMS | _ATTENTION | _EXPERTS, keys=(*_LLAMA, *_EXPERT_KEYS), rotary=_ROTARY,
+             **_MIXTURE),
+    _decoder("llama", ("llama", "mistral"), _NORMS | _ATTENTION | _GATED, rotary=_ROTARY),
     _decoder("qwen2", ("qwen2",), _NORMS | _ATTENTION | _GATED),
     _decoder("qwen3", ("qwen3",), _NORMS | _ATTENTION | _QK_NORMS | _GATED),
+    _decoder("qwen3moe", ("qwen3_moe",), _NORMS | _ATTENTION | _QK_NORMS | _EXPERTS,
+             keys=(*_LLAMA, *_EXPERT_KEYS, Key("expert_feed_forward_length", "moe_intermediate_size")),
+             requires={**_SILU, "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+             **_MIXTURE),
     _decoder("gemma", ("gemma",), _NORMS | _ATTENTION | _GATED, requires=_GELU, plus_one=True,
              one=True),
     _decoder("gemma2", ("gemma2",), _FOUR_NORMS | _ATTENTION | _GATED, keys=_GEMMA_2, plus_one=True, one=True,
@@ -123,8 +139,19 @@ ARCHITECTURES = {a.name: a for a in (
 )}  # fmt: skip
 
 
+def by_name(name: str) -> Architecture | None:
+    """By its entry's name, or by llama.cpp's."""
+    return ARCHITECTURES.get(name) or next((a for a in ARCHITECTURES.values() if a.name == name), None)
+
+
 def by_model_type(model_type: str) -> Architecture | None:
     return next((a for a in ARCHITECTURES.values() if model_type in a.model_types), None)
+
+
+def of_fields(fields: Mapping[str, Any]) -> Architecture | None:
+    """Of a file's values; None where it is none of these."""
+    named = [a for a in ARCHITECTURES.values() if a.name == fields.get("general.architecture")]
+    return next((a for a in named if not a.mark or f"{a.name}.{a.mark}" in fields), None)
 
 
 @dataclass(frozen=True)

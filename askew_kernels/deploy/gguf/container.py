@@ -170,6 +170,8 @@ class _Header:
         for name, (number, shape, start) in found.items():
             if start != end:  # as ggml's own reader: one after another, so none covers another
                 raise ValueError(f"{name}: begins at byte {start} of the data, where {end} was expected")
+            if max(shape, default=0) > 8 * self.size:  # where another dimension is 0
+                raise ValueError(f"{name}: shape {shape} in a file of {self.size} bytes")
             nbytes = _nbytes(name, number, shape)
             if begin + start + nbytes > self.size:
                 raise ValueError(f"{name}: ends at byte {begin + start + nbytes} of {self.size}")
@@ -238,7 +240,7 @@ def write_container(path: str | os.PathLike, fields: Mapping[str, Any], tensors:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for t in tensors.values():
-            writer.write_tensor_data(t.data)
+            writer.write_tensor_data(np.ascontiguousarray(t.data))
     finally:
         writer.close()
 

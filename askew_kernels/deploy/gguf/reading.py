@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -22,9 +23,51 @@ from ...quant import QuantConfig
 from ..contents import Contents
 from ..files import FLOATS, PackedFileError
 from . import blocks
-from .architectures import ARCHITECTURES, Architecture, Names, completed, from_fields, last, rope_factors, rotary_rows
+from .architectures import Architecture, Names, completed, from_fields, last, of_fields, rope_factors, rotary_rows
 from .blocks import BY_NUMBER
 from .container import KEY, VERSION, Container, TensorInfo, library, open_container
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor by the name that it has there, or would have; of several parts where it is one weight here."""
+
+    name: str
+    parts: tuple[TensorInfo, ...]
+
+    @property
+    def number(self) -> int:
+        return self.parts[0].number
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.parts[0].shape
+        return shape if len(self.parts) == 1 else (shape[0], shape[1] * len(self.parts), *shape[2:])
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """What the parts, each with the experts first, are together."""
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _entries(container: Container, a: Architecture | None) -> list[_Entry]:
+    left, found = dict(container.tensors), []
+    split = {} if a is None else {part: (whole, parts) for whole, parts in a.split.items() for part in parts}
+    for name, info in container.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        whole, parts = split.get(last(module), ("", ()))
+        before = module.removesuffix(last(module))
+        infos = [left.get(f"{before}{part}.{leaf}") for part in parts]
+        if name not in left:
+            continue
+        if (
+            parts
+            and len(info.shape) == 3
+            and all(i and (i.number, i.shape) == (info.number, info.shape) for i in infos)
+        ):
+            found.append(_Entry(f"{before}{whole}.{leaf}", tuple(left.pop(i.name) for i in infos if i)))
+        else:
+            found.append(_Entry(name, (left.pop(name),)))
+    return found
 
 
 @dataclass
@@ -34,7 +77,8 @@ class _Source:
     container: Container
     architecture: Architecture | None
     names: Names
-    config: dict[str, Any] | None
+    config: dict[str, Any]  # completed; empty where there is no architecture
+    told: dict[str, Any] | None = None  # the config as it was given to the writer, or as the file's values tell it
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
     floats: list[str] = field(default_factory=list)  # layers that are floats for the model, though stored as blocks
@@ -43,31 +87,43 @@ class _Source:
     def error(self, name: str, text: object) -> PackedFileError:
         return PackedFileError(f"{self.container.path}: {name}: {text}")
 
-    def place(self, info: TensorInfo) -> tuple[str, str]:
-        """(module, leaf) of a tensor, by our names."""
+    def place(self, info: _Entry) -> tuple[str, str]:
+        """(module, leaf) of a tensor, by our names; the leaf is empty for a Parameter that is no module's weight."""
         module, _, leaf = info.name.rpartition(".")
-        return (self.names.ours(module), leaf) if module else ("", leaf)
+        ours = self.names.ours(module) if module else ""
+        bare = self.architecture is not None and ours.endswith(self.architecture.parameters or ("\0",))
+        return ours, "" if bare else leaf
 
-    def rows(self, info: TensorInfo) -> Tensor | None:
+    def rows(self, info: _Entry) -> Tensor | None:
         """Where our rows stand in the file."""
         module = info.name.rpartition(".")[0]
         if not info.shape:
             return None
-        found = rotary_rows(self.architecture, self.config or {}, module, info.shape[0])
+        found = rotary_rows(self.architecture, self.config, module, info.shape[0])
         return None if found is None else torch.argsort(found)
 
-    def described(self, name: str, info: TensorInfo) -> tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]:
+    def described(self, name: str, info: _Entry) -> tuple[str, tuple[int, ...], torch.dtype, dict[str, Any]]:
         """(kind, shape, type, geometry) of a packed layer: what the file says, if it fits, or what the tensor tells."""
-        embedding = self.architecture is not None and name == self.names.prefix + self.architecture.embedding
         d = self.layers.get(name, {})
-        kind, shape = d.get("kind", "embedding" if embedding else "linear"), d.get("shape", list(info.shape))
+        natural, whole = self._natural(name, info.shape)
+        kind, shape = d.get("kind", natural), d.get("shape", whole)
         dtype, geometry = d.get("dtype", "float32"), d.get("geometry", {})
         sound = kind in KINDS and dtype in FLOATS and isinstance(geometry, dict) and isinstance(shape, list)
         if not sound or not all(type(n) is int and n > 0 for n in shape) or len(shape) != KINDS[kind].dims:
             raise ValueError(f"its description does not fit a packed layer: {d or info.shape!r:.200}")
-        if (shape[0], int(np.prod(shape[1:], dtype=object))) != info.shape:
+        matrix = KINDS[kind].form.shape(tuple(shape))
+        if (matrix[0], math.prod(matrix[1:])) != (math.prod(info.shape[:-1]), info.shape[-1]):
             raise ValueError(f"a matrix of {info.shape} is no weight of {shape}")
         return kind, tuple(shape), getattr(torch, dtype), geometry
+
+    def _natural(self, name: str, shape: tuple[int, ...]) -> tuple[str, list[int]]:
+        """(kind, shape) of a weight of which nothing is said."""
+        a = self.architecture
+        if a is not None and name == self.names.prefix + a.embedding:
+            return "embedding", list(shape)
+        if a is not None and name.endswith(a.transposed or ("\0",)):
+            return "transposed_linear", list(shape[::-1])
+        return "experts" if len(shape) == 3 else "linear", list(shape)
 
 
 def _open(path: str | os.PathLike) -> _Source:
@@ -77,16 +133,15 @@ def _open(path: str | os.PathLike) -> _Source:
         raise PackedFileError(
             f"{container.path}: one of {fields['split.count']} parts; merge them first (llama-gguf-split)"
         )
-    named = fields.get("general.architecture")
-    architecture = ARCHITECTURES.get(named) if isinstance(named, str) else None
+    architecture = of_fields(fields)
     said = _said(container)
     prefix = said.get("prefix", architecture.prefix if architecture else "")
     try:
-        config = None if architecture is None else said.get("config") or from_fields(architecture, fields)
-        complete = None if architecture is None or config is None else completed(architecture, config)
+        told = None if architecture is None else said.get("config") or from_fields(architecture, fields)
+        config = {} if architecture is None or told is None else completed(architecture, told)
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise PackedFileError(f"{container.path}: {error}") from None
-    source = _Source(container, architecture, Names(architecture, prefix), complete)
+    source = _Source(container, architecture, Names(architecture, prefix), config, told)
     source.layers, source.ties = said.get("layers", {}), said.get("ties", {})
     source.extra, source.floats = said.get("extra", {}), said.get("floats", [])
     return source
@@ -122,13 +177,15 @@ def read(path: str | os.PathLike) -> Contents:
     source = _open(path)
     layers: dict[str, PackedLayer] = {}
     tensors: dict[str, Tensor] = {}
-    for info in source.container.tensors.values():
+    for info in _entries(source.container, source.architecture):
         module, leaf = source.place(info)
-        key = f"{module}.{leaf}" if module else leaf
+        key = f"{module}.{leaf}" if module and leaf else module or leaf
         try:
+            if key in tensors or (module in layers and leaf in ("weight", "")):
+                raise ValueError(f"it would be {key}, as another tensor is")
             if info.number in BY_NUMBER:
-                if leaf != "weight" or not module:
-                    raise ValueError(f"{info.type_name} blocks, where a weight is expected under a name")
+                if leaf not in ("weight", "") or not module:
+                    raise ValueError(f"{BY_NUMBER[info.number].name} blocks, expected to be the weight of a module")
                 layers[module] = _layer(source, module, info)
             else:
                 tensors[key] = _tensor(source, module, leaf, info)
@@ -140,16 +197,27 @@ def read(path: str | os.PathLike) -> Contents:
     for name in source.floats:
         if name in layers:
             tensors[f"{name}.weight"] = layers.pop(name).dequantize()
-    factors = None if source.architecture is None else rope_factors(source.config or {})
-    if factors is not None and torch.equal(tensors.get("rope_freqs.weight", torch.empty(0)), factors):
-        del tensors["rope_freqs.weight"]  # made of the config
-    return Contents(str(path), layers, tensors, source.extra, source.config, None)
+    if _made_of_config(tensors.get("rope_freqs.weight"), source.config):
+        del tensors["rope_freqs.weight"]
+    return Contents(str(path), layers, tensors, source.extra, source.told, None)
 
 
-def _layer(source: _Source, name: str, info: TensorInfo) -> PackedLayer:
+def _made_of_config(factors: Tensor | None, config: dict[str, Any]) -> bool:
+    """Whether these are the rotary factors that export makes of a config, so that no model has them as a tensor."""
+    if factors is None or config.get("head_dim") != 2 * factors.numel():
+        return False
+    try:
+        made = rope_factors(config)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError):
+        return False
+    return made is not None and torch.equal(made, factors)
+
+
+def _layer(source: _Source, name: str, info: _Entry) -> PackedLayer:
     kind, shape, dtype, geometry = source.described(name, info)
     t = BY_NUMBER[info.number]
-    data = source.container.bytes_of(info).reshape(info.shape[0], -1)
+    parts = [torch.from_numpy(source.container.bytes_of(part)).reshape(part.shape[0], -1) for part in info.parts]
+    data = info.joined(parts).numpy().reshape(math.prod(info.shape[:-1]), -1)
     if (rows := source.rows(info)) is not None:
         data = data[rows.numpy()]
     found = blocks.decoded(t, data)
@@ -164,8 +232,8 @@ def _layer(source: _Source, name: str, info: TensorInfo) -> PackedLayer:
     return layer
 
 
-def _tensor(source: _Source, module: str, leaf: str, info: TensorInfo) -> Tensor:
-    t, a = source.container.tensor(info), source.architecture
+def _tensor(source: _Source, module: str, leaf: str, info: _Entry) -> Tensor:
+    t, a = info.joined([source.container.tensor(part) for part in info.parts]), source.architecture
     if (rows := source.rows(info)) is not None:
         t = t[rows]
     if a is not None:
@@ -212,22 +280,26 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     source, gguf = _open(path), library()
     weights: dict[str, Tensor] = {}
     said = f"gguf {metadata.version('gguf')}"
-    for t in gguf.GGUFReader(path).tensors:
-        info = source.container.tensors[t.name]
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    for info in _entries(source.container, source.architecture):
         if info.number not in BY_NUMBER:
             continue
+        parts = []
+        for part in info.parts:
+            t = found[part.name]
+            try:
+                w = gguf.dequantize(t.data, t.tensor_type)
+            except NotImplementedError:
+                w, version = by_ggml(BY_NUMBER[part.number], np.ascontiguousarray(t.data))
+                said = f"{said.partition(',')[0]}, llama-cpp-python {version}"
+            parts.append(torch.from_numpy(np.array(w, np.float32)).reshape(part.shape))
+        weight, rows = info.joined(parts), source.rows(info)
+        name = source.place(info)[0]
         try:
-            w = gguf.dequantize(t.data, t.tensor_type)
-        except NotImplementedError:
-            w, version = by_ggml(BY_NUMBER[info.number], np.ascontiguousarray(t.data))
-            said = f"{said.partition(',')[0]}, llama-cpp-python {version}"
-        weight = torch.from_numpy(np.array(w, np.float32)).reshape(info.shape)
-        rows, name = source.rows(info), source.place(info)[0]
-        try:
-            shape = source.described(name, info)[1]
+            kind, shape, *_ = source.described(name, info)
         except ValueError as error:
             raise source.error(info.name, error) from None
-        weights[name] = (weight if rows is None else weight[rows]).reshape(shape)
+        weights[name] = KINDS[kind].form.weight(weight if rows is None else weight[rows], shape)
     a = source.architecture
     heads = {h: source.names.prefix + a.embedding for h in a.heads if h not in weights} if a else {}
     for name, first in (heads | source.ties).items():
@@ -250,9 +322,9 @@ def _ggml() -> tuple[Any, str]:
 
 
 def by_ggml(t: blocks.BlockType, data: np.ndarray) -> tuple[np.ndarray, str]:
-    """(weights of (n, row bytes), version)."""
+    """(weights of (…, row bytes), version)."""
     ggml, version = _ggml()
-    w = np.empty((len(data), data.shape[1] // t.size * t.block), np.float32)
+    w = np.empty((*data.shape[:-1], data.shape[-1] // t.size * t.block), np.float32)
     pointers = (a.ctypes.data_as(ctypes.c_void_p) for a in (data, w))
     getattr(ggml, f"dequantize_row_{t.name.lower().replace('_k', '_K')}")(*pointers, ctypes.c_int64(w.size))
     return w, version

@@ -42,7 +42,10 @@ def vocabulary(folder: Path | None, size: int, kind: str) -> dict[str, Any]:
 def _special(folder: Path, size: int) -> dict[str, Any]:
     """Special tokens, whether they are added, and the template of chats, as gguf's own reading of the folder has it."""
     found = library().SpecialVocab(folder, load_merges=False, n_vocab=size)
-    added = {"bos": False, "eos": False} | found.add_special_token
+    whole = (
+        folder / "tokenizer.json"
+    ).is_file()  # which says what is added; else it is what llama.cpp takes for granted
+    added = ({"bos": False, "eos": False} if whole else {}) | found.add_special_token
     fields: dict[str, Any] = {f"tokenizer.ggml.{SPECIAL[k]}_token_id": i for k, i in found.special_token_ids.items()}
     fields |= {f"tokenizer.ggml.add_{k}_token": value for k, value in added.items() if k in ("bos", "eos", "sep")}
     if isinstance(found.chat_template, str):

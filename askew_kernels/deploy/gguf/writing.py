@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -24,6 +25,7 @@ from .architectures import (
     Architecture,
     Names,
     by_model_type,
+    by_name,
     completed,
     last,
     rope_factors,
@@ -70,7 +72,7 @@ class _Export:
         if asked == GENERIC or (asked is None and config is None):
             return None
         model_type = (config or {}).get("model_type")
-        found = ARCHITECTURES.get(asked) if asked else by_model_type(str(model_type))
+        found = by_name(asked) if asked else by_model_type(str(model_type))
         if found is None:
             text = f"expected one of {', '.join(ARCHITECTURES)}, got {asked or model_type!r}; {GENERIC!r} writes "
             text += "every tensor under its own name, for readers that know the model"
@@ -96,11 +98,11 @@ class _Export:
             self.fields |= {"general.architecture": a.name, "general.name": str(self.config.get("model_type"))}
             self.fields |= to_fields(a, self.config)
             self.fields |= vocabulary(source.folder, self._count(a), a.vocabulary)
+            if a.vocabulary == "words":
+                self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
+                self.fields |= _pooling(source.folder, a)
         except (ValueError, KeyError, TypeError) as error:
             raise source.error("architecture", error if isinstance(error, ValueError) else repr(error)) from None
-        if a.vocabulary == "words":
-            self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
-            self.fields |= _pooling(source.folder, a)
 
     def _count(self, a: Architecture) -> int:
         """Tokens of the model: rows of its embedding."""
@@ -113,20 +115,22 @@ class _Export:
             self._share_head(self.architecture)
         ties = self._ties()
         for name, layer in self.contents.layers.items():
-            self._one(name, "weight", ties, layer, None)
+            self._one(name, ties, layer, None)
         for key, t in self.contents.tensors.items():
-            module, _, leaf = key.rpartition(".")
-            self._one(module, leaf, ties, None, t)
+            self._one(key, ties, None, t)
         self._finish()
         types = Counter(BY_NUMBER[s.number].name for s in self.stored.values() if s.number in BY_NUMBER)
-        file_types = library().LlamaFileType.__members__
-        common = types.most_common(1)[0][0] if types else ""
-        name = next((n for n in file_types if n.startswith(f"MOSTLY_{common}") and common), "ALL_F32")
-        self.fields |= {"general.file_type": int(file_types[name]), KEY: json.dumps(self.said)}
+        known = library().LlamaFileType
+        common = types.most_common(1)[0][0] if types else "F32"
+        named = [
+            kind for name, kind in known.__members__.items() if name.startswith((f"MOSTLY_{common}", f"ALL_{common}"))
+        ]
+        file_type = named[0] if named else known.GUESSED
+        self.fields |= {"general.file_type": int(file_type), KEY: json.dumps(self.said)}
         write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
-                          stacklevel=4)  # fmt: skip
+                          stacklevel=3)  # fmt: skip
 
     def _ties(self) -> dict[str, str]:
         """{layer or key: the one that is written in its place}: of a known architecture only a head that is the
@@ -153,45 +157,68 @@ class _Export:
             self.said |= {"ties": {head: embedding}, "floats": [embedding]}
             self.said["layers"][head] = _description(layer)
 
-    def _one(
-        self, module: str, leaf: str, ties: Mapping[str, str], layer: PackedLayer | None, t: Tensor | None
-    ) -> None:
-        key = module if layer is not None else f"{module}.{leaf}" if module else leaf
-        error, a = self.contents.error, self.architecture
+    def _one(self, key: str, ties: Mapping[str, str], layer: PackedLayer | None, t: Tensor | None) -> None:
+        """A layer by its name, or a tensor by its key."""
+        a = self.architecture
+        if layer is not None and key in ties:
+            self.said["layers"][key] = _description(layer)
         if key in ties:
             self.said["ties"][key] = ties[key]
-            if layer is not None:
-                self.said["layers"][key] = _description(layer)
             return
+        module, leaf = self._module(key, layer)
         if a is not None and any(fnmatchcase(module.removeprefix(self.names.prefix), p) for p in a.unused):
             self.left_out.append(key)
             return
-        theirs = self.names.theirs(module) if module else ("" if a is None else None)
-        if theirs is None or (a is not None and leaf not in ("weight", "bias")):
-            raise error(key, f"{a.name} of llama.cpp has no such tensor; known are "  # type: ignore[union-attr]
-                        f"{', '.join([*a.names, *a.heads])}")  # type: ignore[union-attr]  # fmt: skip
-        name = f"{theirs}.{leaf}" if theirs else leaf
-        if len(name.encode()) > MOST_NAME:
-            raise error(key, f"names in GGUF have up to {MOST_NAME} bytes, got {len(name.encode())}")
         try:
+            theirs = self.names.theirs(module) if module else ("" if a is None else None)
+            if theirs is None or (a is not None and leaf not in ("weight", "bias")):
+                assert a is not None
+                known = ", ".join([*a.names, *a.heads])
+                raise ValueError(f"{a.name} of llama.cpp has no such tensor; known are {known}")
             if layer is None or any(fnmatchcase(module, pattern) for pattern in self.dense):
                 floats: Any = t if layer is None else layer.dequantize()
-                self.stored[name] = self._plain(module, theirs, leaf, floats)
+                stored = self._plain(module, theirs, leaf, floats)
             else:
-                self.stored[name] = self._block(theirs, layer)
+                stored = self._block(theirs, layer)
                 self.said["layers"][key] = _description(layer)
+            for name, part in self._parts(theirs, stored):
+                name = f"{name}.{leaf}" if name else leaf
+                if len(name.encode()) > MOST_NAME:
+                    raise ValueError(f"names in GGUF have up to {MOST_NAME} bytes, got {len(name.encode())}")
+                self.stored[name] = part
         except ValueError as reason:
-            raise error(key, reason) from None
+            raise self.contents.error(key, reason) from None
+
+    def _module(self, key: str, layer: PackedLayer | None) -> tuple[str, str]:
+        """(module, leaf); a Parameter that has a name there counts as a module with a weight."""
+        if layer is not None or (
+            self.architecture is not None and key.endswith(self.architecture.parameters or ("\0",))
+        ):
+            return key, "weight"
+        module, _, leaf = key.rpartition(".")
+        return module, leaf
+
+    def _parts(self, theirs: str, stored: Stored) -> list[tuple[str, Stored]]:
+        """What is one weight here and several there: of each expert the first rows, the next ones."""
+        parts = self.architecture.split.get(last(theirs), ()) if self.architecture is not None else ()
+        if not parts:
+            return [(theirs, stored)]
+        experts, rows, *rest = stored.shape
+        data = stored.data.reshape(experts, len(parts), -1)
+        shape, before = (experts, rows // len(parts), *rest), theirs.removesuffix(last(theirs))
+        return [(before + part, Stored(stored.number, shape, data[:, i])) for i, part in enumerate(parts)]
 
     def _block(self, theirs: str, layer: PackedLayer) -> Stored:
-        if self.architecture is not None and theirs in self.architecture.floats:
+        if self.architecture is not None and last(theirs) in self.architecture.floats:
             raise ValueError("llama.cpp reads it as float32: leave it out of quantize_, or write it with dense=…")
         try:
             t, data = blocks.encoded(layer, self.known)
         except ValueError as reason:
             raise ValueError(f"{reason}; for_export('gguf:…') trains what fits, dense=… writes floats") from None
-        rows = rotary_rows(self.architecture, self.config, theirs, len(data))
-        return Stored(t.number, (len(data), layer.cols), data if rows is None else data[rows.numpy()])
+        if (rows := rotary_rows(self.architecture, self.config, theirs, len(data))) is not None:
+            data = data[rows.numpy()]
+        experts = layer.shape[:1] if layer.form.stacked else ()
+        return Stored(t.number, (*experts, len(data) // math.prod(experts), layer.cols), data)
 
     def _plain(self, module: str, theirs: str, leaf: str, t: Tensor) -> Stored:
         if (a := self.architecture) is not None:
@@ -199,7 +226,7 @@ class _Export:
                 t = t.float() + 1
             if leaf == "weight" and a.transposed and module.endswith(a.transposed):
                 t = t.t()
-            if t.dim() < 2 or theirs in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
+            if t.dim() < 2 or last(theirs) in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
                 if not torch.equal(t.float().to(t.dtype), t):
                     raise ValueError(f"float32 does not hold its numbers, of {t.dtype}")
                 t = t.float()
@@ -209,9 +236,9 @@ class _Export:
 
     def _finish(self) -> None:
         """What the architecture has besides the model's own tensors, and what it must have."""
+        if self.contents.extra:
+            self.said["extra"] = self.contents.extra
         if (a := self.architecture) is None:
-            if self.contents.extra:
-                self.said["extra"] = self.contents.extra
             return
         self.said["config"] = self.contents.architecture
         tied = self._tied_heads(a)

@@ -8,6 +8,7 @@ quantized by hand.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib
 import json
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...nn.layers import QuantizedLayer
@@ -26,6 +28,9 @@ from . import registration
 
 METHOD = "askew"
 VERSION = 1
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM",
+                "AutoModelForSequenceClassification", "AutoModelForImageClassification",
+                "AutoModelForSpeechSeq2Seq")  # fmt: skip
 ALONE = ("AskewConfig", "AskewQuantizer", "attach")  # of the part that needs transformers
 
 
@@ -72,6 +77,8 @@ def descriptions(told: Mapping[str, Any], where: str) -> dict[str, dict[str, Any
     if not sound:
         raise files.PackedFileError(f"{where}: groups: expected a list of groups of layers, got {groups!r:.80}")
     for group in groups or []:
+        if type(group.get("packed")) is not bool or not isinstance(group.get("config"), dict):
+            raise files.PackedFileError(f"{where}: groups: expected packed and config of each, got {group!r:.200}")
         common = {key: value for key, value in group.items() if key != "layers"}
         found |= {name: {**common, "shape": shape} for name, shape in group["layers"].items()}
     return found
@@ -133,20 +140,39 @@ def read(path: str | os.PathLike) -> Contents:
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     """The weights of the model that transformers makes of the folder; ImportError without it, PackedFileError where
-    config.json names no architecture."""
+    it makes none."""
     try:
         import transformers
     except ImportError:
         raise ImportError('reading with transformers needs it: pip install "askew_kernels[transformers]"') from None
-    named = (folders.read_json(Path(path) / folders.CONFIG).get("architectures") or [None])[0]
-    model_class = getattr(transformers, str(named), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        raise files.PackedFileError(f"{path}: architectures: expected a model class of transformers, got {named!r:.80}")
+    model_class = _model_class(transformers, Path(path))
     model = model_class.from_pretrained(str(path))
     weights = folders.float_weights({name: p.detach() for name, p in model.named_parameters()})
     packed = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedLayer)}
     weights |= {name: layer.dequantize() for name, layer in packed.items()}
     return weights, f"transformers {transformers.__version__}"
+
+
+def _model_class(transformers: Any, path: Path) -> Any:
+    """The class that the folder names or, where it names none, the first that has all its layers. Raises
+    PackedFileError where there is none."""
+    config = folders.read_json(path / folders.CONFIG)
+    named = config.get("architectures") or [None]
+    found = getattr(transformers, str(named[0]), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    if "model_type" not in config:
+        raise files.PackedFileError(f"{path}: config.json has no model_type, so that transformers cannot load it")
+    names = descriptions(config[folders.QUANTIZATION], str(path)).keys()
+    told = transformers.AutoConfig.from_pretrained(str(path))
+    del told.quantization_config
+    for auto in AUTO_CLASSES:
+        kind: Any = getattr(transformers, auto)
+        with contextlib.suppress(ValueError), torch.device("meta"):  # there is no such class for this model_type
+            model = kind.from_config(told)
+            if names <= {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}:
+                return type(model)
+    raise files.PackedFileError(f"{path}: architectures: expected a model class of transformers, got {named!r:.80}")
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from ...nn.experts import all_expert_weights, expose
 from ...nn.kinds import DEFAULT, KINDS, replaceable
 from ...nn.layers import GRIDS, STATE, QuantizedLayer
 from ...nn.packed import EXTRA_STATE, PackedLayer
-from ...nn.replace import replace_modules
+from ...nn.replace import WATCHERS, replace_modules
 from ...quant import QuantConfig, check_codes
 from . import METHOD, VERSION, describe, descriptions, layers_of, shared_parts
 
@@ -154,14 +155,13 @@ class AskewQuantizer(HfQuantizer):
             if isinstance(layer, PackedLayer):
                 _check_loaded(name, layer, self.quantization_config.aliases)
         self.attached(model)
+        model.config.quantization_config = self.quantization_config
         return model
 
     def attached(self, model: Any) -> None:
-        """``model`` is the one that this quantizer speaks of. Its names are those of its modules in files, too: what
-        transformers renames and puts together on loading are weights, not codes."""
+        """``model`` is the one that this quantizer speaks of."""
         self._model = weakref.ref(model)
-        model._weight_conversions = []
-        self.quantization_config = model.config.quantization_config = _description_of(model)
+        self.quantization_config = _description_of(model)
 
     # ---- what transformers asks ----
 
@@ -191,6 +191,8 @@ class AskewQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
             return None, {}
         self.attached(model)
+        model.config.quantization_config = self.quantization_config
+        model._weight_conversions = []  # names as in the model: what else is renamed and cut on saving are weights
         extra = {f"{name}.{EXTRA_STATE}" for name, layer in layers.items() if isinstance(layer, PackedLayer)}
         left_out = extra | shared_parts(layers).keys()
         state = {key: value for key, value in model.state_dict().items() if key not in left_out}
@@ -206,19 +208,40 @@ class AskewQuantizer(HfQuantizer):
 
 
 def attach(model: Any) -> Any:
-    """Makes transformers see that ``model``, one of its own, has layers that ``quantize_`` or ``pack_`` replaced:
-    ``save_pretrained`` then writes what they are, ``from_pretrained`` makes them again, ``Trainer`` accepts the model.
-    Returns it. Raises ValueError where it has no such layers or was quantized by another method."""
+    """Makes ``save_pretrained`` of ``model``, one of transformers', write what its quantized and packed layers are, and
+    ``from_pretrained`` make them again. ``quantize_``, ``pack_`` and ``load_packed`` do so themselves. Returns the
+    model. Raises ValueError where it has no such layers or was quantized by another method."""
     if not layers_of(model):
         raise ValueError("model: has no quantized and no packed layers; call quantize_(model) first")
     present = getattr(model, "hf_quantizer", None)
     if present is not None and not isinstance(present, AskewQuantizer):
         raise ValueError(f"model: is quantized by {type(present).__name__} already")
-    quantizer = present or AskewQuantizer(_description_of(model), pre_quantized=True)
-    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-    model.config._is_quantized = True
-    quantizer.attached(model)
+    model.hf_quantizer = present or AskewQuantizer(_description_of(model), pre_quantized=True)
+    model.hf_quantizer.attached(model)
     return model
+
+
+def _base_class() -> Any:
+    """Of transformers' models; nothing is one before that module is imported, which imports this one."""
+    return getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+
+
+def _follow(model: nn.Module) -> None:
+    """Attaches the outermost models of transformers in ``model`` that have layers of this library, and lets go of those
+    that have none any more."""
+    inner: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, _base_class()) or id(module) in inner:
+            continue
+        inner.update(map(id, module.modules()))
+        present = getattr(module, "hf_quantizer", None)
+        if layers_of(module) and (present is None or isinstance(present, AskewQuantizer)):
+            attach(module)
+        elif isinstance(present, AskewQuantizer):
+            present.remove_quantization_config(module)
+
+
+WATCHERS.append(_follow)
 
 
 def _description_of(model: nn.Module) -> AskewConfig:
