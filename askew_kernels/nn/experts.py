@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils._named_member_accessor import NamedMemberAccessor
 
 from ..quant import QuantConfig
 from .layers import QuantizedLayer
@@ -101,11 +100,8 @@ class PackedTransposedExperts(PackedExperts, TransposedExpertWeight):  # type: i
     """``PackedExperts`` of matrices (inputs, outputs)."""
 
 
-# torch's functions that ask a module for what it holds, by an attribute's name
-HELD_BY = {
-    nn.Module.get_submodule.__code__: "_modules", NamedMemberAccessor.get_submodule.__code__: "_modules",
-    nn.Module.get_parameter.__code__: "_parameters",
-}  # fmt: skip
+# torch's functions that ask a module for what it holds by an attribute's name, and where that stands
+HELD_BY = {"get_submodule": "_modules", "get_parameter": "_parameters", "reset_sharded_param": "_parameters"}
 
 
 class Holder(nn.Module):
@@ -116,7 +112,7 @@ class Holder(nn.Module):
         layer = self.__dict__["_modules"].get(name)
         if not isinstance(layer, ExpertWeight):
             return super().__getattr__(name)
-        if (kept := HELD_BY.get(sys._getframe(1).f_code)) is not None:
+        if (kept := HELD_BY.get(sys._getframe(1).f_code.co_name)) is not None:
             return self.__dict__[kept][name]
         known = self.__dict__.get("_current")
         if known is None or isinstance(layer, PackedLayer):
