@@ -19,14 +19,16 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.deploy.contents import read_contents
 from askew_kernels.deploy.convert import convert_file
+from askew_kernels.deploy.inspect import report_of_contents
 from askew_kernels.nn import KINDS, kinds
 from askew_kernels.nn.layers import GRIDS, STATE
 from askew_kernels.quant import Binary, Ternary, Uniform
 from askew_kernels.quant.forms import ROWS
 from askew_kernels.search import Budget, LayerPolicy, Policy, search_policy, trace, uniform_policy
 
-pytest.importorskip("safetensors")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 
 def numbers(*shape):
@@ -229,11 +231,9 @@ def test_onnx(case, name, tmp_path):
 
 @by_case
 def test_convert(case, tmp_path):
-    import safetensors.torch
-
     kind, x = CASES[case][0], CASES[case][2]()
     model = ak.hard_quantize_(quantized(case, "int4 channel")).eval()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "in.safetensors")
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
     convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", CONFIGS["int4 channel"], kinds={"*": kind})
     with torch.no_grad():
         got = ak.load_packed(tmp_path / "out.safetensors", model_of(case, 1).eval())(x)
@@ -515,14 +515,22 @@ def test_experts_the_whole_way(name, transposed, tmp_path):
     weights = {n: layer.weight.detach().clone() for n, layer in layers.items()}
     for report in ak.inspect(model).layers:
         assert report.error == 0
+    kind = layers["experts.up"].kind.name
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", config, kinds={"experts.*": kind})
+    converted = ak.load_packed(tmp_path / "out.safetensors", Mixture(transposed).eval())
     ak.pack_(model)
     packed = ak.nn.packed_layers(model)
+    assert all(torch.equal(m.dequantize(), weights[n]) for n, m in ak.nn.packed_layers(converted).items())
     assert packed.keys() == weights.keys() and all(torch.equal(m.dequantize(), weights[n]) for n, m in packed.items())
     assert "experts.up" not in model.state_dict() and "experts.up.weight_codes" in model.state_dict()
     with torch.no_grad():
         got = model(TOKENS)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     ak.save_packed(model, path)
+    original = {**float_state, **{f"{n}.weight": weights[n] for n in ("head",)}}
+    reports = {r.name: r.error for r in report_of_contents(read_contents(path), original | weights).layers}
+    assert max(reports.values()) < 1e-6 and reports.keys() == packed.keys()
     again = [Mixture(transposed), ak.quantize_(Mixture(transposed), config), copy.deepcopy(model),
              pickle.loads(pickle.dumps(model)), Mixture(transposed).to("meta")]  # fmt: skip
     for other in again:
@@ -604,6 +612,14 @@ def test_experts_that_do_not_fit_are_named(caplog):
             ak.quantize_(model, config, kinds="experts")
         assert type(model.experts) is FewExperts and type(model.experts.up) is nn.Parameter
         assert model.state_dict().keys() == before.keys()
+
+
+def test_a_weight_is_shared_by_layers_of_one_form():
+    model = nn.ModuleDict({"tokens": nn.Embedding(8, 12), "head": kinds.TransposedLinear(12, 8, bias=False)})
+    model["head"].weight = model["tokens"].weight
+    with pytest.raises(ValueError, match="^head: shares its weight with tokens, whose outputs stand along another"):
+        ak.quantize_(model, kinds=EMBEDDINGS)
+    assert "tied to head" in ak.nn.left_float(ak.quantize_(model))["tokens.weight"]
 
 
 def test_a_failed_load_leaves_experts_as_they_were(tmp_path):
@@ -713,7 +729,7 @@ def test_a_step_is_that_of_the_matrix(form, rule):
 
 
 def test_transposed_weights_are_written_by_others(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     model = ak.quantize_(nn.Sequential(kinds.TransposedLinear(12, 8)))
     weight = model[0].weight

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
+from ..quant.forms import Form
 from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
@@ -99,12 +100,15 @@ def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[
     """ValueError where layers share a weight that are, or are to be, quantized differently."""
     renewed = set(map(id, layers.values()))
     kept = {name: layer for name, layer in quantized_layers(model).items() if id(layer) not in renewed}
-    sharing: dict[int, tuple[str, QuantConfig]] = {}
+    sharing: dict[int, tuple[str, QuantConfig, Form]] = {}
     for name, layer in (kept | layers).items():
+        kind: Any = kind_of(layer)
         config = configs.get(name) or layer.config
-        other, theirs = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config))
+        other, theirs, form = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config, kind.form))
         if not same_weight(theirs, config):
             raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
+        if form != kind.form:
+            raise ValueError(f"{name}: shares its weight with {other}, whose outputs stand along another dimension")
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
