@@ -238,7 +238,8 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     originals = packed_layers(model)
     if not originals:
         raise ValueError("model: has no packed layers; call pack_(model) first")
-    plain: Any = as_linear_(copy.deepcopy(model)).float().eval()
+    # not float(): models that transformers loaded packed refuse that
+    plain: Any = as_linear_(copy.deepcopy(model)).to(torch.float32).eval()
     layers = packed_layers(plain)
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
