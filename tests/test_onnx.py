@@ -516,6 +516,7 @@ def transformers_models():
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32,
                                                        bos_token_id=1, eos_token_id=2)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_key_value_heads=2)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=16)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)),
         "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**sizes, num_key_value_heads=2, num_local_experts=4,
                                                               head_dim=16)),
@@ -541,7 +542,9 @@ def packed_folder(family, folder, config=None):
     return model
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "gpt-oss", "vit", "t5", "clip", "whisper"])
+@pytest.mark.parametrize(
+    "family", ["bert", "gpt2", "llama", "gemma3", "mixtral", "gpt-oss", "vit", "t5", "clip", "whisper"]
+)
 def test_transformers_models_of_any_size(family, tmp_path):
     model = packed_folder(family, tmp_path)
     contents, path = read_contents(tmp_path / "model.safetensors"), tmp_path / "m.onnx"
@@ -561,7 +564,7 @@ def test_transformers_models_of_any_size(family, tmp_path):
         given[i.name] = torch.randint(3, 96, sizes) if "int64" in i.type else torch.randn(sizes)
     for name in given.keys() & {"attention_mask", "token_type_ids", "decoder_attention_mask"}:
         given[name] = torch.full_like(given[name], name != "token_type_ids")
-    if family in ("bert", "gpt2", "llama", "mixtral", "t5"):
+    if family in ("bert", "gpt2", "llama", "gemma3", "mixtral", "t5"):
         given["attention_mask"][0, 8:] = 0
     with torch.no_grad():
         want = {k: v for k, v in model(**given).items() if isinstance(v, torch.Tensor)}
