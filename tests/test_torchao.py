@@ -107,7 +107,8 @@ def test_torchao_names_what_it_cannot_hold():
     with pytest.raises(ValueError, match="format: expected one of intx, int4, int8, got 'int3'"):
         to_torchao(nf4[0], "int3")
     with pytest.raises(
-        TypeError, match="layer: expected one of PackedLinear, PackedEmbedding, PackedConv2d, got Linear"
+        TypeError,
+        match="layer: expected one of PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d, got Linear",
     ):
         to_torchao(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="model: has no PackedLinear"):
@@ -303,3 +304,24 @@ def test_damaged_files_are_errors(tmp_path):
         tensorfile.write(path, files.read_safetensors(good).tensors, wrong, "", lambda sums: "")
         with pytest.raises(PackedFileError, match="m.safetensors: (last: |not a file of torchao)"):
             to_torchao.read(path)
+
+
+def test_transposed_layers(tmp_path):
+    """Conv1D of transformers, whose weight is (inputs, outputs), is a linear layer to torchao; a file, which keeps the
+    model's names for a model that is not changed, cannot hold it."""
+    pytest.importorskip("torchao")
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    from askew_kernels.deploy import to_torchao
+
+    torch.manual_seed(0)
+    config = ak.QuantConfig(Uniform(4), "absmax", activation=Uniform(8))
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(conv1d(12, 32)), config))).eval()
+    weight, x = model[0].dequantize(), torch.randn(3, 32)
+    with pytest.raises(PackedFileError, match="^Sequential: 0: torchao multiplies by weights .*transposed_linear"):
+        to_torchao.export(contents_of(model), tmp_path / "m.safetensors")
+    with torch.no_grad():
+        want = model(x)
+        got = to_torchao.to_torchao_(model)(x)
+    assert torch.equal(model[0].weight.dequantize().t(), weight)
+    bound = x.abs().amax(1, keepdim=True) / 127 * weight.abs().sum(0)
+    assert bool(((got - want).abs() <= bound * (1 + 1e-5)).all())
