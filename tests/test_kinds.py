@@ -664,6 +664,21 @@ def test_functional_calls_see_experts():
         assert torch.equal(torch.func.functional_call(model, double, (TOKENS,)), other(TOKENS))
 
 
+@by_layout
+def test_experts_are_compiled(transposed):
+    model = ak.quantize_(Mixture(transposed))
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(TOKENS), model(TOKENS))
+    compiled(TOKENS).sum().backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in ak.nn.quantized_layers(model).values())
+    ak.pack_(ak.hard_quantize_(model.eval()))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="aot_eager")(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6
+        )
+    torch._dynamo.reset()
+
+
 OPTIMIZERS = {
     "sgd": lambda groups: ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9),
     "adamw": lambda groups: ak.optim.ASkewAdamW(groups, lr=0.01),
