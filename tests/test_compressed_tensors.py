@@ -212,6 +212,50 @@ def test_companions_go_along_and_no_path_of_this_machine(tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
+def made_by_the_package(folder, weights, targets=("Linear",), ignore=("lm_head",)):
+    """A folder as the package itself compresses and saves it; and the weights that it decompresses."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    torch.manual_seed(2)
+    shape = transformers.LlamaConfig(**TEXT, num_key_value_heads=1, tie_word_embeddings=False)
+    model = transformers.LlamaForCausalLM(shape)
+    told = {"targets": list(targets), "weights": weights}
+    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": told}, ignore=list(ignore)))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            top = module.weight.detach().reshape(*module.weight_scale.shape, -1).abs().amax(-1)
+            module.weight_scale.data.copy_(top / (2 ** (weights["num_bits"] - 1) - 1))
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(folder)
+    compressor.update_config(folder)
+    compressor.decompress_model(model)
+    return {name: m.weight.detach() for name, m in model.named_modules() if hasattr(m, "weight_scale")}
+
+
+@pytest.mark.parametrize("weights", [
+    {"num_bits": 4, "strategy": "group", "group_size": 16}, {"num_bits": 3, "strategy": "channel"},
+    {"num_bits": 8, "strategy": "channel"},
+], ids=["4", "3", "8"])  # fmt: skip
+@pytest.mark.parametrize("targets", [("Linear",), ("re:.*proj",)], ids=["class", "pattern"])
+def test_folders_of_the_package_are_read(weights, targets, tmp_path):
+    made = made_by_the_package(tmp_path / "theirs", weights, targets)
+    read = ct.read(tmp_path / "theirs")
+    assert read.layers.keys() == made.keys() and "lm_head.weight" in read.tensors
+    for name, layer in read.layers.items():
+        assert torch.equal(layer.dequantize(), made[name])
+    export_packed(tmp_path / "theirs", tmp_path / "ours", "compressed-tensors")  # and written again
+    rows, _ = compare(read, tmp_path / "ours", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+
+
+def test_asymmetric_folders_of_the_package_are_errors(tmp_path):
+    made_by_the_package(tmp_path / "theirs", {"num_bits": 4, "strategy": "channel", "symmetric": False})
+    with pytest.raises(PackedFileError, match="weight_zero_point"):
+        ct.read(tmp_path / "theirs")
+
+
 def test_there_and_back_by_the_packed_file(tmp_path):
     model, _ = llama(ak.QuantConfig(Uniform(4)))
     export_packed(model, tmp_path / "out", "compressed-tensors")
@@ -222,15 +266,45 @@ def test_there_and_back_by_the_packed_file(tmp_path):
         assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_experts_stand_as_floats_where_that_is_asked(tmp_path):
+EXPERTS = {
+    "mixtral": (lambda: transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=3),
+                "MixtralForCausalLM", "model.layers.1.block_sparse_moe.experts.2.w2.weight_packed"),
+    "qwen": (lambda: transformers.Qwen3MoeConfig(**TEXT, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
+                                                 moe_intermediate_size=32, head_dim=16), "Qwen3MoeForCausalLM",
+             "model.layers.1.mlp.experts.2.down_proj.weight_packed"),
+}  # fmt: skip
+
+
+def mixture(family, config):
     torch.manual_seed(0)
-    shape = transformers.MixtralConfig(**TEXT, num_key_value_heads=1, num_local_experts=2)
-    model = transformers.MixtralForCausalLM(shape).eval()
-    ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig(Uniform(4))))
+    make, name, key = EXPERTS[family]
+    model = getattr(transformers, name)(make()).eval()
+    ak.hard_quantize_(ak.quantize_(model, config))
     with torch.no_grad():
         y = model(TOKENS).logits
-    ak.pack_(model)
-    with pytest.raises(PackedFileError, match=r"experts\.gate_up_proj: .*got experts"):
+    return ak.pack_(model), y, key
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one scheme", "mixed bits"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_stand_as_checkpoints_have_them(family, mixed, tmp_path):
+    config = ak.QuantConfig(Uniform(4), granularity="per_group", group_size=16)
+    model, y, key = mixture(family, {"*experts*": config, "*": ak.QuantConfig(Uniform(8))} if mixed else config)
+    contents = export_packed(model, tmp_path / "out", "compressed-tensors")
+    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    assert key in written and not any("gate_up" in name for name in written)
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+    read = ct.read(tmp_path / "out")
+    assert read.layers.keys() == contents.layers.keys() and read.tensors.keys() == contents.tensors.keys()
+    assert all(torch.equal(read.layers[n].weight_codes, layer.weight_codes) for n, layer in contents.layers.items())
+    assert torch.equal(logits(tmp_path / "out"), y)
+
+
+def test_experts_of_several_schemes_are_an_error_or_floats(tmp_path):
+    config = {"*down_proj": ak.QuantConfig(Uniform(8)), "*": ak.QuantConfig(Uniform(4))}
+    model, y, _ = mixture("mixtral", config)
+    with pytest.raises(PackedFileError, match="one scheme for all experts"):
         export_packed(model, tmp_path / "out", "compressed-tensors")
     contents = export_packed(model, tmp_path / "out", "compressed-tensors", dense=["*.experts.*"])
     rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")

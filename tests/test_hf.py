@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -29,6 +31,7 @@ from askew_kernels.deploy import hf
 from askew_kernels.deploy.contents import contents_of
 from askew_kernels.deploy.export import compare, export_packed
 from askew_kernels.deploy.files import PackedFileError
+from askew_kernels.deploy.hf import registration
 from askew_kernels.nn.layers import QuantizedLayer
 from askew_kernels.nn.packed import PackedLayer
 
@@ -187,6 +190,28 @@ def test_layers_that_are_left_dense(tmp_path):
     assert type(other.model.layers[0].mlp.experts) is t.models.mixtral.modeling_mixtral.MixtralExperts
 
 
+@pytest.mark.parametrize("to", ["compressed-tensors", "onnx", "torchao"])
+def test_a_loaded_model_goes_on_to_other_formats(to, tmp_path):
+    pytest.importorskip(to.replace("-", "_"))
+    model, _ = packed("llama", ("linear",), ak.QuantConfig(Uniform(4), scale_dtype="float16"))
+    model.save_pretrained(tmp_path / "in")
+    other = loaded(t.AutoModelForCausalLM, tmp_path / "in")
+    contents = export_packed(other, tmp_path / "out", to)
+    rows, _ = compare(contents, tmp_path / "out", to)
+    assert {row.difference for row in rows} == {0.0}
+
+
+def test_onnx_of_a_loaded_model(tmp_path):
+    pytest.importorskip("onnx")
+    from askew_kernels.deploy.to_onnx import export_onnx
+
+    model, _ = packed("vit")
+    model.save_pretrained(tmp_path / "in")
+    other = loaded(t.AutoModelForImageClassification, tmp_path / "in")
+    export_onnx(other, (PIXELS,), tmp_path / "out.onnx")
+    assert (tmp_path / "out.onnx").stat().st_size > 1000
+
+
 def test_an_exported_folder_is_a_packed_file_too(tmp_path):
     model, _ = packed("llama")
     export_packed(model, tmp_path / "out", "transformers")
@@ -283,6 +308,21 @@ def test_trainer_trains_resumes_and_its_checkpoints_load(tmp_path):
         t.Trainer(model=final, args=t.TrainingArguments(str(tmp_path / "no"), report_to=[], use_cpu=True))
 
 
+def test_trainer_takes_a_model_that_was_quantized_by_hand(tmp_path):
+    pytest.importorskip("accelerate")
+    model, _ = quantized("llama-tied", ("linear", "embedding"))
+    optimizer = ak.optim.Skewed(torch.optim.AdamW(ak.param_groups(model), lr=1e-2))
+    scheduler = torch.optim.lr_scheduler.ChainedScheduler(
+        [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4), ak.EpsilonAnnealing(optimizer, total=4)]
+    )
+    arguments = t.TrainingArguments(str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=4, save_steps=4,
+                                    report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no")  # fmt: skip
+    t.Trainer(model=model, args=arguments, train_dataset=Text(), optimizers=(optimizer, scheduler)).train()
+    checkpoint = loaded(t.AutoModelForCausalLM, tmp_path / "run" / "checkpoint-4")
+    assert same(outputs(checkpoint), outputs(model.eval())) and checkpoint.hf_quantizer.is_qat_trainable
+    assert checkpoint.lm_head.weight is checkpoint.model.embed_tokens.weight
+
+
 def test_saving_says_what_the_model_is_now(tmp_path):
     model, _ = quantized("llama")
     model.save_pretrained(tmp_path / "a")
@@ -324,6 +364,21 @@ def test_transformers_finds_the_method_in_any_order(lines, tmp_path):
     assert done.returncode == 0 and "PackedLinear" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_another_release_of_a_library_can_still_be_imported(before, tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(tmp_path)
+    name, then = f"library_{before}", f"joining_{before}"
+    (tmp_path / f"{name}.py").write_text("value = 3")
+    (tmp_path / f"{then}.py").write_text("from transformers import what_no_release_has")
+    if before:
+        importlib.import_module(name)
+    with caplog.at_level(logging.WARNING, "askew_kernels"):
+        registration.when_imported(name, then)
+        registration.when_imported(name, then)  # asked twice, imported once
+        assert importlib.import_module(name).value == 3
+    assert then in caplog.text and not [f for f in sys.meta_path if type(f).__module__ == registration.__name__]
+
+
 def edited(folder, change):
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -342,8 +397,10 @@ def layers(told):
     (lambda told: told["groups"][0]["config"]["weight"].update(bits=3), "weight_codes"),
     (lambda told: layers(told).update({"lm_head": [47, 32]}), "lm_head"),
     (lambda told: layers(told).update({"lm_tail": [48, 32]}), "lm_tail"),
+    (lambda told: told["groups"][0].pop("trits"), "trits"),
+    (lambda told: told["groups"][0].pop("packed"), "packed"),
     (lambda told: told.update(aliases={"lm_head.weight_codes": "nothing.weight_codes"}), "nothing"),
-], ids=["version", "groups", "kind", "bits", "shape", "name", "aliases"])  # fmt: skip
+], ids=["version", "groups", "kind", "bits", "shape", "name", "trits", "packed", "aliases"])  # fmt: skip
 def test_folders_that_do_not_fit_are_errors(change, text, tmp_path):
     model, _ = packed("llama")
     export_packed(model, tmp_path / "out", "transformers")

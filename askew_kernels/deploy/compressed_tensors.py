@@ -26,7 +26,7 @@ from ..nn.packed import PackedLayer
 from ..quant import QuantConfig, Uniform
 from ..quant.packing import pack_codes
 from ..quant.scales import holds_scales
-from . import folders
+from . import expert_names, folders
 from .contents import Contents
 from .files import PackedFileError
 from .integers import integers, table
@@ -120,17 +120,25 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     as dynamic 8 bits for each token, of which the readers make the scale: max|x| / 127.5 in the package, / 127 here
     and in vLLM, so that outputs differ by roundings of the inputs. Raises PackedFileError naming the layer.
     """
-    path, tensors, schemes = Path(path), dict(contents.tensors), dict[str, Scheme]()
+    path, tensors, layers = Path(path), dict(contents.tensors), dict[str, PackedLayer]()
+    family = (contents.architecture or {}).get("model_type")
+    schemes: dict[str, Scheme] = {}
     for name, layer in contents.layers.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
             tensors[folders.float_key(name, layer)] = layer.dequantize()
             continue
+        layers[name] = layer
         try:
-            schemes[name] = scheme_of(layer)
-            tensors |= {f"{name}.{part}": t for part, t in compressed(layer).items()}
+            for part, of_part in expert_names.split(name, layer).items():
+                schemes[part] = scheme_of(of_part)
+                tensors |= {f"{part}.{key}": t for key, t in compressed(of_part).items()}
         except ValueError as error:
             raise contents.error(name, error) from None
-    changes = folders.settle_ties(contents, schemes, tensors)
+    _check_experts(contents, layers, schemes)
+    changes = folders.settle_ties(contents, layers, tensors)
+    schemes = {expert_names.in_checkpoints(name, family): scheme for name, scheme in schemes.items()}
+    whole = contents.layers.keys() - layers.keys()  # experts as floats: transformers takes them by the model's names
+    tensors = {key if key in whole else expert_names.in_checkpoints(key, family): t for key, t in tensors.items()}
     if told := [name for name, scheme in schemes.items() if scheme.inputs]:
         logger.warning("compressed-tensors: readers make the scales of quantized inputs (%d layers: %s, …), "
                        "and the package's are max|x| / 127.5, those here max|x| / 127", len(told), told[0])  # fmt: skip
@@ -142,6 +150,15 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
 
 
+def _check_experts(contents: Contents, layers: Mapping[str, PackedLayer], schemes: Mapping[str, Scheme]) -> None:
+    """PackedFileError where experts differ in their schemes: readers have one for all of them."""
+    of_experts = {scheme for name, scheme in schemes.items() if expert_names.EXPERT.fullmatch(name)}
+    if len(of_experts) > 1:
+        name = next(name for name, layer in layers.items() if layer.kind.held)
+        raise contents.error(name, f"readers take one scheme for all experts, got {len(of_experts)}; quantize them "
+                                   "alike or name some in dense=")  # fmt: skip
+
+
 def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignore`` names
     every other matrix, so that no reader takes it for a quantized one."""
@@ -151,8 +168,11 @@ def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Ten
         found = list(dict.fromkeys(of_kind.values()))
         for i, scheme in enumerate(found):
             names = [name for name, other in of_kind.items() if other == scheme]
-            alone = kind == "linear" and len(found) == 1
-            groups[f"{kind}_{i}"] = scheme.to_dict([LINEAR] if alone else names)
+            if kind == "linear" and len(found) == 1:
+                names = [LINEAR]
+            elif any(map(expert_names.EXPERT.fullmatch, names)):  # by which readers know the scheme of experts
+                names = [*(n for n in names if not expert_names.EXPERT.fullmatch(n)), expert_names.PATTERN]
+            groups[f"{kind}_{i}"] = scheme.to_dict(names)
     formats = sorted({group["format"] for group in groups.values()})
     matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
     return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
@@ -171,9 +191,11 @@ def read(path: str | os.PathLike) -> Contents:
     """A folder of symmetric integers of 2 to 8 bits as packed layers of Uniform(bits). Raises PackedFileError naming
     the layer, FileNotFoundError."""
     file = _File(path)
-    layers = {name: file.layer(name) for name in file.names}
-    own = {f"{name}.{part}" for name in layers for part in PARTS}
-    rest = {key: t for key, t in file.tensors.items() if key not in own}
+    own = {f"{name}.{part}" for name in file.names for part in PARTS}
+    layers = expert_names.merged({name: file.layer(name) for name in file.names}, file.family)
+    rest = {
+        expert_names.in_checkpoints(key, file.family, back=True): t for key, t in file.tensors.items() if key not in own
+    }
     architecture = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
     return Contents(str(path), layers, rest, {}, architecture if "model_type" in architecture else None, file.path)
 
@@ -195,6 +217,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
         compressor: Any = BaseCompressor.get_value_from_registry(group.get("format") or file.format)
         found = compressor.decompress(file.parts(name), QuantizationScheme.model_validate(group))
         weights[name] = found["weight"]
+    weights |= expert_names.merged_weights(weights, file.family)
     return weights, f"compressed-tensors {compressed_tensors.__version__}"
 
 
@@ -211,6 +234,7 @@ class _File:
         if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
             raise PackedFileError(f"{path}: config_groups: expected groups by name, got {groups!r:.80}")
         self.groups: dict[str, dict[str, Any]] = groups
+        self.family = str(self.config.get("model_type"))
         self.tensors = folders.read_tensors(self.path)
         self.names = [k.removesuffix(".weight_scale") for k in self.tensors if k.endswith(".weight_scale")]
         if not self.names:

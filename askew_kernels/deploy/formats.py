@@ -34,6 +34,9 @@ FORMATS = {
     "compressed-tensors": Format("compressed_tensors", "compressed-tensors", "a folder for vLLM, SGLang, transformers"),
     "transformers": Format("hf", "transformers", "a folder for AutoModel.from_pretrained, with this library's layers"),
     "metal": Format("metal", "transformers", "a folder for transformers on Apple's GPUs, in the layout of MLX"),
+    "bitnet": Format(
+        "bitnet", "transformers", "a folder for transformers' BitNet layers: ternary weights, 8-bit inputs"
+    ),
     "onnx": Format("to_onnx", "onnx", "one file for onnxruntime"),
     "torchao": Format("to_torchao", "torchao", "one safetensors file of torchao's tensors"),
 }

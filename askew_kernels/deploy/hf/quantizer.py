@@ -122,12 +122,19 @@ class AskewQuantizer(HfQuantizer):
         told.aliases = {keys[key]: keys[kept] for key, kept in told.aliases.items() if {key, kept} <= keys.keys()}
         held = [name for name, d in layers.items() if getattr(KINDS.get(str(d.get("kind"))), "held", False)]
         expose(model, [name for name in held if name in all_expert_weights(model)])
+        trained, packed = dict[str, QuantConfig](), dict[str, PackedLayer]()
         for name, d in layers.items():
-            _check_layer(model, name, d)
-        trained = {name: QuantConfig.from_dict(d["config"]) for name, d in layers.items() if not d["packed"]}
+            try:
+                module, config = _found(model, name, d), QuantConfig.from_dict(d["config"])
+                if d["packed"]:
+                    packed[name] = _packed_twin(module, config, d)
+                else:
+                    trained[name] = config
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                what = f"{error} is missing" if isinstance(error, KeyError) else error
+                raise ValueError(f"quantization_config: {name}: {what}") from None
         if trained:
             quantize_(model, _Exact(trained))
-        packed = {name: _packed_twin(model.get_submodule(name), d) for name, d in layers.items() if d["packed"]}
         replace_modules(model, packed)
         for layer in packed.values():  # what it means is in the config, and need not be in the file
             hook = layer.register_state_dict_post_hook(_without_extra_state)
@@ -269,25 +276,25 @@ def _without_extra_state(layer: nn.Module, state: dict[str, Any], prefix: str, m
     state.pop(prefix + EXTRA_STATE, None)
 
 
-def _check_layer(model: nn.Module, name: str, d: Mapping[str, Any]) -> None:
-    """ValueError naming the layer where the model has no such one."""
+def _found(model: nn.Module, name: str, d: Mapping[str, Any]) -> nn.Module:
+    """The layer of ``model`` that is meant. Raises ValueError where it has no such one."""
     try:
         module: Any = model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{name}: {type(model).__name__} has no such layer, the folder's config.json has") from None
-    kind = KINDS.get(str(d.get("kind")))
+        raise ValueError(f"{type(model).__name__} has no such layer, the folder's config.json has") from None
+    kind, weight = KINDS.get(str(d["kind"])), getattr(module, "weight", None)
     if kind is None:
-        raise ValueError(f"{name}: kind: expected one of {', '.join(KINDS)}, got {d.get('kind')!r}")
-    weight = getattr(module, "weight", None)
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {d['kind']!r}")
     shape = None if weight is None else list(weight.shape)
     if replaceable(module) is not kind or shape != d["shape"]:
-        raise ValueError(f"{name}: expected {kind.name} {d['shape']} in the model, got {type(module).__name__} {shape}")
+        raise ValueError(f"expected {kind.name} {d['shape']} in the model, got {type(module).__name__} {shape}")
+    return module
 
 
-def _packed_twin(module: Any, d: Mapping[str, Any]) -> PackedLayer:
+def _packed_twin(module: Any, config: QuantConfig, d: Mapping[str, Any]) -> PackedLayer:
     """Empty, on the meta device, in the model's type, with the module's own bias."""
-    config, dtype = QuantConfig.from_dict(d["config"]), getattr(torch, str(d["scale_dtype"]), None)
-    layer: Any = KINDS[d["kind"]].packed.like(module, config=config, trits=d["trits"], scale_dtype=dtype,
+    scale_dtype = getattr(torch, str(d["scale_dtype"]), d["scale_dtype"])
+    layer: Any = KINDS[d["kind"]].packed.like(module, config=config, trits=d["trits"], scale_dtype=scale_dtype,
                                               dtype=module.weight.dtype)  # fmt: skip
     layer.bias = getattr(module, "bias", None)
     return layer
