@@ -424,7 +424,8 @@ for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
     _kind.quantized.form = _kind.packed.form = _kind.form
 
-DEFAULT = ("linear", "conv", "experts")  # what quantize_ replaces where nothing is said
+SEARCHED = ("linear", "conv")  # what a search of bits is about where nothing is said: layers that make the products
+DEFAULT = (*SEARCHED, "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
