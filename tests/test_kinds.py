@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import pickle
 import re
 
 import pytest
@@ -18,14 +19,16 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.deploy.contents import read_contents
 from askew_kernels.deploy.convert import convert_file
+from askew_kernels.deploy.inspect import report_of_contents
 from askew_kernels.nn import KINDS, kinds
 from askew_kernels.nn.layers import GRIDS, STATE
 from askew_kernels.quant import Binary, Ternary, Uniform
 from askew_kernels.quant.forms import ROWS
 from askew_kernels.search import Budget, LayerPolicy, Policy, search_policy, trace, uniform_policy
 
-pytest.importorskip("safetensors")
+save_file = pytest.importorskip("safetensors.torch").save_file
 
 
 def numbers(*shape):
@@ -228,11 +231,9 @@ def test_onnx(case, name, tmp_path):
 
 @by_case
 def test_convert(case, tmp_path):
-    import safetensors.torch
-
     kind, x = CASES[case][0], CASES[case][2]()
     model = ak.hard_quantize_(quantized(case, "int4 channel")).eval()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "in.safetensors")
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
     convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", CONFIGS["int4 channel"], kinds={"*": kind})
     with torch.no_grad():
         got = ak.load_packed(tmp_path / "out.safetensors", model_of(case, 1).eval())(x)
@@ -422,3 +423,397 @@ def test_int8_inputs_are_for_layers_that_multiply():
     assert torch.equal(model.tokens(X), model.tokens.dequantize()[X])
     inputs = ak.quantize_(Tied(), ak.QuantConfig(activation=Uniform(8)), kinds="embedding")
     ak.unpack_(ak.pack_(ak.hard_quantize_(inputs)))  # nothing of it is lost: indices are not quantized
+
+
+# ---- weights of another form -----------------------------------------------------------------------------------------
+
+
+class FewExperts(nn.Module):
+    """Two matrices each, one of which is read as a whole; a bias and a gate stay float."""
+
+    def __init__(self, transposed=False, experts=3):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = [(12, 8), (8, 12)]
+        self.up, self.down = (
+            nn.Parameter(torch.randn(experts, *(s[::-1] if transposed else s)) / 3) for s in sizes
+        )  # (outputs, inputs) where not transposed
+        self.up_bias, self.is_transposed = nn.Parameter(torch.zeros(experts, 12)), transposed
+
+    def forward(self, x, chosen):
+        def linear(x, w):
+            return x @ (w if self.is_transposed else w.mT)
+
+        y = x.new_zeros(x.shape)
+        for i in chosen.unique():
+            hidden = torch.tanh(linear(x[chosen == i], self.up[i]) + self.up_bias[i])
+            y[chosen == i] = linear(hidden, self.down[i])
+        return y
+
+
+class Mixture(nn.Module):
+    def __init__(self, transposed=False):
+        super().__init__()
+        self.experts = FewExperts(transposed)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.experts(x, torch.arange(len(x)) % 2))  # the third expert is not asked
+
+
+TOKENS = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+by_layout = pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+
+
+def trained(model, x=TOKENS, steps=3, **options):
+    optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=1e-2, **options)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=1, total=steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        annealing.step()
+    return model
+
+
+@by_layout
+@by_config
+def test_experts_the_whole_way(name, transposed, tmp_path):
+    config, path = CONFIGS[name], tmp_path / "packed.safetensors"
+    model = Mixture(transposed)
+    parameters, shapes = dict(model.named_parameters()), {k: t.shape for k, t in model.state_dict().items()}
+    float_state = {k: t.clone() for k, t in model.state_dict().items()}
+    ak.quantize_(model, config)
+    layers = ak.nn.quantized_layers(model)
+    assert set(layers) == {"experts.up", "experts.down", "head"} and ak.nn.left_float(model).keys() == {
+        "experts.up_bias"
+    }
+    assert [*parameters] == [n for n, _ in model.named_parameters()]
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert {k: t.shape for k, t in model.state_dict().items() if k in shapes} == shapes
+    assert all(t.is_contiguous() for t in model.state_dict().values())
+    assert model.get_submodule("experts.up") is layers["experts.up"]
+    assert model.get_parameter("experts.up") is layers["experts.up"].weight is parameters["experts.up"]
+    model.load_state_dict(float_state, strict=True)
+    assert isinstance(model.experts, FewExperts) and len(list(model.parameters())) == len(parameters)
+
+    trained(model)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), ak.quantize_(Mixture(transposed), config)]
+    others[2].load_state_dict(model.state_dict(), strict=True)
+    others.append(ak.quantize_(Mixture(transposed).to("meta"), config))
+    others[3].load_state_dict(model.state_dict(), strict=True, assign=True)
+    for other in [*others, model]:
+        other.eval()
+    with torch.no_grad():
+        want = model(TOKENS)
+        assert all(torch.equal(other(TOKENS), want) for other in others)
+        ak.hard_quantize_(model)
+        assert torch.equal(model(TOKENS), want)
+        plain = ak.dequantize_(copy.deepcopy(model))
+        assert type(plain.experts) is FewExperts and torch.allclose(plain(TOKENS), want, atol=1e-6)
+        assert "up" not in plain.experts._modules and plain.state_dict().keys() == float_state.keys()
+    weights = {n: layer.weight.detach().clone() for n, layer in layers.items()}
+    for report in ak.inspect(model).layers:
+        assert report.error == 0
+    kind = layers["experts.up"].kind.name
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", config, kinds={"experts.*": kind})
+    converted = ak.load_packed(tmp_path / "out.safetensors", Mixture(transposed).eval())
+    ak.pack_(model)
+    packed = ak.nn.packed_layers(model)
+    assert all(torch.equal(m.dequantize(), weights[n]) for n, m in ak.nn.packed_layers(converted).items())
+    assert packed.keys() == weights.keys() and all(torch.equal(m.dequantize(), weights[n]) for n, m in packed.items())
+    assert "experts.up" not in model.state_dict() and "experts.up.weight_codes" in model.state_dict()
+    with torch.no_grad():
+        got = model(TOKENS)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    ak.save_packed(model, path)
+    original = {**float_state, **{f"{n}.weight": weights[n] for n in ("head",)}}
+    reports = {r.name: r.error for r in report_of_contents(read_contents(path), original | weights).layers}
+    assert max(reports.values()) < 1e-6 and reports.keys() == packed.keys()
+    again = [Mixture(transposed), ak.quantize_(Mixture(transposed), config), copy.deepcopy(model),
+             pickle.loads(pickle.dumps(model)), Mixture(transposed).to("meta")]  # fmt: skip
+    for other in again:
+        with torch.no_grad():
+            assert torch.equal(ak.load_packed(path, other.eval())(TOKENS), got)
+    new = Mixture(transposed)
+    new.load_state_dict(ak.unpack_(again[0]).state_dict(), strict=True)
+    assert type(again[0].experts) is FewExperts and all(
+        torch.equal(new.get_parameter(f"{n}" if "experts" in n else f"{n}.weight"), w) for n, w in weights.items()
+    )
+
+
+@by_layout
+def test_each_expert_is_quantized_like_a_linear_layer(transposed):
+    for name, config in CONFIGS.items():
+        if config.granularity == "per_tensor":
+            continue  # one scale for the Parameter
+        layer = ak.nn.quantized_layers(ak.quantize_(Mixture(transposed), config))["experts.up"]
+        scale = layer.weight_scale.reshape(3, -1)
+        for i in range(3):
+            twin = ak.nn.AskewLinear(8, 12, config=config)
+            with torch.no_grad():
+                twin.weight.copy_(layer.weight[i].mT if transposed else layer.weight[i])
+            mine = layer.quantized_weight()[i]
+            assert torch.equal(twin.weight_scale, scale[i]), name
+            assert torch.equal(twin.quantized_weight(), mine.mT if transposed else mine), name
+
+
+@by_layout
+def test_only_the_experts_that_are_asked_are_decoded(transposed, monkeypatch):
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Mixture(transposed)))).eval()
+    decoded, original = [], ak.ops.packed_dequantize
+    monkeypatch.setattr(
+        ak.ops, "packed_dequantize", lambda codes, *a: decoded.append(len(codes)) or original(codes, *a)
+    )
+    with torch.no_grad():
+        model(TOKENS)
+    assert decoded == [12, 8, 12, 8]
+    weight = model.experts.up
+    whole = weight + 0
+    for index in (1, -1, torch.tensor(2), torch.tensor([0, 2, 2]), torch.tensor([-1]), torch.tensor([[0, 1]]),
+                  torch.tensor([True, False, True]), slice(1, 3), (1, 2), (slice(None), 1)):  # fmt: skip
+        assert torch.equal(weight[index], whole[index])
+    assert weight[torch.tensor([], dtype=torch.long)].shape == (0, *whole.shape[1:])
+    for wrong in (3, torch.tensor([3])):
+        with pytest.raises(IndexError):
+            weight[wrong]
+    with pytest.raises(RuntimeError, match="read-only"):
+        model.experts.up += 1
+
+
+def test_experts_that_do_not_fit_are_named(caplog):
+    class Experts(FewExperts): ...
+
+    class Other(FewExperts):
+        """No name of experts."""
+
+    for cls, found in ((Experts, True), (Other, False)):
+        model = nn.ModuleDict({"body": nn.Sequential(cls(), nn.Linear(8, 8))})
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "askew_kernels"):
+            ak.quantize_(model)
+        assert ("body.0.up" in ak.nn.quantized_layers(model)) == found
+        assert (f"{cls.__name__} (body.0.up, body.0.down, body.0.up_bias)" in caplog.text) != found
+        assert (f"{cls.__name__} (body.0.up_bias)" in caplog.text) == found
+        assert ("body.0.up" in ak.nn.left_float(model)) != found
+    model = Mixture()
+    ak.quantize_(model, {"*.up": ak.QuantConfig()})
+    assert set(ak.nn.quantized_layers(model)) == {"experts.up"} and "down" not in model.experts._modules
+    assert ak.nn.left_float(model)["experts.down"].endswith(", left alone")
+    trained(model)
+    ak.quantize_(model, kinds="experts")
+    assert set(ak.nn.quantized_layers(model)) == {"experts.up", "experts.down"}
+    for config, text in ((ak.QuantConfig(granularity="per_group", group_size=5), "group_size: 5 does not divide the 8"),
+                         (ak.QuantConfig(activation=Uniform(8)), "activation: the inputs of experts")):  # fmt: skip
+        model = Mixture()
+        before = model.state_dict()
+        with pytest.raises(ValueError, match=f"^experts.up: {text}"):
+            ak.quantize_(model, config, kinds="experts")
+        assert type(model.experts) is FewExperts and type(model.experts.up) is nn.Parameter
+        assert model.state_dict().keys() == before.keys()
+
+
+def test_a_weight_is_shared_by_layers_of_one_form():
+    model = nn.ModuleDict({"tokens": nn.Embedding(8, 12), "head": kinds.TransposedLinear(12, 8, bias=False)})
+    model["head"].weight = model["tokens"].weight
+    with pytest.raises(ValueError, match="^head: shares its weight with tokens, whose outputs stand along another"):
+        ak.quantize_(model, kinds=EMBEDDINGS)
+    assert "tied to head" in ak.nn.left_float(ak.quantize_(model))["tokens.weight"]
+
+
+def test_a_failed_load_leaves_experts_as_they_were(tmp_path):
+    ak.save_packed(ak.pack_(ak.hard_quantize_(ak.quantize_(Mixture()))), tmp_path / "m.safetensors")
+    model = Mixture()
+    model.more = nn.Linear(2, 2)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"the file lacks more\.bias, more\.weight"):
+        ak.load_packed(tmp_path / "m.safetensors", model)
+    after = model.state_dict()
+    assert type(model.experts) is FewExperts and all(torch.equal(after[k], t) for k, t in before.items())
+    other = Mixture(transposed=True)
+    with pytest.raises(ValueError, match="experts.up: expected ExpertWeight in the model, got TransposedExpertWeight"):
+        ak.load_packed(tmp_path / "m.safetensors", other)
+    assert type(other.experts) is FewExperts
+
+
+def test_experts_are_moved_cast_and_replaced():
+    model = trained(ak.quantize_(Mixture(transposed=True)))
+    layer = ak.nn.quantized_layers(model)["experts.up"]
+    for move in (lambda m: m.to(torch.bfloat16), lambda m: m.float(), lambda m: m.to("meta"),
+                 lambda m: m.to_empty(device="cpu")):  # fmt: skip
+        move(model)
+        assert layer.weight is model.get_parameter("experts.up") is dict(model.named_parameters())["experts.up"]
+    model.experts.up = new = nn.Parameter(torch.randn(3, 8, 12))
+    assert layer.weight is new is dict(model.named_parameters())["experts.up"]
+    with torch.no_grad():
+        assert torch.equal(model.experts.up, layer.quantized_weight())
+    relaxed = ak.quantize_(Mixture(), ak.QuantConfig(forward="relaxed"))
+    assert relaxed.experts.up is relaxed.get_parameter("experts.up")
+    with torch.no_grad():
+        assert torch.equal(relaxed.eval().experts.up, ak.nn.quantized_layers(relaxed)["experts.up"].quantized_weight())
+
+
+def test_functional_calls_see_experts():
+    model = ak.quantize_(Mixture())
+    double = {k: v * 2 for k, v in model.named_parameters()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for n, p in other.named_parameters():
+            p.copy_(double[n])
+        assert torch.equal(torch.func.functional_call(model, double, (TOKENS,)), other(TOKENS))
+
+
+OPTIMIZERS = {
+    "sgd": lambda groups: ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9),
+    "adamw": lambda groups: ak.optim.ASkewAdamW(groups, lr=0.01),
+    "lion": lambda groups: ak.optim.ASkewLion(groups, lr=0.01),
+    "sam": lambda groups: ak.optim.SAM(groups, ak.optim.ASkewSGD, lr=0.05),
+    "skewed": lambda groups: ak.optim.Skewed(torch.optim.SGD(groups, lr=0.05, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("form", ["transposed", "experts", "transposed experts"])
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_a_step_is_that_of_the_matrix(form, rule):
+    """The same gradients give the same weights, scales and copies, bit for bit, as a linear layer's; so does going on
+    from a checkpoint of the optimizer, and from a copy."""
+    config = ak.QuantConfig(Uniform(4), "sawb", "per_group", 4)
+    torch.manual_seed(0)
+    if form == "transposed":
+        model = ak.quantize_(nn.Sequential(kinds.TransposedLinear(12, 8)), config)
+        layer = model[0]
+    else:
+        model = ak.quantize_(Mixture("transposed" in form), {"experts.up": config})
+        layer = ak.nn.quantized_layers(model)["experts.up"]
+    matrix = layer.form.matrix(layer.weight.detach())
+    twin = ak.quantize_(nn.Sequential(nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)), config)
+    with torch.no_grad():
+        twin[0].weight.copy_(matrix)
+    [own] = [g for g in ak.param_groups(model) if "grid" in g]
+    pairs = [(layer.weight, OPTIMIZERS[rule]([own])), (twin[0].weight, OPTIMIZERS[rule](ak.param_groups(twin)))]
+    annealing = [ak.EpsilonAnnealing(o, hold=2, total=6) for _, o in pairs]
+    draws = torch.Generator().manual_seed(2)
+
+    def compare():
+        assert torch.equal(layer.form.matrix(layer.weight.detach()), twin[0].weight)
+        assert torch.equal(layer.weight_scale, twin[0].weight_scale)
+        assert torch.equal(layer.form.matrix(layer.quantized_weight()), twin[0].quantized_weight())
+
+    for step in range(5):
+        gradients = [torch.randn(matrix.shape, generator=draws) for _ in range(2)]
+
+        def closure(p, o, g):
+            shape = layer.weight.shape
+            p.grad = g.clone() if p is not layer.weight else layer.form.weight(g, shape).contiguous()
+            return torch.zeros(())
+
+        for p, o in pairs:
+            if rule == "sam":
+                closure(p, o, gradients[0])
+                o.first_step(zero_grad=True)
+                closure(p, o, gradients[1])
+                o.second_step(zero_grad=True)
+            else:
+                closure(p, o, gradients[0])
+                o.step()
+        for a in annealing:
+            a.step()
+        compare()
+        if step == 2:  # state in another order of memory, as some writers of files leave it
+            state = copy.deepcopy(pairs[0][1].state_dict())
+            for of in state["state"].values():
+                of.update({k: t.contiguous() for k, t in of.items() if isinstance(t, torch.Tensor)})
+            pairs[0][1].load_state_dict(state)
+    compare()
+
+
+def test_transposed_weights_are_written_by_others(tmp_path):
+    from safetensors.torch import load_file
+
+    model = ak.quantize_(nn.Sequential(kinds.TransposedLinear(12, 8)))
+    weight = model[0].weight
+    assert weight.shape == (8, 12) and weight.t().is_contiguous()
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["0.weight"], weight)
+    other = copy.deepcopy(model).to(torch.bfloat16)
+    assert other[0].weight.t().is_contiguous()
+    ak.dequantize_(model)
+    assert model[0].weight is weight and weight.is_contiguous()
+
+
+def test_conv1d_of_transformers():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(4, 12))
+    parameters, x = dict(model.named_parameters()), TOKENS
+    with torch.no_grad():
+        before = model(x)
+    with pytest.raises(ValueError, match="^0: group_size: 12 does not divide the 8 inputs"):
+        ak.quantize_(model, ak.QuantConfig(granularity="per_group", group_size=12))
+    assert type(model[0]) is Conv1D and type(model[0].weight) is nn.Parameter and model[0].weight.is_contiguous()
+    ak.quantize_(model, ak.QuantConfig(Uniform(8), granularity="per_group", group_size=4))
+    assert isinstance(model[0], Conv1D) and isinstance(model[0], ak.nn.AskewTransposedLinear)
+    assert all(p is parameters[n] for n, p in model.named_parameters()) and "AskewTransposedLinear" in repr(model)
+    assert model[0].weight_scale.shape == (12 * 8 // 4,)
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is type(model[0]) and torch.equal(other(x), model(x))
+    trained(model)
+    ak.hard_quantize_(model)
+    weight = model[0].weight.detach().clone()
+    with torch.no_grad():
+        want = model(x)
+    ak.pack_(model)
+    assert isinstance(model[0], Conv1D) and isinstance(model[0], ak.nn.PackedTransposedLinear)
+    assert torch.equal(model[0].dequantize(), weight) and model[0].weight_codes.shape == (12, 8)
+    assert torch.equal(model[0].matrix(), weight.t())
+    linear = ak.nn.as_linear_(copy.deepcopy(model))
+    assert type(linear[0]) is ak.nn.PackedLinear and torch.equal(linear[0].dequantize(), weight.t())
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(linear(x), model(x)) and torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+        assert torch.equal(copy.deepcopy(model)(x), model(x))
+    ak.unpack_(model)
+    assert type(model[0]) is Conv1D and torch.equal(model[0].weight, weight) and model[0].weight.is_contiguous()
+
+
+def test_a_weight_of_experts_is_not_computed_otherwise():
+    from torch.nn.utils import parametrize
+
+    for model in (ak.quantize_(Mixture()), ak.pack_(ak.hard_quantize_(ak.quantize_(Mixture())))):
+        with torch.no_grad():
+            want = model(TOKENS)
+        with pytest.raises((RuntimeError, ValueError), match="up"):
+            parametrize.register_parametrization(model.experts, "up", nn.Identity())
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS), want) and set(model.experts._modules) == {"up", "down"}
+
+
+def test_conv1d_is_searched():
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.Sequential(Conv1D(12, 8), nn.Tanh(), nn.Linear(12, 4))
+    profile = trace(model, TOKENS)
+    assert [(p.kind, p.macs, p.rows) for p in profile.layers.values()] == [
+        ("transposed_linear", 96, 12), ("linear", 48, 4)
+    ]  # fmt: skip
+    policy = search_policy(
+        model, [(TOKENS, torch.zeros(()))], lambda y, _: y.square().mean(), weight_bits=(2, 4), act_bits=(8,), steps=2,
+        progress=False,
+    )  # fmt: skip
+    assert type(model[0]) is Conv1D and policy.weight_bits["0"] in (2, 4)
+    ak.quantize_(model, policy)
+    assert ak.nn.quantized_layers(model)["0"].config.weight == Uniform(policy.weight_bits["0"])
+
+
+def test_shards_of_a_transposed_weight_are_refused():
+    from types import SimpleNamespace as Fake
+
+    def weight(dim):
+        return Fake(placements=[Fake(is_shard=lambda d=None: d in (None, dim))], shape=(8, 12))
+
+    form, stacked = kinds.KINDS["transposed_linear"].form, kinds.KINDS["transposed_experts"].form
+    with pytest.raises(NotImplementedError, match=r"weight: one of shape \(inputs, outputs\), \(8, 12\)"):
+        form.check_sharded(weight(0))
+    stacked.check_sharded(weight(0))
+    ROWS.check_sharded(weight(0))

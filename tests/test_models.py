@@ -80,7 +80,7 @@ def clip():
 #             a part of the line that says what stays float
 MODELS = {
     bert: "2 of nn.Embedding (bert.embeddings.position_embeddings.weight, ",
-    gpt2: "8 of transformers.Conv1D (transformer.h.0.attn.c_attn.weight, ",
+    gpt2: "1 of nn.Embedding tied to lm_head (transformer.wte.weight); 1 of nn.Embedding (transformer.wpe.weight)",
     llama: "1 of nn.Embedding (model.embed_tokens.weight)",
     llama_tied: "1 of nn.Embedding tied to lm_head (model.embed_tokens.weight)",
     t5: "2 of nn.Embedding (encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight, ",
@@ -241,8 +241,8 @@ def within_the_bound(layer, inputs, output):
     if torch.is_grad_enabled():
         return
     x, w = inputs[0].double(), layer.dequantize().double()
-    if layer.kind.name == "linear":
-        product = nn.functional.linear
+    if layer.kind.group == "linear":
+        w, product = layer.matrix().double(), nn.functional.linear
     else:
 
         def product(x, w, bias=None):

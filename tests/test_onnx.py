@@ -515,6 +515,9 @@ def transformers_models():
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32,
                                                        bos_token_id=1, eos_token_id=2)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_key_value_heads=2)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)),
+        "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**sizes, num_key_value_heads=2, num_local_experts=4,
+                                                              head_dim=16)),
         "vit": lambda: t.ViTForImageClassification(t.ViTConfig(**image)),
         "t5": lambda: t.T5ForConditionalGeneration(t.T5Config(
             vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)),
@@ -529,14 +532,15 @@ def transformers_models():
 def packed_folder(family, folder, config=None):
     torch.manual_seed(0)
     model = transformers_models()[family]().eval()
-    ak.quantize_(model, config or ak.QuantConfig(Uniform(4), scale="absmax"), kinds=("linear", "conv", "embedding"))
+    ak.quantize_(model, config or ak.QuantConfig(Uniform(4), scale="absmax"),
+                 kinds=("linear", "conv", "embedding", "experts"))  # fmt: skip
     ak.pack_(ak.hard_quantize_(model))
     ak.save_packed(model, folder / "model.safetensors")
     model.config.save_pretrained(folder)
     return model
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit", "t5", "clip", "whisper"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "gpt-oss", "vit", "t5", "clip", "whisper"])
 def test_transformers_models_of_any_size(family, tmp_path):
     model = packed_folder(family, tmp_path)
     contents, path = read_contents(tmp_path / "model.safetensors"), tmp_path / "m.onnx"
@@ -556,7 +560,7 @@ def test_transformers_models_of_any_size(family, tmp_path):
         given[i.name] = torch.randint(3, 96, sizes) if "int64" in i.type else torch.randn(sizes)
     for name in given.keys() & {"attention_mask", "token_type_ids", "decoder_attention_mask"}:
         given[name] = torch.full_like(given[name], name != "token_type_ids")
-    if family in ("bert", "gpt2", "llama", "t5"):
+    if family in ("bert", "gpt2", "llama", "mixtral", "t5"):
         given["attention_mask"][0, 8:] = 0
     with torch.no_grad():
         want = {k: v for k, v in model(**given).items() if isinstance(v, torch.Tensor)}

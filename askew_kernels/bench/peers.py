@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib import metadata
@@ -19,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..deploy import to_onnx
+from ..nn import PackedLinear
+
 DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
                  "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
-                 "triton": "triton"}  # fmt: skip
+                 "triton": "triton", "onnxruntime": "onnxruntime"}  # fmt: skip
 GPU_LIBRARIES = ("gemlite", "liger_kernel")  # of no use without a GPU, so not among the extra's
 
 
@@ -171,3 +175,21 @@ def bitsandbytes_linear4bit(layer: nn.Linear) -> nn.Module:
     """NF4 weights in blocks of 64 for inference, fp32 arithmetic, made from this layer's parameters."""
     linear = load("bitsandbytes").nn.Linear4bit
     return filled(linear(*shape_of(layer), compute_dtype=torch.float32, quant_type="nf4"), layer)  # moving quantizes
+
+
+def onnxruntime_layer(layer: PackedLinear, x: Tensor, accuracy_level: int) -> Callable[[], Callable[[Tensor], Tensor]]:
+    """Makes sessions of this layer with the same integers and scales, MatMulNBits, each with memory of its own."""
+    runtime, folder = load("onnxruntime"), tempfile.TemporaryDirectory()
+    path = f"{folder.name}/layer.onnx"
+    to_onnx.export_onnx(nn.Sequential(layer), x, path, operator="MatMulNBits", accuracy_level=accuracy_level,
+                        strict=True, input_names=["x"], dynamic_axes={"x": {0: "rows"}})  # fmt: skip
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # there are many sessions, whose threads would wait for work busily while others are measured
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+
+    def made(_: Any = folder) -> Callable[[Tensor], Tensor]:  # which is kept as long as this is
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda value: torch.from_numpy(session.run(None, {"x": value.numpy()})[0])
+
+    return made

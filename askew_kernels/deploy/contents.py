@@ -18,7 +18,8 @@ from . import files
 class Contents:
     """layers: {name in the state_dict: packed layer on the CPU}, without the bias. tensors: the rest of the state_dict
     by its keys, biases too. extra: extra state that is JSON. architecture: transformers' config.json, where the model
-    has one; folder: where that and a tokenizer lie. source: what errors begin with.
+    has one; folder: where that and a tokenizer lie. source: what errors begin with. left_out: layers
+    and keys that the last export had no place for, and told.
 
     What is one in memory is one object: layers share ``weight_codes`` and ``weight_scale``, keys a tensor (``ties``).
     """
@@ -29,6 +30,7 @@ class Contents:
     extra: dict[str, Any] = field(default_factory=dict)
     architecture: dict[str, Any] | None = None
     folder: Path | None = None
+    left_out: list[str] = field(default_factory=list)
 
     def error(self, name: str, text: object) -> files.PackedFileError:
         """That begins with the source and names a layer or a tensor."""

@@ -30,7 +30,8 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
                  force: bool = False, kinds: Mapping[str, str] | None = None) -> None:  # fmt: skip
     """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
     (``nn.KINDS``), name like ``only``. kinds: {pattern of names: kind}, for what the number does not tell: without it
-    two dimensions are a linear layer, not an embedding.
+    two dimensions are a linear layer, not an embedding or a Conv1D; weights of experts, ``<name>``, are taken where it
+    says so.
 
     Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
     PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
@@ -38,10 +39,11 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
     """
     tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
     layers = {}
-    for name in [k.removesuffix(".weight") for k in tensors if k.endswith(".weight")]:
-        w = tensors[f"{name}.weight"]
+    for key, w in list(tensors.items()):
+        name = key.removesuffix(".weight")
         said = [kind for pattern, kind in (kinds or {}).items() if fnmatch.fnmatchcase(name, pattern)]
-        kind = next((kind for kind in chosen(said[:1] or KINDS) if kind.dims == w.dim()), None)
+        fitting = (kind for kind in chosen(said[:1] or KINDS) if kind.dims == w.dim() and kind.held == (name == key))
+        kind = next(fitting, None) if said or name != key else None
         if kind is None or not w.is_floating_point() or not fnmatch.fnmatchcase(name, only):
             continue
         try:
@@ -56,8 +58,8 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
             layer.fill(w, scale.float(), force)
         except ValueError as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
-        for own in own_keys(kind.quantized) - {"bias"}:
-            tensors.pop(f"{name}.{own}", None)
+        for own in (key, *(f"{name}.{own}" for own in own_keys(kind.quantized) - {"bias"})):
+            tensors.pop(own, None)
         tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = layer.weight_codes, layer.weight_scale
         layers[name] = layer.description()
         layers[name].pop("geometry", None)  # of which a state_dict says nothing

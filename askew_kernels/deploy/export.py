@@ -112,9 +112,10 @@ def verified(contents: Contents, path: Path, to: str) -> int:
     print(f"read by {reader}:")
     width = max((len(row.name) for row in rows), default=0)
     for row in rows:
-        missing = row.difference is None
-        told = "is not there" if missing else f"differs by {row.difference:.3g}" if row.difference else "equal"
+        missing = "left out" if row.name in contents.left_out else "is not there"
+        told = missing if row.difference is None else f"differs by {row.difference:.3g}" if row.difference else "equal"
         print(f"  {row.name:<{width}}  {'x'.join(map(str, row.shape)):>12}  {told}")
-    wrong = sum(row.difference != 0.0 for row in rows)
-    print(f"{len(rows) - wrong} of {len(rows)} layers equal bit for bit")
-    return int(wrong > 0)
+    equal = sum(row.difference == 0.0 for row in rows)
+    left = sum(row.difference is None and row.name in contents.left_out for row in rows)
+    print(f"{equal} of {len(rows)} layers equal bit for bit{f', {left} left out' if left else ''}")
+    return int(equal + left < len(rows))

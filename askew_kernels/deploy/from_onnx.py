@@ -482,8 +482,11 @@ def _evaluated(graph: _Graph, node: Any) -> Tensor:
     made = helper.make_model(subgraph, opset_imports=list(graph.model.opset_import), ir_version=graph.model.ir_version)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    weight = torch.from_numpy(session.run(None, feeds)[0])
+    try:
+        session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        weight = torch.from_numpy(session.run(None, feeds)[0])
+    except Exception as error:  # onnxruntime's own kinds
+        raise graph.error(_constant(node), f"onnxruntime refuses it ({error})") from None
     return weight.t() if node.op_type == MULTIPLIES else weight
 
 

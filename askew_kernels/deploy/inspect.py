@@ -142,10 +142,11 @@ def report_of_contents(contents: Contents, original: dict[str, Tensor] | None = 
             r = replace(r, bytes=0, float_bytes=0)
         counted |= stored
         if original is not None:
-            w = original.get(f"{name}.weight")
+            key = name if layer.kind.held else f"{name}.weight"
+            w = original.get(key)
             if w is None or tuple(w.shape) != layer.shape:
                 found = "is missing" if w is None else f"has shape {tuple(w.shape)}, not {layer.shape}"
-                raise contents.error(f"layer {name}", f"{name}.weight {found} in the original")
+                raise contents.error(f"layer {name}", f"{key} {found} in the original")
             w_hat = layer.matrix(torch.float64)
             error, outliers = _errors(layer.form.matrix(w), w_hat, layer.weight_scale, layer.config.weight)
             r = replace(r, error=error, outliers=outliers)

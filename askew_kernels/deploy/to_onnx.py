@@ -234,20 +234,13 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
 def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: int, opset: int,
                 dense: Iterable[str], strict: bool, options: dict[str, Any],
                 architecture: dict[str, Any] | None = None) -> bytes:  # fmt: skip
-    if operator not in OPERATORS:
-        raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r:.80}")
-    if opset not in IR_VERSIONS:
-        raise ValueError(f"opset: expected {' or '.join(map(str, IR_VERSIONS))}, got {opset!r:.80}")
-    if type(accuracy_level) is not int or not 0 <= accuracy_level <= 4:
-        raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r:.80}")
-    onnx = library("export_onnx")
+    onnx = _check(operator, accuracy_level, opset)
     originals = packed_layers(model)
-    plain = (
-        as_linear_(copy.deepcopy(model)).to(torch.float32).eval()
-    )  # not float(): models that transformers loaded packed refuse that
-    layers = packed_layers(plain)
-    if not layers:
+    if not originals:
         raise ValueError("model: has no packed layers; call pack_(model) first")
+    # not float(): models that transformers loaded packed refuse that
+    plain: Any = as_linear_(copy.deepcopy(model)).to(torch.float32).eval()
+    layers = packed_layers(plain)
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
     unpack_(plain, force=True)  # what quantizes inputs comes back below
@@ -255,25 +248,19 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     keys = plain.state_dict().keys() - {weights[name] for name in held}
     reached: set[str] = set()
     for name, packed in layers.items():
-        if packed.kind.held:
-            continue
-        layer = plain.get_submodule(name)
-        _as_written(layer, packed, blocks.get(name), accuracy_level)
-        layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+        if not packed.kind.held:
+            layer = plain.get_submodule(name)
+            _as_written(layer, packed, blocks.get(name), accuracy_level)
+            layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
+    if (choose := getattr(plain, "set_experts_implementation", None)) is not None:
+        choose("batched_mm")  # of transformers: no loop over the experts that the example asks for
     if blocks:
         options = options | {"custom_opsets": {CONTRIB: 1} | options.get("custom_opsets", {})}
     made = _traced(plain, example, options)
     writer = _Writer(made.graph, plain.state_dict(), held, weights, blocks, opset)
-    lost = [name for name in held if name in reached and writer.integers(name) is None]
-    if lost:
+    if lost := [name for name in held if name in reached and writer.integers(name) is None]:
         raise ValueError(f"{lost[0]}: its weight is not in the exported graph")
-    nodes = writer.nodes()
-    del made.graph.node[:]
-    made.graph.node.extend(nodes)
-    made.graph.initializer.extend(writer.tensors())
-    others = [i for i in made.graph.input if i.name not in writer.state]
-    del made.graph.input[:]
-    made.graph.input.extend(others)
+    writer.fill()
     next(o for o in made.opset_import if o.domain in ("", "ai.onnx")).version = opset
     made.ir_version = IR_VERSIONS[opset]
     dtypes = {weights[name]: layer.weight_dtype for name, layer in originals.items()}
@@ -292,6 +279,20 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         raise ValueError(f"model: {made.ByteSize() / 2**30:.2f} GiB, one ONNX file holds less than 2")
     onnx.checker.check_model(made)
     return made.SerializeToString()
+
+
+def _check(operator: Any, accuracy_level: Any, opset: Any) -> Any:
+    """The arguments of ``export_onnx``; gives the package onnx."""
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: expected one of {', '.join(OPERATORS)}, got {operator!r:.80}")
+    if opset not in IR_VERSIONS:
+        raise ValueError(f"opset: expected {' or '.join(map(str, IR_VERSIONS))}, got {opset!r:.80}")
+    if type(accuracy_level) is not int or not 0 <= accuracy_level <= 4:
+        raise ValueError(f"accuracy_level: expected 0 to 4, got {accuracy_level!r:.80}")
+    onnx = library("export_onnx")
+    if opset > (known := onnx.defs.onnx_opset_version()):
+        raise ImportError(f"opset: onnx {onnx.__version__} knows those up to {known}, got {opset}; upgrade it")
+    return onnx
 
 
 class _Writer:
@@ -333,7 +334,7 @@ class _Writer:
         place, t = self.place(key), self.state[key]
         return t.tolist() if place is None and t.numel() <= FEW else place
 
-    def tensors(self) -> list[Any]:
+    def _tensors(self) -> list[Any]:
         parts = {key: Part.of(self.state[key]) for key in self.wanted if key not in self.owner}
         parts |= {f"{name}.{last}": part for name, (found, _) in self.stored.items() for last, part in found.items()}
         parts |= {f"{key}_shape": Part.of(torch.tensor(self._shape(key))) for key in self.owner if self._in_matrix(key)}
@@ -347,7 +348,14 @@ class _Writer:
     def _in_matrix(self, key: str) -> bool:
         return self.stored[self.owner[key]][0]["weight_levels"].shape != tuple(self.state[key].shape)
 
-    def nodes(self) -> list[Any]:
+    def fill(self) -> None:
+        """Initialisers in the place of inputs, and what makes weights of them."""
+        inputs = [i for i in self.graph.input if i.name not in self.state]
+        for field, values in (("node", self._nodes()), ("initializer", self._tensors()), ("input", inputs)):
+            self.graph.ClearField(field)
+            getattr(self.graph, field).extend(values)
+
+    def _nodes(self) -> list[Any]:
         from onnx import helper
 
         nodes = []

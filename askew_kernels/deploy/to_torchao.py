@@ -26,7 +26,7 @@ from .contents import Contents
 from .folders import float_key
 from .integers import Integers, integers, packed_layer
 
-LAYERS = (PackedLinear, PackedEmbedding, PackedConv2d)
+LAYERS = (PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d)
 HOLDER = "torchao's tensors"
 INPUTS = {
     "_type": "QuantizeTensorToInt8Kwargs",

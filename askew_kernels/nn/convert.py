@@ -14,6 +14,7 @@ from torch import nn
 
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
+from ..quant.forms import Form
 from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
@@ -41,8 +42,11 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     Parameters stay the same objects under the same names; hooks, flags and attributes of a replaced layer go on. A
     layer that is quantized already is quantized anew where its configuration differs.
 
-    Other weights of two and more dimensions (nn.MultiheadAttention, Conv1D of transformers, experts in one parameter)
-    stay float: one line of the logger ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
+    Linear layers are Conv1D of transformers, too. Weights of experts in one Parameter of three dimensions get a layer
+    of the Parameter's name each (``experts.EXPERTS`` says of which classes); their module keeps the Parameter.
+
+    Other weights of two and more dimensions (nn.MultiheadAttention, a router's) stay float: one line of the logger
+    ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
     TypeError/ValueError before anything is replaced: for an unknown kind, a pattern that matches no layer, and, naming
     the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
     """
@@ -96,12 +100,15 @@ def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[
     """ValueError where layers share a weight that are, or are to be, quantized differently."""
     renewed = set(map(id, layers.values()))
     kept = {name: layer for name, layer in quantized_layers(model).items() if id(layer) not in renewed}
-    sharing: dict[int, tuple[str, QuantConfig]] = {}
+    sharing: dict[int, tuple[str, QuantConfig, Form]] = {}
     for name, layer in (kept | layers).items():
+        kind: Any = kind_of(layer)
         config = configs.get(name) or layer.config
-        other, theirs = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config))
+        other, theirs, form = sharing.setdefault(id(layer._parameters.get("weight", layer)), (name, config, kind.form))
         if not same_weight(theirs, config):
             raise ValueError(f"{name}: shares its weight with {other}, which is quantized otherwise: {theirs}")
+        if form != kind.form:
+            raise ValueError(f"{name}: shares its weight with {other}, whose outputs stand along another dimension")
 
 
 def left_float(model: nn.Module) -> dict[str, str]:
@@ -127,7 +134,8 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
 
 
 def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tuple[str, str]:
-    name = f"{type(module).__module__.partition('.')[0]}.{type(module).__name__}".replace("torch.", "nn.")
+    cls = vars(type(module)).get("base", type(module))
+    name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}".replace("torch.", "nn.")
     if tied_to is not None:
         name += f" tied to {tied_to}"
         return name, ", which reads the latent weight until hard_quantize_ writes the quantized one"

@@ -14,7 +14,8 @@ VALUES = {
     Tensor.untyped_storage, Tensor.__dlpack__,
 }  # fmt: skip
 READ_ONLY = ("weight: a packed layer's is read-only, its values are in weight_codes and weight_scale; call "
-             "unpack_(model), or take a copy by layer.dequantize()")  # fmt: skip
+             "unpack_(model), take a copy by layer.dequantize(), or merge adapters by "
+             "deploy.lora.merge_and_unload(model)")  # fmt: skip
 
 
 class DecodedWeight(Tensor):
@@ -35,7 +36,7 @@ class DecodedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         setting = func is Tensor.requires_grad_ or getattr(func, "__name__", "") == "__set__"
-        if setting and args[1:] != (False,):
+        if setting and (func is not Tensor.requires_grad_ or args[1:] != (False,)):
             raise RuntimeError(READ_ONLY)
         if func in VALUES:
             args, kwargs = _values((args, kwargs))

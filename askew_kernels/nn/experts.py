@@ -100,8 +100,8 @@ class PackedTransposedExperts(PackedExperts, TransposedExpertWeight):  # type: i
     """``PackedExperts`` of matrices (inputs, outputs)."""
 
 
-# torch's functions that ask a module for what it holds, by an attribute's name
-HELD_BY = {nn.Module.get_submodule.__code__: "_modules", nn.Module.get_parameter.__code__: "_parameters"}
+# torch's functions that ask a module for what it holds by an attribute's name, and where that stands
+HELD_BY = {"get_submodule": "_modules", "get_parameter": "_parameters", "reset_sharded_param": "_parameters"}
 
 
 class Holder(nn.Module):
@@ -112,7 +112,7 @@ class Holder(nn.Module):
         layer = self.__dict__["_modules"].get(name)
         if not isinstance(layer, ExpertWeight):
             return super().__getattr__(name)
-        if (kept := HELD_BY.get(sys._getframe(1).f_code)) is not None:
+        if (kept := HELD_BY.get(sys._getframe(1).f_code.co_name)) is not None:
             return self.__dict__[kept][name]
         known = self.__dict__.get("_current")
         if known is None or isinstance(layer, PackedLayer):
@@ -150,6 +150,14 @@ class Holder(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    def __delattr__(self, name: str) -> None:
+        """RuntimeError for a weight of experts: what computes it from another tensor, as parametrizations and peft's
+        ``target_parameters`` do, would go past its quantization."""
+        if isinstance(self._modules.get(name), ExpertWeight):
+            raise RuntimeError(f"{name}: is quantized, its module cannot compute it otherwise (a parametrization, an "
+                               "adapter of target_parameters); call dequantize_ or unpack_ first")  # fmt: skip
+        super().__delattr__(name)
+
     def _layers(self) -> dict[str, Any]:
         """Those whose Parameter is this module's."""
         return {n: m for n, m in self._modules.items() if isinstance(m, ExpertWeight) and n in self._parameters}
@@ -181,7 +189,7 @@ class Holder(nn.Module):
 def expert_weights(module: nn.Module) -> dict[str, ExpertWeight]:
     """{name: float layer} of the Parameters of ``module`` that are weights of experts and have no layer yet; the layers
     are not part of it."""
-    cls = type(module).__name__
+    cls = vars(type(module)).get("base", type(module)).__name__
     pattern = next((pattern for pattern in EXPERTS if fnmatch.fnmatchcase(cls, pattern)), None)
     if pattern is None or isinstance(module, (ExpertWeight, PackedLayer)):
         return {}

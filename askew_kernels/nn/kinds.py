@@ -138,27 +138,20 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
 
 
-class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
-    """y = x W^T + b with packed W. x: (…, in_features) -> (…, out_features), in the type of x.
+class _PackedMatrix(PackedLayer):
+    """y = x W^T + b with packed W. x: (…, inputs) -> (…, outputs), in the type of x.
 
     From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
     rows on, and on a GPU with Triton up to ``runtime.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
     """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
-                 trits: bool = False, scale_dtype: torch.dtype | None = None, device: Any = None,
-                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self._attach((out_features, in_features), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
+        if x.shape[-1] != self.cols:
+            raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
         rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
             return functional.linear(x, self.matrix(x.dtype), bias)
@@ -166,7 +159,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
             return self._product(x, bias)
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
             x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.in_features), bias).reshape(*x.shape[:-1], self.out_features)
+        return self._product(x.reshape(rows, self.cols), bias).reshape(*x.shape[:-1], self.rows)
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -175,6 +168,17 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[misc, override]
         if x._ragged_idx != 1:
             raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
         return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
+
+
+class PackedLinear(_PackedMatrix, nn.Linear):  # type: ignore[misc, override]
+    """nn.Linear with a packed weight. x: (…, in_features) -> (…, out_features), in the type of x."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
+                 trits: bool = False, scale_dtype: torch.dtype | None = None, device: Any = None,
+                 dtype: torch.dtype | None = None) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self._attach((out_features, in_features), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
 
 
 class TransposedLinear(nn.Module):
@@ -199,6 +203,8 @@ class TransposedLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return _transposed(self, input, self.weight, self.bias)
 
+    __repr__ = nn.Module.__repr__  # Conv1D, of which layers may be instances, too, has one of its own
+
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, bias={self.bias is not None}"
 
@@ -212,31 +218,22 @@ def _transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return functional.linear(x, weight.t(), bias)
 
 
-class AskewTransposedLinear(QuantizedLayer, TransposedLinear):  # type: ignore[misc]
-    """A linear layer with a quantized weight (nx, nf); per channel, every output has a scale, and groups run along the
-    inputs. The weight keeps its shape and gets the memory layout of its transpose."""
-
-    __repr__ = nn.Module.__repr__  # Conv1D has one of its own
+class _ClassOf:
+    """In the place of a Conv1D the layers are instances of that, too, for those who ask: peft does."""
 
     @classmethod
     def class_for(cls, layer: Any) -> Any:
-        """One whose instances are of the class of ``layer``, too, for those who ask."""
-        if isinstance(layer, cls):
-            return type(layer)
-        return cls if type(layer) is TransposedLinear else derived(cls, type(layer))
+        base = vars(type(layer)).get("base", type(layer))
+        return derived(cls, base) if base is conv1d() else cls
 
 
-class PackedTransposedLinear(PackedLinear):
-    """``PackedLinear`` in the place of a layer with a weight (nx, nf): the codes are those of the (nf, nx) matrix."""
+class AskewTransposedLinear(_ClassOf, QuantizedLayer, TransposedLinear):  # type: ignore[misc]
+    """A linear layer with a quantized weight (nx, nf); per channel, every output has a scale, and groups run along the
+    inputs. The weight keeps its shape and gets the memory layout of its transpose."""
 
-    nf, nx = property(lambda self: self.out_features), property(lambda self: self.in_features)
 
-    def __init__(self, nf: int, nx: int, bias: bool = True, config: QuantConfig | None = None, *, trits: bool = False,
-                 scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
-                 ) -> None:  # fmt: skip
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = nx, nf
-        self._attach((nx, nf), bias, config or QuantConfig(), trits, scale_dtype, dtype, device)
+class PackedTransposedLinear(_ClassOf, _PackedMatrix, TransposedLinear):  # type: ignore[misc, override]
+    """A linear layer with a packed weight (nx, nf): the codes are those of the (nf, nx) matrix."""
 
     def as_linear(self) -> PackedLinear:
         """A ``PackedLinear`` with the same tensors, whose ``weight`` is (nf, nx): what other formats hold."""
@@ -455,7 +452,8 @@ def own_keys(cls: type[nn.Module]) -> frozenset[str]:
 
 @functools.cache
 def _keys(kind: Any, base: Any) -> frozenset[str]:
-    return frozenset(kind.of_shape((1,) * kind.dims, True, base).state_dict())
+    layer = kind.of_shape((1,) * kind.dims, True, base)
+    return frozenset((*layer.state_dict(), *layer._parameters)) - {n for n, p in layer._parameters.items() if p is None}
 
 
 def replaceable(module: nn.Module) -> Kind | None:

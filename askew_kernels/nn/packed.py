@@ -39,7 +39,7 @@ class PackedLayer(nn.Module):
     kind: ClassVar[Any]  # its entry in kinds.KINDS
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
-    own_attributes = ("config", "trits", "shape", "bits", "cols", "weight_dtype", "activations", "weight_codes",
+    own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
                       "weight_scale")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
@@ -61,7 +61,7 @@ class PackedLayer(nn.Module):
         self.config, self.trits, self.shape = config, trits, shape
         self.bits = code_bits(config.weight, trits)
         matrix = self.form.shape(shape)
-        self.cols = math.prod(matrix[1:])
+        self.rows, self.cols = matrix[0], math.prod(matrix[1:])
         self.weight_dtype = dtype or torch.get_default_dtype()
         rows = num_rows(matrix, config.granularity, config.group_size)
         codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)

@@ -21,7 +21,7 @@ from ... import nn as ask_nn
 from ... import quant
 from ...deploy import files
 from .. import peers
-from ..goals import Goal, Headline, rate, ratio, ratio_to_best
+from ..goals import Goal, Headline, Measure, rate, ratio, ratio_to_best
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
 from . import common
 from .linear import near_check
@@ -36,8 +36,16 @@ GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {  # name -> how weights are 
     "binary": (quant.QuantConfig(quant.Binary(), scale="mean"), False),
 }
 GROUPS = "4-bit group 128"
+# beside onnxruntime, which has the same weights
+SHARED: dict[str, tuple[quant.QuantConfig, bool]] = {
+    GROUPS: GRIDS[GROUPS],
+    "4-bit group 32": (quant.QuantConfig(quant.Uniform(4), "absmax", "per_group", 32), False),
+    "8-bit": GRIDS["8-bit"],
+    "2-bit group 128": (quant.QuantConfig(quant.Uniform(2), "absmax", "per_group", 128), False),
+}
 GPU_GRIDS = (GROUPS, "4-bit", "3-bit", "ternary", "binary")
 INT8 = ", int8 activations"
+WORDS = {"float": "", "int8": INT8}
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
 DYNAMIC, BITSANDBYTES = "torch dynamic quantized Linear", "bitsandbytes Linear4bit"
 SAVE, LOAD = "save_packed", "load_packed"
@@ -45,6 +53,10 @@ SAVE, LOAD = "save_packed", "load_packed"
 
 def ours(name: str) -> str:
     return f"PackedLinear {name}"
+
+
+def theirs(name: str) -> str:
+    return f"onnxruntime MatMulNBits {name}"
 
 
 def check_packed(layer: Any, x: Tensor, relative: float, run: Callable[[], Any]) -> None:
@@ -56,10 +68,10 @@ def check_packed(layer: Any, x: Tensor, relative: float, run: Callable[[], Any])
         raise CheckFailed(f"output: {error:.3g} away from that of the unpacked weight, expected {relative}")
 
 
-@functools.lru_cache(2 * len(GRIDS))
+@functools.lru_cache(2 * len(GRIDS | SHARED))
 def packed_weight(name: str, side: int, device: str, dtype: torch.dtype) -> ask_nn.PackedLinear:
     """Of ``common.float_layer``; packing takes longer than the measurements, so one serves every batch."""
-    config, trits = GRIDS[name]
+    config, trits = (GRIDS | SHARED)[name]
     layer = ask_nn.AskewLinear.from_float(common.float_layer(side, side, device, dtype), config)
     return ask_nn.PackedLinear.from_quantized(layer, force=True, trits=trits).eval()
 
@@ -84,40 +96,71 @@ class Chain:
         return y
 
 
-def linear_case(context: Context, batch: int) -> Case:
-    """On a GPU bfloat16 activations, from the codes by each backend."""
-    side, device, cuda = context.side, str(context.device), context.is_cuda
-    dtype = torch.bfloat16 if cuda else torch.float32
-    cold = (2 * COLD if cuda else COLD) >> 5 * context.quick
-    layer, other = common.float_layer(side, side, device, dtype), torch.zeros(cold // 4, device=device)
-    g = torch.Generator(device).manual_seed(3)
-    x = torch.randn(batch, side, device=device, generator=g).to(dtype)
+class ColdCase:
+    """What the cases of one batch share: the layer, its input, and implementations whose weights are cold. On a GPU
+    bfloat16 activations, from the codes by each backend."""
 
-    def impl(name: str, made: Callable[[], Layer], read: int, value: Tensor = x, **options: Any) -> Impl:
+    def __init__(self, context: Context, batch: int) -> None:
+        side, device, cuda = context.side, str(context.device), context.is_cuda
+        self.context, self.batch, self.side, self.device, self.cuda = context, batch, side, device, cuda
+        self.dtype = torch.bfloat16 if cuda else torch.float32
+        self.cold = (2 * COLD if cuda else COLD) >> 5 * context.quick
+        self.layer, self.other = (
+            common.float_layer(side, side, device, self.dtype),
+            torch.zeros(self.cold // 4, device=device),
+        )
+        g = torch.Generator(device).manual_seed(3)
+        self.x = torch.randn(batch, side, device=device, generator=g).to(self.dtype)
+
+    def impl(
+        self, name: str, made: Callable[[], Layer], read: int, value: Tensor | None = None, **options: Any
+    ) -> Impl:
         """``made()`` gives a layer that shares its weight with no other."""
-        count = -(-cold // read) if batch <= IN_CHAIN and not cuda else 1
-        options.setdefault("prepare", other.sum if count == 1 else None)
-        return Impl(name, Chain(made, value, count), traffic=Traffic(read=read), calls=count, **options)
+        count = -(-self.cold // read) if self.batch <= IN_CHAIN and not self.cuda else 1
+        options.setdefault("prepare", self.other.sum if count == 1 else None)
+        chain = Chain(made, self.x if value is None else value, count)
+        return Impl(name, chain, traffic=Traffic(read=read), calls=count, **options)
 
-    def own(name: str, activations: str) -> Impl:
-        packed = packed_weight(name, side, device, dtype)
+    def packed(self, name: str) -> ask_nn.PackedLinear:
+        return packed_weight(name, self.side, self.device, self.dtype)
+
+    def check(self, name: str, activations: str) -> Callable[[Callable[[], Any]], None]:
+        relative = 0.01 if self.cuda else 0.03 if activations == "int8" else 1e-4
+        return functools.partial(check_packed, self.packed(name), self.x, relative)
+
+    def own(self, name: str, activations: str) -> list[Impl]:
+        packed = self.packed(name)
 
         def made() -> Layer:
             copied = copy.deepcopy(packed)
             copied.activations = activations
             return copied
 
-        relative = 0.01 if cuda else 0.03 if activations == "int8" else 1e-4
-        return impl("", made, packed.packed_bytes, check=functools.partial(check_packed, packed, x, relative))
+        def build() -> Impl:
+            return self.impl("", made, packed.packed_bytes, check=self.check(name, activations))
 
-    bytes_of = dtype.itemsize * side * side
-    impls = [impl("nn.Linear", lambda: copy.deepcopy(layer), bytes_of, kind="baseline")]
+        return common.ours(self.context, ours(name) + WORDS[activations], build)
+
+    def baseline(self) -> Impl:
+        read = self.dtype.itemsize * self.side * self.side
+        return self.impl("nn.Linear", lambda: copy.deepcopy(self.layer), read, kind="baseline")
+
+    def case(self, impls: list[Impl]) -> Case:
+        batch, side = self.batch, self.side
+        return Case(f"{batch} x {side} x {side}", str(self.dtype).removeprefix("torch."), "nn.Linear", impls,
+                    side * side * self.cuda, work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
+
+
+def linear_case(context: Context, batch: int) -> Case:
+    shared = ColdCase(context, batch)
+    layer, x, impl, n, cuda = shared.layer, shared.x, shared.impl, shared.side**2, shared.cuda
+    impls = [shared.baseline()]
     if not cuda:
-        half = common.float_layer(side, side, device, torch.bfloat16)
-        impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * side * side, x.bfloat16()))
+        half = common.float_layer(shared.side, shared.side, shared.device, torch.bfloat16)
+        impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * n, x.bfloat16()))
     for name in GPU_GRIDS if cuda else GRIDS:
-        for activations, words in (("float", ""), ("int8", INT8))[: 1 if cuda else 2]:
-            impls += common.ours(context, ours(name) + words, functools.partial(own, name, activations))
+        for activations in list(WORDS)[: 1 if cuda else 2]:
+            impls += shared.own(name, activations)
 
     def library(name: str, module: str, made: Callable[[Any], Layer], size: int, least: float = 0.01) -> Impl:
         def build() -> Impl:
@@ -126,7 +169,6 @@ def linear_case(context: Context, batch: int) -> Case:
 
         return peer(name, module, build)
 
-    n = side * side
     if cuda:
         impls += [library("torchao int4 weight-only", "torchao", peers.torchao_int4, n // 2),
                   library("gemlite 4-bit", "gemlite", lambda m: peers.gemlite_linear(m, 4), n // 2)]  # fmt: skip
@@ -138,8 +180,27 @@ def linear_case(context: Context, batch: int) -> Case:
             library("torchao int8 dynamic", "torchao", peers.torchao_int8_dynamic, n, 0.0),
             library(BITSANDBYTES, "bitsandbytes", peers.bitsandbytes_linear4bit, n // 2),
         ]
-    return Case(f"{batch} x {side} x {side}", str(dtype).removeprefix("torch."), "nn.Linear", impls, side * side * cuda,
-                work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
+    return shared.case(impls)
+
+
+def onnxruntime_case(context: Context, batch: int) -> Case:
+    """The same weights in onnxruntime's MatMulNBits: its accuracy level 1 computes in float32, 4 rounds each block of
+    the input to int8."""
+    shared = ColdCase(context, batch)
+    impls = [shared.baseline()]
+    for name in SHARED:
+        packed = shared.packed(name)
+        for activations, level in (("float", 1), ("int8", 4)):
+            impls += shared.own(name, activations)
+
+            def build(
+                name: str = name, packed: Any = packed, activations: str = activations, level: int = level
+            ) -> Impl:
+                layer = peers.onnxruntime_layer(packed, shared.x, level)
+                return shared.impl("", layer, packed.packed_bytes, check=shared.check(name, activations))
+
+            impls.append(peer(theirs(name) + WORDS[activations], "onnxruntime", build))
+    return shared.case(impls)
 
 
 def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list[Impl]:
@@ -215,6 +276,7 @@ def file_case(context: Context, name: str) -> Case:
 
 
 BATCHES = (1, 16, 256, 4096)
+BESIDE = (1, 16, 256)
 GPU_BATCHES = (1, 4, 32, 64, 4096)
 FILES = (GROUPS, "ternary", "binary")
 
@@ -223,8 +285,20 @@ def op(batch: int) -> str:
     return f"packed linear, batch {batch}"
 
 
+def beside(batch: int) -> str:
+    return f"packed linear beside onnxruntime, batch {batch}"
+
+
+def worst_beside(batch: int, words: str) -> Measure:
+    """p50 of ours over that of onnxruntime with the same weights, where that is largest."""
+    ratios = [ratio(beside(batch), ours(name) + words, theirs(name) + words) for name in SHARED]
+    return lambda rows: max(measure(rows) for measure in ratios)
+
+
 ENTRIES = [
     *[Entry(op(b), functools.partial(linear_case, batch=b), devices=("cpu",), quick=b <= IN_CHAIN) for b in BATCHES],
+    *[Entry(beside(b), functools.partial(onnxruntime_case, batch=b), devices=("cpu",), quick=b == 1)
+      for b in BESIDE],
     *[Entry(f"packed linear on a GPU, batch {b}", functools.partial(linear_case, batch=b), devices=("cuda",))
       for b in GPU_BATCHES],
     *[Entry(f"packed file, {name}", functools.partial(file_case, name=name), devices=("cpu",), quick=name == FILES[0])
@@ -239,6 +313,8 @@ GOALS = [
            ratio(op(batch), "nn.Linear", ours(name))) for name, batch, wanted in WANTED],
     *[Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
            ratio_to_best(op(batch), ours(name), rivals)) for batch in BATCHES for name, rivals in RIVALS.items()],
+    *[Goal(f"PackedLinear{words}, batch {batch} ÷ onnxruntime's MatMulNBits, worst of {len(SHARED)} grids", "<=", 1.0,
+           worst_beside(batch, words)) for batch in BESIDE for words in WORDS.values()],
     *[Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
       for name in FILES for what in (SAVE, LOAD)],
     *[Goal(f"PackedLinear {GROUPS}, batch 1, {backend}: times faster than bf16 nn.Linear", ">=", 3.3,

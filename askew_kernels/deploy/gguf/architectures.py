@@ -50,6 +50,7 @@ class Architecture:
     mark: str = ""  # the key that tells it from another of the same name
     same: tuple[tuple[str, str], ...] = ()  # numbers of a config that llama.cpp takes to be one
     unused: tuple[str, ...] = ()  # patterns of modules for which llama.cpp has no place and no use
+    full: int = 0  # of so many layers the last attends to everything, the others within the window
     window: bool = False  # whether a sliding window has a key; without, the context ends where it would begin
 
 
@@ -107,8 +108,16 @@ ARCHITECTURES = {a.model_types[0]: a for a in (
     _decoder("gemma", ("gemma",), _NORMS | _ATTENTION | _GATED, requires=_GELU, plus_one=True,
              one=True),
     _decoder("gemma2", ("gemma2",), _FOUR_NORMS | _ATTENTION | _GATED, keys=_GEMMA_2, plus_one=True, one=True,
-             window=True, same=(("query_pre_attn_scalar", "head_dim"),),
+             window=True, full=2, same=(("query_pre_attn_scalar", "head_dim"),),
              requires={"hidden_activation": _GELU["hidden_act"]}),
+    _decoder("gemma3", ("gemma3_text",), _FOUR_NORMS | _ATTENTION | _QK_NORMS | _GATED, plus_one=True, one=True,
+             keys=(*_LLAMA, Key("attention.sliding_window", "sliding_window"),
+                   Key("rope.freq_base_swa", "rope_local_base_freq", float)),
+             window=True, full=6, same=(("query_pre_attn_scalar", "head_dim"),),
+             requires={"hidden_activation": _GELU["hidden_act"], "attn_logit_softcapping": (None,),
+                       "final_logit_softcapping": (None,), "use_bidirectional_attention": (False,)}),
+    _decoder("phi3", ("phi3",), _NORMS | {"self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+                                          "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}),
     Architecture(
         "gpt2", ("gpt2",),
         {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm",
@@ -220,8 +229,15 @@ def completed(a: Architecture, config: Config) -> dict[str, Any]:
         if c.get(key) is not None and c[key] not in known:
             raise ValueError(f"{key}: {a.name} of llama.cpp computes with {known[0]!r}, got {c[key]!r:.80}")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    c["rope_parameters"] = rope = rope if isinstance(rope, dict) else {}
+    if "full_attention" in rope:  # positions of the layers within the window are their own
+        local = rope["sliding_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_parameters: sliding_attention: expected the type default, got {local!r:.80}")
+        c["rope_local_base_freq"], rope = local["rope_theta"], rope["full_attention"]
+    c["rope_parameters"] = rope
     c.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+    if (part := rope.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor: expected 1, got {part!r:.80}")
     if "num_attention_heads" in c and "hidden_size" in c:
         if not c.get("num_key_value_heads"):
             c["num_key_value_heads"] = c["num_attention_heads"]
@@ -232,6 +248,13 @@ def completed(a: Architecture, config: Config) -> dict[str, Any]:
     for one, other in a.same:
         if c.get(one, c.get(other)) != c.get(other):
             raise ValueError(f"{one}: {a.name} of llama.cpp computes with {other}, {c[other]}, got {c[one]!r:.80}")
+    layers = c.get("layer_types")
+    if a.full and layers is not None:
+        wanted = ["sliding_attention" if (i + 1) % a.full else "full_attention" for i in range(len(layers))]
+        if layers != wanted:
+            raise ValueError(
+                f"layer_types: {a.name} of llama.cpp attends to everything in each layer {a.full}, got {layers!r:.80}"
+            )
     window = c.get("sliding_window") if c.get("use_sliding_window", True) else None
     if window and not a.window and "max_position_embeddings" in c:  # up to there it makes no difference
         c["max_position_embeddings"] = min(c["max_position_embeddings"], window)

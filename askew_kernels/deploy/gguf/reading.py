@@ -91,7 +91,7 @@ class _Source:
         """(module, leaf) of a tensor, by our names; the leaf is empty for a Parameter that is no module's weight."""
         module, _, leaf = info.name.rpartition(".")
         ours = self.names.ours(module) if module else ""
-        bare = self.architecture is not None and ours.endswith(self.architecture.parameters or ("\0",))
+        bare = self.architecture is not None and ours.endswith(self.architecture.parameters)
         return ours, "" if bare else leaf
 
     def rows(self, info: _Entry) -> Tensor | None:
@@ -121,7 +121,7 @@ class _Source:
         a = self.architecture
         if a is not None and name == self.names.prefix + a.embedding:
             return "embedding", list(shape)
-        if a is not None and name.endswith(a.transposed or ("\0",)):
+        if a is not None and name.endswith(a.transposed):
             return "transposed_linear", list(shape[::-1])
         return "experts" if len(shape) == 3 else "linear", list(shape)
 
@@ -239,7 +239,7 @@ def _tensor(source: _Source, module: str, leaf: str, info: _Entry) -> Tensor:
     if a is not None:
         if a.plus_one and last(info.name.rpartition(".")[0]).endswith("norm"):
             t = t - 1
-        if leaf == "weight" and a.transposed and module.endswith(a.transposed):
+        if leaf == "weight" and module.endswith(a.transposed):
             t = t.t().contiguous()
     return t
 
@@ -250,7 +250,8 @@ def _tie(source: _Source, layers: dict[str, PackedLayer], tensors: dict[str, Ten
     if a is not None:
         first = source.names.prefix + a.embedding
         for head in a.heads:
-            if head not in layers and f"{head}.weight" not in tensors:
+            known = {head, f"{head}.weight"} & {*layers, *tensors}
+            if not known and {first, f"{first}.weight"} & {*layers, *tensors}:
                 ties.setdefault(*((head, first) if first in layers else (f"{head}.weight", f"{first}.weight")))
     for name, first in ties.items():
         if first in layers and name not in layers:
@@ -265,7 +266,9 @@ def _tie(source: _Source, layers: dict[str, PackedLayer], tensors: dict[str, Ten
             layer.weight_codes, layer.weight_scale = like.weight_codes, like.weight_scale
         elif first in tensors and name not in tensors:
             tensors[name] = tensors[first]
-        elif first not in layers and first not in tensors:
+        elif f"{first}.weight" in tensors and f"{name}.weight" not in tensors:  # layers that were written as floats
+            tensors[f"{name}.weight"] = tensors[f"{first}.weight"]
+        elif not {first, f"{first}.weight"} & {*layers, *tensors}:
             raise source.error(name, f"is one with {first:.80}, which is not there")
 
 

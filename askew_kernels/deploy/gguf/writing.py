@@ -61,9 +61,9 @@ class _Export:
         self.names = Names(self.architecture, self._prefix())
         self.config: dict[str, Any] = {}
         self.fields: dict[str, Any] = {"general.architecture": GENERIC, "general.quantization_version": 2}
+        self.stored: dict[str, Stored] = {}
         if self.architecture is not None:
             self._describe(self.architecture)
-        self.stored: dict[str, Stored] = {}
         self.left_out: list[str] = []
         self.said: dict[str, Any] = {"version": VERSION, "prefix": self.names.prefix, "layers": {}, "ties": {}}
 
@@ -97,6 +97,8 @@ class _Export:
             self.config = completed(a, source.architecture or {})
             self.fields |= {"general.architecture": a.name, "general.name": str(self.config.get("model_type"))}
             self.fields |= to_fields(a, self.config)
+            if (factors := rope_factors(self.config)) is not None:
+                self.stored["rope_freqs.weight"] = plain(factors)
             self.fields |= vocabulary(source.folder, self._count(a), a.vocabulary)
             if a.vocabulary == "words":
                 self.fields["tokenizer.ggml.token_type_count"] = int(self.config.get("type_vocab_size", 1))
@@ -128,6 +130,7 @@ class _Export:
         file_type = named[0] if named else known.GUESSED
         self.fields |= {"general.file_type": int(file_type), KEY: json.dumps(self.said)}
         write_container(path, self.fields, dict(sorted(self.stored.items(), key=lambda item: _natural(item[0]))))
+        self.contents.left_out = self.left_out
         if self.left_out:
             warnings.warn(f"{self.contents.source}: llama.cpp has no use for {', '.join(self.left_out)}: left out",
                           stacklevel=3)  # fmt: skip
@@ -151,6 +154,7 @@ class _Export:
             layer, t = self.contents.layers.get(head), self.contents.tensors.get(key)
             if layer is None or t is None or layer.shape != t.shape or not torch.equal(layer.dequantize(), t):
                 continue
+            self.dense += (embedding,) if self._is_dense(head) else ()
             layers = {embedding if name == head else name: each for name, each in self.contents.layers.items()}
             tensors = {name: each for name, each in self.contents.tensors.items() if name != key}
             self.contents = replace(self.contents, layers=layers, tensors=tensors)
@@ -175,7 +179,7 @@ class _Export:
                 assert a is not None
                 known = ", ".join([*a.names, *a.heads])
                 raise ValueError(f"{a.name} of llama.cpp has no such tensor; known are {known}")
-            if layer is None or any(fnmatchcase(module, pattern) for pattern in self.dense):
+            if layer is None or self._is_dense(module):
                 floats: Any = t if layer is None else layer.dequantize()
                 stored = self._plain(module, theirs, leaf, floats)
             else:
@@ -189,11 +193,12 @@ class _Export:
         except ValueError as reason:
             raise self.contents.error(key, reason) from None
 
+    def _is_dense(self, module: str) -> bool:
+        return any(fnmatchcase(module, pattern) for pattern in self.dense)
+
     def _module(self, key: str, layer: PackedLayer | None) -> tuple[str, str]:
         """(module, leaf); a Parameter that has a name there counts as a module with a weight."""
-        if layer is not None or (
-            self.architecture is not None and key.endswith(self.architecture.parameters or ("\0",))
-        ):
+        if layer is not None or (self.architecture is not None and key.endswith(self.architecture.parameters)):
             return key, "weight"
         module, _, leaf = key.rpartition(".")
         return module, leaf
@@ -224,7 +229,7 @@ class _Export:
         if (a := self.architecture) is not None:
             if a.plus_one and last(theirs).endswith("norm"):
                 t = t.float() + 1
-            if leaf == "weight" and a.transposed and module.endswith(a.transposed):
+            if leaf == "weight" and module.endswith(a.transposed):
                 t = t.t()
             if t.dim() < 2 or last(theirs) in a.floats or t.dtype not in (torch.float16, torch.bfloat16):
                 if not torch.equal(t.float().to(t.dtype), t):
@@ -247,8 +252,6 @@ class _Export:
                 raise self.contents.error(ours, f"in {a.name} of llama.cpp it is {a.embedding}: expected one weight")
             if f"{theirs}.weight" not in self.stored and ours not in tied:
                 raise self.contents.error(ours, "expected the head of the model, or tie_word_embeddings in config.json")
-        if (factors := rope_factors(self.config)) is not None:
-            self.stored["rope_freqs.weight"] = plain(factors)
 
     def _tied_heads(self, a: Architecture) -> set[str]:
         tied = {_module(key, self.contents.layers) for key in self.said["ties"]}
@@ -257,7 +260,7 @@ class _Export:
 
 def _natural(name: str) -> list[Any]:
     """blk.2 before blk.10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _module(name: str, layers: Mapping[str, Any]) -> str:
