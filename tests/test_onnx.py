@@ -21,6 +21,7 @@ from oracles import NF4
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.__main__ import main
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.files import PackedFileError
 from askew_kernels.nn.layers import quantized_input
@@ -515,6 +516,7 @@ def transformers_models():
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=32,
                                                        bos_token_id=1, eos_token_id=2)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes, num_key_value_heads=2)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=16)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)),
         "gpt-oss": lambda: t.GptOssForCausalLM(t.GptOssConfig(**sizes, num_key_value_heads=2, num_local_experts=4,
                                                               head_dim=16)),
@@ -540,7 +542,9 @@ def packed_folder(family, folder, config=None):
     return model
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "gpt-oss", "vit", "t5", "clip", "whisper"])
+@pytest.mark.parametrize(
+    "family", ["bert", "gpt2", "llama", "gemma3", "mixtral", "gpt-oss", "vit", "t5", "clip", "whisper"]
+)
 def test_transformers_models_of_any_size(family, tmp_path):
     model = packed_folder(family, tmp_path)
     contents, path = read_contents(tmp_path / "model.safetensors"), tmp_path / "m.onnx"
@@ -560,7 +564,7 @@ def test_transformers_models_of_any_size(family, tmp_path):
         given[i.name] = torch.randint(3, 96, sizes) if "int64" in i.type else torch.randn(sizes)
     for name in given.keys() & {"attention_mask", "token_type_ids", "decoder_attention_mask"}:
         given[name] = torch.full_like(given[name], name != "token_type_ids")
-    if family in ("bert", "gpt2", "llama", "mixtral", "t5"):
+    if family in ("bert", "gpt2", "llama", "gemma3", "mixtral", "t5"):
         given["attention_mask"][0, 8:] = 0
     with torch.no_grad():
         want = {k: v for k, v in model(**given).items() if isinstance(v, torch.Tensor)}
@@ -602,3 +606,20 @@ def test_what_no_graph_is_known_for(tmp_path):
     ):
         to_onnx.export(read_contents(tmp_path / "nf4" / "model.safetensors"), tmp_path / "m.onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "nf4"]
+
+
+def test_the_command_line(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    model, ids = packed_folder("llama", tmp_path), torch.arange(12)[None]
+    source, path, back = (str(tmp_path / name) for name in ("model.safetensors", "m.onnx", "back.safetensors"))
+    assert main(["export", source, "--to", "onnx", "--out", path, "--verify"]) == 0
+    out = capsys.readouterr().out
+    assert "read by onnxruntime" in out and "16 of 16 layers equal bit for bit" in out
+    assert main(["inspect", path]) == 0 and "model.layers.0.mlp.up_proj" in capsys.readouterr().out
+    assert (
+        main(["export", source, "--to", "onnx", "--out", path]) == 2 and "is there already" in capsys.readouterr().err
+    )
+    assert main(["convert", path, back]) == 0
+    with torch.no_grad():
+        loaded = ak.load_packed(back, transformers.LlamaForCausalLM(model.config)).eval()
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

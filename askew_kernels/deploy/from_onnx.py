@@ -30,9 +30,12 @@ from .integers import packed_layer
 
 KEY = "askew_kernels"  # of the metadata
 VERSION = 1
+ASKED = 1 << 24  # numbers of the identity at a time
 LIMIT = 2**31  # bytes that a protobuf has less than
 CONTRIB = "com.microsoft"  # the domain of onnxruntime's own operators
 MULTIPLIES, GATHERS, DEQUANTIZES = "MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"
+ATTRIBUTES = {**dict.fromkeys(("axis", "block_size", "bits", "N", "K", "transB", "group"), int), "auto_pad": bytes,
+              **dict.fromkeys(("strides", "pads", "dilations"), list)}  # fmt: skip
 # fields of a ModelProto: {number: wire type}; 7 is the graph
 FIELDS = {1: 0, 2: 2, 3: 2, 4: 2, 5: 0, 6: 2, 7: 2, 8: 2, 14: 2, 20: 2, 25: 2, 26: 2}
 SMALL = {"INT2", "UINT2", "INT4", "UINT4"}
@@ -99,6 +102,11 @@ class _Graph:
             raise PackedFileError(f"{path}: not a whole ONNX file ({error})") from None
         graph = self.model.graph
         self.nodes = list(graph.node)
+        said = [t.name for t in graph.initializer] + [p.key for p in self.model.metadata_props]
+        for node in self.nodes:
+            said += [node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute)]
+        if not all(isinstance(text, str) for text in said):  # bytes, where they are no UTF-8
+            raise PackedFileError(f"{path}: not a whole ONNX file (names that are no text)")
         self.constants = {t.name: t for t in graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant" and node.output:
@@ -154,7 +162,12 @@ class _Graph:
         return levels.reshape(tuple(t.dims))
 
     def attributes(self, node: Any) -> dict[str, Any]:
-        return {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute}
+        """Those that are read here, of the types that they have."""
+        found = {a.name: self.onnx.helper.get_attribute_value(a) for a in node.attribute if a.name in ATTRIBUTES}
+        for name, value in found.items():
+            if not isinstance(value, ATTRIBUTES[name]):
+                raise self.error(node.name, f"{name}: expected {ATTRIBUTES[name].__name__}, got {value!r:.80}")
+        return found
 
 
 # ---- what a node holds -----------------------------------------------------------------------------------------------
@@ -190,13 +203,11 @@ def _one_zero_point(graph: _Graph, name: str, points: Tensor) -> int:
     return int(points.flatten()[0]) if points.numel() else 0
 
 
-def _blocks_held(graph: _Graph, node: Any) -> Held:
-    """Of MatMulNBits and GatherBlockQuantized."""
+def _block_sizes(graph: _Graph, node: Any) -> tuple[int, int, int, int]:
+    """(outputs, inputs, bits, block) of MatMulNBits and GatherBlockQuantized, which fit their constants."""
     given, name = graph.attributes(node), _constant(node)
     bytes_, scale = graph.tensor(name), graph.tensor(node.input[2])
     bits, block = given.get("bits", 4), given.get("block_size", 128)
-    if not all(type(given.get(key, 0)) is int for key in ("bits", "block_size", "N", "K")):
-        raise graph.error(name, "attributes of the wrong type")
     if bits not in (2, 4, 8) or not 1 <= block < 2**31 or bytes_.dtype != torch.uint8 or not bytes_.dim():
         raise graph.error(name, f"expected bytes with 2, 4 or 8 bits in blocks, got {bytes_.dtype}, {bits}, {block}")
     if node.op_type == MULTIPLIES:
@@ -207,6 +218,12 @@ def _blocks_held(graph: _Graph, node: Any) -> Held:
     row = blocks * (block * bits // 8) if node.op_type == MULTIPLIES else cols * bits // 8
     if min(n, cols) < 1 or bytes_.numel() != n * row or scale.numel() != n * blocks:
         raise graph.error(name, f"{bytes_.numel()} bytes and {scale.numel()} scales for {n} x {cols} weights")
+    return n, cols, bits, block
+
+
+def _blocks_held(graph: _Graph, node: Any) -> Held:
+    name, (n, cols, bits, block) = _constant(node), _block_sizes(graph, node)
+    blocks = -(-cols // block)
     zero = 2 ** (bits - 1)
     if len(node.input) > 3 and (points_name := node.input[3]):
         points = graph.tensor(points_name)
@@ -217,8 +234,8 @@ def _blocks_held(graph: _Graph, node: Any) -> Held:
         zero = _one_zero_point(graph, points_name, points)
     if node.op_type == MULTIPLIES and len(node.input) > 4 and node.input[4]:
         raise graph.error(name, "its columns stand in another order (g_idx), which is not read")
-    levels = unpack_codes(bytes_.reshape(n, row), bits, cols).to(torch.int16) - zero
-    return Held(levels, scale.reshape(n, blocks), block, -zero, 2**bits - 1 - zero)
+    levels = unpack_codes(graph.tensor(name).reshape(n, -1), bits, cols).to(torch.int16) - zero
+    return Held(levels, graph.tensor(node.input[2]).reshape(n, blocks), block, -zero, 2**bits - 1 - zero)
 
 
 def _linear_held(graph: _Graph, node: Any, across: bool) -> Held:
@@ -430,6 +447,13 @@ def read(path: str | os.PathLike) -> Contents:
     the initialiser, FileNotFoundError, and ImportError without onnx.
     """
     graph = _Graph(path)
+    try:
+        return _contents(graph)
+    except (TypeError, IndexError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise PackedFileError(f"{path}: damaged ({type(error).__name__}: {error})") from None
+
+
+def _contents(graph: _Graph) -> Contents:
     document = _document(graph)
     layers = _layers(graph, document)
     packed = {name: _packed(graph, name, layer) for name, layer in layers.items()}
@@ -439,44 +463,51 @@ def read(path: str | os.PathLike) -> Contents:
         tensors, architecture = dict(_described_tensors(graph, document, packed)), document.get("architecture")
     if not isinstance(architecture, dict) or "model_type" not in architecture:
         architecture = None
-    return Contents(str(path), packed, tensors, {}, architecture, Path(path).parent)
+    return Contents(str(graph.path), packed, tensors, {}, architecture, graph.path.parent)
 
 
 # ---- by onnxruntime --------------------------------------------------------------------------------------------------
 
 
+def _questions(graph: _Graph, node: Any) -> tuple[list[Any], str, Iterator[Tensor]]:
+    """(inputs of a graph that are no constants, their one name, what is put in to see the whole weight)."""
+    helper, types = graph.onnx.helper, graph.onnx.TensorProto
+    if node.op_type == DEQUANTIZES:
+        return [], "", iter([torch.empty(0)])
+    n, cols, _, _ = _block_sizes(graph, node)
+    if node.op_type == GATHERS:
+        name = node.input[1]
+        return [helper.make_tensor_value_info(name, types.INT64, ["rows"])], name, iter([torch.arange(n)])
+    name, rows = node.input[0], max(1, ASKED // cols)
+    identity = (torch.nn.functional.one_hot(torch.arange(i, min(i + rows, cols)), cols).float()
+                for i in range(0, cols, rows))  # fmt: skip
+    return [helper.make_tensor_value_info(name, types.FLOAT, ["rows", cols])], name, identity
+
+
 def _evaluated(graph: _Graph, node: Any) -> Tensor:
-    """What onnxruntime makes of a node whose inputs are constants, or of a product with the identity or a look-up of
-    all rows: the weight, as the node has it."""
+    """What onnxruntime makes of a node of constants, or of its product with the identity or its look-up of all rows:
+    the weight, as the node has it."""
     try:
         import onnxruntime
     except ImportError:
         raise ImportError('onnxruntime is not there: pip install "askew_kernels[onnx]"') from None
-    helper, types = graph.onnx.helper, graph.onnx.TensorProto
-    copied, given = type(node)(), graph.attributes(node)
+    helper = graph.onnx.helper
+    free, asked, questions = _questions(graph, node)
+    copied = type(node)()
     copied.CopyFrom(node)
-    free, feeds = [], {}
-    if node.op_type == MULTIPLIES:
-        for a in copied.attribute:
-            if a.name == "accuracy_level":
-                a.i = 1  # the input in float32: the ones and zeros as they are
-        free = [helper.make_tensor_value_info(node.input[0], types.FLOAT, ["rows", given["K"]])]
-        feeds = {node.input[0]: torch.eye(given["K"]).numpy()}
-    elif node.op_type == GATHERS:
-        rows = graph.constants[_constant(node)].dims[0]
-        free = [helper.make_tensor_value_info(node.input[1], types.INT64, ["rows"])]
-        feeds = {node.input[1]: torch.arange(rows).numpy()}
-    names = [name for name in dict.fromkeys(node.input) if name and name not in feeds]
-    for name in names:
-        graph.tensor(name)  # checked
+    for a in copied.attribute:
+        if a.name == "accuracy_level":
+            a.i = 1  # the input in float32: the ones and zeros as they are
     constants = []
-    for name in names:
-        constants.append(types())
-        constants[-1].CopyFrom(graph.constants[name])
-        constants[-1].name = name
-        if name == _constant(node) and node.op_type == GATHERS:
-            rows, *sizes = graph.constants[name].dims
-            constants[-1].dims[:] = [rows, math.prod(sizes)]
+    for name in dict.fromkeys(node.input):
+        if name and name != asked:
+            graph.tensor(name)  # checked
+            constants.append(graph.onnx.TensorProto())
+            constants[-1].CopyFrom(graph.constants[name])
+            constants[-1].name = name
+            if name == _constant(node) and node.op_type == GATHERS:
+                n, *sizes = constants[-1].dims
+                constants[-1].dims[:] = [n, math.prod(sizes)]
     out = helper.make_empty_tensor_value_info(node.output[0])
     subgraph = helper.make_graph([copied], "weight", free, [out], constants)
     made = helper.make_model(subgraph, opset_imports=list(graph.model.opset_import), ir_version=graph.model.ir_version)
@@ -484,7 +515,8 @@ def _evaluated(graph: _Graph, node: Any) -> Tensor:
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        weight = torch.from_numpy(session.run(None, feeds)[0])
+        feeds = ({asked: question.numpy()} if asked else {} for question in questions)
+        weight = torch.cat([torch.from_numpy(session.run(None, feed)[0]) for feed in feeds])
     except Exception as error:  # onnxruntime's own kinds
         raise graph.error(_constant(node), f"onnxruntime refuses it ({error})") from None
     return weight.t() if node.op_type == MULTIPLIES else weight

@@ -115,6 +115,9 @@ def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
         try:
             if not isinstance(layer, (PackedLinear, PackedEmbedding)):
                 raise ValueError(f"{MULTIPLIES} and {GATHERS} hold linear layers and embeddings, got {layer.kind.name}")
+            if layer.kind.float_class(layer) not in layer.kind.classes:
+                cls = layer.kind.float_class(layer).__name__
+                raise ValueError(f"{cls} goes on with what torch's own class gives, which no operator replaces")
             found[name] = blocks_of(layer)
         except ValueError as error:
             if strict:

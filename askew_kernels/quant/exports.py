@@ -34,7 +34,7 @@ TARGETS = {
     "gguf:q1_0": Target(Binary(), 128, 128, "float16"),
     **{f"compressed-tensors:{k}": Target(Uniform(k), 0, 128 if k < 8 else None, "bfloat16") for k in range(2, 9)},
     **{f"metal:{k}": Target(Uniform(k), 32, 64, "bfloat16") for k in (2, 4, 8)},
-    **{f"onnx:{k}": Target(Uniform(k), 32, 32, "float32") for k in (2, 4, 8)},
+    **{f"onnx:{k}": Target(Uniform(k), 16, 32, "float32") for k in (2, 4, 8)},
     **{f"torchao:{k}": Target(Uniform(k), 0, 32, "bfloat16") for k in range(2, 9)},
 }
 
