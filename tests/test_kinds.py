@@ -429,7 +429,9 @@ def test_int8_inputs_are_for_layers_that_multiply():
 
 
 class FewExperts(nn.Module):
-    """Two matrices each, one of which is read as a whole; a bias and a gate stay float."""
+    """Two matrices each, and a bias, which stays float."""
+
+    base = mixin = None  # names that others may use
 
     def __init__(self, transposed=False, experts=3):
         super().__init__()
@@ -662,6 +664,21 @@ def test_functional_calls_see_experts():
         for n, p in other.named_parameters():
             p.copy_(double[n])
         assert torch.equal(torch.func.functional_call(model, double, (TOKENS,)), other(TOKENS))
+
+
+@by_layout
+def test_experts_are_compiled(transposed):
+    model = ak.quantize_(Mixture(transposed))
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(TOKENS), model(TOKENS))
+    compiled(TOKENS).sum().backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in ak.nn.quantized_layers(model).values())
+    ak.pack_(ak.hard_quantize_(model.eval()))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.compile(model, backend="aot_eager")(TOKENS), model(TOKENS), rtol=1e-5, atol=1e-6
+        )
+    torch._dynamo.reset()
 
 
 OPTIMIZERS = {

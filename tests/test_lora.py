@@ -212,6 +212,25 @@ def test_a_failed_merge_changes_nothing(packed):
         lora.merge_and_unload(None)
 
 
+@by_state
+def test_several_adapters(packed):
+    """Those that are named are merged, the active ones by default; without adapters the model is what it was."""
+    model = adapted("llama", packed)
+    plain = logits(base_model("llama", packed))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    small_change(model)
+    first, both = logits(model), lora.merge_errors(model, ["default", "other"])
+    assert sum(a != b for a, b in zip(both.values(), lora.merge_errors(model).values(), strict=True)) == 2
+    model.set_adapter("other")
+    other = logits(model)
+    assert not torch.equal(other, first)
+    merged, errors = lora.merge_and_unload(model)
+    assert {name for name, error in errors.items() if error.of_change} == {n for n in errors if "q_proj" in n}
+    assert float((logits(merged) - other).norm() / other.norm()) < 0.2
+
+
 def test_float_layers_with_adapters_are_merged_as_peft_does():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))

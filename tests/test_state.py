@@ -545,7 +545,7 @@ def test_quantizing_again():
 
 
 def test_what_stays_float_is_told(caplog):
-    class Experts(nn.Module):
+    class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
             self.up, self.bias = nn.Parameter(torch.randn(3, 4, 4)), nn.Parameter(torch.zeros(3, 4))
@@ -554,7 +554,7 @@ def test_what_stays_float_is_told(caplog):
         pass
 
     model = nn.ModuleDict({
-        "tokens": nn.Embedding(5, 4), "wave": nn.Conv1d(2, 2, 3), "volume": nn.Conv3d(2, 2, 3), "experts": Experts(),
+        "tokens": nn.Embedding(5, 4), "wave": nn.Conv1d(2, 2, 3), "volume": nn.Conv3d(2, 2, 3), "experts": Blocks(),
         "mine": Mine(4, 4),
         "attention": nn.MultiheadAttention(4, 2), "router": nn.Linear(4, 3), "head": nn.Linear(4, 2),
     })  # fmt: skip

@@ -7,9 +7,7 @@ token, with a scale of its own, 127 / max|x|.
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,10 +41,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     Linear layers without a bias (transformers would scale it) and with a multiple of 4 outputs fit, ternary with one
     scale for the tensor that the model's type holds, and inputs of Uniform(8). Raises PackedFileError naming the layer.
     """
-    path, tensors, layers = Path(path), dict(contents.tensors), dict(contents.layers)
-    for name in [n for n in layers if any(fnmatch.fnmatchcase(n, pattern) for pattern in dense)]:
-        layer = layers.pop(name)
-        tensors[folders.float_key(name, layer)] = layer.dequantize()
+    path, (layers, tensors) = Path(path), folders.dense_apart(contents, dense)
     for name, layer in layers.items():
         try:
             if f"{name}.bias" in tensors:
@@ -54,9 +49,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
             tensors |= {f"{name}.{part}": t for part, t in _parts(layer).items()}
         except ValueError as error:
             raise contents.error(name, error) from None
-    plain = [k.removesuffix(".weight") for k, t in tensors.items() if k.endswith(".weight") and t.dim() == 2]
-    skipped = [f"{re.escape(name)}$" for name in plain if name not in layers]
-    told = {"quant_method": METHOD, "modules_to_not_convert": skipped, **FIXED}
+    told = {"quant_method": METHOD, "modules_to_not_convert": folders.not_converted(tensors, layers), **FIXED}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()
     folders.write_tensors(path, tensors)

@@ -8,7 +8,6 @@ bit ``bits j + i`` of its words, little end first, and a code is level + 2^(bits
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import logging
 import os
@@ -120,14 +119,10 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     as dynamic 8 bits for each token, of which the readers make the scale: max|x| / 127.5 in the package, / 127 here
     and in vLLM, so that outputs differ by roundings of the inputs. Raises PackedFileError naming the layer.
     """
-    path, tensors, layers = Path(path), dict(contents.tensors), dict[str, PackedLayer]()
+    path, (layers, tensors) = Path(path), folders.dense_apart(contents, dense)
     family = (contents.architecture or {}).get("model_type")
     schemes: dict[str, Scheme] = {}
-    for name, layer in contents.layers.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
-            tensors[folders.float_key(name, layer)] = layer.dequantize()
-            continue
-        layers[name] = layer
+    for name, layer in layers.items():
         try:
             for part, of_part in expert_names.split(name, layer).items():
                 schemes[part] = scheme_of(of_part)

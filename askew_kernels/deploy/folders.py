@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def float_key(name: str, layer: PackedLayer) -> str:
     """The key of the weight of a layer that is written as floats."""
     return name if layer.kind.held else f"{name}.weight"
+
+
+def dense_apart(contents: Contents, dense: Iterable[str]) -> tuple[dict[str, PackedLayer], dict[str, Tensor]]:
+    """(layers that stay packed, all other tensors), those that match a pattern of ``dense`` as floats."""
+    layers, tensors = dict(contents.layers), dict(contents.tensors)
+    for name in [n for n in layers if any(fnmatchcase(n, pattern) for pattern in dense)]:
+        layer = layers.pop(name)
+        tensors[float_key(name, layer)] = layer.dequantize()
+    return layers, tensors
+
+
+def not_converted(tensors: Mapping[str, Tensor], layers: Iterable[str]) -> list[str]:
+    """``modules_to_not_convert`` of transformers: patterns of the modules with a float matrix."""
+    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
+    return [f"{re.escape(name)}$" for name in matrices if name not in layers]
 
 
 def float_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

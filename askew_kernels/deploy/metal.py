@@ -7,9 +7,7 @@ transformers unpacks.
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,10 +40,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     128, 64, 32, which divides every row and group; scales that bfloat16 or float16 holds. Raises PackedFileError naming
     the layer.
     """
-    path, tensors, layers = Path(path), dict(contents.tensors), dict(contents.layers)
-    for name in [n for n in layers if any(fnmatch.fnmatchcase(n, pattern) for pattern in dense)]:
-        layer = layers.pop(name)
-        tensors[folders.float_key(name, layer)] = layer.dequantize()
+    path, (layers, tensors) = Path(path), folders.dense_apart(contents, dense)
     widths: dict[str, int] = {}
     for name, layer in layers.items():
         try:
@@ -58,8 +53,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
             tensors |= {f"{name}.{part}": t for part, t in _parts(layer, bits, size).items()}
         except ValueError as error:
             raise contents.error(name, error) from None
-    plain = [k.removesuffix(".weight") for k, t in tensors.items() if k.endswith(".weight") and t.is_floating_point()]
-    skipped = [f"{re.escape(name)}$" for name in plain if tensors[f"{name}.weight"].dim() == 2]
+    skipped = folders.not_converted(tensors, layers)
     told = {"quant_method": METHOD, "bits": bits, "group_size": size, "modules_to_not_convert": skipped}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()

@@ -19,7 +19,7 @@ from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import QuantizedLayer, same_weight
 from .packed import PackedLayer
-from .replace import MAKE_PERMANENT, computed_tensors, replace_modules, successors
+from .replace import MAKE_PERMANENT, base_of, computed_tensors, replace_modules, successors
 
 __all__ = [
     "as_linear_", "dequantize_", "hard_quantize_", "left_float", "pack_", "packed_layers", "param_groups", "quantize_",
@@ -134,7 +134,7 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
 
 
 def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tuple[str, str]:
-    cls = vars(type(module)).get("base", type(module))
+    cls = base_of(type(module))
     name = f"{cls.__module__.partition('.')[0]}.{cls.__name__}".replace("torch.", "nn.")
     if tied_to is not None:
         name += f" tied to {tied_to}"

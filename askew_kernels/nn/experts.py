@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..quant import QuantConfig
 from .layers import QuantizedLayer
 from .packed import PackedLayer
-from .replace import derived
+from .replace import base_of, derived
 
 # {pattern of a class's name: whether its matrices are (inputs, outputs) where it does not say so by `is_transposed`};
 # the first that matches counts. Of these classes every Parameter of three dimensions is a weight of experts.
@@ -189,7 +189,7 @@ class Holder(nn.Module):
 def expert_weights(module: nn.Module) -> dict[str, ExpertWeight]:
     """{name: float layer} of the Parameters of ``module`` that are weights of experts and have no layer yet; the layers
     are not part of it."""
-    cls = vars(type(module)).get("base", type(module)).__name__
+    cls = base_of(type(module)).__name__
     pattern = next((pattern for pattern in EXPERTS if fnmatch.fnmatchcase(cls, pattern)), None)
     if pattern is None or isinstance(module, (ExpertWeight, PackedLayer)):
         return {}
@@ -247,4 +247,4 @@ def conceal(model: nn.Module) -> None:
             for name in [n for n, m in layers.items() if not isinstance(m, (QuantizedLayer, PackedLayer))]:
                 del module._modules[name], layers[name]
             if not layers:
-                module.__class__ = type(module).base  # type: ignore[attr-defined]
+                module.__class__ = base_of(type(module))

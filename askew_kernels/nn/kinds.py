@@ -30,7 +30,7 @@ from .experts import (
 )  # fmt: skip
 from .layers import QuantizedLayer
 from .packed import PackedLayer
-from .replace import derived
+from .replace import base_of, derived, mixin_of
 
 __all__ = [
     "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
@@ -70,7 +70,7 @@ class Kind:
 
     def float_class(self, layer: Any) -> Any:
         """What a layer of this kind becomes when it is float again."""
-        if (base := vars(type(layer)).get("base")) is not None:
+        if (base := base_of(type(layer))) is not type(layer):
             return base
         return self.plain if getattr(layer, "bias", None) is None else self.classes[-1]
 
@@ -223,7 +223,7 @@ class _ClassOf:
 
     @classmethod
     def class_for(cls, layer: Any) -> Any:
-        base = vars(type(layer)).get("base", type(layer))
+        base = base_of(type(layer))
         return derived(cls, base) if base is conv1d() else cls
 
 
@@ -351,7 +351,7 @@ class _Lookup:
 
     @classmethod
     def class_for(cls, layer: Any) -> Any:
-        base = vars(type(layer)).get("base", type(layer))
+        base = base_of(type(layer))
         return derived(cls, base, over=True) if cls.kind.wraps(base) else cls
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -424,7 +424,8 @@ for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
     _kind.quantized.form = _kind.packed.form = _kind.form
 
-DEFAULT = ("linear", "conv", "experts")  # what quantize_ replaces where nothing is said
+SEARCHED = ("linear", "conv")  # what a search of bits is about where nothing is said: layers that make the products
+DEFAULT = (*SEARCHED, "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
@@ -462,5 +463,5 @@ def replaceable(module: nn.Module) -> Kind | None:
     cls: Any = type(module)
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
-    cls = vars(cls).get("mixin", cls)
+    cls = mixin_of(cls)
     return next((k for k in KINDS.values() if cls in (*k.classes, k.quantized) or k.wraps(cls)), None)

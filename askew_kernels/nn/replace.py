@@ -13,6 +13,7 @@ from torch import nn
 
 HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]  # all kinds that this torch has, and their flags
 WATCHERS: list[Callable[[nn.Module], None]] = []  # are told of a model in which modules were replaced
+DERIVED_OF = "_askew_derived_of"
 TENSORS = ("_parameters", "_buffers", "_modules")
 MAKE_PERMANENT = ("make it permanent first, by parametrize.remove_parametrizations, remove_weight_norm, "
                   "remove_spectral_norm or prune.remove")  # fmt: skip
@@ -27,19 +28,29 @@ def derived(mixin: Any, base: Any, over: bool = False) -> Any:
 @functools.cache
 def _derived(*of: Any) -> Any:
     mixin, base, over = of
-    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, "mixin": mixin, "base": base, "derived_of": of}
+    own = {"__module__": mixin.__module__, "__reduce_ex__": _reduced, DERIVED_OF: of}
     own |= {"__init__": mixin.__init__} if over else {}
     return type(f"{mixin.__name__}Of{base.__name__}", (base, mixin) if over else (mixin, base), own)
 
 
 def _reduced(self: Any, protocol: Any) -> tuple:
     """By what the class is made of, since no module has it under its name."""
-    return _remade, type(self).derived_of, *object.__reduce_ex__(self, max(2, protocol))[2:]  # type: ignore[attr-defined]
+    return _remade, getattr(type(self), DERIVED_OF), *object.__reduce_ex__(self, max(2, protocol))[2:]
 
 
 def _remade(*of: Any) -> Any:
     cls: Any = derived(*of)
     return cls.__new__(cls)
+
+
+def base_of(cls: Any) -> Any:
+    """The class that a ``derived`` one stands for; any other itself."""
+    return vars(cls)[DERIVED_OF][1] if DERIVED_OF in vars(cls) else cls
+
+
+def mixin_of(cls: Any) -> Any:
+    """What was mixed into a ``derived`` class; any other itself."""
+    return vars(cls)[DERIVED_OF][0] if DERIVED_OF in vars(cls) else cls
 
 
 def computed_tensors(module: nn.Module) -> dict[str, str]:

@@ -28,7 +28,7 @@ from ..analysis.differentiable import as_written, check_values, left_alone
 from ..analysis.generators import seeded
 from ..contract import row_bytes
 from ..nn import hard_quantize_, pack_, quantize_
-from ..nn.kinds import DEFAULT
+from ..nn.kinds import SEARCHED
 from ..nn.kinds import kind_of as find_kind
 from ..nn.layers import quantized_input
 from ..nn.replace import first_input, observed
@@ -127,7 +127,7 @@ def _observe(model: nn.Module, x: Any, hooks: Iterable[tuple[nn.Module, Callable
 
 @torch.inference_mode(False)
 def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_bits: Sequence[int | None] = (),
-          hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = DEFAULT) -> Profile:  # fmt: skip
+          hooks: Mapping[type[nn.Module], MacsHook] | None = None, kinds: Kinds = SEARCHED) -> Profile:  # fmt: skip
     """Runs ``model(x)`` once, in eval mode, and counts; a layer that the forward does not reach costs nothing.
 
     names: the layers that are searched (default: every one of these ``kinds``). hooks: {type: f(module, inputs,
@@ -265,7 +265,7 @@ def _latency_of(latency: Latency | None, p: LayerProfile, w: int, a: int | None)
 
 @torch.inference_mode(False)
 def latency_table(model: nn.Module, x: Any, weight_bits: Sequence[int] = (2, 3, 4, 8), *, seconds: float = 0.1,
-                  kinds: Kinds = DEFAULT) -> dict[str, dict[str, float]]:  # fmt: skip
+                  kinds: Kinds = SEARCHED) -> dict[str, dict[str, float]]:  # fmt: skip
     """{layer: {bits: milliseconds}}, measured: each layer packed at each width, on the input that it has in model(x).
 
     The median over about ``seconds`` for each, with the threads torch has; for ``search_policy(latency=…)``.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
-from ..nn.kinds import DEFAULT, replaceable
+from ..nn.kinds import SEARCHED, replaceable
 from ..nn.layers import token_rows
 from ..quant import Uniform, activation_scales, default_rule
 from ..quant.scales import scale_from_sums
@@ -121,7 +121,7 @@ MixedLinear, MixedConv2d = MIXED[nn.Linear], MIXED[nn.Conv2d]
 FilterFn = Callable[[nn.Module, str], bool]
 
 
-def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = DEFAULT) -> dict[str, nn.Module]:
+def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = SEARCHED) -> dict[str, nn.Module]:
     """{name: layer} of these kinds that the search is about, each module once. ValueError where there is none, and
     naming those that filter_fn lets pass but that have no weight of their own: quantized, packed or computed."""
     layers = candidate_layers(model, kinds)
@@ -152,7 +152,7 @@ def _plain_class(layer: nn.Module) -> Any:
 
 def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: Sequence[int | None] = (None,),
          filter_fn: FilterFn | None = None, *, signed: Mapping[str, bool] | None = None, learned: bool = False,
-         kinds: Kinds = DEFAULT) -> nn.Module:  # fmt: skip
+         kinds: Kinds = SEARCHED) -> nn.Module:  # fmt: skip
     """Replaces the layers of these ``kinds``, in place, by mixtures of their candidates; returns the model.
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative

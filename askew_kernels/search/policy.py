@@ -53,13 +53,13 @@ def weight_id(layer: nn.Module) -> int:
     return id(layer if weight is None else weight)
 
 
-def candidate_layers(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, nn.Module]:
+def candidate_layers(model: nn.Module, of: Kinds = kinds.SEARCHED) -> dict[str, nn.Module]:
     """{name: layer} of every layer of these kinds and what is made of them, in order, each once."""
     plain = tuple(cls for kind in kinds.chosen(of) for cls in kind.classes)
     return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 
-def layer_roles(model: nn.Module, of: Kinds = kinds.DEFAULT) -> dict[str, tuple[str, str, float]]:
+def layer_roles(model: nn.Module, of: Kinds = kinds.SEARCHED) -> dict[str, tuple[str, str, float]]:
     """{name: (kind, role, position)} of every layer of these kinds."""
     layers = candidate_layers(model, of)
     roles: dict[str, tuple[str, str]] = {}

@@ -22,7 +22,7 @@ from .. import atomic
 from ..analysis.batches import check_count, moved, pair_of
 from ..analysis.differentiable import as_written
 from ..analysis.generators import Generators, seeded
-from ..nn.kinds import DEFAULT
+from ..nn.kinds import SEARCHED
 from ..optim import AlignedSAM
 from ..optim.ranks import ProcessGroup
 from .cost import Budget, Latency, MacsHook
@@ -317,7 +317,7 @@ def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor],
                   temperature: tuple[float, float] = (1.0, 0.2), rho: float = 0.05, rho_min: float = 0.01,
                   rho_max: float = 0.2, align: float = 1e-3, learned_scales: bool = False, seed: int = 0,
                   filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
-                  latency: Latency | None = None, kinds: Kinds = DEFAULT, checkpoint: str | os.PathLike | None = None,
+                  latency: Latency | None = None, kinds: Kinds = SEARCHED, checkpoint: str | os.PathLike | None = None,
                   checkpoint_every: int = 50, progress: bool | Progress | None = None) -> Policy:  # fmt: skip
     """The bits of every layer of these ``kinds`` of ``model``, searched on a small proxy data set.
 

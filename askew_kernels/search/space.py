@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..nn.kinds import DEFAULT
+from ..nn.kinds import SEARCHED
 from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace, warn_of
 from .mixed import FilterFn, check_candidates, chosen_layers
 from .policy import ACT_BITS, WEIGHT_BITS, Kinds, LayerPolicy, Policy, layer_roles
@@ -96,7 +96,7 @@ class Space:
     def __init__(self, model: nn.Module, example: Any, weight_bits: Sequence[int] = (2, 3, 4, 8),
                  act_bits: Sequence[int | None] = (None,), budget: Budget | None = None, *,
                  filter_fn: FilterFn | None = None, hooks: Mapping[type[nn.Module], MacsHook] | None = None,
-                 latency: Latency | None = None, kinds: Kinds = DEFAULT) -> None:  # fmt: skip
+                 latency: Latency | None = None, kinds: Kinds = SEARCHED) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
         self.model = model = getattr(model, "_orig_mod", model)  # inside torch.compile's: names that others have too

@@ -9,7 +9,6 @@ quantized by hand.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import importlib
 import json
 import os
@@ -100,10 +99,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
            dense: Iterable[str] = ()) -> None:  # fmt: skip
     """The folder ``path`` for ``from_pretrained``: ``model.safetensors``, which is a packed file, ``config.json`` and
     what lay beside the model. Every packed layer fits. Raises PackedFileError."""
-    path, tensors, layers = Path(path), dict(contents.tensors), dict(contents.layers)
-    for name in [n for n in layers if any(fnmatch.fnmatchcase(n, pattern) for pattern in dense)]:
-        layer = layers.pop(name)
-        tensors[folders.float_key(name, layer)] = layer.dequantize()
+    path, (layers, tensors) = Path(path), folders.dense_apart(contents, dense)
     ties = contents.ties()
     aliases = shared_parts(layers) | {key: first for key, first in ties.items() if key in tensors}
     for name, layer in layers.items():
