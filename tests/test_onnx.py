@@ -195,9 +195,7 @@ def same_weights(contents, path):
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_operator_holds_the_weights(name, granularity, operator, tmp_path):
     model, path = of_kinds(GRIDS[name], granularity), tmp_path / "m.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # convolutions stay with DequantizeLinear, which another test looks at
-        export_onnx(model, IDS, path, operator=operator, opset=25 if "2" in name else 21, input_names=["i"])
+    export_onnx(model, IDS, path, operator=operator, opset=25 if "2" in name else 21, input_names=["i"])
     contents, again = contents_of(model), to_onnx.read(path)
     same_weights(contents, path)
     for key, layer in contents.layers.items():
@@ -216,10 +214,11 @@ def test_every_operator_holds_the_weights(name, granularity, operator, tmp_path)
         torch.testing.assert_close(torch.tensor(got), model(IDS), rtol=1e-4, atol=1e-4)
 
 
-def test_the_types_and_the_operators_of_a_file(tmp_path):
+def test_the_types_and_the_operators_of_a_file(tmp_path, caplog):
     path = tmp_path / "m.onnx"
-    with pytest.warns(UserWarning, match="^(signal|image|grouped): written for DequantizeLinear .*got conv"):
-        export_onnx(of_kinds(Uniform(2)), IDS, path, operator="MatMulNBits", accuracy_level=4)
+    export_onnx(of_kinds(Uniform(2)), IDS, path, operator="MatMulNBits", accuracy_level=4)
+    assert "ONNX: written for DequantizeLinear: signal (MatMulNBits and" in caplog.text
+    assert "ONNX: written for DequantizeLinear: image, grouped (" in caplog.text
     made = onnx.load(path)
     nodes = {node.op_type: {a.name: a.i for a in node.attribute} for node in made.graph.node}
     assert nodes["MatMulNBits"] == {"bits": 2, "block_size": 64, "K": 64, "N": 24, "accuracy_level": 4}
@@ -279,9 +278,7 @@ def test_inputs_are_quantized_to_the_same_bits(name, operator, tmp_path):
 @pytest.mark.parametrize("operator", to_onnx.OPERATORS)
 def test_a_model_with_quantized_inputs(operator, tmp_path):
     model = of_kinds(Uniform(4), activation=Uniform(8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export_onnx(model, IDS, tmp_path / "m.onnx", operator=operator, input_names=["i"])
+    export_onnx(model, IDS, tmp_path / "m.onnx", operator=operator, input_names=["i"])
     got = torch.tensor(session(tmp_path / "m.onnx").run(None, {"i": IDS.numpy()})[0])
     with torch.no_grad():
         want = model(IDS)
@@ -294,7 +291,7 @@ def test_a_model_with_quantized_inputs(operator, tmp_path):
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_told_and_written_otherwise(tmp_path):
+def test_what_does_not_fit_is_told_and_written_otherwise(tmp_path, caplog):
     path = tmp_path / "m.onnx"
     model = of_kinds(Uniform(4), "group8")
     for part, i, message in (
@@ -304,17 +301,19 @@ def test_what_does_not_fit_is_told_and_written_otherwise(tmp_path):
         with pytest.raises(ValueError, match=f"^0: .*{message}"):
             export_onnx(nn.Sequential(part), i, path, operator="MatMulNBits", strict=True)
         assert not path.exists()
-    with pytest.warns(UserWarning, match="^head: written for DequantizeLinear"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "^(?!head)")
-        export_onnx(model, IDS, path, operator="MatMulNBits")
+    export_onnx(model, IDS, path, operator="MatMulNBits")
+    assert "ONNX: written for DequantizeLinear: table, head (blocks are powers of two" in caplog.text
     same_weights(contents_of(model), path)
 
     config = ak.QuantConfig(Codebook(NF4), scale="absmax")
     torch.manual_seed(0)
     mixed = ak.quantize_(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)), {"0": config, "1": CONFIGS["int8"]})
     mixed = ak.pack_(mixed, force=True).eval()
-    with pytest.warns(UserWarning, match="^0: written as floats .*integer levels"):
-        export_onnx(mixed, torch.zeros(2, 16), path, dense=["0"], input_names=["x"])
+    with pytest.raises(
+        ValueError, match="^0: ONNX files hold integer levels.*; name it in dense= to write it as floats"
+    ):
+        export_onnx(mixed, torch.zeros(2, 16), tmp_path / "other.onnx")
+    export_onnx(mixed, torch.zeros(2, 16), path, dense=["0"], input_names=["x"])
     x = torch.randn(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(session(path).run(None, {"x": x.numpy()})[0]), mixed(x))
@@ -449,9 +448,7 @@ def test_static_quantization_of_others(tmp_path):
 
 def test_damaged_files_are_errors(tmp_path):
     good, path = tmp_path / "good.onnx", tmp_path / "m.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        export_onnx(of_kinds(Uniform(4)), IDS, good, operator="MatMulNBits")
+    export_onnx(of_kinds(Uniform(4)), IDS, good, operator="MatMulNBits")
     data, rng, read = good.read_bytes(), random.Random(0), 0
     assert to_onnx.is_one(good) and not to_onnx.is_one(tmp_path) and not to_onnx.is_one(tmp_path / "none")
     for size in (0, 1, 100, len(data) - 1):
@@ -548,9 +545,7 @@ def packed_folder(family, folder, config=None):
 def test_transformers_models_of_any_size(family, tmp_path):
     model = packed_folder(family, tmp_path)
     contents, path = read_contents(tmp_path / "model.safetensors"), tmp_path / "m.onnx"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        to_onnx.export(contents, path)
+    to_onnx.export(contents, path)
     same_weights(contents, path)
     again = to_onnx.read(path)
     assert again.layers.keys() == contents.layers.keys() and again.tensors.keys() == contents.tensors.keys()

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
 import tempfile
 import warnings
@@ -41,8 +42,12 @@ __all__ = ["OPERATORS", "dequantized", "export", "export_onnx", "is_one", "read"
 
 OPERATORS = ("DequantizeLinear", MULTIPLIES)
 IR_VERSIONS = {21: 10, 25: 13}  # by opset: 21 is the first with groups and integers of 4 bits, 25 with those of 2
+TOLD = 4  # names in a line of the logger
 FEW = 16  # numbers that stand in the metadata
 TRACED = 20  # the last opset of torch's exporter; what its graphs hold means the same in those above
+
+
+logger = logging.getLogger("askew_kernels")
 
 
 class Part(NamedTuple):
@@ -95,22 +100,21 @@ def _levels(layer: PackedLayer, opset: int) -> tuple[dict[str, Part], dict[str, 
 
 
 def _held(layers: Mapping[str, Any], dense: Iterable[str], opset: int) -> dict[str, Any]:
-    """The layers that are written as integers. ValueError naming the layer for one that cannot be, nor is ``dense``."""
-    held, patterns = {}, tuple(dense)
-    for name, layer in layers.items():
+    """The layers that are written as integers: all but those that are ``dense``. ValueError naming the layer for one
+    that cannot be."""
+    patterns = tuple(dense)
+    held = {n: layer for n, layer in layers.items() if not any(fnmatch.fnmatchcase(n, p) for p in patterns)}
+    for name, layer in held.items():
         try:
             _integer_type(layer, opset)
-            held[name] = layer
         except ValueError as error:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-                raise ValueError(f"{name}: {error}") from None
-            warnings.warn(f"{name}: written as floats ({error})", stacklevel=3)
+            raise ValueError(f"{name}: {error}; name it in dense= to write it as floats") from None
     return held
 
 
 def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
-    """Of the layers that onnxruntime's own operators take."""
-    found = {}
+    """Of the layers that onnxruntime's own operators take; the others are told, or errors."""
+    found, others = {}, {}
     for name, layer in layers.items():
         try:
             if not isinstance(layer, (PackedLinear, PackedEmbedding)):
@@ -122,7 +126,11 @@ def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
         except ValueError as error:
             if strict:
                 raise ValueError(f"{name}: {error}") from None
-            warnings.warn(f"{name}: written for DequantizeLinear ({error})", stacklevel=3)
+            others[name] = error
+    for why in dict.fromkeys(map(str, others.values())):
+        names = [name for name, error in others.items() if str(error) == why]
+        told = ", ".join(names[:TOLD]) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
+        logger.warning("ONNX: written for DequantizeLinear: %s (%s)", told, why)
     return found
 
 
@@ -214,14 +222,15 @@ def export_onnx(model: nn.Module, example: Tensor | tuple, path: str | bytes | o
     operator: ``"DequantizeLinear"``, standard ONNX: weight = levels * scale, the same float32 products s c.
     ``"MatMulNBits"``: onnxruntime's own product of linear layers, and GatherBlockQuantized for embeddings, from 2, 4 or
     8 bits in blocks of 16 to 256 weights with a scale each, again the same products; layers that these do not hold
-    (convolutions, groups of no multiple of 16) are written for DequantizeLinear, with a warning, or, ``strict``, an
-    error. accuracy_level: of MatMulNBits: 0 as it likes, 1 float32, 4 may round inputs to int8, block by block.
+    (convolutions, groups of no multiple of 16) are written for DequantizeLinear, which a line of the logger says, or,
+    ``strict``, an error. accuracy_level: of MatMulNBits: 0 as it likes, 1 float32, 4 may round inputs to int8, block by
+    block; onnxruntime does so by default where it finds DequantizeLinear before MatMul (docs/packed.md).
 
     Quantized layer inputs (``QuantConfig(activation=…)``) are written as operators that give the same bits.
     ``pack_(…, activations="int8")`` is a way to compute and no part of a file.
 
     opset: 21, or 25, which has integers of 2 bits, too; 21 keeps them in 4. dense: patterns of names of layers that are
-    written as floats where their levels are no integers, with a warning. ``options`` go to ``torch.onnx.export``
+    written as floats. ``options`` go to ``torch.onnx.export``
     (input_names, dynamic_axes, …). ``example``: an input, or a tuple of them. Equal weights stand in the file once,
     layers that ``example`` does not reach not at all.
 

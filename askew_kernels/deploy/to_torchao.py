@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from ..nn.replace import replace_modules, successors
 from ..quant import QuantConfig, Uniform
 from . import files, tensorfile
 from .contents import Contents
-from .folders import float_key
+from .folders import dense_apart, float_key
 from .integers import Integers, integers, packed_layer
 
 LAYERS = (PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d)
@@ -195,22 +193,19 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     """Writes one safetensors file as torchao's ``flatten_tensor_state_dict`` lays it out, which its
     ``unflatten_tensor_state_dict`` and transformers read; names are those of the state_dict. format: as ``to_torchao``.
 
-    Raises PackedFileError naming the layer that no tensor of torchao's holds, unless a pattern in ``dense`` has it
-    written as floats (with a warning); ImportError without torchao.
+    Layers whose names match a pattern in ``dense`` are floats. Raises PackedFileError naming the layer that no tensor
+    of torchao's holds; ImportError without torchao.
     """
-    support, tensors, descriptions = _support(), dict(contents.tensors), {}
-    for name, layer in contents.layers.items():
-        key = float_key(name, layer)
+    support, descriptions = _support(), {}
+    layers, tensors = dense_apart(contents, dense)
+    for name, layer in layers.items():
         try:
             if layer.form.transposed:
                 raise ValueError(f"torchao multiplies by weights (outputs, inputs), got a {layer.kind.name} layer")
-            tensors[key] = to_torchao(layer, format)
+            tensors[float_key(name, layer)] = to_torchao(layer, format)
             descriptions[name] = layer.description()
         except (TypeError, ValueError) as error:
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in dense):
-                raise contents.error(name, error) from None
-            warnings.warn(f"{name}: written as floats ({error})", stacklevel=2)
-            tensors[key] = layer.dequantize()
+            raise contents.error(name, f"{error}; name it in dense= to write it as floats") from None
     if odd := [name for name in tensors if "." not in name]:
         raise contents.error(odd[0], "torchao's files hold tensors of modules, with a dot in their name")
     plain = {name: t.detach() if type(t) is nn.Parameter else t for name, t in tensors.items()}
