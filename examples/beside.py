@@ -1,11 +1,13 @@
 """What the examples of real models share: a fresh process, the same model in other libraries, tables of both.
 
-Part of minilm.py and efficientnet.py, nothing to run by itself.
+Part of minilm.py and efficientnet.py; by itself it writes their tables into a page:
+python examples/beside.py docs/models.md benchmarks/results/models
 """
 
 import argparse
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +18,13 @@ from torch.nn import functional as F
 
 import askew_kernels as ak
 from askew_kernels.deploy.to_onnx import export_onnx
+
+TORCHAO = {
+    "int8 weights": lambda ao: ao.Int8WeightOnlyConfig(),
+    "int8 weights and inputs": lambda ao: ao.Int8DynamicActivationInt8WeightConfig(),
+    "int4 weights": lambda ao: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32)),
+    "int4 weights, int8 inputs": lambda ao: ao.Int8DynamicActivationIntxWeightConfig(torch.int4, ao.PerGroup(32)),
+}
 
 
 def arguments(text, bits):
@@ -93,10 +102,11 @@ class Quality:
 
 
 def _torchao(model, config):
-    from torchao.quantization import quantize_
+    """config: from torchao.quantization to a configuration."""
+    from torchao import quantization
 
     made = copy.deepcopy(model)
-    quantize_(made, config)
+    quantization.quantize_(made, config(quantization))
     return made
 
 
@@ -133,18 +143,10 @@ def _float_onnx(model, inputs, path, **options):
 
 def versions(model, packed, inputs, folder):
     """{name: how to make it}: the float model, the same by other libraries, and ours; packed: {bits: model}."""
-    import torchao.quantization as ao
-
-    group = ao.PerGroup(32)
     made = {
         "torch float32": lambda: model,
         "torch bfloat16": lambda: _bfloat16(model),
-        "torchao int8 weights": lambda: _torchao(model, ao.Int8WeightOnlyConfig()),
-        "torchao int8 weights and inputs": lambda: _torchao(model, ao.Int8DynamicActivationInt8WeightConfig()),
-        "torchao int4 weights": lambda: _torchao(model, ao.IntxWeightOnlyConfig(torch.int4, group)),
-        "torchao int4 weights, int8 inputs": lambda: _torchao(
-            model, ao.Int8DynamicActivationIntxWeightConfig(torch.int4, group)
-        ),
+        **{f"torchao {what}": lambda config=config: _torchao(model, config) for what, config in TORCHAO.items()},
         "onnxruntime float32": lambda: _onnx(lambda *a, **o: _float_onnx(model, *a, **o), inputs, folder),
     }
     for bits, m in packed.items():
@@ -189,22 +191,39 @@ def report(args, quality, packed, inputs, outputs):
     speed = [{"version": name, **quality.cosine(outputs(function))} for name, function in made.items()]
     for what, x in inputs.items():
         print(f"timing {len(made)} versions with {what}", flush=True)
-        times = milliseconds(made, x, 2 if args.quick else 20)
+        times = milliseconds(made, x, 2 if args.quick else 10)
         for row in speed:
             row[f"{what}, ms"] = times[row["version"]]
-    show(quality.rows)
-    show(speed)
-    for name, why in missing.items():
-        print(f"{name}: did not run here ({why})")
     about = {"processor": ak.runtime.cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    rows = {"about": about, "quality": quality.rows, "speed": speed, "missing": missing}
+    print("", tables(rows), sep="\n")
     if args.out:
-        rows = {"about": about, "quality": quality.rows, "speed": speed, "missing": missing}
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def show(rows):
-    """Rows with the same keys as a Markdown table."""
+def tables(rows):
+    """What ``report`` wrote, as Markdown."""
+    lines = [*table(rows["quality"]), "", *table(rows["speed"]), ""]
+    lines += [f"{name} did not run here ({why})." for name, why in rows["missing"].items()]
+    return "\n".join([*lines, "; ".join(f"{key} {value}" for key, value in rows["about"].items()) + "."])
+
+
+def table(rows):
+    """Lines of rows that have the same keys."""
     cell = {float: lambda x: f"{x:.4f}" if abs(x) <= 1 else f"{x:,.1f}", int: "{:,}".format}
-    print()
-    for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        print("| " + " | ".join(cell.get(type(x), str)(x) for x in line) + " |")
+    lines = (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))
+    return ["| " + " | ".join(cell.get(type(x), str)(x) for x in line) + " |" for line in lines]
+
+
+def fill(page, folder):
+    """The text ``page`` with the tables of folder/NAME.json between <!-- NAME … --> and <!-- /NAME -->."""
+    for file in sorted(folder.glob("*.json")):
+        inside = re.compile(rf"(<!-- {file.stem}\b[^\n]*-->\n).*?(<!-- /{file.stem} -->)", re.DOTALL)
+        text = tables(json.loads(file.read_text()))
+        page = inside.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
+    return page
+
+
+if __name__ == "__main__":
+    page, folder = map(Path, sys.argv[1:])
+    page.write_text(fill(page.read_text(), folder))

@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'{error.name} is missing: pip install "askew_kernels[models]"') from None
 
-STEPS, LR = {"8": 40, "4": 120}, 1e-4
+STEPS = {"8": (40, 3e-5), "4": (400, 1.5e-4)}  # and learning rate
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
           (1, 3, 1, 6, 320)]  # blocks, kernel, stride, expansion, channels  # fmt: skip
 HELD_OUT = ("chelsea", "coffee", "rocket")
@@ -68,16 +68,16 @@ def photographs(names):
     return [(x if x.dim() == 3 else x[..., None].expand(-1, -1, 3)).permute(2, 0, 1)[:3] / 127.5 - 1 for x in found]
 
 
-def crops(photos, count, seed):
-    """(count, 3, 224, 224): a piece of a photograph of any size, mirrored or not, brighter or darker."""
+def crops(photos, count, seed, size=224):
+    """(count, 3, size, size): a piece of a photograph of any size, mirrored or not, brighter or darker."""
     draw, made = torch.Generator().manual_seed(seed), []
     for i in range(count):
         photo = photos[i % len(photos)]
         share, top, left, mirror, gain = torch.rand(5, generator=draw).tolist()
-        size = int(min(photo.shape[1:]) * (0.35 + 0.65 * share))
-        top, left = (int(start * (n - size)) for start, n in zip((top, left), photo.shape[1:], strict=True))
-        piece = photo[None, :, top : top + size, left : left + size]
-        piece = F.interpolate(piece, (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        side = int(min(photo.shape[1:]) * (0.35 + 0.65 * share))
+        top, left = (int(start * (n - side)) for start, n in zip((top, left), photo.shape[1:], strict=True))
+        piece = photo[None, :, top : top + side, left : left + side]
+        piece = F.interpolate(piece, (size, size), mode="bilinear", antialias=True, align_corners=False)
         made.append((piece.flip(3) if mirror > 0.5 else piece) * (0.7 + 0.3 * gain))
     return torch.cat(made)
 
@@ -87,11 +87,20 @@ def logits(model, pictures):
     return torch.cat([model(x) for x in pictures.split(16)])
 
 
-def config(bits):
-    """The first two convolutions stay float: 1,152 weights, and more than half of the error. Of 4 bits the depthwise
-    ones (9 or 25 weights for each channel) keep 8: 2 % of the weights."""
-    of = {n: ak.QuantConfig(weight=ak.quant.Uniform(bits=n)) for n in (8, 4)}
-    return {"0.*": None, "1.depthwise.*": None, "*.depthwise.*": of[8], "*": of[int(bits)]}
+def configs(net, bits):
+    """{layer: config}: one scale for 32 weights of a channel, or for 16 or 8 where the channel does not divide so.
+
+    The first two convolutions stay float: 1,152 weights, and more than half of the error. The other depthwise ones
+    (9 or 25 weights for each channel) keep 8 bits, with one scale for each channel: 2 % of the weights."""
+    found = {}
+    for name, layer in net.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and name not in ("0.1", "1.depthwise.0"):
+            weights = layer.weight[0].numel()
+            group = next((n for n in (32, 16, 8) if weights % n == 0), None)
+            found[name] = ak.QuantConfig(weight=ak.quant.Uniform(bits=int(bits) if group else 8), group_size=group,
+                                         granularity="per_group" if group else "per_channel",
+                                         scale="mse" if group else "absmax", scale_dtype="float16")  # fmt: skip
+    return found
 
 
 def outputs(net, x):
@@ -100,30 +109,29 @@ def outputs(net, x):
 
 
 def distil(student, teacher, photos, bits, steps):
-    """Every layer's output of the float model is a target; biases train too."""
+    """Every layer's output of the float model is a target, for small crops; biases and norms train too."""
 
     def loss(step):
-        x = crops(photos, 16, seed=step).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                targets = [y.float() for y in outputs(teacher, x)]
-            made = [y.float() for y in outputs(student, x)]
+        x = crops(photos, 8, seed=step, size=128).contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            targets = outputs(teacher, x)
+        made = outputs(student, x)
         return beside.relative_error(made, targets) + beside.relative_error(made[-1:], targets[-1:])
 
-    beside.train(student, loss, steps, LR, f"{bits} bits")
+    beside.train(student, loss, steps, STEPS[bits][1], f"{bits} bits")
 
 
 def main(args):
-    held_out = crops(photographs(HELD_OUT), 16 if args.quick else 96, seed=0)
+    held_out = crops(photographs(HELD_OUT), 32 if args.quick else 96, seed=0)
     if args.check:
         return beside.check(args.check, lambda path: logits(ak.load_packed(path, network()).eval(), held_out))
     teacher, packed, photos = network(), {}, photographs(TRAINING)
     table = beside.Quality(teacher, logits(teacher, held_out))
     for bits in args.bits:
-        model = ak.quantize_(network(), config(bits))
+        model = network()
+        ak.quantize_(model, configs(model, bits))
         untrained = logits(model, held_out)
-        if steps := min(STEPS[bits], 3 if args.quick else STEPS[bits]):
-            distil(model, teacher, photos, bits, steps)
+        distil(model, teacher, photos, bits, 3 if args.quick else STEPS[bits][0])
         path = args.folder / f"efficientnet-{bits}.safetensors"
         ak.save_packed(ak.pack_(ak.hard_quantize_(model)), path)
         packed[bits], trained = model, logits(model, held_out)

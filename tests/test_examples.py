@@ -61,3 +61,13 @@ def test_real_model(name, tmp_path):
     assert packed["mean cosine"] >= least and packed["bytes"] < 0.29 * float32["bytes"]
     assert not [why for version, why in rows["missing"].items() if "packed" in version or "exported" in version]
     assert all(row["mean cosine"] > 0.9 for row in rows["speed"])
+
+
+def test_the_page_of_real_models_shows_the_rows_that_were_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import beside
+
+    page = (FOLDER.parent / "docs" / "models.md").read_text()
+    rows = FOLDER.parent / "benchmarks" / "results" / "models"
+    assert {path.stem for path in rows.glob("*.json")} == REAL.keys()
+    assert beside.fill(page, rows) == page and all(f"\n<!-- /{name} -->" in page for name in REAL)
