@@ -38,6 +38,8 @@ PACKED = {
 NUMBERS = {contract.TRIT_TOP, 81, contract.INT8_TOP, contract.SUM_COLUMNS, contract.SCALE_FLOOR, 1.6}
 OTHERS = {
     ("deploy/integers.py", 127): "integers of 8 bits", ("deploy/to_torchao.py", 127): "the type int8 of torchao",
+    ("deploy/gguf/blocks.py", 127): "integers of 8 bits, and E8M0's bias", ("quant/exports.py", 127): "a level",
+    ("quant/scales.py", 127): "the largest exponent of powers of two",
     ("deploy/inspect.py", 1.6): "inches of a figure", ("analysis/hessian.py", 1e-12): "a norm that is not divided by",
     ("quant/scales.py", 81): "clipping points", ("tuning/__init__.py", 16384): "elements of a tile, to be tried",
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 1. Every ```python block of docs/pytorch.md runs after the page's first one, alone, in a folder of its own; each
    asserts what the paragraph above it claims.
-2. README's examples run in small, one after another.
+2. README's examples run in small, one after another; those of docs/deploy.md as they are.
 3. Links between the documents lead to files that exist.
 """
 
@@ -128,6 +128,16 @@ def test_readme():
     assert len(ak.nn.quantized_layers(names["target"])) == 3
     costs = ak.search.policy_costs(policy, ak.search.trace(three_layers(16), batches[0][0]))
     assert costs["average_bits"] <= 3.0
+
+
+def test_deploy():
+    for package in ("gguf", "transformers"):
+        pytest.importorskip(package)
+    names = {"__name__": "example"}
+    for line, code in blocks("docs/deploy.md"):
+        run("docs/deploy.md", line, code, names)
+    weights, _ = ak.deploy.formats.FORMATS["gguf"].load().dequantized("model.gguf")
+    assert all(map(torch.equal, weights.values(), names["validated"]))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

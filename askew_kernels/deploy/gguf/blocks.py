@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...contract import unpack_codes
+from ...contract import TRIT_TOP, unpack_codes
 from ...quant import FP4, Binary, Grid, Ternary, Uniform, code_bits, pack_codes
 from ...quant.exports import IQ4_NL
 from ...quant.scales import holds_scales
@@ -99,7 +99,7 @@ def _trits(codes: Array) -> Array:
     for length, digits in TRIT_PARTS:
         part = codes[:, start : start + length].reshape(len(codes), digits, -1).astype(np.uint16)
         q = sum(part[:, k] * 3 ** (4 - k) for k in range(digits))
-        bytes_.append(((q * 256 + 242) // 243).astype(np.uint8))
+        bytes_.append(((q * 256 + TRIT_TOP) // (TRIT_TOP + 1)).astype(np.uint8))
         start += length
     return np.concatenate(bytes_, axis=1)
 
