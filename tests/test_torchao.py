@@ -15,22 +15,14 @@ import random
 import pytest
 import torch
 from oracles import NF4
+from packed_models import CONFIGS
 from torch import nn
 
 import askew_kernels as ak
 from askew_kernels.deploy import files, tensorfile
 from askew_kernels.deploy.contents import contents_of, write_contents
 from askew_kernels.deploy.files import PackedFileError
-from askew_kernels.quant import Binary, Codebook, Ternary, Uniform
-
-CONFIGS = {
-    "int4 tensor": ak.QuantConfig(Uniform(4), granularity="per_tensor"),
-    "int4 channel": ak.QuantConfig(Uniform(4), scale="absmax"),
-    "int4 group": ak.QuantConfig(Uniform(4), granularity="per_group", group_size=16, scale="absmax"),
-    "int8": ak.QuantConfig(Uniform(8), scale="absmax"),
-    "binary": ak.QuantConfig(Binary(), scale="mean"),
-    "ternary": ak.QuantConfig(Ternary(), scale="mean"),
-}
+from askew_kernels.quant import Codebook, Ternary, Uniform
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
