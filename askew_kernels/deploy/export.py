@@ -45,7 +45,7 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
     cannot hold them.
 
     Raises ValueError for an unknown format, PackedFileError naming the layer for what the format does not hold exactly,
-    FileExistsError, ImportError without the packages of ``askew_kernels[…]``.
+    and where it cannot be written, FileExistsError, ImportError without the packages of ``askew_kernels[…]``.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r:.80}")
@@ -55,7 +55,12 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
         contents = contents_at(model)
         contents.folder = contents.folder if folder is None else Path(folder)
     with torch.no_grad(), atomic.new_path(path, overwrite) as new:
-        FORMATS[to].load().export(contents, new, architecture=architecture, dense=tuple(dense))
+        try:
+            FORMATS[to].load().export(contents, new, architecture=architecture, dense=tuple(dense))
+        except (OSError, PackedFileError) as error:  # of libraries, too, which know the name that is only for now
+            text = str(error).replace(os.fspath(new), os.fspath(path))
+            text = text if isinstance(error, PackedFileError) else f"{path}: cannot be written ({text})"
+            raise PackedFileError(text) from error
     return contents
 
 
