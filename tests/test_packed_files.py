@@ -857,3 +857,20 @@ def test_the_document_says_extra_state_only_where_there_is_some(saved, path):
     assert "extra" not in document()
     ak.save_packed(pack(Counter([1, 2])), path)
     assert document()["extra"] == {"_extra_state": [1, 2]}
+
+
+@pytest.mark.parametrize("wrong", [{"stride": "x"}, {"stride": [1.5, 2]}, {"stride": [1, 2, 3]}, {"stride": True},
+                                   {"groups": 0}, {"dilation": [2**40, 1]}, {"padding": "huh"},
+                                   {"padding_mode": "odd"}, None, [1]])  # fmt: skip
+def test_geometry_of_a_damaged_file_is_an_error(wrong, tmp_path):
+    """Also where no model is there to compare it with."""
+    path = tmp_path / "packed.safetensors"
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2))
+    ak.save_packed(ak.pack_(ak.hard_quantize_(ak.quantize_(model))), path)
+    file = files.PackedFile(path)
+    assert file.empty_layer("0").stride == (2, 2)
+    d = file.layers["0"]
+    d["geometry"] = d["geometry"] | wrong if isinstance(wrong, dict) else wrong
+    files.write_packed(path, file.tensors, file.layers)
+    with pytest.raises(files.PackedFileError, match="layer 0: "):
+        files.PackedFile(path)

@@ -100,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     a = arguments
     try:
+        print(f"{a.source}: writing it as {a.to} …", file=sys.stderr, flush=True)
         contents = export_packed(a.source, a.out, a.to, architecture=a.architecture, folder=a.folder, dense=a.dense,
                                  overwrite=a.overwrite)  # fmt: skip
         files = [p for p in a.out.rglob("*") if p.is_file()] if a.out.is_dir() else [a.out]
@@ -113,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def verified(contents: Contents, path: Path, to: str) -> int:
     """Prints how each layer compares; 1 where one differs."""
+    print(f"{path}: reading it with the library of {to} …", file=sys.stderr, flush=True)
     rows, reader = compare(contents, path, to)
     print(f"read by {reader}:")
     width = max((len(row.name) for row in rows), default=0)

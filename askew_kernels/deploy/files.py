@@ -331,6 +331,11 @@ class PackedFile:
             _check(len(shape) == dims and sizes, f"shape: expected {dims} sizes, got {shape}")
             _check(d["dtype"] in FLOATS, f"dtype: expected a float type, got {d['dtype']!r}")
             _check(type(d["trits"]) is bool, f"trits: expected true or false, got {d['trits']!r}")
+            for key, value in d.get("geometry", {}).items():
+                each = value if isinstance(value, list) and len(value) == dims - 2 else [value]
+                whole = all(type(n) is int and 0 <= n < 2**31 for n in each)
+                _check(whole or (isinstance(value, str) and key.startswith("padding")),
+                       f"{key}: expected whole numbers, got {value!r:.80}")  # fmt: skip
             config = QuantConfig.from_dict(d["config"])
             self.configs = {name: config}
             codes, scale = self.codes(name)
