@@ -91,7 +91,7 @@ def configs(net, bits):
     """{layer: config}: one scale for 32 weights of a channel, or for 16 or 8 where the channel does not divide so.
 
     The first two convolutions stay float: 1,152 weights, and more than half of the error. The other depthwise ones
-    (9 or 25 weights for each channel) keep 8 bits, with one scale for each channel: 2 % of the weights."""
+    (9 or 25 weights for each channel) keep 8 bits, with one scale for each channel: 4 % of the weights."""
     found = {}
     for name, layer in net.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)) and name not in ("0.1", "1.depthwise.0"):
