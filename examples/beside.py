@@ -128,6 +128,7 @@ def _onnx(write, inputs, folder):
 
     options, path = onnxruntime.SessionOptions(), folder / "model.onnx"
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads disturb all others
     names = [f"x{i}" for i in range(len(inputs))]
     tokens = {1: "tokens"} if inputs[0].dim() == 2 else {}
     axes = {"y": {0: "batch"}, **{name: {0: "batch", **tokens} for name in names}}
@@ -139,6 +140,10 @@ def _onnx(write, inputs, folder):
 
 def _float_onnx(model, inputs, path, **options):
     torch.onnx.export(copy.deepcopy(model), inputs, path, opset_version=20, dynamo=False, **options)
+
+
+def _our_onnx(model, inputs, path, **options):
+    export_onnx(model, inputs, path, operator="MatMulNBits", accuracy_level=4, **options)
 
 
 def versions(model, packed, inputs, folder):
@@ -153,7 +158,7 @@ def versions(model, packed, inputs, folder):
         made |= {
             f"packed, {bits}": lambda m=m: m,
             f"packed, {bits}, int8 inputs": lambda m=m: _int8_inputs(m),
-            f"onnxruntime, {bits} exported": lambda m=m: _onnx(lambda *a, **o: export_onnx(m, *a, **o), inputs, folder),
+            f"onnxruntime, {bits} exported": lambda m=m: _onnx(lambda *a, **o: _our_onnx(m, *a, **o), inputs, folder),
         }
     return made
 

@@ -596,3 +596,38 @@ def test_the_command_line(tmp_path, capsys):
     with torch.no_grad():
         loaded = ak.load_packed(back, transformers.LlamaForCausalLM(model.config)).eval()
         assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_layers_that_no_output_needs_are_left_out_and_told(tmp_path, caplog):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pooler = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            self.pooler(hidden)  # as BERT's, for those who read the hidden states alone
+            return hidden
+
+    torch.manual_seed(0)
+    model, x = ak.pack_(ak.hard_quantize_(ak.quantize_(Pooled(), CONFIGS["int4 channel"]))).eval(), torch.randn(2, 16)
+    export_onnx(model, x, tmp_path / "m.onnx", input_names=["x"])
+    assert "no output depends on pooler: left out" in caplog.text
+    names = {t.name for t in onnx.load(tmp_path / "m.onnx").graph.initializer}
+    assert "first.weight_levels" in names and not any(name.startswith("pooler") for name in names)
+
+
+def test_a_weight_that_is_frozen_into_the_graph_is_an_error(tmp_path):
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            self.layer(x)
+            return x @ torch.tensor(self.layer.weight.detach().tolist())
+
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Frozen(), CONFIGS["int4 channel"]))).eval()
+    with pytest.raises(ValueError, match="layer: its weight is a constant of floats in the exported graph"):
+        export_onnx(model, torch.randn(2, 16), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -270,8 +271,13 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         options = options | {"custom_opsets": {CONTRIB: 1} | options.get("custom_opsets", {})}
     made = _traced(plain, example, options)
     writer = _Writer(made.graph, plain.state_dict(), held, weights, blocks, opset)
-    if lost := [name for name in held if name in reached and writer.integers(name) is None]:
-        raise ValueError(f"{lost[0]}: its weight is not in the exported graph")
+    absent = [name for name in held if name in reached and writer.integers(name) is None]
+    constants = {math.prod(a.t.dims) for node in made.graph.node for a in node.attribute if a.HasField("t")}
+    if lost := [name for name in absent if math.prod(held[name].shape) in constants]:
+        raise ValueError(f"{lost[0]}: its weight is a constant of floats in the exported graph, not taken from the "
+                         "layer's own tensor")  # fmt: skip
+    if absent:
+        logger.warning("ONNX: no output depends on %s: left out", ", ".join(absent))
     writer.fill()
     next(o for o in made.opset_import if o.domain in ("", "ai.onnx")).version = opset
     made.ir_version = IR_VERSIONS[opset]
