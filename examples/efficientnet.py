@@ -17,7 +17,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'{error.name} is missing: pip install "askew_kernels[models]"') from None
 
-STEPS = {"8": (40, 3e-5), "4": (120, 1e-4)}  # and learning rate
+STEPS = {"8": (40, 3e-5), "4": (1200, 1e-4)}  # and learning rate
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
           (1, 3, 1, 6, 320)]  # blocks, kernel, stride, expansion, channels  # fmt: skip
 HELD_OUT = ("chelsea", "coffee", "rocket")
