@@ -147,7 +147,7 @@ def test_what_is_trained_for_a_target_packs_and_arrives(target, tmp_path):
     to = target.split(":")[0]
     if to == "onnx":
         pytest.skip("an ONNX file is exported with the model: tests/test_packed_interop.py")
-    pytest.importorskip(NEEDS[to])
+    pytest.importorskip("llama_cpp" if target == "gguf:q1_0" else NEEDS[to])  # the package gguf does not decode it
     source, out, back = (tmp_path / name for name in ("packed.safetensors", "exported", "back.safetensors"))
     ak.save_packed(model, source)
     contents = export_packed(source, out, to)

@@ -604,6 +604,8 @@ def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
     """Logits within 2 % of their spread, and greedy texts that are the same up to a step whose two best logits are
     closer than twice that."""
     transformers = pytest.importorskip("transformers")
+    if target == "q1_0":  # which the package gguf does not decode
+        pytest.importorskip("llama_cpp")
     folder, tokenizer = tokenizer_of("bytes")
     config, state = trained
     model = transformers.LlamaForCausalLM(config).eval()
