@@ -593,8 +593,11 @@ def test_experts_that_do_not_fit_are_named(caplog):
     for cls, found in ((Experts, True), (Other, False)):
         model = nn.ModuleDict({"body": nn.Sequential(cls(), nn.Linear(8, 8))})
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "askew_kernels"):
+        with caplog.at_level(logging.INFO, "askew_kernels"):
             ak.quantize_(model)
+        assert (
+            "weights of experts (ak.nn.experts.EXPERTS) are quantized: body.0.up, body.0.down" in caplog.text
+        ) == found
         assert ("body.0.up" in ak.nn.quantized_layers(model)) == found
         assert (f"{cls.__name__} (body.0.up, body.0.down, body.0.up_bias)" in caplog.text) != found
         assert (f"{cls.__name__} (body.0.up_bias)" in caplog.text) == found

@@ -93,6 +93,9 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     replace_modules(model, new)
     _decline_fast_paths(model)
     tell_float(model, "quantize_", asked)
+    if held := [name for name in experts if name in new]:  # known by the class's name of who multiplies with them
+        told = ", ".join(held[:NAMES_TOLD]) + ", …" * (len(held) > NAMES_TOLD)
+        logger.info("quantize_: weights of experts (ak.nn.experts.EXPERTS) are quantized: %s", told)
     return model
 
 
