@@ -16,6 +16,7 @@ SUM_COLUMNS = 16384  # of a row whose sums are taken together, in float32; the s
 MOST_CANDIDATES = 8  # of a mixture
 SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
+LEVEL_TYPES = (torch.int8, torch.float8_e4m3fn)  # of copies that hold levels in grid units, one byte each
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
