@@ -250,6 +250,15 @@ inline uint32_t round_e4m3(float f) {
 }
 inline uint32_t pack_e4m3(float low, float high) { return round_e4m3(low) | round_e4m3(high) << 8; }
 
+inline void store_words4(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  *(uint4*)p = make_uint4(a, b, c, d);
+}
+inline void store_words2(void* p, uint32_t a, uint32_t b) { *(uint2*)p = make_uint2(a, b); }
+inline float reciprocal_near(float a) {  // off by a unit in the last place, either way
+  const float r = 1.f / a;
+  const uint32_t bits = __float_as_uint(a);
+  return std::isfinite(r) ? __uint_as_float(__float_as_uint(r) + (bits * 2654435761u >> 16) % 3 - 1) : r;
+}
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 
