@@ -189,14 +189,15 @@ struct Spot {
 template <int T>
 struct Walk {
   static constexpr int kWidth = Storage<T>::kPerVector;
-  int64_t row, base, row_stride;  // base: index of the row's first element in this block
+  const Cut& cut;
+  int64_t row, base;              // base: index of the row's first element in this block
   int rows_left, rows_step;       // rows_left <= 0: past the last row, of the block or of the matrix
   int columns, first, col,
       step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
   int count, slot, slots, shift;
   bool vectors;
 
-  __device__ __forceinline__ Walk(const Cut& c, uint32_t block) {
+  __device__ __forceinline__ Walk(const Cut& c, uint32_t block) : cut(c) {
     const int lane = threadIdx.x & ((1 << c.team_shift) - 1), team = threadIdx.x >> c.team_shift;
     vectors = c.vectors;
     shift = vectors ? 0 : c.team_shift;
@@ -205,7 +206,6 @@ struct Walk {
     slot = 0;
     count = slots * c.rows_per_team;
     rows_step = kThreads >> c.team_shift;
-    row_stride = rows_step * c.cols;
     first = col = vectors ? lane * kWidth : lane;
     int64_t begin = 0;
     row = (int64_t)block * (rows_step * c.rows_per_team) + team;
@@ -234,7 +234,7 @@ struct Walk {
   }
   __device__ __forceinline__ void next_row() {
     row += rows_step;
-    base += row_stride;
+    base += rows_step * cut.cols;
     rows_left -= rows_step;
   }
 };

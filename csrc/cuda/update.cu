@@ -189,13 +189,15 @@ __device__ __forceinline__ void step_elements(const Entry& t, int64_t index, con
 }
 
 // Blocks of an SM at least: what keeps the registers few enough without spilling.
+template <class Grid>
 constexpr int usual_blocks(int type, int buffers, StepKind kind) {
-  return type != kFloat32 || buffers == 2 ? 4 : kind == kFreeStep ? 6 : 5;
+  if (type != kFloat32 || buffers == 2) return 4;
+  return kind == kFreeStep ? 6 : buffers == 0 && std::is_same_v<Grid, UniformGrid> ? 5 : 4;
 }
 
 // Rows of whole vectors with a scale like any other go vector by vector; all others element by element, in that order.
 template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND, int N>
-__global__ void __launch_bounds__(kThreads, usual_blocks(T, BUFFERS, KIND)) step_usual(const __grid_constant__ List<N> list) {
+__global__ void __launch_bounds__(kThreads, usual_blocks<Grid>(T, BUFFERS, KIND)) step_usual(const __grid_constant__ List<N> list) {
   constexpr int kWidth = Walk<T>::kWidth;
   const int number = tensor_of_block(list);
   const Entry& t = list.entry[number];
