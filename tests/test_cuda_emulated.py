@@ -580,9 +580,9 @@ def test_usual_steps_are_any_steps(kernels, rule, dtype):
             if w.numel() > 8:
                 w.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
             if i % 5 == 4 and dtype == torch.float32:  # exactly as before, but for the exponents
-                power = 2.0 ** (-90, -45, 70)[i // 5 % 3]
-                w *= power
-                scale *= power
+                power = 2.0 ** (-121, 90, -45)[(i // 5 + case) % 3]
+                for t in (w, scale, p["grads"][i]):
+                    t *= power
         usual, intact = run_kernels(kernels, specs, p, options, on_device=case == 3)
         p["totals"] = [torch.zeros(6, dtype=torch.float64) for _ in specs]
         any_step, _ = run_kernels(kernels, specs, p, options, on_device=case == 3)
