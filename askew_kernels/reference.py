@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from . import contract
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, UNIFORM, compute_dtype, level_table, unpack_codes
+from .contract import (
+    BINARY,
+    CODEBOOK,
+    FLOAT,
+    INT8_TOP,
+    LEVEL_TYPES,
+    UNIFORM,
+    compute_dtype,
+    level_table,
+    unpack_codes,
+)  # fmt: skip
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +128,18 @@ def fake_quantize(
     return (s * level).to(x.dtype).reshape(x.shape)
 
 
+def write_copy_(copy: Tensor, s: Tensor, level: Tensor) -> None:
+    """copy = s c in its storage type; in a type of levels c itself, where int8, which has no NaN, holds 0 for it."""
+    if copy.dtype in LEVEL_TYPES:
+        copy.copy_((level.nan_to_num() if copy.dtype == torch.int8 else level).reshape(copy.shape))
+    else:
+        copy.copy_((s * level).reshape(copy.shape))
+
+
 def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
-    """out = s Q(x / s), in the storage type of ``out``."""
+    """out = s Q(x / s), in the storage type of ``out``; in a type of levels Q(x / s)."""
     w, s = _rows(x, scale)
-    out.copy_((s * nearest(w / s, levels, grid)).reshape(x.shape))
+    write_copy_(out, s, nearest(w / s, levels, grid))
 
 
 def _inside(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
@@ -292,7 +310,7 @@ def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, directio
     stored = param.reshape(old.shape).to(old.dtype)
     now = nearest(stored / s, levels, grid)
     if copy is not None:
-        copy.copy_((s * now).reshape(copy.shape))
+        write_copy_(copy, s, now)
     if sums is not None:
         sums.copy_(row_sums(stored, stored.shape[0]))
     if totals is not None:
@@ -459,3 +477,25 @@ def packed_linear_int8(
     q, s = int8_tokens(x.to(kind))
     y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x`` as s q with s = max |x| / top, 1 where that is 0, NaN where the row is not finite; q are
+    levels of the grid, or any numbers of ``dtype``."""
+    x = x.to(compute_dtype(x.dtype))
+    tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / top
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
+    write_copy_(q, s, placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))
+    return q, s
+
+
+def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = (sums s_x) s_w + b, rounded once to ``dtype``."""
+    kind = torch.float64 if sums.dtype == torch.float64 else torch.float32
+    y = (sums.to(kind) * token_scale.to(kind)[:, None]) * scale.to(kind)
+    return (y if bias is None else y + bias.to(kind)).to(dtype)
