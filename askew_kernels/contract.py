@@ -20,7 +20,8 @@ MOST_CANDIDATES = 8  # of a mixture
 SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
-LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of copies that hold levels c, and c's end in each
+# of copies that hold levels in grid units, one byte each, and what the largest number of a row is mapped to in each
+LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
