@@ -476,8 +476,8 @@ def packed_linear_int8(
 
 
 def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(q, s): each row of ``x`` as s q with s = max |x| / top, 1 where that is 0, NaN where the row is not finite; q are
-    levels of the grid, or any numbers of ``dtype``."""
+    """(q, s): each row of ``x`` as s q with s = max |x| / top, 1 where that is 0, NaN where the row is not finite; q
+    are levels of the grid, or any numbers of ``dtype``."""
     x = x.to(compute_dtype(x.dtype))
     tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / top
@@ -489,6 +489,6 @@ def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: 
 
 def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (sums s_x) s_w + b, rounded once to ``dtype``."""
-    kind = torch.float64 if sums.dtype == torch.float64 else torch.float32
+    kind = compute_dtype(dtype)
     y = (sums.to(kind) * token_scale.to(kind)[:, None]) * scale.to(kind)
     return (y if bias is None else y + bias.to(kind)).to(dtype)

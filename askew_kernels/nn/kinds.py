@@ -60,7 +60,9 @@ class Kind:
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
     held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
-    multiplies_levels: bool = False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
+    multiplies_levels: bool = (
+        False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
+    )
     wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property

@@ -30,7 +30,7 @@ from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
-from .lowbit import LevelProduct
+from .lowbit import level_linear
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -134,8 +134,8 @@ class QuantizedLayer(nn.Module):
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
         if config.level_dtype is not None and not self.kind.multiplies_levels:
-            raise ValueError(f"forward: {config.forward!r} is for linear layers, and this is {type(self).__name__}; give "
-                             "{pattern: config} with forward='hard' for these")  # fmt: skip
+            raise ValueError(f"forward: {config.forward!r} is for linear layers, and this is {type(self).__name__}; "
+                             "give {pattern: config} with forward='hard' for these")  # fmt: skip
         self.config = config
         self.quantizer = WeightQuantizer(config, self.form)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
@@ -322,7 +322,7 @@ class QuantizedLayer(nn.Module):
         bias = None if self.bias is None else self.bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = LevelProduct.apply(flat, view(weight), view(levels), scale, bias, grid)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
         return y.reshape(*x.shape[:-1], rows)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:

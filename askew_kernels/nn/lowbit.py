@@ -5,10 +5,10 @@
 Backward in the type that x has: grad_x = G (s_w c), grad_w = G^T x with x as it was before it was quantized, straight
 through.
 
-On a GPU torch's own products multiply: ``torch._scaled_mm``, from compute capability 8.9 on, and ``torch._int_mm``, with
-zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave its kernel finished, summed as
-cuBLAS sums in bfloat16 training at 8 bits (``use_fast_accum``: 13 bits at least of the largest summand); others come as sums in
-float32. Elsewhere the same levels are multiplied as floats that hold them exactly, and summed in float32.
+On a GPU torch's own products multiply: ``torch._scaled_mm``, from compute capability 8.9 on, and ``torch._int_mm``,
+with zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave the first one finished, summed in the
+tensor cores alone (``use_fast_accum``); others come as sums in float32. Elsewhere the same levels are multiplied as floats
+that hold them exactly, and summed in float32.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def _multiplies_fp8(device: torch.device) -> bool:
 _multiplies_fp8._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _on_gpu(t: Tensor) -> bool:
+    """Whether torch's products on a GPU multiply, which ask for tiles."""
+    return t.is_cuda
+
+
 def _tiled(t: Tensor, rows: int, multiple: int = TILE) -> Tensor:
     """With zeros below up to ``rows``, and to the right up to a multiple of ``multiple`` columns."""
     below, right = rows - t.shape[0], -t.shape[1] % multiple
@@ -46,7 +51,7 @@ def _tiled(t: Tensor, rows: int, multiple: int = TILE) -> Tensor:
 
 def _exact_sums(q: Tensor, c: Tensor, kind: torch.dtype) -> Tensor:
     """q c^T where torch has no product of bytes; ``kind``: float32, or float64 beside such inputs."""
-    if q.is_cuda and kind == torch.float32:
+    if _on_gpu(q) and kind == torch.float32:  # bfloat16 holds levels of a byte
         return torch.mm(q.to(torch.bfloat16), c.to(torch.bfloat16).t(), out_dtype=kind)
     return product(q.to(kind), c.to(kind))
 
@@ -54,16 +59,16 @@ def _exact_sums(q: Tensor, c: Tensor, kind: torch.dtype) -> Tensor:
 def level_product(
     q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """y = ((q c^T) s_x) s_w + b in ``dtype``. q: (rows, cols), c: (n, cols), of one type of a byte; token_scale: (rows,);
-    scale: (1,) or (n,); bias: (n,) or None."""
+    """y = ((q c^T) s_x) s_w + b in ``dtype``. q: (rows, cols), c: (n, cols), of one type of a byte; token_scale:
+    (rows,); scale: (1,) or (n,); bias: (n,) or None."""
     (rows, cols), n, kind = q.shape, c.shape[0], torch.float64 if dtype == torch.float64 else torch.float32
     if 0 in (rows, cols, n):
         sums = torch.zeros(rows, n, dtype=kind, device=q.device)
     elif q.dtype == torch.int8 and cols <= MOST_COLUMNS:
-        if q.is_cuda:
+        if _on_gpu(q):
             q, c = _tiled(q, max(rows, FEWEST_ROWS)), _tiled(c, n + -n % TILE)
         sums = torch._int_mm(q, c.t())
-    elif q.dtype != torch.int8 and q.is_cuda and kind == torch.float32 and _multiplies_fp8(q.device):
+    elif q.dtype != torch.int8 and _on_gpu(q) and kind == torch.float32 and _multiplies_fp8(q.device):
         q, c = _tiled(q, rows), _tiled(c, n + -n % TILE)
         if dtype == torch.bfloat16:
             return _finished(q, token_scale, c, scale, bias, n)
@@ -79,7 +84,9 @@ def level_product(
 def _finished(q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, n: int) -> Tensor:
     """torch's product with a scale a row and a scale a column, of which those beyond n are zeros that are cut off."""
     more = len(c) - n
-    columns = functional.pad(scale.expand(n), (0, more), value=1.0)[None] if more else scale.expand(n)[None].contiguous()
+    columns = (
+        functional.pad(scale.expand(n), (0, more), value=1.0)[None] if more else scale.expand(n)[None].contiguous()
+    )
     bias = bias if bias is None or not more else functional.pad(bias, (0, more))
     y = torch._scaled_mm(q, c.t(), token_scale[:, None], columns, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
     return y[:, :n].contiguous() if more else y
@@ -101,7 +108,6 @@ class LevelProduct(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, c, scale, *_ = inputs
         ctx.save_for_backward(x, weight, c, scale)
-        ctx.save_for_forward(x, weight, c, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,6 +118,15 @@ class LevelProduct(torch.autograd.Function):
             product(grad.t(), x.t()).to(weight.dtype) if to_weight else None,
             None, None, grad.sum(0) if to_bias else None, None,
         )  # fmt: skip
+
+
+class _WithTangents(LevelProduct):
+    """The same in forward mode too, which torch.compile does not take."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        LevelProduct.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[:4])
 
     @staticmethod
     def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, c_t: Any, scale_t: Any, bias_t: Tensor | None,
@@ -133,3 +148,8 @@ def _dequantized(weight: Tensor, c: Tensor, scale: Tensor, dtype: torch.dtype) -
     if torch.is_grad_enabled() and weight.requires_grad:
         found = found + (weight - weight.detach()).to(dtype)
     return found
+
+
+def level_linear(*inputs: Any) -> Tensor:
+    """``LevelProduct`` of its inputs."""
+    return (LevelProduct if torch.compiler.is_compiling() else _WithTangents).apply(*inputs)

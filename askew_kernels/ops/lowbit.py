@@ -56,9 +56,7 @@ def run_token_levels(x: Tensor, dtype: torch.dtype, grid: Any) -> tuple[Tensor, 
     return below_autograd("token_levels", x, x, *arguments, dtype)
 
 
-def scaled_sums(
-    sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (sums s_x) s_w + b in float32, rounded once to ``dtype``: what sums of products of levels stand for.
 
     sums: (rows, n) int32 or float32; token_scale: (rows,); scale: (1,) or (n,), float32 both; bias: (n,) or None.

@@ -27,8 +27,8 @@ class QuantConfig:
     the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
     ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
     the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
-    multiply levels of a byte on the tensor cores, those of the weight by those of the input, which is quantized token by
-    token (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
+    multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
+    (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
@@ -77,8 +77,8 @@ class QuantConfig:
 
     def _check_levels(self, dtype: torch.dtype) -> None:
         if self.granularity == "per_group":
-            raise ValueError(f"granularity: forward={self.forward!r} takes one scale for each tensor or output, expected "
-                             "per_tensor or per_channel, got 'per_group'")  # fmt: skip
+            raise ValueError(f"granularity: forward={self.forward!r} takes one scale for each tensor or output, "
+                             "expected per_tensor or per_channel, got 'per_group'")  # fmt: skip
         for name, grid in (("weight", self.weight), ("activation", self.activation)):
             if grid is None or contract.holds_levels(dtype, grid.levels):
                 continue
