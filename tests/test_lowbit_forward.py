@@ -146,7 +146,8 @@ def test_token_levels_errors():
 def test_which_types_hold_which_levels():
     """Against torch's own conversions."""
     grids = [Uniform(b) for b in range(2, 9)] + [PowersOfTwo(b) for b in range(2, 6)] + [
-        Uniform(4, signed=False), Uniform(8, signed=False), Uniform(4, inclusive=True), Binary(), Ternary(), FP4(), NF4(),
+        Uniform(4, signed=False), Uniform(8, signed=False), Uniform(4, inclusive=True),
+        Binary(), Ternary(), FP4(), NF4(),
     ]  # fmt: skip
     for dtype in contract.LEVEL_TYPES:
         for grid in grids:

@@ -6,9 +6,9 @@ Backward in the type that x has: grad_x = G (s_w c), grad_w = G^T x with x as it
 through.
 
 On a GPU torch's own products multiply: ``torch._scaled_mm``, from compute capability 8.9 on, and ``torch._int_mm``,
-with zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave the first one finished, summed in the
-tensor cores alone (``use_fast_accum``); others come as sums in float32. Elsewhere the same levels are multiplied as floats
-that hold them exactly, and summed in float32.
+with zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave the first one finished, summed in
+the tensor cores alone (``use_fast_accum``); others come as sums in float32. Elsewhere the same levels are multiplied as
+floats that hold them exactly, and summed in float32.
 """
 
 from __future__ import annotations
