@@ -59,7 +59,8 @@ def run_token_levels(x: Tensor, dtype: torch.dtype, grid: Any) -> tuple[Tensor, 
 def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (sums s_x) s_w + b in float32, rounded once to ``dtype``: what sums of products of levels stand for.
 
-    sums: (rows, n) int32 or float32, or levels themselves, int8 or float8_e4m3fn; token_scale: (rows,); scale: (1,) or (n,), float32 both; bias: (n,) or None.
+    sums: (rows, n) int32 or float32, or levels themselves, int8 or float8_e4m3fn; token_scale: (rows,); scale: (1,) or
+    (n,), float32 both; bias: (n,) or None.
     No derivative. Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 8.
     """
     check_tensor("sums", sums)
