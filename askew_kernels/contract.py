@@ -5,6 +5,9 @@ The one home of these constants in Python; the C++ one is ``csrc/math/types.h``,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,8 @@ MOST_CANDIDATES = 8  # of a mixture
 SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
+# of copies that hold levels in grid units, one byte each, and what the largest number of a row is mapped to in each
+LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
@@ -65,6 +70,15 @@ def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "c
     if kind == CODEBOOK:
         return levels.to(device)
     return torch.arange(lo, hi + 1, level_step(kind), dtype=torch.float32, device=device)
+
+
+def holds_levels(dtype: torch.dtype, levels: Iterable[float]) -> bool:
+    """Whether a type of ``LEVEL_TYPES`` holds every level exactly: integers of a byte, or e4m3's numbers, of four
+    significant bits, multiples of 2^-9, up to 448."""
+    if dtype == torch.int8:
+        return all(float(c).is_integer() and -128 <= c <= 127 for c in levels)
+    top = LEVEL_TYPES[dtype]
+    return all(abs(c) <= top and (c * 2**9).is_integer() and (math.frexp(c)[0] * 2**4).is_integer() for c in levels)
 
 
 def int8_sums_fit(cols: int, n_levels: int) -> bool:

@@ -27,7 +27,8 @@ library.define(
 )
 library.define(
     "prepared_update_(int rule, Tensor list, int[] grads, Tensor(a!) like, Tensor(b!)? totals, Tensor? step, Tensor lr,"
-    " Tensor eps, float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite) -> ()"
+    " Tensor eps, float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
+    " bool ste_clip) -> ()"
 )
 
 
@@ -67,10 +68,11 @@ class PreparedUpdate:
     def run(
         self, grads: list[int], totals: Tensor | None, *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float,
         numbers: list[float], direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
+        ste_clip: bool = False,
     ) -> None:  # fmt: skip
         """One step. grads: addresses of contiguous gradients in the parameters' types; totals: (n, 6) float64."""
         autograd.below_autograd(
             "prepared_update_", self.like, self.number, self.list, grads, self.like, totals, step, lr, eps, alpha,
-            numbers, direction, clamp, maximize, skip_nonfinite,
+            numbers, direction, clamp, maximize, skip_nonfinite, ste_clip,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self.written)

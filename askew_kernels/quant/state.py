@@ -349,7 +349,8 @@ class WeightQuantizer:
     # ---- copies ----
 
     def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
+        """s Q(w/s) in ``dtype`` (default the weight's), in a type of levels Q(w/s): the copy the optimizer wrote where
+        fresh, else recomputed."""
         dtype = dtype or weight.dtype
         with LOCK, torch.inference_mode(False):
             known = self.settle(weight)
@@ -385,7 +386,7 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward != "hard" or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 

@@ -82,7 +82,7 @@ struct UpdateOps {
       if (const Tensor* copy = present(dequantized, i, n, "dequantized")) {
         check_like(*copy, w, "dequantized");
         t.dequantized = copy->data_ptr();
-        t.dequantized_type = storage_type(*copy, "dequantized");
+        t.dequantized_type = copy_type(*copy, "dequantized");
       }
       t.row_sums = (float*)sums(row_sums, i, params, "row_sums", ScalarType::Float, t.m.rows * kRowSums,
                                 "float32 of shape (rows, 3)");
@@ -95,7 +95,7 @@ struct UpdateOps {
   template <class Rule>
   static void rate(Update& u, bool on_cpu, const std::optional<Tensor>& count, const Tensor& lr, const Tensor& eps,
                    double alpha, const std::vector<double>& numbers, bool direction, bool clamp, bool maximize,
-                   bool skip_nonfinite) {
+                   bool skip_nonfinite, bool ste_clip) {
     STD_TORCH_CHECK(numbers.size() == Rule::kNumbers, "numbers: expected ", Rule::kNumbers, ", got ", numbers.size());
     STD_TORCH_CHECK(!Rule::kCounts || count, "step: expected a 0-dim tensor");
     u.rates.lr = scalar(lr, "lr", on_cpu);
@@ -108,6 +108,7 @@ struct UpdateOps {
     u.hyper.clamp = clamp;
     u.hyper.maximize = maximize;
     u.hyper.skip_nonfinite = skip_nonfinite;
+    u.hyper.ste_clip = ste_clip;
     host::set_rates<Rule>(u.hyper, u.rates.lr.value, u.rates.eps.value, u.rates.step.value, u.rates.numbers);
   }
 
@@ -116,16 +117,19 @@ struct UpdateOps {
                    std::vector<int64_t> grids, Tensors dequantized, Tensors row_sums, Tensors totals,
                    std::optional<Tensor> count, Tensor lr, Tensor eps, double alpha, std::vector<double> numbers,
                    bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<Tensors> kept,
-                   std::optional<Tensors> firsts, std::optional<Tensor> coefficients) {
+                   std::optional<Tensors> firsts, std::optional<Tensor> coefficients, bool ste_clip) {
     Update u{};
     u.tensors =
         checked<Rule>(params, grads, states, scales, levels, grids, dequantized, row_sums, totals, kept, firsts);
+    for (const UpdateTensor& t : u.tensors)
+      STD_TORCH_CHECK(!ste_clip || (!t.kept && !t.first), "ste_clip: expected no kept weights and no first gradients");
     if (params.empty()) return;
     if (firsts && !firsts->empty()) {
       STD_TORCH_CHECK(coefficients.has_value(), "coefficients: expected beside firsts");
       u.coefficients = coefficients_of(*coefficients, params[0]);
     }
-    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite);
+    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite,
+               ste_clip);
     Device(params[0]).run(u);
   }
 
@@ -148,7 +152,7 @@ struct UpdateOps {
   static void prepared_step(int64_t rule, Tensor list, std::vector<int64_t> grads, Tensor like,
                           std::optional<Tensor> totals, std::optional<Tensor> count, Tensor lr, Tensor eps,
                           double alpha, std::vector<double> numbers, bool direction, bool clamp, bool maximize,
-                          bool skip_nonfinite) {
+                          bool skip_nonfinite, bool ste_clip) {
     const size_t n = grads.size();
     STD_TORCH_CHECK(rule >= 0 && rule < host::Rules::kCount, "rule: unknown");
     STD_TORCH_CHECK(list.is_cpu() && list.numel() == (int64_t)(n * sizeof(UpdateTensor)), "list: expected one of ", n);
@@ -168,7 +172,8 @@ struct UpdateOps {
       u.tensors[i].totals = sums ? sums + i * kTotals : nullptr;
     }
     host::with_rule((int)rule, host::Rules{}, [&](auto r) {
-      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite);
+      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite,
+                        ste_clip);
     });
     Device(like).run(u);
   }
