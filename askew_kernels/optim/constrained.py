@@ -69,6 +69,8 @@ class Constrained(Optimizer):
         """(group, parameter) of all under the constraint."""
         return ((group, p) for group in self.param_groups if group["grid"] is not None for p in group["params"])
 
+    _CLIPS = True  # whether its pass can zero gradients outside the hull
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
@@ -86,6 +88,8 @@ class Constrained(Optimizer):
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
             rows = (WeightQuantizer.of(p) or quantizer).rows(p)
+            if not self._CLIPS:
+                refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
 
@@ -216,12 +220,12 @@ class Constrained(Optimizer):
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
-            frozen = quantizer.frozen and group["freeze_scale"] != "never"
-            key = (p.device, frozen, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            frozen, clips = quantizer.frozen and group["freeze_scale"] != "never", quantizer.config.clips_in_step
+            key = (p.device, frozen, clips, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
             buckets.setdefault(key, []).append(p)
         return [
             Launch(members, clamp, rest, group["grid"].levels_tensor(device), group["grid"].encoding)
-            for (device, clamp, _, _, *rest), members in buckets.items()
+            for (device, clamp, _, _, _, *rest), members in buckets.items()
         ]
 
     def _run(self, plan: Plan, launch: Launch, group: dict[str, Any], grads: list[Tensor], arguments: dict[str, Any],
@@ -238,6 +242,9 @@ class Constrained(Optimizer):
             self._record.totals.append((members, room))
         if members is not plan.params:
             grads = [p.grad for p in members]  # type: ignore[misc]
+        clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
+        if launch.clips and not (clamped and plan.used):  # clamped before, no weight is outside the hull
+            arguments = {**arguments, "ste_clip": True}
         try:
             if self.saved_weights or not self._update_prepared(plan, launch, group, grads, room, arguments):
                 weights, scales = launch.viewed(members), [q.scale for q in quantizers]
@@ -254,8 +261,7 @@ class Constrained(Optimizer):
             raise
         if launch.sharded and not quantizers[0].frozen:
             share_rows(quantizers, members)
-        launch.updated(launch.clamp and not group["skip_nonfinite"],  # a skipped element stays where it was
-                       linked=plan.linked and all(batch.arrays for batch in launch.batches))  # fmt: skip
+        launch.updated(clamped, linked=plan.linked and all(batch.arrays for batch in launch.batches))
         if self.saved_weights:
             for p in members:
                 self.saved_weights.pop(p, None)
@@ -400,6 +406,15 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def viewed(p: Tensor, t: Tensor) -> Tensor:
     """Of a tensor like the parameter ``p``: the outputs before the inputs."""
     return WeightQuantizer.of(p).form.view(t)  # type: ignore[union-attr]
+
+
+def refuse_clip_in_step(optimizer: str, name: str, p: Tensor) -> None:
+    """TypeError where the weight's layer leaves the clip of its gradient to an optimizer's pass."""
+    quantizer = WeightQuantizer.of(p)
+    if quantizer is not None and quantizer.config.clips_in_step:
+        raise TypeError(f"{name}: its layer has ste_clip='step', which leaves its gradient outside the hull to the "
+                        f"pass of an ASkew optimizer, and {optimizer} needs the gradient as it will be before that; "
+                        "expected ste_clip=True")  # fmt: skip
 
 
 def _config_of(group: Mapping[str, Any]) -> QuantConfig:

@@ -43,6 +43,7 @@ class Skewed(Constrained, Wrapper):
     """
 
     _KEYS = CONSTRAINT_KEYS
+    _CLIPS = False  # the base has moved the weights by gradients that it took as they were
 
     def __init__(
         self, base_optimizer: Optimizer, *, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,

@@ -105,6 +105,15 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
         for p in group["params"]:
             if isinstance(p, QuantizedParameter):
                 _used_data(p)
+                quantizer = WeightQuantizer.of(p)
+                if quantizer is not None and quantizer.config.clips_in_step and not quantizer.told:
+                    quantizer.told = True
+                    warnings.warn(
+                        f"{type(optimizer).__name__}: a weight of shape {tuple(p.shape)} has ste_clip='step', so that "
+                        "its gradient outside the hull is left to an ASkew optimizer's pass, and this optimizer does "
+                        "not zero it; use ste_clip=True with it (or give the group its grid, by ak.param_groups)",
+                        UserWarning, stacklevel=4,
+                    )  # fmt: skip
 
 
 register_optimizer_step_post_hook(_note_step)
@@ -148,6 +157,7 @@ class WeightQuantizer:
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
+        self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
