@@ -23,6 +23,7 @@ SCALE_RANGES = {"float32": (0.0, 2.0**128 - 2.0**104), "bfloat16": (2.0**-126, 2
 SCALE_TYPES = tuple(SCALE_RANGES)  # in the order of the kernels
 SCALE_CANDIDATES, ERROR_LANES = 100, 8  # of the rule that tries them; lanes that their squared errors are added in
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
+LEVEL_TYPES = (torch.int8, torch.float8_e4m3fn)  # of copies that hold levels in grid units, one byte each
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte

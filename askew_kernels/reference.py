@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import contract
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, UNIFORM, compute_dtype, level_table, unpack_codes
+from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, LEVEL_TYPES, UNIFORM, compute_dtype, level_table, unpack_codes
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +118,17 @@ def fake_quantize(
     return (s * level).to(x.dtype).reshape(x.shape)
 
 
+def write_copy(out: Tensor, scale: Tensor, level: Tensor) -> None:
+    """out = s c, or c in a type of levels, int8 having 0 in NaN's place."""
+    if out.dtype == torch.int8:
+        level = level.nan_to_num(nan=0.0)
+    out.copy_((level if out.dtype in LEVEL_TYPES else scale * level).reshape(out.shape))
+
+
 def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
-    """out = s Q(x / s), in the storage type of ``out``."""
+    """out = s Q(x / s), in the storage type of ``out``; Q(x / s) where that is a type of levels."""
     w, s = _rows(x, scale)
-    out.copy_((s * nearest(w / s, levels, grid)).reshape(x.shape))
+    write_copy(out, s, nearest(w / s, levels, grid))
 
 
 def _inside(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
@@ -361,11 +368,13 @@ def descend(
 
 
 def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, direction, clamp_, maximize,
-          skip_nonfinite):  # fmt: skip
+          skip_nonfinite, ste_clip):  # fmt: skip
     """One tensor through one step; ``base`` maps (g, w, state) to the rule's (descent, new state)."""
     copy, sums, totals = outs
     old, s = _rows(param, s)
     g = g.reshape(old.shape).to(old.dtype)
+    if ste_clip:
+        g = torch.where(_inside(param, s, levels, grid), g, 0.0)
     values = [b.reshape(old.shape).to(old.dtype) for b in state]
     lr, eps = (float(t.to(old.dtype)) for t in (lr, eps))
     w = clamp_hull(old, s, levels, grid) if clamp_ else old
@@ -389,7 +398,7 @@ def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, directio
     stored = param.reshape(old.shape).to(old.dtype)
     now = nearest(stored / s, levels, grid)
     if copy is not None:
-        copy.copy_((s * now).reshape(copy.shape))
+        write_copy(copy, s, now)
     if sums is not None:
         sums.copy_(row_sums(stored, stored.shape[0]))
     if totals is not None:
@@ -408,8 +417,10 @@ def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., N
         grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
         step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
         maximize: bool, skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
-        coefficients: Tensor | None = None,
+        coefficients: Tensor | None = None, ste_clip: bool = False,
     ) -> None:  # fmt: skip
+        if ste_clip and any(t.numel() for t in (*(kept or ()), *(firsts or ()))):
+            raise ValueError("ste_clip: expected no kept weights and no first gradients")
         grads = descend(params, grads, kept, firsts, coefficients, sam_restore_, sam_average_)
         t = 0.0 if step is None else float(step)
         for i, param in enumerate(params):
@@ -418,7 +429,7 @@ def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., N
             _step(
                 param, grads[i], state, scales[i], levels[i], grids[3 * i : 3 * i + 3], outs,
                 lambda g, w, values: rule(g, w, values, numbers, t), lr, eps, alpha, direction, clamp, maximize,
-                skip_nonfinite,
+                skip_nonfinite, ste_clip,
             )  # fmt: skip
 
     update.__name__, update.__doc__ = rule.__name__, rule.__doc__

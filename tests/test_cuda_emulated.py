@@ -27,6 +27,7 @@ from askew_kernels.ops import RULES
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+COPIES = {**TYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
 EMPTY = torch.empty(0)
 NF4 = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -63,7 +64,7 @@ class Rates(ctypes.Structure):
 
 class Hyper(ctypes.Structure):
     _fields_ = [("rule", ctypes.c_int), *((n, ctypes.c_float) for n in "lr eps alpha cap".split()),
-                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite".split()),
+                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite ste_clip".split()),
                 ("constants", ctypes.c_float * 8)]  # fmt: skip
 
 
@@ -130,19 +131,22 @@ def matrix(x, scale):
 
 def guarded(t, shift=0):
     """A copy of t between guard elements, ``shift`` elements off a 16-byte boundary; and a check of the guards."""
-    buffer = torch.full((t.numel() + 64,), 77.0, dtype=t.dtype)
+    guard = torch.full((1,), 77.0, dtype=t.dtype)
+    buffer = guard.repeat(t.numel() + 64)
     start = (-(buffer.data_ptr() // t.element_size())) % (16 // t.element_size()) + 16 + shift
     view = buffer[start : start + t.numel()].view(t.shape)
     view.copy_(t)
 
     def intact():
-        return bool((buffer[:start] == 77).all()) and bool((buffer[start + t.numel() :] == 77).all())
+        return bool((buffer[:start] == guard).all()) and bool((buffer[start + t.numel() :] == guard).all())
 
     return view, intact
 
 
 def same(a, b):
     """Equal bits, but any NaN equals any NaN and -0 equals 0."""
+    if torch.float8_e4m3fn in (a.dtype, b.dtype):
+        return a.dtype == b.dtype and same(a.float(), b.float())
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -308,13 +312,15 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
+    "ste_clip": {"ste_clip": True, "weight_decay": 0.1},
+    "ste_clip_hold": {"ste_clip": True, "eps": 1.0, "momentum": 0.9, "maximize": True, "skip_nonfinite": True},
     "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},
     "adamw_hold": {"rule": "adamw", "eps": 1.0},
     **{rule: {"rule": rule, "weight_decay": 0.01, "clamp": True} for rule in RULES if rule != "sgd"},
 }
 DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
             "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
-            "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
+            "ste_clip": False, "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
 
 
 def make_problem(specs, o, seed):
@@ -366,12 +372,12 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
         )
         t.scale = pointer(p["scales"][i])
         t.dequantized, t.row_sums, t.totals = (pointer(out[k][i]) for k in ("dequantized", "row_sums", "totals"))
-        t.type, t.dequantized_type = TYPES[dtype], TYPES[copy or torch.float32]
+        t.type, t.dequantized_type = TYPES[dtype], COPIES[copy or torch.float32]
         t.rows, t.cols = rows, cols
         t.kept, t.first = (pointer(list[i]) if list else None for list in (kept, firsts))
         t.grid = grid_arg(grid)
     h = Hyper(list(RULES).index(o["rule"]), alpha=o["alpha"])
-    for name in ("direction", "clamp", "maximize", "skip_nonfinite"):
+    for name in ("direction", "clamp", "maximize", "skip_nonfinite", "ste_clip"):
         setattr(h, name, o[name])
     rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step")))
     rates.numbers[:] = [*RULES[o["rule"]].numbers_of(o), *[math.nan] * 4][:4]
@@ -399,6 +405,7 @@ def run_reference(p, o):
         out["params"], p["grads"], states, p["scales"], p["levels"], [v for g in p["grids"] for v in g],
         out["dequantized"], out["row_sums"], out["totals"], torch.tensor(o["step"]), lr, eps, o["alpha"],
         row.numbers_of(o), *(o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")),
+        ste_clip=o["ste_clip"],
     )  # fmt: skip
     return out
 
@@ -431,7 +438,9 @@ def check_update(kernels, specs, o, seed, on_device=False):
             else stored
         )
         if copy:
-            assert same(got["dequantized"][i], (s * level).to(copy)), what
+            expected = torch.empty(rows, cols, dtype=copy)
+            reference.write_copy(expected, s, level)
+            assert same(got["dequantized"][i], expected), what
         if want["row_sums"][i].numel():
             sums, exact = got["row_sums"][i], reference.row_sums(got["params"][i], rows)
             assert torch.allclose(sums[:, :2], exact[:, :2], rtol=135 * 2.0**-24, atol=0, equal_nan=True), what
@@ -453,15 +462,23 @@ def check_update(kernels, specs, o, seed, on_device=False):
 
 
 def specs_for(dtype, grids, shapes, totals=True):
-    copies = itertools.cycle([None, torch.float32, torch.bfloat16, torch.float16])
-    return [(r, c, g, dtype, i % 3 % 2, next(copies), i % 4 != 1, totals and i % 3 != 1)
-            for i, (g, (r, c)) in enumerate(itertools.product(grids, shapes))]  # fmt: skip
+    copies = itertools.cycle([None, *COPIES])
+    specs = [(r, c, g, dtype, i % 3 % 2, next(copies), i % 4 != 1, totals and i % 3 != 1)
+             for i, (g, (r, c)) in enumerate(itertools.product(grids, shapes))]  # fmt: skip
+    # a codebook's levels are no integers
+    return [
+        (*s[:5], None, *s[6:]) if s[5] == torch.int8 and GRIDS[s[2]][0][0] == contract.CODEBOOK else s for s in specs
+    ]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_update(kernels, name, dtype):
-    o = {**DEFAULTS, **OPTIONS[name], "bad_gradients": name in ("skip", "nonfinite", "adamw_direction")}
+    o = {
+        **DEFAULTS,
+        **OPTIONS[name],
+        "bad_gradients": name in ("skip", "nonfinite", "adamw_direction", "ste_clip_hold"),
+    }
     specs = specs_for(dtype, GRIDS, [(2, 129), (16, 32)])
     check_update(kernels, specs, o, 7)
 
@@ -502,6 +519,56 @@ def test_update_sums_do_not_depend_on_the_list(kernels):
     b, _ = run_kernels(kernels, many, p, o)
     for k in WRITTEN:
         assert torch.equal(a[k][0], b[k][1]), k
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_straight_through_clip_inside_the_update(kernels, dtype):
+    """The bits of a step after ``ste_clip_``; weights beyond the hull, on its ends and NaN."""
+    specs = specs_for(dtype, GRIDS, [(3, 129), (16, 32)])
+    for name in ("hold", "momentum", "maximize", "skip", "adamw_direction"):
+        o = {**DEFAULTS, **OPTIONS[name], "ste_clip": True}
+        p = make_problem(specs, o, 9)
+        for w, scale, spec in zip(p["params"], p["scales"], specs, strict=True):
+            code, levels, _ = GRIDS[spec[2]]
+            low, high = ((scale * end).to(dtype) for end in reference.hull(levels, code))
+            w[:, 0], w[:, 1], w[:, 2], w[:, 3] = low, high, torch.nextafter(high, high + 1), math.nan
+        clipped = {**p, "grads": [g.clone() for g in p["grads"]]}
+        for i, (w, g) in enumerate(zip(p["params"], clipped["grads"], strict=True)):
+            reference.ste_clip_(g, w, p["scales"][i], p["levels"][i], p["grids"][i])
+        got, intact = run_kernels(kernels, specs, p, o)
+        expected, _ = run_kernels(kernels, specs, clipped, {**o, "ste_clip": False})
+        assert intact
+        for k in WRITTEN:
+            assert all(map(same, got[k], expected[k])), (name, k)
+        assert any(bool((a != b).any()) for a, b in zip(p["grads"], clipped["grads"], strict=True))
+
+
+def test_levels_as_e4m3(kernels):
+    """Every pattern of 16 leading bits and its neighbours: by the instruction and without it, as torch rounds."""
+    high = torch.arange(2**16).to(torch.int32) << 16
+    values = torch.cat([high, high + 1, high + 0x7FFF, high + 0x8000, high + 0xFFFF]).view(torch.float32)
+    instruction, code = (torch.empty(values.numel(), dtype=torch.uint8) for _ in range(2))
+    kernels.emulated_narrow_e4m3(pointer(values), pointer(instruction), pointer(code), ctypes.c_int64(values.numel()))
+    assert torch.equal(instruction, code)
+    got, expected = code.view(torch.float8_e4m3fn).float(), values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert same(got, expected) and torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan())
+
+
+@pytest.mark.parametrize("copy", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_copies_of_levels(kernels, dtype, copy):
+    """Q(x/s) of every grid, of odd and whole vectors; NaN is 0 in int8 and NaN in e4m3."""
+    for seed, (grid, (rows, cols), shift) in enumerate(itertools.product(GRIDS, SHORT, (0, 1))):
+        if GRIDS[grid][0][0] == 3 and copy == torch.int8:
+            continue  # levels that no integer is
+        w, scale = weights(rows, cols, grid, dtype, seed)
+        y, intact = guarded(torch.zeros(w.shape, dtype=copy), shift)
+        assert not kernels.emulated_fake_quantize(
+            pointer(w), TYPES[dtype], pointer(y), COPIES[copy], pointer(scale), grid_arg(grid), *matrix(w, scale), 0,
+            ctypes.c_uint64(0))  # fmt: skip
+        level = reference.nearest_levels(w, scale, GRIDS[grid][1], GRIDS[grid][0])
+        expected = level.nan_to_num(nan=0.0).to(copy) if copy == torch.int8 else level.to(copy)
+        assert same(y, expected) and intact(), (grid, rows, cols, shift)
 
 
 def test_division_by_a_scale_is_correctly_rounded(kernels):

@@ -7,9 +7,11 @@ namespace askew {
 
 // kFloat: every number is a level; only among the candidates of a mixture
 enum GridKind : int { kFloat = 0, kUniform = 1, kBinary = 2, kCodebook = 3 };
-enum StorageType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+// The last two are copies' alone, which hold levels in grid units; kFloat8 is e4m3fn.
+enum StorageType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kFloat8 = 4 };
 
-ASKEW_FN constexpr int type_size(int type) { return type == kFloat32 ? 4 : 2; }
+ASKEW_FN constexpr bool holds_levels(int type) { return type >= kInt8; }
+ASKEW_FN constexpr int type_size(int type) { return type == kFloat32 ? 4 : holds_levels(type) ? 1 : 2; }
 ASKEW_FN constexpr int grid_step(int kind) { return kind == kBinary ? 2 : 1; }  // between levels, but for a codebook
 
 struct Matrix {  // contiguous, a scale for each row
@@ -31,7 +33,7 @@ struct GridArg {  // passed to kernels by value
 };
 
 enum QuantizePass : int {
-  kQuantize,    // y = s Q(x/s); y may have another storage type than x
+  kQuantize,    // y = s Q(x/s); y may have another storage type than x, or be Q(x/s) in a type of levels
   kStochastic,  // y = a random level of x's bracket, times s
   kSteClip,     // y = g inside the hull, 0 outside; y may be g
   kProject      // y, in place, to the nearest feasible point
@@ -53,7 +55,7 @@ constexpr int kMostBuffers = 2, kMostNumbers = 4, kMostConstants = 8;  // of a r
 struct Hyper {                // one optimizer step, the same for every tensor of the list
   int rule;                   // its place among math's Rules
   float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
-  bool direction, clamp, maximize, skip_nonfinite;
+  bool direction, clamp, maximize, skip_nonfinite, ste_clip;
   float constants[kMostConstants];  // the rule's members
 };
 
@@ -68,7 +70,7 @@ struct UpdateTensor {  // what is absent is null
   const void* g;
   void* state[kMostBuffers];  // the rule's buffers
   const float* scale;
-  void* dequantized;
+  void* dequantized;  // s Q(w/s) of the weights after the step, or Q(w/s) in a type of levels
   float* row_sums;  // (rows, kRowSums) of the weights after the step
   double* totals;   // (kTotals)
   int type, dequantized_type;

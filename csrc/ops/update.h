@@ -50,7 +50,7 @@ struct UpdateOps {
                    std::vector<int64_t> grids, Tensors dequantized, Tensors row_sums, Tensors totals,
                    std::optional<Tensor> count, Tensor lr, Tensor eps, double alpha, std::vector<double> numbers,
                    bool direction, bool clamp, bool maximize, bool skip_nonfinite, std::optional<Tensors> kept,
-                   std::optional<Tensors> firsts, std::optional<Tensor> coefficients) {
+                   std::optional<Tensors> firsts, std::optional<Tensor> coefficients, bool ste_clip) {
     const size_t n = params.size();
     for (const auto* list : {&grads, &scales, &levels})
       STD_TORCH_CHECK(list->size() == n, "grads, scales, levels: expected ", n, " tensors each");
@@ -80,10 +80,11 @@ struct UpdateOps {
                       Rule::kBuffers, " for every parameter");
       if (kept) t.kept = optional_like(*kept, i, n, w, "kept");
       if (firsts) t.first = optional_like(*firsts, i, n, w, "firsts");
+      STD_TORCH_CHECK(!ste_clip || (!t.kept && !t.first), "ste_clip: expected no kept weights and no first gradients");
       if (const Tensor* copy = present(dequantized, i, n, "dequantized")) {
         check_like(*copy, w, "dequantized");
         t.dequantized = copy->data_ptr();
-        t.dequantized_type = storage_type(*copy, "dequantized");
+        t.dequantized_type = copy_type(*copy, "dequantized");
       }
       t.row_sums = (float*)sums(row_sums, i, params, "row_sums", ScalarType::Float, t.m.rows * kRowSums,
                                 "float32 of shape (rows, 3)");
@@ -104,6 +105,7 @@ struct UpdateOps {
     u.hyper.clamp = clamp;
     u.hyper.maximize = maximize;
     u.hyper.skip_nonfinite = skip_nonfinite;
+    u.hyper.ste_clip = ste_clip;
     host::set_rates<Rule>(u.hyper, u.rates.lr.value, u.rates.eps.value, u.rates.step.value, u.rates.numbers);
     Device(params[0]).run(u);
   }

@@ -243,6 +243,24 @@ inline float widen_f16(uint16_t half) {
   return (float)h;
 }
 
+// by the distances to all 127 numbers of a sign, as nothing else here does it
+inline uint32_t round_e4m3(float f) {
+  if (f != f) return 0x7f;
+  uint32_t best = 0;
+  double least = INFINITY;
+  for (uint32_t code = 0; code < 127; ++code) {
+    const int exponent = code >> 3, fraction = code & 7;
+    const double value = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    const double distance = std::fabs(std::fmin(std::fabs((double)f), 448.0) - value);
+    if (distance < least || (distance == least && code % 2 == 0)) {
+      best = code;
+      least = distance;
+    }
+  }
+  return best | (std::signbit(f) ? 0x80u : 0u);
+}
+inline uint32_t pack_e4m3(float low, float high) { return round_e4m3(low) | round_e4m3(high) << 8; }
+
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 
