@@ -261,7 +261,7 @@ class Constrained(Optimizer):
             raise
         if launch.sharded and not quantizers[0].frozen:
             share_rows(quantizers, members)
-        launch.updated(clamped, linked=plan.linked and all(batch.arrays for batch in launch.batches))
+        launch.updated(clamped, linked=plan.linked and not launch.batches)
         if self.saved_weights:
             for p in members:
                 self.saved_weights.pop(p, None)
