@@ -312,11 +312,11 @@ __device__ __forceinline__ void store_elements_as(int type, void* p, int64_t ind
 // The values as they will be read again.
 template <int T, int N>
 __device__ __forceinline__ void round_to_storage(float (&v)[N]) {
-  if constexpr (T == kFloat32) return;
-  ASKEW_EACH (j, N) {
-    const float pair[2] = {v[j], v[j]};
-    v[j] = Storage<T>::get(Storage<T>::put(pair), 0);
-  }
+  if constexpr (T != kFloat32)
+    ASKEW_EACH (j, N) {
+      const float pair[2] = {v[j], v[j]};
+      v[j] = Storage<T>::get(Storage<T>::put(pair), 0);
+    }
 }
 
 // A slot's values, of a walk over type T, as words of type S: 2, 4 or 8 of them.
@@ -488,7 +488,7 @@ template <>
 struct GridMaker<SharedCodebook> {
   static __device__ __forceinline__ SharedCodebook make(const GridArg& g) {
     __shared__ float table[kMaxLevels];
-    for (int k = threadIdx.x; k < kMaxLevels; k += kThreads)
+    for (int k = threadIdx.x; k < kMaxLevels; k += blockDim.x)
       table[k] = k < g.n_levels ? g.levels[k] : __int_as_float(0x7f800000);
     __syncthreads();
     int half = 1;
