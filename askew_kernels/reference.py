@@ -17,8 +17,18 @@ from torch import Tensor
 
 from . import contract
 from .contract import (
-    BINARY, CODEBOOK, FLOAT, INT8_TOP, LEVEL_TYPES, TILE_ROWS, UNIFORM, compute_dtype, level_step, level_table,
-    unpack_codes, untile_codes,
+    BINARY,
+    CODEBOOK,
+    FLOAT,
+    INT8_TOP,
+    LEVEL_TYPES,
+    TILE_ROWS,
+    UNIFORM,
+    compute_dtype,
+    level_step,
+    level_table,
+    unpack_codes,
+    untile_codes,
 )  # fmt: skip
 
 

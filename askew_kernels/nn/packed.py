@@ -2,8 +2,9 @@
 
 ``weight_codes`` (n, row_bytes) uint8 and ``weight_scale`` (rows,) are buffers; the weight is s c, bit for bit the one
 that was trained (docs/packed.md). Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel
-decodes them as it goes, for many rows in pieces of up to 2^22 weights, on a GPU from a second copy of the codes in
-tiles (``tiles``); elsewhere the weight is unpacked for the call, and torch's own product taken. Casting a model changes the type it computes in, never its codes and scales.
+decodes them as it goes, for many rows in pieces of up to 2^22 weights, on a GPU from a second copy of the codes
+(``tiles``); elsewhere the weight is unpacked for the call, and torch's own product taken. Casting a model changes the
+type it computes in, never its codes and scales.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import contract, ops
+from .. import ops
 
 LEAST_COLUMNS = 128  # shorter rows leave half of a tile empty and more
 
