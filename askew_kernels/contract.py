@@ -5,6 +5,9 @@ The one home of these constants in Python; the C++ one is ``csrc/math/types.h``,
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -15,8 +18,17 @@ NUM_ROW_SUMS, NUM_TOTALS = 3, 6
 SUM_COLUMNS = 16384  # of a row whose sums are taken together, in float32; the sums of such pieces are added in float64
 MOST_CANDIDATES = 8  # of a mixture
 SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
+ABSMAX, SAWB, MEAN, RMS, GIVEN = range(5)  # rules of scales; GIVEN: they are there already, but for rows of zeros
+# What scales may be rounded to, with the smallest and the largest that they then can be: powers of two are E8M0 of the
+# OCP Microscaling Formats (MX) specification 1.0, 2023, but for 2^-127, which is no normal float32.
+SCALE_RANGES = {"float32": (0.0, 2.0**128 - 2.0**104), "bfloat16": (2.0**-126, 2.0**128 - 2.0**120),
+                "float16": (2.0**-24, 65504.0), "float8_e8m0fnu": (2.0**-126, 2.0**127)}  # fmt: skip
+SCALE_TYPES = tuple(SCALE_RANGES)  # in the order of the kernels
+SCALE_CANDIDATES, ERROR_LANES = 100, 8  # of the rule that tries them; lanes that their squared errors are added in
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
+# of copies that hold levels in grid units, one byte each, and what the largest number of a row is mapped to in each
+LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
@@ -65,6 +77,15 @@ def level_table(levels: Tensor, grid: list[int], device: torch.device | str = "c
     if kind == CODEBOOK:
         return levels.to(device)
     return torch.arange(lo, hi + 1, level_step(kind), dtype=torch.float32, device=device)
+
+
+def holds_levels(dtype: torch.dtype, levels: Iterable[float]) -> bool:
+    """Whether a type of ``LEVEL_TYPES`` holds every level exactly: integers of a byte, or e4m3's numbers, of four
+    significant bits, multiples of 2^-9, up to 448."""
+    if dtype == torch.int8:
+        return all(float(c).is_integer() and -128 <= c <= 127 for c in levels)
+    top = LEVEL_TYPES[dtype]
+    return all(abs(c) <= top and (c * 2**9).is_integer() and (math.frexp(c)[0] * 2**4).is_integer() for c in levels)
 
 
 def int8_sums_fit(cols: int, n_levels: int) -> bool:

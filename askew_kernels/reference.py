@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import contract
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, UNIFORM, compute_dtype, level_table, unpack_codes
+from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, LEVEL_TYPES, UNIFORM, compute_dtype, level_table, unpack_codes
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +118,17 @@ def fake_quantize(
     return (s * level).to(x.dtype).reshape(x.shape)
 
 
+def write_copy(out: Tensor, scale: Tensor, level: Tensor) -> None:
+    """out = s c, or c in a type of levels, int8 having 0 in NaN's place."""
+    if out.dtype == torch.int8:
+        level = level.nan_to_num(nan=0.0)
+    out.copy_((level if out.dtype in LEVEL_TYPES else scale * level).reshape(out.shape))
+
+
 def fake_quantize_out_(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], out: Tensor) -> None:
-    """out = s Q(x / s), in the storage type of ``out``."""
+    """out = s Q(x / s), in the storage type of ``out``; Q(x / s) where that is a type of levels."""
     w, s = _rows(x, scale)
-    out.copy_((s * nearest(w / s, levels, grid)).reshape(x.shape))
+    write_copy(out, s, nearest(w / s, levels, grid))
 
 
 def _inside(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Tensor:
@@ -235,6 +242,103 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     return torch.stack([a.sum(1), (a * a).sum(1), a.amax(1)], dim=1).float()
 
 
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+_FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
+
+
+def round_scale(scale: Tensor, scale_type: int) -> Tensor:
+    """The nearest scales of a type, float32: ties to even, powers of two by the smaller ratio; the type's ends beyond
+    its range."""
+    name = contract.SCALE_TYPES[scale_type]
+    if name == "float32":
+        return scale
+    low, high = contract.SCALE_RANGES[name]
+    scale = scale.clamp(low, high)
+    if name == "float8_e8m0fnu":
+        mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
+        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa < math.sqrt(0.5)).to(exponent.dtype))
+    return scale.to(getattr(torch, name)).float().clamp(low, high)
+
+
+def _guarded(scale: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales not below the floor; whether they serve): not in a row that is zero or not finite, or whose scale no
+    float32 holds."""
+    scale = torch.maximum(scale, contract.SCALE_FLOOR * peak.clamp(min=1.0))
+    usable = (peak > 0) & peak.isfinite() & (scale > 0) & (scale < _FLOAT32_END)
+    return torch.where(usable, scale, torch.ones_like(scale)), usable
+
+
+def rule_scales(
+    sums: Tensor, rule: int, scale_type: int, cols: int, c_max: float, first: float, second: float,
+    given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The scales (rows,) of a tensor from its row sums, float32; ``given``: those of rule GIVEN.
+
+    Rows without a scale: zeros take the lower median of the others' scales, the rest 1."""
+    sums = sums.double()
+    total, squares, peak = (sums[..., i] for i in (contract.SUM_ABS, contract.SUM_SQUARES, contract.MAX_ABS))
+    count, highest = torch.full_like(peak, cols), torch.full_like(peak, c_max)  # a GPU multiplies by 1 / number
+    top = peak / highest
+    scale = top
+    if rule == contract.SAWB:
+        clip = first * _sqrt(squares / count) - second * total / count
+        scale = torch.where(clip > 0, clip / highest, top)
+    elif rule == contract.MEAN:
+        scale = first * total / count
+    elif rule == contract.RMS:
+        scale = torch.minimum(first * _sqrt(squares / count), top)
+    scale = torch.where(scale.isfinite(), scale, top)  # a sum may overflow where max |w| does not
+    guarded, usable = _guarded(scale, peak)
+    found = guarded.float() if given is None else torch.where(usable, given, torch.ones_like(given))
+    if not peak.shape[-1]:
+        return found
+    median = torch.where(usable, found, torch.full_like(found, math.nan)).nanmedian(-1, keepdim=True).values
+    return round_scale(torch.where((peak == 0) & ~median.isnan(), median, found), scale_type)
+
+
+def scales_from_sums_(scales: list[Tensor], row_sums: list[Tensor], rules: list[int], numbers: list[float]) -> None:
+    for i, (scale, sums) in enumerate(zip(scales, row_sums, strict=True)):
+        rule, scale_type, cols = rules[3 * i : 3 * i + 3]
+        given = scale if rule == contract.GIVEN else None
+        c_max, first, second = numbers[3 * i : 3 * i + 3]
+        scale.copy_(rule_scales(sums.reshape(-1, 3), rule, scale_type, cols, c_max, first, second, given))
+
+
+def _added(terms: Tensor) -> Tensor:
+    """The sum over the last dimension but one, one term after the other (on a CPU; a GPU's has an order of its own)."""
+    return terms.cumsum(-2)[..., -1, :]
+
+
+def squared_error(difference: Tensor) -> Tensor:
+    """(rows,) float64 sums of squares of (rows, cols) float32, in the order of the kernels: pieces of SUM_COLUMNS, in
+    ERROR_LANES lanes, which are added by halves."""
+    rows, cols = difference.shape
+    lanes, piece = contract.ERROR_LANES, min(contract.SUM_COLUMNS, -(-cols // contract.ERROR_LANES) * 8)
+    squares = torch.nn.functional.pad(difference.double().square(), (0, -cols % piece))
+    sums = _added(squares.reshape(rows, -1, piece // lanes, lanes))
+    while (half := sums.shape[-1] // 2) > 0:
+        sums = sums[..., :half] + sums[..., half:]
+    return _added(sums)[..., 0]
+
+
+def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
+    rows = len(row_sums)
+    matrix, peak = w.detach().reshape(rows, w.numel() // max(rows, 1)).float(), row_sums[:, contract.MAX_ABS].double()
+    top = _guarded(peak / torch.full_like(peak, c_max), peak)[0].float().double()
+    best, chosen = torch.full_like(peak, math.inf), round_scale(top.float(), scale_type)
+    if not matrix.numel():
+        return chosen
+    for j in range(1, contract.SCALE_CANDIDATES + 1):
+        scale = round_scale(_guarded(top * (j / contract.SCALE_CANDIDATES), peak)[0].float(), scale_type)
+        s = scale[:, None]
+        error = squared_error(matrix - s * nearest(matrix / s, levels, grid))
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+    return chosen
+
+
 # ---- the update -------------------------------------------------------------------------------------------------
 
 
@@ -264,11 +368,13 @@ def descend(
 
 
 def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, direction, clamp_, maximize,
-          skip_nonfinite):  # fmt: skip
+          skip_nonfinite, ste_clip):  # fmt: skip
     """One tensor through one step; ``base`` maps (g, w, state) to the rule's (descent, new state)."""
     copy, sums, totals = outs
     old, s = _rows(param, s)
     g = g.reshape(old.shape).to(old.dtype)
+    if ste_clip:
+        g = torch.where(_inside(param, s, levels, grid), g, 0.0)
     values = [b.reshape(old.shape).to(old.dtype) for b in state]
     lr, eps = (float(t.to(old.dtype)) for t in (lr, eps))
     w = clamp_hull(old, s, levels, grid) if clamp_ else old
@@ -292,7 +398,7 @@ def _step(param, g, state, s, levels, grid, outs, base, lr, eps, alpha, directio
     stored = param.reshape(old.shape).to(old.dtype)
     now = nearest(stored / s, levels, grid)
     if copy is not None:
-        copy.copy_((s * now).reshape(copy.shape))
+        write_copy(copy, s, now)
     if sums is not None:
         sums.copy_(row_sums(stored, stored.shape[0]))
     if totals is not None:
@@ -311,8 +417,10 @@ def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., N
         grids: list[int], dequantized: list[Tensor], row_sums: list[Tensor], totals: list[Tensor],
         step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
         maximize: bool, skip_nonfinite: bool, kept: list[Tensor] | None = None, firsts: list[Tensor] | None = None,
-        coefficients: Tensor | None = None,
+        coefficients: Tensor | None = None, ste_clip: bool = False,
     ) -> None:  # fmt: skip
+        if ste_clip and any(t.numel() for t in (*(kept or ()), *(firsts or ()))):
+            raise ValueError("ste_clip: expected no kept weights and no first gradients")
         grads = descend(params, grads, kept, firsts, coefficients, sam_restore_, sam_average_)
         t = 0.0 if step is None else float(step)
         for i, param in enumerate(params):
@@ -321,7 +429,7 @@ def _skewed(rule: Callable[..., tuple[Tensor, list[Tensor]]]) -> Callable[..., N
             _step(
                 param, grads[i], state, scales[i], levels[i], grids[3 * i : 3 * i + 3], outs,
                 lambda g, w, values: rule(g, w, values, numbers, t), lr, eps, alpha, direction, clamp, maximize,
-                skip_nonfinite,
+                skip_nonfinite, ste_clip,
             )  # fmt: skip
 
     update.__name__, update.__doc__ = rule.__name__, rule.__doc__
@@ -459,3 +567,25 @@ def packed_linear_int8(
     q, s = int8_tokens(x.to(kind))
     y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x`` as s q with s = max |x| / top, 1 where that is 0, NaN where the row is not finite; q
+    are levels of the grid, or any numbers of ``dtype``."""
+    x = x.to(compute_dtype(x.dtype))
+    tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / top
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
+    write_copy(q, s[:, None], placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))
+    return q, s
+
+
+def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = (sums s_x) s_w + b, rounded once to ``dtype``."""
+    kind = compute_dtype(dtype)
+    y = (sums.to(kind) * token_scale.to(kind)[:, None]) * scale.to(kind)
+    return (y if bias is None else y + bias.to(kind)).to(dtype)

@@ -27,6 +27,7 @@ from askew_kernels.ops import RULES
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+COPIES = {**TYPES, torch.int8: 3, torch.float8_e4m3fn: 4}
 EMPTY = torch.empty(0)
 NF4 = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
@@ -63,7 +64,7 @@ class Rates(ctypes.Structure):
 
 class Hyper(ctypes.Structure):
     _fields_ = [("rule", ctypes.c_int), *((n, ctypes.c_float) for n in "lr eps alpha cap".split()),
-                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite".split()),
+                *((n, ctypes.c_bool) for n in "direction clamp maximize skip_nonfinite ste_clip".split()),
                 ("constants", ctypes.c_float * 8)]  # fmt: skip
 
 
@@ -73,6 +74,18 @@ class UpdateTensor(ctypes.Structure):
         ("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
         ("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p),
     ]  # fmt: skip
+
+
+class ScaleTensor(ctypes.Structure):
+    _fields_ = [("sums", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("rows", ctypes.c_int64),
+                *((n, ctypes.c_double) for n in "cols c_max first second".split()), ("rule", ctypes.c_int),
+                ("type", ctypes.c_int)]  # fmt: skip
+
+
+class MseArg(ctypes.Structure):
+    _fields_ = [("w", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+                ("grid", GridArg), ("c_max", ctypes.c_double), ("type", ctypes.c_int),
+                ("scale_type", ctypes.c_int)]  # fmt: skip
 
 
 class SamTensor(ctypes.Structure):
@@ -118,19 +131,22 @@ def matrix(x, scale):
 
 def guarded(t, shift=0):
     """A copy of t between guard elements, ``shift`` elements off a 16-byte boundary; and a check of the guards."""
-    buffer = torch.full((t.numel() + 64,), 77.0, dtype=t.dtype)
+    guard = torch.full((1,), 77.0, dtype=t.dtype)
+    buffer = guard.repeat(t.numel() + 64)
     start = (-(buffer.data_ptr() // t.element_size())) % (16 // t.element_size()) + 16 + shift
     view = buffer[start : start + t.numel()].view(t.shape)
     view.copy_(t)
 
     def intact():
-        return bool((buffer[:start] == 77).all()) and bool((buffer[start + t.numel() :] == 77).all())
+        return bool((buffer[:start] == guard).all()) and bool((buffer[start + t.numel() :] == guard).all())
 
     return view, intact
 
 
 def same(a, b):
     """Equal bits, but any NaN equals any NaN and -0 equals 0."""
+    if torch.float8_e4m3fn in (a.dtype, b.dtype):
+        return a.dtype == b.dtype and same(a.float(), b.float())
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
@@ -296,13 +312,15 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
+    "ste_clip": {"ste_clip": True, "weight_decay": 0.1},
+    "ste_clip_hold": {"ste_clip": True, "eps": 1.0, "momentum": 0.9, "maximize": True, "skip_nonfinite": True},
     "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},
     "adamw_hold": {"rule": "adamw", "eps": 1.0},
     **{rule: {"rule": rule, "weight_decay": 0.01, "clamp": True} for rule in RULES if rule != "sgd"},
 }
 DEFAULTS = {"lr": 0.05, "eps": 0.3, "alpha": 0.7, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0,
             "nesterov": False, "direction": False, "clamp": False, "maximize": False, "skip_nonfinite": False,
-            "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
+            "ste_clip": False, "rule": "sgd", "step": 3.0, "betas": (0.9, 0.95), "adam_eps": 1e-8}  # fmt: skip
 
 
 def make_problem(specs, o, seed):
@@ -354,12 +372,12 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
         )
         t.scale = pointer(p["scales"][i])
         t.dequantized, t.row_sums, t.totals = (pointer(out[k][i]) for k in ("dequantized", "row_sums", "totals"))
-        t.type, t.dequantized_type = TYPES[dtype], TYPES[copy or torch.float32]
+        t.type, t.dequantized_type = TYPES[dtype], COPIES[copy or torch.float32]
         t.rows, t.cols = rows, cols
         t.kept, t.first = (pointer(list[i]) if list else None for list in (kept, firsts))
         t.grid = grid_arg(grid)
     h = Hyper(list(RULES).index(o["rule"]), alpha=o["alpha"])
-    for name in ("direction", "clamp", "maximize", "skip_nonfinite"):
+    for name in ("direction", "clamp", "maximize", "skip_nonfinite", "ste_clip"):
         setattr(h, name, o[name])
     rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step")))
     rates.numbers[:] = [*RULES[o["rule"]].numbers_of(o), *[math.nan] * 4][:4]
@@ -387,6 +405,7 @@ def run_reference(p, o):
         out["params"], p["grads"], states, p["scales"], p["levels"], [v for g in p["grids"] for v in g],
         out["dequantized"], out["row_sums"], out["totals"], torch.tensor(o["step"]), lr, eps, o["alpha"],
         row.numbers_of(o), *(o[k] for k in ("direction", "clamp", "maximize", "skip_nonfinite")),
+        ste_clip=o["ste_clip"],
     )  # fmt: skip
     return out
 
@@ -419,7 +438,9 @@ def check_update(kernels, specs, o, seed, on_device=False):
             else stored
         )
         if copy:
-            assert same(got["dequantized"][i], (s * level).to(copy)), what
+            expected = torch.empty(rows, cols, dtype=copy)
+            reference.write_copy(expected, s, level)
+            assert same(got["dequantized"][i], expected), what
         if want["row_sums"][i].numel():
             sums, exact = got["row_sums"][i], reference.row_sums(got["params"][i], rows)
             assert torch.allclose(sums[:, :2], exact[:, :2], rtol=135 * 2.0**-24, atol=0, equal_nan=True), what
@@ -441,15 +462,23 @@ def check_update(kernels, specs, o, seed, on_device=False):
 
 
 def specs_for(dtype, grids, shapes, totals=True):
-    copies = itertools.cycle([None, torch.float32, torch.bfloat16, torch.float16])
-    return [(r, c, g, dtype, i % 3 % 2, next(copies), i % 4 != 1, totals and i % 3 != 1)
-            for i, (g, (r, c)) in enumerate(itertools.product(grids, shapes))]  # fmt: skip
+    copies = itertools.cycle([None, *COPIES])
+    specs = [(r, c, g, dtype, i % 3 % 2, next(copies), i % 4 != 1, totals and i % 3 != 1)
+             for i, (g, (r, c)) in enumerate(itertools.product(grids, shapes))]  # fmt: skip
+    # a codebook's levels are no integers
+    return [
+        (*s[:5], None, *s[6:]) if s[5] == torch.int8 and GRIDS[s[2]][0][0] == contract.CODEBOOK else s for s in specs
+    ]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_update(kernels, name, dtype):
-    o = {**DEFAULTS, **OPTIONS[name], "bad_gradients": name in ("skip", "nonfinite", "adamw_direction")}
+    o = {
+        **DEFAULTS,
+        **OPTIONS[name],
+        "bad_gradients": name in ("skip", "nonfinite", "adamw_direction", "ste_clip_hold"),
+    }
     specs = specs_for(dtype, GRIDS, [(2, 129), (16, 32)])
     check_update(kernels, specs, o, 7)
 
@@ -490,6 +519,56 @@ def test_update_sums_do_not_depend_on_the_list(kernels):
     b, _ = run_kernels(kernels, many, p, o)
     for k in WRITTEN:
         assert torch.equal(a[k][0], b[k][1]), k
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_straight_through_clip_inside_the_update(kernels, dtype):
+    """The bits of a step after ``ste_clip_``; weights beyond the hull, on its ends and NaN."""
+    specs = specs_for(dtype, GRIDS, [(3, 129), (16, 32)])
+    for name in ("hold", "momentum", "maximize", "skip", "adamw_direction"):
+        o = {**DEFAULTS, **OPTIONS[name], "ste_clip": True}
+        p = make_problem(specs, o, 9)
+        for w, scale, spec in zip(p["params"], p["scales"], specs, strict=True):
+            code, levels, _ = GRIDS[spec[2]]
+            low, high = ((scale * end).to(dtype) for end in reference.hull(levels, code))
+            w[:, 0], w[:, 1], w[:, 2], w[:, 3] = low, high, torch.nextafter(high, high + 1), math.nan
+        clipped = {**p, "grads": [g.clone() for g in p["grads"]]}
+        for i, (w, g) in enumerate(zip(p["params"], clipped["grads"], strict=True)):
+            reference.ste_clip_(g, w, p["scales"][i], p["levels"][i], p["grids"][i])
+        got, intact = run_kernels(kernels, specs, p, o)
+        expected, _ = run_kernels(kernels, specs, clipped, {**o, "ste_clip": False})
+        assert intact
+        for k in WRITTEN:
+            assert all(map(same, got[k], expected[k])), (name, k)
+        assert any(bool((a != b).any()) for a, b in zip(p["grads"], clipped["grads"], strict=True))
+
+
+def test_levels_as_e4m3(kernels):
+    """Every pattern of 16 leading bits and its neighbours: by the instruction and without it, as torch rounds."""
+    high = torch.arange(2**16).to(torch.int32) << 16
+    values = torch.cat([high, high + 1, high + 0x7FFF, high + 0x8000, high + 0xFFFF]).view(torch.float32)
+    instruction, code = (torch.empty(values.numel(), dtype=torch.uint8) for _ in range(2))
+    kernels.emulated_narrow_e4m3(pointer(values), pointer(instruction), pointer(code), ctypes.c_int64(values.numel()))
+    assert torch.equal(instruction, code)
+    got, expected = code.view(torch.float8_e4m3fn).float(), values.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    assert same(got, expected) and torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan())
+
+
+@pytest.mark.parametrize("copy", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_copies_of_levels(kernels, dtype, copy):
+    """Q(x/s) of every grid, of odd and whole vectors; NaN is 0 in int8 and NaN in e4m3."""
+    for seed, (grid, (rows, cols), shift) in enumerate(itertools.product(GRIDS, SHORT, (0, 1))):
+        if GRIDS[grid][0][0] == 3 and copy == torch.int8:
+            continue  # levels that no integer is
+        w, scale = weights(rows, cols, grid, dtype, seed)
+        y, intact = guarded(torch.zeros(w.shape, dtype=copy), shift)
+        assert not kernels.emulated_fake_quantize(
+            pointer(w), TYPES[dtype], pointer(y), COPIES[copy], pointer(scale), grid_arg(grid), *matrix(w, scale), 0,
+            ctypes.c_uint64(0))  # fmt: skip
+        level = reference.nearest_levels(w, scale, GRIDS[grid][1], GRIDS[grid][0])
+        expected = level.nan_to_num(nan=0.0).to(copy) if copy == torch.int8 else level.to(copy)
+        assert same(y, expected) and intact(), (grid, rows, cols, shift)
 
 
 def test_division_by_a_scale_is_correctly_rounded(kernels):
@@ -725,3 +804,133 @@ def test_packed_weights(kernels, name, dtype):
                 exact, size = exact + bias.double(), size + bias.double().abs()
             bound = (cols + 3) * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-38
             assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)
+
+
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+class TokenArg(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in "x q scale".split()), ("grid", GridArg), ("top", ctypes.c_float),
+                ("type", ctypes.c_int), ("levels_type", ctypes.c_int), ("rows", ctypes.c_int64),
+                ("cols", ctypes.c_int64)]  # fmt: skip
+
+
+class SumsArg(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in "sums token_scale scale bias y".split()),
+                *((n, ctypes.c_int) for n in "sums_type bias_type y_type".split()), ("each", ctypes.c_bool),
+                ("rows", ctypes.c_int64), ("cols", ctypes.c_int64)]  # fmt: skip
+
+
+def same_levels(got, want):
+    """Equal, any NaN being equal to any."""
+    return torch.equal(*(t.float().nan_to_num(1e9) for t in (got, want)))
+
+
+ANY = [0, 0, 0], EMPTY, 448.0, torch.float8_e4m3fn
+INT8 = [1, -127, 127], EMPTY, 127.0, torch.int8
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("how", [
+    ANY, INT8, ([1, -8, 7], EMPTY, 7.0, torch.float8_e4m3fn), ([2, -1, 1], EMPTY, 1.0, torch.int8),
+    ([3, 0, 0], torch.tensor([-6.0, -1.5, 0.0, 0.5, 4.0]), 6.0, torch.float8_e4m3fn),
+])  # fmt: skip
+def test_token_levels(kernels, dtype, how):
+    """Short, odd and long rows (one reads its input twice), rows of zeros, of subnormal numbers, inf and NaN."""
+    grid, levels, top, held = how
+    for rows, cols in ((9, 24), (3, 129), (2, 1), (3, 2048), (2, 1031), (1, 9000), (2, 8200), (2, 0)):
+        x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(cols)).to(dtype)
+        x[-1] *= 1e-38
+        if rows > 2:
+            x[0], x[1, cols // 2] = 0.0, float("inf") if cols % 2 else float("nan")
+        q = torch.full((rows, cols), 77, dtype=torch.uint8).view(held)
+        s = torch.full((rows,), -1.0)
+        arg = TokenArg(pointer(x), pointer(q), pointer(s), raw_grid(grid, levels), top, TYPES[dtype], COPIES[held],
+                       rows, cols)  # fmt: skip
+        assert kernels.emulated_token_levels(ctypes.byref(arg)) == 0
+        want, scale = reference.token_levels(x, levels, grid, top, held)
+        assert torch.equal(s.nan_to_num(-5.0), scale.nan_to_num(-5.0)), (rows, cols)
+        assert same_levels(q, want), (rows, cols)
+
+
+def raw_grid(grid, levels):
+    return GridArg(grid[0], grid[1], grid[2], pointer(levels), levels.numel())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("held", [torch.int32, torch.float32, torch.int8, torch.float8_e4m3fn])
+def test_scaled_sums(kernels, dtype, held):
+    g = torch.Generator().manual_seed(5)
+    for rows, n, each, bias_type in ((5, 36, True, dtype), (3, 7, False, torch.float32), (1, 4, True, None),
+                                     (2, 1030, True, torch.bfloat16), (0, 4, False, None)):  # fmt: skip
+        sums = torch.randint(-3, 3, (rows, n), generator=g) * 37
+        if held in (torch.int32, torch.float32):
+            sums = sums * 1_000_003
+        else:
+            sums[:1, :2] = torch.tensor([1, -1]) * 0
+        sums = sums.to(held)
+        if held == torch.float8_e4m3fn:  # every code, subnormal numbers and NaN too
+            codes = torch.arange(rows * n, dtype=torch.int32) % 256
+            sums = codes.to(torch.uint8).view(held).reshape(rows, n)
+        tokens, scale = torch.rand(rows, generator=g) + 0.5, torch.rand(n if each else 1, generator=g) + 0.1
+        bias = None if bias_type is None else torch.randn(n, generator=g).to(bias_type)
+        y = torch.full((rows, n), float("nan"), dtype=dtype)
+        arg = SumsArg(pointer(sums), pointer(tokens), pointer(scale), None if bias is None else pointer(bias),
+                      pointer(y), {torch.int32: 5, **COPIES}[held], 0 if bias is None else TYPES[bias_type],
+                      TYPES[dtype], each, rows, n)  # fmt: skip
+        assert kernels.emulated_scaled_sums(ctypes.byref(arg)) == 0
+        want = reference.scaled_sums(sums, tokens, scale, bias, dtype)
+        assert torch.equal(y.nan_to_num(-7.0), want.nan_to_num(-7.0)), (rows, n)
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+# rows: one block's, a full one's, those of several blocks, nothing
+SCALE_ROWS = [1, 7, 511, 4096, 0, 4097, 6000, 13000]
+
+
+def sums_of(rows, zeros, g):
+    """Row sums, a share of them zero; NaN, inf and sums that have overflown."""
+    sums = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
+    sums[torch.rand(rows, generator=g) < zeros] = 0
+    if rows > 3:
+        inf = math.inf
+        sums[1], sums[-1], sums[-2] = math.nan, inf, torch.tensor([inf, inf, 1e30])
+    return sums
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("repeats", [1, 70])
+def test_scales_of_a_list(kernels, zeros, repeats):
+    """Every rule and type; more tensors than a launch takes. Rows of zeros take the median of their tensor's scales."""
+    g, entries, checks = torch.Generator().manual_seed(repeats), [], []
+    numbers = {contract.ABSMAX: (7, 0, 0), contract.SAWB: (3, 7.509, 6.892), contract.MEAN: (1, 1.5, 0),
+               contract.RMS: (1, 0.4, 0), contract.GIVEN: (7, 0, 0)}  # fmt: skip
+    for i, rows in enumerate(SCALE_ROWS if repeats == 1 else [1, 3, 40, 9, 0, 300, 2, 5] * repeats):
+        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 4
+        sums = sums_of(rows, zeros, g)
+        given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, kind)
+        scale, intact = guarded(given)
+        expected = reference.rule_scales(sums, rule, kind, 37, *arguments, given if rule == contract.GIVEN else None)
+        entries.append(ScaleTensor(sums.data_ptr(), scale.data_ptr(), rows, 37, *arguments, rule, kind))
+        checks.append((scale, intact, expected, (rows, rule, kind), sums))
+    assert not kernels.emulated_scales((ScaleTensor * len(entries))(*entries), ctypes.c_size_t(len(entries)))
+    for scale, intact, expected, case, _ in checks:
+        assert torch.equal(scale, expected) and intact(), case
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_mse_scales(kernels, grid, dtype):
+    g = torch.Generator().manual_seed(1)
+    long = [(1, 16385), (2, 33000)] if grid in ("uniform4", "nf4") and dtype == torch.bfloat16 else []
+    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), *long]):
+        w = torch.randn(rows, cols, generator=g).to(dtype)
+        if rows > 2:
+            w[1], w[2, 0] = 0, math.nan
+        encoding, levels, _ = GRIDS[grid]
+        sums, c_max = reference.row_sums(w, rows), float(reference.hull(levels, encoding)[1])
+        scale, intact = guarded(torch.full((rows,), 99.0))
+        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 4)
+        assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
+        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 4)), (rows, cols)
+        assert intact()

@@ -24,7 +24,7 @@ import torch
 from oracles import DTYPES, EPSILON, GRANULARITIES, GRIDS, Binary, Codebook, Ternary, Uniform, same_bits
 
 import askew_kernels as ak
-from askew_kernels import ops, reference, runtime
+from askew_kernels import contract, ops, reference, runtime
 from askew_kernels.ops import RULES
 from askew_kernels.quant import compute_scale
 
@@ -566,7 +566,7 @@ def run_update(rule, w, g, s, grid, dtype_of_copy, **options):
     """(new w, copy, row sums, totals, state…) on clones; "direction" takes ``g`` as such."""
     new = w.clone()
     states = [w.clone() * 0.5, w.clone().abs() + 0.1][: len(RULES[rule].buffers) if rule in RULES else 0]
-    copy = torch.full(w.shape, math.nan, dtype=dtype_of_copy)
+    copy = torch.full(w.shape, 77 if dtype_of_copy == torch.int8 else math.nan, dtype=dtype_of_copy)
     stats = ops.SkewStats.empty_for([w], [s])
     for out in (*stats.row_sums, *stats.totals):
         out.fill_(math.nan)
@@ -616,6 +616,78 @@ def test_update_everywhere(name, granularity, dtype, generator):
             assert torch.equal(sums[[0, 4, 5]], want[[0, 4, 5]])  # counts are exact
             if cols < 132:  # the others: 32 float additions at most per lane, over terms of either sign (g v)
                 torch.testing.assert_close(sums, want, rtol=64 * 2**-24, atol=64 * 2**-24 * float(want[2] + 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "nf4"])
+def test_straight_through_clip_inside_the_update(name, rule, dtype, generator):
+    """The bits of a step after ``ste_clip_``: weights beyond the hull, on its ends (as they are stored) and NaN."""
+    grid = GRIDS[name]
+    w, g = some((3, 37), dtype, generator, 1.0), some((3, 37), dtype, generator, 0.3)
+    s = scales_for(3, generator)
+    low, high = ((s * end).to(dtype) for end in (grid.levels[0], grid.levels[-1]))
+    w[:, 0], w[:, 1], w[:, 2], w[:, 3] = low, high, torch.nextafter(high, high + 1), math.nan
+    g[:, 5] = math.nan
+    results = []
+    for backend in ("cpp", "reference"):
+        for options in (*OPTIONS, dict(eps=1.0, momentum=0.9) if rule == "sgd" else dict(eps=1.0)):
+            with runtime.use_backend(backend):
+                clipped = ops.ste_clip_(g.clone(), w, s, grid)
+                assert not same_bits(clipped, g)
+                want = run_update(rule, w, clipped, s, grid, dtype, lr=0.07, **options)
+                got = run_update(rule, w, g, s, grid, dtype, lr=0.07, ste_clip=True, **options)
+                assert all(map(same_bits, got, want)), (backend, options)
+                results.append(got[0])
+    assert all(map(oracles.same_values, results[: len(results) // 2], results[len(results) // 2 :]))
+
+
+@pytest.mark.parametrize("copy", contract.LEVEL_TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "unsigned4", "inclusive4", "binary", "ternary", "powers"])
+def test_copies_of_levels(name, dtype, copy, backend, generator):
+    """int8 and e4m3 receive Q(w/s) itself; NaN is 0 in int8."""
+    grid = GRIDS[name]
+    if name == "powers" and copy == torch.int8:
+        return  # -0.5 is no integer; the error is tested below
+    for cols in (1, 16, 133):
+        w, g = some((3, cols), dtype, generator, 1.0), some((3, cols), dtype, generator, 0.3)
+        w[0, 0] = math.nan
+        s = scales_for(3, generator)
+        new, levels, *_ = run_update("sgd", w, g, s, grid, copy, lr=0.07, eps=0.3, momentum=0.9)
+        expected = reference.nearest_levels(new, s, grid.levels_tensor("cpu"), grid.encoding)
+        assert expected[0, 0].isnan()
+        if copy == torch.int8:
+            expected[0, 0] = 0
+        assert levels.dtype == copy and oracles.same_values(levels.float(), expected)
+        out = ops.fake_quantize_out_(new, s, grid, torch.ones(w.shape, dtype=copy))
+        assert torch.equal(out.view(torch.uint8), levels.view(torch.uint8))
+
+
+def test_levels_that_a_copy_cannot_hold_are_refused():
+    w, s = torch.full((4, 8), 0.3), torch.ones(4)
+    for grid, copy, level in (
+        (Uniform(8, signed=False), torch.int8, "128"), (Uniform(8), torch.float8_e4m3fn, "-127"),
+        (GRIDS["powers"], torch.int8, "-0.5"), (GRIDS["nf4"], torch.float8_e4m3fn, "-0.69"),
+    ):  # fmt: skip
+        out = torch.ones(w.shape, dtype=copy)
+        with pytest.raises(ValueError, match=rf"^dequantized\[0\]: expected a dtype that holds every .* for {level}"):
+            ops.skew_sgd_([w], [w.clone()], None, [s], [grid], lr=0.1, eps=0.3, dequantized=[out])
+        with pytest.raises(ValueError, match=rf"^out: expected a dtype that holds every level .* for {level}"):
+            ops.fake_quantize_out_(w, s, grid, out)
+        assert (w == 0.3).all() and (out.float() == 1).all()
+
+
+@pytest.mark.parametrize("which", ["kept", "firsts"])
+def test_clip_refuses_the_descent_of_a_sharpness_aware_step(which, backend):
+    w, g, other = (torch.full((4, 8), v) for v in (0.3, 1.0, 2.0))
+    descent = [[other], None, None] if which == "kept" else [None, [other], torch.tensor([0.1, 0.0])]
+    with pytest.raises((ValueError, RuntimeError), match="ste_clip: expected no kept weights"):
+        runtime.operator("skew_sgd_", w)(
+            [w], [g], [], [torch.ones(4)], [torch.empty(0)], [1, -8, 7], [], [], [], None, torch.tensor(0.1),
+            torch.tensor(1.0), 1.0, [0.0] * 4, False, True, False, False, *descent, True,
+        )  # fmt: skip
+    assert (w == 0.3).all()
 
 
 @pytest.mark.parametrize("rule", [*RULES, "direction"])
@@ -913,6 +985,12 @@ def operator_samples():
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
+        sums = reference.row_sums(x, 3)
+        yield (
+            "scales_from_sums_",
+            ([s.clone(), s.clone()], [sums, sums], [0, 0, 20, 3, 2, 20], [7.0, 0, 0, 7.0, 2.5, 0]),
+        )
+        yield "mse_scales", (x, sums, levels, grid, 1.0, 0)
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
         yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
         yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
@@ -924,6 +1002,7 @@ def operator_samples():
                 [x.clone()], [x + 1], [torch.ones(3, 20) for _ in rule.buffers], [s], [levels], grid, *outs,
                 torch.tensor(1.0), torch.tensor(0.1), torch.tensor(0.3), 1.0,
                 rule.numbers_of({**rule.defaults, "momentum": 0.9, "weight_decay": 0.1}), False, True, False, False,
+                *([None, None, None, True] if grid[0] == 2 else []),
             )  # fmt: skip
     x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
     scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract import compute_dtype
+from ..contract import LEVEL_TYPES, compute_dtype, level_table
 
-__all__ = ["FLOAT_TYPES", "check_float_tensor", "check_grid", "check_scale", "concrete", "number", "rate_tensor"]
+__all__ = [
+    "FLOAT_TYPES",
+    "check_float_tensor",
+    "check_grid",
+    "check_scale",
+    "concrete",
+    "eager",
+    "number",
+    "rate_tensor",
+]
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def concrete(t: Tensor) -> bool:
-    """Whether the values may be looked at here: on the CPU, not being traced, not fake, not inside torch.func."""
+def eager(t: Tensor) -> bool:
+    """Whether an operator that is called now runs now: not being traced, not fake, not inside torch.func."""
     return (
         not torch.compiler.is_compiling()
-        and t.device.type == "cpu"
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
+
+
+def concrete(t: Tensor) -> bool:
+    """Whether the values may be looked at here, without waiting for a device."""
+    return t.device.type == "cpu" and eager(t)
 
 
 def check_tensor(name: str, t: Any) -> None:
@@ -40,6 +53,20 @@ def check_float_tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
     if t.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_copy(name: str, t: Any, grid: Any) -> None:
+    """A tensor that may receive s Q(w/s), or, where its type is one of LEVEL_TYPES, Q(w/s)."""
+    check_tensor(name, t)
+    if t.dtype not in LEVEL_TYPES:
+        return check_float_tensor(name, t)
+    if t.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
+    table = level_table(grid.levels_tensor("cpu"), grid.encoding)
+    exact = table.to(t.dtype).to(table.dtype) == table
+    if not exact.all():
+        level = float(table[~exact][0])
+        raise ValueError(f"{name}: expected a dtype that holds every level of {grid!r}, got {t.dtype} for {level:g}")
 
 
 def check_like(
@@ -128,9 +155,15 @@ def check_lists(params: Sequence[Tensor], name: str = "params", **others: Sequen
         check_list(other, tensors, params)
 
 
-def check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], same_dtype: bool = True) -> None:
+def check_list(
+    name: str, tensors: Sequence[Tensor], params: Sequence[Tensor], check: Callable[[str, Any, int], None] | None = None
+) -> None:
+    """Tensors like ``params``; with ``check`` of any dtype for which check(name, tensor, its number) does not raise."""
     if len(tensors) != len(params):
         raise ValueError(f"{name}: expected {len(params)} tensors, one for each parameter, got {len(tensors)}")
     for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
-        check_float_tensor(f"{name}[{i}]", t)
-        check_like(f"{name}[{i}]", t, p.dtype if same_dtype else None, p.shape, p.device)
+        if check is None:
+            check_float_tensor(f"{name}[{i}]", t)
+        else:
+            check(f"{name}[{i}]", t, i)
+        check_like(f"{name}[{i}]", t, p.dtype if check is None else None, p.shape, p.device)

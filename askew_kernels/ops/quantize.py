@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
-from .checks import check_float_tensor, check_like, check_weight, rate_tensor
+from .checks import check_copy, check_float_tensor, check_like, check_weight, rate_tensor
 from .dense import InPlace, in_place, layout, permuted
 from .schema import define, like_first
 
@@ -142,9 +142,12 @@ def run_fake_quantize_backward(*inputs: Any) -> Tensor:
 
 @partial(in_place, position=3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
-    """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it."""
-    check_float_tensor("out", out)
+    """Writes s Q(x / s) into ``out`` (contiguous, x's shape; any of the float storage types) and returns it.
+
+    Of dtype int8 or float8_e4m3fn, which must hold every level of the grid, it receives Q(x / s); for NaN int8 gets 0.
+    """
     weight = check_weight("x", x, scale, grid)
+    check_copy("out", out, grid)
     check_like("out", out, None, x.shape, x.device, contiguous=True)
     x = x.detach().contiguous()
     below_autograd("fake_quantize_out_", x, x, *weight, out)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import contract
 from . import autograd
-from .checks import check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
+from .checks import check_copy, check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
 from .dense import InPlace, in_place, layout, permuted
 from .rules import RULES, Rule
 from .schema import define
@@ -21,7 +21,7 @@ SCHEMA = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor[] scales, Tensor[] levels, int[] grids,"
     " Tensor(x!)[] dequantized, Tensor(y!)[] row_sums, Tensor(z!)[] totals, Tensor? step, Tensor lr, Tensor eps,"
     " float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
-    " Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None) -> ()"
+    " Tensor[]? kept=None, Tensor[]? firsts=None, Tensor? coefficients=None, bool ste_clip=False) -> ()"
 )
 for _rule in RULES.values():
     define(_rule.operator, SCHEMA)
@@ -55,7 +55,7 @@ def _checked_update(
     grads: Sequence[Tensor], scales: Sequence[Tensor], grids: Sequence[Any], *, step: float | Tensor | None = None,
     lr: float | Tensor, eps: float | Tensor, alpha: float = 1.0, skew: str = "gradient", clamp: bool = True,
     dequantized: Sequence[Tensor] | None = None, stats: SkewStats | None = None, maximize: bool = False,
-    skip_nonfinite: bool = False, **options: Any,
+    skip_nonfinite: bool = False, ste_clip: bool = False, **options: Any,
 ) -> None:  # fmt: skip
     """Checks everything, then runs the rule's operator; ``options``: the rule's hyper-parameters."""
     numbers = rule.numbers_of(options)
@@ -78,7 +78,7 @@ def _checked_update(
     for grid in grids:
         check_grid(grid)
     if dequantized is not None:
-        check_list("dequantized", dequantized, params, same_dtype=False)
+        check_list("dequantized", dequantized, params, check=lambda name, t, i: check_copy(name, t, grids[i]))
     stats = stats or SkewStats()
     for key, outs, shapes, dtype in (
         ("stats.row_sums", stats.row_sums, [(s.numel(), contract.NUM_ROW_SUMS) for s in flat_scales], torch.float32),
@@ -96,7 +96,7 @@ def _checked_update(
         run_skew_update(
             rule, params, grads, states if keeps else [], flat_scales, levels, encodings, dequantized or [], stats,  # type: ignore[arg-type]
             step=count, lr=lr, eps=eps, alpha=alpha, numbers=numbers, direction=skew == "direction", clamp=bool(clamp),
-            maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite),
+            maximize=bool(maximize), skip_nonfinite=bool(skip_nonfinite), ste_clip=bool(ste_clip),
         )  # fmt: skip
 
 
@@ -104,14 +104,15 @@ def run_skew_update(
     rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
     *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
-    maximize: bool, skip_nonfinite: bool, contiguous: bool = False, descent: Sequence[Any] = (),
+    maximize: bool, skip_nonfinite: bool, ste_clip: bool = False, contiguous: bool = False, descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
     states: a list for each of ``rule.buffers``, [] where none are kept; numbers: ``rule.numbers_of``. ``contiguous``:
     every tensor but the gradients is known to be. ``descent``: kept, firsts and coefficients of a sharpness-aware step
-    (see ``schema``); needs ``contiguous``.
+    (see ``schema``); needs ``contiguous`` and no ``ste_clip``.
     """
+    last = (*(descent or (None, None, None)), True) if ste_clip else descent  # the rest as the schema has it
     stand_ins = InPlace()
     if contiguous:
         writable: Any = lambda tensors: tensors or []  # noqa: E731
@@ -127,7 +128,7 @@ def run_skew_update(
         rule.operator, params[0],
         writable(params), grads, [b for buffers in states for b in writable(buffers)], scales, levels, encodings,
         writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
-        direction, clamp, maximize, skip_nonfinite, *descent,
+        direction, clamp, maximize, skip_nonfinite, *last,
     )  # fmt: skip
     stand_ins.finish([*params, *(b for buffers in states for b in buffers), *dequantized])
 
@@ -160,7 +161,9 @@ _TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each t
 
     params, grads, {2}: lists of equal shapes and dtypes; scales: () or (rows,); grids: one for
     each parameter; lr >= 0 and eps in (0, 1], the constraint's: floats or 0-dim tensors. ``dequantized``: tensors that
-    receive s Q(w/s) of the new weights, in their own dtype; ``stats``: a ``SkewStats`` that receives the pass's sums.
+    receive s Q(w/s) of the new weights, in their own dtype, or in int8 and float8_e4m3fn the levels Q(w/s), which these
+    must hold exactly; ``stats``: a ``SkewStats`` that receives the pass's sums. ``ste_clip``: the gradients are
+    0 where w is outside the hull, as ``ste_clip_`` before the step would make them.
     NaN and inf gradients do what {0} does with them; with ``skip_nonfinite`` their elements are left alone.
     Raises TypeError/ValueError naming the argument before anything is written.
     Source: Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023; docs/mathematics.md, section 2.

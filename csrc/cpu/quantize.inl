@@ -2,18 +2,27 @@
 
 template <int T, class Grid>
 ASKEW_FN auto quantize_loop(Stream x, Stream y, int y_type) {
+  const bool levels = holds_levels(y_type);
   return vector_loop<T, 2, Row<vf, Grid>>(
-      {x, y}, ASKEW_VECTOR { store_as(y_type, s[1], i, quantize_dequantize(load<T>(s[0], i), row)); });
+      {x, y}, ASKEW_VECTOR {
+        const vf level = nearest_level(load<T>(s[0], i), row);
+        store_as(y_type, s[1], i, levels ? level : row.scale.value * level);
+      });
+}
+
+// A row whose ends are as a clamped weight is stored.
+template <int T, class Grid>
+ASKEW_FN Row<vf, Grid> with_stored_ends(Row<vf, Grid> row) {
+  row.low = Storage<T>::rounded(row.low);
+  row.high = Storage<T>::rounded(row.high);
+  return row;
 }
 
 template <int T, class Loop>
 ASKEW_FN void for_rows(const QuantizeArg& a, Tile t, Loop loop) {
   for (int64_t r = t.row0; r < t.row1; ++r) {
     loop.row = make_row(vf{} + a.scale[r], decltype(loop.row.grid)::make(a.grid));
-    if (a.pass == kSteClip) {  // the ends as a clamped weight is stored
-      loop.row.low = Storage<T>::rounded(loop.row.low);
-      loop.row.high = Storage<T>::rounded(loop.row.high);
-    }
+    if (a.pass == kSteClip) loop.row = with_stored_ends<T>(loop.row);
     for_columns(loop, {r * a.m.cols + t.col0, t.col1 - t.col0});
   }
 }

@@ -51,8 +51,12 @@ ASKEW_FN void store_as(int type, const Stream& s, int64_t i, vf v) {
     Storage<kFloat32>::store(s.at<float>(i), v);
   else if (type == kBFloat16)
     Storage<kBFloat16>::store(s.at<uint16_t>(i), v);
-  else
+  else if (type == kFloat16)
     Storage<kFloat16>::store(s.at<uint16_t>(i), v);
+  else if (type == kInt8)
+    Storage<kInt8>::store(s.at<uint8_t>(i), v);
+  else
+    Storage<kFloat8>::store(s.at<uint8_t>(i), v);
 }
 template <int T>
 ASKEW_FN vf load(const Stream& s, int64_t i) {

@@ -29,7 +29,8 @@ struct StepLoop : Step<T, Grid> {
 
   // One vector or pair.
   template <class F>
-  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, const Options& options, int64_t ahead) const {
+  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, const Row<F, Grid>& stored, const Options& options,
+                         int64_t ahead) const {
     for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) {
       prefetch<T>(streams[kW], i + c, ahead);
       prefetch<T>(streams[kG], i + c, ahead);
@@ -38,6 +39,7 @@ struct StepLoop : Step<T, Grid> {
     F old, g, state[kMostBuffers], before[kMostBuffers];
     load<T>(streams[kW], i, old);
     load<T>(streams[kG], i, g);
+    if (options.ste_clip()) g = pass_inside(g, old, stored);
     for (int k = 0; k < BUFFERS; ++k) {
       load<T>(streams[kState + k], i, state[k]);
       before[k] = state[k];
@@ -61,10 +63,12 @@ struct StepLoop : Step<T, Grid> {
     const StepLoop l = *this;  // what a store cannot change
     const Row<vf, Grid> once = *l.row;
     const Row<Pair, Grid> twice = pair_of(once);
+    const Row<vf, Grid> stored = with_stored_ends<T>(once);
+    const Row<Pair, Grid> stored_twice = pair_of(stored);
     const Options options{*l.hyper, rule_of<typename Options::Rule>(*l.hyper)};
     const int64_t end = i + n, ahead = tuning.prefetch_columns;
-    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, options, ahead);
-    if (i < end) l.step(i, once, options, ahead);
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, stored_twice, options, ahead);
+    if (i < end) l.step(i, once, stored, options, ahead);
   }
   static void over(const Step<T, Grid>& step, Columns c) { for_columns(static_cast<const StepLoop&>(step), c); }
 };

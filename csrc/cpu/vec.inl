@@ -7,6 +7,7 @@ typedef float vf __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * ASKEW_LANES)));
 typedef uint16_t vh __attribute__((vector_size(2 * ASKEW_LANES)));
+typedef uint8_t vb __attribute__((vector_size(ASKEW_LANES)));
 
 ASKEW_FN vf select(vi m, vf a, vf b) { return m ? a : b; }
 ASKEW_FN vi both(vi a, vi b) { return a & b; }
@@ -121,6 +122,15 @@ ASKEW_FN vu narrow_f16(vf v) {  // ties to even, gradual underflow, overflow to 
   return (vu)r | sign;
 }
 
+ASKEW_FN vu narrow_e4m3(vf v) {  // ties to even, gradual underflow, ends at 448; NaN is 0x7f
+  vu b = (vu)v, sign = (b >> 24) & 0x80u, a = b & 0x7fffffffu;
+  vu normal = (a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1u)) >> 20;
+  vu subnormal = (vu)((vf)a + 16384.f) - 0x46800000u;  // the adder rounds to multiples of 2^-9
+  vi r = ((vi)a < 0x3c800000) ? (vi)subnormal : (vi)normal;
+  r = ((vi)a > 0x43e00000) ? vi{} + 0x7e : r;
+  return ((vi)a > 0x7f800000) ? vu{} + 0x7fu : (vu)r | sign;
+}
+
 template <int T>
 struct Storage {  // 16 bits
   typedef uint16_t type;
@@ -149,3 +159,18 @@ struct Storage<kFloat32> {
   ASKEW_FN void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
   ASKEW_FN vf rounded(vf v) { return v; }
 };
+
+// What holds levels is written only.
+template <int T>
+struct LevelStorage {
+  typedef uint8_t type;
+  ASKEW_FN void store(uint8_t* p, vf v) {
+    const vu code = T == kInt8 ? (vu) __builtin_convertvector(select(v == v, v, vf{}), vi) : narrow_e4m3(v);  // NaN: 0
+    const vb bytes = __builtin_convertvector(code & 0xffu, vb);
+    __builtin_memcpy(p, &bytes, sizeof bytes);
+  }
+};
+template <>
+struct Storage<kInt8> : LevelStorage<kInt8> {};
+template <>
+struct Storage<kFloat8> : LevelStorage<kFloat8> {};

@@ -63,6 +63,40 @@ struct Storage<kFloat32> {
 
 inline int per_vector(int type) { return 16 / type_size(type); }
 
+// Four levels in a word.
+template <>
+struct Storage<kInt8> {
+  typedef uint8_t type;
+  static constexpr int kPerWord = 4, kPerVector = 16;
+  static __device__ __forceinline__ uint32_t put(const float* v) {
+    uint32_t word = 0;
+    ASKEW_EACH (e, 4)  // the low byte of an integer that was rounded by adding; NaN is 0
+      word |= (__float_as_uint(v[e] == v[e] ? v[e] + kRounding : 0.f) & 0xffu) << (8 * e);
+    return word;
+  }
+};
+
+// Ties to even, gradual underflow, ends at 448; NaN is 0x7f.
+__device__ __forceinline__ uint32_t narrow_e4m3(float v) {
+  const uint32_t bits = __float_as_uint(v), sign = (bits >> 24) & 0x80u, a = bits & 0x7fffffffu;
+  if (a > 0x7f800000u) return 0x7fu;
+  if (a > 0x43e00000u) return sign | 0x7eu;
+  if (a < 0x3c800000u) return sign | (__float_as_uint(fabsf(v) + 16384.f) - 0x46800000u);  // multiples of 2^-9
+  return sign | ((a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1u)) >> 20);
+}
+template <>
+struct Storage<kFloat8> {
+  typedef uint8_t type;
+  static constexpr int kPerWord = 4, kPerVector = 16;
+  static __device__ __forceinline__ uint32_t put(const float* v) {
+#if __CUDA_ARCH__ >= 890
+    return pack_e4m3(v[0], v[1]) | pack_e4m3(v[2], v[3]) << 16;
+#else
+    return narrow_e4m3(v[0]) | narrow_e4m3(v[1]) << 8 | narrow_e4m3(v[2]) << 16 | narrow_e4m3(v[3]) << 24;
+#endif
+  }
+};
+
 struct Words {  // 16 bytes of one tensor
   uint32_t word[4];
 };
@@ -226,9 +260,11 @@ __device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T
 template <int S, int T>
 __device__ __forceinline__ void store_words(void* p, const uint32_t* word, const Spot& s, const Walk<T>& walk) {
   constexpr int kPer = Storage<S>::kPerWord, kWords = Storage<T>::kPerVector / kPer;
-  typename Storage<S>::type* at = (typename Storage<S>::type*)p + s.index;
+  typedef typename Storage<S>::type Element;
+  Element* at = (Element*)p + s.index;
   if (walk.vectors) {
     if (s.n == 0) return;
+    if (kWords == 1) *(uint32_t*)at = word[0];
     if (kWords == 2) *(uint2*)at = make_uint2(word[0], word[1]);
 #pragma unroll
     for (int q = 0; q + 3 < kWords; q += 4)
@@ -239,7 +275,7 @@ __device__ __forceinline__ void store_words(void* p, const uint32_t* word, const
         if (S == kFloat32)
           ((uint32_t*)at)[j << walk.shift] = word[j / kPer];
         else
-          ((uint16_t*)at)[j << walk.shift] = (uint16_t)(word[j / kPer] >> (16 * (j & 1)));
+          at[j << walk.shift] = (Element)(word[j / kPer] >> (8 * (int)sizeof(Element) * (j % kPer)));
       }
   }
 }
@@ -260,8 +296,12 @@ __device__ __forceinline__ void store_as(int type, void* p, const float* v, cons
     store_converted<kFloat32>(p, v, s, walk);
   else if (type == kBFloat16)
     store_converted<kBFloat16>(p, v, s, walk);
-  else
+  else if (type == kFloat16)
     store_converted<kFloat16>(p, v, s, walk);
+  else if (type == kInt8)
+    store_converted<kInt8>(p, v, s, walk);
+  else
+    store_converted<kFloat8>(p, v, s, walk);
 }
 
 // Value j of a slot.
@@ -372,7 +412,7 @@ template <>
 struct GridMaker<SharedCodebook> {
   static __device__ __forceinline__ SharedCodebook make(const GridArg& g) {
     __shared__ float table[kMaxLevels];
-    for (int k = threadIdx.x; k < kMaxLevels; k += kThreads)
+    for (int k = threadIdx.x; k < kMaxLevels; k += blockDim.x)
       table[k] = k < g.n_levels ? g.levels[k] : __int_as_float(0x7f800000);
     __syncthreads();
     int half = 1;

@@ -19,6 +19,14 @@ __device__ __forceinline__ uint32_t pack_f16(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
+#if __CUDA_ARCH__ >= 890
+// Two floats as e4m3 (to nearest, ties to even, ends at 448) in the halves of 16 bits.
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+  uint16_t r;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+  return r;
+}
+#endif
 __device__ __forceinline__ float widen_f16(uint16_t half) {
   float r;
   asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(half));

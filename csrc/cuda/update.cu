@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
     ASKEW_EACH (k, Rule::kBuffers)
       if (t.state[k]) state[k] = load(t.state[k], spot, walk);
     const auto row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
+    const auto stored_row = with_stored_ends<T>(row);
     float copy[kWidth];
     ASKEW_EACH (q, 4) {
       Stepped<float> s[kPer];
@@ -84,6 +85,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
         float before[Rule::kBuffers], after[Rule::kBuffers];
         ASKEW_EACH (k, Rule::kBuffers) before[k] = after[k] = t.state[k] ? Storage<T>::get(state[k].word[q], e) : 0.f;
         gradient[e] = Storage<T>::get(g.word[q], e);
+        if (options.ste_clip()) gradient[e] = pass_inside(gradient[e], old, stored_row);
         if (t.totals) level[e] = nearest_level(old, row);
         s[e] = step_weight(old, gradient[e], after, t.state[0] != nullptr, row, options);
         finite[e] = absolute(gradient[e]) < __int_as_float(0x7f800000);
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
         if (t.sums) add(sums, exists ? stored : 0.f);
         if (t.dequantized || t.totals) {
           const float now = nearest_level(stored, row);
-          copy[j] = row.scale.value * now;
+          copy[j] = holds_levels(t.dequantized_type) ? now : row.scale.value * now;
           if (t.totals && exists) add(totals, s[e], gradient[e], finite[e], now != level[e]);
         }
       }

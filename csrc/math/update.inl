@@ -108,6 +108,7 @@ struct StepOptions {
   ASKEW_INLINE bool direction() const { return !kUsual && hyper.direction; }
   ASKEW_INLINE bool maximize() const { return !kUsual && hyper.maximize; }
   ASKEW_INLINE bool skip_nonfinite() const { return !kUsual && hyper.skip_nonfinite; }
+  ASKEW_INLINE bool ste_clip() const { return hyper.ste_clip; }
 };
 
 template <class F>

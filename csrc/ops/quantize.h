@@ -33,7 +33,7 @@ struct QuantizeOps {
     QuantizeArg a = checked(kQuantize, x, scale, levels, grid);
     check_like(out, x, "out");
     a.y = out.data_ptr();
-    a.y_type = storage_type(out, "out");
+    a.y_type = copy_type(out, "out");
     Device(x).run(a);
   }
 

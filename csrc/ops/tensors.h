@@ -31,6 +31,22 @@ inline int storage_type(const Tensor& t, const char* name) {
   }
 }
 
+// A type that copies may have: those of storage, or of levels.
+inline int copy_type(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Char:
+      return kInt8;
+    case ScalarType::Float8_e4m3fn:
+      return kFloat8;
+    case ScalarType::Float:
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return storage_type(t, name);
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16, or int8 or float8_e4m3fn for levels");
+  }
+}
+
 inline void check_dense(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), name, ": expected a contiguous tensor");
 }
@@ -107,6 +123,12 @@ inline const float* coefficients_of(const Tensor& t, const Tensor& beside) {
 // Uninitialised, contiguous.
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
+}
+
+// Uninitialised bytes on the CPU, whatever the device of `like`.
+inline Tensor on_host(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, ScalarType::Byte, std::nullopt,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 }  // namespace askew

@@ -77,7 +77,7 @@ struct Machine {
   // barrier and shuffle
   int arrived = 0, generation = 0;
   std::vector<int> lane_arrived, lane_generation;
-  std::vector<uint32_t> exchange;  // [threads], written before, read after all lanes have arrived
+  std::vector<uint64_t> exchange;  // [threads], written before, read after all lanes have arrived
   bool progress = false;
 };
 inline Machine& machine() {
@@ -176,16 +176,27 @@ inline void __syncthreads() { emulator::barrier(); }
 
 template <class V>
 inline V __shfl_xor_sync(unsigned mask, V v, int lane_mask) {
-  static_assert(sizeof(V) == 4, "4-byte shuffles");
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "4- and 8-byte shuffles");
   if (mask != 0xffffffffu) std::abort();
   emulator::Machine& m = emulator::machine();
-  std::memcpy(&m.exchange[m.current], &v, 4);
+  std::memcpy(&m.exchange[m.current], &v, sizeof v);
   emulator::warp_barrier();
   V r;
-  std::memcpy(&r, &m.exchange[m.current ^ lane_mask], 4);
+  std::memcpy(&r, &m.exchange[m.current ^ lane_mask], sizeof r);
   emulator::warp_barrier();
   return r;
 }
+
+// Fibers of one thread take turns only at barriers and shuffles.
+template <class V>
+inline V atomicAdd(V* at, V v) {
+  const V before = *at;
+  *at += v;
+  return before;
+}
+inline void __threadfence() {}
+inline float __ldcg(const float* at) { return *at; }
+inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
@@ -231,6 +242,24 @@ inline float widen_f16(uint16_t half) {
   std::memcpy(&h, &half, 2);
   return (float)h;
 }
+
+// by the distances to all 127 numbers of a sign, as nothing else here does it
+inline uint32_t round_e4m3(float f) {
+  if (f != f) return 0x7f;
+  uint32_t best = 0;
+  double least = INFINITY;
+  for (uint32_t code = 0; code < 127; ++code) {
+    const int exponent = code >> 3, fraction = code & 7;
+    const double value = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+    const double distance = std::fabs(std::fmin(std::fabs((double)f), 448.0) - value);
+    if (distance < least || (distance == least && code % 2 == 0)) {
+      best = code;
+      least = distance;
+    }
+  }
+  return best | (std::signbit(f) ? 0x80u : 0u);
+}
+inline uint32_t pack_e4m3(float low, float high) { return round_e4m3(low) | round_e4m3(high) << 8; }
 
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
