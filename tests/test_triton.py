@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -47,6 +48,7 @@ GRIDS = {
     "powers": (torch.tensor([-1.0, -0.5, -0.25, 0.0, 0.125, 1.0]), [3, 0, 0]),  # differences of levels are exact
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LEVELS = list(contract.LEVEL_TYPES)
 # One row, one element a row, short rows, rows of a power of two, rows of whole blocks, long rows, nothing.
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 129), (33, 32), (1, 2500), (2, 2048), (2, 2500), (3, 0)]
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -55,6 +57,10 @@ ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 # ---- running an operator: in the worker's interpreter, or on the GPU ------------------------------------------------
 
 MARGIN, SENTINEL = 32, 77.0
+
+
+def sentinel(like):
+    return torch.tensor(SENTINEL).to(like.dtype).float().to(like.device)
 
 
 def call(module, name, args, device, offset=0, more_gradients=()):
@@ -70,7 +76,7 @@ def call(module, name, args, device, offset=0, more_gradients=()):
         if not isinstance(value, torch.Tensor) or value.dim() == 0:
             return value
         first, n = MARGIN + offset, value.numel()
-        buffer = torch.full((first + n + MARGIN,), SENTINEL, dtype=value.dtype, device=device)
+        buffer = torch.full((first + n + MARGIN,), SENTINEL, device=device).to(value.dtype)
         buffer[first : first + n] = value.reshape(-1)
         buffers.append((buffer, first, n))
         return buffer[first : first + n].view(value.shape)
@@ -87,8 +93,19 @@ def call(module, name, args, device, offset=0, more_gradients=()):
         getattr(module, name)(*placed)
     for buffer, first, n in buffers:
         outside = torch.cat([buffer[:first], buffer[first + n :]])
-        assert torch.all(outside == SENTINEL), f"{name} wrote beside a tensor of {n} elements"
+        assert torch.all(outside.float() == sentinel(outside)), f"{name} wrote beside a tensor of {n} elements"
     return back(result), [back(value) for value in placed]
+
+
+def send(value, pipe):
+    """torch's own format: Python's pickle knows no float8."""
+    torch.save(value, buffer := io.BytesIO())
+    pickle.dump(buffer.getvalue(), pipe)
+    pipe.flush()
+
+
+def receive(pipe):
+    return torch.load(io.BytesIO(pickle.load(pipe)), weights_only=False)
 
 
 def serve():
@@ -101,7 +118,7 @@ def serve():
     by_value = launch.scalar_argument
     while True:
         try:
-            name, args, offset, by_pointer, *more = pickle.load(sys.stdin.buffer)
+            name, args, offset, by_pointer, *more = receive(sys.stdin.buffer)
         except EOFError:
             return
         scalar = (lambda t, name: t) if by_pointer else by_value
@@ -110,12 +127,16 @@ def serve():
             if name == "REDUCE":
                 update.REDUCE, answer = args[0], (None, [])
                 update._plans.clear()
+            elif name == "TRY":  # what a call left of its arguments although it failed
+                try:
+                    answer = getattr(triton_kernels, args[0])(*args[1]), args[1]
+                except Exception as error:
+                    answer = error, args[1]
             else:
                 answer = call(triton_kernels, name, args, "cpu", offset, *more)
         except Exception as error:
             answer = error
-        pickle.dump(answer, answers)
-        answers.flush()
+        send(answer, answers)
 
 
 def worker_process(mode, environment, **options):
@@ -149,9 +170,8 @@ def interpreter():
     process = worker_process("serve", {"TRITON_INTERPRET": "1"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(*request):
-        pickle.dump(request, process.stdin)
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
+        send(request, process.stdin)
+        answer = receive(process.stdout)
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -200,6 +220,7 @@ def scales(rows, seed=0):
 def assert_same(got, expected, what=""):
     """The same values, NaN for NaN, and no -0 where there was none."""
     assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    got, expected = (t.float() if t.dtype in LEVELS else t for t in (got, expected))
     numbers = ~expected.isnan()
     equal = torch.where(numbers, (got == expected) & (got.signbit() == expected.signbit()), got.isnan())
     wrong = ~equal
@@ -231,6 +252,20 @@ def test_fake_quantize_out(triton, dtype, out_dtype):
         triton.fake_quantize_out_(x, s, levels, grid, out)
         reference.fake_quantize_out_(x, s, levels, grid, expected)
         assert_same(out, expected, shape)
+
+
+@pytest.mark.parametrize("out_dtype", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_levels_of_a_byte(triton, dtype, out_dtype):
+    """The level itself, NaN too, but for int8, which has none."""
+    for name in ("uniform4", "binary", *(["powers"] if out_dtype != torch.int8 else [])):
+        levels, grid = GRIDS[name]
+        for shape in [(3, 129), (1, 2500), (4, 32), (3, 0)]:
+            x, s = weights(shape, dtype), scales(shape[0])
+            out, expected = (torch.full(shape, 3.0).to(out_dtype) for _ in range(2))
+            triton.fake_quantize_out_(x, s, levels, grid, out)
+            reference.fake_quantize_out_(x, s, levels, grid, expected)
+            assert_same(out, expected, (name, shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -312,7 +347,9 @@ class Problem:
         self.levels = [GRIDS[name][0] for name in grids]
         self.grids = [number for name in grids for number in GRIDS[name][1]]
         poison = float("nan")
-        self.copies = [torch.full(shape, poison, dtype=copy) for shape in shapes] if copy else []
+        self.copies = [torch.full(shape, poison).nan_to_num(3.0 if copy in LEVELS else poison).to(copy)
+                       for shape in shapes] if copy else []  # fmt: skip
+        self.kept, self.firsts, self.coefficients = [], [], []
         self.row_sums = [torch.full((shape[0], 3), poison) for shape in shapes] if sums else []
         self.totals = [torch.full((6,), poison, dtype=torch.float64) for _ in shapes] if sums else []
 
@@ -331,7 +368,7 @@ class Problem:
         return other
 
     def step(self, rule="sgd", lr=None, eps=0.3, alpha=0.2, step=3.0, direction=False, clamp=False, maximize=False,
-             skip=False, **options):  # fmt: skip
+             skip=False, ste_clip=False, **options):  # fmt: skip
         row = RULES[rule]
         options = {**row.defaults, "momentum": 0.9, "weight_decay": 0.0, **options}
         lr = lr if lr is not None else 0.1 if rule == "sgd" else 0.01
@@ -339,7 +376,8 @@ class Problem:
         return row.operator, [
             self.params, self.grads, states, self.scales, self.levels, self.grids, self.copies, self.row_sums,
             self.totals, torch.tensor(step) if row.counts else None, torch.tensor(lr), torch.tensor(eps), alpha,
-            row.numbers_of(options), direction, clamp, maximize, skip,
+            row.numbers_of(options), direction, clamp, maximize, skip, self.kept or None, self.firsts or None,
+            self.coefficients[0] if self.coefficients else None, ste_clip,
         ]  # fmt: skip
 
 
@@ -438,6 +476,52 @@ def test_storage_types(triton, dtype, copy, rule):
     check_step(triton, problem, rule, clamp=True, weight_decay=0.01)
 
 
+WHOLE_SHAPES = [(3, 256), (2, 1024), (1, 2304), (5, 512)]  # rows of whole segments, tiles of one row and of several
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("eps", [0.3, 1.0])
+def test_rows_of_whole_segments(triton, rule, eps):
+    """Alone, and in a list whose other rows are not."""
+    for shapes in (WHOLE_SHAPES, [*WHOLE_SHAPES, (3, 129)]):
+        check_step(triton, Problem(shapes, ["uniform4"] * len(shapes)), rule, eps=eps, clamp=eps < 1, weight_decay=0.01)
+
+
+@pytest.mark.parametrize("copy", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_copies_of_levels(triton, dtype, copy):
+    problem = Problem([(3, 129), (8, 256), (4, 40)], ["uniform4", "uniform4", "binary"], dtype, copy)
+    problem.params[0][1, 7] = float("nan")
+    check_step(triton, problem, "sgd", clamp=True)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(maximize=True, clamp=True), dict(skip=True, direction=True, eps=1.0)],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_straight_through_clip_in_the_step(triton, dtype, rule, options):
+    """What ``ste_clip_`` and then the step give, the sums of the step too; weights on the ends are inside."""
+    problem = Problem([(3, 129), (8, 256)], ["uniform4", "uniform4"], dtype)
+    for p, s in zip(problem.params, problem.scales, strict=True):
+        p.copy_(p * 4)
+        p[0, :3] = torch.tensor([-8.0, 7.0, float("nan")]) * s[0]
+    problem.grads[0][1, 3] = float("nan")
+    check_step(triton, problem, rule, ste_clip=True, **options)
+
+
+@pytest.mark.parametrize("coefficients", [None, (0.3, 0.5), (0.0, 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sharpness_aware_descent(triton, dtype, coefficients):
+    """From the kept weights, with the mean of both gradients; some tensors of the list are as in a usual step."""
+    problem = Problem([(3, 129), (8, 256), (4, 40)], ["uniform4"] * 3, dtype, torch.bfloat16)
+    absent = torch.empty(0, dtype=dtype)
+    problem.kept = [p * 0.9 for p in problem.params[:2]] + [absent]
+    if coefficients is not None:
+        problem.firsts = [absent, problem.grads[1].flip(0), absent]
+        problem.coefficients = [torch.tensor(coefficients)]
+    check_step(triton, problem, "sgd", clamp=True, weight_decay=0.01)
+
+
 @pytest.mark.parametrize("options", [dict(eps=1.0), dict(lr=0.0, direction=True)], ids=str)
 def test_ends_of_the_schedules(triton, options):
     check_step(triton, Problem([(3, 129), (8, 64)], ["uniform4", "binary"]), "sgd", clamp=True, **options)
@@ -533,6 +617,76 @@ def test_errors(interpreter):
     problem.row_sums[0] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="row_sums: expected 9 elements"):
         triton(*problem.step())
+
+
+BROKEN = {  # what is wrong with a step: the error, and what it says
+    "lr": (ValueError, "lr: expected a 0-dim"), "eps": (ValueError, "eps: expected a 0-dim"),
+    "step": (ValueError, "step: expected a 0-dim"), "numbers": (TypeError, "argument"),
+    "kept": (ValueError, "kept: expected 40 elements"), "firsts": (ValueError, "coefficients: expected float32"),
+    "coefficients": (ValueError, "coefficients: expected float32"), "totals": (ValueError, "totals: expected 6"),
+    "clip": (ValueError, "ste_clip: expected no kept weights"), "copies": (TypeError, "dequantized: expected float32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_step_that_fails_writes_nothing(interpreter, what):
+    """Whatever is wrong with the last tensor of a list, or with a number: every argument is as it was."""
+    problem = Problem([(3, 129), (0, 4), (1, 40)], ["uniform4"] * 3)
+    problem.kept = [p * 2 for p in problem.params]
+    problem.firsts, problem.coefficients = [g * 2 for g in problem.grads], [torch.ones(2)]
+    clip, rule = what == "clip", "adamw" if what == "step" else "sgd"
+    if what == "kept":
+        problem.kept[2] = torch.ones(1, 39)
+    elif what == "firsts":
+        problem.coefficients = []
+    elif what == "coefficients":
+        problem.coefficients = [torch.ones(3)]
+    elif what == "totals":
+        problem.totals[2] = torch.ones(5, dtype=torch.float64)
+    elif what == "copies":
+        problem.copies[2] = torch.ones(1, 40, dtype=torch.uint8)
+    name, args = problem.step(rule, ste_clip=clip)
+    for key, place, value in (("lr", 10, torch.ones(2)), ("eps", 11, torch.ones(2)), ("step", 9, None),
+                              ("numbers", 13, [0.9])):  # fmt: skip
+        if what == key:
+            args[place] = value
+    before = [t.clone() for a in args if isinstance(a, list) for t in a if isinstance(t, torch.Tensor)]
+    answer, after = interpreter("TRY", [name, args], 0, False)
+    assert isinstance(answer, BROKEN[what][0]) and BROKEN[what][1] in str(answer), answer
+    kept = [t for a in after if isinstance(a, list) for t in a if isinstance(t, torch.Tensor)]
+    for old, new in zip(before, kept, strict=True):
+        assert_same(new, old, what)
+
+
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_levels(triton, dtype, held):
+    """Levels and scales bit for bit, but for the scale's last bit where torch divides by a number on a GPU."""
+    top, free = contract.LEVEL_TYPES[held], held != torch.int8
+    grids = [(NONE, [0, 0, 0], top) if free else (NONE, [1, -127, 127], top), (*GRIDS["uniform4"], 7.0)]
+    for shape in [(1, 1), (7, 129), (3, 4096), (2, 5000), (0, 5), (3, 0)]:
+        x = weights(shape, dtype)
+        if shape[0] > 2 and shape[1]:
+            x[1], x[2] = 0, x[2].nan_to_num(0, 0, 0) * 2.0**-10
+        for levels, grid, c_max in grids:
+            q, s = triton.token_levels(x, levels, grid, c_max, held)
+            wanted, scale = reference.token_levels(x, levels, grid, c_max, held)
+            assert_same(s, scale, shape)
+            assert_same(q.float() + 0.0, wanted.float() + 0.0, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [torch.int32, torch.float32])
+def test_scaled_sums(triton, kind, dtype):
+    for number, (rows, cols) in enumerate([(1, 1), (5, 7), (40, 129), (3, 3000), (0, 4), (3, 0)]):
+        sums, token = (torch.randn(rows, cols) * 3e4).to(kind), torch.rand(rows) + 0.1
+        scale = torch.rand(cols if number % 2 else 1) + 0.1
+        bias = torch.randn(cols).to(dtype) if number % 3 else None
+        got = triton.scaled_sums(sums, token, scale, bias, dtype)
+        assert_same(got + 0.0, reference.scaled_sums(sums, token, scale, bias, dtype) + 0.0, (rows, cols))
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
