@@ -219,6 +219,13 @@ def operator(name: str, like: torch.Tensor) -> Callable:
     return _operators[name]
 
 
+def compiled_for(like: torch.Tensor) -> bool:
+    """Whether the compiled operators run for tensors such as ``like``: built for its device, nothing else forced."""
+    if _C is None or _forced not in (None, "cpp") or like.dtype == torch.float64:
+        return False
+    return like.is_cpu or (like.is_cuda and has_cuda_kernels() and not _gpu_stand_in(like.get_device(), _forced))
+
+
 def _gpu_stand_in(index: int, forced: str | None) -> str:
     """The backend for GPU ``index``, which is asked once, where torch.ops would run code for other architectures."""
     found = _stand_ins.get((index, forced))

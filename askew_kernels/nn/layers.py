@@ -269,7 +269,7 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale, view = self._functional_scale(weight), self.form.view  # of a view, the inverse is its view
-        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.ste_clip))
+        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.clips_in_backward))
 
     def _eager_weight(self, dtype: torch.dtype) -> Tensor:
         """s Q(w/s), differentiable: the quantizer's own copy."""
@@ -278,7 +278,7 @@ class QuantizedLayer(nn.Module):
         quantized, inside = quantizer.copy_and_inside(weight, dtype)
         if not torch.is_grad_enabled():
             return quantized
-        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
+        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
         return _StraightThrough.apply(weight, quantized, clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class QuantizedLayer(nn.Module):
         weight: Any = self._parameters["weight"]
         quantizer = self.quantizer
         levels, inside = quantizer.copy_and_inside(weight, dtype)
-        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
+        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
         return _StraightThrough.apply(weight, weight, clip), levels, quantizer.scale
 
     def _functional_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

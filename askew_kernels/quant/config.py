@@ -15,6 +15,7 @@ from .grids import Grid, Uniform, as_flag, grid_from_dict
 from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, check_scale_dtype, default_rule, num_rows
 
 LEVEL_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # forwards that multiply levels, and how they hold them
+IN_STEP = "step"  # of ``ste_clip``
 FORWARDS = ("hard", "relaxed", *LEVEL_TYPES)
 SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
@@ -29,7 +30,11 @@ class QuantConfig:
     the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
     multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
     (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
-    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
+    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
+    True (default) in each backward, ``"step"`` in the optimizer's own pass, which zeroes the sum of a step's gradients
+    (12 bytes a weight less to move; by the scale that the step starts from, which is the forward's once it is frozen;
+    a gradient that is read before the step, as for its norm, is not zeroed yet; for ``ASkewSGD`` and its like, not with
+    ``forward="relaxed"``), False never.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
     be any number that these hold.
@@ -45,7 +50,7 @@ class QuantConfig:
     group_size: int | None = None
     forward: str = "hard"
     sawb_coefficients: tuple[float, float] | None = None
-    ste_clip: bool = True
+    ste_clip: bool | str = True
     activation: Grid | None = None
     scale_dtype: str = "float32"
 
@@ -58,7 +63,13 @@ class QuantConfig:
             raise ValueError(f"forward: expected one of {', '.join(FORWARDS)}, got {self.forward!r}")
         if isinstance(self.group_size, numbers.Integral) and not isinstance(self.group_size, bool):
             object.__setattr__(self, "group_size", int(self.group_size))  # NumPy's, too
-        object.__setattr__(self, "ste_clip", as_flag("ste_clip", self.ste_clip))
+        if isinstance(self.ste_clip, str) and self.ste_clip != IN_STEP:
+            raise ValueError(f"ste_clip: expected True, False or {IN_STEP!r}, got {self.ste_clip!r}")
+        if not isinstance(self.ste_clip, str):
+            object.__setattr__(self, "ste_clip", as_flag("ste_clip", self.ste_clip))
+        elif self.forward == "relaxed":
+            raise ValueError("ste_clip: 'step' takes the place of the clip in the backward of a quantized forward, "
+                             "which forward='relaxed' has not; expected True or False")  # fmt: skip
         object.__setattr__(self, "sawb_coefficients", check_coefficients(self.sawb_coefficients))
         if self.scale is None:
             object.__setattr__(self, "scale", default_rule(self.weight, self.sawb_coefficients))
@@ -69,6 +80,16 @@ class QuantConfig:
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
             self._check_levels(self.level_dtype)
+
+    @property
+    def clips_in_backward(self) -> bool:
+        """Whether the backward itself zeroes the gradient outside the hull."""
+        return self.ste_clip is True
+
+    @property
+    def clips_in_step(self) -> bool:
+        """Whether that is left to the optimizer's pass."""
+        return self.ste_clip == IN_STEP
 
     @property
     def level_dtype(self) -> torch.dtype | None:

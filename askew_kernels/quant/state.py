@@ -33,7 +33,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -41,7 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
-from .scales import SUM_RULES, RowTable, compute_scale, num_rows, round_scale, scale_from_sums, scale_in_numpy
+from .scales import SUM_RULES, compute_scale, num_rows, round_scale, rule_code
 from .sharding import is_sharded, local_part, own_rows, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
@@ -49,17 +48,29 @@ LOCK = threading.RLock()  # what is kept is made by one thread; those that find 
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
+class Changes:
+    """Counts whatever changes any quantizer's state, or may have changed any weight, outside an update pass and without
+    a version that tells it: while ``count`` stays, versions and addresses tell the rest."""
+
+    count = 0
+
+
+def _used_data(weight: Tensor) -> None:
+    weight.__dict__["_data_uses"] = weight.__dict__.get("_data_uses", 0) + 1
+    Changes.count += 1
+
+
 class QuantizedParameter(nn.Parameter):
     """An nn.Parameter that notices when ``.data`` is handed out, because writes through it are not counted by torch."""
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        _used_data(self)
         return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        _used_data(self)
         torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def detach(self) -> Tensor:
@@ -92,7 +103,16 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
             continue
         for p in group["params"]:
             if isinstance(p, QuantizedParameter):
-                p.__dict__["_data_uses"] = p.__dict__.get("_data_uses", 0) + 1
+                _used_data(p)
+                quantizer = WeightQuantizer.of(p)
+                if quantizer is not None and quantizer.config.clips_in_step and not quantizer.told:
+                    quantizer.told = True
+                    warnings.warn(
+                        f"{type(optimizer).__name__}: a weight of shape {tuple(p.shape)} has ste_clip='step', so that "
+                        "its gradient outside the hull is left to an ASkew optimizer's pass, and this optimizer does "
+                        "not zero it; use ste_clip=True with it (or give the group its grid, by ak.param_groups)",
+                        UserWarning, stacklevel=4,
+                    )  # fmt: skip
 
 
 register_optimizer_step_post_hook(_note_step)
@@ -101,14 +121,26 @@ register_optimizer_step_post_hook(_note_step)
 class Known(NamedTuple):
     """What is known of a weight and its scale while both are what ``stamp`` says; replaced whole.
 
-    ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside the hull; ``fresh``: the
-    types of the copies that hold s Q(w/s).
+    ``versions[place]``: the weight's version, in a list that the weights of a launch share: the update pass moves all
+    of them and nothing else. ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside
+    the hull; ``fresh``: the types of the copies that hold s Q(w/s); ``scaled``: the scale is what its rule says of the
+    weight.
     """
 
     stamp: tuple[Any, ...]
+    versions: list[Any]
+    place: int = 0
     sums: bool = False
     inside: bool = False
     fresh: frozenset[torch.dtype] = frozenset()
+    scaled: bool = False
+
+
+def _version(weight: Tensor) -> Any:
+    try:
+        return weight._version
+    except RuntimeError:  # inference tensors have none
+        return object()
 
 
 class WeightQuantizer:
@@ -126,6 +158,7 @@ class WeightQuantizer:
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
+        self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
@@ -135,6 +168,7 @@ class WeightQuantizer:
         if type(weight) is nn.Parameter:
             weight.__class__ = QuantizedParameter
         weight._askew_quantizer = self  # type: ignore[attr-defined]
+        Changes.count += 1
         if self.form.transposed and not self.form.view(weight).is_contiguous():
             weight.data = self.form.laid_out(weight.data)
         self.allocate(weight)
@@ -142,6 +176,7 @@ class WeightQuantizer:
     def untie(self, weight: nn.Parameter) -> None:
         """Undoes ``tie``."""
         if WeightQuantizer.of(weight) is self:
+            Changes.count += 1
             del weight._askew_quantizer  # type: ignore[attr-defined]
             if type(weight) is QuantizedParameter:
                 weight.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -201,28 +236,38 @@ class WeightQuantizer:
             self.frozen = float(self.flag) > FOLLOWS
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
-        """Changes whenever the weight's content, or that of the three tensors, may have changed; equal to none where
-        that cannot be told."""
+        """With the weight's version it changes whenever the weight's content, or that of the three tensors, may have
+        changed; equal to none where that cannot be told."""
         try:
             return (
-                self.scale._version, self.flag._version, self.row_sums._version, weight._version, weight.data_ptr(),
-                weight.dtype, weight.__dict__.get("_data_uses", 0),
+                self.scale._version, self.flag._version, self.row_sums._version, weight.data_ptr(), weight.dtype,
+                weight.__dict__.get("_data_uses", 0),
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
 
+    def _changed(self) -> None:
+        self.revision += 1
+        Changes.count += 1
+
     def _know(self, weight: Tensor, *known: Any) -> Known:
-        """``known``: sums, inside, fresh."""
-        self._known = now = Known(self._stamp(weight), *known)
+        """``known``: sums, inside, fresh, scaled."""
+        Changes.count += 1
+        self._known = now = Known(self._stamp(weight), [_version(weight)], 0, *known)
         return now
+
+    def _still(self, known: Known | None, weight: Tensor) -> bool:
+        """Whether what is known holds for the weight as it stands."""
+        return (known is not None and known.versions[known.place] == _version(weight)
+                and known.stamp == self._stamp(weight))  # fmt: skip
 
     def settle(self, weight: Tensor) -> Known:
         """What is known of the weight as it stands, after the scale was brought up to date where it has to be."""
         self.allocate(weight)
         known = self._known
-        if known is not None and known.stamp == self._stamp(weight):
-            return known
-        self.revision += 1
+        if self._still(known, weight):
+            return known  # type: ignore[return-value]
+        self._changed()
         self.fit(weight)
         if weight.is_meta:
             return self._know(weight)
@@ -233,9 +278,10 @@ class WeightQuantizer:
         if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
-        if not (torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))):
+        kept = torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))
+        if not kept:
             self.write(scale=self._rule_scale(weight), sums=now)
-        return self._know(weight, True)
+        return self._know(weight, True, False, frozenset(), not kept)
 
     # ---- scale ----
 
@@ -276,7 +322,7 @@ class WeightQuantizer:
             next_scales([self], [weight])
             if is_sharded(weight):
                 share_rows([self], [weight])
-        self.revision += 1
+        self._changed()
         self.write(frozen=FROZEN)
         self._know(weight)
 
@@ -290,7 +336,7 @@ class WeightQuantizer:
         """A given scale, rounded as the config's ``scale_dtype`` asks for."""
         self.settle(weight)
         scale = round_scale(self._given(weight, scale).float(), self.config.scale_dtype)
-        self.revision += 1
+        self._changed()
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
         self.write(scale=scale, sums=None if unseen else self._sums(weight))
         self._know(weight, not unseen)
@@ -309,7 +355,7 @@ class WeightQuantizer:
 
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
-        self.revision += 1
+        self._changed()
         self._known = None
 
     # ---- copies ----
@@ -322,18 +368,18 @@ class WeightQuantizer:
             known = self.settle(weight)
             if dtype != self.copy_dtype:
                 self.copy_dtype = dtype
-                self.revision += 1
+                self._changed()
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
                 view = self.form.view
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
-                self._know(weight, known.sums, known.inside, known.fresh | {dtype})
+                self._know(weight, known.sums, known.inside, known.fresh | {dtype}, known.scaled)
             return copy
 
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
-        if known and dtype in known.fresh and dtype is self.copy_dtype and known.stamp == self._stamp(weight):
+        if known and dtype in known.fresh and dtype is self.copy_dtype and self._still(known, weight):
             return self._copies[dtype], known.inside
         copy = self.quantized(weight, dtype)
         return copy, self.all_inside(weight)
@@ -341,13 +387,13 @@ class WeightQuantizer:
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
         known = self._known
-        return known is not None and known.inside and known.stamp == self._stamp(weight)
+        return known is not None and known.inside and self._still(known, weight)
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
             copy = self._copies[dtype] = self.form.like(weight, dtype)
-            self.revision += 1
+            self._changed()
         return copy
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
@@ -362,7 +408,7 @@ class WeightQuantizer:
 
     @property
     def rule(self) -> tuple[Any, ...]:
-        """Weights with the same rule can have their scales computed together."""
+        """What a scale follows from beside the weight."""
         c = self.config
         return c.weight, c.scale, c.sawb_coefficients, c.scale_dtype
 
@@ -374,12 +420,14 @@ class WeightQuantizer:
         """Nothing but the update pass has touched weight and scale since its last run."""
         known = self._known
         follows = known is not None and known.sums and self.config.scale in SUM_RULES
-        return known is not None and (self.frozen or follows) and known.stamp == self._stamp(weight)
+        return (self.frozen or follows) and self._still(known, weight)
 
-    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
-        """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
+    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool, versions: list[Any],
+                place: int) -> None:  # fmt: skip
+        """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now,
+        and after the same pass once more, which only has to move ``versions`` (see ``Known``)."""
         fresh = frozenset({self.copy_dtype}) if copy_written and self.copy_dtype is not None else frozenset()
-        self._know(weight, sums_written, clamped, fresh)
+        self._known = Known(self._stamp(weight), versions, place, sums_written, clamped, fresh)
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
 
@@ -433,7 +481,7 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
     """What an update step starts from, for each weight: its frozen scale, or the rule applied to it as it stands.
 
-    Weights whose sums the previous step left behind cost no pass; those with one rule are computed together.
+    Weights whose sums the previous step left behind cost no pass; their scales are computed together.
     """
     together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
     for q, w in zip(quantizers, weights, strict=True):
@@ -445,9 +493,9 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
             q.write(FOLLOWS)
             q.scale[own] = q._rule_scale(local_part(w))
         elif known.sums and q.batches(w):
-            together.setdefault((w.device, *q.rule), []).append((q, w))
+            together.setdefault(w.device, []).append((q, w))
         else:
-            q.write(FOLLOWS, q._rule_scale(w), q._sums(w))
+            q.write(FOLLOWS, *(() if known.scaled else (q._rule_scale(w), q._sums(w))))
         q._know(w, not is_sharded(w))  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
@@ -475,33 +523,16 @@ def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor])
 
 
 class ScaleBatch:
-    """The scales of weights with one grid and rule on one device, from the sums that an update pass left behind."""
+    """The scales of weights on one device, each by its rule, from the sums that an update left behind: one launch."""
 
     def __init__(self, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
-        self.quantizers = quantizers
-        self.rows = [q.rows(w) for q, w in zip(quantizers, weights, strict=True)]
-        cols = [w.numel() // n for n, w in zip(self.rows, weights, strict=True)]
-        self.cols: Any = cols[0] if len(set(cols)) == 1 else np.repeat(np.array(cols, np.float64), self.rows)
-        # on the CPU arrays of the quantizers' own memory: a dozen small operations of torch would cost more than a step
-        self.arrays = all(ops.concrete(q.row_sums) for q in quantizers)
-        if self.arrays:
-            self.sums = [q.row_sums.numpy() for q in quantizers]
-            self.scales = [q.scale.numpy() for q in quantizers]
-        else:
-            if isinstance(self.cols, np.ndarray):
-                self.cols = torch.from_numpy(self.cols).to(weights[0].device)
-            self.table = RowTable(self.rows, weights[0].device)
+        self.scales, self.sums = [q.scale for q in quantizers], [q.row_sums for q in quantizers]
+        self.rules: list[int] = []
+        self.numbers: list[float] = []
+        for q, w in zip(quantizers, weights, strict=True):
+            code = rule_code(*q.rule)
+            self.rules += [*code.rule, w.numel() // len(q.scale)]
+            self.numbers += code.numbers
 
     def update(self) -> None:
-        grid, rule, coefficients, dtype = self.quantizers[0].rule
-        if self.arrays:
-            joined = np.concatenate(self.sums) if len(self.sums) > 1 else self.sums[0]
-            found, start = scale_in_numpy(joined, self.cols, grid, rule, coefficients, self.rows, dtype), 0
-            for scale in self.scales:
-                scale[:] = found[start : start + len(scale)]
-                start += len(scale)
-            return
-        sums = [q.row_sums for q in self.quantizers]
-        together = torch.cat(sums) if len(sums) > 1 else sums[0]
-        scales = scale_from_sums(together, self.cols, grid, rule, coefficients, self.table, dtype)
-        torch._foreach_copy_([q.scale for q in self.quantizers], list(scales.split(self.rows)))
+        ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers)

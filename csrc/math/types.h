@@ -105,6 +105,26 @@ struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of on
   int type;
 };
 
+constexpr int kInt32 = 5;  // of sums of products of levels, beside the storage types
+struct TokenArg {  // rows of inputs as levels of a byte: q = Q(x / scale), scale = max |x| / top
+  const void* x;
+  void* q;
+  float* scale;  // (rows,); NaN where the row is not finite, 1 where it is zero
+  GridArg grid;  // kFloat: all numbers that kFloat8 holds
+  float top;
+  int type, levels_type;
+  Matrix m;
+};
+struct SumsArg {  // y = sums token_scale[row] scale[col] + bias[col]
+  const void* sums;
+  const float *token_scale, *scale;
+  const void* bias;  // may be null
+  void* y;
+  int sums_type, bias_type, y_type;  // sums: kInt32, kFloat32, or levels
+  bool each;                         // a scale for each column, else one
+  Matrix m;
+};
+
 enum SamPass : int {
   kSamNorm,     // sum (T g)^2
   kSamPerturb,  // kept = w, w += (c T^2 - a) g
@@ -135,6 +155,31 @@ struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
   bool clip, learned;
   double lsq[kMostCandidates];  // what LSQ multiplies the gradient of the scales by: 1 / sqrt(cols top level)
 };
+
+// Rules of scales. kGiven: the scale is there already, and only the rows of zeros are left.
+enum ScaleRule : int { kAbsmax = 0, kSawb = 1, kMean = 2, kRms = 3, kGiven = 4 };
+// What scales are rounded to.
+enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3 };
+
+struct ScaleTensor {  // the scales of one tensor from the sums of its rows
+  const float* sums;  // (rows, kRowSums)
+  float* scale;       // (rows,)
+  int64_t rows;
+  double cols, c_max, first, second;  // c_max: what absmax maps the largest weight to; two factors of the rule
+  int rule, type;
+};
+
+struct MseArg {  // per row, of kScaleCandidates parts of absmax's scale the one with the least squared error
+  const void* w;
+  const float* sums;  // (rows, kRowSums) of w
+  Matrix m;
+  GridArg grid;
+  double c_max;
+  int type, scale_type;  // of w; of the scales
+};
+// Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod kErrorLanes,
+// then the lanes by halves, then the pieces, in float64.
+constexpr int kScaleCandidates = 100, kErrorLanes = 8;
 
 // How far a sum goes before it is added to others, which decides its bits: columns of a row on the CPU (a multiple of
 // its loops' band), 16-byte vectors of a CUDA thread.

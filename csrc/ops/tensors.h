@@ -125,4 +125,10 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
 }
 
+// Uninitialised bytes on the CPU, whatever the device of `like`.
+inline Tensor on_host(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, ScalarType::Byte, std::nullopt,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
 }  // namespace askew

@@ -5,7 +5,9 @@
 #include "../../csrc/cuda/packed.cu"
 #include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
+#include "../../csrc/cuda/scales.cu"
 #include "../../csrc/cuda/update.cu"
+#include "../../csrc/cuda/lowbit.cu"
 
 using namespace askew;
 
@@ -59,6 +61,14 @@ int emulated_sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum
 int emulated_sam(int pass, const SamTensor* tensors, size_t n, float eta, const float* coefficients) {
   return cuda::sam((SamPass)pass, tensors, n, eta, coefficients, nullptr);
 }
+int emulated_scales(const ScaleTensor* tensors, size_t n) {
+  auto scratch = poisoned(cuda::scales_scratch(tensors, n));
+  return cuda::scales(tensors, n, scratch.data(), nullptr);
+}
+int emulated_mse_scales(const MseArg* a, float* scale) {
+  auto scratch = poisoned(cuda::mse_scales_scratch(*a));
+  return cuda::mse_scales(*a, scale, scratch.data(), nullptr);
+}
 int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
   return cuda::packed_dequantize(*w, out, type, nullptr);
 }
@@ -70,6 +80,8 @@ int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_s
   auto scratch = poisoned(cuda::mix_gradient_scratch(*m, g, out));
   return cuda::mix_gradient(*m, g, out, to_strengths, to_scales, scratch.data(), nullptr);
 }
+int emulated_token_levels(const TokenArg* a) { return cuda::token_levels(*a, nullptr); }
+int emulated_scaled_sums(const SumsArg* a) { return cuda::scaled_sums(*a, nullptr); }
 // Division by a scale as the kernels do it, for comparison with the exact quotient.
 void emulated_divide(const float* a, const float* b, float* quotient, int64_t n) {
   for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide(a[i], cuda::divisor(b[i]));
