@@ -12,7 +12,7 @@ from .. import reference
 from ..contract import LEVEL_TYPES
 from . import launch
 from .launch import load_wide
-from .math import EXACT, FLOAT, INTERPRETED, clamp_between, divide, hull, narrow, narrow_level, nearest
+from .math import EXACT, FLOAT, INTERPRETED, clamp_between, divide, hull, narrow, narrow_level, nearest, widen_e4m3
 
 __all__ = ["scaled_sums", "token_levels"]
 
@@ -84,13 +84,17 @@ def scaled_sums_kernel(
     sums_ptr, token_ptr, scale_ptr, bias_ptr, y_ptr, rows, cols, PER_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """y = (sums s_x) s_w + b of a tile of R rows and C columns."""
+    """y = (sums s_x) s_w + b of a tile of R rows and C columns; sums may be levels, of float8 the bits."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     there = column < cols
     valid = (row < rows)[:, None] & there[None, :]
     at = row[:, None] * cols + column[None, :]
-    y = tl.load(sums_ptr + at, mask=valid, other=0).to(tl.float32)
+    y = tl.load(sums_ptr + at, mask=valid, other=0)
+    if y.dtype == tl.uint8:
+        y = widen_e4m3(y)
+    else:
+        y = y.to(tl.float32)
     y = y * tl.load(token_ptr + row, mask=row < rows, other=1.0)[:, None]
     if PER_COLUMN:
         y = y * tl.load(scale_ptr + column, mask=there, other=1.0)[None, :]
@@ -126,7 +130,7 @@ def token_levels(x, levels, grid, top, dtype):
 
 def scaled_sums(sums, token_scale, scale, bias, dtype):
     """y = (sums s_x) s_w + b, rounded once to ``dtype``; see ``ops.scaled_sums``."""
-    if dtype not in launch.STORAGE or sums.dtype not in (torch.int32, torch.float32):
+    if dtype not in launch.STORAGE or sums.dtype not in (torch.int32, torch.float32, *LEVEL_TYPES):
         return reference.scaled_sums(sums, token_scale, scale, bias, dtype)
     rows, cols = sums.shape
     launch.check_dense(sums, "sums")
@@ -141,11 +145,12 @@ def scaled_sums(sums, token_scale, scale, bias, dtype):
     y = sums.new_empty(sums.shape, dtype=dtype)
     if sums.numel() == 0:
         return y
+    bits = sums.view(torch.uint8) if sums.dtype == torch.float8_e4m3fn else sums
     width = min(triton.next_power_of_2(cols), TILE // 4)
     height = TILE // 4 // width
     with launch.on_device(sums):
         scaled_sums_kernel[(triton.cdiv(rows, height), triton.cdiv(cols, width))](
-            sums, token_scale, scale, scale if bias is None else bias, y, rows, cols, PER_COLUMN=scale.numel() > 1,
+            bits, token_scale, scale, scale if bias is None else bias, y, rows, cols, PER_COLUMN=scale.numel() > 1,
             HAS_BIAS=bias is not None, R=height, C=width, num_warps=4, **EXACT,
         )  # fmt: skip
     return y

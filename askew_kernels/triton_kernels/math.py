@@ -98,6 +98,14 @@ def narrow_e4m3(x):
 
 
 @triton.jit
+def widen_e4m3(code):
+    """The bits of e4m3fn as float32: in the place of float32's they count 2^120 less."""
+    code = code.to(tl.uint32)
+    x = (((code & 0x80) << 24) | ((code & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), x)
+
+
+@triton.jit
 def narrow_level(c, DTYPE: tl.constexpr):
     """A level, or any number, in a type of levels (``LEVELS``); int8 has 0 in NaN's place and takes integers."""
     if DTYPE == tl.int8:
