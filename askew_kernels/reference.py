@@ -242,6 +242,103 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
     return torch.stack([a.sum(1), (a * a).sum(1), a.amax(1)], dim=1).float()
 
 
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+_FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
+
+
+def round_scale(scale: Tensor, scale_type: int) -> Tensor:
+    """The nearest scales of a type, float32: ties to even, powers of two by the smaller ratio; the type's ends beyond
+    its range."""
+    name = contract.SCALE_TYPES[scale_type]
+    if name == "float32":
+        return scale
+    low, high = contract.SCALE_RANGES[name]
+    scale = scale.clamp(low, high)
+    if name == "float8_e8m0fnu":
+        mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
+        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa < math.sqrt(0.5)).to(exponent.dtype))
+    return scale.to(getattr(torch, name)).float().clamp(low, high)
+
+
+def _guarded(scale: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """(scales not below the floor; whether they serve): not in a row that is zero or not finite, or whose scale no
+    float32 holds."""
+    scale = torch.maximum(scale, contract.SCALE_FLOOR * peak.clamp(min=1.0))
+    usable = (peak > 0) & peak.isfinite() & (scale > 0) & (scale < _FLOAT32_END)
+    return torch.where(usable, scale, torch.ones_like(scale)), usable
+
+
+def rule_scales(
+    sums: Tensor, rule: int, scale_type: int, cols: int, c_max: float, first: float, second: float,
+    given: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The scales (rows,) of a tensor from its row sums, float32; ``given``: those of rule GIVEN.
+
+    Rows without a scale: zeros take the lower median of the others' scales, the rest 1."""
+    sums = sums.double()
+    total, squares, peak = (sums[..., i] for i in (contract.SUM_ABS, contract.SUM_SQUARES, contract.MAX_ABS))
+    count, highest = torch.full_like(peak, cols), torch.full_like(peak, c_max)  # a GPU multiplies by 1 / number
+    top = peak / highest
+    scale = top
+    if rule == contract.SAWB:
+        clip = first * _sqrt(squares / count) - second * total / count
+        scale = torch.where(clip > 0, clip / highest, top)
+    elif rule == contract.MEAN:
+        scale = first * total / count
+    elif rule == contract.RMS:
+        scale = torch.minimum(first * _sqrt(squares / count), top)
+    scale = torch.where(scale.isfinite(), scale, top)  # a sum may overflow where max |w| does not
+    guarded, usable = _guarded(scale, peak)
+    found = guarded.float() if given is None else torch.where(usable, given, torch.ones_like(given))
+    if not peak.shape[-1]:
+        return found
+    median = torch.where(usable, found, torch.full_like(found, math.nan)).nanmedian(-1, keepdim=True).values
+    return round_scale(torch.where((peak == 0) & ~median.isnan(), median, found), scale_type)
+
+
+def scales_from_sums_(scales: list[Tensor], row_sums: list[Tensor], rules: list[int], numbers: list[float]) -> None:
+    for i, (scale, sums) in enumerate(zip(scales, row_sums, strict=True)):
+        rule, scale_type, cols = rules[3 * i : 3 * i + 3]
+        given = scale if rule == contract.GIVEN else None
+        c_max, first, second = numbers[3 * i : 3 * i + 3]
+        scale.copy_(rule_scales(sums.reshape(-1, 3), rule, scale_type, cols, c_max, first, second, given))
+
+
+def _added(terms: Tensor) -> Tensor:
+    """The sum over the last dimension but one, one term after the other (on a CPU; a GPU's has an order of its own)."""
+    return terms.cumsum(-2)[..., -1, :]
+
+
+def squared_error(difference: Tensor) -> Tensor:
+    """(rows,) float64 sums of squares of (rows, cols) float32, in the order of the kernels: pieces of SUM_COLUMNS, in
+    ERROR_LANES lanes, which are added by halves."""
+    rows, cols = difference.shape
+    lanes, piece = contract.ERROR_LANES, min(contract.SUM_COLUMNS, -(-cols // contract.ERROR_LANES) * 8)
+    squares = torch.nn.functional.pad(difference.double().square(), (0, -cols % piece))
+    sums = _added(squares.reshape(rows, -1, piece // lanes, lanes))
+    while (half := sums.shape[-1] // 2) > 0:
+        sums = sums[..., :half] + sums[..., half:]
+    return _added(sums)[..., 0]
+
+
+def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
+    rows = len(row_sums)
+    matrix, peak = w.detach().reshape(rows, w.numel() // max(rows, 1)).float(), row_sums[:, contract.MAX_ABS].double()
+    top = _guarded(peak / torch.full_like(peak, c_max), peak)[0].float().double()
+    best, chosen = torch.full_like(peak, math.inf), round_scale(top.float(), scale_type)
+    if not matrix.numel():
+        return chosen
+    for j in range(1, contract.SCALE_CANDIDATES + 1):
+        scale = round_scale(_guarded(top * (j / contract.SCALE_CANDIDATES), peak)[0].float(), scale_type)
+        s = scale[:, None]
+        error = squared_error(matrix - s * nearest(matrix / s, levels, grid))
+        better = error < best
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
+    return chosen
+
+
 # ---- the update -------------------------------------------------------------------------------------------------
 
 

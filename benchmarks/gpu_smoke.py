@@ -77,6 +77,14 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         yield "ste_clip_", [grad, w, scale, levels, code]
         yield "project_interval_", [w, scale, levels, code, torch.tensor(0.3)]
         yield "row_sums", [w, rows]
+        sums = reference.row_sums(w, rows)
+        sums[1] = 0
+        listed = [scale, torch.ones(rows), scale.clone()], [sums, sums, sums]
+        yield (
+            "scales_from_sums_",
+            [*listed, [0, 0, cols, 3, 2, cols, 1, 3, cols], [7.0, 0, 0, 7.0, 2.5, 0, 7.0, 3.0, 2.0]],
+        )
+        yield "mse_scales", [w, sums, levels, code, grid.c_max, 0]
 
         bits = 4 if grid is NF4 else grid.bits
         codes = torch.randint(0, 256, (rows, contract.row_bytes(cols, bits)), generator=g, dtype=torch.uint8)

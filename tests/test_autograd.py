@@ -211,6 +211,8 @@ def calls(x):
         "fake_quantize_out_": (x, ROWS, none, grid, torch.empty_like(x)),
         "ste_clip_": (x.clone(), x, ROWS, none, grid), "project_interval_": (x, ROWS, none, grid, one),
         "row_sums": (x, 4), "sam_norm": ([x], [x], [0], 0.1),
+        "scales_from_sums_": ([x], [torch.ones(24, 3)], [0, 0, 6], [7.0, 0.0, 0.0]),
+        "mse_scales": (x, torch.ones(4, 3), none, grid, 7.0, 0),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
         "sam_perturb_": ([x], [x], [x.clone()], torch.tensor([0.1, 0.0]), [0], 0.1),
@@ -245,7 +247,7 @@ def test_what_is_differentiable():
     assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE, "packed_dequantize_"}
 
 
-@pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in ("row_sums", "sam_norm")])
+@pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in ("row_sums", "sam_norm", "mse_scales")])
 def test_writes_are_counted(name, x):
     """What autograd saved before is known to be stale."""
     arguments = calls(x)[name]

@@ -29,6 +29,9 @@ SHARED = {  # in C++: in Python
     "kRowSums": contract.NUM_ROW_SUMS, "kInfeasible": contract.INFEASIBLE, "kViolation": contract.VIOLATION,
     "kVelocity2": contract.VELOCITY2, "kGradVelocity": contract.GRAD_VELOCITY, "kFlips": contract.FLIPS,
     "kNonfinite": contract.NONFINITE, "kTotals": contract.NUM_TOTALS, "kMostCandidates": contract.MOST_CANDIDATES,
+    "kAbsmax": contract.ABSMAX, "kSawb": contract.SAWB, "kMean": contract.MEAN, "kRms": contract.RMS,
+    "kGiven": contract.GIVEN, "kScaleCandidates": contract.SCALE_CANDIDATES, "kErrorLanes": contract.ERROR_LANES,
+    **dict(zip(("kScaleFloat32", "kScaleBFloat16", "kScaleFloat16", "kScaleE8M0"), range(4), strict=True)),
 }  # fmt: skip
 PACKED = {
     "kTrits": contract.TRITS, "kTritsInByte": len(contract.TRIT_POWERS), "kTopTrits": contract.TRIT_TOP,
@@ -39,7 +42,6 @@ NUMBERS = {contract.TRIT_TOP, 81, contract.INT8_TOP, contract.SUM_COLUMNS, contr
 OTHERS = {
     ("deploy/integers.py", 127): "integers of 8 bits", ("deploy/to_torchao.py", 127): "the type int8 of torchao",
     ("deploy/gguf/blocks.py", 127): "integers of 8 bits, and E8M0's bias", ("quant/exports.py", 127): "a level",
-    ("quant/scales.py", 127): "the largest exponent of powers of two",
     ("deploy/inspect.py", 1.6): "inches of a figure", ("analysis/hessian.py", 1e-12): "a norm that is not divided by",
     ("quant/scales.py", 81): "clipping points", ("tuning/__init__.py", 16384): "elements of a tile, to be tried",
 }  # fmt: skip

@@ -76,6 +76,18 @@ class UpdateTensor(ctypes.Structure):
     ]  # fmt: skip
 
 
+class ScaleTensor(ctypes.Structure):
+    _fields_ = [("sums", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("rows", ctypes.c_int64),
+                *((n, ctypes.c_double) for n in "cols c_max first second".split()), ("rule", ctypes.c_int),
+                ("type", ctypes.c_int)]  # fmt: skip
+
+
+class MseArg(ctypes.Structure):
+    _fields_ = [("w", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
+                ("grid", GridArg), ("c_max", ctypes.c_double), ("type", ctypes.c_int),
+                ("scale_type", ctypes.c_int)]  # fmt: skip
+
+
 class SamTensor(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in "w g kept".split()] + [
         ("type", ctypes.c_int),
@@ -792,3 +804,56 @@ def test_packed_weights(kernels, name, dtype):
                 exact, size = exact + bias.double(), size + bias.double().abs()
             bound = (cols + 3) * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-38
             assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)
+
+
+# ---- scales ----------------------------------------------------------------------------------------------------------
+
+# rows: one block's, a full one's, those of several blocks, nothing
+SCALE_ROWS = [1, 7, 511, 4096, 0, 4097, 6000, 13000]
+
+
+def sums_of(rows, zeros, g):
+    """Row sums, a share of them zero; NaN, inf and sums that have overflown."""
+    sums = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
+    sums[torch.rand(rows, generator=g) < zeros] = 0
+    if rows > 3:
+        inf = math.inf
+        sums[1], sums[-1], sums[-2] = math.nan, inf, torch.tensor([inf, inf, 1e30])
+    return sums
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("repeats", [1, 70])
+def test_scales_of_a_list(kernels, zeros, repeats):
+    """Every rule and type; more tensors than a launch takes. Rows of zeros take the median of their tensor's scales."""
+    g, entries, checks = torch.Generator().manual_seed(repeats), [], []
+    numbers = {contract.ABSMAX: (7, 0, 0), contract.SAWB: (3, 7.509, 6.892), contract.MEAN: (1, 1.5, 0),
+               contract.RMS: (1, 0.4, 0), contract.GIVEN: (7, 0, 0)}  # fmt: skip
+    for i, rows in enumerate(SCALE_ROWS if repeats == 1 else [1, 3, 40, 9, 0, 300, 2, 5] * repeats):
+        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 4
+        sums = sums_of(rows, zeros, g)
+        given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, kind)
+        scale, intact = guarded(given)
+        expected = reference.rule_scales(sums, rule, kind, 37, *arguments, given if rule == contract.GIVEN else None)
+        entries.append(ScaleTensor(sums.data_ptr(), scale.data_ptr(), rows, 37, *arguments, rule, kind))
+        checks.append((scale, intact, expected, (rows, rule, kind), sums))
+    assert not kernels.emulated_scales((ScaleTensor * len(entries))(*entries), ctypes.c_size_t(len(entries)))
+    for scale, intact, expected, case, _ in checks:
+        assert torch.equal(scale, expected) and intact(), case
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_mse_scales(kernels, grid, dtype):
+    g = torch.Generator().manual_seed(1)
+    long = [(1, 16385), (2, 33000)] if grid in ("uniform4", "nf4") and dtype == torch.bfloat16 else []
+    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), *long]):
+        w = torch.randn(rows, cols, generator=g).to(dtype)
+        if rows > 2:
+            w[1], w[2, 0] = 0, math.nan
+        encoding, levels, _ = GRIDS[grid]
+        sums, c_max = reference.row_sums(w, rows), float(reference.hull(levels, encoding)[1])
+        scale, intact = guarded(torch.full((rows,), 99.0))
+        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 4)
+        assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
+        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 4)), (rows, cols)
+        assert intact()

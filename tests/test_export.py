@@ -21,12 +21,13 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels.__main__ import main
+from askew_kernels.contract import SCALE_RANGES
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.export import compare, contents_at, export_packed
 from askew_kernels.deploy.files import PackedFileError
 from askew_kernels.deploy.formats import FORMATS, format_of
 from askew_kernels.quant.exports import TARGETS
-from askew_kernels.quant.scales import SCALE_RANGES, holds_scales, round_scale
+from askew_kernels.quant.scales import holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
 NEEDS = {name: name.replace("-", "_") for name in FORMATS} | {"metal": "transformers"}
@@ -71,7 +72,7 @@ def test_both_ways_to_compute_a_scale_round_alike(rule, scale_dtype):
     exact = ak.quant.compute_scale(w, grid, rule, "per_group", 32)
     assert torch.equal(found, round_scale(exact, scale_dtype))
     sums = ak.ops.row_sums(w, 48)
-    traced = torch.compile(ak.quant.scales.scale_from_sums, backend="eager")  # torch's way, which a GPU takes
+    traced = torch.compile(ak.quant.scales.scale_from_sums, backend="eager")  # the reference's way
     assert torch.equal(traced(sums, 32, grid, rule, scale_dtype=scale_dtype), found)
 
 

@@ -21,8 +21,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import askew_kernels as ak
-from askew_kernels.quant import QuantConfig, activation_scales, compute_scale, default_rule, grid_from_dict, num_rows
-from askew_kernels.quant.scales import RowTable, scale_from_sums
+from askew_kernels import contract, reference
+from askew_kernels.quant import (
+    NF4,
+    QuantConfig,
+    activation_scales,
+    compute_scale,
+    default_rule,
+    grid_from_dict,
+    num_rows,
+)
+from askew_kernels.quant.scales import round_scale, rule_code, scale_from_sums
 
 SAWB = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.68, 12.80), 5: (17.74, 18.64), 8: (31.76, 35.04)}
 
@@ -258,22 +267,101 @@ def test_rows_of_zeros_take_the_median_of_the_others(rule, backend, generator):
     assert compute_scale(torch.zeros(1, 4), Ternary(), rule, "per_tensor").tolist() == [1.0]
 
 
-@pytest.mark.parametrize("rule", ["absmax", "sawb", "mean", "rms"])
-def test_rows_of_several_tensors(rule, generator):
-    """A row of zeros looks at its own tensor's rows; NumPy on the CPU and torch's operators give the same bits."""
-    tensors = [torch.randn(n, 12, generator=generator) * size for n, size in ((4, 1), (3, 100), (2, 1), (1, 1))]
-    tensors[0][1], tensors[1][2], tensors[3][0] = 0, 0, 0
-    tensors[2][:] = 0
-    rows = [len(t) for t in tensors]
-    sums = torch.cat([ak.ops.row_sums(t, len(t)) for t in tensors])
-    want = torch.cat([compute_scale(t, Ternary(), rule) for t in tensors])
-    for cols in (12, torch.full((10,), 12.0, dtype=torch.float64)):
-        for table in (RowTable(rows, "cpu"),):
-            assert torch.equal(scale_from_sums(sums, cols, Ternary(), rule, table=table), want)
-            with FlopCounterMode(display=False):  # a mode: no look at the values, hence torch's operators
-                assert torch.equal(scale_from_sums(sums, cols, Ternary(), rule, table=table), want)
-    with FlopCounterMode(display=False):
-        assert torch.equal(compute_scale(tensors[0], Ternary(), rule), want[:4])
+def rule_cases():
+    """(grid, rule, type of the scales): every rule, every type."""
+    grids = {"absmax": Uniform(4), "sawb": Uniform(3), "mean": Ternary(), "rms": NF4(), "mse": Uniform(4)}
+    return [(grid, rule, scale_dtype) for rule, grid in grids.items() for scale_dtype in contract.SCALE_TYPES]
+
+
+def sums_of(rows, generator):
+    """Sums of rows, some of zeros, some not finite, some whose sum has overflown, some tiny."""
+    sums = torch.rand(rows, 3, generator=generator) * torch.exp2(torch.randn(rows, 1, generator=generator) * 8)
+    sums[torch.rand(rows, generator=generator) < 0.2] = 0
+    for value in (torch.tensor([math.nan] * 3), torch.tensor([math.inf] * 3), torch.tensor([math.inf, math.inf, 1e30]),
+                  torch.tensor([1e-45, 0.0, 1e-45])):  # fmt: skip
+        if rows > 4:
+            sums[int(torch.randint(rows, (1,), generator=generator))] = value
+    return sums
+
+
+def test_scales_of_a_list_are_those_of_its_tensors(backend, generator):
+    """Rules, types and columns may differ; a row of zeros looks at its own tensor. Bits are the reference's."""
+    cases = rule_cases()
+    scales, sums, rules, numbers, want = [], [], [], [], []
+    for i, (grid, rule, scale_dtype) in enumerate(cases):
+        rows, cols = (5, 1, 200, 7, 0, 4500)[i % 6], 3 + i
+        code = rule_code(grid, rule, None, scale_dtype)
+        given = round_scale(torch.rand(rows, generator=generator), scale_dtype)
+        sums.append(sums_of(rows, generator))
+        want.append(reference.rule_scales(sums[-1], *code.rule, cols, *code.numbers, given if rule == "mse" else None))
+        scales.append(given.clone())
+        rules += [*code.rule, cols]
+        numbers += code.numbers
+    before = [s._version for s in scales]
+    ak.ops.run_scales_from_sums(scales, sums, rules, numbers)
+    for scale, expected, case in zip(scales, want, cases, strict=True):
+        assert torch.equal(scale, expected), case
+    assert all(s._version > v for s, v in zip(scales, before, strict=True))
+
+
+@pytest.mark.parametrize(("grid", "rule", "scale_dtype"), rule_cases())
+def test_scales_are_the_formula_in_float64(grid, rule, scale_dtype, generator):
+    """Against NumPy's arithmetic, which is IEEE, too."""
+    sums, cols, code = sums_of(300, generator), 37, rule_code(grid, rule, None, scale_dtype)
+    if rule == "mse":
+        return
+    total, squares, peak = sums.double().numpy().T
+    c_max, first, second = code.numbers
+    with np.errstate(all="ignore"):
+        top = peak / c_max
+        clip = first * np.sqrt(squares / cols) - second * total / cols
+        scale = {"absmax": top, "sawb": np.where(clip > 0, clip / c_max, top), "mean": first * total / cols,
+                 "rms": np.minimum(first * np.sqrt(squares / cols), top)}[rule]  # fmt: skip
+        scale = np.maximum(np.where(np.isfinite(scale), scale, top), 1e-12 * np.maximum(peak, 1))
+        usable = (peak > 0) & np.isfinite(peak) & (scale < 2.0**128 - 2.0**103)
+        found = scale.astype(np.float32)
+    known = np.sort(found[usable])
+    found[~usable] = 1
+    found[peak == 0] = known[(len(known) - 1) // 2]
+    got = scale_from_sums(sums, cols, grid, rule, scale_dtype=scale_dtype)
+    assert torch.equal(got, round_scale(torch.from_numpy(found), scale_dtype))
+    with FlopCounterMode(display=False):  # a mode, as under a tracer: torch's operators
+        assert torch.equal(scale_from_sums(sums, cols, grid, rule, scale_dtype=scale_dtype), got)
+
+
+@pytest.mark.parametrize("grid", [Uniform(4), Binary(), NF4()])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 7), (3, 4100), (1, 16385), (2, 33000)])
+def test_mse_scales_are_the_reference_s(grid, shape, backend, generator):
+    """The same bits: errors are added in one order everywhere."""
+    for dtype in (torch.float32, torch.bfloat16):
+        w = torch.randn(shape, generator=generator).to(dtype)
+        if shape[0] > 2:
+            w[1], w[2, 3] = 0, math.inf
+        arguments = (ak.ops.row_sums(w, len(w)), grid.levels_tensor(), grid.encoding, grid.c_max)
+        for place in range(len(contract.SCALE_TYPES)):
+            got = ak.ops.run_mse_scales(w, *arguments, place)
+            assert torch.equal(got, reference.mse_scales(w, *arguments, place)), (dtype, place)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (([torch.ones(2)], [], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected 1"),
+    (([torch.ones(2)], [torch.ones(3, 3)], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected shape"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [0, 0], [1.0, 0, 0]), "rules: expected 3"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [9, 0, 4], [1.0, 0, 0]), "rules: unknown rule 9"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [0, 7, 4], [1.0, 0, 0]), "unknown type of scales 7"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [0, 0, 0], [1.0, 0, 0]), "rules: expected columns"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [0, 0, 4], [1.0, 0]), "numbers: expected 3"),
+    (([torch.ones(2)], [torch.ones(2, 3)], [0, 0, 4], [0.0, 0, 0]), "c_max: expected a positive"),
+    (([torch.ones(2).half()], [torch.ones(2, 3)], [0, 0, 4], [1.0, 0, 0]), "scales: expected float32"),
+    (([torch.ones(2)], [torch.ones(2, 3).double()], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected float32"),
+])  # fmt: skip
+def test_the_operator_checks_what_memory_asks_for(arguments, words):
+    if ak.runtime.choose_backend("cpu")[0] != "cpp":
+        pytest.skip("the compiled operator's checks")
+    before = arguments[0][0].clone()
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.askew.scales_from_sums_(*arguments)
+    assert torch.equal(arguments[0][0], before)
 
 
 @pytest.mark.parametrize("rule", ["absmax", "sawb", "mean", "mse"])

@@ -19,6 +19,7 @@ from oracles import DTYPES, GRIDS, same_bits, same_values
 import askew_kernels as ak
 from askew_kernels import ops, runtime
 from askew_kernels.quant.packing import pack_codes
+from askew_kernels.quant.scales import scale_from_sums
 
 pytestmark = pytest.mark.skipif(runtime._C is None, reason="nothing is compiled")
 
@@ -57,6 +58,8 @@ def everything(x, g, s, grid, seed, lr, eps, **options):
     leaf = x.clone().requires_grad_()
     ops.fake_quantize(leaf, s, grid).backward(g)
     results += [leaf.grad, ops.project_interval_(x.clone(), s, grid, eps), ops.row_sums(x, rows)]
+    results.append(ops.run_mse_scales(x, results[-1], grid.levels_tensor(), grid.encoding, grid.c_max, 0))
+    results.append(scale_from_sums(results[-2], x.numel() // rows, grid, "rms"))
     for rule in ops.RULES.values():
         for copy_dtype, momentum in ((x.dtype, 0.9), (torch.bfloat16, 0.0)):
             w, states = x.clone(), [[(g * 0.5).clone()], [g.abs() + 0.1]][: len(rule.buffers)]

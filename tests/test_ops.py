@@ -985,6 +985,12 @@ def operator_samples():
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
+        sums = reference.row_sums(x, 3)
+        yield (
+            "scales_from_sums_",
+            ([s.clone(), s.clone()], [sums, sums], [0, 0, 20, 3, 2, 20], [7.0, 0, 0, 7.0, 2.5, 0]),
+        )
+        yield "mse_scales", (x, sums, levels, grid, 1.0, 0)
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
         yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
         yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))

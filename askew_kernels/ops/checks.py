@@ -12,21 +12,34 @@ from torch import Tensor
 
 from ..contract import LEVEL_TYPES, compute_dtype, level_table
 
-__all__ = ["FLOAT_TYPES", "check_float_tensor", "check_grid", "check_scale", "concrete", "number", "rate_tensor"]
+__all__ = [
+    "FLOAT_TYPES",
+    "check_float_tensor",
+    "check_grid",
+    "check_scale",
+    "concrete",
+    "eager",
+    "number",
+    "rate_tensor",
+]
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def concrete(t: Tensor) -> bool:
-    """Whether the values may be looked at here: on the CPU, not being traced, not fake, not inside torch.func."""
+def eager(t: Tensor) -> bool:
+    """Whether an operator that is called now runs now: not being traced, not fake, not inside torch.func."""
     return (
         not torch.compiler.is_compiling()
-        and t.device.type == "cpu"
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
+
+
+def concrete(t: Tensor) -> bool:
+    """Whether the values may be looked at here, without waiting for a device."""
+    return t.device.type == "cpu" and eager(t)
 
 
 def check_tensor(name: str, t: Any) -> None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import contract, ops
+from .. import contract, ops, reference
 from .grids import Grid
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -24,34 +24,20 @@ GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 # clip = c1 rms(w) - c2 mean|w| by bits (SAWB, Choi et al. 2018)
 SAWB_COEFFICIENTS = {2: (3.12, 2.064), 3: (7.509, 6.892), 4: (12.68, 12.80), 5: (17.74, 18.64), 8: (31.76, 35.04)}
 
-_FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
-
-# What scales may be rounded to, with the smallest and the largest that they then can be: powers of two are E8M0 of the
-# OCP Microscaling Formats (MX) specification 1.0, 2023, but for 2^-127, which is no normal float32.
-SCALE_RANGES = {"float32": (0.0, 2.0**128 - 2.0**104), "bfloat16": (2.0**-126, 2.0**128 - 2.0**120),
-                "float16": (2.0**-24, 65504.0), "float8_e8m0fnu": (2.0**-126, 2.0**127)}  # fmt: skip
-
 
 def check_scale_dtype(name: str, value: Any) -> str:
     """The name of a type of scales, which may be given as a torch.dtype. Raises TypeError/ValueError."""
     known = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    if not isinstance(known, str) or known not in SCALE_RANGES:
+    if not isinstance(known, str) or known not in contract.SCALE_TYPES:
         error = ValueError if isinstance(known, str) else TypeError
-        raise error(f"{name}: expected one of {', '.join(SCALE_RANGES)}, got {value!r:.80}")
+        raise error(f"{name}: expected one of {', '.join(contract.SCALE_TYPES)}, got {value!r:.80}")
     return known
 
 
 def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     """The nearest scales that ``scale_dtype`` holds, float32: ties to even, powers of two by the smaller ratio; those
     out of its range become its ends (a scale is never 0 or inf)."""
-    if scale_dtype == "float32":
-        return scale
-    low, high = SCALE_RANGES[scale_dtype]
-    scale = scale.clamp(low, high)
-    if scale_dtype == "float8_e8m0fnu":
-        mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
-        return torch.ldexp(torch.ones_like(scale), exponent - (mantissa < math.sqrt(0.5)).to(exponent.dtype))
-    return scale.to(getattr(torch, scale_dtype)).float().clamp(low, high)
+    return reference.round_scale(scale, contract.SCALE_TYPES.index(scale_dtype))
 
 
 def holds_scales(scale: Tensor, scale_dtype: str) -> bool:
@@ -80,29 +66,6 @@ def num_rows(shape: torch.Size | tuple[int, ...], granularity: str, group_size: 
     return channels * (inputs // group_size)
 
 
-# The rules below are written over arrays of float64, torch's or (on the CPU, where a dozen small torch operations would
-# cost more than the update of a small weight) NumPy's: `xp` is the module. Both are IEEE, so both give the same bits.
-
-
-def _absmax(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return sums[:, contract.MAX_ABS] / grid.c_max
-
-
-def _sawb(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    c1, c2 = coefficients or SAWB_COEFFICIENTS[grid.bits]
-    clip = c1 * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols) - c2 * sums[:, contract.SUM_ABS] / cols
-    return xp.where(clip > 0, clip / grid.c_max, _absmax(xp, sums, cols, grid, None))
-
-
-def _mean(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    return grid.mean_factor * sums[:, contract.SUM_ABS] / cols
-
-
-def _rms(xp: Any, sums: Any, cols: Any, grid: Grid, coefficients: tuple[float, float] | None) -> Any:
-    scale = normal_scale(grid.levels) * xp.sqrt(sums[:, contract.SUM_SQUARES] / cols)
-    return xp.minimum(scale, _absmax(xp, sums, cols, grid, None))
-
-
 def normal_scale(levels: tuple[float, ...]) -> float:
     """The scale for normally distributed weights of rms 1: of 77 clipping points the one with the least error."""
     return _normal_scale(levels)
@@ -123,7 +86,7 @@ def _normal_scale(levels: tuple[float, ...]) -> float:
 
 
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES: dict[str, Callable[..., Any]] = {"absmax": _absmax, "sawb": _sawb, "mean": _mean, "rms": _rms}
+SUM_RULES = {"absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS}
 RULES = (*SUM_RULES, "mse")
 
 
@@ -168,94 +131,43 @@ def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | N
         raise ValueError(f"{name}: mean is defined for Binary and Ternary, got {grid}")
 
 
-class RowTable:
-    """Rows of several tensors, one after another: ``rows`` of each; ``places`` is where each stands in a table of
-    (tensors, most rows), on the device, int64. Made once, because every copy to a GPU waits for it."""
+class RuleCode(NamedTuple):
+    """A rule on a grid as the operators take it: [rule, type of the scales], [c_max, two factors]."""
 
-    def __init__(self, rows: Sequence[int], device: torch.device | str) -> None:
-        self.rows, self.most = list(rows), max(rows, default=0)
-        places = [np.arange(n) + i * self.most for i, n in enumerate(self.rows)]
-        self.places = torch.from_numpy(np.concatenate(places) if places else np.empty(0, np.int64)).to(device)
+    rule: list[int]
+    numbers: list[float]
+
+
+def rule_code(
+    grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None, scale_dtype: str = "float32"
+) -> RuleCode:
+    """``rule``: of ``SUM_RULES``; "mse": what is left to do once its scales are found."""
+    first, second = 0.0, 0.0
+    if rule == "sawb":
+        first, second = sawb_coefficients or SAWB_COEFFICIENTS[grid.bits]
+    elif rule == "mean":
+        first = grid.mean_factor or 0.0
+    elif rule == "rms":
+        first = normal_scale(grid.levels)
+    code = [SUM_RULES.get(rule, contract.GIVEN), contract.SCALE_TYPES.index(scale_dtype)]
+    return RuleCode(code, [grid.c_max, first, second])
 
 
 def scale_from_sums(
-    sums: Tensor, cols: int | Tensor, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None,
-    table: RowTable | None = None, scale_dtype: str = "float32",
+    sums: Tensor, cols: int, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None,
+    scale_dtype: str = "float32", given: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Scales (rows,) float32 from row sums (rows, 3) as ``ops.row_sums`` and the update pass give them.
+    """Scales (rows,) float32 of a tensor from its row sums (rows, 3) as ``ops.row_sums`` and the update pass give them.
 
-    ``cols``: weights in a row; one number, or (rows,) where the rows come from several tensors, which ``table`` tells
-    apart: a row of zeros looks at the other rows of its own tensor.
+    ``cols``: weights in a row; ``given``: the scales of the rule "mse", whose rows of zeros are left.
     """
-    if table is None and ops.concrete(sums):
-        return torch.from_numpy(scale_in_numpy(sums.numpy(), cols, grid, rule, sawb_coefficients, None, scale_dtype))
-    scale, usable = _scale(torch, sums.double(), cols, grid, rule, sawb_coefficients)
-    return round_scale(_fill(scale.float(), usable, sums[:, contract.MAX_ABS] == 0, table), scale_dtype)
-
-
-def scale_in_numpy(
-    sums: Any, cols: Any, grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None, rows: list[int] | None,
-    scale_dtype: str = "float32",
-) -> Any:  # fmt: skip
-    """``scale_from_sums`` of arrays; ``rows`` of each tensor where there are several."""
-    exact = sums.astype(np.float64)
-    with np.errstate(all="ignore"):
-        scale, usable = _scale(np, exact, cols, grid, rule, sawb_coefficients)
-        found = _fill_numpy(scale.astype(np.float32), usable, exact[:, contract.MAX_ABS] == 0, rows)
-    return found if scale_dtype == "float32" else round_scale(torch.from_numpy(found), scale_dtype).numpy()
-
-
-def _scale(xp: Any, sums: Any, cols: Any, grid: Grid, rule: str, coefficients: tuple[float, float] | None) -> Any:
-    scale = SUM_RULES[rule](xp, sums, cols, grid, coefficients)
-    # a sum may overflow where max|w| does not
-    scale = xp.where(xp.isfinite(scale), scale, _absmax(xp, sums, cols, grid, None))
-    return _guarded(xp, scale, sums[:, contract.MAX_ABS])
-
-
-def _guarded(xp: Any, scale: Any, amax: Any) -> tuple[Any, Any]:
-    """Not below the floor; 1, and not usable, where the row is zero or not finite, or no float32 holds it."""
-    scale = xp.maximum(scale, contract.SCALE_FLOOR * xp.clip(amax, 1.0, None))
-    usable = (amax > 0) & xp.isfinite(amax) & (scale > 0) & (scale < _FLOAT32_END)
-    return xp.where(usable, scale, xp.ones_like(scale)), usable
-
-
-# Rows of zeros take the lower median of their tensor's usable scales: one of them, so the same bits everywhere.
-
-
-def _fill_numpy(scale: Any, usable: Any, zero: Any, rows: list[int] | None) -> Any:
-    if zero.any():
-        ends = np.cumsum([len(scale)] if rows is None else rows)[:-1]
-        for part, used, empty in zip(*(np.split(a, ends) for a in (scale, usable, zero)), strict=True):
-            if used.any():
-                part[empty] = np.sort(part[used])[(np.count_nonzero(used) - 1) // 2]
+    code = rule_code(grid, rule, sawb_coefficients, scale_dtype)
+    if not ops.eager(sums):
+        (kind, place), (c_max, first, second) = code
+        return reference.rule_scales(sums, kind, place, cols, c_max, first, second, given)
+    scale = given if given is not None else sums.new_empty(sums.shape[:1])
+    ops.run_scales_from_sums([scale], [sums], [*code.rule, cols], code.numbers)
     return scale
-
-
-def _fill(scale: Tensor, usable: Tensor, zero: Tensor, table: RowTable | None) -> Tensor:
-    """Without a table the last dimension of ``scale`` is the rows of one tensor."""
-    known = torch.where(usable, scale, torch.full_like(scale, math.nan))
-    if table is None:
-        median = known.nanmedian(-1, keepdim=True).values.expand_as(known) if known.shape[-1] else known
-    else:
-        each = known.new_full((len(table.rows), table.most), math.nan)
-        each.view(-1)[table.places] = known
-        median = each.nanmedian(1, keepdim=True).values.expand_as(each).reshape(-1)[table.places]
-    return torch.where(zero & ~median.isnan(), median, scale)
-
-
-def _mse(w: Tensor, grid: Grid, rows: int, scale_dtype: str) -> Tensor:
-    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
-    matrix = w.reshape(rows, -1).float()
-    amax = ops.row_sums(w, rows)[:, contract.MAX_ABS].double()
-    guarded, usable = _guarded(torch, amax / grid.c_max, amax)
-    top = guarded.float()
-    best, chosen = torch.full_like(amax, math.inf), round_scale(top, scale_dtype)
-    for j in range(1, 101):
-        scale = round_scale(_guarded(torch, top.double() * (j / 100), amax)[0].float(), scale_dtype)
-        error = (matrix - ops.fake_quantize(matrix, scale, grid)).square_().sum(1, dtype=torch.float64)
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return _fill(chosen, usable, amax == 0, None)
 
 
 @torch.no_grad()
@@ -304,7 +216,8 @@ def compute_scale(
     if w.numel() == 0:
         return torch.ones(rows, dtype=torch.float32, device=w.device)
     w = w.detach().contiguous()
+    sums, cols, given = ops.row_sums(w, rows), w.numel() // rows, None
     if rule == "mse":
-        return _mse(w, grid, rows, scale_dtype)
-    sums, cols = ops.row_sums(w, rows), w.numel() // rows
-    return scale_from_sums(sums, cols, grid, rule, sawb_coefficients, scale_dtype=scale_dtype)
+        place = contract.SCALE_TYPES.index(scale_dtype)
+        given = ops.run_mse_scales(w, sums, grid.levels_tensor(w.device), grid.encoding, grid.c_max, place)
+    return scale_from_sums(sums, cols, grid, rule, sawb_coefficients, scale_dtype, given)

@@ -33,7 +33,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -41,7 +40,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
-from .scales import SUM_RULES, RowTable, compute_scale, num_rows, round_scale, scale_from_sums, scale_in_numpy
+from .scales import SUM_RULES, compute_scale, num_rows, round_scale, rule_code
 from .sharding import is_sharded, local_part, own_rows, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
@@ -124,7 +123,8 @@ class Known(NamedTuple):
 
     ``versions[place]``: the weight's version, in a list that the weights of a launch share: the update pass moves all
     of them and nothing else. ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside
-    the hull; ``fresh``: the types of the copies that hold s Q(w/s).
+    the hull; ``fresh``: the types of the copies that hold s Q(w/s); ``scaled``: the scale is what its rule says of the
+    weight.
     """
 
     stamp: tuple[Any, ...]
@@ -133,6 +133,7 @@ class Known(NamedTuple):
     sums: bool = False
     inside: bool = False
     fresh: frozenset[torch.dtype] = frozenset()
+    scaled: bool = False
 
 
 def _version(weight: Tensor) -> Any:
@@ -250,7 +251,7 @@ class WeightQuantizer:
         Changes.count += 1
 
     def _know(self, weight: Tensor, *known: Any) -> Known:
-        """``known``: sums, inside, fresh."""
+        """``known``: sums, inside, fresh, scaled."""
         Changes.count += 1
         self._known = now = Known(self._stamp(weight), [_version(weight)], 0, *known)
         return now
@@ -277,9 +278,10 @@ class WeightQuantizer:
         if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
         now = self._sums(weight)
-        if not (torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))):
+        kept = torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))
+        if not kept:
             self.write(scale=self._rule_scale(weight), sums=now)
-        return self._know(weight, True)
+        return self._know(weight, True, False, frozenset(), not kept)
 
     # ---- scale ----
 
@@ -371,7 +373,7 @@ class WeightQuantizer:
             if dtype not in known.fresh:
                 view = self.form.view
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
-                self._know(weight, known.sums, known.inside, known.fresh | {dtype})
+                self._know(weight, known.sums, known.inside, known.fresh | {dtype}, known.scaled)
             return copy
 
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -406,7 +408,7 @@ class WeightQuantizer:
 
     @property
     def rule(self) -> tuple[Any, ...]:
-        """Weights with the same rule can have their scales computed together."""
+        """What a scale follows from beside the weight."""
         c = self.config
         return c.weight, c.scale, c.sawb_coefficients, c.scale_dtype
 
@@ -479,7 +481,7 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
     """What an update step starts from, for each weight: its frozen scale, or the rule applied to it as it stands.
 
-    Weights whose sums the previous step left behind cost no pass; those with one rule are computed together.
+    Weights whose sums the previous step left behind cost no pass; their scales are computed together.
     """
     together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
     for q, w in zip(quantizers, weights, strict=True):
@@ -491,9 +493,9 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
             q.write(FOLLOWS)
             q.scale[own] = q._rule_scale(local_part(w))
         elif known.sums and q.batches(w):
-            together.setdefault((w.device, *q.rule), []).append((q, w))
+            together.setdefault(w.device, []).append((q, w))
         else:
-            q.write(FOLLOWS, q._rule_scale(w), q._sums(w))
+            q.write(FOLLOWS, *(() if known.scaled else (q._rule_scale(w), q._sums(w))))
         q._know(w, not is_sharded(w))  # copies of another scale are none
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
@@ -521,33 +523,23 @@ def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor])
 
 
 class ScaleBatch:
-    """The scales of weights with one grid and rule on one device, from the sums that an update pass left behind."""
+    """The scales of weights on one device, each by its rule, from the sums that an update left behind: one launch."""
 
     def __init__(self, quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
-        self.quantizers = quantizers
-        self.rows = [q.rows(w) for q, w in zip(quantizers, weights, strict=True)]
-        cols = [w.numel() // n for n, w in zip(self.rows, weights, strict=True)]
-        self.cols: Any = cols[0] if len(set(cols)) == 1 else np.repeat(np.array(cols, np.float64), self.rows)
-        # on the CPU arrays of the quantizers' own memory: a dozen small operations of torch would cost more than a step
-        self.arrays = all(ops.concrete(q.row_sums) for q in quantizers)
-        if self.arrays:
-            self.sums = [q.row_sums.numpy() for q in quantizers]
-            self.scales = [q.scale.numpy() for q in quantizers]
-        else:
-            if isinstance(self.cols, np.ndarray):
-                self.cols = torch.from_numpy(self.cols).to(weights[0].device)
-            self.table = RowTable(self.rows, weights[0].device)
+        self.scales, self.sums = [q.scale for q in quantizers], [q.row_sums for q in quantizers]
+        self.rules: list[int] = []
+        self.numbers: list[float] = []
+        for q, w in zip(quantizers, weights, strict=True):
+            code = rule_code(*q.rule)
+            self.rules += [*code.rule, w.numel() // len(q.scale)]
+            self.numbers += code.numbers
+        self.prepared: ops.PreparedScales | None = None
 
     def update(self) -> None:
-        grid, rule, coefficients, dtype = self.quantizers[0].rule
-        if self.arrays:
-            joined = np.concatenate(self.sums) if len(self.sums) > 1 else self.sums[0]
-            found, start = scale_in_numpy(joined, self.cols, grid, rule, coefficients, self.rows, dtype), 0
-            for scale in self.scales:
-                scale[:] = found[start : start + len(scale)]
-                start += len(scale)
+        """Moves no versions: what is known of the scales goes on with the pass that follows."""
+        if not ops.prepares(self.scales[0]):
+            ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers, count=False)
             return
-        sums = [q.row_sums for q in self.quantizers]
-        together = torch.cat(sums) if len(sums) > 1 else sums[0]
-        scales = scale_from_sums(together, self.cols, grid, rule, coefficients, self.table, dtype)
-        torch._foreach_copy_([q.scale for q in self.quantizers], list(scales.split(self.rows)))
+        if self.prepared is None:
+            self.prepared = ops.PreparedScales(self.scales, self.sums, self.rules, self.numbers)
+        self.prepared.run()

@@ -23,6 +23,10 @@ struct Loops {
   // A mixture of quantizations. sums: [rows of the tile][n][2]: of G Q, and of LSQ's terms where scales are learned
   void (*mix)(const MixArg&, void* y, Tile);
   void (*mix_gradient)(const MixArg&, const void* g, void* out, Tile, double* sums);
+  // Rows [row0, row1) of a tensor; whether some are marked (math/scales.inl).
+  bool (*scales)(const ScaleTensor&, int64_t row0, int64_t row1);
+  // errors: [rows of the tile][pieces of kSumPiece columns that the tile has of a row][kScaleCandidates]
+  void (*errors)(const MseArg&, Tile, double* errors);
 };
 
 struct PackedWeight : PackedArg {

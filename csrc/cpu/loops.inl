@@ -27,8 +27,9 @@ typedef CodebookGrid Codebook;
 #include "sam.inl"
 #include "mix.inl"
 #include "update.inl"
+#include "scales.inl"
 
-extern const Loops loops = {quantize, row_sums, update, sam, mix, mix_gradient};
+extern const Loops loops = {quantize, row_sums, update, sam, mix, mix_gradient, scales, errors};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

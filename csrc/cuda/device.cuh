@@ -412,7 +412,7 @@ template <>
 struct GridMaker<SharedCodebook> {
   static __device__ __forceinline__ SharedCodebook make(const GridArg& g) {
     __shared__ float table[kMaxLevels];
-    for (int k = threadIdx.x; k < kMaxLevels; k += kThreads)
+    for (int k = threadIdx.x; k < kMaxLevels; k += blockDim.x)
       table[k] = k < g.n_levels ? g.levels[k] : __int_as_float(0x7f800000);
     __syncthreads();
     int half = 1;

@@ -4,3 +4,4 @@
 #include "update.inl"
 #include "sam.inl"
 #include "random.inl"
+#include "scales.inl"

@@ -136,6 +136,31 @@ struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
   double lsq[kMostCandidates];  // what LSQ multiplies the gradient of the scales by: 1 / sqrt(cols top level)
 };
 
+// Rules of scales. kGiven: the scale is there already, and only the rows of zeros are left.
+enum ScaleRule : int { kAbsmax = 0, kSawb = 1, kMean = 2, kRms = 3, kGiven = 4 };
+// What scales are rounded to.
+enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3 };
+
+struct ScaleTensor {  // the scales of one tensor from the sums of its rows
+  const float* sums;  // (rows, kRowSums)
+  float* scale;       // (rows,)
+  int64_t rows;
+  double cols, c_max, first, second;  // c_max: what absmax maps the largest weight to; two factors of the rule
+  int rule, type;
+};
+
+struct MseArg {  // per row, of kScaleCandidates parts of absmax's scale the one with the least squared error
+  const void* w;
+  const float* sums;  // (rows, kRowSums) of w
+  Matrix m;
+  GridArg grid;
+  double c_max;
+  int type, scale_type;  // of w; of the scales
+};
+// Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod kErrorLanes,
+// then the lanes by halves, then the pieces, in float64.
+constexpr int kScaleCandidates = 100, kErrorLanes = 8;
+
 // How far a sum goes before it is added to others, which decides its bits: columns of a row on the CPU (a multiple of
 // its loops' band), 16-byte vectors of a CUDA thread.
 constexpr int64_t kSumPiece = 16384, kSumSlots = 16;

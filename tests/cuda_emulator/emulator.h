@@ -77,7 +77,7 @@ struct Machine {
   // barrier and shuffle
   int arrived = 0, generation = 0;
   std::vector<int> lane_arrived, lane_generation;
-  std::vector<uint32_t> exchange;  // [threads], written before, read after all lanes have arrived
+  std::vector<uint64_t> exchange;  // [threads], written before, read after all lanes have arrived
   bool progress = false;
 };
 inline Machine& machine() {
@@ -176,16 +176,27 @@ inline void __syncthreads() { emulator::barrier(); }
 
 template <class V>
 inline V __shfl_xor_sync(unsigned mask, V v, int lane_mask) {
-  static_assert(sizeof(V) == 4, "4-byte shuffles");
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8, "4- and 8-byte shuffles");
   if (mask != 0xffffffffu) std::abort();
   emulator::Machine& m = emulator::machine();
-  std::memcpy(&m.exchange[m.current], &v, 4);
+  std::memcpy(&m.exchange[m.current], &v, sizeof v);
   emulator::warp_barrier();
   V r;
-  std::memcpy(&r, &m.exchange[m.current ^ lane_mask], 4);
+  std::memcpy(&r, &m.exchange[m.current ^ lane_mask], sizeof r);
   emulator::warp_barrier();
   return r;
 }
+
+// Fibers of one thread take turns only at barriers and shuffles.
+template <class V>
+inline V atomicAdd(V* at, V v) {
+  const V before = *at;
+  *at += v;
+  return before;
+}
+inline void __threadfence() {}
+inline float __ldcg(const float* at) { return *at; }
+inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }

@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/packed.cu"
 #include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
+#include "../../csrc/cuda/scales.cu"
 #include "../../csrc/cuda/update.cu"
 
 using namespace askew;
@@ -58,6 +59,14 @@ int emulated_sam_norm(const SamTensor* tensors, size_t n, float eta, double* sum
 }
 int emulated_sam(int pass, const SamTensor* tensors, size_t n, float eta, const float* coefficients) {
   return cuda::sam((SamPass)pass, tensors, n, eta, coefficients, nullptr);
+}
+int emulated_scales(const ScaleTensor* tensors, size_t n) {
+  auto scratch = poisoned(cuda::scales_scratch(tensors, n));
+  return cuda::scales(tensors, n, scratch.data(), nullptr);
+}
+int emulated_mse_scales(const MseArg* a, float* scale) {
+  auto scratch = poisoned(cuda::mse_scales_scratch(*a));
+  return cuda::mse_scales(*a, scale, scratch.data(), nullptr);
 }
 int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
   return cuda::packed_dequantize(*w, out, type, nullptr);
