@@ -572,6 +572,56 @@ def test_copies_of_levels(kernels, dtype, copy):
         assert same(y, expected) and intact(), (grid, rows, cols, shift)
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rule", ["sgd", "momentum", *list(RULES)[1:]])
+def test_usual_steps_are_any_steps(kernels, rule, dtype):
+    """Steps with kernels of their own give the bits of the kernels that have every switch at run time, which totals ask
+    for; also where scales or eps are near the ends of the exponents, and for rows that are no whole vectors."""
+    o = {**DEFAULTS, "rule": rule, "weight_decay": 0.1, "bad_gradients": True}
+    if rule == "momentum":
+        o |= {"rule": "sgd", "momentum": 0.9, "dampening": 0.25}
+    shapes = [(3, 64), (2, 129), (40, 32), (1, 5003), (2, 13000)]
+    for case, changes in enumerate((
+        {"eps": 1.0}, {"eps": 1.0, "ste_clip": True}, {"clamp": True}, {"clamp": True, "eps": 1e-3, "ste_clip": True},
+        {"clamp": True, "eps": 1e-12}, {"clamp": True, "eps": 1.0}, {"clamp": True, "eps": 0.9, "lr": 0.0},
+        {"clamp": True, "weight_decay": 0.0, "nesterov": rule == "momentum", "dampening": 0.0},
+    )):  # fmt: skip
+        options = {**o, **changes}
+        specs = specs_for(dtype, ["uniform4", "binary", "ternary", "nf4"], shapes[case % 2 :: 2], totals=False)
+        p = make_problem(specs, options, case)
+        for i, (w, scale) in enumerate(zip(p["params"], p["scales"], strict=True)):
+            if w.numel() > 8:
+                w.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
+            if i % 5 == 4 and dtype == torch.float32:  # exactly as before, but for the exponents
+                power = 2.0 ** (-121, 90, -45)[(i // 5 + case) % 3]
+                for t in (w, scale, p["grads"][i]):
+                    t *= power
+        usual, intact = run_kernels(kernels, specs, p, options, on_device=case == 3)
+        p["totals"] = [torch.zeros(6, dtype=torch.float64) for _ in specs]
+        any_step, _ = run_kernels(kernels, specs, p, options, on_device=case == 3)
+        assert intact
+        for k in ("params", "a", "b", "dequantized"):
+            for a, b, spec in zip(usual[k], any_step[k], specs, strict=True):
+                assert same(a, b), (changes, k, spec)
+        for a, b, spec in zip(usual["row_sums"], any_step["row_sums"], specs, strict=True):
+            assert same(a, b), (changes, spec)
+        if options["eps"] > 1e-9:  # below, 7 s (1/s) just above 7 is no level to the kernels, as it is to the reference
+            check_update(kernels, specs, options, case, on_device=case == 3)
+
+
+def test_quick_division_is_correctly_rounded(kernels):
+    """Every mantissa of a divisor with a reciprocal that is as far off as the machine's may be."""
+    g = torch.Generator().manual_seed(3)
+    mantissas = torch.arange(2**23).to(torch.int32)
+    for power in (-60, -2, 40):
+        b = (mantissas + 0x3F800000).view(torch.float32) * 2.0**power
+        a = (torch.rand(b.numel(), generator=g) + 1) * torch.exp2(torch.randint(-40, 20, b.shape, generator=g).float())
+        a[::3] = b[::3] * torch.round(a[::3] * 2**23).clamp(1, 2**20)  # near other quotients' middles
+        got = torch.empty_like(a)
+        kernels.emulated_divide_quickly(pointer(a), pointer(b), pointer(got), ctypes.c_int64(a.numel()))
+        assert torch.equal(got, a / b)
+
+
 def test_division_by_a_scale_is_correctly_rounded(kernels):
     """Quotients within the hulls that exist (|x| <= 2^9), of scales over the whole range of float32."""
     g = torch.Generator().manual_seed(1)

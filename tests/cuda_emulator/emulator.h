@@ -272,6 +272,20 @@ inline uint32_t round_e4m3(float f) {
 }
 inline uint32_t pack_e4m3(float low, float high) { return round_e4m3(low) | round_e4m3(high) << 8; }
 
+inline void store_words4(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  *(uint4*)p = make_uint4(a, b, c, d);
+}
+inline void store_words2(void* p, uint32_t a, uint32_t b) { *(uint2*)p = make_uint2(a, b); }
+// As far off as it may be: another float within a unit in the last place. A divisor of all ones is rounded right, which
+// nvcc's own reciprocal relies on as well.
+inline float reciprocal_near(float a) {
+  const float r = 1.f / a;
+  const uint32_t bits = __float_as_uint(a);
+  if (!std::isnormal(r) || (bits & 0x7fffffu) == 0x7fffffu) return r;
+  const float other = __uint_as_float(__float_as_uint(r) + (bits * 2654435761u >> 16) % 3 - 1);
+  const double unit = std::ldexp(1.0, std::ilogb(r) - 23);
+  return std::fabs((double)other - 1.0 / (double)a) <= unit ? other : r;
+}
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
 

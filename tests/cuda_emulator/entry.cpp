@@ -92,6 +92,9 @@ void emulated_divide(const float* a, const float* b, float* quotient, int64_t n)
   for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide(a[i], cuda::divisor(b[i]));
 }
 
+void emulated_divide_quickly(const float* a, const float* b, float* quotient, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide_quickly(a[i], b[i]);
+}
 // The two ways to e4m3: an instruction's, emulated, and the code of architectures that lack it.
 void emulated_narrow_e4m3(const float* values, uint8_t* instruction, uint8_t* code, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
