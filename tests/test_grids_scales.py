@@ -343,6 +343,18 @@ def test_mse_scales_are_the_reference_s(grid, shape, backend, generator):
             assert torch.equal(got, reference.mse_scales(w, *arguments, place)), (dtype, place)
 
 
+@pytest.mark.parametrize("scale_dtype", contract.SCALE_TYPES)
+def test_scales_are_rounded_as_the_reference_rounds(scale_dtype, backend):
+    x = oracles.scales_at_roundings()
+    got = scale_from_sums(torch.stack([x, x, x], 1), 1, Ternary(), "absmax", scale_dtype=scale_dtype)
+    assert torch.equal(got, round_scale(x, scale_dtype))
+
+
+def test_of_candidates_with_equal_errors_the_smallest_is_chosen(backend):
+    w = torch.tensor([[21.0, 100.0], [100.0, 21.0]])  # (60 - 21)^2 + (100 - 60)^2 = (61 - 21)^2 + (100 - 61)^2
+    assert compute_scale(w, Binary(), "mse").tolist() == [60.0, 60.0]
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (([torch.ones(2)], [], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected 1"),
     (([torch.ones(2)], [torch.ones(3, 3)], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected shape"),

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import scales_at_roundings
 
 import askew_kernels
 from askew_kernels import contract, reference
@@ -337,6 +338,18 @@ def check_mse_scales(triton, grid_name, dtype, shapes):
 def test_mse_scales(triton, grid_name, dtype):
     """Bit for bit: errors are added in one order everywhere."""
     check_mse_scales(triton, grid_name, dtype, [(1, 1), (4, 33), (2, 129)])
+
+
+def test_scales_are_rounded_as_the_reference_rounds(triton):
+    x = scales_at_roundings()
+    scales, sums = [torch.empty_like(x) for _ in range(4)], [torch.stack([x, x, x], 1)] * 4
+    triton.scales_from_sums_(scales, sums, [n for kind in range(4) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 4)
+    assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
+
+
+def test_of_candidates_with_equal_errors_the_smallest_is_chosen(triton):
+    w = torch.tensor([[21.0, 100.0], [100.0, 21.0]])  # (60 - 21)^2 + (100 - 60)^2 = (61 - 21)^2 + (100 - 61)^2
+    assert triton.mse_scales(w, reference.row_sums(w, 2), NONE, [2, -1, 1], 1.0, 0).tolist() == [60.0, 60.0]
 
 
 @pytest.mark.slow
