@@ -16,7 +16,20 @@ import torch
 from torch import Tensor
 
 from . import contract
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, LEVEL_TYPES, UNIFORM, compute_dtype, level_table, unpack_codes
+from .contract import (
+    BINARY,
+    CODEBOOK,
+    FLOAT,
+    INT8_TOP,
+    LEVEL_TYPES,
+    TILE_ROWS,
+    UNIFORM,
+    compute_dtype,
+    level_step,
+    level_table,
+    unpack_codes,
+    untile_codes,
+)  # fmt: skip
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -549,6 +562,25 @@ def packed_linear(
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
+def packed_tiles_linear(
+    x: Tensor, tiles: Tensor, scale: Tensor, levels: Tensor, grid: list[int], form: int, n: int, groups: int,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``packed_linear`` from tiles (``contract.tile_codes``); scales of groups stand groups first, for whole tiles."""
+    kind, cols = compute_dtype(x.dtype), x.shape[1]
+    codes = untile_codes(tiles, form, n, cols).int()
+    if grid[0] == CODEBOOK:
+        level = levels.to(kind)[codes.clamp(max=len(levels) - 1)]
+    else:
+        lowest = grid[1] if form < 8 else -128 if grid[1] < 0 else 0
+        level = (level_step(grid[0]) * codes + lowest).to(kind)
+    if groups > 1:
+        scale = scale.reshape(-1, tiles.shape[0] * TILE_ROWS)[:groups, :n].t().reshape(-1)
+    weight = (scale.to(kind)[:, None] * level.reshape(scale.numel(), -1)).reshape(n, cols)
+    y = product(x.to(kind), weight)
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
 def int8_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """(q, s): each row of ``x`` as round(x / s), s = max |x| / 127, in float32; s is NaN where a row is not finite."""
     top = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
@@ -567,3 +599,25 @@ def packed_linear_int8(
     q, s = int8_tokens(x.to(kind))
     y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x`` as s q with s = max |x| / top, 1 where that is 0, NaN where the row is not finite; q
+    are levels of the grid, or any numbers of ``dtype``."""
+    x = x.to(compute_dtype(x.dtype))
+    tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / top
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
+    write_copy(q, s[:, None], placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))
+    return q, s
+
+
+def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """y = (sums s_x) s_w + b, rounded once to ``dtype``."""
+    kind = compute_dtype(dtype)
+    y = (sums.to(kind) * token_scale.to(kind)[:, None]) * scale.to(kind)
+    return (y if bias is None else y + bias.to(kind)).to(dtype)

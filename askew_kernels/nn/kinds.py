@@ -60,6 +60,9 @@ class Kind:
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
     held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
+    multiplies_levels: bool = (
+        False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
+    )
     wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property
@@ -403,10 +406,11 @@ def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
-         dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias)),
+         dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
+         multiplies_levels=True),
     Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
          (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
-         foreign=conv1d),
+         foreign=conv1d, multiplies_levels=True),
     Kind("conv1d", "conv", nn.Conv1d, AskewConv1d, PackedConv1d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,

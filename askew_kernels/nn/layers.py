@@ -3,7 +3,7 @@
 The weight stays the same Parameter object under the same key; ``forward="hard"`` computes with s Q(w/s) and passes
 the gradient straight through inside the hull, ``forward="relaxed"`` computes with the float weights in training and
 hard in eval (as published). s Q(w/s) is the copy that an ASkew optimizer wrote in its own pass where that is fresh,
-and is recomputed otherwise.
+and is recomputed otherwise. ``forward="fp8"`` and ``"int8"`` multiply levels (``lowbit``).
 
 What a layer computes follows from its weight and three buffers, ``STATE`` (see ``quant.state``): every copy,
 checkpoint or average that has these computes the same.
@@ -25,10 +25,12 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from .. import ops
+from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
+from .lowbit import level_linear
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -131,6 +133,9 @@ class QuantizedLayer(nn.Module):
     def _attach(self, config: QuantConfig) -> None:
         if not isinstance(config, QuantConfig):
             raise TypeError(f"config: expected a QuantConfig, got {config!r}")
+        if config.level_dtype is not None and not self.kind.multiplies_levels:
+            raise ValueError(f"forward: {config.forward!r} is for linear layers, and this is {type(self).__name__}; "
+                             "give {pattern: config} with forward='hard' for these")  # fmt: skip
         self.config = config
         self.quantizer = WeightQuantizer(config, self.form)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
@@ -264,7 +269,7 @@ class QuantizedLayer(nn.Module):
         weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale, view = self._functional_scale(weight), self.form.view  # of a view, the inverse is its view
-        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.ste_clip))
+        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.clips_in_backward))
 
     def _eager_weight(self, dtype: torch.dtype) -> Tensor:
         """s Q(w/s), differentiable: the quantizer's own copy."""
@@ -273,7 +278,7 @@ class QuantizedLayer(nn.Module):
         quantized, inside = quantizer.copy_and_inside(weight, dtype)
         if not torch.is_grad_enabled():
             return quantized
-        clip = None if inside or not self.config.ste_clip else (quantizer.scale, self.config.weight, self.form)
+        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
         return _StraightThrough.apply(weight, quantized, clip)
 
     def _eager_forward(self, x: Tensor) -> Tensor:
@@ -285,6 +290,48 @@ class QuantizedLayer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
             return self.kind.product(self, x.to(low), quantized, bias)
 
+    def _eager_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """(what receives the gradient, levels in ``dtype``, scale): the quantizer's own copy."""
+        weight: Any = self._parameters["weight"]
+        quantizer = self.quantizer
+        levels, inside = quantizer.copy_and_inside(weight, dtype)
+        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
+        return _StraightThrough.apply(weight, weight, clip), levels, quantizer.scale
+
+    def _functional_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``_eager_levels``, recomputed by differentiable operators."""
+        weight = self._functional_weight()
+        whole = self.weight.full_tensor() if is_sharded(self.weight) else self.weight
+        whole = self.form.view(whole.detach().to(compute_dtype(whole.dtype)))
+        scale = self._functional_scale(self.weight)
+        levels = _fake_quantized(whole, scale, self.config.weight, False) / scale[:, None]  # one unit off at most
+        if dtype == torch.int8:
+            levels = levels.nan_to_num().round()
+        return weight, self.form.view(levels.to(dtype)), scale
+
+    def _level_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The product of the input's levels and the weight's, both of the type ``dtype``."""
+        if x.is_nested:
+            return self._nested_levels(x, dtype)
+        ordinary = self._ordinary() and type(x) in (Tensor, nn.Parameter)
+        weight, levels, scale = (self._eager_levels if ordinary else self._functional_levels)(dtype)
+        view, low = self.form.view, autocast_dtype(x) or x.dtype
+        rows, cols = view(levels).shape
+        if x.shape[-1:] != (cols,) or not x.is_floating_point():
+            raise ValueError(f"x: expected floats of shape (…, {cols}), got {x.dtype} {tuple(x.shape)}")
+        bias = None if self.bias is None else self.bias.to(low)
+        flat = x.to(low).reshape(-1, cols).contiguous()
+        grid = self.config.activation
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
+        return y.reshape(*x.shape[:-1], rows)
+
+    def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
+        """Row by row as alone, in the layout of ``x``."""
+        if x.layout != torch.jagged:
+            return torch.nested.as_nested_tensor([self._level_forward(part, dtype) for part in x.unbind()])
+        values = self._level_forward(x.values(), dtype)
+        return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
         return self.kind.product(self, x, weight, self.bias)
@@ -293,6 +340,8 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if (levels := self.config.level_dtype) is not None:
+            return self._level_forward(x, levels)
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
         if self.training and self.config.forward == "relaxed":

@@ -7,10 +7,12 @@ arithmetic is float32. In-place functions accept any dense layout; where it is n
 
 from __future__ import annotations
 
-from . import checks, mix, packed, quantize, rules, sam, scales, schema, update
+from . import checks, lowbit, mix, packed, prepared, quantize, rules, sam, scales, schema, update
 from .checks import *  # noqa: F403
+from .lowbit import *  # noqa: F403
 from .mix import *  # noqa: F403
 from .packed import *  # noqa: F403
+from .prepared import *  # noqa: F403
 from .quantize import *  # noqa: F403
 from .rules import *  # noqa: F403
 from .sam import *  # noqa: F403
@@ -18,7 +20,7 @@ from .scales import *  # noqa: F403
 from .update import *  # noqa: F403
 
 __all__ = ["schema"]
-for _stem in (checks, mix, packed, quantize, rules, sam, scales, update):
+for _stem in (checks, lowbit, mix, packed, prepared, quantize, rules, sam, scales, update):
     __all__ += _stem.__all__
 
 lowbit_linear, lowbit_dequantize = packed.packed_linear, packed.packed_dequantize  # their names until 0.2

@@ -7,7 +7,6 @@ the row.
 from __future__ import annotations
 
 import inspect
-import operator
 import warnings
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch.optim.sgd import sgd
 from .. import ops
 from ..quant import Binary
 from .constrained import CONSTRAINT_KEYS, Constrained
-from .plan import Launch
+from .plan import Held, Launch, Plan, address, version
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
 
@@ -170,17 +169,18 @@ class ByRule(Constrained):
         """
         self._load(state_dict, super().load_state_dict)
 
-    def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
+    def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+                   ) -> dict[str, Any]:  # fmt: skip
         self._agree(group)
-        ours = group["grid"] is not None
-        for p in params if ours or self.RULE.name != "sgd" else ():
-            grad: Tensor = p.grad  # type: ignore[assignment]
+        ours, plan = group["grid"] is not None, self._plans.get(index)
+        known = (plan is not None and plan.takes(params, grads)) or (not ours and self.RULE.name == "sgd")
+        for p, grad in () if known else zip(params, grads, strict=True):
             if grad.layout != torch.strided:
                 what = " for a quantized parameter" * ours
                 raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients{what}")
             if grad.dtype != p.dtype and (ours or not self._in_torch):
                 raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
-        return super()._arguments(group, params)
+        return super()._arguments(index, group, params, grads)
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -194,30 +194,64 @@ class ByRule(Constrained):
         first = bool(rule.at_first) and keeps and any(key not in state for key in rule.buffers)
         return keeps, first, float(self._counter(p)) if rule.counts else 0.0
 
-    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
-        keeps, first, _ = launch.bucket
-        if first or keeps != self.RULE.keeps_buffers(group) or not self.RULE.counts:
-            return not first and keeps == self.RULE.keeps_buffers(group)
-        steps = [self._counter(p) for p in launch.members]
-        return all(map(operator.is_, steps, launch.steps)) and [t._version for t in steps] == launch.step_versions
+    def _lasts(self, plan: Plan, group: dict[str, Any]) -> bool:
+        keeps = self.RULE.keeps_buffers(group)
+        for launch in plan.launches:
+            if launch.bucket[:2] != [keeps, False] or launch.held is None or not launch.held.stay():
+                return False
+            if sum(map(version, launch.held.lists.get("step", ()))) != launch.count_versions:
+                return False
+        return True
+
+    def _hold(self, launch: Launch, group: dict[str, Any]) -> Held:
+        """The rule's state of a launch, made where it is missing."""
+        if launch.held is None:
+            keys = [*self.RULE.buffers] if self.RULE.keeps_buffers(group) else []
+            self._buffers(group, launch.members)
+            if self.RULE.counts:
+                keys.append("step")
+                for p in launch.members:
+                    self._counter(p)
+            launch.held = Held([self.state[p] for p in launch.members], keys)
+        return launch.held
+
+    def _count(self, launch: Launch, steps: list[Tensor] | None) -> Tensor | None:
+        """Counts a step; its number, for a rule that needs it."""
+        if not steps:
+            return None
+        torch._foreach_add_(steps, 1)
+        launch.count_versions = sum(map(version, steps))
+        return torch.tensor(float(steps[0]), dtype=torch.float64, device="cpu")
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
-        members, step = launch.members, None
-        states: list[Any] = self._buffers(group, members)
-        grads: list[Any] = [p.grad for p in members]
-        if self.RULE.counts:
-            launch.steps = [self._counter(p) for p in members]
-            torch._foreach_add_(launch.steps, 1)
-            launch.step_versions = [t._version for t in launch.steps]
-            step = torch.tensor(float(launch.steps[0]), dtype=torch.float64, device="cpu")
+        lists = dict(self._hold(launch, group).lists)
+        step = self._count(launch, lists.pop("step", None))
+        grads: list[Any] = [p.grad for p in launch.members]
         if launch.bucket[1]:
             arguments["numbers"] = self._numbers(group, first=True)
-        grads, *states = map(launch.viewed, (grads, *states))
+        grads, *states = map(launch.viewed, (grads, *lists.values()))
         if not launch.as_they_are:  # state that a checkpoint has brought in the other order
             ordered = all(t.is_contiguous() for tensors in states for t in tensors)
             arguments["contiguous"] = arguments.get("contiguous", False) and ordered
         ops.run_skew_update(self.RULE, weights, grads, states, scales, *outputs, step=step, **arguments)
+
+    def _update_prepared(self, plan: Plan, launch: Launch, group: dict[str, Any], grads: list[Tensor],
+                         totals: Tensor | None, arguments: dict[str, Any]) -> bool:  # fmt: skip
+        if not (plan.used and plan.direct and ops.prepares(launch.members[0])) or launch.held is None:
+            return False
+        lists = dict(launch.held.lists)
+        steps = lists.pop("step", None)
+        if launch.prepared is None:
+            launch.prepared = ops.PreparedUpdate.of(
+                self.RULE, launch.viewed(launch.members), [launch.viewed(tensors) for tensors in lists.values()],
+                [q.scale for q in launch.quantizers], launch.levels, launch.encodings, launch.copies, launch.sums,
+            )  # fmt: skip
+            if launch.prepared is None:
+                return False
+        step = self._count(launch, steps)
+        launch.prepared.run(list(map(address, grads)), totals, step=step, clamp=launch.clamp, **arguments)
+        return True
 
     def _buffers(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor]]:
         """The rule's state of each, zeros where it is missing, in the type of the weight (a model may be cast)."""
@@ -261,7 +295,7 @@ class ByRule(Constrained):
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Of a rule that torch.optim does not have: its operator on any grid, where nothing is constrained."""
-        arguments = {**self._arguments(group, params), "eps": torch.ones((), dtype=torch.float64), "alpha": 0.0}
+        arguments = {**self._checked_arguments(group), "eps": torch.ones((), dtype=torch.float64), "alpha": 0.0}
         buckets: dict[Any, list[Tensor]] = {}
         for p in params:
             key = (p.device, torch.float64 if p.dtype == torch.float64 else torch.float32, *self._bucket(group, p))

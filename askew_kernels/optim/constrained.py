@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import contract, ops
+from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.sharding import made_for_a_part, sharding_of
 from ..quant.state import next_scales, share_rows
-from .plan import Launch, Plan
+from .plan import Launch, Plan, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
@@ -41,6 +41,8 @@ class Constrained(Optimizer):
         self._record = Record()
         self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
         self._plans: dict[int, Plan] = {}
+        self._states: list[dict[str, Any]] = []  # ``state``'s values as the last step found them, and their count
+        self._state_revision = 0
         self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # by id of the group: its keys, what they make
         # Weights that a launch starts from in place of those it finds, taken out as they are used; a sharpness-aware
         # step's first gradients to average with, and the coefficients that tell whether they count.
@@ -67,6 +69,8 @@ class Constrained(Optimizer):
         """(group, parameter) of all under the constraint."""
         return ((group, p) for group in self.param_groups if group["grid"] is not None for p in group["params"])
 
+    _CLIPS = True  # whether its pass can zero gradients outside the hull
+
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
@@ -84,6 +88,8 @@ class Constrained(Optimizer):
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
             rows = (WeightQuantizer.of(p) or quantizer).rows(p)
+            if not self._CLIPS:
+                refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
 
@@ -130,15 +136,16 @@ class Constrained(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        arguments = [self._arguments(group, params) for group, params in work]
+        self._look_at_state()
+        work = [(group, *_with_gradients(group["params"])) for group in self.param_groups]
+        arguments = [self._arguments(index, *of) for index, of in enumerate(work)]
         every = self.telemetry_every
         record = every > 0 and (self._telemetry_wanted or self.steps % every == 0)
         if record:
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
-        for index, (group, params) in enumerate(work):
+        for index, (group, params, grads) in enumerate(work):
             if not params:
                 continue
             if group["grid"] is None:
@@ -146,14 +153,25 @@ class Constrained(Optimizer):
             else:
                 if record:
                     self._record.keep_rates(index, group)
-                self._step_constrained(index, group, params, arguments[index], record)
+                self._step_constrained(index, group, params, grads, arguments[index], record)
         self.steps += 1
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
 
-    def _arguments(self, group: dict[str, Any], params: list[Tensor]) -> dict[str, Any]:
-        """What the operator is given for this group's launches, all of it checked; kept while the keys stay."""
+    def _look_at_state(self) -> None:
+        """Notices when a parameter's state has been replaced by another."""
+        states = list(self.state.values())
+        if not same(states, self._states):
+            self._states, self._state_revision = states, self._state_revision + 1
+
+    def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
+                   ) -> dict[str, Any]:  # fmt: skip
+        """What the operator is given for this group's launches, all of it checked."""
+        return self._checked_arguments(group)
+
+    def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The keys' part of it, kept while they stay."""
         values = [group[key] for key in self._ARGUMENTS]
         known = self._known.get(id(group))
         if known is None or any(isinstance(value, Tensor) for value in values) or known[0] != values:
@@ -178,17 +196,22 @@ class Constrained(Optimizer):
             return group["annealing"]  # EpsilonAnnealing keeps this on the host: no synchronisation
         return float(eps) < 1.0
 
-    def _step_constrained(self, index: int, group: dict[str, Any], params: list[Tensor], arguments: dict[str, Any],
-                          record: bool) -> None:  # fmt: skip
+    def _step_constrained(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor],
+                          arguments: dict[str, Any], record: bool) -> None:  # fmt: skip
         freeze = self._freezes(group)
-        key = (id(group), id(group["grid"]), group["freeze_scale"], freeze, id(self.state), len(self.state))
         plan = self._plans.get(index)
-        if plan is None or not (plan.holds(key, params) and all(self._lasts(x, group) for x in plan.launches)):
-            plan = self._plans[index] = Plan(key, params, self._launches(group, params, freeze))
+        if plan is None or not plan.holds(self._plan_key(group, freeze), params) or not self._lasts(plan, group):
+            launches = self._launches(group, params, freeze)
+            self._look_at_state()
+            plan = self._plans[index] = Plan(self._plan_key(group, freeze), params, launches)
         for launch in plan.launches:
-            self._run(launch, group, arguments, record, plan.used)
-        plan.used = True
-        plan.revisions = [q.revision for q in plan.quantizers]
+            self._run(plan, launch, group, grads, arguments, record)
+        plan.note()
+
+    def _plan_key(self, group: dict[str, Any], freeze: bool) -> tuple[Any, ...]:
+        """What a plan is made for, beside its parameters."""
+        skip = bool(group["skip_nonfinite"])
+        return id(group), id(group["grid"]), group["freeze_scale"], freeze, skip, self._state_revision
 
     def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
         buckets: dict[Any, list[Tensor]] = {}
@@ -197,48 +220,51 @@ class Constrained(Optimizer):
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
-            frozen = quantizer.frozen and group["freeze_scale"] != "never"
-            key = (p.device, frozen, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            frozen, clips = quantizer.frozen and group["freeze_scale"] != "never", quantizer.config.clips_in_step
+            key = (p.device, frozen, clips, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
             buckets.setdefault(key, []).append(p)
         return [
             Launch(members, clamp, rest, group["grid"].levels_tensor(device), group["grid"].encoding)
-            for (device, clamp, _, _, *rest), members in buckets.items()
+            for (device, clamp, _, _, _, *rest), members in buckets.items()
         ]
 
-    def _run(self, launch: Launch, group: dict[str, Any], arguments: dict[str, Any], record: bool,
-             again: bool) -> None:  # fmt: skip
-        """One launch; ``again``: since the launch before nothing else has touched the weights or their quantizers."""
+    def _run(self, plan: Plan, launch: Launch, group: dict[str, Any], grads: list[Tensor], arguments: dict[str, Any],
+             record: bool) -> None:  # fmt: skip
         members, quantizers = launch.members, launch.quantizers
-        if again:
-            for batch in launch.batches:
-                batch.update()
-            scales = [q.scale for q in quantizers]
+        if plan.used:  # since the launch before nothing else has touched the weights or their quantizers
+            if launch.batch is not None:
+                launch.batch.update()
         else:
-            scales = next_scales(quantizers, members)
+            next_scales(quantizers, members)
             launch.prepare()
-        totals = []
-        if record:
-            totals = [torch.zeros(contract.NUM_TOTALS, dtype=torch.float64, device=p.device) for p in members]
-            self._record.totals.update(zip(members, totals, strict=True))
-        weights = launch.viewed(members)
-        if launch.sharded:
-            scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
+        room, totals = launch.totals() if record else (None, [])
+        if room is not None:
+            self._record.totals.append((members, room))
+        if members is not plan.params:
+            grads = [p.grad for p in members]  # type: ignore[misc]
+        clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
+        if launch.clips and not (clamped and plan.used):  # clamped before, no weight is outside the hull
+            arguments = {**arguments, "ste_clip": True}
         try:
-            self._update(
-                launch, group, weights, scales, launch.levels, launch.encodings, launch.copies,
-                ops.SkewStats(launch.sums, totals), **arguments, clamp=launch.clamp, contiguous=launch.contiguous,
-                descent=self._descent(members, weights),
-            )  # fmt: skip
+            if self.saved_weights or not self._update_prepared(plan, launch, group, grads, room, arguments):
+                weights, scales = launch.viewed(members), [q.scale for q in quantizers]
+                if launch.sharded:
+                    scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
+                self._update(
+                    launch, group, weights, scales, launch.levels, launch.encodings, launch.copies,
+                    ops.SkewStats(launch.sums, totals), **arguments, clamp=launch.clamp, contiguous=launch.contiguous,
+                    descent=self._descent(members, weights),
+                )  # fmt: skip
         except BaseException:
             for q in quantizers:  # their scales have moved on
                 q.invalidate()
             raise
         if launch.sharded and not quantizers[0].frozen:
             share_rows(quantizers, members)
-        clamped = launch.clamp and not group["skip_nonfinite"]  # a skipped element stays where it was
-        for q, p, copied, summed in zip(quantizers, members, launch.copied, launch.summed, strict=True):
-            q.updated(p, copied, summed, clamped)
-            self.saved_weights.pop(p, None)
+        launch.updated(clamped, plan.linked)
+        if self.saved_weights:
+            for p in members:
+                self.saved_weights.pop(p, None)
 
     def _descent(self, members: list[Tensor], weights: list[Tensor]) -> list[Any]:
         """Saved weights, first gradients and coefficients for the operator; nothing in a usual step."""
@@ -249,7 +275,7 @@ class Constrained(Optimizer):
                          for some in (self.saved_weights, self.first_gradients))  # fmt: skip
         return [saved] if not self.first_gradients or self.coefficients is None else [saved, firsts, self.coefficients]
 
-    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
         """What comes first. work: groups, with those of their parameters that have a gradient."""
 
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -264,9 +290,14 @@ class Constrained(Optimizer):
         """What must be equal for parameters to share a launch, besides the device."""
         return ()
 
-    def _lasts(self, launch: Launch, group: dict[str, Any]) -> bool:
-        """Whether the bucket of a launch that has run is still one."""
+    def _lasts(self, plan: Plan, group: dict[str, Any]) -> bool:
+        """Whether the buckets of launches that have run are still those, and the state that they have found."""
         return True
+
+    def _update_prepared(self, plan: Plan, launch: Launch, group: dict[str, Any], grads: list[Tensor],
+                         totals: Tensor | None, arguments: dict[str, Any]) -> bool:  # fmt: skip
+        """``_update`` by a list that is kept from step to step; False, and nothing done, where there is none."""
+        return False
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
@@ -362,9 +393,28 @@ class Constrained(Optimizer):
                 self._restore(group, p, scales[p])
 
 
+def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that have one, and their gradients."""
+    with plainly():
+        found = [p.grad for p in params]
+    grads = [g for g in found if g is not None]
+    if len(grads) < len(found):
+        params = [p for p, g in zip(params, found, strict=True) if g is not None]
+    return params, grads
+
+
 def viewed(p: Tensor, t: Tensor) -> Tensor:
     """Of a tensor like the parameter ``p``: the outputs before the inputs."""
     return WeightQuantizer.of(p).form.view(t)  # type: ignore[union-attr]
+
+
+def refuse_clip_in_step(optimizer: str, name: str, p: Tensor) -> None:
+    """TypeError where the weight's layer leaves the clip of its gradient to an optimizer's pass."""
+    quantizer = WeightQuantizer.of(p)
+    if quantizer is not None and quantizer.config.clips_in_step:
+        raise TypeError(f"{name}: its layer has ste_clip='step', which leaves its gradient outside the hull to the "
+                        f"pass of an ASkew optimizer, and {optimizer} needs the gradient as it will be before that; "
+                        "expected ste_clip=True")  # fmt: skip
 
 
 def _config_of(group: Mapping[str, Any]) -> QuantConfig:

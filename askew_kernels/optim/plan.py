@@ -1,17 +1,32 @@
-"""What the launches of a step take, kept from step to step while nothing but the update pass touches the tensors."""
+"""What the launches of a step take, kept from step to step while nothing but the update pass touches the tensors.
+
+Hundreds of tensors cost the host more than the device, so a step looks at a whole list at a time: by mapping functions
+of C over it, never by Python's own code for each tensor.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import contract, ops
 from ..quant import WeightQuantizer
 from ..quant.forms import ROWS
 from ..quant.sharding import is_sharded, local_part, own_rows
-from ..quant.state import ScaleBatch
+from ..quant.state import Changes, ScaleBatch
+
+version, dtype = operator.attrgetter("_version"), operator.attrgetter("dtype")
+address, strides = Tensor.data_ptr, Tensor.stride
+plainly = torch._C.DisableTorchFunctionSubclass  # within it, attributes of a subclass of Tensor cost what a tensor's do
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """The same objects in the same order."""
+    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 class Launch:
@@ -25,8 +40,13 @@ class Launch:
         self.sharded = is_sharded(members[0])
         self.forms = [ROWS if q is None else q.form for q in self.quantizers]
         self.as_they_are = not self.sharded and all(form == ROWS for form in self.forms)
-        self.steps: list[Tensor] = []  # the rule's counters, and their versions when it last moved them
-        self.step_versions: list[int] = []
+        config = None if self.quantizers[0] is None else self.quantizers[0].config
+        self.clips = config is not None and config.clips_in_step  # gradients outside the hull are left to this pass
+        self.held: Held | None = None  # the rule's state of the members
+        self.count_versions = 0  # of its counters, when it last moved them
+        self.versions: list[int] = []  # of the members, after the last run; their quantizers look here
+        self.prepared: ops.PreparedUpdate | None = None
+        self._totals: list[tuple[Tensor, list[Tensor]]] = []
 
     def viewed(self, tensors: list[Any]) -> list[Any]:
         """What the kernels take of tensors like the members: this rank's part, the outputs before the inputs."""
@@ -44,11 +64,8 @@ class Launch:
         self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
         copies = [None if c is None else form.view(c) for form, c in zip(self.forms, copies, strict=True)]
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
-        together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
-        for q, p in zip(self.quantizers, self.members, strict=True):
-            if q.batches(p):
-                together.setdefault(q.rule, []).append((q, p))
-        self.batches = [ScaleBatch(*zip(*pairs, strict=True)) for pairs in together.values()]  # type: ignore[arg-type]
+        follow = [(q, p) for q, p in zip(self.quantizers, self.members, strict=True) if q.batches(p)]
+        self.batch = ScaleBatch(*zip(*follow, strict=True)) if follow else None  # type: ignore[arg-type]
         self.contiguous = all(w.is_contiguous() for w in self.viewed(self.members))
 
     def _or_empty(self, tensors: list[Tensor | None]) -> list[Tensor]:
@@ -57,20 +74,95 @@ class Launch:
             return []
         return [torch.empty(0, device=p.device) if t is None else t for t, p in zip(tensors, self.members, strict=True)]
 
+    def totals(self) -> tuple[Tensor, list[Tensor]]:
+        """Room for the sums of a recorded step, (n, 6), and each tensor's. Two take turns: the log writes the step
+        before when the next one has been recorded."""
+        if len(self._totals) < 2:
+            shape = len(self.members), contract.NUM_TOTALS
+            room = torch.zeros(shape, dtype=torch.float64, device=self.members[0].device)
+            self._totals.append((room, list(room.unbind())))
+        else:
+            self._totals.reverse()
+        return self._totals[-1]
+
+    def updated(self, clamped: bool, linked: bool) -> None:
+        """Tells the quantizers that the pass has run. ``linked``: nothing else is known of them than after the run
+        before."""
+        with plainly():
+            self.versions[:] = map(version, self.members)
+        if not linked:
+            for i, (q, p) in enumerate(zip(self.quantizers, self.members, strict=True)):
+                q.updated(p, self.copied[i], self.summed[i], clamped, self.versions, i)
+
+
+class Held:
+    """A rule's tensors beside a list of parameters, as an operator's launches found them: ``lists`` by key."""
+
+    def __init__(self, states: list[dict[str, Any]], keys: Sequence[str]) -> None:
+        self.states = states
+        self.lists = {key: [state[key] for state in self.states] for key in keys}
+        self.addresses = [list(map(address, tensors)) for tensors in self.lists.values()]
+
+    def stay(self) -> bool:
+        """Whether they are in their places still."""
+        return all(
+            same([state.get(key) for state in self.states], tensors) and list(map(address, tensors)) == places
+            for (key, tensors), places in zip(self.lists.items(), self.addresses, strict=True)
+        )
+
 
 class Plan:
     """The launches of one group, and what they were made for."""
 
     def __init__(self, key: tuple, params: list[Tensor], launches: list[Launch]) -> None:
-        self.key, self.params, self.launches = key, params, launches
+        self.key, self.launches = key, launches
+        self.params = launches[0].members if len(launches) == 1 else list(params)
         self.quantizers: list[WeightQuantizer] = [WeightQuantizer.of(p) for p in params]  # type: ignore[misc]
-        self.revisions: list[int] = []
         self.used = False
+        self._seen: Any = None
+        self.direct = False  # the gradients of this step are of the types and layouts of their parameters
+        self.linked = False  # nothing that the quantizers know is of another's making than the last run's
+
+    def note(self) -> None:
+        """The launches have run."""
+        if self.used and self.linked:  # only weights have moved
+            counted, state, _, places = self._seen
+            self._seen = counted, state, sum(sum(launch.versions) for launch in self.launches), places
+            return
+        self.used = True
+        self.revisions = [q.revision for q in self.quantizers]
+        self.watched = [t for q in self.quantizers for t in q.tensors]
+        self.types, self.strides = list(map(dtype, self.params)), list(map(strides, self.params))
+        settled = all(q.settled(p) for p, q in zip(self.params, self.quantizers, strict=True))
+        self._seen = self._look() if settled else None  # a rule may have to look at the weights at every step
+
+    def _look(self) -> Any:
+        """What changes with the weights and their quantizers. Versions only grow, so that their sum tells."""
+        try:
+            with plainly():
+                return (Changes.count, sum(map(version, self.watched)), sum(map(version, self.params)),
+                        list(map(address, self.params)))  # fmt: skip
+        except RuntimeError:  # inference tensors have no version, fake ones no address
+            return object()
+
+    def takes(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether gradients are of the types and layouts of their parameters, which says that they are dense too."""
+        try:
+            with plainly():
+                self.direct = (
+                    self._seen is not None and self._seen[0] == Changes.count and same(params, self.params)
+                    and list(map(dtype, grads)) == self.types and list(map(strides, grads)) == self.strides
+                )  # fmt: skip
+        except RuntimeError:  # sparse ones have no strides
+            self.direct = False
+        return self.direct
 
     def holds(self, key: tuple, params: list[Tensor]) -> bool:
         """Same tensors, and since the last step only the update pass has touched them."""
-        same = key == self.key and len(params) == len(self.params) and all(map(operator.is_, params, self.params))
-        return same and all(
+        if not (self.used and key == self.key and same(params, self.params)):
+            return False
+        self.linked = self._look() == self._seen
+        return self.linked or all(
             WeightQuantizer.of(p) is q and q.revision == revision and q.settled(p)
             for p, q, revision in zip(params, self.quantizers, self.revisions, strict=True)
         )

@@ -24,6 +24,7 @@ from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_o
 from .amp import unscale_first, unscale_second
 from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
+from .constrained import refuse_clip_in_step
 from .ranks import ProcessGroup, sum_over_ranks
 from .telemetry import checked_every
 from .wrapper import Wrapper, checked_base, room_for
@@ -116,6 +117,8 @@ class SAM(Wrapper):
         base = _make_base(params, base_optimizer, base_options)
         for group in base.param_groups:
             _check_keys({**own, **group})
+            for i, p in enumerate(group["params"]):
+                refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
         self.model, self.perturbation = model, perturbation
         self._begin()
         self._wrap(base, own)
@@ -138,6 +141,10 @@ class SAM(Wrapper):
             return
         self._refuse_between_halves("add_param_group")
         _check_keys({**self.defaults, **param_group})
+        params = [given] if isinstance(given := param_group["params"], Tensor) else list(given)
+        for i, p in enumerate(params):
+            refuse_clip_in_step(type(self).__name__, f"params[{i}]", p[1] if isinstance(p, tuple) else p)
+        param_group = {**param_group, "params": params}
         self.base_optimizer.add_param_group(param_group)
         self._complete()
         self._note_names()
@@ -270,6 +277,7 @@ class SAM(Wrapper):
                 if p.is_complex():
                     raise TypeError(f"{what}: {type(self).__name__} does not take complex parameters")
                 ops.check_float_tensor(what, p)
+                refuse_clip_in_step(type(self).__name__, what, p)
                 if g.dtype != p.dtype:
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
                 w = p

@@ -43,6 +43,7 @@ class Skewed(Constrained, Wrapper):
     """
 
     _KEYS = CONSTRAINT_KEYS
+    _CLIPS = False  # the base has moved the weights by gradients that it took as they were
 
     def __init__(
         self, base_optimizer: Optimizer, *, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
@@ -89,10 +90,10 @@ class Skewed(Constrained, Wrapper):
             raise ValueError("lr: expected in every group of the base optimizer, whose step is taken over it, got none")
         super()._check_group(group)
 
-    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    def _step_base(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
         """The base's step. It leaves the weights moved, with their copies in ``saved_weights``; a weight that has to be
         looked at for its scale is put back, with its direction in the copy's place."""
-        params = [p for group, members in work if group["grid"] is not None for p in members]
+        params = [p for group, members, _ in work if group["grid"] is not None for p in members]
         quantizers: list[Any] = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
         copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
@@ -106,7 +107,7 @@ class Skewed(Constrained, Wrapper):
             for q, p in zip(quantizers, params, strict=True):
                 q.returned(p)
             raise
-        divisors = {p: _divisor(group["lr"]) for group, members in work for p in members}
+        divisors = {p: _divisor(group["lr"]) for group, members, _ in work for p in members}
         for q, p, w, copy in zip(quantizers, params, weights, copies, strict=True):
             if w.is_contiguous() and q.home_has_scale(p):
                 self.saved_weights[p] = copy

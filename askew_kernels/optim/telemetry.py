@@ -52,7 +52,7 @@ class Record:
 
     step: int = 0
     rates: dict[int, dict[str, Any]] = field(default_factory=dict)  # by index of the group
-    totals: dict[Tensor, Tensor] = field(default_factory=dict)
+    totals: list[tuple[list[Tensor], Tensor]] = field(default_factory=list)  # of each launch: (n, 6)
     loss: Any = None
 
     def keep_rates(self, index: int, group: dict[str, Any]) -> None:
@@ -61,11 +61,13 @@ class Record:
         self.rates[index] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        report = []
+        report, found = [], dict[Tensor, list[float]]()
+        for members, totals in self.totals:
+            found.update(zip(members, totals.tolist(), strict=True))
         for name, p, index in _tensors(groups):
-            if (totals := self.totals.get(p)) is None or index not in self.rates:
+            if (sums := found.get(p)) is None or index not in self.rates:
                 continue
-            t = dict(zip(ops.SkewStats.NAMES, totals.tolist(), strict=True))
+            t = dict(zip(ops.SkewStats.NAMES, sums, strict=True))
             n = max(1, p.numel())
             report.append({
                 "step": self.step, "name": name, "numel": p.numel(),

@@ -7,11 +7,16 @@ import numbers
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+
+from .. import contract
 from .exports import target as find_target
 from .grids import Grid, Uniform, as_flag, grid_from_dict
 from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, check_scale_dtype, default_rule, num_rows
 
-FORWARDS = ("hard", "relaxed")
+LEVEL_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # forwards that multiply levels, and how they hold them
+IN_STEP = "step"  # of ``ste_clip``
+FORWARDS = ("hard", "relaxed", *LEVEL_TYPES)
 SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
 
@@ -22,10 +27,17 @@ class QuantConfig:
     weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
     the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
     ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
-    the float weights in training and with s Q(w/s) in eval, as published.
-    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull.
+    the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
+    multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
+    (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
+    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
+    True (default) in each backward, ``"step"`` in the optimizer's own pass, which zeroes the sum of a step's gradients
+    (12 bytes a weight less to move; by the scale that the step starts from, which is the forward's once it is frozen;
+    a gradient that is read before the step, as for its norm, is not zeroed yet; for ``ASkewSGD`` and its like, not with
+    ``forward="relaxed"``), False never.
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
-    or image by image (nn.Conv2d); None (default): the input stays float.
+    or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
+    be any number that these hold.
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
     them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
 
@@ -38,7 +50,7 @@ class QuantConfig:
     group_size: int | None = None
     forward: str = "hard"
     sawb_coefficients: tuple[float, float] | None = None
-    ste_clip: bool = True
+    ste_clip: bool | str = True
     activation: Grid | None = None
     scale_dtype: str = "float32"
 
@@ -51,7 +63,13 @@ class QuantConfig:
             raise ValueError(f"forward: expected one of {', '.join(FORWARDS)}, got {self.forward!r}")
         if isinstance(self.group_size, numbers.Integral) and not isinstance(self.group_size, bool):
             object.__setattr__(self, "group_size", int(self.group_size))  # NumPy's, too
-        object.__setattr__(self, "ste_clip", as_flag("ste_clip", self.ste_clip))
+        if isinstance(self.ste_clip, str) and self.ste_clip != IN_STEP:
+            raise ValueError(f"ste_clip: expected True, False or {IN_STEP!r}, got {self.ste_clip!r}")
+        if not isinstance(self.ste_clip, str):
+            object.__setattr__(self, "ste_clip", as_flag("ste_clip", self.ste_clip))
+        elif self.forward == "relaxed":
+            raise ValueError("ste_clip: 'step' takes the place of the clip in the backward of a quantized forward, "
+                             "which forward='relaxed' has not; expected True or False")  # fmt: skip
         object.__setattr__(self, "sawb_coefficients", check_coefficients(self.sawb_coefficients))
         if self.scale is None:
             object.__setattr__(self, "scale", default_rule(self.weight, self.sawb_coefficients))
@@ -60,6 +78,34 @@ class QuantConfig:
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
+        if self.level_dtype is not None:
+            self._check_levels(self.level_dtype)
+
+    @property
+    def clips_in_backward(self) -> bool:
+        """Whether the backward itself zeroes the gradient outside the hull."""
+        return self.ste_clip is True
+
+    @property
+    def clips_in_step(self) -> bool:
+        """Whether that is left to the optimizer's pass."""
+        return self.ste_clip == IN_STEP
+
+    @property
+    def level_dtype(self) -> torch.dtype | None:
+        """What the levels that the forward multiplies are held in; None where it multiplies floats."""
+        return LEVEL_TYPES.get(self.forward)
+
+    def _check_levels(self, dtype: torch.dtype) -> None:
+        if self.granularity == "per_group":
+            raise ValueError(f"granularity: forward={self.forward!r} takes one scale for each tensor or output, "
+                             "expected per_tensor or per_channel, got 'per_group'")  # fmt: skip
+        for name, grid in (("weight", self.weight), ("activation", self.activation)):
+            if grid is None or contract.holds_levels(dtype, grid.levels):
+                continue
+            others = [f for f, t in LEVEL_TYPES.items() if contract.holds_levels(t, grid.levels)]
+            raise ValueError(f"forward: {self.forward!r} holds levels in {dtype}, which does not hold those of {name}="
+                             f"{grid} exactly; {others[0] if others else 'hard'!r} does")  # fmt: skip
 
     @classmethod
     def for_export(cls, target: str, **options: Any) -> QuantConfig:

@@ -48,17 +48,29 @@ LOCK = threading.RLock()  # what is kept is made by one thread; those that find 
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
 
+class Changes:
+    """Counts whatever changes any quantizer's state, or may have changed any weight, outside an update pass and without
+    a version that tells it: while ``count`` stays, versions and addresses tell the rest."""
+
+    count = 0
+
+
+def _used_data(weight: Tensor) -> None:
+    weight.__dict__["_data_uses"] = weight.__dict__.get("_data_uses", 0) + 1
+    Changes.count += 1
+
+
 class QuantizedParameter(nn.Parameter):
     """An nn.Parameter that notices when ``.data`` is handed out, because writes through it are not counted by torch."""
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
-        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        _used_data(self)
         return torch._C.TensorBase.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self.__dict__["_data_uses"] = self.__dict__.get("_data_uses", 0) + 1
+        _used_data(self)
         torch._C.TensorBase.data.__set__(self, value)  # type: ignore[attr-defined]
 
     def detach(self) -> Tensor:
@@ -91,7 +103,16 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
             continue
         for p in group["params"]:
             if isinstance(p, QuantizedParameter):
-                p.__dict__["_data_uses"] = p.__dict__.get("_data_uses", 0) + 1
+                _used_data(p)
+                quantizer = WeightQuantizer.of(p)
+                if quantizer is not None and quantizer.config.clips_in_step and not quantizer.told:
+                    quantizer.told = True
+                    warnings.warn(
+                        f"{type(optimizer).__name__}: a weight of shape {tuple(p.shape)} has ste_clip='step', so that "
+                        "its gradient outside the hull is left to an ASkew optimizer's pass, and this optimizer does "
+                        "not zero it; use ste_clip=True with it (or give the group its grid, by ak.param_groups)",
+                        UserWarning, stacklevel=4,
+                    )  # fmt: skip
 
 
 register_optimizer_step_post_hook(_note_step)
@@ -100,15 +121,26 @@ register_optimizer_step_post_hook(_note_step)
 class Known(NamedTuple):
     """What is known of a weight and its scale while both are what ``stamp`` says; replaced whole.
 
-    ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside the hull; ``fresh``: the
-    types of the copies that hold s Q(w/s); ``scaled``: the scale is what its rule says of the weight.
+    ``versions[place]``: the weight's version, in a list that the weights of a launch share: the update pass moves all
+    of them and nothing else. ``sums``: the quantizer's sums are those of the weight; ``inside``: no weight is outside
+    the hull; ``fresh``: the types of the copies that hold s Q(w/s); ``scaled``: the scale is what its rule says of the
+    weight.
     """
 
     stamp: tuple[Any, ...]
+    versions: list[Any]
+    place: int = 0
     sums: bool = False
     inside: bool = False
     fresh: frozenset[torch.dtype] = frozenset()
     scaled: bool = False
+
+
+def _version(weight: Tensor) -> Any:
+    try:
+        return weight._version
+    except RuntimeError:  # inference tensors have none
+        return object()
 
 
 class WeightQuantizer:
@@ -126,6 +158,7 @@ class WeightQuantizer:
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
+        self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
@@ -135,6 +168,7 @@ class WeightQuantizer:
         if type(weight) is nn.Parameter:
             weight.__class__ = QuantizedParameter
         weight._askew_quantizer = self  # type: ignore[attr-defined]
+        Changes.count += 1
         if self.form.transposed and not self.form.view(weight).is_contiguous():
             weight.data = self.form.laid_out(weight.data)
         self.allocate(weight)
@@ -142,6 +176,7 @@ class WeightQuantizer:
     def untie(self, weight: nn.Parameter) -> None:
         """Undoes ``tie``."""
         if WeightQuantizer.of(weight) is self:
+            Changes.count += 1
             del weight._askew_quantizer  # type: ignore[attr-defined]
             if type(weight) is QuantizedParameter:
                 weight.__class__ = nn.Parameter  # type: ignore[assignment]
@@ -201,28 +236,38 @@ class WeightQuantizer:
             self.frozen = float(self.flag) > FOLLOWS
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
-        """Changes whenever the weight's content, or that of the three tensors, may have changed; equal to none where
-        that cannot be told."""
+        """With the weight's version it changes whenever the weight's content, or that of the three tensors, may have
+        changed; equal to none where that cannot be told."""
         try:
             return (
-                self.scale._version, self.flag._version, self.row_sums._version, weight._version, weight.data_ptr(),
-                weight.dtype, weight.__dict__.get("_data_uses", 0),
+                self.scale._version, self.flag._version, self.row_sums._version, weight.data_ptr(), weight.dtype,
+                weight.__dict__.get("_data_uses", 0),
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
 
+    def _changed(self) -> None:
+        self.revision += 1
+        Changes.count += 1
+
     def _know(self, weight: Tensor, *known: Any) -> Known:
         """``known``: sums, inside, fresh, scaled."""
-        self._known = now = Known(self._stamp(weight), *known)
+        Changes.count += 1
+        self._known = now = Known(self._stamp(weight), [_version(weight)], 0, *known)
         return now
+
+    def _still(self, known: Known | None, weight: Tensor) -> bool:
+        """Whether what is known holds for the weight as it stands."""
+        return (known is not None and known.versions[known.place] == _version(weight)
+                and known.stamp == self._stamp(weight))  # fmt: skip
 
     def settle(self, weight: Tensor) -> Known:
         """What is known of the weight as it stands, after the scale was brought up to date where it has to be."""
         self.allocate(weight)
         known = self._known
-        if known is not None and known.stamp == self._stamp(weight):
-            return known
-        self.revision += 1
+        if self._still(known, weight):
+            return known  # type: ignore[return-value]
+        self._changed()
         self.fit(weight)
         if weight.is_meta:
             return self._know(weight)
@@ -277,7 +322,7 @@ class WeightQuantizer:
             next_scales([self], [weight])
             if is_sharded(weight):
                 share_rows([self], [weight])
-        self.revision += 1
+        self._changed()
         self.write(frozen=FROZEN)
         self._know(weight)
 
@@ -291,7 +336,7 @@ class WeightQuantizer:
         """A given scale, rounded as the config's ``scale_dtype`` asks for."""
         self.settle(weight)
         scale = round_scale(self._given(weight, scale).float(), self.config.scale_dtype)
-        self.revision += 1
+        self._changed()
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
         self.write(scale=scale, sums=None if unseen else self._sums(weight))
         self._know(weight, not unseen)
@@ -310,19 +355,20 @@ class WeightQuantizer:
 
     def invalidate(self) -> None:
         """Forgets everything that was derived from the weight's content."""
-        self.revision += 1
+        self._changed()
         self._known = None
 
     # ---- copies ----
 
     def quantized(self, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """s Q(w/s) in ``dtype`` (default the weight's): the copy the optimizer wrote where fresh, else recomputed."""
+        """s Q(w/s) in ``dtype`` (default the weight's), in a type of levels Q(w/s): the copy the optimizer wrote where
+        fresh, else recomputed."""
         dtype = dtype or weight.dtype
         with LOCK, torch.inference_mode(False):
             known = self.settle(weight)
             if dtype != self.copy_dtype:
                 self.copy_dtype = dtype
-                self.revision += 1
+                self._changed()
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
                 view = self.form.view
@@ -333,7 +379,7 @@ class WeightQuantizer:
     def copy_and_inside(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
-        if known and dtype in known.fresh and dtype is self.copy_dtype and known.stamp == self._stamp(weight):
+        if known and dtype in known.fresh and dtype is self.copy_dtype and self._still(known, weight):
             return self._copies[dtype], known.inside
         copy = self.quantized(weight, dtype)
         return copy, self.all_inside(weight)
@@ -341,18 +387,18 @@ class WeightQuantizer:
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""
         known = self._known
-        return known is not None and known.inside and known.stamp == self._stamp(weight)
+        return known is not None and known.inside and self._still(known, weight)
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         copy = self._copies.get(dtype)
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
             copy = self._copies[dtype] = self.form.like(weight, dtype)
-            self.revision += 1
+            self._changed()
         return copy
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward != "hard" or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -374,12 +420,14 @@ class WeightQuantizer:
         """Nothing but the update pass has touched weight and scale since its last run."""
         known = self._known
         follows = known is not None and known.sums and self.config.scale in SUM_RULES
-        return known is not None and (self.frozen or follows) and known.stamp == self._stamp(weight)
+        return (self.frozen or follows) and self._still(known, weight)
 
-    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool) -> None:
-        """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now."""
+    def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool, versions: list[Any],
+                place: int) -> None:  # fmt: skip
+        """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now,
+        and after the same pass once more, which only has to move ``versions`` (see ``Known``)."""
         fresh = frozenset({self.copy_dtype}) if copy_written and self.copy_dtype is not None else frozenset()
-        self._know(weight, sums_written, clamped, fresh)
+        self._known = Known(self._stamp(weight), versions, place, sums_written, clamped, fresh)
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
 
@@ -485,6 +533,13 @@ class ScaleBatch:
             code = rule_code(*q.rule)
             self.rules += [*code.rule, w.numel() // len(q.scale)]
             self.numbers += code.numbers
+        self.prepared: ops.PreparedScales | None = None
 
     def update(self) -> None:
-        ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers)
+        """Moves no versions: what is known of the scales goes on with the pass that follows."""
+        if not ops.prepares(self.scales[0]):
+            ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers, count=False)
+            return
+        if self.prepared is None:
+            self.prepared = ops.PreparedScales(self.scales, self.sums, self.rules, self.numbers)
+        self.prepared.run()

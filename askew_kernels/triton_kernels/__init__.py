@@ -4,6 +4,7 @@ Imported by ``runtime`` when Triton is chosen, never by ``import askew_kernels``
 before this import) every kernel runs on CPU tensors.
 """
 
+from .lowbit import *  # noqa: F403
 from .mix import *  # noqa: F403
 from .packed import *  # noqa: F403
 from .quantize import *  # noqa: F403

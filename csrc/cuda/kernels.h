@@ -36,6 +36,10 @@ size_t mix_gradient_scratch(const MixArg& m, const void* g, const void* out);
 cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales,
                          void* scratch, cudaStream_t stream);
 
+// Inputs as levels of a byte, and outputs from sums of products of levels.
+cudaError_t token_levels(const TokenArg& a, cudaStream_t stream);
+cudaError_t scaled_sums(const SumsArg& a, cudaStream_t stream);
+
 // The scales of a list of tensors from the sums of their rows. scratch: scales_scratch bytes of device memory (may be 0),
 // aligned to 8.
 size_t scales_scratch(const ScaleTensor* tensors, size_t n);
@@ -49,6 +53,10 @@ cudaError_t mse_scales(const MseArg& a, float* scale, void* scratch, cudaStream_
 // out = s c, (n, cols).
 cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStream_t stream);
 cudaError_t packed_linear(const LinearArg& a, cudaStream_t stream);
+
+// The product from tiles. scratch: packed_tiles_scratch bytes of device memory (may be 0), aligned to 16.
+size_t packed_tiles_scratch(const TilesArg& a);
+cudaError_t packed_tiles_linear(const TilesArg& a, void* scratch, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace askew
