@@ -705,6 +705,9 @@ def test_token_levels(triton, dtype, held):
         x = weights(shape, dtype)
         if shape[0] > 2 and shape[1]:
             x[1], x[2] = 0, x[2].nan_to_num(0, 0, 0) * 2.0**-10
+        if shape[0] > 4:
+            x[3, 5] = float("nan")
+            x[4] = torch.exp2(torch.linspace(-22, 0, shape[1]))  # float8's denormals, too
         for levels, grid, c_max in grids:
             q, s = triton.token_levels(x, levels, grid, c_max, held)
             wanted, scale = reference.token_levels(x, levels, grid, c_max, held)
