@@ -361,6 +361,72 @@ def test_row_sums(triton, dtype):
     assert got[0].isfinite().all() and got[1].isnan().all() and (got[2] == float("inf")).all()
 
 
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+RULE_NUMBERS = {contract.ABSMAX: (7.0, 0.0, 0.0), contract.SAWB: (3.0, 7.509, 6.892), contract.MEAN: (1.0, 1.5, 0.0),
+                contract.RMS: (1.0, 0.4, 0.0), contract.GIVEN: (7.0, 0.0, 0.0)}  # fmt: skip
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("most", [300, 600, 4500], ids=["small", "one program each", "several programs"])
+def test_scales_of_a_list(triton, most, zeros):
+    """Bit for bit: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
+    g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
+    for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
+        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
+        own = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
+        own[torch.rand(rows, generator=g) < zeros] = 0
+        if rows > 4:
+            inf = float("inf")
+            own[0], own[-1], own[2] = float("nan"), inf, torch.tensor([inf, inf, 1e30])
+        given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, place)
+        scales.append(given.clone())
+        sums.append(own)
+        rules += [rule, place, 37]
+        numbers += RULE_NUMBERS[rule]
+        expected.append(reference.rule_scales(own, rule, place, 37, *RULE_NUMBERS[rule],
+                                              given if rule == contract.GIVEN else None))  # fmt: skip
+    triton.scales_from_sums_(scales, sums, rules, numbers)
+    for i, (got, want) in enumerate(zip(scales, expected, strict=True)):
+        assert torch.equal(got, want), i
+
+
+def check_mse_scales(triton, grid_name, dtype, shapes):
+    levels, grid = GRIDS[grid_name]
+    c_max = float(reference.hull(levels, grid)[1])
+    for place, (rows, cols) in enumerate(shapes):
+        w = torch.randn(rows, cols, generator=torch.Generator().manual_seed(cols)).to(dtype)
+        if rows > 2:
+            w[1], w[2, 0] = 0, float("nan")
+        arguments = w, reference.row_sums(w, rows), levels, grid, c_max, place
+        assert torch.equal(triton.mse_scales(*arguments), reference.mse_scales(*arguments)), (rows, cols)
+
+
+@pytest.mark.parametrize(("grid_name", "dtype"), zip(["uniform4", "binary", "powers"], DTYPES, strict=True))
+def test_mse_scales(triton, grid_name, dtype):
+    """Bit for bit: errors are added in one order everywhere."""
+    check_mse_scales(triton, grid_name, dtype, [(1, 1), (4, 33), (2, 129)])
+
+
+@pytest.mark.slow
+def test_mse_scales_of_rows_in_pieces(triton):
+    check_mse_scales(triton, "binary", torch.float32, [(1, contract.SUM_COLUMNS + 9)])
+
+
+def test_scales_are_checked(triton):
+    scale, sums = torch.full((3,), 5.0), torch.ones(3, 3)
+    for arguments, words in (
+        (([scale], [], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected 1"),
+        (([scale], [sums[:2]], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected shape"),
+        (([scale, scale], [sums, sums], [0, 0, 4, 9, 0, 4], [1.0, 0.0, 0.0] * 2), "rules: expected a known rule"),
+        (([scale], [sums], [0, 4, 4], [1.0, 0.0, 0.0]), "unknown type of scales 4"),
+        (([scale], [sums], [0, 0, 4], [0.0, 0.0, 0.0]), "c_max"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            triton.scales_from_sums_(*arguments)
+    assert (scale == 5).all()
+
+
 # ---- the update -----------------------------------------------------------------------------------------------------
 
 
@@ -1094,6 +1160,9 @@ def compile_all(rare=False):
         name, args = Problem([(64, cols)], ["uniform4"], **options).step(rule, eps=eps, weight_decay=0.01, clamp=True)
         getattr(kernels, name)(*args)
 
+    def scales(rows):
+        kernels.scales_from_sums_([torch.zeros(rows)], [torch.zeros(rows, 3)], [1, 0, 9], [3.0, 7.5, 6.9])
+
     bf16 = torch.bfloat16
     x, s = torch.zeros(4, 4096), torch.ones(4)
     codes, groups = torch.zeros(4, 2048, dtype=torch.uint8), torch.ones(4 * 32)
@@ -1109,6 +1178,9 @@ def compile_all(rare=False):
         "straight-through": lambda: kernels.ste_clip_(x.clone(), x, s, levels, grid),
         "project": lambda: kernels.project_interval_(x, s, levels, grid, torch.tensor(0.5)),
         "row sums": lambda: kernels.row_sums(x, 4),
+        "scales": lambda: scales(100),
+        "scales of many rows": lambda: scales(5000),
+        "scales by error": lambda: kernels.mse_scales(x, torch.ones(4, 3), levels, grid, 7.0, 0),
         "sgd": lambda: step("sgd", copy=None, sums=False),
         "sgd, bf16 copy and sums": lambda: step("sgd", copy=bf16),
         "sgd bf16": lambda: step("sgd", dtype=bf16, copy=bf16),
@@ -1209,6 +1281,9 @@ def check_facts(found):
         if case.startswith("packed"):  # sums in float32, of which each product and sum may be one operation
             assert ("many" in case) == facts["mma"]  # matrix units, where there are rows enough for them
             assert not facts["local"] and facts.get("stack_used", 0) == 0 and facts.get("local_used", 0) == 0, facts
+            continue
+        if case.startswith("scales"):  # float64 of few numbers, rows of three
+            assert not facts["inexact"] and not facts["local"] and facts.get("stack_used", 0) == 0, (case, facts)
             continue
         loads, stores = expected.get(case, (4, 4))
         assert (facts["loads"], facts["stores"]) == (loads, stores), (case, facts)

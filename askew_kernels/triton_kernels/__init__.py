@@ -9,4 +9,5 @@ from .mix import *  # noqa: F403
 from .packed import *  # noqa: F403
 from .quantize import *  # noqa: F403
 from .sam import *  # noqa: F403
+from .scales import *  # noqa: F403
 from .update import *  # noqa: F403
