@@ -709,6 +709,24 @@ def test_sums_of_many_tiles(interpreter):
         interpreter("REDUCE", [1024], 0, False)
 
 
+def test_plans_are_kept_within_bounds():
+    """By number and by bytes, the one asked for last the longest; a larger one than all is kept alone."""
+    from askew_kernels.triton_kernels.update import Recent
+
+    plans = Recent(3, 100)
+    for key, nbytes in (("a", 10), ("b", 20), ("c", 30)):
+        plans.keep(key, key.upper(), nbytes)
+    assert plans.lookup("a") == "A" and plans.lookup("d") is None
+    plans.keep("d", "D", 5)  # a fourth: b was asked for longest ago
+    assert [*plans.entries] == ["c", "a", "d"] and plans.held == 45
+    plans.keep("e", "E", 80)
+    assert [*plans.entries] == ["a", "d", "e"] and plans.held == 95
+    plans.keep("f", "F", 1000)
+    assert [*plans.entries] == ["f"] and plans.held == 1000
+    plans.clear()
+    assert not plans.entries and plans.held == 0
+
+
 def test_errors(interpreter):
     triton = Runner(interpreter)
     levels, grid = GRIDS["uniform4"]
@@ -784,6 +802,9 @@ def test_token_levels(triton, dtype, held):
         x = weights(shape, dtype)
         if shape[0] > 2 and shape[1]:
             x[1], x[2] = 0, x[2].nan_to_num(0, 0, 0) * 2.0**-10
+        if shape[0] > 4:
+            x[3, 5] = float("nan")
+            x[4] = torch.exp2(torch.linspace(-22, 0, shape[1]))  # float8's denormals, too
         for levels, grid, c_max in grids:
             q, s = triton.token_levels(x, levels, grid, c_max, held)
             wanted, scale = reference.token_levels(x, levels, grid, c_max, held)

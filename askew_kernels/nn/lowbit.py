@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import ops
+from ..ops.autograd import transformed
 from ..reference import product
 
 TILE = 16  # torch's products of bytes take multiples of this many columns, in 16-byte vectors
@@ -153,4 +154,8 @@ def _dequantized(weight: Tensor, c: Tensor, scale: Tensor, dtype: torch.dtype) -
 
 def level_linear(*inputs: Any) -> Tensor:
     """``LevelProduct`` of its inputs."""
-    return (LevelProduct if torch.compiler.is_compiling() else _WithTangents).apply(*inputs)
+    if torch.compiler.is_compiling():
+        return LevelProduct.apply(*inputs)
+    if not torch.is_grad_enabled() and not transformed():
+        return LevelProduct.forward(*inputs)
+    return _WithTangents.apply(*inputs)
