@@ -368,10 +368,8 @@ RULE_NUMBERS = {contract.ABSMAX: (7.0, 0.0, 0.0), contract.SAWB: (3.0, 7.509, 6.
                 contract.RMS: (1.0, 0.4, 0.0), contract.GIVEN: (7.0, 0.0, 0.0)}  # fmt: skip
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("most", [300, 600, 4500], ids=["small", "one program each", "several programs"])
-def test_scales_of_a_list(triton, most, zeros):
-    """Bit for bit: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
+def scales_as_wanted(triton, most=300, zeros=0.3):
+    """Of a list: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
     g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
     for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
         rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
@@ -390,6 +388,13 @@ def test_scales_of_a_list(triton, most, zeros):
     triton.scales_from_sums_(scales, sums, rules, numbers)
     for i, (got, want) in enumerate(zip(scales, expected, strict=True)):
         assert torch.equal(got, want), i
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("most", [300, 600, 4500], ids=["small", "one program each", "several programs"])
+def test_scales_of_a_list(triton, most, zeros):
+    """Bit for bit."""
+    scales_as_wanted(triton, most, zeros)
 
 
 def check_mse_scales(triton, grid_name, dtype, shapes):
@@ -1085,6 +1090,8 @@ CONTACT = {
     "token levels float8": lambda t: levels_as_wanted(t, fp8),
     "scaled sums": lambda t: sums_as_wanted(t, torch.int32),
     "decoded levels": lambda t: sums_as_wanted(t, fp8),
+    "scales": scales_as_wanted,
+    "scales by error": lambda t: check_mse_scales(t, "uniform4", torch.float32, [(2, 33)]),
     "mixture": mixed_as_wanted,
     "sharpness-aware passes": moved_as_wanted,
     "packed, few tokens": lambda t: packed_as_wanted(t, "int4", 1),
@@ -1108,7 +1115,7 @@ FEW_CASES = ("sgd, bf16 copy and sums", "sgd, float8 levels")  # for architectur
 
 
 RARE_CASES = ("quantize per tensor", "quantize long rows", "mix bf16", "sam perturb bf16", "sam average", "sgd",
-              "sgd, int8 levels", "packed few binary")  # fmt: skip  # left to `make test-full`
+              "sgd, int8 levels", "packed few binary", "scales of many rows")  # fmt: skip  # left to `make test-full`
 
 
 def compile_all(rare=False):
