@@ -102,8 +102,9 @@ class LevelProduct(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any) -> Tensor:
         """x: (rows, cols), contiguous; weight: (n, cols), whose numbers are not looked at: what c stands for, to
         receive the gradient; c, scale: its levels and scale; bias in the type of x; grid: of x, or None."""
-        q, token_scale = ops.run_token_levels(x, c.dtype, grid)
-        return level_product(q, token_scale, c, scale, bias, x.dtype)
+        # torch.export looks into this function, and the operators within have no derivative
+        q, token_scale = ops.run_token_levels(x.detach(), c.dtype, grid)
+        return level_product(q, token_scale, c, scale, None if bias is None else bias.detach(), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

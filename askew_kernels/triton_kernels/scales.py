@@ -18,7 +18,7 @@ from .. import contract
 from . import launch
 from .launch import load_wide
 from .math import EXACT, hull, quantize_dequantize
-from .update import _capturing, _Recent, address
+from .update import Recent, _capturing, address
 
 __all__ = ["mse_scales", "scales_from_sums_"]
 
@@ -263,7 +263,7 @@ def choose_kernel(sums_ptr, scale_ptr, partial, pieces, c_max_bits, kind):
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-_tables = _Recent(32)
+_tables = Recent(32)
 
 
 def _bits(number: float) -> int:
