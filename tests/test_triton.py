@@ -142,7 +142,7 @@ def serve():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to stderr
     from askew_kernels import triton_kernels
-    from askew_kernels.triton_kernels import launch, update
+    from askew_kernels.triton_kernels import launch, scales, update
 
     variants = noted_variants()
     by_value = launch.scalar_argument
@@ -157,6 +157,9 @@ def serve():
             if name == "REDUCE":
                 update.REDUCE, answer = args[0], (None, [])
                 update._plans.clear()
+            elif name == "CAPTURING":  # as under a CUDA graph, which takes no copies from the host
+                scales._capturing, answer = lambda device, flag=args[0]: flag, (None, [])
+                scales._tables.clear()
             elif name == "VARIANTS":  # those launched since the last time
                 answer = None, list(variants)
                 variants.clear()
@@ -395,6 +398,16 @@ def scales_as_wanted(triton, most=300, zeros=0.3):
 def test_scales_of_a_list(triton, most, zeros):
     """Bit for bit."""
     scales_as_wanted(triton, most, zeros)
+
+
+def test_scales_of_an_unknown_list_can_be_captured(interpreter):
+    interpreter("CAPTURING", [True], 0, False)
+    try:
+        interpreter("VARIANTS", [], 0, False)
+        scales_as_wanted(Runner(interpreter))
+        assert interpreter("VARIANTS", [], 0, False)[1] == []  # torch's operators
+    finally:
+        interpreter("CAPTURING", [False], 0, False)
 
 
 def check_mse_scales(triton, grid_name, dtype, shapes):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import contract
+from .. import contract, reference
 from . import launch
 from .launch import load_wide
 from .math import EXACT, hull, quantize_dequantize
@@ -311,8 +311,8 @@ def scales_from_sums_(scales: list[Tensor], row_sums: list[Tensor], rules: list[
         entries = _entries(scales, row_sums, rules, numbers)
         if not entries:
             return
-        if _capturing(scales[0].device):
-            raise RuntimeError("scales: run one step with these tensors before capturing it in a CUDA graph")
+        if _capturing(scales[0].device):  # which takes no table from the host: the same bits, in many operators
+            return reference.scales_from_sums_(scales, row_sums, rules, numbers)
         found = torch.tensor(entries, device=scales[0].device), max(entry[ROWS.value] for entry in entries)
         _tables.keep(key, found)
     table, most = found
