@@ -435,6 +435,28 @@ def test_transforms_and_higher_derivatives(forward):
 
 
 @every_forward
+def test_modes(forward):
+    """The meta device, fake tensors, export with a dynamic batch, inference mode before training."""
+    model, x = network(forward), torch.randn(9, 20)
+    y = model(x).detach()
+    with torch.device("meta"):
+        skeleton = network(forward)
+    assert skeleton(torch.empty(4, 20, device="meta")).shape == (4, 7)
+    skeleton.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(skeleton(x), y)
+    with torch._subclasses.FakeTensorMode():
+        assert network(forward)(torch.empty(64, 20)).shape == (64, 7)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+    assert torch.allclose(program.module()(x[:5]), y[:5], atol=1e-5)
+    other = network(forward)
+    with torch.inference_mode():
+        assert torch.equal(other(x), y)
+    other(x).sum().backward()
+    assert other[0].weight.grad is not None and torch.equal(other(x), y)
+
+
+@every_forward
 def test_nested_inputs(forward):
     layer, parts = layer_of(forward, bias=False), [torch.randn(n, 20) for n in (2, 5)]
     x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
