@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CONSTRAINTS := constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-oldest lint format bench peers paper readme info gpu-check install clean
+.PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper readme info gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
 RESULTS := benchmarks/results/cpu
@@ -37,6 +37,14 @@ format: install
 bench: install
 	$(PY) -m askew_kernels bench --json bench-results/rows.json --csv bench-results/rows.csv --plot bench-results \
 	    --page bench-results/README.md
+
+# Counted without a GPU; the table in benchmarks/results/sass is made anew.
+sass: install
+	$(PY) -m askew_kernels sass --write
+
+# Against that table, the architecture that most are measured on; `pytest -m slow` checks the others.
+sass-check: install
+	$(PY) -m askew_kernels sass --check --arch sm_90
 
 # The libraries that bench compares with; it names those that are missing.
 peers: install

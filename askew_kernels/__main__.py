@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | demo | paper | search | analyze | inspect | convert | export``.
+"""``python -m askew_kernels info | bench | sass | demo | paper | search | analyze | inspect | convert | export``.
 
 Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
 130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.
@@ -133,6 +133,7 @@ class Command:
 
 COMMANDS = {
     "bench": Command("askew_kernels.bench.cli", "bench", "throughput and memory of every pass, beside its peers"),
+    "sass": Command("askew_kernels.bench.sass", "bench", "instructions of the CUDA kernels, counted without a GPU"),
     "demo": Command("askew_kernels.demo", "demo", "train real models quantization-aware", ("sam", "experiments.sam")),
     "paper": Command("experiments.paper", "paper", "the published experiments, over ten seeds and more"),
     "search": Command("experiments.search", "search", "which layer deserves which bits: from float to packed"),

@@ -806,6 +806,83 @@ def test_packed_weights(kernels, name, dtype):
             assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)
 
 
+# ---- products of levels ---------------------------------------------------------------------------------------------
+
+
+class TokenArg(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in "x q scale".split()), ("grid", GridArg), ("top", ctypes.c_float),
+                ("type", ctypes.c_int), ("levels_type", ctypes.c_int), ("rows", ctypes.c_int64),
+                ("cols", ctypes.c_int64)]  # fmt: skip
+
+
+class SumsArg(ctypes.Structure):
+    _fields_ = [*((n, ctypes.c_void_p) for n in "sums token_scale scale bias y".split()),
+                *((n, ctypes.c_int) for n in "sums_type bias_type y_type".split()), ("each", ctypes.c_bool),
+                ("rows", ctypes.c_int64), ("cols", ctypes.c_int64)]  # fmt: skip
+
+
+def same_levels(got, want):
+    """Equal, any NaN being equal to any."""
+    return torch.equal(*(t.float().nan_to_num(1e9) for t in (got, want)))
+
+
+ANY = [0, 0, 0], EMPTY, 448.0, torch.float8_e4m3fn
+INT8 = [1, -127, 127], EMPTY, 127.0, torch.int8
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("how", [
+    ANY, INT8, ([1, -8, 7], EMPTY, 7.0, torch.float8_e4m3fn), ([2, -1, 1], EMPTY, 1.0, torch.int8),
+    ([3, 0, 0], torch.tensor([-6.0, -1.5, 0.0, 0.5, 4.0]), 6.0, torch.float8_e4m3fn),
+])  # fmt: skip
+def test_token_levels(kernels, dtype, how):
+    """Short, odd and long rows (one reads its input twice), rows of zeros, of subnormal numbers, inf and NaN."""
+    grid, levels, top, held = how
+    for rows, cols in ((9, 24), (3, 129), (2, 1), (3, 2048), (2, 1031), (1, 9000), (2, 8200), (2, 0)):
+        x = torch.randn(rows, cols, generator=torch.Generator().manual_seed(cols)).to(dtype)
+        x[-1] *= 1e-38
+        if rows > 2:
+            x[0], x[1, cols // 2] = 0.0, float("inf") if cols % 2 else float("nan")
+        q = torch.full((rows, cols), 77, dtype=torch.uint8).view(held)
+        s = torch.full((rows,), -1.0)
+        arg = TokenArg(pointer(x), pointer(q), pointer(s), raw_grid(grid, levels), top, TYPES[dtype], COPIES[held],
+                       rows, cols)  # fmt: skip
+        assert kernels.emulated_token_levels(ctypes.byref(arg)) == 0
+        want, scale = reference.token_levels(x, levels, grid, top, held)
+        assert torch.equal(s.nan_to_num(-5.0), scale.nan_to_num(-5.0)), (rows, cols)
+        assert same_levels(q, want), (rows, cols)
+
+
+def raw_grid(grid, levels):
+    return GridArg(grid[0], grid[1], grid[2], pointer(levels), levels.numel())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("held", [torch.int32, torch.float32, torch.int8, torch.float8_e4m3fn])
+def test_scaled_sums(kernels, dtype, held):
+    g = torch.Generator().manual_seed(5)
+    for rows, n, each, bias_type in ((5, 36, True, dtype), (3, 7, False, torch.float32), (1, 4, True, None),
+                                     (2, 1030, True, torch.bfloat16), (0, 4, False, None)):  # fmt: skip
+        sums = torch.randint(-3, 3, (rows, n), generator=g) * 37
+        if held in (torch.int32, torch.float32):
+            sums = sums * 1_000_003
+        else:
+            sums[:1, :2] = torch.tensor([1, -1]) * 0
+        sums = sums.to(held)
+        if held == torch.float8_e4m3fn:  # every code, subnormal numbers and NaN too
+            codes = torch.arange(rows * n, dtype=torch.int32) % 256
+            sums = codes.to(torch.uint8).view(held).reshape(rows, n)
+        tokens, scale = torch.rand(rows, generator=g) + 0.5, torch.rand(n if each else 1, generator=g) + 0.1
+        bias = None if bias_type is None else torch.randn(n, generator=g).to(bias_type)
+        y = torch.full((rows, n), float("nan"), dtype=dtype)
+        arg = SumsArg(pointer(sums), pointer(tokens), pointer(scale), None if bias is None else pointer(bias),
+                      pointer(y), {torch.int32: 5, **COPIES}[held], 0 if bias is None else TYPES[bias_type],
+                      TYPES[dtype], each, rows, n)  # fmt: skip
+        assert kernels.emulated_scaled_sums(ctypes.byref(arg)) == 0
+        want = reference.scaled_sums(sums, tokens, scale, bias, dtype)
+        assert torch.equal(y.nan_to_num(-7.0), want.nan_to_num(-7.0)), (rows, n)
+
+
 # ---- scales ----------------------------------------------------------------------------------------------------------
 
 # rows: one block's, a full one's, those of several blocks, nothing

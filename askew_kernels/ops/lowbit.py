@@ -59,12 +59,14 @@ def run_token_levels(x: Tensor, dtype: torch.dtype, grid: Any) -> tuple[Tensor, 
 def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y = (sums s_x) s_w + b in float32, rounded once to ``dtype``: what sums of products of levels stand for.
 
-    sums: (rows, n) int32 or float32; token_scale: (rows,); scale: (1,) or (n,), float32 both; bias: (n,) or None.
+    sums: (rows, n) int32 or float32, or levels themselves, int8 or float8_e4m3fn; token_scale: (rows,); scale: (1,) or
+    (n,), float32 both; bias: (n,) or None.
     No derivative. Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 8.
     """
     check_tensor("sums", sums)
-    if sums.dim() != 2 or sums.dtype not in (torch.int32, torch.float32, torch.float64):
-        raise ValueError(f"sums: expected int32 or float32 of shape (rows, n), got {sums.dtype} {tuple(sums.shape)}")
+    if sums.dim() != 2 or sums.dtype not in (torch.int32, torch.float32, torch.float64, *contract.LEVEL_TYPES):
+        raise ValueError(f"sums: expected int32, float32, int8 or float8_e4m3fn of shape (rows, n), got {sums.dtype} "
+                         f"{tuple(sums.shape)}")  # fmt: skip
     rows, n = sums.shape
     check_like("token_scale", token_scale, None, (rows,), sums.device)
     check_like("scale", scale, None, (n if scale.numel() != 1 else 1,), sums.device)

@@ -36,6 +36,10 @@ size_t mix_gradient_scratch(const MixArg& m, const void* g, const void* out);
 cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_strengths, float* to_scales,
                          void* scratch, cudaStream_t stream);
 
+// Inputs as levels of a byte, and outputs from sums of products of levels.
+cudaError_t token_levels(const TokenArg& a, cudaStream_t stream);
+cudaError_t scaled_sums(const SumsArg& a, cudaStream_t stream);
+
 // The scales of a list of tensors from the sums of their rows. scratch: scales_scratch bytes of device memory (may be 0),
 // aligned to 8.
 size_t scales_scratch(const ScaleTensor* tensors, size_t n);

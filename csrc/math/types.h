@@ -105,6 +105,26 @@ struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of on
   int type;
 };
 
+constexpr int kInt32 = 5;  // of sums of products of levels, beside the storage types
+struct TokenArg {  // rows of inputs as levels of a byte: q = Q(x / scale), scale = max |x| / top
+  const void* x;
+  void* q;
+  float* scale;  // (rows,); NaN where the row is not finite, 1 where it is zero
+  GridArg grid;  // kFloat: all numbers that kFloat8 holds
+  float top;
+  int type, levels_type;
+  Matrix m;
+};
+struct SumsArg {  // y = sums token_scale[row] scale[col] + bias[col]
+  const void* sums;
+  const float *token_scale, *scale;
+  const void* bias;  // may be null
+  void* y;
+  int sums_type, bias_type, y_type;  // sums: kInt32, kFloat32, or levels
+  bool each;                         // a scale for each column, else one
+  Matrix m;
+};
+
 enum SamPass : int {
   kSamNorm,     // sum (T g)^2
   kSamPerturb,  // kept = w, w += (c T^2 - a) g

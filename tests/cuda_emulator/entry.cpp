@@ -7,6 +7,7 @@
 #include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/scales.cu"
 #include "../../csrc/cuda/update.cu"
+#include "../../csrc/cuda/lowbit.cu"
 
 using namespace askew;
 
@@ -79,6 +80,8 @@ int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_s
   auto scratch = poisoned(cuda::mix_gradient_scratch(*m, g, out));
   return cuda::mix_gradient(*m, g, out, to_strengths, to_scales, scratch.data(), nullptr);
 }
+int emulated_token_levels(const TokenArg* a) { return cuda::token_levels(*a, nullptr); }
+int emulated_scaled_sums(const SumsArg* a) { return cuda::scaled_sums(*a, nullptr); }
 // Division by a scale as the kernels do it, for comparison with the exact quotient.
 void emulated_divide(const float* a, const float* b, float* quotient, int64_t n) {
   for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide(a[i], cuda::divisor(b[i]));
