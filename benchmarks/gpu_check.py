@@ -1,21 +1,25 @@
 """``make gpu-check``: everything that needs a GPU, in one command, offline, with the Python that runs it.
 
-    python benchmarks/gpu_check.py [--budget 500] [--rehearse] [--only PART ...] [--skip PART ...] [--list]
+    python benchmarks/gpu_check.py [--budget 500] [--rehearse] [--prebuilt] [--only PART ...] [--skip PART ...] [--list]
 
-The parts, in this order, whatever became of those before:
+The parts, in this order, the most telling first, whatever became of those before:
 
 * ``build``: in place, for this machine's GPU alone (no virtual environment, whatever torch >= 2.11 is there);
 * ``smoke``: every operator and every use of the layers once against the reference, C++ and Triton (gpu_smoke.py);
 * ``tests``: ``pytest -m gpu``, over 8 processes where pytest-xdist is there;
-* ``step``, ``fake_quant``, ``packed``, ``linear``: rows of these suites for the C++ and the Triton kernels, beside
+* ``step``, ``packed``, ``fake_quant``, ``linear``: rows of these suites for the C++ and the Triton kernels, beside
   torch.optim, eager, torch.compile and the libraries that are installed, with the device's ceilings in the same turns;
-* ``train``: whole training steps, eager and as CUDA graphs, then the first row of the suite;
+* ``train``: whole training steps, eager and as CUDA graphs, a wide GPT under autocast, then the MLP of the suite;
+* ``sanitizer``: the C++ smoke part, small, under compute-sanitizer's memcheck, where that is installed;
 * ``page``: all rows as JSON and CSV, plots and a Markdown page in ``benchmarks/results/<device>/``.
 
 ``--budget``: seconds for all of it. A part gets the share of what is left that its own limit has in the limits of the
-parts still to come, so time that one leaves over goes to the later ones. At its limit a part is asked to end (a suite
-keeps the rows it has), then killed with all its processes. After each part all results so far are in ``$OUT`` (else
-``build/gpu_check``): ``gpu_check.tar.gz`` with logs, rows and plots, ``summary.txt`` and ``summary.json``.
+parts still to come, so time that one leaves over goes to the later ones, but no less than what it is of no use without
+(LEAST). At its limit a part is asked to end (a suite keeps the rows it has), then killed with all its processes. After
+each part all results so far are in ``$OUT`` (else ``build/gpu_check``): ``gpu_check.tar.gz`` with logs, rows and plots,
+``summary.txt`` and ``summary.json``, which also say what was not reached, and at which clocks and power each part ran
+(asked of nvidia-smi, never set).
+``--prebuilt``: the extension that is there is used as it is; the build only asks whether it serves this GPU.
 ``--rehearse``: the same on the CPU with small tensors and few tests, without the build.
 
 The exit code is 0 if every part passed, 1 if not, 2 without a GPU or where the request makes no sense.
@@ -29,6 +33,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +50,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MOST_LOG = 4_000_000  # bytes of a part's output that are kept
 MOST_SHOWN = 80  # lines of a part's output that are printed, beside its failures in the table
 GRACE = 6.0  # seconds in which a part that was asked to end may write what it has
-BAD = re.compile(r"^(FAILED|ERROR)\b|\b(WRONG|RAISED)\b|^askew_kernels: |^\S*Error: ")
+BAD = re.compile(
+    r"^(FAILED|ERROR)\b|\b(WRONG|RAISED)\b|^askew_kernels: |^\S*Error: |^=+ (Invalid|ERROR SUMMARY: [1-9])"
+)
+DONE = (  # what a line says of how far its command is: a number done, or done of all
+    re.compile(r"^(\d+) of (\d+) cases"), re.compile(r"^[.sxXFE]+ +\[ *(\d+)%\]"), re.compile(r"^\S+ .* \.\.\. (ok)\b")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,10 @@ class Part:
     shown: Callable[[str], object] = BAD.search
     environment: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def least(self) -> float:
+        return LEAST.get(self.name, 0.0)
+
 
 @dataclass
 class Result:
@@ -68,14 +82,39 @@ class Result:
     seconds: float
     failures: list[str]
     last: list[str]
+    reached: str = ""  # how far it came, as far as its output says
+    clocks: str = ""  # of the GPU while it ran
 
 
 # ---- running a part --------------------------------------------------------------------------------------------------
 
 
-def allowance(limits: Sequence[float], left: float) -> float:
-    """Seconds for the first of the parts with these limits, of which ``left`` remain for all."""
-    return max(0.0, left) * limits[0] / sum(limits)
+def allowance(limits: Sequence[float], left: float, least: Sequence[float] = ()) -> float:
+    """Seconds for the first of the parts with these limits, of which ``left`` remain for all; ``least``: what they are
+    of no use without, kept for the later ones, and then for the first."""
+    share = max(0.0, left) * limits[0] / sum(limits)
+    if not least or left <= sum(least):
+        return share
+    return min(max(share, least[0]), left - sum(least[1:]))
+
+
+class Progress:
+    """How far the commands of a part are, by what they print."""
+
+    def __init__(self) -> None:
+        self.cases, self.percent, self.checks = "", "", 0
+
+    def take(self, line: str) -> None:
+        for kind, found in enumerate(pattern.search(line) for pattern in DONE):
+            if found and kind == 0:
+                self.cases = f"{found[1]} of {found[2]} cases"
+            elif found and kind == 1:
+                self.percent = f"{found[1]} % of the tests"
+            elif found:
+                self.checks += 1
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.cases, self.percent, f"{self.checks} checks" if self.checks else "")))
 
 
 class Child:
@@ -124,6 +163,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> Result:
     failures: list[str] = []
     last: list[str] = []
     printed = 0
+    progress = Progress()
     lock = threading.Lock()
     children: list[Child] = []
     codes: list[int | None] = []
@@ -137,6 +177,7 @@ def run_part(part: Part, seconds: float, folder: Path) -> Result:
                     print(line, file=log, flush=True)
                 if BAD.search(line):
                     failures.append(line[:300])
+                progress.take(line)
                 if line.strip():
                     last[:] = [*last[-4:], line[:300]]
                 if part.shown(line) and printed < MOST_SHOWN:
@@ -167,14 +208,48 @@ def run_part(part: Part, seconds: float, folder: Path) -> Result:
                 if child.process.poll() is None:
                     child.end(time.monotonic() + 1)
     state = "stopped" if stopped else "failed" if any(codes) else "passed"
-    return Result(part.name, state, round(time.monotonic() - began, 1), failures, last)
+    return Result(part.name, state, round(time.monotonic() - began, 1), failures, last, str(progress))
+
+
+# ---- clocks and power ------------------------------------------------------------------------------------------------
+
+ASKED = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+
+
+class Clocks:
+    """Asks nvidia-smi for clocks and power once a second while a part runs; nothing where there is none."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path, self.process = path, None
+        if path is None or shutil.which("nvidia-smi") is None:
+            return
+        self.file = open(path, "w")
+        command = ["nvidia-smi", f"--query-gpu={ASKED}", "--format=csv,noheader,nounits", "-lms", "1000"]
+        self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+    def end(self) -> str:
+        if self.process is None or self.path is None:
+            return ""
+        self.process.terminate()
+        self.process.wait()
+        self.file.close()
+        return clocks_text(self.path.read_text())
+
+
+def clocks_text(text: str) -> str:
+    """The range of each number that was asked for."""
+    rows = [[float(v) for v in found] for line in text.splitlines() if len(found := re.findall(r"[\d.]+", line)) == 4]
+    if not rows:
+        return ""
+    units = ("MHz", "MHz memory", "W", "°C")
+    return ", ".join(f"{min(v):g}-{max(v):g} {unit}" for v, unit in zip(zip(*rows, strict=True), units, strict=True))
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def summary(results: Sequence[Result], title: str, most: int = 8) -> str:
-    """A table of the parts, below the first failures of each."""
+def summary(results: Sequence[Result], title: str, waiting: Sequence[str] = (), most: int = 8) -> str:
+    """A table of the parts, below the first failures of each. waiting: parts that have not begun."""
     lines = []
     for r in results:
         lines += [f"{r.part}: {line}" for line in r.failures[:most]]
@@ -182,11 +257,13 @@ def summary(results: Sequence[Result], title: str, most: int = 8) -> str:
             lines.append(f"{r.part}: and {len(r.failures) - most} more, see {r.part}.log")
         if r.state != "passed" and not r.failures:
             lines += [f"{r.part}: {line}" for line in r.last]
-    lines += [
-        "",
-        title,
-        *(f"  {r.part:<12}{r.state:<9}{r.seconds:6.1f} s  {len(r.failures)} failures" for r in results),
-    ]
+    lines += ["", title]
+    for r in results:
+        line = f"  {r.part:<12}{r.state:<9}{r.seconds:6.1f} s  {len(r.failures)} failures  {r.reached}  {r.clocks}"
+        lines.append(line.rstrip())
+    late = [f"{r.part} (after {r.reached or 'nothing'})" for r in results if r.state == "stopped"]
+    if late or waiting:
+        lines.append(f"not reached: {', '.join([*late, *waiting])}")
     return "\n".join(line[:180] for line in lines) + "\n"
 
 
@@ -197,10 +274,12 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(part, path)
 
 
-def archive(results: Sequence[Result], title: str, out: Path, folders: dict[str, Path]) -> None:
+def archive(
+    results: Sequence[Result], title: str, out: Path, folders: dict[str, Path], waiting: Sequence[str] = ()
+) -> None:
     """Everything so far in three files: what comes back from a lent machine is limited in number."""
-    text = summary(results, title)
-    data = {"title": title, "parts": [asdict(r) for r in results]}
+    text = summary(results, title, waiting)
+    data = {"title": title, "parts": [asdict(r) for r in results], "waiting": [*waiting]}
 
     def pack(path: Path) -> None:
         with tarfile.open(path, "w:gz") as tar:
@@ -219,19 +298,32 @@ def run_parts(parts: Sequence[Part], budget: float, title: str, out: Path, folde
     deadline = time.monotonic() + budget
     results: list[Result] = []
     for i, part in enumerate(parts):
-        seconds = allowance([p.limit for p in parts[i:]], deadline - time.monotonic() - 1)  # 1: the archives
+        left, to_come = deadline - time.monotonic() - 1, parts[i:]  # 1: the archives
+        seconds = allowance([p.limit for p in to_come], left, [p.least for p in to_come])
+        if seconds < SHORTEST and results:  # the first always runs
+            results.append(Result(part.name, "stopped", 0.0, [], ["no time was left for it"]))
+            continue
         print(f"\n== {part.name} (at most {seconds:.0f} s)", flush=True)
-        results.append(run_part(part, seconds, folders["logs"]))
+        clocks = Clocks(folders["logs"] / f"{part.name}.clocks.csv" if part.limit >= 10 else None)
+        try:
+            results.append(run_part(part, seconds, folders["logs"]))
+        finally:
+            said = clocks.end()
+        results[-1].clocks = said
         print(f"== {part.name}: {results[-1].state} ({results[-1].seconds:.0f} s)", flush=True)
-        archive(results, title, out, folders)
+        archive(results, title, out, folders, [p.name for p in parts[i + 1 :]])
+    archive(results, title, out, folders)
     return results
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------
 
-SUITES = ("step", "fake_quant", "packed", "linear", "train")
-LIMITS = {"build": 100, "smoke": 70, "tests": 80, "step": 100, "fake_quant": 28, "packed": 24, "linear": 38,
-          "train": 48, "page": 12}  # fmt: skip
+SUITES = ("step", "packed", "train", "fake_quant", "linear")
+LIMITS = {"build": 100, "smoke": 45, "tests": 80, "step": 80, "packed": 40, "train": 60, "fake_quant": 25, "linear": 30,
+          "sanitizer": 30, "page": 10}  # fmt: skip
+LEAST = {"build": 90.0, "smoke": 20.0, "tests": 30.0, "step": 30.0, "packed": 20.0, "train": 20.0, "page": 6.0}
+SHORTEST = 1.0  # seconds: a part with less is left out
+TRITONS = 4  # processes over which the smoke checks of Triton, which compiles at first use, are spread
 REHEARSED = {
     "tests": "test_device.py",
     "step": "AdamW step",
@@ -259,11 +351,26 @@ def test_command(rehearse: bool) -> list[str]:
     return [*command, "-m", "gpu", *(["-n", "8"] if installed("xdist") else [])]
 
 
-def make_parts(rehearse: bool, work: Path, results: Path, arch: str) -> dict[str, Part]:
+def find_sanitizer() -> str:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=f"{home}/bin") or ""
+
+
+def sanitized(smoke: Sequence[str], rehearse: bool) -> list[str]:
+    """The small C++ smoke part under memcheck; a line that says why not, where it is not there."""
+    tool = find_sanitizer()
+    if rehearse or not tool:
+        why = "it takes a GPU" if rehearse else "compute-sanitizer is not installed"
+        return [sys.executable, "-c", f"print('sanitizer: nothing is checked, {why}')"]
+    return [tool, "--tool", "memcheck", "--error-exitcode", "1", "--print-limit", "20", *smoke, "cpp", "--small"]
+
+
+def make_parts(rehearse: bool, work: Path, results: Path, arch: str, prebuilt: bool = False) -> dict[str, Part]:
     python, device = sys.executable, "cpu" if rehearse else "cuda"
     plain = [python, "-m", "askew_kernels", "bench", "--plain"]
     smoke = [python, "-W", "ignore", "benchmarks/gpu_smoke.py"]
     on = ["--device", device, *(["--small"] if rehearse else [])]
+    tritons = 1 if rehearse else TRITONS
     environment = {
         "PYTHONPATH": os.pathsep.join(
             filter(None, (str(ROOT), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")))
@@ -282,32 +389,38 @@ def make_parts(rehearse: bool, work: Path, results: Path, arch: str) -> dict[str
 
     made = [
         Part("build", LIMITS["build"], [
-            [python, "setup.py", "build_ext", "--inplace"], [python, "-m", "askew_kernels", "info"],
-            *([] if rehearse else [[python, "-c", serves]]),
+            *([] if prebuilt else [[python, "setup.py", "build_ext", "--inplace"]]),
+            [python, "-m", "askew_kernels", "info"], *([] if rehearse else [[python, "-c", serves]]),
         ], environment=building),
         Part("smoke", LIMITS["smoke"], [
             [*smoke, "cpp", *on],
             # Triton's interpreter is an environment variable, but only of the process that has no GPU
-            [*(["env", "TRITON_INTERPRET=1"] if rehearse else []), *smoke, "triton", *on],
+            *([*(["env", "TRITON_INTERPRET=1"] if rehearse else []), *smoke, "triton", *on, "--part", f"{i}/{tritons}"]
+              for i in range(1, tritons + 1)),
         ], together=True, shown=lambda line: " ..." in line or BAD.search(line),
-             environment={**environment, "OMP_NUM_THREADS": "4"}),  # small tensors, and two at once
+             environment={**environment, "OMP_NUM_THREADS": "2"}),  # small tensors, and some at once
         Part("tests", LIMITS["tests"], [test_command(rehearse)],
              shown=lambda line: BAD.search(line) or re.match(r"\d+ (passed|failed)", line),
              environment={**environment, **({} if rehearse else {"OMP_NUM_THREADS": "2"})}),  # of 16 cores, 8 times
-        *(Part(suite, LIMITS[suite], [rows(suite)], environment=environment) for suite in SUITES[:-1]),
+        *(Part(suite, LIMITS[suite], [rows(suite)], environment=environment) for suite in SUITES if suite != "train"),
         Part("train", LIMITS["train"], [
-            [*smoke, "graphs", *on, "--json", str(work / "graphs.json")], rows("train", "--op", "training step, MLP"),
+            [*smoke, "graphs", *on, "--json", str(work / "graphs.json")],
+            *([] if rehearse else [rows("train", "--op", "wide GPT")]),
+            rows("train", "--op", "training step, MLP", "--json", str(work / "train-mlp.json")),
         ], shown=lambda line: "graphs " in line or BAD.search(line), environment=environment),
+        Part("sanitizer", LIMITS["sanitizer"], [sanitized(smoke, rehearse)],
+             environment={**environment, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         Part("page", LIMITS["page"], [
             [python, str(Path(__file__)), "--page", str(work), str(results)],
         ], environment=environment),
     ]  # fmt: skip
-    return {part.name: part for part in made}
+    by_name = {part.name: part for part in made}
+    return {name: by_name[name] for name in LIMITS}
 
 
 def write_page(work: Path, results: Path) -> int:
     """What ``page`` runs once the rows are there: rows.json holds those of all suites."""
-    found = [str(work / f"{suite}.json") for suite in SUITES if (work / f"{suite}.json").is_file()]
+    found = [str(path) for name in (*SUITES, "train-mlp") if (path := work / f"{name}.json").is_file()]
     if not found:
         print("page: no suite left any rows")
         return 0
@@ -411,6 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--budget", type=float, default=500.0, metavar="SECONDS", help="for everything (default 500)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, small, without the build")
+    parser.add_argument("--prebuilt", action="store_true", help="use the extension that is there")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts")
     parser.add_argument("--skip", nargs="+", default=[], metavar="PART", help="not these parts")
     parser.add_argument("--list", action="store_true", help="name the parts with their limits, run nothing")
@@ -443,7 +557,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = ROOT / "benchmarks" / "results" / re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip("-").lower()
     for folder in (work, out, results):
         folder.mkdir(parents=True, exist_ok=True)
-    known = make_parts(arguments.rehearse, work, results, arch)
+    known = make_parts(arguments.rehearse, work, results, arch, arguments.prebuilt)
     budget = arguments.budget - (time.monotonic() - started)
     with sigterm_ends():
         done = run_parts([known[n] for n in names], budget, title, out, {"logs": work, "results": results})

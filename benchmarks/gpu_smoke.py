@@ -1,13 +1,14 @@
 """Every operator once, then the ways layers and optimizers are used, on a device, against the reference on the CPU.
 
-    python benchmarks/gpu_smoke.py {cpp,triton} [--device cuda|cpu] [--small] [--from N]
+    python benchmarks/gpu_smoke.py {cpp,triton} [--device cuda|cpu] [--small] [--part I/N] [--from N]
     python benchmarks/gpu_smoke.py graphs [--device cuda|cpu] [--small] [--json FILE]
 
 One line a check, ``cpp packed_linear ... ok`` or ``WRONG`` with the largest error or ``RAISED`` with the first line of
-the error; its name is printed before it runs, so that one that hangs or kills the process is named. The exit code is 1
-where one was not ok. An error that leaves the device unusable (an illegal address) says nothing of the checks after
-it: the program then starts itself anew behind the one that failed. With ``--small`` short enough for
-``compute-sanitizer``, which sees single tensors where PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set.
+the error; its name is printed before it runs, so that one that hangs or kills the process is named. The exit code
+is 1 where one was not ok. ``--part``: the I-th of N parts of the checks. An error that leaves the device unusable (an
+illegal address) says nothing of the checks after it: the program then starts itself anew behind the one that failed.
+With ``--small`` short enough for ``compute-sanitizer``, which sees single tensors where
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 is set.
 
 ``graphs`` times whole training steps, eager and as replayed CUDA graphs: milliseconds of one step.
 """
@@ -32,7 +33,7 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import contract, reference, runtime
-from askew_kernels.ops import RULES, schema
+from askew_kernels.ops import RULES, packed, schema
 from askew_kernels.quant import Codebook, Uniform
 
 Check = Callable[[], str]  # says what it found; raises Wrong, or whatever went wrong
@@ -40,7 +41,14 @@ NF4 = Codebook([-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734
                 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
 # What results may be off, relative to the largest number in them, beside one rounding of their type: sums are taken
 # in another order, everything else is the same arithmetic.
-SUMS = {"row_sums", "packed_linear", "packed_linear_int8", "mix_fake_quantize_backward", "sam_norm"}
+SUMS = {
+    "row_sums",
+    "packed_linear",
+    "packed_linear_int8",
+    "packed_tiles_linear",
+    "mix_fake_quantize_backward",
+    "sam_norm",
+}
 SUM_TOLERANCE, TOLERANCE = 1e-4, 1e-5
 
 
@@ -60,7 +68,7 @@ def samples(small: bool) -> list[tuple[str, list[Any]]]:
 def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
     cases = [(torch.float32, Uniform(4), 5, 129), (torch.bfloat16, NF4, 6, 64)]
     if not small:
-        cases += [(torch.float32, Uniform(4), 512, 4608), (torch.float16, Uniform(2), 64, 1040)]
+        cases += [(torch.float32, Uniform(4), 128, 4608), (torch.float16, Uniform(2), 64, 1040)]
     for seed, (dtype, grid, rows, cols) in enumerate(cases):
         g = torch.Generator().manual_seed(seed)
 
@@ -94,6 +102,17 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
             yield "packed_linear", product
             if grid is not NF4:  # activations in int8 want integer levels
                 yield "packed_linear_int8", product
+        half = torch.float16 if dtype is torch.float16 else torch.bfloat16
+        form = packed.tile_form(grid.levels, code, half)
+        tiles = packed.packed_tiles(codes, code, bits, cols, len(grid.levels), form)
+        for tokens in (1, 8, 33):
+            x, bias = draw(tokens, cols).to(half), draw(rows).to(half)
+            yield "packed_tiles_linear", [x, tiles, scale, levels, code, form, rows, 1, bias]
+
+        nothing, integers = torch.empty(0), torch.randint(-900, 900, (rows, 24), generator=g, dtype=torch.int32)
+        yield "token_levels", [w, nothing, [contract.UNIFORM, -127, 127], 127.0, torch.int8]
+        yield "token_levels", [w, nothing, [contract.FLOAT, -448, 448], 448.0, torch.float8_e4m3fn]
+        yield "scaled_sums", [integers, scale, torch.rand(24, generator=g), draw(24), dtype]
 
         outs = [[torch.zeros(rows, cols, dtype=torch.bfloat16)], [torch.zeros(rows, 3)],
                 [torch.zeros(6, dtype=torch.float64)]]  # fmt: skip
@@ -106,6 +125,9 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
             yield rule.operator, step
             yield rule.operator, [*step[:11], torch.tensor(1.0), *step[12:]]  # hold
             yield rule.operator, [*step, [third], [grad.flip(0)], torch.tensor([0.1, 0.0])]  # a SAM step
+            if grid is not NF4:  # levels that one byte holds, and the clip of the gradient
+                copies = [[torch.zeros(rows, cols, dtype=torch.int8)], *outs[1:]]
+                yield rule.operator, [*step[:6], *copies, *step[9:], [], [], None, True]
 
         scales, strengths = torch.rand(2, rows, generator=g) + 0.5, torch.tensor([0.3, 0.7])
         yield "mix_fake_quantize", [w, scales, strengths, [1, -2, 1, 0, 0, 0], True, True]
@@ -294,13 +316,13 @@ def usable(device: str) -> bool:
     return True
 
 
-def smoke(backend: str, device: str, small: bool, first: int) -> int:
+def smoke(backend: str, device: str, small: bool, first: int, part: tuple[int, int] = (1, 1)) -> int:
     """Runs the checks from number ``first`` on; negative: as it is, and one of the checks before failed."""
     if backend == "cpp" and device != "cpu" and not runtime.cuda_archs_fit():
         print(f"cpp RAISED: the compiled module does not serve this GPU: {runtime.choose_backend('cuda')}")
         return 1
     failed, start = first < 0, abs(first)
-    every = checks(backend, device, small)
+    every = checks(backend, device, small)[part[0] - 1 :: part[1]]
     for i in range(start, len(every)):
         name, check = every[i]
         print(f"{backend} {name} ...", end=" ", flush=True)
@@ -409,11 +431,13 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small tensors and few checks")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--part", default="1/1", metavar="I/N")
     parser.add_argument("--from", type=int, default=0, dest="first", help="number of the check to begin with")
     arguments = parser.parse_args()
     if arguments.what == "graphs":
         return graphs(arguments.device, arguments.small, arguments.json)
-    return smoke(arguments.what, arguments.device, arguments.small, arguments.first)
+    i, n = map(int, arguments.part.split("/"))
+    return smoke(arguments.what, arguments.device, arguments.small, arguments.first, (i, n))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_time_left_over_goes_to_the_parts_to_come():
     assert gpu_check.allowance([10, 30], 20) == 5
     assert gpu_check.allowance([30], 20) == 20
     assert gpu_check.allowance([10, 10], -3) == 0
+
+
+def test_what_a_part_is_of_no_use_without_is_kept_for_it():
+    assert gpu_check.allowance([10, 90], 100, [30, 0]) == 30
+    assert gpu_check.allowance([90, 10], 100, [0, 30]) == 70
+    assert gpu_check.allowance([10, 90], 20, [30, 0]) == 2  # there is not enough for all of them
+    names, left = list(gpu_check.LIMITS), 280.0
+    for i, name in enumerate(names):
+        seconds = gpu_check.allowance([gpu_check.LIMITS[n] for n in names[i:]], left,
+                                      [gpu_check.LEAST.get(n, 0.0) for n in names[i:]])  # fmt: skip
+        assert seconds >= gpu_check.LEAST.get(name, 0.0)
+        left -= seconds
+    assert left >= -1e-9
 
 
 @pytest.mark.parametrize("used", [0.2, 1.0])
@@ -142,17 +156,59 @@ def test_everything_so_far_is_archived_after_each_part(tmp_path):
     out.mkdir()
     seen = python("import json, pathlib, tarfile", f"out = pathlib.Path({str(out)!r})",
                   "print(tarfile.open(out / 'gpu_check.tar.gz').getnames())",
-                  "print([p['part'] for p in json.loads((out / 'summary.json').read_text())['parts']])")  # fmt: skip
+                  "print([p['part'] for p in json.loads((out / 'summary.json').read_text())['parts']])",
+                  f"here = pathlib.Path({str(logs)!r}) / 'summary after first'",
+                  "here.write_text((out / 'summary.txt').read_text())")  # fmt: skip
     parts = [Part("first", 1, [python("print('FAILED a test: so')", "raise SystemExit(1)")]), Part("second", 9, [seen])]
     results = gpu_check.run_parts(parts, 20.0, "title", out, {"logs": logs})
     assert [r.state for r in results] == ["failed", "passed"]
+    assert "not reached: second" in (logs / "summary after first").read_text()
+    assert "not reached" not in (out / "summary.txt").read_text()
     log = (logs / "second.log").read_text()
     assert "['logs/first.log']" in log and "['first']" in log
     assert sorted(p.name for p in out.iterdir()) == ["gpu_check.tar.gz", "summary.json", "summary.txt"]
     with tarfile.open(out / "gpu_check.tar.gz") as tar:
-        assert tar.getnames() == ["logs/first.log", "logs/second.log"]
+        assert tar.getnames() == ["logs/first.log", "logs/second.log", "logs/summary after first"]
     text = (out / "summary.txt").read_text()
     assert "first: FAILED a test: so" in text and text.splitlines()[-2:][0].split()[:2] == ["first", "failed"]
+
+
+def test_what_was_not_reached_is_said_at_the_end(tmp_path):
+    rows = python("import time", "print('3 of 14 cases', flush=True)", "time.sleep(1000)")
+    parts = [Part("step", 1, [rows]), Part("train", 0.001, [SLEEP]), Part("linear", 0.001, [SLEEP])]
+    results = gpu_check.run_parts(parts, 2.5, "title", tmp_path, {"logs": tmp_path})
+    assert [r.state for r in results] == ["stopped"] * 3 and results[1].seconds == 0
+    text = (tmp_path / "summary.txt").read_text()
+    assert text.endswith("not reached: step (after 3 of 14 cases), train (after nothing), linear (after nothing)\n")
+    assert json.loads((tmp_path / "summary.json").read_text())["parts"][0]["reached"] == "3 of 14 cases"
+
+
+def test_progress_is_read_from_suites_tests_and_smoke():
+    progress = gpu_check.Progress()
+    for line in ("0 of 5 cases", "2 of 5 cases", "..s.....  [ 41%]", "cpp row_sums ... ok (4 samples, 0.1 s)",
+                 "cpp sam_norm ... WRONG 3", "graphs MLP, torch fused ... ok eager 1 ms"):  # fmt: skip
+        progress.take(line)
+    assert str(progress) == "2 of 5 cases, 41 % of the tests, 2 checks"
+    assert str(gpu_check.Progress()) == ""
+
+
+def test_clocks_and_power_are_told_as_ranges():
+    assert gpu_check.clocks_text("1980, 3201, 412.20, 45\n1755, 3201, 690.5, 61\n[N/A], 1\n") == (
+        "1755-1980 MHz, 3201-3201 MHz memory, 412.2-690.5 W, 45-61 °C"
+    )
+    assert gpu_check.clocks_text("") == "" and gpu_check.Clocks(None).end() == ""
+
+
+def test_clocks_are_asked_while_a_part_runs_and_only_asked(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$@" > "$0.asked"\nwhile true; do echo "1980, 3201, 400.5, 45"; sleep 0.2; done\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    parts = [Part("step", 20, [python("import time", "time.sleep(0.7)")])]
+    results = gpu_check.run_parts(parts, 20.0, "title", tmp_path, {"logs": tmp_path})
+    assert results[0].clocks == "1980-1980 MHz, 3201-3201 MHz memory, 400.5-400.5 W, 45-45 °C"
+    assert results[0].clocks in (tmp_path / "summary.txt").read_text()
+    assert (tmp_path / "nvidia-smi.asked").read_text().startswith("--query-gpu=clocks.sm")
 
 
 def test_an_archive_is_replaced_whole(tmp_path):
@@ -178,7 +234,10 @@ def test_the_summary_stays_short():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "smok"], "expected the parts build, smoke, tests, step, fake_quant, packed, linear, train, page"),
+        (
+            ["--only", "smok"],
+            "expected the parts build, smoke, tests, step, packed, train, fake_quant, linear, sanitizer, page",
+        ),
         (["--skip", "nothing"], "got 'nothing'"),
         (["--only", "step", "--skip", "step"], "no part is left to run"),
         (["--rehearse", "--budget", "0"], "--budget: expected seconds > 0, got 0"),
@@ -207,6 +266,29 @@ def test_every_part_has_a_limit_and_the_tests_collect_all_that_are_marked(tmp_pa
     assert list(parts) == list(gpu_check.LIMITS) and parts["build"].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     command = parts["tests"].commands[0]
     assert {"tests/test_device.py", "tests/test_triton.py", "tests/test_sam.py"} <= set(command)
+    smoke = [" ".join(c) for c in parts["smoke"].commands]
+    assert "gpu_smoke.py cpp --device cuda" in smoke[0]
+    assert [c.partition("--part ")[2] for c in smoke[1:]] == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_prebuilt_extension_is_asked_whether_it_serves(tmp_path):
+    made = gpu_check.make_parts(False, tmp_path, tmp_path, "9.0", prebuilt=True)["build"].commands
+    assert not any("build_ext" in c for c in made) and "choose_backend" in made[-1][-1]
+
+
+def test_the_sanitizer_runs_the_small_smoke_part_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "/x/compute-sanitizer")
+    part = gpu_check.make_parts(False, tmp_path, tmp_path, "9.0")["sanitizer"]
+    text = " ".join(part.commands[0])
+    assert text.startswith("/x/compute-sanitizer --tool memcheck --error-exitcode 1") and text.endswith("cpp --small")
+    assert part.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+    assert gpu_check.BAD.search("========= ERROR SUMMARY: 3 errors")
+    assert gpu_check.BAD.search("========= Invalid __global__ write of size 4 bytes")
+    assert not gpu_check.BAD.search("========= ERROR SUMMARY: 0 errors")
+    monkeypatch.setattr(gpu_check, "find_sanitizer", lambda: "")
+    part = gpu_check.make_parts(False, tmp_path, tmp_path, "9.0")["sanitizer"]
+    result = gpu_check.run_part(part, 20.0, tmp_path)
+    assert result.state == "passed" and "compute-sanitizer is not installed" in (tmp_path / "sanitizer.log").read_text()
 
 
 # ---- failures of pytest, smoke --------------------------------------------------------------------------------------
@@ -225,6 +307,15 @@ def test_a_failing_test_is_said_when_it_fails(tmp_path):
 
 def test_smoke_has_samples_of_every_operator():
     assert {name for name, _ in gpu_smoke.samples(small=True)} == set(schema.OPERATORS)
+
+
+def test_parts_of_the_smoke_checks_are_all_of_them(monkeypatch, capsys):
+    made = [(f"operator {k}", lambda: "fine") for k in range(7)]
+    monkeypatch.setattr(gpu_smoke, "checks", lambda *a: made)
+    for i in (1, 2, 3):
+        assert gpu_smoke.smoke("reference", "cpu", True, 0, (i, 3)) == 0
+    said = re.findall(r"operator \d", capsys.readouterr().out)
+    assert sorted(said) == [name for name, _ in made] and said[:3] == ["operator 0", "operator 3", "operator 6"]
 
 
 def test_smoke_finds_a_wrong_result_and_goes_on(monkeypatch, capsys):

@@ -92,7 +92,8 @@ class Block:
 
     @property
     def slow(self) -> bool:
-        return any(i.name == "CALL" for i in self.instructions)
+        """Whether it calls a subroutine; a CALL of a label of the kernel itself is a jump."""
+        return any(i.name == "CALL" and not TARGET.search(i.operands) for i in self.instructions)
 
 
 @dataclass
@@ -188,7 +189,7 @@ def _following(blocks: Sequence[Block], n: int, known: Iterable[Join], places: M
     last = blocks[n].instructions[-1]
     always = last.predicate in FOR_ALL
     following: list[int] = []
-    if last.name in ("BRA", "BRX", "JMP"):
+    if last.name in ("BRA", "BRX", "JMP") or (last.name == "CALL" and TARGET.search(last.operands)):
         always = always and not re.match(r"!?U?P\d", last.operands)  # BRA !P4, `(…)
         following = [places[label] for label in re.findall(r"\.L_x_\d+", last.operands) if label in places]
     elif last.name == "BSYNC" and (barrier := BARRIER.search(last.operands)):
@@ -358,6 +359,15 @@ class Values:
         return held
 
 
+def question(i: Instruction) -> tuple[str, bool] | None:
+    """(predicate, its value where the branch is taken) of ``@!P0 BRA …`` or ``BRA.U !UP0, …``; None of any other."""
+    of_operand = re.match(r"!?(UP|P)\d+", i.operands)
+    text = i.predicate.lstrip("@") if i.predicate not in FOR_ALL else of_operand[0] if of_operand else ""
+    if i.name != "BRA" or not text or (of_operand and i.predicate not in FOR_ALL):
+        return None
+    return text.lstrip("!"), "!" not in text
+
+
 Asked = tuple[int, bool]  # a condition's number, and its answer on the way to the branch's target
 
 
@@ -375,9 +385,8 @@ def conditions(blocks: Sequence[Block], order: Sequence[int], back: Collection[t
         for i in blocks[n].instructions:
             values.step(i, held)
         after[n] = held
-        last = blocks[n].instructions[-1]
-        if last.name == "BRA" and last.predicate not in FOR_ALL and not re.match(r"!?U?P\d", last.operands):
-            asked[n] = (values.read(last.predicate.lstrip("@!"), held), "!" not in last.predicate)
+        if found := question(blocks[n].instructions[-1]):
+            asked[n] = (values.read(found[0], held), found[1])
     return asked
 
 

@@ -33,6 +33,8 @@ namespace {
 #include "../math/scalar.inl"
 // In place of math's template, half its instructions: NaN in x survives as there.
 __device__ __forceinline__ float clamp_between(float x, float lo, float hi) { return max_nan(lo, min_nan(x, hi)); }
+__device__ __forceinline__ float lesser(float a, float b) { return fminf(a, b); }       // no b is NaN alone
+__device__ __forceinline__ float greater(float a, float b) { return max_nan(a, b); }    // no a is NaN
 #include "../math/math.inl"
 
 constexpr int kBlockShift = 8, kThreads = 1 << kBlockShift, kWarpShift = 5;
@@ -43,7 +45,7 @@ constexpr unsigned kWholeWarp = 0xffffffffu;
 // Elements live in 32-bit words as they came from memory: one float, or two halves.
 template <int T>
 struct Storage {
-  typedef uint16_t type;
+  typedef uint16_t type, bits;
   static constexpr int kPerWord = 2, kPerVector = 8;
   static __device__ __forceinline__ float get(uint32_t word, int e) {
     if (T == kBFloat16) return __uint_as_float(e ? word & 0xffff0000u : word << 16);
@@ -56,6 +58,7 @@ struct Storage {
 template <>
 struct Storage<kFloat32> {
   typedef float type;
+  typedef uint32_t bits;
   static constexpr int kPerWord = 1, kPerVector = 4;
   static __device__ __forceinline__ float get(uint32_t word, int) { return __uint_as_float(word); }
   static __device__ __forceinline__ uint32_t put(const float* v) { return __float_as_uint(v[0]); }
@@ -66,7 +69,7 @@ inline int per_vector(int type) { return 16 / type_size(type); }
 // Four levels in a word.
 template <>
 struct Storage<kInt8> {
-  typedef uint8_t type;
+  typedef uint8_t type, bits;
   static constexpr int kPerWord = 4, kPerVector = 16;
   static __device__ __forceinline__ uint32_t put(const float* v) {
     uint32_t word = 0;
@@ -86,7 +89,7 @@ __device__ __forceinline__ uint32_t narrow_e4m3(float v) {
 }
 template <>
 struct Storage<kFloat8> {
-  typedef uint8_t type;
+  typedef uint8_t type, bits;
   static constexpr int kPerWord = 4, kPerVector = 16;
   static __device__ __forceinline__ uint32_t put(const float* v) {
 #if __CUDA_ARCH__ >= 890
@@ -177,6 +180,7 @@ inline Cut cut_for(Matrix m, int type, std::initializer_list<const void*> all, b
 struct Spot {
   int64_t row, index;  // element j stands at index + (j << shift)
   int n;               // elements that exist; 0 to a vector
+  bool starts_row;     // the first slot of its row (or piece)
   bool ends_row;       // the last slot of its row (or piece); the same for all threads of the block
 };
 
@@ -185,14 +189,15 @@ struct Spot {
 template <int T>
 struct Walk {
   static constexpr int kWidth = Storage<T>::kPerVector;
-  int64_t row, base, row_stride;  // base: index of the row's first element in this block
+  const Cut& cut;
+  int64_t row, base;              // base: index of the row's first element in this block
   int rows_left, rows_step;       // rows_left <= 0: past the last row, of the block or of the matrix
   int columns, first, col,
       step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
   int count, slot, slots, shift;
   bool vectors;
 
-  __device__ __forceinline__ Walk(const Cut& c, uint32_t block) {
+  __device__ __forceinline__ Walk(const Cut& c, uint32_t block) : cut(c) {
     const int lane = threadIdx.x & ((1 << c.team_shift) - 1), team = threadIdx.x >> c.team_shift;
     vectors = c.vectors;
     shift = vectors ? 0 : c.team_shift;
@@ -201,7 +206,6 @@ struct Walk {
     slot = 0;
     count = slots * c.rows_per_team;
     rows_step = kThreads >> c.team_shift;
-    row_stride = rows_step * c.cols;
     first = col = vectors ? lane * kWidth : lane;
     int64_t begin = 0;
     row = (int64_t)block * (rows_step * c.rows_per_team) + team;
@@ -216,7 +220,7 @@ struct Walk {
   }
   // The next slot; `taken` counts from 0, beyond `count` slots are empty.
   __device__ __forceinline__ Spot take(int taken) {
-    Spot s{row, base + col, 0, slot == slots - 1 && taken < count};
+    Spot s{row, base + col, 0, slot == 0, slot == slots - 1 && taken < count};
     const int left = rows_left > 0 ? columns - col : 0;
     s.n = vectors ? kWidth : min(kWidth, (left + (1 << shift) - 1) >> shift);
     if (left <= 0) s.n = 0;
@@ -224,11 +228,14 @@ struct Walk {
     if (++slot == slots) {
       slot = 0;
       col = first;
-      row += rows_step;
-      base += row_stride;
-      rows_left -= rows_step;
+      next_row();
     }
     return s;
+  }
+  __device__ __forceinline__ void next_row() {
+    row += rows_step;
+    base += rows_step * cut.cols;
+    rows_left -= rows_step;
   }
 };
 
@@ -254,6 +261,62 @@ __device__ __forceinline__ Words load(const void* p, const Spot& s, const Walk<T
       }
   }
   return w;
+}
+
+// N neighbouring elements as floats: a vector's, or one.
+template <int T, int N>
+__device__ __forceinline__ void load_elements(const void* p, int64_t index, float (&v)[N]) {
+  const typename Storage<T>::type* at = (const typename Storage<T>::type*)p + index;
+  if constexpr (N == 1) {
+    v[0] = Storage<T>::get(*(const typename Storage<T>::bits*)at, 0);
+  } else {
+    const uint4 words = *(const uint4*)at;
+    const Words w{{words.x, words.y, words.z, words.w}};
+    ASKEW_EACH (j, N) v[j] = Storage<T>::get(w.word[j / Storage<T>::kPerWord], j % Storage<T>::kPerWord);
+  }
+}
+// Of values as they are stored.
+template <int S, int N>
+__device__ __forceinline__ void store_elements(void* p, int64_t index, const float (&v)[N]) {
+  constexpr int kPer = Storage<S>::kPerWord, kWords = (N + kPer - 1) / kPer;
+  typename Storage<S>::type* at = (typename Storage<S>::type*)p + index;
+  uint32_t word[kWords];
+  float padded[kWords * kPer] = {};
+  ASKEW_EACH (j, N) padded[j] = v[j];
+  ASKEW_EACH (q, kWords) word[q] = Storage<S>::put(padded + q * kPer);
+  if constexpr (N < kPer)
+    *(typename Storage<S>::bits*)at = (typename Storage<S>::bits)word[0];
+  else if constexpr (kWords == 1)
+    *(uint32_t*)at = word[0];
+  else if constexpr (kWords == 2)
+    store_words2(at, word[0], word[1]);
+  else
+    ASKEW_EACH (q, kWords / 4)
+      store_words4((uint4*)at + q, word[4 * q], word[4 * q + 1], word[4 * q + 2], word[4 * q + 3]);
+}
+template <int N>  // the type chosen at run time
+__device__ __forceinline__ void store_elements_as(int type, void* p, int64_t index, const float (&v)[N]) {
+  switch (type) {
+    case kFloat32:
+      return store_elements<kFloat32>(p, index, v);
+    case kBFloat16:
+      return store_elements<kBFloat16>(p, index, v);
+    case kFloat16:
+      return store_elements<kFloat16>(p, index, v);
+    case kInt8:
+      return store_elements<kInt8>(p, index, v);
+    default:
+      return store_elements<kFloat8>(p, index, v);
+  }
+}
+// The values as they will be read again.
+template <int T, int N>
+__device__ __forceinline__ void round_to_storage(float (&v)[N]) {
+  if constexpr (T != kFloat32)
+    ASKEW_EACH (j, N) {
+      const float pair[2] = {v[j], v[j]};
+      v[j] = Storage<T>::get(Storage<T>::put(pair), 0);
+    }
 }
 
 // A slot's values, of a walk over type T, as words of type S: 2, 4 or 8 of them.
@@ -372,6 +435,19 @@ __device__ __forceinline__ void for_slots(const void* const (&from)[N], const fl
 }
 
 // ---- grids --------------------------------------------------------------------------------------------------
+
+// Uniform or binary, as the kernel finds when it runs; for steps that only round to levels.
+struct IntegerGrid {
+  float lo, hi;
+  bool binary;
+  static __device__ __forceinline__ IntegerGrid make(const GridArg& g) {
+    const bool binary = g.kind == kBinary;
+    return {binary ? -1.f : g.lo, binary ? 1.f : g.hi, binary};
+  }
+  __device__ __forceinline__ float low() const { return lo; }
+  __device__ __forceinline__ float high() const { return hi; }
+  __device__ __forceinline__ float nearest(float x) const { return binary ? BinaryGrid{}.nearest(x) : round_even(x); }
+};
 
 constexpr int kMaxLevels = 256;
 

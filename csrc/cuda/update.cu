@@ -1,5 +1,11 @@
-// The fused optimizer step over a list of tensors: one read and one write of everything, in one launch for each
-// storage type and grid kind among up to kTensors tensors.
+// The fused optimizer step over a list of tensors: one read and one write of everything, in one launch for each kernel
+// among up to kMany tensors.
+//
+// Two kinds of kernels. `step_any` has every switch at run time, one kernel for each storage type, rule and grid. The
+// steps that training is made of have kernels of their own, kUsual, in which the switches are known to the compiler and
+// a weight costs a third of the instructions.
+#include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "device.cuh"
@@ -23,18 +29,38 @@ struct Entry {  // one tensor of a launch
   int dequantized_type;
 };
 
-constexpr int kTensors = 200;
+constexpr int kFew = 24, kMany = 200;        // tensors of a launch: every byte of its parameters takes time
+constexpr int64_t kStepSlots = 4;             // vectors of a thread where no sums are taken
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 
+template <int N>
 struct List {
   Hyper h;
   const float* coefficients;  // both 0: first gradients do not count; null where there are none
   const Hyper* device_h;      // replaces what in h follows from rates on the device; may be null
   int n;
-  uint32_t first_block[kTensors];
-  Entry entry[kTensors];
+  uint32_t first_block[N];
+  Entry entry[N];
 };
-static_assert(sizeof(List) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
+static_assert(sizeof(List<kFew>) <= 4096 && sizeof(List<kMany>) <= 32764, "what a kernel takes as parameters");
+
+template <class Rule, class List>
+__device__ __forceinline__ Hyper hyper_of(const List& list) {
+  Hyper h = list.h;
+  if (list.device_h) {
+    h.lr = list.device_h->lr;
+    h.eps = list.device_h->eps;
+    h.cap = list.device_h->cap;
+    for (int k = 0; k < (int)(sizeof(Rule) / sizeof(float)); ++k) h.constants[k] = list.device_h->constants[k];
+  }
+  return h;
+}
+
+// ---- any step -----------------------------------------------------------------------------------------------------
+
+struct CarefulDivision {  // spares the slow way of a division by 0
+  static __device__ __forceinline__ float where(bool on, float a, float b) { return divide(a, on ? b : 1.f); }
+};
 
 __device__ __forceinline__ void add(float (&totals)[kTotals], const Stepped<float>& s, float gradient, bool finite,
                                     bool flip) {
@@ -47,23 +73,17 @@ __device__ __forceinline__ void add(float (&totals)[kTotals], const Stepped<floa
 }
 
 template <int T, class Rule, class Grid>
-__global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel(const __grid_constant__ List list) {
+__global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) step_any(const __grid_constant__ List<kMany> list) {
   constexpr int kPer = Storage<T>::kPerWord, kWidth = Storage<T>::kPerVector;
   const int number = tensor_of_block(list);
   const Entry& t = list.entry[number];
   const uint32_t block = blockIdx.x - list.first_block[number];
   const Grid grid = GridMaker<Grid>::make(t.grid);
-  Hyper h = list.h;
-  if (list.device_h) {
-    h.lr = list.device_h->lr;
-    h.eps = list.device_h->eps;
-    h.cap = list.device_h->cap;
-    for (int k = 0; k < (int)(sizeof(Rule) / sizeof(float)); ++k) h.constants[k] = list.device_h->constants[k];
-  }
-
+  const Hyper h = hyper_of<Rule>(list);
   const void* const first = t.first && (list.coefficients[0] != 0.f || list.coefficients[1] != 0.f) ? t.first : nullptr;
-  const StepOptions<Rule> options{h, rule_of<Rule>(h)};
+  const StepOptions<Rule, kAnyStep, CarefulDivision> options{h, rule_of<Rule>(h)};
   Walk<T> walk(t.cut, block);
+  Row<float, Grid> row;
   Sums sums{0, 0, 0};
   float totals[kTotals] = {};
   for (int taken = 0; taken < walk.count; ++taken) {
@@ -73,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
       g = map_words<T>(g, load(first, spot, walk), [](float second, float first) { return sam_mean(second, first); });
     ASKEW_EACH (k, Rule::kBuffers)
       if (t.state[k]) state[k] = load(t.state[k], spot, walk);
-    const auto row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
+    if (spot.starts_row) row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
     const auto stored_row = with_stored_ends<T>(row);
     float copy[kWidth];
     ASKEW_EACH (q, 4) {
@@ -125,6 +145,116 @@ __global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) update_kernel
   if (t.totals) finish_block(totals, t.totals + (int64_t)block * kTotals);
 }
 
+// ---- the usual steps ------------------------------------------------------------------------------------------------
+
+struct QuickDivision {
+  static __device__ __forceinline__ float where(bool, float a, float b) { return divide_quickly(a, b); }
+};
+
+// Whether a row's divisions need no branch: nothing comes near the ends of the exponents.
+template <StepKind KIND>
+__device__ __forceinline__ bool divides_quickly(float scale, const Hyper& h) {
+  const float factor = scale * (0.25f * h.alpha);
+  return scale > 0x1p-60f && scale < 0x1p60f &&
+         (KIND == kFreeStep || (factor > 0x1p-40f && factor < 0x1p60f && h.eps >= 0x1p-30f));
+}
+
+// Neighbouring elements of one row through a step.
+template <int T, int N, int BUFFERS, class Row, class Options>
+__device__ __forceinline__ void step_elements(const Entry& t, int64_t index, const Row& row, const Options& options,
+                                              Sums& sums) {
+  float w[N], g[N], state[kMostBuffers][N];
+  load_elements<T>(t.w, index, w);
+  load_elements<T>(t.g, index, g);
+  ASKEW_EACH (k, BUFFERS) load_elements<T>(t.state[k], index, state[k]);
+  if (options.ste_clip()) {
+    const auto stored = with_stored_ends<T>(row);
+    ASKEW_EACH (j, N) g[j] = pass_inside(g[j], w[j], stored);
+  }
+  ASKEW_EACH (j, N) {
+    float buffers[kMostBuffers];
+    ASKEW_EACH (k, BUFFERS) buffers[k] = state[k][j];
+    w[j] = step_weight(w[j], g[j], buffers, BUFFERS > 0, row, options).w;
+    ASKEW_EACH (k, BUFFERS) state[k][j] = buffers[k];
+  }
+  store_elements<T>(t.w, index, w);
+  ASKEW_EACH (k, BUFFERS) store_elements<T>(t.state[k], index, state[k]);
+  if (!t.sums && !t.dequantized) return;
+  round_to_storage<T>(w);
+  if (t.sums) ASKEW_EACH(j, N) add(sums, w[j]);
+  if (!t.dequantized) return;
+  const float unit = holds_levels(t.dequantized_type) ? 1.f : row.scale.value;
+  ASKEW_EACH (j, N) w[j] = unit * nearest_level(w[j], row);
+  store_elements_as(t.dequantized_type, t.dequantized, index, w);
+}
+
+// Blocks of an SM at least: what keeps the registers few enough without spilling.
+template <class Grid>
+constexpr int usual_blocks(int type, int buffers, StepKind kind) {
+  if (type != kFloat32 || buffers == 2) return 4;
+  return kind == kFreeStep ? 6 : buffers == 0 && std::is_same_v<Grid, UniformGrid> ? 5 : 4;
+}
+
+// Rows of whole vectors with a scale like any other go vector by vector; all others element by element, in that order.
+template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND, int N>
+__global__ void __launch_bounds__(kThreads, usual_blocks<Grid>(T, BUFFERS, KIND)) step_usual(const __grid_constant__ List<N> list) {
+  constexpr int kWidth = Walk<T>::kWidth;
+  const int number = tensor_of_block(list);
+  const Entry& t = list.entry[number];
+  const uint32_t block = blockIdx.x - list.first_block[number];
+  const Grid grid = GridMaker<Grid>::make(t.grid);
+  const Hyper h = hyper_of<Rule>(list);
+  Walk<T> walk(t.cut, block);
+  Sums sums{0, 0, 0};
+  for (int r = t.cut.rows_per_team; r > 0; --r) {
+    if (walk.rows_left > 0) {
+      const float scale = t.scale[walk.row];
+      if (walk.vectors && divides_quickly<KIND>(scale, h)) {
+        const StepOptions<Rule, KIND, QuickDivision, false> options{h, rule_of<Rule>(h)};
+        const Row<float, Grid> row = make_row(quick_divisor(scale), grid);
+        for (int column = walk.first; column < walk.columns; column += walk.step)
+          step_elements<T, kWidth, BUFFERS>(t, walk.base + column, row, options, sums);
+      } else {
+        const StepOptions<Rule, KIND, CarefulDivision, false> options{h, rule_of<Rule>(h)};
+        const Row<float, Grid> row = make_row(scale, grid);
+        for (int slot = walk.first; slot < walk.columns; slot += walk.step)
+#pragma unroll 1
+          for (int j = 0; j < kWidth; ++j) {
+            const int column = slot + (j << walk.shift);
+            if (column < walk.columns) step_elements<T, 1, BUFFERS>(t, walk.base + column, row, options, sums);
+          }
+      }
+    }
+    if (t.sums) {
+      finish_row(sums, t.cut, walk.row, block, t.sums);
+      sums = {0, 0, 0};
+    }
+    walk.next_row();
+  }
+}
+
+struct Usual {
+  int type, rule, buffers, grids;  // grids: a bit for each kind
+  StepKind kind;
+  void (*few)(List<kFew>);
+  void (*many)(List<kMany>);
+};
+template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND>
+constexpr Usual usual() {
+  const int grids = std::is_same_v<Grid, BinaryGrid> ? 1 << kBinary : std::is_same_v<Grid, UniformGrid> ? 1 << kUniform : 1 << kUniform | 1 << kBinary;
+  return {T, number_of<Rule>(Rules{}), BUFFERS, grids, KIND, step_usual<T, Rule, BUFFERS, Grid, KIND, kFew>,
+          step_usual<T, Rule, BUFFERS, Grid, KIND, kMany>};
+}
+// hold, annealed, annealed binary
+#define ASKEW_USUAL(RULE, BUFFERS)                                    \
+  usual<kFloat32, RULE, BUFFERS, IntegerGrid, kFreeStep>(),           \
+      usual<kFloat32, RULE, BUFFERS, UniformGrid, kConstrainedStep>(),  \
+      usual<kFloat32, RULE, BUFFERS, BinaryGrid, kConstrainedStep>(),   \
+      usual<kBFloat16, RULE, BUFFERS, IntegerGrid, kFreeStep>(),        \
+      usual<kBFloat16, RULE, BUFFERS, UniformGrid, kConstrainedStep>()
+const Usual kUsual[] = {ASKEW_USUAL(Sgd, 0), ASKEW_USUAL(Sgd, 1), ASKEW_USUAL(AdamW, 2)};
+constexpr int kUsuals = sizeof(kUsual) / sizeof(Usual);
+
 template <class Rule>
 __global__ void rates_kernel(Rates r, Hyper* h) {
   set_rates<Rule>(*h, read(r.lr), read(r.eps), read(r.step), r.numbers);
@@ -132,20 +262,51 @@ __global__ void rates_kernel(Rates r, Hyper* h) {
 
 // ---- the host's side: which tensors share a launch, and where partial sums go in the scratch memory -----------
 
+// Where sums are taken their order depends on the cut, and is that of row_sums.
 Cut cut_of(const UpdateTensor& t) {
   const bool copy_aligned = aligned(t.dequantized, t.dequantized_type, per_vector(t.type));
-  return cut_for(t.m, t.type, {t.w, t.g, t.state[0], t.state[1], t.kept, t.first}, copy_aligned);
+  return cut_for(t.m, t.type, {t.w, t.g, t.state[0], t.state[1], t.kept, t.first}, copy_aligned,
+                 t.row_sums || t.totals ? kSumSlots : kStepSlots);
 }
 
 constexpr size_t kRatesBytes = 128;  // at the start of the scratch
 static_assert(sizeof(Hyper) <= kRatesBytes, "Hyper has its place in the scratch");
 
-cudaError_t launch_update(int type, int kind, const List& list, unsigned blocks, cudaStream_t stream) {
+// The usual step that a tensor takes, kUsuals and more where it takes any: then by its type and grid.
+int kernel_of(const UpdateTensor& t, const Hyper& h, const Rates& rates) {
+  const int any = kUsuals + 3 * t.type + t.grid.kind - kUniform;
+  if (t.totals || t.kept || t.first || h.direction || h.maximize || h.skip_nonfinite) return any;
+  // clamped at eps = 1 a constrained step changes nothing more than the clamp
+  const bool free = !rates.eps.device && h.eps == 1.f;
+  if (!h.clamp && !free) return any;
+  for (int k = 0; k < kUsuals; ++k) {
+    const Usual& u = kUsual[k];
+    if (u.type == t.type && u.rule == h.rule && u.kind == (h.clamp ? kConstrainedStep : kFreeStep) &&
+        (u.grids >> t.grid.kind & 1) && u.buffers == (t.state[0] != nullptr) + (t.state[1] != nullptr))
+      return k;
+  }
+  return any;
+}
+constexpr int kKernels = kUsuals + 9;
+
+cudaError_t launch_step(int kernel, const List<kMany>& list, unsigned blocks, cudaStream_t stream) {
+  if (kernel < kUsuals) {
+    if (list.n > kFew) return launch(kUsual[kernel].many, blocks, kThreads, stream, list);
+    List<kFew> few;
+    few.h = list.h;
+    few.coefficients = list.coefficients;
+    few.device_h = list.device_h;
+    few.n = list.n;
+    std::copy(list.first_block, list.first_block + list.n, few.first_block);
+    std::copy(list.entry, list.entry + list.n, few.entry);
+    return launch(kUsual[kernel].few, blocks, kThreads, stream, few);
+  }
   cudaError_t error = cudaErrorInvalidValue;
   with_rule(list.h.rule, Rules{}, [&](auto rule) {
     typedef decltype(rule) Rule;
-    ASKEW_BY_TYPE(type,
-                  ASKEW_BY_GRID(kind, error = launch((update_kernel<T, Rule, Grid>), blocks, kThreads, stream, list)))
+    ASKEW_BY_TYPE((kernel - kUsuals) / 3,
+                  ASKEW_BY_GRID((kernel - kUsuals) % 3 + kUniform,
+                                error = launch((step_any<T, Rule, Grid>), blocks, kThreads, stream, list)))
   });
   return error;
 }
@@ -175,45 +336,48 @@ cudaError_t update(const UpdateTensor* tensors, size_t n, const Hyper& h, const 
 
   double* partial = (double*)((char*)scratch + kRatesBytes);
   Finisher finisher{stream};
-  List list;
+  List<kMany> list;
   list.h = h;
   list.coefficients = coefficients;
   list.device_h = device_h;
-  for (const int type : {kFloat32, kBFloat16, kFloat16})
-    for (const int kind : {kUniform, kBinary, kCodebook}) {
-      uint32_t blocks = 0;
-      list.n = 0;
-      for (size_t i = 0; i < n; ++i) {
-        const UpdateTensor& t = tensors[i];
-        if (t.type != type || t.grid.kind != kind) continue;
-        const Cut cut = cut_of(t);
-        const int64_t own = blocks_of(cut);
-        if (list.n == kTensors || blocks + own > kMostBlocks) {
-          note(launch_update(type, kind, list, blocks, stream));
-          list.n = 0;
-          blocks = 0;
-        }
-        void* sums = t.row_sums;
-        if (t.row_sums && (own == 0 || cut.pieces > 1)) {
-          sums = partial;
-          partial += own * kRowSums;
-          finisher.add((const double*)sums, t.row_sums, t.m.rows, own ? cut.pieces : 0, kRowSums);
-        }
-        double* totals = nullptr;
-        if (t.totals) {
-          totals = partial;
-          partial += own * kTotals;
-          finisher.add(totals, t.totals, 1, own, kTotals);
-        }
-        if (own == 0) continue;
-        list.first_block[list.n] = blocks;
-        list.entry[list.n++] = {t.w,     t.kept ? t.kept : t.w, t.g,  t.first, {t.state[0], t.state[1]},
-                                t.scale, t.dequantized,         sums, totals,  t.grid,
-                                cut,     t.dequantized_type};
-        blocks += (uint32_t)own;
+  std::vector<int8_t> kernels(n);
+  bool taken[kKernels] = {};
+  for (size_t i = 0; i < n; ++i) taken[kernels[i] = (int8_t)kernel_of(tensors[i], h, rates)] = true;
+  for (int kernel = 0; kernel < kKernels; ++kernel) {
+    if (!taken[kernel]) continue;
+    uint32_t blocks = 0;
+    list.n = 0;
+    for (size_t i = 0; i < n; ++i) {
+      if (kernels[i] != kernel) continue;
+      const UpdateTensor& t = tensors[i];
+      const Cut cut = cut_of(t);
+      const int64_t own = blocks_of(cut);
+      if (list.n == kMany || blocks + own > kMostBlocks) {
+        note(launch_step(kernel, list, blocks, stream));
+        list.n = 0;
+        blocks = 0;
       }
-      if (list.n) note(launch_update(type, kind, list, blocks, stream));
+      void* sums = t.row_sums;
+      if (t.row_sums && (own == 0 || cut.pieces > 1)) {
+        sums = partial;
+        partial += own * kRowSums;
+        finisher.add((const double*)sums, t.row_sums, t.m.rows, own ? cut.pieces : 0, kRowSums);
+      }
+      double* totals = nullptr;
+      if (t.totals) {
+        totals = partial;
+        partial += own * kTotals;
+        finisher.add(totals, t.totals, 1, own, kTotals);
+      }
+      if (own == 0) continue;
+      list.first_block[list.n] = blocks;
+      list.entry[list.n++] = {t.w,     t.kept ? t.kept : t.w, t.g,  t.first, {t.state[0], t.state[1]},
+                              t.scale, t.dequantized,         sums, totals,  t.grid,
+                              cut,     t.dequantized_type};
+      blocks += (uint32_t)own;
     }
+    if (list.n) note(launch_step(kernel, list, blocks, stream));
+  }
   return first_error(error, finisher.run());
 }
 

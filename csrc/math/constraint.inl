@@ -29,17 +29,24 @@ struct Push {
   F excess;    // -h / 16: positive where infeasible
 };
 
+struct Division {  // how a step divides: a / b; anything where not `on`, where b may be 0
+  template <class M, class F>
+  ASKEW_FN F where(M, F a, F b) {
+    return divide(a, b);
+  }
+};
+
 // kappa = min(alpha (-h)/|h'|, Delta/(4 lr)); cap = 1/(4 lr), +inf for lr = 0. A midpoint is free.
-template <class F>
+template <class Divide, class F>
 ASKEW_FN Push<F> push_of(const Offset<F>& o, F scale, float eps, float alpha, float cap) {
   F q = o.u - o.u * o.u, to_middle = 0.5f - o.u;
   F excess = q * q - 0.0625f * eps;
   F length = scale * o.delta;
-  F kappa = divide(excess * (length * (0.25f * alpha)), q * to_middle);
   F limit = length * cap;
-  kappa = select(kappa < limit, kappa, limit);
-  F constrained = select(excess < to_middle, excess, to_middle);  // one comparison for both being positive
-  return {select(constrained > 0.f, kappa, F{} - __builtin_inff()), o.distance, excess};
+  const auto constrained = lesser(excess, to_middle) > 0.f;  // one comparison for both being positive
+  F kappa = Divide::where(constrained, excess * (length * (0.25f * alpha)), q * to_middle);
+  kappa = lesser(kappa, limit);
+  return {select(constrained, kappa, F{} - __builtin_inff()), o.distance, excess};
 }
 
 // The skewed velocity v = side * max(kappa, side * d), side = towards the nearest level, with the sign of a gradient:
@@ -47,5 +54,5 @@ ASKEW_FN Push<F> push_of(const Offset<F>& o, F scale, float eps, float alpha, fl
 template <class F>
 ASKEW_FN F skew(F g, F kappa, F distance) {
   F towards = negate_where_negative(g, distance);
-  return negate_where_negative(select(kappa > towards, kappa, towards), distance);
+  return negate_where_negative(greater(kappa, towards), distance);
 }

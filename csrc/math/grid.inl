@@ -31,6 +31,16 @@ ASKEW_FN F clamp_between(F x, F lo, F hi) {
   return select(lo > x, lo, x);
 }
 
+// The smaller and the larger; the second where the first is NaN.
+template <class F>
+ASKEW_FN F lesser(F a, F b) {
+  return select(a < b, a, b);
+}
+template <class F>
+ASKEW_FN F greater(F a, F b) {
+  return select(a > b, a, b);
+}
+
 struct UniformGrid {  // consecutive integers lo ... hi
   static constexpr bool kTiesToEven = true;
   float lo, hi;
@@ -118,8 +128,12 @@ struct Row {
   F low, high;  // the hull in weight units
 };
 template <class F, class Grid>
+ASKEW_FN Row<F, Grid> make_row(const Divisor<F>& scale, const Grid& grid) {
+  return {grid, scale, scale.value * grid.low(), scale.value * grid.high()};
+}
+template <class F, class Grid>
 ASKEW_FN Row<F, Grid> make_row(F scale, const Grid& grid) {
-  return {grid, divisor(scale), scale * grid.low(), scale * grid.high()};
+  return make_row(divisor(scale), grid);
 }
 
 template <class F, class Grid>

@@ -28,12 +28,14 @@ struct Divisor;  // one that divides many
 // finite numerator and room in the exponents: a very large or very small divisor is moved by a power of two, exactly.
 template <>
 struct Divisor<float> {
-  float value;
+  float value, reciprocal;
   float power, moved, inverse;  // moved = value * power
 };
 ASKEW_FN Divisor<float> divisor(float a) {
-  const float power = fabsf(a) >= 0x1p60f ? 0x1p-64f : fabsf(a) <= 0x1p-60f ? 0x1p64f : 1.f;
-  return {a, power, a * power, __frcp_rn(a * power)};
+  const float reciprocal = __frcp_rn(a), size = fabsf(a);
+  if (size > 0x1p-60f && size < 0x1p60f) return {a, reciprocal, 1.f, a, reciprocal};
+  const float power = size < 1.f ? 0x1p64f : 0x1p-64f;
+  return {a, reciprocal, power, a * power, __frcp_rn(a * power)};
 }
 ASKEW_FN float divide(float a, const Divisor<float>& b) {
   a = a * b.power;
@@ -41,7 +43,14 @@ ASKEW_FN float divide(float a, const Divisor<float>& b) {
   q = __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
   return __fmaf_rn(__fmaf_rn(-q, b.moved, a), b.inverse, q);
 }
-ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return (a * b.power) * b.inverse; }
+ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return a * b.reciprocal; }
+// Without a branch, for 2^-80 <= b <= 2^80 and a = 0 or 2^-100 <= a / b, a <= 2^100: the correctly rounded 1 / b by a
+// step of Newton's, the correctly rounded a / b by Markstein's theorem.
+ASKEW_FN Divisor<float> quick_divisor(float b) {
+  const float near = askew::cuda::reciprocal_near(b), y = __fmaf_rn(__fmaf_rn(-b, near, 1.f), near, near);
+  return {b, y, 1.f, b, y};
+}
+ASKEW_FN float divide_quickly(float a, float b) { return divide(a, quick_divisor(b)); }
 #else
 template <>
 struct Divisor<float> {
@@ -51,6 +60,8 @@ ASKEW_FN Divisor<float> divisor(float a) { return {a, 1.f / a}; }
 ASKEW_FN float divide(float a, const Divisor<float>& b) { return divide(a, b.value); }
 // Within two units in the last place of a / b, for one multiplication.
 ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return a * b.inverse; }
+ASKEW_FN Divisor<float> quick_divisor(float b) { return divisor(b); }
+ASKEW_FN float divide_quickly(float a, float b) { return a / b; }
 #endif
 
 // Nearest integer, ties to even, for |a| <= 2^22; never returns -0.

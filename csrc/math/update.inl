@@ -67,6 +67,12 @@ struct RuleList {
   static constexpr int kCount = sizeof...(Rule);
 };
 typedef RuleList<Sgd, AdamW, Lion> Rules;  // the number of a rule is its place
+template <class Rule, class... All>
+static constexpr int number_of(RuleList<All...>) {
+  int number = 0;
+  (void)((__is_same(Rule, All) || (++number, false)) || ...);
+  return number;
+}
 
 // body(Rule{}) of the rule with this number; on the host.
 template <class... Rule, class Body>
@@ -93,14 +99,15 @@ ASKEW_FN void set_rates(Hyper& h, double lr, double eps, double step, const doub
   __builtin_memcpy(h.constants, &rule, sizeof(Rule));
 }
 
-// The usual step, known to the compiler: plain gradients, nothing but descent<true> of the rule, clamped exactly where
-// it is constrained (at eps = 1 all is feasible), no totals. For any other the switches are as Hyper has them.
+// The usual step, known to the compiler: plain gradients, clamped exactly where it is constrained (at eps = 1 all is
+// feasible), no totals; PLAIN: nothing but descent<true> of the rule. For any other the switches are as Hyper has them.
 enum StepKind : int { kAnyStep, kFreeStep, kConstrainedStep };
 
-template <class R, StepKind KIND = kAnyStep>
+template <class R, StepKind KIND = kAnyStep, class DIVISION = Division, bool PLAIN = KIND != kAnyStep>
 struct StepOptions {
   typedef R Rule;
-  static constexpr bool kUsual = KIND != kAnyStep;
+  typedef DIVISION Divide;
+  static constexpr bool kUsual = KIND != kAnyStep, kPlain = PLAIN, kFree = KIND == kFreeStep;
   Hyper hyper;
   R rule;
   ASKEW_INLINE bool constrained() const { return kUsual ? KIND == kConstrainedStep : hyper.eps < 1.f; }
@@ -124,17 +131,19 @@ ASKEW_FN Stepped<F> step_weight(F w, F g, F* state, bool stateful, const Row<F, 
   const F inside = clamp_hull(w, row);
   if (o.clamp()) w = inside;
   if (o.maximize()) g = 0.f - g;
-  if (o.direction()) g = o.rule.template descent<Options::kUsual>(g, w, state, stateful);
+  if (o.direction()) g = o.rule.template descent<Options::kPlain>(g, w, state, stateful);
   F excess{};
-  if (o.constrained()) {
-    // Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact
-    // quotient.
-    const Push<F> push = push_of(row.grid.offset(divide_roughly(inside, row.scale)), row.scale.value, o.hyper.eps,
-                                 o.hyper.alpha, o.hyper.cap);
-    g = skew(g, push.kappa, push.distance);
-    excess = push.excess;
-  }
-  if (!o.direction()) g = o.rule.template descent<Options::kUsual>(g, w, state, stateful);
+  if constexpr (!Options::kFree)
+    if (o.constrained()) {
+      // Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact
+      // quotient.
+      const Offset<F> offset = row.grid.offset(divide_roughly(inside, row.scale));
+      const Push<F> push =
+          push_of<typename Options::Divide>(offset, row.scale.value, o.hyper.eps, o.hyper.alpha, o.hyper.cap);
+      g = skew(g, push.kappa, push.distance);
+      excess = push.excess;
+    }
+  if (!o.direction()) g = o.rule.template descent<Options::kPlain>(g, w, state, stateful);
   w = w - o.hyper.lr * g;
   return {o.clamp() ? clamp_hull(w, row) : w, g, excess};
 }

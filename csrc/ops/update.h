@@ -38,13 +38,6 @@ struct UpdateOps {
     return t->data_ptr();
   }
 
-  template <class Rule, class... All>
-  static constexpr int number_of(host::RuleList<All...>) {
-    int number = 0;
-    (void)((std::is_same_v<Rule, All> || (++number, false)) || ...);
-    return number;
-  }
-
   // The tensors of a step, each checked against its parameter. `grads` may be the parameters themselves: of a list that
   // is kept, whose gradients come later.
   template <class Rule>
@@ -100,7 +93,7 @@ struct UpdateOps {
     u.rates.eps = scalar(eps, "eps", on_cpu);
     if (Rule::kCounts) u.rates.step = scalar(*count, "step", on_cpu);
     std::copy(numbers.begin(), numbers.end(), u.rates.numbers);
-    u.hyper.rule = number_of<Rule>(host::Rules{});
+    u.hyper.rule = host::number_of<Rule>(host::Rules{});
     u.hyper.alpha = (float)alpha;
     u.hyper.direction = direction;
     u.hyper.clamp = clamp;

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda/quantize.cu"
 #include "../../csrc/cuda/packed.cu"
+#include "../../csrc/cuda/packed_tiles.cu"
 #include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/scales.cu"
@@ -75,6 +76,10 @@ int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
 int emulated_packed_linear(const PackedArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
   return cuda::packed_linear({*w, x, bias, y, tokens, type}, nullptr);
 }
+int emulated_packed_tiles_linear(const TilesArg* a) {
+  auto scratch = poisoned(cuda::packed_tiles_scratch(*a) + 16);
+  return cuda::packed_tiles_linear(*a, (void*)(((uintptr_t)scratch.data() + 15) / 16 * 16), nullptr);
+}
 int emulated_mix(const MixArg* m, void* y) { return cuda::mix(*m, y, nullptr); }
 int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_strengths, float* to_scales) {
   auto scratch = poisoned(cuda::mix_gradient_scratch(*m, g, out));
@@ -87,6 +92,9 @@ void emulated_divide(const float* a, const float* b, float* quotient, int64_t n)
   for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide(a[i], cuda::divisor(b[i]));
 }
 
+void emulated_divide_quickly(const float* a, const float* b, float* quotient, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) quotient[i] = cuda::divide_quickly(a[i], b[i]);
+}
 // The two ways to e4m3: an instruction's, emulated, and the code of architectures that lack it.
 void emulated_narrow_e4m3(const float* values, uint8_t* instruction, uint8_t* code, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {

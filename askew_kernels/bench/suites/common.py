@@ -140,6 +140,32 @@ def ours(context: Context, name: str, build: Callable[[], Impl]) -> list[Impl]:
     return made
 
 
+class Captured:
+    """``run`` as a CUDA graph, captured when it is first called, after three calls of its own that compile, upload and
+    allocate. What ``run`` gives is given again, with the numbers of the last replay."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run, self.graph, self.result = run, torch.cuda.CUDAGraph(), None
+        self.captured = False
+
+    def capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.result = self.run()
+        self.captured = True
+
+    def __call__(self) -> Any:
+        if not self.captured:
+            self.capture()
+        self.graph.replay()
+        return self.result
+
+
 class Inputs:
     """Weights and gradients of a case; every implementation gets its own copies."""
 
@@ -161,9 +187,10 @@ class Inputs:
     def grads_of(params: Sequence[nn.Parameter]) -> list[Tensor]:
         return [p.grad for p in params if p.grad is not None]
 
-    def traffic(self, buffers: int, copy: bool = False) -> Traffic:
-        """Gradients read, weights and ``buffers`` states updated, and perhaps the copy written."""
-        return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=self.quantized_bytes * copy)
+    def traffic(self, buffers: int, copy: torch.dtype | None = None) -> Traffic:
+        """Gradients read, weights and ``buffers`` states updated, and perhaps a copy of this type written."""
+        written = self.quantized_bytes * copy.itemsize // 4 if copy else 0
+        return Traffic(read=self.bytes, updated=self.bytes * (1 + buffers), written=written)
 
 
 def float_layer(inputs: int, outputs: int, device: Any, dtype: torch.dtype = torch.float32) -> nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ..harness import Case, Context, Entry, Impl, first_line, peer
 from ..rows import Row
 from . import common
 from .common import ADAM_LR, ALPHA, BITS, EPS, GRID, HI, LO, LR, MOMENTUM, Inputs, compare, compiled, eager_sawb, sample
+
+MOST_CHECKED = 64  # tensors of a list
 
 
 class StepCheck:
@@ -36,32 +39,36 @@ class StepCheck:
         self.rule, self.eps, self.momentum, self.frozen, self.copies = rule, eps, momentum, frozen, copies
         self.steps, self.weight_of, self.rows = steps, weight_of, 8 if len(params) <= 8 else 3
         self.scales: list[Tensor] = []
+        stride = math.ceil(len(params) / MOST_CHECKED)  # of a long list, tensors from all over it
+        self.checked = range(0, len(params), stride)
 
     def weights(self) -> list[Tensor]:
-        return [sample(self.weight_of(p), self.rows) for p in self.params]
+        return [sample(self.weight_of(self.params[i]), self.rows) for i in self.checked]
 
     def take_scales(self) -> None:
         """Those of the weights as they stand; of frozen ones, those of the first step, wherever that is made."""
         if not (self.frozen and self.scales):
-            self.scales = [common.sawb(w) if q else torch.ones((), device=w.device)
-                           for w, q in zip(self.weights(), self.skewed, strict=True)]  # fmt: skip
+            self.scales = [common.sawb(w) if self.skewed[i] else torch.ones((), device=w.device)
+                           for i, w in zip(self.checked, self.weights(), strict=True)]  # fmt: skip
 
     def __call__(self, run: Callable[[], Any]) -> None:
-        grads = [sample(g, self.rows) for g in self.grads]
+        grads = [sample(self.grads[i], self.rows) for i in self.checked]
         first, second = ([torch.zeros_like(g) for g in grads] for _ in range(2))
         for step in range(1, self.steps + 1):
             before = self.weights()
             self.take_scales()
             run()
             with common.one_thread():
-                for i, of_tensor in enumerate(zip(before, self.weights(), grads, first, second, strict=True)):
+                rows = zip(self.scales, before, self.weights(), grads, first, second, strict=True)
+                for i, of_tensor in zip(self.checked, rows, strict=True):
                     self.compare(i, step, *of_tensor)
 
     def compare(
-        self, i: int, step: int, before: Tensor, after: Tensor, grad: Tensor, first: Tensor, second: Tensor
-    ) -> None:
+        self, i: int, step: int, scale: Tensor, before: Tensor, after: Tensor, grad: Tensor, first: Tensor,
+        second: Tensor,
+    ) -> None:  # fmt: skip
         """Takes the reference's step from ``before``; what it and the implementation moved must agree."""
-        quantized, expected, where = self.skewed[i], before.clone(), ([self.scales[i]], [GRID])
+        quantized, expected, where = self.skewed[i], before.clone(), ([scale], [GRID])
         how: dict[str, Any] = {"eps": self.eps if quantized else 1.0, "clamp": self.frozen and quantized}
         with runtime.use_backend("reference"):
             if self.rule == "adamw":
@@ -70,12 +77,19 @@ class StepCheck:
             else:
                 buffers = [first] if self.momentum else None
                 ops.skew_sgd_([expected], [grad], buffers, *where, lr=LR, momentum=self.momentum, alpha=ALPHA, **how)
-            hard = ops.fake_quantize(after, self.scales[i], GRID) if self.copies and quantized else None
+            copy = written_copy(after, scale, self.copies[i].dtype) if self.copies and quantized else None
         # 4e-6 |w|: rounding of w, and of the scale where a weight is clamped to the hull
         moved = (expected - before).abs() + before.abs() * 2e-3
         compare(f"tensor {i}, step {step}", after - before, expected - before, moved, 2e-3)
-        if self.copies and hard is not None:
-            compare(f"copy {i}, step {step}", sample(self.copies[i], self.rows), hard, hard, 1e-5)
+        if self.copies and copy is not None:
+            compare(f"copy {i}, step {step}", sample(self.copies[i].float(), self.rows), copy, copy, 1e-5)
+
+
+def written_copy(w: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a copy of this type holds, as float32."""
+    copy = torch.empty_like(w, dtype=dtype)
+    ops.fake_quantize_out_(w, scale, GRID, copy)
+    return copy.float()
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------
@@ -114,32 +128,36 @@ def askew_optimizer(params: Sequence[Tensor], skewed: Sequence[bool], rule: str 
 
 Variant = dict[str, Any]  # of a step of ours: eps, freeze_scale, copy
 HOLD: Variant = {}
-COPY: Variant = {"copy": True}
+COPY: Variant = {"copy": torch.float32}
 ANNEALED: Variant = {"eps": EPS}
 ANNEALED_COPY: Variant = {**ANNEALED, **COPY}
 ANNEALED_SAWB: Variant = {"eps": EPS, "freeze_scale": "never"}  # the mathematics of the eager and compiled peers
 PHASES = [HOLD, COPY, ANNEALED, ANNEALED_COPY]
+COPIES = {torch.float32: ("hard", "hard copy"), torch.bfloat16: ("hard", "bfloat16 copy"),
+          torch.int8: ("int8", "int8 levels"), torch.float8_e4m3fn: ("fp8", "fp8 levels")}  # fmt: skip
 
 
 def ours_name(variant: Variant, rule: str = "sgd") -> str:
     scale = "each step" if "freeze_scale" in variant else "frozen"
     phase = f"eps={variant['eps']:g}, scale {scale}" if "eps" in variant else "hold"
-    return f"{'ASkewAdamW' if rule == 'adamw' else 'ASkewSGD'} {phase}{' + hard copy' if 'copy' in variant else ''}"
+    copy = f" + {COPIES[variant['copy']][1]}" if "copy" in variant else ""
+    return f"{'ASkewAdamW' if rule == 'adamw' else 'ASkewSGD'} {phase}{copy}"
 
 
 def askew_step(
     inputs: Inputs, rule: str = "sgd", momentum: float = 0.0, eps: float = 1.0, freeze_scale: str = "anneal",
-    copy: bool = False,
+    copy: torch.dtype | None = None,
 ) -> Impl:  # fmt: skip
-    """One of our optimizers, SAWB per channel, 4 bits. copy: also writes s Q(w/s) for a layer with forward="hard"."""
+    """One of our optimizers, SAWB per channel, 4 bits. copy: the type in which it also writes what a layer's forward
+    takes, s Q(w/s), or the levels alone where that is a byte."""
     frozen = eps < 1 and freeze_scale == "anneal"
     params = inputs.parameters()
     copies: list[Tensor] = list(params)
     for i, p in enumerate(params):
         if copy and inputs.skewed[i]:  # what a layer with forward="hard" does in its first forward
-            quantizer = quant.WeightQuantizer(quant.QuantConfig(weight=GRID, scale="sawb", forward="hard"))
+            quantizer = quant.WeightQuantizer(quant.QuantConfig(weight=GRID, scale="sawb", forward=COPIES[copy][0]))
             quantizer.tie(p)
-            copies[i] = quantizer.quantized(p)  # where the step leaves it
+            copies[i] = quantizer.quantized(p, copy)  # where the step leaves it
     options: dict[str, Any] = {"momentum": momentum} if momentum else {}
     optimizer = askew_optimizer(params, inputs.skewed, rule, constraint_eps=eps, freeze_scale=freeze_scale, **options)
     grads = inputs.grads_of(params)
@@ -262,19 +280,12 @@ def replayed(impl: Impl) -> Impl:
         return dataclasses.replace(impl, name=name)
     if isinstance(impl.check, StepCheck):
         impl.check.take_scales()
+    captured = common.Captured(impl.run)
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                impl.run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            impl.run()
+        captured.capture()
     except Exception as error:
         return Impl(name, kind=impl.kind, backend=impl.backend, missing=f"cannot be captured: {first_line(error)}")
-    return dataclasses.replace(impl, name=name, run=graph.replay, first_call="")
+    return dataclasses.replace(impl, name=name, run=captured, first_call="")
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -291,9 +302,10 @@ def peers_of(name: str, context: Context, inputs: Inputs, rule: str, momentum: f
     """What stands in a case under this name beside torch's fused optimizer and ours."""
     if name == FOREACH:
         return [torch_step(inputs, rule, momentum, FOREACH, "peer")]
-    if name == GRAPHS:  # of many small tensors: on a GPU launches count
-        again = [torch_step(inputs, rule, kind="peer"), *ours(context, inputs, [ANNEALED])] if context.is_cuda else []
-        return list(map(replayed, again))
+    if name == GRAPHS:  # on a GPU launches count
+        if not context.is_cuda:
+            return []
+        return [*map(replayed, [torch_step(inputs, rule, kind="peer"), *ours(context, inputs, [HOLD, ANNEALED])])]
     if name == PARQ:
         return [peer(PARQ, "torchao", lambda: parq_step(inputs, momentum))]
     if name == BNB_ADAMW:
@@ -333,8 +345,11 @@ def step_case(
     return Case(shape, "float32", impls[0].name, impls, weights, work=weights / 1e6, work_unit="million weights")
 
 
-def entry(op: str, *members: Member, warm: bool = False, quick: bool = True, **how: Any) -> Entry:
-    return Entry(op, lambda context: step_case(context, members, **how), warm=warm, quick=quick)
+def entry(
+    op: str, *members: Member, warm: bool = False, quick: bool = True, devices: tuple[str, ...] = ("cpu", "cuda"),
+    **how: Any,
+) -> Entry:  # fmt: skip
+    return Entry(op, lambda context: step_case(context, members, **how), devices, warm, quick)
 
 
 def of(model: str, shapes: str) -> dict[str, Any]:
@@ -345,11 +360,14 @@ def of(model: str, shapes: str) -> dict[str, Any]:
 SIZES = ((1024, 1024), (2048, 2048), (4096, 4096), (8192, 8192), (8192, 16384))  # 1M … 128M weights
 SGD, MOMENTUM_STEP, ADAMW_STEP = "SGD step", "SGD momentum step", "AdamW step"
 PUBLISHED_STEP = "SGD step, published formulation"
+WRITING = "SGD step with a copy for the forward"
 LIST, MOMENTUM_LIST, ADAMW_LIST = (f"{op}, tensor list" for op in (SGD, MOMENTUM_STEP, ADAMW_STEP))
 RESNET18 = of("ResNet-18", "resnet18_shapes")
 
 ENTRIES = [
-    entry(SGD, FOREACH, *PHASES, ANNEALED_SAWB, EAGER, IN_PLACE, FRESH, warm=True),
+    entry(SGD, FOREACH, *PHASES, ANNEALED_SAWB, EAGER, IN_PLACE, FRESH, GRAPHS, warm=True),
+    entry(WRITING, *[{**phase, "copy": t} for phase in (HOLD, ANNEALED) for t in COPIES if t != torch.float32],
+          devices=("cuda",)),
     entry(MOMENTUM_STEP, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True),
     entry(MOMENTUM_LIST, FOREACH, *PHASES, PARQ, momentum=MOMENTUM, warm=True, times=8, **RESNET18),
     entry(ADAMW_STEP, FOREACH, *PHASES, BNB_ADAMW, rule="adamw", warm=True),

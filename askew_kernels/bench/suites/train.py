@@ -298,6 +298,71 @@ def gpt_case(context: Context) -> Case:
     return training_case(context, name, task, size * length, "tokens")
 
 
+# ---- a wide network under autocast, as a CUDA graph ------------------------------------------------------------------
+
+EAGER_STEP, GRAPH_STEP = "", ", CUDA graph"
+WIDE = {"hold": 1.0, "annealed": 0.3}  # constraint_eps
+STEP_CLIP = ", clip in the step"
+
+
+def wide_name(phase: str, how: str = GRAPH_STEP, clip: str = "") -> str:
+    return f"ASkew {phase}{clip}{how}"
+
+
+def wide_case(context: Context, d: int, layers: int) -> Case:
+    """Steps under bfloat16 autocast, each on the same batch: the float network with torch's fused SGD, and ours with
+    copies for the forward that the step writes; eager, and as CUDA graphs, which leave launches out on both sides."""
+    size, length = (2, 32) if context.quick else (8, 512)
+    if context.quick:
+        d, layers = 64, 2
+    task = Task(lambda: GPT(d, layers, length, heads=max(1, d // 64)), text_batches(size, length, context.device),
+                ("head",), 1e-3, False, 0)  # fmt: skip
+    fresh, expected = starting_point(context, task)
+    batch = task.batch(0)
+
+    def impl(model: nn.Module, optimizer: torch.optim.Optimizer, how: str, kind: str = "peer") -> Impl:
+        training = Training(task, context, model, optimizer, autocast=True)
+        losses = training.losses
+
+        def step() -> Tensor:
+            training.ready = batch
+            training.step()
+            return losses.pop()
+
+        def check(run: Callable[[], Any]) -> None:
+            loss = float(run())
+            if not abs(loss - expected) <= 0.2 * expected:
+                raise CheckFailed(f"loss {loss:.4g}; the float model begins with {expected:.4g}")
+
+        return Impl("", common.Captured(step) if how else step, kind, None, check)
+
+    def plain(how: str) -> Impl:
+        model = fresh()
+        made = impl(model, torch.optim.SGD(model.parameters(), lr=task.lr, momentum=0.9, fused=True), how, "baseline")
+        made.name = f"{AUTOCAST}{how}"
+        return made
+
+    def own(eps: float, how: str, clip: bool | str) -> Impl:
+        model = fresh()
+        config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard", ste_clip=clip)
+        ask_nn.quantize_(model, config, lambda module, name: name not in task.ends)
+        groups = ask_nn.param_groups(model)
+        optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9, constraint_eps=eps, telemetry_every=0, fused=True)
+        return impl(model, optimizer, how, "ours")
+
+    ways = (EAGER_STEP, GRAPH_STEP) if context.is_cuda else (EAGER_STEP,)
+    impls = [plain(how) for how in ways]
+    for phase, eps in WIDE.items():
+        for how in ways:
+            impls += common.ours(context, wide_name(phase, how), functools.partial(own, eps, how, True))
+        impls += common.ours(context, wide_name(phase, ways[-1], STEP_CLIP),
+                             functools.partial(own, eps, ways[-1], "step"))  # fmt: skip
+    for made in impls:
+        made.note = made.note or "one batch, again and again"
+    name = f"GPT of {layers} layers, width {d}, {size} x {length} characters"
+    return Case(name, "bfloat16", f"{AUTOCAST}{ways[-1]}", impls, 0, work=size * length, work_unit="tokens")
+
+
 NO_LOG, LOG = "ASkew hard", "ASkew hard, telemetry_log"
 RECORDED = 10  # steps of which one is recorded, as by default: what a call takes
 
@@ -331,7 +396,14 @@ def log_case(context: Context) -> Case:
 WITH_LOG = "training steps with a log"
 CASES = {"training step, MLP": mlp_case, "training step, ResNet-18": resnet_case, "training step, GPT": gpt_case}
 
-ENTRIES = [*[Entry(op, case, warm=True) for op, case in CASES.items()], Entry(WITH_LOG, log_case)]
+WIDE_STEP = "training step, wide GPT, bf16 autocast"
+WIDTHS = ((2048, 2), (1024, 4))  # (width, layers): 100 and 50 million weights
+
+ENTRIES = [
+    *[Entry(op, case, warm=True) for op, case in CASES.items()],
+    Entry(WITH_LOG, log_case),
+    *[Entry(WIDE_STEP, functools.partial(wide_case, d=d, layers=layers), devices=("cuda",)) for d, layers in WIDTHS],
+]
 
 GOALS = [
     *[Goal(f"hard QAT {op} ÷ float", "<=", 1.05, ratio(op, OURS)) for op in CASES],
@@ -339,6 +411,9 @@ GOALS = [
     *[Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
            ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
       for backend in ("cpp", "triton")],
+    *[Goal(f"{WIDE_STEP}, {phase}, {backend} ÷ autocast, as CUDA graphs", "<=", 1.0,
+           ratio(WIDE_STEP, f"{wide_name(phase)} ({backend})"), "cuda")
+      for phase in WIDE for backend in ("cpp", "triton")],
 ]  # fmt: skip
 
 HEADLINES = [
