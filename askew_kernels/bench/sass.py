@@ -141,7 +141,7 @@ def _step(kind: int, *types: str) -> Callable[[Sequence[str]], bool]:  # once fo
 
 KINDS = ("any", "free", "constrained")  # StepKind
 STEPS = (
-    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(0)),
+    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(0, "1", "2")),
     Case("hold", _streams(), once=NO_SUMS, if_=_step(1)),
     Case("hold, sums", _streams(), {"FADD": 3}, if_=_step(1)),
     Case("hold, bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step(1, "0")),
@@ -397,7 +397,7 @@ def resources(said: str) -> dict[str, dict[str, int]]:
 class Measured:
     counts: list[Count]
     spilling: list[str]  # kernels, whether their loops are counted or not
-    uncounted: list[str]  # kernels of counted templates for which no case was found
+    uncounted: list[str]  # kernels that cases are for, but none was found in
     listings: dict[tuple[str, str, str], str]  # the usual paths
 
 
@@ -414,7 +414,9 @@ def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
         rows = list(counts_of(kernel, name, arch, source.stem, used[kernel.name]))
         result.counts += [count for count, _ in rows]
         result.listings.update({count.key: listing for count, listing in rows})
-        if not rows and split_name(name)[0] in FAMILIES:
+        template, arguments = split_name(name)
+        family = FAMILIES.get(template)
+        if not rows and family and any(case.if_(arguments) for case in family.cases):
             result.uncounted.append(name)
         if used[kernel.name]["spilled"] or used[kernel.name]["stack"]:
             result.spilling.append(f"{split_name(name)} ({arch}): {used[kernel.name]}")
