@@ -965,7 +965,8 @@ def raw_grid(grid, levels):
 def test_scaled_sums(kernels, dtype, held):
     g = torch.Generator().manual_seed(5)
     for rows, n, each, bias_type in ((5, 36, True, dtype), (3, 7, False, torch.float32), (1, 4, True, None),
-                                     (2, 1030, True, torch.bfloat16), (0, 4, False, None)):  # fmt: skip
+                                     (2, 1030, True, torch.bfloat16), (3, 64, True, torch.float16),
+                                     (0, 4, False, None)):  # fmt: skip
         sums = torch.randint(-3, 3, (rows, n), generator=g) * 37
         if held in (torch.int32, torch.float32):
             sums = sums * 1_000_003
