@@ -991,7 +991,7 @@ def test_scaled_sums(kernels, dtype, held):
 
 # rows: one block's, a full one's, those of several blocks, nothing
 SCALE_ROWS = [1, 7, 511, 4096, 0, 4097, 6000, 13000]
-TWO_LAUNCHES = [4500, *[1, 3, 2, 5] * 119, 0, 9, 4, 1, 4500, 6, 300]  # the last three are the second's
+TWO_LAUNCHES = [4500, *[1, 3, 2, 5] * 135, 0, 9, 4, 1, 4500, 6, 300]  # the last three are the second's
 
 
 def sums_of(rows, zeros, g):
