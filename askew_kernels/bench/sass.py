@@ -128,18 +128,27 @@ def _copy(arguments: Sequence[str]) -> str:
 
 
 NO_SUMS = {"SHFL.BFLY": 0}
-UPDATE = (
-    Case("hold", {"LDG.16": 2, "STG.16": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("hold, sums", {"LDG.16": 2, "STG.16": 1}, {"VIMNMX.U32|IMNMX.U32": 1}, if_=_is(1, "Sgd")),
-    Case("annealed", {"LDG.16": 2, "STG.16": 1}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("annealed, bf16 copy", {"LDG.16": 2, "STG.16": 1, "STG.8": 1}, {"MUFU.RCP": 1}, once=NO_SUMS,
-         if_=lambda a: a[0] == "0" and a[1] == "Sgd"),
-    Case("annealed, momentum", {"LDG.16": 3, "STG.16": 2}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("hold", {"LDG.16": 3, "STG.16": 2}, once=NO_SUMS, if_=_is(1, "Lion")),
-    Case("annealed", {"LDG.16": 3, "STG.16": 2}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Lion")),
-    Case("hold", {"LDG.16": 4, "STG.16": 3}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "AdamW")),
-    Case("annealed", {"LDG.16": 4, "STG.16": 3}, {"MUFU.RCP": 2}, once=NO_SUMS, if_=_is(1, "AdamW")),
-)  # fmt: skip
+
+
+def _streams(stores: dict[str, int] | None = None) -> Callable[[Sequence[str]], dict[str, int]]:
+    """Of a usual step: weights and gradients, the rule's buffers, and other stores."""
+    return lambda a: {"LDG.16": 2 + int(a[2]), "STG.16": 1 + int(a[2]), **(stores or {})}
+
+
+def _step(kind: int, *types: str) -> Callable[[Sequence[str]], bool]:  # once for both sizes of the launch's parameters
+    return lambda a: a[4].endswith(str(kind)) and (kind == 0 or a[5] == "24") and (not types or a[0] in types)
+
+
+KINDS = ("any", "free", "constrained")  # StepKind
+STEPS = (
+    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(0)),
+    Case("hold", _streams(), once=NO_SUMS, if_=_step(1)),
+    Case("hold, sums", _streams(), {"FADD": 3}, if_=_step(1)),
+    Case("hold, bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step(1, "0")),
+    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2)),
+    Case("annealed, bf16 copy", _streams({"STG.8": 1}), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2, "0")),
+    Case("annealed, one-byte copy", _streams({"STG.4": 1}), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2, "0")),
+)
 COPY = {"LDG.16": 1, "STG.16": 1}
 TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
 
@@ -159,7 +168,7 @@ def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    "update_kernel": Family(UPDATE, _width, _typed),
+    "step_kernel": Family(STEPS, _width, lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], KINDS[int(a[4][-1])]]),
     "quantize_kernel": Family(
         (
             Case("", COPY, _searched, if_=_is(2, "0", "1", "3")),
