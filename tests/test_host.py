@@ -382,11 +382,13 @@ def test_both_halves_of_a_sharpness_aware_step_replay(cls, eps):
 
 
 def test_annealing_fills_eps_in_place_under_replay():
+    """With ``keep_pull``, alpha too follows the learning rate, all three as tensors."""
     runs = []
     for replays in (True, False):
         params = weights()
-        optimizer = optimizer_of(params, lr=0.05, constraint_eps=torch.tensor(1.0, dtype=torch.float64))
-        annealing = ak.EpsilonAnnealing(optimizer, mode="geometric", hold=1, decay=0.7)
+        lr, eps, alpha = (torch.tensor(x, dtype=torch.float64) for x in (0.05, 1.0, 2.0))
+        optimizer = optimizer_of(params, lr=lr, constraint_eps=eps, alpha=alpha)
+        annealing = ak.EpsilonAnnealing(optimizer, mode="geometric", hold=1, decay=0.7, keep_pull=True)
         for i in range(4):
             give(params, i)
             optimizer.step()
@@ -399,10 +401,13 @@ def test_annealing_fills_eps_in_place_under_replay():
                     optimizer.step()
             else:
                 graph.replay()
+            lr.mul_(0.8)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 annealing.step()
             seen += [p.detach().clone() for p in params]
+        assert optimizer.param_groups[0]["alpha"] is alpha
+        assert float(alpha) == pytest.approx(2.0 / 0.8**4, rel=1e-12) and float(eps) < 0.2
         runs.append(seen)
     for i, (a, b) in enumerate(zip(*runs, strict=True)):
         assert torch.equal(a, b), i
