@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +248,43 @@ def test_errors_come_before_anything_is_written():
     with pytest.raises(TypeError, match="sparse"):
         optimizer.step()
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+@compiled
+def test_the_measure_of_host_time_runs(capsys):
+    """What it reports is read, not asserted: speed is no test's business."""
+    path = Path(__file__).parents[1] / "benchmarks" / "host_time.py"
+    spec = importlib.util.spec_from_file_location("host_time", path)
+    host_time = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host_time)
+    before = autograd.below_autograd
+    host_time.main(["--tensors", "3", "--repeats", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 * 2 * 2 and autograd.below_autograd is before
+    assert {line.split("|")[3].strip(): line.split("|")[5].strip() for line in lines[2:]} == {
+        "hold": "2",
+        "annealed": "1",
+    }
+
+
+def test_a_compiled_model_recomputes_what_an_eager_one_keeps():
+    """The optimizer's copy is not the compiled graph's: none is written that nobody reads, and none is ever stale."""
+    torch.manual_seed(0)
+    model = ak.nn.quantize_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    compiled_model = torch.compile(model, backend="aot_eager")
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, telemetry_every=0)
+    x = torch.randn(4, 6)
+    for i in range(6):
+        for group in optimizer.param_groups:
+            group["constraint_eps"] = 1.0 if i < 3 else 0.5
+        optimizer.zero_grad()
+        compiled_model(x).square().sum().backward()
+        optimizer.step()
+        assert all(layer.quantizer.copy_dtype is None for layer in (model[0], model[2]))
+    torch.testing.assert_close(compiled_model(x), model(x))  # which makes the copies
+    for edit in (optimizer.step, lambda: model[0].weight.data.mul_(1.5), torch.optim.SGD(model.parameters(), 0.1).step):
+        edit()
+        torch.testing.assert_close(compiled_model(x), model(x))
 
 
 # ---- capture --------------------------------------------------------------------------------------------------------
