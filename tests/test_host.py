@@ -382,6 +382,7 @@ def test_capturable_is_torchs():
     mine = ak.optim.ASkewAdamW(plain, lr=0.1, capturable=False)
     give(plain, 0)
     mine.step()
+    ak.optim.ASkewAdamW(plain, lr=0.1, capturable=True).step()
     assert torch.optim.AdamW(plain, lr=0.1).defaults["capturable"] is mine.defaults["capturable"]
 
 

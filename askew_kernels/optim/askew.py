@@ -310,6 +310,9 @@ class ByRule(Constrained):
         steps = [self._counter(p, group["fused"] or group["capturable"]) for p in params]
         options = self._torch_options(group)
         options["beta1"], options["beta2"] = options.pop("betas")
+        options["capturable"] &= (
+            params[0].device.type != "cpu"
+        )  # where there is nothing to capture, and torch refuses it
         adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
