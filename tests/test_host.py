@@ -451,3 +451,89 @@ def test_annealing_fills_eps_in_place_under_replay():
         runs.append(seen)
     for i, (a, b) in enumerate(zip(*runs, strict=True)):
         assert torch.equal(a, b), i
+
+
+# ---- the same on a GPU ----------------------------------------------------------------------------------------------
+
+
+def on_gpu(cls, options, eps, sharp=None):
+    """(parameters with gradients, rates, optimizer, step) after three steps; rates are tensors there."""
+    params = [nn.Parameter(p.detach().cuda()) for p in weights()]
+    rates = [torch.tensor(x, dtype=torch.float64, device="cuda") for x in (0.05, eps, 2.0)]
+    options = {**options, "capturable": True} if cls is ak.optim.ASkewAdamW else options
+    alpha = rates[2] if sharp is None else 2.0
+    optimizer = optimizer_of(params, cls, lr=rates[0], constraint_eps=rates[1], alpha=alpha, **options)
+    step = optimizer.step
+    if sharp is not None:
+        wrapped = sharp(optimizer, rho=0.05, telemetry_every=0)
+
+        def step():
+            wrapped.first_step()
+            for p in params:
+                p.grad.mul_(0.5).add_(p.detach(), alpha=0.1)
+            wrapped.second_step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            give(params, i)
+            step()
+    torch.cuda.synchronize()
+    return params, rates, optimizer, step
+
+
+GPU_CASES = [(cls, options, None) for cls, options in OPTIMIZERS]
+GPU_CASES += [(ak.optim.ASkewSGD, {"momentum": 0.9}, sharp) for sharp in (ak.optim.SAM, ak.optim.AlignedSAM)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cls", "options", "sharp"), GPU_CASES)
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+@pytest.mark.parametrize("every", [0, 1])
+def test_replays_are_steps_on_a_gpu(cls, options, sharp, eps, every):
+    runs = []
+    for replays in (True, False):
+        params, rates, _, step = on_gpu(cls, {**options, "telemetry_every": every}, eps, sharp)
+        graph, seen = torch.cuda.CUDAGraph(), []
+        if replays:
+            kept = [p.detach().clone() for p in params]
+            with torch.cuda.graph(graph):
+                step()
+            assert all(torch.equal(p, k) for p, k in zip(params, kept, strict=True))  # only recorded
+        for i in range(5):
+            give(params, 10 + i)
+            rates[0].fill_(0.05 / (1 + i))
+            rates[2].fill_(2.0 * (1 + i))
+            if eps < 1:
+                rates[1].fill_(eps / (1 + i))
+            graph.replay() if replays else step()
+            seen += [p.detach().clone() for p in params]
+        runs.append(seen)
+    for i, (a, b) in enumerate(zip(*runs, strict=True)):
+        assert torch.equal(a, b), i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cls", "options", "sharp"), GPU_CASES)
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+def test_a_step_waits_for_nothing(cls, options, sharp, eps):
+    params, rates, _, step = on_gpu(cls, {**options, "telemetry_every": 1}, eps, sharp)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3):
+            rates[0].fill_(0.05 / (1 + i))
+            step()
+        with pytest.raises(RuntimeError):  # it is noticed
+            float(rates[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.gpu
+def test_a_capture_without_a_step_before_it_is_refused():
+    params = [nn.Parameter(p.detach().cuda()) for p in weights()]
+    give(params, 0)
+    optimizer, graph = optimizer_of(params), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="make a step or more"), torch.cuda.graph(graph):
+        optimizer.step()

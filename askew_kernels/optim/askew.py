@@ -40,7 +40,7 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
 
     A step that has been made before with the same tensors can be captured in a CUDA graph; lr, constraint_eps and
     alpha, as tensors on the device, may be filled between replays. The other numbers, whether the scale is frozen and
-    what is recorded are part of the graph.{capturable}
+    what is recorded are part of the graph, and alpha in a sharpness-aware step or by Triton.{capturable}
     ``eps`` is the rule's own where it has one (added to AdamW's denominator; of old ``adam_eps``, when the constraint's
     was ``eps``), otherwise another name of ``constraint_eps``, in groups too. lr and constraint_eps may be floats or
     0-dim tensors. While the scale moves, a step uses the scale of the weights as the step found them, and the layer's
