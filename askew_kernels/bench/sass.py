@@ -7,7 +7,7 @@ spills, shared memory. From these follows a PREDICTION of the share of a device'
     seconds an element = max(bytes / copy bandwidth, lane-instructions / (SMs x clock x rate))
 
 for each place that instructions go to: the issue of an SM (128 lanes a cycle, of which ``issued(warps)`` is reached)
-and its pipes (PIPES). What a block does before and after its loop is left out, so the count is a lower bound. The table
+and its pipes (PIPES). What is counted is a lower bound: of a kernel's ways through, the shortest. The table
 is committed (``benchmarks/results/sass``); ``--check`` fails where a kernel spills or counts more than 3 % above it.
 """
 
@@ -23,7 +23,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ GROWTH = 1.03  # of a count, before --check fails
 TYPES = {"0": "fp32", "1": "bf16", "2": "fp16", "3": "int8", "4": "fp8"}  # csrc/math/types.h, StorageType
 PASSES = ("quantize", "stochastic", "clip", "project")  # QuantizePass
 SAM = ("norm", "perturb", "restore", "average")  # SamPass
+STEPS = ("any", "hold", "annealed")  # StepKind
+FORMS = {"0": (1, "1 bit"), "1": (2, "2 bits"), "2": (3, "3 bits"), "3": (4, "4 bits"), "4": (8, "8 bits"),
+         "5": (4, "table of 16"), "6": (4, "table of 16, two parts")}  # of tiles: bits  # fmt: skip
 
 
 # ---- devices: where predictions come from ----------------------------------------------------------------------------
@@ -109,6 +112,7 @@ class Family:
     bytes_of: Callable[[Sequence[str]], float] | None = None
     rounds: float = 1.0
     slots: tuple[int, ...] = (1,)
+    of_block: int = 16  # slots of a thread in its block, over which what comes before and after the loop is spread
 
 
 def _typed(arguments: Sequence[str]) -> list[str]:
@@ -128,18 +132,32 @@ def _copy(arguments: Sequence[str]) -> str:
 
 
 NO_SUMS = {"SHFL.BFLY": 0}
-UPDATE = (
-    Case("hold", {"LDG.16": 2, "STG.16": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("hold, sums", {"LDG.16": 2, "STG.16": 1}, {"VIMNMX.U32|IMNMX.U32": 1}, if_=_is(1, "Sgd")),
-    Case("annealed", {"LDG.16": 2, "STG.16": 1}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("annealed, bf16 copy", {"LDG.16": 2, "STG.16": 1, "STG.8": 1}, {"MUFU.RCP": 1}, once=NO_SUMS,
-         if_=lambda a: a[0] == "0" and a[1] == "Sgd"),
-    Case("annealed, momentum", {"LDG.16": 3, "STG.16": 2}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Sgd")),
-    Case("hold", {"LDG.16": 3, "STG.16": 2}, once=NO_SUMS, if_=_is(1, "Lion")),
-    Case("annealed", {"LDG.16": 3, "STG.16": 2}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "Lion")),
-    Case("hold", {"LDG.16": 4, "STG.16": 3}, {"MUFU.RCP": 1}, once=NO_SUMS, if_=_is(1, "AdamW")),
-    Case("annealed", {"LDG.16": 4, "STG.16": 3}, {"MUFU.RCP": 2}, once=NO_SUMS, if_=_is(1, "AdamW")),
-)  # fmt: skip
+SUMS = {"VIMNMX.U32|IMNMX.U32": 1}  # the largest |w|, as integers
+
+
+def _streams(arguments: Sequence[str]) -> dict[str, int]:
+    """Of step_usual: w, g and the buffers of the rule are read, w and the buffers written."""
+    buffers = int(arguments[2])
+    return {"LDG.16": 2 + buffers, "STG.16": 1 + buffers}
+
+
+def _streams_and_copy(arguments: Sequence[str]) -> dict[str, int]:
+    """And a bfloat16 copy."""
+    streams = _streams(arguments)
+    return {**streams, "STG.8": 1} if arguments[0] == "0" else {**streams, "STG.16": streams["STG.16"] + 1}
+
+
+def _any_streams(arguments: Sequence[str]) -> dict[str, int]:
+    """Of step_any, all states there."""
+    buffers = {"Sgd": 0, "AdamW": 2}.get(arguments[1], 1)
+    return {"LDG.16": 2 + buffers, "STG.16": 1 + buffers}
+
+
+def _roots(arguments: Sequence[str]) -> dict[str, int]:
+    """AdamW divides at any eps, so an annealed step of it has two divisions a weight."""
+    return {"MUFU.RCP": 2 if arguments[1] == "AdamW" else 1}
+
+
 COPY = {"LDG.16": 1, "STG.16": 1}
 TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
 
@@ -159,7 +177,20 @@ def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    "update_kernel": Family(UPDATE, _width, _typed),
+    # kernels for up to 24 and up to 200 tensors have the same loop
+    "step_usual": Family(
+        (
+            Case("", _streams, once=NO_SUMS, if_=_is(5, "24")),
+            Case("sums", _streams, SUMS, if_=_is(5, "24")),
+            Case("bf16 copy", _streams_and_copy, once=NO_SUMS, if_=_is(5, "24")),
+        ),
+        _width,
+        lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], STEPS[int(a[4])], f"{a[5]} tensors"],
+        of_block=4,
+    ),
+    "step_any": Family(
+        (Case("hold", _any_streams, once=NO_SUMS), Case("annealed", _any_streams, _roots, NO_SUMS)), _width, _typed,
+    ),
     "quantize_kernel": Family(
         (
             Case("", COPY, _searched, if_=_is(2, "0", "1", "3")),
@@ -198,7 +229,8 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass
 class Count:
-    """One row of the table: a case of a kernel on an architecture. Instructions are those of an element."""
+    """One row of the table: a case of a kernel on an architecture. Instructions are those of an element; a kernel whose
+    loop is not counted has one row of its registers and memory."""
 
     arch: str
     file: str
@@ -208,13 +240,13 @@ class Count:
     spilled: int  # bytes of stores and loads
     stack: int  # bytes
     shared: int  # bytes
-    elements: float  # of a thread in a round of the hot loop
-    instructions: float
-    most: float  # on the longest path of this case
-    classes: dict[str, float]
-    bytes: float
-    slow_calls: int  # slow paths of division in the loop
-    looped: bool
+    elements: float = 0.0  # of a thread in a round of the hot loop; 0: not counted
+    instructions: float = 0.0
+    around: float = 0.0  # what a block does before and after its loop, spread over its elements
+    most: float = 0.0  # on the longest path of this case
+    classes: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+    slow_calls: int = 0  # slow paths of division in the loop
     share: dict[str, float] = field(default_factory=dict)  # PREDICTED, of the copy bandwidth, by device
 
     @property
@@ -232,15 +264,21 @@ def predict(count: Count, device: Device) -> float:
     pipes = PIPES[device.arch]
     lanes = {pipe: count.classes.get(pipe, 0.0) / rate for pipe, rate in pipes.items()}
     lanes["alu"] = (count.classes.get("int", 0.0) + count.classes.get("logic", 0.0)) / pipes["alu"]
-    cycles = max(*lanes.values(), count.instructions / (LANES * issued(count.warps)))
+    cycles = max(*lanes.values(), (count.instructions + count.around) / (LANES * issued(count.warps)))
     memory = count.bytes / device.copy
     return memory / max(memory, cycles / (device.sms * device.clock))
 
 
-def case_of(
-    regions: Sequence[Region], family: Family, case: Case, arguments: Sequence[str]
-) -> tuple[float, machine_code.Path, machine_code.Path] | None:
-    """(elements, usual path, longest path) of the innermost loop that this case runs in, or of a kernel without one."""
+@dataclass(frozen=True)
+class Found:
+    elements: float  # of a thread in a round
+    usual: machine_code.Path
+    longest: machine_code.Path
+    around: float  # instructions of a block outside of its rounds, for a thread
+
+
+def case_of(regions: Sequence[Region], family: Family, case: Case, arguments: Sequence[str]) -> Found | None:
+    """Of the innermost loop that this case runs in, or of a kernel without one. regions: the loops, then the kernel."""
     width = family.width(arguments)
     for region in regions:
         for slots in family.slots:
@@ -249,8 +287,12 @@ def case_of(
                 {k: int(v * slots * width) for k, v in labels_of(case.needs, arguments).items()},
                 family.rounds,
             )
-            if found := machine_code.paths(region, wanted):
-                return slots * width, *found
+            if usual := machine_code.path(region, wanted):
+                longest = machine_code.path(region, wanted, longest=True)
+                once = replace(wanted, rounds=1.0)
+                whole, round_ = machine_code.path(regions[-1], once), machine_code.path(region, once)
+                around = whole.instructions - round_.instructions if region.looped and whole and round_ else 0.0
+                return Found(slots * width, usual, longest or usual, around)
     return None
 
 
@@ -258,25 +300,26 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
     """The rows of a kernel, each with the listing of its usual path."""
     base, arguments = split_name(name)
     family = FAMILIES.get(base)
+    shown = f"{base}<{', '.join(family.names(arguments) if family else arguments)}>" if arguments else base
+    bare = Count(arch, file, shown, "", used["registers"], used["spilled"], used["stack"], used["shared"])
     if family is None:
+        yield bare, ""
         return
     loops = machine_code.find_loops(kernel.blocks)
     regions = [Region(kernel, loop, loops) for loop in [*loops, None]]
-    shown = f"{base}<{', '.join(family.names(arguments))}>" if arguments else base
     for case in family.cases:
-        if not case.if_(arguments):
-            continue
-        found = case_of(regions, family, case, arguments)
+        found = case_of(regions, family, case, arguments) if case.if_(arguments) else None
         if found is None:
             continue
-        elements, usual, longest = found
-        accessed = sum(int(label.split(".")[1]) * n for label, n in usual.accesses.items()
+        usual, n = found.usual, found.elements
+        accessed = sum(int(label.split(".")[1]) * times for label, times in usual.accesses.items()
                        if label in labels_of(case.makes, arguments))  # fmt: skip
-        count = Count(
-            arch, file, shown, case.name, used["registers"], used["spilled"], used["stack"], used["shared"], elements,
-            round(usual.instructions / elements, 2), round(longest.instructions / elements, 2),
-            {c: round(usual.counts[c] / elements, 2) for c in CLASS_NAMES if usual.counts[c]},
-            family.bytes_of(arguments) if family.bytes_of else accessed / elements, usual.slow_calls, usual.looped,
+        count = replace(
+            bare, case=case.name, elements=n, instructions=round(usual.instructions / n, 2),
+            around=round(found.around / (family.of_block * family.width(arguments)), 2),
+            most=round(found.longest.instructions / n, 2), slow_calls=usual.slow_calls,
+            classes={c: round(usual.counts[c] / n, 2) for c in CLASS_NAMES if usual.counts[c]},
+            bytes=family.bytes_of(arguments) if family.bytes_of else accessed / n, share={},
         )  # fmt: skip
         for device_name, device in DEVICES.items():
             if device.arch == arch:
@@ -384,11 +427,16 @@ def resources(said: str) -> dict[str, dict[str, int]]:
     return used
 
 
+def wanted_cases(name: str) -> list[Case]:
+    base, arguments = split_name(name)
+    return [case for case in FAMILIES[base].cases if case.if_(arguments)]
+
+
 @dataclass
 class Measured:
     counts: list[Count]
     spilling: list[str]  # kernels, whether their loops are counted or not
-    uncounted: list[str]  # kernels of counted templates for which no case was found
+    uncounted: list[str]  # cases of counted templates for which no path was found
     listings: dict[tuple[str, str, str], str]  # the usual paths
 
 
@@ -405,8 +453,8 @@ def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
         rows = list(counts_of(kernel, name, arch, source.stem, used[kernel.name]))
         result.counts += [count for count, _ in rows]
         result.listings.update({count.key: listing for count, listing in rows})
-        if not rows and split_name(name)[0] in FAMILIES:
-            result.uncounted.append(name)
+        if not rows and split_name(name)[0] in FAMILIES and wanted_cases(name):
+            result.uncounted.append(f"{name} ({arch})")
         if used[kernel.name]["spilled"] or used[kernel.name]["stack"]:
             result.spilling.append(f"{split_name(name)} ({arch}): {used[kernel.name]}")
     result.counts.sort(key=lambda c: c.kernel)
@@ -466,14 +514,18 @@ def differences(new: Sequence[Count], old: dict[tuple[str, str, str], Count], al
     return said
 
 
-HEAD = ("kernel", "case", "registers", "warps", "instructions", *CLASS_NAMES, "bytes", "slow", "longest")
+HEAD = ("kernel", "case", "registers", "warps", "shared", "instructions", *CLASS_NAMES, "around", "longest", "slow",
+        "bytes")  # fmt: skip
 
 
 def lines_of(count: Count, devices: Sequence[str]) -> list[str]:
+    resources = [count.kernel, count.case, str(count.registers), str(count.warps), str(count.shared or "·")]
+    if not count.elements:
+        return [*resources, *["·"] * (len(HEAD) - len(resources) + len(devices))]
     return [
-        count.kernel, count.case, str(count.registers), str(count.warps), f"{count.instructions:.1f}",
+        *resources, f"{count.instructions:.1f}",
         *(f"{count.classes[c]:.1f}" if c in count.classes else "·" for c in CLASS_NAMES),
-        f"{count.bytes:g}", str(count.slow_calls or "·"), f"{count.most:.1f}",
+        f"{count.around:.1f}", f"{count.most:.1f}", str(count.slow_calls or "·"), f"{count.bytes:.3g}",
         *(f"{100 * count.share[d]:.0f}" if d in count.share else "" for d in devices),
     ]  # fmt: skip
 
@@ -482,9 +534,11 @@ PREFACE = """# Counted in the machine code
 
 Made by `make sass` with nvcc {nvcc}; no GPU took part. Instructions an element of the hot loop's usual path, by class
 (int: integer operations, compares, minima, selections, moves; uniform: once a warp), the bytes that it must move, and
-the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. longest:
-instructions an element where every branch takes its longer side. warps: of an SM, by registers. slow: subroutines for
-slow cases of division in the loop, which the usual path does not enter. Spills: none, else the check fails.
+the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. around:
+what a block does before and after its loop, at its least, spread over its elements. longest: where every branch takes
+its longer side. warps: of an SM, by registers. slow: subroutines for slow cases of division in the loop, which the
+usual path does not enter. Kernels without counts: their registers and shared memory alone. Spills: none, else the check
+fails.
 
 Assumed: {assumed}.
 """
