@@ -34,6 +34,9 @@ TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
 TRIT_TOP = 242  # the byte of five highest codes: 3^5 - 1
 
+TILE_ROWS, TILE_COLUMNS = 16, 256  # of the tiles in which a GPU's products with few inputs read codes
+TILE_TABLE, TILE_TABLE2 = 14, 24  # ``form`` of tiles whose codes are looked up: levels of one part, of two parts
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of the arithmetic on tensors of ``dtype``, and of the scales beside them."""
@@ -64,6 +67,60 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
         word |= padded[..., j].to(torch.int64) << (8 * j)
     codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
     return codes.flatten(1)[:, :cols].contiguous()
+
+
+def tile_bits(form: int) -> int:
+    """Bits of a code in tiles of this form."""
+    return 4 if form in (TILE_TABLE, TILE_TABLE2) else form
+
+
+def tile_shape(n: int, cols: int, form: int) -> tuple[int, ...]:
+    """The shape of the tiles of a (n, cols) weight, int32."""
+    return -(-n // TILE_ROWS), -(-cols // TILE_COLUMNS), tile_bits(form), 32, 4
+
+
+def tile_codes(codes: Tensor, form: int) -> Tensor:
+    """Tiles of (n, cols) uint8 codes: what a lane of a warp reads of a tile, 16 bytes at a time (docs/packed.md).
+
+    Lane 4 g + t has rows g and g + 8 of columns 16 j + 4 t … 16 j + 4 t + 3, j = 0 … 15: pairs (low half, high half)
+    of neighbours, number 4 j + (row >= 8) + 2 (column is one of the last two). Pair q of a word takes bits
+    ``form q …`` of both halves; with 3 bits three words hold 16 pairs, the last one in their bits 15 and 31.
+    """
+    n, cols = codes.shape
+    bits = tile_bits(form)
+    tiles, chunks = -(-n // TILE_ROWS), -(-cols // TILE_COLUMNS)
+    padded = torch.nn.functional.pad(codes, (0, -cols % TILE_COLUMNS, 0, -n % TILE_ROWS))
+    seen = padded.reshape(tiles, 2, 8, chunks, 16, 4, 2, 2)  # tile, row >= 8, g, chunk, j, t, last two, half
+    pairs = seen.permute(0, 3, 2, 5, 4, 6, 1, 7).reshape(tiles, chunks, 32, 64, 2).to(torch.int64)
+    pairs = pairs[..., 0] | pairs[..., 1] << 16  # of each lane
+    if bits == 3:
+        pairs = pairs.unflatten(-1, (4, 16))
+        five = pairs[..., :15].unflatten(-1, (3, 5))
+        words = sum(five[..., i] << 3 * i for i in range(5))
+        last = torch.stack([(pairs[..., 15] >> i & 0x00010001) << 15 for i in range(3)], -1)
+        words = (words | last).flatten(-2)
+    else:
+        each = pairs.unflatten(-1, (-1, 16 // bits))
+        words = sum(each[..., i] << bits * i for i in range(16 // bits))
+    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return words.unflatten(-1, (bits, 4)).transpose(2, 3).contiguous()
+
+
+def untile_codes(tiles: Tensor, form: int, n: int, cols: int) -> Tensor:
+    """(n, cols) uint8 codes: the inverse of ``tile_codes``."""
+    bits = tile_bits(form)
+    words = tiles.transpose(2, 3).flatten(3).to(torch.int64) & 0xFFFFFFFF  # tile, chunk, lane, word
+    if bits == 3:
+        three = words.unflatten(-1, (4, 3))
+        five = torch.stack([three >> 3 * i & 0x00070007 for i in range(5)], -1).flatten(-2)
+        last = sum((three[..., i : i + 1] >> 15 & 0x00010001) << i for i in range(3))
+        pairs = torch.cat([five, last], -1).flatten(-2)
+    else:
+        mask = (2**bits - 1) * 0x00010001
+        pairs = torch.stack([words >> bits * i & mask for i in range(16 // bits)], -1).flatten(-2)
+    seen = torch.stack([pairs & 0xFFFF, pairs >> 16], -1).to(torch.uint8)
+    seen = seen.reshape(*tiles.shape[:2], 8, 4, 16, 2, 2, 2).permute(0, 6, 2, 1, 4, 3, 5, 7)
+    return seen.reshape(TILE_ROWS * tiles.shape[0], -1)[:n, :cols].contiguous()
 
 
 def level_step(kind: int) -> int:

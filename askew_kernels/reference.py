@@ -16,7 +16,20 @@ import torch
 from torch import Tensor
 
 from . import contract
-from .contract import BINARY, CODEBOOK, FLOAT, INT8_TOP, LEVEL_TYPES, UNIFORM, compute_dtype, level_table, unpack_codes
+from .contract import (
+    BINARY,
+    CODEBOOK,
+    FLOAT,
+    INT8_TOP,
+    LEVEL_TYPES,
+    TILE_ROWS,
+    UNIFORM,
+    compute_dtype,
+    level_step,
+    level_table,
+    unpack_codes,
+    untile_codes,
+)  # fmt: skip
 
 
 def _rows(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -546,6 +559,25 @@ def packed_linear(
     """y = x W^T + b with W = s c in float32, sums in float32, rounded once to the type of x."""
     kind = compute_dtype(x.dtype)
     y = product(x.to(kind), packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def packed_tiles_linear(
+    x: Tensor, tiles: Tensor, scale: Tensor, levels: Tensor, grid: list[int], form: int, n: int, groups: int,
+    bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``packed_linear`` from tiles (``contract.tile_codes``); scales of groups stand groups first, for whole tiles."""
+    kind, cols = compute_dtype(x.dtype), x.shape[1]
+    codes = untile_codes(tiles, form, n, cols).int()
+    if grid[0] == CODEBOOK:
+        level = levels.to(kind)[codes.clamp(max=len(levels) - 1)]
+    else:
+        lowest = grid[1] if form < 8 else -128 if grid[1] < 0 else 0
+        level = (level_step(grid[0]) * codes + lowest).to(kind)
+    if groups > 1:
+        scale = scale.reshape(-1, tiles.shape[0] * TILE_ROWS)[:groups, :n].t().reshape(-1)
+    weight = (scale.to(kind)[:, None] * level.reshape(scale.numel(), -1)).reshape(n, cols)
+    y = product(x.to(kind), weight)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 

@@ -248,18 +248,32 @@ _gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # ---- products from packed codes --------------------------------------------------------------------------------------
 
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
+MOST_FROM_TILES = 512  # the same where the matrix units read tiles (predicted: not measured)
 FEW_POSITIONS = 40  # output positions of a convolution below which a CPU makes float products from the codes
 _TRITON = has_triton()  # a constant for torch.compile, which does not look into the cache of has_triton
 
 
-def reads_codes(x: torch.Tensor, rows: int) -> bool:
-    """Whether a product of ``rows`` rows such as ``x`` is made from packed codes: on a CPU always, on a GPU with Triton
-    where the rows are few (``FEW_ON_GPU``). Elsewhere the weight is unpacked for torch's own product."""
-    if x.is_cpu or not (x.is_cuda and _TRITON and x.dtype != torch.float64):
+def reads_tiles(x: torch.Tensor) -> bool:
+    """Whether products with ``x`` can be made by ``packed_tiles_linear`` now: bfloat16 or float16 on a GPU that the C++
+    kernels were compiled for; not while something is traced, whose graph would hold the tiles."""
+    if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_cuda_kernels()):
+        return False
+    if _forced not in (None, "cpp") or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return not _gpu_stand_in(x.get_device(), _forced)
+
+
+def reads_codes(x: torch.Tensor, rows: int, tiles: bool = False) -> bool:
+    """Whether a product of ``rows`` rows such as ``x`` is made from packed codes: on a CPU always, on a GPU where the
+    rows are few: ``MOST_FROM_TILES`` where there are ``tiles``, else ``FEW_ON_GPU`` with Triton and
+    ``contract.FEW_ROWS`` with C++ alone. Elsewhere the weight is unpacked for torch's own product."""
+    if x.is_cpu or not x.is_cuda or x.dtype == torch.float64:
         return x.is_cpu
     if torch.compiler.is_exporting() and not isinstance(rows, int):
         return False  # a choice by size would be a bound on what was exported
-    return rows <= FEW_ON_GPU
+    if tiles:
+        return rows <= MOST_FROM_TILES
+    return rows <= FEW_ON_GPU if _TRITON else rows <= FEW_ROWS and has_cuda_kernels()
 
 
 def convolves_from_codes(positions: int, activations: str) -> bool:

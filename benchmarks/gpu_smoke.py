@@ -33,7 +33,7 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels import contract, reference, runtime
-from askew_kernels.ops import RULES, schema
+from askew_kernels.ops import RULES, packed, schema
 from askew_kernels.quant import Codebook, Uniform
 
 Check = Callable[[], str]  # says what it found; raises Wrong, or whatever went wrong
@@ -41,7 +41,14 @@ NF4 = Codebook([-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734
                 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0])  # fmt: skip
 # What results may be off, relative to the largest number in them, beside one rounding of their type: sums are taken
 # in another order, everything else is the same arithmetic.
-SUMS = {"row_sums", "packed_linear", "packed_linear_int8", "mix_fake_quantize_backward", "sam_norm"}
+SUMS = {
+    "row_sums",
+    "packed_linear",
+    "packed_linear_int8",
+    "packed_tiles_linear",
+    "mix_fake_quantize_backward",
+    "sam_norm",
+}
 SUM_TOLERANCE, TOLERANCE = 1e-4, 1e-5
 
 
@@ -95,6 +102,12 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
             yield "packed_linear", product
             if grid is not NF4:  # activations in int8 want integer levels
                 yield "packed_linear_int8", product
+        half = torch.float16 if dtype is torch.float16 else torch.bfloat16
+        form = packed.tile_form(grid.levels, code, half)
+        tiles = packed.packed_tiles(codes, code, bits, cols, len(grid.levels), form)
+        for tokens in (1, 8, 33):
+            x, bias = draw(tokens, cols).to(half), draw(rows).to(half)
+            yield "packed_tiles_linear", [x, tiles, scale, levels, code, form, rows, 1, bias]
 
         nothing, integers = torch.empty(0), torch.randint(-900, 900, (rows, 24), generator=g, dtype=torch.int32)
         yield "token_levels", [w, nothing, [contract.UNIFORM, -127, 127], 127.0, torch.int8]

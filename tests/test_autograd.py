@@ -213,6 +213,7 @@ def calls(x):
         "row_sums": (x, 4), "sam_norm": ([x], [x], [0], 0.1),
         "scales_from_sums_": ([x], [torch.ones(24, 3)], [0, 0, 6], [7.0, 0.0, 0.0]),
         "mse_scales": (x, torch.ones(4, 3), none, grid, 7.0, 0),
+        "packed_tiles_linear": (x, torch.zeros(1, 1, 4, 32, 4, dtype=torch.int32), ROWS, none, grid, 4, 4, 1, None),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
         "sam_perturb_": ([x], [x], [x.clone()], torch.tensor([0.1, 0.0]), [0], 0.1),
@@ -247,7 +248,10 @@ def test_what_is_differentiable():
     assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE, "packed_dequantize_"}
 
 
-@pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in ("row_sums", "sam_norm", "mse_scales")])
+PURE = ("row_sums", "sam_norm", "mse_scales", "packed_tiles_linear")
+
+
+@pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in PURE])
 def test_writes_are_counted(name, x):
     """What autograd saved before is known to be stale."""
     arguments = calls(x)[name]

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from askew_kernels import contract, reference
-from askew_kernels.ops import RULES
+from askew_kernels.ops import RULES, packed
+from askew_kernels.quant import FP4
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent / "cuda_emulator"
@@ -854,6 +855,57 @@ def test_packed_weights(kernels, name, dtype):
                 exact, size = exact + bias.double(), size + bias.double().abs()
             bound = (cols + 3) * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-38
             assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)
+
+
+class TilesArg(ctypes.Structure):
+    _fields_ = [("tiles", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("grid", GridArg), ("form", ctypes.c_int),
+                ("type", ctypes.c_int), *((n, ctypes.c_int64) for n in "n cols groups batch".split()),
+                *((n, ctypes.c_void_p) for n in "x bias y".split())]  # fmt: skip
+
+
+TILED = {  # grid, levels
+    "int4": ([1, -8, 7], EMPTY), "narrow3": ([1, -3, 3], EMPTY), "three": ([1, -4, 3], EMPTY),
+    "unsigned2": ([1, 0, 3], EMPTY), "ternary": ([1, -1, 1], EMPTY), "binary": ([2, -1, 1], EMPTY),
+    "int8": ([1, -128, 127], EMPTY), "narrow8": ([1, -127, 127], EMPTY), "unsigned8": ([1, 0, 255], EMPTY),
+    "six": ([1, -32, 31], EMPTY), "fp4": ([3, 0, 0], torch.tensor(FP4().levels)), "nf4": ([3, 0, 0], NF4),
+    "five": GRIDS["five"][:2],
+}  # fmt: skip
+FULLY_TILED = [("int4", torch.bfloat16), ("nf4", torch.float16), ("narrow3", torch.bfloat16)]
+# (n, cols, groups, tokens): tails of rows and of columns, odd columns, one scale, groups of 16, 32, 48, 64, 128
+# columns, blocks that share rows; as many tokens as each kernel takes
+TILED_CASES = [(3, 7, 1, 1), (18, 512, 32, 3), (20, 768, 16, 8), (17, 320, 5, 9), (33, 1000, 1, 17)]
+MORE_TILED_CASES = [(1, 1, 0, 8), (16, 256, 1, 0), (5, 96, 3, 2), (40, 1152, 9, 5), (2, 8200, 1, 1), (2, 4096, 32, 70),
+                    (130, 640, 1, 9), (17, 768, 6, 40), (16, 512, 16, 18), (16, 1024, 0, 66)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TILED)
+def test_products_from_tiles(kernels, name, dtype):
+    """As exact as ``ops.packed_linear`` says; levels of two parts lie 2^-18 beside theirs."""
+    grid, levels = TILED[name]
+    codes_of = contract.level_table(levels, grid)
+    form = packed.tile_form(levels.tolist(), grid, dtype)
+    cases = TILED_CASES + (MORE_TILED_CASES if (name, dtype) in FULLY_TILED else [])
+    for seed, (n, cols, groups, tokens) in enumerate(cases):
+        g, shift = torch.Generator().manual_seed(seed), seed % 2
+        codes = torch.randint(len(codes_of), (n, cols), generator=g).to(torch.uint8)
+        tiles = contract.tile_codes(packed.tile_code(codes, grid), form)
+        scale = torch.rand(max(groups * n, 1), generator=g) + 0.1
+        weight = (codes_of.double()[codes.int()].reshape(len(scale), -1) * scale.double()[:, None]).reshape(n, cols)
+        of_tiles = packed.tile_scales(scale, n, cols).contiguous()
+        x, _ = guarded(torch.randn(tokens, cols, generator=g).to(dtype), shift)
+        bias = torch.randn(n, generator=g).to(dtype) if seed % 3 else None
+        y, intact = guarded(torch.full((tokens, n), 99.0, dtype=dtype), shift)
+        arg = TilesArg(tiles.data_ptr(), of_tiles.data_ptr(),
+                       GridArg(*grid, levels.data_ptr() if levels.numel() else None, levels.numel()), form,
+                       TYPES[dtype], n, cols, groups, tokens, x.data_ptr(), pointer(bias), pointer(y))  # fmt: skip
+        assert not kernels.emulated_packed_tiles_linear(ctypes.byref(arg))
+        exact, size = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+        if bias is not None:
+            exact, size = exact + bias.double(), size + bias.double().abs()
+        steps = max(cols + 3, 67 if form == contract.TILE_TABLE2 else 0)
+        bound = steps * 2.0**-24 * size + torch.finfo(dtype).eps / 2 * exact.abs() + 1e-38
+        assert ((y.double() - exact).abs() <= bound).all() and intact(), (n, cols, groups, tokens, shift)
 
 
 # ---- products of levels ---------------------------------------------------------------------------------------------

@@ -286,7 +286,14 @@ def test_products_from_codes_are_chosen_by_rows_and_device(monkeypatch):
     assert not runtime.convolves_from_codes(runtime.FEW_POSITIONS, "float")
     assert runtime.convolves_from_codes(10**6, "int8")
     monkeypatch.setattr(runtime, "_TRITON", False)
-    assert not runtime.reads_codes(gpu(1), 1)
+    assert runtime.reads_codes(gpu(few), few) and not runtime.reads_codes(gpu(few + 1), few + 1)
+    most = runtime.MOST_FROM_TILES
+    assert runtime.reads_codes(gpu(most), most, True) and not runtime.reads_codes(gpu(most + 1), most + 1, True)
+    assert runtime.reads_tiles(gpu(1, torch.bfloat16)) and not runtime.reads_tiles(gpu(1))
+    with runtime.use_backend("reference"):
+        assert not runtime.reads_tiles(gpu(1, torch.bfloat16))
+    monkeypatch.setattr(runtime, "has_cuda_kernels", lambda: False)
+    assert not runtime.reads_codes(gpu(1), 1) and not runtime.reads_tiles(gpu(1, torch.bfloat16))
 
 
 def test_other_launch_parameters_reach_the_gpu_at_its_next_operator(monkeypatch):

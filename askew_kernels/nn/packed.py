@@ -2,8 +2,9 @@
 
 ``weight_codes`` (n, row_bytes) uint8 and ``weight_scale`` (rows,) are buffers; the weight is s c, bit for bit the one
 that was trained (docs/packed.md). Where the product is made from the codes (``PackedLayer._reads_codes``) a kernel
-decodes them as it goes, for many rows in pieces of up to 2^22 weights; elsewhere the weight is unpacked for the call,
-and torch's own product taken. Casting a model changes the type it computes in, never its codes and scales.
+decodes them as it goes, for many rows in pieces of up to 2^22 weights, on a GPU from a second copy of the codes
+(``tiles``); elsewhere the weight is unpacked for the call, and torch's own product taken. Casting a model changes the
+type it computes in, never its codes and scales.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
+from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
@@ -40,7 +42,7 @@ class PackedLayer(nn.Module):
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale")  # fmt: skip
+                      "weight_scale", "_tiles")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -65,6 +67,7 @@ class PackedLayer(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         rows = num_rows(matrix, config.granularity, config.group_size)
         codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
+        self._tiles = Tiles()
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
         empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
@@ -176,19 +179,32 @@ class PackedLayer(nn.Module):
         by torch.func."""
         if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
             return False
-        return runtime.reads_codes(x, rows)
+        return runtime.reads_codes(x, rows, self._reads_tiles(x))
+
+    def _reads_tiles(self, x: Tensor) -> bool:
+        """Whether the matrix units of a GPU can take ``x`` and the tiles of the codes; while a CUDA graph is captured
+        only tiles that are there, because what makes them would run at each replay."""
+        if not runtime.reads_tiles(x) or not self._tiles.form(self, x.dtype):
+            return False
+        return self._tiles.ready(self) or not torch.cuda.is_current_stream_capturing()
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
-        name, product = runtime.packed_product(x, self.activations)
         scale: Any = buffers["weight_scale"]
-        if scale.dtype != torch.float32:
-            scale = scale.float()
-        levels = grid.levels_tensor(x.device)
-        inputs = x.contiguous(), buffers["weight_codes"], scale, levels, grid.encoding, self.bits, bias
-        if torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad):
-            return ops.run_packed_linear(name, product, *inputs)
+        recorded = torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad)
+        inputs: tuple[Any, ...]
+        if not recorded and self._reads_tiles(x):
+            product: Any = torch.ops.askew.packed_tiles_linear.default
+            inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
+        else:
+            name, product = runtime.packed_product(x, self.activations)
+            if scale.dtype != torch.float32:
+                scale = scale.float()
+            levels = grid.levels_tensor(x.device)
+            inputs = x.contiguous(), buffers["weight_codes"], scale, levels, grid.encoding, self.bits, bias
+            if recorded:
+                return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
@@ -199,6 +215,11 @@ class PackedLayer(nn.Module):
     @property
     def packed_bytes(self) -> int:
         return self.weight_codes.numel() + self.weight_scale.numel() * self.weight_scale.element_size()
+
+    @property
+    def tile_bytes(self) -> int:
+        """Memory of the codes' second copy, in tiles for a GPU's matrix units; 0 before the first product with it."""
+        return self._tiles.bytes
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,6 +115,67 @@ for _name in ("packed_linear", "packed_linear_int8"):
     define(_name, f"(Tensor x, {_CODES}, Tensor? bias) -> Tensor", derivative=_packed, batch=_batched,
            fake=lambda x, codes, *_args: x.new_empty((x.shape[0], codes.shape[0])),
            flops=lambda x, codes, *_args, **_kwargs: 2 * x[0] * x[1] * codes[0])  # fmt: skip  # of the float layer
+
+
+# ---- tiles: the same codes in the order in which a GPU's matrix units want them --------------------------------------
+
+
+def tile_form(levels: Sequence[float], grid: list[int], dtype: torch.dtype) -> int:
+    """How codes of this grid stand in tiles for products with inputs of ``dtype`` (``contract.tile_codes``); 0 where
+    levels are not numbers of that type, nor sums of two within 2^-17 of them."""
+    kind, lo, hi = grid
+    if kind == contract.BINARY:
+        return 1
+    if kind == contract.UNIFORM:
+        if not (-128 <= lo and hi <= (127 if lo < 0 else 255)):
+            return 0
+        return next((bits for bits in (2, 3, 4) if hi - lo < 2**bits), 8)
+    exact = torch.tensor(levels, dtype=torch.float32)
+    high = exact.to(dtype).float()
+    rest = exact - high
+    if not bool(rest.any()):
+        return contract.TILE_TABLE
+    error = (rest - rest.to(dtype).float()).abs()
+    return contract.TILE_TABLE2 if bool((error <= 2.0**-17 * exact.abs()).all()) else 0
+
+
+def tile_code(codes: Tensor, grid: list[int]) -> Tensor:
+    """The codes as tiles have them: of 8 bits they count from -128, or from 0 where no level is negative."""
+    kind, lo, hi = grid
+    wide = kind == contract.UNIFORM and hi - lo >= 16
+    return codes + (lo + 128 if lo < 0 else lo) if wide else codes
+
+
+def tile_scales(scale: Tensor, n: int, cols: int) -> Tensor:
+    """Scales beside tiles: of groups (groups, n), filled up with ones to whole tiles; others as they are."""
+    groups = scale.numel() // n if n and scale.numel() > 1 else 0
+    if groups < 2:
+        return scale
+    length = cols // groups
+    more = -(-contract.tile_shape(n, cols, 1)[1] * contract.TILE_COLUMNS // length) - groups
+    return torch.nn.functional.pad(scale.reshape(n, groups).t(), (0, -n % contract.TILE_ROWS, 0, more), value=1.0)
+
+
+PIECE = 1 << 22  # weights that are put into tiles at once
+
+
+def packed_tiles(codes: Tensor, grid: list[int], bits: int, cols: int, levels: int, form: int) -> Tensor:
+    """The tiles of packed codes; a code above the highest level counts as the highest."""
+    tiles = torch.empty(contract.tile_shape(len(codes), cols, form), dtype=torch.int32, device=codes.device)
+    each = max(PIECE // max(cols, 1) // contract.TILE_ROWS, 1)
+    for first in range(0, len(tiles), each):
+        piece = codes[first * contract.TILE_ROWS : (first + each) * contract.TILE_ROWS]
+        if bits == contract.TRITS:
+            piece = piece.clamp(max=contract.TRIT_TOP)
+        index = contract.unpack_codes(piece, bits, cols).clamp_(max=levels - 1)
+        tiles[first : first + each] = contract.tile_codes(tile_code(index, grid), form)
+    return tiles
+
+
+define("packed_tiles_linear",
+       "(Tensor x, Tensor tiles, Tensor scale, Tensor levels, int[] grid, int form, int n, int groups, Tensor? bias)"
+       " -> Tensor", fake=lambda x, tiles, scale, levels, grid, form, n, *_args: x.new_empty((x.shape[0], n)),
+       flops=lambda x, tiles, scale, levels, grid, form, n, *_args, **_kwargs: 2 * x[0] * x[1] * n)  # fmt: skip
 
 
 def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:

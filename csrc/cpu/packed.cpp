@@ -254,6 +254,7 @@ void multiply_int8(const Product& p) {
 }
 
 struct Device : OnCpu {
+  static constexpr bool kTiles = false;  // their layout is a GPU's
   static constexpr bool kInt8 = true;
   using OnCpu::OnCpu;
   void dequantize(const PackedArg& arg, void* out, int type) const {

@@ -54,5 +54,9 @@ cudaError_t mse_scales(const MseArg& a, float* scale, void* scratch, cudaStream_
 cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStream_t stream);
 cudaError_t packed_linear(const LinearArg& a, cudaStream_t stream);
 
+// The product from tiles. scratch: packed_tiles_scratch bytes of device memory (may be 0), aligned to 16.
+size_t packed_tiles_scratch(const TilesArg& a);
+cudaError_t packed_tiles_linear(const TilesArg& a, void* scratch, cudaStream_t stream);
+
 }  // namespace cuda
 }  // namespace askew

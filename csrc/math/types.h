@@ -105,6 +105,23 @@ struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of on
   int type;
 };
 
+// How a weight's codes lie in tiles (docs/packed.md): the bits of an integer level's code, or 4 bits that a codebook is
+// looked up by, whose levels are one number of the inputs' type or the sum of two.
+enum TileForm : int { kTiles1 = 1, kTiles2 = 2, kTiles3 = 3, kTiles4 = 4, kTiles8 = 8, kTilesTable = 14, kTilesTable2 = 24 };
+constexpr int kTileRows = 16, kTileColumns = 256;  // the columns of 16 products of the matrix units
+
+ASKEW_FN constexpr int tile_bits(int form) { return form > kTiles8 ? 4 : form; }
+
+struct TilesArg {         // y (batch, n) = x (batch, cols) W^T + bias (n,), x in bfloat16 or float16
+  const uint32_t* tiles;  // (n / kTileRows, cols / kTileColumns, tile_bits, 32, 4), both quotients rounded up
+  const float* scale;     // (1), (n) or (groups, n), the latter filled up to whole tiles; groups of 16 columns and multiples
+  GridArg grid;
+  int form, type;
+  int64_t n, cols, groups, batch;
+  const void *x, *bias;  // bias may be null
+  void* y;
+};
+
 constexpr int kInt32 = 5;  // of sums of products of levels, beside the storage types
 struct TokenArg {  // rows of inputs as levels of a byte: q = Q(x / scale), scale = max |x| / top
   const void* x;

@@ -5,6 +5,13 @@
 
 namespace askew {
 
+inline int64_t filled_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Groups that begin before the end of a row's tiles.
+inline int64_t ceil_groups(int64_t cols, int64_t groups, int64_t chunks) {
+  const int64_t length = cols / groups;
+  return length ? filled_up(chunks * kTileColumns, length) / length : groups;
+}
+
 template <class Device>
 struct PackedOps {
   // A packed weight of `cols` columns.
@@ -77,10 +84,59 @@ struct PackedOps {
     return y;
   }
 
+  // y (batch, n) from tiles (contract.py). scale: one, one a row, or one a row for each group of columns, groups first.
+  static Tensor tiles_linear(Tensor x, Tensor tiles, Tensor scale, Tensor levels, std::vector<int64_t> grid,
+                             int64_t form, int64_t n, int64_t groups, std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 2 && together(x, tiles), "x: expected shape (batch, cols) beside tiles");
+    const bool table = form == kTilesTable || form == kTilesTable2;
+    STD_TORCH_CHECK(table || form == kTiles1 || form == kTiles2 || form == kTiles3 || form == kTiles4 || form == kTiles8,
+                    "form: expected 1, 2, 3, 4 or 8 bits, 14 or 24 for a codebook, got ", form);
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    TilesArg a{};
+    a.type = storage_type(x, "x");
+    STD_TORCH_CHECK(a.type != kFloat32, "x: expected bfloat16 or float16");
+    a.grid = grid_arg(grid, levels, tiles);
+    STD_TORCH_CHECK(table == (a.grid.kind == kCodebook) && (a.grid.kind == kBinary) == (form == kTiles1), "form: ", form,
+                    " is not for this kind of grid");
+    STD_TORCH_CHECK(a.grid.kind != kUniform || (a.grid.lo >= -128 && a.grid.hi <= 255),
+                    "grid: expected levels of -128 to 255");
+    a.form = (int)form;
+    a.n = n;
+    a.cols = x.size(1);
+    a.batch = x.size(0);
+    a.x = x.data_ptr();
+    check_dense(tiles, "tiles");
+    const int64_t rows = filled_up(n, kTileRows), chunks = filled_up(a.cols, kTileColumns) / kTileColumns;
+    STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Int && tiles.dim() == 5 && n >= 0 &&
+                        tiles.size(0) == rows / kTileRows && tiles.size(1) == chunks &&
+                        tiles.size(2) == tile_bits(a.form) && tiles.size(3) == 32 && tiles.size(4) == 4,
+                    "tiles: expected int32 of shape (", rows / kTileRows, ", ", chunks, ", ", tile_bits(a.form),
+                    ", 32, 4)");
+    a.tiles = static_cast<const uint32_t*>(tiles.data_ptr());
+    a.scale = floats(scale, x, "scale");
+    STD_TORCH_CHECK(groups >= 0 && (groups < 2 || a.cols % (16 * groups) == 0), "groups: ", groups, " do not divide ",
+                    a.cols, " columns in multiples of 16");
+    a.groups = groups;
+    const int64_t wanted = groups < 2 ? (groups ? n : 1) : ceil_groups(a.cols, groups, chunks) * rows;
+    STD_TORCH_CHECK(scale.numel() == wanted, "scale: expected ", wanted, " scales, got ", scale.numel());
+    if (bias) {
+      check_dense(*bias, "bias");
+      STD_TORCH_CHECK(bias->numel() == n && bias->scalar_type() == x.scalar_type() && together(*bias, x),
+                      "bias: expected ", n, " elements in the type of x, beside it");
+      a.bias = bias->data_ptr();
+    }
+    const Device device(x);
+    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    a.y = y.data_ptr();
+    if (a.batch && n) device.tiles_linear(a);
+    return y;
+  }
+
   static void implement(StableLibrary& m) {
     m.impl("packed_dequantize_", TORCH_BOX(&dequantize));
     constexpr auto with_floats = &linear<false>;
     m.impl("packed_linear", TORCH_BOX(with_floats));
+    if constexpr (Device::kTiles) m.impl("packed_tiles_linear", TORCH_BOX(&tiles_linear));
     if constexpr (Device::kInt8) {
       constexpr auto with_int8 = &linear<true>;
       m.impl("packed_linear_int8", TORCH_BOX(with_int8));

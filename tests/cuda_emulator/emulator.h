@@ -22,6 +22,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
 
 // ---- the runtime's types; "device" memory is ordinary memory ---------------------------------------------------
 
@@ -173,6 +174,16 @@ inline void warp_barrier() {
 // ---- what kernels call ------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulator::barrier(); }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t order) {
+  const uint64_t bytes = (uint64_t)b << 32 | a;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = order >> 4 * i & 15;
+    const uint32_t byte = (uint32_t)(bytes >> 8 * (which & 7)) & 255;
+    r |= (which & 8 ? (byte & 128 ? 255u : 0u) : byte) << 8 * i;
+  }
+  return r;
+}
 
 template <class V>
 inline V __shfl_xor_sync(unsigned mask, V v, int lane_mask) {
@@ -277,6 +288,90 @@ inline float reciprocal_near(float a) {
 }
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : a < b ? a : b; }
 inline float max_nan(float a, float b) { return a != a || b != b ? NAN : a > b ? a : b; }
+
+template <bool BF16>
+inline float half_of(uint32_t word, int e) {
+  const uint32_t half = e ? word >> 16 : word & 0xffff;
+  return BF16 ? __uint_as_float(half << 16) : widen_f16((uint16_t)half);
+}
+template <bool BF16>
+inline uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  float r[2];
+  for (int e = 0; e < 2; ++e)  // a product of halves is exact in float, and so are those sums that kernels make
+    r[e] = half_of<BF16>(a, e) * half_of<BF16>(b, e) + half_of<BF16>(c, e);
+  return BF16 ? pack_bf16(r[0], r[1]) : pack_f16(r[0], r[1]);
+}
+
+inline uint32_t masked_or(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+inline uint32_t masked_xor(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) ^ base; }
+
+// As intrinsics.cuh describes it; the sum of a step's 16 products is rounded once.
+template <bool BF16>
+inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                          const float (&c)[4]) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  static Operands of_lane[2048];
+  emulator::Machine& m = emulator::machine();
+  of_lane[m.current] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulator::warp_barrier();
+  const int lane = m.current & 31, first = m.current - lane, g = lane >> 2, t = lane & 3;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + (i & 2 ? 8 : 0), column = 2 * t + (i & 1);
+    double sum = c[i];
+    for (int k = 0; k < 16; ++k) {
+      const Operands &left = of_lane[first + 4 * (row & 7) + (k & 7) / 2], &right = of_lane[first + 4 * column + (k & 7) / 2];
+      sum += (double)half_of<BF16>(left.a[(row >> 3) + (k >> 3) * 2], k & 1) * half_of<BF16>(right.b[k >> 3], k & 1);
+    }
+    d[i] = (float)sum;
+  }
+  emulator::warp_barrier();
+}
+
+inline uintptr_t& shared_window() {  // the megabyte that holds what shared_address was last asked for
+  static uintptr_t window;
+  return window;
+}
+inline uint32_t shared_address(const void* shared) {
+  shared_window() = (uintptr_t)shared >> 20 << 20;
+  return (uint32_t)((uintptr_t)shared - shared_window());
+}
+inline uint32_t load_shared(uint32_t address) { return *(const uint32_t*)(shared_window() + address); }
+
+inline uint4 load_once(const uint4* p) { return *p; }
+
+// Copies happen when they are waited for, so that one read too early shows.
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  bool exists;
+};
+inline std::vector<std::vector<std::vector<AsyncCopy>>>& copy_lots() {  // [thread][lot]; the last lot is open
+  static std::vector<std::vector<std::vector<AsyncCopy>>> lots(2048);
+  return lots;
+}
+inline void copy_async(void* shared, const void* from, bool exists) {
+  auto& lots = copy_lots()[emulator::machine().current];
+  if (lots.empty()) lots.emplace_back();
+  lots.back().push_back({shared, from, exists});
+}
+inline void close_copies() {
+  auto& lots = copy_lots()[emulator::machine().current];
+  if (lots.empty()) lots.emplace_back();
+  lots.emplace_back();
+}
+template <int LEFT>
+inline void wait_for_copies() {
+  auto& lots = copy_lots()[emulator::machine().current];
+  while ((int)lots.size() > LEFT + 1) {
+    for (const AsyncCopy& c : lots.front()) {
+      if ((uintptr_t)c.to % 16 || (uintptr_t)c.from % 16) std::abort();
+      c.exists ? (void)std::memcpy(c.to, c.from, 16) : (void)std::memset(c.to, 0, 16);
+    }
+    lots.erase(lots.begin());
+  }
+}
 
 template <class... Args>
 cudaError_t launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, cudaStream_t, Args... args) {

@@ -3,6 +3,7 @@
 
 #include "../../csrc/cuda/quantize.cu"
 #include "../../csrc/cuda/packed.cu"
+#include "../../csrc/cuda/packed_tiles.cu"
 #include "../../csrc/cuda/mix.cu"
 #include "../../csrc/cuda/sam.cu"
 #include "../../csrc/cuda/scales.cu"
@@ -74,6 +75,10 @@ int emulated_packed_dequantize(const PackedArg* w, void* out, int type) {
 }
 int emulated_packed_linear(const PackedArg* w, const void* x, int64_t tokens, const void* bias, void* y, int type) {
   return cuda::packed_linear({*w, x, bias, y, tokens, type}, nullptr);
+}
+int emulated_packed_tiles_linear(const TilesArg* a) {
+  auto scratch = poisoned(cuda::packed_tiles_scratch(*a) + 16);
+  return cuda::packed_tiles_linear(*a, (void*)(((uintptr_t)scratch.data() + 15) / 16 * 16), nullptr);
 }
 int emulated_mix(const MixArg* m, void* y) { return cuda::mix(*m, y, nullptr); }
 int emulated_mix_gradient(const MixArg* m, const void* g, void* out, float* to_strengths, float* to_scales) {

@@ -1,0 +1,72 @@
+"""A packed layer's codes in the order in which a GPU's matrix units read them (``contract.tile_codes``).
+
+Made from codes and scales at the first product that takes them, made anew where these change, never saved or copied:
+beside the codes they take as much memory once more, for trits a quarter more, for 5 to 7 bits that of 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+LEAST_COLUMNS = 128  # shorter rows leave half of a tile empty and more
+
+
+def _state(t: Tensor) -> tuple[int, int | None]:
+    return t.data_ptr(), None if t.is_inference() else t._version
+
+
+class Tiles:
+    """``of(layer, dtype)``: what ``packed_tiles_linear`` takes between x and the bias, or None where it does not
+    serve; ``bytes``: the memory of what is kept."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+        self._forms: dict[torch.dtype, int] = {}
+
+    def __deepcopy__(self, memo: Any) -> Tiles:
+        return Tiles()
+
+    def __reduce__(self) -> Any:
+        return Tiles, ()
+
+    @property
+    def bytes(self) -> int:
+        if self._kept is None:
+            return 0
+        tiles, scale = self._kept[3:5]
+        return tiles.numel() * 4 + scale.numel() * 4
+
+    def form(self, layer: Any, dtype: torch.dtype) -> int:
+        """How the layer's codes stand in tiles for inputs of ``dtype``; 0: not in tiles."""
+        if dtype not in self._forms:
+            groups = max(layer.weight_scale.numel() // max(layer.rows, 1), 1)
+            fits = layer.cols >= LEAST_COLUMNS and (groups == 1 or layer.cols % (16 * groups) == 0)
+            grid = layer.config.weight
+            self._forms[dtype] = ops.packed.tile_form(grid.levels, grid.encoding, dtype) if fits else 0
+        return self._forms[dtype]
+
+    def ready(self, layer: Any) -> bool:
+        """Whether the tiles are those of the layer's codes and scales as they stand."""
+        codes, scale = layer.weight_codes, layer.weight_scale
+        kept = self._kept
+        return kept is not None and kept[0] is codes and kept[1] is scale and kept[2] == (_state(codes), _state(scale))
+
+    @torch.no_grad()
+    def of(self, layer: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+        codes, scale, grid = layer.weight_codes, layer.weight_scale, layer.config.weight
+        form = self.form(layer, dtype)
+        if not self.ready(layer):
+            made = ops.packed.packed_tiles(codes, grid.encoding, layer.bits, layer.cols, len(grid.levels), form)
+            scales = ops.packed.tile_scales(scale.float(), layer.rows, layer.cols).contiguous()
+            self._kept = (codes, scale, (_state(codes), _state(scale)), made, scales)
+        assert self._kept is not None
+        groups = scale.numel() // layer.rows if scale.numel() > 1 else 0
+        return (*self._kept[3:], grid.levels_tensor(codes.device), grid.encoding, form, layer.rows, groups)
+
+    def drop(self) -> None:
+        self._kept = None
