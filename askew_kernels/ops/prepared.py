@@ -19,7 +19,7 @@ from .dense import layout, permuted
 from .rules import RULES, Rule
 from .schema import library
 
-__all__ = ["PreparedUpdate", "prepares"]
+__all__ = ["PreparedScales", "PreparedUpdate", "prepares"]
 
 library.define(
     "prepare_update(int rule, Tensor[] params, Tensor[] states, Tensor[] scales, Tensor[] levels, int[] grids,"
@@ -30,6 +30,8 @@ library.define(
     " Tensor eps, float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
     " bool ste_clip) -> ()"
 )
+library.define("prepare_scales(Tensor[] scales, Tensor[] row_sums, int[] rules, float[] numbers) -> Tensor")
+library.define("prepared_scales_(Tensor list, Tensor(a!) like) -> ()")
 
 
 def prepares(like: Tensor) -> bool:
@@ -76,3 +78,18 @@ class PreparedUpdate:
             numbers, direction, clamp, maximize, skip_nonfinite, ste_clip,
         )  # fmt: skip
         torch.autograd.graph.increment_version(self.written)
+
+
+class PreparedScales:
+    """A list for ``run``, which is ``run_scales_from_sums`` of it; the tensors must stay at their addresses."""
+
+    def __init__(
+        self, scales: Sequence[Tensor], row_sums: Sequence[Tensor], rules: list[int], numbers: list[float]
+    ) -> None:
+        self.like, self.kept = scales[0], (scales, row_sums)
+        self.list: Tensor = autograd.below_autograd(
+            "prepare_scales", self.like, list(scales), list(row_sums), rules, numbers
+        )
+
+    def run(self) -> None:
+        autograd.below_autograd("prepared_scales_", self.like, self.list, self.like)

@@ -18,10 +18,11 @@ define("mse_scales", "(Tensor w, Tensor row_sums, Tensor levels, int[] grid, flo
 
 
 def run_scales_from_sums(
-    scales: Sequence[Tensor], row_sums: Sequence[Tensor], rules: Sequence[int], numbers: Sequence[float]
-) -> None:
+    scales: Sequence[Tensor], row_sums: Sequence[Tensor], rules: Sequence[int], numbers: Sequence[float],
+    count: bool = True,
+) -> None:  # fmt: skip
     """Writes the scales (rows,) of every tensor from its row sums (rows, 3), float32, in one launch; nothing is checked
-    but what memory asks for.
+    but what memory asks for. ``count``: as a write that autograd counts.
 
     ``rules``: three integers a tensor, the rule (``contract.ABSMAX`` …), the place of the scales' type among
     ``contract.SCALE_TYPES`` and the columns of a row; ``numbers``: c_max and two factors of the rule
@@ -30,7 +31,8 @@ def run_scales_from_sums(
     """
     if scales:
         below_autograd("scales_from_sums_", row_sums[0], scales, row_sums, rules, numbers)
-        torch.autograd.graph.increment_version(scales)
+        if count:
+            torch.autograd.graph.increment_version(scales)
 
 
 def run_mse_scales(

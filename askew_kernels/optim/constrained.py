@@ -232,8 +232,8 @@ class Constrained(Optimizer):
              record: bool) -> None:  # fmt: skip
         members, quantizers = launch.members, launch.quantizers
         if plan.used:  # since the launch before nothing else has touched the weights or their quantizers
-            for batch in launch.batches:
-                batch.update()
+            if launch.batch is not None:
+                launch.batch.update()
         else:
             next_scales(quantizers, members)
             launch.prepare()
@@ -261,7 +261,7 @@ class Constrained(Optimizer):
             raise
         if launch.sharded and not quantizers[0].frozen:
             share_rows(quantizers, members)
-        launch.updated(clamped, linked=plan.linked and not launch.batches)
+        launch.updated(clamped, plan.linked)
         if self.saved_weights:
             for p in members:
                 self.saved_weights.pop(p, None)

@@ -64,11 +64,8 @@ class Launch:
         self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
         copies = [None if c is None else form.view(c) for form, c in zip(self.forms, copies, strict=True)]
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
-        together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
-        for q, p in zip(self.quantizers, self.members, strict=True):
-            if q.batches(p):
-                together.setdefault(q.rule, []).append((q, p))
-        self.batches = [ScaleBatch(*zip(*pairs, strict=True)) for pairs in together.values()]  # type: ignore[arg-type]
+        follow = [(q, p) for q, p in zip(self.quantizers, self.members, strict=True) if q.batches(p)]
+        self.batch = ScaleBatch(*zip(*follow, strict=True)) if follow else None  # type: ignore[arg-type]
         self.contiguous = all(w.is_contiguous() for w in self.viewed(self.members))
 
     def _or_empty(self, tensors: list[Tensor | None]) -> list[Tensor]:

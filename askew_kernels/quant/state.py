@@ -533,6 +533,13 @@ class ScaleBatch:
             code = rule_code(*q.rule)
             self.rules += [*code.rule, w.numel() // len(q.scale)]
             self.numbers += code.numbers
+        self.prepared: ops.PreparedScales | None = None
 
     def update(self) -> None:
-        ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers)
+        """Moves no versions: what is known of the scales goes on with the pass that follows."""
+        if not ops.prepares(self.scales[0]):
+            ops.run_scales_from_sums(self.scales, self.sums, self.rules, self.numbers, count=False)
+            return
+        if self.prepared is None:
+            self.prepared = ops.PreparedScales(self.scales, self.sums, self.rules, self.numbers)
+        self.prepared.run()

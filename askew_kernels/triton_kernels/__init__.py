@@ -4,8 +4,10 @@ Imported by ``runtime`` when Triton is chosen, never by ``import askew_kernels``
 before this import) every kernel runs on CPU tensors.
 """
 
+from .lowbit import *  # noqa: F403
 from .mix import *  # noqa: F403
 from .packed import *  # noqa: F403
 from .quantize import *  # noqa: F403
 from .sam import *  # noqa: F403
+from .scales import *  # noqa: F403
 from .update import *  # noqa: F403

@@ -84,6 +84,38 @@ def narrow(x, DTYPE: tl.constexpr):
         return x.to(DTYPE)
 
 
+@triton.jit
+def narrow_e4m3(x):
+    """float32 to the bits of float8 e4m3fn as uint8, to nearest even, what is larger than 448 to 448; NaN is 0x7f."""
+    bits = x.to(tl.uint32, bitcast=True)
+    a = bits & 0x7FFFFFFF
+    normal = (a - 0x3C000000 + 0x7FFFF + ((a >> 20) & 1)) >> 20
+    # the adder rounds to multiples of 2^-9
+    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(a < 0x3C800000, small, normal)
+    code = tl.where(a > 0x43E00000, 0x7E, code)
+    return tl.where(x == x, code | ((bits >> 24) & 0x80), 0x7F).to(tl.uint8)
+
+
+@triton.jit
+def widen_e4m3(code):
+    """The bits of e4m3fn as float32: in the place of float32's they count 2^120 less."""
+    code = code.to(tl.uint32)
+    x = (((code & 0x80) << 24) | ((code & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), x)
+
+
+@triton.jit
+def narrow_level(c, DTYPE: tl.constexpr):
+    """A level, or any number, in a type of levels (``LEVELS``); int8 has 0 in NaN's place and takes integers."""
+    if DTYPE == tl.int8:
+        return tl.where(c == c, c, 0.0).to(tl.int8)
+    elif DTYPE == tl.float8e4nv:  # which processors before compute capability 8.9 do not know
+        return c.to(tl.float8e4nv)
+    else:
+        return narrow_e4m3(c)
+
+
 # ---- grid.inl -----------------------------------------------------------------------------------------------------
 
 
@@ -218,12 +250,14 @@ def push_of(u, delta, scale, eps, alpha, cap):
     """
     q = u - u * u
     to_middle = 0.5 - u
-    excess = tl.where(eps < 1.0, q * q - 0.0625 * eps, 0.0)  # at eps = 1 all is feasible
+    excess = q * q - tl.where(eps < 1.0, 0.0625 * eps, float("inf"))  # at eps = 1 all is feasible
+    pushed = (excess > 0.0) & (to_middle > 0.0)
     length = scale * delta
-    kappa = divide(excess * (length * (0.25 * alpha)), q * to_middle)
+    # selected before the division, which is slow where it is by 0
+    kappa = divide(tl.where(pushed, excess * (length * (0.25 * alpha)), 1.0), tl.where(pushed, q * to_middle, 1.0))
     limit = length * cap
     kappa = tl.where(kappa < limit, kappa, limit)
-    return tl.where((excess > 0.0) & (to_middle > 0.0), kappa, float("-inf")), excess
+    return tl.where(pushed, kappa, float("-inf")), excess
 
 
 @triton.jit
@@ -312,25 +346,30 @@ RULES = {
 
 @triton.jit
 def step_weight(
-    w, g, state, scale, lo, hi, levels, lr, eps, alpha, constants, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    w, g, state, scale, lo, hi, levels, lr, cap, eps, alpha, constants, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     DESCENT: tl.constexpr, DIRECTION: tl.constexpr, CLAMP: tl.constexpr, MAXIMIZE: tl.constexpr,
+    CONSTRAINED: tl.constexpr,
 ):  # fmt: skip
-    """One weight through one step: base direction, skew, move, clamp.
+    """One weight through one step: base direction, skew where ``CONSTRAINED`` (eps < 1), move, clamp.
 
     Returns (new w, new state, descent, -h / 16 where the step started).
     """
+    inside = clamp_hull(w, scale, lo, hi)
     if CLAMP:
-        w = clamp_hull(w, scale, lo, hi)
-    # Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact quotient.
-    x = clamp_hull(w, scale, lo, hi) * divide(1.0, scale)
-    _, _, distance, u, delta = offset(x, levels, KIND, N_LEVELS)
-    kappa, excess = push_of(u, delta, scale, eps, alpha, divide(1.0, 4.0 * lr))
+        w = inside
     if MAXIMIZE:
         g = 0.0 - g
-    if not DIRECTION:
-        g = skew(g, kappa, distance)
+    excess = tl.zeros_like(w)
+    if CONSTRAINED:
+        # Where in its bracket w stands is not a matter of the last bit; its level is, and is taken from the exact
+        # quotient.
+        x = inside * divide(1.0, scale)
+        _, _, distance, u, delta = offset(x, levels, KIND, N_LEVELS)
+        kappa, excess = push_of(u, delta, scale, eps, alpha, cap)
+        if not DIRECTION:
+            g = skew(g, kappa, distance)
     descent, state = DESCENT(g, w, state, constants)
-    if DIRECTION:
+    if CONSTRAINED and DIRECTION:
         descent = skew(descent, kappa, distance)
     w = w - lr * descent
     if CLAMP:

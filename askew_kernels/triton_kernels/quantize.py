@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import NUM_ROW_SUMS, SUM_COLUMNS
+from ..contract import LEVEL_TYPES, NUM_ROW_SUMS, SUM_COLUMNS
 from . import launch, math
 from .launch import load_wide, store_narrow, stored_ends, weight_block
+from .lowbit import as_stored
 
 __all__ = ["fake_quantize", "fake_quantize_backward", "fake_quantize_out_", "project_interval_", "row_sums",
            "ste_clip_"]  # fmt: skip
@@ -21,17 +22,21 @@ def quantize_kernel(
     x_ptr, y_ptr, key0, key1, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
     MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """y = s Q(x / s), or a level drawn between the two around x."""
+    """y = s Q(x / s), or a level drawn between the two around x; in a type of levels Q(x / s)."""
     start, lane, valid, scale, lo, hi = weight_block(
         scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
     )
     x = load_wide(x_ptr + start + lane, valid)
-    if STOCHASTIC:
+    if y_ptr.dtype.element_ty.primitive_bitwidth == 8:
+        y = math.nearest_level(x, scale, lo, hi, levels, KIND, N_LEVELS)
+        tl.store(y_ptr + start + lane, math.narrow_level(y, y_ptr.dtype.element_ty), mask=valid)
+    elif STOCHASTIC:
         uniform = math.element_uniforms(key0, key1, start, BLOCK)
         y = scale * math.stochastic_level(x, uniform, scale, lo, hi, levels, KIND, N_LEVELS)
+        store_narrow(y_ptr + start + lane, y, valid)
     else:
         y = math.quantize_dequantize(x, scale, lo, hi, levels, KIND, N_LEVELS)
-    store_narrow(y_ptr + start + lane, y, valid)
+        store_narrow(y_ptr + start + lane, y, valid)
 
 
 @triton.jit(do_not_specialize=["magic"])
@@ -107,10 +112,11 @@ def fake_quantize(x, scale, levels, grid, ste_clip, stochastic, seed):
 
 
 def fake_quantize_out_(x, scale, levels, grid, out):
-    """out = s Q(x / s), in the storage type of ``out``."""
+    """out = s Q(x / s), in the storage type of ``out``; Q(x / s) where that is a type of levels."""
     launch.check_like(out, x, "out")
-    launch.check_storage(out, "out")
-    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, out, 0, 0, STOCHASTIC=False)
+    if out.dtype not in LEVEL_TYPES:
+        launch.check_storage(out, "out")
+    launch.with_scales(quantize_kernel, x, scale, levels, grid, x, as_stored(out), 0, 0, STOCHASTIC=False)
 
 
 def fake_quantize_backward(grad, x, scale, levels, grid):

@@ -8,13 +8,12 @@ namespace askew {
 template <class Device>
 struct ScaleOps {
   // rules: [rule, type of the scales, columns of a row] of each tensor; numbers: [c_max, first, second].
-  static void from_sums(std::vector<Tensor> scales, std::vector<Tensor> row_sums, std::vector<int64_t> rules,
-                        std::vector<double> numbers) {
+  static std::vector<ScaleTensor> checked(const std::vector<Tensor>& scales, const std::vector<Tensor>& row_sums,
+                                          const std::vector<int64_t>& rules, const std::vector<double>& numbers) {
     const size_t n = scales.size();
     STD_TORCH_CHECK(row_sums.size() == n, "row_sums: expected ", n, " tensors, got ", row_sums.size());
     STD_TORCH_CHECK(rules.size() == 3 * n, "rules: expected ", 3 * n, " integers, got ", rules.size());
     STD_TORCH_CHECK(numbers.size() == 3 * n, "numbers: expected ", 3 * n, " numbers, got ", numbers.size());
-    if (n == 0) return;
     std::vector<ScaleTensor> tensors(n);
     for (size_t i = 0; i < n; ++i) {
       ScaleTensor& t = tensors[i];
@@ -33,8 +32,22 @@ struct ScaleOps {
       t.first = numbers[3 * i + 1];
       t.second = numbers[3 * i + 2];
     }
-    Device(scales[0]).run(tensors);
+    return tensors;
   }
+
+  static void from_sums(std::vector<Tensor> scales, std::vector<Tensor> row_sums, std::vector<int64_t> rules,
+                        std::vector<double> numbers) {
+    const std::vector<ScaleTensor> tensors = checked(scales, row_sums, rules, numbers);
+    if (!scales.empty()) Device(scales[0]).run(tensors);
+  }
+
+  // A list that is used again and again, as UpdateOps has it.
+  static Tensor prepare(std::vector<Tensor> scales, std::vector<Tensor> row_sums, std::vector<int64_t> rules,
+                        std::vector<double> numbers) {
+    STD_TORCH_CHECK(!scales.empty(), "scales: expected a list");
+    return bytes_of(checked(scales, row_sums, rules, numbers), scales[0]);
+  }
+  static void prepared(Tensor list, Tensor like) { Device(like).run(from_bytes<ScaleTensor>(list)); }
 
   static Tensor mse(Tensor w, Tensor row_sums, Tensor levels, std::vector<int64_t> grid, double c_max,
                     int64_t scale_type) {
@@ -64,6 +77,8 @@ struct ScaleOps {
   static void implement(StableLibrary& m) {
     m.impl("scales_from_sums_", TORCH_BOX(&from_sums));
     m.impl("mse_scales", TORCH_BOX(&mse));
+    m.impl("prepare_scales", TORCH_BOX(&prepare));
+    m.impl("prepared_scales_", TORCH_BOX(&prepared));
   }
 };
 

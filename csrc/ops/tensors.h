@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -125,10 +126,24 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, Sc
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, type);
 }
 
-// Uninitialised bytes on the CPU, whatever the device of `like`.
-inline Tensor on_host(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, ScalarType::Byte, std::nullopt,
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU));
+// A checked list as bytes on the CPU, (n, sizeof(T)), whatever the device of `like`: for operators that run over it
+// again and again. Addresses stand in it: whoever keeps it keeps the tensors.
+template <class T>
+inline Tensor bytes_of(const std::vector<T>& list, const Tensor& like) {
+  const int64_t shape[] = {(int64_t)list.size(), (int64_t)sizeof(T)};
+  const Tensor bytes = torch::stable::new_empty(like, {shape, 2}, ScalarType::Byte, std::nullopt,
+                                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::memcpy(bytes.data_ptr(), list.data(), list.size() * sizeof(T));
+  return bytes;
+}
+template <class T>
+inline std::vector<T> from_bytes(const Tensor& bytes) {
+  STD_TORCH_CHECK(bytes.is_cpu() && bytes.scalar_type() == ScalarType::Byte && bytes.numel() % sizeof(T) == 0,
+                  "list: expected a prepared one");
+  check_dense(bytes, "list");
+  std::vector<T> list(bytes.numel() / sizeof(T));
+  std::memcpy(list.data(), bytes.data_ptr(), list.size() * sizeof(T));
+  return list;
 }
 
 }  // namespace askew

@@ -1,7 +1,5 @@
 // The skewed updates: an operator for each of math's rules. `Device` runs an Update: cpu/update.cpp, cuda/update.cpp.
 #pragma once
-#include <cstring>
-
 #include "tensors.h"
 
 namespace askew {
@@ -126,8 +124,7 @@ struct UpdateOps {
     Device(params[0]).run(u);
   }
 
-  // A list that is stepped again and again: checked once, and kept as bytes on the CPU, (n, sizeof(UpdateTensor)).
-  // Addresses stand in it: whoever keeps it keeps the tensors.
+  // A list that is stepped again and again, checked once.
   static Tensor prepare(int64_t rule, Tensors params, Tensors states, Tensors scales, Tensors levels,
                      std::vector<int64_t> grids, Tensors dequantized, Tensors row_sums) {
     STD_TORCH_CHECK(!params.empty() && rule >= 0 && rule < host::Rules::kCount, "rule, params: expected a list");
@@ -135,9 +132,7 @@ struct UpdateOps {
     host::with_rule((int)rule, host::Rules{}, [&](auto r) {
       tensors = checked<decltype(r)>(params, params, states, scales, levels, grids, dequantized, row_sums, {}, {}, {});
     });
-    const Tensor kept = on_host(params[0], {(int64_t)tensors.size(), (int64_t)sizeof(UpdateTensor)});
-    std::memcpy(kept.data_ptr(), tensors.data(), tensors.size() * sizeof(UpdateTensor));
-    return kept;
+    return bytes_of(tensors, params[0]);
   }
 
   // One step of a prepared list. grads: addresses, each of what its parameter has. `like`: the first parameter.
@@ -148,10 +143,9 @@ struct UpdateOps {
                           bool skip_nonfinite, bool ste_clip) {
     const size_t n = grads.size();
     STD_TORCH_CHECK(rule >= 0 && rule < host::Rules::kCount, "rule: unknown");
-    STD_TORCH_CHECK(list.is_cpu() && list.numel() == (int64_t)(n * sizeof(UpdateTensor)), "list: expected one of ", n);
     Update u{};
-    u.tensors.resize(n);
-    std::memcpy(u.tensors.data(), list.data_ptr(), n * sizeof(UpdateTensor));
+    u.tensors = from_bytes<UpdateTensor>(list);
+    STD_TORCH_CHECK(u.tensors.size() == n, "grads: expected ", u.tensors.size(), " addresses, got ", n);
     double* sums = nullptr;
     if (totals) {
       check_dense(*totals, "totals");
