@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,7 @@ TYPES = {"0": "fp32", "1": "bf16", "2": "fp16", "3": "int8", "4": "fp8"}  # csrc
 PASSES = ("quantize", "stochastic", "clip", "project")  # QuantizePass
 SAM = ("norm", "perturb", "restore", "average")  # SamPass
 STEPS = ("any", "hold", "annealed")  # StepKind
-FORMS = {"0": (1, "1 bit"), "1": (2, "2 bits"), "2": (3, "3 bits"), "3": (4, "4 bits"), "4": (8, "8 bits"),
-         "5": (4, "table of 16"), "6": (4, "table of 16, two parts")}  # of tiles: bits  # fmt: skip
+TABLES = {"14": "table of 16", "24": "table of 16 in two parts"}  # TileForm above 8; others are bits
 
 
 # ---- devices: where predictions come from ----------------------------------------------------------------------------
@@ -80,10 +80,11 @@ def issued(warps: int) -> float:
 # ---- cases: what the usual path of a kernel does ---------------------------------------------------------------------
 
 
-Labels = dict[str, int] | Callable[[Sequence[str]], dict[str, int]]  # of all templates, or by their arguments
+# Of all templates, or by their arguments
+Labels = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
 
 
-def labels_of(labels: Labels, arguments: Sequence[str]) -> dict[str, int]:
+def labels_of(labels: Labels, arguments: Sequence[str]) -> Mapping[str, float]:
     return labels(arguments) if callable(labels) else labels
 
 
@@ -112,7 +113,7 @@ class Family:
     bytes_of: Callable[[Sequence[str]], float] | None = None
     rounds: float = 1.0
     slots: tuple[int, ...] = (1,)
-    of_block: int = 16  # slots of a thread in its block, over which what comes before and after the loop is spread
+    of_block: int = 16  # slots of a thread in its block, for what it does around its loop; 0: not told
 
 
 def _typed(arguments: Sequence[str]) -> list[str]:
@@ -132,7 +133,7 @@ def _copy(arguments: Sequence[str]) -> str:
 
 
 NO_SUMS = {"SHFL.BFLY": 0}
-SUMS = {"VIMNMX.U32|IMNMX.U32": 1}  # the largest |w|, as integers
+SUMS = {"VIMNMX3.U32|VIMNMX.U32|IMNMX.U32": 0.5}  # the largest |w|, as integers, perhaps of two at once
 
 
 def _streams(arguments: Sequence[str]) -> dict[str, int]:
@@ -165,6 +166,21 @@ TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
 def _searched(arguments: Sequence[str]) -> dict[str, int]:
     """A table of levels in shared memory is searched: it takes a load each time it is halved, and two at the end."""
     return {"LDS|LDS.64": 3} if "SharedCodebook" in arguments else {}
+
+
+def _form(form: str) -> tuple[int, str]:
+    """(bits of a code, name) of a TileForm."""
+    return (4, TABLES[form]) if form in TABLES else (int(form), f"{form} bits")
+
+
+def _tile_names(arguments: Sequence[str]) -> list[str]:
+    """<type, form, segment (, tokens)>"""
+    scale = "scale at the end" if arguments[2] == "0" else f"a scale each {16 * int(arguments[2])}"
+    return [TYPES[arguments[0]], _form(arguments[1])[1], scale, *(f"{8 * int(a)} tokens" for a in arguments[3:])]
+
+
+def _tile_loads(arguments: Sequence[str]) -> dict[str, int]:
+    return {"LDG.16": _form(arguments[1])[0]}
 
 
 def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
@@ -217,6 +233,11 @@ FAMILIES: dict[str, Family] = {
     "mix_kernel": Family((Case("4 candidates", COPY, {"FMUL": 1}),), _width, _typed, rounds=4, slots=(2,)),
     # of a candidate: two of the rounding, its two sums and the strength that counts
     "mix_gradient_kernel": Family((Case("4 candidates", TWO_TO_ONE, {"FADD": 20}, NO_SUMS),), _width, _typed),
+    # a tile of 16 x 256 codes for a warp
+    **{
+        name: Family((Case("", _tile_loads),), lambda a: 128, _tile_names, lambda a: _form(a[1])[0] / 8, of_block=0)
+        for name in ("tiles_few_kernel", "tiles_many_kernel")
+    },
     "packed_words_kernel": Family(
         (Case("", _word_loads),), lambda a: 2 * 128 / int(a[1]),
         lambda a: [_typed(a)[0], f"{a[1]} bits", f"{a[2]} tokens"], bytes_of=lambda a: int(a[1]) / 8,
@@ -225,6 +246,9 @@ FAMILIES: dict[str, Family] = {
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
+
+
+Key = tuple[str, str, str, str]  # architecture, file, kernel, case
 
 
 @dataclass
@@ -237,9 +261,9 @@ class Count:
     kernel: str
     case: str
     registers: int
-    spilled: int  # bytes of stores and loads
-    stack: int  # bytes
-    shared: int  # bytes
+    spilled: int = 0  # bytes of stores and loads
+    stack: int = 0  # bytes
+    shared: int = 0  # bytes
     elements: float = 0.0  # of a thread in a round of the hot loop; 0: not counted
     instructions: float = 0.0
     around: float = 0.0  # what a block does before and after its loop, spread over its elements
@@ -250,8 +274,8 @@ class Count:
     share: dict[str, float] = field(default_factory=dict)  # PREDICTED, of the copy bandwidth, by device
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.arch, self.kernel, self.case
+    def key(self) -> Key:
+        return self.arch, self.file, self.kernel, self.case
 
     @property
     def warps(self) -> int:
@@ -283,7 +307,7 @@ def case_of(regions: Sequence[Region], family: Family, case: Case, arguments: Se
     for region in regions:
         for slots in family.slots:
             wanted = Wanted(
-                {**{k: v * slots for k, v in labels_of(case.makes, arguments).items()}, **case.once},
+                {**{k: int(v * slots) for k, v in labels_of(case.makes, arguments).items()}, **case.once},
                 {k: int(v * slots * width) for k, v in labels_of(case.needs, arguments).items()},
                 family.rounds,
             )
@@ -316,7 +340,7 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
                        if label in labels_of(case.makes, arguments))  # fmt: skip
         count = replace(
             bare, case=case.name, elements=n, instructions=round(usual.instructions / n, 2),
-            around=round(found.around / (family.of_block * family.width(arguments)), 2),
+            around=round(found.around / (family.of_block * family.width(arguments)), 2) if family.of_block else 0.0,
             most=round(found.longest.instructions / n, 2), slow_calls=usual.slow_calls,
             classes={c: round(usual.counts[c] / n, 2) for c in CLASS_NAMES if usual.counts[c]},
             bytes=family.bytes_of(arguments) if family.bytes_of else accessed / n, share={},
@@ -437,7 +461,7 @@ class Measured:
     counts: list[Count]
     spilling: list[str]  # kernels, whether their loops are counted or not
     uncounted: list[str]  # cases of counted templates for which no path was found
-    listings: dict[tuple[str, str, str], str]  # the usual paths
+    listings: dict[Key, str]  # the usual paths
 
 
 def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
@@ -466,8 +490,8 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
     if not wanted:
         raise Refused(f"--file: expected some of {', '.join(s.stem for s in sources())}, got {' '.join(files)}")
     jobs = [(source, arch) for arch in archs for source in wanted]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(lambda job: measure_file(job[0], job[1], tools), jobs))
+    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
     whole = Measured([], [], [], {})
     for part in parts:
         whole.counts += part.counts
@@ -482,11 +506,13 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
 
 def as_json(counts: Sequence[Count], nvcc: str) -> str:
     """A row a line, so that differences are read."""
-    rows = ",\n".join("  " + json.dumps(asdict(c), separators=(",", ":")) for c in counts)
+    rows = ",\n".join(
+        json.dumps({k: v for k, v in asdict(c).items() if v or v == ""}, separators=(",", ":")) for c in counts
+    )
     return f'{{"nvcc": "{nvcc}", "rows": [\n{rows}\n]}}\n'
 
 
-def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, str], Count]]:
+def read_table(path: Path = TABLE) -> tuple[str, dict[Key, Count]]:
     """(nvcc, rows by their key)."""
     if not path.is_file():
         return "", {}
@@ -495,12 +521,12 @@ def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, str], Coun
     return data["nvcc"], {c.key: c for c in counts}
 
 
-def differences(new: Sequence[Count], old: dict[tuple[str, str, str], Count], all_files: bool = True) -> list[str]:
+def differences(new: Sequence[Count], old: dict[Key, Count], all_files: bool = True) -> list[str]:
     """What does not go with the table, one line each."""
     said = []
     for count in new:
         before = old.get(count.key)
-        where = ", ".join(filter(None, (count.arch, count.kernel, count.case)))
+        where = ", ".join(filter(None, count.key))
         if before is None:
             said.append(f"{where}: not in the table")
         elif count.instructions > GROWTH * before.instructions:
