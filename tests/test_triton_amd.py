@@ -1,8 +1,8 @@
 """Contract: the Triton kernels compile for AMD's gfx942 (MI300) and gfx950 (MI350), ahead of time, without a GPU.
 
 Nothing of this has run on such a GPU. What the machine code shows: 64 lanes a wave, no spills, vectors of 8 or 16 bytes
-a lane, no multiply-add where the contract has a product and a sum. float8 copies are e4m3fn by their bits (gfx942 itself
-multiplies another format, e4m3fnuz), so that what is written is the same on every device.
+a lane, no multiply-add where the contract has a product and a sum. float8 copies are e4m3fn by their bits (gfx942
+itself multiplies another format, e4m3fnuz), so that what is written is the same on every device.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 INSTRUCTION = re.compile(r"^/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -399,6 +399,16 @@ def conditions(blocks: Sequence[Block], order: Sequence[int], back: Collection[t
 State = tuple[int, tuple[int, ...], tuple[bool | None, ...]]  # a block, what the path to it made, what it was answered
 
 
+class Way(NamedTuple):
+    """From one block to another. condition: the number of what is asked on the way, if that is followed; over: those
+    that are not asked any more from there on."""
+
+    to: int
+    condition: int | None
+    answer: bool
+    over: list[int]
+
+
 class Region:
     """A loop, or a kernel from its start to its end, whose paths are looked for."""
 
@@ -411,36 +421,47 @@ class Region:
         self.back = {(n, o.head) for o in self.inner for n in o.blocks} | {(n, self.head) for n in self.inside}
         self.order = [n for n in reachable(blocks, self.head) if n in self.inside and not blocks[n].slow]
         self.slow_calls = sum(blocks[n].slow for n in self.inside)
-        self.place = {n: k for k, n in enumerate(self.order)}
         self.size = {n: sum(i.name != "NOP" for i in blocks[n].instructions) for n in self.order}
-        asked = conditions(blocks, self.order, self.back)
+        self.nothing: tuple[bool | None, ...] = ()  # no answers
+
+    def makes(self, wanted: Wanted) -> bool:
+        """Whether all blocks together make as much."""
+        together: Counter[str] = Counter()
+        for n in self.order:
+            together += self.blocks[n].labels
+        have = (sum(together[label] for label in names.split("|")) for names in (*wanted.exactly, *wanted.at_least))
+        return all(a >= b for a, b in zip(have, wanted.whole, strict=True))
+
+    @functools.cached_property
+    def ways(self) -> dict[int, list[Way]]:
+        place = {n: k for k, n in enumerate(self.order)}
+        asked = conditions(self.blocks, self.order, self.back)
         uses = Counter(condition for condition, _ in asked.values())
         tracked = [c for c, n in uses.most_common(MOST_TRACKED) if n > 1]
-        self.asked = {n: (tracked.index(c), answer) for n, (c, answer) in asked.items() if c in tracked}
-        last = {c: max(self.place[n] for n, (k, _) in self.asked.items() if k == c) for c in range(len(tracked))}
-        self.nothing: tuple[bool | None, ...] = (None,) * len(tracked)
-        # of each block: those that may follow, the condition that is asked (or none), its answer on the way there, and
-        # the conditions whose answers are of no use from there on
-        self.ways: dict[int, list[tuple[int, int | None, bool, list[int]]]] = {}
+        known = {n: (tracked.index(c), answer) for n, (c, answer) in asked.items() if c in tracked}
+        last = {c: max(place[n] for n, (k, _) in known.items() if k == c) for c in range(len(tracked))}
+        self.nothing = (None,) * len(tracked)
+        found: dict[int, list[Way]] = {}
         for n in self.order:
-            following = blocks[n].following
-            condition, of_target = self.asked.get(n, (None, True)) if len(following) > 1 else (None, True)
-            self.ways[n] = [
-                (to, condition, of_target == (k == 0), [c for c in last if last[c] < self.place[to]])
-                for k, to in enumerate(following) if to in self.place and (n, to) not in self.back
+            following = self.blocks[n].following
+            condition, of_target = known.get(n, (None, True)) if len(following) > 1 else (None, True)
+            found[n] = [
+                Way(to, condition, of_target == (k == 0), [c for c in last if last[c] < place[to]])
+                for k, to in enumerate(following) if to in place and (n, to) not in self.back
             ]  # fmt: skip
+        return found
 
     def steps(self, n: int, answers: tuple[bool | None, ...]) -> Iterator[tuple[int, tuple[bool | None, ...]]]:
         """The blocks that may follow, and the answers from there on."""
-        for to, condition, answer, over in self.ways[n]:
-            now = answers
-            if condition is not None:
-                if answers[condition] is (not answer):
+        for way in self.ways[n]:
+            now, c = answers, way.condition
+            if c is not None:
+                if answers[c] is (not way.answer):
                     continue
-                now = (*answers[:condition], answer, *answers[condition + 1 :])
-            if any(now[c] is not None for c in over):
-                now = tuple(None if c in over else a for c, a in enumerate(now))
-            yield to, now
+                now = (*answers[:c], way.answer, *answers[c + 1 :])
+            if any(now[c] is not None for c in way.over):
+                now = tuple(None if c in way.over else a for c, a in enumerate(now))
+            yield way.to, now
 
     def bounds(self, tallies: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[list[int], list[int]]]:
         """From each block to the end, itself left out: the least and the most of each label that a way makes."""
@@ -449,7 +470,7 @@ class Region:
             labels = range(len(tallies[n]))
             ways = [
                 ([found[to][0][k] + tallies[to][k] for k in labels], [found[to][1][k] + tallies[to][k] for k in labels])
-                for to, *_ in self.ways[n] if to in found
+                for way in self.ways[n] if (to := way.to) in found
             ]  # fmt: skip
             if self.ends(n):
                 ways.append(([0] * len(labels), [0] * len(labels)))
@@ -469,6 +490,8 @@ def path(region: Region, wanted: Wanted, longest: bool = False) -> Path | None:
     """The path of one round that makes what is wanted, calls nothing and has the fewest instructions, the usual path;
     with ``longest`` the most, the longer side of every branch. A condition that is asked several times has one answer.
     None where there is no such path."""
+    if not region.makes(wanted):
+        return None
     weight = {n: wanted.rounds ** sum(n in o.blocks for o in region.inner) for n in region.order}
     tallies = {n: wanted.tally(region.blocks[n]) for n in region.order}
     bounds, exact = region.bounds(tallies), len(wanted.exactly)

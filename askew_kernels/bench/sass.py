@@ -313,9 +313,11 @@ def case_of(regions: Sequence[Region], family: Family, case: Case, arguments: Se
             )
             if usual := machine_code.path(region, wanted):
                 longest = machine_code.path(region, wanted, longest=True)
-                once = replace(wanted, rounds=1.0)
-                whole, round_ = machine_code.path(regions[-1], once), machine_code.path(region, once)
-                around = whole.instructions - round_.instructions if region.looped and whole and round_ else 0.0
+                around = 0.0
+                if region.looped and family.of_block:
+                    once = replace(wanted, rounds=1.0)
+                    whole, round_ = machine_code.path(regions[-1], once), machine_code.path(region, once)
+                    around = whole.instructions - round_.instructions if whole and round_ else 0.0
                 return Found(slots * width, usual, longest or usual, around)
     return None
 
