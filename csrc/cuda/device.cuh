@@ -312,11 +312,11 @@ __device__ __forceinline__ void store_elements_as(int type, void* p, int64_t ind
 // The values as they will be read again.
 template <int T, int N>
 __device__ __forceinline__ void round_to_storage(float (&v)[N]) {
-  if constexpr (T == kFloat32) return;
-  ASKEW_EACH (j, N) {
-    const float pair[2] = {v[j], v[j]};
-    v[j] = Storage<T>::get(Storage<T>::put(pair), 0);
-  }
+  if constexpr (T != kFloat32)
+    ASKEW_EACH (j, N) {
+      const float pair[2] = {v[j], v[j]};
+      v[j] = Storage<T>::get(Storage<T>::put(pair), 0);
+    }
 }
 
 // A slot's values, of a walk over type T, as words of type S: 2, 4 or 8 of them.

@@ -60,6 +60,8 @@ ASKEW_FN Divisor<float> divisor(float a) { return {a, 1.f / a}; }
 ASKEW_FN float divide(float a, const Divisor<float>& b) { return divide(a, b.value); }
 // Within two units in the last place of a / b, for one multiplication.
 ASKEW_FN float divide_roughly(float a, const Divisor<float>& b) { return a * b.inverse; }
+ASKEW_FN Divisor<float> quick_divisor(float b) { return divisor(b); }
+ASKEW_FN float divide_quickly(float a, float b) { return a / b; }
 #endif
 
 // Nearest integer, ties to even, for |a| <= 2^22; never returns -0.
