@@ -197,6 +197,14 @@ def test_the_committed_table_reads_back(tmp_path):
     assert copy.read_text() == sass.TABLE.read_text()
     assert sass.as_markdown([*table.values()], nvcc) == sass.TABLE.with_name("README.md").read_text()
     assert "PREDICTED" in sass.PREFACE
+    page = sass.PAGE.read_text()
+    assert sass.filled(page, [*table.values()]) == page and "**These are predictions" in page
+
+
+def test_the_headlines_are_kernels_of_the_table():
+    _, table = sass.read_table()
+    there = {(c.kernel, c.case) for c in table.values()}
+    assert [text for text, kernel, case in sass.HEADLINES if (kernel, case) not in there] == []
 
 
 def test_what_cannot_be_served_is_said_in_one_line(monkeypatch, capsys):

@@ -591,6 +591,57 @@ def as_markdown(counts: Sequence[Count], nvcc: str) -> str:
     return "\n".join(parts)
 
 
+def _usual(type_: str, rule: str, buffers: int, step: str) -> str:
+    grid = "IntegerGrid" if step == "hold" else "UniformGrid"
+    return f"step_usual<{type_}, {rule}, {buffers} buffers, {grid}, {step}, 24 tensors>"
+
+
+HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
+    ("SGD, hold", _usual("fp32", "Sgd", 0, "hold"), ""),
+    ("SGD, hold, sums of the next scale", _usual("fp32", "Sgd", 0, "hold"), "sums"),
+    ("SGD, annealed", _usual("fp32", "Sgd", 0, "annealed"), ""),
+    ("SGD, annealed, bfloat16 copy", _usual("fp32", "Sgd", 0, "annealed"), "bf16 copy"),
+    ("SGD momentum, annealed", _usual("fp32", "Sgd", 1, "annealed"), ""),
+    ("AdamW, annealed", _usual("fp32", "AdamW", 2, "annealed"), ""),
+    ("SGD, hold, bfloat16 weights", _usual("bf16", "Sgd", 0, "hold"), ""),
+    ("SGD, annealed, bfloat16 weights", _usual("bf16", "Sgd", 0, "annealed"), ""),
+    ("any other step: SGD, annealed", "step_any<fp32, Sgd, UniformGrid>", "annealed"),
+    ("quantize", "quantize_kernel<fp32, UniformGrid, quantize>", ""),
+    ("quantize, NF4", "quantize_kernel<fp32, SharedCodebook, quantize>", ""),
+    ("straight-through clip", "quantize_kernel<fp32, UniformGrid, clip>", ""),
+    ("mixture of 4 candidates", "mix_kernel<fp32>", "4 candidates"),
+    *((f"product, {form}, up to 8 tokens", f"tiles_few_kernel<bf16, {form}, scale at the end>", "")
+      for form in ("1 bits", "2 bits", "3 bits", "4 bits", "8 bits", "table of 16")),
+    ("product, 4 bits, groups of 64", "tiles_few_kernel<bf16, 4 bits, a scale each 64>", ""),
+)  # fmt: skip
+PAGE = ROOT / "docs" / "gpu.md"
+MARKS = "<!-- predictions -->", "<!-- /predictions -->"
+
+
+def predictions(counts: Sequence[Count]) -> str:
+    """The table of docs/gpu.md; a kernel that is not there has no line."""
+    by_key = {(c.arch, c.kernel, c.case): c for c in counts}
+    head = ["| kernel | bytes | instructions, sm_90 | " + " | ".join(f"{d} %" for d in DEVICES) + " |"]
+    lines = [*head, "|" + "---|" * (3 + len(DEVICES))]
+    for text, kernel, case in HEADLINES:
+        hopper = by_key.get(("sm_90", kernel, case))
+        if hopper is None:
+            continue
+        shares = [by_key[d.arch, kernel, case].share.get(name) if (d.arch, kernel, case) in by_key else None
+                  for name, d in DEVICES.items()]  # fmt: skip
+        cells = [text, f"{hopper.bytes:.3g}", f"{hopper.instructions + hopper.around:.1f}"]
+        cells += ["" if share is None else f"{100 * share:.0f}" for share in shares]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def filled(page: str, counts: Sequence[Count]) -> str:
+    """The page with the table between its marks made anew."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{predictions(counts)}\n{MARKS[1]}{after}"
+
+
 def as_text(counts: Sequence[Count]) -> str:
     """For a terminal."""
     lines = []
@@ -651,7 +702,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write:
         write_atomic(TABLE, as_json(measured.counts, tools.version))
         write_atomic(TABLE.with_name("README.md"), as_markdown(measured.counts, tools.version))
-        print(f"wrote {TABLE} and README.md beside it")
+        write_atomic(PAGE, filled(PAGE.read_text(), measured.counts))
+        print(f"wrote {TABLE}, README.md beside it and the table of {PAGE}")
     for problem in problems:
         error(f"sass: {problem}")
     if arguments.check:
