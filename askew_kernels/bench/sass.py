@@ -136,29 +136,30 @@ NO_SUMS = {"SHFL.BFLY": 0}
 SUMS = {"VIMNMX3.U32|VIMNMX.U32|IMNMX.U32": 0.5}  # the largest |w|, as integers, perhaps of two at once
 
 
-def _streams(arguments: Sequence[str]) -> dict[str, int]:
-    """Of step_usual: w, g and the buffers of the rule are read, w and the buffers written."""
-    buffers = int(arguments[2])
-    return {"LDG.16": 2 + buffers, "STG.16": 1 + buffers}
+def _streams(stores: dict[str, int] | None = None) -> Callable[[Sequence[str]], dict[str, int]]:
+    """Of a step: weights and gradients, the rule's buffers, and other stores."""
+    return lambda a: {"LDG.16": 2 + int(a[2]), "STG.16": 1 + int(a[2]), **(stores or {})}
 
 
-def _streams_and_copy(arguments: Sequence[str]) -> dict[str, int]:
-    """And a bfloat16 copy."""
-    streams = _streams(arguments)
-    return {**streams, "STG.8": 1} if arguments[0] == "0" else {**streams, "STG.16": streams["STG.16"] + 1}
+def _step(kind: str, *types: str) -> Callable[[Sequence[str]], bool]:
+    """Kernels for few and for many tensors have the same loop: one of them is counted."""
+    return lambda a: a[4] == kind and (kind == "0" or a[5] == "24") and (not types or a[0] in types)
 
 
-def _any_streams(arguments: Sequence[str]) -> dict[str, int]:
-    """Of step_any, all states there."""
-    buffers = {"Sgd": 0, "AdamW": 2}.get(arguments[1], 1)
-    return {"LDG.16": 2 + buffers, "STG.16": 1 + buffers}
-
-
-def _roots(arguments: Sequence[str]) -> dict[str, int]:
-    """AdamW divides at any eps, so an annealed step of it has two divisions a weight."""
+def _divisions(arguments: Sequence[str]) -> dict[str, int]:
+    """Of an annealed step, a weight; AdamW has one at any eps."""
     return {"MUFU.RCP": 2 if arguments[1] == "AdamW" else 1}
 
 
+STEP = (
+    Case("annealed", _streams(), _divisions, NO_SUMS, _step("0")),
+    Case("", _streams(), once=NO_SUMS, if_=_step("1")),
+    Case("sums", _streams(), SUMS, if_=_step("1")),
+    Case("bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step("1", "0")),
+    Case("", _streams(), _divisions, NO_SUMS, _step("2")),
+    Case("bf16 copy", _streams({"STG.8": 1}), _divisions, NO_SUMS, _step("2", "0")),
+    Case("levels of a byte", _streams({"STG.4": 1}), _divisions, NO_SUMS, _step("2", "0")),
+)
 COPY = {"LDG.16": 1, "STG.16": 1}
 TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
 
@@ -193,19 +194,8 @@ def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    # kernels for up to 24 and up to 200 tensors have the same loop
-    "step_usual": Family(
-        (
-            Case("", _streams, once=NO_SUMS, if_=_is(5, "24")),
-            Case("sums", _streams, SUMS, if_=_is(5, "24")),
-            Case("bf16 copy", _streams_and_copy, once=NO_SUMS, if_=_is(5, "24")),
-        ),
-        _width,
-        lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], STEPS[int(a[4])], f"{a[5]} tensors"],
-        of_block=4,
-    ),
-    "step_any": Family(
-        (Case("hold", _any_streams, once=NO_SUMS), Case("annealed", _any_streams, _roots, NO_SUMS)), _width, _typed,
+    "step_kernel": Family(
+        STEP, _width, lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], STEPS[int(a[4])], f"{a[5]} tensors"], of_block=4
     ),
     "quantize_kernel": Family(
         (
@@ -593,7 +583,7 @@ def as_markdown(counts: Sequence[Count], nvcc: str) -> str:
 
 def _usual(type_: str, rule: str, buffers: int, step: str) -> str:
     grid = "IntegerGrid" if step == "hold" else "UniformGrid"
-    return f"step_usual<{type_}, {rule}, {buffers} buffers, {grid}, {step}, 24 tensors>"
+    return f"step_kernel<{type_}, {rule}, {buffers} buffers, {grid}, {step}, 24 tensors>"
 
 
 HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
@@ -605,7 +595,7 @@ HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
     ("AdamW, annealed", _usual("fp32", "AdamW", 2, "annealed"), ""),
     ("SGD, hold, bfloat16 weights", _usual("bf16", "Sgd", 0, "hold"), ""),
     ("SGD, annealed, bfloat16 weights", _usual("bf16", "Sgd", 0, "annealed"), ""),
-    ("any other step: SGD, annealed", "step_any<fp32, Sgd, UniformGrid>", "annealed"),
+    ("any other step: SGD momentum, annealed", "step_kernel<fp32, Sgd, 1 buffers, UniformGrid, any, 200 tensors>", "annealed"),
     ("quantize", "quantize_kernel<fp32, UniformGrid, quantize>", ""),
     ("quantize, NF4", "quantize_kernel<fp32, SharedCodebook, quantize>", ""),
     ("straight-through clip", "quantize_kernel<fp32, UniformGrid, clip>", ""),

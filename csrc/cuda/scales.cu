@@ -53,10 +53,23 @@ __device__ __forceinline__ uint32_t write_rows(const ScaleTensor& t, int64_t beg
   return marked;
 }
 
-// The k-th smallest, from 0 on, of the positive ones among n numbers that other blocks may have written: digit by
-// digit, since bits of positive floats are ordered as they are. Every thread of the block calls it.
-__device__ float smallest(const float* from, int64_t n, uint32_t k) {
-  constexpr int kDigit = 8, kBins = 1 << kDigit, kAhead = 4;
+// run(row, scale) for all rows of a tensor, which other blocks may have written, with many loads under way at once.
+template <class Run>
+__device__ __forceinline__ void for_scales(const float* scale, int64_t rows, const Run& run) {
+  constexpr int kAhead = 16;
+  for (int64_t row = threadIdx.x; row < rows; row += kAhead * kScaleThreads) {
+    float s[kAhead];
+    ASKEW_EACH (u, kAhead)
+      if (row + u * kScaleThreads < rows) s[u] = __ldcg(scale + row + u * kScaleThreads);
+    ASKEW_EACH (u, kAhead)
+      if (row + u * kScaleThreads < rows) run(row + u * kScaleThreads, s[u]);
+  }
+}
+
+// The k-th smallest, from 0 on, of the scales that are not marked: digit by digit, since bits of positive floats are
+// ordered as they are. Every thread of the block calls it.
+__device__ float smallest(const float* scale, int64_t rows, uint32_t k) {
+  constexpr int kDigit = 8, kBins = 1 << kDigit;
   static_assert(kBins <= kScaleThreads, "a thread for each bin");
   __shared__ uint32_t count[kBins], found[2];
   const int bin = threadIdx.x;
@@ -64,14 +77,10 @@ __device__ float smallest(const float* from, int64_t n, uint32_t k) {
   for (int shift = 32 - kDigit; shift >= 0; shift -= kDigit) {
     if (bin < kBins) count[bin] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += kAhead * kScaleThreads) {
-      float v[kAhead];
-      ASKEW_EACH (u, kAhead) v[u] = i + u * kScaleThreads < n ? __ldcg(from + i + u * kScaleThreads) : 0.f;
-      ASKEW_EACH (u, kAhead) {
-        const uint32_t bits = __float_as_uint(v[u]) >> shift;
-        if (v[u] > 0.f && bits >> kDigit == prefix) atomicAdd(&count[bits & (kBins - 1)], 1u);
-      }
-    }
+    for_scales(scale, rows, [&](int64_t, float s) {
+      const uint32_t bits = __float_as_uint(s) >> shift;
+      if (s > 0.f && bits >> kDigit == prefix) atomicAdd(&count[bits & (kBins - 1)], 1u);
+    });
     __syncthreads();
     for (int o = 1; o < kBins; o <<= 1) {  // how many are in a bin or below it
       const uint32_t below = bin < kBins && bin >= o ? count[bin - o] : 0;
@@ -137,10 +146,9 @@ __global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_cons
   if (marked_rows <= 0) return;
   const int64_t known = t.rows - marked_rows;
   const float median = known ? smallest(t.scale, t.rows, (uint32_t)((known - 1) / 2)) : 1.f;
-  for (int64_t row = threadIdx.x; row < t.rows; row += kScaleThreads) {
-    const float s = __ldcg(t.scale + row);
+  for_scales(t.scale, t.rows, [&](int64_t row, float s) {
     if (!(s > 0.f)) t.scale[row] = s == 0.f ? median : 1.f;
-  }
+  });
 }
 
 // ---- least squared error: a block takes one row, or one piece of a long row, and all candidates ------------------------
