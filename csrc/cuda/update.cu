@@ -1,9 +1,9 @@
 // The fused optimizer step over a list of tensors: one read and one write of everything, in one launch for each kernel
 // among up to kMany tensors.
 //
-// Two kinds of kernels. `step_any` has every switch at run time, one kernel for each storage type, rule and grid. The
-// steps that training is made of have kernels of their own, kUsual, in which the switches are known to the compiler and
-// a weight costs a third of the instructions.
+// One template, two kinds of kernels: for each storage type, rule and grid one that has every switch at run time
+// (kAnyStep), and for the steps that training is made of their own, kUsual, in which the switches are known to the
+// compiler.
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -51,15 +51,33 @@ __device__ __forceinline__ Hyper hyper_of(const List& list) {
     h.lr = list.device_h->lr;
     h.eps = list.device_h->eps;
     h.cap = list.device_h->cap;
+    h.alpha = list.device_h->alpha;
     for (int k = 0; k < (int)(sizeof(Rule) / sizeof(float)); ++k) h.constants[k] = list.device_h->constants[k];
   }
   return h;
 }
 
-// ---- any step -----------------------------------------------------------------------------------------------------
+// ---- the kernels ------------------------------------------------------------------------------------------------------
 
 struct CarefulDivision {  // spares the slow way of a division by 0
   static __device__ __forceinline__ float where(bool on, float a, float b) { return divide(a, on ? b : 1.f); }
+};
+struct QuickDivision {  // without a branch
+  static __device__ __forceinline__ float where(bool, float a, float b) { return divide_quickly(a, b); }
+};
+
+// Whether a row's divisions need no branch: nothing comes near the ends of the exponents. Brackets of integers.
+template <StepKind KIND>
+__device__ __forceinline__ bool divides_quickly(float scale, const Hyper& h) {
+  const float factor = scale * (0.25f * h.alpha), sixteenth = 0.0625f * h.eps;  // numbers that the step has at hand
+  return scale > 0x1p-60f && scale < 0x1p60f &&
+         (KIND == kFreeStep || (factor > 0x1p-40f && factor < 0x1p60f && sixteenth >= 0x1p-34f));
+}
+
+// What a thread sums while it goes through its elements.
+struct Sum {
+  Sums row{0, 0, 0};
+  float totals[kTotals] = {};
 };
 
 __device__ __forceinline__ void add(float (&totals)[kTotals], const Stepped<float>& s, float gradient, bool finite,
@@ -72,165 +90,114 @@ __device__ __forceinline__ void add(float (&totals)[kTotals], const Stepped<floa
   totals[kNonfinite] += finite ? 0.f : 1.f;
 }
 
-template <int T, class Rule, class Grid>
-__global__ void __launch_bounds__(kThreads, T == kFloat32 ? 3 : 2) step_any(const __grid_constant__ List<kMany> list) {
-  constexpr int kPer = Storage<T>::kPerWord, kWidth = Storage<T>::kPerVector;
-  const int number = tensor_of_block(list);
-  const Entry& t = list.entry[number];
-  const uint32_t block = blockIdx.x - list.first_block[number];
-  const Grid grid = GridMaker<Grid>::make(t.grid);
-  const Hyper h = hyper_of<Rule>(list);
-  const void* const first = t.first && (list.coefficients[0] != 0.f || list.coefficients[1] != 0.f) ? t.first : nullptr;
-  const StepOptions<Rule, kAnyStep, CarefulDivision> options{h, rule_of<Rule>(h)};
-  Walk<T> walk(t.cut, block);
-  Row<float, Grid> row;
-  Sums sums{0, 0, 0};
-  float totals[kTotals] = {};
-  for (int taken = 0; taken < walk.count; ++taken) {
-    const Spot spot = walk.take(taken);
-    Words w = load(t.from, spot, walk), g = load(t.g, spot, walk), state[Rule::kBuffers];
-    if (first)
-      g = map_words<T>(g, load(first, spot, walk), [](float second, float first) { return sam_mean(second, first); });
-    ASKEW_EACH (k, Rule::kBuffers)
-      if (t.state[k]) state[k] = load(t.state[k], spot, walk);
-    if (spot.starts_row) row = make_row(spot.n ? t.scale[spot.row] : 1.f, grid);
-    const auto stored_row = with_stored_ends<T>(row);
-    float copy[kWidth];
-    ASKEW_EACH (q, 4) {
-      Stepped<float> s[kPer];
-      float gradient[kPer], level[kPer], new_w[kPer], new_state[Rule::kBuffers][kPer];
-      bool finite[kPer];
-      ASKEW_EACH (e, kPer) {
-        const float old = Storage<T>::get(w.word[q], e);
-        float before[Rule::kBuffers], after[Rule::kBuffers];
-        ASKEW_EACH (k, Rule::kBuffers) before[k] = after[k] = t.state[k] ? Storage<T>::get(state[k].word[q], e) : 0.f;
-        gradient[e] = Storage<T>::get(g.word[q], e);
-        if (options.ste_clip()) gradient[e] = pass_inside(gradient[e], old, stored_row);
-        if (t.totals) level[e] = nearest_level(old, row);
-        s[e] = step_weight(old, gradient[e], after, t.state[0] != nullptr, row, options);
-        finite[e] = absolute(gradient[e]) < __int_as_float(0x7f800000);
-        const bool skipped = options.skip_nonfinite() && !finite[e];
-        if (skipped) {
-          s[e].w = old;
-          s[e].descent = 0.f;
-          gradient[e] = 0.f;
-        }
-        new_w[e] = s[e].w;
-        ASKEW_EACH (k, Rule::kBuffers) new_state[k][e] = skipped ? before[k] : after[k];
-      }
-      w.word[q] = Storage<T>::put(new_w);
-      ASKEW_EACH (k, Rule::kBuffers)
-        if (t.state[k]) state[k].word[q] = Storage<T>::put(new_state[k]);
-      ASKEW_EACH (e, kPer) {
-        const int j = q * kPer + e;
-        const bool exists = j < spot.n;
-        const float stored = Storage<T>::get(w.word[q], e);  // as the next step will read it
-        if (t.sums) add(sums, exists ? stored : 0.f);
-        if (t.dequantized || t.totals) {
-          const float now = nearest_level(stored, row);
-          copy[j] = holds_levels(t.dequantized_type) ? now : row.scale.value * now;
-          if (t.totals && exists) add(totals, s[e], gradient[e], finite[e], now != level[e]);
-        }
-      }
-    }
-    store(t.w, w, spot, walk);
-    ASKEW_EACH (k, Rule::kBuffers)
-      if (t.state[k]) store(t.state[k], state[k], spot, walk);
-    if (t.dequantized) store_as(t.dequantized_type, t.dequantized, copy, spot, walk);
-    if (t.sums && spot.ends_row) {
-      finish_row(sums, t.cut, spot.row, block, t.sums);
-      sums = {0, 0, 0};
-    }
-  }
-  if (t.totals) finish_block(totals, t.totals + (int64_t)block * kTotals);
-}
-
-// ---- the usual steps ------------------------------------------------------------------------------------------------
-
-struct QuickDivision {
-  static __device__ __forceinline__ float where(bool, float a, float b) { return divide_quickly(a, b); }
-};
-
-// Whether a row's divisions need no branch: nothing comes near the ends of the exponents.
-template <StepKind KIND>
-__device__ __forceinline__ bool divides_quickly(float scale, const Hyper& h) {
-  const float factor = scale * (0.25f * h.alpha);
-  return scale > 0x1p-60f && scale < 0x1p60f &&
-         (KIND == kFreeStep || (factor > 0x1p-40f && factor < 0x1p60f && h.eps >= 0x1p-30f));
-}
-
-// Neighbouring elements of one row through a step.
-template <int T, int N, int BUFFERS, class Row, class Options>
-__device__ __forceinline__ void step_elements(const Entry& t, int64_t index, const Row& row, const Options& options,
-                                              Sums& sums) {
-  float w[N], g[N], state[kMostBuffers][N];
-  load_elements<T>(t.w, index, w);
+// N neighbouring elements of one row through a step. first: the first of two gradients, or null.
+template <int T, int N, int BUFFERS, class Options, class Row>
+__device__ __forceinline__ void step_elements(const Entry& t, const void* first, int64_t index, const Row& row,
+                                              const Options& options, Sum& sum) {
+  constexpr bool kAny = !Options::kUsual;
+  const bool stateful = BUFFERS > 0 && (!kAny || t.state[0]), totals = kAny && t.totals;
+  float w[N], g[N], state[kMostBuffers][N] = {}, level[N];
+  bool flip[N];
+  load_elements<T>(kAny ? t.from : t.w, index, w);
   load_elements<T>(t.g, index, g);
-  ASKEW_EACH (k, BUFFERS) load_elements<T>(t.state[k], index, state[k]);
-  if (options.ste_clip()) {
+  if (stateful) ASKEW_EACH(k, BUFFERS) load_elements<T>(t.state[k], index, state[k]);
+  if (kAny && first) {
+    load_elements<T>(first, index, level);
+    ASKEW_EACH (j, N) g[j] = sam_mean(g[j], level[j]);
+    round_to_storage<T>(g);
+  }
+  if (!Options::kPlain && options.ste_clip()) {
     const auto stored = with_stored_ends<T>(row);
     ASKEW_EACH (j, N) g[j] = pass_inside(g[j], w[j], stored);
   }
+  if (totals) ASKEW_EACH(j, N) level[j] = nearest_level(w[j], row);
+  Stepped<float> stepped[N];
+  bool finite[N];
   ASKEW_EACH (j, N) {
     float buffers[kMostBuffers];
     ASKEW_EACH (k, BUFFERS) buffers[k] = state[k][j];
-    w[j] = step_weight(w[j], g[j], buffers, BUFFERS > 0, row, options).w;
-    ASKEW_EACH (k, BUFFERS) state[k][j] = buffers[k];
+    stepped[j] = step_weight(w[j], g[j], buffers, stateful, row, options);
+    finite[j] = absolute(g[j]) < __int_as_float(0x7f800000);
+    const bool skipped = options.skip_nonfinite() && !finite[j];
+    if (skipped) {
+      stepped[j].descent = 0.f;
+      g[j] = 0.f;
+    }
+    w[j] = skipped ? w[j] : stepped[j].w;
+    ASKEW_EACH (k, BUFFERS) state[k][j] = skipped ? state[k][j] : buffers[k];
   }
   store_elements<T>(t.w, index, w);
-  ASKEW_EACH (k, BUFFERS) store_elements<T>(t.state[k], index, state[k]);
-  if (!t.sums && !t.dequantized) return;
-  round_to_storage<T>(w);
-  if (t.sums) ASKEW_EACH(j, N) add(sums, w[j]);
+  if (stateful) ASKEW_EACH(k, BUFFERS) store_elements<T>(t.state[k], index, state[k]);
+  if (!t.sums && !t.dequantized && !totals) return;
+  round_to_storage<T>(w);  // as the next step will read them
+  if (t.sums) ASKEW_EACH(j, N) add(sum.row, w[j]);
+  if (!t.dequantized && !totals) return;
+  // a weight that was clamped and not rounded since stands in the hull
+  const bool inside = Options::kUsual && !Options::kFree && T == kFloat32;
+  ASKEW_EACH (j, N) w[j] = inside ? row.grid.nearest(divide(w[j], row.scale)) : nearest_level(w[j], row);
+  if (totals) ASKEW_EACH(j, N) add(sum.totals, stepped[j], g[j], finite[j], w[j] != level[j]);
   if (!t.dequantized) return;
-  const float unit = holds_levels(t.dequantized_type) ? 1.f : row.scale.value;
-  ASKEW_EACH (j, N) w[j] = unit * nearest_level(w[j], row);
-  store_elements_as(t.dequantized_type, t.dequantized, index, w);
+  const int type = t.dequantized_type;
+  if (!holds_levels(type)) ASKEW_EACH(j, N) w[j] = row.scale.value * w[j];
+  if (type == kBFloat16) return store_elements<kBFloat16>(t.dequantized, index, w);
+  store_elements_as(type, t.dequantized, index, w);
 }
 
-// Blocks of an SM at least: what keeps the registers few enough without spilling.
-template <class Grid>
-constexpr int usual_blocks(int type, int buffers, StepKind kind) {
-  if (type != kFloat32 || buffers == 2) return 4;
-  return kind == kFreeStep ? 6 : buffers == 0 && std::is_same_v<Grid, UniformGrid> ? 5 : 4;
+// Blocks of an SM at least: what keeps the registers few without spilling.
+constexpr int least_blocks(int type, int buffers, bool binary, StepKind kind) {
+  if (kind == kAnyStep) return type == kFloat32 ? 3 : buffers == 2 ? 1 : 2;
+  if (type != kFloat32 && kind == kConstrainedStep && buffers == 2) return 3;
+  return buffers == 0 && !binary ? 5 : 4;
 }
 
 // Rows of whole vectors with a scale like any other go vector by vector; all others element by element, in that order.
 template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND, int N>
-__global__ void __launch_bounds__(kThreads, usual_blocks<Grid>(T, BUFFERS, KIND)) step_usual(const __grid_constant__ List<N> list) {
+__global__ void __launch_bounds__(kThreads, least_blocks(T, BUFFERS, std::is_same_v<Grid, BinaryGrid>, KIND))
+    step_kernel(const __grid_constant__ List<N> list) {
   constexpr int kWidth = Walk<T>::kWidth;
+  constexpr bool kCodebook = std::is_same_v<Grid, Codebook>;
+  typedef std::conditional_t<kCodebook, CarefulDivision, QuickDivision> Quick;
   const int number = tensor_of_block(list);
   const Entry& t = list.entry[number];
   const uint32_t block = blockIdx.x - list.first_block[number];
   const Grid grid = GridMaker<Grid>::make(t.grid);
   const Hyper h = hyper_of<Rule>(list);
+  const Rule rule = rule_of<Rule>(h);
+  const bool averaged = KIND == kAnyStep && t.first && (list.coefficients[0] != 0.f || list.coefficients[1] != 0.f);
+  const void* const first = averaged ? t.first : nullptr;
   Walk<T> walk(t.cut, block);
-  Sums sums{0, 0, 0};
+  Sum sum;
   for (int r = t.cut.rows_per_team; r > 0; --r) {
-    if (walk.rows_left > 0) {
+    if (walk.row < t.cut.rows) {
       const float scale = t.scale[walk.row];
-      if (walk.vectors && divides_quickly<KIND>(scale, h)) {
-        const StepOptions<Rule, KIND, QuickDivision, false> options{h, rule_of<Rule>(h)};
+      if (walk.vectors && divides_quickly<kCodebook ? kFreeStep : KIND>(scale, h)) {
         const Row<float, Grid> row = make_row(quick_divisor(scale), grid);
-        for (int column = walk.first; column < walk.columns; column += walk.step)
-          step_elements<T, kWidth, BUFFERS>(t, walk.base + column, row, options, sums);
+        const auto step_row = [&](const auto& options) {
+          for (int column = walk.first; column < walk.columns; column += walk.step)
+            step_elements<T, kWidth, BUFFERS>(t, first, walk.base + column, row, options, sum);
+        };
+        if (KIND != kAnyStep && !h.ste_clip && rule.usual())
+          step_row(StepOptions<Rule, KIND, Quick, true>{h, rule});
+        else
+          step_row(StepOptions<Rule, KIND, Quick, false>{h, rule});
       } else {
-        const StepOptions<Rule, KIND, CarefulDivision, false> options{h, rule_of<Rule>(h)};
+        const StepOptions<Rule, KIND, CarefulDivision, false> options{h, rule};
         const Row<float, Grid> row = make_row(scale, grid);
         for (int slot = walk.first; slot < walk.columns; slot += walk.step)
 #pragma unroll 1
           for (int j = 0; j < kWidth; ++j) {
             const int column = slot + (j << walk.shift);
-            if (column < walk.columns) step_elements<T, 1, BUFFERS>(t, walk.base + column, row, options, sums);
+            if (column < walk.columns) step_elements<T, 1, BUFFERS>(t, first, walk.base + column, row, options, sum);
           }
       }
     }
     if (t.sums) {
-      finish_row(sums, t.cut, walk.row, block, t.sums);
-      sums = {0, 0, 0};
+      finish_row(sum.row, t.cut, walk.row, block, t.sums);
+      sum.row = {0, 0, 0};
     }
     walk.next_row();
   }
+  if (KIND == kAnyStep && t.totals) finish_block(sum.totals, t.totals + (int64_t)block * kTotals);
 }
 
 struct Usual {
@@ -242,8 +209,8 @@ struct Usual {
 template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND>
 constexpr Usual usual() {
   const int grids = std::is_same_v<Grid, BinaryGrid> ? 1 << kBinary : std::is_same_v<Grid, UniformGrid> ? 1 << kUniform : 1 << kUniform | 1 << kBinary;
-  return {T, number_of<Rule>(Rules{}), BUFFERS, grids, KIND, step_usual<T, Rule, BUFFERS, Grid, KIND, kFew>,
-          step_usual<T, Rule, BUFFERS, Grid, KIND, kMany>};
+  return {T, number_of<Rule>(Rules{}), BUFFERS, grids, KIND, step_kernel<T, Rule, BUFFERS, Grid, KIND, kFew>,
+          step_kernel<T, Rule, BUFFERS, Grid, KIND, kMany>};
 }
 // hold, annealed, annealed binary
 #define ASKEW_USUAL(RULE, BUFFERS)                                    \
@@ -258,6 +225,7 @@ constexpr int kUsuals = sizeof(kUsual) / sizeof(Usual);
 template <class Rule>
 __global__ void rates_kernel(Rates r, Hyper* h) {
   set_rates<Rule>(*h, read(r.lr), read(r.eps), read(r.step), r.numbers);
+  h->alpha = (float)read(r.alpha);
 }
 
 // ---- the host's side: which tensors share a launch, and where partial sums go in the scratch memory -----------
@@ -306,7 +274,8 @@ cudaError_t launch_step(int kernel, const List<kMany>& list, unsigned blocks, cu
     typedef decltype(rule) Rule;
     ASKEW_BY_TYPE((kernel - kUsuals) / 3,
                   ASKEW_BY_GRID((kernel - kUsuals) % 3 + kUniform,
-                                error = launch((step_any<T, Rule, Grid>), blocks, kThreads, stream, list)))
+                                error = launch((step_kernel<T, Rule, Rule::kBuffers, Grid, kAnyStep, kMany>), blocks, kThreads,
+                                               stream, list)))
   });
   return error;
 }
