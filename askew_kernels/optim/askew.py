@@ -18,7 +18,7 @@ from torch.optim.sgd import sgd
 from .. import ops
 from ..quant import Binary
 from .constrained import CONSTRAINT_KEYS, Constrained
-from .plan import Held, Launch, Plan, address, version
+from .plan import Held, Launch, Plan, address, capturing, version
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
 
@@ -29,7 +29,7 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     ``grid``            the levels; None (default): the group has no constraint and is stepped by {plain}
     ``scale``           a rule's name, None (default: ``quant.default_rule`` of the grid) or a fixed tensor
     ``granularity``     ``per_tensor``, ``per_channel`` (default), ``per_group`` with ``group_size``
-    ``alpha``           strength of the push towards feasibility, >= 0
+    ``alpha``           strength of the push towards feasibility, >= 0; a float or a 0-dim tensor
     ``constraint_eps``  the constraint's eps, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it
     ``skew``            ``"gradient"`` (published: the skewed velocity replaces the gradient) or ``"direction"`` (the
                         base rule's own step is skewed last, which keeps the guarantee with momentum)
@@ -38,6 +38,9 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
     ==================  =============================================================================================
 
+    A step that has been made before with the same tensors can be captured in a CUDA graph; lr, constraint_eps and
+    alpha, as tensors on the device, may be filled between replays. The other numbers, whether the scale is frozen and
+    what is recorded are part of the graph, and alpha in a sharpness-aware step or by Triton.{capturable}
     ``eps`` is the rule's own where it has one (added to AdamW's denominator; of old ``adam_eps``, when the constraint's
     was ``eps``), otherwise another name of ``constraint_eps``, in groups too. lr and constraint_eps may be floats or
     0-dim tensors. While the scale moves, a step uses the scale of the weights as the step found them, and the layer's
@@ -48,6 +51,9 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     Raises TypeError/ValueError naming the argument before anything is written.
     """
 _COMMON = {**CONSTRAINT_KEYS, "skew": "gradient", "maximize": False, "foreach": None, "fused": None}
+_CAPTURABLE = {"capturable": False}  # of rules that count
+_CAPTURABLE_DOC = """ With ``capturable`` the count of steps stands beside the parameter, as torch.optim has it, where
+    replays move it; without it a capture is refused."""
 _TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
@@ -56,6 +62,7 @@ class ByRule(Constrained):
     """The one body of all rules. A subclass names its row: ``class ASkewSGD(ByRule, rule="sgd")``."""
 
     RULE: ClassVar[ops.Rule]
+    _common: ClassVar[dict[str, Any]]  # the other keys and their defaults
     OWN: ClassVar[dict[str, Any]]  # the rule's group keys and their defaults, in the order of torch's arguments
     _in_torch: ClassVar[bool]  # groups without a grid are stepped by torch.optim's code, otherwise by our operator
     _told = False  # that eps looks like the constraint's
@@ -68,9 +75,11 @@ class ByRule(Constrained):
         cls.OWN = {row.torch_names.get(key, key): value for key, value in row.defaults.items()}
         cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
         cls._ARGUMENTS = (*Constrained._ARGUMENTS, *cls.OWN, "skew", "maximize")
+        cls._common = {**_COMMON, **_CAPTURABLE} if row.counts else _COMMON
         cls._in_torch = hasattr(cls, f"_plain_{rule}")
         plain = f"torch.optim.{row.title}'s own code" if cls._in_torch else f"plain {row.title}"
-        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain)
+        cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain,
+                                  capturable=_CAPTURABLE_DOC * row.counts)  # fmt: skip
 
         def __init__(self: ByRule, params: Any, *arguments: Any, **options: Any) -> None:
             ByRule.__init__(self, params, *arguments, **options)
@@ -79,7 +88,7 @@ class ByRule(Constrained):
         __init__.__signature__ = inspect.Signature([  # type: ignore[attr-defined]
             *(kind(key, kind.POSITIONAL_OR_KEYWORD) for key in ("self", "params")),
             *(kind(key, kind.POSITIONAL_OR_KEYWORD, default=value) for key, value in cls.OWN.items()),
-            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in {**_COMMON, **_TELEMETRY}.items()),
+            *(kind(key, kind.KEYWORD_ONLY, default=value) for key, value in {**cls._common, **_TELEMETRY}.items()),
         ])  # fmt: skip
         cls.__init__ = __init__  # type: ignore[method-assign]
 
@@ -87,7 +96,7 @@ class ByRule(Constrained):
         if len(arguments) > len(self.OWN):
             raise TypeError(f"expected at most {len(self.OWN)} arguments after params, got {len(arguments)}")
         given = dict(zip(self.OWN, arguments, strict=False))
-        known = {*self.OWN, *_COMMON, *_TELEMETRY, *self._old_names}
+        known = {*self.OWN, *self._common, *_TELEMETRY, *self._old_names}
         for key in options:
             if key not in known:
                 raise TypeError(f"{key}: unknown argument; expected one of {', '.join(sorted(known))}")
@@ -95,7 +104,7 @@ class ByRule(Constrained):
                 raise TypeError(f"{key}: given twice")
         self._begin(**{key: options.pop(key, default) for key, default in _TELEMETRY.items()})
         self._seen_eps: dict[int, Any] = {}  # by id of the group: the constraint's, as the last step saw it
-        super().__init__(params, {**self.OWN, **_COMMON, **given, **self._renamed(options)})
+        super().__init__(params, {**self.OWN, **self._common, **given, **self._renamed(options)})
 
     def _renamed(self, keys: dict[str, Any]) -> dict[str, Any]:
         """Old names replaced; it is told where the old name means something else now."""
@@ -127,6 +136,8 @@ class ByRule(Constrained):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if not isinstance(group.get("capturable", False), bool):
+            raise TypeError(f"capturable: expected True or False, got {group['capturable']!r}")
         if group["skew"] not in ops.SKEWS:
             raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
         if group["grid"] is None and not self._in_torch:
@@ -192,7 +203,7 @@ class ByRule(Constrained):
         """Whether there are buffers, whether this is a first step that has numbers of its own, and which step it is."""
         rule, state, keeps = self.RULE, self.state[p], self.RULE.keeps_buffers(group)
         first = bool(rule.at_first) and keeps and any(key not in state for key in rule.buffers)
-        return keeps, first, float(self._counter(p)) if rule.counts else 0.0
+        return keeps, first, float(self._counter(p, group["capturable"])) if rule.counts else 0.0
 
     def _lasts(self, plan: Plan, group: dict[str, Any]) -> bool:
         keeps = self.RULE.keeps_buffers(group)
@@ -211,22 +222,27 @@ class ByRule(Constrained):
             if self.RULE.counts:
                 keys.append("step")
                 for p in launch.members:
-                    self._counter(p)
+                    self._counter(p, group["capturable"])
             launch.held = Held([self.state[p] for p in launch.members], keys)
         return launch.held
 
-    def _count(self, launch: Launch, steps: list[Tensor] | None) -> Tensor | None:
+    def _count(self, launch: Launch, group: dict[str, Any], steps: list[Tensor] | None) -> Tensor | None:
         """Counts a step; its number, for a rule that needs it."""
         if not steps:
             return None
+        if not group["capturable"] and capturing(launch.members[0].device):
+            raise RuntimeError(f"capturable: {type(self).__name__} counts its steps on the host, and every replay of "
+                               "the graph would be the same step; expected capturable=True")  # fmt: skip
         torch._foreach_add_(steps, 1)
         launch.count_versions = sum(map(version, steps))
+        if group["capturable"]:
+            return steps[0]
         return torch.tensor(float(steps[0]), dtype=torch.float64, device="cpu")
 
     def _update(self, launch: Launch, group: dict[str, Any], weights: list[Tensor], scales: list[Tensor],
                 *outputs: Any, **arguments: Any) -> None:  # fmt: skip
         lists = dict(self._hold(launch, group).lists)
-        step = self._count(launch, lists.pop("step", None))
+        step = self._count(launch, group, lists.pop("step", None))
         grads: list[Any] = [p.grad for p in launch.members]
         if launch.bucket[1]:
             arguments["numbers"] = self._numbers(group, first=True)
@@ -249,7 +265,7 @@ class ByRule(Constrained):
             )  # fmt: skip
             if launch.prepared is None:
                 return False
-        step = self._count(launch, steps)
+        step = self._count(launch, group, steps)
         launch.prepared.run(list(map(address, grads)), totals, step=step, clamp=launch.clamp, **arguments)
         return True
 
@@ -265,18 +281,21 @@ class ByRule(Constrained):
                 found[-1].append(buffer)
         return found
 
-    def _counter(self, p: Tensor, fused: bool | None = False) -> Tensor:
-        """``fused``: torch's fused step wants it beside the parameter."""
+    def _counter(self, p: Tensor, beside: bool | None = False) -> Tensor:
+        """``beside``: on the parameter's device, where torch's fused step and a captured graph want it."""
         state = self.state[p]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if fused else "cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if beside else "cpu")
+        elif beside and state["step"].device != p.device:  # ``capturable`` was switched on
+            state["step"] = state["step"].to(p.device)
         return state["step"]
 
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
     def _torch_options(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {key: group[key] for key in (*self.OWN, "maximize", "foreach", "fused")}
+        keys = (*self.OWN, "maximize", "foreach", "fused", *(_CAPTURABLE if self.RULE.counts else ()))
+        return {key: group[key] for key in keys}
 
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
@@ -288,9 +307,12 @@ class ByRule(Constrained):
 
     def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
-        steps = [self._counter(p, group["fused"]) for p in params]
+        steps = [self._counter(p, group["fused"] or group["capturable"]) for p in params]
         options = self._torch_options(group)
         options["beta1"], options["beta2"] = options.pop("betas")
+        options["capturable"] &= (
+            params[0].device.type != "cpu"
+        )  # where there is nothing to capture, and torch refuses it
         adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.sharding import made_for_a_part, sharding_of
 from ..quant.state import next_scales, share_rows
-from .plan import Launch, Plan, plainly, same
+from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
@@ -43,6 +43,7 @@ class Constrained(Optimizer):
         self._plans: dict[int, Plan] = {}
         self._states: list[dict[str, Any]] = []  # ``state``'s values as the last step found them, and their count
         self._state_revision = 0
+        self._seen_rates: dict[int, tuple[Tensor, int, bool]] = {}  # by id of the group: eps, and whether it is below 1
         self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # by id of the group: its keys, what they make
         # Weights that a launch starts from in place of those it finds, taken out as they are used; a sharpness-aware
         # step's first gradients to average with, and the coefficients that tell whether they count.
@@ -74,7 +75,7 @@ class Constrained(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
-        ops.number("alpha", group["alpha"], 0.0)
+        ops.rate_tensor("alpha", group["alpha"], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
         if group["grid"] is None:
@@ -141,6 +142,9 @@ class Constrained(Optimizer):
         arguments = [self._arguments(index, *of) for index, of in enumerate(work)]
         every = self.telemetry_every
         record = every > 0 and (self._telemetry_wanted or self.steps % every == 0)
+        if record and self._log is not None and any(capturing(p.device) for group in self.param_groups
+                                                    for p in group["params"][:1]):  # fmt: skip
+            record = False  # writing the log waits for the device
         if record:
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
@@ -180,21 +184,28 @@ class Constrained(Optimizer):
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         """The operator's arguments. Raises TypeError/ValueError that names the key."""
+        alpha = group["alpha"]
         return {
             "lr": ops.rate_tensor("lr", group["lr"], 0.0),
             "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
-            "alpha": float(group["alpha"]), "skip_nonfinite": bool(group["skip_nonfinite"]),
+            "alpha": ops.rate_tensor("alpha", alpha, 0.0) if isinstance(alpha, Tensor) else float(alpha),
+            "skip_nonfinite": bool(group["skip_nonfinite"]),
         }  # fmt: skip
 
-    @staticmethod
-    def _freezes(group: dict[str, Any]) -> bool:
+    def _freezes(self, group: dict[str, Any]) -> bool:
         """Whether the scale is to be frozen at this step."""
         if group["freeze_scale"] != "anneal":
             return group["freeze_scale"] == "init"
         eps = group["constraint_eps"]
-        if "annealing" in group and (group["annealing"] or (isinstance(eps, Tensor) and eps.device.type != "cpu")):
+        if not isinstance(eps, Tensor):
+            return group.get("annealing", False) or float(eps) < 1.0
+        if "annealing" in group and (group["annealing"] or eps.device.type != "cpu"):
             return group["annealing"]  # EpsilonAnnealing keeps this on the host: no synchronisation
-        return float(eps) < 1.0
+        seen = self._seen_rates.get(id(group))  # a device is waited for only where eps was filled, and was 1 before
+        stays = seen is not None and seen[0] is eps and (seen[2] or seen[1] == eps._version)
+        if not stays or ops.concrete(eps):
+            seen = self._seen_rates[id(group)] = eps, eps._version, float(eps) < 1.0
+        return seen[2]  # type: ignore[index]
 
     def _step_constrained(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor],
                           arguments: dict[str, Any], record: bool) -> None:  # fmt: skip
@@ -215,6 +226,10 @@ class Constrained(Optimizer):
 
     def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
         buckets: dict[Any, list[Tensor]] = {}
+        if capturing(params[0].device):
+            raise RuntimeError(f"{type(self).__name__}: a step that looks at its tensors for the first time cannot be "
+                               "captured in a CUDA graph; make a step or more with the same parameters, gradients "
+                               "and options before the capture")  # fmt: skip
         for p in params:
             quantizer = self._quantizer(group, p)
             if freeze and not quantizer.frozen:
@@ -386,7 +401,7 @@ class Constrained(Optimizer):
         scales = state.pop("_scales", {})
         if "telemetry_every" in state:  # of a copy; torch's load_state_dict comes here with groups and state alone
             self._begin(state["telemetry_every"])
-        self._plans, self._known = {}, {}
+        self._plans, self._known, self._seen_rates = {}, {}, {}
         super().__setstate__(state)
         for group, p in self._quantized():
             if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer

@@ -29,6 +29,11 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched there now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Launch:
     """Parameters that one call of the operator updates. ``bucket``: what they have in common beside the device."""
 
@@ -105,10 +110,14 @@ class Held:
 
     def stay(self) -> bool:
         """Whether they are in their places still."""
-        return all(
-            same([state.get(key) for state in self.states], tensors) and list(map(address, tensors)) == places
-            for (key, tensors), places in zip(self.lists.items(), self.addresses, strict=True)
-        )
+        try:
+            return all(
+                same(list(map(operator.itemgetter(key), self.states)), tensors)
+                and list(map(address, tensors)) == places
+                for (key, tensors), places in zip(self.lists.items(), self.addresses, strict=True)
+            )
+        except KeyError:  # one was taken away
+            return False
 
 
 class Plan:
@@ -143,7 +152,7 @@ class Plan:
                 return (Changes.count, sum(map(version, self.watched)), sum(map(version, self.params)),
                         list(map(address, self.params)))  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no address
-            return object()
+            return (object(),)
 
     def takes(self, params: list[Tensor], grads: list[Tensor]) -> bool:
         """Whether gradients are of the types and layouts of their parameters, which says that they are dense too."""

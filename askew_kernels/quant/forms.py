@@ -39,9 +39,10 @@ class Form(NamedTuple):
         return matrix.reshape(*shape[:-2], shape[-1], shape[-2]).mT
 
     def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for another of its shape, whose ``view`` is contiguous."""
-        view = torch.empty(self.view(weight).shape, dtype=dtype, device=weight.device)
-        return view.mT if self.transposed else view
+        """Memory for another of its shape, whose ``view`` is contiguous, or laid out as the weight (channels last)."""
+        if not self.transposed:
+            return torch.empty_like(weight, dtype=dtype)
+        return torch.empty(self.view(weight).shape, dtype=dtype, device=weight.device).mT
 
     def laid_out(self, data: Tensor) -> Tensor:
         """The same numbers in the order of the matrix; ``data`` itself where it is in it, and for other forms."""

@@ -154,6 +154,7 @@ class WeightQuantizer:
         self.row_sums: Tensor = None  # type: ignore[assignment]
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
+        self._strides: tuple[int, ...] | None = None  # of the weight that they are copies of
         self._known: Known | None = None
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
@@ -390,6 +391,9 @@ class WeightQuantizer:
         return known is not None and known.inside and self._still(known, weight)
 
     def _buffer(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight.stride() != self._strides:
+            self._copies.clear()
+            self._strides = weight.stride()
         copy = self._copies.get(dtype)
         if copy is None or copy.shape != weight.shape or copy.device != weight.device:
             copy = self._copies[dtype] = self.form.like(weight, dtype)

@@ -51,6 +51,7 @@ __device__ __forceinline__ Hyper hyper_of(const List& list) {
     h.lr = list.device_h->lr;
     h.eps = list.device_h->eps;
     h.cap = list.device_h->cap;
+    h.alpha = list.device_h->alpha;
     for (int k = 0; k < (int)(sizeof(Rule) / sizeof(float)); ++k) h.constants[k] = list.device_h->constants[k];
   }
   return h;
@@ -231,6 +232,7 @@ constexpr int kUsuals = sizeof(kUsual) / sizeof(Usual);
 template <class Rule>
 __global__ void rates_kernel(Rates r, Hyper* h) {
   set_rates<Rule>(*h, read(r.lr), read(r.eps), read(r.step), r.numbers);
+  h->alpha = (float)read(r.alpha);
 }
 
 // ---- the host's side: which tensors share a launch, and where partial sums go in the scratch memory -----------
