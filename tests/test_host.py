@@ -453,6 +453,29 @@ def test_annealing_fills_eps_in_place_under_replay():
         assert torch.equal(a, b), i
 
 
+def test_alpha_follows_a_learning_rate_on_a_device_without_reading_it(monkeypatch):
+    alphas = []
+    for there in (True, False):
+        if there:  # as if the rates stood on a device
+            monkeypatch.setattr(ak.annealing, "_elsewhere", lambda lr: isinstance(lr, torch.Tensor))
+        else:
+            monkeypatch.undo()
+        lr, alpha = torch.tensor(0.01, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+        optimizer = optimizer_of(weights(), lr=lr, alpha=alpha, constraint_eps=torch.tensor(1.0))
+        annealing, seen = ak.EpsilonAnnealing(optimizer, total=9, hold=1), []
+        for i, rate in enumerate((0.02, 0.1, 0.0, 0.05, 0.2, 0.01)):
+            lr.fill_(rate)
+            with Graph() if there else torch.no_grad():
+                annealing._follow_lr()
+            seen.append(float(alpha))
+            if i == 3:
+                saved = annealing.state_dict()
+                assert all(isinstance(x, float) for x in saved["_first"]["0"])
+                annealing.load_state_dict(saved)
+        alphas.append(seen)
+    assert alphas[0] == alphas[1] == [2.0, 2.0, 2.0, 4.0, 2.0, 40.0]
+
+
 # ---- the same on a GPU ----------------------------------------------------------------------------------------------
 
 
