@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-FLOAT, UNIFORM, BINARY, CODEBOOK = range(4)  # kinds of grids; FLOAT, only in a mixture: every number is a level
+FLOAT, UNIFORM, BINARY, CODEBOOK = range(4)  # kinds of grids; FLOAT (mixtures, inputs): every number is a level
 SUM_ABS, SUM_SQUARES, MAX_ABS = range(3)  # columns of row_sums
 INFEASIBLE, VIOLATION, VELOCITY2, GRAD_VELOCITY, FLIPS, NONFINITE = range(6)  # entries of totals
 NUM_ROW_SUMS, NUM_TOTALS = 3, 6

@@ -609,7 +609,8 @@ def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: 
     are levels of the grid, or any numbers of ``dtype``."""
     x = x.to(compute_dtype(x.dtype))
     tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
-    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / top
+    # by a tensor: a GPU multiplies by the inverse of a number, and another last bit moves levels that were between two
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, float("nan"))) / torch.full_like(tops, top)
     s = torch.where(s == 0, torch.ones_like(s), s)
     q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
     write_copy(q, s[:, None], placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))

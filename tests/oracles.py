@@ -175,3 +175,12 @@ def same_bits(a, b):
 def same_values(a, b):
     """Equal exactly, where 0 equals -0 and any NaN any other: what the reference owes to the compiled loops."""
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and bool(((a == b) | a.isnan()).all())
+
+
+def scales_at_roundings():
+    """Numbers around the ties of every type, around halves of powers of two by ratio, at the ends of the types."""
+    mantissas = [0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x3504F2, 0x3504F3, 0x3504F4,
+                 0x7FEFFF, 0x7FFFFF]  # fmt: skip
+    exponents = [-39, -25, -24, -20, -15, -14, -13, 0, 14, 15, 16, 100, 126, 127]
+    bits = [(e + 127 << 23) + m for e in exponents for m in mantissas]
+    return torch.tensor(bits, dtype=torch.int32).view(torch.float32)

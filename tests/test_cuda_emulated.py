@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import oracles
 import pytest
 import torch
 
@@ -966,7 +967,8 @@ def raw_grid(grid, levels):
 def test_scaled_sums(kernels, dtype, held):
     g = torch.Generator().manual_seed(5)
     for rows, n, each, bias_type in ((5, 36, True, dtype), (3, 7, False, torch.float32), (1, 4, True, None),
-                                     (2, 1030, True, torch.bfloat16), (0, 4, False, None)):  # fmt: skip
+                                     (2, 1030, True, torch.bfloat16), (3, 64, True, torch.float16),
+                                     (0, 4, False, None)):  # fmt: skip
         sums = torch.randint(-3, 3, (rows, n), generator=g) * 37
         if held in (torch.int32, torch.float32):
             sums = sums * 1_000_003
@@ -991,6 +993,7 @@ def test_scaled_sums(kernels, dtype, held):
 
 # rows: one block's, a full one's, those of several blocks, nothing
 SCALE_ROWS = [1, 7, 511, 4096, 0, 4097, 6000, 13000]
+TWO_LAUNCHES = [4500, *[1, 3, 2, 5] * 135, 0, 9, 4, 1, 4500, 6, 300]  # the last three are the second's
 
 
 def sums_of(rows, zeros, g):
@@ -1004,13 +1007,13 @@ def sums_of(rows, zeros, g):
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("repeats", [1, 70])
-def test_scales_of_a_list(kernels, zeros, repeats):
+@pytest.mark.parametrize("sizes", [SCALE_ROWS, TWO_LAUNCHES], ids=["sizes", "two launches"])
+def test_scales_of_a_list(kernels, zeros, sizes):
     """Every rule and type; more tensors than a launch takes. Rows of zeros take the median of their tensor's scales."""
-    g, entries, checks = torch.Generator().manual_seed(repeats), [], []
+    g, entries, checks = torch.Generator().manual_seed(len(sizes)), [], []
     numbers = {contract.ABSMAX: (7, 0, 0), contract.SAWB: (3, 7.509, 6.892), contract.MEAN: (1, 1.5, 0),
                contract.RMS: (1, 0.4, 0), contract.GIVEN: (7, 0, 0)}  # fmt: skip
-    for i, rows in enumerate(SCALE_ROWS if repeats == 1 else [1, 3, 40, 9, 0, 300, 2, 5] * repeats):
+    for i, rows in enumerate(sizes):
         (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 4
         sums = sums_of(rows, zeros, g)
         given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, kind)
@@ -1038,3 +1041,20 @@ def test_mse_scales(kernels, grid, dtype):
         assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
         assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 4)), (rows, cols)
         assert intact()
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_scales_are_rounded_as_the_reference_rounds(kernels, kind):
+    x = oracles.scales_at_roundings()
+    sums, scale = torch.stack([x, x, x], 1).contiguous(), torch.empty_like(x)
+    tensor = ScaleTensor(sums.data_ptr(), scale.data_ptr(), len(x), 1, 1, 0, 0, contract.ABSMAX, kind)
+    assert not kernels.emulated_scales(ctypes.byref(tensor), ctypes.c_size_t(1))
+    assert torch.equal(scale, reference.round_scale(x, kind))
+
+
+def test_of_candidates_with_equal_errors_the_smallest_is_chosen(kernels):
+    w = torch.tensor([[21.0, 100.0], [100.0, 21.0]])  # (60 - 21)^2 + (100 - 60)^2 = (61 - 21)^2 + (100 - 61)^2
+    sums, scale = reference.row_sums(w, 2), torch.empty(2)
+    a = MseArg(w.data_ptr(), sums.data_ptr(), 2, 2, grid_arg("binary"), 1.0, TYPES[w.dtype], 0)
+    assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
+    assert scale.tolist() == [60.0, 60.0] == reference.mse_scales(w, sums, EMPTY, [2, -1, 1], 1.0, 0).tolist()

@@ -343,6 +343,18 @@ def test_mse_scales_are_the_reference_s(grid, shape, backend, generator):
             assert torch.equal(got, reference.mse_scales(w, *arguments, place)), (dtype, place)
 
 
+@pytest.mark.parametrize("scale_dtype", contract.SCALE_TYPES)
+def test_scales_are_rounded_as_the_reference_rounds(scale_dtype, backend):
+    x = oracles.scales_at_roundings()
+    got = scale_from_sums(torch.stack([x, x, x], 1), 1, Ternary(), "absmax", scale_dtype=scale_dtype)
+    assert torch.equal(got, round_scale(x, scale_dtype))
+
+
+def test_of_candidates_with_equal_errors_the_smallest_is_chosen(backend):
+    w = torch.tensor([[21.0, 100.0], [100.0, 21.0]])  # (60 - 21)^2 + (100 - 60)^2 = (61 - 21)^2 + (100 - 61)^2
+    assert compute_scale(w, Binary(), "mse").tolist() == [60.0, 60.0]
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (([torch.ones(2)], [], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected 1"),
     (([torch.ones(2)], [torch.ones(3, 3)], [0, 0, 4], [1.0, 0, 0]), "row_sums: expected shape"),
@@ -460,7 +472,7 @@ def test_config_round_trip(config):
     (dict(weight=Uniform(6), scale="sawb"), ValueError, "scale: .* 6 bits .*absmax"),
     (dict(granularity="x"), ValueError, "granularity"),
     (dict(group_size=4), ValueError, "group_size"), (dict(granularity="per_group"), ValueError, "group_size"),
-    (dict(ste_clip="no"), TypeError, "ste_clip"), (dict(ste_clip=1), TypeError, "ste_clip"),
+    (dict(ste_clip="no"), ValueError, "ste_clip"), (dict(ste_clip=1), TypeError, "ste_clip"),
     (dict(sawb_coefficients=(math.nan, 1.0)), ValueError, "sawb_coefficients"),
     (dict(sawb_coefficients=("a", 1.0)), TypeError, "sawb_coefficients"),
     (dict(sawb_coefficients=3.0), ValueError, "sawb_coefficients"),

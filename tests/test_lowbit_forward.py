@@ -59,7 +59,8 @@ def formula(layer, x, low=None):
     dtype, grid = FORWARDS[layer.config.forward], layer.config.activation
     kind = contract.compute_dtype(low)
     top = contract.LEVEL_TYPES[dtype] if grid is None else grid.c_max
-    s_x = x.to(kind).abs().amax(1, keepdim=True) / top
+    s_x = x.to(kind).abs().amax(1, keepdim=True)
+    s_x = s_x / torch.full_like(s_x, top)  # a GPU would multiply by the inverse of a number
     s_x = torch.where(s_x == 0, torch.ones_like(s_x), s_x)
     q = x.to(kind) / s_x
     if grid is not None:
@@ -72,6 +73,12 @@ def formula(layer, x, low=None):
         b = layer.bias.detach().to(low).double()
         y, size = y + b, size + b.abs()
     return y, size, s * c
+
+
+def tensor_cores(forward, device):
+    """What a GPU's sums of fp8 are off by, of the sizes: summands are aligned to the largest and cut at 13 bits below
+    it. Measured on an H200: 5.5e-5 with fast accumulation, 3.9e-5 without."""
+    return 2.0**-12 if forward == "fp8" and device == "cuda" else 0.0
 
 
 def grid_of(grid, device):
@@ -112,7 +119,7 @@ def test_token_levels(forward, dtype, device, generator):
         and levels[1].eq(0).all()
         and levels[finite.nonzero().flatten().tolist().index(5), 0] == top
     )
-    # half a step, and what the scale may be off by (a GPU divides by a number as it multiplies by its inverse)
+    # half a step, and two roundings
     error = (levels * s[finite, None] - x.float()[finite]).abs()
     step = (
         torch.ones_like(levels) if held == torch.int8 else torch.exp2(torch.frexp(levels.abs().clamp(2.0**-6))[1] - 4.0)
@@ -174,9 +181,7 @@ def test_forward_is_the_formula(forward, granularity, dtype, device, generator):
         y = layer(x)
         assert y.shape == (*shape[:-1], outputs)
         exact, size, _ = formula(layer, x)
-        # on a GPU bfloat16 results of fp8 are summed in 14 bits; the scale may be one unit off there
-        more = (2.0**-13 if forward == "fp8" and dtype == torch.bfloat16 else 2.0**-7) if device == "cuda" else 0.0
-        assert_near(y, exact, size, dtype, shape[-1], more)
+        assert_near(y, exact, size, dtype, shape[-1], tensor_cores(forward, device))
 
 
 @every_forward
@@ -187,7 +192,7 @@ def test_a_gpus_products_on_the_cpu(gpu_products, forward, dtype, generator):
         layer = layer_of(forward, shape[-1], outputs, dtype=dtype)
         x = torch.randn(shape, generator=generator).to(dtype)
         exact, size, _ = formula(layer, x)
-        assert_near(layer(x), exact, size, dtype, shape[-1], 2.0**-8 if dtype == torch.bfloat16 else 0.0)
+        assert_near(layer(x), exact, size, dtype, shape[-1])
 
 
 @every_forward
@@ -217,7 +222,7 @@ def test_gradients(forward, low, clip, device, generator):
         y = layer(x)
     assert y.dtype == (low or torch.float32)
     exact, size, w = formula(layer, x, low)
-    assert_near(y.detach(), exact, size, y.dtype, 20, 2.0**-7 if device == "cuda" else 0.0)
+    assert_near(y.detach(), exact, size, y.dtype, 20, tensor_cores(forward, device))
     y.backward(g.to(y.dtype))
     g64, x64 = (t.detach().to(y.dtype).double().flatten(0, 1) for t in (g, x))
     w64 = w.to(y.dtype).double()
@@ -432,6 +437,28 @@ def test_transforms_and_higher_derivatives(forward):
     second = torch.autograd.grad((g[0] * v).sum(), (x, layer.weight))
     expected = 2 * (v @ w.t()) @ w
     assert torch.allclose(second[0], expected, atol=1e-3) and second[1].abs().sum() > 0
+
+
+@every_forward
+def test_modes(forward):
+    """The meta device, fake tensors, export with a dynamic batch, inference mode before training."""
+    model, x = network(forward), torch.randn(9, 20)
+    y = model(x).detach()
+    with torch.device("meta"):
+        skeleton = network(forward)
+    assert skeleton(torch.empty(4, 20, device="meta")).shape == (4, 7)
+    skeleton.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assert torch.equal(skeleton(x), y)
+    with torch._subclasses.FakeTensorMode():
+        assert network(forward)(torch.empty(64, 20)).shape == (64, 7)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: batch},))
+    assert torch.allclose(program.module()(x[:5]), y[:5], atol=1e-5)
+    other = network(forward)
+    with torch.inference_mode():
+        assert torch.equal(other(x), y)
+    other(x).sum().backward()
+    assert other[0].weight.grad is not None and torch.equal(other(x), y)
 
 
 @every_forward

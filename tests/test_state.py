@@ -198,6 +198,21 @@ def test_every_copy_computes_the_same(how, config, phase):
     assert torch.equal(eval_outputs(model), eval_outputs(other))
 
 
+def test_the_rule_that_reads_the_weight_runs_once_for_each_weight(monkeypatch):
+    """A step that finds the scale of the forward before it searches for none; nor does freezing."""
+    searched, search = [], ak.ops.run_mse_scales
+    monkeypatch.setattr(ak.ops, "run_mse_scales", lambda *arguments: searched.append(1) or search(*arguments))
+    model = ak.quantize_(nn.Sequential(nn.Linear(6, 4)), QuantConfig(Ternary(), "mse"))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1)
+    counts = []
+    for eps in (1.0, 1.0, 1.0, 0.5, 0.5):
+        optimizer.param_groups[0]["constraint_eps"] = eps
+        model(torch.ones(3, 6)).square().sum().backward()
+        optimizer.step()
+        counts.append(len(searched))
+    assert counts == [1, 2, 3, 4, 4]
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_safetensors_with_a_shared_weight(phase, tmp_path):
     pytest.importorskip("safetensors")

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import scales_at_roundings
 
 import askew_kernels
 from askew_kernels import contract, reference
@@ -141,7 +142,7 @@ def serve():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints go to stderr
     from askew_kernels import triton_kernels
-    from askew_kernels.triton_kernels import launch, update
+    from askew_kernels.triton_kernels import launch, scales, update
 
     variants = noted_variants()
     by_value = launch.scalar_argument
@@ -156,6 +157,9 @@ def serve():
             if name == "REDUCE":
                 update.REDUCE, answer = args[0], (None, [])
                 update._plans.clear()
+            elif name == "CAPTURING":  # as under a CUDA graph, which takes no copies from the host
+                scales._capturing, answer = lambda device, flag=args[0]: flag, (None, [])
+                scales._tables.clear()
             elif name == "VARIANTS":  # those launched since the last time
                 answer = None, list(variants)
                 variants.clear()
@@ -367,10 +371,8 @@ RULE_NUMBERS = {contract.ABSMAX: (7.0, 0.0, 0.0), contract.SAWB: (3.0, 7.509, 6.
                 contract.RMS: (1.0, 0.4, 0.0), contract.GIVEN: (7.0, 0.0, 0.0)}  # fmt: skip
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("most", [300, 600, 4500], ids=["small", "one program each", "several programs"])
-def test_scales_of_a_list(triton, most, zeros):
-    """Bit for bit: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
+def scales_as_wanted(triton, most=300, zeros=0.3):
+    """Of a list: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
     g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
     for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
         rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
@@ -391,6 +393,23 @@ def test_scales_of_a_list(triton, most, zeros):
         assert torch.equal(got, want), i
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("most", [300, 600, 4500], ids=["small", "one program each", "several programs"])
+def test_scales_of_a_list(triton, most, zeros):
+    """Bit for bit."""
+    scales_as_wanted(triton, most, zeros)
+
+
+def test_scales_of_an_unknown_list_can_be_captured(interpreter):
+    interpreter("CAPTURING", [True], 0, False)
+    try:
+        interpreter("VARIANTS", [], 0, False)
+        scales_as_wanted(Runner(interpreter))
+        assert interpreter("VARIANTS", [], 0, False)[1] == []  # torch's operators
+    finally:
+        interpreter("CAPTURING", [False], 0, False)
+
+
 def check_mse_scales(triton, grid_name, dtype, shapes):
     levels, grid = GRIDS[grid_name]
     c_max = float(reference.hull(levels, grid)[1])
@@ -406,6 +425,18 @@ def check_mse_scales(triton, grid_name, dtype, shapes):
 def test_mse_scales(triton, grid_name, dtype):
     """Bit for bit: errors are added in one order everywhere."""
     check_mse_scales(triton, grid_name, dtype, [(1, 1), (4, 33), (2, 129)])
+
+
+def test_scales_are_rounded_as_the_reference_rounds(triton):
+    x = scales_at_roundings()
+    scales, sums = [torch.empty_like(x) for _ in range(4)], [torch.stack([x, x, x], 1)] * 4
+    triton.scales_from_sums_(scales, sums, [n for kind in range(4) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 4)
+    assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
+
+
+def test_of_candidates_with_equal_errors_the_smallest_is_chosen(triton):
+    w = torch.tensor([[21.0, 100.0], [100.0, 21.0]])  # (60 - 21)^2 + (100 - 60)^2 = (61 - 21)^2 + (100 - 61)^2
+    assert triton.mse_scales(w, reference.row_sums(w, 2), NONE, [2, -1, 1], 1.0, 0).tolist() == [60.0, 60.0]
 
 
 @pytest.mark.slow
@@ -696,6 +727,24 @@ def test_sums_of_many_tiles(interpreter):
         interpreter("REDUCE", [1024], 0, False)
 
 
+def test_plans_are_kept_within_bounds():
+    """By number and by bytes, the one asked for last the longest; a larger one than all is kept alone."""
+    from askew_kernels.triton_kernels.update import Recent
+
+    plans = Recent(3, 100)
+    for key, nbytes in (("a", 10), ("b", 20), ("c", 30)):
+        plans.keep(key, key.upper(), nbytes)
+    assert plans.lookup("a") == "A" and plans.lookup("d") is None
+    plans.keep("d", "D", 5)  # a fourth: b was asked for longest ago
+    assert [*plans.entries] == ["c", "a", "d"] and plans.held == 45
+    plans.keep("e", "E", 80)
+    assert [*plans.entries] == ["a", "d", "e"] and plans.held == 95
+    plans.keep("f", "F", 1000)
+    assert [*plans.entries] == ["f"] and plans.held == 1000
+    plans.clear()
+    assert not plans.entries and plans.held == 0
+
+
 def test_errors(interpreter):
     triton = Runner(interpreter)
     levels, grid = GRIDS["uniform4"]
@@ -771,6 +820,9 @@ def test_token_levels(triton, dtype, held):
         x = weights(shape, dtype)
         if shape[0] > 2 and shape[1]:
             x[1], x[2] = 0, x[2].nan_to_num(0, 0, 0) * 2.0**-10
+        if shape[0] > 4:
+            x[3, 5] = float("nan")
+            x[4] = torch.exp2(torch.linspace(-22, 0, shape[1]))  # float8's denormals, too
         for levels, grid, c_max in grids:
             q, s = triton.token_levels(x, levels, grid, c_max, held)
             wanted, scale = reference.token_levels(x, levels, grid, c_max, held)
@@ -1051,6 +1103,8 @@ CONTACT = {
     "token levels float8": lambda t: levels_as_wanted(t, fp8),
     "scaled sums": lambda t: sums_as_wanted(t, torch.int32),
     "decoded levels": lambda t: sums_as_wanted(t, fp8),
+    "scales": scales_as_wanted,
+    "scales by error": lambda t: check_mse_scales(t, "uniform4", torch.float32, [(2, 33)]),
     "mixture": mixed_as_wanted,
     "sharpness-aware passes": moved_as_wanted,
     "packed, few tokens": lambda t: packed_as_wanted(t, "int4", 1),
@@ -1074,7 +1128,7 @@ FEW_CASES = ("sgd, bf16 copy and sums", "sgd, float8 levels")  # for architectur
 
 
 RARE_CASES = ("quantize per tensor", "quantize long rows", "mix bf16", "sam perturb bf16", "sam average", "sgd",
-              "sgd, int8 levels", "packed few binary")  # fmt: skip  # left to `make test-full`
+              "sgd, int8 levels", "packed few binary", "scales of many rows")  # fmt: skip  # left to `make test-full`
 
 
 def compile_all(rare=False):

@@ -39,7 +39,7 @@ GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(kind) and x.dtype.is_floating_point and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
 

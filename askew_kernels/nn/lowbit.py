@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import ops
+from ..ops.autograd import transformed
 from ..reference import product
 
 TILE = 16  # torch's products of bytes take multiples of this many columns, in 16-byte vectors
@@ -101,8 +102,9 @@ class LevelProduct(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any) -> Tensor:
         """x: (rows, cols), contiguous; weight: (n, cols), whose numbers are not looked at: what c stands for, to
         receive the gradient; c, scale: its levels and scale; bias in the type of x; grid: of x, or None."""
-        q, token_scale = ops.run_token_levels(x, c.dtype, grid)
-        return level_product(q, token_scale, c, scale, bias, x.dtype)
+        # torch.export looks into this function, and the operators within have no derivative
+        q, token_scale = ops.run_token_levels(x.detach(), c.dtype, grid)
+        return level_product(q, token_scale, c, scale, None if bias is None else bias.detach(), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -153,4 +155,8 @@ def _dequantized(weight: Tensor, c: Tensor, scale: Tensor, dtype: torch.dtype) -
 
 def level_linear(*inputs: Any) -> Tensor:
     """``LevelProduct`` of its inputs."""
-    return (LevelProduct if torch.compiler.is_compiling() else _WithTangents).apply(*inputs)
+    if torch.compiler.is_compiling():
+        return LevelProduct.apply(*inputs)
+    if not torch.is_grad_enabled() and not transformed():
+        return LevelProduct.forward(*inputs)
+    return _WithTangents.apply(*inputs)

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import contract
+from .. import contract, reference
 from . import launch
 from .launch import load_wide
 from .math import EXACT, hull, quantize_dequantize
-from .update import _capturing, _Recent, address
+from .update import Recent, _capturing, address
 
 __all__ = ["mse_scales", "scales_from_sums_"]
 
@@ -263,7 +263,7 @@ def choose_kernel(sums_ptr, scale_ptr, partial, pieces, c_max_bits, kind):
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
-_tables = _Recent(32)
+_tables = Recent(32)
 
 
 def _bits(number: float) -> int:
@@ -311,8 +311,8 @@ def scales_from_sums_(scales: list[Tensor], row_sums: list[Tensor], rules: list[
         entries = _entries(scales, row_sums, rules, numbers)
         if not entries:
             return
-        if _capturing(scales[0].device):
-            raise RuntimeError("scales: run one step with these tensors before capturing it in a CUDA graph")
+        if _capturing(scales[0].device):  # which takes no table from the host: the same bits, in many operators
+            return reference.scales_from_sums_(scales, row_sums, rules, numbers)
         found = torch.tensor(entries, device=scales[0].device), max(entry[ROWS.value] for entry in entries)
         _tables.keep(key, found)
     table, most = found

@@ -311,32 +311,37 @@ class _Launch(NamedTuple):
     n_slots: int
 
 
+class Recent:
+    """The last entries asked for: ``most`` of them, holding ``most_bytes`` together; the newest in any case."""
+
+    def __init__(self, most: int, most_bytes: int = 2**62):
+        self.most, self.most_bytes, self.held = most, most_bytes, 0
+        self.entries: collections.OrderedDict[Any, tuple[Any, int]] = collections.OrderedDict()
+
+    def lookup(self, key: Any) -> Any:
+        if key not in self.entries:
+            return None
+        self.entries.move_to_end(key)
+        return self.entries[key][0]
+
+    def keep(self, key: Any, value: Any, nbytes: int = 0) -> None:
+        self.entries[key] = value, nbytes
+        self.held += nbytes
+        while len(self.entries) > 1 and (len(self.entries) > self.most or self.held > self.most_bytes):
+            self.held -= self.entries.popitem(last=False)[1][1]
+
+    def clear(self) -> None:
+        self.entries.clear()
+        self.held = 0
+
+
 class _Plan(NamedTuple):
     launches: list[_Launch]
     cleared: list[Tensor]  # sums of tensors without elements
-    input_tables: collections.OrderedDict
+    input_tables: Recent
 
 
-class _Recent(collections.OrderedDict):
-    """The last ``size`` entries that were asked for."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def lookup(self, key):
-        value = self.get(key)
-        if value is not None:
-            self.move_to_end(key)
-        return value
-
-    def keep(self, key, value):
-        self[key] = value
-        if len(self) > self.size:
-            self.popitem(last=False)
-
-
-_plans = _Recent(32)
+_plans = Recent(32, 2**26)  # a plan takes 8 bytes for 1024 weights
 
 
 def _capturing(device: torch.device) -> bool:
@@ -457,7 +462,7 @@ def _build(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
         addresses += [0 if t is None else t.data_ptr() for t in (row_sums, totals)]
         groups.setdefault(key, []).append(_Member(i, addresses, (rows, cols), list(grids[3 * i + 1 : 3 * i + 3])))
     launches = [_build_launch(key, members) for key, members in _joined(groups).items()]
-    return _Plan(launches, cleared, _Recent(8))
+    return _Plan(launches, cleared, Recent(8))
 
 
 def _joined(groups: dict[_Key, list[_Member]]) -> dict[_Key, list[_Member]]:
@@ -510,7 +515,8 @@ def _plan(lists: _Lists, grids: Sequence[int], rule: str) -> _Plan:
     plan = _plans.lookup(key)
     if plan is None:
         plan = _build(lists, grids, rule)
-        _plans.keep(key, plan)
+        held = [t for group in plan.launches for t in (group.tiles, group.table, group.row_blocks) if t is not None]
+        _plans.keep(key, plan, sum(t.nbytes for t in held))
     return plan
 
 

@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kKept = 4;              // vectors of 16 bytes
 constexpr int kWarpColumns = 1024;    // up to which a warp takes a row
-constexpr int kSumsOfThread = 4;      // neighbours in a row
+// Neighbours in a row that a thread takes.
+__host__ __device__ constexpr int sums_of_thread(int type) { return type == kInt8 || type == kFloat8 ? 8 : 4; }
 
 struct TokenPass : TokenArg {
   int team_shift;  // of a warp or of the block
@@ -144,47 +145,57 @@ struct SumsPass : SumsArg {
 
 template <int S>
 __global__ void __launch_bounds__(kThreads) scaled_sums_kernel(const __grid_constant__ SumsPass p) {
-  const int64_t across = (p.m.cols + kSumsOfThread - 1) / kSumsOfThread, all = across * p.m.rows;
+  constexpr int kEach = sums_of_thread(S);
+  const int64_t across = (p.m.cols + kEach - 1) / kEach, all = across * p.m.rows;
   const int64_t at = (int64_t)blockIdx.x * kThreads + threadIdx.x;
   if (at >= all) return;
   const int64_t row = all <= 0x7fffffff ? (uint32_t)at / (uint32_t)across : at / across;
-  const int64_t col = (at - row * across) * kSumsOfThread, i = row * p.m.cols + col;
+  const int64_t col = (at - row * across) * kEach, i = row * p.m.cols + col;
   const float token = p.token_scale[row];
-  float y[kSumsOfThread];
-  uint32_t raw[4] = {0, 0, 0, 0};
+  float y[kEach], scale[kEach];
   if (p.vectors) {
     if (S == kInt8 || S == kFloat8) {
-      raw[0] = *(const uint32_t*)((const uint8_t*)p.sums + i);
+      const uint2 v = *(const uint2*)((const uint8_t*)p.sums + i);
+      ASKEW_EACH (j, kEach) {
+        const uint32_t code = (j < 4 ? v.x : v.y) >> (8 * (j % 4)) & 0xffu;
+        y[j] = S == kInt8 ? (float)(int8_t)code : widen_e4m3(code);
+      }
     } else {
       const uint4 v = *(const uint4*)((const uint32_t*)p.sums + i);
-      raw[0] = v.x, raw[1] = v.y, raw[2] = v.z, raw[3] = v.w;
+      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+      ASKEW_EACH (j, 4) y[j] = S == kInt32 ? (float)(int32_t)word[j] : __uint_as_float(word[j]);
     }
+  } else {
+    ASKEW_EACH (j, kEach) y[j] = col + j < p.m.cols ? sum_at<S>(p.sums, i + j) : 0.f;
   }
-  ASKEW_EACH (j, kSumsOfThread) {
-    if (col + j >= p.m.cols) break;
-    float sum;
-    if (!p.vectors)
-      sum = sum_at<S>(p.sums, i + j);
-    else if (S == kInt8)
-      sum = (float)(int8_t)(raw[0] >> (8 * j));
-    else if (S == kFloat8)
-      sum = widen_e4m3(raw[0] >> (8 * j) & 0xffu);
-    else
-      sum = S == kInt32 ? (float)(int32_t)raw[j] : __uint_as_float(raw[j]);
-    y[j] = sum * token * p.scale[p.each ? col + j : 0];
-    if (p.bias) y[j] += widened(p.bias_type, p.bias, col + j);
+  if (p.each && p.vectors) {
+#pragma unroll
+    for (int j = 0; j < kEach; j += 4) {
+      const uint4 v = *(const uint4*)(p.scale + col + j);
+      const uint32_t word[4] = {v.x, v.y, v.z, v.w};
+      ASKEW_EACH (k, 4) scale[j + k] = __uint_as_float(word[k]);
+    }
+  } else {
+    ASKEW_EACH (j, kEach) scale[j] = p.scale[p.each && col + j < p.m.cols ? col + j : 0];
+  }
+  ASKEW_EACH (j, kEach) {
+    y[j] = y[j] * token * scale[j];
+    if (p.bias && col + j < p.m.cols) y[j] += widened(p.bias_type, p.bias, col + j);
   }
   if (p.vectors) {
-    if (p.y_type == kFloat32)
-      *(uint4*)((float*)p.y + i) = make_uint4(__float_as_uint(y[0]), __float_as_uint(y[1]), __float_as_uint(y[2]),
-                                              __float_as_uint(y[3]));
-    else if (p.y_type == kBFloat16)
-      *(uint2*)((uint16_t*)p.y + i) = make_uint2(pack_bf16(y[0], y[1]), pack_bf16(y[2], y[3]));
-    else
-      *(uint2*)((uint16_t*)p.y + i) = make_uint2(pack_f16(y[0], y[1]), pack_f16(y[2], y[3]));
+#pragma unroll
+    for (int j = 0; j < kEach; j += 4) {
+      if (p.y_type == kFloat32)
+        *(uint4*)((float*)p.y + i + j) = make_uint4(__float_as_uint(y[j]), __float_as_uint(y[j + 1]),
+                                                    __float_as_uint(y[j + 2]), __float_as_uint(y[j + 3]));
+      else if (p.y_type == kBFloat16)
+        *(uint2*)((uint16_t*)p.y + i + j) = make_uint2(pack_bf16(y[j], y[j + 1]), pack_bf16(y[j + 2], y[j + 3]));
+      else
+        *(uint2*)((uint16_t*)p.y + i + j) = make_uint2(pack_f16(y[j], y[j + 1]), pack_f16(y[j + 2], y[j + 3]));
+    }
     return;
   }
-  ASKEW_EACH (j, kSumsOfThread) {
+  ASKEW_EACH (j, kEach) {
     if (col + j >= p.m.cols) return;
     if (p.y_type == kFloat32)
       ((float*)p.y)[i + j] = y[j];
@@ -217,10 +228,10 @@ cudaError_t scaled_sums(const SumsArg& a, cudaStream_t stream) {
   if (a.m.rows == 0 || a.m.cols == 0) return cudaSuccess;
   SumsPass p{};
   static_cast<SumsArg&>(p) = a;
-  const int size = a.sums_type == kInt8 || a.sums_type == kFloat8 ? 1 : 4;
-  p.vectors = a.m.cols % kSumsOfThread == 0 && (uintptr_t)a.sums % (kSumsOfThread * size) == 0 &&
-              aligned(a.y, a.y_type, kSumsOfThread);
-  const int64_t blocks = ceil_div(ceil_div(a.m.cols, kSumsOfThread) * a.m.rows, kThreads);
+  const int each = sums_of_thread(a.sums_type);
+  p.vectors = a.m.cols % each == 0 && (uintptr_t)a.sums % (each == 8 ? 8 : 16) == 0 && aligned(a.y, a.y_type, 4) &&
+              (!a.each || (uintptr_t)a.scale % 16 == 0);
+  const int64_t blocks = ceil_div(ceil_div(a.m.cols, each) * a.m.rows, kThreads);
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
   switch (a.sums_type) {
     case kInt32:

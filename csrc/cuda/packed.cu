@@ -58,7 +58,9 @@ __device__ __forceinline__ float load_one(const void* p, int64_t i) {
   return Storage<T>::get(((const uint16_t*)p)[i], 0);
 }
 
-// A thread takes one weight after the other of a row's piece, neighbours side by side.
+// ---- decoding -------------------------------------------------------------------------------------------------------
+
+// Any format and shape: a thread takes one weight after the other of a row's piece, neighbours side by side.
 constexpr int kDecoded = 8;  // weights of a thread
 template <int T>
 __global__ void __launch_bounds__(kThreads) packed_dequantize_kernel(const __grid_constant__ PackedPass p) {
@@ -72,6 +74,135 @@ __global__ void __launch_bounds__(kThreads) packed_dequantize_kernel(const __gri
       store_one<T>(p.y, row * p.w.cols + k, scale_of(p, row, k) * level_of(p.w, code_at(p.w, codes, k)));
   }
 }
+
+// Rows of whole runs of 8 weights, which share a scale: `teams` of 2^team_shift threads take a row, a thread kRuns runs.
+constexpr int kRun = 8, kRuns = 4;
+struct DecodePass : PackedPass {
+  int team_shift, pieces, runs;  // blocks that share rows; runs of a row
+  uint32_t per_group;            // group of run i: the high word of (i + 1) times it
+  bool words;                    // codes are read in whole words
+};
+
+// The codes of run i as bits that follow each other; BITS = kTrits: as 2 bits, from the table of a byte's trits.
+template <int BITS>
+__device__ __forceinline__ void load_run(const DecodePass& p, const uint8_t* row, int i, const uint32_t* trits,
+                                         uint32_t (&bits)[2]) {
+  bits[0] = bits[1] = 0;
+  if constexpr (BITS == kTrits) {
+    const int first = i * kRun, at = first / kTritsInByte;  // 8 trits stand in 3 bytes at most
+    ASKEW_EACH (b, 3)
+      if (at + b < p.w.row_bytes) bits[0] |= trits[row[at + b]] << (2 * kTritsInByte * b);
+    bits[0] >>= 2 * (first % kTritsInByte);
+  } else {
+    const uint8_t* at = row + (int64_t)i * BITS;
+    if (BITS >= 4 && BITS % 4 == 0 && p.words) {
+      ASKEW_EACH (w, BITS / 4) bits[w] = ((const uint32_t*)at)[w];
+    } else {
+      ASKEW_EACH (b, BITS) bits[b / 4] |= (uint32_t)at[b] << 8 * (b % 4);
+    }
+  }
+}
+
+// A level is made by one LOP3 and one multiply-add, without a conversion: bits of the code become low bits of 2^23, at the
+// place where they stand. CLAMPS: there are fewer levels than codes.
+template <int T, int BITS, bool TABLE, bool CLAMPS>
+__global__ void __launch_bounds__(kThreads) packed_decode_kernel(const __grid_constant__ DecodePass p) {
+  constexpr int kBits = BITS == kTrits ? 2 : BITS, kPerShift = 23 / kBits;
+  constexpr uint32_t kMagic = 0x4b000000u, kMask = (1u << kBits) - 1;
+  __shared__ uint32_t trits[BITS == kTrits ? 256 : 1];
+  __shared__ float levels[TABLE ? 16 : 1];
+  if (BITS == kTrits) {
+    uint32_t byte = min((int)threadIdx.x, kTopTrits), codes = 0;
+    ASKEW_EACH (d, kTritsInByte) {
+      codes |= byte % 3 << 2 * d;
+      byte /= 3;
+    }
+    trits[threadIdx.x] = codes;
+  }
+  if (TABLE && threadIdx.x < 16) levels[threadIdx.x] = level_of(p.w, threadIdx.x);
+  if (TABLE || BITS == kTrits) __syncthreads();
+  const int64_t row = (int64_t)(blockIdx.x / (uint32_t)p.pieces) * (kThreads >> p.team_shift) + (threadIdx.x >> p.team_shift);
+  const int first = ((int)(blockIdx.x % (uint32_t)p.pieces) * kRuns << p.team_shift) + (threadIdx.x & ((1 << p.team_shift) - 1));
+  if (row >= p.w.n) return;
+  const uint8_t* codes = p.w.codes + row * p.w.row_bytes;
+  uint32_t bits[kRuns][2];
+  float scale[kRuns];
+  ASKEW_EACH (r, kRuns) {
+    const int i = first + (r << p.team_shift);
+    if (i >= p.runs) continue;
+    load_run<BITS>(p, codes, i, trits, bits[r]);
+    const uint32_t group = p.w.groups > 1 ? (uint32_t)((uint64_t)(uint32_t)(i + 1) * p.per_group >> 32) : 0;
+    scale[r] = p.w.scale[p.w.groups ? row * p.w.groups + group : 0];
+  }
+  const float step = (float)grid_step(p.w.grid.kind), low = p.w.grid.lo / step;
+  const float top = low + (float)(p.w.n_levels - 1);
+  ASKEW_EACH (r, kRuns) {
+    const int i = first + (r << p.team_shift);
+    if (i >= p.runs) continue;
+    float v[kRun];
+    ASKEW_EACH (j, kRun) {
+      constexpr int kPerWord = 32 / kBits;
+      const bool across = kBits == 3 ? false : j / kPerWord > 0;
+      const uint32_t word = bits[r][across];
+      const int q = across ? j % kPerWord : j;
+      if constexpr (TABLE) {
+        v[j] = levels[word >> kBits * q & kMask];
+      } else {
+        // binary levels are halves of a step, for which the lowest place has no bit
+        const int place = kBits == 1 ? q + 1 : q % kPerShift * kBits;
+        const uint32_t code = masked_or(kBits == 1 ? word << 1 : word >> (q * kBits - place), kMask << place, kMagic);
+        v[j] = __fmaf_rn(__uint_as_float(code), 1.f / (float)(1 << place), low - 8388608.f / (float)(1 << place));
+      }
+    }
+    if (CLAMPS) ASKEW_EACH (j, kRun) v[j] = v[j] > top ? top : v[j];
+    const float factor = TABLE ? scale[r] : scale[r] * step;
+    ASKEW_EACH (j, kRun) v[j] *= factor;
+    constexpr int kPer = Storage<T>::kPerWord;
+    uint32_t out[kRun / kPer];
+    ASKEW_EACH (k, kRun / kPer) out[k] = Storage<T>::put(v + k * kPer);
+    uint4* to = (uint4*)((char*)p.y + (row * p.w.cols + (int64_t)i * kRun) * type_size(T));
+    ASKEW_EACH (k, kRun / kPer / 4) to[k] = make_uint4(out[4 * k], out[4 * k + 1], out[4 * k + 2], out[4 * k + 3]);
+  }
+}
+
+template <int T, int BITS, bool TABLE = false>
+cudaError_t launch_decode(const DecodePass& p, cudaStream_t stream) {
+  const int64_t rows = ceil_div(p.w.n, kThreads >> p.team_shift);
+  const unsigned blocks = (unsigned)(rows * p.pieces);
+  if constexpr (BITS > 1 && !TABLE)
+    if (p.w.n_levels < 1 << BITS) return launch((packed_decode_kernel<T, BITS, false, true>), blocks, kThreads, stream, p);
+  return launch((packed_decode_kernel<T, BITS, TABLE, false>), blocks, kThreads, stream, p);
+}
+
+// Whether a kernel of whole runs serves; `error` is what its launch gave.
+template <int T>
+bool decodes_runs(const PackedPass& p, cudaStream_t stream, cudaError_t& error) {
+  const PackedArg& w = p.w;
+  if (w.cols % kRun || p.length % kRun || (uintptr_t)p.y % 16 || (w.grid.kind == kBinary && w.bits != 1)) return false;
+  DecodePass d{};
+  static_cast<PackedPass&>(d) = p;
+  d.runs = (int)(w.cols / kRun);
+  while (d.team_shift < kBlockShift && 1 << d.team_shift < d.runs) ++d.team_shift;
+  d.pieces = (int)ceil_div(d.runs, (int64_t)kRuns << d.team_shift);
+  d.per_group = (uint32_t)(UINT32_MAX / (p.length / kRun));
+  d.words = (uintptr_t)w.codes % 4 == 0 && w.row_bytes % 4 == 0;
+  if (w.grid.kind == kCodebook) {
+    if (w.bits != 4) return false;
+    error = launch_decode<T, 4, true>(d, stream);
+    return true;
+  }
+  switch (w.bits) {
+    case kTrits: error = launch_decode<T, kTrits>(d, stream); return true;
+    case 1: error = launch_decode<T, 1>(d, stream); return true;
+    case 2: error = launch_decode<T, 2>(d, stream); return true;
+    case 3: error = launch_decode<T, 3>(d, stream); return true;
+    case 4: error = launch_decode<T, 4>(d, stream); return true;
+    case 8: error = launch_decode<T, 8>(d, stream); return true;
+  }
+  return false;
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------
 
 // 16 bytes of a row from `at`, zeros past its end.
 __device__ __forceinline__ void load_codes(const uint8_t* row, int64_t at, const PackedPass& p, uint32_t* word) {
@@ -213,7 +344,11 @@ cudaError_t packed_dequantize(const PackedArg& w, void* out, int type, cudaStrea
   if (w.n == 0 || w.cols == 0) return cudaSuccess;
   const PackedPass p = packed_pass({w, nullptr, nullptr, out, 0, type});
   const unsigned blocks = (unsigned)(w.n * ceil_div(w.cols, kThreads * kDecoded));
-  ASKEW_BY_TYPE(type, return launch((packed_dequantize_kernel<T>), blocks, kThreads, stream, p))
+  cudaError_t error = cudaSuccess;
+  ASKEW_BY_TYPE(type, {
+    if (decodes_runs<T>(p, stream, error)) return error;
+    return launch((packed_dequantize_kernel<T>), blocks, kThreads, stream, p);
+  })
   return cudaErrorInvalidValue;
 }
 

@@ -11,19 +11,29 @@ constexpr int64_t kMostInGrid = 0x7fffffff;  // blocks
 
 constexpr int kScaleThreads = 512;
 constexpr int64_t kWholeRows = 4096, kPartRows = 1024;
-constexpr int kScaleTensors = 480;
+// Of a launch. Its parameters are copied whole, so short lists have a kernel of their own.
+constexpr int kScaleTensors = 544, kFewTensors = 64;
 
 // Blocks of a tensor that are done, and above them the rows that they marked.
 typedef unsigned long long Ticket;
 constexpr int kTicketShift = 32;
 
+struct ScaleEntry {  // a ScaleTensor
+  const float* sums;
+  float* scale;
+  double cols, c_max, first, second;
+  uint32_t rows;
+  int16_t rule, type;
+};
+
+template <int N>
 struct ScaleList {
   Ticket* tickets;  // one for each tensor; 0 before the launch where a tensor has several blocks
   int n;
-  uint32_t first_block[kScaleTensors];
-  ScaleTensor entry[kScaleTensors];
+  uint32_t first_block[N];
+  ScaleEntry entry[N];
 };
-static_assert(sizeof(ScaleList) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
+static_assert(sizeof(ScaleList<kScaleTensors>) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
 
 inline __host__ __device__ int64_t blocks_of_rows(int64_t rows) {
   return rows <= kWholeRows ? rows > 0 : (rows + kPartRows - 1) / kPartRows;
@@ -53,10 +63,23 @@ __device__ __forceinline__ uint32_t write_rows(const ScaleTensor& t, int64_t beg
   return marked;
 }
 
-// The k-th smallest, from 0 on, of the positive ones among n numbers that other blocks may have written: digit by
-// digit, since bits of positive floats are ordered as they are. Every thread of the block calls it.
-__device__ float smallest(const float* from, int64_t n, uint32_t k) {
-  constexpr int kDigit = 8, kBins = 1 << kDigit, kAhead = 4;
+// run(row, scale) for all rows of a tensor, which other blocks may have written, with many loads under way at once.
+template <class Run>
+__device__ __forceinline__ void for_scales(const float* scale, int64_t rows, const Run& run) {
+  constexpr int kAhead = 16;
+  for (int64_t row = threadIdx.x; row < rows; row += kAhead * kScaleThreads) {
+    float s[kAhead];
+    ASKEW_EACH (u, kAhead)
+      if (row + u * kScaleThreads < rows) s[u] = __ldcg(scale + row + u * kScaleThreads);
+    ASKEW_EACH (u, kAhead)
+      if (row + u * kScaleThreads < rows) run(row + u * kScaleThreads, s[u]);
+  }
+}
+
+// The k-th smallest, from 0 on, of the scales that are not marked: digit by digit, since bits of positive floats are
+// ordered as they are. Every thread of the block calls it.
+__device__ float smallest(const float* scale, int64_t rows, uint32_t k) {
+  constexpr int kDigit = 8, kBins = 1 << kDigit;
   static_assert(kBins <= kScaleThreads, "a thread for each bin");
   __shared__ uint32_t count[kBins], found[2];
   const int bin = threadIdx.x;
@@ -64,14 +87,10 @@ __device__ float smallest(const float* from, int64_t n, uint32_t k) {
   for (int shift = 32 - kDigit; shift >= 0; shift -= kDigit) {
     if (bin < kBins) count[bin] = 0;
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < n; i += kAhead * kScaleThreads) {
-      float v[kAhead];
-      ASKEW_EACH (u, kAhead) v[u] = i + u * kScaleThreads < n ? __ldcg(from + i + u * kScaleThreads) : 0.f;
-      ASKEW_EACH (u, kAhead) {
-        const uint32_t bits = __float_as_uint(v[u]) >> shift;
-        if (v[u] > 0.f && bits >> kDigit == prefix) atomicAdd(&count[bits & (kBins - 1)], 1u);
-      }
-    }
+    for_scales(scale, rows, [&](int64_t, float s) {
+      const uint32_t bits = __float_as_uint(s) >> shift;
+      if (s > 0.f && bits >> kDigit == prefix) atomicAdd(&count[bits & (kBins - 1)], 1u);
+    });
     __syncthreads();
     for (int o = 1; o < kBins; o <<= 1) {  // how many are in a bin or below it
       const uint32_t below = bin < kBins && bin >= o ? count[bin - o] : 0;
@@ -94,11 +113,13 @@ __device__ float smallest(const float* from, int64_t n, uint32_t k) {
   return __uint_as_float(prefix);
 }
 
-__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_constant__ ScaleList list) {
+template <int N>
+__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_constant__ ScaleList<N> list) {
   __shared__ uint32_t marked_here;
   __shared__ int64_t marked_rows;  // of the tensor; -1 where its last block is another
   const int number = tensor_of_block(list);
-  const ScaleTensor& t = list.entry[number];
+  const ScaleEntry& e = list.entry[number];
+  const ScaleTensor t{e.sums, e.scale, e.rows, e.cols, e.c_max, e.first, e.second, e.rule, e.type};
   const bool whole = t.rows <= kWholeRows;
   const int64_t begin = whole ? 0 : (int64_t)(blockIdx.x - list.first_block[number]) * kPartRows;
   const int64_t end = whole || t.rows < begin + kPartRows ? t.rows : begin + kPartRows;
@@ -137,10 +158,21 @@ __global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_cons
   if (marked_rows <= 0) return;
   const int64_t known = t.rows - marked_rows;
   const float median = known ? smallest(t.scale, t.rows, (uint32_t)((known - 1) / 2)) : 1.f;
-  for (int64_t row = threadIdx.x; row < t.rows; row += kScaleThreads) {
-    const float s = __ldcg(t.scale + row);
+  for_scales(t.scale, t.rows, [&](int64_t row, float s) {
     if (!(s > 0.f)) t.scale[row] = s == 0.f ? median : 1.f;
+  });
+}
+
+template <int N>
+cudaError_t launch_scales(const ScaleList<kScaleTensors>& all, uint32_t blocks, cudaStream_t stream) {
+  ScaleList<N> list;
+  list.tickets = all.tickets;
+  list.n = all.n;
+  for (int i = 0; i < all.n; ++i) {
+    list.first_block[i] = all.first_block[i];
+    list.entry[i] = all.entry[i];
   }
+  return launch(scales_kernel<N>, blocks, kScaleThreads, stream, list);
 }
 
 // ---- least squared error: a block takes one row, or one piece of a long row, and all candidates ------------------------
@@ -256,25 +288,29 @@ size_t scales_scratch(const ScaleTensor* tensors, size_t n) {
 cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStream_t stream) {
   const size_t bytes = scales_scratch(tensors, n);
   cudaError_t error = bytes ? cudaMemsetAsync(scratch, 0, bytes, stream) : cudaSuccess;
-  ScaleList list;
+  ScaleList<kScaleTensors> list;
   list.tickets = (Ticket*)scratch;
   list.n = 0;
   uint32_t blocks = 0;
-  const auto run = [&] {
-    error = first_error(error, launch(scales_kernel, blocks, kScaleThreads, stream, list));
+  const auto flush = [&] {
+    const auto run = list.n <= kFewTensors ? launch_scales<kFewTensors> : launch_scales<kScaleTensors>;
+    error = first_error(error, run(list, blocks, stream));
     if (list.tickets) list.tickets += list.n;
     list.n = 0;
     blocks = 0;
   };
   for (size_t i = 0; i < n; ++i) {
-    const int64_t own = blocks_of_rows(tensors[i].rows);
+    const ScaleTensor& t = tensors[i];
+    const int64_t own = blocks_of_rows(t.rows);
     if (own == 0) continue;
-    if (list.n == kScaleTensors || blocks + own > kMostInGrid) run();
+    if (t.rows > kMostInGrid) return cudaErrorInvalidValue;
+    if (list.n == kScaleTensors || blocks + own > kMostInGrid) flush();
     list.first_block[list.n] = blocks;
-    list.entry[list.n++] = tensors[i];
+    list.entry[list.n++] = {t.sums,         t.scale,         t.cols,          t.c_max, t.first, t.second,
+                            (uint32_t)t.rows, (int16_t)t.rule, (int16_t)t.type};
     blocks += (uint32_t)own;
   }
-  run();
+  flush();
   return error;
 }
 

@@ -143,6 +143,47 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
                 work_unit="GFLOP")  # fmt: skip
 
 
+FP8, INT8, HARD_LOW = "AskewLinear fp8", "AskewLinear int8", "AskewLinear hard"
+FORWARDS = {HARD_LOW: "hard", FP8: "fp8", INT8: "int8"}
+LOW_TOKENS = 8192  # on a GPU, where a product of bytes pays
+
+
+def autocast_case(context: Context, what: str) -> Case:
+    """Under bfloat16 autocast, copies there already: what products of levels are for. what: "forward", "forward +
+    backward"."""
+    tokens = 64 if context.quick else LOW_TOKENS if context.is_cuda else 512
+    side, backward = context.side, what == "forward + backward"
+    g = torch.Generator(context.device).manual_seed(3)
+    x = torch.randn(tokens, side, device=context.device, generator=g).bfloat16()
+    grad = (torch.randn(tokens, side, device=context.device, generator=g) * GRAD_STD).bfloat16()
+    float_layer = functools.partial(common.float_layer, side, side, context.device)
+
+    def impl(layer: Any, check: Check) -> Impl:
+        leaf = x.clone().requires_grad_()
+
+        def run() -> Any:
+            with torch.autocast(context.device.type, torch.bfloat16):
+                y = layer(leaf)
+            if not backward:
+                return y
+            return y.detach(), *torch.autograd.grad(y, [layer.weight, layer.bias, leaf], grad)
+
+        return Impl("", run, "baseline", check=check)
+
+    def own(forward: str) -> Impl:
+        layer = ask_nn.AskewLinear.from_float(float_layer(), quant.QuantConfig(weight=GRID, forward=forward))
+        return impl(layer, near_check(float_layer(), x.float()))
+
+    base = impl(float_layer(), near_check(float_layer(), x.float(), 0.02, 0.0))
+    base.name = "nn.Linear"
+    impls = [base]
+    for text, forward in FORWARDS.items():
+        impls += common.ours(context, text, functools.partial(own, forward))
+    work = (6 if backward else 2) * tokens * side * side / 1e9
+    return Case(f"{tokens} tokens x {side} x {side}", "bfloat16", "nn.Linear", impls, 0, product=(tokens, side, side),
+                work=work, work_unit="GFLOP")  # fmt: skip
+
+
 WHATS = ("forward", "forward after a step", "forward + backward")
 SHAPES = ((1024, 1024), (4096, 4096), (11008, 4096))  # (outputs, inputs)
 TOKENS = (1, 16, 512, 4096)
@@ -153,6 +194,8 @@ ENTRIES = [
             functools.partial(linear_case, what=what, tokens=tokens, outputs=outputs, inputs=inputs), quick=False)
       for what in ("forward", "forward + backward") for outputs, inputs in SHAPES for tokens in TOKENS
       if (tokens, outputs, inputs) != (512, 4096, 4096)],  # stands above
+    *[Entry(f"linear {what}, bf16 autocast", functools.partial(autocast_case, what=what))
+      for what in ("forward", "forward + backward")],
 ]  # fmt: skip
 
 BOTH = "linear forward + backward"
@@ -164,6 +207,8 @@ GOALS = [
          ratio("linear forward after a step", AFTER_STEP)),
     *[Goal(f"AskewLinear hard forward + backward ÷ nn.Linear, {allocator} allocator", "<=", 1.05,
            ratio(BOTH, HARD, "nn.Linear", allocator)) for allocator in ALLOCATORS],
+    Goal("AskewLinear fp8 forward + backward ÷ nn.Linear, bf16 autocast", "<=", 1.0,
+         ratio(f"{BOTH}, bf16 autocast", f"{FP8} (cpp)"), device="cuda"),
     *[Goal(f"linear forward + backward: times faster than {name.split()[0]}, {allocator} allocator", ">=", wanted,
            ratio(BOTH, name, HARD, allocator))
       for name in (TORCHAO, BREVITAS) for allocator, wanted in zip(ALLOCATORS, (2.0, 1.35), strict=True)],
