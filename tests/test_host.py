@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_python_calls_do_not_grow_with_the_list(cls, options, every, eps, monkey
     assert python_calls(optimizer.step) > counts[1] + 496
 
 
-def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="anneal", steps=14):
+def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="anneal", steps=16):
     """Weights, states and sums after every step of a run with all that may happen to a list."""
     with monkeypatch.context() as patch:
         if not prepared:
@@ -154,6 +155,8 @@ def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="an
                 params[2].data = params[2].data.clone()
             if i == 12 and "momentum" in options:
                 optimizer.state[params[0]]["momentum_buffer"] = torch.ones_like(params[0])
+            if i == 15 and "momentum" in options:
+                optimizer.state[params[0]]["momentum_buffer"].data = torch.full_like(params[0], 2.0)
             optimizer.step()
             seen += [p.detach().clone() for p in params]
             seen += [t.clone() for p in params for t in optimizer.state[p].values()]
@@ -170,6 +173,20 @@ def test_prepared_lists_change_no_bits(cls, options, freeze, dtype, monkeypatch)
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), i
+
+
+def test_lines_of_the_log_are_of_their_own_steps(tmp_path):
+    """A line is written when the next step has been recorded, and the sums of a list are kept in the same memory."""
+    params = weights()
+    optimizer = optimizer_of(params, telemetry_every=1, telemetry_log=tmp_path / "log")
+    rows = []
+    for i in range(6):
+        give(params, i)
+        optimizer.step()
+        rows += [{**row, "step": i + 1} for row in optimizer.telemetry()]
+    optimizer.log()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row for line in lines if line["kind"] == "step" for row in line["tensors"]] == rows
 
 
 def test_an_edit_from_outside_is_seen_by_a_list_that_stays():
