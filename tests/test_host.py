@@ -152,6 +152,7 @@ def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="an
             if i == 10:
                 params[3].grad = params[3].grad.to(memory_format=torch.channels_last)
             if i == 11:
+                params[3].grad = params[3].grad.contiguous()
                 params[2].data = params[2].data.clone()
             if i == 12 and "momentum" in options:
                 optimizer.state[params[0]]["momentum_buffer"] = torch.ones_like(params[0])
