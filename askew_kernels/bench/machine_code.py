@@ -19,7 +19,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 INSTRUCTION = re.compile(r"^/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P[0-9T]+)\s+)?([A-Z][A-Z0-9_]*)((?:\.[\w]+)*)\s*(.*?)\s*;")
 LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -90,7 +90,11 @@ class Block:
     instructions: list[Instruction]
     following: list[int] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
+    def labels(self) -> Counter[str]:
+        return Counter(i.label for i in self.instructions)
+
+    @functools.cached_property
     def slow(self) -> bool:
         """Whether it calls a subroutine; a CALL of a label of the kernel itself is a jump."""
         return any(i.name == "CALL" and not TARGET.search(i.operands) for i in self.instructions)
@@ -275,7 +279,7 @@ class Wanted:
     rounds: float = 1.0
 
     def tally(self, block: Block) -> tuple[int, ...]:
-        found = Counter(i.label for i in block.instructions)
+        found = block.labels
         return tuple(sum(found[label] for label in names.split("|")) for names in (*self.exactly, *self.at_least))
 
     def __post_init__(self) -> None:
@@ -395,6 +399,16 @@ def conditions(blocks: Sequence[Block], order: Sequence[int], back: Collection[t
 State = tuple[int, tuple[int, ...], tuple[bool | None, ...]]  # a block, what the path to it made, what it was answered
 
 
+class Way(NamedTuple):
+    """From one block to another. condition: the number of what is asked on the way, if that is followed; over: those
+    that are not asked any more from there on."""
+
+    to: int
+    condition: int | None
+    answer: bool
+    over: list[int]
+
+
 class Region:
     """A loop, or a kernel from its start to its end, whose paths are looked for."""
 
@@ -407,79 +421,122 @@ class Region:
         self.back = {(n, o.head) for o in self.inner for n in o.blocks} | {(n, self.head) for n in self.inside}
         self.order = [n for n in reachable(blocks, self.head) if n in self.inside and not blocks[n].slow]
         self.slow_calls = sum(blocks[n].slow for n in self.inside)
-        self.place = {n: k for k, n in enumerate(self.order)}
         self.size = {n: sum(i.name != "NOP" for i in blocks[n].instructions) for n in self.order}
-        asked = conditions(blocks, self.order, self.back)
+        self.nothing: tuple[bool | None, ...] = ()  # no answers
+
+    def makes(self, wanted: Wanted) -> bool:
+        """Whether all blocks together make as much."""
+        together: Counter[str] = Counter()
+        for n in self.order:
+            together += self.blocks[n].labels
+        have = (sum(together[label] for label in names.split("|")) for names in (*wanted.exactly, *wanted.at_least))
+        return all(a >= b for a, b in zip(have, wanted.whole, strict=True))
+
+    @functools.cached_property
+    def ways(self) -> dict[int, list[Way]]:
+        place = {n: k for k, n in enumerate(self.order)}
+        asked = conditions(self.blocks, self.order, self.back)
         uses = Counter(condition for condition, _ in asked.values())
         tracked = [c for c, n in uses.most_common(MOST_TRACKED) if n > 1]
-        self.asked = {n: (tracked.index(c), answer) for n, (c, answer) in asked.items() if c in tracked}
-        last = {c: max(self.place[n] for n, (k, _) in self.asked.items() if k == c) for c in range(len(tracked))}
-        self.nothing: tuple[bool | None, ...] = (None,) * len(tracked)
-        self.live = {n: tuple(last[c] >= self.place[n] for c in last) for n in self.order}  # asked from there on
+        known = {n: (tracked.index(c), answer) for n, (c, answer) in asked.items() if c in tracked}
+        last = {c: max(place[n] for n, (k, _) in known.items() if k == c) for c in range(len(tracked))}
+        self.nothing = (None,) * len(tracked)
+        found: dict[int, list[Way]] = {}
+        for n in self.order:
+            following = self.blocks[n].following
+            condition, of_target = known.get(n, (None, True)) if len(following) > 1 else (None, True)
+            found[n] = [
+                Way(to, condition, of_target == (k == 0), [c for c in last if last[c] < place[to]])
+                for k, to in enumerate(following) if to in place and (n, to) not in self.back
+            ]  # fmt: skip
+        return found
 
     def steps(self, n: int, answers: tuple[bool | None, ...]) -> Iterator[tuple[int, tuple[bool | None, ...]]]:
         """The blocks that may follow, and the answers from there on."""
-        following = self.blocks[n].following
-        condition, of_target = self.asked.get(n, (None, True))
-        for k, to in enumerate(following):
-            if to not in self.place or (n, to) in self.back:
-                continue
-            now = answers
-            if condition is not None and len(following) > 1:
-                answer = of_target if k == 0 else not of_target
-                if answers[condition] not in (None, answer):
+        for way in self.ways[n]:
+            now, c = answers, way.condition
+            if c is not None:
+                if answers[c] is (not way.answer):
                     continue
-                now = (*answers[:condition], answer, *answers[condition + 1 :])
-            yield to, tuple(a if live else None for a, live in zip(now, self.live[to], strict=True))
+                now = (*answers[:c], way.answer, *answers[c + 1 :])
+            if any(now[c] is not None for c in way.over):
+                now = tuple(None if c in way.over else a for c, a in enumerate(now))
+            yield way.to, now
+
+    def bounds(self, tallies: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[list[int], list[int]]]:
+        """From each block to the end, itself left out: the least and the most of each label that a way makes."""
+        found: dict[int, tuple[list[int], list[int]]] = {}
+        for n in reversed(self.order):
+            labels = range(len(tallies[n]))
+            ways = [
+                ([found[to][0][k] + tallies[to][k] for k in labels], [found[to][1][k] + tallies[to][k] for k in labels])
+                for way in self.ways[n] if (to := way.to) in found
+            ]  # fmt: skip
+            if self.ends(n):
+                ways.append(([0] * len(labels), [0] * len(labels)))
+            if ways:
+                found[n] = [min(w[0][k] for w in ways) for k in labels], [max(w[1][k] for w in ways) for k in labels]
+        return found
 
     def ends(self, n: int) -> bool:
-        return self.head in self.blocks[n].following if self.looped else not self.blocks[n].following
+        """Whether a round, or the kernel, may end with this block."""
+        return self.head in self.blocks[n].following if self.looped else self.blocks[n].instructions[-1].name == "EXIT"
 
 
 MOST_TRACKED = 8  # conditions: each may double the paths that are looked at
 
 
-def paths(region: Region, wanted: Wanted) -> tuple[Path, Path] | None:
-    """The paths with the fewest and with the most instructions of one round that make what is wanted and call nothing;
-    None where there is none. The first is the usual path, the second takes the longer side of every branch. A condition
-    that is asked several times has one answer on each."""
+def path(region: Region, wanted: Wanted, longest: bool = False) -> Path | None:
+    """The path of one round that makes what is wanted, calls nothing and has the fewest instructions, the usual path;
+    with ``longest`` the most, the longer side of every branch. A condition that is asked several times has one answer.
+    None where there is no such path."""
+    if not region.makes(wanted):
+        return None
     weight = {n: wanted.rounds ** sum(n in o.blocks for o in region.inner) for n in region.order}
     tallies = {n: wanted.tally(region.blocks[n]) for n in region.order}
-    if region.head not in tallies:
+    bounds, exact = region.bounds(tallies), len(wanted.exactly)
+
+    def promising(n: int, tally: tuple[int, ...]) -> bool:
+        """Whether a way from here may still make what is wanted."""
+        if n not in bounds:
+            return False
+        least, most = bounds[n]
+        for k, (have, want) in enumerate(zip(tally, wanted.whole, strict=True)):
+            if have + most[k] < want or (k < exact and have + least[k] > want):
+                return False
+        return True
+
+    start = wanted.added((0,) * len(wanted.whole), tallies[region.head]) if region.head in tallies else None
+    if start is None or not promising(region.head, start):
         return None
-    start = wanted.added((0,) * len(wanted.whole), tallies[region.head])
-    if start is None:
+    better = operator.gt if longest else operator.lt
+    first = (region.head, start, region.nothing)
+    best: dict[State, float] = {first: weight[region.head] * region.size[region.head]}
+    came: dict[State, State] = {}
+    at: dict[int, list[State]] = {n: [] for n in region.order}
+    at[region.head].append(first)
+    for n in region.order:
+        for state in at[n]:
+            for to, answers in region.steps(n, state[2]):
+                total = wanted.added(state[1], tallies[to])
+                if total is None or not promising(to, total):
+                    continue
+                new, cost = (to, total, answers), best[state] + weight[to] * region.size[to]
+                if new not in best:
+                    at[to].append(new)
+                elif not better(cost, best[new]):
+                    continue
+                best[new], came[new] = cost, state
+    last: State | None = None
+    for state in best:
+        if state[1] == wanted.whole and region.ends(state[0]) and (last is None or better(best[state], best[last])):
+            last = state
+    if last is None:
         return None
-    found = []
-    for better in (operator.lt, operator.gt):
-        first = (region.head, start, region.nothing)
-        best: dict[State, float] = {first: weight[region.head] * region.size[region.head]}
-        came: dict[State, State] = {}
-        at: dict[int, list[State]] = {n: [] for n in region.order}
-        at[region.head].append(first)
-        for n in region.order:
-            for state in at[n]:
-                for to, answers in region.steps(n, state[2]):
-                    total = wanted.added(state[1], tallies[to])
-                    if total is None:
-                        continue
-                    new, cost = (to, total, answers), best[state] + weight[to] * region.size[to]
-                    if new not in best:
-                        at[to].append(new)
-                    elif not better(cost, best[new]):
-                        continue
-                    best[new], came[new] = cost, state
-        last: State | None = None
-        for state in best:
-            if state[1] == wanted.whole and region.ends(state[0]) and (last is None or better(best[state], best[last])):
-                last = state
-        if last is None:
-            return None
-        steps = [last]
-        while steps[-1] in came:
-            steps.append(came[steps[-1]])
-        found.append(_path(region, [n for n, *_ in reversed(steps)], weight))
-    return found[0], found[1]
+    steps = [last]
+    while steps[-1] in came:
+        steps.append(came[steps[-1]])
+    return _path(region, [n for n, *_ in reversed(steps)], weight)
 
 
 def _path(region: Region, steps: Sequence[int], weight: Mapping[int, float]) -> Path:

@@ -7,7 +7,7 @@ spills, shared memory. From these follows a PREDICTION of the share of a device'
     seconds an element = max(bytes / copy bandwidth, lane-instructions / (SMs x clock x rate))
 
 for each place that instructions go to: the issue of an SM (128 lanes a cycle, of which ``issued(warps)`` is reached)
-and its pipes (PIPES). What a block does before and after its loop is left out, so the count is a lower bound. The table
+and its pipes (PIPES). What is counted is a lower bound: of a kernel's ways through, the shortest. The table
 is committed (``benchmarks/results/sass``); ``--check`` fails where a kernel spills or counts more than 3 % above it.
 """
 
@@ -16,14 +16,15 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ GROWTH = 1.03  # of a count, before --check fails
 TYPES = {"0": "fp32", "1": "bf16", "2": "fp16", "3": "int8", "4": "fp8"}  # csrc/math/types.h, StorageType
 PASSES = ("quantize", "stochastic", "clip", "project")  # QuantizePass
 SAM = ("norm", "perturb", "restore", "average")  # SamPass
+STEPS = ("any", "hold", "annealed")  # StepKind
+TABLES = {"14": "table of 16", "24": "table of 16 in two parts"}  # TileForm above 8; others are bits
 
 
 # ---- devices: where predictions come from ----------------------------------------------------------------------------
@@ -77,10 +80,11 @@ def issued(warps: int) -> float:
 # ---- cases: what the usual path of a kernel does ---------------------------------------------------------------------
 
 
-Labels = dict[str, int] | Callable[[Sequence[str]], dict[str, int]]  # of all templates, or by their arguments
+# Of all templates, or by their arguments
+Labels = Mapping[str, float] | Callable[[Sequence[str]], Mapping[str, float]]
 
 
-def labels_of(labels: Labels, arguments: Sequence[str]) -> dict[str, int]:
+def labels_of(labels: Labels, arguments: Sequence[str]) -> Mapping[str, float]:
     return labels(arguments) if callable(labels) else labels
 
 
@@ -109,6 +113,7 @@ class Family:
     bytes_of: Callable[[Sequence[str]], float] | None = None
     rounds: float = 1.0
     slots: tuple[int, ...] = (1,)
+    of_block: int = 16  # slots of a thread in its block, for what it does around its loop; 0: not told
 
 
 def _typed(arguments: Sequence[str]) -> list[str]:
@@ -128,26 +133,32 @@ def _copy(arguments: Sequence[str]) -> str:
 
 
 NO_SUMS = {"SHFL.BFLY": 0}
+SUMS = {"VIMNMX3.U32|VIMNMX.U32|IMNMX.U32": 0.5}  # the largest |w|, as integers, perhaps of two at once
 
 
 def _streams(stores: dict[str, int] | None = None) -> Callable[[Sequence[str]], dict[str, int]]:
-    """Of a usual step: weights and gradients, the rule's buffers, and other stores."""
+    """Of a step: weights and gradients, the rule's buffers, and other stores."""
     return lambda a: {"LDG.16": 2 + int(a[2]), "STG.16": 1 + int(a[2]), **(stores or {})}
 
 
-def _step(kind: int, *types: str) -> Callable[[Sequence[str]], bool]:  # once for both sizes of the launch's parameters
-    return lambda a: a[4].endswith(str(kind)) and (kind == 0 or a[5] == "24") and (not types or a[0] in types)
+def _step(kind: str, *types: str) -> Callable[[Sequence[str]], bool]:
+    """Kernels for few and for many tensors have the same loop: one of them is counted."""
+    return lambda a: a[4] == kind and (kind == "0" or a[5] == "24") and (not types or a[0] in types)
 
 
-KINDS = ("any", "free", "constrained")  # StepKind
-STEPS = (
-    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(0)),
-    Case("hold", _streams(), once=NO_SUMS, if_=_step(1)),
-    Case("hold, sums", _streams(), {"FADD": 3}, if_=_step(1)),
-    Case("hold, bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step(1, "0")),
-    Case("annealed", _streams(), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2)),
-    Case("annealed, bf16 copy", _streams({"STG.8": 1}), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2, "0")),
-    Case("annealed, one-byte copy", _streams({"STG.4": 1}), {"MUFU.RCP": 1}, once=NO_SUMS, if_=_step(2, "0")),
+def _divisions(arguments: Sequence[str]) -> dict[str, int]:
+    """Of an annealed step, a weight; AdamW has one at any eps."""
+    return {"MUFU.RCP": 2 if arguments[1] == "AdamW" else 1}
+
+
+STEP = (
+    Case("annealed", _streams(), _divisions, NO_SUMS, _step("0", "1", "2")),
+    Case("", _streams(), once=NO_SUMS, if_=_step("1")),
+    Case("sums", _streams(), SUMS, if_=_step("1")),
+    Case("bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step("1", "0")),
+    Case("", _streams(), _divisions, NO_SUMS, _step("2")),
+    Case("bf16 copy", _streams({"STG.8": 1}), _divisions, NO_SUMS, _step("2", "0")),
+    Case("levels of a byte", _streams({"STG.4": 1}), _divisions, NO_SUMS, _step("2", "0")),
 )
 COPY = {"LDG.16": 1, "STG.16": 1}
 TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
@@ -156,6 +167,21 @@ TWO_TO_ONE = {"LDG.16": 2, "STG.16": 1}
 def _searched(arguments: Sequence[str]) -> dict[str, int]:
     """A table of levels in shared memory is searched: it takes a load each time it is halved, and two at the end."""
     return {"LDS|LDS.64": 3} if "SharedCodebook" in arguments else {}
+
+
+def _form(form: str) -> tuple[int, str]:
+    """(bits of a code, name) of a TileForm."""
+    return (4, TABLES[form]) if form in TABLES else (int(form), f"{form} bits")
+
+
+def _tile_names(arguments: Sequence[str]) -> list[str]:
+    """<type, form, segment (, tokens)>"""
+    scale = "scale at the end" if arguments[2] == "0" else f"a scale each {16 * int(arguments[2])}"
+    return [TYPES[arguments[0]], _form(arguments[1])[1], scale, *(f"{8 * int(a)} tokens" for a in arguments[3:])]
+
+
+def _tile_loads(arguments: Sequence[str]) -> dict[str, int]:
+    return {"LDG.16": _form(arguments[1])[0]}
 
 
 def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
@@ -168,7 +194,9 @@ def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    "step_kernel": Family(STEPS, _width, lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], KINDS[int(a[4][-1])]]),
+    "step_kernel": Family(
+        STEP, _width, lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], STEPS[int(a[4])], f"{a[5]} tensors"], of_block=4
+    ),
     "quantize_kernel": Family(
         (
             Case("", COPY, _searched, if_=_is(2, "0", "1", "3")),
@@ -195,6 +223,11 @@ FAMILIES: dict[str, Family] = {
     "mix_kernel": Family((Case("4 candidates", COPY, {"FMUL": 1}),), _width, _typed, rounds=4, slots=(2,)),
     # of a candidate: two of the rounding, its two sums and the strength that counts
     "mix_gradient_kernel": Family((Case("4 candidates", TWO_TO_ONE, {"FADD": 20}, NO_SUMS),), _width, _typed),
+    # a tile of 16 x 256 codes for a warp
+    **{
+        name: Family((Case("", _tile_loads),), lambda a: 128, _tile_names, lambda a: _form(a[1])[0] / 8, of_block=0)
+        for name in ("tiles_few_kernel", "tiles_many_kernel")
+    },
     "packed_words_kernel": Family(
         (Case("", _word_loads),), lambda a: 2 * 128 / int(a[1]),
         lambda a: [_typed(a)[0], f"{a[1]} bits", f"{a[2]} tokens"], bytes_of=lambda a: int(a[1]) / 8,
@@ -205,30 +238,34 @@ FAMILIES: dict[str, Family] = {
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
+Key = tuple[str, str, str, str]  # architecture, file, kernel, case
+
+
 @dataclass
 class Count:
-    """One row of the table: a case of a kernel on an architecture. Instructions are those of an element."""
+    """One row of the table: a case of a kernel on an architecture. Instructions are those of an element; a kernel whose
+    loop is not counted has one row of its registers and memory."""
 
     arch: str
     file: str
     kernel: str
     case: str
     registers: int
-    spilled: int  # bytes of stores and loads
-    stack: int  # bytes
-    shared: int  # bytes
-    elements: float  # of a thread in a round of the hot loop
-    instructions: float
-    most: float  # on the longest path of this case
-    classes: dict[str, float]
-    bytes: float
-    slow_calls: int  # slow paths of division in the loop
-    looped: bool
+    spilled: int = 0  # bytes of stores and loads
+    stack: int = 0  # bytes
+    shared: int = 0  # bytes
+    elements: float = 0.0  # of a thread in a round of the hot loop; 0: not counted
+    instructions: float = 0.0
+    around: float = 0.0  # what a block does before and after its loop, spread over its elements
+    most: float = 0.0  # on the longest path of this case
+    classes: dict[str, float] = field(default_factory=dict)
+    bytes: float = 0.0
+    slow_calls: int = 0  # slow paths of division in the loop
     share: dict[str, float] = field(default_factory=dict)  # PREDICTED, of the copy bandwidth, by device
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.arch, self.kernel, self.case
+    def key(self) -> Key:
+        return self.arch, self.file, self.kernel, self.case
 
     @property
     def warps(self) -> int:
@@ -241,25 +278,37 @@ def predict(count: Count, device: Device) -> float:
     pipes = PIPES[device.arch]
     lanes = {pipe: count.classes.get(pipe, 0.0) / rate for pipe, rate in pipes.items()}
     lanes["alu"] = (count.classes.get("int", 0.0) + count.classes.get("logic", 0.0)) / pipes["alu"]
-    cycles = max(*lanes.values(), count.instructions / (LANES * issued(count.warps)))
+    cycles = max(*lanes.values(), (count.instructions + count.around) / (LANES * issued(count.warps)))
     memory = count.bytes / device.copy
     return memory / max(memory, cycles / (device.sms * device.clock))
 
 
-def case_of(
-    regions: Sequence[Region], family: Family, case: Case, arguments: Sequence[str]
-) -> tuple[float, machine_code.Path, machine_code.Path] | None:
-    """(elements, usual path, longest path) of the innermost loop that this case runs in, or of a kernel without one."""
+@dataclass(frozen=True)
+class Found:
+    elements: float  # of a thread in a round
+    usual: machine_code.Path
+    longest: machine_code.Path
+    around: float  # instructions of a block outside of its rounds, for a thread
+
+
+def case_of(regions: Sequence[Region], family: Family, case: Case, arguments: Sequence[str]) -> Found | None:
+    """Of the innermost loop that this case runs in, or of a kernel without one. regions: the loops, then the kernel."""
     width = family.width(arguments)
     for region in regions:
         for slots in family.slots:
             wanted = Wanted(
-                {**{k: v * slots for k, v in labels_of(case.makes, arguments).items()}, **case.once},
+                {**{k: int(v * slots) for k, v in labels_of(case.makes, arguments).items()}, **case.once},
                 {k: int(v * slots * width) for k, v in labels_of(case.needs, arguments).items()},
                 family.rounds,
             )
-            if found := machine_code.paths(region, wanted):
-                return slots * width, *found
+            if usual := machine_code.path(region, wanted):
+                longest = machine_code.path(region, wanted, longest=True)
+                around = 0.0
+                if region.looped and family.of_block:
+                    once = replace(wanted, rounds=1.0)
+                    whole, round_ = machine_code.path(regions[-1], once), machine_code.path(region, once)
+                    around = whole.instructions - round_.instructions if whole and round_ else 0.0
+                return Found(slots * width, usual, longest or usual, around)
     return None
 
 
@@ -267,25 +316,26 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
     """The rows of a kernel, each with the listing of its usual path."""
     base, arguments = split_name(name)
     family = FAMILIES.get(base)
+    shown = f"{base}<{', '.join(family.names(arguments) if family else arguments)}>" if arguments else base
+    bare = Count(arch, file, shown, "", used["registers"], used["spilled"], used["stack"], used["shared"])
     if family is None:
+        yield bare, ""
         return
     loops = machine_code.find_loops(kernel.blocks)
     regions = [Region(kernel, loop, loops) for loop in [*loops, None]]
-    shown = f"{base}<{', '.join(family.names(arguments))}>" if arguments else base
     for case in family.cases:
-        if not case.if_(arguments):
-            continue
-        found = case_of(regions, family, case, arguments)
+        found = case_of(regions, family, case, arguments) if case.if_(arguments) else None
         if found is None:
             continue
-        elements, usual, longest = found
-        accessed = sum(int(label.split(".")[1]) * n for label, n in usual.accesses.items()
+        usual, n = found.usual, found.elements
+        accessed = sum(int(label.split(".")[1]) * times for label, times in usual.accesses.items()
                        if label in labels_of(case.makes, arguments))  # fmt: skip
-        count = Count(
-            arch, file, shown, case.name, used["registers"], used["spilled"], used["stack"], used["shared"], elements,
-            round(usual.instructions / elements, 2), round(longest.instructions / elements, 2),
-            {c: round(usual.counts[c] / elements, 2) for c in CLASS_NAMES if usual.counts[c]},
-            family.bytes_of(arguments) if family.bytes_of else accessed / elements, usual.slow_calls, usual.looped,
+        count = replace(
+            bare, case=case.name, elements=n, instructions=round(usual.instructions / n, 2),
+            around=round(found.around / (family.of_block * family.width(arguments)), 2) if family.of_block else 0.0,
+            most=round(found.longest.instructions / n, 2), slow_calls=usual.slow_calls,
+            classes={c: round(usual.counts[c] / n, 2) for c in CLASS_NAMES if usual.counts[c]},
+            bytes=family.bytes_of(arguments) if family.bytes_of else accessed / n, share={},
         )  # fmt: skip
         for device_name, device in DEVICES.items():
             if device.arch == arch:
@@ -393,12 +443,17 @@ def resources(said: str) -> dict[str, dict[str, int]]:
     return used
 
 
+def wanted_cases(name: str) -> list[Case]:
+    base, arguments = split_name(name)
+    return [case for case in FAMILIES[base].cases if case.if_(arguments)]
+
+
 @dataclass
 class Measured:
     counts: list[Count]
     spilling: list[str]  # kernels, whether their loops are counted or not
-    uncounted: list[str]  # kernels of counted templates for which no case was found
-    listings: dict[tuple[str, str, str], str]  # the usual paths
+    uncounted: list[str]  # cases of counted templates for which no path was found
+    listings: dict[Key, str]  # the usual paths
 
 
 def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
@@ -414,8 +469,8 @@ def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
         rows = list(counts_of(kernel, name, arch, source.stem, used[kernel.name]))
         result.counts += [count for count, _ in rows]
         result.listings.update({count.key: listing for count, listing in rows})
-        if not rows and split_name(name)[0] in FAMILIES:
-            result.uncounted.append(name)
+        if not rows and split_name(name)[0] in FAMILIES and wanted_cases(name):
+            result.uncounted.append(f"{name} ({arch})")
         if used[kernel.name]["spilled"] or used[kernel.name]["stack"]:
             result.spilling.append(f"{split_name(name)} ({arch}): {used[kernel.name]}")
     result.counts.sort(key=lambda c: c.kernel)
@@ -427,8 +482,8 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
     if not wanted:
         raise Refused(f"--file: expected some of {', '.join(s.stem for s in sources())}, got {' '.join(files)}")
     jobs = [(source, arch) for arch in archs for source in wanted]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(lambda job: measure_file(job[0], job[1], tools), jobs))
+    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
     whole = Measured([], [], [], {})
     for part in parts:
         whole.counts += part.counts
@@ -443,11 +498,13 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
 
 def as_json(counts: Sequence[Count], nvcc: str) -> str:
     """A row a line, so that differences are read."""
-    rows = ",\n".join("  " + json.dumps(asdict(c), separators=(",", ":")) for c in counts)
+    rows = ",\n".join(
+        json.dumps({k: v for k, v in asdict(c).items() if v or v == ""}, separators=(",", ":")) for c in counts
+    )
     return f'{{"nvcc": "{nvcc}", "rows": [\n{rows}\n]}}\n'
 
 
-def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, str], Count]]:
+def read_table(path: Path = TABLE) -> tuple[str, dict[Key, Count]]:
     """(nvcc, rows by their key)."""
     if not path.is_file():
         return "", {}
@@ -456,12 +513,12 @@ def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, str, str], Coun
     return data["nvcc"], {c.key: c for c in counts}
 
 
-def differences(new: Sequence[Count], old: dict[tuple[str, str, str], Count], all_files: bool = True) -> list[str]:
+def differences(new: Sequence[Count], old: dict[Key, Count], all_files: bool = True) -> list[str]:
     """What does not go with the table, one line each."""
     said = []
     for count in new:
         before = old.get(count.key)
-        where = ", ".join(filter(None, (count.arch, count.kernel, count.case)))
+        where = ", ".join(filter(None, count.key))
         if before is None:
             said.append(f"{where}: not in the table")
         elif count.instructions > GROWTH * before.instructions:
@@ -475,14 +532,18 @@ def differences(new: Sequence[Count], old: dict[tuple[str, str, str], Count], al
     return said
 
 
-HEAD = ("kernel", "case", "registers", "warps", "instructions", *CLASS_NAMES, "bytes", "slow", "longest")
+HEAD = ("kernel", "case", "registers", "warps", "shared", "instructions", *CLASS_NAMES, "around", "longest", "slow",
+        "bytes")  # fmt: skip
 
 
 def lines_of(count: Count, devices: Sequence[str]) -> list[str]:
+    resources = [count.kernel, count.case, str(count.registers), str(count.warps), str(count.shared or "·")]
+    if not count.elements:
+        return [*resources, *["·"] * (len(HEAD) - len(resources) + len(devices))]
     return [
-        count.kernel, count.case, str(count.registers), str(count.warps), f"{count.instructions:.1f}",
+        *resources, f"{count.instructions:.1f}",
         *(f"{count.classes[c]:.1f}" if c in count.classes else "·" for c in CLASS_NAMES),
-        f"{count.bytes:g}", str(count.slow_calls or "·"), f"{count.most:.1f}",
+        f"{count.around:.1f}", f"{count.most:.1f}", str(count.slow_calls or "·"), f"{count.bytes:.3g}",
         *(f"{100 * count.share[d]:.0f}" if d in count.share else "" for d in devices),
     ]  # fmt: skip
 
@@ -491,9 +552,11 @@ PREFACE = """# Counted in the machine code
 
 Made by `make sass` with nvcc {nvcc}; no GPU took part. Instructions an element of the hot loop's usual path, by class
 (int: integer operations, compares, minima, selections, moves; uniform: once a warp), the bytes that it must move, and
-the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. longest:
-instructions an element where every branch takes its longer side. warps: of an SM, by registers. slow: subroutines for
-slow cases of division in the loop, which the usual path does not enter. Spills: none, else the check fails.
+the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. around:
+what a block does before and after its loop, at its least, spread over its elements. longest: where every branch takes
+its longer side. warps: of an SM, by registers. slow: subroutines for slow cases of division in the loop, which the
+usual path does not enter. Kernels without counts: their registers and shared memory alone. Spills: none, else the check
+fails.
 
 Assumed: {assumed}.
 """
@@ -516,6 +579,57 @@ def as_markdown(counts: Sequence[Count], nvcc: str) -> str:
             parts += ["| " + " | ".join(lines_of(c, devices)) + " |" for c in rows]
             parts.append("")
     return "\n".join(parts)
+
+
+def _usual(type_: str, rule: str, buffers: int, step: str) -> str:
+    grid = "IntegerGrid" if step == "hold" else "UniformGrid"
+    return f"step_kernel<{type_}, {rule}, {buffers} buffers, {grid}, {step}, 24 tensors>"
+
+
+HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
+    ("SGD, hold", _usual("fp32", "Sgd", 0, "hold"), ""),
+    ("SGD, hold, sums of the next scale", _usual("fp32", "Sgd", 0, "hold"), "sums"),
+    ("SGD, annealed", _usual("fp32", "Sgd", 0, "annealed"), ""),
+    ("SGD, annealed, bfloat16 copy", _usual("fp32", "Sgd", 0, "annealed"), "bf16 copy"),
+    ("SGD momentum, annealed", _usual("fp32", "Sgd", 1, "annealed"), ""),
+    ("AdamW, annealed", _usual("fp32", "AdamW", 2, "annealed"), ""),
+    ("SGD, hold, bfloat16 weights", _usual("bf16", "Sgd", 0, "hold"), ""),
+    ("SGD, annealed, bfloat16 weights", _usual("bf16", "Sgd", 0, "annealed"), ""),
+    ("any other step: SGD momentum, annealed", "step_kernel<fp32, Sgd, 1 buffers, UniformGrid, any, 200 tensors>", "annealed"),
+    ("quantize", "quantize_kernel<fp32, UniformGrid, quantize>", ""),
+    ("quantize, NF4", "quantize_kernel<fp32, SharedCodebook, quantize>", ""),
+    ("straight-through clip", "quantize_kernel<fp32, UniformGrid, clip>", ""),
+    ("mixture of 4 candidates", "mix_kernel<fp32>", "4 candidates"),
+    *((f"product, {form}, up to 8 tokens", f"tiles_few_kernel<bf16, {form}, scale at the end>", "")
+      for form in ("1 bits", "2 bits", "3 bits", "4 bits", "8 bits", "table of 16")),
+    ("product, 4 bits, groups of 64", "tiles_few_kernel<bf16, 4 bits, a scale each 64>", ""),
+)  # fmt: skip
+PAGE = ROOT / "docs" / "gpu.md"
+MARKS = "<!-- predictions -->", "<!-- /predictions -->"
+
+
+def predictions(counts: Sequence[Count]) -> str:
+    """The table of docs/gpu.md; a kernel that is not there has no line."""
+    by_key = {(c.arch, c.kernel, c.case): c for c in counts}
+    head = ["| kernel | bytes | instructions, sm_90 | " + " | ".join(f"{d} %" for d in DEVICES) + " |"]
+    lines = [*head, "|" + "---|" * (3 + len(DEVICES))]
+    for text, kernel, case in HEADLINES:
+        hopper = by_key.get(("sm_90", kernel, case))
+        if hopper is None:
+            continue
+        shares = [by_key[d.arch, kernel, case].share.get(name) if (d.arch, kernel, case) in by_key else None
+                  for name, d in DEVICES.items()]  # fmt: skip
+        cells = [text, f"{hopper.bytes:.3g}", f"{hopper.instructions + hopper.around:.1f}"]
+        cells += ["" if share is None else f"{100 * share:.0f}" for share in shares]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def filled(page: str, counts: Sequence[Count]) -> str:
+    """The page with the table between its marks made anew."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{predictions(counts)}\n{MARKS[1]}{after}"
 
 
 def as_text(counts: Sequence[Count]) -> str:
@@ -578,7 +692,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.write:
         write_atomic(TABLE, as_json(measured.counts, tools.version))
         write_atomic(TABLE.with_name("README.md"), as_markdown(measured.counts, tools.version))
-        print(f"wrote {TABLE} and README.md beside it")
+        write_atomic(PAGE, filled(PAGE.read_text(), measured.counts))
+        print(f"wrote {TABLE}, README.md beside it and the table of {PAGE}")
     for problem in problems:
         error(f"sass: {problem}")
     if arguments.check:
