@@ -258,9 +258,9 @@ _TRITON = has_triton()  # a constant for torch.compile, which does not look into
 def reads_tiles(x: torch.Tensor) -> bool:
     """Whether products with ``x`` can be made by ``packed_tiles_linear`` now: bfloat16 or float16 on a GPU that the C++
     kernels were compiled for; not while something is traced, whose graph would hold the tiles."""
-    if not (x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and has_cuda_kernels()):
+    if not x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if _forced not in (None, "cpp") or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if _forced not in (None, "cpp") or not has_cuda_kernels() or torch._C._len_torch_dispatch_stack():
         return False
     return not _gpu_stand_in(x.get_device(), _forced)
 
