@@ -37,7 +37,9 @@ class EpsilonAnnealing(LRScheduler):
     other modes default to hold 0 and a constant alpha, as published.
 
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
-    steps and CUDA graphs see the new value without recompiling.
+    steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
+    ``keep_pull`` needs under CUDA graphs. A captured graph has its scales frozen or not: capture again when the hold
+    ends.
     A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
     annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.
@@ -144,7 +146,9 @@ class EpsilonAnnealing(LRScheduler):
             if (lr := float(lr)) > 0:
                 first = self._first.setdefault(index, [lr, float(group["alpha"])])
                 first[0] = max(first[0], lr)
-                group["alpha"] = first[1] * first[0] / lr
+                alpha = first[1] * first[0] / lr
+                present = group["alpha"]  # a tensor is filled, where the replay of a CUDA graph looks for it
+                group["alpha"] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
 
     def _hook(self) -> None:

@@ -213,6 +213,8 @@ def calls(x):
         "row_sums": (x, 4), "sam_norm": ([x], [x], [0], 0.1),
         "scales_from_sums_": ([x], [torch.ones(24, 3)], [0, 0, 6], [7.0, 0.0, 0.0]),
         "mse_scales": (x, torch.ones(4, 3), none, grid, 7.0, 0),
+        "token_levels": (x, none, [1, -127, 127], 127.0, torch.int8),
+        "scaled_sums": (x, torch.ones(4), torch.ones(6), None, torch.float32),
         "packed_tiles_linear": (x, torch.zeros(1, 1, 4, 32, 4, dtype=torch.int32), ROWS, none, grid, 4, 4, 1, None),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
@@ -248,7 +250,7 @@ def test_what_is_differentiable():
     assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE, "packed_dequantize_"}
 
 
-PURE = ("row_sums", "sam_norm", "mse_scales", "packed_tiles_linear")
+PURE = ("row_sums", "sam_norm", "mse_scales", "packed_tiles_linear", "token_levels", "scaled_sums")
 
 
 @pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in PURE])

@@ -44,6 +44,7 @@ OTHERS = {
     ("deploy/gguf/blocks.py", 127): "integers of 8 bits, and E8M0's bias", ("quant/exports.py", 127): "a level",
     ("deploy/inspect.py", 1.6): "inches of a figure", ("analysis/hessian.py", 1e-12): "a norm that is not divided by",
     ("quant/scales.py", 81): "clipping points", ("tuning/__init__.py", 16384): "elements of a tile, to be tried",
+    ("triton_kernels/math.py", 127): "NaN's bits in e4m3", ("triton_kernels/math.py", 16384): "its last bit is 2^-9",
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ KERNELS = {  # source -> hot kernels, and how many instances (storage types x gr
     "update": {"update_kernel": 9 * len(RULES)},
     "sam": {"sam_kernel": 12},
     "packed": {"packed_words_kernel": 24},
-    "scales": {"scales_kernel": 1, "errors_kernel": 9},
+    "scales": {"scales_kernel": 2, "errors_kernel": 9},
     "mix": {"mix_kernel": 3, "mix_gradient_kernel": 3},
 }
 

@@ -61,7 +61,7 @@ class Scalar(ctypes.Structure):
 
 
 class Rates(ctypes.Structure):
-    _fields_ = [("lr", Scalar), ("eps", Scalar), ("step", Scalar), ("numbers", ctypes.c_double * 4)]
+    _fields_ = [*((n, Scalar) for n in "lr eps step alpha".split()), ("numbers", ctypes.c_double * 4)]
 
 
 class Hyper(ctypes.Structure):
@@ -381,16 +381,18 @@ def run_kernels(kernels, specs, p, o, on_device=False, kept=None, firsts=None, c
     h = Hyper(list(RULES).index(o["rule"]), alpha=o["alpha"])
     for name in ("direction", "clamp", "maximize", "skip_nonfinite", "ste_clip"):
         setattr(h, name, o[name])
-    rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step")))
+    rates = Rates(*(Scalar(o[k], None, False) for k in ("lr", "eps", "step", "alpha")))
     rates.numbers[:] = [*RULES[o["rule"]].numbers_of(o), *[math.nan] * 4][:4]
     if on_device:
         lr, eps, step = torch.tensor(o["lr"]), torch.tensor(o["eps"], dtype=torch.float64), torch.tensor(o["step"])
-        rates.lr, rates.eps, rates.step = (
+        alpha = torch.tensor(o["alpha"])
+        rates.lr, rates.eps, rates.step, rates.alpha = (
             Scalar(0, lr.data_ptr(), False),
             Scalar(0, eps.data_ptr(), True),
             Scalar(0, step.data_ptr(), False),
+            Scalar(0, alpha.data_ptr(), False),
         )
-        h.lr = h.eps = h.cap = math.nan
+        h.lr = h.eps = h.cap = h.alpha = math.nan
         h.constants[:] = [math.nan] * 8
     assert not kernels.emulated_update(
         tensors, ctypes.c_size_t(len(specs)), ctypes.byref(h), ctypes.byref(rates), pointer(coefficients)
@@ -991,7 +993,7 @@ def test_scaled_sums(kernels, dtype, held):
 
 # rows: one block's, a full one's, those of several blocks, nothing
 SCALE_ROWS = [1, 7, 511, 4096, 0, 4097, 6000, 13000]
-TWO_LAUNCHES = [4500, *[1, 3, 2, 5] * 119, 0, 9, 4, 1, 4500, 6, 300]  # the last three are the second's
+TWO_LAUNCHES = [4500, *[1, 3, 2, 5] * 135, 0, 9, 4, 1, 4500, 6, 300]  # the last three are the second's
 
 
 def sums_of(rows, zeros, g):

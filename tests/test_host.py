@@ -10,8 +10,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +250,43 @@ def test_errors_come_before_anything_is_written():
     assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
+@compiled
+def test_the_measure_of_host_time_runs(capsys):
+    """What it reports is read, not asserted: speed is no test's business."""
+    path = Path(__file__).parents[1] / "benchmarks" / "host_time.py"
+    spec = importlib.util.spec_from_file_location("host_time", path)
+    host_time = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(host_time)
+    before = autograd.below_autograd
+    host_time.main(["--tensors", "3", "--repeats", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 3 * 2 * 2 and autograd.below_autograd is before
+    assert {line.split("|")[3].strip(): line.split("|")[5].strip() for line in lines[2:]} == {
+        "hold": "2",
+        "annealed": "1",
+    }
+
+
+def test_a_compiled_model_recomputes_what_an_eager_one_keeps():
+    """The optimizer's copy is not the compiled graph's: none is written that nobody reads, and none is ever stale."""
+    torch.manual_seed(0)
+    model = ak.nn.quantize_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    compiled_model = torch.compile(model, backend="aot_eager")
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, telemetry_every=0)
+    x = torch.randn(4, 6)
+    for i in range(6):
+        for group in optimizer.param_groups:
+            group["constraint_eps"] = 1.0 if i < 3 else 0.5
+        optimizer.zero_grad()
+        compiled_model(x).square().sum().backward()
+        optimizer.step()
+        assert all(layer.quantizer.copy_dtype is None for layer in (model[0], model[2]))
+    torch.testing.assert_close(compiled_model(x), model(x))  # which makes the copies
+    for edit in (optimizer.step, lambda: model[0].weight.data.mul_(1.5), torch.optim.SGD(model.parameters(), 0.1).step):
+        edit()
+        torch.testing.assert_close(compiled_model(x), model(x))
+
+
 # ---- capture --------------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +382,7 @@ def test_capturable_is_torchs():
     mine = ak.optim.ASkewAdamW(plain, lr=0.1, capturable=False)
     give(plain, 0)
     mine.step()
+    ak.optim.ASkewAdamW(plain, lr=0.1, capturable=True).step()
     assert torch.optim.AdamW(plain, lr=0.1).defaults["capturable"] is mine.defaults["capturable"]
 
 
@@ -382,11 +422,13 @@ def test_both_halves_of_a_sharpness_aware_step_replay(cls, eps):
 
 
 def test_annealing_fills_eps_in_place_under_replay():
+    """With ``keep_pull``, alpha too follows the learning rate, all three as tensors."""
     runs = []
     for replays in (True, False):
         params = weights()
-        optimizer = optimizer_of(params, lr=0.05, constraint_eps=torch.tensor(1.0, dtype=torch.float64))
-        annealing = ak.EpsilonAnnealing(optimizer, mode="geometric", hold=1, decay=0.7)
+        lr, eps, alpha = (torch.tensor(x, dtype=torch.float64) for x in (0.05, 1.0, 2.0))
+        optimizer = optimizer_of(params, lr=lr, constraint_eps=eps, alpha=alpha)
+        annealing = ak.EpsilonAnnealing(optimizer, mode="geometric", hold=1, decay=0.7, keep_pull=True)
         for i in range(4):
             give(params, i)
             optimizer.step()
@@ -399,10 +441,99 @@ def test_annealing_fills_eps_in_place_under_replay():
                     optimizer.step()
             else:
                 graph.replay()
+            lr.mul_(0.8)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 annealing.step()
             seen += [p.detach().clone() for p in params]
+        assert optimizer.param_groups[0]["alpha"] is alpha
+        assert float(alpha) == pytest.approx(2.0 / 0.8**4, rel=1e-12) and float(eps) < 0.2
         runs.append(seen)
     for i, (a, b) in enumerate(zip(*runs, strict=True)):
         assert torch.equal(a, b), i
+
+
+# ---- the same on a GPU ----------------------------------------------------------------------------------------------
+
+
+def on_gpu(cls, options, eps, sharp=None):
+    """(parameters with gradients, rates, optimizer, step) after three steps; rates are tensors there."""
+    params = [nn.Parameter(p.detach().cuda()) for p in weights()]
+    rates = [torch.tensor(x, dtype=torch.float64, device="cuda") for x in (0.05, eps, 2.0)]
+    options = {**options, "capturable": True} if cls is ak.optim.ASkewAdamW else options
+    alpha = rates[2] if sharp is None else 2.0
+    optimizer = optimizer_of(params, cls, lr=rates[0], constraint_eps=rates[1], alpha=alpha, **options)
+    step = optimizer.step
+    if sharp is not None:
+        wrapped = sharp(optimizer, rho=0.05, telemetry_every=0)
+
+        def step():
+            wrapped.first_step()
+            for p in params:
+                p.grad.mul_(0.5).add_(p.detach(), alpha=0.1)
+            wrapped.second_step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            give(params, i)
+            step()
+    torch.cuda.synchronize()
+    return params, rates, optimizer, step
+
+
+GPU_CASES = [(cls, options, None) for cls, options in OPTIMIZERS]
+GPU_CASES += [(ak.optim.ASkewSGD, {"momentum": 0.9}, sharp) for sharp in (ak.optim.SAM, ak.optim.AlignedSAM)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cls", "options", "sharp"), GPU_CASES)
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+@pytest.mark.parametrize("every", [0, 1])
+def test_replays_are_steps_on_a_gpu(cls, options, sharp, eps, every):
+    runs = []
+    for replays in (True, False):
+        params, rates, _, step = on_gpu(cls, {**options, "telemetry_every": every}, eps, sharp)
+        graph, seen = torch.cuda.CUDAGraph(), []
+        if replays:
+            kept = [p.detach().clone() for p in params]
+            with torch.cuda.graph(graph):
+                step()
+            assert all(torch.equal(p, k) for p, k in zip(params, kept, strict=True))  # only recorded
+        for i in range(5):
+            give(params, 10 + i)
+            rates[0].fill_(0.05 / (1 + i))
+            rates[2].fill_(2.0 * (1 + i))
+            if eps < 1:
+                rates[1].fill_(eps / (1 + i))
+            graph.replay() if replays else step()
+            seen += [p.detach().clone() for p in params]
+        runs.append(seen)
+    for i, (a, b) in enumerate(zip(*runs, strict=True)):
+        assert torch.equal(a, b), i
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("cls", "options", "sharp"), GPU_CASES)
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+def test_a_step_waits_for_nothing(cls, options, sharp, eps):
+    params, rates, _, step = on_gpu(cls, {**options, "telemetry_every": 1}, eps, sharp)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3):
+            rates[0].fill_(0.05 / (1 + i))
+            step()
+        with pytest.raises(RuntimeError):  # it is noticed
+            float(rates[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.isfinite().all() for p in params)
+
+
+@pytest.mark.gpu
+def test_a_capture_without_a_step_before_it_is_refused():
+    params = [nn.Parameter(p.detach().cuda()) for p in weights()]
+    give(params, 0)
+    optimizer, graph = optimizer_of(params), torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="make a step or more"), torch.cuda.graph(graph):
+        optimizer.step()

@@ -237,6 +237,28 @@ def test_each_gpu_is_asked_for_its_own_architecture(monkeypatch):
         assert runtime.operator("row_sums", gpus.tensor(0)) == ("reference", "row_sums")
 
 
+def test_lists_are_prepared_for_the_compiled_operators_alone(monkeypatch):
+    """Of two GPUs only the one that the code was compiled for; not for float64, nor where another backend is forced."""
+    gpus = Gpus(monkeypatch, "sm_80")
+
+    def tensor(index, dtype=torch.float32):
+        return types.SimpleNamespace(dtype=dtype, is_cuda=True, is_cpu=False, get_device=lambda: index)
+
+    assert runtime.compiled_for(tensor(0)) and not runtime.compiled_for(tensor(1))
+    assert not runtime.compiled_for(tensor(0, torch.float64))
+    assert runtime.compiled_for(torch.ones(1)) and not runtime.compiled_for(torch.ones(1, device="meta"))
+    for backend in ("reference", "triton"):
+        with runtime.use_backend(backend):
+            assert not runtime.compiled_for(tensor(0)) and not runtime.compiled_for(torch.ones(1))
+    with runtime.use_backend("cpp"):
+        assert runtime.compiled_for(tensor(0))
+    assert sorted(gpus.asked) == [0, 1]
+    gpus = Gpus(monkeypatch, "")
+    assert not runtime.compiled_for(tensor(0)) and runtime.compiled_for(torch.ones(1))
+    monkeypatch.setattr(runtime, "_C", None)
+    assert not runtime.compiled_for(torch.ones(1))
+
+
 @pytest.mark.parametrize(
     ("archs", "fits"),
     [

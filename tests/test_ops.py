@@ -1009,6 +1009,9 @@ def operator_samples():
                 *([None, None, None, True] if grid[0] == 2 else []),
             )  # fmt: skip
     x, y, z = (torch.randn(3, 20, generator=g) for _ in range(3))
+    yield "token_levels", (x, none, [0, 0, 0], 448.0, torch.float8_e4m3fn)
+    yield "token_levels", (x.bfloat16(), none, [1, -127, 127], 127.0, torch.int8)
+    yield "scaled_sums", (x.int(), torch.rand(3, generator=g), torch.rand(20, generator=g), y[0], torch.bfloat16)
     scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])
     candidates = [1, -2, 1, 0, 0, 0]
     leaves = [t.clone().requires_grad_() for t in (x, scales, strengths)]

@@ -127,7 +127,7 @@ def tile_form(levels: Sequence[float], grid: list[int], dtype: torch.dtype) -> i
     if kind == contract.BINARY:
         return 1
     if kind == contract.UNIFORM:
-        if not (-128 <= lo and hi <= (127 if lo < 0 else 255)):
+        if not (-(1 << 7) <= lo and hi < (1 << 7 if lo < 0 else 1 << 8)):  # in eight bits
             return 0
         return next((bits for bits in (2, 3, 4) if hi - lo < 2**bits), 8)
     exact = torch.tensor(levels, dtype=torch.float32)

@@ -27,7 +27,7 @@ library.define(
 )
 library.define(
     "prepared_update_(int rule, Tensor list, int[] grads, Tensor(a!) like, Tensor(b!)? totals, Tensor? step, Tensor lr,"
-    " Tensor eps, float alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
+    " Tensor eps, Tensor alpha, float[] numbers, bool direction, bool clamp, bool maximize, bool skip_nonfinite,"
     " bool ste_clip) -> ()"
 )
 library.define("prepare_scales(Tensor[] scales, Tensor[] row_sums, int[] rules, float[] numbers) -> Tensor")
@@ -44,6 +44,7 @@ class PreparedUpdate:
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[Tensor], *lists: Any) -> None:
         self.number, self.like, self.kept = [*RULES].index(rule.name), params[0], (params, states, lists)
+        self.alpha: tuple[float, Tensor] | None = None
         self.written = [*params, *states, *lists[3]]
         self.list: Tensor = autograd.below_autograd("prepare_update", self.like, self.number, params, states, *lists)
 
@@ -68,11 +69,15 @@ class PreparedUpdate:
                    encodings, copies, list(row_sums))  # fmt: skip
 
     def run(
-        self, grads: list[int], totals: Tensor | None, *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float,
-        numbers: list[float], direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
+        self, grads: list[int], totals: Tensor | None, *, step: Tensor | None, lr: Tensor, eps: Tensor,
+        alpha: float | Tensor, numbers: list[float], direction: bool, clamp: bool, maximize: bool, skip_nonfinite: bool,
         ste_clip: bool = False,
     ) -> None:  # fmt: skip
         """One step. grads: addresses of contiguous gradients in the parameters' types; totals: (n, 6) float64."""
+        if not isinstance(alpha, Tensor):
+            if self.alpha is None or self.alpha[0] != alpha:
+                self.alpha = alpha, torch.tensor(alpha, dtype=torch.float64, device="cpu")
+            alpha = self.alpha[1]
         autograd.below_autograd(
             "prepared_update_", self.like, self.number, self.list, grads, self.like, totals, step, lr, eps, alpha,
             numbers, direction, clamp, maximize, skip_nonfinite, ste_clip,

@@ -103,8 +103,9 @@ def _checked_update(
 def run_skew_update(
     rule: Rule, params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]],
     scales: list[Tensor], levels: list[Tensor], encodings: list[int], dequantized: Sequence[Tensor], stats: SkewStats,
-    *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float, numbers: list[float], direction: bool, clamp: bool,
-    maximize: bool, skip_nonfinite: bool, ste_clip: bool = False, contiguous: bool = False, descent: Sequence[Any] = (),
+    *, step: Tensor | None, lr: Tensor, eps: Tensor, alpha: float | Tensor, numbers: list[float], direction: bool,
+    clamp: bool, maximize: bool, skip_nonfinite: bool, ste_clip: bool = False, contiguous: bool = False,
+    descent: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """The update without its checks, for callers that made sure of every argument (the optimizers).
 
@@ -127,8 +128,8 @@ def run_skew_update(
     autograd.below_autograd(
         rule.operator, params[0],
         writable(params), grads, [b for buffers in states for b in writable(buffers)], scales, levels, encodings,
-        writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, alpha, numbers,
-        direction, clamp, maximize, skip_nonfinite, *last,
+        writable(dequantized), stats.row_sums, stats.totals, step if rule.counts else None, lr, eps, float(alpha),
+        numbers, direction, clamp, maximize, skip_nonfinite, *last,
     )  # fmt: skip
     stand_ins.finish([*params, *(b for buffers in states for b in buffers), *dequantized])
 

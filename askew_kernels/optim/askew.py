@@ -29,7 +29,7 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     ``grid``            the levels; None (default): the group has no constraint and is stepped by {plain}
     ``scale``           a rule's name, None (default: ``quant.default_rule`` of the grid) or a fixed tensor
     ``granularity``     ``per_tensor``, ``per_channel`` (default), ``per_group`` with ``group_size``
-    ``alpha``           strength of the push towards feasibility, >= 0
+    ``alpha``           strength of the push towards feasibility, >= 0; a float or a 0-dim tensor
     ``constraint_eps``  the constraint's eps, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it
     ``skew``            ``"gradient"`` (published: the skewed velocity replaces the gradient) or ``"direction"`` (the
                         base rule's own step is skewed last, which keeps the guarantee with momentum)
@@ -38,9 +38,9 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
     ==================  =============================================================================================
 
-    A step that has been made before with the same tensors can be captured in a CUDA graph; lr and constraint_eps, as
-    tensors on the device, may be filled between replays. alpha, the other numbers, whether the scale is frozen and what
-    is recorded are part of the graph.{capturable}
+    A step that has been made before with the same tensors can be captured in a CUDA graph; lr, constraint_eps and
+    alpha, as tensors on the device, may be filled between replays. The other numbers, whether the scale is frozen and
+    what is recorded are part of the graph, and alpha in a sharpness-aware step or by Triton.{capturable}
     ``eps`` is the rule's own where it has one (added to AdamW's denominator; of old ``adam_eps``, when the constraint's
     was ``eps``), otherwise another name of ``constraint_eps``, in groups too. lr and constraint_eps may be floats or
     0-dim tensors. While the scale moves, a step uses the scale of the weights as the step found them, and the layer's
@@ -310,6 +310,9 @@ class ByRule(Constrained):
         steps = [self._counter(p, group["fused"] or group["capturable"]) for p in params]
         options = self._torch_options(group)
         options["beta1"], options["beta2"] = options.pop("betas")
+        options["capturable"] &= (
+            params[0].device.type != "cpu"
+        )  # where there is nothing to capture, and torch refuses it
         adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:

@@ -75,7 +75,7 @@ class Constrained(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
-        ops.number("alpha", group["alpha"], 0.0)
+        ops.rate_tensor("alpha", group["alpha"], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
         if group["grid"] is None:
@@ -184,10 +184,12 @@ class Constrained(Optimizer):
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         """The operator's arguments. Raises TypeError/ValueError that names the key."""
+        alpha = group["alpha"]
         return {
             "lr": ops.rate_tensor("lr", group["lr"], 0.0),
             "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
-            "alpha": float(group["alpha"]), "skip_nonfinite": bool(group["skip_nonfinite"]),
+            "alpha": ops.rate_tensor("alpha", alpha, 0.0) if isinstance(alpha, Tensor) else float(alpha),
+            "skip_nonfinite": bool(group["skip_nonfinite"]),
         }  # fmt: skip
 
     def _freezes(self, group: dict[str, Any]) -> bool:

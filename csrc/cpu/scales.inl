@@ -56,28 +56,43 @@ static bool scales(const ScaleTensor& t, int64_t row0, int64_t row1) {
 
 // ---- mse ----
 
-typedef float v8f __attribute__((vector_size(4 * kErrorLanes)));
-typedef double v8d __attribute__((vector_size(8 * kErrorLanes)));
-static_assert(16 % kErrorLanes == 0, "a stripe is whole lanes");
+constexpr int kDoubles = ASKEW_LANES / 2;  // in a vector
+typedef double vd __attribute__((vector_size(8 * kDoubles)));
+typedef float half_vf __attribute__((vector_size(4 * kDoubles)));  // as many floats
+constexpr int kParts = kErrorLanes / kDoubles;
+static_assert(16 % kErrorLanes == 0 && kErrorLanes % kDoubles == 0, "a stripe is whole lanes, and they whole vectors");
 
 struct Stripe {  // 16 columns
   vf part[kVectors];
 };
-// The square of a float is exact in float64, so a fused sum and one of a product have the same bits.
-ASKEW_FN void add_squares(v8d& sum, const Stripe& difference) {
-  v8f half[16 / kErrorLanes];
+struct ErrorSums {
+  vd part[kParts];
+};
+// The square of a float is exact in float64, so a fused sum and one of a product have the same bits. The compiler would
+// put the conversion together from smaller ones.
+ASKEW_FN vd add_square(vd sum, half_vf d) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  const __m512d wide = _mm512_cvtps_pd((__m256)d);
+  return (vd)_mm512_fmadd_pd(wide, wide, (__m512d)sum);
+#elif ASKEW_LANES == 8 && defined(__FMA__)
+  const __m256d wide = _mm256_cvtps_pd((__m128)d);
+  return (vd)_mm256_fmadd_pd(wide, wide, (__m256d)sum);
+#else
+  const vd wide = __builtin_convertvector(d, vd);
+  return sum + wide * wide;
+#endif
+}
+ASKEW_FN void add_squares(ErrorSums& sum, const Stripe& difference) {
+  half_vf half[16 / kDoubles];
   __builtin_memcpy(half, difference.part, sizeof half);
-  for (int k = 0; k < 16 / kErrorLanes; ++k) {
-    const v8d wide = __builtin_convertvector(half[k], v8d);
-    sum += wide * wide;
-  }
+  for (int k = 0; k < 16 / kDoubles; ++k) sum.part[k % kParts] = add_square(sum.part[k % kParts], half[k]);
 }
 
 // Adds the errors of n columns; x is padded to whole stripes.
 template <class Grid>
-static ASKEW_LOOP void add_errors(v8d* to, const float* x, int64_t n, const Row<vf, Grid>& given) {
+static ASKEW_LOOP void add_errors(ErrorSums* to, const float* x, int64_t n, const Row<vf, Grid>& given) {
   const Row<vf, Grid> row = given;
-  v8d sum = *to;
+  ErrorSums sum = *to;
   const auto difference = [&](int64_t i) __attribute__((always_inline)) {
     Stripe d;
     for (int k = 0; k < kVectors; ++k) {
@@ -101,7 +116,7 @@ static ASKEW_LOOP void add_errors(v8d* to, const float* x, int64_t n, const Row<
   *to = sum;
 }
 
-ASKEW_FN double over_lanes(const v8d& sum) {
+ASKEW_FN double over_lanes(const ErrorSums& sum) {
   double lanes[kErrorLanes];
   __builtin_memcpy(lanes, &sum, sizeof lanes);
   for (int width = kErrorLanes / 2; width; width /= 2)
@@ -138,7 +153,7 @@ void errors_typed(const MseArg& a, Tile t, double* out) {
       scale[j] = candidate_scale(j + 1, (double)a.sums[r * kRowSums + kMaxAbs], a);
     for (int64_t piece = t.col0; piece < t.col1; piece += kSumPiece, out += kScaleCandidates) {
       const int64_t end = piece + kSumPiece < t.col1 ? piece + kSumPiece : t.col1;
-      v8d sums[kScaleCandidates] = {};
+      ErrorSums sums[kScaleCandidates] = {};
       for (int64_t c = piece; c < end; c += kBlock) {
         const int64_t n = c + kBlock < end ? kBlock : end - c;
         load_floats<T>(a.w, r * a.m.cols + c, n, x);

@@ -36,7 +36,7 @@ struct Halves {
   static constexpr int kMantissa = kBF16 ? 7 : 10;
   static constexpr uint32_t kMagic = twice(kBF16 ? 0x4300 : 0x6400), kOne = twice(kBF16 ? 0x3f80 : 0x3c00);
   static constexpr uint32_t kMinusOne = kOne | 0x80008000u;
-  static __device__ constexpr uint32_t power(int e) { return twice(kBF16 ? (127 + e) << 7 : (15 + e) << 10); }
+  static __device__ constexpr uint32_t power(int e) { return twice(kBF16 ? (0x7f + e) << 7 : (15 + e) << 10); }
   static __device__ __forceinline__ uint32_t pair(float a, float b) {
     const float v[2] = {a, b};
     return Storage<T>::put(v);
@@ -79,7 +79,7 @@ struct Levels {
     if (kBits == 1) return masked_xor(word << (15 - q), 0x80008000u, H::kMinusOne);
     if (kWide) {  // 7 bits in the mantissa; the eighth makes 256 of 128
       const uint32_t moved = word >> kBits * q;
-      const uint32_t low = masked_or(moved, twice(127), H::kMagic), high = masked_xor(moved, twice(128), H::kMagic);
+      const uint32_t low = masked_or(moved, twice(0x7f), H::kMagic), high = masked_xor(moved, twice(128), H::kMagic);
       return fma_pairs<H::kBF16>(fma_pairs<H::kBF16>(low, H::kOne, below[0]), H::kOne, high);
     }
     const int i = q % kPerShift;

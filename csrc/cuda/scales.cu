@@ -11,19 +11,29 @@ constexpr int64_t kMostInGrid = 0x7fffffff;  // blocks
 
 constexpr int kScaleThreads = 512;
 constexpr int64_t kWholeRows = 4096, kPartRows = 1024;
-constexpr int kScaleTensors = 480;
+// Of a launch. Its parameters are copied whole, so short lists have a kernel of their own.
+constexpr int kScaleTensors = 544, kFewTensors = 64;
 
 // Blocks of a tensor that are done, and above them the rows that they marked.
 typedef unsigned long long Ticket;
 constexpr int kTicketShift = 32;
 
+struct ScaleEntry {  // a ScaleTensor
+  const float* sums;
+  float* scale;
+  double cols, c_max, first, second;
+  uint32_t rows;
+  int16_t rule, type;
+};
+
+template <int N>
 struct ScaleList {
   Ticket* tickets;  // one for each tensor; 0 before the launch where a tensor has several blocks
   int n;
-  uint32_t first_block[kScaleTensors];
-  ScaleTensor entry[kScaleTensors];
+  uint32_t first_block[N];
+  ScaleEntry entry[N];
 };
-static_assert(sizeof(ScaleList) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
+static_assert(sizeof(ScaleList<kScaleTensors>) <= 32764, "a kernel takes at most 32,764 bytes of parameters");
 
 inline __host__ __device__ int64_t blocks_of_rows(int64_t rows) {
   return rows <= kWholeRows ? rows > 0 : (rows + kPartRows - 1) / kPartRows;
@@ -103,11 +113,13 @@ __device__ float smallest(const float* scale, int64_t rows, uint32_t k) {
   return __uint_as_float(prefix);
 }
 
-__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_constant__ ScaleList list) {
+template <int N>
+__global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_constant__ ScaleList<N> list) {
   __shared__ uint32_t marked_here;
   __shared__ int64_t marked_rows;  // of the tensor; -1 where its last block is another
   const int number = tensor_of_block(list);
-  const ScaleTensor& t = list.entry[number];
+  const ScaleEntry& e = list.entry[number];
+  const ScaleTensor t{e.sums, e.scale, e.rows, e.cols, e.c_max, e.first, e.second, e.rule, e.type};
   const bool whole = t.rows <= kWholeRows;
   const int64_t begin = whole ? 0 : (int64_t)(blockIdx.x - list.first_block[number]) * kPartRows;
   const int64_t end = whole || t.rows < begin + kPartRows ? t.rows : begin + kPartRows;
@@ -149,6 +161,18 @@ __global__ void __launch_bounds__(kScaleThreads) scales_kernel(const __grid_cons
   for_scales(t.scale, t.rows, [&](int64_t row, float s) {
     if (!(s > 0.f)) t.scale[row] = s == 0.f ? median : 1.f;
   });
+}
+
+template <int N>
+cudaError_t launch_scales(const ScaleList<kScaleTensors>& all, uint32_t blocks, cudaStream_t stream) {
+  ScaleList<N> list;
+  list.tickets = all.tickets;
+  list.n = all.n;
+  for (int i = 0; i < all.n; ++i) {
+    list.first_block[i] = all.first_block[i];
+    list.entry[i] = all.entry[i];
+  }
+  return launch(scales_kernel<N>, blocks, kScaleThreads, stream, list);
 }
 
 // ---- least squared error: a block takes one row, or one piece of a long row, and all candidates ------------------------
@@ -264,25 +288,29 @@ size_t scales_scratch(const ScaleTensor* tensors, size_t n) {
 cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStream_t stream) {
   const size_t bytes = scales_scratch(tensors, n);
   cudaError_t error = bytes ? cudaMemsetAsync(scratch, 0, bytes, stream) : cudaSuccess;
-  ScaleList list;
+  ScaleList<kScaleTensors> list;
   list.tickets = (Ticket*)scratch;
   list.n = 0;
   uint32_t blocks = 0;
-  const auto run = [&] {
-    error = first_error(error, launch(scales_kernel, blocks, kScaleThreads, stream, list));
+  const auto flush = [&] {
+    const auto run = list.n <= kFewTensors ? launch_scales<kFewTensors> : launch_scales<kScaleTensors>;
+    error = first_error(error, run(list, blocks, stream));
     if (list.tickets) list.tickets += list.n;
     list.n = 0;
     blocks = 0;
   };
   for (size_t i = 0; i < n; ++i) {
-    const int64_t own = blocks_of_rows(tensors[i].rows);
+    const ScaleTensor& t = tensors[i];
+    const int64_t own = blocks_of_rows(t.rows);
     if (own == 0) continue;
-    if (list.n == kScaleTensors || blocks + own > kMostInGrid) run();
+    if (t.rows > kMostInGrid) return cudaErrorInvalidValue;
+    if (list.n == kScaleTensors || blocks + own > kMostInGrid) flush();
     list.first_block[list.n] = blocks;
-    list.entry[list.n++] = tensors[i];
+    list.entry[list.n++] = {t.sums,         t.scale,         t.cols,          t.c_max, t.first, t.second,
+                            (uint32_t)t.rows, (int16_t)t.rule, (int16_t)t.type};
     blocks += (uint32_t)own;
   }
-  run();
+  flush();
   return error;
 }
 

@@ -51,6 +51,7 @@ __device__ __forceinline__ Hyper hyper_of(const List& list) {
     h.lr = list.device_h->lr;
     h.eps = list.device_h->eps;
     h.cap = list.device_h->cap;
+    h.alpha = list.device_h->alpha;
     for (int k = 0; k < (int)(sizeof(Rule) / sizeof(float)); ++k) h.constants[k] = list.device_h->constants[k];
   }
   return h;
@@ -68,9 +69,9 @@ struct QuickDivision {  // without a branch
 // Whether a row's divisions need no branch: nothing comes near the ends of the exponents. Brackets of integers.
 template <StepKind KIND>
 __device__ __forceinline__ bool divides_quickly(float scale, const Hyper& h) {
-  const float factor = scale * (0.25f * h.alpha);
+  const float factor = scale * (0.25f * h.alpha), sixteenth = 0.0625f * h.eps;  // numbers that the step has at hand
   return scale > 0x1p-60f && scale < 0x1p60f &&
-         (KIND == kFreeStep || (factor > 0x1p-40f && factor < 0x1p60f && h.eps >= 0x1p-30f));
+         (KIND == kFreeStep || (factor > 0x1p-40f && factor < 0x1p60f && sixteenth >= 0x1p-34f));
 }
 
 // What a thread sums while it goes through its elements.
@@ -145,7 +146,7 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
 // Blocks of an SM at least: what keeps the registers few without spilling.
 constexpr int least_blocks(int type, int buffers, bool binary, StepKind kind) {
   if (kind == kAnyStep) return type == kFloat32 ? 3 : buffers == 2 ? 1 : 2;
-  if (type != kFloat32 && kind == kConstrainedStep) return buffers == 2 ? 3 : 4;
+  if (type != kFloat32 && kind == kConstrainedStep && buffers == 2) return 3;
   return buffers == 0 && !binary ? 5 : 4;
 }
 
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks(T, BUFFERS, std::is_sam
   Walk<T> walk(t.cut, block);
   Sum sum;
   for (int r = t.cut.rows_per_team; r > 0; --r) {
-    if (walk.rows_left > 0) {
+    if (walk.row < t.cut.rows) {
       const float scale = t.scale[walk.row];
       if (walk.vectors && divides_quickly<kCodebook ? kFreeStep : KIND>(scale, h)) {
         const Row<float, Grid> row = make_row(quick_divisor(scale), grid);
@@ -224,6 +225,7 @@ constexpr int kUsuals = sizeof(kUsual) / sizeof(Usual);
 template <class Rule>
 __global__ void rates_kernel(Rates r, Hyper* h) {
   set_rates<Rule>(*h, read(r.lr), read(r.eps), read(r.step), r.numbers);
+  h->alpha = (float)read(r.alpha);
 }
 
 // ---- the host's side: which tensors share a launch, and where partial sums go in the scratch memory -----------

@@ -60,9 +60,9 @@ struct Hyper {                // one optimizer step, the same for every tensor o
 };
 
 struct Rates {  // what Hyper follows from and may stand on the device
-  Scalar lr, eps, step;
+  Scalar lr, eps, step, alpha;
   double numbers[kMostNumbers];  // the rule's, always on the host
-  bool on_device() const { return lr.device || eps.device || step.device; }
+  bool on_device() const { return lr.device || eps.device || step.device || alpha.device; }
 };
 
 struct UpdateTensor {  // what is absent is null

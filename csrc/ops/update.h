@@ -85,7 +85,7 @@ struct UpdateOps {
   // What is the same for every tensor of a step.
   template <class Rule>
   static void rate(Update& u, bool on_cpu, const std::optional<Tensor>& count, const Tensor& lr, const Tensor& eps,
-                   double alpha, const std::vector<double>& numbers, bool direction, bool clamp, bool maximize,
+                   const Scalar& alpha, const std::vector<double>& numbers, bool direction, bool clamp, bool maximize,
                    bool skip_nonfinite, bool ste_clip) {
     STD_TORCH_CHECK(numbers.size() == Rule::kNumbers, "numbers: expected ", Rule::kNumbers, ", got ", numbers.size());
     STD_TORCH_CHECK(!Rule::kCounts || count, "step: expected a 0-dim tensor");
@@ -94,7 +94,8 @@ struct UpdateOps {
     if (Rule::kCounts) u.rates.step = scalar(*count, "step", on_cpu);
     std::copy(numbers.begin(), numbers.end(), u.rates.numbers);
     u.hyper.rule = host::number_of<Rule>(host::Rules{});
-    u.hyper.alpha = (float)alpha;
+    u.rates.alpha = alpha;
+    u.hyper.alpha = (float)alpha.value;
     u.hyper.direction = direction;
     u.hyper.clamp = clamp;
     u.hyper.maximize = maximize;
@@ -119,7 +120,7 @@ struct UpdateOps {
       STD_TORCH_CHECK(coefficients.has_value(), "coefficients: expected beside firsts");
       u.coefficients = coefficients_of(*coefficients, params[0]);
     }
-    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite,
+    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, {alpha, nullptr, true}, numbers, direction, clamp, maximize, skip_nonfinite,
                ste_clip);
     Device(params[0]).run(u);
   }
@@ -139,7 +140,7 @@ struct UpdateOps {
   // totals: (n, kTotals), or none.
   static void prepared_step(int64_t rule, Tensor list, std::vector<int64_t> grads, Tensor like,
                           std::optional<Tensor> totals, std::optional<Tensor> count, Tensor lr, Tensor eps,
-                          double alpha, std::vector<double> numbers, bool direction, bool clamp, bool maximize,
+                          Tensor alpha, std::vector<double> numbers, bool direction, bool clamp, bool maximize,
                           bool skip_nonfinite, bool ste_clip) {
     const size_t n = grads.size();
     STD_TORCH_CHECK(rule >= 0 && rule < host::Rules::kCount, "rule: unknown");
@@ -159,7 +160,7 @@ struct UpdateOps {
       u.tensors[i].totals = sums ? sums + i * kTotals : nullptr;
     }
     host::with_rule((int)rule, host::Rules{}, [&](auto r) {
-      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, alpha, numbers, direction, clamp, maximize, skip_nonfinite,
+      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, scalar(alpha, "alpha", like.is_cpu()), numbers, direction, clamp, maximize, skip_nonfinite,
                         ste_clip);
     });
     Device(like).run(u);
