@@ -418,6 +418,7 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     monkeypatch.setattr(Context, "side", 64)
     monkeypatch.setattr(Context, "backends", lambda self: [("", "")])
     monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
+    monkeypatch.setattr(common, "Captured", lambda run: run)
     context = Context(CPU, quick=True)
     forward = next(e for e in suites.SUITES["linear"] if e.op == "linear forward").build(context)
     missing = {i.name: i.missing for i in forward.impls if i.missing}
@@ -432,6 +433,10 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     gpt, mlp = (next(e for e in suites.SUITES["train"] if e.op.endswith(n)).build(context) for n in ("GPT", "MLP"))
     assert any(i.name == train.LIGER and "liger_kernel is" in i.missing for i in gpt.impls)
     assert not any(i.name == train.LIGER for i in mlp.impls)
+    wide = next(e for e in suites.SUITES["train"] if e.op == train.WIDE_STEP).build(context)
+    assert wide.baseline == f"{train.AUTOCAST}{train.GRAPH_STEP}" in {i.name for i in wide.impls}
+    for impl in wide.impls:
+        impl.check(impl.run)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
