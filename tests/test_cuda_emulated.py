@@ -583,15 +583,19 @@ def test_usual_steps_are_any_steps(kernels, rule, dtype):
     o = {**DEFAULTS, "rule": rule, "weight_decay": 0.1, "bad_gradients": True}
     if rule == "momentum":
         o |= {"rule": "sgd", "momentum": 0.9, "dampening": 0.25}
-    shapes = [(3, 64), (2, 129), (40, 32), (1, 5003), (2, 13000)]
+    shapes = [(3, 64), (2, 129), (40, 32), (1, 5003)]
     for case, changes in enumerate((
         {"eps": 1.0}, {"eps": 1.0, "ste_clip": True}, {"clamp": True}, {"clamp": True, "eps": 1e-3, "ste_clip": True},
         {"clamp": True, "eps": 1e-12}, {"clamp": True, "eps": 1.0}, {"clamp": True, "eps": 0.9, "lr": 0.0},
         {"clamp": True, "weight_decay": 0.0, "nesterov": rule == "momentum", "dampening": 0.0},
+        {"clamp": True, "weight_decay": 0.0, "alpha": 1e-32},  # no gradients: the constraint's push is all there is
     )):  # fmt: skip
-        options = {**o, **changes}
+        options = {**o, **changes, "bad_gradients": "alpha" not in changes}
         specs = specs_for(dtype, ["uniform4", "binary", "ternary", "nf4"], shapes[case % 2 :: 2], totals=False)
         p = make_problem(specs, options, case)
+        if "alpha" in changes:
+            for t in (*p["grads"], *p["a"], *p["b"]):
+                t.zero_()
         for i, (w, scale) in enumerate(zip(p["params"], p["scales"], strict=True)):
             if w.numel() > 8:
                 w.view(-1)[:3] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -608,7 +612,9 @@ def test_usual_steps_are_any_steps(kernels, rule, dtype):
                 assert same(a, b), (changes, k, spec)
         for a, b, spec in zip(usual["row_sums"], any_step["row_sums"], specs, strict=True):
             assert same(a, b), (changes, spec)
-        if options["eps"] > 1e-9:  # below, 7 s (1/s) just above 7 is no level to the kernels, as it is to the reference
+        if (
+            options["eps"] > 1e-9 and "alpha" not in changes
+        ):  # below, 7 s (1/s) just above 7 is no level to the kernels, as it is to the reference
             check_update(kernels, specs, options, case, on_device=case == 3)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
-from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_weight
+from askew_kernels.quant import FP4, Binary, Codebook, Ternary, Uniform, code_bits, pack_weight
 
 GRIDS = {"int4": Uniform(4), "binary": Binary(), "ternary": Ternary(), "nf4": Codebook(NF4)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -138,6 +138,63 @@ def test_packed_layers(device, generator):
         with torch.no_grad():
             # two layers of sums of 256 and 96 products in another order: 256 * 2^-24 of sums of magnitudes below 6
             torch.testing.assert_close(packed(x.to(device)).cpu(), model(x), rtol=0, atol=1e-4)
+
+
+TILED = {**GRIDS, "narrow3": Uniform(3, narrow=True), "int8": Uniform(8), "unsigned8": Uniform(8, signed=False),
+         "fp4": FP4()}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TILED)
+def test_products_from_tiles(device, name, dtype, generator):
+    """Whole and odd columns, groups, one to many tokens, inputs that begin anywhere: as exact as from the codes."""
+    grid, packed = TILED[name], ops.packed
+    form = packed.tile_form(grid.levels, grid.encoding, dtype)
+    levels, bits = grid.levels_tensor("cpu"), code_bits(grid)
+    cases = [(33, 256, 1), (40, 1000, 1), (18, 512, 32), (64, 4096, 32), (130, 1152, 9), (9, 133, 1), (512, 2048, 16)]
+    for n, cols, groups in cases if device == "cuda" else cases[:3]:
+        w, scale, _ = problem((n * groups, cols // groups), torch.float32, grid, generator)
+        codes = pack_weight(w.reshape(n, cols), scale, grid)
+        exact = reference.packed_weight(
+            codes, scale.double(), levels.double(), grid.encoding, bits, cols, torch.float64
+        )
+        tiles = packed.packed_tiles(codes.to(device), grid.encoding, bits, cols, len(grid.levels), form)
+        of_tiles = packed.tile_scales(scale, n, cols).contiguous().to(device)
+        bias = torch.randn(n, generator=generator).to(dtype)
+        for rows in (1, 3, 8, 9, 16, 33, 70, 130) if device == "cuda" else (1, 9):
+            x = torch.randn(rows, cols, generator=generator).to(dtype)
+            room = torch.empty(rows * cols + 1, dtype=dtype, device=device)
+            placed = room[rows % 2 :][: rows * cols].view(rows, cols).copy_(x)
+            y = torch.ops.askew.packed_tiles_linear(
+                placed, tiles, of_tiles, levels.to(device), grid.encoding, form, n, groups, bias.to(device)
+            ).cpu()
+            want = x.double() @ exact.t() + bias.double()
+            size = x.double().abs() @ exact.abs().t() + bias.double().abs()
+            bound = max(cols + 3, 67) * 2.0**-24 * size + torch.finfo(dtype).eps * want.abs()
+            assert ((y.double() - want).abs() <= bound).all(), (n, cols, groups, rows)
+
+
+@pytest.mark.parametrize("grid", [Uniform(4), Ternary(), Codebook(NF4)])
+def test_packed_layers_of_halves(device, grid, generator):
+    """Every number of rows in bfloat16, from tiles on a GPU; a captured graph gives the same."""
+    torch.manual_seed(0)
+    layer = ak.quantize_(nn.Sequential(nn.Linear(512, 96)), ak.QuantConfig(grid))
+    packed = ak.pack_(ak.hard_quantize_(layer))[0].bfloat16().to(device)
+    weight, bias = packed.dequantize(torch.float32).cpu(), packed.bias.float().cpu()
+    with torch.no_grad():
+        for rows in (1, 5, 12, 40, 600):
+            x = torch.randn(rows, 512, generator=generator).bfloat16()
+            y = packed(x.to(device))
+            want = nn.functional.linear(x.float(), weight, bias)
+            torch.testing.assert_close(y.float().cpu(), want, rtol=0.01, atol=0.01 * float(want.abs().max()))
+            if device == "cuda" and rows < 100:
+                assert packed.tile_bytes
+                static, graph = x.to(device), torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    out = packed(static)
+                out.zero_()
+                graph.replay()
+                assert torch.equal(out, y)
 
 
 @pytest.mark.parametrize("kind", ["SAM", "ASAM", "AlignedSAM"])

@@ -99,6 +99,7 @@ class Case:
     needs: Labels = field(default_factory=dict)
     once: dict[str, int] = field(default_factory=dict)
     if_: Callable[[Sequence[str]], bool] = lambda arguments: True
+    moves: Labels | None = None  # accesses of a slot that count as its bytes, where they are not those that it makes
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,14 @@ def _divisions(arguments: Sequence[str]) -> dict[str, int]:
     return {"MUFU.RCP": 2 if arguments[1] == "AdamW" else 1}
 
 
+def _step_names(arguments: Sequence[str]) -> list[str]:
+    type_, rule, buffers, grid, kind, tensors = _typed(arguments)
+    return [type_, rule, f"{buffers} buffers", grid, STEPS[int(kind)], f"{tensors} tensors"]
+
+
 STEP = (
-    Case("annealed", _streams(), _divisions, NO_SUMS, _step("0", "1", "2")),
+    # loads of what may be absent are issued and switched off
+    Case("annealed", lambda a: {"STG.16": 1 + int(a[2])}, _divisions, NO_SUMS, _step("0"), _streams()),
     Case("", _streams(), once=NO_SUMS, if_=_step("1")),
     Case("sums", _streams(), SUMS, if_=_step("1")),
     Case("bf16 copy", _streams({"STG.8": 1}), once=NO_SUMS, if_=_step("1", "0")),
@@ -194,9 +201,7 @@ def _word_loads(arguments: Sequence[str]) -> dict[str, int]:
 
 
 FAMILIES: dict[str, Family] = {
-    "step_kernel": Family(
-        STEP, _width, lambda a: [*_typed(a)[:2], f"{a[2]} buffers", a[3], STEPS[int(a[4])], f"{a[5]} tensors"], of_block=4
-    ),
+    "step_kernel": Family(STEP, _width, _step_names, of_block=4),
     "quantize_kernel": Family(
         (
             Case("", COPY, _searched, if_=_is(2, "0", "1", "3")),
@@ -312,6 +317,12 @@ def case_of(regions: Sequence[Region], family: Family, case: Case, arguments: Se
     return None
 
 
+def moved(case: Case, arguments: Sequence[str]) -> float:
+    """Bytes of a slot of one thread."""
+    labels = labels_of(case.moves or case.makes, arguments)
+    return sum(int(label.split(".")[1]) * times for label, times in labels.items())
+
+
 def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, int]) -> Iterator[tuple[Count, str]]:
     """The rows of a kernel, each with the listing of its usual path."""
     base, arguments = split_name(name)
@@ -328,14 +339,13 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
         if found is None:
             continue
         usual, n = found.usual, found.elements
-        accessed = sum(int(label.split(".")[1]) * times for label, times in usual.accesses.items()
-                       if label in labels_of(case.makes, arguments))  # fmt: skip
         count = replace(
             bare, case=case.name, elements=n, instructions=round(usual.instructions / n, 2),
             around=round(found.around / (family.of_block * family.width(arguments)), 2) if family.of_block else 0.0,
             most=round(found.longest.instructions / n, 2), slow_calls=usual.slow_calls,
             classes={c: round(usual.counts[c] / n, 2) for c in CLASS_NAMES if usual.counts[c]},
-            bytes=family.bytes_of(arguments) if family.bytes_of else accessed / n, share={},
+            bytes=family.bytes_of(arguments) if family.bytes_of else moved(case, arguments) / family.width(arguments),
+            share={},
         )  # fmt: skip
         for device_name, device in DEVICES.items():
             if device.arch == arch:
@@ -586,6 +596,7 @@ def _usual(type_: str, rule: str, buffers: int, step: str) -> str:
     return f"step_kernel<{type_}, {rule}, {buffers} buffers, {grid}, {step}, 24 tensors>"
 
 
+ANY_STEP = "step_kernel<fp32, Sgd, 1 buffers, UniformGrid, any, 200 tensors>"
 HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
     ("SGD, hold", _usual("fp32", "Sgd", 0, "hold"), ""),
     ("SGD, hold, sums of the next scale", _usual("fp32", "Sgd", 0, "hold"), "sums"),
@@ -595,7 +606,7 @@ HEADLINES = (  # of docs/gpu.md: (text, kernel, case)
     ("AdamW, annealed", _usual("fp32", "AdamW", 2, "annealed"), ""),
     ("SGD, hold, bfloat16 weights", _usual("bf16", "Sgd", 0, "hold"), ""),
     ("SGD, annealed, bfloat16 weights", _usual("bf16", "Sgd", 0, "annealed"), ""),
-    ("any other step: SGD momentum, annealed", "step_kernel<fp32, Sgd, 1 buffers, UniformGrid, any, 200 tensors>", "annealed"),
+    ("any other step: SGD momentum, annealed", ANY_STEP, "annealed"),
     ("quantize", "quantize_kernel<fp32, UniformGrid, quantize>", ""),
     ("quantize, NF4", "quantize_kernel<fp32, SharedCodebook, quantize>", ""),
     ("straight-through clip", "quantize_kernel<fp32, UniformGrid, clip>", ""),

@@ -62,14 +62,18 @@ struct Levels {
       below[i] = kWide ? H::pair(lo - 256.f, lo - 256.f) : H::pair(lo - magic, lo - magic);
     }
     if constexpr (kTable) {
-      __shared__ __align__(2048) uint32_t levels[16 * 32];
+      // 2 KB that begin where 2 KB do, so that a code's bits can be set in an address: what a block has begins at 1 KB
+      constexpr uint32_t kSize = 16 * 32 * 4;
+      __shared__ uint32_t room[2 * 16 * 32];
+      const uint32_t skipped = (0u - shared_address(room)) % kSize;
+      uint32_t* levels = room + skipped / 4;
       for (int i = threadIdx.x; i < 16 * 32; i += blockDim.x) {
         const float v = g.levels[min(i / 32, g.n_levels - 1)];
         const uint32_t high = H::pair(v, 0.f);
         levels[i] = H::pair(Storage<T>::get(high, 0), v - Storage<T>::get(high, 0));
       }
       __syncthreads();
-      table = shared_address(levels) | 4 * (threadIdx.x & 31);
+      table = (shared_address(room) + skipped) | 4 * (threadIdx.x & 31);
     }
   }
 
@@ -372,8 +376,9 @@ TilesPass tiles_pass(const TilesArg& a) {
     for (p.warps = 2; p.warps < most_warps(a.form) && p.warps < p.chunks && p.warps * tiles < kEnoughWarps;) p.warps *= 2;
     p.blocks = tiles;
   }
-  const int64_t least = p.token_tiles ? 1 : p.warps;  // tiles of a part
-  while (p.splits * p.warps * p.blocks < kEnoughWarps / 2 && 2 * p.splits * least <= p.chunks) p.splits *= 2;
+  // a part has tiles for every warp; parts of few tokens cost a second kernel, which does not pay for half the warps
+  const int64_t least = many ? 1 : p.warps, enough = many ? kEnoughWarps : kEnoughWarps / 2;
+  while (p.splits * p.warps * p.blocks < enough && 2 * p.splits * least <= p.chunks) p.splits *= 2;
   p.blocks *= p.splits;
   return p;
 }

@@ -334,7 +334,7 @@ inline uintptr_t& shared_window() {  // the megabyte that holds what shared_addr
   return window;
 }
 inline uint32_t shared_address(const void* shared) {
-  shared_window() = (uintptr_t)shared >> 20 << 20;
+  shared_window() = ((uintptr_t)shared >> 20 << 20) - 1024;  // what a block has begins at 1 KB
   return (uint32_t)((uintptr_t)shared - shared_window());
 }
 inline uint32_t load_shared(uint32_t address) { return *(const uint32_t*)(shared_window() + address); }
