@@ -334,10 +334,12 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
         return
     loops = machine_code.find_loops(kernel.blocks)
     regions = [Region(kernel, loop, loops) for loop in [*loops, None]]
+    counted = False
     for case in family.cases:
         found = case_of(regions, family, case, arguments) if case.if_(arguments) else None
         if found is None:
             continue
+        counted = True
         usual, n = found.usual, found.elements
         count = replace(
             bare, case=case.name, elements=n, instructions=round(usual.instructions / n, 2),
@@ -351,6 +353,8 @@ def counts_of(kernel: Kernel, name: str, arch: str, file: str, used: dict[str, i
             if device.arch == arch:
                 count.share[device_name] = round(predict(count, device), 3)
         yield count, usual.listing(kernel)
+    if not counted:
+        yield bare, ""
 
 
 def split_name(demangled: str) -> tuple[str, list[str]]:
@@ -453,16 +457,10 @@ def resources(said: str) -> dict[str, dict[str, int]]:
     return used
 
 
-def wanted_cases(name: str) -> list[Case]:
-    base, arguments = split_name(name)
-    return [case for case in FAMILIES[base].cases if case.if_(arguments)]
-
-
 @dataclass
 class Measured:
     counts: list[Count]
     spilling: list[str]  # kernels, whether their loops are counted or not
-    uncounted: list[str]  # cases of counted templates for which no path was found
     listings: dict[Key, str]  # the usual paths
 
 
@@ -474,13 +472,11 @@ def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
     ]
     text = subprocess.run([tools.demangler], input="\n".join(k.name for k in kernels), capture_output=True, text=True,
                           check=True).stdout  # fmt: skip
-    result = Measured([], [], [], {})
+    result = Measured([], [], {})
     for kernel, name in zip(kernels, text.splitlines(), strict=True):
         rows = list(counts_of(kernel, name, arch, source.stem, used[kernel.name]))
         result.counts += [count for count, _ in rows]
         result.listings.update({count.key: listing for count, listing in rows})
-        if not rows and split_name(name)[0] in FAMILIES and wanted_cases(name):
-            result.uncounted.append(f"{name} ({arch})")
         if used[kernel.name]["spilled"] or used[kernel.name]["stack"]:
             result.spilling.append(f"{split_name(name)} ({arch}): {used[kernel.name]}")
     result.counts.sort(key=lambda c: c.kernel)
@@ -494,11 +490,10 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
     jobs = [(source, arch) for arch in archs for source in wanted]
     with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
-    whole = Measured([], [], [], {})
+    whole = Measured([], [], {})
     for part in parts:
         whole.counts += part.counts
         whole.spilling += part.spilling
-        whole.uncounted += part.uncounted
         whole.listings.update(part.listings)
     return whole
 
@@ -531,6 +526,8 @@ def differences(new: Sequence[Count], old: dict[Key, Count], all_files: bool = T
         where = ", ".join(filter(None, count.key))
         if before is None:
             said.append(f"{where}: not in the table")
+        elif count.spilled > before.spilled:
+            said.append(f"{where}: spills {count.spilled} bytes, {before.spilled} in the table")
         elif count.instructions > GROWTH * before.instructions:
             said.append(f"{where}: {count.instructions} instructions an element, {before.instructions} in the table")
         elif count.slow_calls > before.slow_calls:
@@ -565,8 +562,8 @@ Made by `make sass` with nvcc {nvcc}; no GPU took part. Instructions an element 
 the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. around:
 what a block does before and after its loop, at its least, spread over its elements. longest: where every branch takes
 its longer side. warps: of an SM, by registers. slow: subroutines for slow cases of division in the loop, which the
-usual path does not enter. Kernels without counts: their registers and shared memory alone. Spills: none, else the check
-fails.
+usual path does not enter. Kernels without counts: their registers and shared memory alone. Kernels that spill are
+named at the end; the check fails where another does, or one of them more.
 
 Assumed: {assumed}.
 """
@@ -588,6 +585,8 @@ def as_markdown(counts: Sequence[Count], nvcc: str) -> str:
             parts += [f"## {arch}, {file}\n", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
             parts += ["| " + " | ".join(lines_of(c, devices)) + " |" for c in rows]
             parts.append("")
+    spilling = {f"* {c.arch}, {c.kernel}: {c.spilled} bytes" for c in counts if c.spilled}
+    parts += ["## Spills (stores and loads of local memory)\n", "\n".join(sorted(spilling)) or "None.", ""]
     return "\n".join(parts)
 
 
@@ -688,7 +687,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{missing}: nothing is checked")
         return 0
     measured = measure(arguments.arch, arguments.file, tools)
-    problems = [f"spills: {s}" for s in measured.spilling] + [f"no path found: {u}" for u in measured.uncounted]
+    problems: list[str] = []
     if arguments.check:
         nvcc, table = read_table()
         if nvcc == tools.version:
@@ -707,6 +706,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"wrote {TABLE}, README.md beside it and the table of {PAGE}")
     for problem in problems:
         error(f"sass: {problem}")
+    if not arguments.check:
+        print("\n".join(f"spills: {kernel}" for kernel in measured.spilling) or "nothing spills")
     if arguments.check:
         print(f"sass: {len(measured.counts)} counts of {' '.join(arguments.arch)} checked, {len(problems)} problems"
               + ("; make sass writes the table anew" if problems else ""))  # fmt: skip
