@@ -38,8 +38,8 @@ class EpsilonAnnealing(LRScheduler):
 
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
-    ``keep_pull`` needs under CUDA graphs. A captured graph has its scales frozen or not: capture again when the hold
-    ends.
+    ``keep_pull`` needs under CUDA graphs, and where a learning rate on a GPU is not to be waited for. A captured graph
+    has its scales frozen or not: capture again when the hold ends.
     A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
     annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.
@@ -84,7 +84,7 @@ class EpsilonAnnealing(LRScheduler):
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
         self.keep_pull = mode == "gap" if keep_pull is None else keep_pull
-        self._first: dict[str, list[float]] = {}  # by group: [the largest lr so far, alpha as it was given]
+        self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
@@ -143,13 +143,22 @@ class EpsilonAnnealing(LRScheduler):
             if self._seen.get(index) == seen:
                 continue
             moved, self._seen[index] = True, seen
-            if (lr := float(lr)) > 0:
+            if _elsewhere(lr) and isinstance(group["alpha"], torch.Tensor):
+                self._pull_there(index, lr, group["alpha"])
+            elif (lr := float(lr)) > 0:
                 first = self._first.setdefault(index, [lr, float(group["alpha"])])
                 first[0] = max(first[0], lr)
                 alpha = first[1] * first[0] / lr
                 present = group["alpha"]  # a tensor is filled, where the replay of a CUDA graph looks for it
                 group["alpha"] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
+
+    def _pull_there(self, index: str, lr: torch.Tensor, alpha: torch.Tensor) -> None:
+        """alpha on the device of both, which is not waited for."""
+        first = self._first.setdefault(index, [lr.clone(), alpha.clone()])
+        peak, given = (torch.as_tensor(x, dtype=lr.dtype, device=lr.device) for x in first)
+        first[0] = torch.maximum(peak, lr)
+        alpha.copy_(torch.where(lr > 0, given * first[0] / lr, alpha))
 
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
@@ -218,7 +227,9 @@ class EpsilonAnnealing(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer: numbers, text, lists."""
-        return {key: getattr(self, key) for key in STATE} | {"_first": {k: list(v) for k, v in self._first.items()}}
+        return {key: getattr(self, key) for key in STATE} | {
+            "_first": {k: [float(x) for x in v] for k, v in self._first.items()}
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of ``state_dict``; sets the groups' eps. Raises ValueError before anything changes."""
@@ -233,6 +244,11 @@ class EpsilonAnnealing(LRScheduler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._hook()  # a copy looks at the copy of the optimizer
+
+
+def _elsewhere(lr: Any) -> bool:
+    """Whether reading it would wait for a device."""
+    return isinstance(lr, torch.Tensor) and lr.device.type != "cpu"
 
 
 def _warn(text: str) -> None:

@@ -151,7 +151,7 @@ def test_training_rows(monkeypatch):
     small(monkeypatch)
     monkeypatch.setattr(train, "_turns", lambda context, full: 2)
     for entry in suites.SUITES["train"]:
-        if entry.build is train.log_case:
+        if entry.build is train.log_case or "cpu" not in entry.devices:
             continue
         measured = {r.impl: r for r in harness.run_case("train", entry, Context(CPU, quick=True))}
         plain, ours = measured["float"], measured["ASkew hard"]
@@ -160,6 +160,31 @@ def test_training_rows(monkeypatch):
         assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0.2) and ours.losses != plain.losses
         assert plain.rate_unit in ("images/s", "tokens/s") and ours.rate > 0
         assert measured["torchao QAT"].note.startswith(("missing: ", "left out: "))
+
+
+def test_rows_of_a_wide_network_are_of_one_batch_under_autocast(monkeypatch):
+    """As they run on a GPU, but for the graphs: the float network, ours in hold and annealed, the clip in the step."""
+    small(monkeypatch)
+    measured = {r.impl: r for r in rows_of("train", train.WIDE_STEP)}
+    ours = [train.wide_name(phase, train.EAGER_STEP, clip) for phase in train.WIDE for clip in ("", train.STEP_CLIP)]
+    assert set(measured) == {train.AUTOCAST, *ours}
+    assert not any(r.failed for r in measured.values()) and all(r.ratio for r in measured.values())
+
+
+def test_rows_of_what_a_step_may_write_count_its_bytes(monkeypatch):
+    small(monkeypatch)
+    measured = {r.impl: r for r in rows_of("step", step.WRITING)}
+    assert not any(r.failed for r in measured.values())
+    for name, each in (("bfloat16 copy", 14), ("int8 levels", 13), ("fp8 levels", 13)):
+        for phase in ("hold", "eps=0.3, scale frozen"):
+            assert measured[f"ASkewSGD {phase} + {name}"].bytes == each * 64 * 64
+
+
+def test_long_lists_are_checked_at_tensors_from_all_over_them():
+    some = [torch.zeros(4, 4) for _ in range(3 * step.MOST_CHECKED)]
+    check = step.StepCheck(some, some)
+    assert len(check.weights()) == step.MOST_CHECKED and list(check.checked)[:3] == [0, 3, 6]
+    assert list(step.StepCheck(some[:62], some[:62]).checked) == list(range(62))
 
 
 def test_steps_with_a_log_write_one(monkeypatch):
@@ -393,6 +418,7 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     monkeypatch.setattr(Context, "side", 64)
     monkeypatch.setattr(Context, "backends", lambda self: [("", "")])
     monkeypatch.setattr(peers, "why_missing", lambda library: f"{library} is left out of this test")
+    monkeypatch.setattr(common, "Captured", lambda run: run)
     context = Context(CPU, quick=True)
     forward = next(e for e in suites.SUITES["linear"] if e.op == "linear forward").build(context)
     missing = {i.name: i.missing for i in forward.impls if i.missing}
@@ -407,6 +433,10 @@ def test_peers_of_a_gpu_are_named(monkeypatch):
     gpt, mlp = (next(e for e in suites.SUITES["train"] if e.op.endswith(n)).build(context) for n in ("GPT", "MLP"))
     assert any(i.name == train.LIGER and "liger_kernel is" in i.missing for i in gpt.impls)
     assert not any(i.name == train.LIGER for i in mlp.impls)
+    wide = next(e for e in suites.SUITES["train"] if e.op == train.WIDE_STEP).build(context)
+    assert wide.baseline == f"{train.AUTOCAST}{train.GRAPH_STEP}" in {i.name for i in wide.impls}
+    for impl in wide.impls:
+        impl.check(impl.run)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

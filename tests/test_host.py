@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_python_calls_do_not_grow_with_the_list(cls, options, every, eps, monkey
     assert python_calls(optimizer.step) > counts[1] + 496
 
 
-def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="anneal", steps=14):
+def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="anneal", steps=16):
     """Weights, states and sums after every step of a run with all that may happen to a list."""
     with monkeypatch.context() as patch:
         if not prepared:
@@ -151,9 +152,12 @@ def trained(cls, options, prepared, monkeypatch, dtype=torch.float32, freeze="an
             if i == 10:
                 params[3].grad = params[3].grad.to(memory_format=torch.channels_last)
             if i == 11:
+                params[3].grad = params[3].grad.contiguous()
                 params[2].data = params[2].data.clone()
             if i == 12 and "momentum" in options:
                 optimizer.state[params[0]]["momentum_buffer"] = torch.ones_like(params[0])
+            if i == 15 and "momentum" in options:
+                optimizer.state[params[0]]["momentum_buffer"].data = torch.full_like(params[0], 2.0)
             optimizer.step()
             seen += [p.detach().clone() for p in params]
             seen += [t.clone() for p in params for t in optimizer.state[p].values()]
@@ -169,7 +173,21 @@ def test_prepared_lists_change_no_bits(cls, options, freeze, dtype, monkeypatch)
     got, want = (trained(cls, options, prepared, monkeypatch, dtype, freeze) for prepared in (True, False))
     assert len(got) == len(want)
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        assert torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()), i
+        assert torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()), i
+
+
+def test_lines_of_the_log_are_of_their_own_steps(tmp_path):
+    """A line is written when the next step has been recorded, and the sums of a list are kept in the same memory."""
+    params = weights()
+    optimizer = optimizer_of(params, telemetry_every=1, telemetry_log=tmp_path / "log")
+    rows = []
+    for i in range(6):
+        give(params, i)
+        optimizer.step()
+        rows += [{**row, "step": i + 1} for row in optimizer.telemetry()]
+    optimizer.log()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [row for line in lines if line["kind"] == "step" for row in line["tensors"]] == rows
 
 
 def test_an_edit_from_outside_is_seen_by_a_list_that_stays():
@@ -451,6 +469,29 @@ def test_annealing_fills_eps_in_place_under_replay():
         runs.append(seen)
     for i, (a, b) in enumerate(zip(*runs, strict=True)):
         assert torch.equal(a, b), i
+
+
+def test_alpha_follows_a_learning_rate_on_a_device_without_reading_it(monkeypatch):
+    alphas = []
+    for there in (True, False):
+        if there:  # as if the rates stood on a device
+            monkeypatch.setattr(ak.annealing, "_elsewhere", lambda lr: isinstance(lr, torch.Tensor))
+        else:
+            monkeypatch.undo()
+        lr, alpha = torch.tensor(0.01, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
+        optimizer = optimizer_of(weights(), lr=lr, alpha=alpha, constraint_eps=torch.tensor(1.0))
+        annealing, seen = ak.EpsilonAnnealing(optimizer, total=9, hold=1), []
+        for i, rate in enumerate((0.02, 0.1, 0.0, 0.05, 0.2, 0.01)):
+            lr.fill_(rate)
+            with Graph() if there else torch.no_grad():
+                annealing._follow_lr()
+            seen.append(float(alpha))
+            if i == 3:
+                saved = annealing.state_dict()
+                assert all(isinstance(x, float) for x in saved["_first"]["0"])
+                annealing.load_state_dict(saved)
+        alphas.append(seen)
+    assert alphas[0] == alphas[1] == [2.0, 2.0, 2.0, 4.0, 2.0, 40.0]
 
 
 # ---- the same on a GPU ----------------------------------------------------------------------------------------------

@@ -85,7 +85,6 @@ def test_the_usual_path_is_the_one_with_wide_accesses_and_without_the_slow_divis
     # 2 + 1 | 2 | 1 | 5 | 1 | 2 | 2 | 1
     assert usual.instructions == longest.instructions == 17
     assert usual.counts == {"int": 3, "control": 8, "memory": 2, "fp32": 3, "conversion": 1}
-    assert usual.accesses == {"LDG.16": 1, "STG.16": 1}
     assert usual.slow_calls == 1 and usual.looped
     assert counted(VECTORS, {"LDG.4": 2, "STG.4": 2})[0].instructions == 17
     # the condition of the loads and that of the stores is the same number: never one of each
@@ -178,6 +177,9 @@ def test_the_check_notices_growth_new_and_lost_kernels():
     table = {COUNT.key: COUNT}
     assert sass.differences([replace(COUNT, instructions=98.8)], table) == []
     assert "98.9 instructions an element, 96.0 in" in sass.differences([replace(COUNT, instructions=98.9)], table)[0]
+    spilling = sass.differences([replace(COUNT, spilled=8)], table)
+    assert spilling == ["sm_90, update, k<fp32>, hold: spills 8 bytes, 0 in the table"]
+    assert sass.differences([replace(COUNT, spilled=8)], {COUNT.key: replace(COUNT, spilled=8)}) == []
     assert "1 slow paths, 0 in the table" in sass.differences([replace(COUNT, slow_calls=1)], table)[0]
     assert "annealed: not in the table" in sass.differences([replace(COUNT, case="annealed"), COUNT], table)[0]
     other = replace(COUNT, kernel="k<bf16>")

@@ -117,7 +117,6 @@ class Path:
     """One round of a loop (or a kernel without one) on its usual path, for one thread."""
 
     counts: Counter[str]  # instructions by class
-    accesses: Counter[str]  # loads and stores by label
     slow_calls: int  # of the loop: subroutines that another path calls
     looped: bool
     steps: tuple[int, ...]  # its blocks
@@ -541,12 +540,9 @@ def path(region: Region, wanted: Wanted, longest: bool = False) -> Path | None:
 
 def _path(region: Region, steps: Sequence[int], weight: Mapping[int, float]) -> Path:
     counts: Counter[str] = Counter()
-    accesses: Counter[str] = Counter()
     for n in steps:
         for i in region.blocks[n].instructions:
             if i.name == "NOP":
                 continue
             counts[i.group] += weight[n]  # type: ignore[assignment]  # a Counter may hold floats
-            if i.name in ACCESSES:
-                accesses[i.label] += 1
-    return Path(counts, accesses, region.slow_calls, region.looped, tuple(steps))
+    return Path(counts, region.slow_calls, region.looped, tuple(steps))

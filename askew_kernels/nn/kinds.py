@@ -145,7 +145,8 @@ class _PackedMatrix(PackedLayer):
     """y = x W^T + b with packed W. x: (…, inputs) -> (…, outputs), in the type of x.
 
     From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
-    rows on, and on a GPU with Triton up to ``runtime.FEW_ON_GPU`` rows. Elsewhere the weight is unpacked for the call.
+    rows on, and on a GPU where the rows are few (``runtime.reads_codes``): bfloat16 and float16 from tiles on the
+    matrix units, float32 from the codes. Elsewhere the weight is unpacked for the call.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have

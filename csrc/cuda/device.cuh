@@ -31,8 +31,8 @@ namespace {
 #include "../math/scalar.inl"
 // In place of math's template, half its instructions: NaN in x survives as there.
 __device__ __forceinline__ float clamp_between(float x, float lo, float hi) { return max_nan(lo, min_nan(x, hi)); }
-__device__ __forceinline__ float lesser(float a, float b) { return fminf(a, b); }       // no b is NaN alone
-__device__ __forceinline__ float greater(float a, float b) { return max_nan(a, b); }    // no a is NaN
+__device__ __forceinline__ float lesser(float a, float b) { return fminf(a, b); }     // no b is NaN alone
+__device__ __forceinline__ float greater(float a, float b) { return max_nan(a, b); }  // no a is NaN
 #include "../math/math.inl"
 
 constexpr int kBlockShift = 8, kThreads = 1 << kBlockShift, kWarpShift = 5;
@@ -188,8 +188,8 @@ template <int T>
 struct Walk {
   static constexpr int kWidth = Storage<T>::kPerVector;
   const Cut& cut;
-  int64_t row, base;              // base: index of the row's first element in this block
-  int rows_left, rows_step;       // rows_left <= 0: past the last row, of the block or of the matrix
+  int64_t row, base;         // base: index of the row's first element in this block
+  int rows_left, rows_step;  // rows_left <= 0: past the last row, of the block or of the matrix
   int columns, first, col,
       step;  // within the piece of a row that the block has; 32 bits, which index in 64 do not need
   int count, slot, slots, shift;

@@ -83,9 +83,9 @@ __device__ __forceinline__ uint32_t masked_xor(uint32_t word, uint32_t mask, uin
   return r;
 }
 
-// d = A B + c on the matrix units of a warp, sums in float32. A (16, 16): lane 4 g + t has rows g, g + 8 of columns 2 t,
-// 2 t + 1 in a[0], a[1], of columns 2 t + 8, 2 t + 9 in a[2], a[3]. B (16, 8): rows 2 t, 2 t + 1 and 2 t + 8, 2 t + 9
-// of column g. c, d (16, 8): columns 2 t, 2 t + 1 of row g, then of row g + 8.
+// d = A B + c on the matrix units of a warp, sums in float32. A (16, 16): lane 4 g + t has rows g, g + 8 of columns 2
+// t, 2 t + 1 in a[0], a[1], of columns 2 t + 8, 2 t + 9 in a[2], a[3]. B (16, 8): rows 2 t, 2 t + 1 and 2 t + 8, 2 t +
+// 9 of column g. c, d (16, 8): columns 2 t, 2 t + 1 of row g, then of row g + 8.
 template <bool BF16>
 __device__ __forceinline__ void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                               const float (&c)[4]) {
@@ -107,7 +107,9 @@ __device__ __forceinline__ uint4 load_once(const uint4* p) {
 }
 
 // Shared memory by its own address, of 32 bits.
-__device__ __forceinline__ uint32_t shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return (uint32_t)__cvta_generic_to_shared(shared);
+}
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   uint32_t r;
   asm("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(address));

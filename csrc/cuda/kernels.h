@@ -40,13 +40,13 @@ cudaError_t mix_gradient(const MixArg& m, const void* g, void* out, float* to_st
 cudaError_t token_levels(const TokenArg& a, cudaStream_t stream);
 cudaError_t scaled_sums(const SumsArg& a, cudaStream_t stream);
 
-// The scales of a list of tensors from the sums of their rows. scratch: scales_scratch bytes of device memory (may be 0),
-// aligned to 8.
+// The scales of a list of tensors from the sums of their rows. scratch: scales_scratch bytes of device memory (may be
+// 0), aligned to 8.
 size_t scales_scratch(const ScaleTensor* tensors, size_t n);
 cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStream_t stream);
 
-// scale (rows,) of the least squared error; 1 where a row has none. scratch: mse_scales_scratch bytes of device memory (may
-// be 0), aligned to 8.
+// scale (rows,) of the least squared error; 1 where a row has none. scratch: mse_scales_scratch bytes of device memory
+// (may be 0), aligned to 8.
 size_t mse_scales_scratch(const MseArg& a);
 cudaError_t mse_scales(const MseArg& a, float* scale, void* scratch, cudaStream_t stream);
 

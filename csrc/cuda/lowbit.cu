@@ -10,8 +10,8 @@ namespace askew {
 namespace cuda {
 namespace {
 
-constexpr int kKept = 4;              // vectors of 16 bytes
-constexpr int kWarpColumns = 1024;    // up to which a warp takes a row
+constexpr int kKept = 4;            // vectors of 16 bytes
+constexpr int kWarpColumns = 1024;  // up to which a warp takes a row
 // Neighbours in a row that a thread takes.
 __host__ __device__ constexpr int sums_of_thread(int type) { return type == kInt8 || type == kFloat8 ? 8 : 4; }
 
@@ -216,10 +216,10 @@ cudaError_t token_levels(const TokenArg& a, cudaStream_t stream) {
   p.team_shift = a.m.cols <= kWarpColumns ? kWarpShift : kBlockShift;
   const int64_t blocks = ceil_div(a.m.rows, (int64_t)1 << (kBlockShift - p.team_shift));
   if (blocks > kMostBlocks) return cudaErrorInvalidValue;
-  ASKEW_BY_TYPE(a.type, if (a.grid.kind == kFloat) return launch((token_levels_kernel<T, FloatGrid>), (unsigned)blocks,
-                                                                 kThreads, stream, p);
-                ASKEW_BY_GRID(a.grid.kind, return launch((token_levels_kernel<T, Grid>), (unsigned)blocks, kThreads,
-                                                         stream, p)))
+  ASKEW_BY_TYPE(
+      a.type, if (a.grid.kind == kFloat) return launch((token_levels_kernel<T, FloatGrid>), (unsigned)blocks, kThreads,
+                                                       stream, p);
+      ASKEW_BY_GRID(a.grid.kind, return launch((token_levels_kernel<T, Grid>), (unsigned)blocks, kThreads, stream, p)))
   return cudaErrorInvalidValue;
 }
 

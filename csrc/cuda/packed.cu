@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads) packed_dequantize_kernel(const __gri
   }
 }
 
-// Rows of whole runs of 8 weights, which share a scale: `teams` of 2^team_shift threads take a row, a thread kRuns runs.
+// Rows of whole runs of 8 weights, which share a scale: `teams` of 2^team_shift threads take a row, a thread kRuns
+// runs.
 constexpr int kRun = 8, kRuns = 4;
 struct DecodePass : PackedPass {
   int team_shift, pieces, runs;  // blocks that share rows; runs of a row
@@ -103,8 +104,8 @@ __device__ __forceinline__ void load_run(const DecodePass& p, const uint8_t* row
   }
 }
 
-// A level is made by one LOP3 and one multiply-add, without a conversion: bits of the code become low bits of 2^23, at the
-// place where they stand. CLAMPS: there are fewer levels than codes.
+// A level is made by one LOP3 and one multiply-add, without a conversion: bits of the code become low bits of 2^23, at
+// the place where they stand. CLAMPS: there are fewer levels than codes.
 template <int T, int BITS, bool TABLE, bool CLAMPS>
 __global__ void __launch_bounds__(kThreads) packed_decode_kernel(const __grid_constant__ DecodePass p) {
   constexpr int kBits = BITS == kTrits ? 2 : BITS, kPerShift = 23 / kBits;
@@ -121,8 +122,10 @@ __global__ void __launch_bounds__(kThreads) packed_decode_kernel(const __grid_co
   }
   if (TABLE && threadIdx.x < 16) levels[threadIdx.x] = level_of(p.w, threadIdx.x);
   if (TABLE || BITS == kTrits) __syncthreads();
-  const int64_t row = (int64_t)(blockIdx.x / (uint32_t)p.pieces) * (kThreads >> p.team_shift) + (threadIdx.x >> p.team_shift);
-  const int first = ((int)(blockIdx.x % (uint32_t)p.pieces) * kRuns << p.team_shift) + (threadIdx.x & ((1 << p.team_shift) - 1));
+  const int64_t row =
+      (int64_t)(blockIdx.x / (uint32_t)p.pieces) * (kThreads >> p.team_shift) + (threadIdx.x >> p.team_shift);
+  const int first =
+      ((int)(blockIdx.x % (uint32_t)p.pieces) * kRuns << p.team_shift) + (threadIdx.x & ((1 << p.team_shift) - 1));
   if (row >= p.w.n) return;
   const uint8_t* codes = p.w.codes + row * p.w.row_bytes;
   uint32_t bits[kRuns][2];
@@ -154,7 +157,8 @@ __global__ void __launch_bounds__(kThreads) packed_decode_kernel(const __grid_co
         v[j] = __fmaf_rn(__uint_as_float(code), 1.f / (float)(1 << place), low - 8388608.f / (float)(1 << place));
       }
     }
-    if (CLAMPS) ASKEW_EACH (j, kRun) v[j] = v[j] > top ? top : v[j];
+    if (CLAMPS)
+      ASKEW_EACH (j, kRun) v[j] = v[j] > top ? top : v[j];
     const float factor = TABLE ? scale[r] : scale[r] * step;
     ASKEW_EACH (j, kRun) v[j] *= factor;
     constexpr int kPer = Storage<T>::kPerWord;
@@ -170,7 +174,8 @@ cudaError_t launch_decode(const DecodePass& p, cudaStream_t stream) {
   const int64_t rows = ceil_div(p.w.n, kThreads >> p.team_shift);
   const unsigned blocks = (unsigned)(rows * p.pieces);
   if constexpr (BITS > 1 && !TABLE)
-    if (p.w.n_levels < 1 << BITS) return launch((packed_decode_kernel<T, BITS, false, true>), blocks, kThreads, stream, p);
+    if (p.w.n_levels < 1 << BITS)
+      return launch((packed_decode_kernel<T, BITS, false, true>), blocks, kThreads, stream, p);
   return launch((packed_decode_kernel<T, BITS, TABLE, false>), blocks, kThreads, stream, p);
 }
 
@@ -192,12 +197,24 @@ bool decodes_runs(const PackedPass& p, cudaStream_t stream, cudaError_t& error) 
     return true;
   }
   switch (w.bits) {
-    case kTrits: error = launch_decode<T, kTrits>(d, stream); return true;
-    case 1: error = launch_decode<T, 1>(d, stream); return true;
-    case 2: error = launch_decode<T, 2>(d, stream); return true;
-    case 3: error = launch_decode<T, 3>(d, stream); return true;
-    case 4: error = launch_decode<T, 4>(d, stream); return true;
-    case 8: error = launch_decode<T, 8>(d, stream); return true;
+    case kTrits:
+      error = launch_decode<T, kTrits>(d, stream);
+      return true;
+    case 1:
+      error = launch_decode<T, 1>(d, stream);
+      return true;
+    case 2:
+      error = launch_decode<T, 2>(d, stream);
+      return true;
+    case 3:
+      error = launch_decode<T, 3>(d, stream);
+      return true;
+    case 4:
+      error = launch_decode<T, 4>(d, stream);
+      return true;
+    case 8:
+      error = launch_decode<T, 8>(d, stream);
+      return true;
   }
   return false;
 }

@@ -50,10 +50,10 @@ struct Levels {
   typedef Halves<T> H;
   static constexpr int kBits = tile_bits(FORM), kParts = FORM == kTilesTable2 ? 2 : 1;
   static constexpr bool kTable = FORM >= kTilesTable;
-  static constexpr bool kWide = kBits > H::kMantissa;             // a code does not fit the mantissa
+  static constexpr bool kWide = kBits > H::kMantissa;                 // a code does not fit the mantissa
   static constexpr int kPerShift = kWide ? 1 : H::kMantissa / kBits;  // pairs that one shift brings into it
   uint32_t below[kPerShift];  // the lowest level minus kMagic, for a code that counts 2^(BITS i)
-  uint32_t table;  // codebook: where the lane's copies stand of 16 levels, both parts in a word
+  uint32_t table;             // codebook: where the lane's copies stand of 16 levels, both parts in a word
 
   __device__ __forceinline__ explicit Levels(const GridArg& g) {
     const float lo = FORM == kTiles8 ? (g.lo < 0 ? -128.f : 0.f) : g.lo;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * most_warps(FORM), 1) tiles_few_kernel(con
     load_tile(at, c + warps < end, next);
     ASKEW_EACH (s, kSegments) {
       float part[4] = {}, scale[2];
-      float(&of_segment)[4] = SEGMENT ? part : sum;
+      float (&of_segment)[4] = SEGMENT ? part : sum;
       if (SEGMENT) {
         const uint32_t group = (uint32_t)((uint64_t)(uint32_t)(c * kSegments + s + 1) * p.per_group >> 32);
         const float* of_rows = scales + group * p.rows;
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(32 * most_warps(FORM), 1) tiles_few_kernel(con
         levels.step(word, j, a);
         ASKEW_EACH (k, L::kParts) multiply_tile<Halves<T>::kBF16>(of_segment, a[k], b.x, b.y, of_segment);
       }
-      if (SEGMENT) ASKEW_EACH (i, 4) sum[i] = __fmaf_rn(part[i], scale[i / 2], sum[i]);
+      if (SEGMENT)
+        ASKEW_EACH (i, 4) sum[i] = __fmaf_rn(part[i], scale[i / 2], sum[i]);
     }
     x = c + warps < whole ? x + warps * kTileColumns : last;
   }
@@ -215,11 +216,11 @@ __global__ void __launch_bounds__(32 * most_warps(FORM), 1) tiles_few_kernel(con
 
 // ---- 9 tokens and more ----------------------------------------------------------------------------------------------
 
-constexpr int kManyWarps = 8;                             // of a block, each with its own rows
-constexpr int kStageColumns = 128;                        // of the inputs that the block brings into shared memory at once
+constexpr int kManyWarps = 8;       // of a block, each with its own rows
+constexpr int kStageColumns = 128;  // of the inputs that the block brings into shared memory at once
 constexpr int kStageSteps = kStageColumns / 16;
-constexpr int kStageRow = kStageColumns * 2 + 32;         // bytes; lanes that read together meet different banks
-constexpr int kManyTokens = 64;                           // at most, of a block
+constexpr int kStageRow = kStageColumns * 2 + 32;  // bytes; lanes that read together meet different banks
+constexpr int kManyTokens = 64;                    // at most, of a block
 
 // What a thread brings of the block's inputs: 16 bytes of every kTokensApart-th token, zeros past the ends.
 constexpr int kTokensApart = kManyWarps * 32 / (kStageColumns / 8);
@@ -299,7 +300,7 @@ __global__ void __launch_bounds__(kManyWarps * 32, 1) tiles_many_kernel(const __
       levels.step(word, j, a);
       ASKEW_EACH (i, TILES) {
         const uint2 b = *(const uint2*)(x + 8 * i * kStageRow + j % kStageSteps * 32);
-        float(&d)[4] = SEGMENT ? part[i] : sum[i];
+        float (&d)[4] = SEGMENT ? part[i] : sum[i];
         ASKEW_EACH (k, L::kParts) multiply_tile<Halves<T>::kBF16>(d, a[k], b.x, b.y, d);
       }
       if (SEGMENT && (j + 1) % SEGMENT == 0) {
@@ -373,7 +374,8 @@ TilesPass tiles_pass(const TilesArg& a) {
     p.blocks = ceil_div(tiles, kManyWarps) * ceil_div(a.batch, 8 * p.token_tiles);
     p.warps = kManyWarps;
   } else {
-    for (p.warps = 2; p.warps < most_warps(a.form) && p.warps < p.chunks && p.warps * tiles < kEnoughWarps;) p.warps *= 2;
+    for (p.warps = 2; p.warps < most_warps(a.form) && p.warps < p.chunks && p.warps * tiles < kEnoughWarps;)
+      p.warps *= 2;
     p.blocks = tiles;
   }
   // a part has tiles for every warp; parts of few tokens cost a second kernel, which does not pay for half the warps
@@ -400,9 +402,12 @@ cudaError_t launch_tiles(const TilesPass& p, cudaStream_t stream) {
   if (p.token_tiles) return launch_many<T, FORM>(p, stream);
   const unsigned blocks = (unsigned)p.blocks, threads = (unsigned)(32 * p.warps);
   switch (p.segment) {
-    case 0: return launch((tiles_few_kernel<T, FORM, 0>), blocks, threads, stream, p);
-    case 1: return launch((tiles_few_kernel<T, FORM, 1>), blocks, threads, stream, p);
-    case 2: return launch((tiles_few_kernel<T, FORM, 2>), blocks, threads, stream, p);
+    case 0:
+      return launch((tiles_few_kernel<T, FORM, 0>), blocks, threads, stream, p);
+    case 1:
+      return launch((tiles_few_kernel<T, FORM, 1>), blocks, threads, stream, p);
+    case 2:
+      return launch((tiles_few_kernel<T, FORM, 2>), blocks, threads, stream, p);
   }
   return launch((tiles_few_kernel<T, FORM, 4>), blocks, threads, stream, p);
 }
@@ -410,13 +415,20 @@ cudaError_t launch_tiles(const TilesPass& p, cudaStream_t stream) {
 template <int T>
 cudaError_t launch_form(const TilesPass& p, cudaStream_t stream) {
   switch (p.form) {
-    case kTiles1: return launch_tiles<T, kTiles1>(p, stream);
-    case kTiles2: return launch_tiles<T, kTiles2>(p, stream);
-    case kTiles3: return launch_tiles<T, kTiles3>(p, stream);
-    case kTiles4: return launch_tiles<T, kTiles4>(p, stream);
-    case kTiles8: return launch_tiles<T, kTiles8>(p, stream);
-    case kTilesTable: return launch_tiles<T, kTilesTable>(p, stream);
-    case kTilesTable2: return launch_tiles<T, kTilesTable2>(p, stream);
+    case kTiles1:
+      return launch_tiles<T, kTiles1>(p, stream);
+    case kTiles2:
+      return launch_tiles<T, kTiles2>(p, stream);
+    case kTiles3:
+      return launch_tiles<T, kTiles3>(p, stream);
+    case kTiles4:
+      return launch_tiles<T, kTiles4>(p, stream);
+    case kTiles8:
+      return launch_tiles<T, kTiles8>(p, stream);
+    case kTilesTable:
+      return launch_tiles<T, kTilesTable>(p, stream);
+    case kTilesTable2:
+      return launch_tiles<T, kTilesTable2>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -443,7 +455,8 @@ cudaError_t packed_tiles_linear(const TilesArg& a, void* scratch, cudaStream_t s
   p.part = (float*)((char*)scratch + padded_bytes(a));
   if (const int64_t to = padded_columns(a)) {
     const PadPass pad{(const uint16_t*)a.x, (uint16_t*)scratch, a.batch, a.cols, to};
-    const cudaError_t error = launch(tiles_pad_kernel, (unsigned)ceil_div(a.batch * to, kThreads), kThreads, stream, pad);
+    const cudaError_t error =
+        launch(tiles_pad_kernel, (unsigned)ceil_div(a.batch * to, kThreads), kThreads, stream, pad);
     if (error != cudaSuccess) return error;
     p.x = scratch;
     p.cols = to;

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(kThreads, kResident) quantize_kernel(const __g
       Philox4 random;
       ASKEW_EACH (j, Walk<T>::kWidth) {
         const float x = element<T>(*in, j);
-        const float level =
-            PASS == kQuantize ? nearest_level(x, row) : stochastic_level(x, uniform_at(p.seed, s, walk, j, random), row);
+        const float level = PASS == kQuantize ? nearest_level(x, row)
+                                              : stochastic_level(x, uniform_at(p.seed, s, walk, j, random), row);
         y[j] = PASS == kQuantize && holds_levels(p.y_type) ? level : row.scale.value * level;
       }
       store_as(p.y_type, p.y, y, s, walk);

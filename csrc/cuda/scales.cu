@@ -7,7 +7,8 @@ namespace {
 
 constexpr int64_t kMostInGrid = 0x7fffffff;  // blocks
 
-// ---- from sums: a tensor of up to kWholeRows rows is one block's, a larger one that of several ------------------------
+// ---- from sums: a tensor of up to kWholeRows rows is one block's, a larger one that of several
+// ------------------------
 
 constexpr int kScaleThreads = 512;
 constexpr int64_t kWholeRows = 4096, kPartRows = 1024;
@@ -175,7 +176,8 @@ cudaError_t launch_scales(const ScaleList<kScaleTensors>& all, uint32_t blocks, 
   return launch(scales_kernel<N>, blocks, kScaleThreads, stream, list);
 }
 
-// ---- least squared error: a block takes one row, or one piece of a long row, and all candidates ------------------------
+// ---- least squared error: a block takes one row, or one piece of a long row, and all candidates
+// ------------------------
 
 // kErrorLanes neighbouring threads share a candidate, and have kAtOnce of them.
 constexpr int kAtOnce = 5, kErrorThreads = kScaleCandidates / kAtOnce * kErrorLanes;
@@ -240,7 +242,8 @@ __global__ void __launch_bounds__(kErrorThreads) errors_kernel(const __grid_cons
       const float w = x[i];
       ASKEW_EACH (k, kAtOnce) {
         const double difference = (double)(w - quantize_dequantize(w, rows[k]));
-        sum[k] = __fma_rn(difference, difference, sum[k]);  // the square of a float is exact: no other bits than unfused
+        sum[k] =
+            __fma_rn(difference, difference, sum[k]);  // the square of a float is exact: no other bits than unfused
       }
     }
   }
@@ -306,8 +309,8 @@ cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStre
     if (t.rows > kMostInGrid) return cudaErrorInvalidValue;
     if (list.n == kScaleTensors || blocks + own > kMostInGrid) flush();
     list.first_block[list.n] = blocks;
-    list.entry[list.n++] = {t.sums,         t.scale,         t.cols,          t.c_max, t.first, t.second,
-                            (uint32_t)t.rows, (int16_t)t.rule, (int16_t)t.type};
+    list.entry[list.n++] = {t.sums,   t.scale,          t.cols,          t.c_max,        t.first,
+                            t.second, (uint32_t)t.rows, (int16_t)t.rule, (int16_t)t.type};
     blocks += (uint32_t)own;
   }
   flush();
@@ -325,8 +328,8 @@ cudaError_t mse_scales(const MseArg& a, float* scale, void* scratch, cudaStream_
   ErrorPass p{a, pieces, (double*)scratch, scale};
   const unsigned blocks = (unsigned)(a.m.rows * pieces);
   cudaError_t error = cudaErrorInvalidValue;
-  ASKEW_BY_TYPE(
-      a.type, ASKEW_BY_GRID(a.grid.kind, error = launch((errors_kernel<T, Grid>), blocks, kErrorThreads, stream, p)))
+  ASKEW_BY_TYPE(a.type,
+                ASKEW_BY_GRID(a.grid.kind, error = launch((errors_kernel<T, Grid>), blocks, kErrorThreads, stream, p)))
   if (pieces > 1) error = first_error(error, launch(choose_kernel, (unsigned)a.m.rows, kErrorThreads, stream, p));
   return error;
 }

@@ -30,7 +30,7 @@ struct Entry {  // one tensor of a launch
 };
 
 constexpr int kFew = 24, kMany = 200;        // tensors of a launch: every byte of its parameters takes time
-constexpr int64_t kStepSlots = 4;             // vectors of a thread where no sums are taken
+constexpr int64_t kStepSlots = 4;            // vectors of a thread where no sums are taken
 constexpr int64_t kMostBlocks = 0x7fffffff;  // of a launch
 
 template <int N>
@@ -57,7 +57,8 @@ __device__ __forceinline__ Hyper hyper_of(const List& list) {
   return h;
 }
 
-// ---- the kernels ------------------------------------------------------------------------------------------------------
+// ---- the kernels
+// ------------------------------------------------------------------------------------------------------
 
 struct CarefulDivision {  // spares the slow way of a division by 0
   static __device__ __forceinline__ float where(bool on, float a, float b) { return divide(a, on ? b : 1.f); }
@@ -100,7 +101,8 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
   bool flip[N];
   load_elements<T>(kAny ? t.from : t.w, index, w);
   load_elements<T>(t.g, index, g);
-  if (stateful) ASKEW_EACH(k, BUFFERS) load_elements<T>(t.state[k], index, state[k]);
+  if (stateful)
+    ASKEW_EACH (k, BUFFERS) load_elements<T>(t.state[k], index, state[k]);
   if (kAny && first) {
     load_elements<T>(first, index, level);
     ASKEW_EACH (j, N) g[j] = sam_mean(g[j], level[j]);
@@ -110,7 +112,8 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
     const auto stored = with_stored_ends<T>(row);
     ASKEW_EACH (j, N) g[j] = pass_inside(g[j], w[j], stored);
   }
-  if (totals) ASKEW_EACH(j, N) level[j] = nearest_level(w[j], row);
+  if (totals)
+    ASKEW_EACH (j, N) level[j] = nearest_level(w[j], row);
   Stepped<float> stepped[N];
   bool finite[N];
   ASKEW_EACH (j, N) {
@@ -127,23 +130,28 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
     ASKEW_EACH (k, BUFFERS) state[k][j] = skipped ? state[k][j] : buffers[k];
   }
   store_elements<T>(t.w, index, w);
-  if (stateful) ASKEW_EACH(k, BUFFERS) store_elements<T>(t.state[k], index, state[k]);
+  if (stateful)
+    ASKEW_EACH (k, BUFFERS) store_elements<T>(t.state[k], index, state[k]);
   if (!t.sums && !t.dequantized && !totals) return;
   round_to_storage<T>(w);  // as the next step will read them
-  if (t.sums) ASKEW_EACH(j, N) add(sum.row, w[j]);
+  if (t.sums)
+    ASKEW_EACH (j, N) add(sum.row, w[j]);
   if (!t.dequantized && !totals) return;
   // a weight that was clamped and not rounded since stands in the hull
   const bool inside = Options::kUsual && !Options::kFree && T == kFloat32;
   ASKEW_EACH (j, N) w[j] = inside ? row.grid.nearest(divide(w[j], row.scale)) : nearest_level(w[j], row);
-  if (totals) ASKEW_EACH(j, N) add(sum.totals, stepped[j], g[j], finite[j], w[j] != level[j]);
+  if (totals)
+    ASKEW_EACH (j, N) add(sum.totals, stepped[j], g[j], finite[j], w[j] != level[j]);
   if (!t.dequantized) return;
   const int type = t.dequantized_type;
-  if (!holds_levels(type)) ASKEW_EACH(j, N) w[j] = row.scale.value * w[j];
+  if (!holds_levels(type))
+    ASKEW_EACH (j, N) w[j] = row.scale.value * w[j];
   if (type == kBFloat16) return store_elements<kBFloat16>(t.dequantized, index, w);
   store_elements_as(type, t.dequantized, index, w);
 }
 
-// Blocks of an SM at least: what keeps the registers few without spilling. For sm_100 the compiler takes one or two more.
+// Blocks of an SM at least: what keeps the registers few without spilling. For sm_100 the compiler takes one or two
+// more.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kTight = 1;
 #else
@@ -215,16 +223,23 @@ struct Usual {
 };
 template <int T, class Rule, int BUFFERS, class Grid, StepKind KIND>
 constexpr Usual usual() {
-  const int grids = std::is_same_v<Grid, BinaryGrid> ? 1 << kBinary : std::is_same_v<Grid, UniformGrid> ? 1 << kUniform : 1 << kUniform | 1 << kBinary;
-  return {T, number_of<Rule>(Rules{}), BUFFERS, grids, KIND, step_kernel<T, Rule, BUFFERS, Grid, KIND, kFew>,
+  const int grids = std::is_same_v<Grid, BinaryGrid>    ? 1 << kBinary
+                    : std::is_same_v<Grid, UniformGrid> ? 1 << kUniform
+                                                        : 1 << kUniform | 1 << kBinary;
+  return {T,
+          number_of<Rule>(Rules{}),
+          BUFFERS,
+          grids,
+          KIND,
+          step_kernel<T, Rule, BUFFERS, Grid, KIND, kFew>,
           step_kernel<T, Rule, BUFFERS, Grid, KIND, kMany>};
 }
 // hold, annealed, annealed binary
-#define ASKEW_USUAL(RULE, BUFFERS)                                    \
-  usual<kFloat32, RULE, BUFFERS, IntegerGrid, kFreeStep>(),           \
-      usual<kFloat32, RULE, BUFFERS, UniformGrid, kConstrainedStep>(),  \
-      usual<kFloat32, RULE, BUFFERS, BinaryGrid, kConstrainedStep>(),   \
-      usual<kBFloat16, RULE, BUFFERS, IntegerGrid, kFreeStep>(),        \
+#define ASKEW_USUAL(RULE, BUFFERS)                                     \
+  usual<kFloat32, RULE, BUFFERS, IntegerGrid, kFreeStep>(),            \
+      usual<kFloat32, RULE, BUFFERS, UniformGrid, kConstrainedStep>(), \
+      usual<kFloat32, RULE, BUFFERS, BinaryGrid, kConstrainedStep>(),  \
+      usual<kBFloat16, RULE, BUFFERS, IntegerGrid, kFreeStep>(),       \
       usual<kBFloat16, RULE, BUFFERS, UniformGrid, kConstrainedStep>()
 const Usual kUsual[] = {ASKEW_USUAL(Sgd, 0), ASKEW_USUAL(Sgd, 1), ASKEW_USUAL(AdamW, 2)};
 constexpr int kUsuals = sizeof(kUsual) / sizeof(Usual);
@@ -281,8 +296,8 @@ cudaError_t launch_step(int kernel, const List<kMany>& list, unsigned blocks, cu
     typedef decltype(rule) Rule;
     ASKEW_BY_TYPE((kernel - kUsuals) / 3,
                   ASKEW_BY_GRID((kernel - kUsuals) % 3 + kUniform,
-                                error = launch((step_kernel<T, Rule, Rule::kBuffers, Grid, kAnyStep, kMany>), blocks, kThreads,
-                                               stream, list)))
+                                error = launch((step_kernel<T, Rule, Rule::kBuffers, Grid, kAnyStep, kMany>), blocks,
+                                               kThreads, stream, list)))
   });
   return error;
 }

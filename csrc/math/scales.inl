@@ -3,8 +3,8 @@
 // A row that has no scale of its own is marked until all rows of its tensor are known: 0 where all its weights are 0,
 // kNoScale where they are not finite, or where no float32 holds its scale.
 
-constexpr double kScaleFloor = 1e-12;             // of a scale, relative to max(1, max |w|)
-constexpr double kFloat32End = 0x1.ffffffp127;    // rounds to inf in float32
+constexpr double kScaleFloor = 1e-12;           // of a scale, relative to max(1, max |w|)
+constexpr double kFloat32End = 0x1.ffffffp127;  // rounds to inf in float32
 constexpr float kNoScale = -1.f;
 
 // Not below the floor; marked where the row has no scale.

@@ -71,8 +71,8 @@ struct UpdateTensor {  // what is absent is null
   void* state[kMostBuffers];  // the rule's buffers
   const float* scale;
   void* dequantized;  // s Q(w/s) of the weights after the step, or Q(w/s) in a type of levels
-  float* row_sums;  // (rows, kRowSums) of the weights after the step
-  double* totals;   // (kTotals)
+  float* row_sums;    // (rows, kRowSums) of the weights after the step
+  double* totals;     // (kTotals)
   int type, dequantized_type;
   Matrix m;
   GridArg grid;
@@ -107,14 +107,23 @@ struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of on
 
 // How a weight's codes lie in tiles (docs/packed.md): the bits of an integer level's code, or 4 bits that a codebook is
 // looked up by, whose levels are one number of the inputs' type or the sum of two.
-enum TileForm : int { kTiles1 = 1, kTiles2 = 2, kTiles3 = 3, kTiles4 = 4, kTiles8 = 8, kTilesTable = 14, kTilesTable2 = 24 };
+enum TileForm : int {
+  kTiles1 = 1,
+  kTiles2 = 2,
+  kTiles3 = 3,
+  kTiles4 = 4,
+  kTiles8 = 8,
+  kTilesTable = 14,
+  kTilesTable2 = 24
+};
 constexpr int kTileRows = 16, kTileColumns = 256;  // the columns of 16 products of the matrix units
 
 ASKEW_FN constexpr int tile_bits(int form) { return form > kTiles8 ? 4 : form; }
 
 struct TilesArg {         // y (batch, n) = x (batch, cols) W^T + bias (n,), x in bfloat16 or float16
   const uint32_t* tiles;  // (n / kTileRows, cols / kTileColumns, tile_bits, 32, 4), both quotients rounded up
-  const float* scale;     // (1), (n) or (groups, n), the latter filled up to whole tiles; groups of 16 columns and multiples
+  const float*
+      scale;  // (1), (n) or (groups, n), the latter filled up to whole tiles; groups of 16 columns and multiples
   GridArg grid;
   int form, type;
   int64_t n, cols, groups, batch;
@@ -123,7 +132,7 @@ struct TilesArg {         // y (batch, n) = x (batch, cols) W^T + bias (n,), x i
 };
 
 constexpr int kInt32 = 5;  // of sums of products of levels, beside the storage types
-struct TokenArg {  // rows of inputs as levels of a byte: q = Q(x / scale), scale = max |x| / top
+struct TokenArg {          // rows of inputs as levels of a byte: q = Q(x / scale), scale = max |x| / top
   const void* x;
   void* q;
   float* scale;  // (rows,); NaN where the row is not finite, 1 where it is zero
@@ -194,8 +203,8 @@ struct MseArg {  // per row, of kScaleCandidates parts of absmax's scale the one
   double c_max;
   int type, scale_type;  // of w; of the scales
 };
-// Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod kErrorLanes,
-// then the lanes by halves, then the pieces, in float64.
+// Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod
+// kErrorLanes, then the lanes by halves, then the pieces, in float64.
 constexpr int kScaleCandidates = 100, kErrorLanes = 8;
 
 // How far a sum goes before it is added to others, which decides its bits: columns of a row on the CPU (a multiple of

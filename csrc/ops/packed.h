@@ -89,15 +89,16 @@ struct PackedOps {
                              int64_t form, int64_t n, int64_t groups, std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x.dim() == 2 && together(x, tiles), "x: expected shape (batch, cols) beside tiles");
     const bool table = form == kTilesTable || form == kTilesTable2;
-    STD_TORCH_CHECK(table || form == kTiles1 || form == kTiles2 || form == kTiles3 || form == kTiles4 || form == kTiles8,
-                    "form: expected 1, 2, 3, 4 or 8 bits, 14 or 24 for a codebook, got ", form);
+    STD_TORCH_CHECK(
+        table || form == kTiles1 || form == kTiles2 || form == kTiles3 || form == kTiles4 || form == kTiles8,
+        "form: expected 1, 2, 3, 4 or 8 bits, 14 or 24 for a codebook, got ", form);
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     TilesArg a{};
     a.type = storage_type(x, "x");
     STD_TORCH_CHECK(a.type != kFloat32, "x: expected bfloat16 or float16");
     a.grid = grid_arg(grid, levels, tiles);
-    STD_TORCH_CHECK(table == (a.grid.kind == kCodebook) && (a.grid.kind == kBinary) == (form == kTiles1), "form: ", form,
-                    " is not for this kind of grid");
+    STD_TORCH_CHECK(table == (a.grid.kind == kCodebook) && (a.grid.kind == kBinary) == (form == kTiles1),
+                    "form: ", form, " is not for this kind of grid");
     STD_TORCH_CHECK(a.grid.kind != kUniform || (a.grid.lo >= -128 && a.grid.hi <= 255),
                     "grid: expected levels of -128 to 255");
     a.form = (int)form;
@@ -107,11 +108,10 @@ struct PackedOps {
     a.x = x.data_ptr();
     check_dense(tiles, "tiles");
     const int64_t rows = filled_up(n, kTileRows), chunks = filled_up(a.cols, kTileColumns) / kTileColumns;
-    STD_TORCH_CHECK(tiles.scalar_type() == ScalarType::Int && tiles.dim() == 5 && n >= 0 &&
-                        tiles.size(0) == rows / kTileRows && tiles.size(1) == chunks &&
-                        tiles.size(2) == tile_bits(a.form) && tiles.size(3) == 32 && tiles.size(4) == 4,
-                    "tiles: expected int32 of shape (", rows / kTileRows, ", ", chunks, ", ", tile_bits(a.form),
-                    ", 32, 4)");
+    STD_TORCH_CHECK(
+        tiles.scalar_type() == ScalarType::Int && tiles.dim() == 5 && n >= 0 && tiles.size(0) == rows / kTileRows &&
+            tiles.size(1) == chunks && tiles.size(2) == tile_bits(a.form) && tiles.size(3) == 32 && tiles.size(4) == 4,
+        "tiles: expected int32 of shape (", rows / kTileRows, ", ", chunks, ", ", tile_bits(a.form), ", 32, 4)");
     a.tiles = static_cast<const uint32_t*>(tiles.data_ptr());
     a.scale = floats(scale, x, "scale");
     STD_TORCH_CHECK(groups >= 0 && (groups < 2 || a.cols % (16 * groups) == 0), "groups: ", groups, " do not divide ",

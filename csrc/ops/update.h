@@ -120,14 +120,14 @@ struct UpdateOps {
       STD_TORCH_CHECK(coefficients.has_value(), "coefficients: expected beside firsts");
       u.coefficients = coefficients_of(*coefficients, params[0]);
     }
-    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, {alpha, nullptr, true}, numbers, direction, clamp, maximize, skip_nonfinite,
-               ste_clip);
+    rate<Rule>(u, params[0].is_cpu(), count, lr, eps, {alpha, nullptr, true}, numbers, direction, clamp, maximize,
+               skip_nonfinite, ste_clip);
     Device(params[0]).run(u);
   }
 
   // A list that is stepped again and again, checked once.
   static Tensor prepare(int64_t rule, Tensors params, Tensors states, Tensors scales, Tensors levels,
-                     std::vector<int64_t> grids, Tensors dequantized, Tensors row_sums) {
+                        std::vector<int64_t> grids, Tensors dequantized, Tensors row_sums) {
     STD_TORCH_CHECK(!params.empty() && rule >= 0 && rule < host::Rules::kCount, "rule, params: expected a list");
     std::vector<UpdateTensor> tensors;
     host::with_rule((int)rule, host::Rules{}, [&](auto r) {
@@ -139,9 +139,9 @@ struct UpdateOps {
   // One step of a prepared list. grads: addresses, each of what its parameter has. `like`: the first parameter.
   // totals: (n, kTotals), or none.
   static void prepared_step(int64_t rule, Tensor list, std::vector<int64_t> grads, Tensor like,
-                          std::optional<Tensor> totals, std::optional<Tensor> count, Tensor lr, Tensor eps,
-                          Tensor alpha, std::vector<double> numbers, bool direction, bool clamp, bool maximize,
-                          bool skip_nonfinite, bool ste_clip) {
+                            std::optional<Tensor> totals, std::optional<Tensor> count, Tensor lr, Tensor eps,
+                            Tensor alpha, std::vector<double> numbers, bool direction, bool clamp, bool maximize,
+                            bool skip_nonfinite, bool ste_clip) {
     const size_t n = grads.size();
     STD_TORCH_CHECK(rule >= 0 && rule < host::Rules::kCount, "rule: unknown");
     Update u{};
@@ -160,8 +160,8 @@ struct UpdateOps {
       u.tensors[i].totals = sums ? sums + i * kTotals : nullptr;
     }
     host::with_rule((int)rule, host::Rules{}, [&](auto r) {
-      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, scalar(alpha, "alpha", like.is_cpu()), numbers, direction, clamp, maximize, skip_nonfinite,
-                        ste_clip);
+      rate<decltype(r)>(u, like.is_cpu(), count, lr, eps, scalar(alpha, "alpha", like.is_cpu()), numbers, direction,
+                        clamp, maximize, skip_nonfinite, ste_clip);
     });
     Device(like).run(u);
   }

@@ -307,8 +307,7 @@ inline uint32_t masked_xor(uint32_t word, uint32_t mask, uint32_t base) { return
 
 // As intrinsics.cuh describes it; the sum of a step's 16 products is rounded once.
 template <bool BF16>
-inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                          const float (&c)[4]) {
+inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
   struct Operands {
     uint32_t a[4], b[2];
   };
@@ -321,7 +320,8 @@ inline void multiply_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
     const int row = g + (i & 2 ? 8 : 0), column = 2 * t + (i & 1);
     double sum = c[i];
     for (int k = 0; k < 16; ++k) {
-      const Operands &left = of_lane[first + 4 * (row & 7) + (k & 7) / 2], &right = of_lane[first + 4 * column + (k & 7) / 2];
+      const Operands &left = of_lane[first + 4 * (row & 7) + (k & 7) / 2],
+                     &right = of_lane[first + 4 * column + (k & 7) / 2];
       sum += (double)half_of<BF16>(left.a[(row >> 3) + (k >> 3) * 2], k & 1) * half_of<BF16>(right.b[k >> 3], k & 1);
     }
     d[i] = (float)sum;

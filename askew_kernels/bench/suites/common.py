@@ -145,8 +145,8 @@ class Captured:
     allocate. What ``run`` gives is given again, with the numbers of the last replay."""
 
     def __init__(self, run: Callable[[], Any]) -> None:
-        self.run, self.graph, self.result = run, torch.cuda.CUDAGraph(), None
-        self.captured = False
+        self.run, self.result = run, None
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
         side = torch.cuda.Stream()
@@ -155,13 +155,15 @@ class Captured:
             for _ in range(3):
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.result = self.run()
-        self.captured = True
+        self.graph = graph
 
     def __call__(self) -> Any:
-        if not self.captured:
+        if self.graph is None:
             self.capture()
+        assert self.graph is not None
         self.graph.replay()
         return self.result
 
