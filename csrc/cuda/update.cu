@@ -98,7 +98,6 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
   constexpr bool kAny = !Options::kUsual;
   const bool stateful = BUFFERS > 0 && (!kAny || t.state[0]), totals = kAny && t.totals;
   float w[N], g[N], state[kMostBuffers][N] = {}, level[N];
-  bool flip[N];
   load_elements<T>(kAny ? t.from : t.w, index, w);
   load_elements<T>(t.g, index, g);
   if (stateful)
