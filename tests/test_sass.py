@@ -177,9 +177,9 @@ def test_the_check_notices_growth_new_and_lost_kernels():
     table = {COUNT.key: COUNT}
     assert sass.differences([replace(COUNT, instructions=98.8)], table) == []
     assert "98.9 instructions an element, 96.0 in" in sass.differences([replace(COUNT, instructions=98.9)], table)[0]
-    spilling = sass.differences([replace(COUNT, spilled=8)], table)
-    assert spilling == ["sm_90, update, k<fp32>, hold: spills 8 bytes, 0 in the table"]
-    assert sass.differences([replace(COUNT, spilled=8)], {COUNT.key: replace(COUNT, spilled=8)}) == []
+    spilling = replace(COUNT, spilled=8)
+    for known in (table, {COUNT.key: spilling}):  # whatever the table says
+        assert sass.differences([spilling], known) == ["sm_90, update, k<fp32>, hold: spills 8 bytes"]
     assert "1 slow paths, 0 in the table" in sass.differences([replace(COUNT, slow_calls=1)], table)[0]
     assert "annealed: not in the table" in sass.differences([replace(COUNT, case="annealed"), COUNT], table)[0]
     other = replace(COUNT, kernel="k<bf16>")

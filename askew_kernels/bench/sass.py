@@ -526,8 +526,8 @@ def differences(new: Sequence[Count], old: dict[Key, Count], all_files: bool = T
         where = ", ".join(filter(None, count.key))
         if before is None:
             said.append(f"{where}: not in the table")
-        elif count.spilled > before.spilled:
-            said.append(f"{where}: spills {count.spilled} bytes, {before.spilled} in the table")
+        elif count.spilled:
+            said.append(f"{where}: spills {count.spilled} bytes")
         elif count.instructions > GROWTH * before.instructions:
             said.append(f"{where}: {count.instructions} instructions an element, {before.instructions} in the table")
         elif count.slow_calls > before.slow_calls:
@@ -562,8 +562,8 @@ Made by `make sass` with nvcc {nvcc}; no GPU took part. Instructions an element 
 the share of the device's copy bandwidth, in per cent, that is PREDICTED from both and was not measured. around:
 what a block does before and after its loop, at its least, spread over its elements. longest: where every branch takes
 its longer side. warps: of an SM, by registers. slow: subroutines for slow cases of division in the loop, which the
-usual path does not enter. Kernels without counts: their registers and shared memory alone. Kernels that spill are
-named at the end; the check fails where another does, or one of them more.
+usual path does not enter. Kernels without counts: their registers and shared memory alone. The check fails where a
+kernel spills; those that did when the table was made are named at its end.
 
 Assumed: {assumed}.
 """

@@ -95,7 +95,7 @@ __device__ __forceinline__ void store_levels(const TokenPass& p, const Words& w,
 }
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads) token_levels_kernel(const __grid_constant__ TokenPass p) {
+__global__ void __launch_bounds__(kThreads, 4) token_levels_kernel(const __grid_constant__ TokenPass p) {
   constexpr int kWidth = Storage<T>::kPerVector;
   const Grid grid = GridMaker<Grid>::make(p.grid);
   const int lane = threadIdx.x & ((1 << p.team_shift) - 1);

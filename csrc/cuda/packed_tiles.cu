@@ -12,7 +12,8 @@ namespace {
 constexpr int kSteps = kTileColumns / 16;  // products of the matrix units for a tile
 constexpr int kFewTokens = 8;              // columns of such a product
 constexpr int kPairsOfStep = 4;            // words of its left operand
-ASKEW_FN constexpr int most_warps(int form) { return form == kTiles8 ? 8 : 16; }  // of a block; 8 bits want registers
+// Of a block. 8 bits want registers, and so does a scale after each step.
+ASKEW_FN constexpr int most_warps(int form, int segment) { return form == kTiles8 || segment == 1 ? 8 : 16; }
 
 struct TilesPass : TilesArg {
   float* part;  // (splits, batch, n), where several blocks share a row
@@ -142,7 +143,8 @@ __device__ __forceinline__ void store_result(const TilesPass& p, float sum, int6
 // are added in the order of the warps. SEGMENT: steps after which a scale is applied, a divisor of a group's; 0: at the
 // end.
 template <int T, int FORM, int SEGMENT>
-__global__ void __launch_bounds__(32 * most_warps(FORM), 1) tiles_few_kernel(const __grid_constant__ TilesPass p) {
+__global__ void __launch_bounds__(32 * most_warps(FORM, SEGMENT), 1)
+    tiles_few_kernel(const __grid_constant__ TilesPass p) {
   typedef Levels<T, FORM> L;
   constexpr int kVectors = L::kBits, kSegments = SEGMENT ? kSteps / SEGMENT : 1, kSegment = kSteps / kSegments;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5, g = lane >> 2, t = lane & 3;
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(32 * most_warps(FORM), 1) tiles_few_kernel(con
     }
     x = c + warps < whole ? x + warps * kTileColumns : last;
   }
-  __shared__ float sums[most_warps(FORM)][kTileRows * kFewTokens];
+  __shared__ float sums[most_warps(FORM, SEGMENT)][kTileRows * kFewTokens];
   ASKEW_EACH (i, 4) sums[warp][(2 * t + (i & 1)) * kTileRows + g + 8 * (i / 2)] = sum[i];
   __syncthreads();
   for (int i = threadIdx.x; i < kTileRows * kFewTokens; i += blockDim.x) {
@@ -374,7 +376,7 @@ TilesPass tiles_pass(const TilesArg& a) {
     p.blocks = ceil_div(tiles, kManyWarps) * ceil_div(a.batch, 8 * p.token_tiles);
     p.warps = kManyWarps;
   } else {
-    for (p.warps = 2; p.warps < most_warps(a.form) && p.warps < p.chunks && p.warps * tiles < kEnoughWarps;)
+    for (p.warps = 2; p.warps < most_warps(a.form, p.segment) && p.warps < p.chunks && p.warps * tiles < kEnoughWarps;)
       p.warps *= 2;
     p.blocks = tiles;
   }

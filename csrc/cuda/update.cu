@@ -149,9 +149,9 @@ __device__ __forceinline__ void step_elements(const Entry& t, const void* first,
   store_elements_as(type, t.dequantized, index, w);
 }
 
-// Blocks of an SM at least: what keeps the registers few without spilling. For sm_100 the compiler takes one or two
-// more.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+// Blocks of an SM at least: what keeps the registers few without spilling. For sm_80 and sm_100 the compiler takes one
+// or two more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr int kTight = 1;
 #else
 constexpr int kTight = 0;
