@@ -9,11 +9,11 @@ namespace cuda {
 namespace {
 
 constexpr int kResident = 3;  // blocks of an SM, at least: at most 80 registers
-// Of a kernel with levels that are looked up, for which 80 are too few on sm_100.
-template <class Grid>
-constexpr int resident() {
-  return std::is_same_v<Grid, Codebook> ? 2 : kResident;
-}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kLookedUpClip = 2;  // for which 80 are too few there
+#else
+constexpr int kLookedUpClip = kResident;
+#endif
 
 struct Pass : QuantizeArg {
   Cut cut;
@@ -29,7 +29,9 @@ __device__ __forceinline__ float uniform_at(uint64_t seed, const Spot& s, const 
 }
 
 template <int T, class Grid, QuantizePass PASS>
-__global__ void __launch_bounds__(kThreads, resident<Grid>()) quantize_kernel(const __grid_constant__ Pass p) {
+__global__ void __launch_bounds__(kThreads,
+                                  PASS == kSteClip && std::is_same_v<Grid, Codebook> ? kLookedUpClip : kResident)
+    quantize_kernel(const __grid_constant__ Pass p) {
   constexpr int kAhead = PASS == kQuantize || PASS == kProject ? 4 : 2;
   const Grid grid = GridMaker<Grid>::make(p.grid);
   const float radius = PASS == kProject ? feasible_radius((float)read(p.eps)) : 0.f;
