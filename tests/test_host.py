@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
-import gc
 import sys
 import warnings
 from pathlib import Path
