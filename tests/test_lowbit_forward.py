@@ -532,3 +532,21 @@ def test_a_step_in_a_cuda_graph(forward):
     graph.replay()
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert torch.equal(model(x), captured)
+
+
+def test_packing_tells_that_inputs_are_not_rounded_any_more(caplog, generator):
+    """The weights stay, bit for bit; with activations="int8" the outputs of forward="int8" too, but for sums."""
+    x = torch.randn(32, 48, generator=generator)
+    for forward, activations, told in (("hard", "float", 0), ("fp8", "float", 1), ("int8", "float", 1),
+                                       ("int8", "int8", 0)):  # fmt: skip
+        model = ak.quantize_(nn.Sequential(nn.Linear(48, 24)), QuantConfig(Uniform(4), forward=forward)).eval()
+        ak.hard_quantize_(model)
+        with torch.no_grad():
+            expected, weight = model(x), model[0].weight.clone()
+            caplog.clear()
+            packed = ak.pack_(model, activations=activations)
+            assert torch.equal(packed[0].dequantize(), weight)
+            if not told:
+                torch.testing.assert_close(packed(x), expected)
+        lines = [r.message for r in caplog.records if "validate the packed model" in r.message]
+        assert len(lines) == told and all("of 1 layers (0 …)" in line and forward in line for line in lines)

@@ -223,7 +223,8 @@ def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_d
     The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers
     with five codes in a byte (1.6 bits a weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are
     kept; None: as the layer's config has it (powers of two as bfloat16). ``activations``: "int8" lets the layers round
-    their inputs to int8, row by row or patch by patch, when they run on a CPU; files keep no such choice.
+    their inputs to int8, row by row or patch by patch, when they run on a CPU; files keep no such choice. Layers that
+    had forward="int8" compute with it what they did; those of "fp8" take other inputs when packed, which is told.
 
     Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
     (inclusive ones, codebooks of more than 16 levels), and, unless ``force=True`` rounds them, weights that are not
@@ -250,7 +251,19 @@ def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_d
     for layer in layers.values():  # an embedding that shared a weight keeps it, as an ordinary one
         layer.quantizer.untie(layer.weight)
     tell_float(model, "pack_", chosen(DEFAULT))
+    _tell_inputs(layers, activations)
     return model
+
+
+def _tell_inputs(layers: dict[str, Any], activations: str) -> None:
+    """One line of the logger where the layers that were validated rounded their inputs, and packed ones do not."""
+    configs = {name: layer.config for name, layer in layers.items() if layer.config.activation is None}
+    differ = {n: c.forward for n, c in configs.items() if c.level_dtype is not None and c.forward != activations}
+    for name, forward in list(differ.items())[:1]:
+        again = "; activations='int8' rounds them as before" * (forward == "int8")
+        logger.warning("pack_: forward='%s' rounds the inputs of %d layers (%s …), and packed they take them as they "
+                       "are: the same weights, other outputs, so validate the packed model%s", forward, len(differ),
+                       name, again)  # fmt: skip
 
 
 def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
