@@ -47,7 +47,13 @@ def gpu_products(monkeypatch):
         assert not rows or (scale_q.shape == (len(q), 1) and scale_c.shape == (1, c.shape[1]))
         assert options["out_dtype"] == (torch.bfloat16 if rows else torch.float32)
         assert all(b is None or (b.dtype == torch.bfloat16 and len(b) == c.shape[1]) for b in bias)
-        return scaled_mm(q, c, scale_q, scale_c, *bias, **options)
+        try:
+            return scaled_mm(q, c, scale_q, scale_c, *bias, **options)
+        except RuntimeError as error:
+            if "per-tensor scaling" not in str(error):  # all that torch 2.11 takes on a CPU
+                raise
+        sums = (q.float() @ c.float()) * scale_q * scale_c
+        return (sums + sum(b for b in bias if b is not None)).to(options["out_dtype"])
 
     monkeypatch.setattr(torch, "_int_mm", tiled_int_mm)
     monkeypatch.setattr(torch, "_scaled_mm", tiled_scaled_mm)
