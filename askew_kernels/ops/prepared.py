@@ -39,6 +39,11 @@ def prepares(like: Tensor) -> bool:
     return runtime.compiled_for(like)
 
 
+def _holding(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Others over the same memory, which stays where it is even if theirs is exchanged (``tensor.data = …``)."""
+    return [t.detach() for t in tensors]
+
+
 class PreparedUpdate:
     """A list for ``run``: what the compiled operator was given, and what it made of it."""
 
@@ -65,8 +70,8 @@ class PreparedUpdate:
         if not all(t.is_contiguous() for tensors in written for t in tensors):
             return None
         copies = written.pop() if dequantized else []
-        return cls(rule, written[0], [t for tensors in written[1:] for t in tensors], list(scales), list(levels),
-                   encodings, copies, list(row_sums))  # fmt: skip
+        return cls(rule, written[0], [t for tensors in written[1:] for t in tensors], _holding(scales), list(levels),
+                   encodings, copies, _holding(row_sums))  # fmt: skip
 
     def run(
         self, grads: list[int], totals: Tensor | None, *, step: Tensor | None, lr: Tensor, eps: Tensor,
@@ -91,10 +96,9 @@ class PreparedScales:
     def __init__(
         self, scales: Sequence[Tensor], row_sums: Sequence[Tensor], rules: list[int], numbers: list[float]
     ) -> None:
-        self.like, self.kept = scales[0], (scales, row_sums)
-        self.list: Tensor = autograd.below_autograd(
-            "prepare_scales", self.like, list(scales), list(row_sums), rules, numbers
-        )
+        self.kept = _holding(scales), _holding(row_sums)
+        self.like = self.kept[0][0]
+        self.list: Tensor = autograd.below_autograd("prepare_scales", self.like, *self.kept, rules, numbers)
 
     def run(self) -> None:
         autograd.below_autograd("prepared_scales_", self.like, self.list, self.like)
