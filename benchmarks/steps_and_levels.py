@@ -1,6 +1,6 @@
 """Kernels of single steps, as shares of a copy, and layers of levels beside nn.Linear under bf16 autocast, on a GPU.
 
-PYTHONPATH=. python benchmarks/kernels/steps_and_levels.py       # about 30 s; random data
+PYTHONPATH=. python benchmarks/steps_and_levels.py       # about 30 s; random data
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from gpu_smoke import captured
 from torch import Tensor, nn
 
 import askew_kernels as ak
@@ -30,19 +31,6 @@ def milliseconds(run: Callable[[], Any], calls: int = 20) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / calls
-
-
-def graphed(run: Callable[[], Any]) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def step(kernels: Any, dtype: torch.dtype = torch.float32, eps: float = 1.0, momentum: bool = False,
@@ -92,8 +80,8 @@ def layer_times(tokens: int, inputs: int, outputs: int) -> dict[str, list[float]
             product(layer).backward(grad)
 
         with torch.no_grad():
-            times = [milliseconds(product), milliseconds(graphed(product))]
-        found[forward] = [times[0], milliseconds(both), times[1], milliseconds(graphed(both))]
+            times = [milliseconds(product), milliseconds(captured(product))]
+        found[forward] = [times[0], milliseconds(both), times[1], milliseconds(captured(both))]
     return found
 
 
