@@ -28,9 +28,10 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
+from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
-from .lowbit import level_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -84,8 +85,8 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -322,7 +323,7 @@ class QuantizedLayer(nn.Module):
         bias = None if self.bias is None else self.bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
         return y.reshape(*x.shape[:-1], rows)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
@@ -340,6 +341,10 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        gradient = self.config.gradient
+        return rounded_gradient(self._output(x), gradient.bits) if isinstance(gradient, LUQ) else self._output(x)
+
+    def _output(self, x: Tensor) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels)
         if (grid := self.kind.input_grid(self)) is not None:
