@@ -285,6 +285,8 @@ class WeightQuantizer:
                 scale = nn.Parameter(scale.detach())
         if type(scale) is not LearnedScale:
             scale.__class__ = LearnedScale
+        if scale is not self.learned:
+            self._young = None
         self.learned, LearnedScale.made = scale, True  # type: ignore[assignment]
         scale._askew_scale_of = weakref.ref(self)  # type: ignore[attr-defined]
         self.scale = scale.detach() if self._unrounded else scale.detach().clone()
