@@ -30,9 +30,9 @@ typedef CodebookGrid Codebook;
 #include "scales.inl"
 #include "lowbit.inl"
 
-extern const Loops loops = {quantize,          row_sums, update, sam,          mix,
-                            mix_gradient,      scales,   errors, token_levels, scaled_sums,
-                            stochastic_levels, peak,     luq};
+extern const Loops loops = {quantize,    row_sums,          scale_gradient, update, sam,
+                            mix,         mix_gradient,      scales,         errors, token_levels,
+                            scaled_sums, stochastic_levels, peak,           luq};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew
