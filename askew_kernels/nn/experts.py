@@ -74,14 +74,10 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
                              "{pattern: config} with another configuration for these")  # fmt: skip
         super()._attach(config)
 
-    def current(self) -> Tensor:
-        """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
-        if self.training and self.config.forward == "relaxed":
-            return self.weight
-        if not self._ordinary():
-            return self._functional_weight()
-        weight: Any = self._eager_weight(self.weight.dtype)
-        weight._is_hf_initialized = True  # transformers is not to draw random numbers into what is kept
+    def current(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight: Any = super().current(dtype)
+        if weight is not self.weight and self._ordinary():
+            weight._is_hf_initialized = True  # transformers is not to draw random numbers into what is kept
         return weight
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional
 
 from .. import ops, runtime
@@ -28,13 +29,15 @@ from .experts import (
     PackedTransposedExperts,
     TransposedExpertWeight,
 )  # fmt: skip
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, autocast_dtype, quantized_input
 from .packed import PackedLayer
 from .replace import base_of, derived, mixin_of
 
 __all__ = [
-    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
-    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedExperts", "PackedLinear",
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewConv3d", "AskewConvTranspose1d", "AskewConvTranspose2d",
+    "AskewConvTranspose3d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
+    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedConv3d", "PackedConvTranspose1d",
+    "PackedConvTranspose2d", "PackedConvTranspose3d", "PackedEmbedding", "PackedExperts", "PackedLinear",
     "PackedTransposedExperts", "PackedTransposedLinear",
 ]  # fmt: skip
 
@@ -63,6 +66,7 @@ class Kind:
     multiplies_levels: bool = (
         False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
     )
+    scatters: bool = False  # every number of the input goes to as many outputs as the weight has for it
     wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property
@@ -119,14 +123,23 @@ class Kind:
             new.bias = layer.bias
         return new.train(layer.training)
 
+    def form_with(self, geometry: Mapping[str, Any]) -> Form:
+        """``form`` of a weight of such a layer, whose groups it says."""
+        groups = geometry.get("groups", 1) if self.form.transposed else 1
+        if type(groups) is not int or groups < 1:
+            raise ValueError(f"groups: expected a whole number from 1 on, got {groups!r:.80}")
+        return self.form._replace(groups=groups)
+
     def input_grid(self, layer: Any) -> Grid | None:
         """What the input of a quantized or packed layer is quantized to; None where it stays float, and for indices."""
         return layer.config.activation if self.token_dims else None
 
-    def macs(self, layer: Any, y: Tensor) -> int:
-        """Multiply–accumulates of a call that gave ``y``."""
+    def macs(self, layer: Any, x: Tensor, y: Tensor) -> int:
+        """Multiply–accumulates of a call that made ``y`` of ``x``."""
         if self.output is None:
             return 0
+        if self.scatters:
+            return x.numel() * math.prod(layer.weight.shape[1:])
         return y.numel() * math.prod(n for i, n in enumerate(layer.weight.shape) if i != self.output)
 
 
@@ -252,6 +265,7 @@ class PackedTransposedLinear(_ClassOf, _PackedMatrix, TransposedLinear):  # type
 
 CHANNELS = ("out_channels", "in_channels", "kernel_size")
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+CHANNELS_TRANSPOSED, GEOMETRY_TRANSPOSED = (CHANNELS[1], CHANNELS[0], CHANNELS[2]), (*GEOMETRY, "output_padding")
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,10 +275,10 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
-    On a CPU, without groups, the product is made from the codes for few output positions (late layers, small batches),
-    and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``): each output position is a row of
-    x, its patch, and no more than ``PATCHES`` numbers of them stand in memory. Elsewhere the weight is unpacked for the
-    call, with the very results of the hard-quantized layer.
+    On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
+    (late layers, small batches), and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``):
+    each output position is a row of x, its patch, and no more than ``PATCHES`` numbers of them stand in memory.
+    Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
@@ -274,7 +288,7 @@ class _PackedConvolution(PackedLayer):
         x, bias = self._prepared(x)
         spatial = len(conv.stride)
         unbatched = x.dim() == 1 + spatial
-        if x.is_cpu and conv.groups == 1 and (unbatched or x.dim() == 2 + spatial):
+        if x.is_cpu and conv.groups == 1 and spatial <= 2 and (unbatched or x.dim() == 2 + spatial):
             batch = x[None] if unbatched else x
             sizes = self._positions(batch)
             # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
@@ -338,6 +352,85 @@ class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
 
 class PackedConv2d(_PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d with a packed weight."""
+
+
+class AskewConv3d(QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
+    """nn.Conv3d with a quantized weight."""
+
+
+class PackedConv3d(_PackedConvolution, nn.Conv3d):  # type: ignore[misc, override]
+    """nn.Conv3d with a packed weight."""
+
+
+CONV_TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+
+
+def _conv_transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any = None) -> Tensor:
+    given, spatial = (layer.stride, layer.padding, layer.kernel_size), len(layer.stride)
+    output_padding = layer._output_padding(x, output_size, *given, spatial, layer.dilation)
+    product: Any = CONV_TRANSPOSED[spatial - 1]
+    return product(x, weight, bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+
+
+class _AskewConvTranspose(QuantizedLayer):
+    """The weight (in_channels, out_channels / groups, …) keeps its shape and gets the memory layout of its matrix; per
+    channel, every output has a scale (``Form`` says in what order), and groups run along the inputs."""
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.kind.form._replace(groups=self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # torch's names
+        x = input
+        if output_size is None:
+            return super().forward(x)
+        if isinstance(x, Proxy):
+            path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
+            return x.tracer.create_proxy("call_module", path, (x, output_size), {})
+        if (grid := self.kind.input_grid(self)) is not None:
+            x = quantized_input(x, grid, self.kind.token_dims)
+        return _conv_transposed(self, x, self.current(autocast_dtype(x)), self.bias, output_size)
+
+
+class _PackedConvTranspose(PackedLayer):
+    """The codes are those of the matrix that ``Form`` says. The weight is unpacked for the call, with the very results
+    of the hard-quantized layer."""
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.kind.form._replace(groups=self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # torch's names
+        x = input
+        more = () if output_size is None else (output_size,)
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x, *more)) is not None:
+            return special
+        x, bias = self._prepared(x)
+        return _conv_transposed(self, x, self.dequantize(x.dtype), bias, output_size)
+
+
+class AskewConvTranspose1d(_AskewConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
+    """nn.ConvTranspose1d with a quantized weight."""
+
+
+class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc, override]
+    """nn.ConvTranspose1d with a packed weight."""
+
+
+class AskewConvTranspose2d(_AskewConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+    """nn.ConvTranspose2d with a quantized weight."""
+
+
+class PackedConvTranspose2d(_PackedConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc, override]
+    """nn.ConvTranspose2d with a packed weight."""
+
+
+class AskewConvTranspose3d(_AskewConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+    """nn.ConvTranspose3d with a quantized weight."""
+
+
+class PackedConvTranspose3d(_PackedConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc, override]
+    """nn.ConvTranspose3d with a packed weight."""
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
@@ -416,6 +509,13 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=4, output=0, token_dims=3, product=_convolved),
+    Kind("conv3d", "conv", nn.Conv3d, AskewConv3d, PackedConv3d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=5, output=0, token_dims=4, product=_convolved),
+    *(Kind(f"conv_transpose{n}d", "conv", *classes, CHANNELS_TRANSPOSED, GEOMETRY_TRANSPOSED, GEOMETRY_TRANSPOSED,
+           dims=n + 2, output=1, token_dims=n + 1, product=_conv_transposed, form=Form(transposed=True), scatters=True)
+      for n, classes in enumerate(((nn.ConvTranspose1d, AskewConvTranspose1d, PackedConvTranspose1d),
+                                   (nn.ConvTranspose2d, AskewConvTranspose2d, PackedConvTranspose2d),
+                                   (nn.ConvTranspose3d, AskewConvTranspose3d, PackedConvTranspose3d)), 1)),
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
          dims=2, output=None, token_dims=0, product=_looked_up, wrapping=("*ScaledWordEmbedding",)),
@@ -427,7 +527,8 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
 )}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
-    _kind.quantized.form = _kind.packed.form = _kind.form
+    if "groups" not in _kind.geometry or not _kind.form.transposed:  # of others each layer has its own
+        _kind.quantized.form = _kind.packed.form = _kind.form
 
 SEARCHED = ("linear", "conv")  # what a search of bits is about where nothing is said: layers that make the products
 DEFAULT = (*SEARCHED, "experts")  # what quantize_ replaces where nothing is said

@@ -281,6 +281,13 @@ class QuantizedLayer(nn.Module):
         clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
         return _StraightThrough.apply(weight, quantized, clip)
 
+    def current(self, dtype: torch.dtype | None = None) -> Tensor:
+        """What the layer multiplies with, differentiable: s Q(w/s), or the weight itself where it is trained relaxed.
+        ``dtype``: to compute in, of the copy that is there; what is not ordinary has the weight's own."""
+        if self.training and self.config.forward == "relaxed":
+            return self.weight
+        return self._eager_weight(dtype or self.weight.dtype) if self._ordinary() else self._functional_weight()
+
     def _eager_forward(self, x: Tensor) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
         quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]

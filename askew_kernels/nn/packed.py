@@ -165,10 +165,10 @@ class PackedLayer(nn.Module):
             bias = self.bias
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def _special(self, x: Any) -> Any:
+    def _special(self, x: Any, *more: Any) -> Any:
         """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})  # type: ignore[attr-defined]
         return self._nested(x) if x.is_nested else None
 
     def _nested(self, x: Tensor) -> Tensor:
