@@ -21,7 +21,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..nn.experts import exposed
+from ..nn.held import exposed
 from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import EXTRA_STATE, PackedLayer

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional
 
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
+from .attention import OUT_PROJECTION, AskewInProjection, InProjection, PackedInProjection, projected
 from .experts import (
     AskewExperts,
     AskewTransposedExperts,
@@ -29,16 +29,16 @@ from .experts import (
     PackedTransposedExperts,
     TransposedExpertWeight,
 )  # fmt: skip
-from .layers import QuantizedLayer, autocast_dtype, quantized_input
-from .packed import PackedLayer
+from .layers import QuantizedLayer
+from .packed import PackedLayer, PackedMatrix
 from .replace import base_of, derived, mixin_of
 
 __all__ = [
     "KINDS", "AskewConv1d", "AskewConv2d", "AskewConv3d", "AskewConvTranspose1d", "AskewConvTranspose2d",
-    "AskewConvTranspose3d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
-    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedConv3d", "PackedConvTranspose1d",
-    "PackedConvTranspose2d", "PackedConvTranspose3d", "PackedEmbedding", "PackedExperts", "PackedLinear",
-    "PackedTransposedExperts", "PackedTransposedLinear",
+    "AskewConvTranspose3d", "AskewEmbedding", "AskewExperts", "AskewInProjection", "AskewLinear",
+    "AskewTransposedExperts", "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedConv3d",
+    "PackedConvTranspose1d", "PackedConvTranspose2d", "PackedConvTranspose3d", "PackedEmbedding", "PackedExperts",
+    "PackedInProjection", "PackedLinear", "PackedTransposedExperts", "PackedTransposedLinear",
 ]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
@@ -67,6 +67,7 @@ class Kind:
         False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
     )
     scatters: bool = False  # every number of the input goes to as many outputs as the weight has for it
+    same: tuple[type[nn.Module], ...] = ()  # derived from ``plain``, and computing the same
     wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property
@@ -85,8 +86,13 @@ class Kind:
         """Whether a class derived from torch's calls its forward and goes on with what that gives."""
         return issubclass(cls, self.plain) and any(fnmatch.fnmatchcase(cls.__name__, name) for name in self.wrapping)
 
+    @property
+    def takes_bias(self) -> bool:
+        """Whether its layers may have one of their own."""
+        return self.output is not None and not self.held
+
     def _others(self, bias: bool) -> dict[str, Any]:
-        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
+        return {"device": "meta", "bias": bias} if self.takes_bias else {"device": "meta"}
 
     def arguments_of(self, layer: Any) -> dict[str, Any]:
         """What makes another layer of the same sizes, on the meta device."""
@@ -119,7 +125,7 @@ class Kind:
             new = made.__new__(made)
             self.plain.__init__(new, **arguments)
         new.weight = weight
-        if self.output is not None:
+        if self.takes_bias:
             new.bias = layer.bias
         return new.train(layer.training)
 
@@ -146,7 +152,18 @@ class Kind:
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
-class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+class _OfClass:
+    """In the place of a class that derives from torch's and computes the same the layers are instances of that, too."""
+
+    kind: ClassVar[Kind]
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        base = base_of(type(layer))
+        return derived(cls, base) if base in cls.kind.same else cls
+
+
+class AskewLinear(_OfClass, QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
@@ -154,40 +171,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
 
 
-class _PackedMatrix(PackedLayer):
-    """y = x W^T + b with packed W. x: (…, inputs) -> (…, outputs), in the type of x.
-
-    From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
-    rows on, and on a GPU where the rows are few (``runtime.reads_codes``): bfloat16 and float16 from tiles on the
-    matrix units, float32 from the codes. Elsewhere the weight is unpacked for the call.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
-        x = input
-        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
-            return special
-        x, bias = self._prepared(x)
-        if x.shape[-1] != self.cols:
-            raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
-        rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
-        if not self._reads_codes(x, rows):
-            return functional.linear(x, self.matrix(x.dtype), bias)
-        if x.dim() == 2:
-            return self._product(x, bias)
-        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
-            x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.cols), bias).reshape(*x.shape[:-1], self.rows)
-
-    def _nested(self, x: Any) -> Tensor:
-        """Row by row as alone, in the layout of ``x``."""
-        if x.layout != torch.jagged:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
-        if x._ragged_idx != 1:
-            raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
-        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
-
-
-class PackedLinear(_PackedMatrix, nn.Linear):  # type: ignore[misc, override]
+class PackedLinear(_OfClass, PackedMatrix, nn.Linear):  # type: ignore[misc, override]
     """nn.Linear with a packed weight. x: (…, in_features) -> (…, out_features), in the type of x."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
@@ -249,7 +233,7 @@ class AskewTransposedLinear(_ClassOf, QuantizedLayer, TransposedLinear):  # type
     inputs. The weight keeps its shape and gets the memory layout of its transpose."""
 
 
-class PackedTransposedLinear(_ClassOf, _PackedMatrix, TransposedLinear):  # type: ignore[misc, override]
+class PackedTransposedLinear(_ClassOf, PackedMatrix, TransposedLinear):  # type: ignore[misc, override]
     """A linear layer with a packed weight (nx, nf): the codes are those of the (nf, nx) matrix."""
 
     def as_linear(self) -> PackedLinear:
@@ -381,15 +365,7 @@ class _AskewConvTranspose(QuantizedLayer):
         return self.kind.form._replace(groups=self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # torch's names
-        x = input
-        if output_size is None:
-            return super().forward(x)
-        if isinstance(x, Proxy):
-            path = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
-            return x.tracer.create_proxy("call_module", path, (x, output_size), {})
-        if (grid := self.kind.input_grid(self)) is not None:
-            x = quantized_input(x, grid, self.kind.token_dims)
-        return _conv_transposed(self, x, self.current(autocast_dtype(x)), self.bias, output_size)
+        return super().forward(input, *(() if output_size is None else (output_size,)))
 
 
 class _PackedConvTranspose(PackedLayer):
@@ -501,7 +477,7 @@ def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
-         multiplies_levels=True),
+         multiplies_levels=True, same=(OUT_PROJECTION,)),
     Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
          (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
          foreign=conv1d, multiplies_levels=True),
@@ -519,6 +495,9 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
          dims=2, output=None, token_dims=0, product=_looked_up, wrapping=("*ScaledWordEmbedding",)),
+    Kind("in_projection", "attention", InProjection, AskewInProjection, PackedInProjection,
+         ("out_features", "in_features"), (), geometry=(), dims=2, output=0, token_dims=1, product=projected, held=True,
+         multiplies_levels=True),
     Kind("experts", "experts", ExpertWeight, AskewExperts, PackedExperts, EXPERT_SIZES, (), geometry=(),
          dims=3, output=None, token_dims=0, product=_of_holder, form=Form(stacked=True), held=True),
     Kind("transposed_experts", "experts", TransposedExpertWeight, AskewTransposedExperts, PackedTransposedExperts,
@@ -531,7 +510,7 @@ for _kind in KINDS.values():
         _kind.quantized.form = _kind.packed.form = _kind.form
 
 SEARCHED = ("linear", "conv")  # what a search of bits is about where nothing is said: layers that make the products
-DEFAULT = (*SEARCHED, "experts")  # what quantize_ replaces where nothing is said
+DEFAULT = (*SEARCHED, "attention", "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
@@ -570,4 +549,4 @@ def replaceable(module: nn.Module) -> Kind | None:
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
     cls = mixin_of(cls)
-    return next((k for k in KINDS.values() if cls in (*k.classes, k.quantized) or k.wraps(cls)), None)
+    return next((k for k in KINDS.values() if cls in (*k.classes, *k.same, k.quantized) or k.wraps(cls)), None)

@@ -109,8 +109,8 @@ class MixedLayer(nn.Module):
         scales = activation_scales(x, tops, token_rows(x, self.kind.token_dims))
         return ops.run_mix_fake_quantize(x, scales, self.act_probabilities(), self._act_codes, False, False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), getattr(self, "bias", None))
+    def forward(self, input: Tensor, *more: Any) -> Tensor:
+        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), getattr(self, "bias", None), *more)
 
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
