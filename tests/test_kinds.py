@@ -24,7 +24,7 @@ from askew_kernels.deploy.convert import convert_file
 from askew_kernels.deploy.files import PackedFileError
 from askew_kernels.deploy.inspect import report_of_contents
 from askew_kernels.nn import KINDS, kinds
-from askew_kernels.nn.layers import GRIDS, STATE
+from askew_kernels.nn.layers import GRIDS, STATE, quantized_input
 from askew_kernels.quant import Binary, Ternary, Uniform
 from askew_kernels.quant.forms import ROWS
 from askew_kernels.search import Budget, LayerPolicy, Policy, search_policy, trace, uniform_policy
@@ -285,7 +285,7 @@ def test_kinds_are_asked_for_by_name(caplog):
             assert told_of(case, told) == (kind not in names)
             why = ak.nn.left_float(made).get(f"{case}.weight", "")
             assert (f'kinds= takes it in as "{kind}"' in why) == (kind not in names | default())
-    with pytest.raises(ValueError, match=r"kinds: expected names out of conv, conv.*linear.*, got 'dense'"):
+    with pytest.raises(ValueError, match=r"kinds: expected names out of attention, conv, conv.*linear.*, got 'dense'"):
         ak.quantize_(model(), kinds=("linear", "dense"))
     with pytest.raises(ValueError, match="no nn.Linear.* matches 'conv2d'"):
         ak.quantize_(model(), {"conv2d": ak.QuantConfig()}, kinds="linear")
@@ -352,7 +352,7 @@ def test_output_size_and_layouts(packed, kwargs):
         plain.weight.copy_(layer.quantized_weight())
         plain.bias.copy_(layer.bias)
         model = ak.pack_(ak.hard_quantize_(model)) if packed else model
-        x_hat = kinds.quantized_input(x, Uniform(8), 3)
+        x_hat = quantized_input(x, Uniform(8), 3)
         for size in ([13, 14], [15, 15], None):
             given = {} if size is None else {"output_size": size}
             assert torch.equal(model[0](x, **given), plain(x_hat, **given))

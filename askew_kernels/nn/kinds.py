@@ -59,7 +59,7 @@ class Kind:
     dims: int  # of the weight
     output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
     token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 where it never is
-    product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
+    product: Callable[..., Tensor]  # (layer, x, weight, bias, *what a call has besides) -> y
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
     held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
