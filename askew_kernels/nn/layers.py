@@ -358,14 +358,14 @@ class QuantizedLayer(nn.Module):
         how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips)
         return _LearnedToo.apply(weight, learned, quantized, clip, how)
 
-    def _eager_forward(self, x: Tensor) -> Tensor:
+    def _eager_forward(self, x: Tensor, *more: Any) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
         quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
-            return self.kind.product(self, x, quantized, bias)
+            return self.kind.product(self, x, quantized, bias, *more)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self.kind.product(self, x.to(low), quantized, bias)
+            return self.kind.product(self, x.to(low), quantized, bias, *more)
 
     def _eager_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(what receives the gradient, levels in ``dtype``, scale): the quantizer's own copy."""
@@ -385,21 +385,25 @@ class QuantizedLayer(nn.Module):
             levels = levels.nan_to_num().round()
         return weight, self.form.view(levels.to(dtype)), scale
 
-    def _level_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of the input's levels and the weight's, both of the type ``dtype``."""
+    def _level_forward(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
+                       rows: slice | None = None) -> Tensor:  # fmt: skip
+        """The product of the input's levels and the weight's (or these ``rows`` of it), both of the type ``dtype``."""
         if x.is_nested:
             return self._nested_levels(x, dtype)
         ordinary = self._ordinary() and type(x) in (Tensor, nn.Parameter)
         weight, levels, scale = (self._eager_levels if ordinary else self._functional_levels)(dtype)
         view, low = self.form.view, autocast_dtype(x) or x.dtype
-        rows, cols = view(levels).shape
+        if rows is not None:
+            weight, levels, scale = weight[rows], levels[rows], scale[rows] if scale.numel() > 1 else scale
+        outputs, cols = view(levels).shape
         if x.shape[-1:] != (cols,) or not x.is_floating_point():
             raise ValueError(f"x: expected floats of shape (…, {cols}), got {x.dtype} {tuple(x.shape)}")
-        bias = None if self.bias is None else self.bias.to(low)
+        bias = self.bias if bias is None else bias
+        bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
         y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
-        return y.reshape(*x.shape[:-1], rows)
+        return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -408,23 +412,24 @@ class QuantizedLayer(nn.Module):
         values = self._level_forward(x.values(), dtype)
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
-        return self.kind.product(self, x, weight, self.bias)
+        return self.kind.product(self, x, weight, self.bias, *more)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+    def forward(self, input: Tensor, *more: Any) -> Tensor:  # the name that torch's layers have
+        """``more``: what the kind's product takes besides."""
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
         if (levels := self.config.level_dtype) is not None:
-            return self._level_forward(x, levels)
+            return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
         if self.training and self.config.forward == "relaxed":
-            return self.product(x, self.weight)
+            return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
-            return self._eager_forward(x)
-        return self.product(x, self._functional_weight())
+            return self._eager_forward(x, *more)
+        return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
 
