@@ -152,8 +152,8 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         logger.warning("compressed-tensors: transformers loads packed embeddings (%s) by %s only", told[0], how)
     if any(scheme.float4 for scheme in schemes.values()) and folders.main_type(contents) != "bfloat16":
         changes["dtype"] = "bfloat16"
-        logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and want "
-                       "the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
+        logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and "
+                       "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
     folders.write_tensors(path, tensors)
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)

@@ -75,7 +75,7 @@ def tensors(layer: Any, name: str) -> dict[str, Tensor]:
     if f.in_units:
         unit = scale_unit(scale)
         return packed | {"weight_scale": (scale / unit).to(f.stored), GLOBAL: 1 / unit}
-    return packed | {"weight_scale": (torch.frexp(scale).exponent + 126).to(f.stored)}  # 2^(e - 127) as e
+    return packed | {"weight_scale": scale.to(torch.float8_e8m0fnu).view(f.stored)}
 
 
 def decoded(f: Float4, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def decoded(f: Float4, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if f.in_units:
         scale = kept.float() / found[GLOBAL].float()
     else:
-        scale = torch.where(kept == 255, torch.nan, torch.exp2(kept.double() - 127)).float()
+        scale = kept.view(torch.float8_e8m0fnu).float()
     if not bool((scale.isfinite() & (scale >= 0)).all()):
         raise ValueError("weight_scale: expected finite scales that are not negative")
     zero = scale == 0
