@@ -33,6 +33,7 @@ FLOAT32_END = tl.constexpr(2.0**128 - 2.0**103)  # rounds to inf in float32
 SAWB, MEAN, RMS, GIVEN = (tl.constexpr(rule) for rule in (contract.SAWB, contract.MEAN, contract.RMS, contract.GIVEN))
 BFLOAT16, FLOAT16, E8M0, E4M3 = (tl.constexpr(contract.SCALE_TYPES.index(name)) for name in (
     "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"))  # fmt: skip
+ROUNDING = tl.constexpr(2.0**14)  # float32's numbers above it are multiples of 2^-9
 LOW, HIGH = (tl.constexpr(tuple(ends[i] for ends in contract.SCALE_RANGES.values())) for i in (0, 1))
 
 # The table: one row of int64 for each tensor; the last three are float64, by their bits.
@@ -90,7 +91,7 @@ def round_to_units(s, unit):
     x = tl.where(x < LOW[4], LOW[4], tl.where(x > HIGH[4], HIGH[4], x))
     bits = x.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
-    return tl.where(x < 0.015625, (x + 16384.0) - 16384.0, normal) * unit  # 2^-6; below, multiples of 2^-9
+    return tl.where(x < 0.015625, (x + ROUNDING) - ROUNDING, normal) * unit  # 2^-6; below, multiples of 2^-9
 
 
 @triton.jit
