@@ -450,7 +450,7 @@ def test_scales_are_checked(triton):
         (([scale], [], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected 1"),
         (([scale], [sums[:2]], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected shape"),
         (([scale, scale], [sums, sums], [0, 0, 4, 9, 0, 4], [1.0, 0.0, 0.0] * 2), "rules: expected a known rule"),
-        (([scale], [sums], [0, 4, 4], [1.0, 0.0, 0.0]), "unknown type of scales 4"),
+        (([scale], [sums], [0, 5, 4], [1.0, 0.0, 0.0]), "unknown type of scales 5"),
         (([scale], [sums], [0, 0, 4], [0.0, 0.0, 0.0]), "c_max"),
     ):
         with pytest.raises(ValueError, match=words):
