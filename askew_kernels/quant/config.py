@@ -48,7 +48,8 @@ class QuantConfig:
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
     be any number that these hold.
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
-    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
+    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn" (E4M3 numbers times one power
+    of two for the tensor, ``quant.scale_unit``); a torch.dtype does, too.
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
@@ -136,9 +137,10 @@ class QuantConfig:
         """What to train with, so that a format of others holds the weights bit for bit: its grid, its groups, and
         scales that are rounded in training to the type that it keeps.
 
-        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, … (all: ``quant.exports.TARGETS``). options: the
-        other fields; ``group_size`` and ``granularity`` within what the format allows (a multiple of its block of
-        weights with one scale; one scale for each channel or tensor serves every block).
+        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, ``mxfp4``, ``nvfp4``, … (all:
+        ``quant.exports.TARGETS``). options: the other fields; ``group_size`` and ``granularity`` within what the format
+        allows (a multiple of its block of weights with one scale; one scale for each channel or tensor serves every
+        block).
         Raises ValueError for an unknown target, with those that are known, and for what the format does not hold.
         """
         wanted = find_target(target)

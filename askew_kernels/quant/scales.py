@@ -36,8 +36,15 @@ def check_scale_dtype(name: str, value: Any) -> str:
 
 def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     """The nearest scales that ``scale_dtype`` holds, float32: ties to even, powers of two by the smaller ratio; those
-    out of its range become its ends (a scale is never 0 or inf)."""
+    out of its range become its ends (a scale is never 0 or inf). ``scale``: all of a tensor's (rows,), which share a
+    unit where it is float8_e4m3fn (``scale_unit``)."""
     return reference.round_scale(scale, contract.SCALE_TYPES.index(scale_dtype))
+
+
+def scale_unit(scale: Tensor) -> Tensor:
+    """(1,) float32: the unit t = 2^k of a tensor's scales (rows,) of the type float8_e4m3fn, which are t times an E4M3
+    number: the least that lets all of them be at most 448 t. It follows from the scales, so nothing else is kept."""
+    return reference.scale_unit(scale.detach().float().reshape(-1))
 
 
 def holds_scales(scale: Tensor, scale_dtype: str) -> bool:
