@@ -314,7 +314,7 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
         return [*(binary(w.detach()) for w in weights), *(p.detach() for p in others)]
 
     draws, order = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
-    step, curve = 0, []
+    step, curve, share = 0, [], setting.batch / n if setting.of_all else 1.0
     steps = setting.epochs * (n // setting.batch)
     for epoch in range(setting.epochs):
         if epoch in setting.halve_at:
@@ -329,7 +329,7 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
                 if method == STOCHASTIC:  # 1 with the probability of the hard sigmoid
                     signs = [2 * torch.bernoulli(((w + 1) / 2).clamp(0, 1), generator=draws) - 1 for w in latent]
                 used = [*(s.requires_grad_() for s in signs), *others]
-            loss = losses(used, x[:, rows], y[:, rows]).sum() * (len(rows) / n if setting.of_all else 1.0)
+            loss = losses(used, x[:, rows], y[:, rows]).sum() * share
             for p, gradient in zip(params, torch.autograd.grad(loss, used), strict=True):
                 p.grad = gradient
             for optimizer in optimizers:
@@ -341,7 +341,7 @@ def train_small(setting: Setting, method: str, seeds: int) -> list[Result]:
                         w.clamp_(-1, 1)
                 elif method == PROX:  # the strength grows linearly, as published; a step pulls by lr/10 at the end
                     for w in weights:
-                        _prox(w, 0.1 * setting.lr * step / steps)
+                        _prox(w, 0.1 * setting.lr * share * step / steps)
             if annealing is not None and method == BY_STEP:
                 annealing.step()
         if annealing is not None and method == BY_EPOCH:
