@@ -394,8 +394,6 @@ def test_inf_skips_the_step_and_restores(kind, base, at, final):
 @pytest.mark.parametrize("kind", MAKE)
 def test_runs_resume_bit_for_bit(kind, base, by):
     """After four steps, where LookSAM is in the middle of a cycle."""
-    if "ASkew" in base and "dcp" in by:
-        pytest.skip("by torch.distributed.checkpoint: test_pain_resume and test_state cover the base")
 
     def fresh():
         model = network("ASkew" in base, norm=True)
