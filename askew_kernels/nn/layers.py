@@ -75,10 +75,13 @@ class _StraightThrough(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad = grad.to(weight.dtype)
         if ctx.clip is not None:
-            *clip, form = ctx.clip
+            scale, grid, form = ctx.clip
             again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
             clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-            ops.ste_clip_(form.view(clipped), form.view(weight), *clip)
+            scale = scale.double() if weight.dtype == torch.float64 else scale
+            levels = grid.levels_tensor(weight.device)
+            with torch.no_grad():
+                ops.run_ste_clip_(form.view(clipped), form.view(weight), scale, levels, grid.encoding)
             grad = grad * clipped if again else clipped
         return grad, None, None
 
