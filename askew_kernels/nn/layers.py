@@ -79,10 +79,13 @@ class _StraightThrough(torch.autograd.Function):
 def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     if clip is None:
         return grad
-    *clip, form = clip  # type: ignore[assignment]
+    scale, grid, form = clip
     again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
     clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-    ops.ste_clip_(form.view(clipped), form.view(weight), *clip)  # type: ignore[misc]
+    scale = scale.double() if weight.dtype == torch.float64 else scale
+    levels = grid.levels_tensor(weight.device)
+    with torch.no_grad():
+        ops.run_ste_clip_(form.view(clipped), form.view(weight), scale, levels, grid.encoding)
     return grad * clipped if again else clipped
 
 
