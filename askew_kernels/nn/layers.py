@@ -28,7 +28,7 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
-from ..quant.sharding import is_sharded, local_part, own_rows
+from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
 from .lowbit import level_linear
 from .replace import MAKE_PERMANENT
@@ -115,7 +115,10 @@ class _LearnedToo(torch.autograd.Function):
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
         else:
-            to_scale = ops.ste_clip_scale_grad_(g, w, scale, grid, ste_clip=clips)
+            kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
+            to_scale = ops.run_ste_clip_scale_grad(
+                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
+            )
         return grad, to_scale.to(learned.dtype), None, None, None
 
 
@@ -242,6 +245,8 @@ class QuantizedLayer(nn.Module):
                     quantizer.untie(old)
                 if is_sharded(value):
                     self.form.check_sharded(value)
+                    if self.config.learns_scale:
+                        refuse_learned(value, type(self).__name__)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
