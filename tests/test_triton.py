@@ -860,6 +860,29 @@ def test_scaled_sums(triton, kind, dtype):
         assert_same(got + 0.0, reference.scaled_sums(sums, token, scale, bias, dtype) + 0.0, (rows, cols))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_levels(triton, dtype):
+    for number, shape in enumerate([(1, 1), (7, 129), (3, 4096), (2, 5000), (0, 5), (3, 0)]):
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        if shape[0] > 4:
+            x[1], x[3, 5], x[4, 1] = 0, float("nan"), float("inf")
+        factor = torch.rand(shape[1] if number % 2 else 1) + 0.1
+        for got, wanted in zip(triton.stochastic_levels(x, factor, seed),
+                               reference.stochastic_levels(x, factor, seed), strict=True):  # fmt: skip
+            assert_same(got, wanted, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_luq(triton, dtype):
+    for shape in [(1, 1), (7, 129), (3, 1024), (0,)]:
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        x.view(-1)[:1] = 0
+        for bits in (2, 4, 6):
+            assert_same(triton.luq(x, bits, seed) + 0.0, reference.luq(x, bits, seed) + 0.0, shape)
+    for bad in (float("nan"), float("inf")):
+        assert triton.luq(torch.tensor([1.0, bad, 0.0]), 4, torch.tensor(1)).isnan().all()
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 CANDIDATES = {"weights": [1, -2, 1, 1, -8, 7, 1, -128, 127], "mixed": [2, -1, 1, 0, 0, 0, 1, 0, 15]}

@@ -28,9 +28,10 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
+from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
-from .lowbit import level_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -123,8 +124,8 @@ class _LearnedToo(torch.autograd.Function):
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -410,7 +411,7 @@ class QuantizedLayer(nn.Module):
         bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
         return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
@@ -429,6 +430,10 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        gradient, y = self.config.gradient, self._output(x, *more)
+        return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
+
+    def _output(self, x: Tensor, *more: Any) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
