@@ -30,6 +30,7 @@ from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.sharding import is_sharded, local_part, own_rows
 from ..quant.state import QuantizedParameter, empty_state
+from .compiled import clip_, kept_linear
 from .lowbit import level_linear
 from .replace import MAKE_PERMANENT
 
@@ -75,13 +76,9 @@ class _StraightThrough(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         grad = grad.to(weight.dtype)
         if ctx.clip is not None:
-            scale, grid, form = ctx.clip
             again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
             clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-            scale = scale.double() if weight.dtype == torch.float64 else scale
-            levels = grid.levels_tensor(weight.device)
-            with torch.no_grad():
-                ops.run_ste_clip_(form.view(clipped), form.view(weight), scale, levels, grid.encoding)
+            clip_(clipped, weight, *ctx.clip)
             grad = grad * clipped if again else clipped
         return grad, None, None
 
@@ -262,6 +259,15 @@ class QuantizedLayer(nn.Module):
                 return False
         return not (weight.is_meta or weight.is_inference())
 
+    def _compiled_with_copy(self, x: Tensor) -> bool:
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return False
+        weight: Any = self._parameters.get("weight")
+        types = (weight.dtype, autocast_dtype(x) and x.dtype)
+        return (self.kind.multiplies_levels and type(weight) is QuantizedParameter and type(x) is Tensor
+                and not x.is_nested and x.dtype in types)  # fmt: skip
+
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
         weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
@@ -351,6 +357,10 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x)
+        if self._compiled_with_copy(x):
+            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
+            return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         return self.product(x, self._functional_weight())
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
