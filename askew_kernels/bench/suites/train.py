@@ -161,7 +161,7 @@ def _replaced(model: nn.Module, kinds: Any, ends: tuple[str, ...], made: Callabl
     return model
 
 
-def _quantized(model: nn.Module, ends: tuple[str, ...], **how: Any) -> list[dict[str, Any]]:
+def quantized_groups(model: nn.Module, ends: tuple[str, ...], **how: Any) -> list[dict[str, Any]]:
     """Parameter groups of ``model`` after its inner layers have become 4-bit ones with SAWB scales, hard unless ``how``
     (QuantConfig's arguments) says otherwise."""
     config = quant.QuantConfig(**{"weight": GRID, "scale": "sawb", "forward": "hard", **how})
@@ -245,7 +245,7 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
 
     def own(autocast: bool) -> Impl:
         model = fresh()
-        groups = _quantized(model, task.ends)
+        groups = quantized_groups(model, task.ends)
         base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
         optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
@@ -293,12 +293,16 @@ def resnet_case(context: Context) -> Case:
     return training_case(context, name, task, size, "images", "left out: torchao's QAT has no convolution")
 
 
-def gpt_case(context: Context) -> Case:
+def gpt_task(context: Context) -> tuple[str, Task]:
     d, layers, length, size = (64, 2, 64, 4) if context.quick else (256, 4, 128, 16)
     batch = text_batches(size, length, context.device)
     task = Task(lambda: GPT(d, layers, length), batch, ("head",), 1e-3, True, _turns(context, 48))
-    name = f"GPT of {layers} layers, width {d}, {size} x {length} characters"
-    return training_case(context, name, task, size * length, "tokens")
+    return f"GPT of {layers} layers, width {d}, {size} x {length} characters", task
+
+
+def gpt_case(context: Context) -> Case:
+    name, task = gpt_task(context)
+    return training_case(context, name, task, task.batch(0)[0].numel(), "tokens")
 
 
 # ---- fine-tuning a real model ----------------------------------------------------------------------------------------
@@ -349,21 +353,21 @@ def away(vectors: Tensor, directions: Tensor) -> Tensor:
     return 1 - functional.cosine_similarity(vectors, directions.view_as(vectors)).mean()
 
 
-def minilm(context: Context) -> tuple[str, Task, Callable[[], nn.Module]]:
-    """(its name, the task, what makes a model with the weights that all begin with)."""
-    layers, size, length = (1, 2, 16) if context.quick else (6, 16, 64)
+def minilm(context: Context, parts: int = 1) -> tuple[str, Task, Callable[[], nn.Module]]:
+    """(its name, the task, what makes a model with the weights that all begin with); a batch of so many parts."""
+    layers, size, length = (1, 2 * parts, 16) if context.quick else (6, 16 * parts, 64)
     made = SentenceEncoder(layers).to(context.device)
     ends = tuple(name for name, m in made.named_modules() if not name.startswith("bert.encoder."))
     task = Task(lambda: made, sentence_batches(size, length, context.device), ends, 2e-5, True, _turns(context, 24))
     return f"MiniLM, encoder at {BITS} bits, {size} x {length} tokens", task, lambda: copy.deepcopy(made)
 
 
-def own_fine_tuning(task: Task, context: Context, model: nn.Module, eps: float, autocast: bool = False, **how: Any
-                    ) -> Training:  # fmt: skip
+def own_fine_tuning(task: Task, context: Context, model: nn.Module, eps: float, autocast: bool = False,
+                    training: type[Training] = Training, **how: Any) -> Training:  # fmt: skip
     """In hold (eps = 1) or annealed, with a frozen scale."""
-    groups = _quantized(model, task.ends, **how)
+    groups = quantized_groups(model, task.ends, **how)
     optimizer = optim.ASkewAdamW(groups, lr=task.lr, constraint_eps=eps)
-    return Training(task, context, model, optimizer, autocast=autocast, loss=away)
+    return training(task, context, model, optimizer, autocast=autocast, loss=away)
 
 
 def minilm_case(context: Context) -> Case:
@@ -479,7 +483,7 @@ def log_case(context: Context) -> Case:
 
     def impl(name: str, kind: str, log: bool) -> Impl:
         model = fresh()
-        groups = _quantized(model, task.ends)
+        groups = quantized_groups(model, task.ends)
         path = Path(folder.name) / "run.jsonl" if log else None
         optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path)
         training = Training(task, context, model, optimizer)
