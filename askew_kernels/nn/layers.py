@@ -31,6 +31,7 @@ from ..quant.forms import Form
 from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
+from .compiled import clip_, kept_linear
 from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
@@ -80,13 +81,9 @@ class _StraightThrough(torch.autograd.Function):
 def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     if clip is None:
         return grad
-    scale, grid, form = clip
     again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
     clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-    scale = scale.double() if weight.dtype == torch.float64 else scale
-    levels = grid.levels_tensor(weight.device)
-    with torch.no_grad():
-        ops.run_ste_clip_(form.view(clipped), form.view(weight), scale, levels, grid.encoding)
+    clip_(clipped, weight, *clip)
     return grad * clipped if again else clipped
 
 
@@ -329,6 +326,15 @@ class QuantizedLayer(nn.Module):
                 return False  # a temporary, of functional_call
         return not (weight.is_meta or weight.is_inference())
 
+    def _compiled_with_copy(self, x: Tensor) -> bool:
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return False
+        weight: Any = self._parameters.get("weight")
+        types = (weight.dtype, autocast_dtype(x) and x.dtype)
+        return (self.kind.multiplies_levels and not self.config.learns_scale and type(weight) is QuantizedParameter
+                and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
+
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
         weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
@@ -442,6 +448,10 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
+        if self._compiled_with_copy(x):
+            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
+            return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
