@@ -92,10 +92,22 @@ def _normal_scale(levels: tuple[float, ...]) -> float:
     return min((clip / 16 / top for clip in range(4, 81)), key=error)  # 1/4 to 5 standard deviations
 
 
+LEARNED = "lsq"  # the rule that only says where a scale starts, which is learned from then on
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES = {"absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS}
-RULES = (*SUM_RULES, "mse")
-TYPED_RULES = {"ocp": "float8_e8m0fnu"}  # rules that give scales of one type only
+SUM_RULES = {
+    "absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS,
+    LEARNED: contract.MEAN, "ocp": contract.ABSMAX,
+}  # fmt: skip
+TYPED_RULES = {"ocp": "float8_e8m0fnu"}  # those that give scales of one type only
+RULES = (*(rule for rule in SUM_RULES if rule not in TYPED_RULES), "mse")
+SMALLEST_SHARE = 1e-3  # of the scale that a learned one started from: below it, it is moved back
+
+
+def bounded_scale(learned: Tensor, start: Tensor) -> Tensor:
+    """Learned scales as they may be used: at least ``SMALLEST_SHARE`` of those that they started from, which take the
+    place of what is not finite."""
+    finite = torch.where(learned - learned == 0, learned, start)
+    return torch.maximum(finite, start * SMALLEST_SHARE)
 
 
 def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = None) -> str:
@@ -159,17 +171,16 @@ def rule_code(
 ) -> RuleCode:
     """``rule``: of ``SUM_RULES``; "mse": what is left to do once its scales are found."""
     first, second, c_max = 0.0, 0.0, grid.c_max
-    if rule == "ocp":  # absmax whose nearest power of two, by ratio, is the one that the specification says
-        return RuleCode(
-            [contract.ABSMAX, contract.SCALE_TYPES.index(scale_dtype)],
-            [2.0 ** math.floor(math.log2(c_max)) * math.sqrt(2), 0.0, 0.0],
-        )
     if rule == "sawb":
         first, second = sawb_coefficients or SAWB_COEFFICIENTS[grid.bits]
     elif rule == "mean":
         first = grid.mean_factor or 0.0
     elif rule == "rms":
         first = normal_scale(grid.levels)
+    elif rule == LEARNED:
+        first = 2 / math.sqrt(grid.c_max)
+    elif rule == "ocp":  # absmax whose nearest power of two, by ratio, is the one that the specification says
+        c_max = 2.0 ** math.floor(math.log2(c_max)) * math.sqrt(2)
     code = [SUM_RULES.get(rule, contract.GIVEN), contract.SCALE_TYPES.index(scale_dtype)]
     return RuleCode(code, [c_max, first, second])
 
@@ -219,6 +230,7 @@ def compute_scale(
     ``sawb``     (c1 rms(w) - c2 mean|w|) / c_max with (c1, c2) by bits or ``sawb_coefficients``; absmax where <= 0
     ``mean``     mean|w| (Binary), 1.5 mean|w| (Ternary)
     ``rms``      k rms(w), k the best for normally distributed weights on this grid; absmax where that is smaller
+    ``lsq``      2 mean|w| / sqrt(c_max): what a learned scale starts from (Esser et al., LSQ, ICLR 2020)
     ``mse``      of 100 candidates the one that minimises the squared quantization error
     ``ocp``      2^(floor(log2 max|w|) - floor(log2 c_max)), for powers of two only: OCP MX specification 1.0, 6.3
     None         ``default_rule(grid)``
