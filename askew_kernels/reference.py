@@ -361,17 +361,24 @@ def squared_error(difference: Tensor) -> Tensor:
 
 
 def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
-    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest. Powers of two
+    may be rounded far down, so that they are tried up to twice that."""
     rows = len(row_sums)
     matrix, peak = w.detach().reshape(rows, w.numel() // max(rows, 1)).float(), row_sums[:, contract.MAX_ABS].double()
     guarded, usable = _guarded(peak / torch.full_like(peak, c_max), peak)
     top = guarded.float().double()
     unit = scale_unit(torch.where(usable, top, torch.zeros_like(top)).float()) if rows else None
-    best, chosen = torch.full_like(peak, math.inf), round_scale(top.float(), scale_type, unit)
+    most = 2 if contract.SCALE_TYPES[scale_type] == "float8_e8m0fnu" else 1
+
+    def candidate(j: int) -> Tensor:
+        scale = _guarded(top * (j / contract.SCALE_CANDIDATES * most), peak)[0]
+        return round_scale(scale.float(), scale_type, unit)
+
+    best, chosen = torch.full_like(peak, math.inf), candidate(contract.SCALE_CANDIDATES)
     if not matrix.numel():
         return chosen
     for j in range(1, contract.SCALE_CANDIDATES + 1):
-        scale = round_scale(_guarded(top * (j / contract.SCALE_CANDIDATES), peak)[0].float(), scale_type, unit)
+        scale = candidate(j)
         s = scale[:, None]
         error = squared_error(matrix - s * nearest(matrix / s, levels, grid))
         better = error < best

@@ -183,6 +183,30 @@ def test_transformers_gives_the_logits_of_floats_of_four_bits(name, dtype, tmp_p
     torch.testing.assert_close(got.float(), y.float(), rtol=0, atol=0 if dtype == torch.bfloat16 else 0.05)
 
 
+def test_projections_that_readers_fuse_share_a_global_scale(tmp_path, caplog):
+    transformers.set_seed(1)
+    shape = transformers.LlamaConfig(**TEXT, num_key_value_heads=1)
+    model = transformers.AutoModelForCausalLM.from_config(shape)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight *= 9
+        model.model.layers[0].mlp.up_proj.weight *= 40
+        model.model.layers[1].mlp.up_proj.weight *= 2.0**20
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig.for_export("nvfp4"))))
+    with caplog.at_level(logging.WARNING, "askew_kernels"):
+        contents = export_packed(model, tmp_path / "out", "compressed-tensors")
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    found = {key: float(t) for key, t in written.items() if key.endswith("weight_global_scale")}
+
+    def scales(layer, *names):
+        return {v for key, v in found.items() for name in names if f"layers.{layer}." in key and f".{name}." in key}
+
+    assert len(scales(0, "q_proj", "k_proj", "v_proj")) == len(scales(0, "gate_proj", "up_proj")) == 1
+    assert len(scales(1, "gate_proj", "up_proj")) == 2  # too far from each other
+    assert "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj" in caplog.text and "layers.0" not in caplog.text
+
+
 def test_a_global_scale_of_others_is_read(tmp_path):
     """Theirs is no power of two, and groups of zeros have the scale 0; -0 is 0."""
     export_packed(float4("nvfp4"), tmp_path / "out", "compressed-tensors")

@@ -124,6 +124,48 @@ def test_the_whole_way(name, rule, granularity, tmp_path):
         assert all(min(abs(u - c) for c in grid.levels) < 1e-6 for u in used)
 
 
+# ---- powers of two ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [grids.FP4(), grids.Uniform(4), grids.Uniform(8), grids.Ternary()], ids=str)
+def test_the_shared_exponent_of_the_mx_specification(grid, backend, generator):
+    """floor(log2 max|w|) - floor(log2 c_max), on both sides of every power of two."""
+    w = torch.randn(6, 64, generator=generator) * torch.exp2(torch.arange(6.0)[:, None] * 3)
+    below = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    tops = torch.tensor([[p * f for f in (1.0, below, 1.5)] for p in (2.0**-20, 1.0, 2.0**9)]).flatten()
+    w = torch.cat([w, (torch.rand(9, 64, generator=generator) * 0.9 + 0.01) * tops[:, None]])
+    w[torch.arange(6, 15), 7] = tops
+    got = compute_scale(w, grid, "ocp", "per_group", 64, scale_dtype="float8_e8m0fnu")
+    exponent = torch.floor(torch.log2(w.double().abs().amax(1))) - math.floor(math.log2(grid.c_max))
+    assert torch.equal(got.double(), torch.exp2(exponent))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "gguf:mxfp4", "compressed-tensors:mxfp4"])
+def test_mxfp4_takes_that_rule_unless_told_otherwise(name):
+    assert QuantConfig.for_export(name).scale == "ocp" and QuantConfig.for_export(name, scale="mse").scale == "mse"
+    config = QuantConfig.for_export(name)
+    assert QuantConfig.from_json(config.to_json()) == config
+    for call in (lambda: QuantConfig(grids.FP4(), "ocp"), lambda: compute_scale(torch.ones(2, 2), grids.FP4(), "ocp")):
+        with pytest.raises(
+            ValueError, match=r"ocp gives scales of float8_e8m0fnu, expected scale_dtype='float8_e8m0fnu', "
+        ):
+            call()
+
+
+@pytest.mark.parametrize("grid", [grids.FP4(), grids.Uniform(4), grids.Uniform(8), grids.Ternary()], ids=str)
+def test_the_least_error_among_powers_of_two_is_the_least(grid, generator):
+    """Of all of them, below and above what absmax is rounded to."""
+    w = torch.randn(40, 32, generator=generator)
+
+    def error(s):
+        return (w - ak.ops.fake_quantize(w, s, grid)).double().square().sum(1)
+
+    found = error(compute_scale(w, grid, "mse", "per_group", 32, scale_dtype="float8_e8m0fnu"))
+    nearest = compute_scale(w, grid, "absmax", "per_group", 32, scale_dtype="float8_e8m0fnu")
+    every = torch.stack([error(nearest * 2.0**k) for k in range(-4, 3)])
+    torch.testing.assert_close(found, every.amin(0), rtol=1e-9, atol=0)
+
+
 # ---- scales in units of their tensor (NVFP4) -------------------------------------------------------------------------
 
 

@@ -150,6 +150,9 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     if told := [name for name, scheme in schemes.items() if scheme.kind == "embedding"]:
         how = "from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))"
         logger.warning("compressed-tensors: transformers loads packed embeddings (%s) by %s only", told[0], how)
+    if told := fp4.share_units(tensors):
+        logger.warning("compressed-tensors: readers that fuse %s want one global scale, by which E4M3 does not hold "
+                       "their scales; they have their own", ", ".join(told))  # fmt: skip
     if any(scheme.float4 for scheme in schemes.values()) and folders.main_type(contents) != "bfloat16":
         changes["dtype"] = "bfloat16"
         logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and "

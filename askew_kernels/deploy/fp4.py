@@ -20,6 +20,7 @@ from ..quant.scales import holds_scales
 
 ZERO = FP4().levels.index(0.0)  # its place among the levels; as far from it as its code is the place of a magnitude
 GLOBAL = "weight_global_scale"
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # by readers, with one global scale
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,28 @@ def tensors(layer: Any, name: str) -> dict[str, Tensor]:
         unit = scale_unit(scale)
         return packed | {"weight_scale": (scale / unit).to(f.stored), GLOBAL: 1 / unit}
     return packed | {"weight_scale": scale.to(torch.float8_e8m0fnu).view(f.stored)}
+
+
+def share_units(tensors: dict[str, Tensor]) -> list[str]:
+    """Gives projections that readers fuse one global scale, the smallest, and changes no weight; returns the names of
+    those that E4M3 does not allow it."""
+    kept: list[str] = []
+    for parts in FUSED:
+        for first in [
+            key.removesuffix(f"{parts[0]}.{GLOBAL}") for key in tensors if key.endswith(f".{parts[0]}.{GLOBAL}")
+        ]:
+            names = [f"{first}{part}" for part in parts if f"{first}{part}.{GLOBAL}" in tensors]
+            least = torch.stack([tensors[f"{name}.{GLOBAL}"] for name in names]).amin(0)
+            exact = {
+                name: tensors[f"{name}.weight_scale"].float() * (least / tensors[f"{name}.{GLOBAL}"]) for name in names
+            }
+            shared = {name: s.to(torch.float8_e4m3fn) for name, s in exact.items()}
+            if not all(torch.equal(shared[name].float(), s) for name, s in exact.items()):
+                kept += names
+                continue
+            for name in names:
+                tensors[f"{name}.weight_scale"], tensors[f"{name}.{GLOBAL}"] = shared[name], least.clone()
+    return kept
 
 
 def decoded(f: Float4, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -448,7 +448,7 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
-        if self._compiled_with_copy(x):
+        if not more and self._compiled_with_copy(x):
             low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]

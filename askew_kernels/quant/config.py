@@ -18,6 +18,7 @@ from .scales import (
     SAWB_COEFFICIENTS,
     check_coefficients,
     check_rule,
+    check_rule_type,
     check_scale_dtype,
     default_rule,
     num_rows,
@@ -33,11 +34,12 @@ SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scal
 class QuantConfig:
     """How one layer's weight is quantized.
 
-    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
-    the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the layer, ``weight_scale``, and
-    learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
-    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
-    the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
+    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``; ``ocp`` with powers of
+    two); None (default) becomes the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the
+    layer, ``weight_scale``, and learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``,
+    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
+    for the gradient; ``"relaxed"`` with the float weights in training and with s Q(w/s) in eval, as published;
+    ``"fp8"`` and ``"int8"`` (linear layers)
     multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
     (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
@@ -96,6 +98,7 @@ class QuantConfig:
             self._check_learned()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         check_gradient(self.gradient, self.forward)
+        check_rule_type(self.scale, self.scale_dtype, "scale")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
             self._check_levels(self.level_dtype)
@@ -159,6 +162,8 @@ class QuantConfig:
         else:
             size = options.get("group_size") or wanted.group_size
             options["granularity"] = "per_group" if size else "per_channel"
+        if options.get("scale") is None and options.get("sawb_coefficients") is None:
+            options["scale"] = wanted.rule
         config = cls(**fixed, **options | {"group_size": size})
         if wanted.block and config.group_size and config.group_size % wanted.block:
             raise ValueError(f"group_size: {target} keeps a scale for each {wanted.block} weights, expected a multiple "

@@ -248,7 +248,8 @@ def candidate_scales(peak, c_max_bits, kind, unit_ptr):
     j = tl.minimum(tl.arange(0, PADDED) + 1, CANDIDATES)
     peak = peak + tl.zeros([PADDED], tl.float64)
     top = guarded(peak / c_max_bits.to(tl.float64, bitcast=True), peak)
-    s = guarded(top.to(tl.float64) * (j.to(tl.float64) / exact(CANDIDATES)), peak)
+    part = j.to(tl.float64) / exact(CANDIDATES) * tl.where(kind == E8M0, 2.0, 1.0)
+    s = guarded(top.to(tl.float64) * part, peak)
     s = tl.where(top > 0.0, s, 1.0)
     return j, tl.where(kind == E4M3, round_to_units(s, tl.load(unit_ptr)), round_scale(s, kind))
 

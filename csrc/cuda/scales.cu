@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kScaleThreads) units_kernel(const __grid_const
   const int number = tensor_of_block(list);
   const UnitEntry& e = list.entry[number];
   const float* tops = list.tops + list.first_block[number];
-  const int blocks = (int)ceil_div((int64_t)e.rows, kUnitRows);
+  const int blocks = (int)((e.rows + kUnitRows - 1) / kUnitRows);
   float top = 0.f;
   for (int i = threadIdx.x; i < blocks; i += kScaleThreads) top = tops[i] > top ? tops[i] : top;
   const float unit = scale_unit(largest_of_block(top));

@@ -93,9 +93,12 @@ ASKEW_FN float largest_scale(int64_t row, const MseArg& a) {
   return guarded(peak / a.c_max, peak);
 }
 
-// Candidate j = 1 ... kScaleCandidates of a row: j hundredths of absmax's scale; 1 where the row has none.
+// Candidate j = 1 ... kScaleCandidates of a row: j hundredths of absmax's scale, or of twice that where powers of two
+// may be rounded far down; 1 where the row has none.
 ASKEW_FN float candidate_scale(int j, double peak, const MseArg& a) {
   const float top = guarded(peak / a.c_max, peak);
-  const float s = top > 0.f ? guarded((double)top * ((double)j / kScaleCandidates), peak) : 1.f;
+  const float s =
+      top > 0.f ? guarded((double)top * ((double)j / kScaleCandidates * (a.scale_type == kScaleE8M0 ? 2 : 1)), peak)
+                : 1.f;
   return a.scale_type == kScaleE4M3 ? round_to_units(s, *a.unit) : round_scale(s, a.scale_type);
 }
