@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,42 @@ from torch.optim.lr_scheduler import LRScheduler
 MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
 STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
+LATER = {
+    "clamp": None,
+    "skew": None,
+    "freeze": None,
+    "spread": 0.0,
+    "pull": None,
+}  # what the state of the first releases has not
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A row of the recipe. Shares are of all steps."""
+
+    hold: float = 0.1  # share in which eps is 1
+    end: float = 0.95  # share after which eps is at its floor
+    mode: str = "gap"
+    power: float = 12.0
+    keep_pull: bool = True
+    pull: float | None = None  # alpha times the largest learning rate; None: by the alpha of the groups
+    skew: str | None = None  # "gradient", "direction"; None: as the groups have it
+    clamp: bool = True  # weights stay inside the hull once their scale is frozen
+    freeze: float | None = None  # share after which scales are frozen; None: when the hold ends
+    stages: int = 1  # of ``ak.param_groups``: how many parts of the network, outer layers last, are annealed in turn
+    spread: float = 0.0  # share of the annealing by which the last stage begins later than the first
+    average: float = 0.0  # share before the end of the hold, over which weights are averaged to go on from there
+    scale: str | None = None  # what to give QuantConfig: "lsq", or None for the grid's own rule
+
+
+# The one home of the recipe's numbers: by the optimizer's family.
+RECIPES = {"sgd": Settings(), "adam": Settings()}
+STAGES = max(row.stages for row in RECIPES.values())
+
+
+def family_of(optimizer: torch.optim.Optimizer) -> str:
+    """The row of ``RECIPES`` for an optimizer, by what its groups hold: "adam" with betas, otherwise "sgd"."""
+    return "adam" if any("betas" in group for group in optimizer.param_groups) else "sgd"
 
 
 class EpsilonAnnealing(LRScheduler):
@@ -32,9 +69,15 @@ class EpsilonAnnealing(LRScheduler):
     ``keep_pull``: also set alpha_k = alpha lr_max / lr_k, lr_max the largest learning rate so far (so a warm-up is not
     taken for it), so that the pull towards feasibility in one step stays the same while the learning rate decays; with
     a constant alpha and lr -> 0 the weights never arrive at their levels. alpha follows lr at every step of the
-    optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed.
-    The defaults are the recommended recipe: ``gap`` with power 12, ``hold`` a tenth of ``total``, ``keep_pull``. The
-    other modes default to hold 0 and a constant alpha, as published.
+    optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed. ``pull``: alpha_k = pull / lr_k in
+    place of it, the same pull at every learning rate: about the share of its way to feasibility that a weight is moved
+    in a step of plain SGD.
+    ``clamp``, ``skew``: what the groups are told (see ``ASkewSGD``); None: as they have it. ``freeze``: the period from
+    which scales are frozen, if before the hold ends. ``spread``: the share of the annealing by which groups of the last
+    stage (``ak.param_groups(model, stages=2)``: outer layers) begin later; all end together.
+    Defaults are the recommended recipe, ``RECIPES[family_of(optimizer)]``, with ``hold`` in the same proportion to
+    ``total``; ``ak.Recipe`` takes all of it from a number of steps. Modes other than the recipe's default to hold 0, a
+    constant alpha and what the groups have, as published.
 
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
@@ -46,36 +89,60 @@ class EpsilonAnnealing(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None, mode: str = "gap",
-        power: float = 12.0, decay: float | None = None, floor: float = FLOOR, keep_pull: bool | None = None,
+        self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None,
+        mode: str | None = None, power: float | None = None, decay: float | None = None, floor: float = FLOOR,
+        keep_pull: bool | None = None, pull: float | None = None, clamp: bool | None = None, skew: str | None = None,
+        freeze: int | None = None, spread: float | None = None,
     ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        row = RECIPES[family_of(optimizer)]
+        mode = row.mode if mode is None else mode
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        recommended = mode == row.mode and decay is None
         if total is not None:
             total = _periods("total", total)
-        if hold is None:
-            hold = round(total / 10) if mode == "gap" and total is not None else 0
-        hold = _periods("hold", hold)
-        for name, value in (("floor", floor), ("power", power), ("decay", decay)):
+        share = total / row.end if recommended and total is not None else 0  # all periods, in the recipe's proportions
+        hold = round(row.hold * share) if hold is None else _periods("hold", hold)
+        if freeze is not None:
+            freeze = _periods("freeze", freeze)
+        elif row.freeze is not None and share:
+            freeze = round(row.freeze * share)
+        if recommended:
+            keep_pull = row.keep_pull if keep_pull is None else keep_pull
+            pull = row.pull if pull is None and keep_pull else pull
+            clamp, skew = row.clamp if clamp is None else clamp, row.skew if skew is None else skew
+            spread = row.spread if spread is None else spread
+        power, spread = row.power if power is None else power, 0.0 if spread is None else spread
+        for name, value in (("floor", floor), ("power", power), ("decay", decay), ("spread", spread),
+                            ("pull", pull)):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: expected a number in (0, 1], got {floor}")
         if not 0 < power < math.inf:
             raise ValueError(f"power: expected a number > 0, got {power}")
+        if skew not in (None, "gradient", "direction"):
+            raise ValueError(f"skew: expected gradient, direction or None, got {skew!r}")
+        if pull is not None and not (keep_pull and 0 < pull < math.inf):
+            raise ValueError(f"pull: expected a number > 0, and keep_pull=True, got {pull}")
+        if not 0 <= spread < 1:
+            raise ValueError(f"spread: expected a share in [0, 1), got {spread}")
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")
         if decay is not None and mode != "geometric":
             raise ValueError(f"decay: only for mode='geometric', got mode={mode!r}")
         if total is None and decay is None:
             raise ValueError(f"total: mode={mode!r} needs the number of periods" + " or decay" * (mode == "geometric"))
+        if total is None and spread:
+            raise ValueError("total: spread needs the number of periods, got None")
         if total is not None and total <= hold:
             raise ValueError(f"total: expected more than hold={hold}, got {total}")
-        if keep_pull is not None and not isinstance(keep_pull, bool):
-            raise TypeError(f"keep_pull: expected True, False or None, got {keep_pull!r}")
+        for name, value in (("keep_pull", keep_pull), ("clamp", clamp)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True, False or None, got {value!r}")
         if not any(group.get("grid") is not None for group in optimizer.param_groups):
             raise ValueError("optimizer: no parameter group has a grid; see ak.param_groups")
         self.optimizer = optimizer
@@ -83,22 +150,24 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"optimizer: {type(optimizer).__name__} has no constraint; see ak.optim.Skewed")
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
-        self.keep_pull = mode == "gap" if keep_pull is None else keep_pull
+        self.keep_pull, self.pull = bool(keep_pull), None if pull is None else float(pull)
+        self.clamp, self.skew, self.freeze, self.spread = clamp, skew, freeze, float(spread)
         self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
-        self._late, self._looked = 0, False
+        self._late, self._looked, self._calls, self._crowded = 0, False, 0, 0
         self._ahead = self._further_along()  # as the groups were found, before they are set
         self._hook()
         self._apply()
 
-    def eps_at(self, k: int) -> float:
-        """eps of period k."""
-        j = k - self.hold
+    def eps_at(self, k: int, stage: float = 0.0) -> float:
+        """eps of period k, for groups of this ``stage`` (0 the first to be annealed, 1 the last)."""
+        hold = self.hold_of(stage)
+        j = k - hold
         if j <= 0:
             return 1.0
-        periods = math.inf if self.total is None else self.total - self.hold
+        periods = math.inf if self.total is None else self.total - hold
         share = min(1.0, j / periods)
         if self.mode == "geometric":
             eps = (self.floor ** (1 / periods) if self.decay is None else self.decay) ** j
@@ -108,28 +177,50 @@ class EpsilonAnnealing(LRScheduler):
             eps = 1 - share if self.mode == "linear" else (1 + math.cos(math.pi * share)) / 2
         return min(1.0, max(self.floor, eps))
 
+    def hold_of(self, stage: float) -> int:
+        """How many periods groups of this stage hold."""
+        return self.hold + (round(self.spread * stage * (self.total - self.hold)) if self.total is not None else 0)
+
+    def frozen_at(self, k: int, stage: float = 0.0) -> bool:
+        """Whether scales are frozen in period k, in groups with freeze_scale="anneal"."""
+        return k > self.hold_of(stage) or (self.freeze is not None and k >= self.freeze)
+
     def step(self, epoch: int | None = None) -> None:
         """The next period, or period ``epoch``."""
         self._ahead = self._ahead or self._further_along()
         self._warn_if_ahead()
-        if not self._stepped and self._step_count == 1 and self._counts:
+        if not self._stepped and self._step_count == 1 and self._counts and not self._overflowed():
             _warn("step() before the first optimizer.step(): the first period is skipped; call optimizer.step() first")
         self._step_count += 1
+        self._calls += 1
         self.last_epoch = self.last_epoch + 1 if epoch is None else _periods("epoch", epoch)
         self._apply()
 
     def _apply(self) -> None:
-        eps = self.eps_at(self.last_epoch)
         for _, group in self._groups():
-            present = group["constraint_eps"]
+            eps, present = self._eps_of(group), group["constraint_eps"]
             new = present.fill_(eps) if isinstance(present, torch.Tensor) else eps
             if group.get("eps") is present:  # the same by its old name, where the base has no eps of its own
                 group["eps"] = new
             group["constraint_eps"] = new
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
-            group["annealing"] = self.last_epoch > self.hold
+            group["annealing"] = self._freezes(group)
+            for key in ("clamp", "skew"):
+                if key in group and getattr(self, key) is not None:
+                    group[key] = getattr(self, key)
         self._stepped = self._told = False
         self._follow_lr()
+
+    def _eps_of(self, group: dict[str, Any]) -> float:
+        return self.eps_at(self.last_epoch, group.get("stage", 0.0))
+
+    def _freezes(self, group: dict[str, Any]) -> bool:
+        return self.frozen_at(self.last_epoch, group.get("stage", 0.0))
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient is inf or NaN: a GradScaler has left the optimizer's step out. Waits for the device."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return any(not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in grads)
 
     def _groups(self) -> list[tuple[str, dict[str, Any]]]:
         return [(str(i), g) for i, g in enumerate(self.optimizer.param_groups) if g.get("grid") is not None]
@@ -148,7 +239,7 @@ class EpsilonAnnealing(LRScheduler):
             elif (lr := float(lr)) > 0:
                 first = self._first.setdefault(index, [lr, float(group["alpha"])])
                 first[0] = max(first[0], lr)
-                alpha = first[1] * first[0] / lr
+                alpha = (first[1] * first[0] if self.pull is None else self.pull) / lr
                 present = group["alpha"]  # a tensor is filled, where the replay of a CUDA graph looks for it
                 group["alpha"] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
@@ -158,7 +249,8 @@ class EpsilonAnnealing(LRScheduler):
         first = self._first.setdefault(index, [lr.clone(), alpha.clone()])
         peak, given = (torch.as_tensor(x, dtype=lr.dtype, device=lr.device) for x in first)
         first[0] = torch.maximum(peak, lr)
-        alpha.copy_(torch.where(lr > 0, given * first[0] / lr, alpha))
+        pull = given * first[0] if self.pull is None else self.pull
+        alpha.copy_(torch.where(lr > 0, pull / lr, alpha))
 
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
@@ -178,6 +270,10 @@ class EpsilonAnnealing(LRScheduler):
     def _before_step(self) -> None:
         first, self._stepped = not self._stepped, True
         self._warn_if_ahead()
+        self._crowded, self._calls = self._crowded + 1 if self._calls > 1 else 0, 0
+        if self._crowded == 3:  # once may be a GradScaler that looks for its scale
+            _warn("step() is called several times between two steps of the optimizer, so that the schedule runs ahead "
+                  "of it; with micro-batches call it once for all of them, after optimizer.step()")  # fmt: skip
         moved = self._follow_lr()
         if first and self._step_count > 1:  # an LR scheduler that counts epochs moves now and then, not every time
             self._late = self._late + 1 if moved else 0
@@ -190,9 +286,9 @@ class EpsilonAnnealing(LRScheduler):
         for _, group in self._groups():
             eps = group["constraint_eps"]
             known = not isinstance(eps, torch.Tensor) or (eps.device.type == "cpu" and type(eps) is torch.Tensor)
-            if known and float(eps) < self.eps_at(self.last_epoch) * (1 - 1e-6):
+            if known and float(eps) < self._eps_of(group) * (1 - 1e-6):
                 return f"eps = {float(eps):.3g}"
-            if group.get("annealing") and self.last_epoch <= self.hold:
+            if group.get("annealing") and not self._freezes(group):
                 return "in the groups"
         return ""
 
@@ -200,13 +296,15 @@ class EpsilonAnnealing(LRScheduler):
         return any(
             getattr(getattr(p, "_askew_quantizer", None), "frozen", False)
             for _, group in self._groups()
-            if group.get("freeze_scale") == "anneal" and not isinstance(group.get("scale"), torch.Tensor)
+            if group.get("freeze_scale") == "anneal"
+            and not isinstance(group.get("scale"), torch.Tensor)
+            and not self._freezes(group)
             for p in group["params"]
         )
 
     def _warn_if_ahead(self) -> None:
         ahead = self._ahead
-        if not ahead and not self._looked and self.last_epoch <= self.hold and self._frozen():
+        if not ahead and not self._looked and self._frozen():
             ahead = "frozen scales"  # looked at once: before the first step of anything
         self._ahead, self._looked = "", True
         if ahead and not self._told:
@@ -217,7 +315,7 @@ class EpsilonAnnealing(LRScheduler):
 
     def get_last_eps(self) -> list[float]:
         """eps of each group with a grid."""
-        return [self.eps_at(self.last_epoch)] * len(self._groups())
+        return [self._eps_of(group) for _, group in self._groups()]
 
     def get_last_lr(self) -> list[Any]:
         """The learning rate of each group, which others set."""
@@ -227,18 +325,19 @@ class EpsilonAnnealing(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer: numbers, text, lists."""
-        return {key: getattr(self, key) for key in STATE} | {
+        return {key: getattr(self, key) for key in (*STATE, *LATER)} | {
             "_first": {k: [float(x) for x in v] for k, v in self._first.items()}
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of ``state_dict``; sets the groups' eps. Raises ValueError before anything changes."""
-        missing, unknown = sorted(set(STATE) - set(state_dict)), sorted(set(state_dict) - set(STATE))
+        missing, unknown = sorted(set(STATE) - set(state_dict)), sorted(set(state_dict) - {*STATE, *LATER})
         if missing or unknown:
             raise ValueError(f"state_dict: expected EpsilonAnnealing's keys, got {unknown} instead of {missing}")
-        self.__dict__.update(state_dict)
+        self.__dict__.update({**LATER, **state_dict})
         self._first = {str(k): list(v) for k, v in state_dict["_first"].items()}
         self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}
+        self._calls = self._crowded = 0
         self._apply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.annealing import RECIPES, Settings, family_of
 from askew_kernels.optim import SAM, ASkewAdamW, ASkewSGD
 from askew_kernels.quant import Uniform
 
@@ -56,10 +57,21 @@ def silent():
 def test_defaults_are_the_recipe():
     _, optimizer = problem()
     short = ak.EpsilonAnnealing(optimizer, total=200)
-    long = ak.EpsilonAnnealing(optimizer, hold=20, total=200, mode="gap", power=12.0, keep_pull=True)
+    row = RECIPES["sgd"]
+    hold = round(row.hold / row.end * 200)
+    options = {key: getattr(row, key) for key in ("mode", "power", "keep_pull", "clamp", "spread")}
+    long = ak.EpsilonAnnealing(optimizer, hold=hold, total=200, **options)
     assert short.state_dict() == long.state_dict()
     assert ak.EpsilonAnnealing(optimizer, total=200, hold=0).hold == 0
-    assert ak.EpsilonAnnealing(optimizer, total=np.int64(200)).hold == 20
+    assert ak.EpsilonAnnealing(optimizer, total=np.int64(200)).hold == hold
+
+
+def test_each_family_of_optimizers_has_its_row(monkeypatch):
+    assert family_of(problem()[1]) == "sgd" and family_of(problem(ASkewAdamW)[1]) == "adam"
+    monkeypatch.setitem(RECIPES, "adam", Settings(hold=0.4, end=0.8, mode="linear", keep_pull=False, freeze=0.2))
+    annealing = ak.EpsilonAnnealing(problem(ASkewAdamW)[1], total=40)
+    assert (annealing.hold, annealing.mode, annealing.keep_pull, annealing.freeze) == (20, "linear", False, 10)
+    assert ak.EpsilonAnnealing(problem()[1], total=95).hold == round(RECIPES["sgd"].hold * 100)
 
 
 @pytest.mark.parametrize("options", [dict(mode="geometric", decay=0.96), dict(mode="linear", total=9),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..annealing import STAGES
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
 from ..quant.forms import Form
@@ -317,16 +318,24 @@ def hard_quantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, *, stages: int = STAGES, decay_vectors: bool = True, **options: Any
+                 ) -> list[dict[str, Any]]:  # fmt: skip
     """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest.
 
-    ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
-    where biases and norms should have none. Parameters that do not require a gradient are left out. Where a layer's
-    weight is computed (weight_norm, a pruning mask) what it is made from goes to the rest, which is told (UserWarning).
+    ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, but for biases, norms and other vectors of
+    the rest, which get a group with weight_decay 0 where ``decay_vectors=False``. Parameters that do not require a
+    gradient are left out. Where a layer's weight is computed (weight_norm, a pruning mask) what it is made from goes to
+    the rest, which is told (UserWarning).
+
+    ``stages``: into how many groups a config's weights are split, to be annealed in turn: the i-th of n quantized
+    layers stands in stage max(0, 1 - min(i, n - 1 - i) / (stages - 1)) of 0 (inner layers) to 1 (the first and the
+    last), the group's key ``stage``. Raises ValueError for less than one.
     """
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages: expected a whole number from 1 on, got {stages!r}")
     _decline_fast_paths(model)  # of models that were put together by hand
-    groups: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
+    groups: dict[Any, dict[str, Any]] = {}
+    weights: dict[nn.Parameter, QuantConfig] = {}
     for name, layer in quantized_layers(model).items():
         layer._tied()
         if maker := computed_tensors(layer).get("weight"):
@@ -334,13 +343,20 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
                           "but it is not under the constraint", stacklevel=2)  # fmt: skip
             for p in layer.parameters():  # a pruning mask leaves the Parameter under another name
                 layer.quantizer.untie(p)
-            continue
-        if not layer.weight.requires_grad or id(layer.weight) in seen:
-            continue
-        seen.add(id(layer.weight))
-        c: QuantConfig = layer.config
+        elif layer.weight.requires_grad:
+            weights.setdefault(layer.weight, layer.config)
+    for i, (p, c) in enumerate(weights.items()):
+        staged = {"stage": _stage(i, len(weights), stages)} if stages > 1 else {}
         of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
-        group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
-        group["params"].append(layer.weight)
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
-    return [*groups.values(), *([{"params": plain, **options}] if plain else [])]
+        new = {"params": [], "grid": c.weight, **of_layer, **staged, **options}
+        groups.setdefault((c.to_json(), *staged.values()), new)["params"].append(p)
+    held = set(map(id, weights))
+    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+    vectors = [] if decay_vectors else [p for p in plain if p.dim() < 2]
+    plain = [p for p in plain if decay_vectors or p.dim() >= 2]
+    rest = [{"params": plain, **options}, {"params": vectors, **options, "weight_decay": 0.0}]
+    return [*groups.values(), *(group for group in rest if group["params"])]
+
+
+def _stage(i: int, n: int, stages: int) -> float:
+    return max(0.0, 1 - min(i, n - 1 - i) / (stages - 1))

@@ -1,0 +1,467 @@
+"""Contract: ak.Recipe sets up all that a quantization-aware training needs, for a number of steps of any optimizer.
+
+1. Its numbers are a row of RECIPES, by the optimizer's family; they can be changed by name; the same table gives
+   EpsilonAnnealing its defaults. What does not fit is refused, by name, before anything is written.
+2. After its steps every weight is on a level, under ASkewSGD, ASkewAdamW, sharpness-aware steps, and foreign ones; the
+   learning rate stays the caller's.
+3. Steps that a GradScaler leaves out, accumulated gradients and tensors in the groups change nothing of that.
+4. state_dict resumes bit for bit: in the hold, while it averages, while it anneals, after the end.
+5. Freezing before the annealing, weights without a clamp, stages of layers, averages do what they say.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import askew_kernels as ak
+from askew_kernels.annealing import FLOOR, LATER, RECIPES, Settings
+from askew_kernels.optim import SAM, ASkewAdamW, ASkewLion, ASkewSGD, Skewed
+
+STEPS, LONG = 60, 200
+ARRIVING = {"pull": 0.5, "skew": "direction"}  # so strong that 200 steps suffice whatever the learning rate
+OPTIMIZERS = {
+    "SGD": lambda groups: ASkewSGD(groups, lr=0.1, momentum=0.9),
+    "AdamW": lambda groups: ASkewAdamW(groups, lr=1e-2),
+    "Lion": lambda groups: ASkewLion(groups, lr=1e-2),
+    "SAM": lambda groups: SAM(ASkewSGD(groups, lr=0.1, momentum=0.9), rho=0.05),
+    "Skewed RAdam": lambda groups: Skewed(torch.optim.RAdam(groups, lr=1e-2), alpha=10.0),
+    "SAM of Skewed": lambda groups: SAM(Skewed(torch.optim.SGD(groups, lr=0.1)), rho=0.05),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def problem(optimizer="SGD", bits=4, **options):
+    model = ak.quantize_(network(), ak.QuantConfig(ak.quant.Uniform(bits)))
+    return model, OPTIMIZERS[optimizer](ak.param_groups(model, **options))
+
+
+def batch(k, rows=16):
+    g = torch.Generator().manual_seed(k)
+    x = torch.randn(rows, 6, generator=g)
+    return x, (x[:, :3] + 0.5 * x[:, 3:]).argmax(1)
+
+
+def descend(model, optimizer, k):
+    x, y = batch(k)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure)
+
+
+def train(model, optimizer, *schedules, steps=range(STEPS)):
+    for k in steps:
+        descend(model, optimizer, k)
+        for schedule in schedules:
+            schedule.step()
+
+
+def cosine(optimizer, steps=STEPS):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def group(optimizer):
+    return next(g for g in optimizer.param_groups if g.get("grid") is not None)
+
+
+def all_frozen(model):
+    return all(layer.weight_scale_frozen for layer in ak.nn.quantized_layers(model).values())
+
+
+def furthest(model):
+    """From its level, in scales."""
+    return max(
+        ((m.weight - m.quantized_weight()) / m.weight_scale[:, None]).abs().max().item()
+        for m in ak.nn.quantized_layers(model).values()
+    )
+
+
+@pytest.fixture
+def silent():
+    """Any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ---- 1. numbers -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optimizer", "family"), [("SGD", "sgd"), ("SAM", "sgd"), ("AdamW", "adam"), ("Lion", "adam"),
+                                                   ("Skewed RAdam", "adam")])  # fmt: skip
+def test_numbers_are_the_familys(optimizer, family, monkeypatch):
+    monkeypatch.setitem(RECIPES, family, Settings(hold=0.25, end=0.75, power=3.0, keep_pull=False, freeze=0.2))
+    model, made = problem(optimizer)
+    recipe = ak.Recipe(model, made, 200)
+    assert (recipe.hold, recipe.total, recipe.power, recipe.keep_pull, recipe.freeze) == (50, 150, 3.0, False, 40)
+    assert recipe.mode == "gap" and recipe.clamp is True and group(made)["clamp"] is True
+    assert ak.EpsilonAnnealing(made, total=150).state_dict() | recipe.state_dict() == recipe.state_dict()
+
+
+def test_numbers_change_by_name():
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, 100, hold=0.4, end=0.8, mode="cosine", clamp=False)
+    assert (recipe.hold, recipe.total, recipe.mode) == (40, 80, "cosine") and group(optimizer)["clamp"] is False
+    other = ak.Recipe(model, optimizer, 100, settings="adam")
+    assert other.power == RECIPES["adam"].power
+    assert ak.Recipe(model, optimizer, 100, settings=Settings(power=2.0)).power == 2.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_few_steps(steps, silent):
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, steps, hold=0.9)
+    train(model, optimizer, recipe, steps=range(steps))
+    assert recipe.finished and recipe.get_last_eps() == [FLOOR]
+
+
+@pytest.mark.parametrize(("options", "error"), [
+    (dict(steps=10.0), TypeError), (dict(steps=True), TypeError), (dict(steps=0), ValueError),
+    (dict(hold=20), ValueError), (dict(hold="a"), TypeError), (dict(hold=0.96), ValueError),
+    (dict(end=1.2), ValueError), (dict(pull=0), ValueError), (dict(skew="weight"), ValueError),
+    (dict(freeze=-0.1), ValueError), (dict(average=0.5), ValueError), (dict(mode="none"), ValueError),
+    (dict(power=0), ValueError), (dict(clamp=1), TypeError), (dict(keep_pull="yes"), TypeError),
+    (dict(spread=1.0), ValueError), (dict(spread=0.5), ValueError), (dict(settings="lbfgs"), ValueError),
+    (dict(settings=3), TypeError), (dict(total=9), TypeError), (dict(model=3), TypeError),
+    (dict(optimizer=3), TypeError),
+], ids=str)  # fmt: skip
+def test_arguments_are_checked(options, error):
+    model, optimizer = problem()
+    before = copy.deepcopy(optimizer.state_dict())
+    arguments = {"model": model, "optimizer": optimizer, "steps": 10, **options}
+    with pytest.raises(error, match=f"^{next(iter(options))}: "):
+        ak.Recipe(**arguments)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
+def test_what_is_not_under_the_constraint_is_named():
+    with pytest.raises(ValueError, match="^model: has no quantized layers"):
+        ak.Recipe(network(), problem()[1], 10)
+    model, optimizer = problem()
+    groups = ak.param_groups(model)
+    plain = {"params": [p for g in groups for p in g["params"]]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        foreign = ASkewSGD([plain], lr=0.1)
+    with pytest.raises(ValueError, match=r"^optimizer: 0\.weight is in no parameter group with a grid"):
+        ak.Recipe(model, foreign, 10)
+    with pytest.raises(ValueError, match=r"^optimizer: 0\.weight is in no"):
+        ak.Recipe(problem()[0], optimizer, 10)  # of another model
+    with pytest.raises(ValueError, match="ak.optim.Skewed"):
+        ak.Recipe(model, torch.optim.SGD(groups, lr=0.1), 10)
+
+
+def test_layers_that_do_not_train_are_left_alone(silent):
+    model = ak.quantize_(network())
+    model[2].weight.requires_grad_(False)
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.1)
+    train(model, optimizer, ak.Recipe(model, optimizer, 10), steps=range(10))
+
+
+# ---- 2. end to end --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_weight_arrives_at_its_level(name, silent):
+    model, optimizer = problem(name)
+    schedule = cosine(optimizer, LONG)
+    recipe = ak.Recipe(model, optimizer, LONG, **ARRIVING)
+    rates = []
+    for k in range(LONG):
+        descend(model, optimizer, k)
+        schedule.step(), recipe.step()
+        rates.append(schedule.get_last_lr())
+        assert rates[-1] == [g["lr"] for g in optimizer.param_groups]
+    assert rates[-1][0] == pytest.approx(0, abs=1e-9) and recipe.finished and furthest(model) < 0.05
+    assert all_frozen(model)
+    expected = model(batch(0)[0])
+    assert recipe.finish() is model and furthest(model) == 0 and torch.equal(model(batch(0)[0]), expected)
+
+
+def test_a_foreign_schedule_of_epochs_is_no_matter(silent):
+    model, optimizer = problem()
+    schedule, recipe = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5), ak.Recipe(model, optimizer, STEPS)
+    for epoch in range(4):
+        train(model, optimizer, recipe, steps=range(15 * epoch, 15 * epoch + 15))
+        schedule.step()
+    assert recipe.finished and all_frozen(model)
+
+
+def test_finishing_early_is_told():
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    train(model, optimizer, recipe, steps=range(5))
+    with pytest.warns(UserWarning, match=r"finish\(\) after 5 of 60 steps"):
+        recipe.finish()
+    assert furthest(model) == 0
+
+
+# ---- 3. surroundings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "SAM"])
+def test_steps_that_a_scaler_leaves_out(name, silent):
+    """The first ones, while it looks for its scale, and one in the middle; weights stay where they were, the count
+    goes on with the learning rate's."""
+    model, optimizer = problem(name)
+    schedule, recipe = cosine(optimizer), ak.Recipe(model, optimizer, STEPS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    for k in range(STEPS):
+        (x, y), before = batch(k), model[2].weight.detach().clone()
+        for half in ["first_step", "second_step"] if name == "SAM" else [None]:
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(model(x), y)).backward()
+            if half == "first_step":
+                optimizer.first_step(scaler=scaler)
+        skip = k < 2 or k == 40
+        if skip:
+            model[0].weight.grad[0, 0] = float("inf")
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        assert (scaler.get_scale() < scale) == skip and (not skip or torch.equal(model[2].weight, before))
+        if k > 1:
+            schedule.step()  # torch's own warns where it comes before the first step
+        recipe.step()
+    assert recipe.last_epoch == STEPS and recipe.finished and all_frozen(model)
+
+
+def test_micro_batches_are_one_step(silent):
+    model, optimizer = problem()
+    whole, theirs = problem()
+    recipe, other = ak.Recipe(model, optimizer, STEPS), ak.Recipe(whole, theirs, STEPS)
+    for k in range(STEPS):
+        x, y = batch(k)
+        optimizer.zero_grad()
+        for part, labels in zip(x.chunk(4), y.chunk(4), strict=True):
+            (functional.cross_entropy(model(part), labels) / 4).backward()
+        optimizer.step(), recipe.step()
+        descend(whole, theirs, k), other.step()
+    assert recipe.state_dict() == other.state_dict() and all_frozen(model)
+
+
+def test_a_step_of_the_recipe_for_every_micro_batch_is_told():
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    with pytest.warns(UserWarning, match="with micro-batches call it once") as caught:
+        for k in range(6):
+            descend(model, optimizer, k)
+            for _ in range(4):
+                recipe.step()
+    assert len(caught) == 1
+
+
+def test_before_the_first_step_of_the_optimizer_it_warns():
+    model, optimizer = problem()
+    descend(model, optimizer, 0)
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    with pytest.warns(UserWarning, match="before the first optimizer.step"):
+        recipe.step()
+
+
+def test_tensors_in_the_groups_are_filled(silent):
+    model = ak.quantize_(network())
+    lr, eps, alpha = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 1.0, 1.0))
+    optimizer = ASkewSGD(ak.param_groups(model), lr=lr, constraint_eps=eps, alpha=alpha, momentum=0.9)
+    train(model, optimizer, ak.Recipe(model, optimizer, STEPS))
+    assert group(optimizer)["constraint_eps"] is eps and eps == FLOOR and all_frozen(model)
+
+
+def test_it_is_a_scheduler(silent):
+    model, optimizer = problem()
+    both = torch.optim.lr_scheduler.ChainedScheduler([cosine(optimizer), ak.Recipe(model, optimizer, STEPS)])
+    train(model, optimizer, both)
+    assert group(optimizer)["constraint_eps"] == FLOOR and all_frozen(model)
+
+
+# ---- 4. resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "stop"), [
+    *(("SGD", k) for k in (0, 3, 14, 16, 18, 19, 30, 57, 60)), *((name, k) for name in OPTIMIZERS for k in (14, 30)),
+])  # fmt: skip
+def test_resuming_is_bit_for_bit(name, stop, silent):
+    """hold 18 of 60 steps, its last 6 averaged, scales frozen from 15 on, two stages."""
+    options = {"hold": 0.3, "average": 0.1, "freeze": 0.25, "spread": 0.5}
+
+    def start():
+        model, optimizer = problem(name, stages=2)
+        schedule, recipe = cosine(optimizer, 80), ak.Recipe(model, optimizer, STEPS, **options)
+        return {"model": model, "optimizer": optimizer, "schedule": schedule, "recipe": recipe}
+
+    def go_on(run, steps):
+        train(run["model"], run["optimizer"], run["schedule"], run["recipe"], steps=steps)
+
+    run = start()
+    go_on(run, range(stop))
+    saved = pickle.loads(pickle.dumps({key: part.state_dict() for key, part in run.items()}))
+    go_on(run, range(stop, STEPS + 5))
+    again = start()
+    for key, part in again.items():
+        part.load_state_dict(saved[key])
+    go_on(again, range(stop, STEPS + 5))
+    for a, b in zip(run["model"].state_dict().values(), again["model"].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert run["recipe"].state_dict() == again["recipe"].state_dict()
+
+
+def test_state_is_json_without_averages():
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    train(model, optimizer, recipe, steps=range(9))
+    state = json.loads(json.dumps(recipe.state_dict()))
+    other = ak.Recipe(*problem(), 7)
+    other.load_state_dict(state)
+    assert other.state_dict() == recipe.state_dict() and (other.steps, other.last_epoch) == (STEPS, 9)
+
+
+def test_other_states_are_refused():
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    before = recipe.state_dict()
+    for state in (ak.EpsilonAnnealing(optimizer, total=9).state_dict(), {**before, "mean": [torch.ones(2)]},
+                  {**before, "T_max": 3}):  # fmt: skip
+        with pytest.raises(ValueError, match="^state_dict: "):
+            recipe.load_state_dict(state)
+    assert recipe.state_dict() == before
+
+
+def test_states_of_before_still_load():
+    """Those of an EpsilonAnnealing that knew no clamp, freeze and spread."""
+    annealing = ak.EpsilonAnnealing(problem()[1], total=30)
+    state = {k: v for k, v in annealing.state_dict().items() if k not in LATER}
+    annealing.load_state_dict(state | {"last_epoch": 12})
+    assert (annealing.clamp, annealing.freeze, annealing.spread, annealing.last_epoch) == (None, None, 0.0, 12)
+
+
+def test_copies(silent):
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS)
+    train(model, optimizer, recipe, steps=range(9))
+    twin = copy.deepcopy(recipe)
+    train(model, optimizer, recipe, steps=range(9, STEPS))
+    train(twin.model, twin.optimizer, twin, steps=range(9, STEPS))
+    assert twin.model is not model and twin.state_dict() == recipe.state_dict()
+    for p, q in zip(model.parameters(), twin.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# ---- 5. what its numbers do -----------------------------------------------------------------------------------------
+
+
+def test_scales_freeze_before_the_annealing(silent):
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS, hold=0.5, freeze=0.2)
+    scales = []
+    for k in range(STEPS):
+        scales.append(model[0].weight_scale.clone())
+        descend(model, optimizer, k)
+        assert bool(model[0].weight_scale_frozen) == (k >= 12), k
+        assert group(optimizer)["constraint_eps"] == (1.0 if k <= 30 else recipe.eps_at(k))
+        recipe.step()
+    assert not torch.equal(scales[5], scales[6]) and torch.equal(scales[13], scales[-1])
+
+
+@pytest.mark.parametrize("clamp", [True, False])
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Skewed RAdam"])
+def test_weights_without_a_clamp_leave_the_hull(name, clamp, silent):
+    model, optimizer = problem(name, bits=2)
+    recipe = ak.Recipe(model, optimizer, STEPS, hold=0.1, clamp=clamp)
+    train(model, optimizer, recipe, steps=range(20))
+    layer = model[2]
+    outside = (layer.weight / layer.weight_scale[:, None]).max() > 1 + 1e-4
+    assert bool(layer.weight_scale_frozen) and bool(outside) == (not clamp)
+
+
+def test_clamp_is_checked():
+    model, _ = problem()
+    with pytest.raises(TypeError, match="^clamp: expected True or False"):
+        ASkewSGD(ak.param_groups(model), lr=0.1, clamp=1)
+
+
+@pytest.mark.parametrize(("layers", "stages", "expected"), [
+    (5, 1, [None] * 5), (5, 2, [1, 0, 0, 0, 1]), (5, 3, [1, 0.5, 0, 0.5, 1]), (4, 3, [1, 0.5, 0.5, 1]),
+    (1, 2, [1]), (2, 4, [1, 1]),
+])  # fmt: skip
+def test_stages_of_layers(layers, stages, expected):
+    model = ak.quantize_(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))))
+    groups = ak.param_groups(model, stages=stages)
+    found = {id(p): g.get("stage") for g in groups if "grid" in g for p in g["params"]}
+    assert [found[id(m.weight)] for m in model] == expected
+    assert sum(len(g["params"]) for g in groups) == 2 * layers
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="^stages: "):
+            ak.param_groups(model, stages=wrong)
+
+
+def test_outer_layers_are_annealed_last(silent):
+    model, optimizer = problem(stages=2)
+    recipe = ak.Recipe(model, optimizer, STEPS, hold=0.25, end=0.75, spread=0.5)
+    assert (recipe.hold_of(0), recipe.hold_of(1)) == (15, 30) and recipe.eps_at(35, 1) > recipe.eps_at(35)
+    inner, outer = (next(g for g in optimizer.param_groups if g.get("stage") == stage) for stage in (0, 1))
+    for k in range(STEPS):
+        assert (inner["constraint_eps"], outer["constraint_eps"]) == (recipe.eps_at(k), recipe.eps_at(k, 1)), k
+        descend(model, optimizer, k)
+        assert bool(model[2].weight_scale_frozen) == (k > 15) and bool(model[0].weight_scale_frozen) == (k > 30)
+        assert sorted(recipe.get_last_eps()) == sorted([inner["constraint_eps"], outer["constraint_eps"]])
+        recipe.step()
+    assert inner["constraint_eps"] == outer["constraint_eps"] == FLOOR
+
+
+def test_the_annealing_starts_from_averages(silent):
+    model, optimizer = problem()
+    recipe = ak.Recipe(model, optimizer, STEPS, hold=0.5, average=0.1)
+    seen = []
+    for k in range(30):
+        descend(model, optimizer, k)
+        seen.append([p.detach().double() for p in group(optimizer)["params"]])
+        recipe.step()
+    for i, p in enumerate(group(optimizer)["params"]):
+        expected = torch.stack([weights[i] for weights in seen[24:]]).mean(0)
+        torch.testing.assert_close(p.double(), expected, rtol=1e-5, atol=1e-6)  # six float32 lerps
+        assert not torch.equal(p.double(), seen[-1][i])
+    scale = model[0].weight_scale.clone()  # follows the averaged weight
+    descend(model, optimizer, 30)
+    recipe.step(), descend(model, optimizer, 31)
+    assert not torch.equal(scale, ak.quantize_(network())[0].weight_scale) and not recipe.state_dict()["mean"]
+
+
+def test_vectors_without_weight_decay():
+    model = ak.quantize_(
+        nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), filter_fn=lambda m, n: n == "0"
+    )
+    weights, matrices, vectors = ak.param_groups(model, decay_vectors=False, weight_decay=0.1)
+    assert weights["params"] == [model[0].weight] and weights["weight_decay"] == matrices["weight_decay"] == 0.1
+    assert matrices["params"] == [model[2].weight] and vectors["weight_decay"] == 0
+    assert set(vectors["params"]) == {model[0].bias, *model[1].parameters(), model[2].bias}
+    assert len(ak.param_groups(model, weight_decay=0.1)) == 2
+    optimizer = ASkewAdamW([weights, matrices, vectors], lr=0.1)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1, 0]
+
+
+def test_every_number_of_the_table_is_used():
+    """A field of Settings that nothing reads would be a promise."""
+    model, optimizer = problem(stages=2)
+    base = ak.Recipe(model, optimizer, 1000, hold=0.5).state_dict()
+    others = {"hold": 0.4, "end": 0.9, "mode": "linear", "power": 3.0, "keep_pull": False, "clamp": False,
+              "freeze": 0.3, "pull": 0.2, "skew": "direction", "spread": 0.2, "average": 0.1}  # fmt: skip
+    assert {field.name for field in dataclasses.fields(Settings)} == {*others, "stages", "scale"}
+    for name, value in others.items():
+        assert ak.Recipe(model, optimizer, 1000, **{"hold": 0.5, name: value}).state_dict() != base, name
