@@ -22,6 +22,7 @@ from .deploy import hf as _hf  # noqa: F401  # transformers learns of its quanti
 from .deploy.export import export_packed
 from .deploy.files import load_packed, save_packed
 from .deploy.inspect import inspect
+from .distillation import distill
 from .nn import dequantize_, hard_quantize_, pack_, param_groups, quantize_, unpack_
 from .quant import QuantConfig
 from .recipe import Recipe
@@ -29,7 +30,7 @@ from .recipe import Recipe
 __version__ = "0.1.0"
 
 __all__ = [
-    "RECIPES", "EpsilonAnnealing", "QuantConfig", "Recipe", "__version__", "analysis", "dequantize_", "export_packed",
-    "hard_quantize_", "inspect", "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant", "quantize_",
-    "runtime", "save_packed", "search", "unpack_",
+    "RECIPES", "EpsilonAnnealing", "QuantConfig", "Recipe", "__version__", "analysis", "dequantize_", "distill",
+    "export_packed", "hard_quantize_", "inspect", "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant",
+    "quantize_", "runtime", "save_packed", "search", "unpack_",
 ]  # fmt: skip
