@@ -15,37 +15,31 @@ from torch.optim.lr_scheduler import LRScheduler
 MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
 STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
-LATER = {
-    "clamp": None,
-    "skew": None,
-    "freeze": None,
-    "spread": 0.0,
-    "pull": None,
-}  # what the state of the first releases has not
+# What states of the first releases have not, and what it was there.
+LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None}
+POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A row of the recipe. Shares are of all steps."""
+    """A row of the recipe. Shares are of all steps; "outer" are the groups with ``order="outer"``, which
+    ``ak.param_groups`` makes of the first and the last layer."""
 
-    hold: float = 0.1  # share in which eps is 1
-    end: float = 0.95  # share after which eps is at its floor
+    freeze: float = 0.1  # share after which scales are frozen, and weights clamped to the hull
+    hold: float = 0.9  # share in which eps is 1
+    power: float = 2.0
+    outer_freeze: float = 0.97
+    outer_hold: float = 0.97
+    outer_power: float = 1.0
+    end: float = 1.0  # share after which eps is at its floor
     mode: str = "gap"
-    power: float = 12.0
     keep_pull: bool = True
-    pull: float | None = None  # alpha times the largest learning rate; None: by the alpha of the groups
-    skew: str | None = None  # "gradient", "direction"; None: as the groups have it
-    clamp: bool = True  # weights stay inside the hull once their scale is frozen
-    freeze: float | None = None  # share after which scales are frozen; None: when the hold ends
-    stages: int = 1  # of ``ak.param_groups``: how many parts of the network, outer layers last, are annealed in turn
-    spread: float = 0.0  # share of the annealing by which the last stage begins later than the first
-    average: float = 0.0  # share before the end of the hold, over which weights are averaged to go on from there
+    clamp: bool = True
     scale: str | None = None  # what to give QuantConfig: "lsq", or None for the grid's own rule
 
 
 # The one home of the recipe's numbers: by the optimizer's family.
 RECIPES = {"sgd": Settings(), "adam": Settings()}
-STAGES = max(row.stages for row in RECIPES.values())
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> str:
@@ -69,15 +63,14 @@ class EpsilonAnnealing(LRScheduler):
     ``keep_pull``: also set alpha_k = alpha lr_max / lr_k, lr_max the largest learning rate so far (so a warm-up is not
     taken for it), so that the pull towards feasibility in one step stays the same while the learning rate decays; with
     a constant alpha and lr -> 0 the weights never arrive at their levels. alpha follows lr at every step of the
-    optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed. ``pull``: alpha_k = pull / lr_k in
-    place of it, the same pull at every learning rate: about the share of its way to feasibility that a weight is moved
-    in a step of plain SGD.
-    ``clamp``, ``skew``: what the groups are told (see ``ASkewSGD``); None: as they have it. ``freeze``: the period from
-    which scales are frozen, if before the hold ends. ``spread``: the share of the annealing by which groups of the last
-    stage (``ak.param_groups(model, stages=2)``: outer layers) begin later; all end together.
-    Defaults are the recommended recipe, ``RECIPES[family_of(optimizer)]``, with ``hold`` in the same proportion to
-    ``total``; ``ak.Recipe`` takes all of it from a number of steps. Modes other than the recipe's default to hold 0, a
-    constant alpha and what the groups have, as published.
+    optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed.
+    ``freeze``: the period from which scales are frozen (and weights clamped to the hull, where ``clamp``), if before
+    the hold ends. ``clamp``: what the groups are told; None: as they have it. ``outer_hold``, ``outer_freeze``,
+    ``outer_power``: those of groups with ``order="outer"``; None: as the others.
+
+    Nothing given but ``total`` is the recommended recipe, ``RECIPES[family_of(optimizer)]``; ``ak.Recipe`` takes it
+    from a number of steps. With ``hold`` scales freeze when it ends, all groups are alike, and power is 12. Other modes
+    than the recipe's default to hold 0, a constant alpha and what the groups have, as published.
 
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
@@ -91,8 +84,8 @@ class EpsilonAnnealing(LRScheduler):
     def __init__(
         self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None,
         mode: str | None = None, power: float | None = None, decay: float | None = None, floor: float = FLOOR,
-        keep_pull: bool | None = None, pull: float | None = None, clamp: bool | None = None, skew: str | None = None,
-        freeze: int | None = None, spread: float | None = None,
+        keep_pull: bool | None = None, clamp: bool | None = None, freeze: int | None = None,
+        outer_hold: int | None = None, outer_freeze: int | None = None, outer_power: float | None = None,
     ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
@@ -101,45 +94,38 @@ class EpsilonAnnealing(LRScheduler):
         mode = row.mode if mode is None else mode
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        recommended = mode == row.mode and decay is None
         if total is not None:
             total = _periods("total", total)
-        share = total / row.end if recommended and total is not None else 0  # all periods, in the recipe's proportions
-        hold = round(row.hold * share) if hold is None else _periods("hold", hold)
-        if freeze is not None:
-            freeze = _periods("freeze", freeze)
-        elif row.freeze is not None and share:
-            freeze = round(row.freeze * share)
-        if recommended:
+        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze}
+        periods = {name: None if value is None else _periods(name, value) for name, value in given.items()}
+        if mode == row.mode and decay is None:
             keep_pull = row.keep_pull if keep_pull is None else keep_pull
-            pull = row.pull if pull is None and keep_pull else pull
-            clamp, skew = row.clamp if clamp is None else clamp, row.skew if skew is None else skew
-            spread = row.spread if spread is None else spread
-        power, spread = row.power if power is None else power, 0.0 if spread is None else spread
-        for name, value in (("floor", floor), ("power", power), ("decay", decay), ("spread", spread),
-                            ("pull", pull)):  # fmt: skip
+            if hold is None and total is not None:
+                periods = {
+                    n: row_periods(row, n, total / row.end, total) if p is None else p for n, p in periods.items()
+                }
+                power = row.power if power is None else power
+                outer_power = row.outer_power if outer_power is None else outer_power
+                clamp = row.clamp if clamp is None else clamp
+        hold, power = periods["hold"] or 0, POWER if power is None else power
+        for name, value in (("floor", floor), ("power", power), ("decay", decay),
+                            ("outer_power", outer_power)):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: expected a number in (0, 1], got {floor}")
-        if not 0 < power < math.inf:
-            raise ValueError(f"power: expected a number > 0, got {power}")
-        if skew not in (None, "gradient", "direction"):
-            raise ValueError(f"skew: expected gradient, direction or None, got {skew!r}")
-        if pull is not None and not (keep_pull and 0 < pull < math.inf):
-            raise ValueError(f"pull: expected a number > 0, and keep_pull=True, got {pull}")
-        if not 0 <= spread < 1:
-            raise ValueError(f"spread: expected a share in [0, 1), got {spread}")
+        for name, value in (("power", power), ("outer_power", outer_power)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a number > 0, got {value}")
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")
         if decay is not None and mode != "geometric":
             raise ValueError(f"decay: only for mode='geometric', got mode={mode!r}")
         if total is None and decay is None:
             raise ValueError(f"total: mode={mode!r} needs the number of periods" + " or decay" * (mode == "geometric"))
-        if total is None and spread:
-            raise ValueError("total: spread needs the number of periods, got None")
-        if total is not None and total <= hold:
-            raise ValueError(f"total: expected more than hold={hold}, got {total}")
+        for name in ("hold", "outer_hold"):
+            if total is not None and total <= (periods[name] or 0):
+                raise ValueError(f"total: expected more than {name}={periods[name]}, got {total}")
         for name, value in (("keep_pull", keep_pull), ("clamp", clamp)):
             if value is not None and not isinstance(value, bool):
                 raise TypeError(f"{name}: expected True, False or None, got {value!r}")
@@ -150,8 +136,9 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"optimizer: {type(optimizer).__name__} has no constraint; see ak.optim.Skewed")
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
-        self.keep_pull, self.pull = bool(keep_pull), None if pull is None else float(pull)
-        self.clamp, self.skew, self.freeze, self.spread = clamp, skew, freeze, float(spread)
+        self.keep_pull, self.clamp, self.freeze = bool(keep_pull), clamp, periods["freeze"]
+        self.outer_hold, self.outer_freeze = periods["outer_hold"], periods["outer_freeze"]
+        self.outer_power = None if outer_power is None else float(outer_power)
         self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
@@ -161,9 +148,9 @@ class EpsilonAnnealing(LRScheduler):
         self._hook()
         self._apply()
 
-    def eps_at(self, k: int, stage: float = 0.0) -> float:
-        """eps of period k, for groups of this ``stage`` (0 the first to be annealed, 1 the last)."""
-        hold = self.hold_of(stage)
+    def eps_at(self, k: int, outer: bool = False) -> float:
+        """eps of period k, or that of the outer groups."""
+        hold, _, power = self._schedule(outer)
         j = k - hold
         if j <= 0:
             return 1.0
@@ -172,18 +159,23 @@ class EpsilonAnnealing(LRScheduler):
         if self.mode == "geometric":
             eps = (self.floor ** (1 / periods) if self.decay is None else self.decay) ** j
         elif self.mode == "gap":
-            eps = (1 - share ** (2 * self.power)) ** 2
+            eps = (1 - share ** (2 * power)) ** 2
         else:
             eps = 1 - share if self.mode == "linear" else (1 + math.cos(math.pi * share)) / 2
         return min(1.0, max(self.floor, eps))
 
-    def hold_of(self, stage: float) -> int:
-        """How many periods groups of this stage hold."""
-        return self.hold + (round(self.spread * stage * (self.total - self.hold)) if self.total is not None else 0)
-
-    def frozen_at(self, k: int, stage: float = 0.0) -> bool:
+    def frozen_at(self, k: int, outer: bool = False) -> bool:
         """Whether scales are frozen in period k, in groups with freeze_scale="anneal"."""
-        return k > self.hold_of(stage) or (self.freeze is not None and k >= self.freeze)
+        hold, freeze, _ = self._schedule(outer)
+        return k > hold or (freeze is not None and k >= freeze)
+
+    def _schedule(self, outer: bool) -> tuple[int, int | None, float]:
+        """hold, freeze, power."""
+        if not outer:
+            return self.hold, self.freeze, self.power
+        hold = self.hold if self.outer_hold is None else self.outer_hold
+        freeze = self.freeze if self.outer_freeze is None else self.outer_freeze
+        return hold, freeze, self.power if self.outer_power is None else self.outer_power
 
     def step(self, epoch: int | None = None) -> None:
         """The next period, or period ``epoch``."""
@@ -197,6 +189,7 @@ class EpsilonAnnealing(LRScheduler):
         self._apply()
 
     def _apply(self) -> None:
+        self._separate()
         for _, group in self._groups():
             eps, present = self._eps_of(group), group["constraint_eps"]
             new = present.fill_(eps) if isinstance(present, torch.Tensor) else eps
@@ -205,17 +198,27 @@ class EpsilonAnnealing(LRScheduler):
             group["constraint_eps"] = new
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
             group["annealing"] = self._freezes(group)
-            for key in ("clamp", "skew"):
-                if key in group and getattr(self, key) is not None:
-                    group[key] = getattr(self, key)
+            if self.clamp is not None:
+                group["clamp"] = self.clamp
         self._stepped = self._told = False
         self._follow_lr()
 
+    def _separate(self) -> None:
+        """Outer groups that share the tensor of eps with others get one of their own."""
+        groups = [group for _, group in self._groups()]
+        others = [group["constraint_eps"] for group in groups if not _is_outer(group)]
+        for group in groups if self._schedule(True) != self._schedule(False) else ():
+            eps = group["constraint_eps"]
+            if _is_outer(group) and isinstance(eps, torch.Tensor) and any(eps is other for other in others):
+                group["constraint_eps"] = eps.clone()
+                if group.get("eps") is eps:
+                    group["eps"] = group["constraint_eps"]
+
     def _eps_of(self, group: dict[str, Any]) -> float:
-        return self.eps_at(self.last_epoch, group.get("stage", 0.0))
+        return self.eps_at(self.last_epoch, _is_outer(group))
 
     def _freezes(self, group: dict[str, Any]) -> bool:
-        return self.frozen_at(self.last_epoch, group.get("stage", 0.0))
+        return self.frozen_at(self.last_epoch, _is_outer(group))
 
     def _overflowed(self) -> bool:
         """Whether a gradient is inf or NaN: a GradScaler has left the optimizer's step out. Waits for the device."""
@@ -239,7 +242,7 @@ class EpsilonAnnealing(LRScheduler):
             elif (lr := float(lr)) > 0:
                 first = self._first.setdefault(index, [lr, float(group["alpha"])])
                 first[0] = max(first[0], lr)
-                alpha = (first[1] * first[0] if self.pull is None else self.pull) / lr
+                alpha = first[1] * first[0] / lr
                 present = group["alpha"]  # a tensor is filled, where the replay of a CUDA graph looks for it
                 group["alpha"] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
@@ -249,8 +252,7 @@ class EpsilonAnnealing(LRScheduler):
         first = self._first.setdefault(index, [lr.clone(), alpha.clone()])
         peak, given = (torch.as_tensor(x, dtype=lr.dtype, device=lr.device) for x in first)
         first[0] = torch.maximum(peak, lr)
-        pull = given * first[0] if self.pull is None else self.pull
-        alpha.copy_(torch.where(lr > 0, pull / lr, alpha))
+        alpha.copy_(torch.where(lr > 0, given * first[0] / lr, alpha))
 
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""
@@ -343,6 +345,16 @@ class EpsilonAnnealing(LRScheduler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._hook()  # a copy looks at the copy of the optimizer
+
+
+def row_periods(row: Settings, name: str, steps: float, total: int) -> int | None:
+    """A share of the row as periods; what holds does so for less than ``total``."""
+    share = getattr(row, name)
+    return None if share is None else min(round(share * steps), total - 1) if "hold" in name else round(share * steps)
+
+
+def _is_outer(group: dict[str, Any]) -> bool:
+    return group.get("order") == "outer"
 
 
 def _elsewhere(lr: Any) -> bool:
