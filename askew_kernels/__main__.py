@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | sass | demo | paper | accuracy | search | analyze | inspect | convert | export``.
+"""``python -m askew_kernels COMMAND``: info, and those of ``COMMANDS`` below.
 
 Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
 130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.

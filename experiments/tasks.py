@@ -20,20 +20,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from askew_kernels.bench.suites.train import GPT, Residual, convolved, windows
+from askew_kernels import atomic
+from askew_kernels.bench.suites.train import GPT, Residual, convolved
 from askew_kernels.command import Refused
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
-FASHION_FILES = {split: (f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz") for split in ("train", "t10k")}
+FASHION_FILES = {
+    split: (f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz") for split in ("train", "t10k")
+}
 SHIFT = 2  # pixels, each way
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data lies. minilm: a file that ``write_minilm`` made, or None: made anew from the package."""
+    """Where the data lies. minilm: a file that ``write_minilm`` made."""
 
     fashion: Path = FASHION
-    minilm: Path | None = None
+    minilm: Path = Path("minilm.pt")
 
 
 Loss = Callable[[nn.Module, int], Tensor]
@@ -93,7 +96,7 @@ def read_idx(path: Path) -> Tensor:
 
 @functools.lru_cache(1)
 def fashion(folder: Path, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(pictures of 28 x 28 with a border of ``SHIFT``, normalised by the training set, labels), the same of the test."""
+    """(pictures with a border of ``SHIFT``, normalised by the training set, labels), the same of the test."""
     check_fashion(folder)
     (x, y), (x_test, y_test) = ([read_idx(folder / name) for name in names] for names in FASHION_FILES.values())
     mean, std = (x.float() / 255).mean(), (x.float() / 255).std()
@@ -159,8 +162,8 @@ sqlite3/dump.py tkinter/__init__.py tkinter/ttk.py wsgiref/handlers.py wsgiref/v
 ensurepip/__init__.py codecs.py collections/__init__.py _pyio.py random.py fractions.py functools.py
 tempfile.py shutil.py dataclasses.py ast.py dis.py tokenize.py pathlib.py imaplib.py ftplib.py poplib.py
 gettext.py getopt.py cmd.py bdb.py pdb.py profile.py pstats.py cProfile.py trace.py traceback.py warnings.py
-contextlib.py copy.py csv.py calendar.py _strptime.py datetime.py _pydatetime.py heapq.py hashlib.py hmac.py gzip.py bz2.py
-lzma.py glob.py fnmatch.py fileinput.py filecmp.py linecache.py selectors.py socket.py socketserver.py
+contextlib.py copy.py csv.py calendar.py _strptime.py datetime.py _pydatetime.py heapq.py hashlib.py hmac.py
+gzip.py bz2.py lzma.py glob.py fnmatch.py fileinput.py filecmp.py linecache.py selectors.py socket.py socketserver.py
 sched.py secrets.py shelve.py shlex.py signal.py site.py sysconfig.py string.py textwrap.py timeit.py
 types.py uuid.py wave.py weakref.py webbrowser.py zipapp.py zipimport.py aifc.py nntplib.py telnetlib.py
 plistlib.py pickle.py platform.py posixpath.py ntpath.py os.py operator.py opcode.py netrc.py numbers.py
@@ -171,7 +174,8 @@ modulefinder.py mimetypes.py code.py codeop.py compileall.py colorsys.py cgitb.p
 @functools.lru_cache(1)
 def library(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(training, validation, test) text as ASCII codes (others become "?"), by file: no file is in two of them."""
-    root, parts = Path(sysconfig.get_paths()["stdlib"]), ([], [], [])
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts: tuple[list[Tensor], ...] = ([], [], [])
     for i, name in enumerate(MODULES):
         path = root / name
         if not path.is_file():  # a single module has become a package, or has gone
@@ -220,7 +224,7 @@ def prepare_text(source: Source, seed: int, steps: int, validation: bool, device
 
 @dataclass(frozen=True)
 class Sentences:
-    """MiniLM's weights (an embedding of the words that occur alone) and three lists of sentences as its word numbers."""
+    """MiniLM's weights (its embedding of the words that occur here) and three lists of sentences as word numbers."""
 
     weights: dict[str, Tensor]
     train: list[Tensor]
@@ -231,6 +235,7 @@ class Sentences:
 TENTHS = 26  # of 256: a file's share of the test, and of the validation
 
 
+@functools.cache
 def library_sentences() -> tuple[list[str], list[str], list[str]]:
     """(training, validation, test) sentences of the docstrings in Python's standard library, by file."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -266,15 +271,12 @@ def write_minilm(path: Path, held_out: int = 512) -> None:
     embedding = "embeddings.word_embeddings.weight"
     kept = {k: (v[words] if k == embedding else v).half() for k, v in weights.items() if v.is_floating_point()}
     sizes = [torch.tensor([len(n) for n in part]) for part in numbers]
-    torch.save({"weights": kept, "numbers": [torch.cat(part) for part in numbers], "sizes": sizes}, path)
+    with atomic.replacing(path) as file:
+        torch.save({"weights": kept, "numbers": [torch.cat(part) for part in numbers], "sizes": sizes}, file)
 
 
 @functools.lru_cache(1)
 def sentences(path: Path) -> Sentences:
-    """Raises Refused where the file, or what it is made of, is not there."""
-    if not path.is_file():
-        raise Refused(f"--minilm {path}: is not there; `python -m experiments.tasks {path}` makes it where "
-                      'pip install "askew_kernels[models]" was run')  # fmt: skip
     found = torch.load(path, weights_only=True)
     parts = [list(numbers.long().split(sizes.tolist())) for numbers, sizes in zip(found["numbers"], found["sizes"],
                                                                                   strict=True)]  # fmt: skip
@@ -317,7 +319,9 @@ class MiniLM(nn.Module):
         self.places = nn.Parameter(torch.empty(512, HIDDEN))
         self.norm = nn.LayerNorm(HIDDEN, eps=1e-12)
         self.layers = nn.ModuleList(EncoderLayer() for _ in range(6))
-        places = weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
+        places = (
+            weights["embeddings.position_embeddings.weight"] + weights["embeddings.token_type_embeddings.weight"][0]
+        )
         named = {"words.weight": weights["embeddings.word_embeddings.weight"], "places": places}
         named |= {f"norm.{key}": weights[f"embeddings.LayerNorm.{key}"] for key in ("weight", "bias")}
         named |= {f"layers.{i}.{ours}.{key}": weights[f"encoder.layer.{i}.{theirs}.{key}"]
@@ -350,8 +354,7 @@ def teacher(path: Path, device: torch.device) -> MiniLM:
 
 
 def prepare_minilm(source: Source, seed: int, steps: int, validation: bool, device: torch.device) -> Prepared:
-    path = source.minilm or Path("minilm.pt")
-    known, float_model = sentences(path), teacher(path, device)
+    known, float_model = sentences(source.minilm), teacher(source.minilm, device)
     train = sorted(known.train, key=len)  # neighbours are of one length: little padding
     g = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(train) - 31, (steps,), generator=g).tolist()
@@ -365,7 +368,9 @@ def prepare_minilm(source: Source, seed: int, steps: int, validation: bool, devi
         ours = model(numbers, mask)
         cosine = (sentence_vectors(ours, mask) * sentence_vectors(theirs, mask)).sum(1).mean()
         real = mask[..., None]
-        errors = [((y - t) * real).square().sum() / (t * real).square().sum() for y, t in zip(ours, theirs, strict=True)]
+        errors = [
+            ((y - t) * real).square().sum() / (t * real).square().sum() for y, t in zip(ours, theirs, strict=True)
+        ]
         return 1 - cosine + torch.stack(errors).mean()
 
     def test(model: nn.Module) -> float:
@@ -398,9 +403,3 @@ TASKS = {
         prepare_minilm, "mean cosine with the float model", 300, True, (2e-4, 1e-4, 4e-4), 0.0, (),
         (INNER,), digits=4, tuned_on="straight-through, 4 bits"),
 }  # fmt: skip
-
-
-if __name__ == "__main__":
-    import sys
-
-    write_minilm(Path(sys.argv[1]))
