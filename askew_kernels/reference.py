@@ -161,6 +161,20 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list
     grad.copy_(fake_quantize_backward(grad, x, scale, levels, grid))
 
 
+def ste_clip_scale_grad_(
+    grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], ste_clip: bool, factor: float
+) -> Tensor:
+    """The scale's gradient, ``factor`` times sums over the rows of grad (Q(x) - x) inside the hull and grad c_end
+    outside, with x / s for x; grad then becomes 0 outside where ``ste_clip``."""
+    (g, s), (w, _) = _rows(grad, scale), _rows(x, scale)
+    placed, inside = clamp_hull(w, s, levels, grid) / s, _inside(x, scale, levels, grid)
+    q = nearest(placed, levels, grid)
+    sums = (g * torch.where(inside, q - placed, q)).double().sum(1)
+    if ste_clip:
+        ste_clip_(grad, x, scale, levels, grid)
+    return (factor * sums).to(scale.dtype)
+
+
 def _candidates(x: Tensor, scales: Tensor, grids: list[int]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, float]]:
     """(scale, x / s in the hull, Q(x / s), inside, top level) of each candidate, (rows, cols)."""
     none = torch.empty(0, dtype=torch.float32, device=x.device)

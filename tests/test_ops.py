@@ -983,6 +983,7 @@ def operator_samples():
         yield "fake_quantize_out_", (x, s, levels, grid, torch.zeros(3, 20, dtype=torch.bfloat16))
         yield "fake_quantize_backward", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
+        yield "ste_clip_scale_grad_", (torch.randn(3, 20, generator=g), x, s, levels, grid, True, 0.5)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
         sums = reference.row_sums(x, 3)

@@ -317,8 +317,10 @@ def hard_quantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest.
+def param_groups(model: nn.Module, *, scale_lr: float = 1.0, **options: Any) -> list[dict[str, Any]]:
+    """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest, and
+    one for learned scales (``scale="lsq"``), which has ``role="scale"`` and no weight decay. ``scale_lr``: the factor
+    of their learning rate, which ``options`` must have unless it is 1.
 
     ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
     where biases and norms should have none. Parameters that do not require a gradient are left out. Where a layer's
@@ -326,6 +328,7 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """
     _decline_fast_paths(model)  # of models that were put together by hand
     groups: dict[str, dict[str, Any]] = {}
+    scales: dict[int, nn.Parameter] = {}
     seen: set[int] = set()
     for name, layer in quantized_layers(model).items():
         layer._tied()
@@ -335,6 +338,8 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
             for p in layer.parameters():  # a pruning mask leaves the Parameter under another name
                 layer.quantizer.untie(p)
             continue
+        if (learned := layer.quantizer.learned) is not None and learned.requires_grad:
+            scales[id(learned)] = learned
         if not layer.weight.requires_grad or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))
@@ -342,5 +347,12 @@ def param_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
         of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
         group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
         group["params"].append(layer.weight)
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
-    return [*groups.values(), *([{"params": plain, **options}] if plain else [])]
+    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen and id(p) not in scales]
+    if scale_lr != 1:
+        if "lr" not in options:
+            raise ValueError(f"scale_lr: {scale_lr} is a factor of lr, which is not given; expected lr=… beside it")
+        options_of_scales = {**options, "lr": scale_lr * options["lr"]}
+    else:
+        options_of_scales = options
+    learned_ones = {"params": [*scales.values()], **options_of_scales, "weight_decay": 0.0, "role": "scale"}
+    return [*groups.values(), *([learned_ones] if scales else []), *([{"params": plain, **options}] if plain else [])]

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
+from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import next_scales, share_rows
+from ..quant.state import next_scales, scale_owner, share_rows, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -88,6 +89,12 @@ class Constrained(Optimizer):
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
+            if scale_owner(p) is not None:
+                raise TypeError(f"params[{i}]: is the learned scale of a quantized layer, which has no grid; give it a "
+                                "group of its own, as ak.param_groups(model) does")  # fmt: skip
+            if quantizer.config.learns_scale and WeightQuantizer.of(p) is None:
+                raise ValueError(f"scale: {quantizer.config.scale!r} is learned in the forward of a quantized layer, "
+                                 f"and params[{i}] has none; expected a rule")  # fmt: skip
             rows = (WeightQuantizer.of(p) or quantizer).rows(p)
             if not self._CLIPS:
                 refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
@@ -138,6 +145,7 @@ class Constrained(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._look_at_state()
+        self._freeze_learned()
         work = [(group, *_with_gradients(group["params"])) for group in self.param_groups]
         arguments = [self._arguments(index, *of) for index, of in enumerate(work)]
         every = self.telemetry_every
@@ -149,12 +157,16 @@ class Constrained(Optimizer):
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
-        for index, (group, params, grads) in enumerate(work):
-            if not params:
-                continue
-            if group["grid"] is None:
+        for (
+            group,
+            params,
+            _,
+        ) in work:  # learned scales are among them: the copies that a launch writes are of the new ones
+            if params and group["grid"] is None:
                 self._step_plain(group, params)
-            else:
+                torch.autograd.graph.increment_version([p for p in params if scale_owner(p) is not None])  # fused ones
+        for index, (group, params, grads) in enumerate(work):
+            if params and group["grid"] is not None:
                 if record:
                     self._record.keep_rates(index, group)
                 self._step_constrained(index, group, params, grads, arguments[index], record)
@@ -162,6 +174,15 @@ class Constrained(Optimizer):
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
+
+    def _freeze_learned(self) -> None:
+        """Learned scales whose group freezes at this step stay as the forward had them."""
+        for group in self.param_groups:
+            for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
+                quantizer = WeightQuantizer.of(p)
+                if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:
+                    quantizer.freeze(p)
+        spare_frozen_scales(self)
 
     def _look_at_state(self) -> None:
         """Notices when a parameter's state has been replaced by another."""
@@ -249,6 +270,8 @@ class Constrained(Optimizer):
         if plan.used:  # since the launch before nothing else has touched the weights or their quantizers
             if launch.batch is not None:
                 launch.batch.update()
+            for q, p in launch.learning:
+                q.follow_learned(p)
         else:
             next_scales(quantizers, members)
             launch.prepare()
@@ -383,13 +406,13 @@ class Constrained(Optimizer):
 
     def _keep_scale(self, p: Tensor, quantizer: WeightQuantizer) -> None:
         """The quantizer's own tensors in ``state``, where writers of checkpoints look for keys."""
-        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.state, strict=True))
 
     def _scale_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         quantizer = self._quantizer(group, p)
         if not p.is_meta:
             quantizer.current_scale(p)
-        return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+        return dict(zip(_QUANTIZER_KEYS, quantizer.state, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         scales = {p: {**self._scale_state(group, p), "form": tuple(self._quantizer(group, p).form)}
@@ -441,7 +464,8 @@ def _config_of(group: Mapping[str, Any]) -> QuantConfig:
         rule = "absmax"  # never asked: the scale is frozen at once
     return QuantConfig(
         weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
-        forward="relaxed", sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
+        sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
+        forward="hard" if rule == LEARNED else "relaxed",
     )  # fmt: skip
 
 

@@ -12,7 +12,15 @@ import torch
 from .. import contract
 from .exports import target as find_target
 from .grids import Grid, Uniform, as_flag, grid_from_dict
-from .scales import SAWB_COEFFICIENTS, check_coefficients, check_rule, check_scale_dtype, default_rule, num_rows
+from .scales import (
+    LEARNED,
+    SAWB_COEFFICIENTS,
+    check_coefficients,
+    check_rule,
+    check_scale_dtype,
+    default_rule,
+    num_rows,
+)
 
 LEVEL_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # forwards that multiply levels, and how they hold them
 IN_STEP = "step"  # of ``ste_clip``
@@ -25,7 +33,8 @@ class QuantConfig:
     """How one layer's weight is quantized.
 
     weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
-    the grid's own, ``quant.default_rule``. granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
+    the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the layer, ``weight_scale``, and
+    learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
     ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
     the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
     multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
@@ -76,10 +85,25 @@ class QuantConfig:
         check_rule(self.scale, self.weight, self.sawb_coefficients, "scale")
         if self.sawb_coefficients is not None and self.scale != "sawb":
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
+        if self.learns_scale:
+            self._check_learned()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
             self._check_levels(self.level_dtype)
+
+    def _check_learned(self) -> None:
+        if self.forward == "relaxed":
+            raise ValueError("scale: 'lsq' is learned from the gradient of a quantized forward, and forward='relaxed' "
+                             "trains with the float weights; expected forward='hard', or a rule")  # fmt: skip
+        if self.ste_clip == IN_STEP:
+            raise ValueError("ste_clip: 'step' leaves the clip to the optimizer, and scale='lsq' takes the scale's "
+                             "gradient in the same pass of each backward; expected True or False")  # fmt: skip
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is learned; the rule then says where it starts."""
+        return self.scale == LEARNED
 
     @property
     def clips_in_backward(self) -> bool:

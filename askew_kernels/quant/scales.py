@@ -85,9 +85,21 @@ def _normal_scale(levels: tuple[float, ...]) -> float:
     return min((clip / 16 / top for clip in range(4, 81)), key=error)  # 1/4 to 5 standard deviations
 
 
+LEARNED = "lsq"  # the rule that only says where a scale starts, which is learned from then on
 # Rules that need only the row sums, which the update pass leaves behind.
-SUM_RULES = {"absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS}
+SUM_RULES = {
+    "absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS,
+    LEARNED: contract.MEAN,
+}  # fmt: skip
 RULES = (*SUM_RULES, "mse")
+SMALLEST_SHARE = 1e-3  # of the scale that a learned one started from: below it, it is moved back
+
+
+def bounded_scale(learned: Tensor, start: Tensor) -> Tensor:
+    """Learned scales as they may be used: at least ``SMALLEST_SHARE`` of those that they started from, which take the
+    place of what is not finite."""
+    finite = torch.where(learned - learned == 0, learned, start)
+    return torch.maximum(finite, start * SMALLEST_SHARE)
 
 
 def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = None) -> str:
@@ -149,6 +161,8 @@ def rule_code(
         first = grid.mean_factor or 0.0
     elif rule == "rms":
         first = normal_scale(grid.levels)
+    elif rule == LEARNED:
+        first = 2 / math.sqrt(grid.c_max)
     code = [SUM_RULES.get(rule, contract.GIVEN), contract.SCALE_TYPES.index(scale_dtype)]
     return RuleCode(code, [grid.c_max, first, second])
 
@@ -198,6 +212,7 @@ def compute_scale(
     ``sawb``     (c1 rms(w) - c2 mean|w|) / c_max with (c1, c2) by bits or ``sawb_coefficients``; absmax where <= 0
     ``mean``     mean|w| (Binary), 1.5 mean|w| (Ternary)
     ``rms``      k rms(w), k the best for normally distributed weights on this grid; absmax where that is smaller
+    ``lsq``      2 mean|w| / sqrt(c_max): what a learned scale starts from (Esser et al., LSQ, ICLR 2020)
     ``mse``      of 100 candidates the one that minimises the squared quantization error
     None         ``default_rule(grid)``
     ===========  ====================================================================================================

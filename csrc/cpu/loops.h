@@ -14,6 +14,8 @@ struct Loops {
   void (*quantize)(const QuantizeArg&, Tile);
   // sums: [rows of the tile][kRowSums]
   void (*row_sums)(const QuantizeArg&, Tile, double* sums);
+  // The clip of kSteClip where a.y is not null; sums: [rows of the tile], LSQ's terms
+  void (*scale_gradient)(const QuantizeArg&, Tile, double* sums);
   // row_sums (may be null): [rows of the tile][kRowSums], of the weights after the step; totals (may be null):
   // [kTotals], overwritten
   void (*update)(const UpdateTensor&, const Hyper&, Tile, double* row_sums, double* totals);

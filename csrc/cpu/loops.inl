@@ -29,7 +29,7 @@ typedef CodebookGrid Codebook;
 #include "update.inl"
 #include "scales.inl"
 
-extern const Loops loops = {quantize, row_sums, update, sam, mix, mix_gradient, scales, errors};
+extern const Loops loops = {quantize, row_sums, scale_gradient, update, sam, mix, mix_gradient, scales, errors};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew
