@@ -31,7 +31,7 @@ import askew_kernels as ak
 from askew_kernels import command, demo, figures
 
 from .common import complete, differences, standard_error
-from .rivals import FLOAT, LEARNED, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
+from .rivals import FLOAT, LEARNED, LSQ_NAME, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
 from .tasks import ACTIVATIONS, ALL, INNER, TASKS, Source, Task, check_fashion, quantizable, write_minilm
 
 WIDTHS = ("ternary", "2 bits", "4 bits", "binary", "3 bits")  # in the order in which they are trained
@@ -183,7 +183,7 @@ def tuning_jobs(args: argparse.Namespace, results: Sequence[Result]) -> list[Job
         jobs += [Job(*place, TUNING_SEED, steps_of(task, args), lr, 1.0, VALIDATION) for lr in task.lrs]
         if results:
             lr, _ = choice(results, name, "")
-            jobs += [Job(name, INNER, width, LEARNED, TUNING_SEED, steps_of(task, args), lr, scale_lr, VALIDATION)
+            jobs += [Job(name, INNER, width, LSQ_NAME, TUNING_SEED, steps_of(task, args), lr, scale_lr, VALIDATION)
                      for scale_lr in SCALE_LRS for width in ("2 bits",)]  # fmt: skip
     return jobs
 
@@ -194,7 +194,7 @@ def choice(results: Iterable[Result], name: str, method: str) -> tuple[float, fl
     mine = [r for r in results if r.task == name and r.split == VALIDATION and not math.isnan(r.value)]
     best = functools.partial(max if task.higher else min, key=lambda r: r.value)
     plain = [r for r in mine if r.method == task.tuned_on.partition(", ")[0]]
-    scales = [r for r in mine if r.method == LEARNED == method]
+    scales = [r for r in mine if r.method == LSQ_NAME and method in LEARNED]
     return (best(plain).lr if plain else task.lrs[0]), (best(scales).scale_lr if scales else 1.0)
 
 
@@ -323,7 +323,9 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
         column = [p for p in places if p[0] == place[0]].index(place)
         axis = unused.pop(tasks.index(place[0]) * columns + column)
         axis.axhline(0, color="black", linewidth=1, linestyle="--", label=STRAIGHT_THROUGH)
-        figures.means(axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods})
+        figures.means(
+            axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods}
+        )
         better = "" if TASKS[place[0]].higher else " (above 0: lower)"
         figures.label(axis, f"{place[0]}\n{place[1]}", y=f"{TASKS[place[0]].metric}{better}" if column == 0 else "")
     for axis in unused.values():

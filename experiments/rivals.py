@@ -13,6 +13,7 @@ are ``demo.WIDTHS``' but PARQ's, whose quantizers come with it (2^b levels witho
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def train_parq(model: nn.Module, recipe: Recipe) -> Training:
 
 
 def our_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = ak.param_groups(model)
+    groups = ak.param_groups(model, lr=recipe.lr, scale_lr=recipe.scale_lr)
     if recipe.adamw:
         return ak.optim.ASkewAdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return ak.optim.ASkewSGD(groups, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
@@ -219,12 +220,15 @@ def train_ours(model: nn.Module, recipe: Recipe, scale: str | None = None) -> Tr
     return Training(optimizer, annealing.step, lambda: ak.hard_quantize_(model))
 
 
-FLOAT, STRAIGHT_THROUGH, LEARNED, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"
+FLOAT, STRAIGHT_THROUGH, LSQ_NAME, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"
+OURS_LEARNED = "ASkewSGD, learned scale"
+LEARNED = (LSQ_NAME, OURS_LEARNED)  # whose scales have a learning rate
 METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     FLOAT: train_float,
     STRAIGHT_THROUGH: train_straight_through,
-    LEARNED: train_lsq,
+    LSQ_NAME: train_lsq,
     PARQ: train_parq,
     "ASkewSGD": train_ours,
+    OURS_LEARNED: functools.partial(train_ours, scale="lsq"),
 }
 OURS = tuple(name for name in METHODS if name.startswith("ASkewSGD"))

@@ -308,6 +308,7 @@ def test_learning_rates_are_chosen_on_validation_data():
     found += [result("float", 99.0, lr=0.4)]  # of the test: not looked at
     found += [result("LSQ", v, 1000, split="validation", scale_lr=s) for v, s in ((1, 1.0), (2, 0.1))]
     assert accuracy.choice(found, PICTURES, "LSQ") == (0.2, 0.1)
+    assert accuracy.choice(found, PICTURES, "ASkewSGD, learned scale") == (0.2, 0.1)
     assert accuracy.choice(found, PICTURES, "ASkewSGD") == (0.2, 1.0)
     assert accuracy.choice(found, TEXT, "LSQ") == (tasks.TASKS[TEXT].lrs[0], 1.0)
     found = [result("float", v, 1000, task=TEXT, split="validation", lr=lr) for lr, v in ((1e-3, 1.5), (2e-3, 1.6))]
