@@ -274,13 +274,24 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
 _FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
 
 
-def round_scale(scale: Tensor, scale_type: int) -> Tensor:
+def scale_unit(scale: Tensor) -> Tensor:
+    """(…, 1): of the scales (…, rows) of a tensor, the least power of two whose 448-fold none of them exceeds."""
+    top = scale.amax(-1, keepdim=True)
+    mantissa, exponent = torch.frexp(torch.where(top > 0, top, torch.ones_like(top)))  # in [1/2, 1)
+    exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
+    return torch.ldexp(torch.ones_like(top), exponent.clamp(*contract.UNIT_EXPONENTS))
+
+
+def round_scale(scale: Tensor, scale_type: int, unit: Tensor | None = None) -> Tensor:
     """The nearest scales of a type, float32: ties to even, powers of two by the smaller ratio; the type's ends beyond
-    its range."""
+    its range. E4M3 is in units of the tensor's: ``unit``, or what the scales (…, rows) themselves ask for."""
     name = contract.SCALE_TYPES[scale_type]
-    if name == "float32":
+    if name == "float32" or not scale.numel():
         return scale
     low, high = contract.SCALE_RANGES[name]
+    if name == "float8_e4m3fn":
+        unit = scale_unit(scale) if unit is None else unit
+        return (scale / unit).clamp(low, high).to(torch.float8_e4m3fn).float() * unit
     scale = scale.clamp(low, high)
     if name == "float8_e8m0fnu":
         mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
@@ -350,15 +361,24 @@ def squared_error(difference: Tensor) -> Tensor:
 
 
 def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
-    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest. Powers of two
+    may be rounded far down, so that they are tried up to twice that."""
     rows = len(row_sums)
     matrix, peak = w.detach().reshape(rows, w.numel() // max(rows, 1)).float(), row_sums[:, contract.MAX_ABS].double()
-    top = _guarded(peak / torch.full_like(peak, c_max), peak)[0].float().double()
-    best, chosen = torch.full_like(peak, math.inf), round_scale(top.float(), scale_type)
+    guarded, usable = _guarded(peak / torch.full_like(peak, c_max), peak)
+    top = guarded.float().double()
+    unit = scale_unit(torch.where(usable, top, torch.zeros_like(top)).float()) if rows else None
+    most = 2 if contract.SCALE_TYPES[scale_type] == "float8_e8m0fnu" else 1
+
+    def candidate(j: int) -> Tensor:
+        scale = _guarded(top * (j / contract.SCALE_CANDIDATES * most), peak)[0]
+        return round_scale(scale.float(), scale_type, unit)
+
+    best, chosen = torch.full_like(peak, math.inf), candidate(contract.SCALE_CANDIDATES)
     if not matrix.numel():
         return chosen
     for j in range(1, contract.SCALE_CANDIDATES + 1):
-        scale = round_scale(_guarded(top * (j / contract.SCALE_CANDIDATES), peak)[0].float(), scale_type)
+        scale = candidate(j)
         s = scale[:, None]
         error = squared_error(matrix - s * nearest(matrix / s, levels, grid))
         better = error < best

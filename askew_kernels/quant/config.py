@@ -18,6 +18,7 @@ from .scales import (
     SAWB_COEFFICIENTS,
     check_coefficients,
     check_rule,
+    check_rule_type,
     check_scale_dtype,
     default_rule,
     num_rows,
@@ -33,11 +34,12 @@ SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scal
 class QuantConfig:
     """How one layer's weight is quantized.
 
-    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
-    the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the layer, ``weight_scale``, and
-    learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
-    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
-    the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
+    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``; ``ocp`` with powers of
+    two); None (default) becomes the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the
+    layer, ``weight_scale``, and learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``,
+    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
+    for the gradient; ``"relaxed"`` with the float weights in training and with s Q(w/s) in eval, as published;
+    ``"fp8"`` and ``"int8"`` (linear layers)
     multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
     (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
@@ -53,7 +55,8 @@ class QuantConfig:
     ``forward="int8"``) token by token for the input's gradient, which is a product of levels then (the weight's stays
     float); None (default): nothing.
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
-    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
+    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn" (E4M3 numbers times one power
+    of two for the tensor, ``quant.scale_unit``); a torch.dtype does, too.
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
@@ -95,6 +98,7 @@ class QuantConfig:
             self._check_learned()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         check_gradient(self.gradient, self.forward)
+        check_rule_type(self.scale, self.scale_dtype, "scale")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
             self._check_levels(self.level_dtype)
@@ -143,9 +147,10 @@ class QuantConfig:
         """What to train with, so that a format of others holds the weights bit for bit: its grid, its groups, and
         scales that are rounded in training to the type that it keeps.
 
-        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, … (all: ``quant.exports.TARGETS``). options: the
-        other fields; ``group_size`` and ``granularity`` within what the format allows (a multiple of its block of
-        weights with one scale; one scale for each channel or tensor serves every block).
+        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, ``mxfp4``, ``nvfp4``, … (all:
+        ``quant.exports.TARGETS``). options: the other fields; ``group_size`` and ``granularity`` within what the format
+        allows (a multiple of its block of weights with one scale; one scale for each channel or tensor serves every
+        block).
         Raises ValueError for an unknown target, with those that are known, and for what the format does not hold.
         """
         wanted = find_target(target)
@@ -157,6 +162,8 @@ class QuantConfig:
         else:
             size = options.get("group_size") or wanted.group_size
             options["granularity"] = "per_group" if size else "per_channel"
+        if options.get("scale") is None and options.get("sawb_coefficients") is None:
+            options["scale"] = wanted.rule
         config = cls(**fixed, **options | {"group_size": size})
         if wanted.block and config.group_size and config.group_size % wanted.block:
             raise ValueError(f"group_size: {target} keeps a scale for each {wanted.block} weights, expected a multiple "

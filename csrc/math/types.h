@@ -209,7 +209,7 @@ struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
 // Rules of scales. kGiven: the scale is there already, and only the rows of zeros are left.
 enum ScaleRule : int { kAbsmax = 0, kSawb = 1, kMean = 2, kRms = 3, kGiven = 4 };
 // What scales are rounded to.
-enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3 };
+enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3, kScaleE4M3 = 4 };
 
 struct ScaleTensor {  // the scales of one tensor from the sums of its rows
   const float* sums;  // (rows, kRowSums)
@@ -226,6 +226,7 @@ struct MseArg {  // per row, of kScaleCandidates parts of absmax's scale the one
   GridArg grid;
   double c_max;
   int type, scale_type;  // of w; of the scales
+  const float* unit;     // of the tensor, for kScaleE4M3
 };
 // Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod
 // kErrorLanes, then the lanes by halves, then the pieces, in float64.
