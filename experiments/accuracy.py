@@ -10,6 +10,7 @@ at after the last step, and differences are paired over seeds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import math
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,16 +96,29 @@ def device_name(device: torch.device) -> str:
 _lasted: dict[tuple[str, str], float] = {}  # seconds of a task with a method in this process
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the line on what stays float, and torch's on the nested tensors of PARQ."""
+    logger = logging.getLogger("askew_kernels")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def train(job: Job, source: Source, device: torch.device, deadline: float = math.inf) -> list[Result]:
     """The row of one training; none where it would not be done by ``deadline`` (time.time()), or where it failed, which
     is told."""
     if time.time() + _lasted.get((job.task, job.method), 0.0) > deadline:
         return []
     started = time.perf_counter()
-    logging.getLogger("askew_kernels").setLevel(logging.ERROR)  # what stays float is known
-    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # of PARQ
     try:
-        value, loss = train_and_test(job, source, device, deadline)
+        with quiet():
+            value, loss = train_and_test(job, source, device, deadline)
     except command.Failed:
         raise
     except Exception as problem:
