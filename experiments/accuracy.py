@@ -351,9 +351,12 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
 MARK = re.compile(r"(<!-- evidence\b[^\n]*-->\n).*?(<!-- /evidence -->)", re.DOTALL)
 
 
-def fill(page: Path, text: str) -> None:
-    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page. Raises Failed where there is none."""
-    made, count = MARK.subn(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text())
+def fill(page: Path, text: str, picture: Path) -> None:
+    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page: the plot and the tables. Raises
+    Failed where there is no such place."""
+    address = Path(os.path.relpath(picture, page.parent)).as_posix()
+    block = f"![What each method gains over straight-through]({address})\n\n{text}\n"
+    made, count = MARK.subn(lambda found: f"{found[1]}{block}{found[2]}", page.read_text())
     if not count:
         raise command.Failed(f"{page}: holds no <!-- evidence … --> … <!-- /evidence --> block")
     command.write_atomic(page, made)
@@ -438,7 +441,7 @@ def run(args: argparse.Namespace) -> int:
     for name, data in {"evidence.md": (text + "\n").encode(), **(plot(lines) if lines else {})}.items():
         command.write_atomic(args.out / name, data)
     for page in args.fill:
-        fill(page, text)
+        fill(page, text, args.out / "evidence.png")
     print(f"Written: {rows}, {args.out / 'evidence.md'}, {args.out / 'evidence.png'}")
     return 0
 

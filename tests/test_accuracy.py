@@ -342,9 +342,8 @@ def test_command_goes_on_where_it_was_cut_off(source, small, tmp_path, monkeypat
     assert command(source, tmp_path, "--seeds", "1", "--fill", str(page)) == 0
     assert len(set(trained)) == len(trained) == 6 and len(rows.read_text().splitlines()) == 6
     text = page.read_text()
-    assert text.startswith("before\n<!-- evidence (a command) -->\n**Fashion") and text.endswith(
-        "<!-- /evidence -->\nafter\n"
-    )
+    head, _, rest = text.partition("![What each method gains over straight-through](evidence.png)\n\n**Fashion")
+    assert head == "before\n<!-- evidence (a command) -->\n" and rest.endswith("<!-- /evidence -->\nafter\n")
     assert "old" not in text and (tmp_path / "evidence.png").is_file() and (tmp_path / "evidence.md").is_file()
     row = json.loads(rows.read_text().splitlines()[0])
     assert row["device"] and "torch" in row["versions"] and row["lr"] == 0.1
