@@ -129,6 +129,11 @@ def train(job: Job, source: Source, device: torch.device, deadline: float = math
                                             device=device_name(device), versions=versions())]  # fmt: skip
 
 
+def tf32(on: bool) -> None:
+    """Whether GPUs multiply in TF32: in training, all methods alike, and not in the test."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 def train_and_test(job: Job, source: Source, device: torch.device, deadline: float) -> tuple[float | None, float]:
     """(metric, or None where time was up; training loss)"""
     prepared = TASKS[job.task].prepare(source, job.seed, job.steps, job.split == VALIDATION, device)
@@ -136,8 +141,7 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
     model = prepared.model().to(device).train()
     training = METHODS[job.method](model, recipe_of(job, model))
     losses = []
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, of all methods alike; the test is in float32
+    tf32(True)
     training.set_lr(lr_share(0, job.steps))
     for step in range(job.steps):
         model.zero_grad()
@@ -152,8 +156,8 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
             return None, math.nan
     training.finish()
     model.eval()
-    torch.set_float32_matmul_precision("highest")
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    tf32(False)
+    with torch.no_grad():
         return prepared.test(model), torch.stack(losses).mean().item()
 
 
