@@ -141,7 +141,7 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
     model = prepared.model().to(device).train()
     training = METHODS[job.method](model, recipe_of(job, model))
     losses = []
-    tf32(True)
+    tf32(device.type == "cuda")
     training.set_lr(lr_share(0, job.steps))
     for step in range(job.steps):
         model.zero_grad()
