@@ -345,7 +345,9 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
             axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods}
         )
         better = "" if TASKS[place[0]].higher else " (above 0: lower)"
-        figures.label(axis, f"{place[0]}\n{place[1]}", y=f"{TASKS[place[0]].metric}{better}" if column == 0 else "")
+        figures.label(
+            axis, f"{place[0]}\n{place[1]}", y=f"gain: {TASKS[place[0]].metric}{better}" if column == 0 else ""
+        )
     for axis in unused.values():
         axis.set_axis_off()
     figures.legend_below(figure, axes, 3)
