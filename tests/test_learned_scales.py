@@ -575,7 +575,10 @@ def test_wrapped_optimizers(wrapper):
     optimizer = ak.optim.SAM(ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9), rho=0.05)
     x, y = batch()
 
+    seen = []
+
     def closure():
+        seen.append((scales_of(model)[0], model[0].weight.detach().clone()))
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x), y)
         loss.backward()
@@ -585,6 +588,8 @@ def test_wrapped_optimizers(wrapper):
     for _ in range(4):
         optimizer.step(closure)
         consistent(model)
+    for (s_here, w_here), (s_there, w_there) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(s_here, s_there) and not torch.equal(w_here, w_there)  # weights alone are perturbed
     assert all((a != b).any() for a, b in zip(start, scales_of(model), strict=True))
 
 
