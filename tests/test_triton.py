@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import scales_at_roundings
+from oracles import scales_at_roundings, scales_in_units
 
 import askew_kernels
 from askew_kernels import contract, reference
@@ -392,7 +392,7 @@ def scales_as_wanted(triton, most=300, zeros=0.3):
     """Of a list: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
     g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
     for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
-        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
+        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 7 % 5
         own = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
         own[torch.rand(rows, generator=g) < zeros] = 0
         if rows > 4:
@@ -445,10 +445,10 @@ def test_mse_scales(triton, grid_name, dtype):
 
 
 def test_scales_are_rounded_as_the_reference_rounds(triton):
-    x = scales_at_roundings()
-    scales, sums = [torch.empty_like(x) for _ in range(4)], [torch.stack([x, x, x], 1)] * 4
-    triton.scales_from_sums_(scales, sums, [n for kind in range(4) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 4)
-    assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
+    for x in (scales_at_roundings(), *scales_in_units()):
+        scales, sums = [torch.empty_like(x) for _ in range(5)], [torch.stack([x, x, x], 1)] * 5
+        triton.scales_from_sums_(scales, sums, [n for kind in range(5) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 5)
+        assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
 
 
 def test_of_candidates_with_equal_errors_the_smallest_is_chosen(triton):
@@ -467,7 +467,7 @@ def test_scales_are_checked(triton):
         (([scale], [], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected 1"),
         (([scale], [sums[:2]], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected shape"),
         (([scale, scale], [sums, sums], [0, 0, 4, 9, 0, 4], [1.0, 0.0, 0.0] * 2), "rules: expected a known rule"),
-        (([scale], [sums], [0, 4, 4], [1.0, 0.0, 0.0]), "unknown type of scales 4"),
+        (([scale], [sums], [0, 5, 4], [1.0, 0.0, 0.0]), "unknown type of scales 5"),
         (([scale], [sums], [0, 0, 4], [0.0, 0.0, 0.0]), "c_max"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -858,6 +858,29 @@ def test_scaled_sums(triton, kind, dtype):
         bias = torch.randn(cols).to(dtype) if number % 3 else None
         got = triton.scaled_sums(sums, token, scale, bias, dtype)
         assert_same(got + 0.0, reference.scaled_sums(sums, token, scale, bias, dtype) + 0.0, (rows, cols))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_levels(triton, dtype):
+    for number, shape in enumerate([(1, 1), (7, 129), (3, 4096), (2, 5000), (0, 5), (3, 0)]):
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        if shape[0] > 4:
+            x[1], x[3, 5], x[4, 1] = 0, float("nan"), float("inf")
+        factor = torch.rand(shape[1] if number % 2 else 1) + 0.1
+        for got, wanted in zip(triton.stochastic_levels(x, factor, seed),
+                               reference.stochastic_levels(x, factor, seed), strict=True):  # fmt: skip
+            assert_same(got, wanted, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_luq(triton, dtype):
+    for shape in [(1, 1), (7, 129), (3, 1024), (0,)]:
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        x.view(-1)[:1] = 0
+        for bits in (2, 4, 6):
+            assert_same(triton.luq(x, bits, seed) + 0.0, reference.luq(x, bits, seed) + 0.0, shape)
+    for bad in (float("nan"), float("inf")):
+        assert triton.luq(torch.tensor([1.0, bad, 0.0]), 4, torch.tensor(1)).isnan().all()
 
 
 # ---- mixtures -------------------------------------------------------------------------------------------------------
