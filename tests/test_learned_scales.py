@@ -445,6 +445,28 @@ def test_traced_and_transformed_calls(options):
         assert torch.allclose(y_one, one(x), atol=1e-6)
 
 
+def test_compiled_before_and_after_the_freeze():
+    """At every step the gradients are those of the eager layers."""
+    model = model_with()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
+    x, y = batch()
+    for k in range(6):
+        eager = copy.deepcopy(model)
+        for call, m in ((compiled, model), (eager, eager)):
+            m.zero_grad()
+            functional.cross_entropy(call(x), y).backward()
+        frozen = k > 3  # from the step after the first annealed one on, which froze
+        assert (model[0].weight_scale.grad is None) == frozen
+        both = [(p.grad, q.grad) for p, q in zip(model.parameters(), eager.parameters(), strict=True)]
+        close(*zip(*((g, e) for g, e in both if e is not None), strict=True))
+        optimizer.step()
+        annealing.step()
+        consistent(model)
+        assert model[0].quantizer.frozen == (k >= 3)
+
+
 def test_second_derivatives():
     model = trained()
     x, y = batch()

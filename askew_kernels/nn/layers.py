@@ -338,7 +338,8 @@ class QuantizedLayer(nn.Module):
             return False
         weight: Any = self._parameters.get("weight")
         types = (weight.dtype, autocast_dtype(x) and x.dtype)
-        return (self.kind.multiplies_levels and not self.config.learns_scale and type(weight) is QuantizedParameter
+        learns = self.config.learns_scale and not self.quantizer.frozen  # its gradient has to be in the graph
+        return (self.kind.multiplies_levels and not learns and type(weight) is QuantizedParameter
                 and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
@@ -463,7 +464,7 @@ class QuantizedLayer(nn.Module):
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
         if not more and self._compiled_with_copy(x):
-            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            low, tensors = autocast_dtype(x), [t.detach() for t in self._held()]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         return self.product(x, self._functional_weight(), *more)
