@@ -26,7 +26,7 @@ from askew_kernels.deploy import lora
 from askew_kernels.deploy.export import compare, contents_at, export_packed
 from askew_kernels.nn import KINDS, kinds
 from askew_kernels.nn.packed import PackedLayer
-from askew_kernels.quant import Ternary, Uniform
+from askew_kernels.quant import LUQ, Ternary, Uniform
 from askew_kernels.search import trace
 
 SIZE, BATCH = 32, 2
@@ -93,7 +93,7 @@ def _numbers(*shape: int) -> Callable[[], Tensor]:
 
 
 def _transposed_linear() -> nn.Module:
-    layer = (kinds.conv1d() or kinds.TransposedLinear)(SIZE, SIZE)
+    layer: Any = (kinds.conv1d() or kinds.TransposedLinear)(SIZE, SIZE)
     nn.init.uniform_(layer.weight, -0.3, 0.3)
     return Around(layer)
 
@@ -187,6 +187,41 @@ def _trains(config: ak.QuantConfig, rule: Any = ak.optim.ASkewSGD) -> Callable[[
     return cell
 
 
+def _learned(tried: Tried) -> str:
+    """Scales move by their gradient, and are the packed ones, bit for bit."""
+    model = tried.model(ak.QuantConfig(Uniform(4), "lsq"))
+    [layer] = [m for m in ak.nn.quantized_layers(model).values() if m.kind.name == tried.kind]
+    tried.call(model)
+    before = layer.weight_scale.detach().clone()
+    optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(tried.x).square().mean().backward()
+        optimizer.step()
+    _check(not torch.equal(layer.weight_scale.detach(), before), "scales that are not learned")
+    ak.hard_quantize_(model.eval())
+    scale, want = layer.weight_scale.detach().clone(), tried.call(model)
+    [packed] = [m for m in ak.nn.packed_layers(ak.pack_(model)).values() if m.kind.name == tried.kind]
+    _check(torch.equal(packed.weight_scale, scale), "other scales")
+    _close(tried.call(model), want)
+    return "yes"
+
+
+def _rounded_gradient(tried: Tried) -> str:
+    """The same outputs; gradients that differ by their rounding."""
+    found: list[tuple[Tensor, list[Any]]] = []
+    for config in (FOUR, ak.QuantConfig(Uniform(4), gradient=LUQ(4))):
+        model = tried.model(config)
+        y = model(tried.x)
+        y.square().mean().backward()
+        found.append((y.detach(), [p.grad for p in model.parameters()]))
+    (y, plain), (same, rounded) = found
+    _check(torch.equal(y, same), "other outputs")
+    _check(all(g is not None and bool(g.isfinite().all()) for g in rounded), "gradients")
+    _check(not all(map(torch.equal, plain, rounded)), "gradients that are not rounded")
+    return "yes"
+
+
 def _autocast(tried: Tried) -> str:
     model = tried.model(ak.QuantConfig(Uniform(4))).train()
     with torch.autocast("cpu", torch.bfloat16):
@@ -202,8 +237,9 @@ def _compiled(tried: Tried) -> str:
     call = torch.compile(model, backend="aot_eager")
     got, want = (f(tried.x).square().mean() for f in (call, model))
     _close(got, want)
-    p = next(model.parameters())
-    _close(*(torch.autograd.grad(loss, p)[0] for loss in (got, want)))
+    ours, theirs = (torch.autograd.grad(loss, [*model.parameters()]) for loss in (got, want))
+    for g, h in zip(ours, theirs, strict=True):
+        _close(g, h)
     return "yes"
 
 
@@ -230,13 +266,22 @@ def _packs(tried: Tried) -> str:
     return "yes"
 
 
+def _noted(method: Any, calls: list[str]) -> Any:
+    def call(layer: PackedLayer, *args: Any, **kwargs: Any) -> Any:
+        calls.append(layer.kind.name)
+        return method(layer, *args, **kwargs)
+
+    return call
+
+
 def _product(tried: Tried) -> str:
     """Whether a product of few rows unpacks the whole weight."""
-    model, whole = tried.packed(), []
+    model = tried.packed()
+    whole: list[str] = []
     kept = {name: getattr(PackedLayer, name) for name in ("dequantize", "matrix", "entries")}
     try:
         for name, method in kept.items():
-            setattr(PackedLayer, name, lambda *args, m=method, **kw: whole.append(args[0].kind.name) or m(*args, **kw))
+            setattr(PackedLayer, name, _noted(method, whole))
         tried.call(model)
     finally:
         for name, method in kept.items():
@@ -349,6 +394,8 @@ CELLS: dict[str, Callable[[Tried], str]] = {
     "one scale for the tensor": _trains(ak.QuantConfig(Uniform(3), granularity="per_tensor")),
     "scales of groups": _trains(ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)),
     "`ASkewAdamW`": _trains(FOUR, ak.optim.ASkewAdamW),
+    'learned scales (`scale="lsq"`)': _learned,
+    "rounded gradients (`gradient=LUQ(4)`)": _rounded_gradient,
     "copies, pickles, `state_dict`": _copies,
     "`torch.autocast`": _autocast,
     "`torch.compile`": _compiled,
