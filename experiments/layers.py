@@ -187,6 +187,22 @@ def _trains(config: ak.QuantConfig, rule: Any = ak.optim.ASkewSGD) -> Callable[[
     return cell
 
 
+def _recipe(tried: Tried) -> str:
+    """To its end, where the packed model computes what was trained."""
+    model = tried.model(FOUR)
+    optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=0.01)
+    recipe = ak.Recipe(model, optimizer, 4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(tried.x).square().mean().backward()
+        optimizer.step()
+        recipe.step()
+    want = tried.call(model.eval())
+    _check(torch.equal(tried.call(ak.hard_quantize_(model)), want), "hard_quantize_ changes the outputs")
+    _close(tried.call(ak.pack_(model)), want)
+    return "yes"
+
+
 def _learned(tried: Tried) -> str:
     """Scales move by their gradient, and are the packed ones, bit for bit."""
     model = tried.model(ak.QuantConfig(Uniform(4), "lsq"))
@@ -394,6 +410,9 @@ CELLS: dict[str, Callable[[Tried], str]] = {
     "one scale for the tensor": _trains(ak.QuantConfig(Uniform(3), granularity="per_tensor")),
     "scales of groups": _trains(ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)),
     "`ASkewAdamW`": _trains(FOUR, ak.optim.ASkewAdamW),
+    "`ak.Recipe`": _recipe,
+    "MXFP4": _trains(ak.QuantConfig.for_export("mxfp4")),
+    "NVFP4": _trains(ak.QuantConfig.for_export("nvfp4")),
     'learned scales (`scale="lsq"`)': _learned,
     "rounded gradients (`gradient=LUQ(4)`)": _rounded_gradient,
     "copies, pickles, `state_dict`": _copies,
