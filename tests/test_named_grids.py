@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.demo import load_digits
 from askew_kernels.quant import RULES, QuantConfig, compute_scale, default_rule, grid_from_dict, grids, scale_unit
 from askew_kernels.quant.scales import check_rule, holds_scales, round_scale
 
@@ -171,8 +172,9 @@ def test_the_least_error_among_powers_of_two_is_the_least(grid, generator):
 
 def test_the_unit_is_the_least_power_of_two(generator):
     """Against torch's own float8_e4m3fn: s = t e4m3(s / t), and half of t would not do."""
-    for size in (1e-3, 1.0, 448.0, 449.0, 3e5):
+    for size in (1e-3, 1.0, 1.76, 448.0, 449.0, 3e5):
         s = torch.rand(50, generator=generator) * size + 1e-9
+        s[7] = size
         rounded, t = round_scale(s, "float8_e4m3fn"), scale_unit(s)
         assert t.shape == (1,) and math.frexp(float(t))[0] == 0.5
         assert float(s.max()) <= 448 * float(t) and float(s.max()) > 224 * float(t)
@@ -211,6 +213,33 @@ def test_training_with_scales_in_the_type_of_the_format(name, group, tmp_path):
     float_net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
     loaded = ak.load_packed(tmp_path / "m.safetensors", float_net)
     assert torch.equal(loaded[0].weight_scale.float(), frozen) and torch.equal(loaded[0].dequantize(), weight)
+
+
+def digits_right(config, epochs=12):
+    """Of 360 digits, by a small network all of whose layers have this configuration."""
+    pytest.importorskip("sklearn")
+    x, x_test, y, y_test = load_digits()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(ak.quantize_(net, config)), lr=0.05, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=epochs // 2, total=epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for i in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+        schedule.step()
+        annealing.step()
+    with torch.no_grad():
+        return int((ak.hard_quantize_(net)(x_test).argmax(1) == y_test).sum())
+
+
+def test_they_learn_as_much_as_four_bits_with_float_scales():
+    """Within 7 digits, 2 points, about two standard errors of such a test."""
+    four = digits_right(QuantConfig(grids.Uniform(4), granularity="per_group", group_size=32))
+    found = {name: digits_right(QuantConfig.for_export(name)) for name in ("mxfp4", "nvfp4")}
+    assert four > 330 and min(found.values()) >= four - 7, (four, found)
 
 
 @pytest.mark.parametrize("group", [None, 4, 32])
