@@ -21,6 +21,9 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels.demo import load_digits
+from askew_kernels.deploy.contents import contents_of, write_contents
+from askew_kernels.deploy.files import write_packed
+from askew_kernels.deploy.tensorfile import read as read_safetensors
 from askew_kernels.quant import RULES, QuantConfig, compute_scale, default_rule, grid_from_dict, grids, scale_unit
 from askew_kernels.quant.scales import check_rule, holds_scales, round_scale
 
@@ -210,9 +213,33 @@ def test_training_with_scales_in_the_type_of_the_format(name, group, tmp_path):
     weight = net[0].weight.detach().clone()
     assert torch.equal(weight.bfloat16().float(), weight)
     ak.save_packed(ak.pack_(net), tmp_path / "m.safetensors")
+    kept = read_safetensors(tmp_path / "m.safetensors").tensors["0.weight_scale"].dtype
+    assert kept == (torch.float8_e4m3fn if name == "nvfp4" else torch.bfloat16)
     float_net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
     loaded = ak.load_packed(tmp_path / "m.safetensors", float_net)
     assert torch.equal(loaded[0].weight_scale.float(), frozen) and torch.equal(loaded[0].dequantize(), weight)
+
+
+def test_files_of_such_scales_are_shared_checked_and_converted(tmp_path):
+    net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    net[1].weight = net[0].weight
+    ak.pack_(ak.hard_quantize_(ak.quantize_(net, QuantConfig.for_export("nvfp4"))))
+    path = tmp_path / "m.safetensors"
+    for save in (lambda: ak.save_packed(net, path), lambda: write_contents(contents_of(net), path)):
+        save()
+        read = read_safetensors(path)
+        assert sorted(t.dtype for t in read.tensors.values() if t.numel() == 64) == [torch.float8_e4m3fn]
+        loaded = ak.load_packed(path, nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)))
+        assert all(torch.equal(loaded[i].weight_scale, net[i].weight_scale) for i in (0, 1))
+        assert torch.equal(loaded[1].dequantize(), net[0].dequantize())
+    document = json.loads(read.metadata["askew_kernels"])
+    for wrong in (None, 500, "8"):
+        changed = copy.deepcopy(document["layers"])
+        for layer in changed.values():
+            layer["scale_unit"] = wrong
+        write_packed(path, read.tensors, changed)
+        with pytest.raises(ValueError, match="layer 0: scale_dtype: .* got torch.float8_e4m3fn"):
+            ak.load_packed(path, net)
 
 
 def digits_right(config, epochs=12):
