@@ -36,6 +36,9 @@ INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is map
 # of copies that hold levels in grid units, one byte each, and what the largest number of a row is mapped to in each
 LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
+LUQ_BITS = (2, 6)  # fewest and most of gradients' powers of two: one of the sign, the others of the exponent
+MOST_LEVEL_COLUMNS = 131071  # whose products of bytes int32 holds the sum of, whatever they are
+
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
 TRIT_TOP = 242  # the byte of five highest codes: 3^5 - 1

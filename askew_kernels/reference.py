@@ -94,7 +94,7 @@ def clamp_hull(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Ten
 # ---- fake quantization --------------------------------------------------------------------------------------------
 
 
-def philox_uniform(seed: int, count: int, device: torch.device) -> Tensor:
+def philox_uniform(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Philox4x32-10: ``count`` uniforms in [0, 1), element i from word i % 4 of block i // 4 with key ``seed``."""
     mask, blocks = 0xFFFFFFFF, (count + 3) // 4
     index = torch.arange(blocks, dtype=torch.int64, device=device)
@@ -649,6 +649,44 @@ def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: 
     q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
     write_copy(q, s[:, None], placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))
     return q, s
+
+
+def stochastic_levels(x: Tensor, factor: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x * factor`` as s q with s = max |x factor| / 127 as in ``token_levels``; q int8, one of
+    the two integers beside x factor / s, such that E[s q] = x factor."""
+    kind = compute_dtype(x.dtype)
+    x = x.to(kind) * factor.to(kind)
+    tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, math.nan)) / torch.full_like(tops, INT8_TOP)
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    placed = (x / s[:, None]).clamp(-INT8_TOP, INT8_TOP)
+    low = placed.floor()
+    uniform = philox_uniform(seed, x.numel(), x.device).reshape(x.shape)
+    q = torch.where(uniform < placed - low, low + 1, low)
+    return q.nan_to_num(nan=0.0).to(torch.int8), s
+
+
+def luq(x: Tensor, bits: int, seed: Tensor) -> Tensor:
+    """Signed powers of two of alpha = max |x| / 2^top, top = 2^(bits - 1) - 1, and 0, such that E[y] = x; NaN
+    everywhere where ``x`` holds inf or NaN."""
+    wide, top = x.to(compute_dtype(x.dtype)).reshape(-1), 2 ** (bits - 1) - 1
+    most = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    most = torch.where(most.isfinite(), most, torch.full_like(most, math.nan))
+    r = wide.abs() / torch.where(most == 0, torch.ones_like(most), most) * 2.0**top
+    mantissa, exponent = torch.frexp(r)  # in [1/2, 1)
+    large, power = r >= 1, torch.ldexp(torch.ones_like(r), exponent - 1)
+    low, high = torch.where(large, power, 0.0), torch.where(large, 2 * power, 1.0)
+    far = philox_uniform(seed, wide.numel(), x.device) < torch.where(large, 2 * mantissa - 1, r)
+    y = most * (torch.where(far, high, low) * 2.0**-top)
+    return torch.where(y > 0, y.copysign(wide), y).to(x.dtype).reshape(x.shape)
+
+
+def level_product(
+    q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """``scaled_sums`` of q c^T, or of q c where c is ``transposed``; the sums are exact integers."""
+    sums = product(q.double(), (c.t() if transposed else c).double())
+    return scaled_sums(sums, token_scale, scale, bias, dtype)
 
 
 def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

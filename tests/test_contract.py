@@ -36,6 +36,8 @@ SHARED = {  # in C++: in Python
 PACKED = {
     "kTrits": contract.TRITS, "kTritsInByte": len(contract.TRIT_POWERS), "kTopTrits": contract.TRIT_TOP,
     "kInt8Top": contract.INT8_TOP, "kSumPiece": contract.SUM_COLUMNS,
+    "kMostLevelColumns": contract.MOST_LEVEL_COLUMNS,
+    **dict(zip(("kLuqFewestBits", "kLuqMostBits"), contract.LUQ_BITS, strict=True)),
 }  # fmt: skip
 # Numbers that are nobody else's: where else one stands it means something else, which is said here.
 NUMBERS = {contract.TRIT_TOP, 81, contract.INT8_TOP, contract.SUM_COLUMNS, contract.SCALE_FLOOR, 1.6}

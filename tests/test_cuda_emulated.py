@@ -265,6 +265,30 @@ def test_ste_clip(kernels, grid, dtype):
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_scale_gradient(kernels, grid, dtype):
+    """The clip is ``ste_clip_``'s, to the bit; of the scale's gradient, float32 sums have at most 133 terms."""
+    for seed, ((rows, cols), shift) in enumerate(itertools.product([*shapes_for(grid), (1, 70000), (300, 16)], (0, 3))):
+        w, scale = weights(rows, cols, grid, dtype, seed, spread=1.5)
+        x, _ = guarded(w)
+        g = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        levels, encoding = GRIDS[grid][1], GRIDS[grid][0]
+        expected = reference.ste_clip_scale_grad_(g.clone(), w, scale, levels, encoding, False, 0.37)
+        top = max(map(abs, reference.hull(levels, encoding)))
+        size = 0.37 * top * g.double().abs().reshape(scale.numel(), -1).sum(1) if w.numel() else torch.zeros(rows)
+        for clips in (False, True):
+            grad, intact = guarded(g, shift)
+            found, alone = guarded(torch.full((scale.numel(),), 99.0))
+            assert not kernels.emulated_scale_gradient(
+                pointer(grad), pointer(x), TYPES[dtype], pointer(grad) if clips else None, pointer(scale),
+                grid_arg(grid), *matrix(x, scale), ctypes.c_double(0.37), pointer(found)
+            )  # fmt: skip
+            wanted = reference.fake_quantize_backward(g, w, scale, levels, encoding) if clips else g
+            assert same(grad, wanted) and intact() and alone(), (rows, cols, shift)
+            close = (found.double() - expected.double()).abs() <= 140 * 2.0**-24 * size + 1e-30
+            assert bool((close | (found.isnan() & expected.isnan())).all()), (rows, cols, shift, found, expected)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_project_interval(kernels, grid, dtype):
     for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 1))):
         w, scale = weights(rows, cols, grid, dtype, seed)

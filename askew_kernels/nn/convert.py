@@ -329,19 +329,25 @@ def hard_quantize_(model: nn.Module) -> nn.Module:
     return model
 
 
-def param_groups(model: nn.Module, *, scale_lr: float = 1.0, **options: Any) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True, decay_vectors: bool = True,
+                 **options: Any) -> list[dict[str, Any]]:  # fmt: skip
     """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest, and
     one for learned scales (``scale="lsq"``), which has ``role="scale"`` and no weight decay. ``scale_lr``: the factor
     of their learning rate, which ``options`` must have unless it is 1.
 
-    ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, so give the plain group its own afterwards
-    where biases and norms should have none. Parameters that do not require a gradient are left out. Where a layer's
-    weight is computed (weight_norm, a pruning mask) what it is made from goes to the rest, which is told (UserWarning).
+    ``options`` (lr, alpha, skew, …) go to every group; ``weight_decay`` too, but for biases, norms and other vectors of
+    the rest, which get a group with weight_decay 0 where ``decay_vectors=False``. Parameters that do not require a
+    gradient are left out. Where a layer's weight is computed (weight_norm, a pruning mask) what it is made from goes to
+    the rest, which is told (UserWarning).
+
+    ``outer``: the weights of the model's first and last layer, where these are quantized, get groups of their own, with
+    ``order="outer"``: ``ak.Recipe`` anneals them last. False: one group for each config.
     """
     _decline_fast_paths(model)  # of models that were put together by hand
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[Any, dict[str, Any]] = {}
     scales: dict[int, nn.Parameter] = {}
     seen: set[int] = set()
+    ends = _ends(model) if outer else set()
     for name, layer in quantized_layers(model).items():
         layer._tied()
         if maker := computed_tensors(layer).get("weight"):
@@ -357,14 +363,34 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, **options: Any) -> 
         seen.add(id(layer.weight))
         c: QuantConfig = layer.config
         of_layer = {key: getattr(c, key) for key in SCALE_FIELDS}
-        group = groups.setdefault(c.to_json(), {"params": [], "grid": c.weight, **of_layer, **options})
-        group["params"].append(layer.weight)
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in seen and id(p) not in scales]
+        order = {"order": "outer"} if id(layer.weight) in ends else {}
+        new = {"params": [], "grid": c.weight, **of_layer, **order, **options}
+        groups.setdefault((c.to_json(), *order.values()), new)["params"].append(layer.weight)
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in seen and id(p) not in scales]
+    vectors = [] if decay_vectors else [p for p in rest if p.dim() < 2]
+    plain = [p for p in rest if decay_vectors or p.dim() >= 2]
     if scale_lr != 1:
         if "lr" not in options:
             raise ValueError(f"scale_lr: {scale_lr} is a factor of lr, which is not given; expected lr=… beside it")
         options_of_scales = {**options, "lr": scale_lr * options["lr"]}
     else:
         options_of_scales = options
-    learned_ones = {"params": [*scales.values()], **options_of_scales, "weight_decay": 0.0, "role": "scale"}
-    return [*groups.values(), *([learned_ones] if scales else []), *([{"params": plain, **options}] if plain else [])]
+    others: list[dict[str, Any]] = [
+        {"params": [*scales.values()], **options_of_scales, "weight_decay": 0.0, "role": "scale"},
+        {"params": plain, **options},
+        {"params": vectors, **options, "weight_decay": 0.0},
+    ]
+    return [*groups.values(), *(group for group in others if group["params"])]
+
+
+def _ends(model: nn.Module) -> set[int]:
+    """Ids of the weights that come first and last in the model: of layers, whose names end so, and not of what a model
+    adds (positions, class tokens)."""
+    found = [
+        id(p)
+        for module in model.modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.dim() >= 2 and key.endswith("weight") and key not in module._modules  # the layer's of that name
+        and not (isinstance(module, QuantizedLayer) and key != "weight")
+    ]  # fmt: skip
+    return {found[0], found[-1]} if found else set()

@@ -28,9 +28,11 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
-from ..quant.sharding import is_sharded, local_part, own_rows
+from ..quant.gradients import INT8_GRADIENT, LUQ
+from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
-from .lowbit import level_linear
+from .compiled import clip_, kept_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -79,13 +81,9 @@ class _StraightThrough(torch.autograd.Function):
 def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     if clip is None:
         return grad
-    scale, grid, form = clip
     again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
     clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-    scale = scale.double() if weight.dtype == torch.float64 else scale
-    levels = grid.levels_tensor(weight.device)
-    with torch.no_grad():
-        ops.run_ste_clip_(form.view(clipped), form.view(weight), scale, levels, grid.encoding)
+    clip_(clipped, weight, *clip)
     return grad * clipped if again else clipped
 
 
@@ -115,13 +113,16 @@ class _LearnedToo(torch.autograd.Function):
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
         else:
-            to_scale = ops.ste_clip_scale_grad_(g, w, scale, grid, ste_clip=clips)
+            kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
+            to_scale = ops.run_ste_clip_scale_grad(
+                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
+            )
         return grad, to_scale.to(learned.dtype), None, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -242,6 +243,8 @@ class QuantizedLayer(nn.Module):
                     quantizer.untie(old)
                 if is_sharded(value):
                     self.form.check_sharded(value)
+                    if self.config.learns_scale:
+                        refuse_learned(value, type(self).__name__)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
@@ -322,6 +325,15 @@ class QuantizedLayer(nn.Module):
             if self.quantizer.learned is not None and type(parameters["weight_scale"]) is not LearnedScale:
                 return False  # a temporary, of functional_call
         return not (weight.is_meta or weight.is_inference())
+
+    def _compiled_with_copy(self, x: Tensor) -> bool:
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return False
+        weight: Any = self._parameters.get("weight")
+        types = (weight.dtype, autocast_dtype(x) and x.dtype)
+        return (self.kind.multiplies_levels and not self.config.learns_scale and type(weight) is QuantizedParameter
+                and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
@@ -405,7 +417,7 @@ class QuantizedLayer(nn.Module):
         bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
         return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
@@ -424,6 +436,10 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        gradient, y = self.config.gradient, self._output(x, *more)
+        return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
+
+    def _output(self, x: Tensor, *more: Any) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
@@ -432,6 +448,10 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
+        if not more and self._compiled_with_copy(x):
+            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
+            return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----

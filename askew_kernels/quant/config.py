@@ -11,6 +11,7 @@ import torch
 
 from .. import contract
 from .exports import target as find_target
+from .gradients import LUQ, check_gradient, gradient_from_dict
 from .grids import Grid, Uniform, as_flag, grid_from_dict
 from .scales import (
     LEARNED,
@@ -49,6 +50,10 @@ class QuantConfig:
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
     be any number that these hold.
+    ``gradient``: what the gradient of the layer's output is rounded to, stochastically and without bias, by numbers
+    that torch's generator seeds: ``LUQ(bits=4)`` before both products of the backward; ``"int8"`` (with
+    ``forward="int8"``) token by token for the input's gradient, which is a product of levels then (the weight's stays
+    float); None (default): nothing.
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
     them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn" (E4M3 numbers times one power
     of two for the tensor, ``quant.scale_unit``); a torch.dtype does, too.
@@ -65,6 +70,7 @@ class QuantConfig:
     ste_clip: bool | str = True
     activation: Grid | None = None
     scale_dtype: str = "float32"
+    gradient: LUQ | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Grid):
@@ -91,6 +97,7 @@ class QuantConfig:
         if self.learns_scale:
             self._check_learned()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
+        check_gradient(self.gradient, self.forward)
         check_rule_type(self.scale, self.scale_dtype, "scale")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
@@ -165,13 +172,15 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in fields(self)}
-        d = {name: value.to_dict() if isinstance(value, Grid) else value for name, value in d.items()}
+        d = {name: value.to_dict() if isinstance(value, Grid | LUQ) else value for name, value in d.items()}
         if self.sawb_coefficients is not None:
             d["sawb_coefficients"] = list(self.sawb_coefficients)
         if self.activation is None:  # as before there was one
             del d["activation"]
         if self.scale_dtype == "float32":
             del d["scale_dtype"]
+        if self.gradient is None:
+            del d["gradient"]
         return d
 
     @classmethod
@@ -180,6 +189,7 @@ class QuantConfig:
         arguments["weight"] = grid_from_dict(arguments.get("weight", {}))
         if arguments.get("activation") is not None:
             arguments["activation"] = grid_from_dict(arguments["activation"])
+        arguments["gradient"] = gradient_from_dict(arguments.get("gradient"))
         if arguments.get("scale") == "sawb" and not arguments["weight"].evenly_spaced:
             # earlier releases took the coefficients of evenly spaced levels without being told to
             arguments["sawb_coefficients"] = arguments.get("sawb_coefficients") or SAWB_COEFFICIENTS.get(

@@ -151,6 +151,30 @@ struct SumsArg {  // y = sums token_scale[row] scale[col] + bias[col]
   Matrix m;
 };
 
+constexpr int64_t kMostLevelColumns = 131071;  // whose products of bytes int32 holds the sum of, whatever they are
+struct LevelsArg {      // y = ((q c^T) token_scale[row]) scale[col] + bias[col], q and c levels of int8
+  const int8_t *q, *c;  // (rows, cols); (n, cols), or (cols, n) where it is transposed
+  const float *token_scale, *scale;
+  const void* bias;  // may be null
+  void* y;
+  int bias_type, y_type;
+  bool each, transposed;  // each: a scale for each column of y, else one
+  int64_t rows, cols, n;
+};
+
+constexpr int kLuqFewestBits = 2, kLuqMostBits = 6;  // of LUQ: one of the sign, the others of the exponent
+struct RoundArg {  // gradients, rounded stochastically by the Philox numbers of `seed`
+  const void* x;
+  void* q;              // int8 levels, or the result of LUQ in the type of x
+  const float* factor;  // levels: of x, one or one for each column
+  float* scale;         // levels: (rows,), as in TokenArg
+  uint64_t seed;
+  float most;     // LUQ: max |x| of the whole tensor
+  int type, top;  // LUQ: the exponent of most
+  bool each;      // a factor for each column
+  Matrix m;
+};
+
 enum SamPass : int {
   kSamNorm,     // sum (T g)^2
   kSamPerturb,  // kept = w, w += (c T^2 - a) g
