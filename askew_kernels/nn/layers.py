@@ -28,10 +28,11 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
-from ..quant.sharding import is_sharded, local_part, own_rows
+from ..quant.gradients import INT8_GRADIENT, LUQ
+from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
 from .compiled import clip_, kept_linear
-from .lowbit import level_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -112,13 +113,16 @@ class _LearnedToo(torch.autograd.Function):
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
         else:
-            to_scale = ops.ste_clip_scale_grad_(g, w, scale, grid, ste_clip=clips)
+            kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
+            to_scale = ops.run_ste_clip_scale_grad(
+                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
+            )
         return grad, to_scale.to(learned.dtype), None, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -239,6 +243,8 @@ class QuantizedLayer(nn.Module):
                     quantizer.untie(old)
                 if is_sharded(value):
                     self.form.check_sharded(value)
+                    if self.config.learns_scale:
+                        refuse_learned(value, type(self).__name__)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
@@ -367,14 +373,14 @@ class QuantizedLayer(nn.Module):
         how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips)
         return _LearnedToo.apply(weight, learned, quantized, clip, how)
 
-    def _eager_forward(self, x: Tensor) -> Tensor:
+    def _eager_forward(self, x: Tensor, *more: Any) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
         quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
-            return self.kind.product(self, x, quantized, bias)
+            return self.kind.product(self, x, quantized, bias, *more)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self.kind.product(self, x.to(low), quantized, bias)
+            return self.kind.product(self, x.to(low), quantized, bias, *more)
 
     def _eager_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(what receives the gradient, levels in ``dtype``, scale): the quantizer's own copy."""
@@ -394,21 +400,25 @@ class QuantizedLayer(nn.Module):
             levels = levels.nan_to_num().round()
         return weight, self.form.view(levels.to(dtype)), scale
 
-    def _level_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of the input's levels and the weight's, both of the type ``dtype``."""
+    def _level_forward(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
+                       rows: slice | None = None) -> Tensor:  # fmt: skip
+        """The product of the input's levels and the weight's (or these ``rows`` of it), both of the type ``dtype``."""
         if x.is_nested:
             return self._nested_levels(x, dtype)
         ordinary = self._ordinary() and type(x) in (Tensor, nn.Parameter)
         weight, levels, scale = (self._eager_levels if ordinary else self._functional_levels)(dtype)
         view, low = self.form.view, autocast_dtype(x) or x.dtype
-        rows, cols = view(levels).shape
+        if rows is not None:
+            weight, levels, scale = weight[rows], levels[rows], scale[rows] if scale.numel() > 1 else scale
+        outputs, cols = view(levels).shape
         if x.shape[-1:] != (cols,) or not x.is_floating_point():
             raise ValueError(f"x: expected floats of shape (…, {cols}), got {x.dtype} {tuple(x.shape)}")
-        bias = None if self.bias is None else self.bias.to(low)
+        bias = self.bias if bias is None else bias
+        bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
-        return y.reshape(*x.shape[:-1], rows)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
+        return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -417,27 +427,32 @@ class QuantizedLayer(nn.Module):
         values = self._level_forward(x.values(), dtype)
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
-        return self.kind.product(self, x, weight, self.bias)
+        return self.kind.product(self, x, weight, self.bias, *more)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+    def forward(self, input: Tensor, *more: Any) -> Tensor:  # the name that torch's layers have
+        """``more``: what the kind's product takes besides."""
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        gradient, y = self.config.gradient, self._output(x, *more)
+        return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
+
+    def _output(self, x: Tensor, *more: Any) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
-            return self._level_forward(x, levels)
+            return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
         if self.training and self.config.forward == "relaxed":
-            return self.product(x, self.weight)
+            return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
-            return self._eager_forward(x)
-        if self._compiled_with_copy(x):
+            return self._eager_forward(x, *more)
+        if not more and self._compiled_with_copy(x):
             low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
-        return self.product(x, self._functional_weight())
+        return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
 

@@ -34,8 +34,8 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
     ``constraint_eps``  the constraint's eps, in (0, 1]; 1 is unconstrained; ``EpsilonAnnealing`` sets it
     ``skew``            ``"gradient"`` (published: the skewed velocity replaces the gradient) or ``"direction"`` (the
                         base rule's own step is skewed last, which keeps the guarantee with momentum)
-    ``freeze_scale``    ``"anneal"`` (default: at the first step with constraint_eps < 1), ``"init"`` or ``"never"``;
-                        weights are clamped to the hull once the scale is frozen
+    ``freeze_scale``    ``"anneal"`` (default: at the first step with constraint_eps < 1), ``"init"`` or ``"never"``
+    ``clamp``           weights are clamped to the hull once the scale is frozen (default: True)
     ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
     ==================  =============================================================================================
 

@@ -23,7 +23,8 @@ from .telemetry import Record, TelemetryLog, checked_every
 FREEZE_SCALE = ("anneal", "init", "never")
 GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
              "scale_dtype": "float32"}  # fmt: skip
-CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
+CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "clamp": True,
+                   "skip_nonfinite": False, **GRID_KEYS}  # fmt: skip
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
 
@@ -79,6 +80,8 @@ class Constrained(Optimizer):
         ops.rate_tensor("alpha", group["alpha"], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        if not isinstance(group["clamp"], bool):
+            raise TypeError(f"clamp: expected True or False, got {group['clamp']!r}")
         if group["grid"] is None:
             return
         if made_for_a_part():
@@ -243,7 +246,7 @@ class Constrained(Optimizer):
     def _plan_key(self, group: dict[str, Any], freeze: bool) -> tuple[Any, ...]:
         """What a plan is made for, beside its parameters."""
         skip = bool(group["skip_nonfinite"])
-        return id(group), id(group["grid"]), group["freeze_scale"], freeze, skip, self._state_revision
+        return id(group), id(group["grid"]), group["freeze_scale"], freeze, group["clamp"], skip, self._state_revision
 
     def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
         buckets: dict[Any, list[Tensor]] = {}
@@ -256,8 +259,15 @@ class Constrained(Optimizer):
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
-            frozen, clips = quantizer.frozen and group["freeze_scale"] != "never", quantizer.config.clips_in_step
-            key = (p.device, frozen, clips, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            clamp = quantizer.frozen and group["freeze_scale"] != "never" and group["clamp"]
+            key = (
+                p.device,
+                clamp,
+                quantizer.config.clips_in_step,
+                p.dtype == torch.float64,
+                sharding_of(p),
+                *self._bucket(group, p),
+            )
             buckets.setdefault(key, []).append(p)
         return [
             Launch(members, clamp, rest, group["grid"].levels_tensor(device), group["grid"].encoding)
