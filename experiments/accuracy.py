@@ -10,6 +10,7 @@ at after the last step, and differences are paired over seeds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import math
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -95,16 +96,29 @@ def device_name(device: torch.device) -> str:
 _lasted: dict[tuple[str, str], float] = {}  # seconds of a task with a method in this process
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the line on what stays float, and torch's on the nested tensors of PARQ."""
+    logger = logging.getLogger("askew_kernels")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+            yield
+    finally:
+        logger.setLevel(before)
+
+
 def train(job: Job, source: Source, device: torch.device, deadline: float = math.inf) -> list[Result]:
     """The row of one training; none where it would not be done by ``deadline`` (time.time()), or where it failed, which
     is told."""
     if time.time() + _lasted.get((job.task, job.method), 0.0) > deadline:
         return []
     started = time.perf_counter()
-    logging.getLogger("askew_kernels").setLevel(logging.ERROR)  # what stays float is known
-    warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # of PARQ
     try:
-        value, loss = train_and_test(job, source, device, deadline)
+        with quiet():
+            value, loss = train_and_test(job, source, device, deadline)
     except command.Failed:
         raise
     except Exception as problem:
@@ -115,6 +129,11 @@ def train(job: Job, source: Source, device: torch.device, deadline: float = math
                                             device=device_name(device), versions=versions())]  # fmt: skip
 
 
+def tf32(on: bool) -> None:
+    """Whether GPUs multiply in TF32: in training, all methods alike, and not in the test."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
 def train_and_test(job: Job, source: Source, device: torch.device, deadline: float) -> tuple[float | None, float]:
     """(metric, or None where time was up; training loss)"""
     prepared = TASKS[job.task].prepare(source, job.seed, job.steps, job.split == VALIDATION, device)
@@ -122,8 +141,7 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
     model = prepared.model().to(device).train()
     training = METHODS[job.method](model, recipe_of(job, model))
     losses = []
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, of all methods alike; the test is in float32
+    tf32(device.type == "cuda")
     training.set_lr(lr_share(0, job.steps))
     for step in range(job.steps):
         model.zero_grad()
@@ -138,8 +156,8 @@ def train_and_test(job: Job, source: Source, device: torch.device, deadline: flo
             return None, math.nan
     training.finish()
     model.eval()
-    torch.set_float32_matmul_precision("highest")
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    tf32(False)
+    with torch.no_grad():
         return prepared.test(model), torch.stack(losses).mean().item()
 
 
@@ -327,7 +345,9 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
             axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods}
         )
         better = "" if TASKS[place[0]].higher else " (above 0: lower)"
-        figures.label(axis, f"{place[0]}\n{place[1]}", y=f"{TASKS[place[0]].metric}{better}" if column == 0 else "")
+        figures.label(
+            axis, f"{place[0]}\n{place[1]}", y=f"gain: {TASKS[place[0]].metric}{better}" if column == 0 else ""
+        )
     for axis in unused.values():
         axis.set_axis_off()
     figures.legend_below(figure, axes, 3)
@@ -337,9 +357,12 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
 MARK = re.compile(r"(<!-- evidence\b[^\n]*-->\n).*?(<!-- /evidence -->)", re.DOTALL)
 
 
-def fill(page: Path, text: str) -> None:
-    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page. Raises Failed where there is none."""
-    made, count = MARK.subn(lambda found: f"{found[1]}{text}\n{found[2]}", page.read_text())
+def fill(page: Path, text: str, picture: Path) -> None:
+    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page: the plot and the tables. Raises
+    Failed where there is no such place."""
+    address = Path(os.path.relpath(picture, page.parent)).as_posix()
+    block = f"![What each method gains over straight-through]({address})\n\n{text}\n"
+    made, count = MARK.subn(lambda found: f"{found[1]}{block}{found[2]}", page.read_text())
     if not count:
         raise command.Failed(f"{page}: holds no <!-- evidence … --> … <!-- /evidence --> block")
     command.write_atomic(page, made)
@@ -424,7 +447,7 @@ def run(args: argparse.Namespace) -> int:
     for name, data in {"evidence.md": (text + "\n").encode(), **(plot(lines) if lines else {})}.items():
         command.write_atomic(args.out / name, data)
     for page in args.fill:
-        fill(page, text)
+        fill(page, text, args.out / "evidence.png")
     print(f"Written: {rows}, {args.out / 'evidence.md'}, {args.out / 'evidence.png'}")
     return 0
 

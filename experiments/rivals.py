@@ -213,11 +213,8 @@ def train_ours(model: nn.Module, recipe: Recipe, scale: str | None = None) -> Tr
     """By the library's own recipe, whose numbers are nowhere else."""
     quantize(model, recipe, scale)
     optimizer = our_optimizer(model, recipe)
-    if not hasattr(ak, "Recipe"):
-        annealing = ak.EpsilonAnnealing(optimizer, total=max(2, round(END * recipe.steps)))
-    else:
-        annealing = ak.Recipe(model, optimizer, recipe.steps)
-    return Training(optimizer, annealing.step, lambda: ak.hard_quantize_(model))
+    followed = ak.Recipe(model, optimizer, recipe.steps)
+    return Training(optimizer, followed.step, lambda: ak.hard_quantize_(model))
 
 
 FLOAT, STRAIGHT_THROUGH, LSQ_NAME, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"

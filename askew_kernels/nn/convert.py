@@ -384,13 +384,13 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """Ids of the weights of two and more dimensions that come first and last in the model."""
+    """Ids of the weights that come first and last in the model: of layers, whose names end so, and not of what a model
+    adds (positions, class tokens)."""
     found = [
         id(p)
         for module in model.modules()
         for key, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2
-        and key not in module._modules  # the layer's of that name
+        if p.dim() >= 2 and key.endswith("weight") and key not in module._modules  # the layer's of that name
         and not (isinstance(module, QuantizedLayer) and key != "weight")
-    ]
+    ]  # fmt: skip
     return {found[0], found[-1]} if found else set()
