@@ -4,7 +4,7 @@ import askew_kernels as ak
 
 ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4)))
 optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
-annealing = ak.EpsilonAnnealing(optimizer, hold=30, total=60)
+recipe = ak.Recipe(model, optimizer, steps)
 """
 
 import os as _os
@@ -17,18 +17,20 @@ if _sys.argv[:1] == ["-m"] and ("-m", "askew_kernels") in zip(_sys.orig_argv, _s
         _signal.signal(_signal.SIGINT, lambda *_: _os._exit(130))  # until __main__ is there to catch it
 
 from . import analysis, nn, ops, optim, quant, runtime, search
-from .annealing import EpsilonAnnealing
+from .annealing import RECIPES, EpsilonAnnealing
 from .deploy import hf as _hf  # noqa: F401  # transformers learns of its quantizer there
 from .deploy.export import export_packed
 from .deploy.files import load_packed, save_packed
 from .deploy.inspect import inspect
+from .distillation import distill
 from .nn import dequantize_, hard_quantize_, pack_, param_groups, quantize_, unpack_
 from .quant import QuantConfig
+from .recipe import Recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "EpsilonAnnealing", "QuantConfig", "__version__", "analysis", "dequantize_", "export_packed", "hard_quantize_",
-    "inspect", "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant", "quantize_", "runtime",
-    "save_packed", "search", "unpack_",
+    "RECIPES", "EpsilonAnnealing", "QuantConfig", "Recipe", "__version__", "analysis", "dequantize_", "distill",
+    "export_packed", "hard_quantize_", "inspect", "load_packed", "nn", "ops", "optim", "pack_", "param_groups", "quant",
+    "quantize_", "runtime", "save_packed", "search", "unpack_",
 ]  # fmt: skip

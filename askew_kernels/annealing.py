@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,36 @@ from torch.optim.lr_scheduler import LRScheduler
 MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
 STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
+# What states of the first releases have not, and what it was there.
+LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None}
+POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A row of the recipe. Shares are of all steps; "outer" are the groups with ``order="outer"``, which
+    ``ak.param_groups`` makes of the first and the last layer."""
+
+    freeze: float = 0.1  # share after which scales are frozen, and weights clamped to the hull
+    hold: float = 0.9  # share in which eps is 1
+    power: float = 2.0
+    outer_freeze: float = 0.97
+    outer_hold: float = 0.97
+    outer_power: float = 1.0
+    end: float = 1.0  # share after which eps is at its floor
+    mode: str = "gap"
+    keep_pull: bool = True
+    clamp: bool = True
+    scale: str | None = None  # what to give QuantConfig: "lsq", or None for the grid's own rule
+
+
+# The one home of the recipe's numbers: by the optimizer's family.
+RECIPES = {"sgd": Settings(), "adam": Settings()}
+
+
+def family_of(optimizer: torch.optim.Optimizer) -> str:
+    """The row of ``RECIPES`` for an optimizer, by what its groups hold: "adam" with betas, otherwise "sgd"."""
+    return "adam" if any("betas" in group for group in optimizer.param_groups) else "sgd"
 
 
 class EpsilonAnnealing(LRScheduler):
@@ -33,8 +64,13 @@ class EpsilonAnnealing(LRScheduler):
     taken for it), so that the pull towards feasibility in one step stays the same while the learning rate decays; with
     a constant alpha and lr -> 0 the weights never arrive at their levels. alpha follows lr at every step of the
     optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed.
-    The defaults are the recommended recipe: ``gap`` with power 12, ``hold`` a tenth of ``total``, ``keep_pull``. The
-    other modes default to hold 0 and a constant alpha, as published.
+    ``freeze``: the period from which scales are frozen (and weights clamped to the hull, where ``clamp``), if before
+    the hold ends. ``clamp``: what the groups are told; None: as they have it. ``outer_hold``, ``outer_freeze``,
+    ``outer_power``: those of groups with ``order="outer"``; None: as the others.
+
+    Nothing given but ``total`` is the recommended recipe, ``RECIPES[family_of(optimizer)]``; ``ak.Recipe`` takes it
+    from a number of steps. With ``hold`` scales freeze when it ends, all groups are alike, and power is 12. Other modes
+    than the recipe's default to hold 0, a constant alpha and what the groups have, as published.
 
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
@@ -46,36 +82,53 @@ class EpsilonAnnealing(LRScheduler):
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None, mode: str = "gap",
-        power: float = 12.0, decay: float | None = None, floor: float = FLOOR, keep_pull: bool | None = None,
+        self, optimizer: torch.optim.Optimizer, *, hold: int | None = None, total: int | None = None,
+        mode: str | None = None, power: float | None = None, decay: float | None = None, floor: float = FLOOR,
+        keep_pull: bool | None = None, clamp: bool | None = None, freeze: int | None = None,
+        outer_hold: int | None = None, outer_freeze: int | None = None, outer_power: float | None = None,
     ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        row = RECIPES[family_of(optimizer)]
+        mode = row.mode if mode is None else mode
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if total is not None:
             total = _periods("total", total)
-        if hold is None:
-            hold = round(total / 10) if mode == "gap" and total is not None else 0
-        hold = _periods("hold", hold)
-        for name, value in (("floor", floor), ("power", power), ("decay", decay)):
+        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze}
+        periods = {name: None if value is None else _periods(name, value) for name, value in given.items()}
+        if mode == row.mode and decay is None:
+            keep_pull = row.keep_pull if keep_pull is None else keep_pull
+            if hold is None and total is not None:
+                periods = {
+                    n: row_periods(row, n, total / row.end, total) if p is None else p for n, p in periods.items()
+                }
+                power = row.power if power is None else power
+                outer_power = row.outer_power if outer_power is None else outer_power
+                clamp = row.clamp if clamp is None else clamp
+        hold, power = periods["hold"] or 0, POWER if power is None else power
+        for name, value in (("floor", floor), ("power", power), ("decay", decay),
+                            ("outer_power", outer_power)):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
                 raise TypeError(f"{name}: expected a number, got {value!r}")
         if not 0 < floor <= 1:
             raise ValueError(f"floor: expected a number in (0, 1], got {floor}")
-        if not 0 < power < math.inf:
-            raise ValueError(f"power: expected a number > 0, got {power}")
+        for name, value in (("power", power), ("outer_power", outer_power)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a number > 0, got {value}")
         if decay is not None and not 0 < decay < 1:
             raise ValueError(f"decay: expected a number in (0, 1), got {decay}")
         if decay is not None and mode != "geometric":
             raise ValueError(f"decay: only for mode='geometric', got mode={mode!r}")
         if total is None and decay is None:
             raise ValueError(f"total: mode={mode!r} needs the number of periods" + " or decay" * (mode == "geometric"))
-        if total is not None and total <= hold:
-            raise ValueError(f"total: expected more than hold={hold}, got {total}")
-        if keep_pull is not None and not isinstance(keep_pull, bool):
-            raise TypeError(f"keep_pull: expected True, False or None, got {keep_pull!r}")
+        for name in ("hold", "outer_hold"):
+            if total is not None and total <= (periods[name] or 0):
+                raise ValueError(f"total: expected more than {name}={periods[name]}, got {total}")
+        for name, value in (("keep_pull", keep_pull), ("clamp", clamp)):
+            if value is not None and not isinstance(value, bool):
+                raise TypeError(f"{name}: expected True, False or None, got {value!r}")
         if not any(group.get("grid") is not None for group in optimizer.param_groups):
             raise ValueError("optimizer: no parameter group has a grid; see ak.param_groups")
         self.optimizer = optimizer
@@ -83,53 +136,94 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"optimizer: {type(optimizer).__name__} has no constraint; see ak.optim.Skewed")
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
-        self.keep_pull = mode == "gap" if keep_pull is None else keep_pull
+        self.keep_pull, self.clamp, self.freeze = bool(keep_pull), clamp, periods["freeze"]
+        self.outer_hold, self.outer_freeze = periods["outer_hold"], periods["outer_freeze"]
+        self.outer_power = None if outer_power is None else float(outer_power)
         self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
-        self._late, self._looked = 0, False
+        self._late, self._looked, self._calls, self._crowded = 0, False, 0, 0
         self._ahead = self._further_along()  # as the groups were found, before they are set
         self._hook()
         self._apply()
 
-    def eps_at(self, k: int) -> float:
-        """eps of period k."""
-        j = k - self.hold
+    def eps_at(self, k: int, outer: bool = False) -> float:
+        """eps of period k, or that of the outer groups."""
+        hold, _, power = self._schedule(outer)
+        j = k - hold
         if j <= 0:
             return 1.0
-        periods = math.inf if self.total is None else self.total - self.hold
+        periods = math.inf if self.total is None else self.total - hold
         share = min(1.0, j / periods)
         if self.mode == "geometric":
             eps = (self.floor ** (1 / periods) if self.decay is None else self.decay) ** j
         elif self.mode == "gap":
-            eps = (1 - share ** (2 * self.power)) ** 2
+            eps = (1 - share ** (2 * power)) ** 2
         else:
             eps = 1 - share if self.mode == "linear" else (1 + math.cos(math.pi * share)) / 2
         return min(1.0, max(self.floor, eps))
+
+    def frozen_at(self, k: int, outer: bool = False) -> bool:
+        """Whether scales are frozen in period k, in groups with freeze_scale="anneal"."""
+        hold, freeze, _ = self._schedule(outer)
+        return k > hold or (freeze is not None and k >= freeze)
+
+    def _schedule(self, outer: bool) -> tuple[int, int | None, float]:
+        """hold, freeze, power."""
+        if not outer:
+            return self.hold, self.freeze, self.power
+        hold = self.hold if self.outer_hold is None else self.outer_hold
+        freeze = self.freeze if self.outer_freeze is None else self.outer_freeze
+        return hold, freeze, self.power if self.outer_power is None else self.outer_power
 
     def step(self, epoch: int | None = None) -> None:
         """The next period, or period ``epoch``."""
         self._ahead = self._ahead or self._further_along()
         self._warn_if_ahead()
-        if not self._stepped and self._step_count == 1 and self._counts:
+        if not self._stepped and self._step_count == 1 and self._counts and not self._overflowed():
             _warn("step() before the first optimizer.step(): the first period is skipped; call optimizer.step() first")
         self._step_count += 1
+        self._calls += 1
         self.last_epoch = self.last_epoch + 1 if epoch is None else _periods("epoch", epoch)
         self._apply()
 
     def _apply(self) -> None:
-        eps = self.eps_at(self.last_epoch)
+        self._separate()
         for _, group in self._groups():
-            present = group["constraint_eps"]
+            eps, present = self._eps_of(group), group["constraint_eps"]
             new = present.fill_(eps) if isinstance(present, torch.Tensor) else eps
             if group.get("eps") is present:  # the same by its old name, where the base has no eps of its own
                 group["eps"] = new
             group["constraint_eps"] = new
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
-            group["annealing"] = self.last_epoch > self.hold
+            group["annealing"] = self._freezes(group)
+            if self.clamp is not None:
+                group["clamp"] = self.clamp
         self._stepped = self._told = False
         self._follow_lr()
+
+    def _separate(self) -> None:
+        """Outer groups that share the tensor of eps with others get one of their own."""
+        groups = [group for _, group in self._groups()]
+        others = [group["constraint_eps"] for group in groups if not _is_outer(group)]
+        for group in groups if self._schedule(True) != self._schedule(False) else ():
+            eps = group["constraint_eps"]
+            if _is_outer(group) and isinstance(eps, torch.Tensor) and any(eps is other for other in others):
+                group["constraint_eps"] = eps.clone()
+                if group.get("eps") is eps:
+                    group["eps"] = group["constraint_eps"]
+
+    def _eps_of(self, group: dict[str, Any]) -> float:
+        return self.eps_at(self.last_epoch, _is_outer(group))
+
+    def _freezes(self, group: dict[str, Any]) -> bool:
+        return self.frozen_at(self.last_epoch, _is_outer(group))
+
+    def _overflowed(self) -> bool:
+        """Whether a gradient is inf or NaN: a GradScaler has left the optimizer's step out. Waits for the device."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return any(not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()) for g in grads)
 
     def _groups(self) -> list[tuple[str, dict[str, Any]]]:
         return [(str(i), g) for i, g in enumerate(self.optimizer.param_groups) if g.get("grid") is not None]
@@ -178,6 +272,10 @@ class EpsilonAnnealing(LRScheduler):
     def _before_step(self) -> None:
         first, self._stepped = not self._stepped, True
         self._warn_if_ahead()
+        self._crowded, self._calls = self._crowded + 1 if self._calls > 1 else 0, 0
+        if self._crowded == 3:  # once may be a GradScaler that looks for its scale
+            _warn("step() is called several times between two steps of the optimizer, so that the schedule runs ahead "
+                  "of it; with micro-batches call it once for all of them, after optimizer.step()")  # fmt: skip
         moved = self._follow_lr()
         if first and self._step_count > 1:  # an LR scheduler that counts epochs moves now and then, not every time
             self._late = self._late + 1 if moved else 0
@@ -190,9 +288,9 @@ class EpsilonAnnealing(LRScheduler):
         for _, group in self._groups():
             eps = group["constraint_eps"]
             known = not isinstance(eps, torch.Tensor) or (eps.device.type == "cpu" and type(eps) is torch.Tensor)
-            if known and float(eps) < self.eps_at(self.last_epoch) * (1 - 1e-6):
+            if known and float(eps) < self._eps_of(group) * (1 - 1e-6):
                 return f"eps = {float(eps):.3g}"
-            if group.get("annealing") and self.last_epoch <= self.hold:
+            if group.get("annealing") and not self._freezes(group):
                 return "in the groups"
         return ""
 
@@ -200,13 +298,15 @@ class EpsilonAnnealing(LRScheduler):
         return any(
             getattr(getattr(p, "_askew_quantizer", None), "frozen", False)
             for _, group in self._groups()
-            if group.get("freeze_scale") == "anneal" and not isinstance(group.get("scale"), torch.Tensor)
+            if group.get("freeze_scale") == "anneal"
+            and not isinstance(group.get("scale"), torch.Tensor)
+            and not self._freezes(group)
             for p in group["params"]
         )
 
     def _warn_if_ahead(self) -> None:
         ahead = self._ahead
-        if not ahead and not self._looked and self.last_epoch <= self.hold and self._frozen():
+        if not ahead and not self._looked and self._frozen():
             ahead = "frozen scales"  # looked at once: before the first step of anything
         self._ahead, self._looked = "", True
         if ahead and not self._told:
@@ -217,7 +317,7 @@ class EpsilonAnnealing(LRScheduler):
 
     def get_last_eps(self) -> list[float]:
         """eps of each group with a grid."""
-        return [self.eps_at(self.last_epoch)] * len(self._groups())
+        return [self._eps_of(group) for _, group in self._groups()]
 
     def get_last_lr(self) -> list[Any]:
         """The learning rate of each group, which others set."""
@@ -227,23 +327,34 @@ class EpsilonAnnealing(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the optimizer: numbers, text, lists."""
-        return {key: getattr(self, key) for key in STATE} | {
+        return {key: getattr(self, key) for key in (*STATE, *LATER)} | {
             "_first": {k: [float(x) for x in v] for k, v in self._first.items()}
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The inverse of ``state_dict``; sets the groups' eps. Raises ValueError before anything changes."""
-        missing, unknown = sorted(set(STATE) - set(state_dict)), sorted(set(state_dict) - set(STATE))
+        missing, unknown = sorted(set(STATE) - set(state_dict)), sorted(set(state_dict) - {*STATE, *LATER})
         if missing or unknown:
             raise ValueError(f"state_dict: expected EpsilonAnnealing's keys, got {unknown} instead of {missing}")
-        self.__dict__.update(state_dict)
+        self.__dict__.update({**LATER, **state_dict})
         self._first = {str(k): list(v) for k, v in state_dict["_first"].items()}
         self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}
+        self._calls = self._crowded = 0
         self._apply()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._hook()  # a copy looks at the copy of the optimizer
+
+
+def row_periods(row: Settings, name: str, steps: float, total: int) -> int | None:
+    """A share of the row as periods; what holds does so for less than ``total``."""
+    share = getattr(row, name)
+    return None if share is None else min(round(share * steps), total - 1) if "hold" in name else round(share * steps)
+
+
+def _is_outer(group: dict[str, Any]) -> bool:
+    return group.get("order") == "outer"
 
 
 def _elsewhere(lr: Any) -> bool:

@@ -43,6 +43,7 @@ NF4 = Codebook([-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734
 # in another order, everything else is the same arithmetic.
 SUMS = {
     "row_sums",
+    "ste_clip_scale_grad_",
     "packed_linear",
     "packed_linear_int8",
     "packed_tiles_linear",
@@ -83,6 +84,7 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         yield "fake_quantize_out_", [w, scale, levels, code, torch.zeros(rows, cols, dtype=torch.bfloat16)]
         yield "fake_quantize_backward", [grad, w, scale, levels, code]
         yield "ste_clip_", [grad, w, scale, levels, code]
+        yield "ste_clip_scale_grad_", [grad, w, scale, levels, code, True, 0.5]
         yield "project_interval_", [w, scale, levels, code, torch.tensor(0.3)]
         yield "row_sums", [w, rows]
         sums = reference.row_sums(w, rows)

@@ -2,6 +2,7 @@
 
     sam       python -m askew_kernels demo --sam    do flat minima survive quantization better?
     search    python -m askew_kernels search        which layer deserves which bits
+    accuracy  python -m askew_kernels accuracy      quantized training beside its rivals, on three tasks
     paper     python -m askew_kernels paper         the experiments that the method was published with
 
 Data, networks, recipe, the training loop and the pool of processes are the demo's (``askew_kernels.demo``), which lends

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.annealing import RECIPES, Settings, family_of
 from askew_kernels.optim import SAM, ASkewAdamW, ASkewSGD
 from askew_kernels.quant import Uniform
 
@@ -56,10 +57,33 @@ def silent():
 def test_defaults_are_the_recipe():
     _, optimizer = problem()
     short = ak.EpsilonAnnealing(optimizer, total=200)
-    long = ak.EpsilonAnnealing(optimizer, hold=20, total=200, mode="gap", power=12.0, keep_pull=True)
+    row, steps = RECIPES["sgd"], 200 / RECIPES["sgd"].end
+    periods = {key: round(getattr(row, key) * steps) for key in ("hold", "freeze", "outer_hold", "outer_freeze")}
+    options = {key: getattr(row, key) for key in ("mode", "power", "outer_power", "keep_pull", "clamp")}
+    long = ak.EpsilonAnnealing(optimizer, total=200, **periods, **options)
     assert short.state_dict() == long.state_dict()
+    assert ak.EpsilonAnnealing(optimizer, total=np.int64(200)).hold == periods["hold"]
+
+
+def test_with_a_hold_scales_freeze_when_it_ends_and_all_groups_are_alike():
+    _, optimizer = problem()
+    annealing = ak.EpsilonAnnealing(optimizer, hold=20, total=200)
+    assert annealing.power == 12.0 and annealing.keep_pull is True
+    for k in (0, 20, 21, 199):
+        assert annealing.frozen_at(k) == annealing.frozen_at(k, outer=True) == (k > 20)
+        assert annealing.eps_at(k) == annealing.eps_at(k, outer=True)
     assert ak.EpsilonAnnealing(optimizer, total=200, hold=0).hold == 0
-    assert ak.EpsilonAnnealing(optimizer, total=np.int64(200)).hold == 20
+
+
+def test_each_family_of_optimizers_has_its_row(monkeypatch):
+    assert family_of(problem()[1]) == "sgd" and family_of(problem(ASkewAdamW)[1]) == "adam"
+    row = Settings(hold=0.4, end=0.8, mode="linear", keep_pull=False, freeze=0.2, outer_hold=None, outer_freeze=0.6)
+    monkeypatch.setitem(RECIPES, "adam", row)
+    annealing = ak.EpsilonAnnealing(problem(ASkewAdamW)[1], total=40)
+    assert (annealing.hold, annealing.mode, annealing.keep_pull, annealing.freeze) == (20, "linear", False, 10)
+    assert (annealing.outer_hold, annealing.outer_freeze) == (None, 30)
+    row = RECIPES["sgd"]
+    assert ak.EpsilonAnnealing(problem()[1], total=round(100 * row.end)).hold == round(row.hold * 100)
 
 
 @pytest.mark.parametrize("options", [dict(mode="geometric", decay=0.96), dict(mode="linear", total=9),

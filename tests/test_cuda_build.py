@@ -31,6 +31,7 @@ KERNELS = {  # source -> hot kernels, and how many instances (storage types x gr
     "quantize": {
         "quantize_kernel": 36,
         "row_sums_kernel": 3,
+        "scale_gradient_kernel": 9,
     },
     "update": {"step_kernel": 9 * len(RULES) + 2 * 15},  # any step, and the usual ones for few and for many tensors
     "sam": {"sam_kernel": 12},

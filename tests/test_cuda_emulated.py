@@ -87,7 +87,7 @@ class ScaleTensor(ctypes.Structure):
 class MseArg(ctypes.Structure):
     _fields_ = [("w", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
                 ("grid", GridArg), ("c_max", ctypes.c_double), ("type", ctypes.c_int),
-                ("scale_type", ctypes.c_int)]  # fmt: skip
+                ("scale_type", ctypes.c_int), ("unit", ctypes.c_void_p)]  # fmt: skip
 
 
 class SamTensor(ctypes.Structure):
@@ -262,6 +262,30 @@ def test_ste_clip(kernels, grid, dtype):
                 pointer(grad), pointer(x), TYPES[dtype], pointer(out), pointer(scale), grid_arg(grid), *matrix(x, scale)
             )
             assert same(out, expected) and intact(), (rows, cols, shift)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_scale_gradient(kernels, grid, dtype):
+    """The clip is ``ste_clip_``'s, to the bit; of the scale's gradient, float32 sums have at most 133 terms."""
+    for seed, ((rows, cols), shift) in enumerate(itertools.product([*shapes_for(grid), (1, 70000), (300, 16)], (0, 3))):
+        w, scale = weights(rows, cols, grid, dtype, seed, spread=1.5)
+        x, _ = guarded(w)
+        g = torch.randn(w.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        levels, encoding = GRIDS[grid][1], GRIDS[grid][0]
+        expected = reference.ste_clip_scale_grad_(g.clone(), w, scale, levels, encoding, False, 0.37)
+        top = max(map(abs, reference.hull(levels, encoding)))
+        size = 0.37 * top * g.double().abs().reshape(scale.numel(), -1).sum(1) if w.numel() else torch.zeros(rows)
+        for clips in (False, True):
+            grad, intact = guarded(g, shift)
+            found, alone = guarded(torch.full((scale.numel(),), 99.0))
+            assert not kernels.emulated_scale_gradient(
+                pointer(grad), pointer(x), TYPES[dtype], pointer(grad) if clips else None, pointer(scale),
+                grid_arg(grid), *matrix(x, scale), ctypes.c_double(0.37), pointer(found)
+            )  # fmt: skip
+            wanted = reference.fake_quantize_backward(g, w, scale, levels, encoding) if clips else g
+            assert same(grad, wanted) and intact() and alone(), (rows, cols, shift)
+            close = (found.double() - expected.double()).abs() <= 140 * 2.0**-24 * size + 1e-30
+            assert bool((close | (found.isnan() & expected.isnan())).all()), (rows, cols, shift, found, expected)
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
@@ -1022,7 +1046,7 @@ def test_scales_of_a_list(kernels, zeros, sizes):
     numbers = {contract.ABSMAX: (7, 0, 0), contract.SAWB: (3, 7.509, 6.892), contract.MEAN: (1, 1.5, 0),
                contract.RMS: (1, 0.4, 0), contract.GIVEN: (7, 0, 0)}  # fmt: skip
     for i, rows in enumerate(sizes):
-        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 4
+        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 5
         sums = sums_of(rows, zeros, g)
         given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, kind)
         scale, intact = guarded(given)
@@ -1038,22 +1062,26 @@ def test_scales_of_a_list(kernels, zeros, sizes):
 def test_mse_scales(kernels, grid, dtype):
     g = torch.Generator().manual_seed(1)
     long = [(1, 16385), (2, 33000)] if grid in ("uniform4", "nf4") and dtype == torch.bfloat16 else []
-    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), *long]):
+    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), (6, 40), *long]):
         w = torch.randn(rows, cols, generator=g).to(dtype)
         if rows > 2:
             w[1], w[2, 0] = 0, math.nan
         encoding, levels, _ = GRIDS[grid]
         sums, c_max = reference.row_sums(w, rows), float(reference.hull(levels, encoding)[1])
         scale, intact = guarded(torch.full((rows,), 99.0))
-        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 4)
+        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 5)
         assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
-        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 4)), (rows, cols)
+        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 5)), (rows, cols)
         assert intact()
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(5))
 def test_scales_are_rounded_as_the_reference_rounds(kernels, kind):
-    x = oracles.scales_at_roundings()
+    for x in (oracles.scales_at_roundings(), *oracles.scales_in_units()):
+        _rounded_as_the_reference(kernels, kind, x)
+
+
+def _rounded_as_the_reference(kernels, kind, x):
     sums, scale = torch.stack([x, x, x], 1).contiguous(), torch.empty_like(x)
     tensor = ScaleTensor(sums.data_ptr(), scale.data_ptr(), len(x), 1, 1, 0, 0, contract.ABSMAX, kind)
     assert not kernels.emulated_scales(ctypes.byref(tensor), ctypes.c_size_t(1))

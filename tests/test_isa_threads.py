@@ -55,6 +55,7 @@ def everything(x, g, s, grid, seed, lr, eps, **options):
     for dtype in DTYPES:
         results.append(ops.fake_quantize_out_(x, s, grid, torch.full(x.shape, math.nan, dtype=dtype)))
     results.append(ops.ste_clip_(g.clone(), x, s, grid))
+    results += [clipped := g.clone(), ops.ste_clip_scale_grad_(clipped, x, s, grid)]
     leaf = x.clone().requires_grad_()
     ops.fake_quantize(leaf, s, grid).backward(g)
     results += [leaf.grad, ops.project_interval_(x.clone(), s, grid, eps), ops.row_sums(x, rows)]

@@ -29,8 +29,8 @@ ROOT = PACKAGE.parent
 CSRC = ROOT / "csrc"
 ORDER = [  # a room may import those of the lines above
     {"contract", "atomic", "annealing"}, {"reference", "tuning", "command", "figures"}, {"triton_kernels"}, {"runtime"},
-    {"ops"}, {"quant"}, {"optim", "nn"}, {"analysis", "deploy"}, {"search", "onnx", "torchao"}, {"bench", "demo"},
-    {"experiments"}, {"__main__"},
+    {"ops"}, {"quant"}, {"optim", "nn"}, {"recipe", "distillation"}, {"analysis", "deploy"},
+    {"search", "onnx", "torchao"}, {"bench", "demo"}, {"experiments"}, {"__main__"},
 ]  # fmt: skip
 FACADE = {"demo", "experiments"}  # write what a user writes: import askew_kernels as ak
 ALLOWED = {room: set().union(*ORDER[:i]) for i, rooms in enumerate(ORDER) for room in rooms}

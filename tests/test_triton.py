@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import scales_at_roundings
+from oracles import scales_at_roundings, scales_in_units
 
 import askew_kernels
 from askew_kernels import contract, reference
@@ -329,6 +329,23 @@ def test_straight_through(triton, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "binary", "nf4"])
+def test_scale_gradient(triton, name, dtype):
+    """The clip is ``ste_clip_``'s; of the terms, exact but for the roundings that the reference has, sums differ."""
+    levels, grid = GRIDS[name]
+    for shape in (*SHAPES, (70, 16)):
+        x, s, g = weights(shape, dtype), scales(shape[0]), torch.randn(shape).to(dtype)
+        clipped = reference.fake_quantize_backward(g, x, s, levels, grid)
+        size = reference.ste_clip_scale_grad_(g.abs() + 1, x, s, levels, grid, False, 0.5).abs() + g.abs().sum(1) * 8
+        for clip in (False, True):
+            expected = reference.ste_clip_scale_grad_(g.clone(), x, s, levels, grid, clip, 0.5)
+            got = triton.ste_clip_scale_grad_(g, x, s, levels, grid, clip, 0.5)
+            assert got.dtype == torch.float32 and got.shape == s.shape and torch.equal(got.isnan(), expected.isnan())
+            assert (((got - expected).abs() <= size * SUM_ERROR) | expected.isnan()).all(), (shape, got, expected)
+        assert_same(g, clipped, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["uniform4", "narrow2", "binary", "nf4"])
 def test_project_interval(triton, name, dtype):
     levels, grid = GRIDS[name]
@@ -375,7 +392,7 @@ def scales_as_wanted(triton, most=300, zeros=0.3):
     """Of a list: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
     g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
     for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
-        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
+        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 7 % 5
         own = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
         own[torch.rand(rows, generator=g) < zeros] = 0
         if rows > 4:
@@ -428,10 +445,10 @@ def test_mse_scales(triton, grid_name, dtype):
 
 
 def test_scales_are_rounded_as_the_reference_rounds(triton):
-    x = scales_at_roundings()
-    scales, sums = [torch.empty_like(x) for _ in range(4)], [torch.stack([x, x, x], 1)] * 4
-    triton.scales_from_sums_(scales, sums, [n for kind in range(4) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 4)
-    assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
+    for x in (scales_at_roundings(), *scales_in_units()):
+        scales, sums = [torch.empty_like(x) for _ in range(5)], [torch.stack([x, x, x], 1)] * 5
+        triton.scales_from_sums_(scales, sums, [n for kind in range(5) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 5)
+        assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
 
 
 def test_of_candidates_with_equal_errors_the_smallest_is_chosen(triton):
@@ -450,7 +467,7 @@ def test_scales_are_checked(triton):
         (([scale], [], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected 1"),
         (([scale], [sums[:2]], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected shape"),
         (([scale, scale], [sums, sums], [0, 0, 4, 9, 0, 4], [1.0, 0.0, 0.0] * 2), "rules: expected a known rule"),
-        (([scale], [sums], [0, 4, 4], [1.0, 0.0, 0.0]), "unknown type of scales 4"),
+        (([scale], [sums], [0, 5, 4], [1.0, 0.0, 0.0]), "unknown type of scales 5"),
         (([scale], [sums], [0, 0, 4], [0.0, 0.0, 0.0]), "c_max"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -843,6 +860,29 @@ def test_scaled_sums(triton, kind, dtype):
         assert_same(got + 0.0, reference.scaled_sums(sums, token, scale, bias, dtype) + 0.0, (rows, cols))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_levels(triton, dtype):
+    for number, shape in enumerate([(1, 1), (7, 129), (3, 4096), (2, 5000), (0, 5), (3, 0)]):
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        if shape[0] > 4:
+            x[1], x[3, 5], x[4, 1] = 0, float("nan"), float("inf")
+        factor = torch.rand(shape[1] if number % 2 else 1) + 0.1
+        for got, wanted in zip(triton.stochastic_levels(x, factor, seed),
+                               reference.stochastic_levels(x, factor, seed), strict=True):  # fmt: skip
+            assert_same(got, wanted, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_luq(triton, dtype):
+    for shape in [(1, 1), (7, 129), (3, 1024), (0,)]:
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        x.view(-1)[:1] = 0
+        for bits in (2, 4, 6):
+            assert_same(triton.luq(x, bits, seed) + 0.0, reference.luq(x, bits, seed) + 0.0, shape)
+    for bad in (float("nan"), float("inf")):
+        assert triton.luq(torch.tensor([1.0, bad, 0.0]), 4, torch.tensor(1)).isnan().all()
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 CANDIDATES = {"weights": [1, -2, 1, 1, -8, 7, 1, -128, 127], "mixed": [2, -1, 1, 0, 0, 0, 1, 0, 15]}
@@ -1016,7 +1056,7 @@ def written_as_wanted(triton, name, *after_x, dtype=torch.float32):
     """An operator that writes its first tensor or its last."""
     x, s = weights((3, 129), dtype), scales(3)
     args = [x, s, *GRIDS["uniform4"], *after_x]
-    if name == "ste_clip_":
+    if name.startswith("ste_clip_"):
         args = [weights(x.shape, dtype, seed=5), *args]
     expected = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     getattr(reference, name)(*expected)
@@ -1091,6 +1131,7 @@ CONTACT = {
     "quantize to bf16": lambda t: written_as_wanted(t, "fake_quantize_out_", torch.zeros(3, 129, dtype=bf16)),
     "quantize to float8": lambda t: written_as_wanted(t, "fake_quantize_out_", torch.zeros(3, 129).to(fp8)),
     "straight-through": lambda t: written_as_wanted(t, "ste_clip_"),
+    "scale gradient": lambda t: written_as_wanted(t, "ste_clip_scale_grad_", True, 0.5),
     "project": lambda t: written_as_wanted(t, "project_interval_", torch.tensor(1.0)),
     "row sums": row_sums_as_wanted,
     "sgd": stepped_as_wanted,
@@ -1209,6 +1250,7 @@ def compile_all(rare=False):
         "quantize stochastic": lambda: quantize((4, 4096), stochastic=True),
         "quantize to bf16": lambda: kernels.fake_quantize_out_(x, s, levels, grid, x.to(bf16)),
         "straight-through": lambda: kernels.ste_clip_(x.clone(), x, s, levels, grid),
+        "scale gradient": lambda: kernels.ste_clip_scale_grad_(x.clone(), x, s, levels, grid, True, 1.0),
         "project": lambda: kernels.project_interval_(x, s, levels, grid, torch.tensor(0.5)),
         "row sums": lambda: kernels.row_sums(x, 4),
         "scales": lambda: scales(100),

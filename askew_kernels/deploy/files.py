@@ -21,7 +21,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..nn.experts import exposed
+from ..nn.held import exposed
 from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import EXTRA_STATE, PackedLayer
@@ -444,7 +444,11 @@ class _Load:
         weight = old.weight  # of a packed layer, too, it tells type and device
         layer = self.file.empty_layer(name, old, weight.dtype)
         device = torch.device("cpu") if weight.is_meta else weight.device
-        layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
+        codes, scale = self.file.codes(name)
+        for key, t in (("weight_codes", codes), ("weight_scale", scale)):
+            want, got = list(getattr(layer, key).shape), list(t.shape)
+            _check(want == got, f"{key}: expected shape {want} with the geometry of this model, the file has {got}")
+        layer.weight_codes, layer.weight_scale = codes.to(device), scale.to(device)
         layer.bias = getattr(old, "bias", None)
         layer.set_activations(self.activations)
         return layer

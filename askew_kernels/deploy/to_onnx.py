@@ -32,6 +32,7 @@ from ..nn import as_linear_, packed_layers, unpack_
 from ..nn.kinds import PackedEmbedding, PackedLinear
 from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
+from ..quant.forms import ROWS
 from .contents import Contents, write_contents
 from .files import PackedFileError, load_packed
 from .folders import float_key
@@ -91,7 +92,7 @@ def _levels(layer: PackedLayer, opset: int) -> tuple[dict[str, Part], dict[str, 
     bits = int(kind[-1])
     data = pack_codes((levels.cpu().flatten()[None] & (2**bits - 1)).to(torch.uint8), bits).numpy().tobytes()
     scale = scale.float()
-    shape = tuple(layer.shape) if groups == 1 and not layer.form.stacked else tuple(levels.shape)
+    shape = tuple(layer.shape) if groups == 1 and layer.form == ROWS else tuple(levels.shape)
     if groups > 1:
         attributes = {"axis": 1, "block_size": layer.cols // groups}
     else:
@@ -360,8 +361,7 @@ class _Writer:
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """Of a weight, the outputs before the inputs."""
-        shape = tuple(self.state[key].shape)
-        return (*shape[:-2], shape[-1], shape[-2]) if self.layers[self.owner[key]].form.transposed else shape
+        return self.layers[self.owner[key]].form.view_shape(self.state[key].shape)
 
     def _in_matrix(self, key: str) -> bool:
         return self.stored[self.owner[key]][0]["weight_levels"].shape != tuple(self.state[key].shape)
@@ -379,14 +379,15 @@ class _Writer:
         nodes = []
         for key, name in self.owner.items():
             inputs = [f"{name}.{last}" for last in ("weight_levels", "weight_scale")]
-            matrix, across = self._in_matrix(key), self.layers[name].form.transposed
+            matrix, form = self._in_matrix(key), self.layers[name].form
             out, title = f"{key}_matrix" if matrix else key, f"{key.removesuffix('.weight')}.dequantize"
             nodes.append(helper.make_node("DequantizeLinear", inputs, [out], title, **self.stored[name][1]))
             if matrix:
-                shaped = f"{key}_transpose" if across else key
+                shaped = f"{key}_transpose" if form.transposed else key
                 nodes.append(helper.make_node("Reshape", [out, f"{key}_shape"], [shaped]))
-                if across:
-                    nodes.append(helper.make_node("Transpose", [shaped], [key], perm=[0, 2, 1]))
+                if form.transposed:
+                    order = form.view_shape(range(self.state[key].dim()))
+                    nodes.append(helper.make_node("Transpose", [shaped], [key], perm=order))
         for node in self.graph.node:  # an initialiser stands where it is used
             for i, name in enumerate(node.input):
                 node.input[i] = self._named(name)

@@ -5,8 +5,8 @@ the gradient straight through inside the hull, ``forward="relaxed"`` computes wi
 hard in eval (as published). s Q(w/s) is the copy that an ASkew optimizer wrote in its own pass where that is fresh,
 and is recomputed otherwise. ``forward="fp8"`` and ``"int8"`` multiply levels (``lowbit``).
 
-What a layer computes follows from its weight and three buffers, ``STATE`` (see ``quant.state``): every copy,
-checkpoint or average that has these computes the same.
+What a layer computes follows from its weight and three tensors, ``STATE`` (see ``quant.state``), buffers but for a
+learned scale, which is a Parameter: every copy, checkpoint or average that has these computes the same.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
-from ..quant.sharding import is_sharded, local_part, own_rows
-from ..quant.state import QuantizedParameter, empty_state
-from .lowbit import level_linear
+from ..quant.gradients import INT8_GRADIENT, LUQ
+from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
+from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
+from .compiled import clip_, kept_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -62,7 +64,7 @@ def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
 
 class _StraightThrough(torch.autograd.Function):
     """The copy of the weight, whose gradient the weight receives in its own dtype, and zero where it is outside the
-    hull, which ``clip`` (scale, grid, form) says."""
+    hull, which ``clip`` (scale, grid, form) says; and a learned scale its own (``_LearnedToo``)."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, quantized: Tensor, clip: tuple | None) -> Tensor:
@@ -73,19 +75,54 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
-        if ctx.clip is not None:
-            *clip, form = ctx.clip
-            again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
-            clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-            ops.ste_clip_(form.view(clipped), form.view(weight), *clip)
-            grad = grad * clipped if again else clipped
-        return grad, None, None
+        return _clipped(grad.to(weight.dtype), weight, ctx.clip), None, None
+
+
+def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
+    if clip is None:
+        return grad
+    again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
+    clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
+    clip_(clipped, weight, *clip)
+    return grad * clipped if again else clipped
+
+
+class _LearnedToo(torch.autograd.Function):
+    """``_StraightThrough`` with the gradient of the scale, from the same pass. how: (scale in use, grid, form, whether
+    the weight's is clipped); None where the scale is frozen and receives zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, learned: Tensor, quantized: Tensor, clip: tuple | None,
+                how: tuple | None) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(weight, learned)
+        ctx.clip, ctx.how = clip, how
+        return quantized.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, learned = ctx.saved_tensors
+        grad, to_scale = grad.to(weight.dtype), None
+        if not ctx.needs_input_grad[1]:
+            return _clipped(grad, weight, ctx.clip), None, None, None, None
+        if ctx.how is None:
+            return _clipped(grad, weight, ctx.clip), torch.zeros_like(learned), None, None, None
+        scale, grid, form, clips = ctx.how
+        g, w = form.view(grad), form.view(weight)
+        if torch.is_grad_enabled():  # create_graph
+            slopes = learned_slopes(w, scale, grid)
+            to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
+            grad = _clipped(grad, weight, ctx.clip)
+        else:
+            kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
+            to_scale = ops.run_ste_clip_scale_grad(
+                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
+            )
+        return grad, to_scale.to(learned.dtype), None, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -95,6 +132,11 @@ def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
     rows = [[len(c), c[0], c[-1], math.fsum(map(operator.mul, range(len(c)), c)) / len(c)] if c else [0.0] * 4
             for c in levels]  # fmt: skip
     return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def _like(came: Tensor, present: Tensor) -> Tensor:
+    """On the device of ``present`` and of its type; the same Parameter where it is one."""
+    return came if isinstance(came, nn.Parameter) else came.to(present.device, present.dtype)
 
 
 class QuantizedLayer(nn.Module):
@@ -140,7 +182,10 @@ class QuantizedLayer(nn.Module):
         self.quantizer = WeightQuantizer(config, self.form)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward
         self._shown: tuple[Tensor, ...] = ()  # the quantizer's tensors as they were when they became buffers
-        self._buffers.update(dict.fromkeys(STATE), **{GRIDS: _fingerprint(config, self.weight.device)})
+        for kind in (self._parameters, self._buffers):  # of another configuration, before
+            kind.pop(STATE[0], None)
+        self._hold((None, None, None))
+        self._buffers.update({GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
     def _tied(self) -> WeightQuantizer:
@@ -159,21 +204,32 @@ class QuantizedLayer(nn.Module):
                 quantizer.tie(weight)
             quantizer.layers.add(self)
         quantizer.fit(weight)
-        buffers = self._buffers
-        if not all(map(operator.is_, quantizer.tensors, map(buffers.get, STATE))):
+        if not all(map(operator.is_, quantizer.tensors, self._held())):
             self._show(quantizer)
         return quantizer
+
+    def _held(self) -> list[Any]:
+        """What stands in the layer as ``quantizer.tensors``."""
+        scale = self._parameters.get(STATE[0])
+        buffers = self._buffers
+        return [buffers.get(STATE[0]) if scale is None else scale, buffers.get(STATE[1]), buffers.get(STATE[2])]
+
+    def _hold(self, tensors: Any) -> None:
+        """Puts them where ``_held`` finds them."""
+        held: Any = self._parameters if self.config.learns_scale else self._buffers
+        held[STATE[0]] = tensors[0]
+        self._buffers.update(zip(STATE[1:], tensors[1:], strict=True))
 
     def _show(self, quantizer: WeightQuantizer) -> None:
         """The quantizer's tensors as buffers. Where somebody put another tensor in the place of one (loading with
         ``assign``, a move to another device), the quantizer takes it over."""
-        held = [self._buffers.get(name) for name in STATE]
+        held = self._held()
         came = [b is not None and not any(b is t for t in self._shown) for b in held]
         if any(came):
             mine = zip(held, came, quantizer.tensors, strict=True)
-            quantizer.tensors = tuple(b.to(t.device, t.dtype) if new else t for b, new, t in mine)  # type: ignore[assignment,union-attr]
+            quantizer.tensors = tuple(_like(b, t) if new else t for b, new, t in mine)  # type: ignore[assignment]
         self._shown = quantizer.tensors
-        self._buffers.update(zip(STATE, self._shown, strict=True))
+        self._hold(self._shown)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new weight is never taken for the one before it: FSDP2 puts its gathered weights here in every forward,
@@ -187,6 +243,8 @@ class QuantizedLayer(nn.Module):
                     quantizer.untie(old)
                 if is_sharded(value):
                     self.form.check_sharded(value)
+                    if self.config.learns_scale:
+                        refuse_learned(value, type(self).__name__)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
@@ -198,16 +256,18 @@ class QuantizedLayer(nn.Module):
                     )  # fmt: skip
         elif name in STATE and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
             # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
-            held: Any = self._buffers[name]
-            empty = empty_state(self.quantizer.scale.numel(), value.device)
-            value = empty[STATE.index(name)] if held.is_meta else held
+            held: Any = self._held()[STATE.index(name)]
+            empty = empty_state(self.quantizer.scale.numel(), value.device)[STATE.index(name)]
+            value = (nn.Parameter(empty) if isinstance(held, nn.Parameter) else empty) if held.is_meta else held
         super().__setattr__(name, value)
 
     @property
     def weight_scale(self) -> Tensor:  # type: ignore[override]
-        """The scale in use, float32 (rows,)."""
+        """The scale in use, float32 (rows,): the Parameter itself where it is learned and is the one in use."""
         if self._ordinary():
-            return self.quantizer.current_scale(self.weight)
+            quantizer, scale = self.quantizer, self.quantizer.current_scale(self.weight)
+            learned = quantizer.learned
+            return scale if learned is None or scale.data_ptr() != learned.data_ptr() else learned
         return self._functional_scale(self.weight)
 
     def quantized_weight(self) -> Tensor:
@@ -245,31 +305,53 @@ class QuantizedLayer(nn.Module):
                 or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
                 or torch._C._len_torch_dispatch_stack() > 0):  # fmt: skip  # a mode, of fake tensors or counts
             return False
-        weight, quantizer, buffers = self._parameters.get("weight"), self.quantizer, self._buffers
+        parameters, quantizer, buffers = self._parameters, self.quantizer, self._buffers
+        weight, learned = parameters.get("weight"), quantizer.learned
         if (
             type(weight) is not QuantizedParameter
             or weight.__dict__.get("_askew_quantizer") is not quantizer
-            or buffers["weight_scale"] is not quantizer.scale
+            or (
+                buffers["weight_scale"] is not quantizer.scale
+                if learned is None
+                else parameters["weight_scale"] is not learned
+            )
             or buffers["weight_scale_frozen"] is not quantizer.flag
             or buffers["weight_sums"] is not quantizer.row_sums
         ):
             self._tied()
-            weight = self._parameters.get("weight")
+            weight = parameters.get("weight")
             if type(weight) is not QuantizedParameter:
                 return False
+            if self.quantizer.learned is not None and type(parameters["weight_scale"]) is not LearnedScale:
+                return False  # a temporary, of functional_call
         return not (weight.is_meta or weight.is_inference())
+
+    def _compiled_with_copy(self, x: Tensor) -> bool:
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return False
+        weight: Any = self._parameters.get("weight")
+        types = (weight.dtype, autocast_dtype(x) and x.dtype)
+        return (self.kind.multiplies_levels and not self.config.learns_scale and type(weight) is QuantizedParameter
+                and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
         weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
-        return self.quantizer.scale_for(weight, [self._buffers[name] for name in STATE])  # type: ignore[misc]
+        return self.quantizer.scale_for(weight, self._held())
 
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
         weight = self.weight
         weight = weight.full_tensor() if is_sharded(weight) else weight
-        scale, view = self._functional_scale(weight), self.form.view  # of a view, the inverse is its view
-        return view(_fake_quantized(view(weight), scale, self.config.weight, self.config.clips_in_backward))
+        scale, view, config = self._functional_scale(weight), self.form.view, self.config
+        y = _fake_quantized(view(weight), scale, config.weight, config.clips_in_backward)
+        if config.learns_scale and not self.quantizer.frozen and torch.is_grad_enabled():
+            learned = self._held()[0]
+            learned = torch.where((learned - learned).detach() == 0, learned, 0.0)  # what is not finite starts anew
+            slopes = learned_slopes(view(weight), scale, config.weight)
+            y = y + ((learned - learned.detach())[:, None] * slopes).to(y.dtype).reshape(y.shape)  # 0, with a gradient
+        return view(y)  # of a view, the inverse is its view
 
     def _eager_weight(self, dtype: torch.dtype) -> Tensor:
         """s Q(w/s), differentiable: the quantizer's own copy."""
@@ -278,25 +360,34 @@ class QuantizedLayer(nn.Module):
         quantized, inside = quantizer.copy_and_inside(weight, dtype)
         if not torch.is_grad_enabled():
             return quantized
-        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
-        return _StraightThrough.apply(weight, quantized, clip)
+        return self._differentiable(weight, quantized, inside)
 
-    def _eager_forward(self, x: Tensor) -> Tensor:
+    def _differentiable(self, weight: Tensor, quantized: Tensor, inside: bool) -> Tensor:
+        """``quantized``, whose gradient the weight receives, and the scale where it is learned. ``inside``: no weight
+        is outside the hull."""
+        quantizer, config = self.quantizer, self.config
+        clips = config.clips_in_backward and not inside
+        clip = (quantizer.scale, config.weight, self.form) if clips else None
+        if quantizer.learned is None or (learned := quantizer.hand_out()) is None:
+            return _StraightThrough.apply(weight, quantized, clip)
+        how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips)
+        return _LearnedToo.apply(weight, learned, quantized, clip, how)
+
+    def _eager_forward(self, x: Tensor, *more: Any) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
         quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
-            return self.kind.product(self, x, quantized, bias)
+            return self.kind.product(self, x, quantized, bias, *more)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self.kind.product(self, x.to(low), quantized, bias)
+            return self.kind.product(self, x.to(low), quantized, bias, *more)
 
     def _eager_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(what receives the gradient, levels in ``dtype``, scale): the quantizer's own copy."""
         weight: Any = self._parameters["weight"]
         quantizer = self.quantizer
         levels, inside = quantizer.copy_and_inside(weight, dtype)
-        clip = None if inside or not self.config.clips_in_backward else (quantizer.scale, self.config.weight, self.form)
-        return _StraightThrough.apply(weight, weight, clip), levels, quantizer.scale
+        return self._differentiable(weight, weight, inside), levels, quantizer.scale
 
     def _functional_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """As ``_eager_levels``, recomputed by differentiable operators."""
@@ -309,21 +400,25 @@ class QuantizedLayer(nn.Module):
             levels = levels.nan_to_num().round()
         return weight, self.form.view(levels.to(dtype)), scale
 
-    def _level_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of the input's levels and the weight's, both of the type ``dtype``."""
+    def _level_forward(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
+                       rows: slice | None = None) -> Tensor:  # fmt: skip
+        """The product of the input's levels and the weight's (or these ``rows`` of it), both of the type ``dtype``."""
         if x.is_nested:
             return self._nested_levels(x, dtype)
         ordinary = self._ordinary() and type(x) in (Tensor, nn.Parameter)
         weight, levels, scale = (self._eager_levels if ordinary else self._functional_levels)(dtype)
         view, low = self.form.view, autocast_dtype(x) or x.dtype
-        rows, cols = view(levels).shape
+        if rows is not None:
+            weight, levels, scale = weight[rows], levels[rows], scale[rows] if scale.numel() > 1 else scale
+        outputs, cols = view(levels).shape
         if x.shape[-1:] != (cols,) or not x.is_floating_point():
             raise ValueError(f"x: expected floats of shape (…, {cols}), got {x.dtype} {tuple(x.shape)}")
-        bias = None if self.bias is None else self.bias.to(low)
+        bias = self.bias if bias is None else bias
+        bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
-        return y.reshape(*x.shape[:-1], rows)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
+        return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -332,23 +427,32 @@ class QuantizedLayer(nn.Module):
         values = self._level_forward(x.values(), dtype)
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
-        return self.kind.product(self, x, weight, self.bias)
+        return self.kind.product(self, x, weight, self.bias, *more)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+    def forward(self, input: Tensor, *more: Any) -> Tensor:  # the name that torch's layers have
+        """``more``: what the kind's product takes besides."""
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        gradient, y = self.config.gradient, self._output(x, *more)
+        return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
+
+    def _output(self, x: Tensor, *more: Any) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
-            return self._level_forward(x, levels)
+            return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = quantized_input(x, grid, self.kind.token_dims)
         if self.training and self.config.forward == "relaxed":
-            return self.product(x, self.weight)
+            return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
-            return self._eager_forward(x)
-        return self.product(x, self._functional_weight())
+            return self._eager_forward(x, *more)
+        if not more and self._compiled_with_copy(x):
+            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
+            return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
+        return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
 
@@ -387,6 +491,8 @@ class QuantizedLayer(nn.Module):
         for name in (*STATE, GRIDS) if came else ():
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
+        if came and not any(there) and self.config.learns_scale and not self.quantizer.frozen:
+            self.quantizer.forget()  # it starts anew, from the weights that came
         if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
@@ -401,15 +507,21 @@ class QuantizedLayer(nn.Module):
             )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = [self._buffers[name] for name in STATE]
+        before = [t.detach() for t in self._held()]
         super()._apply(fn, recurse)
-        for i, (name, old) in enumerate(zip(STATE, before, strict=True)):
-            new = self._buffers[name]
-            if old.is_meta and not new.is_meta:  # type: ignore[union-attr]  # memory that nobody has written
-                self._buffers[name] = empty_state(len(before[0]), new.device)[i]  # type: ignore[union-attr,arg-type]
-            elif old.dtype != new.dtype:  # type: ignore[union-attr]  # a cast: these are not numbers to compute in
-                self._buffers[name] = old.to(new.device)  # type: ignore[union-attr]
-        self._buffers[GRIDS] = _fingerprint(self.config, self._buffers[STATE[0]].device)  # type: ignore[union-attr]
+        after = self._held()
+        for i, (new, old) in enumerate(zip(after, before, strict=True)):
+            if old.is_meta and not new.is_meta:  # memory that nobody has written
+                old = empty_state(len(before[0]), new.device)[i]
+            elif old.dtype == new.dtype:
+                continue  # otherwise a cast: these are not numbers to compute in
+            if isinstance(new, nn.Parameter):
+                new.data = old.to(new.device)
+                new.grad = None if new.grad is None else new.grad.to(old.dtype)
+            else:
+                after[i] = old.to(new.device)
+        self._hold(after)
+        self._buffers[GRIDS] = _fingerprint(self.config, after[1].device)
         self._tied().moved()
         return self
 

@@ -1,7 +1,8 @@
-"""Fake quantization, its straight-through gradient, the projection onto the intervals, and sums of rows."""
+"""Fake quantization, its straight-through gradient, that of a learned scale, the projection, and sums of rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,11 @@ from .checks import check_copy, check_float_tensor, check_like, check_weight, ra
 from .dense import InPlace, in_place, layout, permuted
 from .schema import define, like_first
 
-__all__ = ["fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize", "ste_clip_"]
+__all__ = [
+    "fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize",
+    "run_fake_quantize_backward", "run_ste_clip_", "run_ste_clip_scale_grad", "scale_grad_factor", "ste_clip_",
+    "ste_clip_scale_grad_",
+]  # fmt: skip
 
 
 class _StraightThrough:
@@ -104,6 +109,8 @@ define("fake_quantize_backward", f"(Tensor grad, {_WEIGHT}) -> Tensor", fake=lik
        batch=partial(_batched, 2))  # fmt: skip
 define("fake_quantize_out_", f"({_WEIGHT}, Tensor(a!) out) -> ()")
 define("ste_clip_", f"(Tensor(a!) grad, {_WEIGHT}) -> ()")
+define("ste_clip_scale_grad_", f"(Tensor(a!) grad, {_WEIGHT}, bool ste_clip, float factor) -> Tensor",
+       fake=lambda grad, x, scale, *_args: torch.empty_like(scale))  # fmt: skip
 define("project_interval_", "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()")
 define("row_sums", "(Tensor x, int rows) -> Tensor", batch=one_by_one,
        fake=lambda x, rows: x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32))  # fmt: skip
@@ -163,11 +170,48 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
+    run_ste_clip_(grad, x, *weight)
+    return grad
+
+
+def run_ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, encoding: list[int]) -> None:
+    """The operator without the checks, and without what they cost: this runs in every backward of every layer."""
+    order, written = layout(x, scale.numel()), InPlace()
+    point = permuted(x.detach(), order).contiguous()
+    below_autograd("ste_clip_", x, written.writable(grad, order), point, scale, levels, encoding)
+    written.finish([grad])
+
+
+def scale_grad_factor(numel: int, rows: int, grid: Any) -> float:
+    """1 / sqrt(cols c_max): what LSQ multiplies the gradient of a scale of ``cols`` weights by."""
+    return 1 / math.sqrt(max(numel // max(rows, 1), 1) * grid.c_max)
+
+
+@in_place
+def ste_clip_scale_grad_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any, *, ste_clip: bool = True) -> Tensor:
+    """The gradient of a learned scale, and ``ste_clip_`` in the same pass: for G = ``grad`` of y = s Q(x / s),
+
+        ds = sum over the row of (G (Q(x/s) - x/s) inside the hull, G c_end outside) / sqrt(cols c_max)
+
+    and G becomes 0 outside, in place (not without ``ste_clip``). Returns (rows,) of the type that the kernels compute
+    in; sums in float64 over pieces of fixed length, the same bits for any number of threads.
+    Arguments and errors as for ``ste_clip_``. Source: Esser et al., LSQ, ICLR 2020; docs/mathematics.md, section 3.
+    """
+    check_float_tensor("grad", grad)
+    weight = check_weight("x", x, scale, grid)
+    check_like("grad", grad, x.dtype, x.shape, x.device)
+    return run_ste_clip_scale_grad(grad, x, weight, scale_grad_factor(x.numel(), weight[0].numel(), grid), ste_clip)
+
+
+def run_ste_clip_scale_grad(grad: Tensor, x: Tensor, weight: tuple, factor: float, ste_clip: bool) -> Tensor:
+    """The same without its checks. weight: scale, levels, grid as the operators take them."""
     order, written = layout(x, weight[0].numel()), InPlace()
     point = permuted(x.detach(), order).contiguous()
-    below_autograd("ste_clip_", x, written.writable(grad, order), point, *weight)
-    written.finish([grad])
-    return grad
+    work = written.writable(grad, order) if ste_clip else permuted(grad.detach(), order).contiguous()
+    found = below_autograd("ste_clip_scale_grad_", x, work, point, *weight, bool(ste_clip), factor)
+    if ste_clip:
+        written.finish([grad])
+    return found
 
 
 @in_place

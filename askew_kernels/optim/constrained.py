@@ -14,15 +14,17 @@ from torch.optim import Optimizer
 from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
+from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import next_scales, share_rows
+from ..quant.state import next_scales, scale_owner, share_rows, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
 FREEZE_SCALE = ("anneal", "init", "never")
 GRID_KEYS = {"grid": None, "scale": None, "granularity": "per_channel", "group_size": None, "sawb_coefficients": None,
              "scale_dtype": "float32"}  # fmt: skip
-CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "skip_nonfinite": False, **GRID_KEYS}
+CONSTRAINT_KEYS = {"alpha": 1.0, "constraint_eps": 1.0, "freeze_scale": "anneal", "clamp": True,
+                   "skip_nonfinite": False, **GRID_KEYS}  # fmt: skip
 _QUANTIZER_KEYS = ("scale", "scale_frozen", "row_sums")
 
 
@@ -78,6 +80,8 @@ class Constrained(Optimizer):
         ops.rate_tensor("alpha", group["alpha"], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        if not isinstance(group["clamp"], bool):
+            raise TypeError(f"clamp: expected True or False, got {group['clamp']!r}")
         if group["grid"] is None:
             return
         if made_for_a_part():
@@ -88,6 +92,12 @@ class Constrained(Optimizer):
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
+            if scale_owner(p) is not None:
+                raise TypeError(f"params[{i}]: is the learned scale of a quantized layer, which has no grid; give it a "
+                                "group of its own, as ak.param_groups(model) does")  # fmt: skip
+            if quantizer.config.learns_scale and WeightQuantizer.of(p) is None:
+                raise ValueError(f"scale: {quantizer.config.scale!r} is learned in the forward of a quantized layer, "
+                                 f"and params[{i}] has none; expected a rule")  # fmt: skip
             rows = (WeightQuantizer.of(p) or quantizer).rows(p)
             if not self._CLIPS:
                 refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
@@ -138,6 +148,7 @@ class Constrained(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._look_at_state()
+        self._freeze_learned()
         work = [(group, *_with_gradients(group["params"])) for group in self.param_groups]
         arguments = [self._arguments(index, *of) for index, of in enumerate(work)]
         every = self.telemetry_every
@@ -149,12 +160,16 @@ class Constrained(Optimizer):
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
-        for index, (group, params, grads) in enumerate(work):
-            if not params:
-                continue
-            if group["grid"] is None:
+        for (
+            group,
+            params,
+            _,
+        ) in work:  # learned scales are among them: the copies that a launch writes are of the new ones
+            if params and group["grid"] is None:
                 self._step_plain(group, params)
-            else:
+                torch.autograd.graph.increment_version([p for p in params if scale_owner(p) is not None])  # fused ones
+        for index, (group, params, grads) in enumerate(work):
+            if params and group["grid"] is not None:
                 if record:
                     self._record.keep_rates(index, group)
                 self._step_constrained(index, group, params, grads, arguments[index], record)
@@ -162,6 +177,15 @@ class Constrained(Optimizer):
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
+
+    def _freeze_learned(self) -> None:
+        """Learned scales whose group freezes at this step stay as the forward had them."""
+        for group in self.param_groups:
+            for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
+                quantizer = WeightQuantizer.of(p)
+                if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:
+                    quantizer.freeze(p)
+        spare_frozen_scales(self)
 
     def _look_at_state(self) -> None:
         """Notices when a parameter's state has been replaced by another."""
@@ -222,7 +246,7 @@ class Constrained(Optimizer):
     def _plan_key(self, group: dict[str, Any], freeze: bool) -> tuple[Any, ...]:
         """What a plan is made for, beside its parameters."""
         skip = bool(group["skip_nonfinite"])
-        return id(group), id(group["grid"]), group["freeze_scale"], freeze, skip, self._state_revision
+        return id(group), id(group["grid"]), group["freeze_scale"], freeze, group["clamp"], skip, self._state_revision
 
     def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
         buckets: dict[Any, list[Tensor]] = {}
@@ -235,8 +259,15 @@ class Constrained(Optimizer):
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
-            frozen, clips = quantizer.frozen and group["freeze_scale"] != "never", quantizer.config.clips_in_step
-            key = (p.device, frozen, clips, p.dtype == torch.float64, sharding_of(p), *self._bucket(group, p))
+            clamp = quantizer.frozen and group["freeze_scale"] != "never" and group["clamp"]
+            key = (
+                p.device,
+                clamp,
+                quantizer.config.clips_in_step,
+                p.dtype == torch.float64,
+                sharding_of(p),
+                *self._bucket(group, p),
+            )
             buckets.setdefault(key, []).append(p)
         return [
             Launch(members, clamp, rest, group["grid"].levels_tensor(device), group["grid"].encoding)
@@ -249,6 +280,8 @@ class Constrained(Optimizer):
         if plan.used:  # since the launch before nothing else has touched the weights or their quantizers
             if launch.batch is not None:
                 launch.batch.update()
+            for q, p in launch.learning:
+                q.follow_learned(p)
         else:
             next_scales(quantizers, members)
             launch.prepare()
@@ -383,13 +416,13 @@ class Constrained(Optimizer):
 
     def _keep_scale(self, p: Tensor, quantizer: WeightQuantizer) -> None:
         """The quantizer's own tensors in ``state``, where writers of checkpoints look for keys."""
-        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+        self.state[p].update(zip(_QUANTIZER_KEYS, quantizer.state, strict=True))
 
     def _scale_state(self, group: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         quantizer = self._quantizer(group, p)
         if not p.is_meta:
             quantizer.current_scale(p)
-        return dict(zip(_QUANTIZER_KEYS, quantizer.tensors, strict=True))
+        return dict(zip(_QUANTIZER_KEYS, quantizer.state, strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         scales = {p: {**self._scale_state(group, p), "form": tuple(self._quantizer(group, p).form)}
@@ -441,7 +474,8 @@ def _config_of(group: Mapping[str, Any]) -> QuantConfig:
         rule = "absmax"  # never asked: the scale is frozen at once
     return QuantConfig(
         weight=group["grid"], scale=rule, granularity=group["granularity"], group_size=group["group_size"],
-        forward="relaxed", sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
+        sawb_coefficients=group["sawb_coefficients"], scale_dtype=group["scale_dtype"],
+        forward="hard" if rule == LEARNED else "relaxed",
     )  # fmt: skip
 
 

@@ -71,6 +71,8 @@ class Launch:
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)
         follow = [(q, p) for q, p in zip(self.quantizers, self.members, strict=True) if q.batches(p)]
         self.batch = ScaleBatch(*zip(*follow, strict=True)) if follow else None  # type: ignore[arg-type]
+        self.learning = [(q, p) for q, p in zip(self.quantizers, self.members, strict=True)
+                         if q.learned is not None and not q.frozen]  # fmt: skip
         self.contiguous = all(w.is_contiguous() for w in self.viewed(self.members))
 
     def _or_empty(self, tensors: list[Tensor | None]) -> list[Tensor]:
@@ -95,7 +97,7 @@ class Launch:
         before."""
         with plainly():
             self.versions[:] = map(version, self.members)
-        if not linked:
+        if not linked or self.learning:
             for i, (q, p) in enumerate(zip(self.quantizers, self.members, strict=True)):
                 q.updated(p, self.copied[i], self.summed[i], clamped, self.versions, i)
 
@@ -140,7 +142,7 @@ class Plan:
             return
         self.used = True
         self.revisions = [q.revision for q in self.quantizers]
-        self.watched = [t for q in self.quantizers for t in q.tensors]
+        self.watched = [t for q in self.quantizers for t in q.watched]
         self.types, self.strides = list(map(dtype, self.params)), list(map(strides, self.params))
         settled = all(q.settled(p) for p, q in zip(self.params, self.quantizers, strict=True))
         self._seen = self._look() if settled else None  # a rule may have to look at the weights at every step

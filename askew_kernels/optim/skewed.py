@@ -29,9 +29,9 @@ class Skewed(Constrained, Wrapper):
     (``ops.skew_direction_`` has the formulas.) ``Skewed(torch.optim.Muon(ak.param_groups(model), lr=0.02))``: the base
     is an instance made of ``ak.param_groups``, whatever its state; ``param_groups``, ``defaults`` and ``state`` are its
     own objects. Weight decay, momentum and schedules of the base are part of d. Groups without a grid are the base's
-    alone. Group keys that are added: ``alpha``, ``constraint_eps``, ``freeze_scale``, ``skip_nonfinite`` and the grid's
-    (``ASkewSGD`` explains them); ``eps``, where there is one, is the base's. ``lr`` is what the pull is measured
-    against, so the base's groups must have it; at lr = 0 no weight moves.
+    alone. Group keys that are added: ``alpha``, ``constraint_eps``, ``freeze_scale``, ``clamp``, ``skip_nonfinite`` and
+    the grid's (``ASkewSGD`` explains them); ``eps``, where there is one, is the base's. ``lr`` is what the pull is
+    measured against, so the base's groups must have it; at lr = 0 no weight moves.
 
     Costs one copy of the weights that have a grid, which is kept from step to step, room for the directions of
     2^24 of them at a time, and two passes over the weights beside the base's step and the skewed one. d is rounded to
@@ -47,7 +47,7 @@ class Skewed(Constrained, Wrapper):
 
     def __init__(
         self, base_optimizer: Optimizer, *, alpha: float = 1.0, constraint_eps: float | Tensor = 1.0,
-        freeze_scale: str = "anneal", skip_nonfinite: bool = False, telemetry_every: int = 10,
+        freeze_scale: str = "anneal", clamp: bool = True, skip_nonfinite: bool = False, telemetry_every: int = 10,
         telemetry_log: str | os.PathLike | None = None, **grid_options: Any,
     ) -> None:  # fmt: skip
         if not isinstance(base_optimizer, Optimizer):
@@ -62,7 +62,7 @@ class Skewed(Constrained, Wrapper):
             raise TypeError(f"{min(unknown)}: unknown argument; the grid's are {', '.join(GRID_KEYS)}")
         own = {
             **CONSTRAINT_KEYS, "alpha": alpha, "constraint_eps": constraint_eps, "freeze_scale": freeze_scale,
-            "skip_nonfinite": skip_nonfinite, **grid_options,
+            "clamp": clamp, "skip_nonfinite": skip_nonfinite, **grid_options,
         }  # fmt: skip
         for group in checked_base(base_optimizer).param_groups:
             self._check_group({**own, **group})

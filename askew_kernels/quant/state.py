@@ -13,9 +13,13 @@ module takes them along:
 * ``sums``, float32 (rows, 3): ``ops.row_sums`` of the weight that the scale was made for (the update pass leaves them
   behind); -1 where there is none yet.
 
-The scale is the one in use where it is frozen, or where ``sums`` are those of the weight as it stands; otherwise it is
-computed anew by its rule. Everything else that is kept here (``Known``) only saves the time to look, and holds for one
-version of the weight and of these tensors. Torch counts in-place operations on a tensor, but not those made through
+A learned scale (``scale="lsq"``) is a Parameter of the layer in the place of the first, float32 (rows,), which an
+optimizer moves; the scale in use is that, within its bounds and rounded to the config's type. Its ``sums`` are of the
+weight that it started from, which says what its bounds are; it starts anew with another weight until it is trained.
+
+Another scale is the one in use where it is frozen, or where ``sums`` are those of the weight as it stands; otherwise it
+is computed anew by its rule. Everything else that is kept here (``Known``) only saves the time to look, and holds for
+one version of the weight and of these tensors. Torch counts in-place operations on a tensor, but not those made through
 ``weight.data``; a tied Parameter is therefore given the class ``QuantizedParameter``, which counts these too (the
 object stays the same). Fused torch optimizers, whose writes are not counted either, are noticed by a hook on every
 optimizer step. What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
@@ -35,13 +39,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
-from .scales import SUM_RULES, compute_scale, num_rows, round_scale, rule_code
-from .sharding import is_sharded, local_part, own_rows, sharding_of
+from .scales import SUM_RULES, bounded_scale, compute_scale, num_rows, round_scale, rule_code, scale_from_sums
+from .sharding import is_sharded, local_part, own_rows, refuse_learned, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
@@ -95,6 +99,31 @@ class QuantizedParameter(nn.Parameter):
         return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, OrderedDict())
 
 
+class LearnedScale(QuantizedParameter):
+    """A quantizer's scale that an optimizer moves."""
+
+    made = False  # any
+    _askew_scale_of: weakref.ref[WeightQuantizer]
+
+    @property
+    def quantizer(self) -> WeightQuantizer | None:
+        return self._askew_scale_of()
+
+
+def scale_owner(p: Tensor) -> WeightQuantizer | None:
+    """The quantizer whose learned scale ``p`` is."""
+    return p.quantizer if type(p) is LearnedScale else None
+
+
+def spare_frozen_scales(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Takes the gradients of learned scales that are frozen away, so that no optimizer moves them, be it by what its
+    momentum remembers."""
+    for group in optimizer.param_groups if LearnedScale.made else ():
+        for p in group["params"]:
+            if (quantizer := scale_owner(p)) is not None and quantizer.frozen:
+                p.grad = None
+
+
 def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Torch's fused optimizers do not move the version counter; every step of a foreign optimizer counts as an edit."""
     skip_grids = getattr(optimizer, "KEEPS_QUANTIZERS_FRESH", False)
@@ -102,7 +131,7 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
         if skip_grids and group.get("grid") is not None:
             continue
         for p in group["params"]:
-            if isinstance(p, QuantizedParameter):
+            if isinstance(p, QuantizedParameter) and not (skip_grids and type(p) is LearnedScale):
                 _used_data(p)
                 quantizer = WeightQuantizer.of(p)
                 if quantizer is not None and quantizer.config.clips_in_step and not quantizer.told:
@@ -116,6 +145,7 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
 
 
 register_optimizer_step_post_hook(_note_step)
+register_optimizer_step_pre_hook(spare_frozen_scales)
 
 
 class Known(NamedTuple):
@@ -143,6 +173,11 @@ def _version(weight: Tensor) -> Any:
         return object()
 
 
+def _moved(learned: LearnedScale) -> Any:
+    """Changes whenever the Parameter may have been written."""
+    return _version(learned), learned.__dict__.get("_data_uses", 0)
+
+
 class WeightQuantizer:
     """Scale and copies of one weight; see the module's text. ``rows``: how many scales it has; ``form``: how it is a
     matrix."""
@@ -150,6 +185,10 @@ class WeightQuantizer:
     def __init__(self, config: QuantConfig, form: Form = ROWS) -> None:
         self.config, self.form = config, form
         self.scale: Tensor = None  # type: ignore[assignment]  # the three tensors, made where the weight is known
+        self.learned: LearnedScale | None = None  # what the scale in use follows from, in the place of the first
+        self.started = False  # whether it has started from a weight that is not zero
+        self._young: Any = None  # its version, while it has started and nobody has trained or set it
+        self._start_known: tuple[Any, Tensor] | None = None  # by the version of the sums: what it started from
         self.flag: Tensor = None  # type: ignore[assignment]
         self.row_sums: Tensor = None  # type: ignore[assignment]
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
@@ -196,35 +235,77 @@ class WeightQuantizer:
     def allocate(self, weight: Tensor) -> None:
         """Makes the tensors where they are missing or not on the weight's device."""
         device = weight.device
-        if self.scale is None or (self.scale.is_meta and not weight.is_meta):
-            self.tensors = empty_state(self.rows(weight), device)
-        elif self.scale.device != device:
-            self.tensors = tuple(t.to(device) for t in self.tensors)  # type: ignore[assignment]
+        if self.scale is None or (self.flag.is_meta and not weight.is_meta):
+            self._make(weight)
+        elif self.flag.device != device:
+            if self.learned is not None and self.learned.device != device:
+                self.learned.data = self.learned.data.to(device)  # the Parameter that an optimizer has
+            first, *others = self.tensors
+            self.tensors = first.to(device), *(t.to(device) for t in others)  # type: ignore[assignment]
+
+    def _make(self, weight: Tensor) -> None:
+        """New tensors, of which nothing is known."""
+        self.frozen = self.started = False
+        self.tensors = empty_state(self.rows(weight), weight.device)
 
     def fit(self, weight: Tensor) -> None:
         """Makes new ones where the weight has got another number of rows: an embedding was resized, channels pruned."""
-        if weight.dim() < 2 or self.scale.numel() == (rows := self.rows(weight)):  # a vector may be a shard of a matrix
+        if weight.dim() < 2 or self.scale.numel() == self.rows(weight):  # a vector may be a shard of a matrix
             return
         if self.frozen:
             warnings.warn(f"weight: its frozen scale has {self.scale.numel()} rows, and its shape is now "
                           f"{tuple(weight.shape)}; the scale follows its rule again", stacklevel=4)  # fmt: skip
-        self.frozen, self.tensors = False, empty_state(rows, weight.device)
+        self._make(weight)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """scale, frozen, sums."""
-        return self.scale, self.flag, self.row_sums
+        """scale (the Parameter, where it is learned), frozen, sums."""
+        return self.scale if self.learned is None else self.learned, self.flag, self.row_sums
 
     @tensors.setter
     def tensors(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
         self.scale, self.flag, self.row_sums = tensors
+        self._start_known = None
+        if self.config.learns_scale:
+            self._learn(self.scale)
         self.invalidate()
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The same memory as plain tensors."""
+        return self.tensors if self.learned is None else tuple(t.detach() for t in self.tensors)
+
+    @property
+    def watched(self) -> tuple[Tensor, ...]:
+        """Those that nothing moves in usual training."""
+        return self.tensors if self.learned is None else self.tensors[1:]
+
+    def _learn(self, scale: Tensor) -> None:
+        """Takes this Parameter, or one made of a tensor, as the learned scale."""
+        if not isinstance(scale, nn.Parameter):
+            with torch.inference_mode(False):
+                scale = nn.Parameter(scale.detach())
+        if type(scale) is not LearnedScale:
+            scale.__class__ = LearnedScale
+        if scale is not self.learned:
+            self._young = None
+        self.learned, LearnedScale.made = scale, True  # type: ignore[assignment]
+        scale._askew_scale_of = weakref.ref(self)  # type: ignore[attr-defined]
+        self.scale = scale.detach() if self._unrounded else scale.detach().clone()
+
+    @property
+    def _unrounded(self) -> bool:
+        """The scale in use is the learned one, the same memory."""
+        return self.config.scale_dtype == "float32"
 
     def write(self, frozen: float | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
         """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
         with torch.no_grad():
             if scale is not None:
-                self.scale.copy_(scale)
+                if self.learned is None or not self._unrounded:
+                    self.scale.copy_(scale)
+                if self.learned is not None:
+                    self.learned.copy_(scale)
             if sums is not None:
                 self.row_sums.copy_(sums)
             if frozen is not None:
@@ -235,14 +316,18 @@ class WeightQuantizer:
         """Reads the flag, which somebody else may have written."""
         if not self.flag.is_meta:
             self.frozen = float(self.flag) > FOLLOWS
+            if self.learned is not None:
+                self.started = not self.row_sums.numel() or not float(self.row_sums[0, 0]) < 0
 
     def _stamp(self, weight: Tensor) -> tuple[Any, ...]:
         """With the weight's version it changes whenever the weight's content, or that of the three tensors, may have
         changed; equal to none where that cannot be told."""
+        learned = self.learned
         try:
             return (
-                self.scale._version, self.flag._version, self.row_sums._version, weight.data_ptr(), weight.dtype,
-                weight.__dict__.get("_data_uses", 0),
+                self.scale._version if learned is None else None, self.flag._version, self.row_sums._version,
+                weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0),
+                None if learned is None else _moved(learned),
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
@@ -275,6 +360,8 @@ class WeightQuantizer:
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
             self.look()
+        if self.learned is not None:
+            return self._settle_learned(weight)
         # the whole of a sharded weight is looked at in the forward; until then the scale is what the last step left
         if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
             return self._know(weight)
@@ -283,6 +370,48 @@ class WeightQuantizer:
         if not kept:
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, True, False, frozenset(), not kept)
+
+    def _settle_learned(self, weight: Tensor) -> Known:
+        refuse_learned(weight, "a layer")
+        if self.frozen or (self.started and self._young != _moved(self.learned)):  # type: ignore[arg-type]
+            self.follow_learned(weight)
+        else:
+            self._start(weight)
+        return self._know(weight)
+
+    def _start(self, weight: Tensor) -> None:
+        """The learned scale by its rule; of a weight of zeros it will start again."""
+        sums = self._sums(weight)
+        self.started = bool((sums[:, contract.MAX_ABS] > 0).any())
+        self.write(scale=self._rule_scale(weight), sums=sums if self.started else torch.full_like(sums, -1.0))
+        self._young = _moved(self.learned) if self.started else None  # type: ignore[arg-type]
+
+    def follow_learned(self, weight: Tensor) -> None:
+        """The scale in use from the Parameter as it stands, which is brought back into its bounds."""
+        learned: Any = self.learned
+        with torch.no_grad():
+            if self.started and not self.frozen:
+                version = _version(self.row_sums)
+                if self._start_known is None or self._start_known[0] != version:
+                    self._start_known = version, self._start_scale(weight, self.row_sums)
+                learned.copy_(bounded_scale(learned, self._start_known[1]))
+            if not self._unrounded:
+                self.scale.copy_(round_scale(learned, self.config.scale_dtype))
+            elif self.scale.data_ptr() != learned.data_ptr():
+                self.scale = learned.detach()
+
+    def _start_scale(self, weight: Tensor, sums: Tensor) -> Tensor:
+        """What a learned scale of these sums started from."""
+        c = self.config
+        return scale_from_sums(sums, weight.numel() // len(sums), c.weight, c.scale, scale_dtype=c.scale_dtype)
+
+    def hand_out(self) -> LearnedScale | None:
+        """The learned scale, for a gradient; None where there is none, or none is asked for. It goes on from here,
+        whatever the weight becomes."""
+        self._young = None
+        if self.frozen and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        return self.learned  # frozen: DistributedDataParallel waits for its gradient, which is zero
 
     # ---- scale ----
 
@@ -309,11 +438,20 @@ class WeightQuantizer:
         scale, flag, sums = tensors or self.tensors
         if len(scale) != self.rows(weight):  # as in ``fit``
             return self._rule_scale(weight)
+        if self.config.learns_scale:
+            return self._learned_for(weight, scale.detach(), sums)
         if self.frozen or weight.is_meta:
             return scale
         now = self._sums(weight)
         serves = (flag != FOLLOWS) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
+
+    def _learned_for(self, weight: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
+        if not (self.frozen or weight.is_meta):
+            if not self.started:
+                return self._rule_scale(weight)
+            scale = bounded_scale(scale, self._start_scale(weight, sums))
+        return round_scale(scale, self.config.scale_dtype)
 
     def freeze(self, weight: Tensor, scale: Tensor | None = None) -> None:
         """Keeps the scale from now on: the given one, or what the rule says of the weight as it stands."""
@@ -324,7 +462,7 @@ class WeightQuantizer:
             if is_sharded(weight):
                 share_rows([self], [weight])
         self._changed()
-        self.write(frozen=FROZEN)
+        self.write(frozen=FROZEN, scale=None if self.learned is None else self.scale)
         self._know(weight)
 
     def _given(self, weight: Tensor, scale: Tensor) -> Tensor:
@@ -340,6 +478,7 @@ class WeightQuantizer:
         self._changed()
         unseen = self.frozen or weight.is_meta or is_sharded(weight)
         self.write(scale=scale, sums=None if unseen else self._sums(weight))
+        self.started, self._young = self.started or not unseen, None
         self._know(weight, not unseen)
 
     def restore(self, weight: Tensor, scale: Tensor, frozen: bool, sums: Tensor | None = None) -> None:
@@ -352,6 +491,7 @@ class WeightQuantizer:
         """A weight of which nothing is known: the scale follows its rule, frozen or not before."""
         self.write(frozen=FOLLOWS)
         self.row_sums.fill_(-1.0)
+        self.started = False
         self.invalidate()
 
     def invalidate(self) -> None:
@@ -408,7 +548,7 @@ class WeightQuantizer:
 
     def sums_to_write(self) -> Tensor | None:
         """The buffer for the row sums of the updated weight, or None where the scale does not follow it."""
-        return None if self.frozen else self.row_sums
+        return None if self.frozen or self.learned is not None else self.row_sums
 
     @property
     def rule(self) -> tuple[Any, ...]:
@@ -418,13 +558,13 @@ class WeightQuantizer:
 
     def batches(self, weight: Tensor) -> bool:
         """The next scale comes from the sums that the update pass leaves behind."""
-        return not self.frozen and self.config.scale in SUM_RULES and weight.numel() > 0
+        return not self.frozen and self.learned is None and self.config.scale in SUM_RULES and weight.numel() > 0
 
     def settled(self, weight: Tensor) -> bool:
         """Nothing but the update pass has touched weight and scale since its last run."""
         known = self._known
         follows = known is not None and known.sums and self.config.scale in SUM_RULES
-        return (self.frozen or follows) and self._still(known, weight)
+        return (self.frozen or self.learned is not None or follows) and self._still(known, weight)
 
     def updated(self, weight: Tensor, copy_written: bool, sums_written: bool, clamped: bool, versions: list[Any],
                 place: int) -> None:  # fmt: skip
@@ -441,18 +581,18 @@ class WeightQuantizer:
 
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
-        if not self.frozen:
+        if not self.frozen and self.learned is None:
             self.write(frozen=HELD)
         self._know(weight)
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
-        return self.frozen or (self._home is not None and self._home.sums and self.batches(weight))
+        return self.frozen or self.started or (self._home is not None and self._home.sums and self.batches(weight))
 
     def returned(self, weight: Tensor) -> None:
         """It is back, bit for bit."""
         home, self._home = self._home, None
-        if not self.frozen:
+        if not self.frozen and self.learned is None:
             self.write(frozen=FOLLOWS)
         if home is None:
             self.invalidate()
@@ -468,11 +608,28 @@ class WeightQuantizer:
     def __getstate__(self) -> dict:
         """For copies too: in one of a layer the tensors are the copied layer's buffers."""
         held = {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
+        if self.learned is not None:
+            held["started"] = self.started, self._young == _moved(self.learned)
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
+        self.started, young = state.get("started", (False, False))
+        if young:
+            self._young = _moved(self.learned)  # type: ignore[arg-type]
+
+
+def learned_slopes(x: Tensor, scale: Tensor, grid: Any) -> Tensor:
+    """(rows, cols): what y = s Q(x/s) changes by with s, times LSQ's factor, in the type that the kernels compute in:
+    Q - x/s inside the hull, c_end outside. By operators that can be traced."""
+    x, rows = x.detach(), scale.numel()
+    wide = x.to(contract.compute_dtype(x.dtype)).contiguous()
+    weight = scale.to(wide.dtype), grid.levels_tensor(x.device), grid.encoding
+    y = ops.run_fake_quantize(wide, *weight, False, False, 0)
+    inside = ops.run_fake_quantize_backward(torch.ones_like(x).contiguous(), x.contiguous(), *weight) != 0
+    difference = torch.where(inside, y - wide, y).reshape(rows, -1)
+    return difference / weight[0][:, None] * ops.scale_grad_factor(x.numel(), rows, grid)
 
 
 def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -490,7 +647,9 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
     together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
     for q, w in zip(quantizers, weights, strict=True):
         known = q.settle(w)
-        if q.frozen:
+        if q.learned is not None:
+            q.hand_out()
+        if q.frozen or q.learned is not None:
             continue
         if is_sharded(w):
             own = own_rows(w, q.rows(w))
@@ -523,7 +682,7 @@ def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor])
         if placement.is_shard():
             torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
     for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
-        q.write(scale=part[:, 0], sums=part[:, 1:])
+        q.write(scale=round_scale(part[:, 0], q.config.scale_dtype), sums=part[:, 1:])  # of one unit for all ranks
 
 
 class ScaleBatch:

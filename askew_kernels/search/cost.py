@@ -149,11 +149,12 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
     uncounted: dict[str, None] = {}
 
     def count(name: str, kind: Any, module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        macs = kind.macs(module, y) / batch
+        x = first_input(args, kwargs)
+        macs = kind.macs(module, x, y) / batch
         if name not in searched:
             other[0] += macs
             return
-        x, rows = first_input(args, kwargs), kind.form.shape(module.weight.shape)[0]
+        rows = kind.form_with(kind.geometry_of(module)).shape(module.weight.shape)[0]
         p = found.setdefault(name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows),
                                                 signed=False, looked_up=not kind.token_dims))  # fmt: skip
         p.macs += macs

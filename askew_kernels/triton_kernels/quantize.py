@@ -12,7 +12,8 @@ from .launch import load_wide, store_narrow, stored_ends, weight_block
 from .lowbit import as_stored
 
 __all__ = ["fake_quantize", "fake_quantize_backward", "fake_quantize_out_", "project_interval_", "row_sums",
-           "ste_clip_"]  # fmt: skip
+           "ste_clip_", "ste_clip_scale_grad_"]  # fmt: skip
+TILE = 1024  # elements of a program of a learned scale's gradient: x and G of each stand in registers
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
 
@@ -95,6 +96,31 @@ def row_sums_kernel(
     tl.store(out + 2 * sum_stride, peak, mask=row < rows)
 
 
+@triton.jit
+def scale_grad_kernel(
+    g_ptr, x_ptr, parts_ptr, scale_ptr, levels, lo, hi, rows, cols, pieces, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    CLIP: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """g becomes 0 outside the hull where CLIP; of R rows, or a piece of C columns of them, the sums of g (Q - x/s)
+    inside and g c_end outside."""
+    piece = tl.program_id(0) % pieces
+    row = (tl.program_id(0) // pieces).to(tl.int64) * R + tl.arange(0, R)
+    column = piece.to(tl.int64) * C + tl.arange(0, C)
+    valid = (row < rows)[:, None] & (column < cols)[None, :]
+    at = row[:, None] * cols + column[None, :]
+    stored = tl.load(g_ptr + at, mask=valid, other=0.0)
+    x = load_wide(x_ptr + at, valid)
+    scale = tl.load(scale_ptr + row, mask=row < rows, other=1.0)[:, None]
+    lo, hi = math.hull(lo, hi, levels, KIND, N_LEVELS)
+    placed = math.in_hull(x, scale, lo, hi)
+    q = math.nearest(placed, levels, KIND, N_LEVELS)
+    low, high = stored_ends(scale, lo, hi, x_ptr.dtype.element_ty)
+    term = math.widen(stored) * tl.where((x < low) | (x > high), q, q - placed)
+    tl.store(parts_ptr + row * pieces + piece, tl.sum(term, 1), mask=row < rows)
+    if CLIP:
+        tl.store(g_ptr + at, math.pass_inside(stored, x, low, high), mask=valid)
+
+
 # ---- operators ----------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +157,24 @@ def ste_clip_(grad, x, scale, levels, grid):
     """grad becomes 0 outside the hull."""
     launch.check_like(grad, x, "grad", same_dtype=True)
     launch.with_scales(ste_clip_kernel, x, scale, levels, grid, grad, x, grad)
+
+
+def ste_clip_scale_grad_(grad, x, scale, levels, grid, ste_clip, factor):
+    """The gradient of a learned scale; grad becomes 0 outside the hull where ``ste_clip``."""
+    launch.check_like(grad, x, "grad", same_dtype=True)
+    rows, cols = launch.as_matrix(x, scale)
+    kind, n_levels = launch.check_grid(grid, levels, x)
+    if x.numel() == 0:
+        return torch.zeros_like(scale)
+    width = min(triton.next_power_of_2(cols), TILE)
+    pieces = triton.cdiv(cols, width)
+    parts = x.new_empty((rows, pieces), dtype=torch.float32)
+    with launch.on_device(x):
+        scale_grad_kernel[(triton.cdiv(rows, TILE // width) * pieces,)](
+            grad, x, parts, scale, levels if n_levels else scale, float(grid[1]), float(grid[2]), rows, cols, pieces,
+            KIND=kind, N_LEVELS=n_levels, CLIP=ste_clip, R=TILE // width, C=width, num_warps=4, **math.EXACT,
+        )  # fmt: skip
+    return (factor * parts.sum(1, dtype=torch.float64)).float().reshape(scale.shape)
 
 
 def project_interval_(w, scale, levels, grid, eps):

@@ -18,6 +18,16 @@ ASKEW_FN Row<vf, Grid> with_stored_ends(Row<vf, Grid> row) {
   return row;
 }
 
+// Few weights stand outside the hull: a gradient in place is touched only beside these.
+template <int T, class Grid>
+ASKEW_FN auto clip_in_place(Stream x, Stream gradient) {
+  return vector_loop<T, 1, Row<vf, Grid>>(
+      {x, gradient}, ASKEW_VECTOR {
+        const vf w = load<T>(s[0], i);
+        if (any(w < row.low) || any(w > row.high)) store<T>(s[1], i, pass_inside(load<T>(s[1], i), w, row));
+      });
+}
+
 template <int T, class Loop>
 ASKEW_FN void for_rows(const QuantizeArg& a, Tile t, Loop loop) {
   for (int64_t r = t.row0; r < t.row1; ++r) {
@@ -51,6 +61,7 @@ void quantize_typed(const QuantizeArg& a, Tile t) {
                                store_as(y_type, s[1], i, row.scale.value * level);
                              }));
     case kSteClip:
+      if (a.g == a.y) return for_rows<T>(a, t, clip_in_place<T, Grid>(x, y));
       return for_rows<T>(
           a, t,
           vector_loop<T, 3, R>(
@@ -65,4 +76,53 @@ void quantize_typed(const QuantizeArg& a, Tile t) {
 
 static void quantize(const QuantizeArg& a, Tile t) {
   ASKEW_BY_TYPE(a.type, ASKEW_BY_GRID(a.grid.kind, quantize_typed<T, Grid>(a, t)))
+}
+
+// What becomes of the gradient of y = s Q(x/s) in a learned scale's: g (Q - x/s) inside the hull, g c_end outside; and
+// the straight-through gradient in the same pass.
+template <int T, class Grid>
+struct ScaleGradientLoop {
+  static constexpr int kStreams = 3;
+  Stream streams[kStreams];  // g, x, y (may be g, or absent)
+  Row<vf, Grid> row;
+  Lanes16* sums;
+  ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    const ScaleGradientLoop l = *this;
+    const Row<vf, Grid> stored = with_stored_ends<T>(l.row);
+    const bool clips = l.streams[2].data != nullptr;
+    const int64_t ahead = tuning.prefetch_columns;
+    vf sum[kVectors] = {};
+    for (const int64_t end = i + n; i < end; i += 16)
+      for (int k = 0; k < kVectors; ++k) {
+        const int64_t at = i + k * ASKEW_LANES;
+        for (int s = 0; s < 2; ++s) prefetch<T>(l.streams[s], at, ahead);
+        const vf g = load<T>(l.streams[0], at), x = load<T>(l.streams[1], at);
+        const vf placed = in_hull(x, l.row), q = l.row.grid.nearest(placed);
+        const vi outside = (x < stored.low) | (x > stored.high);
+        sum[k] += g * select(outside, q, q - placed);
+        if (clips) store<T>(l.streams[2], at, select(outside, vf{}, g));
+      }
+    for (int k = 0; k < kVectors; ++k) l.sums->now[k] += sum[k];
+  }
+};
+
+template <int T, class Grid>
+void scale_gradient_typed(const QuantizeArg& a, Tile t, double* sums) {
+  constexpr int size = type_size(T);
+  const Grid grid = Grid::make(a.grid);
+  for (int64_t r = t.row0; r < t.row1; ++r, ++sums) {
+    Lanes16 lanes{};
+    const ScaleGradientLoop<T, Grid> loop{{{(void*)a.g, size, false}, {(void*)a.x, size, false}, {a.y, size, true}},
+                                          make_row(vf{} + a.scale[r], grid),
+                                          &lanes};
+    for_bands(r * a.m.cols, t, [&](Columns c) {
+      for_columns(loop, c);
+      flush(lanes);
+    });
+    *sums = finish(lanes);
+  }
+}
+
+static void scale_gradient(const QuantizeArg& a, Tile t, double* sums) {
+  ASKEW_BY_TYPE(a.type, ASKEW_BY_GRID(a.grid.kind, scale_gradient_typed<T, Grid>(a, t, sums)))
 }

@@ -15,6 +15,11 @@ cudaError_t quantize(const QuantizeArg& a, cudaStream_t stream);
 size_t row_sums_scratch(const QuantizeArg& a);
 cudaError_t row_sums(const QuantizeArg& a, float* sums, void* scratch, cudaStream_t stream);
 
+// out (rows,): factor times sums of a learned scale's terms; clips a.g into a.y where that is not null. scratch:
+// scale_gradient_scratch bytes of device memory (may be 0), aligned to 8.
+size_t scale_gradient_scratch(const QuantizeArg& a);
+cudaError_t scale_gradient(const QuantizeArg& a, double factor, float* out, void* scratch, cudaStream_t stream);
+
 // One step for a list of tensors. h is complete where no rate is on the device. scratch: update_scratch
 // bytes of device memory, aligned to 8. coefficients: (c, a) on the device, needed where a tensor has a `first`, which
 // does not count where both are 0.

@@ -11,6 +11,10 @@ struct QuantizeOnDevice : OnDevice {
     const Tensor memory = scratch(cuda::row_sums_scratch(a));
     check_cuda(cuda::row_sums(a, sums, memory.data_ptr(), stream), "row_sums");
   }
+  void scale_gradient(const QuantizeArg& a, double factor, float* out) const {
+    const Tensor memory = scratch(cuda::scale_gradient_scratch(a));
+    check_cuda(cuda::scale_gradient(a, factor, out, memory.data_ptr(), stream), "ste_clip_scale_grad_");
+  }
 };
 
 }  // namespace askew

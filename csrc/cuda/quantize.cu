@@ -1,4 +1,5 @@
-// The passes with one read and one write: quantize-dequantize, straight-through clip, interval projection; row sums.
+// The passes with one read and one write: quantize-dequantize, straight-through clip, interval projection; row sums,
+// and the clip that leaves a learned scale's gradient.
 #include <type_traits>
 
 #include "device.cuh"
@@ -73,6 +74,56 @@ __global__ void __launch_bounds__(kThreads, kResident) row_sums_kernel(const __g
   });
 }
 
+struct GradientPass : QuantizeArg {
+  Cut cut;
+  double factor;
+  void* sums;  // floats of rows, or doubles of pieces of rows
+};
+
+// Puts together one sum of a row's team, in a fixed order. Every thread of the block calls it; the row of a team may
+// lie outside the matrix.
+__device__ __forceinline__ void finish_gradient(float sum, const GradientPass& p, int64_t row) {
+  __shared__ double across[kThreads / 32];
+  const int shift = min((int)p.cut.team_shift, kWarpShift);
+  double v = add_lanes(sum, shift);
+  bool writes = (threadIdx.x & ((1 << shift) - 1)) == 0;
+  if (p.cut.team_shift > kWarpShift) {
+    if (writes) across[threadIdx.x >> 5] = v;
+    __syncthreads();
+    writes = threadIdx.x == 0;
+    if (writes)
+      for (int w = 1; w < kThreads / 32; ++w) v += across[w];
+    __syncthreads();
+  }
+  if (!writes || row >= p.cut.rows) return;
+  if (p.cut.pieces > 1)
+    ((double*)p.sums)[blockIdx.x] = p.factor * v;
+  else
+    ((float*)p.sums)[row] = (float)(p.factor * v);
+}
+
+template <int T, class Grid>
+__global__ void __launch_bounds__(kThreads, 2) scale_gradient_kernel(const __grid_constant__ GradientPass p) {
+  const Grid grid = GridMaker<Grid>::make(p.grid);
+  float sum = 0;
+  const auto run = [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
+    const auto row = make_row(scale, grid);
+    const auto stored = with_stored_ends<T>(row);
+    ASKEW_EACH (j, Walk<T>::kWidth) {  // elements that do not exist were loaded as zeros
+      const float x = element<T>(in[1], j), placed = in_hull(x, row), q = row.grid.nearest(placed);
+      const bool outside = x < stored.low || x > stored.high;
+      sum += element<T>(in[0], j) * (outside ? q : q - placed);
+    }
+    if (p.y)
+      store(p.y, map_words<T>(in[0], in[1], [&](float g, float x) { return pass_inside(g, x, stored); }), s, walk);
+    if (s.ends_row) {
+      finish_gradient(sum, p, s.row);
+      sum = 0;
+    }
+  };
+  for_slots<T, 2>({p.g, p.x}, p.scale, p.cut, blockIdx.x, run);
+}
+
 template <int T, class Grid>
 cudaError_t launch_pass(const Pass& p, cudaStream_t stream) {
   void (*const kernels[])(Pass) = {quantize_kernel<T, Grid, kQuantize>, quantize_kernel<T, Grid, kStochastic>,
@@ -107,6 +158,24 @@ cudaError_t row_sums(const QuantizeArg& a, float* sums, void* scratch, cudaStrea
   ASKEW_BY_TYPE(a.type, error = launch((row_sums_kernel<T>), (unsigned)blocks_of(p.cut), kThreads, stream, p))
   Finisher finisher{stream};
   if (p.cut.pieces > 1) finisher.add((const double*)scratch, sums, a.m.rows, p.cut.pieces, kRowSums);
+  return first_error(error, finisher.run());
+}
+
+size_t scale_gradient_scratch(const QuantizeArg& a) {
+  const Cut cut = with_cut(a, kSumSlots).cut;
+  return cut.pieces > 1 ? (size_t)(a.m.rows * cut.pieces) * sizeof(double) : 0;
+}
+
+cudaError_t scale_gradient(const QuantizeArg& a, double factor, float* out, void* scratch, cudaStream_t stream) {
+  if (a.m.cols == 0) return cudaMemsetAsync(out, 0, (size_t)a.m.rows * sizeof(float), stream);
+  const Cut cut = with_cut(a, kSumSlots).cut;
+  const GradientPass p{a, cut, factor, cut.pieces > 1 ? scratch : (void*)out};
+  cudaError_t error = cudaSuccess;
+  const unsigned blocks = (unsigned)blocks_of(cut);
+  ASKEW_BY_TYPE(
+      a.type, ASKEW_BY_GRID(a.grid.kind, error = launch((scale_gradient_kernel<T, Grid>), blocks, kThreads, stream, p)))
+  Finisher finisher{stream};
+  if (cut.pieces > 1) finisher.add((const double*)scratch, out, a.m.rows, cut.pieces, 1);
   return first_error(error, finisher.run());
 }
 

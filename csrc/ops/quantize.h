@@ -1,4 +1,5 @@
-// Fake quantization, the projection and sums of rows. `Device` runs a QuantizeArg: cpu/quantize.cpp, cuda/quantize.cpp.
+// Fake quantization, a learned scale's gradient, the projection and sums of rows. `Device` runs a QuantizeArg:
+// cpu/quantize.cpp, cuda/quantize.cpp.
 #pragma once
 #include "tensors.h"
 
@@ -53,6 +54,17 @@ struct QuantizeOps {
     Device(x).run(a);
   }
 
+  static Tensor ste_clip_scale_grad(Tensor grad, Tensor x, Tensor scale, Tensor levels, std::vector<int64_t> grid,
+                                    bool ste_clip, double factor) {
+    QuantizeArg a = checked(kSteClip, x, scale, levels, grid);
+    a.g = data_like(grad, x, "grad");
+    a.y = ste_clip ? grad.data_ptr() : nullptr;
+    const Device device(x);
+    Tensor out = empty(x, {a.m.rows}, ScalarType::Float);
+    device.scale_gradient(a, factor, static_cast<float*>(out.data_ptr()));
+    return out;
+  }
+
   static void project_interval(Tensor w, Tensor scale, Tensor levels, std::vector<int64_t> grid, Tensor eps) {
     QuantizeArg a = checked(kProject, w, scale, levels, grid);
     a.y = w.data_ptr();
@@ -77,6 +89,7 @@ struct QuantizeOps {
     m.impl("fake_quantize_out_", TORCH_BOX(&fake_quantize_out));
     m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
     m.impl("ste_clip_", TORCH_BOX(&ste_clip));
+    m.impl("ste_clip_scale_grad_", TORCH_BOX(&ste_clip_scale_grad));
     m.impl("project_interval_", TORCH_BOX(&project_interval));
     m.impl("row_sums", TORCH_BOX(&row_sums));
   }

@@ -45,6 +45,12 @@ int emulated_row_sums(const void* x, int type, int64_t rows, int64_t cols, float
   auto scratch = poisoned(cuda::row_sums_scratch(a));
   return cuda::row_sums(a, sums, scratch.data(), nullptr);
 }
+int emulated_scale_gradient(const void* g, const void* x, int type, void* out, const float* scale, GridArg grid,
+                            int64_t rows, int64_t cols, double factor, float* to_scale) {
+  const QuantizeArg a{kSteClip, type, type, x, g, out, scale, grid, {rows, cols}, 0, {}};
+  auto scratch = poisoned(cuda::scale_gradient_scratch(a));
+  return cuda::scale_gradient(a, factor, to_scale, scratch.data(), nullptr);
+}
 int emulated_update(const UpdateTensor* tensors, size_t n, const Hyper* switches, const Rates* rates,
                     const float* coefficients) {
   auto scratch = poisoned(cuda::update_scratch(tensors, n));
