@@ -54,7 +54,7 @@ class Job:
     optimizer: str
     width: str  # "float", or what is trained quantization-aware
     seed: int
-    budget: str = field(default=BUDGETS[0], kw_only=True)
+    budget: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,18 @@ def test_rise_within_a_radius():
 def test_tables():
     after = {"float": {"4 bits": 80.0}, "4 bits": {}}
     results = [
-        sam.Result("t", name, width, seed, 90.0 + seed, {w: a + seed for w, a in later.items()}, 2.0, 0.5, 1.0)
+        sam.Result(
+            "t",
+            name,
+            width,
+            seed,
+            90.0 + seed,
+            {w: a + seed for w, a in later.items()},
+            2.0,
+            0.5,
+            1.0,
+            budget="equal epochs",
+        )
         for name in sam.OPTIMIZERS
         for width, later in after.items()
         for seed in (1, 0)
