@@ -43,7 +43,7 @@ FULL, DETERMINISTIC, STOCHASTIC, PROX = (
 )  # fmt: skip
 BY_EPOCH, BY_STEP = "ASkewSGD, eps by epoch", "ASkewSGD, eps by step"
 METHODS = (FULL, DETERMINISTIC, STOCHASTIC, PROX, BY_EPOCH, BY_STEP)
-TEXT_METHODS = demo.METHODS
+TEXT_METHODS = tuple(method for method in demo.METHODS if method != demo.LEARNED)
 
 
 @dataclass
