@@ -19,7 +19,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional
 
 import askew_kernels as ak
@@ -626,3 +626,52 @@ def test_other_layers(make):
     quantized = oracle(w, s, Uniform(4), w.shape[1]).reshape(layer.weight.shape)
     layer.kind.product(layer, x.double() if x.is_floating_point() else x, quantized, None).backward(g.double())
     assert torch.allclose(layer.weight_scale.grad.double(), s.grad, rtol=1e-4, atol=1e-6)
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------
+
+
+def told(call):
+    try:
+        call()
+    except NotImplementedError as error:
+        return str(error)
+    return "nothing"
+
+
+def sharded():
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model_with())
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    try:
+        assert "scale: 'lsq' of AskewLinear with a weight of shape" in told(sharded)
+        model, alone = model_with(seed=rank), model_with()
+        together = nn.parallel.DistributedDataParallel(model)
+        x, y = batch()
+        mine, runs = slice(16 * rank, 16 * rank + 16), []
+        for m in (model, alone):
+            optimizer = ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9)
+            runs.append((optimizer, ak.EpsilonAnnealing(optimizer, hold=3, total=8)))
+        for _ in range(8):
+            for call, part, (optimizer, annealing) in zip((together, alone), (mine, slice(0, 32)), runs, strict=True):
+                optimizer.zero_grad()
+                functional.cross_entropy(call(x[part]), y[part]).backward()
+                optimizer.step()
+                annealing.step()
+            close([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], 1e-3)
+            consistent(model)
+        assert model[0].quantizer.frozen
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo")
+def test_two_processes(tmp_path):
+    """DistributedDataParallel trains as one process does, also after the freeze, when scales have no gradient; FSDP2's
+    shards are refused."""
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)

@@ -28,12 +28,14 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
-from ..quant.sharding import is_sharded, local_part, own_rows
+from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
+from .inputs import InputQuantizer
 from .lowbit import level_linear
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
+INPUT = "input_quantizer"  # the submodule of a layer whose input has a learned scale
 GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart in a checkpoint
 
 
@@ -112,13 +114,17 @@ class _LearnedToo(torch.autograd.Function):
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
         else:
-            to_scale = ops.ste_clip_scale_grad_(g, w, scale, grid, ste_clip=clips)
+            kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
+            to_scale = ops.run_ste_clip_scale_grad(
+                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
+            )
         return grad, to_scale.to(learned.dtype), None, None, None
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
     """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    return a == b or replace(a, activation=None) == replace(b, activation=None)
+    inputs: dict[str, Any] = {"activation": None, "activation_scale": None}
+    return a == b or replace(a, **inputs) == replace(b, **inputs)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -145,7 +151,7 @@ class QuantizedLayer(nn.Module):
     form: ClassVar[Form]  # its kind's: how the weight is a matrix
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
-    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
+    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS, INPUT)
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
         """The float layer's arguments, and how its weight is quantized."""
@@ -181,6 +187,9 @@ class QuantizedLayer(nn.Module):
         for kind in (self._parameters, self._buffers):  # of another configuration, before
             kind.pop(STATE[0], None)
         self._hold((None, None, None))
+        self._modules.pop(INPUT, None)
+        if config.activation_scale is not None and self.kind.token_dims:
+            self._modules[INPUT] = InputQuantizer(config.activation, config.activation_scale, self.weight.device)
         self._buffers.update({GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
@@ -239,6 +248,8 @@ class QuantizedLayer(nn.Module):
                     quantizer.untie(old)
                 if is_sharded(value):
                     self.form.check_sharded(value)
+                    if self.config.learns_scale:
+                        refuse_learned(value, type(self).__name__)
                     value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
                     self.__dict__["_shard"] = value
                 elif was_tied and (quantizer.frozen or not self.training):
@@ -408,6 +419,14 @@ class QuantizedLayer(nn.Module):
         values = self._level_forward(x.values(), dtype)
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
+    def _quantized_input(self, x: Tensor, grid: Any) -> Tensor:
+        if (learned := self._modules.get(INPUT)) is not None:
+            eager = self._ordinary() and type(x) in (Tensor, nn.Parameter)
+            found = learned.quantized(x, token_rows(x, self.kind.token_dims), eager)  # type: ignore[operator]
+            if found is not None:
+                return found
+        return quantized_input(x, grid, self.kind.token_dims)
+
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
         return self.kind.product(self, x, weight, self.bias)
@@ -419,7 +438,7 @@ class QuantizedLayer(nn.Module):
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels)
         if (grid := self.kind.input_grid(self)) is not None:
-            x = quantized_input(x, grid, self.kind.token_dims)
+            x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:

@@ -20,7 +20,7 @@ from .schema import define, like_first
 
 __all__ = [
     "fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize",
-    "run_fake_quantize_backward", "scale_grad_factor", "ste_clip_", "ste_clip_scale_grad_",
+    "run_fake_quantize_backward", "run_ste_clip_scale_grad", "scale_grad_factor", "ste_clip_", "ste_clip_scale_grad_",
 ]  # fmt: skip
 
 
@@ -198,6 +198,7 @@ def ste_clip_scale_grad_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any, *, s
 
 
 def run_ste_clip_scale_grad(grad: Tensor, x: Tensor, weight: tuple, factor: float, ste_clip: bool) -> Tensor:
+    """The same without its checks. weight: scale, levels, grid as the operators take them."""
     order, written = layout(x, weight[0].numel()), InPlace()
     point = permuted(x.detach(), order).contiguous()
     work = written.writable(grad, order) if ste_clip else permuted(grad.detach(), order).contiguous()

@@ -21,6 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from .. import ops
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
+from ..quant.state import scale_owner
 from .amp import unscale_first, unscale_second
 from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
@@ -268,7 +269,7 @@ class SAM(Wrapper):
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
             eta, maximize = float(group["eta"]), bool(group.get("maximize"))
             for i, p in enumerate(group["params"]):
-                if (g := p.grad) is None:
+                if (g := p.grad) is None or scale_owner(p) is not None:  # a learned scale stays where it is
                     continue
                 name = names[i] if names else self._names.get(p)
                 what = name or f"params[{i}]"

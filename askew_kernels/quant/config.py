@@ -24,6 +24,7 @@ from .scales import (
 
 LEVEL_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # forwards that multiply levels, and how they hold them
 IN_STEP = "step"  # of ``ste_clip``
+LEARNED_INPUTS = ("lsq", "lsq+")  # scales of inputs that are learned, and with an offset
 FORWARDS = ("hard", "relaxed", *LEVEL_TYPES)
 SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
@@ -47,6 +48,8 @@ class QuantConfig:
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
     be any number that these hold.
+    ``activation_scale``: how that scale is found; None (default) as above, ``"lsq"`` one that is learned for the layer,
+    ``"lsq+"`` one with an offset, for inputs that do not lie around 0 (``nn.inputs``).
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
     them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
 
@@ -62,6 +65,7 @@ class QuantConfig:
     ste_clip: bool | str = True
     activation: Grid | None = None
     scale_dtype: str = "float32"
+    activation_scale: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Grid):
@@ -87,6 +91,8 @@ class QuantConfig:
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
         if self.learns_scale:
             self._check_learned()
+        if self.activation_scale is not None:
+            self._check_inputs()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
@@ -99,6 +105,17 @@ class QuantConfig:
         if self.ste_clip == IN_STEP:
             raise ValueError("ste_clip: 'step' leaves the clip to the optimizer, and scale='lsq' takes the scale's "
                              "gradient in the same pass of each backward; expected True or False")  # fmt: skip
+
+    def _check_inputs(self) -> None:
+        if self.activation_scale not in LEARNED_INPUTS:
+            raise ValueError(f"activation_scale: expected None, {' or '.join(map(repr, LEARNED_INPUTS))}, got "
+                             f"{self.activation_scale!r}")  # fmt: skip
+        if self.activation is None:
+            raise ValueError(f"activation_scale: {self.activation_scale!r} needs a grid of the input; expected "
+                             "activation=Uniform(8), say")  # fmt: skip
+        if self.level_dtype is not None:
+            raise ValueError(f"activation_scale: forward={self.forward!r} quantizes inputs token by token, got "
+                             f"{self.activation_scale!r}; expected forward='hard'")  # fmt: skip
 
     @property
     def learns_scale(self) -> bool:
@@ -165,6 +182,8 @@ class QuantConfig:
             del d["activation"]
         if self.scale_dtype == "float32":
             del d["scale_dtype"]
+        if self.activation_scale is None:
+            del d["activation_scale"]
         return d
 
     @classmethod

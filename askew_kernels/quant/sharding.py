@@ -23,6 +23,14 @@ def sharding_of(t: Tensor) -> Any:
     return (t.device_mesh, t.placements) if is_sharded(t) else None  # type: ignore[attr-defined]
 
 
+def refuse_learned(weight: Tensor, who: str) -> None:
+    """NotImplementedError for the weight of a learned scale, of which every rank would have a part of the gradient."""
+    if is_sharded(weight):
+        raise NotImplementedError(f"scale: 'lsq' of {who} with a weight of shape {tuple(weight.shape)}: a learned "
+                                  "scale does not go with a weight that is sharded over ranks; leave this layer out "
+                                  "of fully_shard, use DistributedDataParallel, or another rule")  # fmt: skip
+
+
 def made_for_a_part() -> bool:
     """Whether this is called by ZeroRedundancyOptimizer, which makes the optimizer of one rank's part of the parameters
     and tells it nothing of the others. Nothing but the caller tells that part from a whole model."""

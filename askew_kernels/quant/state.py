@@ -45,7 +45,7 @@ from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
 from .scales import SUM_RULES, bounded_scale, compute_scale, num_rows, round_scale, rule_code, scale_from_sums
-from .sharding import is_sharded, local_part, own_rows, sharding_of
+from .sharding import is_sharded, local_part, own_rows, refuse_learned, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
@@ -188,6 +188,7 @@ class WeightQuantizer:
         self.learned: LearnedScale | None = None  # what the scale in use follows from, in the place of the first
         self.started = False  # whether it has started from a weight that is not zero
         self._young: Any = None  # its version, while it has started and nobody has trained or set it
+        self._start_known: tuple[Any, Tensor] | None = None  # by the version of the sums: what it started from
         self.flag: Tensor = None  # type: ignore[assignment]
         self.row_sums: Tensor = None  # type: ignore[assignment]
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
@@ -264,6 +265,7 @@ class WeightQuantizer:
     @tensors.setter
     def tensors(self, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
         self.scale, self.flag, self.row_sums = tensors
+        self._start_known = None
         if self.config.learns_scale:
             self._learn(self.scale)
         self.invalidate()
@@ -370,6 +372,7 @@ class WeightQuantizer:
         return self._know(weight, True, False, frozenset(), not kept)
 
     def _settle_learned(self, weight: Tensor) -> Known:
+        refuse_learned(weight, "a layer")
         if self.frozen or (self.started and self._young != _moved(self.learned)):  # type: ignore[arg-type]
             self.follow_learned(weight)
         else:
@@ -388,7 +391,10 @@ class WeightQuantizer:
         learned: Any = self.learned
         with torch.no_grad():
             if self.started and not self.frozen:
-                learned.copy_(bounded_scale(learned, self._start_scale(weight, self.row_sums)))
+                version = _version(self.row_sums)
+                if self._start_known is None or self._start_known[0] != version:
+                    self._start_known = version, self._start_scale(weight, self.row_sums)
+                learned.copy_(bounded_scale(learned, self._start_known[1]))
             if not self._unrounded:
                 self.scale.copy_(round_scale(learned, self.config.scale_dtype))
             elif self.scale.data_ptr() != learned.data_ptr():
