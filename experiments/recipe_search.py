@@ -1,4 +1,4 @@
-"""`python -m experiments.recipe_search`: which schedule is the recommended one, searched on data that no table is judged by.
+"""`python -m experiments.recipe_search`: which schedule is recommended, searched on data that no table is judged by.
 
 Many small networks are trained side by side as one network with a leading dimension of *replicas*: each has its own
 grid, learning rate, seed and ``Way``, and all share every launch. The mathematics is ``reference.py``'s, batched
@@ -165,7 +165,7 @@ def load(name: str, cache: Path, fashion: Path, device: torch.device) -> list[Te
     return [t.to(device) for t in ((x - mean) / std, y.long(), (x_val - mean) / std, y_val.long())]
 
 
-# ---- the step of one layer, all replicas at once; its tensors are (R, outputs, inputs), a replica's numbers (R, 1, 1) --
+# ---- the step of one layer: tensors are (R, outputs, inputs), a replica's numbers (R, 1, 1) ----------------------
 
 
 @dataclass
@@ -206,8 +206,8 @@ def velocity(d: Tensor, w: Tensor, s: Tensor, g: Grids, lr: Tensor, eps: Tensor,
 
 def step_layer(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, s: Tensor, s_m: Tensor, s_v: Tensor, s_floor: Tensor,
                g: Grids, quantized: Tensor, eps: Tensor, alpha: Tensor, lr: Tensor, s_lr: Tensor, clamped: Tensor,
-               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, bias1: Tensor, bias2: Tensor, adam: bool,
-               decay: float) -> tuple[Tensor, ...]:  # fmt: skip
+               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, bias1: Tensor, bias2: Tensor,
+               adam: bool, decay: float) -> tuple[Tensor, ...]:  # fmt: skip
     """(w, m, v, s, s_m, s_v, s Q(w/s)) after one step."""
     x = w / s
     inside = (x >= g.lo) & (x <= g.hi)
@@ -606,8 +606,8 @@ def run(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], 
                 row = {**asdict(replica), "way": replica.way.name, "task": task.name, "optimizer": optimizer,
                        "accuracy": round(accuracy, 3)}  # fmt: skip
                 print(json.dumps(row), file=file)
-        print(f"{task.name}, {optimizer}: {len(part)} networks, {networks.steps} steps, {seconds:.1f} s", file=sys.stderr,
-              flush=True)  # fmt: skip
+        said = f"{task.name}, {optimizer}: {len(part)} networks, {networks.steps} steps, {seconds:.1f} s"
+        print(said, file=sys.stderr, flush=True)
         del networks
         if data[0].is_cuda:
             torch.cuda.empty_cache()
