@@ -18,16 +18,6 @@ ASKEW_FN Row<vf, Grid> with_stored_ends(Row<vf, Grid> row) {
   return row;
 }
 
-// Few weights stand outside the hull: a gradient in place is touched only beside these.
-template <int T, class Grid>
-ASKEW_FN auto clip_in_place(Stream x, Stream gradient) {
-  return vector_loop<T, 1, Row<vf, Grid>>(
-      {x, gradient}, ASKEW_VECTOR {
-        const vf w = load<T>(s[0], i);
-        if (any(w < row.low) || any(w > row.high)) store<T>(s[1], i, pass_inside(load<T>(s[1], i), w, row));
-      });
-}
-
 template <int T, class Loop>
 ASKEW_FN void for_rows(const QuantizeArg& a, Tile t, Loop loop) {
   for (int64_t r = t.row0; r < t.row1; ++r) {
@@ -61,7 +51,6 @@ void quantize_typed(const QuantizeArg& a, Tile t) {
                                store_as(y_type, s[1], i, row.scale.value * level);
                              }));
     case kSteClip:
-      if (a.g == a.y) return for_rows<T>(a, t, clip_in_place<T, Grid>(x, y));
       return for_rows<T>(
           a, t,
           vector_loop<T, 3, R>(

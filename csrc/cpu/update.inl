@@ -9,8 +9,6 @@ struct Trace {
   alignas(64) float level[kBand], excess[kBand], descent[kBand], gradient[kBand];
 };
 
-constexpr int kMostRows = 16;  // that a step takes together
-
 // The streams of a step. Excess, descent and gradient are the trace, null if not traced; from kState on, the buffers.
 enum StepStream : int { kW, kG, kExcess, kDescent, kGradient, kState, kMostStreams = kState + kMostBuffers };
 
@@ -18,8 +16,7 @@ enum StepStream : int { kW, kG, kExcess, kDescent, kGradient, kState, kMostStrea
 template <int T, class Grid>
 struct Step {
   Stream streams[kMostStreams];
-  const Row<vf, Grid>* row;  // of the first columns, and those that follow
-  int64_t row_columns;       // after which the next row's begin
+  const Row<vf, Grid>* row;
   const Hyper* hyper;
   void (*columns)(const Step&, Columns);
 };
@@ -64,20 +61,14 @@ struct StepLoop : Step<T, Grid> {
   }
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
     const StepLoop l = *this;  // what a store cannot change
+    const Row<vf, Grid> once = *l.row;
+    const Row<Pair, Grid> twice = pair_of(once);
+    const Row<vf, Grid> stored = with_stored_ends<T>(once);
+    const Row<Pair, Grid> stored_twice = pair_of(stored);
     const Options options{*l.hyper, rule_of<typename Options::Rule>(*l.hyper)};
-    const int64_t last = i + n, ahead = tuning.prefetch_columns;
-    for (const Row<vf, Grid>* row = l.row; i < last; ++row) {
-      const Row<vf, Grid> once = *row;
-      const Row<Pair, Grid> twice = pair_of(once);
-      const Row<vf, Grid> stored = with_stored_ends<T>(once);
-      const Row<Pair, Grid> stored_twice = pair_of(stored);
-      const int64_t end = last - i > l.row_columns ? i + l.row_columns : last;
-      for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, stored_twice, options, ahead);
-      if (i < end) {
-        l.step(i, once, stored, options, ahead);
-        i = end;
-      }
-    }
+    const int64_t end = i + n, ahead = tuning.prefetch_columns;
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) l.step(i, twice, stored_twice, options, ahead);
+    if (i < end) l.step(i, once, stored, options, ahead);
   }
   static void over(const Step<T, Grid>& step, Columns c) { for_columns(static_cast<const StepLoop&>(step), c); }
 };
@@ -121,21 +112,13 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   for (const StepStream k : {kExcess, kDescent, kGradient}) streams[k] = {};
   for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
   step.hyper = &h;
-  const int64_t cols = tile.col1 - tile.col0;
-  const bool one_band = cols <= kBand;
-  // Short rows go through the step together: what it begins with would cost as much as a group of 32 itself.
-  const bool whole = cols == t.m.cols && cols % 16 == 0 && !totals;
-  const int64_t most = whole && kBand / cols > 1 ? (kBand / cols < kMostRows ? kBand / cols : kMostRows) : 1;
-  Row<vf, Grid> rows[kMostRows];
-  step.row = rows;
-  step.row_columns = most > 1 ? cols : kBand;
-  for (int64_t r = tile.row0; r < tile.row1; r += most) {
-    const int64_t together = tile.row1 - r < most ? tile.row1 - r : most;
-    for (int64_t k = 0; k < together; ++k) rows[k] = make_row(vf{} + t.scale[r + k], Grid::make(t.grid));
-    const Row<vf, Grid>& weights = rows[0];
+  const bool one_band = tile.col1 - tile.col0 <= kBand;
+  for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
-    if (row_sums && !one_band) sums = {};
-    for_bands(r * t.m.cols, together > 1 ? Tile{0, 0, 0, together * cols} : tile, [&](Columns c) {
+    if (row_sums) sums = {};
+    const Row<vf, Grid> weights = make_row(vf{} + t.scale[r], Grid::make(t.grid));
+    step.row = &weights;
+    for_bands(r * t.m.cols, tile, [&](Columns c) {
       const int64_t padded = (c.count + 15) / 16 * 16;
       if (t.kept) copy_columns<T, false>({(void*)t.kept, size, false}, w, c);
       if (t.first) {
@@ -170,28 +153,20 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
           for (int64_t gap = c.count; gap < padded; ++gap) of[traced + gap] = 0;
         traced += padded;
       }
-      const int64_t of_row = together > 1 ? cols : c.count;
-      for (int64_t k = 0; k < together; ++k) {
-        const Columns part_of_row{c.first + k * of_row, of_row};
-        if (row_sums) {
-          if (one_band) sums = {};
-          for_columns(RowSumsLoop<T>{{w_read}, &sums}, part_of_row);
-          if (!one_band)
-            flush(sums);
-          else
-            finish(sums, row_sums + k * kRowSums, one_band);
-        }
-        if (t.dequantized) {
-          const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
-          auto loop = quantize_loop<T, Grid>(w_read, copy, t.dequantized_type);
-          loop.row = rows[k];
-          for_columns(loop, part_of_row);
-        }
+      if (row_sums) {
+        for_columns(RowSumsLoop<T>{{w_read}, &sums}, c);
+        if (!one_band) flush(sums);
+      }
+      if (t.dequantized) {
+        const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
+        auto loop = quantize_loop<T, Grid>(w_read, copy, t.dequantized_type);
+        loop.row = weights;
+        for_columns(loop, c);
       }
     });
     if (row_sums) {
-      if (!one_band) finish(sums, row_sums, one_band);
-      row_sums += together * kRowSums;
+      finish(sums, row_sums, one_band);
+      row_sums += kRowSums;
     }
   }
   if (totals) {

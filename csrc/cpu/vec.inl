@@ -11,17 +11,6 @@ typedef uint8_t vb __attribute__((vector_size(ASKEW_LANES)));
 
 ASKEW_FN vf select(vi m, vf a, vf b) { return m ? a : b; }
 ASKEW_FN vi both(vi a, vi b) { return a & b; }
-ASKEW_FN bool any(vi m) {
-#if ASKEW_LANES == 16 && defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m);
-#elif ASKEW_LANES == 8 && defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)m, (__m256i)m);
-#else
-  int32_t found = 0;
-  for (int i = 0; i < ASKEW_LANES; ++i) found |= m[i];
-  return found;
-#endif
-}
 #if defined(__FMA__)
 #if ASKEW_LANES == 16
 ASKEW_FN vf fused_multiply_add(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
