@@ -53,7 +53,7 @@ peers: install
 paper: install
 	$(PY) -m askew_kernels paper
 
-# Three tasks beside straight-through, LSQ and PARQ; hours on two cores, minutes on a GPU, and it goes on where it was stopped.
+# Three tasks beside straight-through, LSQ and PARQ: for a GPU (days on two cores); it goes on where it was stopped.
 evidence: peers
 	$(PY) -m askew_kernels accuracy
 

@@ -2,9 +2,9 @@
 
 Every number comes from the drop-in layers and the package's optimizers. Rows: float; straight-through (hard forward,
 torch.optim.SGD, the scale recomputed every step); ASkewSGD relaxed (as published: gradient at the float weights,
-geometric annealing); ASkewSGD hard (the recommended recipe, ``RECIPE``). All share network, initialisation, data
-order, epochs, learning-rate schedule and scale rule; differences are paired over seeds. First and last layer stay
-float in every row.
+geometric annealing); ASkewSGD hard (the recommended recipe, ``ak.Recipe``), with the same scale rule and with a learned
+scale (LSQ). All share network, initialisation, data order, epochs and learning-rate schedule; differences are paired
+over seeds. First and last layer stay float in every row.
 """
 
 from __future__ import annotations
@@ -28,17 +28,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import EpsilonAnnealing, QuantConfig, command, figures, hard_quantize_, optim, param_groups, quantize_
+from . import EpsilonAnnealing, QuantConfig, Recipe, command, figures, hard_quantize_, optim, param_groups, quantize_
 from .nn import quantized_layers
 from .quant import Binary, Grid, Ternary, Uniform
 
-# One recipe for every network, data set and width. Periods are shares of all batches.
-RECIPE = {
-    "hard": {"hold": 0.10, "end": 0.95, "mode": "gap", "power": 12.0, "keep_pull": True},
-    "relaxed": {"hold": 0.30, "end": 1.0, "mode": "geometric"},  # as published: hold, then a constant factor
-}
+PUBLISHED_HOLD = 0.30  # of all batches, then a constant factor
+LEARNED = "learned scale"
 LR, MOMENTUM, BATCH, LABEL_SMOOTHING = 0.2, 0.9, 64, 0.1
-METHODS = ("float", "straight-through", "relaxed", "hard")
+METHODS = ("float", "straight-through", "relaxed", "hard", LEARNED)
+OURS = METHODS[2:]
 WIDTHS: dict[str, tuple[Grid, str]] = {
     **{f"{bits} bits": (Uniform(bits), "sawb") for bits in (4, 3, 2)},
     "ternary": (Ternary(), "mean"),
@@ -165,28 +163,32 @@ def cached(load: Callable[[int], Data], seed: int) -> Data:
 Batch = tuple[Tensor, Tensor]
 
 
-def quantize_inner(model: nn.Module, width: str, forward: str = "hard", ends: Collection[str] = ()) -> nn.Module:
-    """Quantizes all layers with a weight matrix but ``ends``, by default the first and the last."""
+def quantize_inner(
+    model: nn.Module, width: str, forward: str = "hard", ends: Collection[str] = (), scale: str | None = None
+) -> nn.Module:
+    """Quantizes all layers with a weight matrix but ``ends``, by default the first and the last. scale: the rule, or
+    None for that of the width."""
     grid, rule = WIDTHS[width]
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     ends = ends or (layers[0], layers[-1])
-    config = QuantConfig(weight=grid, scale=rule, forward=forward)
+    config = QuantConfig(weight=grid, scale=scale or rule, forward=forward)
     return quantize_(model, config, lambda _, name: name not in ends)
 
 
 def prepare(
     model: nn.Module, method: str, width: str, lr: float = LR, adamw: bool = False, ends: Collection[str] = ()
 ) -> tuple[torch.optim.Optimizer, str]:
-    """Quantizes the model as a row of the table asks; (its optimizer, the recipe of eps or "")."""
+    """Quantizes the model as a column of the table asks; (its optimizer, the method where eps is annealed, or "")."""
     if method != "float":
-        quantize_inner(model, width, "relaxed" if method == "relaxed" else "hard", ends)
+        forward, scale = "relaxed" if method == "relaxed" else "hard", "lsq" if method == LEARNED else None
+        quantize_inner(model, width, forward, ends, scale)
     return optimizer_of(model, method, lr, adamw)
 
 
 def optimizer_of(
     model: nn.Module, method: str, lr: float = LR, adamw: bool = False
 ) -> tuple[torch.optim.Optimizer, str]:
-    ours = method in RECIPE
+    ours = method in OURS
     groups: Any = param_groups(model) if ours else model.parameters()
     recipe = method if ours else ""
     if adamw:
@@ -207,15 +209,17 @@ def fit(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Batch], total: int, recipe: str = "",
     smoothing: float = LABEL_SMOOTHING,
 ) -> list[Tensor]:  # fmt: skip
-    """One training: cosine learning rate over ``total`` steps, eps by ``RECIPE[recipe]`` where one is named. Gives the
-    loss of every step; ``optimizer`` may be one that asks for it twice."""
+    """One training: cosine learning rate over ``total`` steps, eps as published where ``recipe`` is "relaxed", by
+    ``ak.Recipe`` where it is another method. Gives the loss of every step; ``optimizer`` may be one that asks for it
+    twice."""
     schedules: list[Any] = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 0.5 * (1 + math.cos(math.pi * min(k / total, 1))))
     ]
-    if recipe:
-        periods: dict[str, Any] = dict(RECIPE[recipe])
-        hold, end = (round(periods.pop(name) * total) for name in ("hold", "end"))
-        schedules.append(EpsilonAnnealing(optimizer, hold=hold, total=end, **periods))
+    if recipe == "relaxed":
+        hold = round(PUBLISHED_HOLD * total)
+        schedules.append(EpsilonAnnealing(optimizer, hold=hold, total=total, mode="geometric"))
+    elif recipe:
+        schedules.append(Recipe(model, optimizer, total))
     losses: list[Tensor] = []
     for x, y in batches:
 
@@ -299,7 +303,8 @@ def plus_minus(value: tuple[float, float] | None, digits: int = 2, sign: str = "
 HEADINGS = {
     "task": "data / network", "width": "weights", "float": "float", "straight-through": "straight-through",
     "relaxed": "ASkewSGD relaxed (published)", "hard": "ASkewSGD hard (recipe)",
-    "hard - straight-through": "hard − straight-through", "hard - float": "hard − float",
+    LEARNED: "the same, learned scale", "hard - straight-through": "hard − straight-through",
+    "hard - float": "hard − float",
 }  # fmt: skip
 
 
@@ -354,7 +359,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
     add("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)} (default: all)")
     add("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
-    add("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
+    add("--sam", action="store_true", help="instead: SGD and sharpness-aware steps over it, with sharpness")
     add("--no-bench", action="store_true", help="leave the throughput table out")
     add("--workers", type=command.whole(1), default=os.cpu_count() or 1,
         help="processes (default: one a core, here %(default)s)")  # fmt: skip
@@ -425,12 +430,13 @@ def run(args: argparse.Namespace) -> int:
     results.sort(key=lambda r: jobs.index(Job(r.task, r.method, r.width, r.seed)))
     command.write_rows(path, results)
     rows = summarise(results)
-    headings = ("network", "weights", "float", "STE", "relaxed", "hard", "−STE", "−float")
+    headings = ("network", "weights", "float", "STE", "relaxed", "hard", "learned", "−STE", "−float")
     texts = [[cell.replace(" ± ", "±").replace(" / ", "/") for cell in cells(row)] for row in rows]
     short = [[*row[:-2], *(cell.split("±")[0] for cell in row[-2:])] for row in texts]  # fits into 80 columns
     title = f"Test accuracy of the hard-quantized models, %, mean ± std over {seeds} seeds"
     screen.print(command.table(title, headings, short, left=2))
-    screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences).")
+    screen.print("STE: straight-through; relaxed, hard: ASkewSGD as published, and the recipe (and its differences); "
+                 "learned: the recipe with a learned scale (LSQ).")  # fmt: skip
     missed = shortfalls(rows)
     reached = "The recipe is at or above straight-through everywhere, within 3 points of float down to ternary."
     screen.print("Falls short: " + "; ".join(missed) if missed else reached)

@@ -41,7 +41,7 @@ def distill(
     alpha: the weight of the task's own loss, 0 to 1: ``task(logits, targets)``, or, without ``task``, the ``loss`` that
     models of transformers give where they get labels. temperature: T > 0.
     pick: which output is compared; None: the tensor that the model gives, the first of a tuple that is no loss, or
-    ``logits`` of a mapping. A key, an index or a function otherwise.
+    ``logits`` of what has them. A key, an index or a function otherwise.
     compare: "kl"; "relative", for outputs that are no logits: ||student - teacher||^2 / ||teacher||^2; a function of
     both; None leaves outputs out.
     hidden: names of modules, also with ``*``, or {the student's: the teacher's}, whose outputs are drawn together as
@@ -164,9 +164,11 @@ def _chosen(outputs: Any, pick: str | int | None) -> Any:
         return outputs["logits"]
     if pick is None and isinstance(outputs, (tuple, list)):
         return next((x for x in outputs if isinstance(x, Tensor) and x.dim()), outputs)
+    if pick is None:
+        return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
     try:
         by_name = isinstance(pick, str) and not _is_mapping(outputs)
-        return outputs if pick is None else getattr(outputs, pick) if by_name else outputs[pick]  # type: ignore[arg-type]
+        return getattr(outputs, pick) if by_name else outputs[pick]  # type: ignore[arg-type]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise ValueError(f"pick: the model's output has no {pick!r}, but is {_told(outputs)}") from None
 

@@ -197,7 +197,7 @@ def stand_in(device: str, name: str) -> Callable:
     return implementation("reference", name)
 
 
-_operators: dict[str, Callable] = {}
+registered: dict[str, Callable] = {}  # torch.ops.askew's; those that compilers meet are here from their definition on
 _stand_ins: dict[tuple[int, str | None], str] = {}  # (GPU, forced backend) -> the backend called directly, or ""
 
 
@@ -214,9 +214,9 @@ def operator(name: str, like: torch.Tensor) -> Callable:
         return getattr(reference, name)
     if like.is_cuda and (backend := _gpu_stand_in(like.get_device(), _forced)):
         return implementation(backend, name)
-    if name not in _operators:
-        _operators[name] = getattr(torch.ops.askew, name).default
-    return _operators[name]
+    if name not in registered:
+        registered[name] = getattr(torch.ops.askew, name).default
+    return registered[name]
 
 
 def compiled_for(like: torch.Tensor) -> bool:

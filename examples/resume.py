@@ -12,7 +12,7 @@ def start():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
     ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Ternary()))
     optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=1e-2)
-    return {"model": model, "optimizer": optimizer, "annealing": ak.EpsilonAnnealing(optimizer, total=60)}
+    return {"model": model, "optimizer": optimizer, "recipe": ak.Recipe(model, optimizer, steps=60)}
 
 
 def train(run, steps):
@@ -22,7 +22,7 @@ def train(run, steps):
         run["optimizer"].zero_grad()
         functional.cross_entropy(run["model"](x), y).backward()
         run["optimizer"].step()
-        run["annealing"].step()
+        run["recipe"].step()
 
 
 whole = start()

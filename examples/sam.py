@@ -11,7 +11,7 @@ model = nn.Sequential(nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linea
 ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=3)))
 base = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9)
 optimizer = ak.optim.ASAM(base, rho=0.5, model=model)  # model: running statistics see one pass of the two
-annealing = ak.EpsilonAnnealing(optimizer, total=95)
+recipe = ak.Recipe(model, optimizer, steps=100)
 truth = torch.randn(32, 4)
 
 for step in range(100):
@@ -26,7 +26,7 @@ for step in range(100):
         return loss
 
     loss = optimizer.step(closure)  # the loss at the weights themselves; every weight comes back bit for bit
-    annealing.step()
+    recipe.step()
     if step % 25 == 24:
         seen = optimizer.telemetry()
         print(f"step {step + 1}: loss {loss.item():.3f}, ", {k: v for k, v in seen.items() if "gap" in k})

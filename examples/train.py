@@ -21,15 +21,15 @@ def train(quantized, steps=400):
         ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=2)))  # same Parameters, other layers
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)  # without grids: torch's own SGD
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    annealing = ak.EpsilonAnnealing(optimizer, total=int(0.95 * steps)) if quantized else None
+    recipe = ak.Recipe(model, optimizer, steps) if quantized else None
     for _ in range(steps):
         x, y = batch()
         optimizer.zero_grad()
         functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         schedule.step()
-        if annealing:
-            annealing.step()
+        if recipe:
+            recipe.step()
     ak.hard_quantize_(model)  # now every weight is a level, bit for bit
     x, y = batch(4000)
     return (model(x).argmax(1) == y).float().mean().item()

@@ -122,6 +122,8 @@ def train(job: Job, source: Source, device: torch.device, deadline: float = math
     except command.Failed:
         raise
     except Exception as problem:
+        if "CUDA error" in str(problem):  # nothing works in this process any more
+            raise command.Failed(f"{job}: {problem}; what is done is kept: run it again") from None
         print(f"{job}: {type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
         return []
     seconds = _lasted[job.task, job.method] = time.perf_counter() - started

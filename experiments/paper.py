@@ -62,7 +62,7 @@ BY_EPOCH, BY_STEP = "ASkewSGD, eps by epoch", "ASkewSGD, eps by step"
 METHODS = (FULL, DETERMINISTIC, STOCHASTIC, PROX, ADASTE, BY_EPOCH, BY_STEP)
 PUBLISHED, HARDER = "published", "harder"
 AS_PUBLISHED = "as published, "  # names of settings begin with it
-TEXT_METHODS = demo.METHODS
+TEXT_METHODS = tuple(method for method in demo.METHODS if method != demo.LEARNED)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`python -m experiments.recipe_search`: which schedule is the recommended one, searched on data that no table is judged by.
+"""`python -m experiments.recipe_search`: which schedule is recommended, searched on data that no table is judged by.
 
 Many small networks are trained side by side as one network with a leading dimension of *replicas*: each has its own
 grid, learning rate, seed and ``Way``, and all share every launch. The mathematics is ``reference.py``'s, batched
@@ -55,7 +55,8 @@ class Way:
     is frozen (the hold's end where not given). clamp: weights to the hull once the scale is frozen; clamp_always: from
     the start. clip: the gradient is zero outside the hull. learned: the scale by LSQ's gradient, from the rule's value
     or (``paper``) from 2 mean|w| / sqrt(c_max), at ``rate`` learning rates. outer: hold, end, power, freeze and clamp
-    of the first and last layer, where they are others. average: decay of the mean of the latent weights that they
+    of the first and last layer, where they are others. start: before it the float weights are
+    computed with. average: decay of the mean of the latent weights that they
     become at the end of the hold. settle: the frequency of flips to and fro from which on, after ``settle_from``, a
     weight is kept at its level (Nagel et al., 2022).
     """
@@ -74,6 +75,7 @@ class Way:
     rate: float = 1.0
     direction: bool = False
     outer: Way | None = None
+    start: float = 0.0
     average: float = 0.0
     settle: float = 0.0
     settle_from: float = 0.7
@@ -163,7 +165,7 @@ def load(name: str, cache: Path, fashion: Path, device: torch.device) -> list[Te
     return [t.to(device) for t in ((x - mean) / std, y.long(), (x_val - mean) / std, y_val.long())]
 
 
-# ---- the step of one layer, all replicas at once; its tensors are (R, outputs, inputs), a replica's numbers (R, 1, 1) --
+# ---- the step of one layer: tensors are (R, outputs, inputs), a replica's numbers (R, 1, 1) ----------------------
 
 
 @dataclass
@@ -204,8 +206,8 @@ def velocity(d: Tensor, w: Tensor, s: Tensor, g: Grids, lr: Tensor, eps: Tensor,
 
 def step_layer(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, s: Tensor, s_m: Tensor, s_v: Tensor, s_floor: Tensor,
                g: Grids, quantized: Tensor, eps: Tensor, alpha: Tensor, lr: Tensor, s_lr: Tensor, clamped: Tensor,
-               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, bias1: Tensor, bias2: Tensor, adam: bool,
-               decay: float) -> tuple[Tensor, ...]:  # fmt: skip
+               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, bias1: Tensor, bias2: Tensor,
+               adam: bool, decay: float) -> tuple[Tensor, ...]:  # fmt: skip
     """(w, m, v, s, s_m, s_v, s Q(w/s)) after one step."""
     x = w / s
     inside = (x >= g.lo) & (x <= g.hi)
@@ -323,6 +325,7 @@ class Networks:
         self.learned = self._column(w.learned for w in ways)
         self.clip = self._column(w.clip for w in ways)
         self.direction = self._column(w.direction for w in ways)
+        self.begun = table(shares >= np.array([round(w.start * n) for w in ways]))
         k = np.arange(1, n + 1)
         self.bias1, self.bias2 = table(1 - 0.9**k), table(1 - 0.999**k)
         everything = self._column(r.everything for r in self.replicas)
@@ -409,12 +412,13 @@ class Networks:
         lr, alpha = map(self.row, (self.lr, self.alpha))
         bias1, bias2 = (t.index_select(0, self.k[None]).view(1, 1, 1) for t in (self.bias1, self.bias2))
         schedules = [[self.row(t) for t in of] for of in self.schedules]
+        begun = self.row(self.begun)
         last = len(self.weights) - 1
         for i, w in enumerate(self.weights):
             eps, frozen, clamped = schedules[i in (0, last)]
             new = compiled(w.device)(
                 w, grads[i], self.m[i], self.v[i], self.s[i], self.s_m[i], self.s_v[i], self.s_floor[i], self.grids,
-                self.quantized[i], eps, alpha, lr, lr * self.s_rate, clamped, frozen, self.learned,
+                self.quantized[i] & begun, eps, alpha, lr, lr * self.s_rate, clamped, frozen, self.learned,
                 self.clip, self.direction, bias1, bias2, self.adam, self.decay,
             )  # fmt: skip
             held = (w, self.m[i], self.v[i] if self.adam else None, self.s[i], self.s_m[i], self.s_v[i], self.copies[i])
@@ -565,7 +569,16 @@ def third_ways() -> list[Way]:
     return ways
 
 
-WAYS = {"first": first_ways, "second": second_ways, "third": third_ways, "extra": extra_ways}
+def fourth_ways() -> list[Way]:
+    """The float weights first."""
+    last = Way("", 0.97, 1.0, 1.0)
+    ways = [STE, replace(STE, name="float .5, straight-through", start=0.5)]
+    for start, freeze in ((0.0, 0.1), (0.2, 0.3), (0.5, 0.6), (0.5, 0.55), (0.8, 0.82)):
+        ways.append(Way(f"float {start}, frozen {freeze}", 0.9, 1.0, 2.0, freeze=freeze, start=start, outer=last))
+    return ways
+
+
+WAYS = {"first": first_ways, "second": second_ways, "third": third_ways, "fourth": fourth_ways, "extra": extra_ways}
 
 
 def replicas_of(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], seeds: Sequence[int]
@@ -593,8 +606,8 @@ def run(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], 
                 row = {**asdict(replica), "way": replica.way.name, "task": task.name, "optimizer": optimizer,
                        "accuracy": round(accuracy, 3)}  # fmt: skip
                 print(json.dumps(row), file=file)
-        print(f"{task.name}, {optimizer}: {len(part)} networks, {networks.steps} steps, {seconds:.1f} s", file=sys.stderr,
-              flush=True)  # fmt: skip
+        said = f"{task.name}, {optimizer}: {len(part)} networks, {networks.steps} steps, {seconds:.1f} s"
+        print(said, file=sys.stderr, flush=True)
         del networks
         if data[0].is_cuda:
             torch.cuda.empty_cache()

@@ -22,7 +22,7 @@ import askew_kernels as ak
 from askew_kernels import __main__ as cli
 from askew_kernels import demo
 from askew_kernels.bench.suites import common
-from askew_kernels.command import Refused
+from askew_kernels.command import Failed, Refused
 from experiments import accuracy, rivals, tasks
 from experiments.accuracy import ACTIVATIONS, ALL, INNER, Job, Result
 
@@ -370,6 +370,17 @@ def test_a_failed_training_is_told_and_leaves_no_row(source, capsys):
     level = logging.getLogger("askew_kernels").level
     assert accuracy.train(job, source, CPU) == [] and logging.getLogger("askew_kernels").level == level
     assert "7 bits" in capsys.readouterr().err
+
+
+def test_a_lost_gpu_ends_the_run(source, monkeypatch):
+    """In a process whose GPU has failed every later training would fail as well, and at once."""
+
+    def lost(*rest):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(accuracy, "train_and_test", lost)
+    with pytest.raises(Failed, match="illegal memory access.*run it again"):
+        accuracy.train(Job(PICTURES, INNER, "2 bits", "LSQ", 0, 2, 0.1), source, CPU)
 
 
 def test_jobs_are_balanced():

@@ -337,6 +337,23 @@ def test_inputs_of_few_bits(config, which, kind):
     )
 
 
+@pytest.mark.parametrize("config", [
+    ak.QuantConfig(Uniform(3), "lsq"), ak.QuantConfig(Uniform(3), "lsq", "per_group", 4), ak.QuantConfig(Uniform(2)),
+    ak.QuantConfig(Uniform(4), forward="int8"), ak.QuantConfig(Uniform(4), "lsq", forward="int8"),
+], ids=["learned", "learned groups", "clipped", "int8", "learned int8"])  # fmt: skip
+def test_gradients_of_one_product_and_of_three(config):
+    """Of the weight, its learned scale, and the bias: the parts of a call for each of query, key and value add up."""
+    found = []
+    for apart in (False, True):
+        layer, x = built("batch first", config)["attention"], inputs("batch first", "self")[0]
+        y = layer(x, x.clone() if apart else x, x.clone() if apart else x)[0]
+        y.square().sum().backward()
+        found.append({name: p.grad for name, p in layer.named_parameters()} | {"y": y.detach()})
+    assert all("lsq" != config.scale or f"{n}.weight_scale" in found[0] for n in ("in_proj_weight", "out_proj"))
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_autocast(packed):
     model = encoder(CONFIGS["int4 channel"])

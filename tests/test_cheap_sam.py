@@ -519,6 +519,64 @@ def test_msam_restores_within_an_askew_step(base, monkeypatch):
     assert same(*runs)
 
 
+@pytest.mark.parametrize("base", ["ASkewSGD", "ASkewAdamW", "SGD", "AdamW"])
+@pytest.mark.parametrize("kind", MAKE)
+def test_learned_scales_learn_and_are_not_perturbed(kind, base):
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    ak.quantize_(model, QuantConfig(Uniform(4), "lsq"))
+    optimizer = MAKE[kind](BASES[base](ak.param_groups(model)))
+    scales = [p for group in optimizer.param_groups if group.get("role") == "scale" for p in group["params"]]
+    assert len(scales) == 2
+    model(X[0])  # where they begin
+    start = [s.detach().clone() for s in scales]
+    for i in range(7):
+        before = [s.detach().clone() for s in scales]
+
+        def closure(i=i, before=before):
+            assert same(scales, before)
+            return closure_of(model, i)()
+
+        optimizer.step(closure)
+    assert not any(map(torch.equal, scales, start)) and all((s > 0).all() for s in scales)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("base", ["SGD", "ASkewSGD"])
+def test_cuda_graph_of_msam(base):
+    """Perturbation, forward, backward and step in one graph; replays train as eager steps do."""
+    made = []
+    for _ in range(2):
+        model = network("ASkew" in base).cuda()
+        made.append((model, MSAM(BASES[base](groups(model, base)), rho=0.3)))
+    x, y = X[0].cuda(), Y[0].cuda()
+
+    def step(model, optimizer):
+        optimizer.first_step(zero_grad=True)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.second_step()
+
+    (model, optimizer), (eager, eager_optimizer) = made
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(model, optimizer)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, optimizer)
+    for i in range(1, 4):
+        x.copy_(X[i])
+        graph.replay()
+    for i in (0, 0, 0, 1, 2, 3):
+        x.copy_(X[i])
+        step(eager, eager_optimizer)
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_waits_for_the_device(monkeypatch):
     """No item(), no float(), no bool() of a tensor, in steps that look and in others."""
     for kind in MAKE:

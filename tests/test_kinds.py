@@ -340,6 +340,24 @@ def test_outputs_of_a_grouped_transposed_convolution_have_a_scale_each():
     assert (other.weight_scale != layer.weight_scale).tolist() == [False, True, False, False]
 
 
+def test_learned_scales_of_grouped_outputs():
+    """Row j G + g of the scales has the gradient of output g n + j: LSQ's sum over that output's weights."""
+    config = ak.QuantConfig(Uniform(3), "lsq")
+    layer = ak.nn.AskewConvTranspose1d(6, 4, 3, groups=2, config=config)
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(2))
+    y = layer(x)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    y.backward(grad)
+    scale = layer.weight_scale.detach()
+    plain = layer.quantized_weight().requires_grad_()
+    (weight_grad,) = torch.autograd.grad(layer.kind.product(layer, x, plain, layer.bias), plain, grad)
+    w, g = (layer.form.matrix(t.detach()).flatten(1).double() for t in (layer.weight, weight_grad))
+    t, (low, *_, high) = w / scale[:, None].double(), config.weight.levels
+    slopes = torch.where(t <= low, low, torch.where(t >= high, high, t.round() - t))
+    factor = layer.weight_scale.grad.double() / (g * slopes).sum(1)
+    torch.testing.assert_close(factor, factor[:1].expand(4), rtol=1e-4, atol=0)  # LSQ's 1/sqrt(cols c_max), or 1
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["quantized", "packed"])
 @pytest.mark.parametrize("kwargs", [{}, {"groups": 2}], ids=["", "groups"])
 def test_output_size_and_layouts(packed, kwargs):

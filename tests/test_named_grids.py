@@ -20,6 +20,10 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
+from askew_kernels.demo import load_digits
+from askew_kernels.deploy.contents import contents_of, write_contents
+from askew_kernels.deploy.files import write_packed
+from askew_kernels.deploy.tensorfile import read as read_safetensors
 from askew_kernels.quant import RULES, QuantConfig, compute_scale, default_rule, grid_from_dict, grids, scale_unit
 from askew_kernels.quant.scales import check_rule, holds_scales, round_scale
 
@@ -171,8 +175,9 @@ def test_the_least_error_among_powers_of_two_is_the_least(grid, generator):
 
 def test_the_unit_is_the_least_power_of_two(generator):
     """Against torch's own float8_e4m3fn: s = t e4m3(s / t), and half of t would not do."""
-    for size in (1e-3, 1.0, 448.0, 449.0, 3e5):
+    for size in (1e-3, 1.0, 1.76, 448.0, 449.0, 3e5):
         s = torch.rand(50, generator=generator) * size + 1e-9
+        s[7] = size
         rounded, t = round_scale(s, "float8_e4m3fn"), scale_unit(s)
         assert t.shape == (1,) and math.frexp(float(t))[0] == 0.5
         assert float(s.max()) <= 448 * float(t) and float(s.max()) > 224 * float(t)
@@ -208,9 +213,60 @@ def test_training_with_scales_in_the_type_of_the_format(name, group, tmp_path):
     weight = net[0].weight.detach().clone()
     assert torch.equal(weight.bfloat16().float(), weight)
     ak.save_packed(ak.pack_(net), tmp_path / "m.safetensors")
+    kept = read_safetensors(tmp_path / "m.safetensors").tensors["0.weight_scale"].dtype
+    assert kept == (torch.float8_e4m3fn if name == "nvfp4" else torch.bfloat16)
     float_net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
     loaded = ak.load_packed(tmp_path / "m.safetensors", float_net)
     assert torch.equal(loaded[0].weight_scale.float(), frozen) and torch.equal(loaded[0].dequantize(), weight)
+
+
+def test_files_of_such_scales_are_shared_checked_and_converted(tmp_path):
+    net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    net[1].weight = net[0].weight
+    ak.pack_(ak.hard_quantize_(ak.quantize_(net, QuantConfig.for_export("nvfp4"))))
+    path = tmp_path / "m.safetensors"
+    for save in (lambda: ak.save_packed(net, path), lambda: write_contents(contents_of(net), path)):
+        save()
+        read = read_safetensors(path)
+        assert sorted(t.dtype for t in read.tensors.values() if t.numel() == 64) == [torch.float8_e4m3fn]
+        loaded = ak.load_packed(path, nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)))
+        assert all(torch.equal(loaded[i].weight_scale, net[i].weight_scale) for i in (0, 1))
+        assert torch.equal(loaded[1].dequantize(), net[0].dequantize())
+    document = json.loads(read.metadata["askew_kernels"])
+    for wrong in (None, 500, "8"):
+        changed = copy.deepcopy(document["layers"])
+        for layer in changed.values():
+            layer["scale_unit"] = wrong
+        write_packed(path, read.tensors, changed)
+        with pytest.raises(ValueError, match="layer 0: scale_dtype: .* got torch.float8_e4m3fn"):
+            ak.load_packed(path, net)
+
+
+def digits_right(config, epochs=12):
+    """Of 360 digits, by a small network all of whose layers have this configuration."""
+    pytest.importorskip("sklearn")
+    x, x_test, y, y_test = load_digits()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(ak.quantize_(net, config)), lr=0.05, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=epochs // 2, total=epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for i in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+        schedule.step()
+        annealing.step()
+    with torch.no_grad():
+        return int((ak.hard_quantize_(net)(x_test).argmax(1) == y_test).sum())
+
+
+def test_they_learn_as_much_as_four_bits_with_float_scales():
+    """Within 7 digits, 2 points, about two standard errors of such a test."""
+    four = digits_right(QuantConfig(grids.Uniform(4), granularity="per_group", group_size=32))
+    found = {name: digits_right(QuantConfig.for_export(name)) for name in ("mxfp4", "nvfp4")}
+    assert four > 330 and min(found.values()) >= four - 7, (four, found)
 
 
 @pytest.mark.parametrize("group", [None, 4, 32])

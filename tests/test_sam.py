@@ -773,7 +773,7 @@ def test_the_gap_stays_in_one_tensor():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("base", ["SGD", "ASkewSGD"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_cuda_graph_of_both_halves(kind, base):
     """Forward, backward and both halves in one graph; replays train as eager steps do."""
     cls, options = KINDS[kind]

@@ -29,7 +29,8 @@ from torch.nn import functional
 from .. import atomic
 from ..contract import UNIFORM
 from ..nn import as_linear_, packed_layers, unpack_
-from ..nn.kinds import PackedEmbedding, PackedLinear
+from ..nn.held import all_held_weights, expose
+from ..nn.kinds import PackedEmbedding, PackedLinear, kind_of
 from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
 from ..quant.forms import ROWS
@@ -121,7 +122,7 @@ def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
         try:
             if not isinstance(layer, (PackedLinear, PackedEmbedding)):
                 raise ValueError(f"{MULTIPLIES} and {GATHERS} hold linear layers and embeddings, got {layer.kind.name}")
-            if layer.kind.float_class(layer) not in layer.kind.classes:
+            if layer.kind.float_class(layer) not in (*layer.kind.classes, *layer.kind.same):
                 cls = layer.kind.float_class(layer).__name__
                 raise ValueError(f"{cls} goes on with what torch's own class gives, which no operator replaces")
             found[name] = blocks_of(layer)
@@ -187,10 +188,10 @@ def _as_written(layer: Any, packed: PackedLayer, blocks: Blocks | None, accuracy
             layer.register_buffer(part, parts[part.removeprefix("weight_")])
         arguments = name, attributes, names
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, *more: Any) -> Tensor:
         x = input if grid is None else _quantized(input, grid, packed.kind.token_dims)
         if arguments is None:
-            return compute(x)
+            return compute(x, *more)
         name, attributes, names = arguments
         data, *others = (getattr(layer, part) for part in names)
         data = data.flatten(1) if name == GATHERS and data.dim() > 2 else data
@@ -208,10 +209,15 @@ def _traced(plain: nn.Module, example: Any, options: dict[str, Any]) -> Any:
 
     buffer: Any = io.BytesIO()
     given: Any = (example,) if isinstance(example, Tensor) else example
+    fast = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
-        torch.onnx.export(plain, given, buffer, opset_version=TRACED, dynamo=False, do_constant_folding=False,
-                          export_params=False, **options)  # fmt: skip
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # of encoders, which ONNX has no operator for
+            torch.onnx.export(plain, given, buffer, opset_version=TRACED, dynamo=False, do_constant_folding=False,
+                              export_params=False, **options)  # fmt: skip
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     return onnx.load_from_string(buffer.getvalue())
 
 
@@ -258,11 +264,12 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
     unpack_(plain, force=True)  # what quantizes inputs comes back below
+    expose(plain, [name for name, w in all_held_weights(plain).items() if kind_of(w).is_called])  # type: ignore[union-attr]
     weights = {name: float_key(name, layer) for name, layer in layers.items()}
     keys = plain.state_dict().keys() - {weights[name] for name in held}
     reached: set[str] = set()
     for name, packed in layers.items():
-        if not packed.kind.held:
+        if packed.kind.is_called:
             layer = plain.get_submodule(name)
             _as_written(layer, packed, blocks.get(name), accuracy_level)
             layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))

@@ -19,7 +19,7 @@ from .attention import OUT_PROJECTION, AskewAttention, passed_by
 from .experts import ExpertWeight
 from .held import Holder, all_held_weights, conceal, expose, held_weights
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
-from .layers import QuantizedLayer, same_weight
+from .layers import INPUT, QuantizedLayer, same_weight
 from .packed import PackedLayer
 from .replace import MAKE_PERMANENT, base_of, computed_tensors, replace_modules, successors
 
@@ -329,6 +329,12 @@ def hard_quantize_(model: nn.Module) -> nn.Module:
     return model
 
 
+def inputs_of(layer: QuantizedLayer) -> list[nn.Parameter]:
+    """The learned scale and offset of its input."""
+    quantizer = layer._modules.get(INPUT)
+    return [] if quantizer is None else [*quantizer.parameters()]
+
+
 def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True, decay_vectors: bool = True,
                  **options: Any) -> list[dict[str, Any]]:  # fmt: skip
     """Parameter groups for ``ASkewSGD`` / ``ASkewAdamW``: one for each quantization config, one for all the rest, and
@@ -356,8 +362,8 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
             for p in layer.parameters():  # a pruning mask leaves the Parameter under another name
                 layer.quantizer.untie(p)
             continue
-        if (learned := layer.quantizer.learned) is not None and learned.requires_grad:
-            scales[id(learned)] = learned
+        learned = [] if layer.quantizer.learned is None else [layer.quantizer.learned]
+        scales |= {id(p): p for p in (*learned, *inputs_of(layer)) if p.requires_grad}
         if not layer.weight.requires_grad or id(layer.weight) in seen:
             continue
         seen.add(id(layer.weight))

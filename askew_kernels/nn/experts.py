@@ -45,15 +45,16 @@ class TransposedExpertWeight(ExpertWeight):
 
 
 class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
-    """Experts with a quantized weight: each one's matrix like a linear layer's. Raises ValueError for ``activation``:
-    their inputs do not come by here."""
+    """Experts with a quantized weight: each one's matrix like a linear layer's. Raises ValueError for ``activation``
+    and ``gradient``: inputs and outputs do not come by here."""
 
     bias = None
 
     def _attach(self, config: QuantConfig) -> None:
-        if getattr(config, "activation", None) is not None:
-            raise ValueError(f"activation: the inputs of experts are not quantized, got {config.activation}; give "
-                             "{pattern: config} with another configuration for these")  # fmt: skip
+        for name, what in (("activation", "the inputs of experts"), ("gradient", "gradients of experts' outputs")):
+            if (given := getattr(config, name, None)) is not None:
+                raise ValueError(f"{name}: {what} are not quantized, got {given}; give {{pattern: config}} with "
+                                 "another configuration for these")  # fmt: skip
         super()._attach(config)
 
     def current(self) -> Tensor:

@@ -150,7 +150,11 @@ def expose(model: nn.Module, names: Iterable[str]) -> None:
             continue
         holder, layer = next((h, found[name]) for h, find in FINDERS.items() if name in (found := find(module)))
         become(module, holder)
+        others = {n: m for n, m in module._modules.items() if not isinstance(m, HeldWeight)}
+        for other in others:
+            del module._modules[other]
         setattr(module, name, layer)
+        module._modules.update(others)  # held weights come first, as their Parameters do: the order of layers tells
 
 
 @contextlib.contextmanager

@@ -91,6 +91,11 @@ class Kind:
         """Whether its layers may have one of their own."""
         return self.output is not None and not self.held
 
+    @property
+    def is_called(self) -> bool:
+        """Whether its layers have a forward of their own."""
+        return not self.held or self.output is not None
+
     def _others(self, bias: bool) -> dict[str, Any]:
         return {"device": "meta", "bias": bias} if self.takes_bias else {"device": "meta"}
 
@@ -322,27 +327,38 @@ class _PackedConvolution(PackedLayer):
         return y[..., 0] if signal else y
 
 
-class AskewConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
+class _AdapterAsTorchs:
+    """peft makes the convolutions of an adapter of the class of the layer that they stand beside: they are torch's."""
+
+    kind: ClassVar[Kind]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith("peft."):
+            return cls.kind.plain(*args, **kwargs)
+        return super().__new__(cls)
+
+
+class AskewConv1d(_AdapterAsTorchs, QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """nn.Conv1d with a quantized weight."""
 
 
-class PackedConv1d(_PackedConvolution, nn.Conv1d):  # type: ignore[misc, override]
+class PackedConv1d(_AdapterAsTorchs, _PackedConvolution, nn.Conv1d):  # type: ignore[misc, override]
     """nn.Conv1d with a packed weight."""
 
 
-class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+class AskewConv2d(_AdapterAsTorchs, QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight."""
 
 
-class PackedConv2d(_PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
+class PackedConv2d(_AdapterAsTorchs, _PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d with a packed weight."""
 
 
-class AskewConv3d(QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
+class AskewConv3d(_AdapterAsTorchs, QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
     """nn.Conv3d with a quantized weight."""
 
 
-class PackedConv3d(_PackedConvolution, nn.Conv3d):  # type: ignore[misc, override]
+class PackedConv3d(_AdapterAsTorchs, _PackedConvolution, nn.Conv3d):  # type: ignore[misc, override]
     """nn.Conv3d with a packed weight."""
 
 

@@ -32,10 +32,12 @@ from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
 from .compiled import clip_, kept_linear
+from .inputs import InputQuantizer
 from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
+INPUT = "input_quantizer"  # the submodule of a layer whose input has a learned scale
 GRIDS = "weight_grid"  # (2, 4): what tells the grids of weight and input apart in a checkpoint
 
 
@@ -122,7 +124,8 @@ class _LearnedToo(torch.autograd.Function):
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
     """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
-    return a == b or replace(a, activation=None, gradient=None) == replace(b, activation=None, gradient=None)
+    others: dict[str, Any] = {"activation": None, "activation_scale": None, "gradient": None}
+    return a == b or replace(a, **others) == replace(b, **others)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -149,7 +152,7 @@ class QuantizedLayer(nn.Module):
     form: ClassVar[Form]  # its kind's: how the weight is a matrix
     _version = 2  # of the state_dict: 1 is a float layer's
     # what a layer that takes the place of this one does not inherit
-    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS)
+    own_attributes = ("config", "quantizer", "_shown", "_shard", *STATE, GRIDS, INPUT)
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, **kwargs: Any) -> None:
         """The float layer's arguments, and how its weight is quantized."""
@@ -185,6 +188,9 @@ class QuantizedLayer(nn.Module):
         for kind in (self._parameters, self._buffers):  # of another configuration, before
             kind.pop(STATE[0], None)
         self._hold((None, None, None))
+        self._modules.pop(INPUT, None)
+        if config.activation_scale is not None and self.kind.token_dims:
+            self._modules[INPUT] = InputQuantizer(config.activation, config.activation_scale, self.weight.device)
         self._buffers.update({GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
@@ -332,7 +338,8 @@ class QuantizedLayer(nn.Module):
             return False
         weight: Any = self._parameters.get("weight")
         types = (weight.dtype, autocast_dtype(x) and x.dtype)
-        return (self.kind.multiplies_levels and not self.config.learns_scale and type(weight) is QuantizedParameter
+        learns = self.config.learns_scale and not self.quantizer.frozen  # its gradient has to be in the graph
+        return (self.kind.multiplies_levels and not learns and type(weight) is QuantizedParameter
                 and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
@@ -427,6 +434,14 @@ class QuantizedLayer(nn.Module):
         values = self._level_forward(x.values(), dtype)
         return torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
 
+    def _quantized_input(self, x: Tensor, grid: Any) -> Tensor:
+        if (learned := self._modules.get(INPUT)) is not None:
+            eager = self._ordinary() and type(x) in (Tensor, nn.Parameter)
+            found = learned.quantized(x, token_rows(x, self.kind.token_dims), eager)  # type: ignore[operator]
+            if found is not None:
+                return found
+        return quantized_input(x, grid, self.kind.token_dims)
+
     def product(self, x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
         return self.kind.product(self, x, weight, self.bias, *more)
@@ -443,13 +458,13 @@ class QuantizedLayer(nn.Module):
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
-            x = quantized_input(x, grid, self.kind.token_dims)
+            x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
         if not more and self._compiled_with_copy(x):
-            low, tensors = autocast_dtype(x), [self._buffers[name] for name in STATE]
+            low, tensors = autocast_dtype(x), [t.detach() for t in self._held()]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         return self.product(x, self._functional_weight(), *more)

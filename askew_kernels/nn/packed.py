@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -88,7 +89,14 @@ class PackedLayer(nn.Module):
     def from_quantized(cls, layer: Any, *, force: bool = False, trits: bool = False,
                        scale_dtype: torch.dtype | None = None) -> Any:  # fmt: skip
         """Packs the weight of ``layer``, as ``fill``; its bias is shared."""
-        new = cls.like(layer, config=layer.config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
+        config = layer.config
+        if config.activation_scale is not None:
+            if not force:
+                raise ValueError("activation_scale: packed layers quantize their inputs by their own largest "
+                                 f"magnitude, and this one by a learned scale ({config.activation_scale!r}); "
+                                 "force=True takes the former, which changes the outputs")  # fmt: skip
+            config = replace(config, activation_scale=None)
+        new = cls.like(layer, config=config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
         if weight.is_meta or hasattr(weight, "fake_mode"):
             raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "

@@ -63,7 +63,7 @@ def define(
     """
     OPERATORS[name] = Operator(schema, derivative, flops)
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.askew, name).default
+    op = runtime.registered[name] = getattr(torch.ops.askew, name).default
     torch.library.register_fake(f"askew::{name}", fake, lib=library)
     library.impl(name, autograd_kernel(op, derivative), "Autograd", with_keyset=True)
     if batch is not None:

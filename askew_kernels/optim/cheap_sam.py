@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..quant.sharding import is_sharded, local_part, sharding_of
+from ..quant.state import scale_owner
 from .ranks import sum_over_ranks
 from .sam import SAM, Ascent, checked_loss, products, refuse_local
 
@@ -36,7 +37,8 @@ class LookSAM(SAM):
         optimizer.second_step(zero_grad=True)
 
     A step that looked in vain (a norm of zero, inf or NaN) leaves u at zero, one that GradScaler skipped leaves it as
-    it was. ``perturbation="local"`` is refused: the first gradient is part of the step.
+    it was. ``perturbation="local"`` is refused: the first gradient is part of the step. A CUDA graph repeats the
+    kind of step that it captured: capture both.
     Source: Liu, Mai, Chen, Hsieh, You, Towards Efficient and Scalable Sharpness-Aware Minimization, CVPR 2022.
     """
 
@@ -264,9 +266,10 @@ class ESAM(SAM):
         delta = (rho / fraction) T^2 g / ||T g||  over the tensors that are chosen, each with probability ``fraction``
 
     fraction: in (0, 1]; 1 is SAM, bit for bit. seed: what is chosen follows from it and the number of the step, so that
-    runs resume and ranks agree; one tensor at least is chosen. ``step(closure)`` freezes the others during the first
-    pass, by hand ``with optimizer.first_pass():`` around that forward and backward does. Where processes train together
-    nothing is frozen unless ``perturbation="local"``: DDP expects all gradients that it communicates.
+    runs resume and ranks agree; one tensor at least is chosen (a CUDA graph repeats its choice). ``step(closure)``
+    freezes the others during the first pass, by hand ``with optimizer.first_pass():`` around that forward and backward
+    does. Where processes train together nothing is frozen unless ``perturbation="local"``: DDP expects all gradients
+    that it communicates.
     ESAM's other half, data selection, is ``sharp_samples``, by hand.
     Source: Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, ICLR 2022.
     """
@@ -288,8 +291,8 @@ class ESAM(SAM):
         self._drawn: tuple[Any, set[Tensor]] | None = None
 
     def chosen(self) -> set[Tensor]:
-        """The parameters that this step perturbs, of those that train."""
-        params = [p for group in self.param_groups for p in group["params"]]
+        """The parameters that this step perturbs, of those that train; learned scales never."""
+        params = [p for group in self.param_groups for p in group["params"] if scale_owner(p) is None]
         if self.fraction == 1:
             return set(params)
         key = (self._steps, self.seed, self.fraction, tuple(map(id, params)))

@@ -26,6 +26,7 @@ from .scales import (
 
 LEVEL_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}  # forwards that multiply levels, and how they hold them
 IN_STEP = "step"  # of ``ste_clip``
+LEARNED_INPUTS = ("lsq", "lsq+")  # scales of inputs that are learned, and with an offset
 FORWARDS = ("hard", "relaxed", *LEVEL_TYPES)
 SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scale_dtype")  # what a scale follows from
 
@@ -50,6 +51,8 @@ class QuantConfig:
     ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
     or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
     be any number that these hold.
+    ``activation_scale``: how that scale is found; None (default) as above, ``"lsq"`` one that is learned for the layer,
+    ``"lsq+"`` one with an offset, for inputs that do not lie around 0 (``nn.inputs``).
     ``gradient``: what the gradient of the layer's output is rounded to, stochastically and without bias, by numbers
     that torch's generator seeds: ``LUQ(bits=4)`` before both products of the backward; ``"int8"`` (with
     ``forward="int8"``) token by token for the input's gradient, which is a product of levels then (the weight's stays
@@ -70,6 +73,7 @@ class QuantConfig:
     ste_clip: bool | str = True
     activation: Grid | None = None
     scale_dtype: str = "float32"
+    activation_scale: str | None = None
     gradient: LUQ | str | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +100,8 @@ class QuantConfig:
             raise ValueError(f'sawb_coefficients: only with scale="sawb", got {self.scale!r}')
         if self.learns_scale:
             self._check_learned()
+        if self.activation_scale is not None:
+            self._check_inputs()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
         check_gradient(self.gradient, self.forward)
         check_rule_type(self.scale, self.scale_dtype, "scale")
@@ -110,6 +116,17 @@ class QuantConfig:
         if self.ste_clip == IN_STEP:
             raise ValueError("ste_clip: 'step' leaves the clip to the optimizer, and scale='lsq' takes the scale's "
                              "gradient in the same pass of each backward; expected True or False")  # fmt: skip
+
+    def _check_inputs(self) -> None:
+        if self.activation_scale not in LEARNED_INPUTS:
+            raise ValueError(f"activation_scale: expected None, {' or '.join(map(repr, LEARNED_INPUTS))}, got "
+                             f"{self.activation_scale!r}")  # fmt: skip
+        if self.activation is None:
+            raise ValueError(f"activation_scale: {self.activation_scale!r} needs a grid of the input; expected "
+                             "activation=Uniform(8), say")  # fmt: skip
+        if self.level_dtype is not None:
+            raise ValueError(f"activation_scale: forward={self.forward!r} quantizes inputs token by token, got "
+                             f"{self.activation_scale!r}; expected forward='hard'")  # fmt: skip
 
     @property
     def learns_scale(self) -> bool:
@@ -179,6 +196,8 @@ class QuantConfig:
             del d["activation"]
         if self.scale_dtype == "float32":
             del d["scale_dtype"]
+        if self.activation_scale is None:
+            del d["activation_scale"]
         if self.gradient is None:
             del d["gradient"]
         return d

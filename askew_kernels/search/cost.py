@@ -33,7 +33,7 @@ from ..nn.kinds import kind_of as find_kind
 from ..nn.layers import quantized_input
 from ..nn.replace import first_input, observed
 from ..quant import QuantConfig, Uniform
-from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
+from .policy import Kinds, Policy, candidate_layers, check_searched, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -180,6 +180,7 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
             watched.append((module, lambda *_, told=told: uncounted.update({told: None})))
     _observe(model, x, watched)
     if not found:
+        check_searched(kinds)
         raise ValueError("model: its forward reaches no layer to quantize")
     for name, by_bits in errors.items():
         found[name].act_errors = {b: e / n if n else 0.0 for b, (e, n) in by_bits.items()}

@@ -21,7 +21,7 @@ from ..nn.layers import token_rows
 from ..quant import Uniform, activation_scales, default_rule
 from ..quant.forms import Form
 from ..quant.scales import scale_from_sums
-from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, check_searched, named, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
@@ -145,6 +145,7 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = S
         if type(m) in getattr(replaceable(m), "classes", ()) and (filter_fn is None or filter_fn(m, n))
     }
     if not found:
+        check_searched(kinds)
         raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
         raise ValueError("model: is itself a layer; wrap it in nn.Sequential")

@@ -166,13 +166,10 @@ ASKEW_FN void wide_product(vu a, uint32_t b, vu& low, vu& high) {
 
 // The four words of ASKEW_LANES blocks from `first` on, one after the other.
 ASKEW_FN void philox_blocks(uint64_t seed, uint64_t first, vu (&out)[4]) {
-  vu c[4] = {};
-  for (int i = 0; i < ASKEW_LANES; ++i) {
-    // so that a transposition of each four lanes leaves the blocks in order
-    const uint64_t counter = first + (i & 3) * (ASKEW_LANES / 4) + (i >> 2);
-    c[0][i] = (uint32_t)counter;
-    c[1][i] = (uint32_t)(counter >> 32);
-  }
+  vu offset;  // so that a transposition of each four lanes leaves the blocks in order
+  ASKEW_EACH (i, ASKEW_LANES) offset[i] = (i & 3) * (ASKEW_LANES / 4) + (i >> 2);
+  vu c[4] = {(uint32_t)first + offset};
+  c[1] = (uint32_t)(first >> 32) - (vu)(c[0] < (uint32_t)first);  // a comparison that holds is -1
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     vu low0, high0, low1, high1;

@@ -243,9 +243,9 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
-    def own(autocast: bool) -> Impl:
+    def own(autocast: bool, **how: Any) -> Impl:
         model = fresh()
-        groups = quantized_groups(model, task.ends)
+        groups = quantized_groups(model, task.ends, **how)
         base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
         optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
@@ -262,10 +262,15 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
+    if not any(isinstance(m, nn.Conv2d) for m in fresh().modules()) and not context.is_cuda:
+        for text, how in LEVELS.items():
+            impls += common.ours(context, OURS + text, functools.partial(own, False, **how))
     return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+INT8, INT8_BOTH = ", int8 forward", ", int8 forward and input gradient"
+LEVELS: dict[str, dict[str, Any]] = {INT8: {"forward": "int8"}, INT8_BOTH: {"forward": "int8", "gradient": "int8"}}
 LIGER = "float, Liger's layer norm and cross entropy"
 
 
@@ -308,11 +313,11 @@ def gpt_case(context: Context) -> Case:
 # ---- fine-tuning a real model ----------------------------------------------------------------------------------------
 
 MINILM_STEP = "fine-tuning step, MiniLM"
-ANNEALED, GROUPS, INT8 = ", annealed", ", groups of 32", ", int8 forward"
+ANNEALED, GROUPS = ", annealed", ", groups of 32"
 MINILM_WIDTH, MINILM_WORDS = 384, 30522
 _PER_GROUP = {"granularity": "per_group", "group_size": 32}
 MINILM_ROWS: dict[str, dict[str, Any]] = {
-    OURS: {}, OURS + GROUPS: _PER_GROUP, OURS + INT8: {"forward": "int8"}, OURS_AUTOCAST: {},
+    OURS: {}, OURS + GROUPS: _PER_GROUP, **{OURS + text: how for text, how in LEVELS.items()}, OURS_AUTOCAST: {},
 }  # fmt: skip
 
 
@@ -517,9 +522,12 @@ GOALS = [
     *[Goal(f"hard QAT {op} ÷ float", "<=", 1.05, ratio(op, OURS)) for op in CASES],
     *[Goal(f"hard QAT {MINILM_STEP}{text}{phase} ÷ {to or 'float'}", "<=", wanted, ratio(MINILM_STEP, row + phase, to))
       for row, text, to, wanted in (
-          (OURS, "", "", 1.02), (OURS + GROUPS, GROUPS, "", 1.02), (OURS + INT8, INT8 + " (VNNI)", "", 0.85),
+          (OURS, "", "", 1.02), (OURS + GROUPS, GROUPS, "", 1.02),
+          *((OURS + text, f"{text} (VNNI)", "", 0.85) for text in LEVELS),
           (OURS_AUTOCAST, ", autocast bf16 (AVX-512 BF16)", AUTOCAST, 1.0))
       for phase in ("", ANNEALED)],
+    *[Goal(f"hard QAT training step, GPT{text} (VNNI) ÷ float", "<=", 0.85, ratio("training step, GPT", OURS + text))
+      for text in LEVELS],
     Goal("training steps with a telemetry log ÷ without", "<=", 1.01, ratio(WITH_LOG, LOG)),
     *[Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
            ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
@@ -533,4 +541,5 @@ HEADLINES = [
     Headline("QAT training step", op, OURS,
              (("torchao QAT", "torchao"), ("brevitas QAT", "brevitas"), (AUTOCAST, "bf16 autocast, no QAT")))
     for op in CASES
-]  # fmt: skip
+] + [Headline("QAT training step, int8 forward and input gradient", op, OURS + INT8_BOTH)
+     for op in ("training step, GPT", MINILM_STEP)]  # fmt: skip

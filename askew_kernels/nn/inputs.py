@@ -1,0 +1,205 @@
+"""The learned quantization of a layer's input: one scale, and an offset where the grid is to be moved (LSQ, LSQ+).
+
+    y = s Q((x - b) / s) + b
+
+The gradient of x is that of the straight-through network; that of s is LSQ's, and that of b is the sum of G outside the
+hull, both times 1 / sqrt(features c_max), features: numbers of one token or image. Scale and offset start from the
+first batch in training mode, or from ``calibrate_``:
+
+    ``lsq``    s = 2 mean|x| / sqrt(c_max)                                       Esser et al., LSQ, ICLR 2020
+    ``lsq+``   s = (max x - min x) / (c_max - c_min), b = min x - s c_min        Bhalgat et al., LSQ+, CVPRW 2020
+
+Until then a call in eval mode takes the input's own largest magnitude, token by token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..contract import compute_dtype
+from ..quant.config import LEARNED_INPUTS
+from ..quant.scales import bounded_scale
+from ..quant.state import learned_slopes
+
+__all__ = ["InputQuantizer", "calibrate_"]
+
+
+class InputQuantizer(nn.Module):
+    """Scale and offset of one layer's input, float32 (1,) whatever the layer is cast to. ``start``: the scale that it
+    started from, 0 before the first batch."""
+
+    calibrating = False  # ``calibrate_`` is at work
+    offset: Any  # nn.Parameter, or None
+    start: Tensor
+
+    def __init__(self, grid: Any, kind: str, device: Any = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32, device=device))
+        zero = torch.zeros(1, dtype=torch.float32, device=device)
+        self.register_parameter("offset", nn.Parameter(zero.clone()) if kind == LEARNED_INPUTS[1] else None)
+        self.register_buffer("start", zero)
+        self._started = False
+        self._seen: Any = None  # versions of the Parameters that were found within their bounds
+
+    @property
+    def started(self) -> bool:
+        """Whether it has seen a batch; asked of the device until it has."""
+        if not self._started and not torch.compiler.is_compiling() and not self.start.is_meta:
+            self._started = bool(self.start > 0)
+        return self._started
+
+    @torch.no_grad()
+    def start_from(self, x: Tensor) -> None:
+        """Scale and offset by ``x``; nothing where that is empty or not finite, or all the same number 0."""
+        x = x.detach().float()
+        low, high = self.grid.levels[0], self.grid.levels[-1]
+        if not x.numel():
+            return
+        if self.offset is None:
+            scale, offset = 2 * x.abs().mean() / math.sqrt(self.grid.c_max), None
+        else:
+            least, most = x.aminmax()
+            scale = (most - least) / (high - low)
+            offset = least - scale * low
+        if not (bool(scale > 0) and bool(scale.isfinite())):
+            return
+        self.scale.fill_(scale)
+        self.start.fill_(scale)
+        if offset is not None:
+            self.offset.fill_(offset)
+        self._started, self._seen = True, None
+
+    def quantized(self, x: Tensor, rows: int, eager: bool) -> Tensor | None:
+        """s Q((x - b) / s) + b; None where it has not started and is not to. ``rows``: tokens or images in ``x``;
+        ``eager``: nothing traces or transforms the call."""
+        if x.numel() == 0:
+            return x
+        if not self.started and not x.is_meta:
+            if not (self.training or InputQuantizer.calibrating):
+                return None
+            self._start(x, eager)
+            if not self._started:
+                return None
+        factor = ops.scale_grad_factor(x.numel(), rows, self.grid)
+        if not eager:
+            return self._composed(x, factor)
+        self._bound()
+        return _Learned.apply(x, self.scale, self.offset, self.grid, factor)
+
+    def _start(self, x: Tensor, eager: bool) -> None:
+        if not eager:
+            raise RuntimeError("activation_scale: the scale of an input starts from a batch; call ak.nn.calibrate_, or "
+                               "train one batch, before the model is compiled, traced or transformed")  # fmt: skip
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and not InputQuantizer.calibrating and torch.distributed.get_world_size() > 1:
+            raise RuntimeError("activation_scale: every rank would start the scale of an input from a batch of its "
+                               "own; call ak.nn.calibrate_ before DistributedDataParallel is put around")  # fmt: skip
+        self.start_from(x)
+
+    def _bound(self) -> None:
+        """Brings what an optimizer has moved back to where it can serve."""
+        held = [p for p in (self.scale, self.offset) if p is not None]
+        try:
+            versions = [p._version for p in held]
+        except RuntimeError:  # inference tensors
+            return
+        if versions == self._seen:
+            return
+        with torch.no_grad():
+            self.scale.copy_(bounded_scale(self.scale, self.start))
+            if self.offset is not None:
+                self.offset.nan_to_num_(0.0, 0.0, 0.0)
+        self._seen = [p._version for p in held]
+
+    def _composed(self, x: Tensor, factor: float) -> Tensor:
+        """The same by operators that can be traced and transformed."""
+        learned, offset = self.scale, self.offset
+        scale = bounded_scale(learned.detach(), self.start)
+        z = x if offset is None else x - offset.detach().to(x.dtype)
+        weight = _weight(z, scale, self.grid)
+        y = ops.run_fake_quantize(z.contiguous(), *weight, True, False, 0)
+        slopes = learned_slopes(z, scale, self.grid) * (factor / ops.scale_grad_factor(x.numel(), 1, self.grid))
+        y = y + ((learned - learned.detach()) * slopes).reshape(y.shape).to(y.dtype)
+        if offset is not None:
+            inside = ops.run_fake_quantize_backward(torch.ones_like(z).contiguous(), z.detach().contiguous(), *weight)
+            moved = (offset - offset.detach()).to(y.dtype) * factor
+            y = y + offset.detach().to(y.dtype) + moved * (1 - inside.reshape(y.shape))
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        names = [name for name in ("scale", "offset", "start") if getattr(self, name) is not None]
+        before = {name: getattr(self, name).detach() for name in names}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if old.is_meta and not new.is_meta:  # memory that nobody has written
+                new.data.fill_(float(name == "scale"))
+            elif new.dtype != old.dtype:  # a cast: these are not numbers to compute in
+                new.data = old.to(new.device)
+                new.grad = None if new.grad is None else new.grad.to(old.dtype)
+        self._started, self._seen = False, None
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """A checkpoint that says nothing of inputs leaves it as it is."""
+        if f"{prefix}scale" in state_dict:
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+            self._started, self._seen = False, None
+
+    def extra_repr(self) -> str:
+        return f"{self.grid}, {LEARNED_INPUTS[self.offset is not None]}"
+
+
+def _weight(x: Tensor, scale: Tensor, grid: Any) -> tuple[Tensor, Tensor, list[int]]:
+    return scale.to(compute_dtype(x.dtype)), grid.levels_tensor(x.device), grid.encoding
+
+
+class _Learned(torch.autograd.Function):
+    """``InputQuantizer.quantized`` where nothing traces: one pass forward, one back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Any, factor: float) -> Tensor:
+        z = (x if offset is None else x - offset.to(x.dtype)).contiguous()
+        ctx.save_for_backward(z, scale)
+        ctx.grid, ctx.factor, ctx.has_offset = grid, factor, offset is not None
+        y = ops.run_fake_quantize(z, *_weight(z, scale, grid), False, False, 0)
+        return y if offset is None else y + offset.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, scale = ctx.saved_tensors
+        weight, factor = _weight(z, scale.detach(), ctx.grid), ctx.factor
+        if torch.is_grad_enabled():  # create_graph
+            inside = ops.run_fake_quantize_backward(grad.contiguous(), z.detach(), *weight)
+            slopes = learned_slopes(z, scale.detach(), ctx.grid).reshape(grad.shape)
+            to_scale = (grad * slopes).sum() * (factor / ops.scale_grad_factor(z.numel(), 1, ctx.grid))
+        else:
+            inside = grad.clone(memory_format=torch.contiguous_format)
+            to_scale = ops.run_ste_clip_scale_grad(inside, z, weight, factor, True)
+        to_offset = None
+        if ctx.has_offset:
+            wide = compute_dtype(grad.dtype)
+            to_offset = (factor * (grad.sum(dtype=wide) - inside.sum(dtype=wide))).float().reshape(1)
+        return inside, to_scale.float().reshape(1), to_offset, None, None
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Starts the learned scales of inputs (``QuantConfig(activation_scale=…)``) that have not started, from one call of
+    ``model`` in eval mode with these arguments, of which it returns what the model does."""
+    modes = {module: module.training for module in model.modules()}
+    InputQuantizer.calibrating = True
+    try:
+        model.eval()
+        return model(*args, **kwargs)
+    finally:
+        InputQuantizer.calibrating = False
+        for module, mode in modes.items():
+            module.training = mode
