@@ -1042,7 +1042,7 @@ def test_packed_linear_of_special_values(triton):
 
 # ---- the first contact: each kernel once ----------------------------------------------------------------------------
 
-MOST_VARIANTS = 40  # compiled by the tests' default: on a GPU, and ahead of time
+MOST_VARIANTS = 44  # compiled by the tests' default: on a GPU, and ahead of time
 
 
 def quantized_as_wanted(triton, name="uniform4", dtype=torch.float32, shape=(3, 129), seed=None):
@@ -1079,6 +1079,13 @@ def levels_as_wanted(triton, held):
     for got, wanted in zip(triton.token_levels(x, NONE, grid, top, held),
                            reference.token_levels(x, NONE, grid, top, held), strict=True):  # fmt: skip
         assert_same(got, wanted)
+
+
+def random_as_wanted(triton, name, second):
+    args = weights((3, 512), torch.bfloat16), second, torch.tensor(2**45 + 3)
+    got, wanted = getattr(triton, name)(*args), getattr(reference, name)(*args)
+    for one, other in zip(got, wanted, strict=True):  # a pair, or rows
+        assert_same(one + 0.0, other + 0.0)
 
 
 def sums_as_wanted(triton, kind):
@@ -1143,6 +1150,8 @@ CONTACT = {
     "token levels int8": lambda t: levels_as_wanted(t, torch.int8),
     "token levels float8": lambda t: levels_as_wanted(t, fp8),
     "scaled sums": lambda t: sums_as_wanted(t, torch.int32),
+    "stochastic levels": lambda t: random_as_wanted(t, "stochastic_levels", torch.rand(512)),
+    "luq": lambda t: random_as_wanted(t, "luq", 4),
     "decoded levels": lambda t: sums_as_wanted(t, fp8),
     "scales": scales_as_wanted,
     "scales by error": lambda t: check_mse_scales(t, "uniform4", torch.float32, [(2, 33)]),
@@ -1266,6 +1275,8 @@ def compile_all(rare=False):
         "token levels float8": lambda: kernels.token_levels(x.to(bf16), NONE, [0, 0, 0], 448.0, torch.float8_e4m3fn),
         "token levels int8": lambda: kernels.token_levels(x.to(bf16), NONE, [1, -127, 127], 127.0, torch.int8),
         "scaled sums": lambda: kernels.scaled_sums(x.int(), s, torch.ones(4096), s.new_ones(4096).to(bf16), bf16),
+        "stochastic levels": lambda: kernels.stochastic_levels(x.to(bf16), torch.ones(4096), torch.tensor(1)),
+        "luq": lambda: kernels.luq(x.to(bf16), 4, torch.tensor(1)),
         "adamw, bf16 copy and sums": lambda: step("adamw", copy=bf16),
         "sam norm": lambda: kernels.sam_norm([x], [x], [1], 0.01),
         "mix": lambda: kernels.mix_fake_quantize(x, *mixture, True, False),
