@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CONSTRAINTS := constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper readme info gpu-check install clean
+.PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
 RESULTS := benchmarks/results/cpu
@@ -53,6 +53,10 @@ peers: install
 paper: install
 	$(PY) -m askew_kernels paper
 
+# Three tasks beside straight-through, LSQ and PARQ: for a GPU (days on two cores); it goes on where it was stopped.
+evidence: peers
+	$(PY) -m askew_kernels accuracy
+
 readme: install
 	$(PY) -m askew_kernels bench --plain --from $(RESULTS)/rows.json --plot $(RESULTS) --page $(RESULTS)/README.md \
 	    --fill README.md docs/notes.md
@@ -78,4 +82,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results search-results
+	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results search-results evidence-results

@@ -1,4 +1,4 @@
-"""``python -m askew_kernels info | bench | sass | demo | paper | search | analyze | inspect | convert | export``.
+"""``python -m askew_kernels COMMAND``: info, and those of ``COMMANDS`` below.
 
 Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
 130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.
@@ -136,6 +136,7 @@ COMMANDS = {
     "sass": Command("askew_kernels.bench.sass", "bench", "instructions of the CUDA kernels, counted without a GPU"),
     "demo": Command("askew_kernels.demo", "demo", "train real models quantization-aware", ("sam", "experiments.sam")),
     "paper": Command("experiments.paper", "paper", "the published experiments, over ten seeds and more"),
+    "accuracy": Command("experiments.accuracy", "demo", "accuracy beside its rivals', on pictures, text and sentences"),
     "search": Command("experiments.search", "search", "which layer deserves which bits: from float to packed"),
     "analyze": Command("askew_kernels.analysis.cli", "analysis", "the report of a training run from its log"),
     "inspect": Command("askew_kernels.deploy.inspect", "deploy", "bits, bytes and errors of a packed file, by layer"),

@@ -21,14 +21,23 @@ SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
 ABSMAX, SAWB, MEAN, RMS, GIVEN = range(5)  # rules of scales; GIVEN: they are there already, but for rows of zeros
 # What scales may be rounded to, with the smallest and the largest that they then can be: powers of two are E8M0 of the
 # OCP Microscaling Formats (MX) specification 1.0, 2023, but for 2^-127, which is no normal float32.
-SCALE_RANGES = {"float32": (0.0, 2.0**128 - 2.0**104), "bfloat16": (2.0**-126, 2.0**128 - 2.0**120),
-                "float16": (2.0**-24, 65504.0), "float8_e8m0fnu": (2.0**-126, 2.0**127)}  # fmt: skip
+SCALE_RANGES = {
+    "float32": (0.0, 2.0**128 - 2.0**104),
+    "bfloat16": (2.0**-126, 2.0**128 - 2.0**120),
+    "float16": (2.0**-24, 65504.0),
+    "float8_e8m0fnu": (2.0**-126, 2.0**127),
+    "float8_e4m3fn": (2.0**-9, 448.0),  # in units of the tensor's
+}
 SCALE_TYPES = tuple(SCALE_RANGES)  # in the order of the kernels
+UNIT_EXPONENTS = (-117, 119)  # of a tensor's unit, so that float32 holds all that e4m3 then gives
 SCALE_CANDIDATES, ERROR_LANES = 100, 8  # of the rule that tries them; lanes that their squared errors are added in
 FEW_ROWS = 8  # of x, which products from packed codes take without matrix units, in CUDA and in Triton
 INT8_TOP = 127  # what the largest magnitude of a row of int8 activations is mapped to
 # of copies that hold levels in grid units, one byte each, and what the largest number of a row is mapped to in each
 LEVEL_TYPES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+LUQ_BITS = (2, 6)  # fewest and most of gradients' powers of two: one of the sign, the others of the exponent
+MOST_LEVEL_COLUMNS = 131071  # whose products of bytes int32 holds the sum of, whatever they are
 
 TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts

@@ -359,7 +359,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of: {', '.join(TASKS)} (default: two of them, with --full all)")  # fmt: skip
     add("--widths", nargs="+", choices=list(WIDTHS), metavar="WIDTH", help=f"of: {', '.join(WIDTHS)} (default: all)")
     add("--out", type=Path, default=Path("demo-results"), help="folder for rows, table and plots")
-    add("--sam", action="store_true", help="instead: SGD, SAM, ASAM and AlignedSAM, with sharpness")
+    add("--sam", action="store_true", help="instead: SGD and sharpness-aware steps over it, with sharpness")
     add("--no-bench", action="store_true", help="leave the throughput table out")
     add("--workers", type=command.whole(1), default=os.cpu_count() or 1,
         help="processes (default: one a core, here %(default)s)")  # fmt: skip

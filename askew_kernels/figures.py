@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-PALETTE = ("#8a8a8a", "#d08a2e", "#1f6fb4", "#3a9a5b", "#8c5ab4", "#c0392b")
+PALETTE = ("#8a8a8a", "#d08a2e", "#1f6fb4", "#3a9a5b", "#8c5ab4", "#c0392b", "#2aa6a6")
 
 
 def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:

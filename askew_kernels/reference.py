@@ -94,7 +94,7 @@ def clamp_hull(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int]) -> Ten
 # ---- fake quantization --------------------------------------------------------------------------------------------
 
 
-def philox_uniform(seed: int, count: int, device: torch.device) -> Tensor:
+def philox_uniform(seed: int | Tensor, count: int, device: torch.device) -> Tensor:
     """Philox4x32-10: ``count`` uniforms in [0, 1), element i from word i % 4 of block i // 4 with key ``seed``."""
     mask, blocks = 0xFFFFFFFF, (count + 3) // 4
     index = torch.arange(blocks, dtype=torch.int64, device=device)
@@ -274,13 +274,24 @@ def row_sums(x: Tensor, rows: int) -> Tensor:
 _FLOAT32_END = 2.0**128 - 2.0**103  # rounds to inf in float32
 
 
-def round_scale(scale: Tensor, scale_type: int) -> Tensor:
+def scale_unit(scale: Tensor) -> Tensor:
+    """(…, 1): of the scales (…, rows) of a tensor, the least power of two whose 448-fold none of them exceeds."""
+    top = scale.amax(-1, keepdim=True)
+    mantissa, exponent = torch.frexp(torch.where(top > 0, top, torch.ones_like(top)))  # in [1/2, 1)
+    exponent = exponent - 9 + (mantissa > 0.875).to(exponent.dtype)
+    return torch.ldexp(torch.ones_like(top), exponent.clamp(*contract.UNIT_EXPONENTS))
+
+
+def round_scale(scale: Tensor, scale_type: int, unit: Tensor | None = None) -> Tensor:
     """The nearest scales of a type, float32: ties to even, powers of two by the smaller ratio; the type's ends beyond
-    its range."""
+    its range. E4M3 is in units of the tensor's: ``unit``, or what the scales (…, rows) themselves ask for."""
     name = contract.SCALE_TYPES[scale_type]
-    if name == "float32":
+    if name == "float32" or not scale.numel():
         return scale
     low, high = contract.SCALE_RANGES[name]
+    if name == "float8_e4m3fn":
+        unit = scale_unit(scale) if unit is None else unit
+        return (scale / unit).clamp(low, high).to(torch.float8_e4m3fn).float() * unit
     scale = scale.clamp(low, high)
     if name == "float8_e8m0fnu":
         mantissa, exponent = torch.frexp(scale)  # in [1/2, 1)
@@ -350,15 +361,24 @@ def squared_error(difference: Tensor) -> Tensor:
 
 
 def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
-    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest."""
+    """Per row the best of s_j = (j / 100) max|w| / c_max, j = 1 … 100, rounded; of equals the smallest. Powers of two
+    may be rounded far down, so that they are tried up to twice that."""
     rows = len(row_sums)
     matrix, peak = w.detach().reshape(rows, w.numel() // max(rows, 1)).float(), row_sums[:, contract.MAX_ABS].double()
-    top = _guarded(peak / torch.full_like(peak, c_max), peak)[0].float().double()
-    best, chosen = torch.full_like(peak, math.inf), round_scale(top.float(), scale_type)
+    guarded, usable = _guarded(peak / torch.full_like(peak, c_max), peak)
+    top = guarded.float().double()
+    unit = scale_unit(torch.where(usable, top, torch.zeros_like(top)).float()) if rows else None
+    most = 2 if contract.SCALE_TYPES[scale_type] == "float8_e8m0fnu" else 1
+
+    def candidate(j: int) -> Tensor:
+        scale = _guarded(top * (j / contract.SCALE_CANDIDATES * most), peak)[0]
+        return round_scale(scale.float(), scale_type, unit)
+
+    best, chosen = torch.full_like(peak, math.inf), candidate(contract.SCALE_CANDIDATES)
     if not matrix.numel():
         return chosen
     for j in range(1, contract.SCALE_CANDIDATES + 1):
-        scale = round_scale(_guarded(top * (j / contract.SCALE_CANDIDATES), peak)[0].float(), scale_type)
+        scale = candidate(j)
         s = scale[:, None]
         error = squared_error(matrix - s * nearest(matrix / s, levels, grid))
         better = error < best
@@ -629,6 +649,44 @@ def token_levels(x: Tensor, levels: Tensor, grid: list[int], top: float, dtype: 
     q, placed = torch.empty_like(x, dtype=dtype), x / s[:, None]
     write_copy(q, s[:, None], placed.clamp(-top, top) if grid[0] == FLOAT else nearest(placed, levels, grid))
     return q, s
+
+
+def stochastic_levels(x: Tensor, factor: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, s): each row of ``x * factor`` as s q with s = max |x factor| / 127 as in ``token_levels``; q int8, one of
+    the two integers beside x factor / s, such that E[s q] = x factor."""
+    kind = compute_dtype(x.dtype)
+    x = x.to(kind) * factor.to(kind)
+    tops = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
+    s = torch.where(tops.isfinite(), tops, torch.full_like(tops, math.nan)) / torch.full_like(tops, INT8_TOP)
+    s = torch.where(s == 0, torch.ones_like(s), s)
+    placed = (x / s[:, None]).clamp(-INT8_TOP, INT8_TOP)
+    low = placed.floor()
+    uniform = philox_uniform(seed, x.numel(), x.device).reshape(x.shape)
+    q = torch.where(uniform < placed - low, low + 1, low)
+    return q.nan_to_num(nan=0.0).to(torch.int8), s
+
+
+def luq(x: Tensor, bits: int, seed: Tensor) -> Tensor:
+    """Signed powers of two of alpha = max |x| / 2^top, top = 2^(bits - 1) - 1, and 0, such that E[y] = x; NaN
+    everywhere where ``x`` holds inf or NaN."""
+    wide, top = x.to(compute_dtype(x.dtype)).reshape(-1), 2 ** (bits - 1) - 1
+    most = wide.abs().amax() if wide.numel() else wide.new_zeros(())
+    most = torch.where(most.isfinite(), most, torch.full_like(most, math.nan))
+    r = wide.abs() / torch.where(most == 0, torch.ones_like(most), most) * 2.0**top
+    mantissa, exponent = torch.frexp(r)  # in [1/2, 1)
+    large, power = r >= 1, torch.ldexp(torch.ones_like(r), exponent - 1)
+    low, high = torch.where(large, power, 0.0), torch.where(large, 2 * power, 1.0)
+    far = philox_uniform(seed, wide.numel(), x.device) < torch.where(large, 2 * mantissa - 1, r)
+    y = most * (torch.where(far, high, low) * 2.0**-top)
+    return torch.where(y > 0, y.copysign(wide), y).to(x.dtype).reshape(x.shape)
+
+
+def level_product(
+    q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, transposed: bool, dtype: torch.dtype
+) -> Tensor:
+    """``scaled_sums`` of q c^T, or of q c where c is ``transposed``; the sums are exact integers."""
+    sums = product(q.double(), (c.t() if transposed else c).double())
+    return scaled_sums(sums, token_scale, scale, bias, dtype)
 
 
 def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

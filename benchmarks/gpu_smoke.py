@@ -115,6 +115,10 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         yield "token_levels", [w, nothing, [contract.UNIFORM, -127, 127], 127.0, torch.int8]
         yield "token_levels", [w, nothing, [contract.FLOAT, -448, 448], 448.0, torch.float8_e4m3fn]
         yield "scaled_sums", [integers, scale, torch.rand(24, generator=g), draw(24), dtype]
+        q, c = (torch.randint(-8, 8, shape, generator=g, dtype=torch.int8) for shape in ((rows, 24), (9, 24)))
+        yield "level_product", [q, scale, c, torch.rand(9, generator=g), draw(9), False, dtype]
+        yield "stochastic_levels", [w, torch.rand(cols, generator=g), torch.tensor(2**40 + 7)]
+        yield "luq", [w, 4, torch.tensor(2**40 + 7)]
 
         outs = [[torch.zeros(rows, cols, dtype=torch.bfloat16)], [torch.zeros(rows, 3)],
                 [torch.zeros(6, dtype=torch.float64)]]  # fmt: skip

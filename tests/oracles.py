@@ -177,6 +177,14 @@ def same_values(a, b):
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and bool(((a == b) | a.isnan()).all())
 
 
+def scales_in_units(tops=(1.0, 1.75, 1.7500001, 1.9, 448.0, 2.0**-8, 2.0**127)):
+    """Tensors of scales, each with one of the largest numbers: ties, subnormal numbers, and what is below E4M3."""
+    mantissas = [0, 1, 0x7FFFF, 0x80000, 0x80001, 0x17FFFF, 0x180000, 0x180001, 0x680000, 0x7FFFFF]
+    bits = torch.tensor([(e + 127 << 23) + m for e in range(-25, 0) for m in mantissas], dtype=torch.int32)
+    smaller = torch.cat([bits.view(torch.float32), torch.arange(0.5, 9, 0.25) * 2.0**-17])
+    return [torch.cat([smaller * top, torch.tensor([top])]) for top in tops]
+
+
 def scales_at_roundings():
     """Numbers around the ties of every type, around halves of powers of two by ratio, at the ends of the types."""
     mantissas = [0, 1, 0xFFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x3504F2, 0x3504F3, 0x3504F4,

@@ -24,7 +24,8 @@ GRIDS = {"uniform": Uniform(4), "binary": Binary(), "codebook": Codebook(oracles
 
 
 # the codes of packed_dequantize_ are whole numbers, which nothing differentiates
-WITHOUT_DERIVATIVE = [n for n, o in schema.OPERATORS.items() if o.derivative is refuse and n != "packed_dequantize_"]
+OF_INTEGERS = {"packed_dequantize_", "level_product"}  # whose first argument cannot be differentiated
+WITHOUT_DERIVATIVE = [n for n, o in schema.OPERATORS.items() if o.derivative is refuse and n not in OF_INTEGERS]
 
 
 @pytest.fixture
@@ -217,6 +218,7 @@ def calls(x):
         "mse_scales": (x, torch.ones(4, 3), none, grid, 7.0, 0),
         "token_levels": (x, none, [1, -127, 127], 127.0, torch.int8),
         "scaled_sums": (x, torch.ones(4), torch.ones(6), None, torch.float32),
+        "stochastic_levels": (x, torch.ones(1), torch.tensor(1)), "luq": (x, 4, torch.tensor(1)),
         "packed_tiles_linear": (x, torch.zeros(1, 1, 4, 32, 4, dtype=torch.int32), ROWS, none, grid, 4, 4, 1, None),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
@@ -249,10 +251,19 @@ def test_what_is_differentiable():
     """The rest refuses, by default."""
     smooth = {"fake_quantize", "mix_fake_quantize"}
     known = {*smooth, *(f"{name}_backward" for name in smooth), "packed_linear", "packed_linear_int8"}
-    assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE, "packed_dequantize_"}
+    assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE} - OF_INTEGERS
 
 
-PURE = ("row_sums", "sam_norm", "mse_scales", "packed_tiles_linear", "token_levels", "scaled_sums")
+PURE = (
+    "row_sums",
+    "sam_norm",
+    "mse_scales",
+    "packed_tiles_linear",
+    "token_levels",
+    "scaled_sums",
+    "stochastic_levels",
+    "luq",
+)
 
 
 @pytest.mark.parametrize("name", [n for n in WITHOUT_DERIVATIVE if n not in PURE])

@@ -27,7 +27,7 @@ from askew_kernels import command, nn, optim
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from askew_kernels.bench.suites import common, fake_quant, packed, startup, step, train
+from askew_kernels.bench.suites import around, common, fake_quant, packed, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -153,6 +153,8 @@ def test_training_rows(monkeypatch):
     for entry in suites.SUITES["train"]:
         if entry.build is train.log_case or "cpu" not in entry.devices:
             continue
+        if entry.op == train.MINILM_STEP and peers.why_no_minilm():
+            continue
         measured = {r.impl: r for r in harness.run_case("train", entry, Context(CPU, quick=True))}
         plain, ours = measured["float"], measured["ASkew hard"]
         assert not any(r.failed for r in measured.values())
@@ -160,6 +162,30 @@ def test_training_rows(monkeypatch):
         assert ours.losses[0] == pytest.approx(plain.losses[0], rel=0.2) and ours.losses != plain.losses
         assert plain.rate_unit in ("images/s", "tokens/s") and ours.rate > 0
         assert measured["torchao QAT"].note.startswith(("missing: ", "left out: "))
+
+
+def test_a_model_that_is_not_installed_is_named(monkeypatch):
+    small(monkeypatch)
+    monkeypatch.setattr(peers, "MINILM", ("no_such_module",))
+    monkeypatch.setitem(peers.DISTRIBUTIONS, "no_such_module", "no-such-module")
+    measured = rows_of("train", train.MINILM_STEP)
+    assert len(measured) == 3 + 2 * len(train.MINILM_ROWS)
+    assert all(r.note.startswith("missing: no-such-module not installed: pip install") for r in measured)
+
+
+@pytest.mark.parametrize("op", [e.op for e in suites.SUITES["around"]])
+def test_rows_of_what_stands_around_a_step(op, monkeypatch):
+    """Equal work; the parts of a batch give the whole batch's loss, compiled rows are named where nothing compiles."""
+    if op == around.MICRO_BATCHES and peers.why_no_minilm():
+        pytest.skip(peers.why_no_minilm())
+    small(monkeypatch)
+    monkeypatch.setattr(train, "_turns", lambda context, full: 2)
+    measured = {r.impl: r for r in rows_of("around", op)}
+    assert not any(r.failed for r in measured.values())
+    shown = {name: r for name, r in measured.items() if around.COMPILED not in name}
+    assert set(shown) == {"float", *(around.OURS + phase for phase, _ in around.PHASES)}
+    assert all(r.losses[0] == pytest.approx(shown["float"].losses[0], rel=0.2) for r in shown.values())
+    assert all("left out" in r.note for name, r in measured.items() if name not in shown)
 
 
 def test_rows_of_a_wide_network_are_of_one_batch_under_autocast(monkeypatch):

@@ -72,6 +72,10 @@ def places(tmp_path):
         ("demo --out FILE", "--out"),
         ("demo --out FILE/below", "--out"),
         ("demo --sam --out FILE/below", "--out"),
+        ("accuracy --seeds 0", "--seeds"),
+        ("accuracy --tasks cifar", "--tasks"),
+        ("accuracy --data FOLDER", "dataset-fashion-mnist"),
+        ("accuracy --out FILE/below", "--out"),
         ("paper --seeds 0", "--seeds"),
         ("paper --text-steps 0", "--text-steps"),
         ("paper --experiments moon", "--experiments"),
@@ -166,7 +170,7 @@ def test_help_says_what_a_command_is_and_its_defaults(name, monkeypatch, capsys)
         assert said in text
 
 
-@pytest.mark.parametrize("arguments", ["paper", "search --full", "demo --sam"])
+@pytest.mark.parametrize("arguments", ["paper", "accuracy", "search --full", "demo --sam"])
 def test_what_an_installed_package_lacks_is_said_in_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "askew_kernels" / "__main__.py"))
     assert exit_code(*arguments.split()) == 2

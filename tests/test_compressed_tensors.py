@@ -125,6 +125,128 @@ def test_transformers_gives_the_logits_of_the_model(bits, dtype, tmp_path):
     assert torch.equal(logits(tmp_path / "out"), y)
 
 
+# ---- MXFP4 and NVFP4 -------------------------------------------------------------------------------------------------
+
+FP4S = {"nvfp4": (16, torch.float8_e4m3fn), "mxfp4": (32, torch.uint8)}
+
+
+def float4(name, cols=64, rows=6, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(rows, cols), nn.Linear(cols, rows)).to(dtype)
+    with torch.no_grad():
+        model[1].weight[2] *= 1e-3  # rows of other sizes, and one of zeros
+        model[1].weight[4] = 0
+    config = ak.QuantConfig.for_export(name, **options)
+    return ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 64}, {"granularity": "per_channel"},
+                                     {"granularity": "per_tensor"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FP4S)
+def test_the_package_decompresses_floats_of_four_bits_to_our_weights(name, dtype, options, tmp_path):
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+
+    model, (block, stored) = float4(name, dtype=dtype, **options), FP4S[name]
+    contents = export_packed(model, tmp_path / "out", "compressed-tensors")
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert [row.difference for row in rows] == [0.0, 0.0]
+    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    scale = written["1.weight_scale"]
+    assert scale.dtype == stored and scale.shape == (6, 64 // block)
+    if name == "nvfp4":
+        unit = 1 / written["1.weight_global_scale"]
+        ours = (scale.float() * unit).reshape(-1)
+    else:
+        ours = torch.exp2(scale.float() - 127).reshape(-1)
+    ours = ours.repeat_interleave(block).reshape(6, 64)
+    levels = unpack_fp4_from_uint8(written["1.weight_packed"], 6, 64).float()
+    assert torch.equal(levels * ours, model[1].dequantize().float())
+    for key, layer in ct.read(tmp_path / "out").layers.items():
+        assert (
+            layer.config.weight == ak.quant.FP4()
+            and layer.config.scale_dtype == contents.layers[key].config.scale_dtype
+        )
+        assert torch.equal(layer.dequantize().float(), contents.layers[key].dequantize().float())
+        assert torch.equal(layer.weight_codes, contents.layers[key].weight_codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FP4S)
+def test_transformers_gives_the_logits_of_floats_of_four_bits(name, dtype, tmp_path):
+    model, y = llama(ak.QuantConfig.for_export(name), dtype)
+    export_packed(model, tmp_path / "out", "compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["format"] == f"{name}-pack-quantized"
+    got = logits(tmp_path / "out")  # a model of another type is loaded in bfloat16, in which its weights are the same
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), y.float(), rtol=0, atol=0 if dtype == torch.bfloat16 else 0.05)
+
+
+def test_projections_that_readers_fuse_share_a_global_scale(tmp_path, caplog):
+    transformers.set_seed(1)
+    shape = transformers.LlamaConfig(**TEXT, num_key_value_heads=1)
+    model = transformers.AutoModelForCausalLM.from_config(shape)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight *= 9
+        model.model.layers[0].mlp.up_proj.weight *= 40
+        model.model.layers[1].mlp.up_proj.weight *= 2.0**20
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig.for_export("nvfp4"))))
+    with caplog.at_level(logging.WARNING, "askew_kernels"):
+        contents = export_packed(model, tmp_path / "out", "compressed-tensors")
+    rows, _ = compare(contents, tmp_path / "out", "compressed-tensors")
+    assert {row.difference for row in rows} == {0.0}
+    written = safetensors.load_file(tmp_path / "out" / "model.safetensors")
+    found = {key: float(t) for key, t in written.items() if key.endswith("weight_global_scale")}
+
+    def scales(layer, *names):
+        return {v for key, v in found.items() for name in names if f"layers.{layer}." in key and f".{name}." in key}
+
+    assert len(scales(0, "q_proj", "k_proj", "v_proj")) == len(scales(0, "gate_proj", "up_proj")) == 1
+    assert len(scales(1, "gate_proj", "up_proj")) == 2  # too far from each other
+    assert "model.layers.1.mlp.gate_proj, model.layers.1.mlp.up_proj" in caplog.text and "layers.0" not in caplog.text
+
+
+def test_a_global_scale_of_others_is_read(tmp_path):
+    """Theirs is no power of two, and groups of zeros have the scale 0; -0 is 0."""
+    export_packed(float4("nvfp4"), tmp_path / "out", "compressed-tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    written = safetensors.load_file(file)
+    written["1.weight_global_scale"] = torch.tensor([448 * 6 / 1.7])
+    written["1.weight_scale"][1, 2] = 0
+    written["1.weight_packed"][0, 0] = 0x8F
+    safetensors.save_file(written, file)
+    theirs, _ = ct.dequantized(tmp_path / "out")
+    layer = ct.read(tmp_path / "out").layers["1"]
+    assert layer.config.scale_dtype == "float32"
+    assert torch.equal(layer.dequantize(torch.bfloat16), theirs["1"]) and not layer.dequantize()[1, 32:48].any()
+
+
+def test_what_floats_of_four_bits_do_not_hold(tmp_path):
+    model = float4("nvfp4")
+    model[1].weight_scale[0] *= 1.07
+    with pytest.raises(PackedFileError, match="1: weight_scale: nvfp4.* keeps scales as float8_e4m3fn"):
+        export_packed(model, tmp_path / "out", "compressed-tensors")
+    model = float4("mxfp4", dtype=torch.float16)
+    model[1].weight_scale[-1] = 2.0**-30
+    with pytest.raises(PackedFileError, match="1: weight: readers make it in bfloat16"):
+        export_packed(model, tmp_path / "out", "compressed-tensors")
+    export_packed(float4("nvfp4"), tmp_path / "out", "compressed-tensors")
+    file = tmp_path / "out" / "model.safetensors"
+    good = safetensors.load_file(file)
+    for key, bad, words in (
+        ("1.weight_global_scale", None, "weight_global_scale: NVFP4 has one"),
+        ("1.weight_global_scale", torch.tensor([0.0]), "weight_scale: expected finite"),
+        ("1.weight_global_scale", torch.ones(2), "weight_global_scale: expected"),
+        ("1.weight_scale", good["1.weight_scale"].float(), "weight_scale: expected torch.float8_e4m3fn"),
+        ("1.weight_packed", good["1.weight_packed"][:, :7], "weight_packed: expected uint8 of whole blocks"),
+    ):
+        damaged = {k: v.contiguous() for k, v in (good | {key: bad}).items() if v is not None}
+        safetensors.save_file(damaged, file)
+        with pytest.raises(PackedFileError, match=f"1: {words}"):
+            ct.read(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kinds", [("linear",), ("linear", "embedding")], ids=len)
 def test_tied_heads_are_written_apart_where_one_is_compressed(kinds, tmp_path, caplog):
     model, y = llama(ak.QuantConfig(Uniform(4)), tied=True, kinds=kinds)

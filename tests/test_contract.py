@@ -31,11 +31,13 @@ SHARED = {  # in C++: in Python
     "kNonfinite": contract.NONFINITE, "kTotals": contract.NUM_TOTALS, "kMostCandidates": contract.MOST_CANDIDATES,
     "kAbsmax": contract.ABSMAX, "kSawb": contract.SAWB, "kMean": contract.MEAN, "kRms": contract.RMS,
     "kGiven": contract.GIVEN, "kScaleCandidates": contract.SCALE_CANDIDATES, "kErrorLanes": contract.ERROR_LANES,
-    **dict(zip(("kScaleFloat32", "kScaleBFloat16", "kScaleFloat16", "kScaleE8M0"), range(4), strict=True)),
+    **{f"kScale{name}": i for i, name in enumerate(("Float32", "BFloat16", "Float16", "E8M0", "E4M3"))},
 }  # fmt: skip
 PACKED = {
     "kTrits": contract.TRITS, "kTritsInByte": len(contract.TRIT_POWERS), "kTopTrits": contract.TRIT_TOP,
     "kInt8Top": contract.INT8_TOP, "kSumPiece": contract.SUM_COLUMNS,
+    "kMostLevelColumns": contract.MOST_LEVEL_COLUMNS,
+    **dict(zip(("kLuqFewestBits", "kLuqMostBits"), contract.LUQ_BITS, strict=True)),
 }  # fmt: skip
 # Numbers that are nobody else's: where else one stands it means something else, which is said here.
 NUMBERS = {contract.TRIT_TOP, 81, contract.INT8_TOP, contract.SUM_COLUMNS, contract.SCALE_FLOOR, 1.6}

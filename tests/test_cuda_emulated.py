@@ -87,7 +87,7 @@ class ScaleTensor(ctypes.Structure):
 class MseArg(ctypes.Structure):
     _fields_ = [("w", ctypes.c_void_p), ("sums", ctypes.c_void_p), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
                 ("grid", GridArg), ("c_max", ctypes.c_double), ("type", ctypes.c_int),
-                ("scale_type", ctypes.c_int)]  # fmt: skip
+                ("scale_type", ctypes.c_int), ("unit", ctypes.c_void_p)]  # fmt: skip
 
 
 class SamTensor(ctypes.Structure):
@@ -1046,7 +1046,7 @@ def test_scales_of_a_list(kernels, zeros, sizes):
     numbers = {contract.ABSMAX: (7, 0, 0), contract.SAWB: (3, 7.509, 6.892), contract.MEAN: (1, 1.5, 0),
                contract.RMS: (1, 0.4, 0), contract.GIVEN: (7, 0, 0)}  # fmt: skip
     for i, rows in enumerate(sizes):
-        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 4
+        (rule, arguments), kind = list(numbers.items())[i % 5], i % 7 % 5
         sums = sums_of(rows, zeros, g)
         given = reference.round_scale(torch.rand(rows, generator=g) + 0.1, kind)
         scale, intact = guarded(given)
@@ -1062,22 +1062,26 @@ def test_scales_of_a_list(kernels, zeros, sizes):
 def test_mse_scales(kernels, grid, dtype):
     g = torch.Generator().manual_seed(1)
     long = [(1, 16385), (2, 33000)] if grid in ("uniform4", "nf4") and dtype == torch.bfloat16 else []
-    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), *long]):
+    for kind, (rows, cols) in enumerate([(1, 1), (3, 7), (5, 128), (2, 4100), (6, 40), *long]):
         w = torch.randn(rows, cols, generator=g).to(dtype)
         if rows > 2:
             w[1], w[2, 0] = 0, math.nan
         encoding, levels, _ = GRIDS[grid]
         sums, c_max = reference.row_sums(w, rows), float(reference.hull(levels, encoding)[1])
         scale, intact = guarded(torch.full((rows,), 99.0))
-        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 4)
+        a = MseArg(w.data_ptr(), sums.data_ptr(), rows, cols, grid_arg(grid), c_max, TYPES[dtype], kind % 5)
         assert not kernels.emulated_mse_scales(ctypes.byref(a), pointer(scale))
-        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 4)), (rows, cols)
+        assert torch.equal(scale, reference.mse_scales(w, sums, levels, encoding, c_max, kind % 5)), (rows, cols)
         assert intact()
 
 
-@pytest.mark.parametrize("kind", range(4))
+@pytest.mark.parametrize("kind", range(5))
 def test_scales_are_rounded_as_the_reference_rounds(kernels, kind):
-    x = oracles.scales_at_roundings()
+    for x in (oracles.scales_at_roundings(), *oracles.scales_in_units()):
+        _rounded_as_the_reference(kernels, kind, x)
+
+
+def _rounded_as_the_reference(kernels, kind, x):
     sums, scale = torch.stack([x, x, x], 1).contiguous(), torch.empty_like(x)
     tensor = ScaleTensor(sums.data_ptr(), scale.data_ptr(), len(x), 1, 1, 0, 0, contract.ABSMAX, kind)
     assert not kernels.emulated_scales(ctypes.byref(tensor), ctypes.c_size_t(1))

@@ -30,6 +30,7 @@ from askew_kernels.quant.exports import TARGETS
 from askew_kernels.quant.scales import holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
+BY_THEMSELVES = [name for name in ROUNDED if name != "float8_e4m3fn"]  # its scales share a unit: test_named_grids.py
 NEEDS = {name: name.replace("-", "_") for name in FORMATS} | {"metal": "transformers"}
 
 
@@ -44,7 +45,7 @@ def held(value: float, scale_dtype: str) -> bool:
     return low <= value <= high and n.bit_length() <= digits and e >= least
 
 
-@pytest.mark.parametrize("scale_dtype", ROUNDED)
+@pytest.mark.parametrize("scale_dtype", BY_THEMSELVES)
 @given(st.floats(2.0**-60, 2.0**60, width=32))
 def test_rounding_is_to_the_nearest(scale_dtype, value):
     x = torch.tensor([value])
@@ -66,7 +67,8 @@ def test_both_ways_to_compute_a_scale_round_alike(rule, scale_dtype):
     w, grid = torch.randn(24, 64, generator=torch.Generator().manual_seed(1)) * 1e-3, ak.quant.Uniform(4)
     w[3], w[4, 0] = 0.0, torch.inf
     found = ak.quant.compute_scale(w, grid, rule, "per_group", 32, scale_dtype=scale_dtype)
-    assert holds_scales(found, scale_dtype) and all(held(s, scale_dtype) for s in found.tolist())
+    assert holds_scales(found, scale_dtype)
+    assert scale_dtype not in BY_THEMSELVES or all(held(s, scale_dtype) for s in found.tolist())
     if rule == "mse":
         return
     exact = ak.quant.compute_scale(w, grid, rule, "per_group", 32)

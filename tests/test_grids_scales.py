@@ -345,9 +345,9 @@ def test_mse_scales_are_the_reference_s(grid, shape, backend, generator):
 
 @pytest.mark.parametrize("scale_dtype", contract.SCALE_TYPES)
 def test_scales_are_rounded_as_the_reference_rounds(scale_dtype, backend):
-    x = oracles.scales_at_roundings()
-    got = scale_from_sums(torch.stack([x, x, x], 1), 1, Ternary(), "absmax", scale_dtype=scale_dtype)
-    assert torch.equal(got, round_scale(x, scale_dtype))
+    for x in (oracles.scales_at_roundings(), *oracles.scales_in_units()):
+        got = scale_from_sums(torch.stack([x, x, x], 1), 1, Ternary(), "absmax", scale_dtype=scale_dtype)
+        assert torch.equal(got, round_scale(x, scale_dtype))
 
 
 def test_of_candidates_with_equal_errors_the_smallest_is_chosen(backend):

@@ -289,13 +289,14 @@ def test_the_measure_of_host_time_runs(capsys):
     }
 
 
-def test_a_compiled_model_recomputes_what_an_eager_one_keeps():
-    """The optimizer's copy is not the compiled graph's: none is written that nobody reads, and none is ever stale."""
+def test_a_compiled_convolution_recomputes_what_an_eager_one_keeps():
+    """Only products of matrices read the optimizer's copy in a graph (test_compiled_copy): none is written that nobody
+    reads, and none is ever stale."""
     torch.manual_seed(0)
-    model = ak.nn.quantize_(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    model = ak.nn.quantize_(nn.Sequential(nn.Conv1d(6, 5, 2), nn.ReLU(), nn.Conv1d(5, 3, 1)))
     compiled_model = torch.compile(model, backend="aot_eager")
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, telemetry_every=0)
-    x = torch.randn(4, 6)
+    x = torch.randn(4, 6, 3)
     for i in range(6):
         for group in optimizer.param_groups:
             group["constraint_eps"] = 1.0 if i < 3 else 0.5

@@ -445,6 +445,28 @@ def test_traced_and_transformed_calls(options):
         assert torch.allclose(y_one, one(x), atol=1e-6)
 
 
+def test_compiled_before_and_after_the_freeze():
+    """At every step the gradients are those of the eager layers."""
+    model = model_with()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
+    x, y = batch()
+    for k in range(6):
+        eager = copy.deepcopy(model)
+        for call, m in ((compiled, model), (eager, eager)):
+            m.zero_grad()
+            functional.cross_entropy(call(x), y).backward()
+        frozen = k > 3  # from the step after the first annealed one on, which froze
+        assert (model[0].weight_scale.grad is None) == frozen
+        both = [(p.grad, q.grad) for p, q in zip(model.parameters(), eager.parameters(), strict=True)]
+        close(*zip(*((g, e) for g, e in both if e is not None), strict=True))
+        optimizer.step()
+        annealing.step()
+        consistent(model)
+        assert model[0].quantizer.frozen == (k >= 3)
+
+
 def test_second_derivatives():
     model = trained()
     x, y = batch()
@@ -575,7 +597,10 @@ def test_wrapped_optimizers(wrapper):
     optimizer = ak.optim.SAM(ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9), rho=0.05)
     x, y = batch()
 
+    seen = []
+
     def closure():
+        seen.append((scales_of(model)[0], model[0].weight.detach().clone()))
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x), y)
         loss.backward()
@@ -585,6 +610,8 @@ def test_wrapped_optimizers(wrapper):
     for _ in range(4):
         optimizer.step(closure)
         consistent(model)
+    for (s_here, w_here), (s_there, w_there) in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(s_here, s_there) and not torch.equal(w_here, w_there)  # weights alone are perturbed
     assert all((a != b).any() for a, b in zip(start, scales_of(model), strict=True))
 
 

@@ -242,28 +242,39 @@ def test_float_layers_with_adapters_are_merged_as_peft_does():
     torch.testing.assert_close(merged[0].weight, reference[0].weight)
 
 
-def test_adapters_of_other_kinds_of_layers():
-    """Embeddings and convolutions, packed: the adapter is trained over them and merged."""
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@by_state
+def test_adapters_of_other_kinds_of_layers(dims, packed):
+    """Embeddings and convolutions: each adapter is trained over its layer, is itself float, and merged."""
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             torch.manual_seed(0)
-            self.tokens, self.conv, self.head = nn.Embedding(20, 16), nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 20)
+            self.tokens, self.conv, self.head = nn.Embedding(20, 16), conv(16, 16, 3, padding=1), nn.Linear(16, 20)
 
         def forward(self, x):
-            return self.head(self.conv(self.tokens(x).transpose(1, 2)).transpose(1, 2))
+            signal = self.tokens(x).transpose(1, 2)
+            return self.head(self.conv(signal[(...,) + (None,) * (dims - 1)]).flatten(2).transpose(1, 2))
 
     x = torch.randint(0, 20, (2, 5))
     model = ak.quantize_(Model(), CONFIG, kinds=("linear", "conv", "embedding")).eval()
-    ak.pack_(ak.hard_quantize_(model))
+    ak.hard_quantize_(model)
+    model = ak.pack_(model) if packed else model
     config = peft.LoraConfig(r=2, target_modules=["tokens", "conv", "head"], init_lora_weights=False)
     model = small_change(peft.get_peft_model(model, config).eval())
+    adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    for layer in ("tokens", "conv", "head"):  # each has both factors, which are no quantized layers
+        assert sum(f".{layer}." in n for n in adapters) == 2
+    assert not any("lora_" in n for n in [*ak.nn.quantized_layers(model), *ak.nn.packed_layers(model)])
     model(x).square().mean().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+    assert all(p.grad is not None and bool(p.grad.any()) for p in adapters.values())
     with torch.no_grad():
         want = model(x)
     merged, errors = lora.merge_and_unload(model)
-    assert len(errors) == 3 and len(ak.nn.packed_layers(merged)) == 3
+    layers = ak.nn.packed_layers(merged) if packed else ak.nn.quantized_layers(merged)
+    assert len(errors) == 3 and len(layers) == 3 and all(0 < error.relative < 0.2 for error in errors.values())
     with torch.no_grad():
         assert float((merged(x) - want).norm() / want.norm()) < 0.2
+        assert packed or torch.equal(ak.hard_quantize_(copy.deepcopy(merged))(x), merged(x))

@@ -20,8 +20,12 @@ import torch
 from torch import nn
 
 import askew_kernels as ak
-from askew_kernels.quant import RULES, QuantConfig, compute_scale, default_rule, grid_from_dict, grids
-from askew_kernels.quant.scales import check_rule
+from askew_kernels.demo import load_digits
+from askew_kernels.deploy.contents import contents_of, write_contents
+from askew_kernels.deploy.files import write_packed
+from askew_kernels.deploy.tensorfile import read as read_safetensors
+from askew_kernels.quant import RULES, QuantConfig, compute_scale, default_rule, grid_from_dict, grids, scale_unit
+from askew_kernels.quant.scales import check_rule, holds_scales, round_scale
 
 NAMED = {name: kind() for name, kind in grids.GRIDS.items() if not dataclasses.fields(kind)}
 NAMED = {name: grid for name, grid in NAMED.items() if not grid.evenly_spaced}
@@ -122,6 +126,147 @@ def test_the_whole_way(name, rule, granularity, tmp_path):
         scale = net.get_submodule(n).weight_scale.reshape(-1, 1)
         used = set((w.reshape(len(scale), -1) / scale).flatten().tolist())
         assert all(min(abs(u - c) for c in grid.levels) < 1e-6 for u in used)
+
+
+# ---- powers of two ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [grids.FP4(), grids.Uniform(4), grids.Uniform(8), grids.Ternary()], ids=str)
+def test_the_shared_exponent_of_the_mx_specification(grid, backend, generator):
+    """floor(log2 max|w|) - floor(log2 c_max), on both sides of every power of two."""
+    w = torch.randn(6, 64, generator=generator) * torch.exp2(torch.arange(6.0)[:, None] * 3)
+    below = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    tops = torch.tensor([[p * f for f in (1.0, below, 1.5)] for p in (2.0**-20, 1.0, 2.0**9)]).flatten()
+    w = torch.cat([w, (torch.rand(9, 64, generator=generator) * 0.9 + 0.01) * tops[:, None]])
+    w[torch.arange(6, 15), 7] = tops
+    got = compute_scale(w, grid, "ocp", "per_group", 64, scale_dtype="float8_e8m0fnu")
+    exponent = torch.floor(torch.log2(w.double().abs().amax(1))) - math.floor(math.log2(grid.c_max))
+    assert torch.equal(got.double(), torch.exp2(exponent))
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "gguf:mxfp4", "compressed-tensors:mxfp4"])
+def test_mxfp4_takes_that_rule_unless_told_otherwise(name):
+    assert QuantConfig.for_export(name).scale == "ocp" and QuantConfig.for_export(name, scale="mse").scale == "mse"
+    config = QuantConfig.for_export(name)
+    assert QuantConfig.from_json(config.to_json()) == config
+    for call in (lambda: QuantConfig(grids.FP4(), "ocp"), lambda: compute_scale(torch.ones(2, 2), grids.FP4(), "ocp")):
+        with pytest.raises(
+            ValueError, match=r"ocp gives scales of float8_e8m0fnu, expected scale_dtype='float8_e8m0fnu', "
+        ):
+            call()
+
+
+@pytest.mark.parametrize("grid", [grids.FP4(), grids.Uniform(4), grids.Uniform(8), grids.Ternary()], ids=str)
+def test_the_least_error_among_powers_of_two_is_the_least(grid, generator):
+    """Of all of them, below and above what absmax is rounded to."""
+    w = torch.randn(40, 32, generator=generator)
+
+    def error(s):
+        return (w - ak.ops.fake_quantize(w, s, grid)).double().square().sum(1)
+
+    found = error(compute_scale(w, grid, "mse", "per_group", 32, scale_dtype="float8_e8m0fnu"))
+    nearest = compute_scale(w, grid, "absmax", "per_group", 32, scale_dtype="float8_e8m0fnu")
+    every = torch.stack([error(nearest * 2.0**k) for k in range(-4, 3)])
+    torch.testing.assert_close(found, every.amin(0), rtol=1e-9, atol=0)
+
+
+# ---- scales in units of their tensor (NVFP4) -------------------------------------------------------------------------
+
+
+def test_the_unit_is_the_least_power_of_two(generator):
+    """Against torch's own float8_e4m3fn: s = t e4m3(s / t), and half of t would not do."""
+    for size in (1e-3, 1.0, 1.76, 448.0, 449.0, 3e5):
+        s = torch.rand(50, generator=generator) * size + 1e-9
+        s[7] = size
+        rounded, t = round_scale(s, "float8_e4m3fn"), scale_unit(s)
+        assert t.shape == (1,) and math.frexp(float(t))[0] == 0.5
+        assert float(s.max()) <= 448 * float(t) and float(s.max()) > 224 * float(t)
+        x = (s / t).clamp(2.0**-9, 448)
+        assert torch.equal(rounded, x.to(torch.float8_e4m3fn).float() * t)
+        assert torch.equal(round_scale(rounded, "float8_e4m3fn"), rounded)  # whatever part of them is looked at
+        assert all(holds_scales(part, "float8_e4m3fn") for part in rounded.split(7))
+        assert torch.equal(rounded.bfloat16().float(), rounded)
+    assert float(round_scale(torch.tensor([1.0, 1e-9]), "float8_e4m3fn")[1]) == 2.0**-17  # the least, never 0
+
+
+@pytest.mark.parametrize("name, group", [("nvfp4", 16), ("mxfp4", 32)])
+def test_training_with_scales_in_the_type_of_the_format(name, group, tmp_path):
+    """Scales are the type's at every step, frozen with the weights' grid, packed and kept bit for bit; weights are
+    bfloat16's numbers."""
+    config = QuantConfig.for_export(name, scale="absmax")
+    assert (config.weight, config.group_size) == (grids.FP4(), group) and config.granularity == "per_group"
+    net = ak.quantize_(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), config)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(net), lr=0.05)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    for _ in range(6):
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+        annealing.step()
+        assert all(holds_scales(net[i].weight_scale, config.scale_dtype) for i in (0, 2))
+    frozen = net[0].weight_scale.clone()
+    again = ak.quantize_(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), config)
+    again.load_state_dict(net.state_dict())
+    assert torch.equal(again[0].weight_scale, frozen) and torch.equal(again(x), net(x))
+    ak.hard_quantize_(net)
+    weight = net[0].weight.detach().clone()
+    assert torch.equal(weight.bfloat16().float(), weight)
+    ak.save_packed(ak.pack_(net), tmp_path / "m.safetensors")
+    kept = read_safetensors(tmp_path / "m.safetensors").tensors["0.weight_scale"].dtype
+    assert kept == (torch.float8_e4m3fn if name == "nvfp4" else torch.bfloat16)
+    float_net = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    loaded = ak.load_packed(tmp_path / "m.safetensors", float_net)
+    assert torch.equal(loaded[0].weight_scale.float(), frozen) and torch.equal(loaded[0].dequantize(), weight)
+
+
+def test_files_of_such_scales_are_shared_checked_and_converted(tmp_path):
+    net = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    net[1].weight = net[0].weight
+    ak.pack_(ak.hard_quantize_(ak.quantize_(net, QuantConfig.for_export("nvfp4"))))
+    path = tmp_path / "m.safetensors"
+    for save in (lambda: ak.save_packed(net, path), lambda: write_contents(contents_of(net), path)):
+        save()
+        read = read_safetensors(path)
+        assert sorted(t.dtype for t in read.tensors.values() if t.numel() == 64) == [torch.float8_e4m3fn]
+        loaded = ak.load_packed(path, nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)))
+        assert all(torch.equal(loaded[i].weight_scale, net[i].weight_scale) for i in (0, 1))
+        assert torch.equal(loaded[1].dequantize(), net[0].dequantize())
+    document = json.loads(read.metadata["askew_kernels"])
+    for wrong in (None, 500, "8"):
+        changed = copy.deepcopy(document["layers"])
+        for layer in changed.values():
+            layer["scale_unit"] = wrong
+        write_packed(path, read.tensors, changed)
+        with pytest.raises(ValueError, match="layer 0: scale_dtype: .* got torch.float8_e4m3fn"):
+            ak.load_packed(path, net)
+
+
+def digits_right(config, epochs=12):
+    """Of 360 digits, by a small network all of whose layers have this configuration."""
+    pytest.importorskip("sklearn")
+    x, x_test, y, y_test = load_digits()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(ak.quantize_(net, config)), lr=0.05, momentum=0.9)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=epochs // 2, total=epochs)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for _ in range(epochs):
+        for i in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[i]), y[i]).backward()
+            optimizer.step()
+        schedule.step()
+        annealing.step()
+    with torch.no_grad():
+        return int((ak.hard_quantize_(net)(x_test).argmax(1) == y_test).sum())
+
+
+def test_they_learn_as_much_as_four_bits_with_float_scales():
+    """Within 7 digits, 2 points, about two standard errors of such a test."""
+    four = digits_right(QuantConfig(grids.Uniform(4), granularity="per_group", group_size=32))
+    found = {name: digits_right(QuantConfig.for_export(name)) for name in ("mxfp4", "nvfp4")}
+    assert four > 330 and min(found.values()) >= four - 7, (four, found)
 
 
 @pytest.mark.parametrize("group", [None, 4, 32])

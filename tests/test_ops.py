@@ -1013,6 +1013,10 @@ def operator_samples():
     yield "token_levels", (x, none, [0, 0, 0], 448.0, torch.float8_e4m3fn)
     yield "token_levels", (x.bfloat16(), none, [1, -127, 127], 127.0, torch.int8)
     yield "scaled_sums", (x.int(), torch.rand(3, generator=g), torch.rand(20, generator=g), y[0], torch.bfloat16)
+    levels8 = [torch.randint(-8, 8, shape, generator=g, dtype=torch.int8) for shape in ((3, 20), (5, 20))]
+    yield "level_product", (levels8[0], s, levels8[1], torch.ones(1), None, False, torch.float32)
+    yield "stochastic_levels", (x, torch.rand(20, generator=g), torch.tensor(3))
+    yield "luq", (x, 4, torch.tensor(3))
     scales, strengths = torch.rand(2, 3, generator=g) + 0.5, torch.tensor([0.3, 0.7])
     candidates = [1, -2, 1, 0, 0, 0]
     leaves = [t.clone().requires_grad_() for t in (x, scales, strengths)]

@@ -202,6 +202,51 @@ def test_plain_groups_are_exactly_torch(cls, twin, options, generator):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize(("cls", "twin", "options"), [
+    (ASkewSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9)), (ASkewSGD, torch.optim.SGD, dict(lr=0.1)),
+    (ASkewAdamW, torch.optim.AdamW, dict(lr=0.1)),
+])  # fmt: skip
+@pytest.mark.parametrize("asked", [{}, {"fused": False}, {"foreach": False}])
+def test_large_plain_groups_take_torchs_fused_step_unless_asked(cls, twin, options, asked, generator):
+    """One pass in place of ten over a group of 2^16 weights; versions move as those of the other steps do."""
+    ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((1 << 10, 64), (7,))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    extra = nn.Parameter(torch.randn(4, 4))
+    optimizer = cls([{"params": ours}, {"params": [extra], "grid": GRID}], **options, **asked)
+    other = twin(theirs, **options, **(asked or {"fused": True}))
+    for _ in range(4):
+        give_gradients([*ours, extra], generator)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        versions = [p._version for p in ours]
+        optimizer.step()
+        other.step()
+        assert all(p._version > v for p, v in zip(ours, versions, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert optimizer.param_groups[0]["fused"] is asked.get("fused")
+
+
+@pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
+def test_large_plain_groups_whose_gradients_come_late_or_are_sparse(cls, generator):
+    ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((1 << 10, 64), (1 << 10, 64))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    options = dict(lr=0.1, momentum=0.9) if cls is ASkewSGD else dict(lr=0.1)
+    twin = torch.optim.SGD if cls is ASkewSGD else torch.optim.AdamW
+    optimizer, other = cls([{"params": ours}], **options), twin(theirs, **options)
+    for i in range(4):
+        give_gradients(ours, generator)
+        if i < 2:
+            ours[1].grad = None
+        if i == 3 and cls is ASkewSGD:
+            ours[0].grad = ours[0].grad.to_sparse()
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # ---- equal to the operators ------------------------------------------------------------------------------------------
 
 

@@ -460,7 +460,7 @@ def test_encoders_in_eval_call_the_packed_layers(padded, activations, activation
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackedLinear, "forward", lambda self, x: called.append(self.note) or forward(self, x))
         got = model(x, src_key_padding_mask=mask)
-    assert len(called) == 4
+    assert len(called) == 6
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.no_grad():

@@ -24,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
-from askew_kernels.optim import ASAM, SAM, AlignedSAM
+from askew_kernels.optim import ASAM, ESAM, MSAM, SAM, AlignedSAM, LookSAM
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
@@ -40,6 +40,13 @@ KINDS = {
     "AlignedSAM": lambda p, zero=False, **o: AlignedSAM(
         base(zero, torch.optim.SGD, p, lr=0.1), rho=0.1, align=0.01, rho_max=0.4, rho_min=0.05, telemetry_every=1, **o
     ),
+    "LookSAM": lambda p, zero=False, **o: LookSAM(
+        base(zero, torch.optim.SGD, p, lr=0.1, momentum=0.9), rho=0.3, k=3, telemetry_every=1, **o
+    ),
+    "ESAM": lambda p, zero=False, **o: ESAM(
+        base(zero, torch.optim.SGD, p, lr=0.1, momentum=0.9), rho=0.3, fraction=0.6, seed=2, telemetry_every=1, **o
+    ),
+    "MSAM": lambda p, zero=False, **o: MSAM(base(zero, torch.optim.AdamW, p, lr=0.01), rho=0.3, **o),
 }
 JOBS = ["ddp", "buckets", "zero", "fsdp"]
 
@@ -76,7 +83,7 @@ def train(model, optimizer, rows):
     cosines = []
     for i in range(STEPS):
         optimizer.step(closure_of(model, X[i][rows], Y[i][rows]))
-        cosines.append(optimizer.telemetry()["cosine"])
+        cosines.append(optimizer.telemetry().get("cosine", 0.0))
     return weights(model), cosines
 
 
@@ -104,6 +111,10 @@ def zero(kind):
     model = nn.parallel.DistributedDataParallel(network())
     with pytest.raises(TypeError, match="optimizer_class.*ZeroRedundancyOptimizer"):
         base(True, type(KINDS[kind](model.parameters())), model.parameters(), base_optimizer=torch.optim.SGD, lr=0.1)
+    if kind == "MSAM":
+        with pytest.raises(TypeError, match="base_optimizer.*ZeroRedundancyOptimizer"):
+            KINDS[kind](model.parameters(), zero=True)
+        return None
     return train(model, KINDS[kind](model.parameters(), zero=True, model=model), mine())
 
 
@@ -150,6 +161,8 @@ def fsdp(kind):
     model, optimizer = sharded(kind)
     before = weights(model)
     model(X[0][mine()]).sum().backward()
+    if kind == "MSAM":  # along what there is only after a step
+        return train(model, optimizer, mine())
     optimizer.first_step(zero_grad=True, loss=1.0)
     moved = not all(map(torch.equal, before, weights(model)))
     optimizer.restore()
@@ -232,10 +245,10 @@ def close(a, b):
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_one(answers, job, kind):
     expected, cosines = train(model := network(), KINDS[kind](model.parameters(), model=model), slice(None))
-    for answer in answers:
+    for answer in [a for a in answers if a[job][kind] is not None]:
         close(answer[job][kind][0], expected)
         assert answer[job][kind][1] == pytest.approx(cosines, abs=1e-4)
-    if job != "fsdp":
+    if job != "fsdp" and answers[0][job][kind] is not None:
         assert all(map(torch.equal, answers[0][job][kind][0], answers[1][job][kind][0]))
 
 

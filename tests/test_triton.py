@@ -28,7 +28,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import scales_at_roundings
+from oracles import scales_at_roundings, scales_in_units
 
 import askew_kernels
 from askew_kernels import contract, reference
@@ -392,7 +392,7 @@ def scales_as_wanted(triton, most=300, zeros=0.3):
     """Of a list: every rule and type, rows that are zero, not finite, or whose sum has overflown."""
     g, scales, sums, rules, numbers, expected = torch.Generator().manual_seed(most), [], [], [], [], []
     for i, rows in enumerate([1, 7, most, 40, 0, 9, 3, 13, 2, 5]):
-        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 4
+        rule, place = list(RULE_NUMBERS)[i % 5], 3 * i % 7 % 5
         own = torch.rand(rows, 3, generator=g) * torch.exp2(torch.randn(rows, 1, generator=g) * 8)
         own[torch.rand(rows, generator=g) < zeros] = 0
         if rows > 4:
@@ -445,10 +445,10 @@ def test_mse_scales(triton, grid_name, dtype):
 
 
 def test_scales_are_rounded_as_the_reference_rounds(triton):
-    x = scales_at_roundings()
-    scales, sums = [torch.empty_like(x) for _ in range(4)], [torch.stack([x, x, x], 1)] * 4
-    triton.scales_from_sums_(scales, sums, [n for kind in range(4) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 4)
-    assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
+    for x in (scales_at_roundings(), *scales_in_units()):
+        scales, sums = [torch.empty_like(x) for _ in range(5)], [torch.stack([x, x, x], 1)] * 5
+        triton.scales_from_sums_(scales, sums, [n for kind in range(5) for n in (0, kind, 1)], [1.0, 0.0, 0.0] * 5)
+        assert all(torch.equal(scale, reference.round_scale(x, kind)) for kind, scale in enumerate(scales))
 
 
 def test_of_candidates_with_equal_errors_the_smallest_is_chosen(triton):
@@ -467,7 +467,7 @@ def test_scales_are_checked(triton):
         (([scale], [], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected 1"),
         (([scale], [sums[:2]], [0, 0, 4], [1.0, 0.0, 0.0]), "row_sums: expected shape"),
         (([scale, scale], [sums, sums], [0, 0, 4, 9, 0, 4], [1.0, 0.0, 0.0] * 2), "rules: expected a known rule"),
-        (([scale], [sums], [0, 4, 4], [1.0, 0.0, 0.0]), "unknown type of scales 4"),
+        (([scale], [sums], [0, 5, 4], [1.0, 0.0, 0.0]), "unknown type of scales 5"),
         (([scale], [sums], [0, 0, 4], [0.0, 0.0, 0.0]), "c_max"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -860,6 +860,29 @@ def test_scaled_sums(triton, kind, dtype):
         assert_same(got + 0.0, reference.scaled_sums(sums, token, scale, bias, dtype) + 0.0, (rows, cols))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_levels(triton, dtype):
+    for number, shape in enumerate([(1, 1), (7, 129), (3, 4096), (2, 5000), (0, 5), (3, 0)]):
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        if shape[0] > 4:
+            x[1], x[3, 5], x[4, 1] = 0, float("nan"), float("inf")
+        factor = torch.rand(shape[1] if number % 2 else 1) + 0.1
+        for got, wanted in zip(triton.stochastic_levels(x, factor, seed),
+                               reference.stochastic_levels(x, factor, seed), strict=True):  # fmt: skip
+            assert_same(got, wanted, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_luq(triton, dtype):
+    for shape in [(1, 1), (7, 129), (3, 1024), (0,)]:
+        x, seed = weights(shape, dtype), torch.tensor(2**45 + 3)
+        x.view(-1)[:1] = 0
+        for bits in (2, 4, 6):
+            assert_same(triton.luq(x, bits, seed) + 0.0, reference.luq(x, bits, seed) + 0.0, shape)
+    for bad in (float("nan"), float("inf")):
+        assert triton.luq(torch.tensor([1.0, bad, 0.0]), 4, torch.tensor(1)).isnan().all()
+
+
 # ---- mixtures -------------------------------------------------------------------------------------------------------
 
 CANDIDATES = {"weights": [1, -2, 1, 1, -8, 7, 1, -128, 127], "mixed": [2, -1, 1, 0, 0, 0, 1, 0, 15]}
@@ -1019,7 +1042,7 @@ def test_packed_linear_of_special_values(triton):
 
 # ---- the first contact: each kernel once ----------------------------------------------------------------------------
 
-MOST_VARIANTS = 40  # compiled by the tests' default: on a GPU, and ahead of time
+MOST_VARIANTS = 44  # compiled by the tests' default: on a GPU, and ahead of time
 
 
 def quantized_as_wanted(triton, name="uniform4", dtype=torch.float32, shape=(3, 129), seed=None):
@@ -1056,6 +1079,13 @@ def levels_as_wanted(triton, held):
     for got, wanted in zip(triton.token_levels(x, NONE, grid, top, held),
                            reference.token_levels(x, NONE, grid, top, held), strict=True):  # fmt: skip
         assert_same(got, wanted)
+
+
+def random_as_wanted(triton, name, second):
+    args = weights((3, 512), torch.bfloat16), second, torch.tensor(2**45 + 3)
+    got, wanted = getattr(triton, name)(*args), getattr(reference, name)(*args)
+    for one, other in zip(got, wanted, strict=True):  # a pair, or rows
+        assert_same(one + 0.0, other + 0.0)
 
 
 def sums_as_wanted(triton, kind):
@@ -1120,6 +1150,8 @@ CONTACT = {
     "token levels int8": lambda t: levels_as_wanted(t, torch.int8),
     "token levels float8": lambda t: levels_as_wanted(t, fp8),
     "scaled sums": lambda t: sums_as_wanted(t, torch.int32),
+    "stochastic levels": lambda t: random_as_wanted(t, "stochastic_levels", torch.rand(512)),
+    "luq": lambda t: random_as_wanted(t, "luq", 4),
     "decoded levels": lambda t: sums_as_wanted(t, fp8),
     "scales": scales_as_wanted,
     "scales by error": lambda t: check_mse_scales(t, "uniform4", torch.float32, [(2, 33)]),
@@ -1243,6 +1275,8 @@ def compile_all(rare=False):
         "token levels float8": lambda: kernels.token_levels(x.to(bf16), NONE, [0, 0, 0], 448.0, torch.float8_e4m3fn),
         "token levels int8": lambda: kernels.token_levels(x.to(bf16), NONE, [1, -127, 127], 127.0, torch.int8),
         "scaled sums": lambda: kernels.scaled_sums(x.int(), s, torch.ones(4096), s.new_ones(4096).to(bf16), bf16),
+        "stochastic levels": lambda: kernels.stochastic_levels(x.to(bf16), torch.ones(4096), torch.tensor(1)),
+        "luq": lambda: kernels.luq(x.to(bf16), 4, torch.tensor(1)),
         "adamw, bf16 copy and sums": lambda: step("adamw", copy=bf16),
         "sam norm": lambda: kernels.sam_norm([x], [x], [1], 0.01),
         "mix": lambda: kernels.mix_fake_quantize(x, *mixture, True, False),

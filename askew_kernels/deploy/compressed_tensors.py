@@ -3,7 +3,7 @@
 Of a layer ``weight_packed`` (int32), ``weight_scale`` (n, groups) and ``weight_shape`` stand in the file
 (pack-quantized), where its inputs are quantized ``weight`` (int8) instead (int-quantized). Bit i of code j of a row is
 bit ``bits j + i`` of its words, little end first, and a code is level + 2^(bits-1): the bytes of a packed layer of
-``Uniform(bits)``, padded to words. weight = level · scale, in the type of the scale.
+``Uniform(bits)``, padded to words. weight = level · scale, in the type of the scale. MXFP4 and NVFP4: ``fp4``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.nn import functional
 from ..contract import row_bytes, unpack_codes
 from ..nn.kinds import KINDS
 from ..nn.packed import PackedLayer
-from ..quant import QuantConfig, Uniform
+from ..quant import FP4, QuantConfig, Uniform
 from ..quant.packing import pack_codes
 from ..quant.scales import holds_scales
-from . import expert_names, folders
+from . import expert_names, folders, fp4
 from .contents import Contents
 from .files import PackedFileError
 from .integers import integers, table
@@ -35,23 +35,27 @@ PACKED, INT8 = "pack-quantized", "int-quantized"
 LINEAR = "Linear"  # the class, as targets name it
 KIND_NAMES = ("linear", "embedding")  # whose layers the package compresses
 HOLDER = "compressed-tensors files"
-PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape")
-FOREIGN = ("weight_zero_point", "weight_g_idx", "weight_global_scale")  # meanings that packed layers have not
+PARTS = ("weight_packed", "weight", "weight_scale", "weight_shape", fp4.GLOBAL)
+FOREIGN = ("weight_zero_point", "weight_g_idx")  # meanings that packed layers have not
 
 logger = logging.getLogger("askew_kernels")
 
 
 class Scheme(NamedTuple):
     """How a layer stands in the file. group: weights that share a scale; None: a scale for each row. inputs: bits of
-    its inputs, whose scale is made for each token; None: they stay float."""
+    its inputs, whose scale is made for each token; None: they stay float. float4: the format of ``fp4``, if any."""
 
     kind: str
     bits: int
     group: int | None
     inputs: int | None
+    float4: str | None = None
 
     def to_dict(self, targets: list[str]) -> dict[str, Any]:
         """A config group, as the package and vLLM read it."""
+        if self.float4:
+            return {"targets": targets, "weights": fp4.FLOAT4[self.float4].to_dict(), "input_activations": None,
+                    "output_activations": None, "format": self.float4}  # fmt: skip
         fixed = {"type": "int", "symmetric": True}
         weights = fixed | {"num_bits": self.bits, "dynamic": False, "strategy": "group" if self.group else "channel"}
         weights |= {"group_size": self.group} if self.group else {}
@@ -70,6 +74,8 @@ def scheme_of(layer: PackedLayer) -> Scheme:
         raise ValueError(f"{HOLDER} hold layers of the kinds {', '.join(KIND_NAMES)}, got {layer.kind.name}; name it "
                          "in dense= to write it as floats")  # fmt: skip
     inputs = layer.kind.input_grid(layer)
+    if inputs is None and (float4 := fp4.format_of(layer)):
+        return Scheme(layer.kind.name, 4, fp4.FLOAT4[float4].block, None, float4)
     if inputs is not None and inputs not in (Uniform(8), Uniform(8, narrow=True)):
         raise ValueError(f"{HOLDER} keep inputs of Uniform(8), got activation={inputs}")
     (low, *_, high), _ = table(layer, HOLDER, inputs=True)
@@ -93,7 +99,10 @@ def words(layer: PackedLayer, bits: int) -> Tensor:
 
 def compressed(layer: PackedLayer) -> dict[str, Tensor]:
     """The tensors that stand for the layer's weight in a file. Raises ValueError where it does not fit."""
-    scheme, (_, factor) = scheme_of(layer), table(layer, HOLDER, inputs=True)
+    scheme = scheme_of(layer)
+    if scheme.float4:
+        return fp4.tensors(layer, scheme.float4)
+    _, factor = table(layer, HOLDER, inputs=True)
     exact = layer.weight_scale.detach().to(torch.promote_types(layer.weight_dtype, torch.float32)) * factor
     kept = str(layer.weight_dtype).removeprefix("torch.")
     if layer.weight_dtype in (torch.bfloat16, torch.float16) and not holds_scales(exact, kept):
@@ -115,7 +124,8 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     is needed.
 
     Linear layers and embeddings of integer levels from -128 to 127 fit, in the narrowest bits, with one scale for the
-    tensor (repeated), each channel or group, which the model's type must hold. Inputs quantized to Uniform(8) are kept
+    tensor (repeated), each channel or group, which the model's type must hold; FP4 with scales of a byte as MXFP4
+    (float8_e8m0fnu, groups of 32) or NVFP4 (float8_e4m3fn, 16). Inputs quantized to Uniform(8) are kept
     as dynamic 8 bits for each token, of which the readers make the scale: max|x| / 127.5 in the package, / 127 here
     and in vLLM, so that outputs differ by roundings of the inputs. Raises PackedFileError naming the layer.
     """
@@ -140,6 +150,13 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     if told := [name for name, scheme in schemes.items() if scheme.kind == "embedding"]:
         how = "from_pretrained(…, quantization_config=CompressedTensorsConfig(dequantize=True))"
         logger.warning("compressed-tensors: transformers loads packed embeddings (%s) by %s only", told[0], how)
+    if told := fp4.share_units(tensors):
+        logger.warning("compressed-tensors: readers that fuse %s want one global scale, by which E4M3 does not hold "
+                       "their scales; they have their own", ", ".join(told))  # fmt: skip
+    if any(scheme.float4 for scheme in schemes.values()) and folders.main_type(contents) != "bfloat16":
+        changes["dtype"] = "bfloat16"
+        logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and "
+                       "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
     folders.write_tensors(path, tensors)
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
@@ -183,8 +200,8 @@ def is_one(path: str | os.PathLike) -> bool:
 
 
 def read(path: str | os.PathLike) -> Contents:
-    """A folder of symmetric integers of 2 to 8 bits as packed layers of Uniform(bits). Raises PackedFileError naming
-    the layer, FileNotFoundError."""
+    """A folder of symmetric integers of 2 to 8 bits as packed layers of Uniform(bits), of MXFP4 and NVFP4 as those of
+    FP4. Raises PackedFileError naming the layer, FileNotFoundError."""
     file = _File(path)
     own = {f"{name}.{part}" for name in file.names for part in PARTS}
     layers = expert_names.merged({name: file.layer(name) for name in file.names}, file.family)
@@ -271,6 +288,11 @@ class _File:
         if not isinstance(told, dict):
             raise self.fail(name, f"weights: expected how they are quantized, got {told!r:.80}")
         bits, strategy, size = told.get("num_bits"), told.get("strategy"), told.get("group_size")
+        float4 = self._float4(group)
+        if (fp4.GLOBAL in found) != (float4 is not None and float4.in_units):
+            raise self.fail(name, f"{fp4.GLOBAL}: NVFP4 has one, and nothing else")
+        if float4 is not None:
+            return self._float4_sizes(name, float4, told)
         symmetric = told.get("type", "int") == "int" and told.get("symmetric", True) is True
         if not symmetric or not isinstance(bits, int) or bits not in range(2, 9):
             raise self.fail(name, f"weights: expected symmetric integers of 2 to 8 bits, got {told!r:.200}")
@@ -297,9 +319,58 @@ class _File:
                             f"{list(found['weight_scale'].shape)}")  # fmt: skip
         return bits, n, cols, size if strategy == "group" else None
 
+    def _float4(self, group: Mapping[str, Any]) -> fp4.Float4 | None:
+        return fp4.FLOAT4.get(str(group.get("format") or self.format))
+
+    def _float4_sizes(self, name: str, float4: fp4.Float4, told: Mapping[str, Any]) -> tuple[int, int, int, int]:
+        found, wanted = self.parts(name), float4.to_dict()
+        wrong = [key for key in ("num_bits", "type", "group_size") if told.get(key) != wanted[key]]
+        if wrong or told.get("symmetric", True) is not True:
+            raise self.fail(name, f"weights: expected {wanted}, got {told!r:.200}")
+        packed = found.get("weight_packed")
+        if packed is None or packed.dtype != torch.uint8 or packed.dim() != 2 or packed.shape[1] * 2 % float4.block:
+            raise self.fail(name, f"weight_packed: expected uint8 of whole blocks of {float4.block}, got "
+                            f"{None if packed is None else (packed.dtype, list(packed.shape))}")  # fmt: skip
+        n, cols = packed.shape[0], 2 * packed.shape[1]
+        for key, dtype, shape in (("weight_scale", float4.stored, [n, cols // float4.block]),
+                                  (fp4.GLOBAL, torch.float32, [1])):  # fmt: skip
+            if key in found and (found[key].dtype != dtype or list(found[key].shape) != shape):
+                raise self.fail(name, f"{key}: expected {dtype} {shape}, got {found[key].dtype} "
+                                f"{list(found[key].shape)}")  # fmt: skip
+        return 4, n, cols, float4.block
+
+    def _float4_layer(self, name: str, float4: fp4.Float4, group: Mapping[str, Any]) -> PackedLayer:
+        if group.get("input_activations") is not None:
+            raise self.fail(name, "input_activations: expected none with 4-bit floats, which packed layers' inputs are "
+                            f"not, got {group['input_activations']!r:.200}")  # fmt: skip
+        try:
+            places, scale = fp4.decoded(float4, self.parts(name))
+        except ValueError as error:
+            raise self.fail(name, error) from None
+        scale_dtype = float4.scale_dtype if holds_scales(scale, float4.scale_dtype) else "float32"
+        config = QuantConfig(FP4(), "absmax", "per_group", float4.block, scale_dtype=scale_dtype)
+        kind = self._kind(group)
+        layer = kind.packed.like(kind.of_shape(places.shape, False), config=config, dtype=self._dtype())
+        layer.bias = None
+        layer.weight_codes, layer.weight_scale = pack_codes(places, 4), scale.to(layer.weight_scale.dtype)
+        return layer
+
+    def _dtype(self) -> torch.dtype:
+        """The model's, by its config; the readers' where it says none."""
+        told = str(self.config.get("dtype") or self.config.get("torch_dtype"))
+        return getattr(torch, told) if told in ("float32", "float16", "bfloat16") else torch.bfloat16
+
+    def _kind(self, group: Mapping[str, Any]) -> Any:
+        embedding = "Embedding" in group["targets"] or any(
+            g is group and key.startswith("embedding") for key, g in self.groups.items()
+        )
+        return KINDS["embedding" if embedding else "linear"]
+
     def layer(self, name: str) -> PackedLayer:
         group, found = self.group(name), self.parts(name)
         bits, n, cols, size = self._sizes(name, group)
+        if (float4 := self._float4(group)) is not None:
+            return self._float4_layer(name, float4, group)
         grid, scale, inputs = Uniform(bits), found["weight_scale"], group.get("input_activations")
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
         if inputs is not None and not (isinstance(inputs, dict) and wanted.items() <= inputs.items()):
@@ -310,10 +381,7 @@ class _File:
             raise self.fail(name, "weight_scale: expected positive finite scales")
         by = "per_group" if size else "per_tensor" if scale.dim() == 1 else "per_channel"
         config = QuantConfig(grid, "absmax", by, size, activation=Uniform(8) if inputs else None)
-        embedding = "Embedding" in group["targets"] or any(
-            g is group and key.startswith("embedding") for key, g in self.groups.items()
-        )
-        kind = KINDS["embedding" if embedding else "linear"]
+        kind = self._kind(group)
         layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=scale.dtype,
                                  dtype=scale.dtype)  # fmt: skip
         layer.bias = None

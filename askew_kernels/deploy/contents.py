@@ -116,8 +116,5 @@ def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Co
 
 def write_contents(contents: Contents, path: str | os.PathLike) -> None:
     """A packed file, whole or not at all."""
-    tensors = dict(contents.tensors)
-    for name, layer in contents.layers.items():
-        tensors |= {f"{name}.weight_codes": layer.weight_codes, f"{name}.weight_scale": layer.weight_scale}
-    descriptions = {name: layer.description() for name, layer in contents.layers.items()}
-    files.write_packed(path, tensors, descriptions, contents.extra)
+    tensors, descriptions = files.stored(contents.layers)
+    files.write_packed(path, contents.tensors | tensors, descriptions, contents.extra)

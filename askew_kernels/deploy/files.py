@@ -21,17 +21,20 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..nn.experts import exposed
+from ..nn.held import exposed
 from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
 from ..nn.packed import EXTRA_STATE, PackedLayer
 from ..nn.replace import check_replaceable, replace_modules
-from ..quant import QuantConfig, check_codes
+from ..quant import QuantConfig, check_codes, scale_unit
+from ..quant.packing import storage_type
+from ..quant.scales import holds_scales
 from . import tensorfile
 from .tensorfile import not_plain
 
 VERSION = 1
 KEY = "askew_kernels"
+IN_UNITS, UNIT = "float8_e4m3fn", "scale_unit"  # type of scales; in a layer's description the exponent of their unit
 PENDING = "?" * 8  # in the place of a checksum that is still being made
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # what wrappers call what they wrap
@@ -173,10 +176,26 @@ def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:
     find again (state_dict hooks that invent them), and where the file cannot be written.
     """
     state = packed_state(model, path)
-    tensors = dict(state.tensors)
-    for name, layer in state.layers.items():
-        tensors |= {f"{name}.{key}": getattr(layer, key) for key in ("weight_codes", "weight_scale")}
-    write_packed(path, tensors, {name: layer.description() for name, layer in state.layers.items()}, state.extra)
+    tensors, descriptions = stored(state.layers)
+    write_packed(path, state.tensors | tensors, descriptions, state.extra)
+
+
+def stored(layers: Mapping[str, PackedLayer]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    """(tensors, descriptions) of packed layers as a file has them: E4M3 scales in a byte, with their unit's exponent in
+    the description."""
+    tensors: dict[str, Tensor] = {}
+    descriptions: dict[str, dict[str, Any]] = {}
+    made: dict[int, Tensor] = {}  # what is one in memory is one in the file
+    for name, layer in layers.items():
+        scale, told = layer.weight_scale, layer.description()
+        in_units = layer.config.scale_dtype == IN_UNITS and scale.dtype == storage_type(IN_UNITS)
+        if in_units and not scale.is_meta and scale.numel() and holds_scales(scale, IN_UNITS):
+            unit = scale_unit(scale)
+            told[UNIT] = int(unit.log2())
+            scale = made.setdefault(id(scale), (scale.float() / unit).to(torch.float8_e4m3fn))
+        tensors |= {f"{name}.weight_codes": layer.weight_codes, f"{name}.weight_scale": scale}
+        descriptions[name] = told
+    return tensors, descriptions
 
 
 class PackedState(NamedTuple):
@@ -285,6 +304,12 @@ class PackedFile:
             raise self._error("damaged metadata (layers and aliases do not fit the tensors)")
         if verify and _checksum(document, tensors, read.sums) != checksum:
             raise self._error("the checksum does not fit: the file was damaged or edited")
+        for name, d in layers.items():  # E4M3 scales, as ``stored`` writes them
+            key = aliases.get(f"{name}.weight_scale", f"{name}.weight_scale")
+            unit = d.get(UNIT) if isinstance(d, dict) else None
+            if type(unit) is int and abs(unit) < 128 and tensors.get(key) is not None:
+                if (kept := tensors[key]).dtype == torch.float8_e4m3fn:
+                    tensors[key] = (kept.float() * 2.0**unit).to(storage_type(IN_UNITS))
         self._hold(tensors, layers, aliases, extra)
 
     @classmethod
@@ -444,7 +469,11 @@ class _Load:
         weight = old.weight  # of a packed layer, too, it tells type and device
         layer = self.file.empty_layer(name, old, weight.dtype)
         device = torch.device("cpu") if weight.is_meta else weight.device
-        layer.weight_codes, layer.weight_scale = (t.to(device) for t in self.file.codes(name))
+        codes, scale = self.file.codes(name)
+        for key, t in (("weight_codes", codes), ("weight_scale", scale)):
+            want, got = list(getattr(layer, key).shape), list(t.shape)
+            _check(want == got, f"{key}: expected shape {want} with the geometry of this model, the file has {got}")
+        layer.weight_codes, layer.weight_scale = codes.to(device), scale.to(device)
         layer.bias = getattr(old, "bias", None)
         layer.set_activations(self.activations)
         return layer

@@ -306,7 +306,7 @@ def _place(graph: _Graph, node: Any) -> Place | None:
     shape = shape or tuple(graph.constants[name].dims)
     position = list(user.input).index(named) if user is not None else 0
     given, takes = ({}, "") if user is None else (graph.attributes(user), f"{user.op_type} {position}")
-    if takes == "Conv 1" and len(shape) in (3, 4):
+    if takes == "Conv 1" and len(shape) in (3, 4, 5):
         return Place(f"conv{len(shape) - 2}d", shape, _geometry(graph, name, given, len(shape) - 2))
     if len(shape) != 2:
         return None
@@ -529,7 +529,8 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     for name, (node, place, _) in _layers(graph, _document(graph)).items():
         weight = _evaluated(graph, node)
         weight = weight.t() if place.across else weight
-        weights[name] = KINDS[place.kind].form.weight(weight, place.shape or weight.shape).contiguous()
+        form = KINDS[place.kind].form_with(place.geometry or {})
+        weights[name] = form.weight(weight, place.shape or weight.shape).contiguous()
     import onnxruntime
 
     return weights, f"onnxruntime {onnxruntime.__version__}"

@@ -29,9 +29,11 @@ from torch.nn import functional
 from .. import atomic
 from ..contract import UNIFORM
 from ..nn import as_linear_, packed_layers, unpack_
-from ..nn.kinds import PackedEmbedding, PackedLinear
+from ..nn.held import all_held_weights, expose
+from ..nn.kinds import PackedEmbedding, PackedLinear, kind_of
 from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
+from ..quant.forms import ROWS
 from .contents import Contents, write_contents
 from .files import PackedFileError, load_packed
 from .folders import float_key
@@ -91,7 +93,7 @@ def _levels(layer: PackedLayer, opset: int) -> tuple[dict[str, Part], dict[str, 
     bits = int(kind[-1])
     data = pack_codes((levels.cpu().flatten()[None] & (2**bits - 1)).to(torch.uint8), bits).numpy().tobytes()
     scale = scale.float()
-    shape = tuple(layer.shape) if groups == 1 and not layer.form.stacked else tuple(levels.shape)
+    shape = tuple(layer.shape) if groups == 1 and layer.form == ROWS else tuple(levels.shape)
     if groups > 1:
         attributes = {"axis": 1, "block_size": layer.cols // groups}
     else:
@@ -120,7 +122,7 @@ def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
         try:
             if not isinstance(layer, (PackedLinear, PackedEmbedding)):
                 raise ValueError(f"{MULTIPLIES} and {GATHERS} hold linear layers and embeddings, got {layer.kind.name}")
-            if layer.kind.float_class(layer) not in layer.kind.classes:
+            if layer.kind.float_class(layer) not in (*layer.kind.classes, *layer.kind.same):
                 cls = layer.kind.float_class(layer).__name__
                 raise ValueError(f"{cls} goes on with what torch's own class gives, which no operator replaces")
             found[name] = blocks_of(layer)
@@ -186,10 +188,10 @@ def _as_written(layer: Any, packed: PackedLayer, blocks: Blocks | None, accuracy
             layer.register_buffer(part, parts[part.removeprefix("weight_")])
         arguments = name, attributes, names
 
-    def forward(input: Tensor) -> Tensor:
+    def forward(input: Tensor, *more: Any) -> Tensor:
         x = input if grid is None else _quantized(input, grid, packed.kind.token_dims)
         if arguments is None:
-            return compute(x)
+            return compute(x, *more)
         name, attributes, names = arguments
         data, *others = (getattr(layer, part) for part in names)
         data = data.flatten(1) if name == GATHERS and data.dim() > 2 else data
@@ -207,10 +209,15 @@ def _traced(plain: nn.Module, example: Any, options: dict[str, Any]) -> Any:
 
     buffer: Any = io.BytesIO()
     given: Any = (example,) if isinstance(example, Tensor) else example
+    fast = torch.backends.mha.get_fastpath_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself: the other one needs onnxscript and renames weights
-        torch.onnx.export(plain, given, buffer, opset_version=TRACED, dynamo=False, do_constant_folding=False,
-                          export_params=False, **options)  # fmt: skip
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)  # of encoders, which ONNX has no operator for
+            torch.onnx.export(plain, given, buffer, opset_version=TRACED, dynamo=False, do_constant_folding=False,
+                              export_params=False, **options)  # fmt: skip
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
     return onnx.load_from_string(buffer.getvalue())
 
 
@@ -257,11 +264,12 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
     unpack_(plain, force=True)  # what quantizes inputs comes back below
+    expose(plain, [name for name, w in all_held_weights(plain).items() if kind_of(w).is_called])  # type: ignore[union-attr]
     weights = {name: float_key(name, layer) for name, layer in layers.items()}
     keys = plain.state_dict().keys() - {weights[name] for name in held}
     reached: set[str] = set()
     for name, packed in layers.items():
-        if not packed.kind.held:
+        if packed.kind.is_called:
             layer = plain.get_submodule(name)
             _as_written(layer, packed, blocks.get(name), accuracy_level)
             layer.register_forward_pre_hook(lambda *_, name=name: reached.add(name))
@@ -360,8 +368,7 @@ class _Writer:
 
     def _shape(self, key: str) -> tuple[int, ...]:
         """Of a weight, the outputs before the inputs."""
-        shape = tuple(self.state[key].shape)
-        return (*shape[:-2], shape[-1], shape[-2]) if self.layers[self.owner[key]].form.transposed else shape
+        return self.layers[self.owner[key]].form.view_shape(self.state[key].shape)
 
     def _in_matrix(self, key: str) -> bool:
         return self.stored[self.owner[key]][0]["weight_levels"].shape != tuple(self.state[key].shape)
@@ -379,14 +386,15 @@ class _Writer:
         nodes = []
         for key, name in self.owner.items():
             inputs = [f"{name}.{last}" for last in ("weight_levels", "weight_scale")]
-            matrix, across = self._in_matrix(key), self.layers[name].form.transposed
+            matrix, form = self._in_matrix(key), self.layers[name].form
             out, title = f"{key}_matrix" if matrix else key, f"{key.removesuffix('.weight')}.dequantize"
             nodes.append(helper.make_node("DequantizeLinear", inputs, [out], title, **self.stored[name][1]))
             if matrix:
-                shaped = f"{key}_transpose" if across else key
+                shaped = f"{key}_transpose" if form.transposed else key
                 nodes.append(helper.make_node("Reshape", [out, f"{key}_shape"], [shaped]))
-                if across:
-                    nodes.append(helper.make_node("Transpose", [shaped], [key], perm=[0, 2, 1]))
+                if form.transposed:
+                    order = form.view_shape(range(self.state[key].dim()))
+                    nodes.append(helper.make_node("Transpose", [shaped], [key], perm=order))
         for node in self.graph.node:  # an initialiser stands where it is used
             for i, name in enumerate(node.input):
                 node.input[i] = self._named(name)

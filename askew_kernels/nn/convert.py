@@ -15,7 +15,9 @@ from torch import nn
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
 from ..quant.forms import Form
-from .experts import Holder, all_expert_weights, conceal, expert_weights, expose
+from .attention import OUT_PROJECTION, AskewAttention, passed_by
+from .experts import ExpertWeight
+from .held import Holder, all_held_weights, conceal, expose, held_weights
 from .kinds import DEFAULT, KINDS, Kind, PackedTransposedLinear, chosen, kind_of, replaceable
 from .layers import INPUT, QuantizedLayer, same_weight
 from .packed import PackedLayer
@@ -43,10 +45,11 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     layer that is quantized already is quantized anew where its configuration differs.
 
     Linear layers are Conv1D of transformers, too. Weights of experts in one Parameter of three dimensions get a layer
-    of the Parameter's name each (``experts.EXPERTS`` says of which classes); their module keeps the Parameter.
+    of the Parameter's name each (``experts.EXPERTS`` says of which classes), and so do those of nn.MultiheadAttention's
+    inputs; their module keeps the Parameter.
 
-    Other weights of two and more dimensions (nn.MultiheadAttention, a router's) stay float: one line of the logger
-    ``askew_kernels`` says so, and ``left_float(model)`` lists them. Raises
+    Other weights of two and more dimensions (a router's) stay float: one line of the logger ``askew_kernels`` says so,
+    and ``left_float(model)`` lists them. Raises
     TypeError/ValueError before anything is replaced: for an unknown kind, a pattern that matches no layer, and, naming
     the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
     """
@@ -64,9 +67,9 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
             raise TypeError(f"config[{pattern!r}]: expected a QuantConfig or None, got {value!r}")
     matches = operator.eq if by_policy else fnmatch.fnmatchcase  # exact, whatever characters a name has
     unused, layers, configs = dict.fromkeys(config), {}, {}
-    experts = all_expert_weights(model)
-    for name, module in [*model.named_modules(remove_duplicate=False), *experts.items()]:
-        if replaceable(module) not in asked or not (filter_fn is None or filter_fn(module, name)):
+    held, passed = all_held_weights(model), passed_by(model)
+    for name, module in [*model.named_modules(remove_duplicate=False), *held.items()]:
+        if not _is_asked(module, asked) or id(module) in passed or not (filter_fn is None or filter_fn(module, name)):
             continue
         match = next((pattern for pattern in config if matches(name, pattern)), None)
         unused.pop(match, None)
@@ -89,14 +92,21 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
         for layer in made:
             layer.quantizer.untie(layer.weight)
         raise
-    expose(model, [name for name in experts if name in new])
+    expose(model, [name for name in held if name in new])
     replace_modules(model, new)
     _decline_fast_paths(model)
     tell_float(model, "quantize_", asked)
-    if held := [name for name in experts if name in new]:  # known by the class's name of who multiplies with them
-        told = ", ".join(held[:NAMES_TOLD]) + ", …" * (len(held) > NAMES_TOLD)
+    experts = [name for name, layer in held.items() if name in new and isinstance(layer, ExpertWeight)]
+    if experts:  # known by the class's name of who multiplies with them
+        told = ", ".join(experts[:NAMES_TOLD]) + ", …" * (len(experts) > NAMES_TOLD)
         logger.info("quantize_: weights of experts (ak.nn.experts.EXPERTS) are quantized: %s", told)
     return model
+
+
+def _is_asked(module: nn.Module, asked: list[Kind]) -> bool:
+    """Attention means all its projections, also the last, which is a linear layer."""
+    kind = replaceable(module)
+    return kind in asked or (isinstance(module, OUT_PROJECTION) and KINDS["in_projection"] in asked)
 
 
 def _check_shared(model: nn.Module, layers: dict[str, nn.Module], configs: dict[str, QuantConfig]) -> None:
@@ -121,18 +131,18 @@ def left_float(model: nn.Module) -> dict[str, str]:
 
 
 def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
-    """{parameter: (layer, what it is, why its weight stays float)}; the layer of a weight of experts is not the module
-    that holds it."""
-    layers = quantized_layers(model)
-    held = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
+    """{parameter: (layer, what it is, why its weight stays float)}; the layer of a held weight is not the module that
+    holds it, and where no layer could help, it is the model."""
+    layers, passed = quantized_layers(model), passed_by(model)
+    tied = {id(p): name for name, m in layers.items() for p in m._parameters.values()}
     found: dict[str, tuple[nn.Module, str, str]] = {}
     for name, module in model.named_modules():
-        experts = expert_weights(module)
+        held = held_weights(module)
         for key, p in module.named_parameters(recurse=False) if name not in layers else ():
             if p.dim() < 2 or (isinstance(module, Holder) and key in module._modules):  # the layer's of that name
                 continue
-            layer = experts.get(key, module)
-            found[f"{name}.{key}" if name else key] = (layer, *_why_float(module, layer, held.get(id(p))))
+            layer = model if id(module) in passed else held.get(key, module)
+            found[f"{name}.{key}" if name else key] = (layer, *_why_float(module, layer, tied.get(id(p))))
     return found
 
 
@@ -142,8 +152,10 @@ def _why_float(module: nn.Module, layer: nn.Module, tied_to: str | None) -> tupl
     if tied_to is not None:
         name += f" tied to {tied_to}"
         return name, ", which reads the latent weight until hard_quantize_ writes the quantized one"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return name, ", whose weight nn.MultiheadAttention reads past its forward"
+    if isinstance(module, OUT_PROJECTION) and layer is not module:
+        return name, ", whose weight a class derived from nn.MultiheadAttention reads past its forward"
+    if isinstance(module, nn.MultiheadAttention) and layer is module:
+        return name, ", a class with another forward than nn.MultiheadAttention, or whose forward was replaced"
     if (kind := kind_of(layer)) is None:
         return name, ", which has no quantized form"
     if replaceable(layer) is None:
@@ -196,7 +208,7 @@ def _decline_fast_paths(model: nn.Module) -> None:
                                 (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
             if not isinstance(module, kind) or not hasattr(module, name):
                 continue
-            if any(isinstance(m, QuantizedLayer) for m in module.modules()):
+            if any(isinstance(m, (QuantizedLayer, AskewAttention)) for m in module.modules()):
                 vars(module).setdefault("_askew_fast_path", getattr(module, name))
                 setattr(module, name, off)
             elif "_askew_fast_path" in vars(module):
@@ -378,13 +390,13 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
 
 
 def _ends(model: nn.Module) -> set[int]:
-    """Ids of the weights of two and more dimensions that come first and last in the model."""
+    """Ids of the weights that come first and last in the model: of layers, whose names end so, and not of what a model
+    adds (positions, class tokens)."""
     found = [
         id(p)
         for module in model.modules()
         for key, p in module.named_parameters(recurse=False)
-        if p.dim() >= 2
-        and key not in module._modules  # the layer's of that name
+        if p.dim() >= 2 and key.endswith("weight") and key not in module._modules  # the layer's of that name
         and not (isinstance(module, QuantizedLayer) and key != "weight")
-    ]
+    ]  # fmt: skip
     return {found[0], found[-1]} if found else set()

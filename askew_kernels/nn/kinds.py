@@ -20,6 +20,7 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
+from .attention import OUT_PROJECTION, AskewInProjection, InProjection, PackedInProjection, projected
 from .experts import (
     AskewExperts,
     AskewTransposedExperts,
@@ -29,13 +30,15 @@ from .experts import (
     TransposedExpertWeight,
 )  # fmt: skip
 from .layers import QuantizedLayer
-from .packed import PackedLayer
+from .packed import PackedLayer, PackedMatrix
 from .replace import base_of, derived, mixin_of
 
 __all__ = [
-    "KINDS", "AskewConv1d", "AskewConv2d", "AskewEmbedding", "AskewExperts", "AskewLinear", "AskewTransposedExperts",
-    "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedEmbedding", "PackedExperts", "PackedLinear",
-    "PackedTransposedExperts", "PackedTransposedLinear",
+    "KINDS", "AskewConv1d", "AskewConv2d", "AskewConv3d", "AskewConvTranspose1d", "AskewConvTranspose2d",
+    "AskewConvTranspose3d", "AskewEmbedding", "AskewExperts", "AskewInProjection", "AskewLinear",
+    "AskewTransposedExperts", "AskewTransposedLinear", "Kind", "PackedConv1d", "PackedConv2d", "PackedConv3d",
+    "PackedConvTranspose1d", "PackedConvTranspose2d", "PackedConvTranspose3d", "PackedEmbedding", "PackedExperts",
+    "PackedInProjection", "PackedLinear", "PackedTransposedExperts", "PackedTransposedLinear",
 ]  # fmt: skip
 
 PATCHES = 1 << 22  # numbers of a convolution's input that stand as patches at a time: 16 MiB
@@ -56,13 +59,15 @@ class Kind:
     dims: int  # of the weight
     output: int | None  # its dimension whose every index is an output, a sum of products; None where rows are looked up
     token_dims: int  # last dimensions of the input that share one scale where it is quantized; 0 where it never is
-    product: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]  # (layer, x, weight, bias) -> y
+    product: Callable[..., Tensor]  # (layer, x, weight, bias, *what a call has besides) -> y
     form: Form = ROWS  # how the weight is a matrix of outputs and inputs
     foreign: Callable[[], type[nn.Module] | None] = lambda: None  # another library's class for ``plain``, if it is here
     held: bool = False  # the weight is another module's Parameter, under the layer's name; that module multiplies
     multiplies_levels: bool = (
         False  # whether its product is one of matrices, which forward="fp8" and "int8" make of levels
     )
+    scatters: bool = False  # every number of the input goes to as many outputs as the weight has for it
+    same: tuple[type[nn.Module], ...] = ()  # derived from ``plain``, and computing the same
     wrapping: tuple[str, ...] = ()  # names, with * and ?, of classes derived from ``plain`` that go on with its result
 
     @property
@@ -81,8 +86,18 @@ class Kind:
         """Whether a class derived from torch's calls its forward and goes on with what that gives."""
         return issubclass(cls, self.plain) and any(fnmatch.fnmatchcase(cls.__name__, name) for name in self.wrapping)
 
+    @property
+    def takes_bias(self) -> bool:
+        """Whether its layers may have one of their own."""
+        return self.output is not None and not self.held
+
+    @property
+    def is_called(self) -> bool:
+        """Whether its layers have a forward of their own."""
+        return not self.held or self.output is not None
+
     def _others(self, bias: bool) -> dict[str, Any]:
-        return {"device": "meta"} if self.output is None else {"device": "meta", "bias": bias}
+        return {"device": "meta", "bias": bias} if self.takes_bias else {"device": "meta"}
 
     def arguments_of(self, layer: Any) -> dict[str, Any]:
         """What makes another layer of the same sizes, on the meta device."""
@@ -115,25 +130,45 @@ class Kind:
             new = made.__new__(made)
             self.plain.__init__(new, **arguments)
         new.weight = weight
-        if self.output is not None:
+        if self.takes_bias:
             new.bias = layer.bias
         return new.train(layer.training)
+
+    def form_with(self, geometry: Mapping[str, Any]) -> Form:
+        """``form`` of a weight of such a layer, whose groups it says."""
+        groups = geometry.get("groups", 1) if self.form.transposed else 1
+        if type(groups) is not int or groups < 1:
+            raise ValueError(f"groups: expected a whole number from 1 on, got {groups!r:.80}")
+        return self.form._replace(groups=groups)
 
     def input_grid(self, layer: Any) -> Grid | None:
         """What the input of a quantized or packed layer is quantized to; None where it stays float, and for indices."""
         return layer.config.activation if self.token_dims else None
 
-    def macs(self, layer: Any, y: Tensor) -> int:
-        """Multiply–accumulates of a call that gave ``y``."""
+    def macs(self, layer: Any, x: Tensor, y: Tensor) -> int:
+        """Multiply–accumulates of a call that made ``y`` of ``x``."""
         if self.output is None:
             return 0
+        if self.scatters:
+            return x.numel() * math.prod(layer.weight.shape[1:])
         return y.numel() * math.prod(n for i, n in enumerate(layer.weight.shape) if i != self.output)
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
-class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+class _OfClass:
+    """In the place of a class that derives from torch's and computes the same the layers are instances of that, too."""
+
+    kind: ClassVar[Kind]
+
+    @classmethod
+    def class_for(cls, layer: Any) -> Any:
+        base = base_of(type(layer))
+        return derived(cls, base) if base in cls.kind.same else cls
+
+
+class AskewLinear(_OfClass, QuantizedLayer, nn.Linear):  # type: ignore[misc]
     """nn.Linear with a quantized weight. x: (…, in_features) -> (…, out_features)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None,
@@ -141,40 +176,7 @@ class AskewLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         super().__init__(in_features, out_features, bias, device, dtype, config=config)
 
 
-class _PackedMatrix(PackedLayer):
-    """y = x W^T + b with packed W. x: (…, inputs) -> (…, outputs), in the type of x.
-
-    From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
-    rows on, and on a GPU where the rows are few (``runtime.reads_codes``): bfloat16 and float16 from tiles on the
-    matrix units, float32 from the codes. Elsewhere the weight is unpacked for the call.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
-        x = input
-        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
-            return special
-        x, bias = self._prepared(x)
-        if x.shape[-1] != self.cols:
-            raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
-        rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
-        if not self._reads_codes(x, rows):
-            return functional.linear(x, self.matrix(x.dtype), bias)
-        if x.dim() == 2:
-            return self._product(x, bias)
-        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
-            x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.cols), bias).reshape(*x.shape[:-1], self.rows)
-
-    def _nested(self, x: Any) -> Tensor:
-        """Row by row as alone, in the layout of ``x``."""
-        if x.layout != torch.jagged:
-            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
-        if x._ragged_idx != 1:
-            raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
-        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())
-
-
-class PackedLinear(_PackedMatrix, nn.Linear):  # type: ignore[misc, override]
+class PackedLinear(_OfClass, PackedMatrix, nn.Linear):  # type: ignore[misc, override]
     """nn.Linear with a packed weight. x: (…, in_features) -> (…, out_features), in the type of x."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, config: QuantConfig | None = None, *,
@@ -236,7 +238,7 @@ class AskewTransposedLinear(_ClassOf, QuantizedLayer, TransposedLinear):  # type
     inputs. The weight keeps its shape and gets the memory layout of its transpose."""
 
 
-class PackedTransposedLinear(_ClassOf, _PackedMatrix, TransposedLinear):  # type: ignore[misc, override]
+class PackedTransposedLinear(_ClassOf, PackedMatrix, TransposedLinear):  # type: ignore[misc, override]
     """A linear layer with a packed weight (nx, nf): the codes are those of the (nf, nx) matrix."""
 
     def as_linear(self) -> PackedLinear:
@@ -252,6 +254,7 @@ class PackedTransposedLinear(_ClassOf, _PackedMatrix, TransposedLinear):  # type
 
 CHANNELS = ("out_channels", "in_channels", "kernel_size")
 GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode")
+CHANNELS_TRANSPOSED, GEOMETRY_TRANSPOSED = (CHANNELS[1], CHANNELS[0], CHANNELS[2]), (*GEOMETRY, "output_padding")
 
 
 def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -261,10 +264,10 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
-    On a CPU, without groups, the product is made from the codes for few output positions (late layers, small batches),
-    and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``): each output position is a row of
-    x, its patch, and no more than ``PATCHES`` numbers of them stand in memory. Elsewhere the weight is unpacked for the
-    call, with the very results of the hard-quantized layer.
+    On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
+    (late layers, small batches), and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``):
+    each output position is a row of x, its patch, and no more than ``PATCHES`` numbers of them stand in memory.
+    Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
@@ -274,7 +277,7 @@ class _PackedConvolution(PackedLayer):
         x, bias = self._prepared(x)
         spatial = len(conv.stride)
         unbatched = x.dim() == 1 + spatial
-        if x.is_cpu and conv.groups == 1 and (unbatched or x.dim() == 2 + spatial):
+        if x.is_cpu and conv.groups == 1 and spatial <= 2 and (unbatched or x.dim() == 2 + spatial):
             batch = x[None] if unbatched else x
             sizes = self._positions(batch)
             # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
@@ -324,20 +327,102 @@ class _PackedConvolution(PackedLayer):
         return y[..., 0] if signal else y
 
 
-class AskewConv1d(QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
+class _AdapterAsTorchs:
+    """peft makes the convolutions of an adapter of the class of the layer that they stand beside: they are torch's."""
+
+    kind: ClassVar[Kind]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if str(sys._getframe(1).f_globals.get("__name__")).startswith("peft."):
+            return cls.kind.plain(*args, **kwargs)
+        return super().__new__(cls)
+
+
+class AskewConv1d(_AdapterAsTorchs, QuantizedLayer, nn.Conv1d):  # type: ignore[misc]
     """nn.Conv1d with a quantized weight."""
 
 
-class PackedConv1d(_PackedConvolution, nn.Conv1d):  # type: ignore[misc, override]
+class PackedConv1d(_AdapterAsTorchs, _PackedConvolution, nn.Conv1d):  # type: ignore[misc, override]
     """nn.Conv1d with a packed weight."""
 
 
-class AskewConv2d(QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
+class AskewConv2d(_AdapterAsTorchs, QuantizedLayer, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d with a quantized weight."""
 
 
-class PackedConv2d(_PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
+class PackedConv2d(_AdapterAsTorchs, _PackedConvolution, nn.Conv2d):  # type: ignore[misc, override]
     """nn.Conv2d with a packed weight."""
+
+
+class AskewConv3d(_AdapterAsTorchs, QuantizedLayer, nn.Conv3d):  # type: ignore[misc]
+    """nn.Conv3d with a quantized weight."""
+
+
+class PackedConv3d(_AdapterAsTorchs, _PackedConvolution, nn.Conv3d):  # type: ignore[misc, override]
+    """nn.Conv3d with a packed weight."""
+
+
+CONV_TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+
+
+def _conv_transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any = None) -> Tensor:
+    given, spatial = (layer.stride, layer.padding, layer.kernel_size), len(layer.stride)
+    output_padding = layer._output_padding(x, output_size, *given, spatial, layer.dilation)
+    product: Any = CONV_TRANSPOSED[spatial - 1]
+    return product(x, weight, bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)
+
+
+class _AskewConvTranspose(QuantizedLayer):
+    """The weight (in_channels, out_channels / groups, …) keeps its shape and gets the memory layout of its matrix; per
+    channel, every output has a scale (``Form`` says in what order), and groups run along the inputs."""
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.kind.form._replace(groups=self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # torch's names
+        return super().forward(input, *(() if output_size is None else (output_size,)))
+
+
+class _PackedConvTranspose(PackedLayer):
+    """The codes are those of the matrix that ``Form`` says. The weight is unpacked for the call, with the very results
+    of the hard-quantized layer."""
+
+    @property
+    def form(self) -> Form:  # type: ignore[override]
+        return self.kind.form._replace(groups=self.groups)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # torch's names
+        x = input
+        more = () if output_size is None else (output_size,)
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x, *more)) is not None:
+            return special
+        x, bias = self._prepared(x)
+        return _conv_transposed(self, x, self.dequantize(x.dtype), bias, output_size)
+
+
+class AskewConvTranspose1d(_AskewConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc]
+    """nn.ConvTranspose1d with a quantized weight."""
+
+
+class PackedConvTranspose1d(_PackedConvTranspose, nn.ConvTranspose1d):  # type: ignore[misc, override]
+    """nn.ConvTranspose1d with a packed weight."""
+
+
+class AskewConvTranspose2d(_AskewConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc]
+    """nn.ConvTranspose2d with a quantized weight."""
+
+
+class PackedConvTranspose2d(_PackedConvTranspose, nn.ConvTranspose2d):  # type: ignore[misc, override]
+    """nn.ConvTranspose2d with a packed weight."""
+
+
+class AskewConvTranspose3d(_AskewConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc]
+    """nn.ConvTranspose3d with a quantized weight."""
+
+
+class PackedConvTranspose3d(_PackedConvTranspose, nn.ConvTranspose3d):  # type: ignore[misc, override]
+    """nn.ConvTranspose3d with a packed weight."""
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------
@@ -408,7 +493,7 @@ def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),
-         multiplies_levels=True),
+         multiplies_levels=True, same=(OUT_PROJECTION,)),
     Kind("transposed_linear", "linear", TransposedLinear, AskewTransposedLinear, PackedTransposedLinear, ("nx", "nf"),
          (), geometry=(), dims=2, output=1, token_dims=1, product=_transposed, form=Form(transposed=True),
          foreign=conv1d, multiplies_levels=True),
@@ -416,9 +501,19 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
          dims=3, output=0, token_dims=2, product=_convolved),
     Kind("conv2d", "conv", nn.Conv2d, AskewConv2d, PackedConv2d, CHANNELS, GEOMETRY, GEOMETRY,
          dims=4, output=0, token_dims=3, product=_convolved),
+    Kind("conv3d", "conv", nn.Conv3d, AskewConv3d, PackedConv3d, CHANNELS, GEOMETRY, GEOMETRY,
+         dims=5, output=0, token_dims=4, product=_convolved),
+    *(Kind(f"conv_transpose{n}d", "conv", *classes, CHANNELS_TRANSPOSED, GEOMETRY_TRANSPOSED, GEOMETRY_TRANSPOSED,
+           dims=n + 2, output=1, token_dims=n + 1, product=_conv_transposed, form=Form(transposed=True), scatters=True)
+      for n, classes in enumerate(((nn.ConvTranspose1d, AskewConvTranspose1d, PackedConvTranspose1d),
+                                   (nn.ConvTranspose2d, AskewConvTranspose2d, PackedConvTranspose2d),
+                                   (nn.ConvTranspose3d, AskewConvTranspose3d, PackedConvTranspose3d)), 1)),
     Kind("embedding", "embedding", nn.Embedding, AskewEmbedding, PackedEmbedding, ("num_embeddings", "embedding_dim"),
          ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"), geometry=(),
          dims=2, output=None, token_dims=0, product=_looked_up, wrapping=("*ScaledWordEmbedding",)),
+    Kind("in_projection", "attention", InProjection, AskewInProjection, PackedInProjection,
+         ("out_features", "in_features"), (), geometry=(), dims=2, output=0, token_dims=1, product=projected, held=True,
+         multiplies_levels=True),
     Kind("experts", "experts", ExpertWeight, AskewExperts, PackedExperts, EXPERT_SIZES, (), geometry=(),
          dims=3, output=None, token_dims=0, product=_of_holder, form=Form(stacked=True), held=True),
     Kind("transposed_experts", "experts", TransposedExpertWeight, AskewTransposedExperts, PackedTransposedExperts,
@@ -427,10 +522,11 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (
 )}  # fmt: skip
 for _kind in KINDS.values():
     _kind.quantized.kind = _kind.packed.kind = _kind
-    _kind.quantized.form = _kind.packed.form = _kind.form
+    if "groups" not in _kind.geometry or not _kind.form.transposed:  # of others each layer has its own
+        _kind.quantized.form = _kind.packed.form = _kind.form
 
 SEARCHED = ("linear", "conv")  # what a search of bits is about where nothing is said: layers that make the products
-DEFAULT = (*SEARCHED, "experts")  # what quantize_ replaces where nothing is said
+DEFAULT = (*SEARCHED, "attention", "experts")  # what quantize_ replaces where nothing is said
 
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
@@ -469,4 +565,4 @@ def replaceable(module: nn.Module) -> Kind | None:
     if "parametrizations" in module._modules:
         cls = cls.__bases__[0]
     cls = mixin_of(cls)
-    return next((k for k in KINDS.values() if cls in (*k.classes, k.quantized) or k.wraps(cls)), None)
+    return next((k for k in KINDS.values() if cls in (*k.classes, *k.same, k.quantized) or k.wraps(cls)), None)

@@ -28,10 +28,12 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
+from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
+from .compiled import clip_, kept_linear
 from .inputs import InputQuantizer
-from .lowbit import level_linear
+from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
 STATE = ("weight_scale", "weight_scale_frozen", "weight_sums")  # names of the quantizer's tensors in a layer
@@ -81,10 +83,9 @@ class _StraightThrough(torch.autograd.Function):
 def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     if clip is None:
         return grad
-    *clip, form = clip  # type: ignore[assignment]
     again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
     clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
-    ops.ste_clip_(form.view(clipped), form.view(weight), *clip)  # type: ignore[misc]
+    clip_(clipped, weight, *clip)
     return grad * clipped if again else clipped
 
 
@@ -122,9 +123,9 @@ class _LearnedToo(torch.autograd.Function):
 
 
 def same_weight(a: QuantConfig, b: QuantConfig) -> bool:
-    """Whether two layers may share one weight: only their inputs are quantized differently, if anything is."""
-    inputs: dict[str, Any] = {"activation": None, "activation_scale": None}
-    return a == b or replace(a, **inputs) == replace(b, **inputs)
+    """Whether two layers may share one weight: only their inputs and gradients are quantized differently, if at all."""
+    others: dict[str, Any] = {"activation": None, "activation_scale": None, "gradient": None}
+    return a == b or replace(a, **others) == replace(b, **others)
 
 
 def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
@@ -331,6 +332,16 @@ class QuantizedLayer(nn.Module):
                 return False  # a temporary, of functional_call
         return not (weight.is_meta or weight.is_inference())
 
+    def _compiled_with_copy(self, x: Tensor) -> bool:
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
+        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+            return False
+        weight: Any = self._parameters.get("weight")
+        types = (weight.dtype, autocast_dtype(x) and x.dtype)
+        learns = self.config.learns_scale and not self.quantizer.frozen  # its gradient has to be in the graph
+        return (self.kind.multiplies_levels and not learns and type(weight) is QuantizedParameter
+                and type(x) is Tensor and not x.is_nested and x.dtype in types)  # fmt: skip
+
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
         weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
@@ -369,14 +380,14 @@ class QuantizedLayer(nn.Module):
         how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips)
         return _LearnedToo.apply(weight, learned, quantized, clip, how)
 
-    def _eager_forward(self, x: Tensor) -> Tensor:
+    def _eager_forward(self, x: Tensor, *more: Any) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
         quantized = self._eager_weight(low or self._parameters["weight"].dtype)  # type: ignore[union-attr]
         bias = None if bias is None else bias.to(quantized.dtype)
         if low is None:
-            return self.kind.product(self, x, quantized, bias)
+            return self.kind.product(self, x, quantized, bias, *more)
         with torch.autocast(x.device.type, enabled=False):  # x and weight have the type to compute in
-            return self.kind.product(self, x.to(low), quantized, bias)
+            return self.kind.product(self, x.to(low), quantized, bias, *more)
 
     def _eager_levels(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """(what receives the gradient, levels in ``dtype``, scale): the quantizer's own copy."""
@@ -396,21 +407,25 @@ class QuantizedLayer(nn.Module):
             levels = levels.nan_to_num().round()
         return weight, self.form.view(levels.to(dtype)), scale
 
-    def _level_forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The product of the input's levels and the weight's, both of the type ``dtype``."""
+    def _level_forward(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
+                       rows: slice | None = None) -> Tensor:  # fmt: skip
+        """The product of the input's levels and the weight's (or these ``rows`` of it), both of the type ``dtype``."""
         if x.is_nested:
             return self._nested_levels(x, dtype)
         ordinary = self._ordinary() and type(x) in (Tensor, nn.Parameter)
         weight, levels, scale = (self._eager_levels if ordinary else self._functional_levels)(dtype)
         view, low = self.form.view, autocast_dtype(x) or x.dtype
-        rows, cols = view(levels).shape
+        if rows is not None:
+            weight, levels, scale = weight[rows], levels[rows], scale[rows] if scale.numel() > 1 else scale
+        outputs, cols = view(levels).shape
         if x.shape[-1:] != (cols,) or not x.is_floating_point():
             raise ValueError(f"x: expected floats of shape (…, {cols}), got {x.dtype} {tuple(x.shape)}")
-        bias = None if self.bias is None else self.bias.to(low)
+        bias = self.bias if bias is None else bias
+        bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid)
-        return y.reshape(*x.shape[:-1], rows)
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
+        return y.reshape(*x.shape[:-1], outputs)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -427,23 +442,32 @@ class QuantizedLayer(nn.Module):
                 return found
         return quantized_input(x, grid, self.kind.token_dims)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def product(self, x: Tensor, weight: Tensor, *more: Any) -> Tensor:
         """The float layer's product with ``weight`` in place of its own."""
-        return self.kind.product(self, x, weight, self.bias)
+        return self.kind.product(self, x, weight, self.bias, *more)
 
-    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+    def forward(self, input: Tensor, *more: Any) -> Tensor:  # the name that torch's layers have
+        """``more``: what the kind's product takes besides."""
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        gradient, y = self.config.gradient, self._output(x, *more)
+        return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
+
+    def _output(self, x: Tensor, *more: Any) -> Tensor:
         if (levels := self.config.level_dtype) is not None:
-            return self._level_forward(x, levels)
+            return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
-            return self.product(x, self.weight)
+            return self.product(x, self.weight, *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
-            return self._eager_forward(x)
-        return self.product(x, self._functional_weight())
+            return self._eager_forward(x, *more)
+        if not more and self._compiled_with_copy(x):
+            low, tensors = autocast_dtype(x), [t.detach() for t in self._held()]
+            x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
+            return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
+        return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
 

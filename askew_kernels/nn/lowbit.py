@@ -3,12 +3,14 @@
     y = ((sum_k q_ik c_jk) s_x,i) s_w,j + b_j        x ~ s_x q, token by token;  w ~ s_w c
 
 Backward in the type that x has: grad_x = G (s_w c), grad_w = G^T x with x as it was before it was quantized, straight
-through.
+through. With ``gradient="int8"`` grad_x = s_g (g c), another product of levels: s_g g ~ G s_w, token by token, rounded
+stochastically.
 
-On a GPU torch's own products multiply: ``torch._scaled_mm``, from compute capability 8.9 on, and ``torch._int_mm``,
-with zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave the first one finished, summed in
-the tensor cores alone (``use_fast_accum``); others come as sums in float32. Elsewhere the same levels are multiplied as
-floats that hold them exactly, and summed in float32.
+On a CPU ``ops.level_product`` multiplies integers, finished in one pass (where the processor has matrix units for them,
+``torch._int_mm``). On a GPU torch's own products multiply: ``torch._scaled_mm``, from compute capability 8.9 on, and
+``torch._int_mm``, with zeros around what is no multiple of their tiles. bfloat16 results of fp8 leave the first one
+finished, summed in the tensor cores alone (``use_fast_accum``); others come as sums in float32. Elsewhere the same
+levels are multiplied as floats that hold them exactly, and summed in float32.
 """
 
 from __future__ import annotations
@@ -20,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import ops
+from .. import ops, runtime
+from ..contract import MOST_LEVEL_COLUMNS
 from ..ops.autograd import transformed
 from ..reference import product
 
 TILE = 16  # torch's products of bytes take multiples of this many columns, in 16-byte vectors
+PANEL = 1 << 21  # weights that are decoded together
 FEWEST_ROWS = 17  # of the first factor that torch._int_mm takes on a GPU
-MOST_COLUMNS = 2**31 // 2**14 - 1  # whose products of bytes int32 holds the sum of, whatever they are
 
 
 @functools.cache
@@ -35,6 +38,22 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 
 _multiplies_fp8._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _torch_multiplies_bytes() -> bool:
+    """Whether the CPU's own sums of products of bytes are right: before VNNI x86 adds them up in 16 bits, which end at
+    32767, and torch does nothing about it."""
+    return not torch.cpu._is_avx2_supported() or torch.cpu._is_vnni_supported()
+
+
+def _torch_is_faster() -> bool:
+    """Than ``ops.level_product``, whose portable loops are slow and which knows no matrix units."""
+    return runtime.cpu_capability() == "baseline" or torch.cpu._is_amx_tile_supported()
+
+
+for _constant in (_torch_multiplies_bytes, _torch_is_faster):  # what torch.compile does not look into
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _on_gpu(t: Tensor) -> bool:
@@ -58,14 +77,21 @@ def _exact_sums(q: Tensor, c: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def level_product(
-    q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """y = ((q c^T) s_x) s_w + b in ``dtype``. q: (rows, cols), c: (n, cols), of one type of a byte; token_scale:
-    (rows,); scale: (1,) or (n,); bias: (n,) or None."""
+    q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype,
+    transposed: bool = False,
+) -> Tensor:  # fmt: skip
+    """y = ((q c^T) s_x) s_w + b in ``dtype``. q: (rows, cols), c: (n, cols), of one type of a byte, or (cols, n) where
+    it is ``transposed``; token_scale: (rows,); scale: (1,) or (n,); bias: (n,) or None."""
+    bytes_fit = q.dtype == torch.int8 and q.shape[1] <= MOST_LEVEL_COLUMNS
+    own = q.is_cpu and runtime.compiled_for(q) and not _on_gpu(q) and not _torch_is_faster()
+    if bytes_fit and own and dtype != torch.float64:
+        return ops.run_level_product(q, token_scale, c, scale, bias, transposed, dtype)
+    if transposed:
+        c = c.t().contiguous()
     (rows, cols), n, kind = q.shape, c.shape[0], torch.float64 if dtype == torch.float64 else torch.float32
     if 0 in (rows, cols, n):
         sums = torch.zeros(rows, n, dtype=kind, device=q.device)
-    elif q.dtype == torch.int8 and cols <= MOST_COLUMNS:
+    elif bytes_fit and (not q.is_cpu or _torch_multiplies_bytes()):
         if _on_gpu(q):
             q, c = _tiled(q, max(rows, FEWEST_ROWS)), _tiled(c, n + -n % TILE)
         sums = torch._int_mm(q, c.t())
@@ -99,26 +125,34 @@ class LevelProduct(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any) -> Tensor:
+    def forward(
+        x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any, low_gradient: bool
+    ) -> Tensor:
         """x: (rows, cols), contiguous; weight: (n, cols), whose numbers are not looked at: what c stands for, to
-        receive the gradient; c, scale: its levels and scale; bias in the type of x; grid: of x, or None."""
+        receive the gradient; c, scale: its levels and scale; bias in the type of x; grid: of x, or None; low_gradient:
+        that of x is a product of int8 levels."""
         # torch.export looks into this function, and the operators within have no derivative
         q, token_scale = ops.run_token_levels(x.detach(), c.dtype, grid)
         return level_product(q, token_scale, c, scale, None if bias is None else bias.detach(), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, c, scale, *_ = inputs
+        x, weight, c, scale, *_, ctx.low_gradient = inputs
         ctx.save_for_backward(x, weight, c, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, c, scale = ctx.saved_tensors
         to_x, to_weight, *_, to_bias = ctx.needs_input_grad[:5]
+        grad_x = None
+        if to_x and ctx.low_gradient and not torch.is_grad_enabled():  # what is differentiated again stays float
+            g, token_scale = ops.run_stochastic_levels(grad.contiguous(), scale, ops.draw_seed(grad.device))
+            grad_x = level_product(g, token_scale, c, torch.ones_like(scale[:1]), None, grad.dtype, transposed=True)
+        elif to_x:
+            grad_x = _product_with_weight(grad, weight, c, scale)
         return (
-            product(grad, _dequantized(weight, c, scale, grad.dtype).t()) if to_x else None,
-            product(grad.t(), x.t()).to(weight.dtype) if to_weight else None,
-            None, None, grad.sum(0) if to_bias else None, None,
+            grad_x, product(grad.t(), x.t()).to(weight.dtype) if to_weight else None,
+            None, None, grad.sum(0) if to_bias else None, None, None,
         )  # fmt: skip
 
 
@@ -132,7 +166,7 @@ class _WithTangents(LevelProduct):
 
     @staticmethod
     def jvp(ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, c_t: Any, scale_t: Any, bias_t: Tensor | None,
-            grid_t: Any) -> Tensor:  # fmt: skip
+            *_rest: Any) -> Tensor:  # fmt: skip
         x, weight, c, scale = ctx.saved_tensors
         parts = []
         if x_t is not None:
@@ -153,6 +187,20 @@ def _dequantized(weight: Tensor, c: Tensor, scale: Tensor, dtype: torch.dtype) -
     return found
 
 
+def _product_with_weight(grad: Tensor, weight: Tensor, c: Tensor, scale: Tensor) -> Tensor:
+    """G (s_w c). On a CPU a large weight is decoded in panels of columns, which stay in the cache: the whole would come
+    as fresh pages of memory, which took a fifth of the product's time."""
+    width = max(1, PANEL // max(len(c), 1))
+    plain = grad.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not transformed()
+    if not plain or c.shape[1] <= width:
+        return product(grad, _dequantized(weight, c, scale, grad.dtype).t())
+    out, grad = grad.new_empty(len(grad), c.shape[1]), grad.contiguous()
+    for first in range(0, c.shape[1], width):
+        part = c[:, first : first + width].contiguous()
+        torch.mm(grad, _dequantized(weight, part, scale, grad.dtype), out=out[:, first : first + width])
+    return out
+
+
 def level_linear(*inputs: Any) -> Tensor:
     """``LevelProduct`` of its inputs."""
     if torch.compiler.is_compiling():
@@ -160,3 +208,37 @@ def level_linear(*inputs: Any) -> Tensor:
     if not torch.is_grad_enabled() and not transformed():
         return LevelProduct.forward(*inputs)
     return _WithTangents.apply(*inputs)
+
+
+class _RoundedGradient(torch.autograd.Function):
+    """The identity, whose gradient is ``ops.luq`` of what comes; straight through where that is differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, bits: int) -> Tensor:
+        return y.detach()  # nobody else has y: what is written into the result is written into nothing that counts
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.bits = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        rounded = ops.run_luq(grad.detach().contiguous(), ctx.bits, ops.draw_seed(grad.device))
+        return (grad + (rounded - grad).detach() if torch.is_grad_enabled() else rounded), None
+
+
+class _RoundedWithTangents(_RoundedGradient):
+    """The same in forward mode too."""
+
+    @staticmethod
+    def jvp(ctx: Any, y_t: Tensor, _bits: Any) -> Tensor:
+        return y_t.clone()
+
+
+def rounded_gradient(y: Tensor, bits: int) -> Tensor:
+    """``y``, whose gradient is rounded by LUQ to ``bits`` bits, once for all products of the backward."""
+    if not torch.is_grad_enabled() and not transformed():
+        return y
+    return (_RoundedGradient if torch.compiler.is_compiling() else _RoundedWithTangents).apply(y, bits)

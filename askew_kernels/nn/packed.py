@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+from torch.nn import functional
 
 from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
@@ -131,9 +132,17 @@ class PackedLayer(nn.Module):
         """The weight s c, a new tensor in ``weight_dtype`` or ``dtype``: the product rounded once."""
         return self.form.weight(self.matrix(dtype), self.shape).contiguous()
 
-    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The same as a matrix, (outputs, inputs) whatever the shape of the weight: the rows that the codes have."""
-        codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
+    def rows_of(self, part: slice | None) -> tuple[Tensor, Tensor]:
+        """Codes and scales of these rows of the matrix; views."""
+        codes, scale = self.weight_codes, self.weight_scale
+        if part is None:
+            return codes, scale
+        return codes[part], scale.reshape(self.rows, -1)[part].reshape(-1) if scale.numel() > 1 else scale
+
+    def matrix(self, dtype: torch.dtype | None = None, part: slice | None = None) -> Tensor:
+        """The same as a matrix, (outputs, inputs) whatever the shape of the weight: the rows that the codes have, or
+        ``part`` of them."""
+        (codes, scale), grid = self.rows_of(part), self.config.weight
         return ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, dtype or self.weight_dtype)
 
     def entries(self, index: Any) -> Tensor:
@@ -173,10 +182,10 @@ class PackedLayer(nn.Module):
             bias = self.bias
         return x, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
-    def _special(self, x: Any) -> Any:
+    def _special(self, x: Any, *more: Any) -> Any:
         """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})  # type: ignore[attr-defined]
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})  # type: ignore[attr-defined]
         return self._nested(x) if x.is_nested else None
 
     def _nested(self, x: Tensor) -> Tensor:
@@ -196,21 +205,22 @@ class PackedLayer(nn.Module):
             return False
         return self._tiles.ready(self) or not torch.cuda.is_current_stream_capturing()
 
-    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         scale: Any = buffers["weight_scale"]
         recorded = torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad)
         inputs: tuple[Any, ...]
-        if not recorded and self._reads_tiles(x):
+        if not recorded and part is None and self._reads_tiles(x):
             product: Any = torch.ops.askew.packed_tiles_linear.default
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
+            codes, scale = (buffers["weight_codes"], scale) if part is None else self.rows_of(part)
             if scale.dtype != torch.float32:
                 scale = scale.float()
             levels = grid.levels_tensor(x.device)
-            inputs = x.contiguous(), buffers["weight_codes"], scale, levels, grid.encoding, self.bits, bias
+            inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
             if recorded:
                 return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
@@ -292,3 +302,39 @@ class PackedLayer(nn.Module):
         group = f", group_size={c.group_size}" if c.group_size else ""
         int8 = ", activations=int8" if self.activations == "int8" else ""
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"
+
+
+class PackedMatrix(PackedLayer):
+    """y = x W^T + b with packed W. x: (…, inputs) -> (…, outputs), in the type of x.
+
+    From the codes, as exact as ``ops.packed_linear`` says: on a CPU, where ``activations="int8"`` is faster from a few
+    rows on, and on a GPU where the rows are few (``runtime.reads_codes``): bfloat16 and float16 from tiles on the
+    matrix units, float32 from the codes. Elsewhere the weight is unpacked for the call.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
+        x = input
+        if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
+            return special
+        return self._multiplied(*self._prepared(x))
+
+    def _multiplied(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
+        """The product with these rows (default: all)."""
+        if x.shape[-1] != self.cols:
+            raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
+        rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
+        if not self._reads_codes(x, rows):
+            return functional.linear(x, self.matrix(x.dtype, part), bias)
+        if x.dim() == 2:
+            return self._product(x, bias, part)
+        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self._product(x.reshape(rows, self.cols), bias, part).reshape(*x.shape[:-1], -1)
+
+    def _nested(self, x: Any) -> Tensor:
+        """Row by row as alone, in the layout of ``x``."""
+        if x.layout != torch.jagged:
+            return torch.nested.as_nested_tensor([self(part) for part in x.unbind()])
+        if x._ragged_idx != 1:
+            raise NotImplementedError("x: a nested tensor is expected as (batch, length, features), lengths varying")
+        return torch.nested.nested_tensor_from_jagged(self(x.values()), x.offsets(), x.lengths())

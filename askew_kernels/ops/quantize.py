@@ -20,7 +20,8 @@ from .schema import define, like_first
 
 __all__ = [
     "fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize",
-    "run_fake_quantize_backward", "run_ste_clip_scale_grad", "scale_grad_factor", "ste_clip_", "ste_clip_scale_grad_",
+    "run_fake_quantize_backward", "run_ste_clip_", "run_ste_clip_scale_grad", "scale_grad_factor", "ste_clip_",
+    "ste_clip_scale_grad_",
 ]  # fmt: skip
 
 
@@ -169,11 +170,16 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
-    order, written = layout(x, weight[0].numel()), InPlace()
-    point = permuted(x.detach(), order).contiguous()
-    below_autograd("ste_clip_", x, written.writable(grad, order), point, *weight)
-    written.finish([grad])
+    run_ste_clip_(grad, x, *weight)
     return grad
+
+
+def run_ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, levels: Tensor, encoding: list[int]) -> None:
+    """The operator without the checks, and without what they cost: this runs in every backward of every layer."""
+    order, written = layout(x, scale.numel()), InPlace()
+    point = permuted(x.detach(), order).contiguous()
+    below_autograd("ste_clip_", x, written.writable(grad, order), point, scale, levels, encoding)
+    written.finish([grad])
 
 
 def scale_grad_factor(numel: int, rows: int, grid: Any) -> float:

@@ -17,6 +17,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops
 from ..quant import Binary
+from ..quant.state import QuantizedParameter
 from .constrained import CONSTRAINT_KEYS, Constrained
 from .plan import Held, Launch, Plan, address, capturing, version
 
@@ -55,6 +56,7 @@ _CAPTURABLE = {"capturable": False}  # of rules that count
 _CAPTURABLE_DOC = """ With ``capturable`` the count of steps stands beside the parameter, as torch.optim has it, where
     replays move it; without it a capture is refused."""
 _TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
+FUSED_FROM = 1 << 16  # weights of a group without a grid, on a CPU
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
@@ -293,14 +295,21 @@ class ByRule(Constrained):
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
-    def _torch_options(self, group: dict[str, Any]) -> dict[str, Any]:
+    def _torch_options(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
         keys = (*self.OWN, "maximize", "foreach", "fused", *(_CAPTURABLE if self.RULE.counts else ()))
-        return {key: group[key] for key in keys}
+        options = {key: group[key] for key in keys}
+        if options["fused"] is None and options["foreach"] is None and _pays_fused(group, params, grads):
+            options["fused"] = True
+        return options
 
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        sgd(params, grads, buffers, has_sparse_grad=any(g.is_sparse for g in grads), **self._torch_options(group))
+        options = self._torch_options(group, params, grads)
+        if len({buffer is None for buffer in buffers}) > 1:  # torch's fused step makes all of them or none
+            options["fused"] = group["fused"]
+        sgd(params, grads, buffers, has_sparse_grad=any(g.is_sparse for g in grads), **options)
+        _count_writes(params, options, group)
         if group["momentum"]:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p]["momentum_buffer"] = buffer
@@ -308,12 +317,13 @@ class ByRule(Constrained):
     def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
         steps = [self._counter(p, group["fused"] or group["capturable"]) for p in params]
-        options = self._torch_options(group)
+        options = self._torch_options(group, params, grads)
         options["beta1"], options["beta2"] = options.pop("betas")
         options["capturable"] &= (
             params[0].device.type != "cpu"
         )  # where there is nothing to capture, and torch refuses it
         adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
+        _count_writes(params, options, group)
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Of a rule that torch.optim does not have: its operator on any grid, where nothing is constrained."""
@@ -330,6 +340,22 @@ class ByRule(Constrained):
 
 
 _ANY = Binary()
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, QuantizedParameter)
+
+
+def _pays_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether torch's fused step, one pass, is to take the place of its default on a CPU, a loop of ten (which rounds
+    a few weights to the other neighbour): of small groups neither is felt."""
+    if sum(p.numel() for p in group["params"]) < FUSED_FROM:
+        return False
+    return all(type(p) in _PLAIN_TYPES and p.is_cpu and p.is_floating_point() and g.layout == torch.strided
+               and g.dtype == p.dtype for p, g in zip(params, grads, strict=True))  # fmt: skip
+
+
+def _count_writes(params: list[Tensor], options: dict[str, Any], group: dict[str, Any]) -> None:
+    """Torch's fused steps do not move versions; where one was taken unasked, these say what they would have said."""
+    if options["fused"] and not group["fused"]:
+        torch.autograd.graph.increment_version(params)
 
 
 class ASkewSGD(ByRule, rule="sgd"): ...

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
+from ..contract import compute_dtype
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
 from ..quant.state import scale_owner
@@ -32,7 +33,7 @@ from .wrapper import Wrapper, checked_base, room_for
 
 
 class _Bucket(NamedTuple):
-    """Parameters that share a launch: one device, sharding, rho, eta, direction; float64 apart."""
+    """Parameters that share a launch: one device, sharding, rho, eta, side; float64 apart."""
 
     group: dict[str, Any]
     eta: float
@@ -43,7 +44,7 @@ class _Bucket(NamedTuple):
 
 
 @dataclass
-class _Ascent:
+class Ascent:
     """Between the halves."""
 
     groups: list[list[int]]  # ids of the parameters, to notice other groups
@@ -95,6 +96,8 @@ class SAM(Wrapper):
 
     _step_supports_amp_scaling = True  # GradScaler.step calls step() also when it found inf: weights must come back
     _KEYS = ("rho", "eta", "adaptive")
+    _OWN: ClassVar[tuple[str, ...]] = ("model", "perturbation", "telemetry_every")  # what copies take along
+    _NORM = "gradient_norm"  # in ``report``: of what the weights are perturbed along
     _NEEDS_FIRSTS = False  # whether the first gradients are part of the step
     _align = 0.0
 
@@ -126,7 +129,7 @@ class SAM(Wrapper):
 
     def _begin(self) -> None:
         """What copies and checkpoints do not hold."""
-        self._ascent: _Ascent | None = None
+        self._ascent: Ascent | None = None
         self._copies: dict[Tensor, Tensor] = {}  # of the weights, kept from step to step
         self.report: dict[str, Any] = {}  # of the last step, tensors where they stand; ``telemetry`` gives numbers
         self._telemetry_wanted = True
@@ -161,7 +164,7 @@ class SAM(Wrapper):
 
     @property
     def _steps(self) -> int:
-        return self.param_groups[0]["sam_steps"]
+        return self.param_groups[0].get("sam_steps", 0)
 
     @property
     def gap(self) -> Tensor:
@@ -216,19 +219,19 @@ class SAM(Wrapper):
     @torch.no_grad()
     def _ascend(self, zero_grad: bool, loss: Tensor | float | None, scaler: Any) -> None:
         self._complete()
-        ascent = _Ascent(self._ids(), scaler=scaler)
+        ascent = Ascent(self._ids(), scaler=scaler)
         buckets = self._buckets()
         self._check_loss("first_step", loss)
-        ascent.found_inf = unscale_first(scaler, self)
+        ascent.found_inf = self._unscale_first(scaler)
         norm = self._squared_norm(buckets).sqrt()
         record = self._records()
-        self.report = {"loss": _detached(loss), "gradient_norm": norm}
+        self.report = {"loss": _detached(loss), self._NORM: norm}
         try:
             self._ascent = ascent
             for bucket in buckets:
                 radius = self._radius(bucket.group["rho"])
                 coefficients = self._coefficients(radius, norm, bucket.weights[0])
-                if bucket.group.get("maximize"):
+                if self._descends_along(bucket.group):
                     coefficients = -coefficients
                 self.report.setdefault("rho", radius)
                 kept = [room_for(self._copies, p, w) for p, w in zip(bucket.params, bucket.weights, strict=True)]
@@ -259,8 +262,20 @@ class SAM(Wrapper):
     def _check_loss(self, where: str, loss: Any) -> None:
         """Raises where the radius needs a loss that was not given, or has no direction to follow."""
 
-    def _buckets(self) -> list[_Bucket]:
-        """Every parameter that has a gradient; raises before anything is written."""
+    def _unscale_first(self, scaler: Any) -> Tensor | None:
+        return unscale_first(scaler, self)
+
+    def _direction(self, p: Tensor) -> Tensor | None:
+        """What ``p`` is perturbed along; None: it stays."""
+        return p.grad
+
+    def _descends_along(self, group: dict[str, Any]) -> bool:
+        """Whether the worse side is against that direction."""
+        return bool(group.get("maximize"))
+
+    def _buckets(self, direction: Callable[[Tensor], Tensor | None] | None = None) -> list[_Bucket]:
+        """Every parameter that has a direction; raises before anything is written."""
+        direction = direction or self._direction
         buckets: dict[Any, Any] = {}  # key -> group, eta, [(parameter, its part, gradient, adaptive)]
         places: set[int] = set()
         for group in self.param_groups:
@@ -269,7 +284,7 @@ class SAM(Wrapper):
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
             eta, maximize = float(group["eta"]), bool(group.get("maximize"))
             for i, p in enumerate(group["params"]):
-                if (g := p.grad) is None or scale_owner(p) is not None:  # a learned scale stays where it is
+                if (g := direction(p)) is None or scale_owner(p) is not None:  # a learned scale stays where it is
                     continue
                 name = names[i] if names else self._names.get(p)
                 what = name or f"params[{i}]"
@@ -296,7 +311,7 @@ class SAM(Wrapper):
                     places.add(place)
                 if (adaptive := group["adaptive"]) is None:
                     adaptive = "weight" in name if name else p.dim() >= 2
-                key = (*_launch_of(w), sharding_of(p), rho_key, eta, maximize)
+                key = (*launch_of(w), sharding_of(p), rho_key, eta, maximize)
                 buckets.setdefault(key, (group, eta, []))[2].append((p, w, g, int(adaptive)))
         return [_Bucket(*shared, *map(list, zip(*rows, strict=True))) for *shared, rows in buckets.values()]
 
@@ -366,7 +381,7 @@ class SAM(Wrapper):
 
     descent_step = second_step
 
-    def _descends_inside(self, ascent: _Ascent) -> dict[Tensor, Tensor]:
+    def _descends_inside(self, ascent: Ascent) -> dict[Tensor, Tensor]:
         """The copies that the base's own update reads in place of the weights, so that restoring them costs no pass.
         ASkew's optimizers do, for contiguous weights whose next scale is known without looking at them."""
         base = self.base_optimizer
@@ -379,7 +394,7 @@ class SAM(Wrapper):
             and (q := WeightQuantizer.of(p)) is not None and q.home_has_scale(p)
         }  # fmt: skip
 
-    def _step_base(self, ascent: _Ascent, inside: dict[Tensor, Tensor]) -> None:
+    def _step_base(self, ascent: Ascent, inside: dict[Tensor, Tensor]) -> None:
         """The base optimizer's step; what it has not taken from ``inside`` is restored, before or by an error."""
         base = self.base_optimizer
         if not inside:
@@ -412,14 +427,14 @@ class SAM(Wrapper):
             ascent.kept, self._ascent = staying, ascent
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for _, w, copy in going:
-            together.setdefault(_launch_of(w), []).append((w, copy))
+            together.setdefault(launch_of(w), []).append((w, copy))
         for pairs in together.values():
             ops.run_sam_restore(*map(list, zip(*pairs, strict=True)))
         for p, _, _ in going:
             if (q := WeightQuantizer.of(p)) is not None:
                 q.returned(p)
 
-    def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
+    def _merge_gradients(self, ascent: Ascent, inside: Container[Tensor]) -> None:
         """What the base optimizer steps with: for SAM and ASAM the second gradients as they are."""
 
     def _note_losses(self, loss: Tensor | float | None, skipped: bool) -> None:
@@ -427,7 +442,7 @@ class SAM(Wrapper):
         self.report["perturbed_loss"] = second = _detached(loss)
         if first is not None and second is not None:
             gap = first - second if self._directions() == {True} else second - first  # a loss to maximize is a gain
-            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self.report["gradient_norm"], gap)
+            gap = gap.double() if isinstance(gap, Tensor) else torch.full_like(self.report[self._NORM], gap)
             self.report["surrogate_gap"] = gap
             self._keep_gap(gap, skipped)
 
@@ -440,7 +455,7 @@ class SAM(Wrapper):
         A step that was skipped, or had nothing to perturb, tells nothing: the gap before it stays."""
         if skipped:
             return
-        norm: Tensor = self.report["gradient_norm"]
+        norm: Tensor = self.report[self._NORM]
         gap = torch.where(norm.isfinite() & (norm > 0), gap.to(norm.device), self.gap.to(norm.device))
         if self.gap.device == gap.device:
             self.gap.copy_(gap)
@@ -471,36 +486,42 @@ class SAM(Wrapper):
     def _step(self, closure: Callable[[], Any] | None, scaler: Any) -> Any:
         if closure is None:
             if not self._has_zero_gradients():
-                raise ValueError("closure: expected a function that computes the loss and its gradients, as a step "
-                                 "needs them twice, got None; by hand use first_step and second_step")  # fmt: skip
+                raise ValueError("closure: expected a function that computes the loss and its gradients, got None; by "
+                                 "hand use first_step and second_step")  # fmt: skip
             return self.base_optimizer.step()
         if not callable(closure):
             raise TypeError(f"closure: expected a function, got {type(closure).__name__}")
         if self._ascent is not None:
             self.restore()
             raise RuntimeError("step: called with a closure between first_step and second_step; weights restored")
-        local = contextlib.nullcontext()
-        if self.perturbation == "local":
-            if not hasattr(self.model, "no_sync"):
-                raise ValueError('model: expected the DistributedDataParallel model with perturbation="local"')
-            local = self.model.no_sync()  # type: ignore[union-attr,operator]
+        return self._passes(closure, scaler)
+
+    def _passes(self, closure: Callable[[], Any], scaler: Any) -> Any:
+        """The forwards and backwards of a step, and what is done after each; the loss that ``step`` returns."""
         self.zero_grad()
-        with torch.enable_grad(), local:
-            loss = _checked_loss(closure())
+        with torch.enable_grad(), self._first_pass():
+            loss = checked_loss(closure())
         self._ascend(True, loss, scaler)
         try:
             frozen = contextlib.nullcontext() if self.model is None else frozen_batchnorm_stats(self.model)
             with torch.enable_grad(), frozen:
-                perturbed = _checked_loss(closure())
+                perturbed = checked_loss(closure())
             self._descend(False, perturbed, scaler)
         finally:
             self.restore()
         return loss
 
+    def _first_pass(self) -> contextlib.AbstractContextManager[Any]:
+        if self.perturbation != "local":
+            return contextlib.nullcontext()
+        if not hasattr(self.model, "no_sync"):
+            raise ValueError('model: expected the DistributedDataParallel model with perturbation="local"')
+        return self.model.no_sync()  # type: ignore[union-attr,operator]
+
     @torch.no_grad()
     def _has_zero_gradients(self) -> bool:
         """Gradients, and each of them zero on every rank; waits for the device."""
-        return bool(buckets := self._buckets()) and not self._squared_norm(buckets).item()
+        return bool(buckets := self._buckets(lambda p: p.grad)) and not self._squared_norm(buckets).item()
 
     # ---- telemetry ----------------------------------------------------------------------------------------------
 
@@ -510,7 +531,7 @@ class SAM(Wrapper):
             return True
         return self._telemetry_wanted and not any(is_sharded(p) for group in self.param_groups for p in group["params"])
 
-    def _cosine(self, ascent: _Ascent) -> Tensor | None:
+    def _cosine(self, ascent: Ascent) -> Tensor | None:
         """Between both gradients, over all parameters and ranks: float64, on the device. None where the first gradients
         were overwritten in place (``zero_grad(set_to_none=False)``)."""
         parts = []
@@ -519,8 +540,7 @@ class SAM(Wrapper):
                 second = local_part(p.grad)
                 if first._version != version or second is first:
                     return None
-                a, b = first.flatten().float(), second.flatten().float()
-                parts.append((p, torch.stack([a @ b, a @ a, b @ b]).double()))
+                parts.append((p, products(first, second)))
         dot, one, other = sum_over_ranks(parts, self.param_groups, (3,))
         return dot / (one * other).sqrt()
 
@@ -537,11 +557,12 @@ class SAM(Wrapper):
             return {}
         known = {key: value for key, value in self.report.items() if value is not None}
         report = {key: value.item() if isinstance(value, Tensor) else value for key, value in known.items()}
-        norm = report["gradient_norm"]
+        norm = report[self._NORM]
         report["perturbed"] = 0 < norm < math.inf
         if not report["perturbed"]:
             kind = "zero" if norm == 0 else "NaN" if math.isnan(norm) else "inf"
-            report["reason"] = f"the gradient's norm was {kind}: weights not perturbed"
+            what = self._NORM.removesuffix("_norm")
+            report["reason"] = f"the {what}'s norm was {kind}: weights not perturbed"
         return report
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -568,8 +589,7 @@ class SAM(Wrapper):
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_between_halves("copy")
-        own = ("model", "perturbation", "telemetry_every", "_group", "_align", "_rho_min", "_rho_max")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in own if name in self.__dict__}}
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -605,6 +625,7 @@ class AlignedSAM(SAM):
     Sources: Wang et al., SAGM, CVPR 2023; Ma et al., ASGA, ICML 2025.
     """
 
+    _OWN = (*SAM._OWN, "_group", "_align", "_rho_min", "_rho_max")
     _NEEDS_FIRSTS = True
 
     def __init__(
@@ -614,8 +635,7 @@ class AlignedSAM(SAM):
     ) -> None:  # fmt: skip
         self._align, self._rho_min = ops.number("align", align, 0.0), ops.number("rho_min", rho_min, 0.0)
         self._rho_max = None if rho_max is None else ops.number("rho_max", rho_max, self._rho_min)
-        if options.get("perturbation", "global") == "local":
-            raise ValueError('perturbation: expected "global": the first gradient is part of the step, got "local"')
+        refuse_local(options, "the first gradient is part of the step")
         self._group = ProcessGroup(process_group)
         super().__init__(params, base_optimizer, rho, adaptive, eta, **options)
 
@@ -646,9 +666,9 @@ class AlignedSAM(SAM):
     def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
         super()._keep_gap(gap if self._rho_max is None else self._group.mean(gap), skipped)
 
-    def _merge_gradients(self, ascent: _Ascent, inside: Container[Tensor]) -> None:
+    def _merge_gradients(self, ascent: Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
-        coefficients = {_launch_of(c): c for c in ascent.coefficients}
+        coefficients = {launch_of(c): c for c in ascent.coefficients}
         together: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for p in (p for group in self.param_groups for p in group["params"]):
             first = ascent.firsts.get(p, (None, 0))[0]
@@ -660,9 +680,9 @@ class AlignedSAM(SAM):
             first = torch.zeros_like(second) if first is None else first
             if p in inside:
                 self.base_optimizer.first_gradients[p] = first  # type: ignore[attr-defined]
-                self.base_optimizer.coefficients = coefficients[_launch_of(second)]  # type: ignore[attr-defined]
+                self.base_optimizer.coefficients = coefficients[launch_of(second)]  # type: ignore[attr-defined]
             else:
-                together.setdefault(_launch_of(second), []).append((second, first))
+                together.setdefault(launch_of(second), []).append((second, first))
         for key, pairs in together.items():
             if key in coefficients:
                 ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])
@@ -686,7 +706,18 @@ def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Opt
     return checked_base(base)
 
 
-def _launch_of(t: Tensor) -> tuple[torch.device, bool]:
+def refuse_local(options: dict[str, Any], why: str) -> None:
+    if options.get("perturbation", "global") == "local":
+        raise ValueError(f'perturbation: expected "global": {why}, got "local"')
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """(a b, a a, b b), summed over the elements: float64 (3,)."""
+    a, b = (t.flatten().to(compute_dtype(t.dtype)) for t in (a, b))
+    return torch.stack([a @ b, a @ a, b @ b]).double()
+
+
+def launch_of(t: Tensor) -> tuple[torch.device, bool]:
     """What tensors of one launch share."""
     return t.device, t.dtype == torch.float64
 
@@ -703,7 +734,7 @@ def _check_keys(keys: dict[str, Any]) -> None:
         raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
 
 
-def _checked_loss(loss: Any) -> Any:
+def checked_loss(loss: Any) -> Any:
     if isinstance(loss, Tensor):
         if loss.numel() != 1:
             raise TypeError(f"closure: expected it to return a scalar loss, got a tensor of shape {tuple(loss.shape)}")

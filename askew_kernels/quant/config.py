@@ -11,12 +11,14 @@ import torch
 
 from .. import contract
 from .exports import target as find_target
+from .gradients import LUQ, check_gradient, gradient_from_dict
 from .grids import Grid, Uniform, as_flag, grid_from_dict
 from .scales import (
     LEARNED,
     SAWB_COEFFICIENTS,
     check_coefficients,
     check_rule,
+    check_rule_type,
     check_scale_dtype,
     default_rule,
     num_rows,
@@ -33,11 +35,12 @@ SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scal
 class QuantConfig:
     """How one layer's weight is quantized.
 
-    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``); None (default) becomes
-    the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the layer, ``weight_scale``, and
-    learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``, ``per_channel`` or ``per_group`` with
-    ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with
-    the float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and ``"int8"`` (linear layers)
+    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``; ``ocp`` with powers of
+    two); None (default) becomes the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the
+    layer, ``weight_scale``, and learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``,
+    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
+    for the gradient; ``"relaxed"`` with the float weights in training and with s Q(w/s) in eval, as published;
+    ``"fp8"`` and ``"int8"`` (linear layers)
     multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
     (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
     ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
@@ -50,8 +53,13 @@ class QuantConfig:
     be any number that these hold.
     ``activation_scale``: how that scale is found; None (default) as above, ``"lsq"`` one that is learned for the layer,
     ``"lsq+"`` one with an offset, for inputs that do not lie around 0 (``nn.inputs``).
+    ``gradient``: what the gradient of the layer's output is rounded to, stochastically and without bias, by numbers
+    that torch's generator seeds: ``LUQ(bits=4)`` before both products of the backward; ``"int8"`` (with
+    ``forward="int8"``) token by token for the input's gradient, which is a product of levels then (the weight's stays
+    float); None (default): nothing.
     ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
-    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two); a torch.dtype does, too.
+    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn" (E4M3 numbers times one power
+    of two for the tensor, ``quant.scale_unit``); a torch.dtype does, too.
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """
@@ -66,6 +74,7 @@ class QuantConfig:
     activation: Grid | None = None
     scale_dtype: str = "float32"
     activation_scale: str | None = None
+    gradient: LUQ | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Grid):
@@ -94,6 +103,8 @@ class QuantConfig:
         if self.activation_scale is not None:
             self._check_inputs()
         object.__setattr__(self, "scale_dtype", check_scale_dtype("scale_dtype", self.scale_dtype))
+        check_gradient(self.gradient, self.forward)
+        check_rule_type(self.scale, self.scale_dtype, "scale")
         num_rows((1, self.group_size or 1), self.granularity, self.group_size)  # checks them
         if self.level_dtype is not None:
             self._check_levels(self.level_dtype)
@@ -153,9 +164,10 @@ class QuantConfig:
         """What to train with, so that a format of others holds the weights bit for bit: its grid, its groups, and
         scales that are rounded in training to the type that it keeps.
 
-        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, … (all: ``quant.exports.TARGETS``). options: the
-        other fields; ``group_size`` and ``granularity`` within what the format allows (a multiple of its block of
-        weights with one scale; one scale for each channel or tensor serves every block).
+        target: ``gguf:q4_0``, ``compressed-tensors:4``, ``onnx:4``, ``mxfp4``, ``nvfp4``, … (all:
+        ``quant.exports.TARGETS``). options: the other fields; ``group_size`` and ``granularity`` within what the format
+        allows (a multiple of its block of weights with one scale; one scale for each channel or tensor serves every
+        block).
         Raises ValueError for an unknown target, with those that are known, and for what the format does not hold.
         """
         wanted = find_target(target)
@@ -167,6 +179,8 @@ class QuantConfig:
         else:
             size = options.get("group_size") or wanted.group_size
             options["granularity"] = "per_group" if size else "per_channel"
+        if options.get("scale") is None and options.get("sawb_coefficients") is None:
+            options["scale"] = wanted.rule
         config = cls(**fixed, **options | {"group_size": size})
         if wanted.block and config.group_size and config.group_size % wanted.block:
             raise ValueError(f"group_size: {target} keeps a scale for each {wanted.block} weights, expected a multiple "
@@ -175,7 +189,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         d = {f.name: getattr(self, f.name) for f in fields(self)}
-        d = {name: value.to_dict() if isinstance(value, Grid) else value for name, value in d.items()}
+        d = {name: value.to_dict() if isinstance(value, Grid | LUQ) else value for name, value in d.items()}
         if self.sawb_coefficients is not None:
             d["sawb_coefficients"] = list(self.sawb_coefficients)
         if self.activation is None:  # as before there was one
@@ -184,6 +198,8 @@ class QuantConfig:
             del d["scale_dtype"]
         if self.activation_scale is None:
             del d["activation_scale"]
+        if self.gradient is None:
+            del d["gradient"]
         return d
 
     @classmethod
@@ -192,6 +208,7 @@ class QuantConfig:
         arguments["weight"] = grid_from_dict(arguments.get("weight", {}))
         if arguments.get("activation") is not None:
             arguments["activation"] = grid_from_dict(arguments["activation"])
+        arguments["gradient"] = gradient_from_dict(arguments.get("gradient"))
         if arguments.get("scale") == "sawb" and not arguments["weight"].evenly_spaced:
             # earlier releases took the coefficients of evenly spaced levels without being told to
             arguments["sawb_coefficients"] = arguments.get("sawb_coefficients") or SAWB_COEFFICIENTS.get(

@@ -22,8 +22,9 @@ SCALE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def storage_type(scale_dtype: str) -> torch.dtype:
-    """In which scales of a config's ``scale_dtype`` are packed: powers of two as bfloat16, which holds them."""
-    return torch.bfloat16 if scale_dtype == "float8_e8m0fnu" else getattr(torch, scale_dtype)
+    """In which scales of a config's ``scale_dtype`` are packed: those of a byte as bfloat16, which holds them with the
+    unit of their tensor."""
+    return torch.bfloat16 if scale_dtype.startswith("float8") else getattr(torch, scale_dtype)
 
 
 def code_bits(grid: Grid, trits: bool = False) -> int:

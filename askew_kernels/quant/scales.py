@@ -36,8 +36,15 @@ def check_scale_dtype(name: str, value: Any) -> str:
 
 def round_scale(scale: Tensor, scale_dtype: str) -> Tensor:
     """The nearest scales that ``scale_dtype`` holds, float32: ties to even, powers of two by the smaller ratio; those
-    out of its range become its ends (a scale is never 0 or inf)."""
+    out of its range become its ends (a scale is never 0 or inf). ``scale``: all of a tensor's (rows,), which share a
+    unit where it is float8_e4m3fn (``scale_unit``)."""
     return reference.round_scale(scale, contract.SCALE_TYPES.index(scale_dtype))
+
+
+def scale_unit(scale: Tensor) -> Tensor:
+    """(1,) float32: the unit t = 2^k of a tensor's scales (rows,) of the type float8_e4m3fn, which are t times an E4M3
+    number: the least that lets all of them be at most 448 t. It follows from the scales, so nothing else is kept."""
+    return reference.scale_unit(scale.detach().float().reshape(-1))
 
 
 def holds_scales(scale: Tensor, scale_dtype: str) -> bool:
@@ -89,9 +96,10 @@ LEARNED = "lsq"  # the rule that only says where a scale starts, which is learne
 # Rules that need only the row sums, which the update pass leaves behind.
 SUM_RULES = {
     "absmax": contract.ABSMAX, "sawb": contract.SAWB, "mean": contract.MEAN, "rms": contract.RMS,
-    LEARNED: contract.MEAN,
+    LEARNED: contract.MEAN, "ocp": contract.ABSMAX,
 }  # fmt: skip
-RULES = (*SUM_RULES, "mse")
+TYPED_RULES = {"ocp": "float8_e8m0fnu"}  # those that give scales of one type only
+RULES = (*(rule for rule in SUM_RULES if rule not in TYPED_RULES), "mse")
 SMALLEST_SHARE = 1e-3  # of the scale that a learned one started from: below it, it is moved back
 
 
@@ -129,9 +137,9 @@ def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
 
 def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | None = None, name: str = "rule") -> None:
     """Raises TypeError/ValueError, naming the argument, where the rule is unknown or has no meaning for the grid."""
-    if not isinstance(rule, str) or rule not in RULES:
+    if not isinstance(rule, str) or rule not in (*RULES, *TYPED_RULES):
         error = ValueError if isinstance(rule, str) else TypeError
-        raise error(f"{name}: expected one of {', '.join(RULES)}, got {rule!r:.80}")
+        raise error(f"{name}: expected one of {', '.join((*RULES, *TYPED_RULES))}, got {rule!r:.80}")
     check_coefficients(sawb_coefficients)
     if rule == "sawb" and sawb_coefficients is None and not (grid.evenly_spaced and grid.bits in SAWB_COEFFICIENTS):
         what = f"{grid.bits} bits" if grid.evenly_spaced else f"levels that are not evenly spaced, got {grid}"
@@ -141,6 +149,14 @@ def check_rule(rule: Any, grid: Grid, sawb_coefficients: tuple[float, float] | N
         )
     if rule == "mean" and grid.mean_factor is None:
         raise ValueError(f"{name}: mean is defined for Binary and Ternary, got {grid}")
+
+
+def check_rule_type(rule: str, scale_dtype: str, name: str = "rule") -> None:
+    """Raises ValueError where the rule gives scales of another type."""
+    if (wanted := TYPED_RULES.get(rule, scale_dtype)) != scale_dtype:
+        raise ValueError(
+            f"{name}: {rule} gives scales of {wanted}, expected scale_dtype={wanted!r}, got {scale_dtype!r}"
+        )
 
 
 class RuleCode(NamedTuple):
@@ -154,7 +170,7 @@ def rule_code(
     grid: Grid, rule: str, sawb_coefficients: tuple[float, float] | None = None, scale_dtype: str = "float32"
 ) -> RuleCode:
     """``rule``: of ``SUM_RULES``; "mse": what is left to do once its scales are found."""
-    first, second = 0.0, 0.0
+    first, second, c_max = 0.0, 0.0, grid.c_max
     if rule == "sawb":
         first, second = sawb_coefficients or SAWB_COEFFICIENTS[grid.bits]
     elif rule == "mean":
@@ -163,8 +179,10 @@ def rule_code(
         first = normal_scale(grid.levels)
     elif rule == LEARNED:
         first = 2 / math.sqrt(grid.c_max)
+    elif rule == "ocp":  # absmax whose nearest power of two, by ratio, is the one that the specification says
+        c_max = 2.0 ** math.floor(math.log2(c_max)) * math.sqrt(2)
     code = [SUM_RULES.get(rule, contract.GIVEN), contract.SCALE_TYPES.index(scale_dtype)]
-    return RuleCode(code, [grid.c_max, first, second])
+    return RuleCode(code, [c_max, first, second])
 
 
 def scale_from_sums(
@@ -214,6 +232,7 @@ def compute_scale(
     ``rms``      k rms(w), k the best for normally distributed weights on this grid; absmax where that is smaller
     ``lsq``      2 mean|w| / sqrt(c_max): what a learned scale starts from (Esser et al., LSQ, ICLR 2020)
     ``mse``      of 100 candidates the one that minimises the squared quantization error
+    ``ocp``      2^(floor(log2 max|w|) - floor(log2 c_max)), for powers of two only: OCP MX specification 1.0, 6.3
     None         ``default_rule(grid)``
     ===========  ====================================================================================================
 
@@ -227,6 +246,7 @@ def compute_scale(
     ops.check_grid(grid)
     rule = default_rule(grid, sawb_coefficients) if rule is None else rule
     check_rule(rule, grid, sawb_coefficients)
+    check_rule_type(rule, scale_dtype)
     rows = num_rows(w.shape, granularity, group_size)
     if w.numel() == 0:
         return torch.ones(rows, dtype=torch.float32, device=w.device)

@@ -682,7 +682,7 @@ def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor])
         if placement.is_shard():
             torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
     for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
-        q.write(scale=part[:, 0], sums=part[:, 1:])
+        q.write(scale=round_scale(part[:, 0], q.config.scale_dtype), sums=part[:, 1:])  # of one unit for all ranks
 
 
 class ScaleBatch:

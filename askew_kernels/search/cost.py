@@ -33,7 +33,7 @@ from ..nn.kinds import kind_of as find_kind
 from ..nn.layers import quantized_input
 from ..nn.replace import first_input, observed
 from ..quant import QuantConfig, Uniform
-from .policy import Kinds, Policy, candidate_layers, kind_of, named, weight_grid, weight_id
+from .policy import Kinds, Policy, candidate_layers, check_searched, kind_of, named, weight_grid, weight_id
 
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
@@ -149,11 +149,12 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
     uncounted: dict[str, None] = {}
 
     def count(name: str, kind: Any, module: Any, args: tuple, kwargs: dict[str, Any], y: Any) -> None:
-        macs = kind.macs(module, y) / batch
+        x = first_input(args, kwargs)
+        macs = kind.macs(module, x, y) / batch
         if name not in searched:
             other[0] += macs
             return
-        x, rows = first_input(args, kwargs), kind.form.shape(module.weight.shape)[0]
+        rows = kind.form_with(kind.geometry_of(module)).shape(module.weight.shape)[0]
         p = found.setdefault(name, LayerProfile(name, kind_of(module), 0.0, rows, module.weight.numel() // max(1, rows),
                                                 signed=False, looked_up=not kind.token_dims))  # fmt: skip
         p.macs += macs
@@ -179,6 +180,7 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
             watched.append((module, lambda *_, told=told: uncounted.update({told: None})))
     _observe(model, x, watched)
     if not found:
+        check_searched(kinds)
         raise ValueError("model: its forward reaches no layer to quantize")
     for name, by_bits in errors.items():
         found[name].act_errors = {b: e / n if n else 0.0 for b, (e, n) in by_bits.items()}

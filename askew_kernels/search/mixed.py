@@ -19,8 +19,9 @@ from ..nn import KINDS, packed_layers, quantized_layers
 from ..nn.kinds import SEARCHED, replaceable
 from ..nn.layers import token_rows
 from ..quant import Uniform, activation_scales, default_rule
+from ..quant.forms import Form
 from ..quant.scales import scale_from_sums
-from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, named, weight_grid, weight_id
+from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, check_searched, named, weight_grid, weight_id
 
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
@@ -65,11 +66,16 @@ class MixedLayer(nn.Module):
         for what, bits in (("weight_strengths", self.weight_bits), ("act_strengths", self.act_bits)):
             setattr(self, what, nn.Parameter(torch.zeros(len(bits), **like), requires_grad=len(bits) > 1))
         if learned:  # LSQ's start
-            size = 2 * self.kind.form.matrix(self.weight.detach()).abs().flatten(1).mean(1).to(**like).clamp(
+            size = 2 * self.form.matrix(self.weight.detach()).abs().flatten(1).mean(1).to(**like).clamp(
                 min=contract.SCALE_FLOOR
             )
             tops = torch.tensor([g.c_max for g in self.weight_grids], **like)
             self.weight_scales = nn.Parameter(size[None] / tops[:, None].sqrt())
+
+    @property
+    def form(self) -> Form:
+        """How the weight is a matrix."""
+        return self.kind.form_with(self.kind.geometry_of(self))
 
     def weight_probabilities(self) -> Tensor:
         """softmax(β / T) of the weight's candidates."""
@@ -81,7 +87,7 @@ class MixedLayer(nn.Module):
     @torch.no_grad()
     def _rule_scales(self) -> Tensor:
         """(candidates, rows), of every grid by its own rule."""
-        matrix = self.kind.form.matrix(self.weight.detach())
+        matrix = self.form.matrix(self.weight.detach())
         rows = len(matrix)
         if self.weight.numel() == 0:
             return torch.ones(len(self.weight_grids), rows, dtype=torch.float32, device=self.weight.device)
@@ -91,7 +97,7 @@ class MixedLayer(nn.Module):
     def mixed_weight(self) -> Tensor:
         """sum_b p_b s_b Q_b(w / s_b), differentiable; by the operator without checks: rules give positive scales."""
         scales = self.weight_scales.clamp(min=contract.SCALE_FLOOR) if self.learned else self._rule_scales()
-        strengths, form = self.weight_probabilities(), self.kind.form
+        strengths, form = self.weight_probabilities(), self.form
         matrix = form.matrix(self.weight).contiguous()
         mixed = ops.run_mix_fake_quantize(matrix, scales, strengths, self._weight_codes, True, self.learned)
         return form.weight(mixed, self.weight.shape)
@@ -103,8 +109,8 @@ class MixedLayer(nn.Module):
         scales = activation_scales(x, tops, token_rows(x, self.kind.token_dims))
         return ops.run_mix_fake_quantize(x, scales, self.act_probabilities(), self._act_codes, False, False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), getattr(self, "bias", None))
+    def forward(self, input: Tensor, *more: Any) -> Tensor:
+        return self.kind.product(self, self.mixed_input(input), self.mixed_weight(), getattr(self, "bias", None), *more)
 
     def extra_repr(self) -> str:
         inputs = "" if self.act_bits == (None,) else f", act_bits={self.act_bits}"
@@ -139,6 +145,7 @@ def chosen_layers(model: nn.Module, filter_fn: FilterFn | None, kinds: Kinds = S
         if type(m) in getattr(replaceable(m), "classes", ()) and (filter_fn is None or filter_fn(m, n))
     }
     if not found:
+        check_searched(kinds)
         raise ValueError(f"model: no {named(kinds)} layer to quantize" + (" passes filter_fn" if filter_fn else ""))
     if "" in found:
         raise ValueError("model: is itself a layer; wrap it in nn.Sequential")

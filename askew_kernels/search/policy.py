@@ -59,6 +59,14 @@ def candidate_layers(model: nn.Module, of: Kinds = kinds.SEARCHED) -> dict[str, 
     return {name: m for name, m in model.named_modules() if isinstance(m, plain)}
 
 
+def check_searched(of: Kinds) -> None:
+    """ValueError where all of these kinds are of weights that other modules hold."""
+    if all(kind.held for kind in kinds.chosen(of)):
+        told = ", ".join(kind.name for kind in kinds.chosen(of))
+        raise ValueError(f"kinds: weights that another module holds are not searched, got {told}; give quantize_ a "
+                         "configuration for them")  # fmt: skip
+
+
 def layer_roles(model: nn.Module, of: Kinds = kinds.SEARCHED) -> dict[str, tuple[str, str, float]]:
     """{name: (kind, role, position)} of every layer of these kinds."""
     layers = candidate_layers(model, of)

@@ -416,6 +416,17 @@ def element_uniforms(key0, key1, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def luq_level(r, uniform):
+    """Of r = |x| / alpha: below 1 stochastically 0 or 1; above, one of the two neighbouring powers of two."""
+    bits = r.to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    mantissa = ((bits & 0x007FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    large = r >= 1.0
+    low, high = tl.where(large, power, 0.0), tl.where(large, power + power, 1.0)
+    return tl.where(uniform < tl.where(large, mantissa - 1.0, r), high, low)
+
+
+@triton.jit
 def stochastic_level(w, uniform, scale, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
     """The bracket's far end with probability u, else the nearest level: E[level] = w / s inside the hull."""
     near, far, _, u, _ = offset(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)

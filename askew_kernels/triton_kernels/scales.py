@@ -31,8 +31,9 @@ PADDED = tl.constexpr(128)  # candidates, as a power of two
 FLOOR = tl.constexpr(contract.SCALE_FLOOR)
 FLOAT32_END = tl.constexpr(2.0**128 - 2.0**103)  # rounds to inf in float32
 SAWB, MEAN, RMS, GIVEN = (tl.constexpr(rule) for rule in (contract.SAWB, contract.MEAN, contract.RMS, contract.GIVEN))
-BFLOAT16, FLOAT16, E8M0 = (tl.constexpr(contract.SCALE_TYPES.index(name)) for name in (
-    "bfloat16", "float16", "float8_e8m0fnu"))  # fmt: skip
+BFLOAT16, FLOAT16, E8M0, E4M3 = (tl.constexpr(contract.SCALE_TYPES.index(name)) for name in (
+    "bfloat16", "float16", "float8_e8m0fnu", "float8_e4m3fn"))  # fmt: skip
+ROUNDING = tl.constexpr(2.0**14)  # float32's numbers above it are multiples of 2^-9
 LOW, HIGH = (tl.constexpr(tuple(ends[i] for ends in contract.SCALE_RANGES.values())) for i in (0, 1))
 
 # The table: one row of int64 for each tensor; the last three are float64, by their bits.
@@ -71,7 +72,26 @@ def round_scale(s, kind):
     rounded = tl.where(kind == BFLOAT16, bfloat16, tl.where(kind == E8M0, power, float16)).to(tl.float32, bitcast=True)
     small = (kind == FLOAT16) & (inside < 6.103515625e-05)  # 2^-14; below, multiples of 2^-24
     rounded = tl.where(small, (inside + 0.5) - 0.5, rounded)
-    return tl.where(kind == 0, s, rounded)
+    return tl.where((kind == 0) | (kind == E4M3), s, rounded)  # E4M3: once all of the tensor's are there
+
+
+@triton.jit
+def scale_unit(top):
+    """The least power of two whose 448-fold ``top`` does not exceed; that of 1 where there is none."""
+    bits = tl.where(top > 0.0, top, 1.0).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+    return (tl.minimum(tl.maximum(exponent, 10), 246) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_units(s, unit):
+    """The nearest E4M3 number of units."""
+    inverse = ((254 << 23) - unit.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    x = s * inverse
+    x = tl.where(x < LOW[4], LOW[4], tl.where(x > HIGH[4], HIGH[4], x))
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    return tl.where(x < 0.015625, (x + ROUNDING) - ROUNDING, normal) * unit  # 2^-6; below, multiples of 2^-9
 
 
 @triton.jit
@@ -186,13 +206,52 @@ def fill_kernel(table, known_rows, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def candidate_scales(peak, c_max_bits, kind):
+def units_kernel(table, BLOCK: tl.constexpr):
+    """The scales of one tensor in units of its own, where they are E4M3."""
+    entry = table + tl.program_id(0) * WIDTH
+    n = tl.load(entry + ROWS)
+    if tl.load(entry + TYPE) == E4M3:
+        scale = address(entry + SCALE, tl.float32, 4)
+        row = tl.arange(0, BLOCK).to(tl.int64)
+        tops = tl.zeros([BLOCK], tl.float32)
+        start = n * 0
+        while start < n:
+            tops = tl.maximum(tops, tl.load(scale + row, mask=row < n, other=0.0))
+            row += BLOCK
+            start += BLOCK
+        unit = scale_unit(tl.max(tops, 0))
+        row -= start
+        while start > 0:
+            s = tl.load(scale + row, mask=row < n, other=1.0)
+            tl.store(scale + row, round_to_units(s, unit), mask=row < n)
+            row += BLOCK
+            start -= BLOCK
+
+
+@triton.jit(do_not_specialize=["rows", "c_max_bits"])
+def mse_unit_kernel(sums_ptr, unit_ptr, rows, c_max_bits, BLOCK: tl.constexpr):
+    """The unit of a tensor from the largest weights of all of its rows."""
+    row = tl.arange(0, BLOCK).to(tl.int64)
+    tops = tl.zeros([BLOCK], tl.float32)
+    done = 0
+    while done < rows:
+        peak = tl.load(sums_ptr + 3 * row + 2, mask=row < rows, other=0.0).to(tl.float64)
+        tops = tl.maximum(tops, guarded(peak / c_max_bits.to(tl.float64, bitcast=True), peak))
+        row += BLOCK
+        done += BLOCK
+    tl.store(unit_ptr, scale_unit(tl.max(tops, 0)))
+
+
+@triton.jit
+def candidate_scales(peak, c_max_bits, kind, unit_ptr):
     """(candidates padded with copies of the last, scales): hundredths of absmax's scale; 1 where there is none."""
     j = tl.minimum(tl.arange(0, PADDED) + 1, CANDIDATES)
     peak = peak + tl.zeros([PADDED], tl.float64)
     top = guarded(peak / c_max_bits.to(tl.float64, bitcast=True), peak)
-    s = guarded(top.to(tl.float64) * (j.to(tl.float64) / exact(CANDIDATES)), peak)
-    return j, round_scale(tl.where(top > 0.0, s, 1.0), kind)
+    part = j.to(tl.float64) / exact(CANDIDATES) * tl.where(kind == E8M0, 2.0, 1.0)
+    s = guarded(top.to(tl.float64) * part, peak)
+    s = tl.where(top > 0.0, s, 1.0)
+    return j, tl.where(kind == E4M3, round_to_units(s, tl.load(unit_ptr)), round_scale(s, kind))
 
 
 @triton.jit
@@ -218,13 +277,13 @@ def add_lanes(sums):
 
 @triton.jit(do_not_specialize=["cols", "pieces", "c_max_bits", "kind"])
 def errors_kernel(
-    w_ptr, sums_ptr, scale_ptr, partial, levels, lo, hi, cols, pieces, c_max_bits, kind, KIND: tl.constexpr,
+    w_ptr, sums_ptr, scale_ptr, partial, levels, lo, hi, cols, pieces, c_max_bits, kind, unit_ptr, KIND: tl.constexpr,
     N_LEVELS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     """All candidates' errors over one row, or one piece of it, and without ``LONG`` the best of them."""
     row = (tl.program_id(0) // pieces).to(tl.int64)
     first = (tl.program_id(0) % pieces).to(tl.int64) * PIECE
-    j, scale = candidate_scales(tl.load(sums_ptr + 3 * row + 2).to(tl.float64), c_max_bits, kind)
+    j, scale = candidate_scales(tl.load(sums_ptr + 3 * row + 2).to(tl.float64), c_max_bits, kind, unit_ptr)
     lo, hi = hull(lo, hi, levels, KIND, N_LEVELS)
     sums = tl.zeros([PADDED, LANES], tl.float64)
     column = first + tl.arange(0, LANES)
@@ -248,10 +307,10 @@ def errors_kernel(
 
 
 @triton.jit(do_not_specialize=["pieces", "c_max_bits", "kind"])
-def choose_kernel(sums_ptr, scale_ptr, partial, pieces, c_max_bits, kind):
+def choose_kernel(sums_ptr, scale_ptr, partial, pieces, c_max_bits, kind, unit_ptr):
     """The best candidate of a row, from the errors over its pieces, in their order."""
     row = tl.program_id(0).to(tl.int64)
-    j, scale = candidate_scales(tl.load(sums_ptr + 3 * row + 2).to(tl.float64), c_max_bits, kind)
+    j, scale = candidate_scales(tl.load(sums_ptr + 3 * row + 2).to(tl.float64), c_max_bits, kind, unit_ptr)
     error = tl.zeros([PADDED], tl.float64)
     piece = row * pieces
     while piece < (row + 1) * pieces:
@@ -313,18 +372,21 @@ def scales_from_sums_(scales: list[Tensor], row_sums: list[Tensor], rules: list[
             return
         if _capturing(scales[0].device):  # which takes no table from the host: the same bits, in many operators
             return reference.scales_from_sums_(scales, row_sums, rules, numbers)
-        found = torch.tensor(entries, device=scales[0].device), max(entry[ROWS.value] for entry in entries)
+        most, units = max(e[ROWS.value] for e in entries), any(e[TYPE.value] == E4M3.value for e in entries)
+        found = torch.tensor(entries, device=scales[0].device), most, units
         _tables.keep(key, found)
-    table, most = found
+    table, most, units = found
     with launch.on_device(table):
         if most <= WHOLE:
             block = 512 if most <= 512 else WHOLE
             whole_kernel[(len(table),)](table, BLOCK=block, num_warps=4 if block == 512 else 16, **EXACT)
-            return
-        parts = triton.cdiv(most, PART)
-        known = torch.empty(len(table) * parts, dtype=torch.int32, device=table.device)
-        mark_kernel[(len(table), parts)](table, known, BLOCK=PART, num_warps=4, **EXACT)
-        fill_kernel[(len(table),)](table, known, parts, BLOCK=WHOLE, num_warps=8, **EXACT)
+        else:
+            parts = triton.cdiv(most, PART)
+            known = torch.empty(len(table) * parts, dtype=torch.int32, device=table.device)
+            mark_kernel[(len(table), parts)](table, known, BLOCK=PART, num_warps=4, **EXACT)
+            fill_kernel[(len(table),)](table, known, parts, BLOCK=WHOLE, num_warps=8, **EXACT)
+        if units:
+            units_kernel[(len(table),)](table, BLOCK=WHOLE, num_warps=8, **EXACT)
 
 
 def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_max: float, scale_type: int) -> Tensor:
@@ -338,8 +400,11 @@ def mse_scales(w: Tensor, row_sums: Tensor, levels: Tensor, grid: list[int], c_m
         raise ValueError(f"c_max: expected a positive number, got {c_max}")
     pieces = max(triton.cdiv(cols, PIECE.value), 1)
     partial = torch.empty(rows * pieces * PADDED.value if pieces > 1 else 0, dtype=torch.float64, device=w.device)
-    last = pieces, _bits(c_max), scale_type
+    unit = row_sums.new_ones(1)
+    last = pieces, _bits(c_max), scale_type, unit
     with launch.on_device(w):
+        if rows and scale_type == E4M3.value:
+            mse_unit_kernel[(1,)](row_sums, unit, rows, _bits(c_max), BLOCK=1024, num_warps=8, **EXACT)
         if rows:
             errors_kernel[(rows * pieces,)](
                 w, row_sums, scale, partial, levels if n_levels else row_sums, float(grid[1]), float(grid[2]), cols,

@@ -29,6 +29,13 @@ struct Loops {
   bool (*scales)(const ScaleTensor&, int64_t row0, int64_t row1);
   // errors: [rows of the tile][pieces of kSumPiece columns that the tile has of a row][kScaleCandidates]
   void (*errors)(const MseArg&, Tile, double* errors);
+  // What stands before and behind products of levels. bias: float32 or null.
+  void (*token_levels)(const TokenArg&, int64_t row0, int64_t row1);
+  void (*scaled_sums)(const SumsArg&, const float* bias, int64_t row0, int64_t row1);
+  // Gradients: row_scratch: of cols + 64 floats; elements [begin, end) of the whole; max |x|, NaN where one is.
+  void (*stochastic_levels)(const RoundArg&, int64_t row0, int64_t row1, float* row_scratch);
+  float (*peak)(const void* x, int type, int64_t begin, int64_t end);
+  void (*luq)(const RoundArg&, int64_t begin, int64_t end);
 };
 
 struct PackedWeight : PackedArg {
@@ -43,6 +50,16 @@ struct Int8Input {
   const int8_t* q;     // (batch, width)
   const float* scale;  // (batch): x = scale q
   const float* sums;   // (batch, padded groups): lo / step times the sum of q over a group
+};
+
+// A panel of outputs of a product of levels, laid out, and what its tiles need beside it.
+struct LevelPanel {
+  const uint8_t* words;
+  const int8_t* q;  // rows of `stride` bytes, padded with zeros to a multiple of 4
+  const int32_t* input_sums;
+  const float *scale, *bias;  // of all outputs, padded; bias may be null
+  int64_t first, stride;
+  int lowest, span;  // of the weight's levels: the words hold level - lowest, at most span
 };
 
 struct PackedLoops {
@@ -73,6 +90,13 @@ struct PackedLoops {
   int64_t (*int8_scratch)(const PackedWeight&);
   void (*multiply_int8)(const PackedWeight&, int64_t row0, int64_t row1, const Int8Input&, int64_t token0,
                         int64_t token1, const float* bias, float* y, char* scratch);
+
+  // Products of levels of a byte: `outputs` of them a panel, whose rows of 4 columns take 4 outputs bytes.
+  int64_t outputs;
+  void (*level_range)(const int8_t* c, int64_t count, int* lowest, int* highest);
+  void (*lay_out_panel)(const LevelsArg&, int64_t first, int64_t count, int lowest, uint8_t* words);
+  void (*multiply_levels)(const LevelsArg&, const LevelPanel&, int64_t row0, int64_t row1);
+  void (*sum_levels)(const int8_t* q, int64_t rows, int64_t cols, int32_t* sums);
 };
 
 constexpr int64_t kPadding = 64;  // arrays that the packed loops read are padded to whole vectors

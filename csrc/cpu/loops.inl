@@ -28,8 +28,11 @@ typedef CodebookGrid Codebook;
 #include "mix.inl"
 #include "update.inl"
 #include "scales.inl"
+#include "lowbit.inl"
 
-extern const Loops loops = {quantize, row_sums, scale_gradient, update, sam, mix, mix_gradient, scales, errors};
+extern const Loops loops = {quantize,    row_sums,          scale_gradient, update, sam,
+                            mix,         mix_gradient,      scales,         errors, token_levels,
+                            scaled_sums, stochastic_levels, peak,           luq};
 
 }  // namespace ASKEW_ISA
 }  // namespace askew

@@ -42,6 +42,13 @@ namespace host {
 #include "../math/scales.inl"
 }  // namespace host
 
+inline void round_whole(const ScaleTensor& t) {
+  float top = 0;
+  for (int64_t r = 0; r < t.rows; ++r) top = t.scale[r] > top ? t.scale[r] : top;
+  const float unit = host::scale_unit(top);
+  for (int64_t r = 0; r < t.rows; ++r) t.scale[r] = host::round_to_units(t.scale[r], unit);
+}
+
 struct ScalesOnCpu : OnCpu {
   using OnCpu::OnCpu;
   void run(const std::vector<ScaleTensor>& tensors) const {
@@ -52,11 +59,20 @@ struct ScalesOnCpu : OnCpu {
     over_list(tilings.data(), tensors.size(), [&](size_t j, Tile t, int64_t) {
       if (loops().scales(tensors[j], t.row0, t.row1)) marked[j].store(true, std::memory_order_relaxed);
     });
-    for (size_t j = 0; j < tensors.size(); ++j)
+    for (size_t j = 0; j < tensors.size(); ++j) {
       if (marked[j]) fill_marked(tensors[j]);
+      if (tensors[j].type == kScaleE4M3) round_whole(tensors[j]);
+    }
   }
 
-  void run(const MseArg& a, float* scale) const {
+  void run(MseArg a, float* scale) const {
+    float top = 0;
+    for (int64_t row = 0; row < a.m.rows; ++row) {
+      const float own = host::largest_scale(row, a);
+      top = own > top ? own : top;
+    }
+    const float unit = host::scale_unit(top);
+    a.unit = &unit;
     const Tiling tiling(a.m, kSumPiece);
     const int64_t pieces = (a.m.cols + kSumPiece - 1) / kSumPiece;  // of a row, whether or not tiles hold several
     std::vector<double> errors(tiling.pieces_per_row > 1 ? a.m.rows * pieces * kScaleCandidates : 0);

@@ -27,9 +27,19 @@ ASKEW_FN void flush(RowSums& s) {
   flush(s.abs);
   flush(s.squares);
 }
-ASKEW_FN void finish(RowSums& s, double* out) {
-  out[kSumAbs] = finish(s.abs);
-  out[kSumSquares] = finish(s.squares);
+// ``finish`` of lanes that were never flushed, in registers: what a group of 32 costs is its sums' end.
+ASKEW_FN double finish_band(const Lanes16& s) {
+  float now[16];
+  __builtin_memcpy(now, s.now, sizeof now);
+  double total[16];
+  for (int i = 0; i < 16; ++i) total[i] = (double)now[i];
+  for (int i = 0; i < 8; ++i) total[i] += total[i + 8];
+  for (int i = 0; i < 4; ++i) total[i] += total[i + 4];
+  return (total[0] + total[2]) + (total[1] + total[3]);
+}
+ASKEW_FN void finish(RowSums& s, double* out, bool one_band) {
+  out[kSumAbs] = one_band ? finish_band(s.abs) : finish(s.abs);
+  out[kSumSquares] = one_band ? finish_band(s.squares) : finish(s.squares);
   float m = 0;
   for (int k = 0; k < kVectors; ++k)
     for (int i = 0; i < ASKEW_LANES; ++i) m = s.peak[k][i] > m ? s.peak[k][i] : m;
@@ -70,14 +80,15 @@ struct RowSumsLoop {
 
 template <int T>
 void row_sums_typed(const void* x, int64_t cols, Tile t, double* out) {
+  const bool one_band = t.col1 - t.col0 <= kBand;
   for (int64_t r = t.row0; r < t.row1; ++r, out += kRowSums) {
     RowSums sums{};
     const RowSumsLoop<T> loop{{{(void*)x, type_size(T), false}}, &sums};
     for_bands(r * cols, t, [&](Columns c) {
       for_columns(loop, c);
-      flush(sums);
+      if (!one_band) flush(sums);
     });
-    finish(sums, out);
+    finish(sums, out, one_band);
   }
 }
 

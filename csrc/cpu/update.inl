@@ -112,6 +112,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   for (const StepStream k : {kExcess, kDescent, kGradient}) streams[k] = {};
   for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
   step.hyper = &h;
+  const bool one_band = tile.col1 - tile.col0 <= kBand;
   for (int64_t r = tile.row0; r < tile.row1; ++r) {
     RowSums sums;
     if (row_sums) sums = {};
@@ -154,7 +155,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
       }
       if (row_sums) {
         for_columns(RowSumsLoop<T>{{w_read}, &sums}, c);
-        flush(sums);
+        if (!one_band) flush(sums);
       }
       if (t.dequantized) {
         const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
@@ -164,7 +165,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
       }
     });
     if (row_sums) {
-      finish(sums, row_sums);
+      finish(sums, row_sums, one_band);
       row_sums += kRowSums;
     }
   }

@@ -103,7 +103,7 @@ __device__ __forceinline__ void finish_gradient(float sum, const GradientPass& p
 }
 
 template <int T, class Grid>
-__global__ void __launch_bounds__(kThreads, 2) scale_gradient_kernel(const __grid_constant__ GradientPass p) {
+__global__ void __launch_bounds__(kThreads, kResident) scale_gradient_kernel(const __grid_constant__ GradientPass p) {
   const Grid grid = GridMaker<Grid>::make(p.grid);
   float sum = 0;
   const auto run = [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {

@@ -176,6 +176,89 @@ cudaError_t launch_scales(const ScaleList<kScaleTensors>& all, uint32_t blocks, 
   return launch(scales_kernel<N>, blocks, kScaleThreads, stream, list);
 }
 
+// ---- E4M3: once all scales of a tensor are there, they are rounded in units of its own
+// ------------------------------------
+
+constexpr int64_t kUnitRows = 4096;  // of a block
+constexpr int kUnitTensors = 64;     // of a launch
+
+struct UnitEntry {
+  float* scale;
+  uint32_t rows;
+};
+struct UnitList {
+  float* tops;  // the largest scale of each block's rows
+  int n;
+  uint32_t first_block[kUnitTensors];
+  UnitEntry entry[kUnitTensors];
+};
+
+// The largest of what the block's threads have. Every thread calls it.
+__device__ __forceinline__ float largest_of_block(float own) {
+  __shared__ float of_thread[kScaleThreads];
+  of_thread[threadIdx.x] = own;
+  __syncthreads();
+  for (int width = kScaleThreads / 2; width; width /= 2) {
+    const int other = threadIdx.x + width;
+    if (threadIdx.x < width && of_thread[other] > of_thread[threadIdx.x]) of_thread[threadIdx.x] = of_thread[other];
+    __syncthreads();
+  }
+  return of_thread[0];
+}
+
+__global__ void __launch_bounds__(kScaleThreads) tops_kernel(const __grid_constant__ UnitList list) {
+  const int number = tensor_of_block(list);
+  const UnitEntry& e = list.entry[number];
+  const int64_t begin = (int64_t)(blockIdx.x - list.first_block[number]) * kUnitRows;
+  const int64_t end = e.rows < begin + kUnitRows ? e.rows : begin + kUnitRows;
+  float top = 0.f;
+  for (int64_t row = begin + threadIdx.x; row < end; row += kScaleThreads)
+    top = e.scale[row] > top ? e.scale[row] : top;
+  top = largest_of_block(top);
+  if (threadIdx.x == 0) list.tops[blockIdx.x] = top;
+}
+
+__global__ void __launch_bounds__(kScaleThreads) units_kernel(const __grid_constant__ UnitList list) {
+  const int number = tensor_of_block(list);
+  const UnitEntry& e = list.entry[number];
+  const float* tops = list.tops + list.first_block[number];
+  const int blocks = (int)((e.rows + kUnitRows - 1) / kUnitRows);
+  float top = 0.f;
+  for (int i = threadIdx.x; i < blocks; i += kScaleThreads) top = tops[i] > top ? tops[i] : top;
+  const float unit = scale_unit(largest_of_block(top));
+  const int64_t begin = (int64_t)(blockIdx.x - list.first_block[number]) * kUnitRows;
+  const int64_t end = e.rows < begin + kUnitRows ? e.rows : begin + kUnitRows;
+  for (int64_t row = begin + threadIdx.x; row < end; row += kScaleThreads)
+    e.scale[row] = round_to_units(e.scale[row], unit);
+}
+
+inline int64_t unit_blocks(const ScaleTensor& t) { return t.type == kScaleE4M3 ? ceil_div(t.rows, kUnitRows) : 0; }
+
+cudaError_t round_in_units(const ScaleTensor* tensors, size_t n, float* tops, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  UnitList list;
+  list.tops = tops;
+  list.n = 0;
+  uint32_t blocks = 0;
+  const auto flush = [&] {
+    if (!list.n) return;
+    error = first_error(error, launch(tops_kernel, blocks, kScaleThreads, stream, list));
+    error = first_error(error, launch(units_kernel, blocks, kScaleThreads, stream, list));
+    list.n = 0;
+    blocks = 0;
+  };
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t own = unit_blocks(tensors[i]);
+    if (own == 0) continue;
+    if (list.n == kUnitTensors || blocks + own > kMostInGrid) flush();
+    list.first_block[list.n] = blocks;
+    list.entry[list.n++] = {tensors[i].scale, (uint32_t)tensors[i].rows};
+    blocks += (uint32_t)own;
+  }
+  flush();
+  return error;
+}
+
 // ---- least squared error: a block takes one row, or one piece of a long row, and all candidates
 // ------------------------
 
@@ -278,21 +361,40 @@ __global__ void __launch_bounds__(kErrorThreads) choose_kernel(const __grid_cons
   if (threadIdx.x == 0) a.scale[row] = candidate_scale(best, (double)a.sums[row * kRowSums + kMaxAbs], a);
 }
 
+// The unit of a tensor from all of its rows; one block.
+__global__ void __launch_bounds__(kScaleThreads) mse_unit_kernel(const __grid_constant__ MseArg a, float* unit) {
+  float top = 0.f;
+  for (int64_t row = threadIdx.x; row < a.m.rows; row += kScaleThreads) {
+    const float own = largest_scale(row, a);
+    top = own > top ? own : top;
+  }
+  top = largest_of_block(top);
+  if (threadIdx.x == 0) *unit = scale_unit(top);
+}
+
 int64_t error_pieces(const MseArg& a) { return ceil_div(a.m.cols, kSumPiece); }
 
 }  // namespace
 
-size_t scales_scratch(const ScaleTensor* tensors, size_t n) {
+namespace {
+size_t tickets_scratch(const ScaleTensor* tensors, size_t n) {
   for (size_t i = 0; i < n; ++i)
     if (blocks_of_rows(tensors[i].rows) > 1) return n * sizeof(Ticket);
   return 0;
 }
+}  // namespace
+
+size_t scales_scratch(const ScaleTensor* tensors, size_t n) {
+  size_t tops = 0;
+  for (size_t i = 0; i < n; ++i) tops += unit_blocks(tensors[i]);
+  return tickets_scratch(tensors, n) + tops * sizeof(float);
+}
 
 cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStream_t stream) {
-  const size_t bytes = scales_scratch(tensors, n);
+  const size_t bytes = tickets_scratch(tensors, n);
   cudaError_t error = bytes ? cudaMemsetAsync(scratch, 0, bytes, stream) : cudaSuccess;
   ScaleList<kScaleTensors> list;
-  list.tickets = (Ticket*)scratch;
+  list.tickets = bytes ? (Ticket*)scratch : nullptr;
   list.n = 0;
   uint32_t blocks = 0;
   const auto flush = [&] {
@@ -314,22 +416,35 @@ cudaError_t scales(const ScaleTensor* tensors, size_t n, void* scratch, cudaStre
     blocks += (uint32_t)own;
   }
   flush();
-  return error;
+  return first_error(error, round_in_units(tensors, n, (float*)((char*)scratch + bytes), stream));
 }
 
-size_t mse_scales_scratch(const MseArg& a) {
+namespace {
+size_t partial_scratch(const MseArg& a) {
   const int64_t pieces = error_pieces(a);
   return pieces > 1 ? (size_t)(a.m.rows * pieces) * kScaleCandidates * sizeof(double) : 0;
+}
+}  // namespace
+
+size_t mse_scales_scratch(const MseArg& a) {
+  return partial_scratch(a) + (a.scale_type == kScaleE4M3 ? sizeof(float) : 0);
 }
 
 cudaError_t mse_scales(const MseArg& a, float* scale, void* scratch, cudaStream_t stream) {
   const int64_t pieces = error_pieces(a) > 1 ? error_pieces(a) : 1;
   if (a.m.rows * pieces > kMostInGrid) return cudaErrorInvalidValue;
   ErrorPass p{a, pieces, (double*)scratch, scale};
+  cudaError_t of_unit = cudaSuccess;
+  if (a.scale_type == kScaleE4M3) {
+    float* const unit = (float*)((char*)scratch + partial_scratch(a));
+    of_unit = launch(mse_unit_kernel, 1, kScaleThreads, stream, a, unit);
+    p.unit = unit;
+  }
   const unsigned blocks = (unsigned)(a.m.rows * pieces);
   cudaError_t error = cudaErrorInvalidValue;
   ASKEW_BY_TYPE(a.type,
                 ASKEW_BY_GRID(a.grid.kind, error = launch((errors_kernel<T, Grid>), blocks, kErrorThreads, stream, p)))
+  error = first_error(of_unit, error);
   if (pieces > 1) error = first_error(error, launch(choose_kernel, (unsigned)a.m.rows, kErrorThreads, stream, p));
   return error;
 }

@@ -44,6 +44,7 @@ ASKEW_FN float float_of(uint32_t bits) {
 }
 
 // The nearest scale that `TYPE` holds, ties to even (powers of two: the smaller ratio), its ends beyond its range.
+// E4M3 is in units of the tensor's, so its scales are left until all are known.
 template <int TYPE>
 ASKEW_FN float round_scale_to(float s) {
   if (TYPE == kScaleFloat32) return s;
@@ -69,9 +70,35 @@ ASKEW_FN float round_scale(float s, int type) {
   }
 }
 
-// Candidate j = 1 ... kScaleCandidates of a row: j hundredths of absmax's scale; 1 where the row has none.
+// The unit of a tensor whose largest scale is `top` (not less than any other): the least power of two whose 448-fold it
+// does not exceed.
+ASKEW_FN float scale_unit(float top) {
+  const uint32_t bits = bits_of(top > 0.f ? top : 1.f);
+  const int exponent = (int)(bits >> 23) - 8 + ((bits & 0x7fffffu) > 0x600000u ? 1 : 0);  // biased by 127
+  const int kept = exponent < 10 ? 10 : exponent > 246 ? 246 : exponent;                  // float32 holds all multiples
+  return float_of((uint32_t)kept << 23);
+}
+// The nearest E4M3 number of units, ties to even, its ends beyond its range; every product with a unit is exact.
+ASKEW_FN float round_to_units(float s, float unit) {
+  float x = s * (1.f / unit);
+  x = x < 0x1p-9f ? 0x1p-9f : x > 448.f ? 448.f : x;
+  const uint32_t bits = bits_of(x);
+  const float normal = float_of((bits + 0x7ffffu + ((bits >> 20) & 1u)) & 0xfff00000u);
+  return (x < 0x1p-6f ? (x + 0x1p14f) - 0x1p14f : normal) * unit;  // subnormal numbers are multiples of 2^-9
+}
+
+// absmax's scale of a row; not above 0 where the row has none.
+ASKEW_FN float largest_scale(int64_t row, const MseArg& a) {
+  const double peak = (double)a.sums[row * kRowSums + kMaxAbs];
+  return guarded(peak / a.c_max, peak);
+}
+
+// Candidate j = 1 ... kScaleCandidates of a row: j hundredths of absmax's scale, or of twice that where powers of two
+// may be rounded far down; 1 where the row has none.
 ASKEW_FN float candidate_scale(int j, double peak, const MseArg& a) {
   const float top = guarded(peak / a.c_max, peak);
-  const float s = top > 0.f ? guarded((double)top * ((double)j / kScaleCandidates), peak) : 1.f;
-  return round_scale(s, a.scale_type);
+  const float s =
+      top > 0.f ? guarded((double)top * ((double)j / kScaleCandidates * (a.scale_type == kScaleE8M0 ? 2 : 1)), peak)
+                : 1.f;
+  return a.scale_type == kScaleE4M3 ? round_to_units(s, *a.unit) : round_scale(s, a.scale_type);
 }

@@ -151,6 +151,30 @@ struct SumsArg {  // y = sums token_scale[row] scale[col] + bias[col]
   Matrix m;
 };
 
+constexpr int64_t kMostLevelColumns = 131071;  // whose products of bytes int32 holds the sum of, whatever they are
+struct LevelsArg {      // y = ((q c^T) token_scale[row]) scale[col] + bias[col], q and c levels of int8
+  const int8_t *q, *c;  // (rows, cols); (n, cols), or (cols, n) where it is transposed
+  const float *token_scale, *scale;
+  const void* bias;  // may be null
+  void* y;
+  int bias_type, y_type;
+  bool each, transposed;  // each: a scale for each column of y, else one
+  int64_t rows, cols, n;
+};
+
+constexpr int kLuqFewestBits = 2, kLuqMostBits = 6;  // of LUQ: one of the sign, the others of the exponent
+struct RoundArg {  // gradients, rounded stochastically by the Philox numbers of `seed`
+  const void* x;
+  void* q;              // int8 levels, or the result of LUQ in the type of x
+  const float* factor;  // levels: of x, one or one for each column
+  float* scale;         // levels: (rows,), as in TokenArg
+  uint64_t seed;
+  float most;     // LUQ: max |x| of the whole tensor
+  int type, top;  // LUQ: the exponent of most
+  bool each;      // a factor for each column
+  Matrix m;
+};
+
 enum SamPass : int {
   kSamNorm,     // sum (T g)^2
   kSamPerturb,  // kept = w, w += (c T^2 - a) g
@@ -185,7 +209,7 @@ struct MixArg {  // y = sum_k p_k s_k Q_k(x / s_k)
 // Rules of scales. kGiven: the scale is there already, and only the rows of zeros are left.
 enum ScaleRule : int { kAbsmax = 0, kSawb = 1, kMean = 2, kRms = 3, kGiven = 4 };
 // What scales are rounded to.
-enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3 };
+enum ScaleType : int { kScaleFloat32 = 0, kScaleBFloat16 = 1, kScaleFloat16 = 2, kScaleE8M0 = 3, kScaleE4M3 = 4 };
 
 struct ScaleTensor {  // the scales of one tensor from the sums of its rows
   const float* sums;  // (rows, kRowSums)
@@ -202,6 +226,7 @@ struct MseArg {  // per row, of kScaleCandidates parts of absmax's scale the one
   GridArg grid;
   double c_max;
   int type, scale_type;  // of w; of the scales
+  const float* unit;     // of the tensor, for kScaleE4M3
 };
 // Squared errors are added in one order everywhere: element i of a piece of kSumPiece columns to lane i mod
 // kErrorLanes, then the lanes by halves, then the pieces, in float64.

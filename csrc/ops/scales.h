@@ -67,7 +67,7 @@ struct ScaleOps {
   }
 
   static void check_type(int type) {
-    STD_TORCH_CHECK(type >= kScaleFloat32 && type <= kScaleE8M0, "unknown type of scales ", type);
+    STD_TORCH_CHECK(type >= kScaleFloat32 && type <= kScaleE4M3, "unknown type of scales ", type);
   }
   static double checked_top(double c_max) {
     STD_TORCH_CHECK(c_max > 0, "c_max: expected a positive number, got ", c_max);

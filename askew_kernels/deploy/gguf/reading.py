@@ -111,7 +111,7 @@ class _Source:
         sound = kind in KINDS and dtype in FLOATS and isinstance(geometry, dict) and isinstance(shape, list)
         if not sound or not all(type(n) is int and n > 0 for n in shape) or len(shape) != KINDS[kind].dims:
             raise ValueError(f"its description does not fit a packed layer: {d or info.shape!r:.200}")
-        matrix = KINDS[kind].form.shape(tuple(shape))
+        matrix = KINDS[kind].form_with(geometry).shape(tuple(shape))
         if (matrix[0], math.prod(matrix[1:])) != (math.prod(info.shape[:-1]), info.shape[-1]):
             raise ValueError(f"a matrix of {info.shape} is no weight of {shape}")
         return kind, tuple(shape), getattr(torch, dtype), geometry
@@ -299,10 +299,10 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
         weight, rows = info.joined(parts), source.rows(info)
         name = source.place(info)[0]
         try:
-            kind, shape, *_ = source.described(name, info)
+            kind, shape, _, geometry = source.described(name, info)
         except ValueError as error:
             raise source.error(info.name, error) from None
-        weights[name] = KINDS[kind].form.weight(weight if rows is None else weight[rows], shape)
+        weights[name] = KINDS[kind].form_with(geometry).weight(weight if rows is None else weight[rows], shape)
     a = source.architecture
     heads = {h: source.names.prefix + a.embedding for h in a.heads if h not in weights} if a else {}
     for name, first in (heads | source.ties).items():

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...nn import dequantize_, hard_quantize_, quantize_, unpack_
-from ...nn.experts import all_expert_weights, expose
+from ...nn.held import all_held_weights, expose
 from ...nn.kinds import DEFAULT, KINDS, replaceable
 from ...nn.layers import GRIDS, STATE, QuantizedLayer
 from ...nn.packed import EXTRA_STATE, PackedLayer
@@ -121,7 +121,7 @@ class AskewQuantizer(HfQuantizer):
         keys = {key: f"{names[path]}.{part}" for key, (path, _, part) in owners.items() if path in names}
         told.aliases = {keys[key]: keys[kept] for key, kept in told.aliases.items() if {key, kept} <= keys.keys()}
         held = [name for name, d in layers.items() if getattr(KINDS.get(str(d.get("kind"))), "held", False)]
-        expose(model, [name for name in held if name in all_expert_weights(model)])
+        expose(model, [name for name in held if name in all_held_weights(model)])
         trained, packed = dict[str, QuantConfig](), dict[str, PackedLayer]()
         for name, d in layers.items():
             try:
