@@ -615,6 +615,25 @@ def test_wrapped_optimizers(wrapper):
     assert all((a != b).any() for a, b in zip(start, scales_of(model), strict=True))
 
 
+def test_skipped_gradients_leave_scales_alone():
+    """Momentum would remember a NaN for ever."""
+    model = model_with()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model, skip_nonfinite=True), lr=0.05, momentum=0.9)
+    x, y = batch()
+    for k in range(4):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        before = scales_of(model)[0]
+        if k == 0:
+            model[0].weight.grad[2, 3] = math.nan
+            model[0].weight_scale.grad[2] = math.nan
+        optimizer.step()
+        consistent(model)
+        moved = scales_of(model)[0] != before
+        assert moved[3] and moved[2] == (k > 0)
+    assert model[0].weight.isfinite().all()
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="scale: 'lsq'.*forward='relaxed'"):
         QuantConfig(scale="lsq", forward="relaxed")

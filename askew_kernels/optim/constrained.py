@@ -160,14 +160,7 @@ class Constrained(Optimizer):
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
-        for (
-            group,
-            params,
-            _,
-        ) in work:  # learned scales are among them: the copies that a launch writes are of the new ones
-            if params and group["grid"] is None:
-                self._step_plain(group, params)
-                torch.autograd.graph.increment_version([p for p in params if scale_owner(p) is not None])  # fused ones
+        self._step_without_grid(work)
         for index, (group, params, grads) in enumerate(work):
             if params and group["grid"] is not None:
                 if record:
@@ -177,6 +170,18 @@ class Constrained(Optimizer):
         if record and self._log is not None:
             self._log.recorded(self._record, self.param_groups)
         return loss
+
+    def _step_without_grid(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
+        """They come before those with one, whatever the order of groups: learned scales are among them, and the copies
+        that a launch writes are of the new ones."""
+        for group, params, grads in work:
+            if not params or group["grid"] is not None:
+                continue
+            scales = [(p, g) for p, g in zip(params, grads, strict=True) if scale_owner(p) is not None]
+            for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
+                grad.nan_to_num_(0.0, 0.0, 0.0)
+            self._step_plain(group, params)
+            torch.autograd.graph.increment_version([p for p, _ in scales])  # fused steps do not count
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
