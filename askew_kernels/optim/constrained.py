@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import next_scales, scale_owner, share_rows, spare_frozen_scales
+from ..quant.state import LearnedScale, next_scales, scale_owner, share_rows, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -185,7 +185,7 @@ class Constrained(Optimizer):
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
-        for group in self.param_groups:
+        for group in self.param_groups if LearnedScale.made else ():  # weights are not looked at one by one for nothing
             for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
                 quantizer = WeightQuantizer.of(p)
                 if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:
