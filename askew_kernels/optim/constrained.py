@@ -185,9 +185,7 @@ class Constrained(Optimizer):
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
-        if not LearnedScale.made:  # nothing of Python's for each tensor, where none is learned
-            return
-        for group in self.param_groups:
+        for group in self.param_groups if LearnedScale.made else ():  # weights are not looked at one by one for nothing
             for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
                 quantizer = WeightQuantizer.of(p)
                 if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:
