@@ -315,6 +315,16 @@ def test_shapes_and_types(gradient, dtype, generator):
         assert torch.equal(y, again)
 
 
+@pytest.mark.parametrize("dtype", [*STORAGE, torch.float64], ids=str)
+def test_a_large_weight_is_decoded_in_panels(dtype, generator, monkeypatch):
+    layer = ak.nn.AskewLinear(20, 33, True, QuantConfig(forward="int8"), dtype=dtype)
+    x, g = torch.randn(9, 20, generator=generator).to(dtype), torch.randn(33, 9, generator=generator).to(dtype).t()
+    wanted = gradients(layer, x, g)
+    monkeypatch.setattr(lowbit, "PANEL", 3 * 33 + 1)  # seven panels of three columns, the last of two
+    for got, other in zip(gradients(layer, x, g), wanted, strict=True):
+        assert torch.allclose(got, other, rtol=1e-2 if dtype in STORAGE[1:] else 1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("forward", ["hard", "relaxed", "int8", "fp8"])
 def test_luq_before_both_products(forward, generator):
     layer, plain = layer_of(forward=forward, gradient=LUQ(4)), layer_of(forward=forward)
