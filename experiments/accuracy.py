@@ -252,7 +252,8 @@ class Line:
 
 
 def summarise(results: Iterable[Result]) -> list[Line]:
-    """In the order of the tables; runs of the longest training alone count."""
+    """In the order of the tables; runs of the longest training alone count, and of a row the seeds that all its methods
+    have, where there are any."""
     results = [r for r in results if r.split == TEST]
     longest = {task: max(r.steps for r in rows) for task, rows in command.grouped(results, lambda r: r.task).items()}
     lines: dict[tuple[str, str, str], Line] = {}
@@ -264,7 +265,11 @@ def summarise(results: Iterable[Result]) -> list[Line]:
         key = (r.task, r.setting, r.width)
         lines.setdefault(key, Line(*key, {})).values.setdefault(r.method, {})[r.seed] = r.value
     for line in lines.values():
-        line.values[FLOAT] = plain.get(line.task, {})
+        line.values[FLOAT] = dict(plain.get(line.task, {}))
+        of_all = set.intersection(*(set(seeds) for seeds in line.values.values() if seeds))
+        for seeds in line.values.values() if of_all else ():  # means are of the same seeds
+            for seed in seeds.keys() - of_all:
+                del seeds[seed]
     order = (list(TASKS).index, (INNER, ALL, ACTIVATIONS).index, list(demo.WIDTHS).index)
     return sorted(lines.values(), key=lambda x: tuple(
         place(value) for place, value in zip(order, (x.task, x.setting, x.width), strict=True)))  # fmt: skip
@@ -356,6 +361,14 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
     return figures.save(figure, "evidence", ("png",))
 
 
+def circumstances(results: Sequence[Result]) -> str:
+    """Of how long trainings were, at which learning rate, on what."""
+    rows = [r for r in results if r.split == TEST]
+    trained = sorted({(list(TASKS).index(r.task), r.task, r.steps, r.lr) for r in rows})
+    told = [f"{name}: {steps:,} steps, learning rate {lr:g}" for _, name, steps, lr in trained]
+    return "; ".join([*told, *sorted({f"{r.device} ({r.versions})" for r in rows})]) + "."
+
+
 MARK = re.compile(r"(<!-- evidence\b[^\n]*-->\n).*?(<!-- /evidence -->)", re.DOTALL)
 
 
@@ -444,7 +457,7 @@ def run(args: argparse.Namespace) -> int:
     asked = set(jobs)
     found = command.read_rows(rows, Result) if args.report else [r for r in made(rows, jobs) if job_of(r) in asked]
     lines = summarise(found)
-    text = markdown(lines)
+    text = f"{markdown(lines)}\n\n{circumstances(found)}"
     print(text)
     for name, data in {"evidence.md": (text + "\n").encode(), **(plot(lines) if lines else {})}.items():
         command.write_atomic(args.out / name, data)

@@ -419,6 +419,9 @@ CELLS: dict[str, Callable[[Tried], str]] = {
     "`torch.autocast`": _autocast,
     "`torch.compile`": _compiled,
     "inputs of 8 bits (`activation=`)": _few_bits(ak.QuantConfig(Uniform(4), activation=Uniform(8))),
+    'learned scales of inputs (`activation_scale="lsq"`)': _few_bits(
+        ak.QuantConfig(Uniform(4), activation=Uniform(8), activation_scale="lsq")
+    ),
     '`forward="int8"`': _few_bits(ak.QuantConfig(Uniform(4), forward="int8")),
     '`forward="fp8"`': _few_bits(ak.QuantConfig(Uniform(4), forward="fp8")),
     "searched (`ak.search`)": _searched,

@@ -325,10 +325,10 @@ def test_nothing_of_the_kinds(caplog):
 
 def test_outputs_of_a_grouped_transposed_convolution_have_a_scale_each():
     """Row j G + g of the matrix is output g n + j: what that output alone depends on."""
-    layer = ak.nn.AskewConvTranspose1d(6, 4, 3, groups=2, config=CONFIGS["int4 channel"])
+    layer = ak.nn.AskewConvTranspose1d(6, 4, 5, groups=2, config=CONFIGS["int4 channel"])
     n, x = 2, torch.randn(1, 6, 5, generator=torch.Generator().manual_seed(2))
     matrix, w = layer.form.matrix(layer.weight.detach()), layer.weight.detach()
-    assert matrix.shape == (4, 3, 3) and layer.weight_scale.shape == (4,)
+    assert matrix.shape == (4, 3, 5) and layer.weight_scale.shape == (4,)
     for output in range(4):
         g, j = divmod(output, n)
         assert torch.equal(matrix[j * 2 + g], w[3 * g : 3 * g + 3, j])
@@ -338,6 +338,20 @@ def test_outputs_of_a_grouped_transposed_convolution_have_a_scale_each():
         moved = (other(x) != layer(x)).any(-1)[0].tolist()
     assert moved == [False, False, True, False]
     assert (other.weight_scale != layer.weight_scale).tolist() == [False, True, False, False]
+
+
+def test_a_file_that_says_nothing_of_groups(tmp_path):
+    """Of a state_dict, with one scale for the tensor: codes in the order of no groups, which a model with groups
+    refuses."""
+    config = CONFIGS["int3 tensor"]
+    model = ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.ConvTranspose1d(6, 4, 3, groups=2)), config))
+    save_file(model.state_dict(), tmp_path / "in.safetensors")
+    kind = {"*": "conv_transpose1d"}
+    convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", config, kinds=kind)
+    other = nn.Sequential(nn.ConvTranspose1d(6, 4, 3, groups=2))
+    with pytest.raises(PackedFileError, match=r"layer 0: weight_codes: expected shape \[4, 4\] with the geometry"):
+        ak.load_packed(tmp_path / "out.safetensors", other)
+    assert type(other[0]) is nn.ConvTranspose1d
 
 
 def test_learned_scales_of_grouped_outputs():

@@ -8,7 +8,6 @@ which single channels are large, runs of tokens of one channel: KIVI (Liu et al.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from .. import contract, ops
 from ..quant import Uniform, code_bits, pack_weight
 from ..quant.packing import storage_type
-from ..quant.scales import check_scale_dtype, round_scale
+from ..quant.scales import check_scale_dtype
 
 __all__ = ["KVCache", "QuantizedKV", "quantize_kv_"]
 
@@ -88,14 +87,16 @@ class Rounding:
         if not rows.numel():
             scale = torch.ones(rows.shape[0], dtype=torch.float32, device=rows.device)
             return scale, None if self.symmetric else torch.zeros_like(scale)
+        kept = getattr(torch, self.scale_dtype)  # few operations: on a GPU each costs more than its work
         if self.symmetric:
-            zero, top = None, rows.abs().amax(1).float() / self.grid.c_max
+            zero, width = None, rows.abs().amax(1).float()
         else:
-            low, high = rows.aminmax(dim=1)
-            zero = low.to(getattr(torch, self.scale_dtype)).float()
-            top = (high.float() - zero) / self.grid.c_max
-        scale = round_scale(torch.where(top > 0, top, torch.ones_like(top)), self.scale_dtype)
-        return torch.where(top.isfinite(), scale, torch.full_like(top, math.nan)), zero
+            zero = rows.amin(1).to(kept).float()
+            width = rows.amax(1) - zero
+        top = width / torch.full((), self.grid.c_max, device=rows.device)  # by a number a GPU multiplies by 1 / number
+        low, high = contract.SCALE_RANGES[self.scale_dtype]
+        scale = top.clamp(max(low, 2.0**-126), high).to(kept).float()
+        return scale + (top - top), zero  # NaN where top is no number
 
     def fake(self, x: Tensor) -> Tensor:
         """x_hat, straight-through; tokens that fill no block stay as they are."""
@@ -112,9 +113,7 @@ class Rounding:
             y = ops.run_fake_quantize(rows.contiguous(), *rest)
         else:
             z = zero[:, None]
-            y = (ops.run_fake_quantize((rows.to(contract.compute_dtype(x.dtype)) - z).contiguous(), *rest) + z).to(
-                x.dtype
-            )
+            y = (ops.run_fake_quantize((rows - z).contiguous(), *rest) + z).to(x.dtype)  # z is float32, so all is
         return self.tokens(y.reshape(grouped.shape))
 
     @torch.no_grad()
@@ -127,7 +126,7 @@ class Rounding:
         if not bool(scale.isfinite().all()):
             raise ValueError(f"{self.name}: expected finite numbers, which codes stand for, got inf or NaN")
         if zero is not None:
-            rows = rows.to(contract.compute_dtype(x.dtype)) - zero[:, None]
+            rows = rows - zero[:, None]
         codes = pack_weight(rows, scale, self.grid)
         shape, kept = grouped.shape[:-1], storage_type(self.scale_dtype)
         zero = None if zero is None else zero.to(kept).reshape(shape)
