@@ -16,7 +16,7 @@ MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
 STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
 # What states of the first releases have not, and what it was there.
-LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None}
+LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None, "start": None}
 POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
 
 
@@ -25,6 +25,7 @@ class Settings:
     """A row of the recipe. Shares are of all steps; "outer" are the groups with ``order="outer"``, which
     ``ak.param_groups`` makes of the first and the last layer."""
 
+    start: float = 0.0  # share before which layers compute with the float weights in training
     freeze: float = 0.1  # share after which scales are frozen, and weights clamped to the hull
     hold: float = 0.9  # share in which eps is 1
     power: float = 2.0
@@ -66,7 +67,9 @@ class EpsilonAnnealing(LRScheduler):
     optimizer. Call ``step()`` after the LR scheduler's; the other order is noticed.
     ``freeze``: the period from which scales are frozen (and weights clamped to the hull, where ``clamp``), if before
     the hold ends. ``clamp``: what the groups are told; None: as they have it. ``outer_hold``, ``outer_freeze``,
-    ``outer_power``: those of groups with ``order="outer"``; None: as the others.
+    ``outer_power``: those of groups with ``order="outer"``; None: as the others. ``start``: the period before which
+    the groups' layers compute in training with the float weights, as float layers do, and only from then on with the
+    quantized ones (in eval always; not those that learn their scale).
 
     Nothing given but ``total`` is the recommended recipe, ``RECIPES[family_of(optimizer)]``; ``ak.Recipe`` takes it
     from a number of steps. With ``hold`` scales freeze when it ends, all groups are alike, and power is 12. Other modes
@@ -86,6 +89,7 @@ class EpsilonAnnealing(LRScheduler):
         mode: str | None = None, power: float | None = None, decay: float | None = None, floor: float = FLOOR,
         keep_pull: bool | None = None, clamp: bool | None = None, freeze: int | None = None,
         outer_hold: int | None = None, outer_freeze: int | None = None, outer_power: float | None = None,
+        start: int | None = None,
     ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
@@ -96,7 +100,7 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if total is not None:
             total = _periods("total", total)
-        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze}
+        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze, "start": start}
         periods = {name: None if value is None else _periods(name, value) for name, value in given.items()}
         if mode == row.mode and decay is None:
             keep_pull = row.keep_pull if keep_pull is None else keep_pull
@@ -137,12 +141,17 @@ class EpsilonAnnealing(LRScheduler):
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
         self.keep_pull, self.clamp, self.freeze = bool(keep_pull), clamp, periods["freeze"]
-        self.outer_hold, self.outer_freeze = periods["outer_hold"], periods["outer_freeze"]
+        self.outer_hold, self.outer_freeze, self.start = (
+            periods["outer_hold"],
+            periods["outer_freeze"],
+            periods["start"],
+        )
         self.outer_power = None if outer_power is None else float(outer_power)
         self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
+        self._floats: bool | None = None  # what the quantizers were told last
         self._late, self._looked, self._calls, self._crowded = 0, False, 0, 0
         self._ahead = self._further_along()  # as the groups were found, before they are set
         self._hook()
@@ -202,6 +211,15 @@ class EpsilonAnnealing(LRScheduler):
                 group["clamp"] = self.clamp
         self._stepped = self._told = False
         self._follow_lr()
+        self._float_while(self.last_epoch < (self.start or 0))
+
+    def _float_while(self, floats: bool) -> None:
+        """Tells the layers, by their weights' quantizers, where it is another than before."""
+        for _, group in self._groups() if floats is not self._floats else ():
+            for p in group["params"]:
+                if (quantizer := getattr(p, "_askew_quantizer", None)) is not None:
+                    quantizer.float_while(floats)
+        self._floats = floats
 
     def _separate(self) -> None:
         """Outer groups that share the tensor of eps with others get one of their own."""
@@ -337,7 +355,7 @@ class EpsilonAnnealing(LRScheduler):
         if missing or unknown:
             raise ValueError(f"state_dict: expected EpsilonAnnealing's keys, got {unknown} instead of {missing}")
         self.__dict__.update({**LATER, **state_dict})
-        self._first = {str(k): list(v) for k, v in state_dict["_first"].items()}
+        self._first, self._floats = {str(k): list(v) for k, v in state_dict["_first"].items()}, None
         self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}
         self._calls = self._crowded = 0
         self._apply()

@@ -15,7 +15,7 @@ from .nn import hard_quantize_, quantized_layers
 
 __all__ = ["Recipe"]
 
-SHARES = ("hold", "freeze", "outer_hold", "outer_freeze")
+SHARES = ("hold", "freeze", "outer_hold", "outer_freeze", "start")
 
 
 class Recipe(EpsilonAnnealing):

@@ -471,3 +471,69 @@ def test_every_number_of_the_table_is_used():
     assert {field.name for field in dataclasses.fields(Settings)} == {*others, "scale"}
     for name, value in others.items():
         assert ak.Recipe(model, optimizer, 1000, **{name: value}).state_dict() != base, name
+
+
+# ---- the start with float weights -----------------------------------------------------------------------------------
+
+
+def two_nets(**config):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    return ak.quantize_(net(), ak.QuantConfig(weight=ak.quant.Ternary(), **config)), net()
+
+
+@pytest.mark.parametrize("ste_clip", [True, "step", False])
+@pytest.mark.parametrize("forward", ["hard", "int8"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_start_trains_as_the_float_model(ste_clip, forward, adam):
+    model, plain = two_nets(ste_clip=ste_clip, forward=forward)
+    ours, torchs = (ak.optim.ASkewAdamW, torch.optim.AdamW) if adam else (ak.optim.ASkewSGD, torch.optim.SGD)
+    optimizer, other = ours(ak.param_groups(model), lr=0.05), torchs(plain.parameters(), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.4, freeze=0.5)
+    x = torch.randn(16, 6)
+    for k in range(10):
+        floating = k < 4
+        assert torch.equal(model(x), plain(x)) == floating or not floating
+        for net, stepped in ((model, optimizer), (plain, other)):
+            stepped.zero_grad()
+            net(x).square().mean().backward()
+            stepped.step()
+        recipe.step()
+        same = all(torch.allclose(p, q, atol=1e-6) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+        assert same == floating
+        if floating:
+            expected = model(x).detach()
+            assert not torch.equal(model.eval()(x), expected) or k == 3  # in eval what will be shipped
+            model.train()
+    assert torch.equal(model(x), model.eval()(x))
+
+
+def test_start_is_taken_up_again_and_copied():
+    model, _ = two_nets()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.4)
+    recipe.step()
+    x = torch.randn(4, 6)
+    assert torch.equal(copy.deepcopy(model)(x), model(x))
+    again, _ = two_nets()
+    again.load_state_dict(model.state_dict())
+    assert not torch.equal(again(x), model(x))
+    resumed = ak.Recipe(again, ak.optim.ASkewSGD(ak.param_groups(again), lr=0.05), 10, start=0.0)
+    resumed.load_state_dict(recipe.state_dict())
+    assert torch.equal(again(x), model(x))
+    for _ in range(3):
+        resumed.step()
+    assert not torch.equal(again(x), model(x))
+    old = {key: value for key, value in recipe.state_dict().items() if key != "start"}
+    resumed.load_state_dict(old)  # of before there was a start
+    assert resumed.start is None
+
+
+def test_start_leaves_learned_scales_to_learn():
+    model, _ = two_nets(scale="lsq")
+    ak.Recipe(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05), 10, start=0.5)
+    assert not any(layer.quantizer.floating for layer in ak.nn.quantized_layers(model).values())
+    x = torch.randn(4, 6)
+    assert torch.equal(model(x), model.eval()(x))

@@ -201,7 +201,7 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     layers = quantized_layers(model)
     with torch.inference_mode(False), torch.no_grad():
         weights = {
-            name: layer.weight.detach() if layer.training and layer.config.forward == "relaxed"
+            name: layer.weight.detach() if layer.computes_float
             else layer.quantized_weight() for name, layer in layers.items()
         }  # fmt: skip
         twin = copy.deepcopy(model) if layers else model

@@ -59,7 +59,7 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
 
     def current(self) -> Tensor:
         """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
-        if self.training and self.config.forward == "relaxed":
+        if self.computes_float:
             return self.weight
         if not self._ordinary():
             return self._functional_weight()

@@ -454,7 +454,14 @@ class QuantizedLayer(nn.Module):
         gradient, y = self.config.gradient, self._output(x, *more)
         return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
 
+    @property
+    def computes_float(self) -> bool:
+        """Whether this forward takes the float weights: in training, where the config or a recipe's start says so."""
+        return self.training and (self.config.forward == "relaxed" or self.quantizer.floating)
+
     def _output(self, x: Tensor, *more: Any) -> Tensor:
+        if self.training and self.quantizer.floating:
+            return self.product(x, self.weight, *more)
         if (levels := self.config.level_dtype) is not None:
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:

@@ -263,7 +263,7 @@ class Constrained(Optimizer):
             key = (
                 p.device,
                 clamp,
-                quantizer.config.clips_in_step,
+                quantizer.clips_in_step,
                 p.dtype == torch.float64,
                 sharding_of(p),
                 *self._bucket(group, p),

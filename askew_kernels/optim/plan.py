@@ -45,8 +45,8 @@ class Launch:
         self.sharded = is_sharded(members[0])
         self.forms = [ROWS if q is None else q.form for q in self.quantizers]
         self.as_they_are = not self.sharded and all(form == ROWS for form in self.forms)
-        config = None if self.quantizers[0] is None else self.quantizers[0].config
-        self.clips = config is not None and config.clips_in_step  # gradients outside the hull are left to this pass
+        first = self.quantizers[0]
+        self.clips = first is not None and first.clips_in_step  # gradients outside the hull are left to this pass
         self.held: Held | None = None  # the rule's state of the members
         self.count_versions = 0  # of its counters, when it last moved them
         self.versions: list[int] = []  # of the members, after the last run; their quantizers look here

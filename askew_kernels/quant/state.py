@@ -198,6 +198,7 @@ class WeightQuantizer:
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
+        self.floating = False  # layers compute with the weight itself in training: a recipe's start
         self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -542,7 +543,7 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward == "relaxed" or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.floating or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -572,6 +573,19 @@ class WeightQuantizer:
         and after the same pass once more, which only has to move ``versions`` (see ``Known``)."""
         fresh = frozenset({self.copy_dtype}) if copy_written and self.copy_dtype is not None else frozenset()
         self._known = Known(self._stamp(weight), versions, place, sums_written, clamped, fresh)
+
+    @property
+    def clips_in_step(self) -> bool:
+        """Whether the optimizer's pass zeroes gradients outside the hull."""
+        return self.config.clips_in_step and not self.floating
+
+    def float_while(self, floating: bool) -> None:
+        """Whether layers compute with the weight itself in training (and with s Q(w/s) in eval); not where the scale is
+        learned, which needs the quantized forward."""
+        floating = floating and not self.config.learns_scale
+        if floating != self.floating:
+            self.floating = floating
+            self._changed()
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
 
@@ -610,11 +624,13 @@ class WeightQuantizer:
         held = {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
         if self.learned is not None:
             held["started"] = self.started, self._young == _moved(self.learned)
+        held |= {"floating": True} if self.floating else {}
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
+        self.floating = state.get("floating", False)
         self.started, young = state.get("started", (False, False))
         if young:
             self._young = _moved(self.learned)  # type: ignore[arg-type]
