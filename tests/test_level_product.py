@@ -298,6 +298,33 @@ def test_a_products_gradient_of_levels(low, grid, generator):
     assert ((mean.flatten(0, 1) - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("gradient", [None, "int8", LUQ(4)], ids=str)
+@pytest.mark.parametrize("dtype", [*STORAGE, torch.float64], ids=str)
+def test_shapes_and_types(gradient, dtype, generator):
+    """Empty batches, one token, views, expanded gradients (of a sum), in the type of the layer."""
+    layer = ak.nn.AskewLinear(20, 33, True, QuantConfig(forward="int8", gradient=gradient), dtype=dtype)
+    x = torch.randn(4, 40, generator=generator).to(dtype)
+    for part in (x[:, ::2], x[:0, :20], x[0, :20], x[:, :20].reshape(2, 2, 20), x[:20, :4].repeat(5, 1).t(),
+                 x[:, :1].expand(4, 20)):  # fmt: skip
+        leaf = part.detach().requires_grad_()
+        y = layer(leaf)
+        y.sum().backward()
+        assert y.shape == (*part.shape[:-1], 33) and y.dtype == dtype
+        assert leaf.grad.shape == part.shape and leaf.grad.dtype == dtype and leaf.grad.isfinite().all()
+        again = layer(part.contiguous())
+        assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("dtype", [*STORAGE, torch.float64], ids=str)
+def test_a_large_weight_is_decoded_in_panels(dtype, generator, monkeypatch):
+    layer = ak.nn.AskewLinear(20, 33, True, QuantConfig(forward="int8"), dtype=dtype)
+    x, g = torch.randn(9, 20, generator=generator).to(dtype), torch.randn(33, 9, generator=generator).to(dtype).t()
+    wanted = gradients(layer, x, g)
+    monkeypatch.setattr(lowbit, "PANEL", 3 * 33 + 1)  # seven panels of three columns, the last of two
+    for got, other in zip(gradients(layer, x, g), wanted, strict=True):
+        assert torch.allclose(got, other, rtol=1e-2 if dtype in STORAGE[1:] else 1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("forward", ["hard", "relaxed", "int8", "fp8"])
 def test_luq_before_both_products(forward, generator):
     layer, plain = layer_of(forward=forward, gradient=LUQ(4)), layer_of(forward=forward)

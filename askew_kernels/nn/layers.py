@@ -550,4 +550,5 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         c = self.config
         group = f", group_size={c.group_size}" if c.group_size else ""
-        return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={c.forward}"
+        forward = c.forward if c.gradient is None else f"{c.forward}, gradient={c.gradient}"
+        return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={forward}"

@@ -238,7 +238,8 @@ class _RoundedWithTangents(_RoundedGradient):
 
 
 def rounded_gradient(y: Tensor, bits: int) -> Tensor:
-    """``y``, whose gradient is rounded by LUQ to ``bits`` bits, once for all products of the backward."""
-    if not torch.is_grad_enabled() and not transformed():
+    """``y``, whose gradient is rounded by LUQ to ``bits`` bits, once for all products of the backward; what torch.jit
+    traces has no backward."""
+    if torch.jit.is_tracing() or (not torch.is_grad_enabled() and not transformed()):
         return y
     return (_RoundedGradient if torch.compiler.is_compiling() else _RoundedWithTangents).apply(y, bits)
