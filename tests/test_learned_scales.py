@@ -577,6 +577,7 @@ def test_meta_and_materialised():
         model = ak.quantize_(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)), QuantConfig(scale="lsq"))
     assert model[0].weight_scale.is_meta and model(torch.zeros(3, 12, device="meta")).is_meta
     source = trained()
+    assert copy.deepcopy(source).to("meta")(torch.zeros(3, 12, device="meta")).is_meta
     model.to_empty(device="cpu")
     model.load_state_dict(source.state_dict())
     x, _ = batch()
