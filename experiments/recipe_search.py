@@ -157,7 +157,8 @@ def load(name: str, cache: Path, fashion: Path, device: torch.device) -> list[Te
     file = cache / f"recipe-{name}.npz"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(file, **(make_mnist1d() if name == "mnist1d" else make_fashion(fashion)))
+        made: Any = make_mnist1d() if name == "mnist1d" else make_fashion(fashion)
+        np.savez_compressed(file, **made)
     held = np.load(file)
     x, y, x_val, y_val = (torch.as_tensor(held[key]) for key in ("x", "y", "x_val", "y_val"))
     x, x_val = x.float(), x_val.float()
