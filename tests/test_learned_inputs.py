@@ -13,6 +13,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 from torch import nn
 from torch.nn import functional
 
@@ -141,6 +142,7 @@ def test_traced_and_transformed_calls(kind):
     model(x).square().sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
+    torch._dynamo.reset()  # of other models
     torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
     params = {name: p.detach() for name, p in model.named_parameters()}
     found = torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).square().sum())(params)
