@@ -19,6 +19,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 from torch import distributed, nn
 from torch.nn import functional
 
@@ -432,6 +433,7 @@ def test_traced_and_transformed_calls(options):
 
     close(torch.func.grad(loss)(params).values(), expected)
     assert torch.equal(torch.func.functional_call(model, params, (x,)), model(x))
+    torch._dynamo.reset()  # of other models
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     close(gradients(model, compiled), expected)
     tangents = {name: torch.ones_like(p) if "scale" in name else torch.zeros_like(p) for name, p in params.items()}
@@ -448,6 +450,7 @@ def test_traced_and_transformed_calls(options):
 def test_compiled_before_and_after_the_freeze():
     """At every step the gradients are those of the eager layers."""
     model = model_with()
+    torch._dynamo.reset()  # of other models
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1, momentum=0.9)
     annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
