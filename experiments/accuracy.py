@@ -30,6 +30,7 @@ import torch
 
 import askew_kernels as ak
 from askew_kernels import command, demo, figures
+from askew_kernels.annealing import RECIPES
 
 from .common import complete, differences, standard_error
 from .rivals import FLOAT, LEARNED, LSQ_NAME, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
@@ -43,7 +44,8 @@ TUNING_SEED, SCALE_LRS = 1000, (1.0, 0.1)
 
 @dataclass(frozen=True)
 class Job:
-    """lr: of the weights, at its highest; scale_lr: of learned scales, in learning rates of the weights."""
+    """lr: of the weights, at its highest; scale_lr: of learned scales, in learning rates of the weights; recipe: the
+    numbers of this package's methods, so that rows of other numbers are not taken for rows of these."""
 
     task: str
     setting: str
@@ -54,6 +56,7 @@ class Job:
     lr: float
     scale_lr: float = 1.0
     split: str = TEST
+    recipe: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,13 +182,19 @@ def jobs_for(args: argparse.Namespace, chosen: Callable[[str, str], tuple[float,
     """All methods of a width beside each other, and all of a seed before the next, so that what is there when time is
     up can be compared. chosen(task, method): (lr, scale_lr)."""
     jobs = [
-        Job(name, *way, seed, steps_of(TASKS[name], args), *chosen(name, way[-1]))
+        Job(name, *way, seed, steps_of(TASKS[name], args), *chosen(name, way[-1]), TEST, numbers_of(name, way[-1]))
         for seed in range(args.seeds)
         for name in args.tasks
         for way in ways_of(TASKS[name], args)
     ]
     settings, widths = (FLOAT, INNER, ALL, ACTIVATIONS), (FLOAT, *WIDTHS)
     return sorted(jobs, key=lambda job: (job.seed, settings.index(job.setting), widths.index(job.width)))
+
+
+def numbers_of(name: str, method: str) -> str:
+    """Of the recipe that the library has now; "" of other methods."""
+    settings = RECIPES["adam" if TASKS[name].adamw else "sgd"]
+    return ", ".join(f"{key} {value}" for key, value in asdict(settings).items()) if method in OURS else ""
 
 
 def steps_of(task: Task, args: argparse.Namespace) -> int:
@@ -252,13 +261,16 @@ class Line:
 
 
 def summarise(results: Iterable[Result]) -> list[Line]:
-    """In the order of the tables; runs of the longest training alone count, and of a row the seeds that all its methods
-    have, where there are any."""
+    """In the order of the tables. Runs of the longest training alone count, of this package's those with the recipe as
+    it is now (where there are some), and of a row the seeds that all its methods have (where there are some)."""
     results = [r for r in results if r.split == TEST]
     longest = {task: max(r.steps for r in rows) for task, rows in command.grouped(results, lambda r: r.task).items()}
     lines: dict[tuple[str, str, str], Line] = {}
     plain: dict[str, dict[int, float]] = {}
+    renewed = {(r.task, r.method) for r in results if r.recipe == numbers_of(r.task, r.method)}
     for r in (r for r in results if r.steps == longest[r.task]):
+        if (r.task, r.method) in renewed and r.recipe != numbers_of(r.task, r.method):
+            continue
         if r.width == FLOAT:
             plain.setdefault(r.task, {})[r.seed] = r.value
             continue
@@ -366,7 +378,10 @@ def circumstances(results: Sequence[Result]) -> str:
     rows = [r for r in results if r.split == TEST]
     trained = sorted({(list(TASKS).index(r.task), r.task, r.steps, r.lr) for r in rows})
     told = [f"{name}: {steps:,} steps, learning rate {lr:g}" for _, name, steps, lr in trained]
-    return "; ".join([*told, *sorted({f"{r.device} ({r.versions})" for r in rows})]) + "."
+    by_recipe = command.grouped((r for r in rows if r.recipe), lambda r: r.recipe)
+    recipes = [f"recipe of {', '.join(dict.fromkeys(r.task for r in ours))}: {numbers}"
+               for numbers, ours in by_recipe.items()]  # fmt: skip
+    return "; ".join([*told, *recipes, *sorted({f"{r.device} ({r.versions})" for r in rows})]) + "."
 
 
 MARK = re.compile(r"(<!-- evidence\b[^\n]*-->\n).*?(<!-- /evidence -->)", re.DOTALL)

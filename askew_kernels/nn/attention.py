@@ -177,7 +177,7 @@ class AskewAttention(Holder):
         if not need_weights:
             y = functional.scaled_dot_product_attention(q, k, v, mask, dropout, hinted)
             return y.transpose(1, 2).flatten(2), None
-        products = (q * math.sqrt(1 / self.head_dim)) @ k.mT
+        products = (q * math.sqrt(1 / self.head_dim)) @ k.transpose(-2, -1)
         weights = torch.softmax(products if mask is None else products + mask, -1)
         weights = functional.dropout(weights, dropout) if dropout else weights
         return (weights @ v).transpose(1, 2).flatten(2), weights

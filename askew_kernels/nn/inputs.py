@@ -15,6 +15,7 @@ Until then a call in eval mode takes the input's own largest magnitude, token by
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,12 @@ class InputQuantizer(nn.Module):
         self.register_buffer("start", zero)
         self._started = False
         self._seen: Any = None  # versions of the Parameters that were found within their bounds
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
+        if isinstance(value, Tensor) and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
+            value.data.fill_(float(name == "scale"))
+        super().__setattr__(name, value)
 
     @property
     def started(self) -> bool:

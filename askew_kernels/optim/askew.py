@@ -17,7 +17,7 @@ from torch.optim.sgd import sgd
 
 from .. import ops
 from ..quant import Binary
-from ..quant.state import QuantizedParameter
+from ..quant.state import LearnedScale, QuantizedParameter
 from .constrained import CONSTRAINT_KEYS, Constrained
 from .plan import Held, Launch, Plan, address, capturing, version
 
@@ -340,7 +340,7 @@ class ByRule(Constrained):
 
 
 _ANY = Binary()
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, QuantizedParameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, QuantizedParameter, LearnedScale)
 
 
 def _pays_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import next_scales, scale_owner, share_rows, spare_frozen_scales
+from ..quant.state import LearnedScale, next_scales, scale_owner, share_rows, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -160,14 +160,7 @@ class Constrained(Optimizer):
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
         self._step_base(work)
-        for (
-            group,
-            params,
-            _,
-        ) in work:  # learned scales are among them: the copies that a launch writes are of the new ones
-            if params and group["grid"] is None:
-                self._step_plain(group, params)
-                torch.autograd.graph.increment_version([p for p in params if scale_owner(p) is not None])  # fused ones
+        self._step_without_grid(work)
         for index, (group, params, grads) in enumerate(work):
             if params and group["grid"] is not None:
                 if record:
@@ -178,9 +171,21 @@ class Constrained(Optimizer):
             self._log.recorded(self._record, self.param_groups)
         return loss
 
+    def _step_without_grid(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
+        """They come before those with one, whatever the order of groups: learned scales are among them, and the copies
+        that a launch writes are of the new ones."""
+        for group, params, grads in work:
+            if not params or group["grid"] is not None:
+                continue
+            scales = [(p, g) for p, g in zip(params, grads, strict=True) if scale_owner(p) is not None]
+            for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
+                grad.nan_to_num_(0.0, 0.0, 0.0)
+            self._step_plain(group, params)
+            torch.autograd.graph.increment_version([p for p, _ in scales])  # fused steps do not count
+
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
-        for group in self.param_groups:
+        for group in self.param_groups if LearnedScale.made else ():  # weights are not looked at one by one for nothing
             for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
                 quantizer = WeightQuantizer.of(p)
                 if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:

@@ -239,10 +239,13 @@ class WeightQuantizer:
         if self.scale is None or (self.flag.is_meta and not weight.is_meta):
             self._make(weight)
         elif self.flag.device != device:
-            if self.learned is not None and self.learned.device != device:
-                self.learned.data = self.learned.data.to(device)  # the Parameter that an optimizer has
             first, *others = self.tensors
-            self.tensors = first.to(device), *(t.to(device) for t in others)  # type: ignore[assignment]
+            if self.learned is not None and "meta" not in (first.device.type, device.type):
+                first.data = first.data.to(device)  # the Parameter that an optimizer has
+            self.tensors = (
+                first if first.device == device else first.detach().to(device),
+                *(t.to(device) for t in others),
+            )  # type: ignore[assignment]
 
     def _make(self, weight: Tensor) -> None:
         """New tensors, of which nothing is known."""

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...nn import dequantize_, hard_quantize_, quantize_, unpack_
 from ...nn.held import all_held_weights, expose
 from ...nn.kinds import DEFAULT, KINDS, replaceable
-from ...nn.layers import GRIDS, STATE, QuantizedLayer
+from ...nn.layers import GRIDS, INPUT, STATE, QuantizedLayer
 from ...nn.packed import EXTRA_STATE, PackedLayer
 from ...nn.replace import WATCHERS, replace_modules
 from ...quant import QuantConfig, check_codes
@@ -112,7 +112,7 @@ class AskewQuantizer(HfQuantizer):
         if told.groups is None:
             skipped = self.get_modules_to_not_convert(model, told.modules_to_not_convert, model._keep_in_fp32_modules)
             quantize_(model, told.config, lambda _, name: should_convert_module(name, skipped), told.kinds)
-            self._may_lack(model, [rf"\.({'|'.join((*STATE, GRIDS))})$"])
+            self._may_lack(model, [rf"\.({'|'.join((*STATE, GRIDS))})$", rf"\.{INPUT}\."])
             return model
         described = descriptions(told.to_dict(), "quantization_config")
         owners = {key: key.rpartition(".") for pair in told.aliases.items() for key in pair}
