@@ -81,7 +81,7 @@ def _define(name: str, arguments: str, run: Any, fake: Any) -> Any:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)  # a replay would not look at the weight
     _library.define(f"{name}({arguments}, bool transposed) -> Tensor", tags=tags)
     op = getattr(torch.ops.askew, name).default
-    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
     torch.library.register_fake(f"askew::{name}", fake, lib=_library)
     torch.library.register_vmap(f"askew::{name}", lambda *args: one_by_one(op, *args), lib=_library)
     return op
