@@ -25,8 +25,8 @@ class Settings:
     """A row of the recipe. Shares are of all steps; "outer" are the groups with ``order="outer"``, which
     ``ak.param_groups`` makes of the first and the last layer."""
 
-    start: float = 0.0  # share before which layers compute with the float weights in training
-    freeze: float = 0.1  # share after which scales are frozen, and weights clamped to the hull
+    start: float = 0.5  # share before which layers compute with the float weights in training
+    freeze: float = 0.6  # share after which scales are frozen, and weights clamped to the hull
     hold: float = 0.9  # share in which eps is 1
     power: float = 2.0
     outer_freeze: float = 0.97
@@ -39,8 +39,8 @@ class Settings:
     scale: str | None = None  # what to give QuantConfig: "lsq", or None for the grid's own rule
 
 
-# The one home of the recipe's numbers: by the optimizer's family.
-RECIPES = {"sgd": Settings(), "adam": Settings()}
+# The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
+RECIPES = {"sgd": Settings(), "adam": Settings(), "finetune": Settings(start=0.0, freeze=0.1)}
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> str:
