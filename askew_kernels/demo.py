@@ -413,7 +413,10 @@ def run(args: argparse.Namespace) -> int:
     seeds = args.seeds or (5 if args.full else 2)
     screen = command.console(120)
     jobs = jobs_for(tasks, widths, seeds)
-    screen.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
+    learned = sum(job.method == LEARNED for job in jobs)
+    screen.print(
+        f"Training {len(jobs)} models, {learned} of them with a learned scale: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds."
+    )
     results: list[Result] = []
     path = args.out / "accuracy.jsonl"
     with (
