@@ -414,9 +414,8 @@ def run(args: argparse.Namespace) -> int:
     screen = command.console(120)
     jobs = jobs_for(tasks, widths, seeds)
     learned = sum(job.method == LEARNED for job in jobs)
-    screen.print(
-        f"Training {len(jobs)} models, {learned} of them with a learned scale: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds."
-    )
+    what = f"{', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds"
+    screen.print(f"Training {len(jobs)} models, {learned} of them with a learned scale: {what}.")
     results: list[Result] = []
     path = args.out / "accuracy.jsonl"
     with (
