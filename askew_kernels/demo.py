@@ -336,7 +336,7 @@ def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy against width, a panel for each task, standard deviation as error bars."""
     tasks = command.grouped(rows, lambda row: row["task"])
     names = {method: HEADINGS[method] for method in METHODS[1:]}
-    figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 6.5), 3.6)
+    figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 9.0), 3.6)
     for axis, (task, part) in zip(axes, tasks.items(), strict=True):
         if part[0]["float"]:
             axis.axhline(part[0]["float"][0], color="black", linewidth=1, linestyle="--", label="float")
