@@ -336,7 +336,7 @@ def plot(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Accuracy against width, a panel for each task, standard deviation as error bars."""
     tasks = command.grouped(rows, lambda row: row["task"])
     names = {method: HEADINGS[method] for method in METHODS[1:]}
-    figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 6.5), 3.6)
+    figure, axes = figures.figure(1, len(tasks), max(3.4 * len(tasks), 9.0), 3.6)
     for axis, (task, part) in zip(axes, tasks.items(), strict=True):
         if part[0]["float"]:
             axis.axhline(part[0]["float"][0], color="black", linewidth=1, linestyle="--", label="float")
@@ -413,7 +413,9 @@ def run(args: argparse.Namespace) -> int:
     seeds = args.seeds or (5 if args.full else 2)
     screen = command.console(120)
     jobs = jobs_for(tasks, widths, seeds)
-    screen.print(f"Training {len(jobs)} models: {', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds.")
+    learned = sum(job.method == LEARNED for job in jobs)
+    what = f"{', '.join(tasks)}; {', '.join(widths)}; {seeds} seeds"
+    screen.print(f"Training {len(jobs)} models, {learned} of them with a learned scale: {what}.")
     results: list[Result] = []
     path = args.out / "accuracy.jsonl"
     with (

@@ -262,7 +262,7 @@ def test_an_interrupted_demo_ends_with_its_processes_and_keeps_its_rows(tmp_path
     assert process.returncode == 130, err
     finished = [json.loads(line) for line in rows.read_text().splitlines()]
     assert err == f"askew_kernels: interrupted; {len(finished)} finished rows are in {rows}\n" and finished
-    assert "Training 400 models" in out and (tmp_path / "accuracy.md").is_file()
+    assert "Training 500 models, 100 of them with a learned scale" in out and (tmp_path / "accuracy.md").is_file()
     assert gone(process.pid, 10)
 
 

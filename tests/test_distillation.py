@@ -324,7 +324,7 @@ def distance(model, teacher, x):
 
 @pytest.mark.parametrize("grid", [ak.quant.Uniform(4), ak.quant.Uniform(2), ak.quant.Ternary()], ids=str)
 def test_a_trained_network_after_few_steps(grid, trained):
-    """On digits that it has not seen. (How it compares with straight-through over seeds is in docs/pytorch.md.)"""
+    """On digits that it has not seen. (Beside straight-through, over several networks: docs/notes.md.)"""
     model, (x, x_test, _, y_test) = trained
     config = ak.QuantConfig(grid)
     rounded = ak.hard_quantize_(ak.quantize_(copy.deepcopy(model), config))

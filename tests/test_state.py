@@ -224,7 +224,7 @@ def test_an_average_made_before_freezing_gets_the_scales():
     torch.manual_seed(0)
     model = Net(CONFIGS["4 bits"])
     average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model, outer=False), lr=0.05)
     for i in range(6):
         optimizer.param_groups[0]["constraint_eps"] = 1.0 if i < 3 else 0.4
         optimizer.zero_grad()
