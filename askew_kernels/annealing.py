@@ -112,6 +112,10 @@ class EpsilonAnnealing(LRScheduler):
                 outer_power = row.outer_power if outer_power is None else outer_power
                 clamp = row.clamp if clamp is None else clamp
         hold, power = periods["hold"] or 0, POWER if power is None else power
+        first = hold if periods["freeze"] is None else min(hold, periods["freeze"])
+        if start is not None and periods["start"] > first:  # type: ignore[operator]
+            raise ValueError(f"start: expected a period up to {first}, where scales are frozen, got {start}")
+        periods["start"] = periods["start"] and min(periods["start"], first)  # what is frozen is computed with
         for name, value in (("floor", floor), ("power", power), ("decay", decay),
                             ("outer_power", outer_power)):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):

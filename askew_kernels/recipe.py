@@ -116,6 +116,11 @@ def _settings(optimizer: torch.optim.Optimizer, settings: str | Settings | None,
     kept = {name: getattr(row, name) for name in SHARES if name not in changes}
     proportion = row.end / settings.end
     row = dataclasses.replace(row, **{name: share and share * proportion for name, share in kept.items()})
+    first = min(row.hold, row.hold if row.freeze is None else row.freeze)
+    if "start" not in changes:  # what is frozen is computed with
+        row = dataclasses.replace(row, start=min(row.start, first))
+    elif row.start > first:
+        raise ValueError(f"start: expected a share up to {first}, where scales are frozen, got {row.start}")
     for name in ("hold", "outer_hold"):
         if (getattr(row, name) or 0) >= row.end:
             raise ValueError(f"{name}: expected a share below end={row.end}, got {getattr(row, name)}")

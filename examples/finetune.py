@@ -42,7 +42,7 @@ print("ternary, not trained", accuracy())
 steps = 200
 optimizer = ak.optim.ASkewAdamW(ak.param_groups(model, weight_decay=0.0), lr=2e-3)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, cycle_momentum=False)
-recipe = ak.Recipe(model, optimizer, steps)
+recipe = ak.Recipe(model, optimizer, steps, settings="finetune")  # quantized from the first step on
 fit(distiller, optimizer, steps, schedule, recipe)
 print("ternary, fine-tuned", accuracy())
 ak.hard_quantize_(model)  # every weight on its level: the same outputs
