@@ -36,7 +36,6 @@ class Settings:
     mode: str = "gap"
     keep_pull: bool = True
     clamp: bool = True
-    scale: str | None = None  # what to give QuantConfig: "lsq", or None for the grid's own rule
 
 
 # The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.

@@ -311,7 +311,10 @@ class Networks:
 
         def schedule(ways: list[Way]) -> tuple[Tensor, Tensor, Tensor]:
             """eps, scale frozen, weights clamped"""
-            hold, end = (np.array([round(s * n) for s in shares]) for shares in zip(*((w.hold, w.end) for w in ways)))
+            hold, end = (
+                np.array([round(s * n) for s in shares])
+                for shares in zip(*((w.hold, w.end) for w in ways), strict=True)
+            )
             j = np.clip((shares - hold) / np.maximum(end - hold, 1), 0, 1)
             gap = j ** np.array([w.power for w in ways])
             eps = np.where(shares <= hold, 1.0, np.clip((1 - gap**2) ** 2, EPS_FLOOR, 1.0))

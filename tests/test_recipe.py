@@ -411,7 +411,7 @@ def test_layers_are_float_until_the_start(silent):
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "Skewed RAdam"])
 def test_weights_without_a_clamp_leave_the_hull(name, clamp, silent):
     model, optimizer = problem(name, bits=2)
-    recipe = ak.Recipe(model, optimizer, STEPS, clamp=clamp)
+    recipe = ak.Recipe(model, optimizer, STEPS, clamp=clamp, settings="finetune")
     train(model, optimizer, recipe, steps=range(20))
     layer = model[2]
     outside = (layer.weight / layer.weight_scale[:, None]).max() > 1 + 1e-4

@@ -48,7 +48,7 @@ def test_step_is_the_optimizers(optimizer, direction, eps):
         for r, (p, o) in enumerate(ours):
             p.grad = torch.where(inside[r], grad[r], 0.0)
             o.step()
-        w, m, v, s, s_m, s_v, copy = search.step_layer(
+        w, m, v, s, s_m, s_v, _ = search.step_layer(
             w, grad, m, v, s, s_m, s_v, s * 0, networks.grids, torch.ones_like(flag), torch.full_like(lr, eps),
             torch.ones_like(lr), lr, lr, flag, flag, torch.zeros_like(flag), ~torch.zeros_like(flag),
             torch.full_like(flag, direction),
