@@ -327,9 +327,9 @@ def test_an_interrupted_sam_demo_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "run_all", lambda jobs, workers, train: (r for r in map(result, jobs)))
     monkeypatch.setattr(sam, "plot", lambda rows: {})
     assert cli.main(arguments) == 0
-    assert "8 models, 5 of them to train" in capsys.readouterr().err and len(path.read_text().splitlines()) == 8
+    assert "20 models, 17 of them to train" in capsys.readouterr().err and len(path.read_text().splitlines()) == 20
     assert cli.main([*arguments[:3], "mnist1d / MLP", *arguments[4:]]) == 0  # rows of other tasks stay
-    assert len(path.read_text().splitlines()) == 16
+    assert len(path.read_text().splitlines()) == 40
 
 
 def test_an_interrupted_search_resumes(tmp_path, monkeypatch, capsys):
