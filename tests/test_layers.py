@@ -682,7 +682,7 @@ def test_more_errors():
 def test_param_groups():
     two = QuantConfig(Uniform(2), "mean" if False else "sawb", "per_tensor")
     model = ak.quantize_(network(), {"5": two, "*": CONFIG})
-    groups = ak.param_groups(model, lr=0.3, alpha=2.0)
+    groups = ak.param_groups(model, outer=False, lr=0.3, alpha=2.0)
     assert [g.get("grid") for g in groups] == [Uniform(4), Uniform(2), None]
     assert [len(g["params"]) for g in groups] == [2, 1, 3]
     assert groups[1]["granularity"] == "per_tensor" and groups[0]["scale"] == "absmax"
