@@ -1356,6 +1356,7 @@ def check_facts(found):
     # each of w, g and the states, in hold two, and the copy in vectors of as many elements (bf16: 8 bytes, levels 4).
     expected = {
         "quantize bf16": (2, 2), "quantize to bf16": (4, 2), "straight-through": (8, 4), "row sums": (8, 0),
+        "scale gradient": (4, 2),  # of tiles of half the size
         "sgd": (3, 2), "sgd, bf16 copy and sums": (3, 2), "sgd bf16": (3, 3), "adamw, bf16 copy and sums": (4, 3),
         "sgd, whole segments": (3, 2), "sgd in hold": (6, 4), "sgd, float8 levels": (3, 2),
         "sgd, int8 levels": (3, 2), "token levels float8": (8, 2), "token levels int8": (8, 2), "scaled sums": (5, 1),
