@@ -25,6 +25,7 @@ from .math import (
     narrow_level,
     nearest,
     philox,
+    round_even,
     uniform01,
     widen_e4m3,
 )  # fmt: skip
@@ -167,7 +168,8 @@ def stochastic_levels_kernel(
         factor = tl.load(factor_ptr + done + column, mask=there, other=0.0) if PER_COLUMN else tl.load(factor_ptr)
         placed = divide(load_wide(x_ptr + at + done, valid) * factor, scale[:, None])
         placed = clamp_between(placed, 0.0 - top, top)
-        low = tl.floor(placed)
+        near = round_even(placed)
+        low = tl.where(near > placed, near - 1.0, near)  # the floor, without a flush of what is almost 0
         q = tl.where(uniforms_at(key0, key1, at + done) < placed - low, low + 1.0, low)
         tl.store(q_ptr + at + done, narrow_level(q, tl.int8), mask=valid)
         done += C
@@ -251,8 +253,8 @@ def stochastic_levels(x, factor, seed):
     if x.numel() == 0:
         return reference.stochastic_levels(x, factor, seed)
     q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(rows, dtype=torch.float32)
-    width = min(triton.next_power_of_2(cols), TILE)
-    height = max(1, TILE // 4 // width)
+    width = min(triton.next_power_of_2(cols), TILE // 4)  # a random number of each stands in registers
+    height = TILE // 4 // width
     with launch.on_device(x):
         stochastic_levels_kernel[(triton.cdiv(rows, height),)](
             x, factor, seed, q, scale, rows, cols, LEVEL_TYPES[torch.int8], PER_COLUMN=factor.numel() > 1, R=height,
