@@ -438,6 +438,71 @@ CELLS: dict[str, Callable[[Tried], str]] = {
 }
 
 
+# ---- caches of keys and values, which are no layers ------------------------------------------------------------------
+
+CACHES: dict[str, dict[str, Any]] = {
+    "8 bits": {"bits": 8}, "4 bits": {"bits": 4}, "2 bits": {"bits": 2}, "4 and 2 bits": {"bits": (4, 2)},
+    "keys per channel": {"keys": "per_channel"}, "symmetric": {"symmetric": True},
+}  # fmt: skip
+
+
+def _keys_and_values(requires_grad: bool = False) -> list[Tensor]:
+    """(batch, heads, tokens, head dimension)."""
+    torch.manual_seed(0)
+    return [torch.randn(2, 2, 2 * SIZE, SIZE, requires_grad=requires_grad) for _ in "kv"]
+
+
+def _kv_trained(kv: Any) -> str:
+    k, v = _keys_and_values(True)
+    found = kv(k, v)
+    sum(x.sum() for x in found).backward()  # type: ignore[union-attr]
+    _check(all(torch.equal(x.grad, torch.ones_like(x)) for x in (k, v)), "the gradient is not passed straight through")
+    _check(not any(torch.equal(a, b) for a, b in zip(found, (k, v), strict=True)), "nothing is rounded")
+    return "yes"
+
+
+def _kv_cached(kv: Any) -> str:
+    k, v = _keys_and_values()
+    cache, half = kv.cache(), SIZE + 3
+    cache.update(k[..., :half, :], v[..., :half, :])
+    found = cache.update(k[..., half:, :], v[..., half:, :])
+    _check(all(map(torch.equal, found, kv(k, v))), "the cache of codes gives other numbers")
+    return f"yes, {8 * cache.bytes / (k.numel() + v.numel()):.2g} bits"
+
+
+def _kv_compiled(kv: Any) -> str:
+    torch.compiler.reset()
+    k, v = _keys_and_values()
+    found = torch.compile(kv, backend="aot_eager", fullgraph=True)(k, v)
+    _check(all(map(torch.equal, found, kv(k, v))), "compiled it gives other numbers")
+    return "yes"
+
+
+def _kv_autocast(kv: Any) -> str:
+    k, v = (x.bfloat16() for x in _keys_and_values())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kv(k, v)
+    _check(all(x.dtype == torch.bfloat16 and bool(x.isfinite().all()) for x in found), "not bfloat16")
+    return "yes"
+
+
+CACHE_CELLS: dict[str, Callable[[Any], str]] = {
+    "trained with, straight-through": _kv_trained,
+    "a cache of codes gives the same, bit for bit (memory a number)": _kv_cached,
+    "`torch.autocast`": _kv_autocast,
+    "`torch.compile`": _kv_compiled,
+}
+
+
+def cache_table() -> str:
+    """As Markdown."""
+    lines = [f"| `nn.QuantizedKV` | {' | '.join(CACHES)} |", f"|{' --- |' * (len(CACHES) + 1)}"]
+    for cell, run in CACHE_CELLS.items():
+        found = [run(ak.nn.QuantizedKV(**{"bits": 4, "group": SIZE, **options})) for options in CACHES.values()]
+        lines.append(f"| {cell} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -472,14 +537,18 @@ def table(found: dict[tuple[str, str], tuple[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"{n}. {why}" for why, n in reasons.items())])
 
 
-MARKS = re.compile(r"(<!-- layers [^\n]*-->\n).*?(<!-- /layers -->)", re.DOTALL)
+def marks(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {name} [^\n]*-->\n)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
-def filled(page: str, text: str) -> str:
-    """``page`` with ``text`` between <!-- layers … --> and <!-- /layers -->."""
-    if not MARKS.search(page):
-        raise ValueError("holds no <!-- layers … --> … <!-- /layers --> block")
-    return MARKS.sub(lambda m: f"{m[1]}{text}\n{m[2]}", page)
+MARKS, CACHE_MARKS = marks("layers"), marks("caches")
+
+
+def filled(page: str, text: str, marks: re.Pattern[str] = MARKS) -> str:
+    """``page`` with ``text`` between <!-- layers … --> and <!-- /layers -->, or another block's marks."""
+    if not marks.search(page):
+        raise ValueError(f"holds no block {marks.pattern}")
+    return marks.sub(lambda m: f"{m[1]}{text}\n{m[3]}", page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -490,7 +559,8 @@ def main(argv: list[str] | None = None) -> int:
     if page is None:
         print(text)
     else:
-        page.write_text(filled(page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        made = filled(page.read_text(encoding="utf-8"), text)
+        page.write_text(filled(made, cache_table(), CACHE_MARKS), encoding="utf-8")
     return 0
 
 

@@ -45,6 +45,11 @@ def test_every_cell_is_what_trying_it_gives(kind):
         assert (got[0] == "no") == bool(got[1])
 
 
+def test_the_table_of_caches_is_what_trying_gives():
+    page = layers.CACHE_MARKS.search(PAGE.read_text(encoding="utf-8"))
+    assert page[2] == layers.cache_table() + "\n"
+
+
 def test_a_cell_can_fail(monkeypatch):
     """What is wrong is raised, and does not become a "no"."""
     monkeypatch.setattr(layers.ak, "hard_quantize_", broken)
