@@ -77,7 +77,8 @@ class EpsilonAnnealing(LRScheduler):
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
     ``keep_pull`` needs under CUDA graphs, and where a learning rate on a GPU is not to be waited for. A captured graph
-    has its scales frozen or not: capture again when the hold ends.
+    has its layers float or quantized, its scales frozen or not: capture again at ``start``, at ``freeze``, and when the
+    hold ends.
     A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
     annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.

@@ -47,7 +47,7 @@ def train(model, loss_of, steps, lr, what):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
     )
-    annealing = ak.EpsilonAnnealing(optimizer, total=max(2, int(0.95 * steps)))
+    recipe = ak.Recipe(model, optimizer, steps, settings="finetune")
     told = start = time.monotonic()
     for step in range(1, steps + 1):
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def train(model, loss_of, steps, lr, what):
         loss.backward()
         optimizer.step()
         schedule.step()
-        annealing.step()
+        recipe.step()
         if (now := time.monotonic()) - told > 10 or step == steps:
             told = now
             print(f"  {what}: step {step} of {steps}, loss {loss.item():.4f}, {now - start:.0f} s", flush=True)
