@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import LearnedScale, next_scales, scale_owner, share_rows, spare_frozen_scales
+from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_rows, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -43,6 +43,7 @@ class Constrained(Optimizer):
         self._record = Record()
         self._log = None if telemetry_log is None else TelemetryLog(telemetry_log, type(self).__name__)
         self._plans: dict[int, Plan] = {}
+        self._none_learned = -1  # ``Changes.count`` when no weight of the groups had a learned scale
         self._states: list[dict[str, Any]] = []  # ``state``'s values as the last step found them, and their count
         self._state_revision = 0
         self._seen_rates: dict[int, tuple[Tensor, int, bool]] = {}  # by id of the group: eps, and whether it is below 1
@@ -106,6 +107,7 @@ class Constrained(Optimizer):
 
     def _take(self, group: dict[str, Any]) -> None:
         """Finds or makes the quantizers of a group that is in order."""
+        self._none_learned = -1
         if group["grid"] is not None:
             for p in group["params"]:
                 self._quantizer(group, p)
@@ -185,11 +187,15 @@ class Constrained(Optimizer):
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
-        for group in self.param_groups if LearnedScale.made else ():  # weights are not looked at one by one for nothing
-            for p in group["params"] if group["grid"] is not None and self._freezes(group) else ():
-                quantizer = WeightQuantizer.of(p)
-                if quantizer is not None and quantizer.learned is not None and not quantizer.frozen:
+        if (
+            LearnedScale.made and self._none_learned != Changes.count
+        ):  # weights are not looked at one by one for nothing
+            learned = [(group, p, q) for group, p in self._quantized()
+                       if (q := WeightQuantizer.of(p)) is not None and q.learned is not None]  # fmt: skip
+            for group, p, quantizer in learned:
+                if not quantizer.frozen and self._freezes(group):
                     quantizer.freeze(p)
+            self._none_learned = -1 if learned else Changes.count
         spare_frozen_scales(self)
 
     def _look_at_state(self) -> None:
@@ -439,7 +445,7 @@ class Constrained(Optimizer):
         scales = state.pop("_scales", {})
         if "telemetry_every" in state:  # of a copy; torch's load_state_dict comes here with groups and state alone
             self._begin(state["telemetry_every"])
-        self._plans, self._known, self._seen_rates = {}, {}, {}
+        self._plans, self._known, self._seen_rates, self._none_learned = {}, {}, {}, -1
         super().__setstate__(state)
         for group, p in self._quantized():
             if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer

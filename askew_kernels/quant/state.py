@@ -119,7 +119,7 @@ def spare_frozen_scales(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Takes the gradients of learned scales that are frozen away, so that no optimizer moves them, be it by what its
     momentum remembers."""
     for group in optimizer.param_groups if LearnedScale.made else ():
-        for p in group["params"]:
+        for p in group["params"] if group.get("grid") is None else ():  # those with a grid hold weights
             if (quantizer := scale_owner(p)) is not None and quantizer.frozen:
                 p.grad = None
 
