@@ -582,7 +582,24 @@ def fourth_ways() -> list[Way]:
     return ways
 
 
-WAYS = {"first": first_ways, "second": second_ways, "third": third_ways, "fourth": fourth_ways, "extra": extra_ways}
+def fifth_ways() -> list[Way]:
+    """How long, and how soon afterwards scales are frozen."""
+    last = Way("", 0.97, 1.0, 1.0)
+    ways = [STE, *(replace(STE, name=f"float {start}, straight-through", start=start) for start in (0.3, 0.5))]
+    for start, freeze in ((0.5, 0.6), (0.5, 0.75), (0.5, 0.9), (0.3, 0.4), (0.3, 0.7)):
+        way = Way(f"float {start}, frozen {freeze}", 0.9, 1.0, 2.0, freeze=freeze, start=start)
+        ways += [way, replace(way, name=f"{way.name}, outer last", outer=last)]
+    return ways
+
+
+WAYS = {
+    "first": first_ways,
+    "second": second_ways,
+    "third": third_ways,
+    "fourth": fourth_ways,
+    "fifth": fifth_ways,
+    "extra": extra_ways,
+}
 
 
 def replicas_of(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], seeds: Sequence[int]
