@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints.txt
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml build_tools/backend.py askew_kernels/library.py $(shell find csrc -type f)
 
 .PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info gpu-check install clean
 

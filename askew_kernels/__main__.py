@@ -44,7 +44,7 @@ def collect_info() -> dict[str, Any]:
 
     from . import runtime
 
-    module, build = runtime._C, runtime.build_report()
+    module = runtime._C
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     no_gpu = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     archs = module.cuda_archs if module is not None else ""
@@ -66,12 +66,12 @@ def collect_info() -> dict[str, Any]:
         "compiled": module is not None,
         "why_not_compiled": runtime.why_not_compiled(),
         "compiler": module.compiler if module is not None else "",
-        "torch_target": build.get("torch_target", ""),
+        "torch_target": module.torch_target if module is not None else "",
         "cuda_archs": archs.split(),
         "cuda_version": module.cuda_version if module is not None else "",
         "why_no_cuda": "" if archs else runtime.why_no_cuda(),
         "cpu_capability": runtime.cpu_capability(),
-        "packed_capability": getattr(module, "packed_capability", str)(),
+        "packed_capability": module.packed_capability() if module is not None else "",
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),
         "gpus": gpus,
