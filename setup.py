@@ -7,8 +7,8 @@ is missing, the package still installs: without a compiler or torch it runs on T
 ``python -m askew_kernels info`` says what was built and why not the rest.
 
 Environment: ``ASKEW_BUILD`` = auto (default) | python (compile nothing) | cpu (no CUDA) | full (an error instead of
-a fallback); ``TORCH_CUDA_ARCH_LIST`` as in torch, e.g. "9.0" or "8.0;9.0+PTX"; ``CXX``, ``LDFLAGS``, ``CUDA_HOME``,
-``MAX_JOBS``.
+a fallback); ``TORCH_CUDA_ARCH_LIST`` as in torch, e.g. "9.0" or "8.0;9.0+PTX"; ``CXX``, ``CXXFLAGS``,
+``LDFLAGS``, ``CUDA_HOME``, ``MAX_JOBS``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(ROOT / "build_tools"))
 from backend import MODE, MODES, find_compiler, find_ninja, find_torch  # noqa: E402
+from ninja_file import Ninja  # noqa: E402
 
 LIBRARY = runpy.run_path(str(ROOT / "askew_kernels/library.py"))
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
@@ -80,6 +81,10 @@ def say(message: str) -> None:
             pass
 
 
+def user_flags(variable: str) -> list[str]:
+    return shlex.split(os.environ.get(variable, ""))
+
+
 def cuda_home() -> Path | None:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     for home in filter(None, (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")):
@@ -107,71 +112,6 @@ def arch_flags(nvcc: str) -> tuple[list[str], str]:
         flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
         names.append(f"compute_{last}")
     return flags, " ".join(names)
-
-
-class Ninja:
-    """A build.ninja in a folder: objects of commands, one library of them all. What a source includes is found by its
-    compiler and kept by ninja, so an object is made anew where that, the source or the command has changed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.lines = [
-            "ninja_required_version = 1.5",
-            "rule compile",
-            "  command = $line -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "  description = $name",
-            "rule link",
-            "  command = $line",
-            "  description = $name",
-        ]
-        self.objects: list[str] = []
-
-    @staticmethod
-    def path(path: str | Path) -> str:
-        return re.sub(r"([$ :])", r"$\1", str(path))
-
-    @staticmethod
-    def line(command: list[str]) -> str:
-        return shlex.join(command).replace("$", "$$")
-
-    def compile(self, source: Path, command: list[str]) -> None:
-        name = source.relative_to(CSRC).as_posix()
-        target = name.replace("/", "_") + ".o"
-        self.lines += [f"build {self.path(target)}: compile {self.path(source)}", f"  line = {self.line(command)}",
-                       f"  name = {name} ({Path(command[0]).name})"]  # fmt: skip
-        self.objects.append(target)
-
-    def link(self, target: str, command: list[str], also: list[str], after: list[str]) -> None:
-        """``command``, the objects and the files ``also``, then the libraries ``after``."""
-        line = [*command, "-o", target, *self.objects, *also, *after]
-        inputs = " ".join(map(self.path, [*self.objects, *also]))
-        self.lines += [f"build {self.path(target)}: link {inputs}", f"  line = {self.line(line)}", f"  name = {target}"]
-
-    def run(self, ninja: str) -> None:
-        """Raises CompileError naming what failed first."""
-        self.write(self.folder / "build.ninja", "\n".join(self.lines) + "\n")
-        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                                                 else os.cpu_count() or 1)  # fmt: skip
-        environment = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ}
-        process = subprocess.Popen([ninja, "-C", str(self.folder), "-j", jobs], stdout=subprocess.PIPE, text=True,
-                                   stderr=subprocess.STDOUT, env=environment, errors="replace")  # fmt: skip
-        failed = ""
-        with process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                if not failed and line.startswith("FAILED: "):
-                    failed = line.split()[-1].removesuffix(".o").replace("_", "/", 1)
-        if process.returncode:
-            raise CompileError(f"compiling csrc/{failed} failed" if failed else f"ninja failed ({process.returncode})")
-
-    @staticmethod
-    def write(path: Path, text: str) -> None:
-        """Not where it says the same already, which would make what is built of it anew."""
-        if not path.is_file() or path.read_text() != text:
-            path.write_text(text)
 
 
 class BuildExt(build_ext):
@@ -244,9 +184,16 @@ class BuildExt(build_ext):
 
     def build(self, temp: Path, cxx: str, torch: Path, ninja: str, cuda: tuple | None) -> str:
         """Writes the ninja file and runs it; the CUDA architectures in the library."""
-        plan = Ninja(temp)
+        plan = Ninja(temp, CSRC)
         home, gencode, archs, version = cuda or (None, [], "", "")
-        base = [cxx, *CXX_FLAGS, f"-I{CSRC}", f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+        base = [
+            cxx,
+            *CXX_FLAGS,
+            *user_flags("CXXFLAGS"),
+            f"-I{CSRC}",
+            f"-isystem{torch / 'include'}",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+        ]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         libraries = ["-lpthread"]
         if cuda:  # the longest to compile first
@@ -272,7 +219,7 @@ class BuildExt(build_ext):
             "-shared",
             *CXX_FLAGS,
             "-Wl,--version-script=exports.map",
-            *shlex.split(os.environ.get("LDFLAGS", "")),
+            *user_flags("LDFLAGS"),
         ]
         after = [
             f"-L{torch / 'lib'}",
@@ -301,10 +248,22 @@ def compiler_version(cxx: str) -> str:
     return line.strip() or cxx
 
 
+def index_page() -> str:
+    """README.md with the links into the repository made absolute, as a page of a package index needs them."""
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "askew_kernels/__init__.py").read_text())[1]
+    source = re.search(r'^Source = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+    def absolute(found: re.Match) -> str:
+        picture, text, target = found.groups()
+        return f"{picture}[{text}]({source}/{'raw' if picture else 'blob'}/v{version}/{target})"
+
+    return re.sub(r"(!?)\[([^][]*)\]\((?!\w+:|#)([^)\s]+)\)", absolute, (ROOT / "README.md").read_text())
+
+
 class BdistWheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         """Any Python 3: the library knows none."""
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", "any" if MODE == "python" else super().get_tag()[2]
 
 
 class WithoutMetadata(Distribution):
@@ -324,4 +283,6 @@ setup(
     ext_modules=[Extension("askew_kernels.library_file", sources=[], optional=MODE != "full")],
     cmdclass={"build_ext": BuildExt, **({} if old else {"bdist_wheel": BdistWheel})},
     distclass=WithoutMetadata if old else Distribution,
+    long_description=index_page(),
+    long_description_content_type="text/markdown",
 )

@@ -1,11 +1,11 @@
 """Contract: who may import whom, read from the sources (docs/design.md).
 
 Python, left never imports right, at the top of a file, inside a function or by a string: contract, reference, tuning,
-annealing, atomic, library -> triton_kernels -> runtime -> ops -> quant -> optim, nn -> analysis, deploy -> search -> bench, demo
--> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing of the package but ``__main__`` knows
-``bench``, no modules import each other in a circle, and no room uses another's private names. csrc/math sees the
-language's own headers at most, the loops that are compiled once per instruction set see no torch and no standard
-library, ``cpu`` and ``cuda`` never see each other.
+annealing, atomic, library -> triton_kernels -> runtime -> ops -> quant -> optim, nn -> analysis, deploy -> search ->
+bench, demo -> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing of the package but
+``__main__`` knows ``bench``, no modules import each other in a circle, and no room uses another's private names.
+csrc/math sees the language's own headers at most, the loops that are compiled once per instruction set see no torch
+and no standard library, ``cpu`` and ``cuda`` never see each other.
 """
 
 from __future__ import annotations
