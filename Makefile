@@ -66,12 +66,12 @@ info: install
 
 # One wheel for every Python and every Linux from glibc 2.28 on, in dist/, checked; its tools live in .venv-wheel.
 wheel: install
-	$(PY) build_tools/wheel.py build
+	$(PY) build_tools/make_wheel.py build
 
 # That wheel and the source distribution in fresh environments of each Python at hand, by pip and by uv (gigabytes).
 try-wheel: wheel
-	$(PY) build_tools/wheel.py try
-	$(PY) build_tools/wheel.py sdist
+	$(PY) build_tools/make_wheel.py try
+	$(PY) build_tools/make_wheel.py sdist
 
 # With the Python that runs it: no virtual environment, no network, whatever torch >= 2.11 is there.
 gpu-check:

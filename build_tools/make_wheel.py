@@ -1,8 +1,8 @@
 """make wheel: one wheel for every Python 3 and every Linux from glibc 2.28 on, built here, checked, tried.
 
-    python build_tools/wheel.py build    # dist/*.whl, checked by auditwheel, abi3audit, check-wheel-contents; its size
-    python build_tools/wheel.py try      # installed with pip and with uv into a fresh environment of each Python here
-    python build_tools/wheel.py sdist    # the same with the source distribution: built, installed, tried
+    python build_tools/make_wheel.py build    # dist/*.whl, checked by auditwheel, abi3audit, check-wheel-contents; its size
+    python build_tools/make_wheel.py try      # installed with pip and with uv into a fresh environment of each Python here
+    python build_tools/make_wheel.py sdist    # the same with the source distribution: built, installed, tried
 
 A library asks for the newest versions of the C library's functions that its linker saw, which here are newer than
 glibc 2.28's. So it is linked against stand-ins of that release, made from the C library of this machine, whose older
