@@ -1,7 +1,7 @@
 """make wheel: one wheel for every Python 3 and every Linux from glibc 2.28 on, built here, checked, tried.
 
-    python build_tools/make_wheel.py build    # dist/*.whl, checked by auditwheel, abi3audit, check-wheel-contents; its size
-    python build_tools/make_wheel.py try      # installed with pip and with uv into a fresh environment of each Python here
+    python build_tools/make_wheel.py build    # dist/*.whl, and what auditwheel and others say of it; its size
+    python build_tools/make_wheel.py try      # installed by pip and by uv into a fresh environment of each Python
     python build_tools/make_wheel.py sdist    # the same with the source distribution: built, installed, tried
 
 A library asks for the newest versions of the C library's functions that its linker saw, which here are newer than
@@ -153,7 +153,8 @@ def build() -> Path:
         stand_ins(stubs)
         raw = Path(temp) / "raw"
         environment = {**os.environ, "ASKEW_BUILD": "full", "LDFLAGS": f"-L{stubs}"}
-        command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", raw]
+        lib = Path(temp) / "lib"  # an earlier build's may hold files that are no longer there
+        command = [sys.executable, "setup.py", "-q", "build", "--build-lib", lib, "bdist_wheel", "--dist-dir", raw]
         subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, check=True)
         (made,) = raw.glob("*.whl")
         DIST.mkdir(exist_ok=True)
