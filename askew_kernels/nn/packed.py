@@ -24,6 +24,7 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
+from .bands import Bands, restored
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 from .tiles import Tiles
@@ -43,8 +44,9 @@ class PackedLayer(nn.Module):
     kind: ClassVar[Any]  # its entry in kinds.KINDS
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
+    repack = True  # products with int8 activations put the codes into the order in which they read them
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale", "_tiles")  # fmt: skip
+                      "weight_scale", "repack", "_tiles", "_bands")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -69,7 +71,7 @@ class PackedLayer(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         rows = num_rows(matrix, config.granularity, config.group_size)
         codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
-        self._tiles = Tiles()
+        self._tiles, self._bands = Tiles(), Bands()
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
         empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
@@ -216,13 +218,20 @@ class PackedLayer(nn.Module):
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
-            codes, scale = (buffers["weight_codes"], scale) if part is None else self.rows_of(part)
-            if scale.dtype != torch.float32:
-                scale = scale.float()
-            levels = grid.levels_tensor(x.device)
-            inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
-            if recorded:
-                return ops.run_packed_linear(name, product, *inputs)
+            banded = None
+            if name == "packed_linear_int8" and self.repack and not recorded and part is None:
+                banded = self._bands.of(self, x, compiling)
+            if banded is not None:
+                product = torch.ops.askew.packed_bands_linear.default
+                inputs = x.contiguous(), *banded, grid.encoding, self.bits, self.rows, bias
+            else:
+                codes, scale = (restored(self), scale) if part is None else self.rows_of(part)
+                if scale.dtype != torch.float32:
+                    scale = scale.float()
+                levels = grid.levels_tensor(x.device)
+                inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
+                if recorded:
+                    return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
@@ -238,6 +247,11 @@ class PackedLayer(nn.Module):
     def tile_bytes(self) -> int:
         """Memory of the codes' second copy, in tiles for a GPU's matrix units; 0 before the first product with it."""
         return self._tiles.bytes
+
+    @property
+    def band_bytes(self) -> int:
+        """Memory of the codes in bands and of their scales; 0 where no product with int8 activations was made yet."""
+        return self._bands.bytes
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""
@@ -285,11 +299,17 @@ class PackedLayer(nn.Module):
         if key in state_dict and (wrong := self._other_meaning(state_dict[key])):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
+        self._bands.drop(self)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        restored(self)  # what it gives is the layer's own memory
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._bands.drop(self)
         scale = self.weight_scale
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
