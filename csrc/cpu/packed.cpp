@@ -21,6 +21,9 @@ constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache w
 constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
+constexpr int64_t kFewPairs = 2, kFewSingles = 5;  // inputs from which on panels are faster
+constexpr float kSmallestInPairs = 0x1p-60f;  // products of bfloat16 below 2^-126 are 0
+
 // Uninitialised memory, aligned to cache lines.
 template <class T>
 struct Scratch : std::unique_ptr<T, void (*)(void*)> {
@@ -127,18 +130,20 @@ struct Product {
   }
 };
 
+// The largest magnitude of inputs whose sums with levels float32 surely holds.
+float largest_input(const PackedWeight& w) {
+  double top = std::max(std::fabs(w.lo), std::fabs(w.hi));
+  if (w.grid.kind == kCodebook)
+    for (int k = 0; k < w.n_levels; ++k) top = std::max<double>(top, std::fabs(w.grid.levels[k]));
+  return (float)(FLT_MAX / 2 / std::max(top * (double)w.cols, 1.));
+}
+
 // Sums of inputs times levels are scaled last and may overflow where y does not. `see` marks the inputs that are large
 // enough for that, in a pass over what is in the cache anyway; `mend` makes those of their outputs again that are not
 // finite, from s c, in double.
 class Overflows {
  public:
-  explicit Overflows(const Product& p) : p_(p), large_(p.batch) {
-    const GridArg& g = p.w.grid;
-    double top = std::max(std::fabs(p.w.lo), std::fabs(p.w.hi));
-    if (g.kind == kCodebook)
-      for (int k = 0; k < p.w.n_levels; ++k) top = std::max<double>(top, std::fabs(g.levels[k]));
-    limit_ = (float)(FLT_MAX / 2 / std::max(top * (double)p.w.cols, 1.));
-  }
+  explicit Overflows(const Product& p) : p_(p), large_(p.batch), limit_(largest_input(p.w)) {}
   void see(int64_t token, const float* in) {
     int large = 0;
     for (int64_t c = 0; c < p_.w.cols; ++c) large |= !(std::fabs(in[c]) <= limit_);
@@ -235,6 +240,43 @@ void multiply_codes(const Product& p) {
   overflows.mend();
 }
 
+// Many inputs by panels of rows, in float32 or, `pairs`, bfloat16; y is made in its own type. False, and nothing done:
+// there are no such kernels, or inputs are so large that sums of levels may overflow where y does not, or, in pairs, so
+// small that products vanish.
+bool multiply_in_panels(const Product& p, bool pairs) {
+  const PanelLoops* l = panel_loops(pairs);
+  const PackedWeight& w = p.w;
+  if (!l || !l->serves(w)) return false;
+  struct Block {
+    int64_t first, count;
+  };
+  std::vector<Block> blocks;
+  for (int64_t pass = 0; pass < p.batch; pass += kPassInputs) {
+    const int64_t inputs = std::min(kPassInputs, p.batch - pass);
+    for (int64_t t = 0; t < inputs; t += blocks.back().count) blocks.push_back({pass + t, panel_inputs(inputs, t)});
+  }
+  const int64_t steps = l->steps(w), stride = p.type == kFloat32 ? w.cols : rounded_up(w.cols, 16) + 16;
+  Scratch<uint32_t> x(p.batch * steps);
+  std::vector<float> peaks(p.batch);
+  for_rows(blocks.size(), 1, kPanelInputs * 4 * w.cols, [&](int64_t begin, int64_t end) {
+    Scratch<float> wide(p.type == kFloat32 ? 0 : kPanelInputs * stride);
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [first, count] = blocks[i];
+      const float* in = p.input(first, wide.get());
+      for (int64_t t = 1; t < count; ++t) p.input(first + t, wide.get() + t * stride);
+      l->arrange(w, in, stride, count, x.get() + first * steps, peaks.data() + first);
+    }
+  });
+  const float most = largest_input(w);
+  for (float peak : peaks)
+    if (!(peak <= most) || (pairs && peak && peak < kSmallestInPairs)) return false;
+  for_rows(w.n, l->rows, w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    Scratch<char> scratch(l->scratch(w, p.batch));
+    l->multiply(w, begin, end, x.get(), p.batch, p.bias(), p.arg.y, p.type, scratch.get());
+  });
+  return true;
+}
+
 void multiply_int8(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
@@ -265,6 +307,8 @@ struct Device : OnCpu {
   }
   void linear(const LinearArg& a) const {
     const Product p(a);
+    const bool pairs = p.type == kBFloat16 && panel_loops(true);
+    if (p.batch >= (pairs ? kFewPairs : kFewSingles) && multiply_in_panels(p, pairs)) return;
     if (p.batch >= kManyTokens)
       multiply_panels(p);
     else
