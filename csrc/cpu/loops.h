@@ -101,24 +101,32 @@ struct PackedLoops {
 
 // Products of many inputs by panels of `rows` rows (packed_panels.inl).
 struct PanelLoops {
-  int64_t rows;
+  int64_t rows;  // that should stay together
   bool (*serves)(const PackedWeight&);
   int64_t (*steps)(const PackedWeight&);  // 32-bit numbers of an input
-  // `count` inputs, `stride` floats apart, side by side, a block of a pass (panel_inputs); and max |x| of each, NaN
-  // where one is.
-  void (*arrange)(const PackedWeight&, const float* x, int64_t stride, int64_t count, uint32_t* out, float* peaks);
+  // A block of `count` inputs of a storage type, side by side, and zeros up to `width`; and max |x| of each, NaN where one
+  // is.
+  void (*arrange)(const PackedWeight&, const void* x, int type, int64_t count, int64_t width, uint32_t* out,
+                  float* peaks);
   int64_t (*scratch)(const PackedWeight&, int64_t batch);
-  // Rows [row0, row1) of y (batch, n) of a storage type, row0 a multiple of `rows`; x: the blocks one after the other.
+  // Rows [row0, row1) of y (batch, n) of a storage type; x: the blocks one after the other.
   void (*multiply)(const PackedWeight&, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch, const float* bias,
                    void* y, int type, char* scratch);
 };
 
-constexpr int64_t kPanelInputs = 12;  // that are multiplied at once at most
+constexpr int64_t kFewInputs = 16;    // that meet the levels as they are decoded
+constexpr int64_t kPanelInputs = 12;  // that are multiplied at once at most where there are more
 constexpr int64_t kPassInputs = 480;  // that stay in the L3 cache while all panels pass
-// Inputs from t on that are multiplied at once, of `inputs` of a pass: blocks of about the same size.
-ASKEW_FN int64_t panel_inputs(int64_t inputs, int64_t t) {
+// Inputs from t on that are a block, of `inputs` of a pass over `batch`: blocks of about the same size.
+ASKEW_FN int64_t block_inputs(int64_t batch, int64_t inputs, int64_t t) {
+  if (batch <= kFewInputs) return batch;
   const int64_t blocks = (inputs + kPanelInputs - 1) / kPanelInputs, size = inputs / blocks, larger = inputs % blocks;
   return t < larger * (size + 1) ? size + 1 : size;
+}
+// What a block is filled up to, of `batch` inputs in all.
+ASKEW_FN int64_t block_width(int64_t batch, int64_t count) {
+  if (batch > kFewInputs) return count;
+  return count <= 4 ? count : count <= 6 ? 6 : count <= 8 ? 8 : count <= 12 ? 12 : 16;
 }
 
 constexpr int64_t kPadding = 64;  // arrays that the packed loops read are padded to whole vectors

@@ -21,7 +21,7 @@ constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache w
 constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
-constexpr int64_t kFewPairs = 2, kFewSingles = 5;  // inputs from which on panels are faster
+constexpr int64_t kFewPairs = 1, kFewSingles = 1;  // inputs from which on panels are faster
 constexpr float kSmallestInPairs = 0x1p-60f;  // products of bfloat16 below 2^-126 are 0
 
 // Uninitialised memory, aligned to cache lines.
@@ -253,18 +253,16 @@ bool multiply_in_panels(const Product& p, bool pairs) {
   std::vector<Block> blocks;
   for (int64_t pass = 0; pass < p.batch; pass += kPassInputs) {
     const int64_t inputs = std::min(kPassInputs, p.batch - pass);
-    for (int64_t t = 0; t < inputs; t += blocks.back().count) blocks.push_back({pass + t, panel_inputs(inputs, t)});
+    for (int64_t t = 0; t < inputs; t += blocks.back().count) blocks.push_back({pass + t, block_inputs(p.batch, inputs, t)});
   }
-  const int64_t steps = l->steps(w), stride = p.type == kFloat32 ? w.cols : rounded_up(w.cols, 16) + 16;
-  Scratch<uint32_t> x(p.batch * steps);
+  const int64_t steps = l->steps(w);
+  Scratch<uint32_t> x(std::max(p.batch, kFewInputs) * steps);
   std::vector<float> peaks(p.batch);
   for_rows(blocks.size(), 1, kPanelInputs * 4 * w.cols, [&](int64_t begin, int64_t end) {
-    Scratch<float> wide(p.type == kFloat32 ? 0 : kPanelInputs * stride);
     for (int64_t i = begin; i < end; ++i) {
       const auto [first, count] = blocks[i];
-      const float* in = p.input(first, wide.get());
-      for (int64_t t = 1; t < count; ++t) p.input(first + t, wide.get() + t * stride);
-      l->arrange(w, in, stride, count, x.get() + first * steps, peaks.data() + first);
+      l->arrange(w, static_cast<const char*>(p.arg.x) + first * w.cols * type_size(p.type), p.type, count,
+                 block_width(p.batch, count), x.get() + first * steps, peaks.data() + first);
     }
   });
   const float most = largest_input(w);
