@@ -104,8 +104,8 @@ struct PanelLoops {
   int64_t rows;  // that should stay together
   bool (*serves)(const PackedWeight&);
   int64_t (*steps)(const PackedWeight&);  // 32-bit numbers of an input
-  // A block of `count` inputs of a storage type, side by side, and zeros up to `width`; and max |x| of each, NaN where one
-  // is.
+  // A block of `count` inputs of a storage type, side by side, and zeros up to `width`; and max |x| of each, NaN where
+  // one is.
   void (*arrange)(const PackedWeight&, const void* x, int type, int64_t count, int64_t width, uint32_t* out,
                   float* peaks);
   int64_t (*scratch)(const PackedWeight&, int64_t batch);
@@ -137,10 +137,11 @@ ASKEW_FN int64_t padded_groups(const PackedWeight& w) { return rounded_up(w.grou
 const Loops& loops();
 const PackedLoops& packed_loops();
 const PanelLoops* panel_loops(bool pairs);  // of bfloat16 pairs, or of float32; null: the set has none
-const char* capability();         // baseline, avx2 or avx512
-const char* packed_capability();  // the same, or avx512_vnni: products with int8 activations use VNNI
+const char* capability();                   // baseline, avx2 or avx512
+const char* packed_capability();            // the same, or avx512_vnni: products with int8 activations use VNNI
 const char* best_capability();
-// The set of this name, without VNNI or bfloat16 where they are not wanted. False: unknown, not built or not supported by this CPU.
+// The set of this name, without VNNI or bfloat16 where they are not wanted. False: unknown, not built or not supported
+// by this CPU.
 bool force_capability(const char* name, bool vnni, bool bf16);
 
 }  // namespace askew

@@ -13,14 +13,14 @@ constexpr int kTileSteps = 1024;  // of a tile: 128 KiB
 // is the level but for `lo`. Rows of other widths become bytes first.
 enum WordForm : int { kWordTrits = 0, kLookedUp = 7, kNumbers = 8 };
 
-#define ASKEW_BY_WORD(NAME, VALUE, ...)                               \
-  switch (VALUE) {                                                    \
-    ASKEW_CASE(case kWordTrits, constexpr int NAME = 0, __VA_ARGS__)  \
-    ASKEW_CASE(case 1, constexpr int NAME = 1, __VA_ARGS__)           \
-    ASKEW_CASE(case 2, constexpr int NAME = 2, __VA_ARGS__)           \
-    ASKEW_CASE(case 4, constexpr int NAME = 4, __VA_ARGS__)           \
-    ASKEW_CASE(case kLookedUp, constexpr int NAME = 7, __VA_ARGS__)   \
-    ASKEW_CASE(default, constexpr int NAME = kNumbers, __VA_ARGS__)   \
+#define ASKEW_BY_WORD(NAME, VALUE, ...)                              \
+  switch (VALUE) {                                                   \
+    ASKEW_CASE(case kWordTrits, constexpr int NAME = 0, __VA_ARGS__) \
+    ASKEW_CASE(case 1, constexpr int NAME = 1, __VA_ARGS__)          \
+    ASKEW_CASE(case 2, constexpr int NAME = 2, __VA_ARGS__)          \
+    ASKEW_CASE(case 4, constexpr int NAME = 4, __VA_ARGS__)          \
+    ASKEW_CASE(case kLookedUp, constexpr int NAME = 7, __VA_ARGS__)  \
+    ASKEW_CASE(default, constexpr int NAME = kNumbers, __VA_ARGS__)  \
   }
 
 template <int FORM>
@@ -79,9 +79,7 @@ struct Singles {
     const vf input = (vf)_mm512_set1_epi32((int)*x);  // not vf{} + a number, which is an addition
     return fused_multiply_add(weight, input, sum);
   }
-  ASKEW_FN vf looked_up(const Decoding& d, __m512i codes) {
-    return (vf)_mm512_permutexvar_epi32(codes, d.table);
-  }
+  ASKEW_FN vf looked_up(const Decoding& d, __m512i codes) { return (vf)_mm512_permutexvar_epi32(codes, d.table); }
   // to[step]: the levels of the codes of a word of each row
   template <int FORM, class To>
   ASKEW_FN void decode(const Decoding& d, __m512i word, const To& to) {
@@ -128,16 +126,15 @@ struct Pairs {
     }
     return {_mm512_loadu_si512(table), w.lo, (uint8_t)(w.n_levels - 1)};
   }
-  // 32 floats, to the nearest, ties to even; subnormals to 0, which the products take them for
-  ASKEW_FN __m512i rounded(__m512i first, __m512i second) {
-    return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  ASKEW_FN __m512i rounded(__m512i first, __m512i second) {  // 32 floats
+    const __m256i low = _mm512_cvtepi32_epi16((__m512i)narrow_bf16((vf)first));
+    const __m256i high = _mm512_cvtepi32_epi16((__m512i)narrow_bf16((vf)second));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
   ASKEW_FN vf product(vf sum, vf weight, const uint32_t* x) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weight, (__m512bh)_mm512_set1_epi32((int)*x));
   }
-  ASKEW_FN vf looked_up(const Decoding& d, __m512i codes) {
-    return (vf)_mm512_permutexvar_epi16(codes, d.table);
-  }
+  ASKEW_FN vf looked_up(const Decoding& d, __m512i codes) { return (vf)_mm512_permutexvar_epi16(codes, d.table); }
   template <int FORM, class To>
   ASKEW_FN void decode(const Decoding& d, __m512i word, const To& to) {
     if (FORM == kWordTrits) {
@@ -162,7 +159,8 @@ struct Pairs {
 };
 #endif
 
-// ---- inputs -----------------------------------------------------------------------------------------------------------
+// ---- inputs
+// -----------------------------------------------------------------------------------------------------------
 
 // The columns of a word in the order of its steps, the lower half of a lane first.
 template <class P>
@@ -191,8 +189,8 @@ ASKEW_FN __m512i sixteen(const typename Storage<T>::type* x, int64_t left) {
   }
 }
 
-// 16 steps from x, `left` columns before the end, in order; `most` takes the bits of magnitudes, which are in their order:
-// of float32, or of bfloat16 in both halves.
+// 16 steps from x, `left` columns before the end, in order; `most` takes the bits of magnitudes, which are in their
+// order: of float32, or of bfloat16 in both halves.
 template <class P, int T>
 ASKEW_FN __m512i steps_from(const typename Storage<T>::type* x, int64_t left, __m512i order, __m512i& most) {
   if constexpr (P::kColumns == 1) {
@@ -257,7 +255,8 @@ ASKEW_FN void arrange_steps(const PackedWeight& w, const void* in, int64_t count
   for (int64_t j = 0; j < count; ++j) peaks[j] = largest<P>(most[j]);
 }
 
-// ---- tiles ------------------------------------------------------------------------------------------------------------
+// ---- tiles
+// ------------------------------------------------------------------------------------------------------------
 
 // The sixteen words of a row from word q.
 ASKEW_FN __m512i row_of_words(const uint8_t* row, int64_t bytes, int64_t q, bool trits) {
@@ -303,8 +302,7 @@ ASKEW_FN PanelRows panel_rows(const PackedWeight& w, int64_t first, int64_t coun
   PanelRows rows;
   rows.bytes = w.row_bytes;
   rows.any_width = false;
-  for (int r = 0; r < all; ++r)
-    rows.row[r] = w.codes + (first + (r < count ? r : count - 1)) * w.row_bytes;
+  for (int r = 0; r < all; ++r) rows.row[r] = w.codes + (first + (r < count ? r : count - 1)) * w.row_bytes;
   if (!unpacks(w)) return rows;
 #if defined(ASKEW_ANY_WIDTH)
   if (w.bits) {
@@ -363,7 +361,8 @@ __attribute__((noinline)) void decode_tile(const PackedWeight& w, const Decoding
     }
 }
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products
+// ---------------------------------------------------------------------------------------------------------
 
 // total[row][input] += scale (sum of the steps of a group), for the steps of a tile; the first group has `left` more.
 // `ahead`: what will be decoded next, `ahead_bytes` a step.
@@ -407,7 +406,8 @@ ASKEW_FN TileProduct tile_product(int64_t inputs) {
   return made[inputs - 1];
 }
 
-// The same for few inputs, which meet the levels as they are decoded: V vectors of rows, all words; total is overwritten.
+// The same for few inputs, which meet the levels as they are decoded: V vectors of rows, all words; total is
+// overwritten.
 template <class P, int FORM, int V, int B>
 __attribute__((noinline)) void multiply_words(const PackedWeight& w, const Decoding& decoding, const PanelRows& rows,
                                               int64_t words, int64_t group, const float* scale, const uint32_t* x,
@@ -455,14 +455,22 @@ typedef void (*WordProduct)(const PackedWeight&, const Decoding&, const PanelRow
 template <class P, int FORM>
 ASKEW_FN WordProduct word_product(int64_t width) {
   switch (width) {
-    case 1: return multiply_words<P, FORM, 4, 1>;
-    case 2: return multiply_words<P, FORM, 4, 2>;
-    case 3: return multiply_words<P, FORM, 4, 3>;
-    case 4: return multiply_words<P, FORM, 4, 4>;
-    case 6: return multiply_words<P, FORM, 2, 6>;
-    case 8: return multiply_words<P, FORM, 2, 8>;
-    case 12: return multiply_words<P, FORM, 1, 12>;
-    default: return multiply_words<P, FORM, 1, 16>;
+    case 1:
+      return multiply_words<P, FORM, 4, 1>;
+    case 2:
+      return multiply_words<P, FORM, 4, 2>;
+    case 3:
+      return multiply_words<P, FORM, 4, 3>;
+    case 4:
+      return multiply_words<P, FORM, 4, 4>;
+    case 6:
+      return multiply_words<P, FORM, 2, 6>;
+    case 8:
+      return multiply_words<P, FORM, 2, 8>;
+    case 12:
+      return multiply_words<P, FORM, 1, 12>;
+    default:
+      return multiply_words<P, FORM, 1, 16>;
   }
 }
 ASKEW_FN int word_vectors(int64_t width) { return width <= 4 ? 4 : width <= 8 ? 2 : 1; }
@@ -507,7 +515,8 @@ ASKEW_FN int64_t scale_floats(const PackedWeight& w) { return (w.groups > 1 ? w.
 static int64_t panel_scratch(const PackedWeight& w, int64_t batch) {
   const int64_t inputs = batch < kPassInputs ? batch : kPassInputs;
   return ((batch > kFewInputs ? kTileSteps * kPanelRows : 0) + scale_floats(w) +
-          (inputs > kFewInputs ? inputs * kPanelRows : kFewInputs * kMostPanelRows)) * 4 +
+          (inputs > kFewInputs ? inputs * kPanelRows : kFewInputs * kMostPanelRows)) *
+             4 +
          (unpacks(w) ? kMostPanelRows * (rounded_up(w.cols, 64) + kPadding) : 0);
 }
 
