@@ -1,7 +1,8 @@
 """Contract: products of several inputs with packed weights, in float32 and with inputs in bfloat16.
 
 1. bfloat16 inputs, and others that activations="bf16" rounds, are within the bound of ``ops.packed_linear`` of the
-   float64 product of the rounded inputs, for every width, granularity, odd size and number of inputs, on each instruction set.
+   float64 product of the rounded inputs, for every width, granularity, odd size and number of inputs, on each
+   instruction set.
 2. The same bits for any number of threads, and for an input alone and in a larger batch of the same kernel.
 3. What the bfloat16 products cannot hold, inputs near the ends of the range and levels of more digits, is computed
    otherwise, within the same bound.
