@@ -38,7 +38,7 @@ class Settings:
     clamp: bool = True
 
 
-# The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
+#: The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
 RECIPES = {"sgd": Settings(), "adam": Settings(), "finetune": Settings(start=0.0, freeze=0.1)}
 
 
