@@ -63,6 +63,7 @@ readme: install
 
 # The site, in build/site: warnings, dead links and public names without a description are errors. No network.
 docs: install
+	rm -rf build/site
 	$(PY) -m sphinx -q -b html -W --keep-going -c docs -d build/doctrees . build/site
 	@echo "build/site/index.html"
 

@@ -76,13 +76,18 @@ def _split(lines: list[str]) -> tuple[list[str], list[str]]:
 def _escaped(text: str) -> str:
     pieces = LITERAL.split(re.sub(r"::$", ":", text))  # the block that follows gets its own
     for i in range(0, len(pieces), 2):
-        pieces[i] = re.sub(r"([\\*`|])", r"\\\1", pieces[i])
+        pieces[i] = re.sub(r"(?<![\w*])\*([A-Z][^*\n]*\n?[^*\n]*\w)\*(?![\w*])|([\\*`|])", _emphasis, pieces[i])
         pieces[i] = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", pieces[i])
         pieces[i] = re.sub(r"\bdocs/([a-z]+)\.md\b", r":doc:`/docs/\1`", pieces[i])
     for i in range(1, len(pieces), 2):  # what touches a literal is parted from it
         before, after = pieces[i - 1][-1:], pieces[i + 1][:1]
         pieces[i] = "\\ " * bool(before.strip()) + pieces[i] + "\\ " * bool(after.strip())
     return "".join(pieces)
+
+
+def _emphasis(found: re.Match[str]) -> str:
+    """*Titles of works* are in italics; any other asterisk is one."""
+    return f"*{found[1]}*" if found[1] else f"\\{found[2]}"
 
 
 def docstrings(app, what, name, obj, options, lines):
