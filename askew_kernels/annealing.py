@@ -40,7 +40,7 @@ class Settings:
     clamp: bool = True
 
 
-# The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
+#: The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
 RECIPES = {"sgd": Settings(full=0.5), "adam": Settings(), "finetune": Settings(full=0.0, freeze=0.1)}
 
 

@@ -99,6 +99,7 @@ SUM_RULES = {
     LEARNED: contract.MEAN, "ocp": contract.ABSMAX,
 }  # fmt: skip
 TYPED_RULES = {"ocp": "float8_e8m0fnu"}  # those that give scales of one type only
+#: Names of the rules that give a scale from a weight.
 RULES = (*(rule for rule in SUM_RULES if rule not in TYPED_RULES), "mse")
 SMALLEST_SHARE = 1e-3  # of the scale that a learned one started from: below it, it is moved back
 
