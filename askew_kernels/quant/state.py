@@ -459,7 +459,8 @@ class WeightQuantizer:
         with LOCK, torch.no_grad(), torch.inference_mode(False):
             self.settle(weight)
             if not (self.frozen or float(self.flag) == HELD or self._gathered()):
-                look_at_parts([self], [weight], keep=self._left is None)
+                came = self._left is None or self._left[1][2:] != self._part_stamp(weight)[2:]
+                look_at_parts([self], [weight], keep=LAYOUT if came else 0.0)
             return self.scale
 
     def hand_out(self) -> LearnedScale | None:
@@ -753,10 +754,10 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
     return [q.scale for q in quantizers]
 
 
-def look_at_parts(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor], keep: bool = False) -> None:
+def look_at_parts(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor], keep: float | None = None) -> None:
     """The scales of weights of one sharding by their rules, the very ones of the whole weights: every rank looks at its
-    part, and where rows are cut at the whole weight. All ranks must call it. ``keep``: not where the sums are those
-    that the scale was made for, as after a checkpoint."""
+    part, and where rows are cut at the whole weight. All ranks must call it. ``keep``: the scale stays where the sums
+    are, to this relative difference, those that it was made for."""
     found: dict[int, Tensor] = {}  # by place: sums, and for a rule that looks at weights what it says
     mine = []
     for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
@@ -778,7 +779,7 @@ def look_at_parts(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tenso
         found.update(zip(places, join_sums(parts, padded, sharding_of(weights[0])), strict=True))
     for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
         sums = found[i][:, : contract.NUM_ROW_SUMS].contiguous()
-        if not (keep and torch.allclose(sums, q.row_sums, LAYOUT, 0.0)):
+        if keep is None or not torch.allclose(sums, q.row_sums, keep, 0.0):
             c, by_sums = q.config, q.config.scale in SUM_RULES
             cols, given = w.numel() // max(1, len(sums)), None if by_sums else found[i][:, -1].contiguous()
             scale = scale_from_sums(sums, cols, c.weight, c.scale, c.sawb_coefficients, c.scale_dtype, given)
