@@ -79,7 +79,9 @@ class Ranks:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
-            process.join(60)
+            process.join(1)  # threads of finished checkpoints may keep one
+            process.terminate()
+            process.join()
         self.folder.cleanup()
 
     def __enter__(self) -> Ranks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,7 +13,20 @@ from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels.quant import Uniform
-from experiments.distribution import ALL_WAYS, BATCH, FOUR, HOLD, OPTIMIZERS, STEPS, UNEVEN, Way, inner, network, steps, whole
+from experiments.distribution import (
+    ALL_WAYS,
+    BATCH,
+    FOUR,
+    HOLD,
+    OPTIMIZERS,
+    STEPS,
+    UNEVEN,
+    Way,
+    batch,
+    network,
+    steps,
+    whole,
+)
 
 FSDP = ALL_WAYS["FSDP2, 2 ranks"]
 ALONE = Way(1, lambda m: m)
@@ -88,7 +100,7 @@ def leg(rank, world, optimizer, folder, first, last):
     run = Training(optimizer, FSDP if world > 1 else ALONE, seed=first)
     if first:
         run.load(f"{folder}/{first}")
-    before = run.whole()
+    before = run.whole() if first else {}  # torch makes the state of an optimizer without one by a step, which counts
     run.go(first, last).save(f"{folder}/{last}", later=last < STEPS)
     return before, run.whole(), run.weights()
 
@@ -111,3 +123,179 @@ def resumed(rank, world, optimizer, folder, at):
             other.annealing.load_state_dict(annealed)
         wrong[how] = same(want, other.go(at, at + 4).whole())
     return wrong
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self, config, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(10, 16), nn.Linear(16, 10)
+        ak.quantize_(self.to(dtype), config, kinds=("linear", "embedding"))
+
+    def forward(self, x):
+        return self.head(self.words(x))
+
+
+def embedding(rank, world, style):
+    """Weights of a quantized embedding that is split, and of a whole one, after some steps."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = []
+    for split in (True, False):
+        model = Words(ak.QuantConfig(Uniform(4), "absmax"))
+        if split:
+            layout = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+            styles = {"colwise": ColwiseParallel(**layout), "rowwise": RowwiseParallel(**layout)}
+            parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"words": styles[style]})
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.5)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=3, total=8)
+        for step in range(8):
+            x = torch.randint(0, 10, (12,), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), (x + 1) % 10).backward()
+            optimizer.step()
+            annealing.step()
+        found.append([whole(p) for p in model.parameters()])
+    return found
+
+
+def packed(rank, world, config, trits, bias, sizes):
+    """Packed layers that are split: what is off, in outputs, gradients of the input, and the gathered weights."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    a, b, c = sizes
+    model = nn.Sequential(nn.Linear(a, b, bias), nn.ReLU(), nn.Linear(b, c, bias))
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(model, config)), trits=trits)
+    want = copy.deepcopy(model)
+    held = model[0].weight_codes.numel(), model[2].weight_codes.numel()
+    parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)),
+                       {"0": ColwiseParallel(), "2": RowwiseParallel()})  # fmt: skip
+    mine = tuple(layer.weight_codes.to_local().numel() for layer in (model[0], model[2]))
+    assert all(part * world == all_of for part, all_of in zip(mine, held, strict=True)), (mine, held)
+    x = torch.randn(2, 5, a, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        off = [(model(x) - want(x)).abs().max().item()]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for of, at in zip((model, want), inputs, strict=True):
+        of(at).square().sum().backward()
+    off.append((inputs[0].grad - inputs[1].grad).abs().max().item())
+    assert all(torch.equal(model[i].dequantize(), want[i].dequantize()) for i in (0, 2))
+    state = {key: whole(t) for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    assert state.keys() == want.state_dict().keys()
+    assert all(torch.equal(state[key], t) for key, t in want.state_dict().items())
+    return off
+
+
+def refused_packed(rank, world, case):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    sizes, config = {"bytes": ((10, 4), FOUR), "groups": ((48, 4), ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)),
+                     "embedding": (None, FOUR)}[case]  # fmt: skip
+    model = nn.Sequential(nn.Embedding(8, 4) if sizes is None else nn.Linear(*sizes))
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
+    codes = model[0].weight_codes
+    style = ColwiseParallel() if case == "embedding" else RowwiseParallel()
+    try:
+        parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"0": style})
+    except NotImplementedError as error:
+        assert model[0].weight_codes is codes
+        return str(error)
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({str(i): nn.Linear(16, 16) for i in range(4)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = torch.relu(layer(x))
+        return x
+
+
+def trained_pipeline(rank, world):
+    """{name: (trained in a stage that keeps its part of the model by name, in one process)} of this rank's stage."""
+    from torch.distributed import pipelining
+
+    model = network(FOUR, UNEVEN, torch.float32)
+    one = copy.deepcopy(model)
+    for name in ("0", "1") if rank else ("2", "3", "4"):
+        del model._modules[name]
+    stage = pipelining.PipelineStage(model, rank, world, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=functional.cross_entropy)
+    made = []
+    for of in (model, one):
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(of), lr=0.1, momentum=0.9)
+        made.append((optimizer, ak.EpsilonAnnealing(optimizer, hold=3, total=8, keep_pull=False)))
+    for step in range(8):
+        x, y = batch(step, UNEVEN, torch.float32)
+        for optimizer, _ in made:
+            optimizer.zero_grad()
+        schedule.step(target=y) if rank else schedule.step(x)
+        functional.cross_entropy(one(x), y).backward()
+        for optimizer, annealing in made:
+            optimizer.step()
+            annealing.step()
+    ak.hard_quantize_(model)
+    want = ak.hard_quantize_(one).state_dict()
+    return {key: (t, want[key]) for key, t in model.state_dict().items() if key.endswith(("weight", "bias", "scale"))}
+
+
+def traced_pipeline(rank, world):
+    """Outputs of a packed model that torch has traced and cut at a layer's name, and of the model."""
+    from torch.distributed import pipelining
+
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Blocks()))).eval()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    cut = {"layers.2": pipelining.SplitPoint.BEGINNING}
+    stage = pipelining.pipeline(model, (x[:4],), split_spec=cut).build_stage(rank, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(stage, 2)
+    with torch.no_grad():
+        found = schedule.step() if rank else schedule.step(x)
+        return found, model(x)
+
+
+# ---- FSDP2 in another precision --------------------------------------------------------------------------------------
+
+
+def mixed(rank, world, optimizer):
+    """What FSDP2 does with bfloat16 forwards over float32 weights: (scales that a forward changed, the difference of
+    scales from the rule's, outputs before and after hard quantization, what differs after a resume)."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    way = FSDP._replace(place=lambda model: fully_shard(model, mp_policy=policy))
+    config = ak.QuantConfig(Uniform(4), "absmax")
+    run = Training(optimizer, way, dtype=torch.float32, config=config)
+    layers, changed = list(ak.nn.quantized_layers(run.model).values()), []
+    for step in range(8):
+        before = [layer.quantizer.scale.clone() for layer in layers]
+        with torch.no_grad():
+            run.model(batch(step, UNEVEN, torch.float32)[0])
+        if step and not all(torch.equal(layer.quantizer.scale, s) for layer, s in zip(layers, before, strict=True)):
+            changed.append(step)
+        if step == 4:
+            kept = copy.deepcopy({**run.state(), "annealing": None}), run.annealing.state_dict()
+            run.model.reshard()
+            rule = [ak.quant.compute_scale(whole(layer.weight), config.weight, "absmax") for layer in layers]
+            run.go(step, step + 1)
+            off = [(layer.quantizer.scale - s).abs().max().item() for layer, s in zip(layers, rule, strict=True)]
+        else:
+            run.go(step, step + 1)
+    want = run.whole()
+    other = Training(optimizer, way, 1, torch.float32, config)
+    other.take(kept[0])
+    other.annealing.load_state_dict(kept[1])
+    again = same(want, other.go(4, 8).whole())
+    x = batch(9, UNEVEN, torch.float32)[0]
+    with torch.no_grad():
+        out = run.model.eval()(x)
+        ak.hard_quantize_(run.model)
+        return changed, max(off), (out - run.model(x)).abs().max().item(), again
