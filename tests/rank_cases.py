@@ -150,7 +150,9 @@ def embedding(rank, world, style):
         if split:
             layout = {"input_layouts": Replicate(), "output_layouts": Replicate()}
             styles = {"colwise": ColwiseParallel(**layout), "rowwise": RowwiseParallel(**layout)}
-            parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"words": styles[style]})
+            parallelize_module(
+                model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"words": styles[style]}
+            )
         optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.5)
         annealing = ak.EpsilonAnnealing(optimizer, hold=3, total=8)
         for step in range(8):
@@ -194,8 +196,8 @@ def packed(rank, world, config, trits, bias, sizes):
 def refused_packed(rank, world, case):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    sizes, config = {"bytes": ((10, 4), FOUR), "groups": ((48, 4), ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)),
-                     "embedding": (None, FOUR)}[case]  # fmt: skip
+    groups = ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)
+    sizes, config = {"bytes": ((10, 4), FOUR), "groups": ((48, 4), groups), "embedding": (None, FOUR)}[case]
     model = nn.Sequential(nn.Embedding(8, 4) if sizes is None else nn.Linear(*sizes))
     ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
     codes = model[0].weight_codes

@@ -501,8 +501,10 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight, *more)
         if (levels := self.config.level_dtype) is not None:
             if is_sharded(x):
-                raise NotImplementedError(f"forward: {self.config.forward!r} multiplies whole rows, and the input of this "
-                                          f"{type(self).__name__} is split over ranks; expected 'hard' or 'relaxed'")  # fmt: skip
+                raise NotImplementedError(
+                    f"forward: {self.config.forward!r} multiplies whole rows, and the input of this "
+                    f"{type(self).__name__} is split over ranks; expected 'hard' or 'relaxed'"
+                )
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = self._quantized_input(x, grid)

@@ -173,7 +173,7 @@ class PackedLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
-            if is_sharded(param):
+            if param is not None and is_sharded(param):
                 return split(self, param)
             raise AttributeError("weight: a packed layer keeps codes, it can be given no other weight; call "
                                  "unpack_(model) first")  # fmt: skip

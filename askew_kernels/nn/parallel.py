@@ -32,8 +32,8 @@ def stand_in(layer: Any) -> nn.Parameter:
 
 
 class Split(NamedTuple):
-    """How a layer is split: ``inputs``, or else rows; ``layer``: this rank's part, as a packed layer of its own, made of
-    these ``tensors`` (codes and scales)."""
+    """How a layer is split: ``inputs``, or else rows; ``layer``: this rank's part, as a packed layer of its own, made
+    of these ``tensors`` (codes and scales)."""
 
     mesh: Any
     inputs: bool
@@ -47,9 +47,17 @@ def split(layer: Any, weight: Any) -> None:
     mesh, placements = sharding_of(weight)
     name = type(layer).__name__
     dims = set(split_by(placements).values())
-    if mesh.ndim != 1 or not dims <= {0, 1} or len(layer.shape) != 2 or layer.form.transposed or not hasattr(layer, "_multiplied"):
-        raise NotImplementedError(f"weight: a {name} of shape {layer.shape} cannot be split by {placements} over a mesh "
-                                  f"of {mesh.ndim} dimension(s); tensor parallelism is for packed linear layers")  # fmt: skip
+    if (
+        mesh.ndim != 1
+        or not dims <= {0, 1}
+        or len(layer.shape) != 2
+        or layer.form.transposed
+        or not hasattr(layer, "_multiplied")
+    ):
+        raise NotImplementedError(
+            f"weight: a {name} of shape {layer.shape} cannot be split by {placements} over a mesh of {mesh.ndim} "
+            "dimension(s); tensor parallelism is for packed linear layers"
+        )
     codes, inputs = layer._buffers["weight_codes"], dims == {1}
     if is_sharded(codes):
         raise NotImplementedError(f"weight: this {name} is split over ranks already")

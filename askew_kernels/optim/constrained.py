@@ -320,7 +320,7 @@ class Constrained(Optimizer):
             raise
         if launch.sharded and any(launch.summed):
             told = [i for i, summed in enumerate(launch.summed) if summed]
-            share_sums(*([of[i] for i in told] for of in (quantizers, members, launch.sums)))
+            share_sums([quantizers[i] for i in told], [members[i] for i in told], [launch.sums[i] for i in told])
         launch.updated(clamped, plan.linked)
         if self.saved_weights:
             for p in members:

@@ -97,7 +97,7 @@ def part_of(weight: Tensor, scales: int, form: Form) -> Part:
         return _whole(scales)
     if scales == 1 and (len(shape) < 2 or shape[0] > 1):  # of the whole tensor
         return _whole(scales)._replace(cut=tuple(split))
-    roles = _roles(len(shape), form)
+    roles = split_roles(len(shape), form)
     if not set(split.values()) <= set(roles):
         raise _refused(shape, placements, "gives a rank pieces of rows that do not follow each other")
     sizes, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
@@ -115,13 +115,14 @@ def part_of(weight: Tensor, scales: int, form: Form) -> Part:
         piece = -(-shape[dim] // mesh.size(over_inputs[0])) * beside
         ends = [here[INPUTS].start * beside, here[INPUTS].stop * beside]
         if piece % each or any(end % each for end in ends):
-            raise NotImplementedError(f"group_size: {each} inputs of a weight of shape {tuple(shape)} share a scale, and "
-                                      f"{placements} would cut them, at multiples of {piece}; use per_channel, or a "
-                                      "group size that divides it")  # fmt: skip
+            raise NotImplementedError(
+                f"group_size: {each} inputs of a weight of shape {tuple(shape)} share a scale, and {placements} would "
+                f"cut them, at multiples of {piece}; use per_channel, or a group size that divides it"
+            )
         of_groups = slice(ends[0] // each, ends[1] // each)
-    sizes = ([1] * 2 + counts)[-2:] if len(counts) < 2 else counts
+    stack, outputs = ([1, 1, *counts])[-2:]
     joined = tuple(d for d in split if d not in cut)
-    return Part((sizes[0], sizes[1], groups), (box[0], box[1], of_groups), joined, cut)
+    return Part((stack, outputs, groups), (box[0], box[1], of_groups), joined, cut)
 
 
 STACK, OUTPUTS, INPUTS = "stack", "outputs", "inputs"
@@ -131,7 +132,7 @@ def _whole(scales: int) -> Part:
     return Part((1, 1, scales), (slice(0, 1), slice(0, 1), slice(0, scales)))
 
 
-def _roles(dims: int, form: Form) -> dict[int, str]:
+def split_roles(dims: int, form: Form) -> dict[int, str]:
     """What the dimensions of a weight are that may be split. A convolution's positions may not, nor anything of a form
     whose rows are not in the order of a dimension."""
     if form.groups > 1:

@@ -29,6 +29,7 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 import warnings
@@ -375,7 +376,9 @@ class WeightQuantizer:
         if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight) or self._gathered():
             return self._know(weight)
         now = self._sums(weight)
-        kept = torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, self._layout(weight), 0.0))
+        kept = torch.equal(now, self.row_sums) or (
+            came and torch.allclose(now, self.row_sums, self._layout(weight), 0.0)
+        )
         if not kept:
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, True, False, frozenset(), not kept)
@@ -791,9 +794,21 @@ def share_sums(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor],
     """Brings the sums that an update pass has left of every rank's parts to all ranks, for weights of one sharding:
     each computes the next scales from all of them. All ranks must call it."""
     parts = [q.part(w) for q, w in zip(quantizers, weights, strict=True)]
-    for q, w, whole in zip(quantizers, weights, join_sums(parts, sums, sharding_of(weights[0])), strict=True):
+    pieces = [_precise_sums(q, w, left) if part.cut else left
+              for q, w, part, left in zip(quantizers, weights, parts, sums, strict=True)]  # fmt: skip
+    for q, w, whole in zip(quantizers, weights, join_sums(parts, pieces, sharding_of(weights[0])), strict=True):
         q.write(sums=whole)
         q.leave(w)
+
+
+def _precise_sums(quantizer: WeightQuantizer, weight: Tensor, like: Tensor) -> Tensor:
+    """Sums of this rank's pieces of rows in float64, of which what is added over the ranks is rounded once."""
+    part = local_part(weight)
+    if not part.numel():
+        return torch.zeros_like(like, dtype=torch.float64)
+    rows = quantizer.form.view(part).reshape(len(like), -1)
+    one, two, most = (torch.linalg.vector_norm(rows, p, 1, dtype=torch.float64) for p in (1, 2, math.inf))
+    return torch.stack([one, two.square(), most], 1)
 
 
 class ScaleBatch:
