@@ -25,8 +25,8 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
-from .bands import Bands, restored
 from ..quant.sharding import is_sharded
+from .bands import Bands, restored
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 from .parallel import being_split, parallel_product, split, stand_in
