@@ -218,18 +218,8 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
     n, k = w.shape
 
     def int4() -> Impl:
-        groups = w.reshape(n, -1, 128)
-        low, high = groups.aminmax(dim=2)
-        scale = (high - low) / 15
-        q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
-        zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-
-        def made() -> Layer:
-            codes = packed.clone()
-            return lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)
-
-        return impl("", made, n * k // 2, value=half, check=near_check(layer, x))
+        first = peers.Int4OfTorch(layer, bias=False)
+        return impl("", lambda: copy.deepcopy(first), n * k // 2, value=half, check=near_check(layer, x))
 
     def int8() -> Impl:
         scale = w.abs().amax(1) / 127
