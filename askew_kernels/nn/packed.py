@@ -24,6 +24,7 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
+from .calls import Call
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 from .tiles import Tiles
@@ -43,8 +44,9 @@ class PackedLayer(nn.Module):
     kind: ClassVar[Any]  # its entry in kinds.KINDS
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
+    _call: Call | None = None
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale", "_tiles")  # fmt: skip
+                      "weight_scale", "_tiles", "_call")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -219,10 +221,12 @@ class PackedLayer(nn.Module):
             codes, scale = (buffers["weight_codes"], scale) if part is None else self.rows_of(part)
             if scale.dtype != torch.float32:
                 scale = scale.float()
-            levels = grid.levels_tensor(x.device)
-            inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
+            rest = grid.levels_tensor(x.device), grid.encoding, self.bits
+            inputs = x.contiguous(), codes, scale, *rest, bias
             if recorded:
                 return ops.run_packed_linear(name, product, *inputs)
+            if part is None and not compiling and Call.can_be_made(self, x, bias):
+                self._call = Call(self, x, bias, product, rest)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
@@ -314,6 +318,8 @@ class PackedMatrix(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
+        if not torch.compiler.is_compiling() and (call := self._call) is not None and call.serves(self, x):
+            return call(x)
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         return self._multiplied(*self._prepared(x))
@@ -329,7 +335,8 @@ class PackedMatrix(PackedLayer):
             return self._product(x, bias, part)
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
             x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.cols), bias, part).reshape(*x.shape[:-1], -1)
+        y = self._product(x.reshape(rows, self.cols), bias, part)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
