@@ -78,6 +78,7 @@ struct UpdateTensor {  // what is absent is null
   GridArg grid;
   const void* kept;   // read in place of w, whose content does not matter then
   const void* first;  // a gradient whose mean with g takes g's place
+  bool past_caches;   // CPU: the copy is stored without bringing its lines in first
 };
 
 constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte
