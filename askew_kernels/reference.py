@@ -23,10 +23,15 @@ from .contract import (
     INT8_TOP,
     LEVEL_TYPES,
     TILE_ROWS,
+    TRIT_TOP,
+    TRITS,
     UNIFORM,
+    band_codes,
     compute_dtype,
     level_step,
     level_table,
+    pack_codes,
+    unband_codes,
     unpack_codes,
     untile_codes,
 )  # fmt: skip
@@ -633,6 +638,45 @@ def packed_linear_int8(
     q, s = int8_tokens(x.to(kind))
     y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def packed_bands(codes: Tensor, bits: int, cols: int, groups: int, levels: int) -> Tensor:
+    """Packed codes in bands (``contract.band_codes``); a code above the highest level becomes the highest."""
+    if bits == TRITS:
+        codes = codes.clamp(max=TRIT_TOP)
+    return band_codes(unpack_codes(codes, bits, cols).clamp_(max=levels - 1), bits, groups)
+
+
+def packed_bands_codes(bands: Tensor, bits: int, n: int, cols: int, groups: int) -> Tensor:
+    """The packed codes, whose bands these are."""
+    return pack_codes(unband_codes(bands, bits, n, cols, groups), bits)
+
+
+def packed_bands_linear(
+    x: Tensor, bands: Tensor, scale: Tensor, grid: list[int], bits: int, n: int, bias: Tensor | None
+) -> Tensor:
+    """``packed_linear_int8`` from bands; scale: (bands, groups, BAND_ROWS)."""
+    groups, none = scale.shape[1], torch.empty(0, device=x.device)
+    codes = pack_codes(unband_codes(bands, bits, n, x.shape[1], groups), bits)
+    return packed_linear_int8(x, codes, scale.transpose(1, 2).flatten(0, 1)[:n].flatten(), none, grid, bits, bias)
+
+
+def packed_bands_conv(
+    x: Tensor, bands: Tensor, scale: Tensor, grid: list[int], bits: int, n: int, geometry: list[int],
+    channels_last: bool, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``packed_bands_linear`` of the patches of x (images, channels, height, width), or with ``channels_last`` (images,
+    height, width, channels), which the result is, too. geometry: kernel, stride, dilation, zeros before and after, two
+    numbers each."""
+    kernel, stride, dilation, before, after = (geometry[i : i + 2] for i in range(0, 10, 2))
+    x = x.movedim(-1, 1) if channels_last else x
+    x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]))
+    each = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    size = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in each]
+    patches = torch.nn.functional.unfold(x, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(1, 2)
+    y = packed_bands_linear(patches.reshape(-1, patches.shape[-1]), bands, scale, grid, bits, n, bias)
+    y = y.reshape(x.shape[0], *size, n)
+    return y if channels_last else y.movedim(-1, 1).contiguous()
 
 
 # ---- products of levels ---------------------------------------------------------------------------------------------

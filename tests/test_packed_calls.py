@@ -47,7 +47,7 @@ def fresh(layer):
 def test_the_second_call_is_the_first(shape, bias, activations):
     layer, x = packed(bias=bias, activations=activations), rows(*shape)
     first = layer(x)
-    assert isinstance(layer._call, Call) and layer._call.serves(layer, x)
+    assert isinstance(layer._call, Call) and torch.equal(layer._call.product_of(layer, x), first)
     for again in (x, x.clone(), x.unsqueeze(0).expand(2, *shape)[1]):
         assert torch.equal(layer(again), first) and layer(again).shape == (*shape[:-1], 7)
     if len(shape) > 1:
@@ -157,7 +157,7 @@ def test_gradients_come_back():
     layer, x = packed(), rows(3, 12)
     with torch.no_grad():
         layer(x)
-        assert layer._call.serves(layer, x)
+        assert layer._call.product_of(layer, x) is not None
     layer(x).sum().backward()  # the bias wants one
     assert torch.equal(layer.bias.grad, torch.full((7,), 3.0))
     layer.bias.requires_grad_(False)

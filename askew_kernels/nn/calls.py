@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import runtime
+from .bands import NAME
 
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
 _autocast, _records = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
@@ -22,26 +23,13 @@ _autocast, _records = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
 class Call:
     """``product(x, codes, scale, *rest, bias)`` of (rows, cols), as a layer's last call made it; never copied.
 
-    Codes, scale and bias are read where they stand, so that writing into them needs no notice; other tensors in their
-    place, another type or another choice make ``serves`` false."""
+    ``banded``: codes and scale are the layer's bands. Tensors are taken where they stand, so that writing to them
+    needs no notice, and none is kept here."""
 
-    __slots__ = (
-        "activations",
-        "asked",
-        "bias",
-        "codes",
-        "cols",
-        "config",
-        "dtype",
-        "outputs",
-        "product",
-        "rest",
-        "scale",
-    )
+    __slots__ = ("activations", "asked", "banded", "cols", "config", "dtype", "outputs", "product", "rest")
 
-    def __init__(self, layer: Any, x: Tensor, bias: Tensor | None, product: Callable[..., Tensor], rest: Any) -> None:
-        self.product, self.rest = product, rest
-        self.codes, self.scale, self.bias = layer.weight_codes, layer.weight_scale, bias
+    def __init__(self, layer: Any, x: Tensor, product: Callable[..., Tensor], rest: Any, banded: bool) -> None:
+        self.product, self.rest, self.banded = product, rest, banded
         self.dtype, self.asked, self.cols, self.outputs = x.dtype, runtime.asked_for(), layer.cols, layer.rows
         self.config, self.activations = layer.config, layer.activations
 
@@ -53,37 +41,40 @@ class Call:
 
     @staticmethod
     def can_be_made(layer: Any, x: Tensor, bias: Tensor | None) -> bool:
-        """Whether the questions beyond those that ``serves`` asks again have the answers that a ``Call`` stands for."""
+        """Whether the questions beyond those of ``product_of`` have the answers that a ``Call`` stands for."""
         return (runtime.compiled_for(x) and x.is_cpu and type(x) is Tensor and layer.cols > 0
-                and layer.config.activation is None and layer._parameters.get("bias", layer) is bias
-                and layer.weight_scale.dtype == torch.float32)  # fmt: skip
+                and layer.config.activation is None and layer._parameters.get("bias", layer) is bias)  # fmt: skip
 
-    def serves(self, layer: Any, x: Any) -> bool:
-        """Whether ``layer``'s product with ``x`` is this one's."""
+    def product_of(self, layer: Any, x: Any) -> Tensor | None:
+        """``layer``'s product with ``x``, or None where an answer may have changed."""
         state, dtype = layer.__dict__, self.dtype
         if type(x) is not Tensor or x.dtype is not dtype or not x.is_cpu or x.is_nested:
-            return False
-        buffers, bias, scale = state["_buffers"], self.bias, self.scale
-        if buffers.get("weight_codes") is not self.codes or buffers.get("weight_scale") is not scale:
-            return False
-        if state["_parameters"].get("bias", self) is not bias or state["config"] is not self.config:
-            return False
-        if bias is not None and (bias.dtype is not dtype or not bias.is_cpu):
-            return False
-        if layer.activations is not self.activations or runtime.asked_for() is not self.asked:
-            return False
-        if _autocast() or _transforms() or forward_ad._current_level >= 0:
-            return False
+            return None
+        if state["config"] is not self.config or layer.activations is not self.activations:
+            return None
+        if runtime.asked_for() is not self.asked or _autocast() or _transforms() or forward_ad._current_level >= 0:
+            return None
+        scale, bias = state["_buffers"].get("weight_scale"), state["_parameters"].get("bias", self)
+        if bias is self or (bias is not None and (bias.dtype is not dtype or not bias.is_cpu)):
+            return None
         if _records() and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)):
-            return False
-        return x.dim() > 0 and x.shape[-1] == self.cols
-
-    def __call__(self, x: Tensor) -> Tensor:
+            return None
+        if not x.dim() or x.shape[-1] != self.cols:
+            return None
+        if self.banded:
+            kept = layer._bands.kept(layer) if layer.repack else None
+            if kept is None:
+                return None
+            codes, scale = kept
+        else:
+            codes = state["_buffers"].get(NAME)
+            if type(codes) is not Tensor or scale.dtype is not torch.float32:
+                return None
         below = _BelowAutograd()  # no `with`, which takes twice as long
         try:
             if x.dim() == 2:
-                return self.product(x, self.codes, self.scale, *self.rest, self.bias)
-            y = self.product(x.reshape(-1, self.cols), self.codes, self.scale, *self.rest, self.bias)
+                return self.product(x, codes, scale, *self.rest, bias)
+            y = self.product(x.reshape(-1, self.cols), codes, scale, *self.rest, bias)
             return y.view(*x.shape[:-1], self.outputs)
         finally:
             del below

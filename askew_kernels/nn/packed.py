@@ -24,6 +24,7 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
+from .bands import Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
@@ -31,6 +32,16 @@ from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
+
+
+def unrecorded(product: Any, *inputs: Any) -> Tensor:
+    """``product`` below autograd, where there is nothing to record: spares the call into the operator's Python kernel;
+    no `with`, which takes twice as long."""
+    below = None if torch.compiler.is_compiling() else _BelowAutograd()
+    try:
+        return product(*inputs)
+    finally:
+        del below
 
 
 class PackedLayer(nn.Module):
@@ -44,9 +55,10 @@ class PackedLayer(nn.Module):
     kind: ClassVar[Any]  # its entry in kinds.KINDS
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
+    repack = True  # products with int8 activations put the codes into the order in which they read them
     _call: Call | None = None
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale", "_tiles", "_call")  # fmt: skip
+                      "weight_scale", "repack", "_tiles", "_bands", "_call", "_unpacked")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -71,7 +83,7 @@ class PackedLayer(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         rows = num_rows(matrix, config.granularity, config.group_size)
         codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
-        self._tiles = Tiles()
+        self._tiles, self._bands = Tiles(), Bands()
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
         empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
@@ -207,32 +219,45 @@ class PackedLayer(nn.Module):
             return False
         return self._tiles.ready(self) or not torch.cuda.is_current_stream_capturing()
 
+    def _records(self, bias: Tensor | None) -> bool:
+        """Whether bias or scale want gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        return (bias is not None and bias.requires_grad) or self._buffers["weight_scale"].requires_grad  # type: ignore[union-attr]
+
+    def _banded(self, x: Tensor, bias: Tensor | None, compiling: bool) -> tuple[Tensor, Tensor] | None:
+        """(bands, scales) for a product of ``x`` rounded to int8; None where it is made from the codes."""
+        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias):
+            return None
+        return self._bands.of(self, x, compiling)
+
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         scale: Any = buffers["weight_scale"]
-        recorded = torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad)
+        recorded = self._records(bias)
         inputs: tuple[Any, ...]
         if not recorded and part is None and self._reads_tiles(x):
             product: Any = torch.ops.askew.packed_tiles_linear.default
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
-            codes, scale = (buffers["weight_codes"], scale) if part is None else self.rows_of(part)
-            if scale.dtype != torch.float32:
-                scale = scale.float()
-            rest = grid.levels_tensor(x.device), grid.encoding, self.bits
+            banded = self._banded(x, bias, compiling) if part is None else None
+            if banded is not None:
+                product = torch.ops.askew.packed_bands_linear.default
+                codes, scale = banded
+                rest: tuple[Any, ...] = grid.encoding, self.bits, self.rows
+            else:
+                codes, scale = (restored(self), scale) if part is None else self.rows_of(part)
+                if scale.dtype != torch.float32:
+                    scale = scale.float()
+                rest = grid.levels_tensor(x.device), grid.encoding, self.bits
             inputs = x.contiguous(), codes, scale, *rest, bias
             if recorded:
                 return ops.run_packed_linear(name, product, *inputs)
             if part is None and not compiling and Call.can_be_made(self, x, bias):
-                self._call = Call(self, x, bias, product, rest)
-        # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
-        below = None if compiling else _BelowAutograd()
-        try:
-            return product(*inputs)
-        finally:
-            del below
+                self._call = Call(self, x, product, rest, banded is not None)
+        return unrecorded(product, *inputs)
 
     @property
     def packed_bytes(self) -> int:
@@ -242,6 +267,11 @@ class PackedLayer(nn.Module):
     def tile_bytes(self) -> int:
         """Memory of the codes' second copy, in tiles for a GPU's matrix units; 0 before the first product with it."""
         return self._tiles.bytes
+
+    @property
+    def band_bytes(self) -> int:
+        """Memory of the codes in bands and of their scales; 0 where no product with int8 activations was made yet."""
+        return self._bands.bytes
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""
@@ -289,11 +319,17 @@ class PackedLayer(nn.Module):
         if key in state_dict and (wrong := self._other_meaning(state_dict[key])):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
+        self._bands.drop(self)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        restored(self)  # what it gives is the layer's own memory
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._bands.drop(self)
         scale = self.weight_scale
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
@@ -318,8 +354,10 @@ class PackedMatrix(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
-        if not torch.compiler.is_compiling() and (call := self._call) is not None and call.serves(self, x):
-            return call(x)
+        if not torch.compiler.is_compiling() and (call := self._call) is not None:
+            y = call.product_of(self, x)
+            if y is not None:
+                return y
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         return self._multiplied(*self._prepared(x))

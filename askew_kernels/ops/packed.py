@@ -178,6 +178,61 @@ define("packed_tiles_linear",
        flops=lambda x, tiles, scale, levels, grid, form, n, *_args, **_kwargs: 2 * x[0] * x[1] * n)  # fmt: skip
 
 
+# ---- bands: the same codes in the order in which a CPU reads them for int8 activations -------------------------------
+
+
+def bands_serve(n: int, cols: int, grid: Any, bits: int, groups: int) -> bool:
+    """Whether products with int8 activations are made from bands of such codes: levels are whole multiples of the step
+    (half of it with one bit), int32 holds the sums, and filled up blocks and bands cost little memory."""
+    kind, lo, _ = grid.encoding
+    if kind == contract.CODEBOOK or not n or not cols:
+        return False
+    step = contract.level_step(kind)
+    first, top = (2 * lo, 2) if bits == 1 else (lo, (1 << bits) - 1 if bits else 2)
+    if first % step or contract.INT8_TOP * cols * max(abs(first // step), top, first // step + top) >= 2**31 - 1:
+        return False
+    rows, size = contract.band_shape(n, cols, bits, groups)
+    return rows * size <= n * contract.row_bytes(cols, bits) * 5 // 4 + (1 << 16)
+
+
+def band_scales(scale: Tensor, n: int, groups: int) -> Tensor:
+    """Scales beside bands, float32 (bands, groups, BAND_ROWS): one for all is repeated, rows filled up with zeros."""
+    each = scale.float().expand(n) if scale.numel() == 1 else scale.float()
+    padded = torch.nn.functional.pad(each.reshape(n, groups), (0, 0, 0, -n % contract.BAND_ROWS))
+    return padded.reshape(-1, contract.BAND_ROWS, groups).transpose(1, 2).contiguous()
+
+
+define("packed_bands", "(Tensor codes, int bits, int cols, int groups, int levels) -> Tensor",
+       fake=lambda codes, bits, cols, groups, levels: codes.new_empty(
+           contract.band_shape(codes.shape[0], cols, bits, groups)))  # fmt: skip
+define("packed_bands_codes", "(Tensor bands, int bits, int n, int cols, int groups) -> Tensor",
+       fake=lambda bands, bits, n, cols, groups: bands.new_empty((n, contract.row_bytes(cols, bits))))  # fmt: skip
+define("packed_bands_linear",
+       "(Tensor x, Tensor bands, Tensor scale, int[] grid, int bits, int n, Tensor? bias) -> Tensor",
+       fake=lambda x, bands, scale, grid, bits, n, *_args: x.new_empty((x.shape[0], n)),
+       flops=lambda x, bands, scale, grid, bits, n, *_args, **_kwargs: 2 * x[0] * x[1] * n)  # fmt: skip
+
+
+def conv_size(size: Sequence[Any], geometry: Sequence[int]) -> list[Any]:
+    """Of the result of a convolution; geometry: kernel, stride, dilation, zeros before and after, two numbers each."""
+    each = zip(size, *(geometry[i : i + 2] for i in range(0, 10, 2)), strict=True)
+    return [(n + before + after - gap * (k - 1) - 1) // step + 1 for n, k, step, gap, before, after in each]
+
+
+def _convolved(x: Any, bands: Any, scale: Any, grid: Any, bits: int, n: int, geometry: Any, channels_last: bool,
+               bias: Any) -> Any:  # fmt: skip
+    size = conv_size(x.shape[1:3] if channels_last else x.shape[2:], geometry)
+    return x.new_empty((x.shape[0], *size, n) if channels_last else (x.shape[0], n, *size))
+
+
+define("packed_bands_conv",
+       "(Tensor x, Tensor bands, Tensor scale, int[] grid, int bits, int n, int[] geometry, bool channels_last,"
+       " Tensor? bias) -> Tensor", fake=_convolved,
+       flops=lambda x, bands, scale, grid, bits, n, geometry, channels_last, *_args, **_kwargs: (
+           2 * x[0] * x[3 if channels_last else 1] * n * math.prod(geometry[:2])
+           * math.prod(conv_size(x[1:3] if channels_last else x[2:], geometry))))  # fmt: skip
+
+
 def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
     """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight."""
     check_grid(grid)

@@ -52,6 +52,21 @@ struct Int8Input {
   const float* sums;   // (batch, padded groups): lo / step times the sum of q over a group
 };
 
+// The same for codes in bands.
+struct BandInput {
+  const int8_t* q;         // in blocks of tokens (packed_bands.inl)
+  const float* scale;      // (batch)
+  const int32_t* offsets;  // (batch, groups): lo times the sum of q over a group
+};
+
+// Patches of an image that are quantized together, one a lane; offsets: of their columns, the same for each.
+constexpr int kMostPatches = 16;
+struct Patches {
+  const float* image;
+  const int32_t* offsets;
+  int64_t at[kMostPatches];
+};
+
 // A panel of outputs of a product of levels, laid out, and what its tiles need beside it.
 struct LevelPanel {
   const uint8_t* words;
@@ -91,6 +106,20 @@ struct PackedLoops {
   void (*multiply_int8)(const PackedWeight&, int64_t row0, int64_t row1, const Int8Input&, int64_t token0,
                         int64_t token1, const float* bias, float* y, char* scratch);
 
+  // Codes of a row as bytes, padded with zeros to a multiple of 64.
+  void (*unpack)(const PackedWeight&, int64_t row, uint8_t* out);
+  // int8 activations times codes in bands. A block of tokens is the next `band_tokens` of those left; x: the first of
+  // `count` of a block, q: where the block's stand, of which this is the one at `place`.
+  int64_t (*band_tokens)(int64_t left);
+  void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
+                        int32_t* offsets, int8_t* scratch);
+  // The same of the patches of a whole block.
+  void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
+  // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride);
+  void (*multiply_bands)(const BandsArg&, int64_t band0, int64_t band1, const BandInput&, int64_t token0,
+                         int64_t token1, const float* bias, float* y);
+
   // Products of levels of a byte: `outputs` of them a panel, whose rows of 4 columns take 4 outputs bytes.
   int64_t outputs;
   void (*level_range)(const int8_t* c, int64_t count, int* lowest, int* highest);
@@ -99,6 +128,7 @@ struct PackedLoops {
   void (*sum_levels)(const int8_t* q, int64_t rows, int64_t cols, int32_t* sums);
 };
 
+ASKEW_FN int64_t band_width(const BandsArg& w) { return w.groups * w.blocks * 4 * band_vectors(w.bits); }
 constexpr int64_t kPadding = 64;  // arrays that the packed loops read are padded to whole vectors
 ASKEW_FN int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 ASKEW_FN int64_t padded_groups(const PackedWeight& w) { return rounded_up(w.groups ? w.groups : 1, 16); }

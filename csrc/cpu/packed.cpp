@@ -11,24 +11,15 @@
 #include <memory>
 #include <new>
 
-#include "run.h"
+#include "packed_conv.h"
+#include "scratch.h"
 
 namespace askew {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;   // weights times inputs that are worth a thread
 constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache while all rows pass
 constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
-
-// Uninitialised memory, aligned to cache lines.
-template <class T>
-struct Scratch : std::unique_ptr<T, void (*)(void*)> {
-  explicit Scratch(int64_t count)
-      : Scratch::unique_ptr((T*)std::aligned_alloc(64, rounded_up(count * sizeof(T) + 64, 64)), std::free) {
-    if (!this->get()) throw std::bad_alloc();
-  }
-};
 
 // The five codes of each byte, as bytes and in one word.
 struct Trits {
@@ -58,18 +49,6 @@ PackedWeight prepared(const PackedArg& arg) {
   return w;
 }
 
-// f(begin, end) on rows [0, n) in whole bands, in as many threads as the work is worth.
-template <class F>
-void for_rows(int64_t n, int64_t band, int64_t work_of_row, const F& f) {
-  const int64_t bands = (n + band - 1) / band;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(work_of_row * band, 1));
-  const auto rows = [&](int64_t begin, int64_t end) { f(begin * band, std::min(end * band, n)); };
-  if (bands <= grain)
-    rows(0, bands);
-  else
-    torch::stable::parallel_for(0, bands, grain, rows);
-}
-
 // One row after the other of [0, count) as float32 s c: f(row, its values, padded). By threads.
 template <class F>
 void for_decoded(const PackedWeight& w, int64_t first, int64_t count, int type, const F& f) {
@@ -92,9 +71,10 @@ struct Product {
   const int64_t batch;
   Scratch<float> wide_y, wide_bias;
 
-  explicit Product(const LinearArg& a)
+  explicit Product(const LinearArg& a) : Product(a, prepared(a.w)) {}
+  Product(const LinearArg& a, const PackedWeight& weight)
       : arg(a),
-        w(prepared(a.w)),
+        w(weight),
         type(a.type),
         batch(a.batch),
         wide_y(type == kFloat32 ? 0 : batch * w.n),
@@ -253,6 +233,107 @@ void multiply_int8(const Product& p) {
   });
 }
 
+void multiply_bands(const Product& p, const BandsArg& w) {
+  const PackedLoops& l = p.loops;
+  const int64_t width = band_width(w);
+  Scratch<int8_t> q(p.batch * width);
+  Scratch<float> scales(p.batch);
+  Scratch<int32_t> offsets(p.batch * w.groups);
+  std::vector<int64_t> firsts(p.batch), counts(p.batch);  // of each token's block
+  for (int64_t t = 0, count; t < p.batch; t += count) {
+    count = l.band_tokens(p.batch - t);
+    for (int64_t i = t; i < t + count; ++i) firsts[i] = t, counts[i] = count;
+  }
+  p.for_inputs([&](int64_t i, const float* in) {
+    Scratch<int8_t> plain(w.cols);
+    l.quantize_band(w, in, q.get() + firsts[i] * width, counts[i], i - firsts[i], scales.get() + i,
+                    offsets.get() + i * w.groups, plain.get());
+  });
+  const BandInput input{q.get(), scales.get(), offsets.get()};
+  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < p.batch; t += kTokens)
+      l.multiply_bands(w, begin, end, input, t, std::min(t + kTokens, p.batch), p.bias(), p.out());
+  });
+}
+
+// Four columns of a block's row, one byte each, and the bits of them that stand in one plane of words.
+struct Plane {
+  int bits, first, at;  // its width, its first word in a block, its lowest bit in a code
+};
+
+// f(plane) over those that the codes are cut into.
+template <class F>
+void for_planes(int bits, const F& f) {
+  for (int width = 8, first = 0, at = 0; width; width /= 2)
+    if (bits & width) {
+      f(Plane{width, first, at});
+      first += band_vectors(bits) * width / 8;
+      at += width;
+    }
+}
+
+// A row's block as `words`, kBandRows words apart: codes of 4 columns in each of the block's vectors.
+void pack_block(int bits, const uint8_t* codes, uint32_t* words) {
+  uint32_t four[8];
+  const int vectors = band_vectors(bits);
+  std::memcpy(four, codes, 4 * vectors);
+  for (int i = 0; i < band_words(bits); ++i) words[i * kBandRows] = 0;
+  if (bits == kTrits) {
+    for (int i = 0; i < 4; ++i) {
+      uint32_t v = 0;
+      for (int d = 0; d < kTritsInByte; ++d) v = 3 * v + codes[4 * d + i];
+      words[0] |= (256 * v + kTopTrits) / (kTopTrits + 1) << 8 * i;
+    }
+    return;
+  }
+  for_planes(bits, [&](Plane p) {
+    const uint32_t mask = 0x01010101u * ((1u << p.bits) - 1);
+    for (int v = 0; v < vectors; ++v)
+      words[(p.first + v * p.bits / 8) * kBandRows] |= (four[v] >> p.at & mask) << v * p.bits % 8;
+  });
+}
+
+void unpack_block(int bits, const uint32_t* words, uint8_t* codes) {
+  uint32_t four[8] = {};
+  const int vectors = band_vectors(bits);
+  if (bits == kTrits) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* digits = trits().digits[(words[0] >> 8 * i & 255) * (kTopTrits + 1) >> 8];
+      for (int d = 0; d < kTritsInByte; ++d) codes[4 * d + i] = digits[kTritsInByte - 1 - d];
+    }
+    return;
+  }
+  for_planes(bits, [&](Plane p) {
+    const uint32_t mask = 0x01010101u * ((1u << p.bits) - 1);
+    for (int v = 0; v < vectors; ++v)
+      four[v] |= (words[(p.first + v * p.bits / 8) * kBandRows] >> v * p.bits % 8 & mask) << p.at;
+  });
+  std::memcpy(codes, four, 4 * vectors);
+}
+
+// Codes, a byte each, as a row of the file's layout; `codes` is padded with zeros.
+void pack_row(int bits, const uint8_t* codes, int64_t cols, uint8_t* out) {
+  if (bits == 8) {
+    std::memcpy(out, codes, cols);
+  } else if (bits == kTrits) {
+    for (int64_t c = 0; c < cols; c += kTritsInByte, codes += kTritsInByte)
+      *out++ = (uint8_t)(codes[0] + 3 * codes[1] + 9 * codes[2] + 27 * codes[3] + 81 * codes[4]);
+  } else {
+    for (int64_t c = 0, left = row_bytes(cols, bits); left > 0; c += 8, left -= bits, out += bits) {
+      uint64_t eight, word = 0;
+      std::memcpy(&eight, codes + c, 8);
+      for (int i = 0; i < 8; ++i) word |= (eight >> 8 * i & 255) << bits * i;
+      std::memcpy(out, &word, std::min<int64_t>(left, bits));
+    }
+  }
+}
+
+// f(first row, row begin, end) of the rows of each band, by threads.
+template <class F>
+void for_bands(const BandsArg& w, const F& f) {
+  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols, f);
+}
+
 struct Device : OnCpu {
   static constexpr bool kTiles = false;  // their layout is a GPU's
   static constexpr bool kInt8 = true;
@@ -271,6 +352,58 @@ struct Device : OnCpu {
       multiply_codes(p);
     p.finish();
   }
+  void to_bands(const uint8_t* codes, const BandsArg& w, int levels, uint8_t* out) const {
+    const int64_t length = w.cols / w.groups, block = 4 * band_vectors(w.bits), words = band_words(w.bits);
+    const int64_t row_size = row_bytes(w.cols, w.bits);
+    PackedWeight from{};
+    from.codes = codes;
+    from.bits = w.bits;
+    from.cols = w.cols;
+    from.row_bytes = row_size;
+    from.digits = trits().digits[0];
+    for_bands(w, [&](int64_t begin, int64_t end) {
+      Scratch<uint8_t> plain(w.cols + kPadding), padded(w.blocks * block);
+      for (int64_t row = begin * kBandRows; row < end * kBandRows; ++row) {
+        if (row < w.n) packed_loops().unpack(from, row, plain.get());
+        uint32_t* to = reinterpret_cast<uint32_t*>(out) + row / kBandRows * w.groups * w.blocks * words * kBandRows +
+                       row % kBandRows;
+        for (int64_t g = 0; g < w.groups; ++g) {
+          std::memset(padded.get(), 0, w.blocks * block);
+          for (int64_t c = 0; row < w.n && c < length; ++c)
+            padded.get()[c] = std::min<uint8_t>(plain.get()[g * length + c], levels - 1);
+          for (int64_t b = 0; b < w.blocks; ++b, to += words * kBandRows)
+            pack_block(w.bits, padded.get() + b * block, to);
+        }
+      }
+    });
+  }
+  void from_bands(const BandsArg& w, uint8_t* out) const {
+    const int64_t length = w.cols / w.groups, block = 4 * band_vectors(w.bits), words = band_words(w.bits);
+    const int64_t row_size = row_bytes(w.cols, w.bits);
+    for_bands(w, [&](int64_t begin, int64_t end) {
+      Scratch<uint8_t> plain(w.cols + kPadding), padded(w.blocks * block);
+      std::memset(plain.get() + w.cols, 0, kPadding);
+      for (int64_t row = begin * kBandRows; row < std::min(end * kBandRows, w.n); ++row) {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(w.codes) +
+                               row / kBandRows * w.groups * w.blocks * words * kBandRows + row % kBandRows;
+        for (int64_t g = 0; g < w.groups; ++g) {
+          for (int64_t b = 0; b < w.blocks; ++b, from += words * kBandRows)
+            unpack_block(w.bits, from, padded.get() + b * block);
+          std::memcpy(plain.get() + g * length, padded.get(), length);
+        }
+        pack_row(w.bits, plain.get(), w.cols, out + row * row_size);
+      }
+    });
+  }
+  void bands_linear(const LinearArg& a, const BandsArg& w) const {
+    PackedWeight size{};
+    size.n = w.n;
+    size.cols = w.cols;
+    const Product p(a, size);
+    multiply_bands(p, w);
+    p.finish();
+  }
+  void bands_conv(const ConvArg& a, const BandsArg& w) const { convolve_bands(a, w); }
   void linear_int8(const LinearArg& a) const {
     const Product p(a);
     multiply_int8(p);
