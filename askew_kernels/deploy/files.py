@@ -397,7 +397,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float",
-                mmap: bool = False, repack: bool = True) -> nn.Module:  # fmt: skip
+                mmap: bool = False, repack: bool | None = None) -> nn.Module:  # fmt: skip
     """Fills ``model`` from a packed file, in place, and returns it.
 
     Its layers (float, quantized or packed) that the file has packed are replaced, and hooks on them go on working; all
@@ -407,8 +407,8 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
     the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
     is used, and the file must not be changed in place while the model is in use (a change shows, a cut file kills the
-    process). ``repack=False``: products with int8 activations read codes as they lie, slower, instead of having them
-    put into the order of the kernels at the first call, which reads them all.
+    process). ``repack``: whether products with int8 activations have the codes put into the order of the kernels, at
+    the first call, or read them as they lie, slower; None: unless ``mmap``, whose memory processes share.
 
     Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
     then leaves the model as it was.
@@ -417,7 +417,7 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     file = PackedFile(path, verify, mmap)
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
         names = _Names(model, path) if experts else names  # with the layers that these have now
-        _Load(file, names, activations, repack).commit()
+        _Load(file, names, activations, not mmap if repack is None else repack).commit()
     return model
 
 

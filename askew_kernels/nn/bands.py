@@ -43,7 +43,7 @@ class BandedCodes(Tensor):
         """The codes; ``keep``: from now on they are these."""
         if self.codes is not None:
             return self.codes
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # to be written to wherever codes may be
             codes = torch.ops.askew.packed_bands_codes(self.bands, *self.shaped)
         self.asked += 1
         if keep or self.asked == OFTEN:
@@ -109,6 +109,7 @@ class Bands:
             self._serve = ops.packed.bands_serve(layer.rows, layer.cols, grid, layer.bits, groups)
         return self._serve
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _made(self, layer: Any) -> tuple[Tensor, Tensor]:
         groups, levels = _groups(layer), len(layer.config.weight.levels)

@@ -54,9 +54,10 @@ ASKEW_FN void band_trits(vu word, vu (&code)[5]) {
   typedef uint8_t Bytes __attribute__((vector_size(4 * ASKEW_LANES)));
   Bytes rest = (Bytes)word;
   ASKEW_UNROLL for (int d = 0; d < 5; ++d) {
-#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
-    const __m512i less = _mm512_subs_epu8((__m512i)rest, _mm512_set1_epi8(1));
-    code[d] = (vu)_mm512_avg_epu8(less, _mm512_avg_epu8(less, __m512i{})) & 0xc0c0c0c0u;
+#if defined(ASKEW_MM)
+    const Codes less = ASKEW_MM(subs_epu8)((Codes)rest, ASKEW_MM(set1_epi8)(1));
+    const vu top = (vu)ASKEW_MM(avg_epu8)(less, ASKEW_MM(avg_epu8)(less, Codes{}));
+    code[d] = band_shift<kTrits>() ? top & 0xc0c0c0c0u : top >> 6 & 0x03030303u;
 #else
     code[d] = (vu)(((Bytes)(rest >= 86) & 1) + ((Bytes)(rest >= 171) & 1));
 #endif
@@ -109,7 +110,7 @@ struct BandSums {
   static constexpr int kSums = B >= 4 ? 1 : 4 / B, kBlocks = kVectors < kSums ? kSums / kVectors : 1;
   // Products that a sum may hold before it is added up in int32, and steps that add no more.
   static constexpr int64_t kMost = vectors_in_flight(band_top(BITS));
-  static constexpr int64_t kSteps = kMost * kSums / (kBlocks * kVectors);
+  static constexpr int64_t kSteps = kMost / ((kBlocks * kVectors + kSums - 1) / kSums);
   static constexpr int64_t kAhead = 4096;  // bytes: what stands there is in the cache when it is its turn
   Sums own[kSums][B];
   vi sum[B];
