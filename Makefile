@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CONSTRAINTS := constraints.txt
 SOURCES := setup.py pyproject.toml build_tools/backend.py askew_kernels/library.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info wheel try-wheel gpu-check install clean
+.PHONY: demo docs test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info wheel try-wheel gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
 RESULTS := benchmarks/results/cpu
@@ -60,6 +60,12 @@ evidence: peers
 readme: install
 	$(PY) -m askew_kernels bench --plain --from $(RESULTS)/rows.json --plot $(RESULTS) --page $(RESULTS)/README.md \
 	    --fill README.md docs/notes.md
+
+# The site, in build/site: warnings, dead links and public names without a description are errors. No network.
+docs: install
+	rm -rf build/site
+	$(PY) -m sphinx -q -b html -W --keep-going -c docs -d build/doctrees . build/site
+	@echo "build/site/index.html"
 
 info: install
 	$(PY) -m askew_kernels info

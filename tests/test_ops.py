@@ -318,6 +318,42 @@ def test_projection(name, dtype, eps, backend, generator):
             assert torch.equal(got[inside], w[inside])
 
 
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slack", [1.0, 0.7, 0.25, 1e-3])
+def test_soft_quantize(name, dtype, slack, backend, generator):
+    """The formula in float64 within rounding (of the storage type, and of x/s times the slope); w itself at slack 1."""
+    grid = GRIDS[name]
+    levels = np.array(grid.levels)
+    for cols in COLS:
+        w, s = some((3, cols), dtype, generator), scales_for(3, generator)
+        got = ops.soft_quantize(w, s, grid, slack)
+        assert got.dtype == dtype and got.shape == w.shape
+        if not cols:
+            continue
+        x, s64 = oracles.as64(w), oracles.as64(s)[:, None]
+        placed = oracles.clamp(x, s64, levels)
+        t, a, b, _ = oracles.bracket(placed, s64, levels)
+        middle = np.clip(0.5 + (t - 0.5) / slack, 0, 1)
+        target = a + middle * (b - a) + slack * (x - placed)
+        room = s64 * np.abs(levels).max()
+        rounding = EPSILON[dtype] * (room + np.abs(x)) + 2**-21 * room / slack + 2**-22 * np.abs(x)
+        assert (np.abs(oracles.as64(got) - target) <= rounding).all()
+        tensor = torch.tensor(slack)
+        assert torch.equal(ops.soft_quantize(w, s, grid, tensor), got)
+
+
+def test_soft_quantize_of_special_values(backend):
+    w = torch.tensor([[math.inf, -math.inf, math.nan, -0.0]])
+    y = ops.soft_quantize(w, torch.tensor([0.5]), Uniform(4), 0.3)
+    assert y[0, 0] == math.inf and y[0, 1] == -math.inf and y[0, 2].isnan() and y[0, 3] == 0
+    for bad in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="slack"):
+            ops.soft_quantize(w, torch.tensor([0.5]), Uniform(4), bad)
+    kept = w.clone().requires_grad_()
+    assert not ops.soft_quantize(kept, torch.tensor([0.5]), Uniform(4), 0.5).requires_grad
+
+
 def test_midpoint_goes_down(backend):
     s = torch.ones(1)
     for grid in (Uniform(4), Codebook([-8.0, *range(-7, 8)])):
@@ -985,6 +1021,7 @@ def operator_samples():
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "ste_clip_scale_grad_", (torch.randn(3, 20, generator=g), x, s, levels, grid, True, 0.5)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
+        yield "soft_quantize", (x, s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
         sums = reference.row_sums(x, 3)
         yield (
@@ -995,10 +1032,17 @@ def operator_samples():
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
         yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
         yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
+        yield "packed_linear_bf16", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         form = ops.packed.tile_form(levels.tolist(), grid, torch.bfloat16)
         tiles = ops.packed.packed_tiles(codes, grid, 4, 20, len(levels) or 2 if grid[0] != 1 else 16, form)
         half = x[:2].to(torch.bfloat16), torch.randn(3, generator=g).to(torch.bfloat16)
         yield "packed_tiles_linear", (half[0], tiles, s, levels, grid, form, 3, 1, half[1])
+        if grid[0] == 1:  # whole numbers of steps
+            bands = reference.packed_bands(codes, 4, 20, 1, 16)
+            yield "packed_bands", (codes, 4, 20, 1, 16)
+            yield "packed_bands_codes", (bands, 4, 3, 20, 1)
+            beside = ops.packed.band_scales(s, 3, 1)
+            yield "packed_bands_linear", (x[:2], bands, beside, grid, 4, 3, torch.randn(3, generator=g))
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
