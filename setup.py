@@ -172,7 +172,7 @@ class BuildExt(build_ext):
         self.report.update(cpu=True, cuda=bool(archs), torch_target="2.11", compiler=cxx)
 
     def find_cuda(self) -> tuple[Path, list[str], str, str] | None:
-        """(its folder, flags by the architectures and nvcc's version, these two); None and a reason where it is not to be used."""
+        """(its folder, flags, architectures, version); None and a reason where it is not to be used."""
         home = cuda_home()
         if MODE == "cpu" or home is None:
             self.report["cuda_reason"] = "ASKEW_BUILD=cpu" if MODE == "cpu" else "nvcc was not found"
