@@ -242,6 +242,17 @@ def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int],
     w.copy_(torch.where(u > radius, s * (near - side * (radius * delta)), v).reshape(w.shape))
 
 
+def soft_quantize(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], slack: Tensor) -> Tensor:
+    """Between x (slack 1) and s Q(x/s) (slack 0); see ``ops.soft_quantize``."""
+    w, s = _rows(x, scale)
+    slack = slack.to(w.device, w.dtype)
+    placed = clamp_hull(w, s, levels, grid)
+    near, u, side, delta = place(placed / s, levels, grid)
+    over = torch.clamp(u - 0.5 * (1 - slack), min=0)
+    y = s * (near - side * ((1 / slack) * over * delta)) + slack * (w - placed)
+    return y.to(x.dtype).reshape(x.shape)
+
+
 def skew_velocity(
     d: Tensor, w: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
 ) -> tuple[Tensor, Tensor]:

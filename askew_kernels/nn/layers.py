@@ -360,6 +360,26 @@ class QuantizedLayer(nn.Module):
             y = y + ((learned - learned.detach())[:, None] * slopes).to(y.dtype).reshape(y.shape)  # 0, with a gradient
         return view(y)  # of a view, the inverse is its view
 
+    def _soft_weight(self) -> Tensor:
+        """What stands between the weight and s Q(w/s) by a recipe's slack, straight-through; nothing is kept."""
+        weight, quantizer = self.weight, self.quantizer
+        ordinary = self._ordinary()
+        weight = weight.full_tensor() if is_sharded(weight) else weight
+        scale = quantizer.current_scale(weight) if ordinary else self._functional_scale(weight)
+        view, grid = self.form.view, self.config.weight
+        point, slack = view(weight), quantizer.slack.to(weight.device)  # type: ignore[union-attr]
+        scale = scale.double() if point.dtype == torch.float64 else scale
+        soft = view(ops.run_soft_quantize(point, scale, grid.levels_tensor(point.device), grid.encoding, slack))
+        if ordinary:
+            return _StraightThrough.apply(weight, soft, None)
+        return weight + (soft - weight).detach()
+
+    def forward_weight(self) -> Tensor:
+        """What the next forward computes with, detached: the weight, s Q(w/s), or what a recipe has in between."""
+        if self.computes_float:
+            return self.weight.detach()
+        return self._soft_weight().detach() if self.softens else self.quantized_weight()
+
     def _eager_weight(self, dtype: torch.dtype) -> Tensor:
         """s Q(w/s), differentiable: the quantizer's own copy."""
         weight: Any = self._parameters["weight"]
@@ -459,6 +479,11 @@ class QuantizedLayer(nn.Module):
         """Whether this forward takes the float weights: in training, where the config or a recipe's start says so."""
         return self.training and (self.config.forward == "relaxed" or self.quantizer.floating)
 
+    @property
+    def softens(self) -> bool:
+        """Whether it takes what stands between these and s Q(w/s)."""
+        return self.training and self.quantizer.slack is not None and self.config.forward != "relaxed"
+
     def _output(self, x: Tensor, *more: Any) -> Tensor:
         if self.training and self.quantizer.floating:
             return self.product(x, self.weight, *more)
@@ -468,6 +493,8 @@ class QuantizedLayer(nn.Module):
             x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight, *more)
+        if self.softens:
+            return self.product(x, self._soft_weight(), *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
         if not more and self._compiled_with_copy(x):

@@ -199,6 +199,7 @@ class WeightQuantizer:
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self.floating = False  # layers compute with the weight itself in training: a recipe's start
+        self.slack: Tensor | None = None  # 0-dim: how far they are from there to s Q(w/s), while they are on the way
         self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -546,7 +547,7 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward == "relaxed" or self.floating or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.on_the_way or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -580,14 +581,23 @@ class WeightQuantizer:
     @property
     def clips_in_step(self) -> bool:
         """Whether the optimizer's pass zeroes gradients outside the hull."""
-        return self.config.clips_in_step and not self.floating
+        return self.config.clips_in_step and not self.on_the_way
 
-    def float_while(self, floating: bool) -> None:
-        """Whether layers compute with the weight itself in training (and with s Q(w/s) in eval); not where the scale is
-        learned, which needs the quantized forward."""
-        floating = floating and not self.config.learns_scale
-        if floating != self.floating:
-            self.floating = floating
+    @property
+    def on_the_way(self) -> bool:
+        """Layers do not compute with s Q(w/s) in training yet."""
+        return self.floating or self.slack is not None
+
+    def soften(self, share: float, slack: Tensor) -> None:
+        """What layers compute with in training (in eval always with s Q(w/s)): the weight itself where ``share`` is 1,
+        s Q(w/s) where it is 0, in between ``ops.soft_quantize``'s with ``slack``, a 0-dim tensor of that value that the
+        caller goes on filling. Where levels are multiplied there is nothing in between, and the switch is at one half;
+        a scale that is learned needs the quantized forward always."""
+        levels = self.config.level_dtype is not None
+        share = 0.0 if self.config.learns_scale else float(share > 0.5) if levels else share
+        before = self.floating, self.slack is None
+        self.floating, self.slack = share >= 1, slack if 0 < share < 1 else None
+        if before != (self.floating, self.slack is None):
             self._changed()
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
@@ -628,12 +638,13 @@ class WeightQuantizer:
         if self.learned is not None:
             held["started"] = self.started, self._young == _moved(self.learned)
         held |= {"floating": True} if self.floating else {}
+        held |= {} if self.slack is None else {"slack": self.slack.clone()}
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
-        self.floating = state.get("floating", False)
+        self.floating, self.slack = state.get("floating", False), state.get("slack")
         self.started, young = state.get("started", (False, False))
         if young:
             self._young = _moved(self.learned)  # type: ignore[arg-type]
