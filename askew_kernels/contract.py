@@ -44,6 +44,7 @@ TRITS = 0  # the ``bits`` of the format that holds five ternary codes in a byte
 TRIT_POWERS = (1, 3, 9, 27, 81)  # what each of the five counts
 TRIT_TOP = 242  # the byte of five highest codes: 3^5 - 1
 
+BAND_ROWS = 16  # of the bands in which a CPU's products with int8 activations read codes
 TILE_ROWS, TILE_COLUMNS = 16, 256  # of the tiles in which a GPU's products with few inputs read codes
 TILE_TABLE, TILE_TABLE2 = 14, 24  # ``form`` of tiles whose codes are looked up: levels of one part, of two parts
 
@@ -64,7 +65,7 @@ def bits_per_code(bits: int) -> float:
 
 
 def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
-    """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``quant.pack_codes``."""
+    """(n, cols) uint8 level indices from (n, row_bytes) uint8: the inverse of ``pack_codes``."""
     n = packed.shape[0]
     if bits == TRITS:
         powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=packed.device)
@@ -77,6 +78,23 @@ def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
         word |= padded[..., j].to(torch.int64) << (8 * j)
     codes = torch.stack([((word >> (bits * i)) & (2**bits - 1)).to(torch.uint8) for i in range(8)], dim=-1)
     return codes.flatten(1)[:, :cols].contiguous()
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """(n, row_bytes) uint8 from (n, cols) uint8 level indices: the inverse of ``unpack_codes``; ``bits`` of each are
+    taken as they are."""
+    n, cols = codes.shape
+    if bits == TRITS:
+        digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -(-cols // 5), 5)
+        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=codes.device)
+        return (digits * powers).sum(-1, dtype=torch.uint8)
+    # eight codes are `bits` whole bytes
+    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)
+    word = torch.zeros(groups.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        word |= groups[..., i].to(torch.int64) << (bits * i)
+    packed = torch.stack([((word >> (8 * j)) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
+    return packed.flatten(1)[:, : row_bytes(cols, bits)].clone(memory_format=torch.contiguous_format)  # no view
 
 
 def tile_bits(form: int) -> int:
@@ -131,6 +149,78 @@ def untile_codes(tiles: Tensor, form: int, n: int, cols: int) -> Tensor:
     seen = torch.stack([pairs & 0xFFFF, pairs >> 16], -1).to(torch.uint8)
     seen = seen.reshape(*tiles.shape[:2], 8, 4, 16, 2, 2, 2).permute(0, 6, 2, 1, 4, 3, 5, 7)
     return seen.reshape(TILE_ROWS * tiles.shape[0], -1)[:n, :cols].contiguous()
+
+
+def band_vectors(bits: int) -> int:
+    """Vectors of four columns in a block of a band: 32 columns at most, trits 20."""
+    return len(TRIT_POWERS) if bits == TRITS else 8 // (bits & -bits)
+
+
+def band_words(bits: int) -> int:
+    """Words of 32 bits that a row's block takes."""
+    return 1 if bits == TRITS else band_vectors(bits) * bits // 8
+
+
+def band_shape(n: int, cols: int, bits: int, groups: int) -> tuple[int, int]:
+    """The shape of the bands of a (n, cols) weight whose rows have ``groups`` scales, uint8."""
+    blocks = -(-(cols // groups) // (4 * band_vectors(bits)))
+    return -(-n // BAND_ROWS), groups * blocks * band_words(bits) * 4 * BAND_ROWS
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """(width, lowest bit in a code) of the planes of bits that codes are cut into, the low bits in the widest."""
+    found, low = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            found.append((width, low))
+            low += width
+    return found
+
+
+def band_codes(codes: Tensor, bits: int, groups: int) -> Tensor:
+    """Bands of (n, cols) uint8 codes: (bands, groups, blocks, words, BAND_ROWS, 4) bytes as (bands, …).
+
+    Byte i of the words of a row holds columns i, 4 + i, … of the block, one code after the other from the lowest bit
+    on, plane by plane; of trits the digits of a number v, the first the highest, as 256 v / 243 rounded up. Groups
+    are filled up to whole blocks, rows to whole bands.
+    """
+    (n, cols), vectors = codes.shape, band_vectors(bits)
+    length = cols // groups
+    padded = torch.nn.functional.pad(codes.reshape(n, groups, length), (0, -length % (4 * vectors)))
+    padded = torch.nn.functional.pad(padded, (0, 0, 0, 0, 0, -n % BAND_ROWS))
+    blocks = padded.reshape(
+        padded.shape[0] // BAND_ROWS, BAND_ROWS, groups, padded.shape[-1] // (4 * vectors), vectors, 4
+    )
+    if bits == TRITS:
+        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=codes.device)
+        number = (blocks.flip(-2) * powers[:, None]).sum(-2, keepdim=True, dtype=torch.int32)
+        words = ((256 * number + TRIT_TOP) // (TRIT_TOP + 1)).to(torch.uint8)
+    else:
+        planes = []
+        for width, low in _planes(bits):
+            each = (blocks >> low & (1 << width) - 1).unflatten(-2, (-1, 8 // width))
+            planes.append(sum(each[..., k, :] << width * k for k in range(8 // width)))
+        words = torch.cat(planes, -2)
+    return words.permute(0, 2, 3, 4, 1, 5).reshape(band_shape(n, cols, bits, groups)).contiguous()
+
+
+def unband_codes(bands: Tensor, bits: int, n: int, cols: int, groups: int) -> Tensor:
+    """(n, cols) uint8 codes: the inverse of ``band_codes``."""
+    blocks = -(-(cols // groups) // (4 * band_vectors(bits)))
+    words = bands.reshape(len(bands), groups, blocks, band_words(bits), BAND_ROWS, 4).permute(0, 4, 1, 2, 3, 5)
+    if bits == TRITS:
+        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=bands.device)
+        number = (words.int() * (TRIT_TOP + 1) >> 8).to(torch.uint8)
+        codes = (number // powers[:, None] % 3).flip(-2)
+    else:
+        codes, first = torch.zeros((), dtype=torch.uint8, device=bands.device), 0
+        for width, low in _planes(bits):
+            plane = words[..., first : first + band_vectors(bits) * width // 8, :]
+            each = torch.stack([plane >> width * k & (1 << width) - 1 for k in range(8 // width)], -2)
+            codes = codes | each.flatten(-3, -2) << low
+            first += plane.shape[-2]
+    rows = codes.reshape(len(bands) * BAND_ROWS, groups, 4 * blocks * band_vectors(bits))[:n, :, : cols // groups]
+    return rows.reshape(n, cols).contiguous()
 
 
 def level_step(kind: int) -> int:

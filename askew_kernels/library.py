@@ -35,7 +35,7 @@ class Library:
         self._c = ctypes.CDLL(str(path))  # the one that is loaded
         for name in ("build_facts", "cpu_capability", "packed_capability", "best_cpu_capability", "parameter_name"):
             self._function(name).restype = ctypes.c_char_p
-        self._function("force_cpu_capability").argtypes = (ctypes.c_char_p, ctypes.c_int)
+        self._function("force_cpu_capability").argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
         for name, arguments in (("parameter_name", 1), ("parameter", 1), ("set_parameter", 2), ("output_pool_bytes", 0),
                                 ("set_output_pool_limit", 1)):  # fmt: skip
             self._function(name).argtypes = (ctypes.c_int64,) * arguments
@@ -66,9 +66,13 @@ class Library:
         """The best one that this CPU runs."""
         return self._c.askew_best_cpu_capability().decode()
 
-    def force_cpu_capability(self, name: str, vnni: bool = True) -> None:
+    def bfloat16_products(self) -> bool:
+        """Whether products with bfloat16 inputs use AVX512_BF16."""
+        return bool(self._c.askew_bfloat16_products())
+
+    def force_cpu_capability(self, name: str, vnni: bool = True, bf16: bool = True) -> None:
         """Use this instruction set from now on. Raises ValueError where it is not built or the CPU lacks it."""
-        if not self._c.askew_force_cpu_capability(name.encode(), vnni):
+        if not self._c.askew_force_cpu_capability(name.encode(), vnni, bf16):
             raise ValueError("cpu capability: expected baseline, avx2 or avx512, built and supported by this CPU "
                              f"(best here: {self.best_cpu_capability()}), got {name}")  # fmt: skip
 

@@ -23,10 +23,15 @@ from .contract import (
     INT8_TOP,
     LEVEL_TYPES,
     TILE_ROWS,
+    TRIT_TOP,
+    TRITS,
     UNIFORM,
+    band_codes,
     compute_dtype,
     level_step,
     level_table,
+    pack_codes,
+    unband_codes,
     unpack_codes,
     untile_codes,
 )  # fmt: skip
@@ -643,6 +648,36 @@ def packed_linear_int8(
     kind = compute_dtype(x.dtype)
     q, s = int8_tokens(x.to(kind))
     y = s[:, None] * packed_linear(q, codes, scale, levels, grid, bits, None)
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+def packed_bands(codes: Tensor, bits: int, cols: int, groups: int, levels: int) -> Tensor:
+    """Packed codes in bands (``contract.band_codes``); a code above the highest level becomes the highest."""
+    if bits == TRITS:
+        codes = codes.clamp(max=TRIT_TOP)
+    return band_codes(unpack_codes(codes, bits, cols).clamp_(max=levels - 1), bits, groups)
+
+
+def packed_bands_codes(bands: Tensor, bits: int, n: int, cols: int, groups: int) -> Tensor:
+    """The packed codes, whose bands these are."""
+    return pack_codes(unband_codes(bands, bits, n, cols, groups), bits)
+
+
+def packed_bands_linear(
+    x: Tensor, bands: Tensor, scale: Tensor, grid: list[int], bits: int, n: int, bias: Tensor | None
+) -> Tensor:
+    """``packed_linear_int8`` from bands; scale: (bands, groups, BAND_ROWS)."""
+    groups, none = scale.shape[1], torch.empty(0, device=x.device)
+    codes = pack_codes(unband_codes(bands, bits, n, x.shape[1], groups), bits)
+    return packed_linear_int8(x, codes, scale.transpose(1, 2).flatten(0, 1)[:n].flatten(), none, grid, bits, bias)
+
+
+def packed_linear_bf16(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """``packed_linear`` of x rounded to bfloat16, ties to even; y is rounded once, to the type of x."""
+    kind = compute_dtype(x.dtype)
+    y = packed_linear(x.to(torch.bfloat16).to(kind), codes, scale, levels, grid, bits, None)
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 

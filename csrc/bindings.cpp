@@ -27,8 +27,12 @@ ASKEW_PUBLIC const char* askew_cpu_capability() { return askew::capability(); }
 ASKEW_PUBLIC const char* askew_packed_capability() { return askew::packed_capability(); }
 // The best one that this CPU runs.
 ASKEW_PUBLIC const char* askew_best_cpu_capability() { return askew::best_capability(); }
+// Whether products with bfloat16 inputs use AVX512_BF16.
+ASKEW_PUBLIC int askew_bfloat16_products() { return askew::panel_loops(true) != nullptr; }
 // Use this one from now on; 0 where it is not built or the CPU lacks it.
-ASKEW_PUBLIC int askew_force_cpu_capability(const char* name, int vnni) { return askew::force_capability(name, vnni); }
+ASKEW_PUBLIC int askew_force_cpu_capability(const char* name, int vnni, int bf16) {
+  return askew::force_capability(name, vnni, bf16);
+}
 
 // Launch parameters (tuning.h) by number; null beyond the last. They change while no operator runs.
 ASKEW_PUBLIC const char* askew_parameter_name(int64_t i) {

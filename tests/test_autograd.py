@@ -24,7 +24,8 @@ GRIDS = {"uniform": Uniform(4), "binary": Binary(), "codebook": Codebook(oracles
 
 
 # the codes of packed_dequantize_ are whole numbers, which nothing differentiates
-OF_INTEGERS = {"packed_dequantize_", "level_product"}  # whose first argument cannot be differentiated
+# whose first argument cannot be differentiated
+OF_INTEGERS = {"packed_dequantize_", "packed_bands", "packed_bands_codes", "level_product"}
 WITHOUT_DERIVATIVE = [n for n, o in schema.OPERATORS.items() if o.derivative is refuse and n not in OF_INTEGERS]
 
 
@@ -221,6 +222,7 @@ def calls(x):
         "scaled_sums": (x, torch.ones(4), torch.ones(6), None, torch.float32),
         "stochastic_levels": (x, torch.ones(1), torch.tensor(1)), "luq": (x, 4, torch.tensor(1)),
         "packed_tiles_linear": (x, torch.zeros(1, 1, 4, 32, 4, dtype=torch.int32), ROWS, none, grid, 4, 4, 1, None),
+        "packed_bands_linear": (x, torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 1, 16), grid, 4, 4, None),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
         "sam_perturb_": ([x], [x], [x.clone()], torch.tensor([0.1, 0.0]), [0], 0.1),
@@ -251,7 +253,8 @@ def test_they_refuse(name, x):
 def test_what_is_differentiable():
     """The rest refuses, by default."""
     smooth = {"fake_quantize", "mix_fake_quantize"}
-    known = {*smooth, *(f"{name}_backward" for name in smooth), "packed_linear", "packed_linear_int8"}
+    known = {*smooth, *(f"{name}_backward" for name in smooth), "packed_linear", "packed_linear_bf16",
+             "packed_linear_int8"}  # fmt: skip
     assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE} - OF_INTEGERS
 
 
@@ -260,6 +263,7 @@ PURE = (
     "sam_norm",
     "mse_scales",
     "packed_tiles_linear",
+    "packed_bands_linear",
     "token_levels",
     "scaled_sums",
     "stochastic_levels",

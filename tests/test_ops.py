@@ -1032,10 +1032,17 @@ def operator_samples():
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
         yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
         yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
+        yield "packed_linear_bf16", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         form = ops.packed.tile_form(levels.tolist(), grid, torch.bfloat16)
         tiles = ops.packed.packed_tiles(codes, grid, 4, 20, len(levels) or 2 if grid[0] != 1 else 16, form)
         half = x[:2].to(torch.bfloat16), torch.randn(3, generator=g).to(torch.bfloat16)
         yield "packed_tiles_linear", (half[0], tiles, s, levels, grid, form, 3, 1, half[1])
+        if grid[0] == 1:  # whole numbers of steps
+            bands = reference.packed_bands(codes, 4, 20, 1, 16)
+            yield "packed_bands", (codes, 4, 20, 1, 16)
+            yield "packed_bands_codes", (bands, 4, 3, 20, 1)
+            beside = ops.packed.band_scales(s, 3, 1)
+            yield "packed_bands_linear", (x[:2], bands, beside, grid, 4, 3, torch.randn(3, generator=g))
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])

@@ -397,7 +397,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bool = True, activations: str = "float",
-                mmap: bool = False) -> nn.Module:  # fmt: skip
+                mmap: bool = False, repack: bool | None = None) -> nn.Module:  # fmt: skip
     """Fills ``model`` from a packed file, in place, and returns it.
 
     Its layers (float, quantized or packed) that the file has packed are replaced, and hooks on them go on working; all
@@ -407,7 +407,8 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     ``verify=False`` skips the checksum. ``activations``: as in ``pack_``. ``mmap=True``: codes and scales of layers on
     the CPU, and all tensors of a model on the meta device, are the file's own memory, mapped: nothing is read before it
     is used, and the file must not be changed in place while the model is in use (a change shows, a cut file kills the
-    process).
+    process). ``repack``: whether products with int8 activations have the codes put into the order of the kernels, at
+    the first call, or read them as they lie, slower; None: unless ``mmap``, whose memory processes share.
 
     Raises PackedFileError naming what does not fit (names, shapes, types, grid, geometry, format version, damage), and
     then leaves the model as it was.
@@ -416,15 +417,15 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     file = PackedFile(path, verify, mmap)
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
         names = _Names(model, path) if experts else names  # with the layers that these have now
-        _Load(file, names, activations).commit()
+        _Load(file, names, activations, not mmap if repack is None else repack).commit()
     return model
 
 
 class _Load:
     """All that a load will do, checked; ``commit`` does it."""
 
-    def __init__(self, file: PackedFile, names: _Names, activations: str) -> None:
-        self.file, self.names, self.activations = file, names, activations
+    def __init__(self, file: PackedFile, names: _Names, activations: str, repack: bool) -> None:
+        self.file, self.names, self.activations, self.repack = file, names, activations, repack
         self.new: dict[int, PackedLayer] = {}  # by the id of the module that it replaces
         self.values: dict[int, tuple[Tensor, Tensor, str]] = {}  # id of the model's tensor: (it, its value, key)
         self.extra: list[tuple[str, Any, Any]] = []  # (key, module, state)
@@ -476,6 +477,7 @@ class _Load:
         layer.weight_codes, layer.weight_scale = codes.to(device), scale.to(device)
         layer.bias = getattr(old, "bias", None)
         layer.set_activations(self.activations)
+        layer.repack = self.repack
         return layer
 
     def _value(self, key: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,8 +25,11 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
+from ..quant.sharding import is_sharded
+from .bands import Bands, restored
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
+from .parallel import being_split, parallel_product, split, stand_in
 from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
@@ -34,8 +38,8 @@ _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._
 
 class PackedLayer(nn.Module):
     """``config``: grid and granularity; ``trits``: five ternary codes in a byte; ``weight_dtype``: the type that was
-    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "int8", which lets a CPU round each
-    row of the input to int8 on the way."""
+    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "bf16" or "int8", which let a
+    CPU round the input on the way: to bfloat16, or each row of it to int8."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -43,8 +47,9 @@ class PackedLayer(nn.Module):
     kind: ClassVar[Any]  # its entry in kinds.KINDS
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
+    repack = True  # products with int8 activations put the codes into the order in which they read them
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale", "_tiles")  # fmt: skip
+                      "weight_scale", "repack", "_tiles", "_bands")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -69,7 +74,7 @@ class PackedLayer(nn.Module):
         self.weight_dtype = dtype or torch.get_default_dtype()
         rows = num_rows(matrix, config.granularity, config.group_size)
         codes = torch.zeros(matrix[0], row_bytes(self.cols, self.bits), dtype=torch.uint8, device=device)
-        self._tiles = Tiles()
+        self._tiles, self._bands = Tiles(), Bands()
         self.register_buffer("weight_codes", codes)
         self.register_buffer("weight_scale", torch.ones(rows, dtype=scale_dtype, device=device))
         empty = nn.Parameter(torch.zeros(matrix[0], dtype=self.weight_dtype, device=device)) if bias else None
@@ -134,7 +139,10 @@ class PackedLayer(nn.Module):
 
     def rows_of(self, part: slice | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of these rows of the matrix; views."""
-        codes, scale = self.weight_codes, self.weight_scale
+        codes: Any = self.weight_codes
+        scale: Any = self.weight_scale
+        if "_split" in self.__dict__:  # a call for all ranks
+            codes, scale = codes.full_tensor(), scale.full_tensor()
         if part is None:
             return codes, scale
         return codes[part], scale.reshape(self.rows, -1)[part].reshape(-1) if scale.numel() > 1 else scale
@@ -161,13 +169,22 @@ class PackedLayer(nn.Module):
         """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
         if "weight_codes" not in self._buffers:
             raise AttributeError("weight")  # while nn.Conv2d makes its own
-        return self.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self)
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        return stand_in(self) if being_split() else DecodedWeight(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
+            if param is not None and is_sharded(param):
+                return split(self, param)
             raise AttributeError("weight: a packed layer keeps codes, it can be given no other weight; call "
                                  "unpack_(model) first")  # fmt: skip
         super().register_parameter(name, param)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ever; to tensor parallelism also a weight, which it looks for to split."""
+        found = super().named_parameters(*args, **kwargs)
+        return iter([("weight", stand_in(self)), *found]) if being_split() else found
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
@@ -186,6 +203,8 @@ class PackedLayer(nn.Module):
         """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})  # type: ignore[attr-defined]
+        if is_sharded(x):
+            return parallel_product(self, x)
         return self._nested(x) if x.is_nested else None
 
     def _nested(self, x: Tensor) -> Tensor:
@@ -216,13 +235,20 @@ class PackedLayer(nn.Module):
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
-            codes, scale = (buffers["weight_codes"], scale) if part is None else self.rows_of(part)
-            if scale.dtype != torch.float32:
-                scale = scale.float()
-            levels = grid.levels_tensor(x.device)
-            inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
-            if recorded:
-                return ops.run_packed_linear(name, product, *inputs)
+            banded = None
+            if name == "packed_linear_int8" and self.repack and not recorded and part is None:
+                banded = self._bands.of(self, x, compiling)
+            if banded is not None:
+                product = torch.ops.askew.packed_bands_linear.default
+                inputs = x.contiguous(), *banded, grid.encoding, self.bits, self.rows, bias
+            else:
+                codes, scale = (restored(self), scale) if part is None else self.rows_of(part)
+                if scale.dtype != torch.float32:
+                    scale = scale.float()
+                levels = grid.levels_tensor(x.device)
+                inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
+                if recorded:
+                    return ops.run_packed_linear(name, product, *inputs)
         # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
         below = None if compiling else _BelowAutograd()
         try:
@@ -238,6 +264,11 @@ class PackedLayer(nn.Module):
     def tile_bytes(self) -> int:
         """Memory of the codes' second copy, in tiles for a GPU's matrix units; 0 before the first product with it."""
         return self._tiles.bytes
+
+    @property
+    def band_bytes(self) -> int:
+        """Memory of the codes in bands and of their scales; 0 where no product with int8 activations was made yet."""
+        return self._bands.bytes
 
     def description(self) -> dict[str, Any]:
         """What a file says of this layer, JSON-ready."""
@@ -285,11 +316,17 @@ class PackedLayer(nn.Module):
         if key in state_dict and (wrong := self._other_meaning(state_dict[key])):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
+        self._bands.drop(self)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        restored(self)  # what it gives is the layer's own memory
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._bands.drop(self)
         scale = self.weight_scale
         super()._apply(fn, recurse)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=scale.device)).dtype
@@ -300,8 +337,8 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         c, packing = self.config, ", trits" if self.trits else ""
         group = f", group_size={c.group_size}" if c.group_size else ""
-        int8 = ", activations=int8" if self.activations == "int8" else ""
-        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"
+        rounded = f", activations={self.activations}" if self.activations != "float" else ""
+        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{rounded}"
 
 
 class PackedMatrix(PackedLayer):

@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..contract import TRIT_POWERS, TRIT_TOP, TRITS, UNIFORM, level_table, row_bytes, unpack_codes
+from .. import contract, reference
+from ..contract import TRIT_TOP, TRITS, UNIFORM, level_table, unpack_codes
+from ..contract import row_bytes as row_bytes
 from .grids import Grid
 
 # bits -> (shifts that leave a one where all bits of a code are ones, the places of these ones)
@@ -54,21 +55,10 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes: expected uint8 of shape (n, cols), got {codes.dtype} {tuple(codes.shape)}")
     if bits != TRITS and not 1 <= bits <= 8:
         raise ValueError(f"bits: expected 1 to 8, or TRITS, got {bits}")
-    n, cols = codes.shape
     top = 2 if bits == TRITS else 2**bits - 1
     if codes.numel() and int(codes.max()) > top:
         raise ValueError(f"codes: expected at most {top}, got {int(codes.max())}")
-    if bits == TRITS:
-        digits = torch.nn.functional.pad(codes, (0, -cols % 5)).reshape(n, -(-cols // 5), 5)
-        powers = torch.tensor(TRIT_POWERS, dtype=torch.uint8, device=codes.device)
-        return (digits * powers).sum(-1, dtype=torch.uint8)
-    # eight codes are `bits` whole bytes
-    groups = torch.nn.functional.pad(codes, (0, -cols % 8)).reshape(n, -(-cols // 8), 8)
-    word = torch.zeros(groups.shape[:2], dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        word |= groups[..., i].to(torch.int64) << (bits * i)
-    packed = torch.stack([((word >> (8 * j)) & 255).to(torch.uint8) for j in range(bits)], dim=-1)
-    return packed.flatten(1)[:, : row_bytes(cols, bits)].contiguous()
+    return contract.pack_codes(codes, bits)
 
 
 @torch.no_grad()

@@ -111,15 +111,6 @@ static void lay_out_panel(const LevelsArg& a, int64_t first, int64_t count, int 
 
 // ---- a tile of sums -----------------------------------------------------------------------------------------------
 
-ASKEW_FN Codes four_inputs(const int8_t* q) {
-  int32_t word;
-  __builtin_memcpy(&word, q, 4);
-  const vi all = vi{} + word;
-  Codes codes;
-  __builtin_memcpy(&codes, &all, sizeof codes);
-  return codes;
-}
-
 // sums += code * input, in place: GCC copies registers otherwise, and stores each copy.
 ASKEW_FN void accumulate(Sums& sums, Codes code, Codes input) {
 #if defined(__AVX512VNNI__)

@@ -21,6 +21,9 @@ constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache w
 constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
+constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
+constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
+
 // Uninitialised memory, aligned to cache lines.
 template <class T>
 struct Scratch : std::unique_ptr<T, void (*)(void*)> {
@@ -90,31 +93,51 @@ struct Product {
   const PackedWeight w;
   const int type;
   const int64_t batch;
+  const void* x;
+  int x_type;
   Scratch<float> wide_y, wide_bias;
+  Scratch<uint16_t> rounded_x;
 
-  explicit Product(const LinearArg& a)
+  explicit Product(const LinearArg& a) : Product(a, prepared(a.w)) {}
+  Product(const LinearArg& a, const PackedWeight& weight)
       : arg(a),
-        w(prepared(a.w)),
+        w(weight),
         type(a.type),
         batch(a.batch),
+        x(a.x),
+        x_type(a.type),
         wide_y(type == kFloat32 ? 0 : batch * w.n),
-        wide_bias(a.bias ? w.n : 0) {
+        wide_bias(a.bias ? w.n : 0),
+        rounded_x(0) {
     if (a.bias) loops.load(a.bias, w.n, type, wide_bias.get());
   }
   const float* bias() const { return arg.bias ? wide_bias.get() : nullptr; }
   float* out() const { return type == kFloat32 ? static_cast<float*>(arg.y) : wide_y.get(); }
   // Input `i` as float32: in its own place, or in `wide`.
   const float* input(int64_t i, float* wide) const {
-    const char* from = static_cast<const char*>(arg.x) + i * w.cols * type_size(type);
-    if (type == kFloat32) return reinterpret_cast<const float*>(from);
-    loops.load(from, w.cols, type, wide);
+    const char* from = static_cast<const char*>(x) + i * w.cols * type_size(x_type);
+    if (x_type == kFloat32) return reinterpret_cast<const float*>(from);
+    loops.load(from, w.cols, x_type, wide);
     return wide;
+  }
+  // From now on the inputs are their roundings to bfloat16.
+  void round_inputs() {
+    if (x_type == kBFloat16) return;
+    Scratch<uint16_t> rounded(batch * w.cols);
+    for_rows(batch, 1, w.cols, [&](int64_t begin, int64_t end) {
+      Scratch<float> wide(x_type == kFloat32 ? 0 : w.cols + kPadding);
+      for (int64_t i = begin; i < end; ++i)
+        loops.store(input(i, wide.get()), w.cols, rounded.get() + i * w.cols, kBFloat16);
+    });
+    rounded_x = std::move(rounded);
+    x = rounded_x.get();
+    x_type = kBFloat16;
   }
   // f(token, its input as float32)
   template <class F>
   void for_inputs(const F& f) const {
     for_rows(batch, 1, 4 * w.cols, [&](int64_t begin, int64_t end) {
-      Scratch<float> wide(type == kFloat32 ? 0 : w.cols + kPadding);
+      Scratch<float> wide(x_type == kFloat32 ? 0 : w.cols + kPadding);
       for (int64_t i = begin; i < end; ++i) f(i, input(i, wide.get()));
     });
   }
@@ -127,18 +150,20 @@ struct Product {
   }
 };
 
+// The largest magnitude of inputs whose sums with levels float32 surely holds.
+float largest_input(const PackedWeight& w) {
+  double top = std::max(std::fabs(w.lo), std::fabs(w.hi));
+  if (w.grid.kind == kCodebook)
+    for (int k = 0; k < w.n_levels; ++k) top = std::max<double>(top, std::fabs(w.grid.levels[k]));
+  return (float)(FLT_MAX / 2 / std::max(top * (double)w.cols, 1.));
+}
+
 // Sums of inputs times levels are scaled last and may overflow where y does not. `see` marks the inputs that are large
 // enough for that, in a pass over what is in the cache anyway; `mend` makes those of their outputs again that are not
 // finite, from s c, in double.
 class Overflows {
  public:
-  explicit Overflows(const Product& p) : p_(p), large_(p.batch) {
-    const GridArg& g = p.w.grid;
-    double top = std::max(std::fabs(p.w.lo), std::fabs(p.w.hi));
-    if (g.kind == kCodebook)
-      for (int k = 0; k < p.w.n_levels; ++k) top = std::max<double>(top, std::fabs(g.levels[k]));
-    limit_ = (float)(FLT_MAX / 2 / std::max(top * (double)p.w.cols, 1.));
-  }
+  explicit Overflows(const Product& p) : p_(p), large_(p.batch), limit_(largest_input(p.w)) {}
   void see(int64_t token, const float* in) {
     int large = 0;
     for (int64_t c = 0; c < p_.w.cols; ++c) large |= !(std::fabs(in[c]) <= limit_);
@@ -182,9 +207,10 @@ Tensor matrix(const float* data, int64_t rows, int64_t cols, bool transposed) {
 void multiply_panels(const Product& p) {
   const PackedWeight& w = p.w;
   const int64_t rows = std::min(w.n, std::max<int64_t>(1, kPanel / std::max<int64_t>(w.cols, 1)));
-  Scratch<float> wide(p.type == kFloat32 ? 0 : p.batch * w.cols), product(p.batch * rows);
-  if (p.type != kFloat32) p.loops.load(p.arg.x, p.batch * w.cols, p.type, wide.get());
-  const float* in = p.type == kFloat32 ? static_cast<const float*>(p.arg.x) : wide.get();
+  const bool as_it_is = p.x_type == kFloat32;
+  Scratch<float> wide(as_it_is ? 0 : p.batch * w.cols), product(p.batch * rows);
+  if (!as_it_is) p.loops.load(p.x, p.batch * w.cols, p.x_type, wide.get());
+  const float* in = as_it_is ? static_cast<const float*>(p.x) : wide.get();
   const Tensor inputs = matrix(in, p.batch, w.cols, false);
   const Tensor panel = pooled_empty_like(empty(inputs, {rows, w.cols}, ScalarType::Float));
   float* decoded = static_cast<float*>(panel.data_ptr());
@@ -235,6 +261,42 @@ void multiply_codes(const Product& p) {
   overflows.mend();
 }
 
+// Many inputs by panels of rows, in float32 or, `pairs`, bfloat16; y is made in its own type. False, and nothing done:
+// there are no such kernels, or inputs are so large that sums of levels may overflow where y does not, or, in pairs, so
+// small that products vanish.
+bool multiply_in_panels(const Product& p, bool pairs) {
+  const PanelLoops* l = panel_loops(pairs);
+  const PackedWeight& w = p.w;
+  if (!l || !l->serves(w)) return false;
+  struct Block {
+    int64_t first, count;
+  };
+  std::vector<Block> blocks;
+  for (int64_t pass = 0; pass < p.batch; pass += kPassInputs) {
+    const int64_t inputs = std::min(kPassInputs, p.batch - pass);
+    for (int64_t t = 0; t < inputs; t += blocks.back().count)
+      blocks.push_back({pass + t, block_inputs(p.batch, inputs, t)});
+  }
+  const int64_t steps = l->steps(w);
+  Scratch<uint32_t> x(std::max(p.batch, kFewInputs) * steps);
+  std::vector<float> peaks(p.batch);
+  for_rows(blocks.size(), 1, kPanelInputs * 4 * w.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [first, count] = blocks[i];
+      l->arrange(w, static_cast<const char*>(p.x) + first * w.cols * type_size(p.x_type), p.x_type, count,
+                 block_width(p.batch, count), x.get() + first * steps, peaks.data() + first);
+    }
+  });
+  const float most = largest_input(w);
+  for (float peak : peaks)
+    if (!(peak <= most) || (pairs && peak && peak < kSmallestInPairs)) return false;
+  for_rows(w.n, l->rows, w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    Scratch<char> scratch(l->scratch(w, p.batch));
+    l->multiply(w, begin, end, x.get(), p.batch, p.bias(), p.arg.y, p.type, scratch.get());
+  });
+  return true;
+}
+
 void multiply_int8(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
@@ -253,9 +315,110 @@ void multiply_int8(const Product& p) {
   });
 }
 
+void multiply_bands(const Product& p, const BandsArg& w) {
+  const PackedLoops& l = p.loops;
+  const int64_t width = band_width(w);
+  Scratch<int8_t> q(p.batch * width);
+  Scratch<float> scales(p.batch);
+  Scratch<int32_t> offsets(p.batch * w.groups);
+  std::vector<int64_t> firsts(p.batch), counts(p.batch);  // of each token's block
+  for (int64_t t = 0, count; t < p.batch; t += count) {
+    count = l.band_tokens(p.batch - t);
+    for (int64_t i = t; i < t + count; ++i) firsts[i] = t, counts[i] = count;
+  }
+  p.for_inputs([&](int64_t i, const float* in) {
+    Scratch<int8_t> plain(w.cols);
+    l.quantize_band(w, in, q.get() + firsts[i] * width, counts[i], i - firsts[i], scales.get() + i,
+                    offsets.get() + i * w.groups, plain.get());
+  });
+  const BandInput input{q.get(), scales.get(), offsets.get()};
+  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < p.batch; t += kTokens)
+      l.multiply_bands(w, begin, end, input, t, std::min(t + kTokens, p.batch), p.bias(), p.out());
+  });
+}
+
+// Four columns of a block's row, one byte each, and the bits of them that stand in one plane of words.
+struct Plane {
+  int bits, first, at;  // its width, its first word in a block, its lowest bit in a code
+};
+
+// f(plane) over those that the codes are cut into.
+template <class F>
+void for_planes(int bits, const F& f) {
+  for (int width = 8, first = 0, at = 0; width; width /= 2)
+    if (bits & width) {
+      f(Plane{width, first, at});
+      first += band_vectors(bits) * width / 8;
+      at += width;
+    }
+}
+
+// A row's block as `words`, kBandRows words apart: codes of 4 columns in each of the block's vectors.
+void pack_block(int bits, const uint8_t* codes, uint32_t* words) {
+  uint32_t four[8];
+  const int vectors = band_vectors(bits);
+  std::memcpy(four, codes, 4 * vectors);
+  for (int i = 0; i < band_words(bits); ++i) words[i * kBandRows] = 0;
+  if (bits == kTrits) {
+    for (int i = 0; i < 4; ++i) {
+      uint32_t v = 0;
+      for (int d = 0; d < kTritsInByte; ++d) v = 3 * v + codes[4 * d + i];
+      words[0] |= (256 * v + kTopTrits) / (kTopTrits + 1) << 8 * i;
+    }
+    return;
+  }
+  for_planes(bits, [&](Plane p) {
+    const uint32_t mask = 0x01010101u * ((1u << p.bits) - 1);
+    for (int v = 0; v < vectors; ++v)
+      words[(p.first + v * p.bits / 8) * kBandRows] |= (four[v] >> p.at & mask) << v * p.bits % 8;
+  });
+}
+
+void unpack_block(int bits, const uint32_t* words, uint8_t* codes) {
+  uint32_t four[8] = {};
+  const int vectors = band_vectors(bits);
+  if (bits == kTrits) {
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* digits = trits().digits[(words[0] >> 8 * i & 255) * (kTopTrits + 1) >> 8];
+      for (int d = 0; d < kTritsInByte; ++d) codes[4 * d + i] = digits[kTritsInByte - 1 - d];
+    }
+    return;
+  }
+  for_planes(bits, [&](Plane p) {
+    const uint32_t mask = 0x01010101u * ((1u << p.bits) - 1);
+    for (int v = 0; v < vectors; ++v)
+      four[v] |= (words[(p.first + v * p.bits / 8) * kBandRows] >> v * p.bits % 8 & mask) << p.at;
+  });
+  std::memcpy(codes, four, 4 * vectors);
+}
+
+// Codes, a byte each, as a row of the file's layout; `codes` is padded with zeros.
+void pack_row(int bits, const uint8_t* codes, int64_t cols, uint8_t* out) {
+  if (bits == 8) {
+    std::memcpy(out, codes, cols);
+  } else if (bits == kTrits) {
+    for (int64_t c = 0; c < cols; c += kTritsInByte, codes += kTritsInByte)
+      *out++ = (uint8_t)(codes[0] + 3 * codes[1] + 9 * codes[2] + 27 * codes[3] + 81 * codes[4]);
+  } else {
+    for (int64_t c = 0, left = row_bytes(cols, bits); left > 0; c += 8, left -= bits, out += bits) {
+      uint64_t eight, word = 0;
+      std::memcpy(&eight, codes + c, 8);
+      for (int i = 0; i < 8; ++i) word |= (eight >> 8 * i & 255) << bits * i;
+      std::memcpy(out, &word, std::min<int64_t>(left, bits));
+    }
+  }
+}
+
+// f(first row, row begin, end) of the rows of each band, by threads.
+template <class F>
+void for_bands(const BandsArg& w, const F& f) {
+  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols, f);
+}
+
 struct Device : OnCpu {
   static constexpr bool kTiles = false;  // their layout is a GPU's
-  static constexpr bool kInt8 = true;
+  static constexpr bool kRounded = true;
   using OnCpu::OnCpu;
   void dequantize(const PackedArg& arg, void* out, int type) const {
     const PackedWeight w = prepared(arg);
@@ -265,10 +428,72 @@ struct Device : OnCpu {
   }
   void linear(const LinearArg& a) const {
     const Product p(a);
+    multiply(p, p.x_type == kBFloat16 && panel_loops(true));
+  }
+  void linear_bf16(const LinearArg& a) const {
+    Product p(a);
+    if (panel_loops(true) && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
+    p.round_inputs();
+    multiply(p, false);
+  }
+  static void multiply(const Product& p, bool pairs) {
+    if (pairs && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
+    if (p.batch >= kFewSingles && multiply_in_panels(p, false)) return;
     if (p.batch >= kManyTokens)
       multiply_panels(p);
     else
       multiply_codes(p);
+    p.finish();
+  }
+  void to_bands(const uint8_t* codes, const BandsArg& w, int levels, uint8_t* out) const {
+    const int64_t length = w.cols / w.groups, block = 4 * band_vectors(w.bits), words = band_words(w.bits);
+    const int64_t row_size = row_bytes(w.cols, w.bits);
+    PackedWeight from{};
+    from.codes = codes;
+    from.bits = w.bits;
+    from.cols = w.cols;
+    from.row_bytes = row_size;
+    from.digits = trits().digits[0];
+    for_bands(w, [&](int64_t begin, int64_t end) {
+      Scratch<uint8_t> plain(w.cols + kPadding), padded(w.blocks * block);
+      for (int64_t row = begin * kBandRows; row < end * kBandRows; ++row) {
+        if (row < w.n) packed_loops().unpack(from, row, plain.get());
+        uint32_t* to = reinterpret_cast<uint32_t*>(out) + row / kBandRows * w.groups * w.blocks * words * kBandRows +
+                       row % kBandRows;
+        for (int64_t g = 0; g < w.groups; ++g) {
+          std::memset(padded.get(), 0, w.blocks * block);
+          for (int64_t c = 0; row < w.n && c < length; ++c)
+            padded.get()[c] = std::min<uint8_t>(plain.get()[g * length + c], levels - 1);
+          for (int64_t b = 0; b < w.blocks; ++b, to += words * kBandRows)
+            pack_block(w.bits, padded.get() + b * block, to);
+        }
+      }
+    });
+  }
+  void from_bands(const BandsArg& w, uint8_t* out) const {
+    const int64_t length = w.cols / w.groups, block = 4 * band_vectors(w.bits), words = band_words(w.bits);
+    const int64_t row_size = row_bytes(w.cols, w.bits);
+    for_bands(w, [&](int64_t begin, int64_t end) {
+      Scratch<uint8_t> plain(w.cols + kPadding), padded(w.blocks * block);
+      std::memset(plain.get() + w.cols, 0, kPadding);
+      for (int64_t row = begin * kBandRows; row < std::min(end * kBandRows, w.n); ++row) {
+        const uint32_t* from = reinterpret_cast<const uint32_t*>(w.codes) +
+                               row / kBandRows * w.groups * w.blocks * words * kBandRows + row % kBandRows;
+        for (int64_t g = 0; g < w.groups; ++g) {
+          for (int64_t b = 0; b < w.blocks; ++b, from += words * kBandRows)
+            unpack_block(w.bits, from, padded.get() + b * block);
+          std::memcpy(plain.get() + g * length, padded.get(), length);
+        }
+        pack_row(w.bits, plain.get(), w.cols, out + row * row_size);
+      }
+    });
+  }
+  void bands_linear(const LinearArg& a, const BandsArg& w) const {
+    PackedWeight size{};
+    size.n = w.n;
+    size.cols = w.cols;
+    const Product p(a, size);
+    multiply_bands(p, w);
     p.finish();
   }
   void linear_int8(const LinearArg& a) const {

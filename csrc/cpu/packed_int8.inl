@@ -53,11 +53,8 @@ ASKEW_FN void arrange_bytes(const int8_t* x, int64_t width, int8_t* out) {
   }
 }
 
-static void quantize(const PackedWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
-                     int8_t* scratch) {
-  const PackedWeight w = weight;  // a copy that the stores cannot change
-  const int parts = int8_parts(w);
-  const int64_t width = int8_width(w), cols = w.cols;
+// q: `width` numbers, zeros beyond the columns.
+ASKEW_FN void quantize_token(const float* x, int64_t cols, int64_t width, int8_t* to, float* scale) {
   uint32_t most = 0;  // as bits: above those of inf is NaN
   for (int64_t c = 0; c < cols; ++c) {
     uint32_t bits;
@@ -70,7 +67,6 @@ static void quantize(const PackedWeight& weight, const float* x, int8_t* q, floa
   const bool finite = most < 0x7f800000u;
   const float inverse = finite && top > 0 ? (float)kInt8Top / top : 0.f;
   *scale = finite ? top / (float)kInt8Top : __builtin_nanf("");
-  int8_t* to = parts == 1 || !parts ? q : scratch;
   if (finite && inverse < __builtin_inff()) {
     int64_t c = 0;
     for (; c + ASKEW_LANES <= cols; c += ASKEW_LANES) {
@@ -88,6 +84,15 @@ static void quantize(const PackedWeight& weight, const float* x, int8_t* q, floa
     for (int64_t c = 0; c < cols; ++c) to[c] = 0;
   }
   for (int64_t c = cols; c < width; ++c) to[c] = 0;
+}
+
+static void quantize(const PackedWeight& weight, const float* x, int8_t* q, float* scale, float* sums,
+                     int8_t* scratch) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
+  const int parts = int8_parts(w);
+  const int64_t width = int8_width(w), cols = w.cols;
+  int8_t* to = parts == 1 || !parts ? q : scratch;
+  quantize_token(x, cols, width, to, scale);
   const int64_t groups = w.groups > 1 ? w.groups : 1, length = cols / groups, padded = padded_groups(w);
   for (int64_t g = 0; g < padded; ++g) sums[g] = 0;
   for (int64_t g = 0; g < groups; ++g) {
@@ -211,6 +216,16 @@ ASKEW_FN Codes load_bytes(const void* p) {
   return codes;
 }
 
+// Four bytes, in each lane.
+ASKEW_FN Codes four_inputs(const int8_t* q) {
+  int32_t word;
+  __builtin_memcpy(&word, q, 4);
+  const vi all = vi{} + word;
+  Codes codes;
+  __builtin_memcpy(&codes, &all, sizeof codes);
+  return codes;
+}
+
 #if defined(ASKEW_MM) && !defined(__AVX512VNNI__)  // int16, two products each: added up in int32 before they overflow
 ASKEW_FN Sums products(Codes codes, Codes input) { return ASKEW_MM(maddubs_epi16)(codes, input); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
@@ -219,7 +234,7 @@ ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
 }
 ASKEW_FN vi pair_sums(Codes a, Codes b) { return (vi)ASKEW_MM(madd_epi16)(a, b); }
 ASKEW_FN vi lane_sums(Sums sums, int factor = 1) { return pair_sums(sums, ASKEW_MM(set1_epi16)((short)factor)); }
-ASKEW_FN int64_t vectors_in_flight(int top) { return INT16_MAX / (2 * kInt8Top * top); }
+ASKEW_FN constexpr int64_t vectors_in_flight(int top) { return INT16_MAX / (2 * kInt8Top * top); }
 #if ASKEW_LANES == 16
 #define ASKEW_PLACES 4
 #endif
@@ -241,7 +256,7 @@ ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
 }
 ASKEW_FN Sums products(Codes codes, Codes input) { return add_products(Sums{}, codes, input); }
 ASKEW_FN vi lane_sums(Sums sums, int = 1) { return (vi)sums; }
-ASKEW_FN int64_t vectors_in_flight(int) { return INT32_MAX; }
+ASKEW_FN constexpr int64_t vectors_in_flight(int) { return INT32_MAX; }
 #endif
 
 struct Int8Rows {

@@ -98,6 +98,14 @@ struct PackedArg {       // a packed weight (docs/packed.md)
   int bits, n_levels;                  // bits: 1 ... 8, or kTrits
   int64_t n, cols, row_bytes, groups;  // groups: scales of a row; 0: one scale for all
 };
+struct BandsArg {        // a packed weight in bands
+  const uint8_t* codes;  // (bands, groups, blocks, words, kBandRows, 4)
+  const float* scale;    // (bands, groups, kBandRows)
+  int bits;
+  int64_t n, cols, groups, blocks;  // groups: scales of a row, at least 1; blocks: of a group
+  int lo;                           // a level is step (lo + code), with codes of one bit doubled
+  float step;
+};
 struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of one storage type
   PackedArg w;
   const void *x, *bias;  // bias may be null
@@ -120,6 +128,13 @@ enum TileForm : int {
 constexpr int kTileRows = 16, kTileColumns = 256;  // the columns of 16 products of the matrix units
 
 ASKEW_FN constexpr int tile_bits(int form) { return form > kTiles8 ? 4 : form; }
+
+// Packed codes in bands of rows, the order in which a CPU reads them (cpu/packed_bands.inl): a block of a row is 4
+// columns in each of `band_vectors`, and takes `band_words` words of 32 bits.
+constexpr int kBandRows = 16;
+ASKEW_FN constexpr int band_vectors(int bits) { return bits == kTrits ? kTritsInByte : 8 / (bits & -bits); }
+ASKEW_FN constexpr int band_words(int bits) { return bits == kTrits ? 1 : band_vectors(bits) * bits / 8; }
+ASKEW_FN constexpr int band_top(int bits) { return bits == kTrits || bits == 1 ? 2 : (1 << bits) - 1; }
 
 struct TilesArg {         // y (batch, n) = x (batch, cols) W^T + bias (n,), x in bfloat16 or float16
   const uint32_t* tiles;  // (n / kTileRows, cols / kTileColumns, tile_bits, 32, 4), both quotients rounded up

@@ -1,6 +1,9 @@
 // Packed weights: decoding, and products with them. `Device` runs a PackedArg or a LinearArg: cpu/packed.cpp,
 // cuda/packed.cpp.
 #pragma once
+#include <algorithm>
+#include <cstdlib>
+
 #include "tensors.h"
 
 namespace askew {
@@ -51,7 +54,8 @@ struct PackedOps {
     Device(codes).dequantize(w, out.data_ptr(), type);
   }
 
-  template <bool INT8>
+  enum Inputs { kAsTheyAre, kAsInt8, kAsBFloat16 };
+  template <Inputs INPUTS>
   static Tensor linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
                        std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x.dim() == 2 && together(x, codes), "x: expected shape (batch, cols) beside codes");
@@ -68,7 +72,7 @@ struct PackedOps {
                       "bias: expected ", a.w.n, " elements in the type of x, beside it");
       a.bias = bias->data_ptr();
     }
-    if constexpr (INT8) {
+    if constexpr (INPUTS == kAsInt8) {
       STD_TORCH_CHECK(a.w.grid.kind != kCodebook, "grid: int8 activations need integer levels");
       STD_TORCH_CHECK(a.w.cols * kInt8Top * (a.w.n_levels - 1) < INT32_MAX, "x: ", a.w.cols,
                       " columns may overflow int32");
@@ -77,8 +81,10 @@ struct PackedOps {
     Tensor y = empty(x, {a.batch, a.w.n}, x.scalar_type());
     a.y = y.data_ptr();
     if (!a.batch || !a.w.n) return y;
-    if constexpr (INT8)
+    if constexpr (INPUTS == kAsInt8)
       device.linear_int8(a);
+    else if constexpr (INPUTS == kAsBFloat16)
+      device.linear_bf16(a);
     else
       device.linear(a);
     return y;
@@ -132,14 +138,97 @@ struct PackedOps {
     return y;
   }
 
+  // Where codes stand in bands; `groups` of a row, at least 1.
+  static BandsArg bands_of(int64_t bits, int64_t n, int64_t cols, int64_t groups) {
+    STD_TORCH_CHECK(bits >= 0 && bits <= 8, "bits: expected 1 to 8, or 0 for five trits a byte, got ", bits);
+    STD_TORCH_CHECK(n >= 0 && cols >= 0, "n, cols: expected no negative number");
+    STD_TORCH_CHECK(groups >= 1 && cols % groups == 0, "groups: ", groups, " do not divide ", cols, " columns");
+    BandsArg w{};
+    w.bits = (int)bits;
+    w.n = n;
+    w.cols = cols;
+    w.groups = groups;
+    w.blocks = filled_up(cols / groups, 4 * band_vectors(w.bits)) / (4 * band_vectors(w.bits));
+    return w;
+  }
+  static int64_t band_bytes(const BandsArg& w) { return w.groups * w.blocks * band_words(w.bits) * 4 * kBandRows; }
+  static uint8_t* check_bands(const Tensor& bands, const BandsArg& w) {
+    check_dense(bands, "bands");
+    const int64_t count = filled_up(w.n, kBandRows) / kBandRows;
+    STD_TORCH_CHECK(bands.scalar_type() == ScalarType::Byte && bands.dim() == 2 && bands.size(0) == count &&
+                        bands.size(1) == band_bytes(w),
+                    "bands: expected uint8 of shape (", count, ", ", band_bytes(w), ")");
+    return static_cast<uint8_t*>(bands.data_ptr());
+  }
+
+  static Tensor bands(Tensor codes, int64_t bits, int64_t cols, int64_t groups, int64_t levels) {
+    check_dense(codes, "codes");
+    STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2,
+                    "codes: expected uint8 of shape (n, row_bytes)");
+    const BandsArg w = bands_of(bits, codes.size(0), cols, groups);
+    STD_TORCH_CHECK(codes.size(1) == row_bytes(cols, w.bits), "codes: expected ", row_bytes(cols, w.bits),
+                    " bytes a row, got ", codes.size(1));
+    STD_TORCH_CHECK(levels >= 1 && levels <= (bits ? 1 << bits : 3), "levels: too many for ", bits, " bits: ", levels);
+    const Tensor made = empty(codes, {filled_up(w.n, kBandRows) / kBandRows, band_bytes(w)}, ScalarType::Byte);
+    Device(codes).to_bands(static_cast<const uint8_t*>(codes.data_ptr()), w, (int)levels,
+                           static_cast<uint8_t*>(made.data_ptr()));
+    return made;
+  }
+  static Tensor bands_codes(Tensor bands, int64_t bits, int64_t n, int64_t cols, int64_t groups) {
+    BandsArg w = bands_of(bits, n, cols, groups);
+    w.codes = check_bands(bands, w);
+    const Tensor made = empty(bands, {n, row_bytes(cols, w.bits)}, ScalarType::Byte);
+    Device(bands).from_bands(w, static_cast<uint8_t*>(made.data_ptr()));
+    return made;
+  }
+  // y (batch, n) from bands, x rounded to int8. scale: (bands, groups, kBandRows).
+  static Tensor bands_linear(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
+                             std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 2 && together(x, bands), "x: expected shape (batch, cols) beside bands");
+    const int64_t count = filled_up(n, kBandRows) / kBandRows;
+    STD_TORCH_CHECK(scale.dim() == 3 && scale.size(0) == count && scale.size(2) == kBandRows, "scale: expected shape (",
+                    count, ", groups, ", kBandRows, ")");
+    BandsArg w = bands_of(bits, n, x.size(1), scale.size(1));
+    w.codes = check_bands(bands, w);
+    w.scale = floats(scale, bands, "scale");
+    const GridArg g = grid_arg(grid, scale, bands);
+    STD_TORCH_CHECK(g.kind == kUniform || g.kind == kBinary, "grid: int8 activations need integer levels");
+    w.step = (float)grid_step(g.kind) / (bits == 1 ? 2 : 1);
+    w.lo = (int)(g.lo / w.step);
+    STD_TORCH_CHECK((float)w.lo * w.step == g.lo, "grid: levels of bands are multiples of ", w.step);
+    const int64_t top = std::max(std::abs((int64_t)w.lo), std::max<int64_t>(band_top(w.bits), w.lo + band_top(w.bits)));
+    STD_TORCH_CHECK(w.cols * kInt8Top * top < INT32_MAX, "x: ", w.cols, " columns may overflow int32");
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    LinearArg a{};
+    a.w.n = n;
+    a.w.cols = w.cols;
+    a.x = x.data_ptr();
+    a.batch = x.size(0);
+    a.type = storage_type(x, "x");
+    if (bias) {
+      check_dense(*bias, "bias");
+      STD_TORCH_CHECK(bias->numel() == n && bias->scalar_type() == x.scalar_type() && together(*bias, x),
+                      "bias: expected ", n, " elements in the type of x, beside it");
+      a.bias = bias->data_ptr();
+    }
+    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    a.y = y.data_ptr();
+    if (a.batch && n) Device(x).bands_linear(a, w);
+    return y;
+  }
+
   static void implement(StableLibrary& m) {
     m.impl("packed_dequantize_", TORCH_BOX(&dequantize));
-    constexpr auto with_floats = &linear<false>;
+    constexpr auto with_floats = &linear<kAsTheyAre>;
     m.impl("packed_linear", TORCH_BOX(with_floats));
     if constexpr (Device::kTiles) m.impl("packed_tiles_linear", TORCH_BOX(&tiles_linear));
-    if constexpr (Device::kInt8) {
-      constexpr auto with_int8 = &linear<true>;
+    if constexpr (Device::kRounded) {
+      constexpr auto with_int8 = &linear<kAsInt8>, with_bf16 = &linear<kAsBFloat16>;
       m.impl("packed_linear_int8", TORCH_BOX(with_int8));
+      m.impl("packed_bands", TORCH_BOX(&bands));
+      m.impl("packed_bands_codes", TORCH_BOX(&bands_codes));
+      m.impl("packed_bands_linear", TORCH_BOX(&bands_linear));
+      m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
     }
   }
 };

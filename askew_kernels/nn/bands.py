@@ -1,0 +1,159 @@
+"""A packed layer's codes in the order in which a CPU reads them for int8 activations (``contract.band_codes``).
+
+Made at the first such product and made anew where codes or scales change, never saved or copied. While they serve, the
+layer's codes are given up where nobody else holds them: ``BandedCodes`` stands in their place and makes them again from
+the bands for whoever asks, so that a weight is in memory once. Beside the bands stand the scales, in float32.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from .. import contract, ops, runtime
+from .decoded import VALUES
+
+NAME = "weight_codes"
+OFTEN = 16  # times that somebody asks for codes before they are kept for the next
+
+
+class BandedCodes(Tensor):
+    """Packed codes (n, row_bytes) whose values stand in ``bands``; any operation is made on the codes themselves. Those
+    that write to them, or give a view of them, bring them back for good: then they are ``codes``, the bands may no
+    longer be theirs, and the layer takes both as they are with its next product."""
+
+    bands: Tensor
+    shaped: tuple[int, int, int, int]  # bits, rows, columns, groups
+    codes: Tensor | None
+    asked: int
+
+    @staticmethod
+    def __new__(cls, bands: Tensor, layout: tuple[int, int, int, int]) -> BandedCodes:
+        bits, n, cols, _ = layout
+        shape = n, contract.row_bytes(cols, bits)
+        new = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.uint8, device=bands.device)  # type: ignore[attr-defined]
+        new.bands, new.shaped, new.codes, new.asked = bands, layout, None, 0
+        return new
+
+    def plain(self, keep: bool = False) -> Tensor:
+        """The codes; ``keep``: from now on they are these."""
+        if self.codes is not None:
+            return self.codes
+        with torch.inference_mode(False), torch.no_grad():  # to be written to wherever codes may be
+            codes = torch.ops.askew.packed_bands_codes(self.bands, *self.shaped)
+        self.asked += 1
+        if keep or self.asked == OFTEN:
+            self.codes = codes
+        return codes
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in VALUES or func is Tensor.data_ptr:
+            lasting = func not in (Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.tolist)
+            args, kwargs = tree_map_only(BandedCodes, lambda t: t.plain(lasting), (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        schema = func._schema
+        keep = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+        args, kwargs = tree_map_only(BandedCodes, lambda t: t.plain(keep), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class Bands:
+    """``of(layer, x)``: (bands, scales) of the layer's codes and scales as they stand; None where they do not serve."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+        self._serve: bool | None = None
+
+    def __deepcopy__(self, memo: Any) -> Bands:
+        return Bands()
+
+    def __reduce__(self) -> Any:
+        return Bands, ()
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self._kept is None else self._kept[3].numel() + 4 * self._kept[4].numel()
+
+    def of(self, layer: Any, x: Tensor, compiling: bool = False) -> tuple[Tensor, Tensor] | None:
+        if compiling:  # which cannot ask where memory is; bands are dropped with what they were made of
+            return None if self._kept is None or torch.compiler.is_exporting() else self._kept[3:]
+        if not runtime.compiled_for(x):
+            return None
+        if self._kept is not None and self.fresh(layer):
+            return self._kept[3:]
+        return self._made(layer) if self._serves(layer) else None
+
+    def fresh(self, layer: Any) -> bool:
+        """Whether the bands that are kept are those of the layer's codes and scales."""
+        kept, buffers = self._kept, layer._buffers
+        if kept is None or kept[0] is not buffers[NAME] or kept[1] is not buffers["weight_scale"]:
+            return False
+        return kept[2] == _states(layer)
+
+    def _serves(self, layer: Any) -> bool:
+        if self._serve is None:
+            grid, groups = layer.config.weight, _groups(layer)
+            self._serve = ops.packed.bands_serve(layer.rows, layer.cols, grid, layer.bits, groups)
+        return self._serve
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _made(self, layer: Any) -> tuple[Tensor, Tensor]:
+        groups, levels = _groups(layer), len(layer.config.weight.levels)
+        self._kept = None
+        codes, scale = restored(layer), layer._buffers["weight_scale"]
+        bands = torch.ops.askew.packed_bands(codes, layer.bits, layer.cols, groups, levels)
+        layout = layer.bits, layer.rows, layer.cols, groups
+        alone = sys.getrefcount(codes) <= _alone() and _holders(codes) == _holders(torch.empty(1))
+        if alone and torch.equal(torch.ops.askew.packed_bands_codes(bands, *layout), codes):
+            layer._buffers[NAME] = BandedCodes(bands, layout)
+        scales = ops.packed.band_scales(scale.detach(), layer.rows, groups)
+        self._kept = layer._buffers[NAME], scale, _states(layer), bands, scales
+        return bands, scales
+
+    def drop(self, layer: Any) -> None:
+        restored(layer)
+        self._kept = None
+
+
+def _groups(layer: Any) -> int:
+    return max(layer._buffers["weight_scale"].numel() // max(layer.rows, 1), 1)
+
+
+def _state(t: Tensor) -> Any:
+    if type(t) is BandedCodes:
+        return t.codes is None
+    return t.data_ptr(), None if t.is_inference() else t._version
+
+
+def _states(layer: Any) -> Any:
+    return _state(layer._buffers[NAME]), _state(layer._buffers["weight_scale"])
+
+
+def _holders(t: Tensor) -> int:
+    """Of the memory of ``t``: tensors and views of it."""
+    return torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+
+
+def _alone() -> int:
+    """What ``sys.getrefcount`` says of a tensor that a dictionary and a local variable hold."""
+    held = {NAME: torch.empty(0)}
+    codes = held[NAME]
+    return sys.getrefcount(codes)
+
+
+def restored(layer: Any) -> Tensor:
+    """The layer's codes, in the layout of files, in their place again."""
+    codes = layer._buffers[NAME]
+    if type(codes) is BandedCodes:
+        codes = layer._buffers[NAME] = codes.plain()
+    return codes

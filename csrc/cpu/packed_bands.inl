@@ -1,0 +1,269 @@
+// int8 activations times codes in bands, the order in which these loops read them: every sum is a lane of its own, so
+// nothing is added across lanes, and all that is read of a weight is one stream.
+//
+// A band is 16 rows. Its columns stand in blocks, a block in words of 32 bits, 16 of them (64 bytes) side by side, one
+// a row. Of 8, 4, 2 or 1 bits a word holds 4, 8, 16 or 32 consecutive columns, column c at byte c % 4 and in that byte
+// at bit BITS (c / 4): one shift and one mask give four columns of all rows as bytes. Codes of 3, 5, 6 and 7 bits are
+// planes of 4, 2 and 1 bits, the low bits of a code in the widest, and a block holds the planes' words one after the
+// other; trits are five digits of a number v, that of column i the highest and of column 16 + i the lowest, whose byte
+// i is 256 v / 243, rounded up. The columns of a group are filled up to whole blocks with zeros, the rows to whole
+// bands. Scales stand as (bands, groups, 16).
+//
+// Inputs stand in blocks of tokens, (columns / 4, tokens, 4): what meets a vector of codes is one cache line.
+
+// The most tokens of a block: their sums stay in registers.
+#if ASKEW_LANES == 16
+#if defined(__AVX512VNNI__)
+constexpr int64_t kBandTokens = 16;
+#else
+constexpr int64_t kBandTokens = 8;
+#endif
+#else
+constexpr int64_t kBandTokens = 4;
+#endif
+
+ASKEW_FN vu band_word(const uint8_t* p, int i) {
+  vu word;
+  __builtin_memcpy(&word, p + 4 * kBandRows * i, sizeof word);
+  return word;
+}
+
+// a | (b & mask)
+ASKEW_FN vu with_bits(vu a, vu b, uint32_t mask) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return (vu)_mm512_ternarylogic_epi32((__m512i)a, (__m512i)b, _mm512_set1_epi32((int)mask), 0xf8);
+#else
+  return a | (b & mask);
+#endif
+}
+
+// What the codes of `band_codes` are multiplied by: digits stay at the top of their bytes where a shift saves nothing.
+template <int BITS>
+ASKEW_FN constexpr int band_shift() {
+#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
+  return BITS == kTrits ? 6 : 0;
+#else
+  return 0;
+#endif
+}
+
+// Five digits of each byte, highest first: the byte is a fraction of 256, whose triple's whole part is the highest
+// digit, and whose fraction is what is left. That whole part is the top two bits of 3/4 of the byte, which two means
+// that round up give from the byte less one.
+ASKEW_FN void band_trits(vu word, vu (&code)[5]) {
+  typedef uint8_t Bytes __attribute__((vector_size(4 * ASKEW_LANES)));
+  Bytes rest = (Bytes)word;
+  ASKEW_UNROLL for (int d = 0; d < 5; ++d) {
+#if defined(ASKEW_MM)
+    const Codes less = ASKEW_MM(subs_epu8)((Codes)rest, ASKEW_MM(set1_epi8)(1));
+    const vu top = (vu)ASKEW_MM(avg_epu8)(less, ASKEW_MM(avg_epu8)(less, Codes{}));
+    code[d] = band_shift<kTrits>() ? top & 0xc0c0c0c0u : top >> 6 & 0x03030303u;
+#else
+    code[d] = (vu)(((Bytes)(rest >= 86) & 1) + ((Bytes)(rest >= 171) & 1));
+#endif
+    rest = rest + rest + rest;
+  }
+}
+
+// The codes of a block, four columns a vector.
+template <int BITS>
+ASKEW_FN void band_codes(const uint8_t* p, vu (&code)[band_vectors(BITS)]) {
+  constexpr int kVectors = band_vectors(BITS);
+  if constexpr (BITS == kTrits) {
+    band_trits(band_word(p, 0), code);
+  } else if constexpr (BITS == 8) {
+    code[0] = band_word(p, 0);
+  } else if constexpr (BITS == 1) {  // twice the code, as the levels of one bit are
+    ASKEW_EACH_CODE (v, kVectors) code[v] = (v ? band_word(p, 0) >> (v - 1) : band_word(p, 0) << 1) & 0x02020202u;
+  } else {
+    int first = 0, bit = 0;  // of the plane: its first word, and where its bits stand in a code
+    ASKEW_EACH (k, 3) {
+      const int plane = 4 >> k;
+      if (!(BITS & plane)) continue;
+      ASKEW_EACH_CODE (v, kVectors) {
+        const vu word = band_word(p, first + v * plane / 8);
+        const int shift = v * plane % 8 - bit;
+        const vu bits = shift < 0 ? word << -shift : word >> shift;
+        const uint32_t mask = byte_mask(plane) << bit;
+        code[v] = bit ? with_bits(code[v], bits, mask) : bits & mask;
+      }
+      first += kVectors * plane / 8;
+      bit += plane;
+    }
+  }
+}
+
+// sums += codes times the four inputs at q, in place: GCC copies registers otherwise, and stores each copy.
+ASKEW_FN void add_inputs(Sums& sums, Codes codes, const int8_t* q) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*(const int32_t*)q));
+#else
+  sums = add_products(sums, codes, four_inputs(q));
+#endif
+}
+
+// Sums with B tokens. Few tokens have several sums each, or one product would wait for the other.
+template <int BITS, int B>
+struct BandSums {
+  static constexpr int kVectors = band_vectors(BITS), kBytes = 4 * kBandRows * band_words(BITS);
+  static constexpr int kInputs = 4 * kVectors * B;  // bytes of a block
+  static constexpr int kSums = B >= 4 ? 1 : 4 / B, kBlocks = kVectors < kSums ? kSums / kVectors : 1;
+  // Products that a sum may hold before it is added up in int32, and steps that add no more.
+  static constexpr int64_t kMost = vectors_in_flight(band_top(BITS));
+  static constexpr int64_t kSteps = kMost / ((kBlocks * kVectors + kSums - 1) / kSums);
+  static constexpr int64_t kAhead = 4096;  // bytes: what stands there is in the cache when it is its turn
+  Sums own[kSums][B];
+  vi sum[B];
+
+  template <int COUNT>
+  ASKEW_INLINE void step(const uint8_t* p, const int8_t* q) {
+    ASKEW_EACH (k, COUNT) {
+      vu code[kVectors];
+      for (int i = 0; i < band_words(BITS); ++i) __builtin_prefetch(p + k * kBytes + 64 * i + kAhead);
+      band_codes<BITS>(p + k * kBytes, code);
+      ASKEW_EACH_CODE (v, kVectors) {
+        Codes c;
+        __builtin_memcpy(&c, &code[v], sizeof c);
+        ASKEW_EACH (b, B) {
+          const int8_t* four = q + ((k * kVectors + v) * B + b) * 4;
+#if defined(ASKEW_WIDE)
+          if constexpr (kMost == 0) {
+            sum[b] += wide_products(c, four_inputs(four));
+            continue;
+          }
+#endif
+          if constexpr (kSteps == 0)
+            sum[b] += lane_sums(products(c, four_inputs(four)));
+          else
+            add_inputs(own[(k * kVectors + v) % kSums][b], c, four);
+        }
+      }
+    }
+  }
+
+  // Steps of COUNT blocks; how many blocks that were.
+  template <int COUNT>
+  ASKEW_INLINE int64_t steps(const uint8_t* p, const int8_t* q, int64_t blocks) {
+    int64_t i = 0;
+#if defined(ASKEW_WIDE)
+    while (i + COUNT <= blocks) {
+      const int64_t whole = (blocks - i) / COUNT, count = whole < kSteps ? whole : kSteps ? kSteps : whole;
+      ASKEW_EACH (s, kSums)
+        ASKEW_EACH (b, B) own[s][b] = Sums{};
+      for (const int64_t end = i + count * COUNT; i < end; i += COUNT) step<COUNT>(p + i * kBytes, q + i * kInputs);
+      if (kSteps)
+        ASKEW_EACH (s, kSums)
+          ASKEW_EACH (b, B) sum[b] += lane_sums(own[s][b]);
+    }
+#else
+    for (; i + COUNT <= blocks; i += COUNT) step<COUNT>(p + i * kBytes, q + i * kInputs);
+#endif
+    return i;
+  }
+
+  // offsets: what the sums begin with, `stride` apart.
+  ASKEW_INLINE void over(const uint8_t* p, const int8_t* q, int64_t blocks, const int32_t* offsets, int64_t stride) {
+    ASKEW_EACH (b, B) sum[b] = (vi{} + offsets[b * stride]) << band_shift<BITS>();
+#if !defined(ASKEW_WIDE)
+    ASKEW_EACH (s, kSums)
+      ASKEW_EACH (b, B) own[s][b] = s ? Sums{} : (Sums)sum[b];
+#endif
+    const int64_t done = steps<kBlocks>(p, q, blocks);
+    if (kBlocks > 1) steps<1>(p + done * kBytes, q + done * kInputs, blocks - done);
+#if !defined(ASKEW_WIDE)
+    ASKEW_EACH (b, B) {
+      sum[b] = (vi)own[0][b];
+      ASKEW_UNROLL for (int s = 1; s < kSums; ++s) sum[b] += (vi)own[s][b];
+      sum[b] >>= band_shift<BITS>();
+    }
+#endif
+  }
+};
+
+template <int BITS, int B>
+__attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band, const BandInput& x, int64_t token,
+                                                const float* bias, float* y) {
+  typedef BandSums<BITS, B> Tile;
+  const int64_t groups = w.groups, blocks = w.blocks;
+  for (int64_t lane = 0; lane < kBandRows; lane += ASKEW_LANES) {
+    const int64_t row = band * kBandRows + lane, rows = w.n - row < ASKEW_LANES ? w.n - row : ASKEW_LANES;
+    if (rows <= 0) break;
+    const uint8_t* p = w.codes + band * groups * blocks * Tile::kBytes + 4 * lane;
+    const int8_t* q = x.q + token * band_width(w);
+    const float* scale = w.scale + band * groups * kBandRows + lane;
+    vf total[B];
+    ASKEW_EACH (b, B) total[b] = vf{};
+    asm("" : "+m"(total));
+    for (int64_t g = 0; g < groups; ++g, p += blocks * Tile::kBytes, q += blocks * Tile::kInputs) {
+      Tile tile;
+      tile.over(p, q, blocks, x.offsets + token * groups + g, groups);
+      asm("" : "+m"(total));  // the totals stay in memory, the sums in registers
+      const vf s = Floats::load(scale + g * kBandRows);
+      ASKEW_EACH (b, B) total[b] = multiply_add(__builtin_convertvector(tile.sum[b], vf), s, total[b]);
+    }
+    vf added = vf{};
+    if (bias) __builtin_memcpy(&added, bias + row, rows * sizeof(float));
+    float* to = y + token * w.n + row;
+    ASKEW_EACH (b, B) {
+      const vf out = total[b] * (w.step * x.scale[token + b]) + added;
+      if (rows == ASKEW_LANES)
+        Floats::store(to + b * w.n, out);
+      else
+        __builtin_memcpy(to + b * w.n, &out, rows * sizeof(float));
+    }
+  }
+}
+
+static void unpack_codes(const PackedWeight& w, int64_t row, uint8_t* out) { unpack_row(w, row, out); }
+
+static int64_t band_tokens(int64_t left) {
+  int64_t count = kBandTokens;
+  while (count > left) count /= 2;
+  return count;
+}
+
+static void quantize_band(const BandsArg& w, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
+                          int32_t* offsets, int8_t* scratch) {
+  const int64_t length = w.cols / w.groups, width = band_width(w) / w.groups;
+  quantize_token(x, w.cols, w.cols, scratch, scale);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int8_t* from = scratch + g * length;
+    int8_t* to = q + (g * width * count + place * 4);
+    int32_t sum = 0;
+    for (int64_t c = 0; c < length; ++c) sum += from[c];
+    offsets[g] = sum * w.lo;
+    int64_t c = 0;
+    for (; c + 4 <= length; c += 4) __builtin_memcpy(to + c * count, from + c, 4);
+    for (; c < width; c += 4) {
+      int8_t four[4] = {};
+      for (int i = 0; i < 4 && c + i < length; ++i) four[i] = from[c + i];
+      __builtin_memcpy(to + c * count, four, 4);
+    }
+  }
+}
+
+template <int BITS>
+static void band_products(const BandsArg& w, int64_t band0, int64_t band1, const BandInput& x, int64_t token0,
+                          int64_t token1, const float* bias, float* y) {
+  for (int64_t band = band0; band < band1; ++band)
+    for (int64_t t = token0, count; t < token1; t += count) {
+      count = band_tokens(token1 - t);
+#define ASKEW_TOKENS(B)           \
+  if constexpr (B <= kBandTokens) \
+    if (count == B) band_tile<BITS, B>(w, band, x, t, bias, y);
+      ASKEW_TOKENS(16)
+      ASKEW_TOKENS(8)
+      ASKEW_TOKENS(4)
+      ASKEW_TOKENS(2)
+      ASKEW_TOKENS(1)
+#undef ASKEW_TOKENS
+    }
+}
+
+static void multiply_bands(const BandsArg& w, int64_t band0, int64_t band1, const BandInput& x, int64_t token0,
+                           int64_t token1, const float* bias, float* y) {
+  constexpr decltype(PackedLoops::multiply_bands) products[] = {
+      band_products<kTrits>, band_products<1>, band_products<2>, band_products<3>, band_products<4>,
+      band_products<5>,      band_products<6>, band_products<7>, band_products<8>};
+  products[w.bits](w, band0, band1, x, token0, token1, bias, y);
+}

@@ -1,0 +1,410 @@
+"""Contract: bands hold the codes of a packed weight in the order that ``contract.band_codes`` says, and give them back;
+sums of int8 activations with them are exact on every instruction set; and a layer that keeps bands is, for everybody
+who looks at it, the layer of the file's codes, which it holds once."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import askew_kernels as ak
+from askew_kernels import contract, reference, runtime
+from askew_kernels.nn.bands import BandedCodes
+from askew_kernels.ops import packed
+from askew_kernels.quant import Binary, Ternary, Uniform
+
+BITS = (*range(1, 9), contract.TRITS)
+compiled = pytest.mark.skipif(runtime._C is None, reason="nothing is compiled")
+
+
+def drawn(n, cols, bits, seed=0):
+    """Codes as bytes, each of the levels that the bits have."""
+    g = torch.Generator().manual_seed(seed + 100 * bits)
+    return torch.randint(3 if bits == contract.TRITS else 2**bits, (n, cols), dtype=torch.uint8, generator=g)
+
+
+# ---- the order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_each_code_stands_where_its_lane_looks(bits):
+    """Written down a second time: word, byte and bits of every code, from its row and column."""
+    n, cols, groups = 19, 3 * 44, 3
+    codes = drawn(n, cols, bits)
+    bands = contract.band_codes(codes, bits, groups)
+    vectors, words = contract.band_vectors(bits), contract.band_words(bits)
+    assert bands.shape == contract.band_shape(n, cols, bits, groups) and bands.dtype == torch.uint8
+    assert torch.equal(contract.unband_codes(bands, bits, n, cols, groups), codes)
+    seen = bands.reshape(2, groups, -1, words, 16, 4)
+    for row in range(n):
+        for col in range(cols):
+            group, (block, rest) = col // 44, divmod(col % 44, 4 * vectors)
+            v, byte = divmod(rest, 4)
+            held = seen[row // 16, group, block, :, row % 16, byte].tolist()
+            if bits == contract.TRITS:
+                found = held[0] * 243 // 256 // 3 ** (4 - v) % 3
+            else:
+                found, word, low = 0, 0, 0
+                for width in (8, 4, 2, 1):
+                    if bits & width:
+                        each = 8 // width
+                        found |= (held[word + v // each] >> width * (v % each) & 2**width - 1) << low
+                        word, low = word + vectors // each, low + width
+            assert found == codes[row, col], (row, col)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_compiled_bands_are_the_references(bits):
+    """Both ways, of any sizes; codes above the highest level become the highest."""
+    for n, cols, groups in ((16, 128, 1), (35, 200, 5), (1, 7, 1), (5, 96, 32), (0, 8, 1), (18, 1000, 1)):
+        codes = contract.pack_codes(drawn(n, cols, bits, n), bits)
+        for levels in {3 if bits == contract.TRITS else 2**bits, 2 if bits < 2 else 3}:
+            bands = torch.ops.askew.packed_bands(codes, bits, cols, groups, levels)
+            assert torch.equal(bands, reference.packed_bands(codes, bits, cols, groups, levels))
+        bands = reference.packed_bands(codes, bits, cols, groups, 3 if bits == contract.TRITS else 2**bits)
+        assert torch.equal(torch.ops.askew.packed_bands_codes(bands, bits, n, cols, groups), codes)
+
+
+def test_bytes_that_no_trits_have_count_as_the_highest():
+    codes = torch.arange(256, dtype=torch.uint8)[:, None]
+    bands = torch.ops.askew.packed_bands(codes, 0, 5, 1, 3)
+    assert torch.equal(torch.ops.askew.packed_bands_codes(bands, 0, 256, 5, 1), codes.clamp(max=242))
+
+
+def test_bad_arguments_are_named():
+    codes = torch.zeros(4, 8, dtype=torch.uint8)
+    bands = torch.ops.askew.packed_bands(codes, 4, 16, 1, 16)
+    scale, grid = torch.ones(1, 1, 16), [1, -8, 7]
+    for name, call in {
+        "codes": lambda: torch.ops.askew.packed_bands(codes, 4, 24, 1, 16),
+        "levels": lambda: torch.ops.askew.packed_bands(codes, 4, 16, 1, 17),
+        "groups": lambda: torch.ops.askew.packed_bands(codes, 4, 16, 3, 16),
+        "bits": lambda: torch.ops.askew.packed_bands(codes, 9, 16, 1, 16),
+        "bands": lambda: torch.ops.askew.packed_bands_codes(bands, 4, 20, 16, 1),
+        "scale": lambda: torch.ops.askew.packed_bands_linear(torch.ones(1, 16), bands, scale[0], grid, 4, 4, None),
+        "grid": lambda: torch.ops.askew.packed_bands_linear(torch.ones(1, 16), bands, scale, [2, -1, 1], 4, 4, None),
+        "x": lambda: torch.ops.askew.packed_bands_linear(torch.ones(16), bands, scale, grid, 4, 4, None),
+    }.items():
+        if runtime._C is not None:
+            with pytest.raises(RuntimeError, match=f"{name}:"):
+                call()
+
+
+# ---- products -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sets():
+    """Switches to each instruction set that runs here, with VNNI and without."""
+    before = runtime.cpu_capability()
+
+    def each():
+        for name, vnni in (("baseline", True), ("avx2", True), ("avx512", False), ("avx512", True)):
+            with contextlib.suppress(ValueError):
+                runtime._C.force_cpu_capability(name, vnni)
+                yield runtime._C.packed_capability()
+
+    yield each
+    runtime._C.force_cpu_capability(before)
+
+
+def grid_of(bits):
+    """[kind, lo, hi] of a grid with all codes that these bits have."""
+    return Binary().encoding if bits == 1 else Ternary().encoding if bits == 0 else Uniform(bits).encoding
+
+
+def exact(x, codes, scale, grid, bias):
+    """In float64, from integers that no rounding touches, but for the last steps in float32."""
+    q, s = reference.int8_tokens(x.float())
+    level = contract.level_step(grid[0]) * codes.double() + grid[1]
+    groups = scale.shape[1]
+    sums = torch.einsum("tgc,ngc->tng", q.double().unflatten(1, (groups, -1)), level.unflatten(1, (groups, -1)))
+    y = (sums * scale.double()).sum(-1) * s.double()[:, None]
+    return y if bias is None else y + bias.double()
+
+
+@compiled
+@pytest.mark.parametrize("bits", BITS)
+def test_products_are_exact_on_every_instruction_set(bits, sets):
+    """One scale a row: the same bits everywhere, blocks of tokens of all sizes; groups: within float32's sums."""
+    g, grid = torch.Generator().manual_seed(bits), grid_of(bits)
+    for n, cols, groups, tokens in ((37, 416, 1, 31), (16, 640, 5, 1), (50, 96, 3, 7), (3, 33, 1, 2), (16, 4096, 1, 4)):
+        codes, x = drawn(n, cols, bits, tokens), torch.randn(tokens, cols, generator=g)
+        x[-1] = x[-1].abs() + 3  # large sums of one sign
+        scale, bias = torch.rand(n, groups, generator=g) + 0.1, torch.randn(n, generator=g)
+        bands = contract.band_codes(codes, bits, groups)
+        beside = packed.band_scales(scale.flatten(), n, groups)
+        expected, found = exact(x, codes, scale, grid, bias), {}
+        for name in sets():
+            y = found[name] = torch.ops.askew.packed_bands_linear(x, bands, beside, grid, bits, n, bias)
+            near = (groups + 4) * 2.0**-24 * exact(x.abs(), codes, scale, grid, None).abs().max() * 300
+            assert (y - expected).abs().max() <= near, name
+        if groups == 1:
+            assert len({tuple(y.flatten().tolist()) for y in found.values()}) == 1
+        whole = reference.packed_bands_linear(x, bands, beside, grid, bits, n, bias)
+        torch.testing.assert_close(y, whole, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@compiled
+@pytest.mark.parametrize("bits", BITS)
+def test_the_largest_sums_overflow_nothing(bits, sets):
+    """All codes and inputs at their ends, where int16 halves of the sums are fullest."""
+    grid, cols = grid_of(bits), 1280
+    for top in (0, 1):
+        codes = torch.full((16, cols), top * (2 if bits == 0 else 2**bits - 1), dtype=torch.uint8)
+        bands, beside = contract.band_codes(codes, bits, 1), torch.ones(1, 1, 16)
+        x = torch.tensor([[127.0], [-127.0]]).expand(2, cols).repeat(16, 1)[:31]  # blocks of each number of tokens
+        level = contract.level_step(grid[0]) * int(codes[0, 0]) + grid[1]
+        for name in sets():
+            y = torch.ops.askew.packed_bands_linear(x, bands, beside, grid, bits, 16, None)
+            assert torch.equal(y, (x[:, :1] * level * cols).expand(31, 16)), name
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_inputs_of_other_types_and_rows_that_are_not_finite(dtype):
+    x = torch.randn(5, 64).to(dtype)
+    x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0
+    codes, bias = drawn(20, 64, 4), torch.randn(20).to(dtype)
+    bands, beside = contract.band_codes(codes, 4, 2), packed.band_scales(torch.rand(40), 20, 2)
+    y = torch.ops.askew.packed_bands_linear(x, bands, beside, [1, -8, 7], 4, 20, bias)
+    assert y.dtype == dtype and y[1:3].isnan().all() and torch.equal(y[3], bias)
+    whole = reference.packed_bands_linear(x, bands, beside, [1, -8, 7], 4, 20, bias)
+    torch.testing.assert_close(y, whole, equal_nan=True)
+
+
+def test_results_do_not_depend_on_threads():
+    codes, x = drawn(200, 512, 4), torch.randn(40, 512)
+    bands, beside = contract.band_codes(codes, 4, 4), packed.band_scales(torch.rand(800), 200, 4)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(torch.ops.askew.packed_bands_linear(x, bands, beside, [1, -8, 7], 4, 200, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# ---- the layer ------------------------------------------------------------------------------------------------------
+
+CONFIGS = {"4 bits": (ak.QuantConfig(Uniform(4), "absmax", "per_group", 64), False),
+           "3 bits": (ak.QuantConfig(Uniform(3), "absmax"), False),
+           "8 bits, one scale": (ak.QuantConfig(Uniform(8), "absmax", "per_tensor"), False),
+           "binary": (ak.QuantConfig(Binary(), "mean"), False),
+           "trits": (ak.QuantConfig(Ternary(), "mean"), True)}  # fmt: skip
+
+
+def packed_layer(name="4 bits", cols=256, n=48, **options):
+    torch.manual_seed(1)
+    config, trits = CONFIGS[name]
+    model = ak.quantize_(nn.Sequential(nn.Linear(cols, n)), config)
+    ak.hard_quantize_(model)
+    return ak.pack_(model, activations="int8", trits=trits, **options)[0]
+
+
+def plain_product(layer, x):
+    """From codes in the layout of files, whatever the layer keeps."""
+    twin = copy.deepcopy(layer)
+    twin.repack = False
+    return twin(x)
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_layer_holds_its_codes_once_and_nobody_sees_it(name):
+    layer = packed_layer(name)
+    twin = copy.deepcopy(layer)
+    saved = {k: v.clone() for k, v in twin.state_dict().items()}
+    x = torch.randn(2, 3, 256)
+    y = layer(x)
+    assert type(layer._buffers["weight_codes"]) is BandedCodes and layer.band_bytes
+    torch.testing.assert_close(y, plain_product(layer, x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(x), y)
+    for seen in (layer.weight_codes, dict(layer.named_buffers())["weight_codes"], next(iter(layer.buffers()))):
+        assert seen.shape == saved["weight_codes"].shape and seen.dtype == torch.uint8 and seen.device.type == "cpu"
+        assert torch.equal(seen, saved["weight_codes"]) and torch.equal(seen + 0, saved["weight_codes"])
+    assert torch.equal(layer.dequantize(), twin.dequantize())
+    assert layer.packed_bytes == twin.packed_bytes
+    for other in (copy.deepcopy(layer), torch.load(through_a_file(layer), weights_only=False)):
+        assert type(other._buffers["weight_codes"]) is torch.Tensor and torch.equal(other(x), y)
+        assert all(torch.equal(v, saved[k]) for k, v in other.state_dict().items())
+    assert type(layer._buffers["weight_codes"]) is BandedCodes  # none of these brought the codes back
+    state = layer.state_dict()
+    assert list(state) == list(saved) and all(torch.equal(v, saved[k]) for k, v in state.items())
+    assert all(type(v) is torch.Tensor for v in state.values())
+    assert torch.equal(layer(x), y)
+
+
+def through_a_file(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return file
+
+
+@compiled
+@torch.no_grad()
+def test_memory_is_that_of_the_codes(monkeypatch):
+    """Of all tensors that live, those of a byte and of the size of the codes: one, before and after."""
+    layer = packed_layer(cols=2048, n=64)
+    held = sum(
+        1 for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == 64 * 1024 and t.dtype == torch.uint8
+    )
+    layer(torch.randn(1, 2048))
+    gc.collect()
+    after = [
+        t for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == 64 * 1024 and t.dtype == torch.uint8
+    ]
+    assert held <= 1 and len(after) == 1 and layer.band_bytes == 64 * 1024 + 64 * 32 * 4
+
+
+@compiled
+@torch.no_grad()
+def test_codes_that_others_hold_stay():
+    """Ties, and what a user keeps: those are the layer's own memory still, and writing to them is seen."""
+    layer, x = packed_layer(), torch.randn(3, 256)
+    held = layer.state_dict()["weight_codes"]
+    y = layer(x)
+    assert layer.weight_codes.data_ptr() == held.data_ptr() and layer.band_bytes
+    held.zero_()
+    assert not torch.equal(layer(x), y) and torch.allclose(layer(x), plain_product(layer, x), 1e-5, 1e-5)
+    tied, view = packed_layer(), packed_layer()
+    other = copy.copy(tied)
+    other._buffers = dict(tied._buffers)
+    tied(x)
+    assert tied.weight_codes is other.weight_codes
+    first = view.weight_codes[1:]
+    view(x)
+    assert first.data_ptr() == view.weight_codes.data_ptr() + view.weight_codes.shape[1]
+
+
+@compiled
+@torch.no_grad()
+def test_writing_to_the_codes_and_scales_is_seen():
+    x = torch.randn(3, 256)
+    for write in (
+        lambda m: m.weight_codes.add_(17),
+        lambda m: m.weight_codes.copy_(m.weight_codes.flip(0)),
+        lambda m: m.weight_codes[1:3].zero_(),
+        lambda m: m.weight_codes.data.zero_(),
+        lambda m: m.weight_codes.detach().numpy().__setitem__(0, 5),
+        lambda m: [b.zero_() for b in m.buffers() if b.dtype == torch.uint8],
+        lambda m: m.weight_scale.mul_(2),
+        lambda m: m.state_dict()["weight_codes"].zero_(),
+        lambda m: m.load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in m.state_dict().items()}),
+        lambda m: setattr(m, "weight_codes", m.weight_codes.flip(0)),
+    ):
+        layer = packed_layer()
+        before = layer(x), layer(x)
+        write(layer)
+        y = layer(x)
+        assert not torch.equal(y, before[0])
+        torch.testing.assert_close(y, plain_product(layer, x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(x), y)
+
+
+@compiled
+@torch.no_grad()
+def test_moves_and_other_products_find_the_codes():
+    layer, x = packed_layer(), torch.randn(3, 256)
+    y, codes = layer(x), copy.deepcopy(layer).weight_codes
+    assert torch.equal(layer.to(torch.float64).to(torch.float32)(x), y)
+    assert torch.equal(layer.to("meta").to_empty(device="cpu").weight_codes, layer.weight_codes)
+    layer = packed_layer()
+    layer(x)
+    layer.set_activations("float")
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.dequantize(), layer.bias))
+    assert type(layer._buffers["weight_codes"]) is torch.Tensor  # not made anew in every call
+    assert torch.equal(layer.weight_codes, codes)
+    layer.set_activations("int8")
+    assert torch.equal(layer(x), y)
+    with runtime.use_backend("reference"):
+        torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+    grad = torch.randn(3, 256, requires_grad=True)
+    with torch.enable_grad():
+        layer(grad).sum().backward()
+    assert grad.grad is not None
+
+
+@compiled
+@torch.no_grad()
+def test_codes_that_are_no_levels_stay_as_they_are():
+    """Bands hold the highest level in their place, so the codes are kept beside them."""
+    layer, x = packed_layer("trits"), torch.randn(3, 256)
+    layer.weight_codes.fill_(255)
+    y = layer(x)
+    assert (layer.weight_codes == 255).all() and torch.allclose(y, plain_product(layer, x), 1e-5, 1e-5)
+
+
+@compiled
+@torch.no_grad()
+def test_repack_false_reads_the_codes_as_they_lie(tmp_path):
+    layer, x = packed_layer(), torch.randn(3, 256)
+    path = tmp_path / "m.safetensors"
+    ak.save_packed(nn.Sequential(layer), path)
+
+    def loaded(**options):
+        target = nn.Sequential(nn.Linear(256, 48, device="meta"))
+        return ak.load_packed(path, target, activations="int8", **options)[0]
+
+    y = loaded()(x)
+    for options in ({"repack": False}, {"mmap": True}, {"repack": True, "mmap": True}):
+        other = loaded(**options)
+        torch.testing.assert_close(other(x), y, rtol=1e-5, atol=1e-5)
+        assert bool(other.band_bytes) == options.get("repack", False)
+        again = tmp_path / "again.safetensors"
+        ak.save_packed(nn.Sequential(other), again)
+        assert again.read_bytes() == path.read_bytes()
+
+
+@compiled
+def test_inference_mode_leaves_ordinary_codes():
+    """What was made there can be written to, and differentiated with, elsewhere."""
+    layer, x = packed_layer(), torch.randn(3, 256)
+    state = copy.deepcopy(layer).state_dict()
+    with torch.inference_mode():
+        y = layer(x)
+        layer.state_dict()
+    assert not layer.weight_codes.is_inference()
+    layer.load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in state.items()})
+    layer.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None and layer.bias.grad is not None
+
+
+def test_what_does_not_stand_in_bands():
+    """Sums that int32 does not hold, levels between the codes', and rows whose blocks would be mostly empty."""
+    assert packed.bands_serve(48, 256, Uniform(4), 4, 4) and packed.bands_serve(4096, 4096, Ternary(), 0, 32)
+    assert not packed.bands_serve(4096, 4096, ak.quant.NF4(), 4, 1)
+    assert not packed.bands_serve(16, 2**17, Uniform(8), 8, 1)
+    assert not packed.bands_serve(4096, 4096, Uniform(3), 3, 4096 // 8)
+    assert not packed.bands_serve(0, 4096, Uniform(3), 3, 1)
+
+
+@compiled
+@torch.no_grad()
+def test_compiled_and_exported_models_compute_the_same():
+    x = torch.randn(3, 256)
+    model = nn.Sequential(packed_layer())
+    y = model(x)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(fast(x), y)
+    model[0].load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in model[0].state_dict().items()})
+    assert torch.allclose(fast(x), plain_product(model[0], x), 1e-5, 1e-5)
+    y = model(x)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), y, rtol=1e-5, atol=1e-5)
+    assert any(k.endswith("weight_codes") for k in program.state_dict)
