@@ -101,8 +101,15 @@ def titled(app, name, source):
     """Pages that a command made are tables without a heading."""
     if not re.search(r"^# ", source[0], re.MULTILINE):
         source[0] = f"# {TITLES.get(name, Path(name).name)}\n\n{source[0]}"
+    if name == app.config.root_doc and (rest := unlisted(source[0])):
+        source[0] += "\n".join(["", "```{toctree}", ":hidden:", ":caption: More", "", *rest, "```", ""])
     if "<!-- commands -->" in source[0]:
         source[0] = source[0].replace("<!-- commands -->", commands())
+
+
+def unlisted(index: str) -> list[str]:
+    """Pages beside the index that it does not name."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.md") if f"\n{p.stem}\n" not in index and p.stem != "index")
 
 
 def commands() -> str:

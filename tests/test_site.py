@@ -1,7 +1,7 @@
 """Contract: the site teaches what works.
 
 1. The tutorial, run as one session, prints what its pages show (numbers within a tenth: processors differ).
-2. The first page and every how-to page run, each alone, from their first line to their last.
+2. The first page, every how-to page and every explanation run, each alone, from their first line to their last.
 3. The site builds without a warning; every link inside it leads somewhere, every picture has a text, and every public
    name is in the reference. The checks that say so can fail.
 4. The pictures of the explanation are drawn by what the package computes.
@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TUTORIAL = ["mlp", "convolution", "gpt", "pack", "deploy"]
-ALONE = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md"))]
+ALONE = [DOCS / "start.md", *sorted((DOCS / "howto").glob("*.md")), *sorted((DOCS / "explanation").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<shown>.*?)^```$)?", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="installed without its documents")

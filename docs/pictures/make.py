@@ -48,30 +48,43 @@ def draw_constraint() -> dict[str, bytes]:
     return figures.save(figure, "constraint", ("svg",))
 
 
+def draw_soften() -> dict[str, bytes]:
+    """What layers compute with while the slack falls."""
+    figure, axes = figures.figure(1, 4, 9.5, 2.7, sharey=True)
+    w = torch.linspace(-2.4, 1.4, 1521)
+    for axis, slack in zip(axes, (1.0, 0.6, 0.2, 0.02), strict=True):
+        y = ak.ops.soft_quantize(w, torch.ones(()), GRID, slack)
+        axis.plot(w, w, color=GREY, linewidth=1, linestyle="--")
+        axis.plot(w, y, color=BLUE, linewidth=1.8)
+        figures.label(axis, f"slack {slack:g}", "weight ÷ scale", grid="both")
+        axis.set_xticks(LEVELS)
+        axis.set_yticks(LEVELS)
+    axes[0].set_ylabel("computed with ÷ scale", fontsize=8.5)
+    return figures.save(figure, "soften", ("svg",))
+
+
 def draw_annealing() -> dict[str, bytes]:
     """The recipe's own numbers for a thousand steps."""
-    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-    model = ak.quantize_(layers)
+    model = ak.quantize_(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))))
     recipe = ak.Recipe(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1), 1000)
-    figure, axes = figures.figure(2, 1, 9.5, 4.6, sharex=True, height_ratios=(1, 1))
+    figure, axes = figures.figure(1, 2, 9.5, 3.2, width_ratios=(3, 1.4), sharey=True)
     steps = np.arange(1001)
-    for outer, color, text in ((False, BLUE, "inner layers"), (True, ORANGE, "first and last layer")):
-        eps = np.array([recipe.eps_at(int(k), outer) for k in steps])
-        style = "--" if outer else "-"
-        axes[0].plot(steps, eps, style, color=color, label=text, linewidth=1.8)
-        axes[1].plot(steps, [2 * radius(e) for e in eps], style, color=color, linewidth=1.8)
-    figures.label(axes[0], "ε", grid="x")
-    figures.label(axes[1], "share of a bracket that is feasible", "step of 1,000", grid="x")
-    frozen = next(int(k) for k in steps if recipe.frozen_at(int(k)))
-    ends = (0, recipe.start or 0, frozen, recipe.hold, 1000)
-    texts = ("float weights compute", "quantized weights,\nscales follow", "scales frozen, weights\ninside the hull",
-             "closing")  # fmt: skip
-    spans = zip(ends, ends[1:], texts, strict=False)
-    for i, (first, last, text) in enumerate(spans):
+    full, frozen = recipe.full or 0, next(int(k) for k in steps if recipe.frozen_at(int(k)))
+    ends = (0, full, frozen, recipe.hold, 1000)
+    texts = ("on the way from float\nto quantized weights", "quantized,\nscales follow", "scales frozen,\nweights inside\nthe hull", "")
+    for i, (first, last, text) in enumerate(zip(ends, ends[1:], texts, strict=False)):
         for axis in axes:
             axis.axvspan(first, last, color=(GREY, SKY)[i % 2], alpha=0.13, linewidth=0)
-        axes[0].text((first + last) / 2, 0.25, text, ha="center", va="center", fontsize=8)
-    figures.legend_below(figure, axes, 2)
+        axes[0].text((first + last) / 2, 0.3 if i else 0.15, text, ha="center", va="center", fontsize=8)
+    for axis in axes:
+        axis.plot(steps, [recipe.slack_at(int(k)) for k in steps], "--", color=ORANGE, linewidth=1.8, label="slack")
+        axis.plot(steps, [2 * radius(recipe.eps_at(int(k))) for k in steps], color=BLUE, linewidth=1.8,
+                  label="feasible share of a bracket")  # fmt: skip
+        axis.plot(steps, [recipe.eps_at(int(k)) for k in steps], ":", color=GREEN, linewidth=2, label="ε")
+    figures.label(axes[0], "the whole training", "step of 1,000", grid="x")
+    figures.label(axes[1], "the end of it: closing", "step of 1,000", grid="x")
+    axes[1].set_xlim(recipe.hold - 5, 1001)
+    figures.legend_below(figure, axes, 3)
     return figures.save(figure, "annealing", ("svg",))
 
 
@@ -167,7 +180,7 @@ def draw_scales() -> dict[str, bytes]:
     return figures.save(figure, "scales", ("svg",))
 
 
-DRAWN = (draw_constraint, draw_annealing, draw_velocity, draw_field, draw_scales)
+DRAWN = (draw_constraint, draw_soften, draw_annealing, draw_velocity, draw_field, draw_scales)
 
 
 def main(folder: Path) -> None:
