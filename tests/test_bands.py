@@ -388,7 +388,8 @@ def test_what_does_not_stand_in_bands():
     """Sums that int32 does not hold, levels between the codes', and rows whose blocks would be mostly empty."""
     assert packed.bands_serve(48, 256, Uniform(4), 4, 4) and packed.bands_serve(4096, 4096, Ternary(), 0, 32)
     assert not packed.bands_serve(4096, 4096, ak.quant.NF4(), 4, 1)
-    assert not packed.bands_serve(16, 2**17, Uniform(8), 8, 1)
+    assert not packed.bands_serve(16, 2**17, Uniform(8), 8, 1) and packed.bands_serve(16, 2**15, Uniform(8), 8, 1)
+    assert not packed.bands_serve(16, 2**17, Ternary(), 0, 1) and packed.bands_serve(16, 2**17, Ternary(), 2, 1)
     assert not packed.bands_serve(4096, 4096, Uniform(3), 3, 4096 // 8)
     assert not packed.bands_serve(0, 4096, Uniform(3), 3, 1)
 

@@ -191,8 +191,9 @@ def bands_serve(n: int, cols: int, grid: Any, bits: int, groups: int) -> bool:
     if kind == contract.CODEBOOK or not n or not cols:
         return False
     step = contract.level_step(kind)
-    first, top = (2 * lo, 2) if bits == 1 else (lo, (1 << bits) - 1 if bits else 2)
-    if first % step or contract.INT8_TOP * cols * max(abs(first // step), top, first // step + top) >= 2**31 - 1:
+    first, top, units = (2 * lo, 2, 1) if bits == 1 else (lo, (1 << bits) - 1, 1) if bits else (lo - 1, 3, 64)
+    largest = max(abs(first // step), top, first // step + top)
+    if first % step or contract.INT8_TOP * cols * largest * units >= 2**31 - 1:
         return False
     rows, size = contract.band_shape(n, cols, bits, groups)
     return rows * size <= n * contract.row_bytes(cols, bits) * 5 // 4 + (1 << 16)

@@ -47,19 +47,19 @@ ASKEW_FN constexpr int band_shift() {
 #endif
 }
 
-// Five digits of each byte, highest first: the byte is a fraction of 256, whose triple's whole part is the highest
-// digit, and whose fraction is what is left. That whole part is the top two bits of 3/4 of the byte, which two means
-// that round up give from the byte less one.
+// Five digits of each byte, highest first, and one more: the byte is a fraction of 256, whose triple's whole part is
+// the highest digit, and whose fraction is what is left. Two means that round up give 3/4 of the byte and 64, close
+// enough for its top two bits to be that digit plus one.
 ASKEW_FN void band_trits(vu word, vu (&code)[5]) {
   typedef uint8_t Bytes __attribute__((vector_size(4 * ASKEW_LANES)));
   Bytes rest = (Bytes)word;
   ASKEW_UNROLL for (int d = 0; d < 5; ++d) {
 #if defined(ASKEW_MM)
-    const Codes less = ASKEW_MM(subs_epu8)((Codes)rest, ASKEW_MM(set1_epi8)(1));
-    const vu top = (vu)ASKEW_MM(avg_epu8)(less, ASKEW_MM(avg_epu8)(less, Codes{}));
+    const Codes half = ASKEW_MM(avg_epu8)((Codes)rest, ASKEW_MM(set1_epi8)(-3));
+    const vu top = (vu)ASKEW_MM(avg_epu8)((Codes)rest, half);
     code[d] = band_shift<kTrits>() ? top & 0xc0c0c0c0u : top >> 6 & 0x03030303u;
 #else
-    code[d] = (vu)(((Bytes)(rest >= 86) & 1) + ((Bytes)(rest >= 171) & 1));
+    code[d] = (vu)(((Bytes)(rest >= 86) & 1) + ((Bytes)(rest >= 171) & 1) + 1);
 #endif
     rest = rest + rest + rest;
   }

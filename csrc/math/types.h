@@ -104,7 +104,7 @@ struct BandsArg {        // a packed weight in bands
   const float* scale;    // (bands, groups, kBandRows)
   int bits;
   int64_t n, cols, groups, blocks;  // groups: scales of a row, at least 1; blocks: of a group
-  int lo;                           // a level is step (lo + code), with codes of one bit doubled
+  int lo;                           // a level is step (lo + code), with codes as products meet them
   float step;
 };
 struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of one storage type
@@ -143,7 +143,8 @@ ASKEW_FN constexpr int tile_bits(int form) { return form > kTiles8 ? 4 : form; }
 constexpr int kBandRows = 16;
 ASKEW_FN constexpr int band_vectors(int bits) { return bits == kTrits ? kTritsInByte : 8 / (bits & -bits); }
 ASKEW_FN constexpr int band_words(int bits) { return bits == kTrits ? 1 : band_vectors(bits) * bits / 8; }
-ASKEW_FN constexpr int band_top(int bits) { return bits == kTrits || bits == 1 ? 2 : (1 << bits) - 1; }
+// The largest code that products meet: codes of one bit are doubled, trits count from 1.
+ASKEW_FN constexpr int band_top(int bits) { return bits == kTrits ? 3 : bits == 1 ? 2 : (1 << bits) - 1; }
 
 struct TilesArg {         // y (batch, n) = x (batch, cols) W^T + bias (n,), x in bfloat16 or float16
   const uint32_t* tiles;  // (n / kTileRows, cols / kTileColumns, tile_bits, 32, 4), both quotients rounded up

@@ -195,8 +195,10 @@ struct PackedOps {
     w.step = (float)grid_step(g.kind) / (bits == 1 ? 2 : 1);
     w.lo = (int)(g.lo / w.step);
     STD_TORCH_CHECK((float)w.lo * w.step == g.lo, "grid: levels of bands are multiples of ", w.step);
+    if (bits == kTrits) --w.lo;
     const int64_t top = std::max(std::abs((int64_t)w.lo), std::max<int64_t>(band_top(w.bits), w.lo + band_top(w.bits)));
-    STD_TORCH_CHECK(w.cols * kInt8Top * top < INT32_MAX, "x: ", w.cols, " columns may overflow int32");
+    const int64_t units = bits == kTrits ? 64 : 1;  // of which sums are made
+    STD_TORCH_CHECK(w.cols * kInt8Top * top * units < INT32_MAX, "x: ", w.cols, " columns may overflow int32");
     return w;
   }
   static const void* bias_of(const std::optional<Tensor>& bias, int64_t n, const Tensor& x) {
