@@ -52,6 +52,7 @@ ISA_FLAGS = {  # csrc/cpu/isa: a stub for each instruction set, the slowest to c
     "avx512": AVX512_FLAGS,
     "avx2": ["-mavx2", "-mfma"],
     "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static",
               "-Xfatbin", "-compress-all"]  # fmt: skip  # a quarter of the size, unpacked when a kernel is first called

@@ -679,6 +679,15 @@ def packed_bands_conv(
     return y if channels_last else y.movedim(-1, 1).contiguous()
 
 
+def packed_linear_bf16(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """``packed_linear`` of x rounded to bfloat16, ties to even; y is rounded once, to the type of x."""
+    kind = compute_dtype(x.dtype)
+    y = packed_linear(x.to(torch.bfloat16).to(kind), codes, scale, levels, grid, bits, None)
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
 # ---- products of levels ---------------------------------------------------------------------------------------------
 
 

@@ -292,10 +292,11 @@ def convolves_from_codes(positions: int, activations: str) -> bool:
 def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:
     """(name, function) of the operator that multiplies ``x`` (rows, cols) by packed codes on its device.
 
-    ``packed_linear_int8`` where activations="int8" are asked for and there is such a kernel, on a CPU; on a GPU with
+    That of rounded activations where they are asked for and there is such a kernel, on a CPU; on a GPU with
     more than ``contract.FEW_ROWS`` rows Triton's ``packed_linear``, which has the matrix units, unless one is forced.
     """
-    name = "packed_linear_int8" if activations == "int8" and not x.is_cuda else "packed_linear"
+    rounded = activations != "float" and not x.is_cuda
+    name = f"packed_linear_{activations}" if rounded else "packed_linear"
     if x.is_cuda and _forced is None and not torch.compiler.is_compiling() and len(x) > FEW_ROWS:
         if not torch._C._len_torch_dispatch_stack():  # which sees operators only
             return name, implementation("triton", name)

@@ -46,6 +46,7 @@ SUMS = {
     "ste_clip_scale_grad_",
     "packed_linear",
     "packed_linear_int8",
+    "packed_linear_bf16",
     "packed_tiles_linear",
     "mix_fake_quantize_backward",
     "sam_norm",
@@ -102,6 +103,7 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         for tokens in (1, 8, 33):
             product = [draw(tokens, cols), codes, scale, levels, code, bits, draw(rows)]
             yield "packed_linear", product
+            yield "packed_linear_bf16", product
             if grid is not NF4:  # activations in int8 want integer levels
                 yield "packed_linear_int8", product
                 bands = reference.packed_bands(codes, bits, cols, 1, len(grid.levels))

@@ -32,16 +32,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &askew::capability, "Instruction set in use: baseline, avx2 or avx512.");
   m.def("packed_capability", &askew::packed_capability,
         "The same for products of packed weights: avx512_vnni where those with int8 activations use VNNI.");
+  m.def(
+      "bfloat16_products", [] { return askew::panel_loops(true) != nullptr; },
+      "Whether products with bfloat16 inputs use AVX512_BF16.");
   m.def("best_cpu_capability", &askew::best_capability, "The best one that this CPU runs.");
   m.def(
       "force_cpu_capability",
-      [](const char* name, bool vnni) {
-        if (askew::force_capability(name, vnni)) return;
+      [](const char* name, bool vnni, bool bf16) {
+        if (askew::force_capability(name, vnni, bf16)) return;
         const std::string expected =
             "cpu capability: expected baseline, avx2 or avx512, built and supported by this CPU";
         throw std::invalid_argument(expected + " (best here: " + askew::best_capability() + "), got " + name);
       },
-      pybind11::arg("name"), pybind11::arg("vnni") = true, "Use this instruction set from now on.");
+      pybind11::arg("name"), pybind11::arg("vnni") = true, pybind11::arg("bf16") = true,
+      "Use this instruction set from now on.");
   m.def(
       "tuning",
       [] {

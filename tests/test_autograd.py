@@ -252,7 +252,8 @@ def test_they_refuse(name, x):
 def test_what_is_differentiable():
     """The rest refuses, by default."""
     smooth = {"fake_quantize", "mix_fake_quantize"}
-    known = {*smooth, *(f"{name}_backward" for name in smooth), "packed_linear", "packed_linear_int8"}
+    known = {*smooth, *(f"{name}_backward" for name in smooth), "packed_linear", "packed_linear_bf16",
+             "packed_linear_int8"}  # fmt: skip
     assert known == {*schema.OPERATORS} - {*WITHOUT_DERIVATIVE} - OF_INTEGERS
 
 

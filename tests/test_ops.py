@@ -995,6 +995,7 @@ def operator_samples():
         codes = torch.randint(0, 256, (3, 10), generator=g, dtype=torch.uint8)
         yield "packed_dequantize_", (codes, s, levels, grid, 4, torch.zeros(3, 20))
         yield "packed_linear", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
+        yield "packed_linear_bf16", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         form = ops.packed.tile_form(levels.tolist(), grid, torch.bfloat16)
         tiles = ops.packed.packed_tiles(codes, grid, 4, 20, len(levels) or 2 if grid[0] != 1 else 16, form)
         half = x[:2].to(torch.bfloat16), torch.randn(3, generator=g).to(torch.bfloat16)

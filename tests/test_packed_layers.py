@@ -113,7 +113,7 @@ def test_int8_activations():
     assert 1e-4 < error < 0.03  # not the float product, and near it
     with pytest.raises(ValueError, match=r'^0: activations: "int8" needs a grid of integer levels'):
         ak.pack_(quantized(CONFIGS["nf4"]), activations="int8")
-    with pytest.raises(ValueError, match="^0: activations: expected .float. or .int8., got 'int4'"):
+    with pytest.raises(ValueError, match="^0: activations: expected .float., .bf16. or .int8., got 'int4'"):
         ak.pack_(quantized(CONFIGS["int8"]), activations="int4")
 
 

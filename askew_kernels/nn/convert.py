@@ -235,8 +235,9 @@ def pack_(model: nn.Module, force: bool = False, *, trits: bool = False, scale_d
     The packed weight is the trained one, bit for bit; one that layers share is kept once. ``trits``: ternary layers
     with five codes in a byte (1.6 bits a weight; slower to read) instead of 2 bits. ``scale_dtype``: how scales are
     kept; None: as the layer's config has it (powers of two as bfloat16). ``activations``: "int8" lets the layers round
-    their inputs to int8, row by row or patch by patch, when they run on a CPU; files keep no such choice. Layers that
-    had forward="int8" compute with it what they did; those of "fp8" take other inputs when packed, which is told.
+    their inputs to int8, row by row or patch by patch, when they run on a CPU, "bf16" to bfloat16, which makes float32
+    models faster where the CPU multiplies bfloat16; files keep no such choice. Layers that had forward="int8" compute
+    with it what they did; those of "fp8" take other inputs when packed, which is told.
 
     Raises ValueError naming the layer, and leaves the model as it was, for NaN weights, grids that cannot be packed
     (inclusive ones, codebooks of more than 16 levels), and, unless ``force=True`` rounds them, weights that are not

@@ -46,8 +46,8 @@ def unrecorded(product: Any, *inputs: Any) -> Tensor:
 
 class PackedLayer(nn.Module):
     """``config``: grid and granularity; ``trits``: five ternary codes in a byte; ``weight_dtype``: the type that was
-    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "int8", which lets a CPU round each
-    row of the input to int8 on the way."""
+    trained, in which ``dequantize`` gives the weight; ``activations``: "float", or "bf16" or "int8", which let a
+    CPU round the input on the way: to bfloat16, or each row of it to int8."""
 
     weight_codes: Tensor
     weight_scale: Tensor
@@ -340,8 +340,8 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         c, packing = self.config, ", trits" if self.trits else ""
         group = f", group_size={c.group_size}" if c.group_size else ""
-        int8 = ", activations=int8" if self.activations == "int8" else ""
-        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{int8}"
+        rounded = f", activations={self.activations}" if self.activations != "float" else ""
+        return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{rounded}"
 
 
 class PackedMatrix(PackedLayer):

@@ -52,7 +52,7 @@ def _not_transformed(t: Tensor) -> Tensor:
 
 class _Packed(torch.autograd.Function):
     """y = x W^T + b from the codes. Backward, with the weight unpacked for it: grad W to x (straight through the
-    rounding of int8 activations), the levels' share to the scale, and the sum over rows to the bias."""
+    rounding of activations), the levels' share to the scale, and the sum over rows to the bias."""
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -86,7 +86,7 @@ class _Packed(torch.autograd.Function):
 def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
     if not transformed():
         return _Packed.apply(run, *args)
-    if name == "packed_linear_int8":
+    if name in ROUNDED.values():
         raise NotImplementedError(
             f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
             "torch.func and forward-mode derivatives"
@@ -95,6 +95,9 @@ def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
     kind = compute_dtype(x.dtype)
     y = product(x.to(kind), _packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
+ROUNDED = {"bf16": "packed_linear_bf16", "int8": "packed_linear_int8"}  # by `activations`
 
 
 def _batched(op: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
@@ -111,7 +114,7 @@ def _batched(op: Callable, info: Any, in_dims: tuple, *args: Any) -> tuple[Tenso
 _CODES = "Tensor codes, Tensor scale, Tensor levels, int[] grid, int bits"
 
 define("packed_dequantize_", f"({_CODES}, Tensor(a!) out) -> ()")
-for _name in ("packed_linear", "packed_linear_int8"):
+for _name in ("packed_linear", *ROUNDED.values()):
     define(_name, f"(Tensor x, {_CODES}, Tensor? bias) -> Tensor", derivative=_packed, batch=_batched,
            fake=lambda x, codes, *_args: x.new_empty((x.shape[0], codes.shape[0])),
            flops=lambda x, codes, *_args, **_kwargs: 2 * x[0] * x[1] * codes[0])  # fmt: skip  # of the float layer
@@ -252,9 +255,9 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
 
 
 def check_activations(activations: Any, grid: Any) -> None:
-    """ValueError unless "float" or "int8", which needs integer levels at equal distances."""
-    if activations not in ("float", "int8"):
-        raise ValueError(f'activations: expected "float" or "int8", got {activations!r}')
+    """ValueError unless "float", "bf16" or "int8", which needs integer levels at equal distances."""
+    if activations not in ("float", *ROUNDED):
+        raise ValueError(f'activations: expected "float", "bf16" or "int8", got {activations!r}')
     if activations == "int8" and grid.encoding[0] == contract.CODEBOOK:
         raise ValueError(f'activations: "int8" needs a grid of integer levels at equal distances, got {grid}')
 
@@ -278,14 +281,16 @@ def packed_linear(
     """y = x W^T + b from packed codes, W = s c.
 
     The kernels decode W a few rows at a time. As a whole it stands in memory only for a gradient of x or scale, in
-    PyTorch's reference, and for int8 activations on a GPU, which the reference takes; from 96 rows of x on, the CPU
-    decodes panels of up to 2^22 weights.
+    PyTorch's reference, and for rounded activations on a GPU, which the reference takes; without AVX-512 the CPU
+    decodes panels of up to 2^22 weights from 96 rows of x on.
     Sums in float32 of unrounded float32 products, then rounded once to the type of x: |y - exact| is at most
     cols 2^-24 sum |x| |w|, for bfloat16 and float16 plus half a unit in the last place of y.
     ``activations="int8"``: each row of x is rounded to s_x q, s_x = max |x| / 127, q an integer; the sums of q c are
     exact. That moves y by at most s_x / 2 sum |w|, usually by about 1 % of the root mean square of y (docs/packed.md).
     A row of x that holds inf or NaN gives NaN. Its gradient is that of the float product, straight through.
-    Differentiable in x, scale and bias, and under torch.func (int8 in reverse mode only).
+    ``activations="bf16"``: x is rounded to bfloat16, which moves y by at most 2^-9 sum |x| |w|; sums and y as above. A
+    bfloat16 x is meant so anyway; what has AVX512_BF16 then multiplies two bfloat16 at a time, of exact products.
+    Differentiable in x, scale and bias, and under torch.func (rounded activations in reverse mode only).
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument, for int8 also where the grid's
@@ -305,7 +310,7 @@ def packed_linear(
     if activations == "int8" and not contract.int8_sums_fit(cols, len(grid.levels)):
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
     flat = x.reshape(math.prod(x.shape[:-1]), cols).contiguous()
-    name = "packed_linear_int8" if activations == "int8" else "packed_linear"
+    name = ROUNDED.get(activations, "packed_linear")
     y = run_packed_linear(
         name, runtime.operator(name, flat), flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
         None if bias is None else bias.contiguous(),
@@ -314,7 +319,7 @@ def packed_linear(
 
 
 def run_packed_linear(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """``function``, an implementation of ``name`` (packed_linear or packed_linear_int8), differentiable in x, scale and
+    """``function``, an implementation of ``name`` (packed_linear or one of ``ROUNDED``), differentiable in x, scale and
     bias, without the checks."""
     if isinstance(function, torch._ops.OpOverload) or not (transformed() or tracked(inputs)):
         return function(*inputs)

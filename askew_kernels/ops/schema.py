@@ -19,9 +19,9 @@ Arguments shared by all of them:
 * ``codes`` is uint8 (n, row_bytes), level indices of ``bits`` bits each, 0 standing for five trits a byte
   (docs/packed.md).
 
-Implementations: C++ (``csrc``; for the CPU all of them, for CUDA all but ``packed_linear_int8``, those of bands,
-``level_product``, ``stochastic_levels`` and ``luq``), ``triton_kernels`` (all but the first of these up to
-``level_product``) and ``reference`` (all), under the operator's name; ``runtime`` chooses.
+Implementations: C++ (``csrc``; for the CPU all of them, for CUDA all but ``packed_linear_int8``,
+``packed_linear_bf16``, those of bands, ``level_product``, ``stochastic_levels`` and ``luq``), ``triton_kernels`` (all
+but the first of these up to ``level_product``) and ``reference`` (all), under the operator's name; ``runtime`` chooses.
 """
 
 from __future__ import annotations

@@ -15,6 +15,12 @@ ASKEW_SET(baseline)
 ASKEW_SET(avx2)
 ASKEW_SET(avx512)
 ASKEW_SET(avx512_vnni)
+namespace avx512 {
+extern const PanelLoops singles;
+}
+namespace avx512_bf16 {
+extern const PanelLoops singles, pairs;
+}
 
 namespace {
 
@@ -23,6 +29,7 @@ struct InstructionSet {
   bool (*runs_here)();
   const Loops* loops;
   const PackedLoops* packed;
+  const PanelLoops *singles, *pairs;  // null: none
 };
 
 #if defined(__x86_64__)
@@ -32,15 +39,20 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() {
+  return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 const InstructionSet kSets[] = {
 #if defined(__x86_64__)
-    {"avx512", "avx512_vnni", has_avx512_vnni, &avx512::loops, &avx512_vnni::packed},
-    {"avx512", "avx512", has_avx512, &avx512::loops, &avx512::packed},
-    {"avx2", "avx2", has_avx2, &avx2::loops, &avx2::packed},
+    {"avx512", "avx512_vnni", has_avx512_bf16, &avx512::loops, &avx512_vnni::packed, &avx512_bf16::singles,
+     &avx512_bf16::pairs},
+    {"avx512", "avx512_vnni", has_avx512_vnni, &avx512::loops, &avx512_vnni::packed, &avx512::singles, nullptr},
+    {"avx512", "avx512", has_avx512, &avx512::loops, &avx512::packed, &avx512::singles, nullptr},
+    {"avx2", "avx2", has_avx2, &avx2::loops, &avx2::packed, nullptr, nullptr},
 #endif
-    {"baseline", "baseline", [] { return true; }, &baseline::loops, &baseline::packed},
+    {"baseline", "baseline", [] { return true; }, &baseline::loops, &baseline::packed, nullptr, nullptr},
 };
 
 const InstructionSet& best() {
@@ -60,13 +72,15 @@ const InstructionSet& in_use() { return *current().load(std::memory_order_relaxe
 
 const Loops& loops() { return *in_use().loops; }
 const PackedLoops& packed_loops() { return *in_use().packed; }
+const PanelLoops* panel_loops(bool pairs) { return pairs ? in_use().pairs : in_use().singles; }
 const char* capability() { return in_use().name; }
 const char* packed_capability() { return in_use().packed_name; }
 const char* best_capability() { return best().name; }
 
-bool force_capability(const char* name, bool vnni) {
+bool force_capability(const char* name, bool vnni, bool bf16) {
   for (const InstructionSet& set : kSets)
-    if (!std::strcmp(set.name, name) && (vnni || !std::strstr(set.packed_name, "vnni")) && set.runs_here()) {
+    if (!std::strcmp(set.name, name) && (vnni || !std::strstr(set.packed_name, "vnni")) && (bf16 || !set.pairs) &&
+        set.runs_here()) {
       current().store(&set);
       return true;
     }

@@ -113,6 +113,10 @@ struct PackedLoops {
   int64_t (*band_tokens)(int64_t left);
   void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
                         int32_t* offsets, int8_t* scratch);
+  // The same of `block_rows` rows that are a block; 0 where rows are quantized one by one. columns: scratch of their
+  // size.
+  int64_t block_rows;
+  void (*quantize_block)(const BandsArg&, const float* x, int8_t* q, float* scale, int32_t* offsets, float* columns);
   // The same of the patches of a whole block.
   void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
   // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
@@ -129,6 +133,36 @@ struct PackedLoops {
 };
 
 ASKEW_FN int64_t band_width(const BandsArg& w) { return w.groups * w.blocks * 4 * band_vectors(w.bits); }
+// Products of many inputs by panels of `rows` rows (packed_panels.inl).
+struct PanelLoops {
+  int64_t rows;  // that should stay together
+  bool (*serves)(const PackedWeight&);
+  int64_t (*steps)(const PackedWeight&);  // 32-bit numbers of an input
+  // A block of `count` inputs of a storage type, side by side, and zeros up to `width`; and max |x| of each, NaN where
+  // one is.
+  void (*arrange)(const PackedWeight&, const void* x, int type, int64_t count, int64_t width, uint32_t* out,
+                  float* peaks);
+  int64_t (*scratch)(const PackedWeight&, int64_t batch);
+  // Rows [row0, row1) of y (batch, n) of a storage type; x: the blocks one after the other.
+  void (*multiply)(const PackedWeight&, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch, const float* bias,
+                   void* y, int type, char* scratch);
+};
+
+constexpr int64_t kFewInputs = 16;    // that meet the levels as they are decoded
+constexpr int64_t kPanelInputs = 12;  // that are multiplied at once at most where there are more
+constexpr int64_t kPassInputs = 480;  // that stay in the L3 cache while all panels pass
+// Inputs from t on that are a block, of `inputs` of a pass over `batch`: blocks of about the same size.
+ASKEW_FN int64_t block_inputs(int64_t batch, int64_t inputs, int64_t t) {
+  if (batch <= kFewInputs) return batch;
+  const int64_t blocks = (inputs + kPanelInputs - 1) / kPanelInputs, size = inputs / blocks, larger = inputs % blocks;
+  return t < larger * (size + 1) ? size + 1 : size;
+}
+// What a block is filled up to, of `batch` inputs in all.
+ASKEW_FN int64_t block_width(int64_t batch, int64_t count) {
+  if (batch > kFewInputs) return count;
+  return count <= 4 ? count : count <= 6 ? 6 : count <= 8 ? 8 : count <= 12 ? 12 : 16;
+}
+
 constexpr int64_t kPadding = 64;  // arrays that the packed loops read are padded to whole vectors
 ASKEW_FN int64_t rounded_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 ASKEW_FN int64_t padded_groups(const PackedWeight& w) { return rounded_up(w.groups ? w.groups : 1, 16); }
@@ -136,10 +170,12 @@ ASKEW_FN int64_t padded_groups(const PackedWeight& w) { return rounded_up(w.grou
 // The set in use: the best that this CPU runs, or the one that was forced (dispatch.cpp).
 const Loops& loops();
 const PackedLoops& packed_loops();
-const char* capability();         // baseline, avx2 or avx512
-const char* packed_capability();  // the same, or avx512_vnni: products with int8 activations use VNNI
+const PanelLoops* panel_loops(bool pairs);  // of bfloat16 pairs, or of float32; null: the set has none
+const char* capability();                   // baseline, avx2 or avx512
+const char* packed_capability();            // the same, or avx512_vnni: products with int8 activations use VNNI
 const char* best_capability();
-// The set of this name, without VNNI where it is not wanted. False: unknown, not built or not supported by this CPU.
-bool force_capability(const char* name, bool vnni);
+// The set of this name, without VNNI or bfloat16 where they are not wanted. False: unknown, not built or not supported
+// by this CPU.
+bool force_capability(const char* name, bool vnni, bool bf16);
 
 }  // namespace askew

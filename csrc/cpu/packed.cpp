@@ -17,9 +17,13 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache while all rows pass
-constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
+constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
+constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
+constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
+
+constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
+constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
 
 // The five codes of each byte, as bytes and in one word.
 struct Trits {
@@ -69,7 +73,10 @@ struct Product {
   const PackedWeight w;
   const int type;
   const int64_t batch;
+  const void* x;
+  int x_type;
   Scratch<float> wide_y, wide_bias;
+  Scratch<uint16_t> rounded_x;
 
   explicit Product(const LinearArg& a) : Product(a, prepared(a.w)) {}
   Product(const LinearArg& a, const PackedWeight& weight)
@@ -77,24 +84,40 @@ struct Product {
         w(weight),
         type(a.type),
         batch(a.batch),
+        x(a.x),
+        x_type(a.type),
         wide_y(type == kFloat32 ? 0 : batch * w.n),
-        wide_bias(a.bias ? w.n : 0) {
+        wide_bias(a.bias ? w.n : 0),
+        rounded_x(0) {
     if (a.bias) loops.load(a.bias, w.n, type, wide_bias.get());
   }
   const float* bias() const { return arg.bias ? wide_bias.get() : nullptr; }
   float* out() const { return type == kFloat32 ? static_cast<float*>(arg.y) : wide_y.get(); }
   // Input `i` as float32: in its own place, or in `wide`.
   const float* input(int64_t i, float* wide) const {
-    const char* from = static_cast<const char*>(arg.x) + i * w.cols * type_size(type);
-    if (type == kFloat32) return reinterpret_cast<const float*>(from);
-    loops.load(from, w.cols, type, wide);
+    const char* from = static_cast<const char*>(x) + i * w.cols * type_size(x_type);
+    if (x_type == kFloat32) return reinterpret_cast<const float*>(from);
+    loops.load(from, w.cols, x_type, wide);
     return wide;
+  }
+  // From now on the inputs are their roundings to bfloat16.
+  void round_inputs() {
+    if (x_type == kBFloat16) return;
+    Scratch<uint16_t> rounded(batch * w.cols);
+    for_rows(batch, 1, w.cols, [&](int64_t begin, int64_t end) {
+      Scratch<float> wide(x_type == kFloat32 ? 0 : w.cols + kPadding);
+      for (int64_t i = begin; i < end; ++i)
+        loops.store(input(i, wide.get()), w.cols, rounded.get() + i * w.cols, kBFloat16);
+    });
+    rounded_x = std::move(rounded);
+    x = rounded_x.get();
+    x_type = kBFloat16;
   }
   // f(token, its input as float32)
   template <class F>
   void for_inputs(const F& f) const {
     for_rows(batch, 1, 4 * w.cols, [&](int64_t begin, int64_t end) {
-      Scratch<float> wide(type == kFloat32 ? 0 : w.cols + kPadding);
+      Scratch<float> wide(x_type == kFloat32 ? 0 : w.cols + kPadding);
       for (int64_t i = begin; i < end; ++i) f(i, input(i, wide.get()));
     });
   }
@@ -107,18 +130,20 @@ struct Product {
   }
 };
 
+// The largest magnitude of inputs whose sums with levels float32 surely holds.
+float largest_input(const PackedWeight& w) {
+  double top = std::max(std::fabs(w.lo), std::fabs(w.hi));
+  if (w.grid.kind == kCodebook)
+    for (int k = 0; k < w.n_levels; ++k) top = std::max<double>(top, std::fabs(w.grid.levels[k]));
+  return (float)(FLT_MAX / 2 / std::max(top * (double)w.cols, 1.));
+}
+
 // Sums of inputs times levels are scaled last and may overflow where y does not. `see` marks the inputs that are large
 // enough for that, in a pass over what is in the cache anyway; `mend` makes those of their outputs again that are not
 // finite, from s c, in double.
 class Overflows {
  public:
-  explicit Overflows(const Product& p) : p_(p), large_(p.batch) {
-    const GridArg& g = p.w.grid;
-    double top = std::max(std::fabs(p.w.lo), std::fabs(p.w.hi));
-    if (g.kind == kCodebook)
-      for (int k = 0; k < p.w.n_levels; ++k) top = std::max<double>(top, std::fabs(g.levels[k]));
-    limit_ = (float)(FLT_MAX / 2 / std::max(top * (double)p.w.cols, 1.));
-  }
+  explicit Overflows(const Product& p) : p_(p), large_(p.batch), limit_(largest_input(p.w)) {}
   void see(int64_t token, const float* in) {
     int large = 0;
     for (int64_t c = 0; c < p_.w.cols; ++c) large |= !(std::fabs(in[c]) <= limit_);
@@ -162,9 +187,10 @@ Tensor matrix(const float* data, int64_t rows, int64_t cols, bool transposed) {
 void multiply_panels(const Product& p) {
   const PackedWeight& w = p.w;
   const int64_t rows = std::min(w.n, std::max<int64_t>(1, kPanel / std::max<int64_t>(w.cols, 1)));
-  Scratch<float> wide(p.type == kFloat32 ? 0 : p.batch * w.cols), product(p.batch * rows);
-  if (p.type != kFloat32) p.loops.load(p.arg.x, p.batch * w.cols, p.type, wide.get());
-  const float* in = p.type == kFloat32 ? static_cast<const float*>(p.arg.x) : wide.get();
+  const bool as_it_is = p.x_type == kFloat32;
+  Scratch<float> wide(as_it_is ? 0 : p.batch * w.cols), product(p.batch * rows);
+  if (!as_it_is) p.loops.load(p.x, p.batch * w.cols, p.x_type, wide.get());
+  const float* in = as_it_is ? static_cast<const float*>(p.x) : wide.get();
   const Tensor inputs = matrix(in, p.batch, w.cols, false);
   const Tensor panel = pooled_empty_like(empty(inputs, {rows, w.cols}, ScalarType::Float));
   float* decoded = static_cast<float*>(panel.data_ptr());
@@ -215,6 +241,42 @@ void multiply_codes(const Product& p) {
   overflows.mend();
 }
 
+// Many inputs by panels of rows, in float32 or, `pairs`, bfloat16; y is made in its own type. False, and nothing done:
+// there are no such kernels, or inputs are so large that sums of levels may overflow where y does not, or, in pairs, so
+// small that products vanish.
+bool multiply_in_panels(const Product& p, bool pairs) {
+  const PanelLoops* l = panel_loops(pairs);
+  const PackedWeight& w = p.w;
+  if (!l || !l->serves(w)) return false;
+  struct Block {
+    int64_t first, count;
+  };
+  std::vector<Block> blocks;
+  for (int64_t pass = 0; pass < p.batch; pass += kPassInputs) {
+    const int64_t inputs = std::min(kPassInputs, p.batch - pass);
+    for (int64_t t = 0; t < inputs; t += blocks.back().count)
+      blocks.push_back({pass + t, block_inputs(p.batch, inputs, t)});
+  }
+  const int64_t steps = l->steps(w);
+  Scratch<uint32_t> x(std::max(p.batch, kFewInputs) * steps);
+  std::vector<float> peaks(p.batch);
+  for_rows(blocks.size(), 1, kPanelInputs * 4 * w.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto [first, count] = blocks[i];
+      l->arrange(w, static_cast<const char*>(p.x) + first * w.cols * type_size(p.x_type), p.x_type, count,
+                 block_width(p.batch, count), x.get() + first * steps, peaks.data() + first);
+    }
+  });
+  const float most = largest_input(w);
+  for (float peak : peaks)
+    if (!(peak <= most) || (pairs && peak && peak < kSmallestInPairs)) return false;
+  for_rows(w.n, l->rows, w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    Scratch<char> scratch(l->scratch(w, p.batch));
+    l->multiply(w, begin, end, x.get(), p.batch, p.bias(), p.arg.y, p.type, scratch.get());
+  });
+  return true;
+}
+
 void multiply_int8(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
@@ -233,27 +295,64 @@ void multiply_int8(const Product& p) {
   });
 }
 
-void multiply_bands(const Product& p, const BandsArg& w) {
-  const PackedLoops& l = p.loops;
-  const int64_t width = band_width(w);
-  Scratch<int8_t> q(p.batch * width);
-  Scratch<float> scales(p.batch);
-  Scratch<int32_t> offsets(p.batch * w.groups);
-  std::vector<int64_t> firsts(p.batch), counts(p.batch);  // of each token's block
-  for (int64_t t = 0, count; t < p.batch; t += count) {
-    count = l.band_tokens(p.batch - t);
-    for (int64_t i = t; i < t + count; ++i) firsts[i] = t, counts[i] = count;
-  }
-  p.for_inputs([&](int64_t i, const float* in) {
+// Inputs in blocks of tokens, for products with a weight in bands.
+struct BlockedInputs {
+  const Product& p;
+  const BandsArg& w;
+  Scratch<int8_t> q;
+  Scratch<float> scales;
+  Scratch<int32_t> offsets;
+  BlockedInputs(const Product& p, const BandsArg& w, int64_t count)
+      : p(p), w(w), q(count * band_width(w)), scales(count), offsets(count * w.groups) {}
+
+  // Tokens [begin, end), of which `first` is the first here; whole blocks, but for the last ones.
+  void quantize(int64_t begin, int64_t end, int64_t first) const {
+    const PackedLoops& l = p.loops;
+    const int64_t width = band_width(w), block = l.block_rows;
+    Scratch<float> wide(p.x_type == kFloat32 ? 0 : std::max<int64_t>(block, 1) * w.cols + kPadding);
+    Scratch<float> columns(block * w.cols);
     Scratch<int8_t> plain(w.cols);
-    l.quantize_band(w, in, q.get() + firsts[i] * width, counts[i], i - firsts[i], scales.get() + i,
-                    offsets.get() + i * w.groups, plain.get());
-  });
-  const BandInput input{q.get(), scales.get(), offsets.get()};
-  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols * p.batch, [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < p.batch; t += kTokens)
-      l.multiply_bands(w, begin, end, input, t, std::min(t + kTokens, p.batch), p.bias(), p.out());
-  });
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = l.band_tokens(end - t);
+      int8_t* const to = q.get() + (t - first) * width;
+      float* const scale = scales.get() + t - first;
+      int32_t* const offset = offsets.get() + (t - first) * w.groups;
+      if (count == block) {
+        const char* const rows = static_cast<const char*>(p.x) + t * w.cols * type_size(p.x_type);
+        if (p.x_type != kFloat32) l.load(rows, block * w.cols, p.x_type, wide.get());
+        l.quantize_block(w, p.x_type == kFloat32 ? reinterpret_cast<const float*>(rows) : wide.get(), to, scale, offset,
+                         columns.get());
+      } else {
+        for (int64_t i = 0; i < count; ++i)
+          l.quantize_band(w, p.input(t + i, wide.get()), to, count, i, scale + i, offset + i * w.groups, plain.get());
+      }
+    }
+  }
+  // Products of these tokens with bands [band0, band1), into y (tokens, n).
+  void multiply(int64_t band0, int64_t band1, int64_t tokens, float* y) const {
+    const BandInput input{q.get(), scales.get(), offsets.get()};
+    for (int64_t t = 0; t < tokens; t += kTokens)
+      p.loops.multiply_bands(w, band0, band1, input, t, std::min(t + kTokens, tokens), p.bias(), y);
+  }
+};
+
+void multiply_bands(const Product& p, const BandsArg& w) {
+  const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
+  if (p.batch >= kManyRows && bands * kBandRows * w.cols <= kSmallWeight) {  // what stays in a core's L2 cache
+    for_rows(p.batch, kTokens, w.n * w.cols, [&](int64_t begin, int64_t end) {
+      const BlockedInputs inputs(p, w, kTokens);
+      for (int64_t t = begin; t < end; t += kTokens) {
+        const int64_t count = std::min(kTokens, end - t);
+        inputs.quantize(t, t + count, t);
+        inputs.multiply(0, bands, count, p.out() + t * w.n);
+      }
+    });
+    return;
+  }
+  const BlockedInputs inputs(p, w, p.batch);
+  for_rows(p.batch, kMostPatches, 4 * w.cols, [&](int64_t begin, int64_t end) { inputs.quantize(begin, end, 0); });
+  for_rows(bands, 1, kBandRows * w.cols * p.batch,
+           [&](int64_t begin, int64_t end) { inputs.multiply(begin, end, p.batch, p.out()); });
 }
 
 // Four columns of a block's row, one byte each, and the bits of them that stand in one plane of words.
@@ -336,7 +435,7 @@ void for_bands(const BandsArg& w, const F& f) {
 
 struct Device : OnCpu {
   static constexpr bool kTiles = false;  // their layout is a GPU's
-  static constexpr bool kInt8 = true;
+  static constexpr bool kRounded = true;
   using OnCpu::OnCpu;
   void dequantize(const PackedArg& arg, void* out, int type) const {
     const PackedWeight w = prepared(arg);
@@ -346,6 +445,17 @@ struct Device : OnCpu {
   }
   void linear(const LinearArg& a) const {
     const Product p(a);
+    multiply(p, p.x_type == kBFloat16 && panel_loops(true));
+  }
+  void linear_bf16(const LinearArg& a) const {
+    Product p(a);
+    if (panel_loops(true) && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
+    p.round_inputs();
+    multiply(p, false);
+  }
+  static void multiply(const Product& p, bool pairs) {
+    if (pairs && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
+    if (p.batch >= kFewSingles && multiply_in_panels(p, false)) return;
     if (p.batch >= kManyTokens)
       multiply_panels(p);
     else

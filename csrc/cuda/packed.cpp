@@ -6,7 +6,7 @@ namespace askew {
 
 struct PackedOnDevice : OnDevice {
   static constexpr bool kTiles = true;
-  static constexpr bool kInt8 = false;  // products with int8 activations unpack the weight
+  static constexpr bool kRounded = false;  // products with rounded activations unpack the weight
   using OnDevice::OnDevice;
   void dequantize(const PackedArg& w, void* out, int type) const {
     check_cuda(cuda::packed_dequantize(w, out, type, stream), "packed_dequantize_");

@@ -54,7 +54,8 @@ struct PackedOps {
     Device(codes).dequantize(w, out.data_ptr(), type);
   }
 
-  template <bool INT8>
+  enum Inputs { kAsTheyAre, kAsInt8, kAsBFloat16 };
+  template <Inputs INPUTS>
   static Tensor linear(Tensor x, Tensor codes, Tensor scale, Tensor levels, std::vector<int64_t> grid, int64_t bits,
                        std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x.dim() == 2 && together(x, codes), "x: expected shape (batch, cols) beside codes");
@@ -71,7 +72,7 @@ struct PackedOps {
                       "bias: expected ", a.w.n, " elements in the type of x, beside it");
       a.bias = bias->data_ptr();
     }
-    if constexpr (INT8) {
+    if constexpr (INPUTS == kAsInt8) {
       STD_TORCH_CHECK(a.w.grid.kind != kCodebook, "grid: int8 activations need integer levels");
       STD_TORCH_CHECK(a.w.cols * kInt8Top * (a.w.n_levels - 1) < INT32_MAX, "x: ", a.w.cols,
                       " columns may overflow int32");
@@ -80,8 +81,10 @@ struct PackedOps {
     Tensor y = empty(x, {a.batch, a.w.n}, x.scalar_type());
     a.y = y.data_ptr();
     if (!a.batch || !a.w.n) return y;
-    if constexpr (INT8)
+    if constexpr (INPUTS == kAsInt8)
       device.linear_int8(a);
+    else if constexpr (INPUTS == kAsBFloat16)
+      device.linear_bf16(a);
     else
       device.linear(a);
     return y;
@@ -224,8 +227,8 @@ struct PackedOps {
   }
 
   // The convolution of x (images, channels, height, width), or with `channels_last` (images, height, width, channels),
-  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros above and to the left,
-  // and the size of y, two numbers each.
+  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros before and after, two
+  // numbers each.
   static Tensor bands_conv(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
                            std::vector<int64_t> geometry, bool channels_last, std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x.dim() == 4 && together(x, bands), "x: expected an image of 4 dimensions beside bands");
@@ -269,12 +272,13 @@ struct PackedOps {
 
   static void implement(StableLibrary& m) {
     m.impl("packed_dequantize_", TORCH_BOX(&dequantize));
-    constexpr auto with_floats = &linear<false>;
+    constexpr auto with_floats = &linear<kAsTheyAre>;
     m.impl("packed_linear", TORCH_BOX(with_floats));
     if constexpr (Device::kTiles) m.impl("packed_tiles_linear", TORCH_BOX(&tiles_linear));
-    if constexpr (Device::kInt8) {
-      constexpr auto with_int8 = &linear<true>;
+    if constexpr (Device::kRounded) {
+      constexpr auto with_int8 = &linear<kAsInt8>, with_bf16 = &linear<kAsBFloat16>;
       m.impl("packed_linear_int8", TORCH_BOX(with_int8));
+      m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
       m.impl("packed_bands", TORCH_BOX(&bands));
       m.impl("packed_bands_codes", TORCH_BOX(&bands_codes));
       m.impl("packed_bands_linear", TORCH_BOX(&bands_linear));

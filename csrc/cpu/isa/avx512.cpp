@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #define ASKEW_LANES 16
 #define ASKEW_ISA avx512
+#define ASKEW_WITH_PANELS
 #include "../loops.inl"
 #include "../packed.inl"
 #endif
