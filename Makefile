@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints.txt
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml build_tools/backend.py askew_kernels/library.py $(shell find csrc -type f)
 
-.PHONY: demo test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info gpu-check install clean
+.PHONY: demo docs test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info wheel try-wheel gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
 RESULTS := benchmarks/results/cpu
@@ -61,8 +61,23 @@ readme: install
 	$(PY) -m askew_kernels bench --plain --from $(RESULTS)/rows.json --plot $(RESULTS) --page $(RESULTS)/README.md \
 	    --fill README.md docs/notes.md
 
+# The site, in build/site: warnings, dead links and public names without a description are errors. No network.
+docs: install
+	rm -rf build/site
+	$(PY) -m sphinx -q -b html -W --keep-going -c docs -d build/doctrees . build/site
+	@echo "build/site/index.html"
+
 info: install
 	$(PY) -m askew_kernels info
+
+# One wheel for every Python and every Linux from glibc 2.28 on, in dist/, checked; its tools live in .venv-wheel.
+wheel: install
+	$(PY) build_tools/make_wheel.py build
+
+# That wheel and the source distribution in fresh environments of each Python at hand, by pip and by uv (gigabytes).
+try-wheel: wheel
+	$(PY) build_tools/make_wheel.py try
+	$(PY) build_tools/make_wheel.py sdist
 
 # With the Python that runs it: no virtual environment, no network, whatever torch >= 2.11 is there.
 gpu-check:
@@ -82,4 +97,4 @@ $(VENV)/.installed: $(VENV)/.requirements $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results search-results evidence-results
+	rm -rf $(VENV) .venv-oldest .venv-wheel build dist *.egg-info askew_kernels/_build.json askew_kernels/*.so demo-results bench-results paper-results search-results evidence-results

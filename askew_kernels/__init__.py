@@ -27,7 +27,7 @@ from .nn import dequantize_, hard_quantize_, pack_, param_groups, quantize_, unp
 from .quant import QuantConfig
 from .recipe import Recipe
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "RECIPES", "EpsilonAnnealing", "QuantConfig", "Recipe", "__version__", "analysis", "dequantize_", "distill",

@@ -1,4 +1,4 @@
-"""``python -m askew_kernels COMMAND``: info, and those of ``COMMANDS`` below.
+"""``python -m askew_kernels COMMAND``: info, completion, and those of ``COMMANDS`` below.
 
 Exit codes: 0 done; 1 something failed while it ran; 2 the request cannot be served, said in one line before any work;
 130 interrupted; 143 terminated. Whatever ends a run, what was finished is kept.
@@ -16,17 +16,18 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .command import Failed, Refused, Terminated, error, sigterm_interrupts
+from .command import Failed, Refused, Terminated, error, need, sigterm_interrupts
 
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
                "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
+SHELLS = ("bash", "zsh", "tcsh")
 SECTIONS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "triton_packed")}  # of the tables of launch parameters
 
 
@@ -44,7 +45,7 @@ def collect_info() -> dict[str, Any]:
 
     from . import runtime
 
-    module, build = runtime._C, runtime.build_report()
+    module = runtime._C
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
     no_gpu = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
     archs = module.cuda_archs if module is not None else ""
@@ -66,12 +67,12 @@ def collect_info() -> dict[str, Any]:
         "compiled": module is not None,
         "why_not_compiled": runtime.why_not_compiled(),
         "compiler": module.compiler if module is not None else "",
-        "torch_target": build.get("torch_target", ""),
+        "torch_target": module.torch_target if module is not None else "",
         "cuda_archs": archs.split(),
         "cuda_version": module.cuda_version if module is not None else "",
         "why_no_cuda": "" if archs else runtime.why_no_cuda(),
         "cpu_capability": runtime.cpu_capability(),
-        "packed_capability": getattr(module, "packed_capability", str)(),
+        "packed_capability": module.packed_capability() if module is not None else "",
         "best_cpu_capability": module.best_cpu_capability() if module is not None else "none",
         "threads": torch.get_num_threads(),
         "gpus": gpus,
@@ -179,9 +180,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"askew_kernels: {message} (see {self.prog} --help)\n")
 
 
-def serve(argv: list[str]) -> int:
-    """Parses and runs one command; its exit code."""
-    parser = Parser(prog="python -m askew_kernels", description=(
+def make_parser(loaded: Collection[str], prog: str = "python -m askew_kernels") -> Parser:
+    """Of all commands; those ``loaded`` with their arguments."""
+    parser = Parser(prog=prog, description=(
         "Fused kernels for annealed interval-constrained training of quantized networks."))  # fmt: skip
     parser.add_argument("--version", action="version", version=f"askew_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
@@ -190,8 +191,36 @@ def serve(argv: list[str]) -> int:
     for name, command in COMMANDS.items():
         text = f"{command.text[0].upper()}{command.text[1:]}."
         subparser = commands.add_parser(name, help=command.text, description=text)
-        if argv[:1] == [name]:
+        if name in loaded:
             load(name, command.module).add_arguments(subparser)
+    words = commands.add_parser(
+        "completion",
+        help="what completes the words of askew-kernels in a shell",
+        description=(
+            'Its output completes the words of askew-kernels in a shell, e.g. eval "$(askew-kernels completion bash)".'
+        ),
+    )
+    words.add_argument("shell", choices=SHELLS, help="the shell")
+    return parser
+
+
+def completion(shell: str) -> int:
+    """Prints the shell's script, of those commands whose requirements are installed in full."""
+    need("completion", "shtab")
+    import shtab
+
+    loaded = []
+    for name in COMMANDS:
+        with contextlib.suppress(Refused):
+            make_parser([name])
+            loaded.append(name)
+    print(shtab.complete(make_parser(loaded, prog="askew-kernels"), shell))
+    return 0
+
+
+def serve(argv: list[str]) -> int:
+    """Parses and runs one command; its exit code."""
+    parser = make_parser(argv[:1])
     arguments = parser.parse_args(argv)
     name = arguments.command
     if name is None:
@@ -199,6 +228,8 @@ def serve(argv: list[str]) -> int:
         return 0
     if name == "info":
         return info(arguments)
+    if name == "completion":
+        return completion(arguments.shell)
     usual = load(name, COMMANDS[name].module)
     flag, other = COMMANDS[name].instead
     code = int((load(name, other) if getattr(arguments, flag, False) else usual).run(arguments) or 0)

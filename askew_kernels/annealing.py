@@ -16,7 +16,8 @@ MODES = ("gap", "geometric", "linear", "cosine")
 FLOOR = 1.6e-5
 STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_epoch", "_first")
 # What states of the first releases have not, and what it was there.
-LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None, "start": None}
+LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None, "start": None,
+         "full": None}  # fmt: skip
 POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
 
 
@@ -25,21 +26,22 @@ class Settings:
     """A row of the recipe. Shares are of all steps; "outer" are the groups with ``order="outer"``, which
     ``ak.param_groups`` makes of the first and the last layer."""
 
-    start: float = 0.5  # share before which layers compute with the float weights in training
-    freeze: float = 0.6  # share after which scales are frozen, and weights clamped to the hull
-    hold: float = 0.9  # share in which eps is 1
-    power: float = 2.0
-    outer_freeze: float = 0.97
-    outer_hold: float = 0.97
-    outer_power: float = 1.0
+    start: float = 0.0  # share before which layers compute with the float weights in training
+    full: float | None = 0.7  # share from which they do with the quantized ones, going over in between; None: at start
+    freeze: float = 0.75  # share after which scales are frozen, and weights clamped to the hull
+    hold: float = 0.99  # share in which eps is 1
+    power: float = 1.0
+    outer_freeze: float | None = None  # None: as the others
+    outer_hold: float | None = None
+    outer_power: float | None = None
     end: float = 1.0  # share after which eps is at its floor
     mode: str = "gap"
     keep_pull: bool = True
     clamp: bool = True
 
 
-# The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
-RECIPES = {"sgd": Settings(), "adam": Settings(), "finetune": Settings(start=0.0, freeze=0.1)}
+#: The one home of the recipe's numbers: by the optimizer's family, and of models that are trained already.
+RECIPES = {"sgd": Settings(full=0.5), "adam": Settings(), "finetune": Settings(full=0.0, freeze=0.1)}
 
 
 def family_of(optimizer: torch.optim.Optimizer) -> str:
@@ -67,8 +69,10 @@ class EpsilonAnnealing(LRScheduler):
     ``freeze``: the period from which scales are frozen (and weights clamped to the hull, where ``clamp``), if before
     the hold ends. ``clamp``: what the groups are told; None: as they have it. ``outer_hold``, ``outer_freeze``,
     ``outer_power``: those of groups with ``order="outer"``; None: as the others. ``start``: the period before which
-    the groups' layers compute in training with the float weights, as float layers do, and only from then on with the
-    quantized ones (in eval always; not those that learn their scale).
+    the groups' layers compute in training with the float weights, as float layers do (in eval always with the quantized
+    ones); ``full``: the period from which they do with the quantized ones, on the way in between
+    (``ops.soft_quantize``, the slack falling from 1 to 0 as a line; layers that multiply levels change over midway,
+    those that learn their scale quantize from the first step); None: from ``start`` on.
 
     Nothing given but ``total`` is the recommended recipe, ``RECIPES[family_of(optimizer)]``; ``ak.Recipe`` takes it
     from a number of steps. With ``hold`` scales freeze when it ends, all groups are alike, and power is 12. Other modes
@@ -77,8 +81,8 @@ class EpsilonAnnealing(LRScheduler):
     eps is 1 during the hold and never below ``floor``. Where a group's is a tensor it is filled in place, so compiled
     steps and CUDA graphs see the new value without recompiling; so is an ``alpha`` that is a tensor, which
     ``keep_pull`` needs under CUDA graphs, and where a learning rate on a GPU is not to be waited for. A captured graph
-    has its layers float or quantized, its scales frozen or not: capture again at ``start``, at ``freeze``, and when the
-    hold ends.
+    has its layers float, on the way or quantized, its scales frozen or not: capture again at ``start``, one period
+    after it, at ``full``, at ``freeze``, and when the hold ends.
     A checkpoint needs ``state_dict()`` beside the model's and the optimizer's: a new annealing on an optimizer that is
     annealed already warns (UserWarning) at the first step. ``state_dict`` is plain numbers and text, for JSON too.
     Raises ValueError/TypeError naming the argument.
@@ -89,7 +93,7 @@ class EpsilonAnnealing(LRScheduler):
         mode: str | None = None, power: float | None = None, decay: float | None = None, floor: float = FLOOR,
         keep_pull: bool | None = None, clamp: bool | None = None, freeze: int | None = None,
         outer_hold: int | None = None, outer_freeze: int | None = None, outer_power: float | None = None,
-        start: int | None = None,
+        start: int | None = None, full: int | None = None,
     ) -> None:  # fmt: skip
         # Not LRScheduler's: it would write learning rates and what other schedulers keep in the groups.
         if not hasattr(optimizer, "param_groups"):
@@ -100,7 +104,8 @@ class EpsilonAnnealing(LRScheduler):
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if total is not None:
             total = _periods("total", total)
-        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze, "start": start}
+        given = {"hold": hold, "freeze": freeze, "outer_hold": outer_hold, "outer_freeze": outer_freeze, "start": start,
+                 "full": full}  # fmt: skip
         periods = {name: None if value is None else _periods(name, value) for name, value in given.items()}
         if mode == row.mode and decay is None:
             keep_pull = row.keep_pull if keep_pull is None else keep_pull
@@ -113,9 +118,13 @@ class EpsilonAnnealing(LRScheduler):
                 clamp = row.clamp if clamp is None else clamp
         hold, power = periods["hold"] or 0, POWER if power is None else power
         first = hold if periods["freeze"] is None else min(hold, periods["freeze"])
-        if start is not None and periods["start"] > first:  # type: ignore[operator]
-            raise ValueError(f"start: expected a period up to {first}, where scales are frozen, got {start}")
-        periods["start"] = periods["start"] and min(periods["start"], first)  # what is frozen is computed with
+        for name, chosen in (("start", start), ("full", full)):
+            if chosen is not None and (periods[name] or 0) > first:
+                raise ValueError(f"{name}: expected a period up to {first}, where scales are frozen, got {chosen}")
+            now = periods[name]
+            periods[name] = None if now is None else min(now, first)  # what is frozen is computed with
+        if full is not None and periods["full"] < (periods["start"] or 0):  # type: ignore[operator]
+            raise ValueError(f"full: expected a period from start={periods['start']} on, got {full}")
         for name, value in (("floor", floor), ("power", power), ("decay", decay),
                             ("outer_power", outer_power)):  # fmt: skip
             if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
@@ -145,17 +154,15 @@ class EpsilonAnnealing(LRScheduler):
         self.hold, self.total, self.mode = hold, total, mode
         self.power, self.decay, self.floor = float(power), None if decay is None else float(decay), float(floor)
         self.keep_pull, self.clamp, self.freeze = bool(keep_pull), clamp, periods["freeze"]
-        self.outer_hold, self.outer_freeze, self.start = (
-            periods["outer_hold"],
-            periods["outer_freeze"],
-            periods["start"],
-        )
+        self.outer_hold, self.outer_freeze = periods["outer_hold"], periods["outer_freeze"]
+        self.start, self.full = periods["start"], periods["full"]
         self.outer_power = None if outer_power is None else float(outer_power)
         self._first: dict[str, list[Any]] = {}  # by group: [the largest lr so far, alpha as it was given]
         self._seen: dict[str, Any] = {}  # by group: the lr that alpha belongs to
         self.last_epoch, self._step_count = 0, 1
         self.base_lrs = self.get_last_lr()
-        self._floats: bool | None = None  # what the quantizers were told last
+        self._told_share: float | None = None  # what the quantizers were told last
+        self._slack: dict[torch.device, torch.Tensor] = {}  # of theirs, one on each device
         self._late, self._looked, self._calls, self._crowded = 0, False, 0, 0
         self._ahead = self._further_along()  # as the groups were found, before they are set
         self._hook()
@@ -215,15 +222,24 @@ class EpsilonAnnealing(LRScheduler):
                 group["clamp"] = self.clamp
         self._stepped = self._told = False
         self._follow_lr()
-        self._float_while(self.last_epoch < (self.start or 0))
+        self._soften(self.slack_at(self.last_epoch))
 
-    def _float_while(self, floats: bool) -> None:
+    def slack_at(self, k: int) -> float:
+        """How far layers are in period k, in training, from the quantized weights to the float ones: 1 to 0."""
+        start, full = self.start or 0, self.full or 0
+        return 1.0 if k < start else (full - k) / (full - start) if k < full else 0.0
+
+    def _soften(self, share: float) -> None:
         """Tells the layers, by their weights' quantizers, where it is another than before."""
-        for _, group in self._groups() if floats is not self._floats else ():
+        for tensor in self._slack.values():
+            tensor.fill_(share)
+        for _, group in self._groups() if share != self._told_share else ():
             for p in group["params"]:
                 if (quantizer := getattr(p, "_askew_quantizer", None)) is not None:
-                    quantizer.float_while(floats)
-        self._floats = floats
+                    if p.device not in self._slack:
+                        self._slack[p.device] = torch.tensor(share, device=p.device)
+                    quantizer.soften(share, self._slack[p.device])
+        self._told_share = share
 
     def _separate(self) -> None:
         """Outer groups that share the tensor of eps with others get one of their own."""
@@ -359,7 +375,7 @@ class EpsilonAnnealing(LRScheduler):
         if missing or unknown:
             raise ValueError(f"state_dict: expected EpsilonAnnealing's keys, got {unknown} instead of {missing}")
         self.__dict__.update({**LATER, **state_dict})
-        self._first, self._floats = {str(k): list(v) for k, v in state_dict["_first"].items()}, None
+        self._first, self._told_share = {str(k): list(v) for k, v in state_dict["_first"].items()}, None
         self._step_count, self._ahead, self._looked, self._seen = self.last_epoch + 1, "", True, {}
         self._calls = self._crowded = 0
         self._apply()

@@ -9,7 +9,10 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-PALETTE = ("#8a8a8a", "#d08a2e", "#1f6fb4", "#3a9a5b", "#8c5ab4", "#c0392b", "#2aa6a6")
+# Okabe and Ito's colours, which people tell apart whatever colours they see: grey (in place of their yellow, too light
+# on white), orange, blue, green, purple, vermilion, sky.
+PALETTE = ("#7f7f7f", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+MARKERS = "osD^vPX"  # beside the colours, so that a print in grey shows them, too
 
 
 def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
@@ -45,8 +48,8 @@ def means(axis: Any, names: Sequence[str], series: dict[str, Sequence[tuple[floa
         known = [(place + shift, *v) for place, v in enumerate(values) if v is not None]
         if known:
             places, middle, spread = zip(*known, strict=True)
-            axis.errorbar(places, middle, spread, fmt="o", capsize=2.5, markersize=4.5, label=text,
-                          color=PALETTE[i % len(PALETTE)])  # fmt: skip
+            look = {"fmt": MARKERS[i % len(MARKERS)], "color": PALETTE[i % len(PALETTE)]}
+            axis.errorbar(places, middle, spread, **look, capsize=2.5, markersize=4.5, label=text)
     axis.set_xticks(range(len(names)), names)
 
 

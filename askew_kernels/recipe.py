@@ -15,7 +15,7 @@ from .nn import hard_quantize_, quantized_layers
 
 __all__ = ["Recipe"]
 
-SHARES = ("hold", "freeze", "outer_hold", "outer_freeze", "start")
+SHARES = ("hold", "freeze", "outer_hold", "outer_freeze", "start", "full")
 
 
 class Recipe(EpsilonAnnealing):
@@ -34,8 +34,8 @@ class Recipe(EpsilonAnnealing):
     that a GradScaler leaves out counts, as it does for the learning rate. Optimizers around others (SAM, ``Skewed``)
     are taken as they are.
 
-    The first and the last layer, where they are quantized, are annealed last: ``ak.param_groups`` gives them groups of
-    their own (``order="outer"``).
+    The first and the last layer, where they are quantized, have groups of their own (``ak.param_groups``,
+    ``order="outer"``), which ``outer_hold`` and its like are for.
 
     ``state_dict`` (numbers and text) beside the model's and the optimizer's resumes bit for bit, from anywhere. Raises
     TypeError/ValueError naming the argument or the layer that is not as it should be, before anything is written.
@@ -117,10 +117,16 @@ def _settings(optimizer: torch.optim.Optimizer, settings: str | Settings | None,
     proportion = row.end / settings.end
     row = dataclasses.replace(row, **{name: share and share * proportion for name, share in kept.items()})
     first = min(row.hold, row.hold if row.freeze is None else row.freeze)
-    if "start" not in changes:  # what is frozen is computed with
-        row = dataclasses.replace(row, start=min(row.start, first))
-    elif row.start > first:
-        raise ValueError(f"start: expected a share up to {first}, where scales are frozen, got {row.start}")
+    for name in ("start", "full"):  # what is frozen is computed with
+        share = getattr(row, name)
+        if name not in changes:
+            row = dataclasses.replace(row, **{name: share and min(share, first)})
+        elif share is not None and share > first:
+            raise ValueError(f"{name}: expected a share up to {first}, where scales are frozen, got {share}")
+    if row.full is not None and row.full < row.start:
+        if "full" in changes:
+            raise ValueError(f"full: expected a share from start={row.start} on, got {row.full}")
+        row = dataclasses.replace(row, full=None)
     for name in ("hold", "outer_hold"):
         if (getattr(row, name) or 0) >= row.end:
             raise ValueError(f"{name}: expected a share below end={row.end}, got {getattr(row, name)}")

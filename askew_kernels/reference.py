@@ -247,6 +247,17 @@ def project_interval_(w: Tensor, scale: Tensor, levels: Tensor, grid: list[int],
     w.copy_(torch.where(u > radius, s * (near - side * (radius * delta)), v).reshape(w.shape))
 
 
+def soft_quantize(x: Tensor, scale: Tensor, levels: Tensor, grid: list[int], slack: Tensor) -> Tensor:
+    """Between x (slack 1) and s Q(x/s) (slack 0); see ``ops.soft_quantize``."""
+    w, s = _rows(x, scale)
+    slack = slack.to(w.device, w.dtype)
+    placed = clamp_hull(w, s, levels, grid)
+    near, u, side, delta = place(placed / s, levels, grid)
+    over = torch.clamp(u - 0.5 * (1 - slack), min=0)
+    y = s * (near - side * ((1 / slack) * over * delta)) + slack * (w - placed)
+    return y.to(x.dtype).reshape(x.shape)
+
+
 def skew_velocity(
     d: Tensor, w: Tensor, s: Tensor, levels: Tensor, grid: list[int], lr: float, eps: float, alpha: float
 ) -> tuple[Tensor, Tensor]:
@@ -661,6 +672,15 @@ def packed_bands_linear(
     return packed_linear_int8(x, codes, scale.transpose(1, 2).flatten(0, 1)[:n].flatten(), none, grid, bits, bias)
 
 
+def packed_linear_bf16(
+    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
+) -> Tensor:
+    """``packed_linear`` of x rounded to bfloat16, ties to even; y is rounded once, to the type of x."""
+    kind = compute_dtype(x.dtype)
+    y = packed_linear(x.to(torch.bfloat16).to(kind), codes, scale, levels, grid, bits, None)
+    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
+
+
 def packed_bands_conv(
     x: Tensor, bands: Tensor, scale: Tensor, grid: list[int], bits: int, n: int, geometry: list[int],
     channels_last: bool, bias: Tensor | None,
@@ -677,15 +697,6 @@ def packed_bands_conv(
     y = packed_bands_linear(patches.reshape(-1, patches.shape[-1]), bands, scale, grid, bits, n, bias)
     y = y.reshape(x.shape[0], *size, n)
     return y if channels_last else y.movedim(-1, 1).contiguous()
-
-
-def packed_linear_bf16(
-    x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int, bias: Tensor | None
-) -> Tensor:
-    """``packed_linear`` of x rounded to bfloat16, ties to even; y is rounded once, to the type of x."""
-    kind = compute_dtype(x.dtype)
-    y = packed_linear(x.to(torch.bfloat16).to(kind), codes, scale, levels, grid, bits, None)
-    return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
 # ---- products of levels ---------------------------------------------------------------------------------------------

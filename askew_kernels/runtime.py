@@ -1,4 +1,4 @@
-"""Loads the compiled module, reads the environment that operators obey, and chooses the kernel that runs.
+"""Loads the compiled library, reads the environment that operators obey, and chooses the kernel that runs.
 
 Environment (read once, at import; a value that is none of these is an error):
 
@@ -30,19 +30,18 @@ import torch
 from . import reference
 from . import tuning as tables
 from .contract import FEW_ROWS
+from .library import FILE, Library, source_digest
 
 BACKENDS = ("cpp", "triton", "reference")
 CAPABILITIES = ("baseline", "avx2", "avx512")
 
-_C: ModuleType | None = None
+_C: Library | None = None
 _c_error = ""
 try:
-    _spec = importlib.util.find_spec("askew_kernels._C")
-    # an editable installation elsewhere answers for a package that lacks the module: another version's, perhaps
-    if _spec is not None and os.path.dirname(_spec.origin or "") == os.path.dirname(__file__):
-        _C = importlib.import_module("askew_kernels._C")
-except ImportError as error:
-    _c_error = str(error)
+    if (_path := Path(__file__).with_name(FILE)).is_file():
+        _C = Library(_path)
+except (OSError, AttributeError, ValueError, KeyError) as error:
+    _c_error = f"{FILE} cannot be loaded: {error}"
 
 
 def build_report() -> dict:
@@ -55,7 +54,7 @@ def why_not_compiled() -> str:
     """One sentence; empty where the C++ operators are loaded."""
     if _C is not None:
         return ""
-    return build_report().get("reason") or _c_error or "the package was installed without its compiled module"
+    return _c_error or build_report().get("reason") or "the package was installed without its compiled library"
 
 
 def build_command() -> str:
@@ -67,7 +66,25 @@ def build_command() -> str:
         if Path(str(installed.locate_file("askew_kernels"))) == Path(__file__).parent:
             origin = json.loads(installed.read_text("direct_url.json") or "{}")  # what pip installed from (PEP 610)
             source = "+".join(filter(None, (origin.get("vcs_info", {}).get("vcs"), origin["url"])))
-    return f"ASKEW_BUILD=full {sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {source}"
+    installer = f"{sys.executable} -m pip install --force-reinstall --no-cache-dir"
+    if importlib.util.find_spec("pip") is None:  # an environment that uv made
+        installer = f"uv pip install --python {sys.executable} --reinstall --no-cache"
+    return f"ASKEW_BUILD=full {installer} --no-deps {source}"
+
+
+def _check_sources() -> None:
+    """In a checkout: warns where the library was built of other sources, whose operators may take other arguments."""
+    root = Path(__file__).parents[1]
+    if _C is not None and (root / "setup.py").is_file() and (root / "csrc").is_dir():
+        if source_digest(root / "csrc") != _C.sources:
+            warnings.warn(
+                f"askew_kernels: {FILE} was built of other sources than those in {root / 'csrc'}, so operators may be "
+                f"missing or wrong. To mend that: cd {root} && {sys.executable} setup.py build_ext --inplace",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+
+
+_check_sources()
 
 
 def cpu_capability() -> str:
@@ -86,7 +103,7 @@ def force_cpu_capability(name: str) -> None:
 
 
 def has_cuda_kernels() -> bool:
-    """Whether the C++ module holds CUDA kernels."""
+    """Whether the compiled library holds CUDA kernels."""
     return _C is not None and bool(_C.cuda_archs)
 
 

@@ -87,6 +87,7 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         yield "ste_clip_", [grad, w, scale, levels, code]
         yield "ste_clip_scale_grad_", [grad, w, scale, levels, code, True, 0.5]
         yield "project_interval_", [w, scale, levels, code, torch.tensor(0.3)]
+        yield "soft_quantize", [w, scale, levels, code, torch.tensor(0.3)]
         yield "row_sums", [w, rows]
         sums = reference.row_sums(w, rows)
         sums[1] = 0

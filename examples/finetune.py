@@ -1,49 +1,47 @@
 """A trained float model, fine-tuned to ternary weights in few steps: its own float outputs are the targets.
 
-Run: python examples/finetune.py
+Run: python examples/finetune.py (needs scikit-learn, for its digits: pip install "askew_kernels[demo]")
 """
 
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
 import askew_kernels as ak
 
+digits = load_digits()
+x, y = torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target)
+
 torch.manual_seed(0)
-truth = torch.randn(32, 4)
-model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
 def fit(loss_of, optimizer, steps, *schedules):
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_of(torch.randn(128, 32)).backward()
+        loss_of(torch.randint(1400, (128,))).backward()
         optimizer.step()
         for schedule in schedules:
             schedule.step()
 
 
 def accuracy():
-    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
-    return f"{(model(x).argmax(1) == (x @ truth).argmax(1)).float().mean().item():.1%}"
+    return f"{(model(x[1400:]).argmax(1) == y[1400:]).float().mean().item():.1%}"
 
 
-fit(
-    lambda x: functional.cross_entropy(model(x), (x @ truth).argmax(1)),
-    torch.optim.AdamW(model.parameters(), 3e-3),
-    300,
-)
+fit(lambda rows: functional.cross_entropy(model(x[rows]), y[rows]), torch.optim.AdamW(model.parameters(), 3e-3), 200)
 print("float", accuracy())
 
 distiller = ak.distill(model, temperature=2.0)  # a float copy teaches; labels are not needed
 ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Ternary()))
 print("ternary, not trained", accuracy())
 
-steps = 200
+steps = 150
 optimizer = ak.optim.ASkewAdamW(ak.param_groups(model, weight_decay=0.0), lr=2e-3)
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, cycle_momentum=False)
 recipe = ak.Recipe(model, optimizer, steps, settings="finetune")  # quantized from the first step on
-fit(distiller, optimizer, steps, schedule, recipe)
+fit(lambda rows: distiller(x[rows]), optimizer, steps, schedule, recipe)
 print("ternary, fine-tuned", accuracy())
 ak.hard_quantize_(model)  # every weight on its level: the same outputs
 print("hard-quantized", accuracy())

@@ -1,25 +1,25 @@
 """Bits for each layer under a budget, found on a small network and used on a wider one.
 
-Run: python examples/search.py
+Run: python examples/search.py (needs SciPy and scikit-learn: pip install "askew_kernels[search]")
 """
 
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
 
 import askew_kernels as ak
 
+digits = load_digits()
+x, y = torch.from_numpy(digits.data[:1400] / 16).float(), torch.from_numpy(digits.target[:1400])
+loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 128, shuffle=True)
+
 
 def network(width):
-    return nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
 
 
 torch.manual_seed(0)
-truth = torch.randn(32, 4)
-x = torch.randn(2048, 32)
-y = (x @ truth).argmax(1)
-loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 128, shuffle=True)
-
 proxy = network(32)
 optimizer = torch.optim.SGD(proxy.parameters(), lr=0.2)
 for _ in range(5):
@@ -36,5 +36,5 @@ policy.save("policy.json")
 
 target = ak.quantize_(network(128), ak.search.Policy.load("policy.json"))  # by the layers' roles; then train it
 for name, layer in ak.nn.quantized_layers(target).items():
-    print(f"layer {name}: {layer.config.weight}")
+    print(f"layer {name}: {layer.config.weight.bits} bits")
 print(ak.search.policy_costs(policy, ak.search.trace(proxy, x[:1])))

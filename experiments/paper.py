@@ -558,9 +558,9 @@ def markdown(results: list[Result]) -> str:
     ]
     for name, here in by_figure(lines).items():
         title, text = SECTIONS[name]
-        parts += [f"## {title}", *([text] if text else []), f"![{name}]({name}.png)"]
+        parts += [f"## {title}", *([text] if text else []), f"![{title}: the loss of each method]({name}.png)"]
         if name == "moons-published" and landscape_of(results):
-            parts.append("![landscape](landscape.png)")
+            parts.append("![What each network says of the plane between the two moons](landscape.png)")
         for members in by_setting(here):
             head = members[-1]
             parts += [f"**{head.setting}**, {head.seeds} seeds", command.markdown_table(*table(members))]
@@ -594,8 +594,10 @@ def plot_curves(name: str, settings: list[str], lines: list[Line], found: dict) 
             curves = torch.tensor([r.curve for r in by_seed.values()])
             epochs = range(1, curves.shape[1] + 1)
             low, middle, high = curves.quantile(torch.tensor([0.2, 0.5, 0.8]), dim=0)
-            axis.plot(epochs, middle, color=f"C{i}", label=method, linewidth=2.2 if method.startswith("ASkew") else 1.2)
-            axis.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            color = figures.PALETTE[i % len(figures.PALETTE)]
+            axis.plot(epochs, middle, color=color, label=method, linewidth=2.2 if method.startswith("ASkew") else 1.2,
+                      linestyle=("-", "--", ":")[i % 3])  # fmt: skip
+            axis.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
         figures.label(axis, f"{setting.removeprefix(AS_PUBLISHED)} (median, p20–p80)", "epoch")
     axes[0].set_ylabel("training loss of the quantized weights", fontsize=8.5)
     figures.legend_below(figure, axes, 4 if len(settings) > 1 else 3)

@@ -55,10 +55,11 @@ class Way:
     is frozen (the hold's end where not given). clamp: weights to the hull once the scale is frozen; clamp_always: from
     the start. clip: the gradient is zero outside the hull. learned: the scale by LSQ's gradient, from the rule's value
     or (``paper``) from 2 mean|w| / sqrt(c_max), at ``rate`` learning rates. outer: hold, end, power, freeze and clamp
-    of the first and last layer, where they are others. start: before it the float weights are
-    computed with. average: decay of the mean of the latent weights that they
-    become at the end of the hold. settle: the frequency of flips to and fro from which on, after ``settle_from``, a
-    weight is kept at its level (Nagel et al., 2022).
+    of the first and last layer, where they are others. start: before it the float weights are computed with. full:
+    from ``start`` to there they go over to the quantized ones, slack falling from 1 to 0 as (a line)^bend:
+    w_q + slack (w - w_q), or (``steep``) by PARQ's map, whose slope between two levels is 1 / slack. average: decay
+    of the mean of the latent weights that they become at the end of the hold. settle: the frequency of flips to and
+    fro from which on, after ``settle_from``, a weight is kept at its level (Nagel et al., 2022).
     """
 
     name: str
@@ -76,6 +77,9 @@ class Way:
     direction: bool = False
     outer: Way | None = None
     start: float = 0.0
+    full: float = 0.0
+    steep: bool = False
+    bend: float = 1.0
     average: float = 0.0
     settle: float = 0.0
     settle_from: float = 0.7
@@ -103,6 +107,7 @@ class Task:
     epochs: int
     batch: int
     settings: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)  # optimizer: (lr, smoothing)
+    warm: float = 0.0  # the share in which the learning rate rises linearly
 
 
 TASKS = {task.name: task for task in (
@@ -183,6 +188,15 @@ def nearest(x: Tensor, g: Grids) -> Tensor:
     return (g.lo + g.step * torch.round((x - g.lo) / g.step)).clamp(g.lo, g.hi)
 
 
+def between(x: Tensor, g: Grids, slack: Tensor, steep: Tensor) -> Tensor:
+    """Between x (slack 1) and its level (slack 0)."""
+    level = nearest(x, g)
+    off = x - level
+    far = g.step / 2 - off.abs()  # from the midpoint, in the hull
+    moved = torch.sign(off) * (g.step / 2 - far / slack.clamp(min=1e-6)).clamp(min=0)
+    return level + torch.where(steep & (far >= 0), moved, slack * off)
+
+
 def rule_scale(w: Tensor, g: Grids) -> Tensor:
     a = w.abs()
     scale = g.rms * (w * w).mean(2, keepdim=True).sqrt() + g.mean * a.mean(2, keepdim=True)
@@ -207,15 +221,15 @@ def velocity(d: Tensor, w: Tensor, s: Tensor, g: Grids, lr: Tensor, eps: Tensor,
 
 def step_layer(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, s: Tensor, s_m: Tensor, s_v: Tensor, s_floor: Tensor,
                g: Grids, quantized: Tensor, eps: Tensor, alpha: Tensor, lr: Tensor, s_lr: Tensor, clamped: Tensor,
-               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, bias1: Tensor, bias2: Tensor,
-               adam: bool, decay: float) -> tuple[Tensor, ...]:  # fmt: skip
-    """(w, m, v, s, s_m, s_v, s Q(w/s)) after one step."""
+               frozen: Tensor, learned: Tensor, clip: Tensor, direction: Tensor, slack: Tensor, steep: Tensor,
+               bias1: Tensor, bias2: Tensor, adam: bool, decay: float) -> tuple[Tensor, ...]:  # fmt: skip
+    """(w, m, v, s, s_m, s_v, what the next forward computes with) after one step."""
     x = w / s
     inside = (x >= g.lo) & (x <= g.hi)
     level = nearest(x, g)
     error = torch.where(inside, level - x, level)
     s_grad = (grad * error).sum(2, keepdim=True) / (w.shape[2] * g.c_max).sqrt()
-    d = -torch.where(inside | ~quantized | ~clip, grad, torch.zeros_like(grad))
+    d = -torch.where(inside | ~quantized | ~clip | (slack > 0), grad, torch.zeros_like(grad))
     w = torch.where(clamped & quantized, torch.minimum(torch.maximum(w, s * g.lo), s * g.hi), w)
     skew = torch.where(quantized, velocity(d, w, s, g, lr, eps, alpha), d)
     base = -torch.where(direction, d, skew)
@@ -234,7 +248,7 @@ def step_layer(w: Tensor, grad: Tensor, m: Tensor, v: Tensor, s: Tensor, s_m: Te
     w = w + lr * late
     w = torch.where(clamped & quantized, torch.minimum(torch.maximum(w, s * g.lo), s * g.hi), w)
     s = torch.where(frozen, s, torch.where(learned, s_new, rule_scale(w, g)))
-    copy = torch.where(quantized, s * nearest(w / s, g), w)
+    copy = torch.where(quantized, s * between(w / s, g, slack, steep), w)
     return w, m, v, s, s_m, s_v, copy
 
 
@@ -265,8 +279,7 @@ class Networks:
         self.task, self.adam, self.replicas, self.data = task, optimizer == "adamw", list(replicas), data
         self.device = device = data[0].device
         self.decay = 0.01 if self.adam else 0.0
-        per_epoch = len(data[0]) // task.batch
-        self.steps = epochs * per_epoch
+        self.steps = self._steps(epochs)
         self.extra = any(r.way.extra for r in self.replicas)
         seeds = sorted({r.seed for r in self.replicas})
         self.of_seed = torch.tensor([seeds.index(r.seed) for r in self.replicas], device=device)
@@ -274,25 +287,37 @@ class Networks:
         for seed in seeds:
             rng = torch.Generator().manual_seed(seed)
             starts.append(self._start(rng))
-            rows = [torch.randperm(len(data[0]), generator=rng)[: per_epoch * task.batch] for _ in range(epochs)]
-            orders.append(torch.cat(rows).view(self.steps, task.batch))
+            orders.append(self._order(rng, epochs))
         self.order = torch.stack(orders, 1).to(device)  # (steps, seeds, batch)
         pick = self.of_seed.cpu()
-        self.weights = [torch.stack([s[0][i] for s in starts])[pick].to(device) for i in range(len(task.layers))]
-        self.bias = torch.zeros(len(pick), 1, task.layers[-1][2], device=device)
-        self.norms = [(torch.ones(len(pick), of[2], device=device), torch.zeros(len(pick), of[2], device=device))
-                      for of in task.layers[:-1]]  # fmt: skip
-        self.running = [(torch.zeros_like(a), torch.ones_like(a)) for a, _ in self.norms]
+        self.weights = [torch.stack([s[i] for s in starts])[pick].to(device) for i in range(len(task.layers))]
+        self.others = self._others(len(pick))
         self._numbers()
         self._state()
 
-    def _start(self, rng: torch.Generator) -> tuple[list[Tensor]]:
+    def _steps(self, epochs: int) -> int:
+        return epochs * (len(self.data[0]) // self.task.batch)
+
+    def _order(self, rng: torch.Generator, epochs: int) -> Tensor:
+        """(steps, batch) rows of the data"""
+        count = self.steps // epochs * self.task.batch
+        rows = [torch.randperm(len(self.data[0]), generator=rng)[:count] for _ in range(epochs)]
+        return torch.cat(rows).view(self.steps, self.task.batch)
+
+    def _others(self, count: int) -> list[Tensor]:
+        """The last layer's bias; each other layer's gain and shift of its batch norm. All stay float."""
+        widths = [of[2] for of in self.task.layers]
+        norms = [make(count, n, device=self.device) for n in widths[:-1] for make in (torch.ones, torch.zeros)]
+        self.running = [(torch.zeros_like(a), torch.ones_like(a)) for a in norms[::2]]
+        return [torch.zeros(count, 1, widths[-1], device=self.device), *norms]
+
+    def _start(self, rng: torch.Generator) -> list[Tensor]:
         """nn.Linear's and nn.Conv1d's initialisation."""
         weights = []
         for of in self.task.layers:
             inputs = of[1] * {"fc": 1, "conv": of[-2], "image": of[-2] ** 2}[of[0]]
             weights.append((torch.rand(of[2], inputs, generator=rng) * 2 - 1) / math.sqrt(inputs))
-        return (weights,)
+        return weights
 
     def _column(self, values: Iterable[float | bool]) -> Tensor:
         values = list(values)
@@ -304,7 +329,9 @@ class Networks:
         ways, n = [r.way for r in self.replicas], self.steps
         self.grids = Grids(*(self._column(WIDTHS[r.width][i] for r in self.replicas) for i in range(6)))
         shares = np.arange(n)[:, None]
-        cosine = 0.5 * (1 + np.cos(np.pi * np.arange(n) / n))
+        warm = round(self.task.warm * n)
+        cosine = 0.5 * (1 + np.cos(np.pi * np.clip((np.arange(n) - warm) / (n - warm), 0, 1)))
+        rising = np.minimum(np.arange(1, n + 1) / max(warm, 1), 1)
 
         def table(values: np.ndarray) -> Tensor:
             return torch.tensor(values, device=self.device, dtype=torch.bool if values.dtype == bool else torch.float32)
@@ -323,13 +350,19 @@ class Networks:
             return table(eps), table(frozen), table(clamped)
 
         self.schedules = [schedule(ways), schedule([w.outer or w for w in ways])]
-        self.lr = table(cosine[:, None] * np.array([r.lr for r in self.replicas]))
+        self.lr = table((rising * cosine)[:, None] * np.array([r.lr for r in self.replicas]))
         self.s_rate = self._column(w.rate for w in ways)
         self.alpha = table(np.where([w.keep_pull for w in ways], 1 / np.maximum(cosine, 1e-9)[:, None], 1.0))
         self.learned = self._column(w.learned for w in ways)
         self.clip = self._column(w.clip for w in ways)
         self.direction = self._column(w.direction for w in ways)
-        self.begun = table(shares >= np.array([round(w.start * n) for w in ways]))
+        start, full = (
+            np.array([round(share * n) for share in of]) for of in zip(*((w.start, w.full) for w in ways), strict=True)
+        )
+        self.begun = table(shares >= start)
+        left = np.clip((full - shares) / np.maximum(full - start, 1), 0, 1) ** np.array([w.bend for w in ways])
+        self.slack = table(np.where(full > start, left, 0.0))
+        self.steep = self._column(w.steep for w in ways)
         k = np.arange(1, n + 1)
         self.bias1, self.bias2 = table(1 - 0.9**k), table(1 - 0.999**k)
         everything = self._column(r.everything for r in self.replicas)
@@ -355,8 +388,7 @@ class Networks:
         self.s_m, self.s_v = [zeros(s) for s in self.s], [zeros(s) for s in self.s]
         self.copies = [torch.where(q, s * nearest(w / s, self.grids), w)
                        for w, s, q in zip(self.weights, self.s, self.quantized, strict=True)]  # fmt: skip
-        others = [self.bias, *(t for pair in self.norms for t in pair)]
-        self.others, self.others_m, self.others_v = others, [zeros(t) for t in others], [zeros(t) for t in others]
+        self.others_m, self.others_v = [zeros(t) for t in self.others], [zeros(t) for t in self.others]
         self.k = torch.zeros((), dtype=torch.long, device=self.device)
         if self.extra:
             self.mean = [w.clone() for w in self.weights]
@@ -398,9 +430,12 @@ class Networks:
     def row(self, table: Tensor) -> Tensor:
         return table.index_select(0, self.k[None])[0].view(-1, 1, 1)
 
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        return self.data[0][rows], self.data[1][rows]
+
     def step(self) -> None:
         rows = self.order.index_select(0, self.k[None])[0][self.of_seed]  # (R, B)
-        x, y = self.data[0][rows], self.data[1][rows]
+        x, y = self.batch(rows)
         leaves = [c.detach().requires_grad_() for c in (*self.copies, *self.others)]
         n = len(self.copies)
         logits = self.forward(x, leaves[:n], leaves[n:], True)
@@ -416,14 +451,14 @@ class Networks:
         lr, alpha = map(self.row, (self.lr, self.alpha))
         bias1, bias2 = (t.index_select(0, self.k[None]).view(1, 1, 1) for t in (self.bias1, self.bias2))
         schedules = [[self.row(t) for t in of] for of in self.schedules]
-        begun = self.row(self.begun)
+        begun, slack = self.row(self.begun), self.row(self.slack)
         last = len(self.weights) - 1
         for i, w in enumerate(self.weights):
             eps, frozen, clamped = schedules[i in (0, last)]
             new = compiled(w.device)(
                 w, grads[i], self.m[i], self.v[i], self.s[i], self.s_m[i], self.s_v[i], self.s_floor[i], self.grids,
                 self.quantized[i] & begun, eps, alpha, lr, lr * self.s_rate, clamped, frozen, self.learned,
-                self.clip, self.direction, bias1, bias2, self.adam, self.decay,
+                self.clip, self.direction, slack, self.steep, bias1, bias2, self.adam, self.decay,
             )  # fmt: skip
             held = (w, self.m[i], self.v[i] if self.adam else None, self.s[i], self.s_m[i], self.s_v[i], self.copies[i])
             for old, value in zip(held, new, strict=True):
@@ -592,31 +627,79 @@ def fifth_ways() -> list[Way]:
     return ways
 
 
+def sixth_ways() -> list[Way]:
+    """How the float weights go over to the quantized ones, and when scales freeze."""
+    last = Way("", 0.97, 1.0, 1.0)
+    none = replace(STE, name="straight-through without clip", clip=False)
+    found = [STE, none, *(replace(STE, name=f"float {s}, straight-through", start=s) for s in (0.5, 0.8))]
+    for steep in (False, True):
+        kind = "steep" if steep else "mixed"
+        for start, full in ((0.0, 0.5), (0.0, 0.7), (0.0, 0.9), (0.3, 0.7), (0.5, 0.8)):
+            way = replace(STE, name=f"{kind} {start}-{full}", start=start, full=full, steep=steep)
+            found += [way, replace(way, name=f"{way.name} without clip", clip=False)]
+    for start, freeze in ((0.5, 0.6), (0.5, 0.9), (0.8, 0.9)):
+        found.append(Way(f"float {start}, frozen {freeze}", 0.9, 1.0, 2.0, freeze=freeze, start=start, outer=last))
+    for steep, (start, full, freeze) in ((k, s) for k in (False, True) for s in ((0.0, 0.7, 0.75), (0.0, 0.9, 0.9))):
+        found.append(Way(f"{'steep' if steep else 'mixed'} {start}-{full}, frozen {freeze}", 0.9, 1.0, 2.0,
+                         freeze=freeze, start=start, full=full, steep=steep, outer=last))  # fmt: skip
+    return found
+
+
+def seventh_ways() -> list[Way]:
+    """How the slack falls, and what the end costs."""
+    mixed = replace(STE, name="mixed .3-.7", start=0.3, full=0.7)
+    steep = replace(STE, name="steep 0-.7", full=0.7, steep=True)
+    found = [STE, replace(STE, name="float .5, straight-through", start=0.5)]
+    for start, full, bend in ((0.0, 0.7, 1.0), (0.0, 0.7, 0.5), (0.0, 0.9, 0.5), (0.0, 0.5, 1.0), (0.0, 0.5, 0.5)):
+        found.append(replace(mixed, name=f"mixed {start}-{full} bend {bend}", start=start, full=full, bend=bend))
+    for way in (mixed, steep):
+        found.append(way)
+        changes: dict[str, dict[str, Any]] = {
+            "closed .97-1": dict(hold=0.97, end=1.0, power=1.0),
+            "closed .97-1 no clamp": dict(hold=0.97, end=1.0, power=1.0, clamp=False),
+            "closed .97-1 no pull": dict(hold=0.97, end=1.0, power=1.0, keep_pull=False),
+            "closed .9-1 no clamp": dict(hold=0.9, end=1.0, power=2.0, clamp=False),
+            "closed .9-1 direction": dict(hold=0.9, end=1.0, power=2.0, direction=True),
+            "frozen .75, clamped, never closed": dict(freeze=0.75),
+            "frozen .75, never closed": dict(freeze=0.75, clamp=False),
+            "clamped, never closed": dict(clamp_always=True),
+        }
+        for name, more in changes.items():
+            found.append(replace(way, name=f"{way.name}, {name}", **more))
+    return found
+
+
 WAYS = {
     "first": first_ways,
     "second": second_ways,
     "third": third_ways,
     "fourth": fourth_ways,
     "fifth": fifth_ways,
+    "sixth": sixth_ways,
+    "seventh": seventh_ways,
     "extra": extra_ways,
 }
 
 
-def replicas_of(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], seeds: Sequence[int]
-                ) -> list[Replica]:  # fmt: skip
-    cells = itertools.product(ways, widths, (False, True), task.settings[optimizer], seeds)
+BOTH = (False, True)  # inner layers, and all
+
+
+def replicas_of(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], seeds: Sequence[int],
+                sets: Sequence[bool] = BOTH) -> list[Replica]:  # fmt: skip
+    cells = itertools.product(ways, widths, sets, task.settings[optimizer], seeds)
     return [Replica(way, width, everything, lr, smoothing, seed)
             for way, width, everything, (lr, smoothing), seed in cells if everything or way.outer is None]  # fmt: skip
 
 
 def run(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], seeds: Sequence[int],
-        data: list[Tensor], epochs: int | None, most: int, deadline: float, out: Path) -> None:  # fmt: skip
+        data: list[Tensor], epochs: int | None, most: int, deadline: float, out: Path,
+        made: type[Networks] = Networks, sets: Sequence[bool] = BOTH) -> None:  # fmt: skip
     """Trains and appends a line a replica to ``out``; ``most`` replicas at a time."""
-    replicas = replicas_of(task, optimizer, ways, widths, seeds)
+    replicas = replicas_of(task, optimizer, ways, widths, seeds, sets)
     for first in range(0, len(replicas), most):
         part = replicas[first : first + most]
         began = time.monotonic()
-        networks = Networks(task, optimizer, part, data, epochs or task.epochs)
+        networks = made(task, optimizer, part, data, epochs or task.epochs)
         if not networks.train(deadline):
             print(f"{task.name}, {optimizer}: out of time", file=sys.stderr, flush=True)
             return

@@ -263,7 +263,8 @@ def plot(lines: Sequence[dict[str, Any]]) -> dict[str, bytes]:
     found."""
     pairs = command.grouped(lines, lambda line: line["pair"])
     figure, axes = figures.figure(len(pairs), 2, 11, 3.6 * len(pairs) + 0.9)
-    colours = dict(zip(METHODS, figures.PALETTE[2:] + figures.PALETTE[:2], strict=True))
+    colours = dict(zip(METHODS, figures.PALETTE[2:] + figures.PALETTE[:2], strict=False))
+    markers = dict(zip(METHODS, figures.MARKERS, strict=False))
     measures = (("before", "before training"), ("accuracy", "after training"))
     for axis, ((pair, here), (key, text)) in zip(axes, itertools.product(pairs.items(), measures), strict=True):
         styles = dict(zip(["", "target", *PAIRS[pair].proxies], ("-", "-", "--", ":"), strict=False))
@@ -271,7 +272,8 @@ def plot(lines: Sequence[dict[str, Any]]) -> dict[str, bytes]:
         for (method, found_on), points in series.items():
             axis.errorbar(
                 [p["average_bits"][0] for p in points], [p[key][0] for p in points], [p[key][1] for p in points],
-                marker="o", markersize=4, capsize=2, linewidth=1.2, color=colours[method], linestyle=styles[found_on],
+                marker=markers[method], markersize=4.5, capsize=2, linewidth=1.2, color=colours[method],
+                linestyle=styles[found_on],
                 label=method + (f", found on {found_on}" if found_on else ""),
             )  # fmt: skip
         axis.axhline(here[0]["float_accuracy"][0], color="black", linewidth=0.8, linestyle="--", label="float")

@@ -58,7 +58,7 @@ def test_defaults_are_the_recipe():
     _, optimizer = problem()
     short = ak.EpsilonAnnealing(optimizer, total=200)
     row, steps = RECIPES["sgd"], 200 / RECIPES["sgd"].end
-    shares = ("start", "hold", "freeze", "outer_hold", "outer_freeze")
+    shares = ("start", "full", "hold", "freeze")
     periods = {key: round(getattr(row, key) * steps) for key in shares}
     options = {key: getattr(row, key) for key in ("mode", "power", "outer_power", "keep_pull", "clamp")}
     long = ak.EpsilonAnnealing(optimizer, total=200, **periods, **options)

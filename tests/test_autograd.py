@@ -214,6 +214,7 @@ def calls(x):
         "ste_clip_": (x.clone(), x, ROWS, none, grid),
         "ste_clip_scale_grad_": (x.clone(), x, ROWS, none, grid, True, 0.5),
         "project_interval_": (x, ROWS, none, grid, one),
+        "soft_quantize": (x, ROWS, none, grid, one),
         "row_sums": (x, 4), "sam_norm": ([x], [x], [0], 0.1),
         "scales_from_sums_": ([x], [torch.ones(24, 3)], [0, 0, 6], [7.0, 0.0, 0.0]),
         "mse_scales": (x, torch.ones(4, 3), none, grid, 7.0, 0),

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,8 @@ def places(tmp_path):
     [
         ("train", "'train'"),
         ("info --yaml", "--yaml"),
+        ("completion", "shell"),
+        ("completion fish", "'fish' (choose from"),
         ("demo --seeds 0", "--seeds: expected a whole number from 1 on, got '0'"),
         ("demo --seeds -1", "--seeds: expected a whole number from 1 on, got '-1'"),
         ("demo --seeds two", "--seeds"),
@@ -188,6 +191,25 @@ def test_no_command_prints_help(capsys):
 
 def test_version_in_a_process():
     assert python("-m", "askew_kernels", "--version") == (0, f"askew_kernels {ak.__version__}\n", "")
+
+
+def test_completion_of_a_shell(monkeypatch, capsys):
+    """Of those commands whose requirements are there; without shtab one line that says how to get it."""
+    asked = []
+    fake = types.SimpleNamespace(complete=lambda parser, shell: asked.append((parser, shell)) or "script")
+    monkeypatch.setitem(sys.modules, "shtab", fake)
+    monkeypatch.setattr(cli, "need", lambda *names: None)
+    monkeypatch.setitem(cli.COMMANDS, "demo", dataclasses.replace(cli.COMMANDS["demo"], module="askew_kernels.nothing"))
+    assert exit_code("completion", "zsh") == 0 and capsys.readouterr().out == "script\n"
+    ((parser, shell),) = asked
+    assert shell == "zsh" and parser.prog == "askew-kernels"
+    assert parser.parse_args(["info", "--json"]).json and parser.parse_args(["demo"]).command == "demo"
+    monkeypatch.undo()
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert exit_code("completion", "bash") == 2
+    assert capsys.readouterr().err == (
+        'askew_kernels: completion needs shtab, which is not installed: pip install "askew_kernels[completion]"\n'
+    )
 
 
 def test_a_reader_that_has_gone_is_no_traceback():

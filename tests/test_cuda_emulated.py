@@ -289,6 +289,20 @@ def test_scale_gradient(kernels, grid, dtype):
 
 
 @pytest.mark.parametrize(("grid", "dtype"), CASES)
+def test_soft_quantize(kernels, grid, dtype):
+    for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 1))):
+        w, scale = weights(rows, cols, grid, dtype, seed)
+        slack = torch.tensor([1.0, 0.5, 1e-3][seed % 3], dtype=torch.float64 if seed % 2 else torch.float32)
+        (x, _), (y, intact) = guarded(w, shift), guarded(torch.full_like(w, 9.0), shift)
+        source = Scalar(0, slack.data_ptr(), seed % 2 == 1) if seed % 4 < 2 else Scalar(float(slack), None, False)
+        assert not kernels.emulated_soft_quantize(
+            pointer(x), pointer(y), TYPES[dtype], pointer(scale), grid_arg(grid), source, *matrix(x, scale)
+        )
+        expected = reference.soft_quantize(w, scale, GRIDS[grid][1], GRIDS[grid][0], slack.float())
+        assert same(y, expected) and intact(), (rows, cols, shift)
+
+
+@pytest.mark.parametrize(("grid", "dtype"), CASES)
 def test_project_interval(kernels, grid, dtype):
     for seed, ((rows, cols), shift) in enumerate(itertools.product(shapes_for(grid), (0, 1))):
         w, scale = weights(rows, cols, grid, dtype, seed)

@@ -57,7 +57,7 @@ def sdist(tmp_path_factory):
     left_out = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__", "*results")
     shutil.copytree(ROOT, copy, ignore=left_out)
     (copy / "askew_kernels/_build.json").write_text("{}")  # of the packager's machine
-    (copy / "askew_kernels/_C.so").write_text("")
+    (copy / "askew_kernels/libaskew_kernels.so").write_text("")
     done = python("setup.py", "-q", "sdist", cwd=copy)
     assert done.returncode == 0, done.stderr
     (archive,) = (copy / "dist").iterdir()
@@ -79,7 +79,7 @@ def test_sdist_holds_every_source(sdist):
 @checkout
 @pytest.mark.slow
 def test_kernels_are_compiled_from_the_sdist(sdist, tmp_path):
-    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no compiler")
     with tarfile.open(sdist[0]) as tar:

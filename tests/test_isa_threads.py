@@ -58,7 +58,8 @@ def everything(x, g, s, grid, seed, lr, eps, **options):
     results += [clipped := g.clone(), ops.ste_clip_scale_grad_(clipped, x, s, grid)]
     leaf = x.clone().requires_grad_()
     ops.fake_quantize(leaf, s, grid).backward(g)
-    results += [leaf.grad, ops.project_interval_(x.clone(), s, grid, eps), ops.row_sums(x, rows)]
+    results += [leaf.grad, ops.project_interval_(x.clone(), s, grid, eps), ops.soft_quantize(x, s, grid, eps)]
+    results.append(ops.row_sums(x, rows))
     results.append(ops.run_mse_scales(x, results[-1], grid.levels_tensor(), grid.encoding, grid.c_max, 0))
     results.append(scale_from_sums(results[-2], x.numel() // rows, grid, "rms"))
     for rule in ops.RULES.values():

@@ -26,7 +26,8 @@ from askew_kernels.deploy.inspect import report_of_contents
 from askew_kernels.nn import KINDS, kinds
 from askew_kernels.nn.layers import GRIDS, STATE, quantized_input
 from askew_kernels.quant import Binary, Ternary, Uniform
-from askew_kernels.quant.forms import ROWS
+from askew_kernels.quant.forms import ROWS, Form
+from askew_kernels.quant.sharding import split_roles
 from askew_kernels.search import Budget, LayerPolicy, Policy, search_policy, trace, uniform_policy
 
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -952,14 +953,15 @@ def test_conv1d_is_searched():
     assert ak.nn.quantized_layers(model)["0"].config.weight == Uniform(policy.weight_bits["0"])
 
 
-def test_shards_of_a_transposed_weight_are_refused():
-    from types import SimpleNamespace as Fake
+def test_which_dimensions_of_a_weight_may_be_split():
+    """Outputs, inputs, and what counts matrices; not a kernel's positions, nor where rows are in another order."""
 
-    def weight(dim):
-        return Fake(placements=[Fake(is_shard=lambda d=None: d in (None, dim))], shape=(8, 12))
+    def roles(name, dims):
+        return split_roles(dims, kinds.KINDS[name].form)
 
-    form, stacked = kinds.KINDS["transposed_linear"].form, kinds.KINDS["transposed_experts"].form
-    with pytest.raises(NotImplementedError, match=r"weight: one of shape \(inputs, outputs\), \(8, 12\)"):
-        form.check_sharded(weight(0))
-    stacked.check_sharded(weight(0))
-    ROWS.check_sharded(weight(0))
+    assert roles("linear", 2) == roles("conv2d", 4) == {0: "outputs", 1: "inputs"}
+    assert roles("transposed_linear", 2) == {0: "inputs", 1: "outputs"}
+    assert roles("experts", 3) == {0: "stack", 1: "outputs", 2: "inputs"}
+    assert roles("transposed_experts", 3) == {0: "stack", 1: "inputs", 2: "outputs"}
+    assert split_roles(4, Form(transposed=True, groups=2)) == {}
+    assert split_roles(1, ROWS) == {0: "inputs"}

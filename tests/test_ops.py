@@ -318,6 +318,42 @@ def test_projection(name, dtype, eps, backend, generator):
             assert torch.equal(got[inside], w[inside])
 
 
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slack", [1.0, 0.7, 0.25, 1e-3])
+def test_soft_quantize(name, dtype, slack, backend, generator):
+    """The formula in float64 within rounding (of the storage type, and of x/s times the slope); w itself at slack 1."""
+    grid = GRIDS[name]
+    levels = np.array(grid.levels)
+    for cols in COLS:
+        w, s = some((3, cols), dtype, generator), scales_for(3, generator)
+        got = ops.soft_quantize(w, s, grid, slack)
+        assert got.dtype == dtype and got.shape == w.shape
+        if not cols:
+            continue
+        x, s64 = oracles.as64(w), oracles.as64(s)[:, None]
+        placed = oracles.clamp(x, s64, levels)
+        t, a, b, _ = oracles.bracket(placed, s64, levels)
+        middle = np.clip(0.5 + (t - 0.5) / slack, 0, 1)
+        target = a + middle * (b - a) + slack * (x - placed)
+        room = s64 * np.abs(levels).max()
+        rounding = EPSILON[dtype] * (room + np.abs(x)) + 2**-21 * room / slack + 2**-22 * np.abs(x)
+        assert (np.abs(oracles.as64(got) - target) <= rounding).all()
+        tensor = torch.tensor(slack)
+        assert torch.equal(ops.soft_quantize(w, s, grid, tensor), got)
+
+
+def test_soft_quantize_of_special_values(backend):
+    w = torch.tensor([[math.inf, -math.inf, math.nan, -0.0]])
+    y = ops.soft_quantize(w, torch.tensor([0.5]), Uniform(4), 0.3)
+    assert y[0, 0] == math.inf and y[0, 1] == -math.inf and y[0, 2].isnan() and y[0, 3] == 0
+    for bad in (0.0, 1.5, -1.0):
+        with pytest.raises(ValueError, match="slack"):
+            ops.soft_quantize(w, torch.tensor([0.5]), Uniform(4), bad)
+    kept = w.clone().requires_grad_()
+    assert not ops.soft_quantize(kept, torch.tensor([0.5]), Uniform(4), 0.5).requires_grad
+
+
 def test_midpoint_goes_down(backend):
     s = torch.ones(1)
     for grid in (Uniform(4), Codebook([-8.0, *range(-7, 8)])):
@@ -985,6 +1021,7 @@ def operator_samples():
         yield "ste_clip_", (torch.randn(3, 20, generator=g), x, s, levels, grid)
         yield "ste_clip_scale_grad_", (torch.randn(3, 20, generator=g), x, s, levels, grid, True, 0.5)
         yield "project_interval_", (x.clone(), s, levels, grid, torch.tensor(0.3))
+        yield "soft_quantize", (x, s, levels, grid, torch.tensor(0.3))
         yield "row_sums", (x, 3)
         sums = reference.row_sums(x, 3)
         yield (

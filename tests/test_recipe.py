@@ -110,7 +110,9 @@ def silent():
 @pytest.mark.parametrize(("optimizer", "family"), [("SGD", "sgd"), ("SAM", "sgd"), ("AdamW", "adam"), ("Lion", "adam"),
                                                    ("Skewed RAdam", "adam")])  # fmt: skip
 def test_numbers_are_the_familys(optimizer, family, monkeypatch):
-    row = Settings(hold=0.25, end=0.75, power=3.0, keep_pull=False, freeze=0.2, outer_hold=0.5, outer_freeze=None)
+    row = Settings(
+        hold=0.25, end=0.75, power=3.0, keep_pull=False, freeze=0.2, outer_hold=0.5, outer_freeze=None, outer_power=1.0
+    )
     monkeypatch.setitem(RECIPES, family, row)
     model, made = problem(optimizer)
     recipe = ak.Recipe(model, made, 200)
@@ -129,11 +131,7 @@ def test_numbers_change_by_name():
     assert ak.Recipe(model, optimizer, 100, settings=Settings(power=5.0)).power == 5.0
     row = RECIPES["sgd"]
     shorter = ak.Recipe(model, optimizer, 1000, end=row.end / 2, freeze=0.05)
-    assert (shorter.freeze, shorter.hold, shorter.outer_hold) == (
-        50,
-        round(500 * row.hold),
-        round(500 * row.outer_hold),
-    )
+    assert (shorter.freeze, shorter.hold, shorter.full) == (50, round(500 * row.hold), 50)  # frozen: in full
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -292,7 +290,7 @@ def test_tensors_in_the_groups_are_filled(silent):
     model = ak.quantize_(network())
     lr, eps, alpha = (torch.tensor(value, dtype=torch.float64) for value in (0.1, 1.0, 1.0))
     optimizer = ASkewSGD(ak.param_groups(model), lr=lr, constraint_eps=eps, alpha=alpha, momentum=0.9)
-    recipe = ak.Recipe(model, optimizer, STEPS)
+    recipe = ak.Recipe(model, optimizer, STEPS, outer_hold=0.5)
     inner, outer = group(optimizer, outer=False)["constraint_eps"], group(optimizer)["constraint_eps"]
     assert inner is eps and outer is not eps  # they are not annealed alike
     for k in range(STEPS):
@@ -398,7 +396,7 @@ def test_scales_freeze_before_the_annealing(silent):
 
 def test_layers_are_float_until_the_start(silent):
     model, optimizer = problem(bits=2)
-    recipe = ak.Recipe(model, optimizer, STEPS, start=0.1)
+    recipe = ak.Recipe(model, optimizer, STEPS, start=0.1, full=None)
     x, layer = batch(0)[0], model[0]
     for k in range(10):
         plain = functional.linear(x, layer.weight, layer.bias)
@@ -479,7 +477,7 @@ def test_every_number_of_the_table_is_used():
     base = ak.Recipe(model, optimizer, 1000).state_dict()
     others = {"hold": 0.4, "end": 0.9, "mode": "linear", "power": 3.3, "keep_pull": False, "clamp": False,
               "freeze": 0.3, "outer_hold": 0.6, "outer_freeze": 0.5, "outer_power": 3.3,
-              "start": 0.05}  # fmt: skip
+              "start": 0.05, "full": 0.45}  # fmt: skip
     assert {field.name for field in dataclasses.fields(Settings)} == others.keys()
     for name, value in others.items():
         assert ak.Recipe(model, optimizer, 1000, **{name: value}).state_dict() != base, name
@@ -503,7 +501,7 @@ def test_start_trains_as_the_float_model(ste_clip, forward, adam):
     model, plain = two_nets(ste_clip=ste_clip, forward=forward)
     ours, torchs = (ak.optim.ASkewAdamW, torch.optim.AdamW) if adam else (ak.optim.ASkewSGD, torch.optim.SGD)
     optimizer, other = ours(ak.param_groups(model), lr=0.05), torchs(plain.parameters(), lr=0.05)
-    recipe = ak.Recipe(model, optimizer, 10, start=0.4, freeze=0.5)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.4, full=None, freeze=0.5)
     x = torch.randn(16, 6)
     for k in range(10):
         floating = k < 4
@@ -525,7 +523,7 @@ def test_start_trains_as_the_float_model(ste_clip, forward, adam):
 def test_start_is_taken_up_again_and_copied():
     model, _ = two_nets()
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
-    recipe = ak.Recipe(model, optimizer, 10, start=0.4)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.4, full=None)
     recipe.step()
     x = torch.randn(4, 6)
     assert torch.equal(copy.deepcopy(model)(x), model(x))
@@ -538,9 +536,9 @@ def test_start_is_taken_up_again_and_copied():
     for _ in range(3):
         resumed.step()
     assert not torch.equal(again(x), model(x))
-    old = {key: value for key, value in recipe.state_dict().items() if key != "start"}
+    old = {key: value for key, value in recipe.state_dict().items() if key not in ("start", "full")}
     resumed.load_state_dict(old)  # of before there was a start
-    assert resumed.start is None
+    assert resumed.start is None and resumed.full is None
 
 
 def test_start_leaves_learned_scales_to_learn():
@@ -549,3 +547,120 @@ def test_start_leaves_learned_scales_to_learn():
     assert not any(layer.quantizer.floating for layer in ak.nn.quantized_layers(model).values())
     x = torch.randn(4, 6)
     assert torch.equal(model(x), model.eval()(x))
+
+
+# ---- on the way from float weights to quantized ones ----------------------------------------------------------------
+
+
+def soft(layer, slack):
+    return ak.ops.soft_quantize(layer.weight, layer.weight_scale, layer.config.weight, slack)
+
+
+@pytest.mark.parametrize("adam", [False, True])
+def test_layers_go_over_from_start_to_full(adam):
+    """Slack falls from 1 to 0 as a line; the gradient goes straight through, outside the hull too."""
+    model, _ = two_nets()
+    ours = ak.optim.ASkewAdamW if adam else ak.optim.ASkewSGD
+    optimizer = ours(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.2, full=0.6)
+    x, layer = torch.randn(16, 6), model[0]
+    for k, slack in enumerate((1, 1, 1, 0.75, 0.5, 0.25, 0, 0)):
+        assert recipe.slack_at(k) == slack
+        wanted = soft(layer, slack) if slack else layer.quantized_weight()
+        assert torch.equal(layer(x), functional.linear(x, layer.weight if slack == 1 else wanted, layer.bias))
+        assert torch.equal(layer.forward_weight(), layer.weight if slack == 1 else wanted)
+        hard = layer.eval()(x)
+        assert torch.equal(hard, functional.linear(x, layer.quantized_weight(), layer.bias))
+        layer.train()
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if 0 < slack < 1:
+            y = layer.weight.detach().clone().requires_grad_()
+            (grad,) = torch.autograd.grad(layer(x).sum(), layer.weight)
+            functional.linear(x, y, layer.bias).sum().backward()
+            assert torch.equal(grad, y.grad)
+        optimizer.step()
+        recipe.step()
+
+
+def test_levels_are_multiplied_from_midway_on():
+    model, _ = two_nets(forward="int8")
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.0, full=0.6)
+    x, layer = torch.randn(16, 6), model[0]
+    for k in range(8):
+        floating = recipe.slack_at(k) > 0.5
+        assert torch.equal(layer(x), functional.linear(x, layer.weight, layer.bias)) == floating == (k < 3)
+        optimizer.step()
+        recipe.step()
+
+
+def test_copies_and_resumed_trainings_stand_where_these_do(silent):
+    model, _ = two_nets()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.0, full=0.6)
+    x = torch.randn(4, 6)
+    for _ in range(3):
+        optimizer.step(), recipe.step()
+    copied, (again, held, twin) = copy.deepcopy(model), copy.deepcopy((model, optimizer, recipe))
+    assert torch.equal(copied(x), model(x)) and torch.equal(again(x), model(x))
+    fresh, _ = two_nets()
+    resumed = ak.Recipe(fresh, ak.optim.ASkewSGD(ak.param_groups(fresh), lr=0.05), 10)
+    fresh.load_state_dict(model.state_dict())
+    resumed.load_state_dict(recipe.state_dict())
+    assert torch.equal(fresh(x), model(x))
+    for o, r in ((optimizer, recipe), (held, twin)):
+        o.step(), r.step()
+    resumed.step()
+    assert torch.equal(again(x), model(x)) and torch.equal(fresh(x), model(x))
+    assert not torch.equal(copied(x), model(x))  # it has no recipe
+
+
+@pytest.mark.parametrize("config", [{}, {"granularity": "per_tensor"}, {"granularity": "per_group", "group_size": 2},
+                                    {"activation": ak.quant.Uniform(8)}])  # fmt: skip
+def test_compiled_layers_go_over_too(config):
+    model, _ = two_nets(**config)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 10, start=0.0, full=0.7)
+    torch.compiler.reset()
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(4, 6)
+    for _ in range(4):
+        optimizer.step(), recipe.step()
+        wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+        found = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert len(compiles) == 1  # slack is a tensor: its values are no other graphs
+
+
+def test_functional_calls_and_half_precision_go_over_too():
+    model, _ = two_nets()
+    ak.Recipe(model, optimizer := ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05), 10, full=0.6).step(3)
+    assert optimizer
+    x = torch.randn(4, 6)
+    found = torch.func.functional_call(model, dict(model.named_parameters()), (x,))
+    torch.testing.assert_close(found, model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x).float(), found, rtol=0.05, atol=0.05)
+    halved = model.bfloat16()
+    torch.testing.assert_close(halved(x.bfloat16()).float(), found, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    (dict(full=1.2), "full"), (dict(full=0.9), "full"), (dict(start=0.5, full=0.4), "full"),
+    (dict(start=0.8), "start"), (dict(full="1"), "full"),
+])  # fmt: skip
+def test_full_is_checked(options, name):
+    model, _ = two_nets()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected"):
+        ak.Recipe(model, optimizer, 100, **options)
+    with pytest.raises((ValueError, TypeError), match="^full: expected"):
+        ak.EpsilonAnnealing(optimizer, total=100, start=50, full=40)

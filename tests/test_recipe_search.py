@@ -51,7 +51,7 @@ def test_step_is_the_optimizers(optimizer, direction, eps):
         w, m, v, s, s_m, s_v, _ = search.step_layer(
             w, grad, m, v, s, s_m, s_v, s * 0, networks.grids, torch.ones_like(flag), torch.full_like(lr, eps),
             torch.ones_like(lr), lr, lr, flag, flag, torch.zeros_like(flag), ~torch.zeros_like(flag),
-            torch.full_like(flag, direction),
+            torch.full_like(flag, direction), torch.zeros_like(lr), torch.zeros_like(flag),
             networks.bias1[k].view(1, 1, 1), networks.bias2[k].view(1, 1, 1), optimizer == "adamw", networks.decay,
         )  # fmt: skip
         for r, (p, _) in enumerate(ours):
@@ -68,7 +68,7 @@ def test_learned_scale_has_the_published_gradient():
     wanted = (grad * torch.where(inside, x.round() - x, x.round().clamp(-8, 7))).sum(2, keepdim=True) / (20 * 7) ** 0.5
     one, no = torch.ones(1, 1, 1), torch.zeros(1, 1, 1, dtype=torch.bool)
     found = search.step_layer(w, grad, w * 0, w[:1, :1, :1], s, s * 0, s * 0, s * 1e-3, g, ~no, one, one, one * 0, one,
-                              no, no, ~no, ~no, no, one, one, False, 0.0)[3]  # fmt: skip
+                              no, no, ~no, ~no, no, one * 0, no, one, one, False, 0.0)[3]  # fmt: skip
     torch.testing.assert_close(found, (s - wanted).clamp(min=2e-4).float(), rtol=1e-5, atol=1e-6)
 
 

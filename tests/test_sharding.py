@@ -92,7 +92,7 @@ def work(rank, meeting, results):
     try:
         mine = slice(32 * rank, 32 * rank + 32)
         found = {(name, str(dtype)): run(name, dtype, mine, True) for name in RUNS for dtype in TOLERANCE}
-        found["per_tensor"] = told(lambda: sharded_step(QuantConfig(Uniform(4), granularity="per_tensor")))
+        found["learned"] = told(lambda: sharded_step(QuantConfig(Uniform(4), "lsq")))
         found["zero"] = told(zero)
         if rank == 0:
             torch.save(found, results)
@@ -143,5 +143,5 @@ def test_two_processes_train_as_one(name, dtype, sharded):
 
 
 def test_what_cannot_be_sharded_is_refused(sharded):
-    assert "granularity" in sharded["per_tensor"] and "per_channel" in sharded["per_tensor"]
+    assert "scale: 'lsq'" in sharded["learned"] and "another rule" in sharded["learned"]
     assert "ZeroRedundancyOptimizer" in sharded["zero"] and "fully_shard" in sharded["zero"]

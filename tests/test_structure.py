@@ -1,11 +1,11 @@
 """Contract: who may import whom, read from the sources (docs/design.md).
 
 Python, left never imports right, at the top of a file, inside a function or by a string: contract, reference, tuning,
-annealing, atomic -> triton_kernels -> runtime -> ops -> quant -> optim, nn -> analysis, deploy -> search -> bench, demo
--> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing of the package but ``__main__`` knows
-``bench``, no modules import each other in a circle, and no room uses another's private names. csrc/math sees the
-language's own headers at most, the loops that are compiled once per instruction set see no torch and no standard
-library, ``cpu`` and ``cuda`` never see each other.
+annealing, atomic, library -> triton_kernels -> runtime -> ops -> quant -> optim, nn -> analysis, deploy -> search ->
+bench, demo -> experiments, __main__. ``optim`` and ``nn`` do not know each other, nothing of the package but
+``__main__`` knows ``bench``, no modules import each other in a circle, and no room uses another's private names.
+csrc/math sees the language's own headers at most, the loops that are compiled once per instruction set see no torch
+and no standard library, ``cpu`` and ``cuda`` never see each other.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ PACKAGE = Path(askew_kernels.__file__).parent
 ROOT = PACKAGE.parent
 CSRC = ROOT / "csrc"
 ORDER = [  # a room may import those of the lines above
-    {"contract", "atomic", "annealing"}, {"reference", "tuning", "command", "figures"}, {"triton_kernels"}, {"runtime"},
-    {"ops"}, {"quant"}, {"optim", "nn"}, {"recipe", "distillation"}, {"analysis", "deploy"},
+    {"contract", "atomic", "annealing", "library"}, {"reference", "tuning", "command", "figures"}, {"triton_kernels"},
+    {"runtime"}, {"ops"}, {"quant"}, {"optim", "nn"}, {"recipe", "distillation"}, {"analysis", "deploy"},
     {"search", "onnx", "torchao"}, {"bench", "demo"}, {"experiments"}, {"__main__"},
 ]  # fmt: skip
 FACADE = {"demo", "experiments"}  # write what a user writes: import askew_kernels as ak
@@ -38,7 +38,7 @@ for _room in ALLOWED:
     if _room not in ("__main__", "experiments"):
         ALLOWED[_room].discard("bench")
 TORCHS = {*dir(torch.Tensor), *dir(torch.nn.Module()), *dir(torch.optim.SGD([torch.zeros(1)]))}
-NOT_PRIVATE = {"_C", "_askew_quantizer"}  # the compiled module; what a user's parameter carries from nn to optim
+NOT_PRIVATE = {"_C", "_askew_quantizer"}  # the compiled library; what a user's parameter carries from nn to optim
 
 
 # ---- reading the sources --------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def imports(module):
 
 def rooms_of(module):
     """Rooms that this module imports; "" where it takes names of the whole package."""
-    found = [(target, rest) for target, rest, _ in imports(module) if rest not in (["__version__"], ["_C"])]
+    found = [(target, rest) for target, rest, _ in imports(module) if rest != ["__version__"]]
     return {room(target) for target, _ in found}
 
 

@@ -347,6 +347,16 @@ def test_scale_gradient(triton, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["uniform4", "narrow2", "binary", "nf4"])
+def test_soft_quantize(triton, name, dtype):
+    levels, grid = GRIDS[name]
+    for shape, slack in [((3, 129), 0.3), ((33, 32), 1e-3), ((1, 2500), 1.0), ((3, 0), 0.5)]:
+        w, s, slack = weights(shape, dtype), scales(shape[0]), torch.tensor(slack)
+        expected = reference.soft_quantize(w, s, levels, grid, slack)
+        assert_same(triton.soft_quantize(w, s, levels, grid, slack, by_pointer=shape[1] == 32), expected, shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["uniform4", "narrow2", "binary", "nf4"])
 def test_project_interval(triton, name, dtype):
     levels, grid = GRIDS[name]
     for shape, eps in [((3, 129), 0.3), ((33, 32), 1.6e-5), ((1, 2500), 1.0), ((3, 0), 0.5)]:

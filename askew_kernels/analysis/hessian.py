@@ -200,10 +200,7 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     """
     layers = quantized_layers(model)
     with torch.inference_mode(False), torch.no_grad():
-        weights = {
-            name: layer.weight.detach() if layer.computes_float
-            else layer.quantized_weight() for name, layer in layers.items()
-        }  # fmt: skip
+        weights = {name: layer.forward_weight() for name, layer in layers.items()}
         twin = copy.deepcopy(model) if layers else model
         named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
         uses: dict[int, list[Tensor]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -153,8 +154,14 @@ def comparison_report(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 # ---- plots: dots and distances from 1 on logarithmic axes, never bars ------------------------------------------------
 
-COLORS = {"ours": "#2a7f62", "baseline": "#5b6c8f", "peer": "#b9822f"}
-RED = "#b03a2e"
+GREY, ORANGE, BLUE, GREEN, PURPLE, VERMILION, SKY = figures.PALETTE
+KINDS = {  # of a row: its colour, its marker, what the legend calls it
+    "ours": (BLUE, "o", "this package"),
+    "baseline": ("#444444", "|", "baseline"),
+    "peer": (ORANGE, "D", "others"),
+}
+RED = VERMILION
+COLUMNS_OF_A_PLOT, TALLEST = 4, 9.0  # panels side by side; inches of a plot that fits a page
 
 
 def _limit_ratio(r: Row) -> float | None:
@@ -171,77 +178,144 @@ def _save(figure: Any, name: str, rows: Sequence[Row]) -> dict[str, bytes]:
     return figures.save(figure, name)
 
 
-def _log_axis(axis: Any, low: float, high: float) -> None:
+def _log_axis(axis: Any, low: float, high: float, narrow: bool = False) -> None:
     """Times over a baseline: 1 is a line, and a factor has the same length everywhere."""
     axis.set_xscale("log")
     axis.set_xlim(low, high)
-    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 2000 else (1,)
+    decades = math.log10(high / low) * (2 if narrow else 1)
+    steps = (1, 1.5, 2, 3, 5, 7) if decades < 1.3 else (1, 2, 5) if decades < 3.3 else (1,)
     ticks = [s * 10.0**e for e in range(-4, 6) for s in steps]
     axis.set_xticks([t for t in ticks if low <= t <= high])
     axis.set_xticks([], minor=True)
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.axvline(1.0, color=COLORS["baseline"], linewidth=1)
+    axis.axvline(1.0, color=KINDS["baseline"][0], linewidth=1)
 
 
-def _dots(axis: Any, case: Sequence[Row]) -> None:
+def _dots(axis: Any, case: Sequence[Row], names: Sequence[str]) -> None:
     """A row of the case: its ratio as a dot at its distance from 1, p20–p80 as whiskers, the value at the right edge;
-    the ceilings' limit of ours as a red mark."""
-    for y, r in enumerate(reversed(case)):
+    the ceilings' limit of ours as a red mark. names: from top to bottom; those that the case has not stay empty."""
+    for r in case:
+        y = len(names) - 1 - names.index(r.impl)
         ratio, p50 = r.ratio or math.nan, r.p50 or math.nan
-        color = COLORS.get(r.kind, "#999999")
+        color, marker, _ = KINDS.get(r.kind, ("#999999", "o", ""))
         axis.plot([1, ratio], [y, y], color=color, linewidth=1.2, alpha=0.45)
         axis.plot([ratio * (r.p20 or p50) / p50, ratio * (r.p80 or p50) / p50], [y, y], color=color, linewidth=3.2,
                   alpha=0.45, solid_capstyle="butt")  # fmt: skip
-        axis.plot([ratio], [y], "o", color=color, markersize=5)
+        axis.plot([ratio], [y], marker, color=color, markersize=9 if marker == "|" else 5, markeredgewidth=1.4)
         if r.kind == "ours" and (limit := _limit_ratio(r)):
-            axis.plot([limit], [y], "|", color=RED, markersize=10, markeredgewidth=1.6)
-        axis.annotate(_significant(ratio), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axis.set_yticks(range(len(case)), [r.impl for r in reversed(case)], fontsize=8)
-    axis.set_ylim(-0.7, len(case) - 0.3)
+            axis.plot([limit], [y], "x", color=RED, markersize=5, markeredgewidth=1.4)
+        axis.annotate(_significant(ratio), (1.02, y), xycoords=("axes fraction", "data"), va="center", fontsize=7.5)
+    axis.set_yticks(range(len(names)), reversed(names), fontsize=7.5)
+    axis.set_ylim(-0.7, len(names) - 0.3)
 
 
 def _legend(figure: Any, rows: Sequence[Row], columns: int = 5, spread: bool = True) -> None:
     from matplotlib.lines import Line2D
 
-    texts, kinds = {"ours": "this package", "baseline": "baseline", "peer": "others"}, {r.kind for r in rows}
-    looks: dict[str, dict[str, Any]] = {t: {"color": COLORS[k], "marker": "o"} for k, t in texts.items() if k in kinds}
+    kinds = {r.kind for r in rows}
+    looks: dict[str, dict[str, Any]] = {
+        text: {"color": color, "marker": marker, "markersize": 9 if marker == "|" else 5}
+        for kind, (color, marker, text) in KINDS.items()
+        if kind in kinds
+    }
     if any(r.kind == "ours" and _limit_ratio(r) for r in rows):
         looks["least time that the ceilings, measured in the same turns, allow ours"] = {
-            "color": RED, "marker": "|", "linestyle": "", "markersize": 10, "markeredgewidth": 1.6}  # fmt: skip
+            "color": RED, "marker": "x", "linestyle": "", "markersize": 5, "markeredgewidth": 1.4}  # fmt: skip
     if spread:
         looks["p20–p80"] = {"color": "#777777", "linewidth": 3.2, "alpha": 0.45}
     handles = [Line2D([], [], label=text, **look) for text, look in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8.5)
 
 
+def _families(cases: Iterable[list[Row]]) -> list[list[list[Row]]]:
+    """Cases that compare mostly the same implementations with the same baseline, up to four, stand side by side."""
+    families: list[list[list[Row]]] = []
+    for case in cases:
+        names = {r.impl for r in case}
+        for family in families:
+            known = {r.impl for other in family for r in other}
+            alike = len(known & names) >= 0.5 * len(known | names) and family[0][0].baseline == case[0].baseline
+            if alike and len(family) < COLUMNS_OF_A_PLOT:
+                family.append(case)
+                break
+        else:
+            families.append([case])
+    return families
+
+
+def _merged_names(family: Sequence[Sequence[Row]]) -> list[str]:
+    """All implementations, each behind the one that stands before it in its case."""
+    names: list[str] = []
+    for case in family:
+        place = 0
+        for r in case:
+            if r.impl not in names:
+                names.insert(place, r.impl)
+            place = names.index(r.impl) + 1
+    return names
+
+
 def _plot_cases(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
-    """One panel for each case, in columns of about equal height; all panels have the same axis."""
+    """Cases that compare the same implementations side by side, with the same axis; as many plots as pages need."""
+    pages: list[list[list[list[Row]]]] = [[]]
+    for family in _families(cases):
+        if pages[-1] and sum(map(_inches, [*pages[-1], family])) > TALLEST:
+            pages.append([])
+        pages[-1].append(family)
+    files: dict[str, bytes] = {}
+    for families, name in zip(pages, (suite, *(f"{suite}-{letter}" for letter in "bcdefgh")), strict=False):
+        files |= _plot_page(name, families)
+    return files
+
+
+def _inches(family: Sequence[Sequence[Row]]) -> float:
+    lines = max(title.count("\n") + 1 for title in _titles(family)[1])
+    return 0.19 * len(_merged_names(family)) + 0.7 + 0.15 * lines
+
+
+def _plot_page(name: str, families: Sequence[Sequence[Sequence[Row]]]) -> dict[str, bytes]:
     from matplotlib.figure import Figure
 
-    heights = [len(case) + 2.6 for case in cases]
-    half = next(i for i in range(len(cases) + 1) if sum(heights[:i]) >= sum(heights) / 2 - 2)
-    columns = [cases] if len(cases) < 3 else [*filter(None, (cases[:half], cases[half:]))]
-    tallest = max(sum(len(case) + 2.6 for case in column) for column in columns)
-    rows = [r for case in cases for r in case]
-    ends = [r.ratio * p / r.p50 for r in rows for p in (r.p20, r.p80) if r.ratio and r.p50 and p]
-    low, high = min(*ends, *filter(None, map(_limit_ratio, rows)), 1) * 0.8, max(*ends, 1) * 1.25
-    figure = Figure(figsize=(8.5 * len(columns), 0.24 * tallest + 1.0), layout="constrained")
-    several = len({r.allocator for r in rows}) > 1
-    for part, column in zip(figure.subfigures(1, len(columns), squeeze=False)[0], columns, strict=True):
-        ratios = [len(case) + 2.6 for case in column]
-        ratios += [tallest - sum(ratios)] * (tallest > sum(ratios))
-        axes = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios)[:, 0]
-        for axis in axes[len(column) :]:
-            axis.set_axis_off()
-        for axis, case in zip(axes, column, strict=False):
-            head = case[0]
-            allocator = f", {head.allocator} allocator" if several else ""
-            figures.label(axis, f"{head.op}, {head.shape}{allocator}", grid="x")
-            _log_axis(axis, low, high)
-            _dots(axis, case)
-            axis.set_xlabel(f"time ÷ {head.baseline} (log)", fontsize=8)
-    _legend(figure, rows, 5 if columns[1:] else 3)
-    return _save(figure, suite, rows)
+    heights = [_inches(family) for family in families]
+    columns = max(map(len, families))
+    figure = Figure(figsize=(3.4 + 2.2 * max(columns, 2), sum(heights) + 0.8), layout="constrained")
+    parts = figure.subfigures(len(families), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for part, family in zip(parts, families, strict=True):
+        names, rows = _merged_names(family), [r for case in family for r in case]
+        ends = [r.ratio * p / r.p50 for r in rows for p in (r.p20, r.p80) if r.ratio and r.p50 and p]
+        low, high = min(*ends, *filter(None, map(_limit_ratio, rows)), 1) * 0.8, max(*ends, 1) * 1.25
+        axes = part.subplots(1, len(family), squeeze=False, sharey=True)[0]
+        common, titles = _titles(family)
+        for axis, case, title in zip(axes, family, titles, strict=True):
+            figures.label(axis, title, grid="x")
+            axis.title.set_fontsize(8.5)
+            _log_axis(axis, low, high, narrow=_is_narrow(family))
+            _dots(axis, case, names)
+            axis.tick_params(axis="x", labelsize=7.5)
+        part.suptitle(common, x=0.01, ha="left", fontsize=9.5, fontweight="bold")
+        part.supxlabel(f"time ÷ {family[0][0].baseline} (log)", fontsize=8)
+    rows = [r for family in families for case in family for r in case]
+    _legend(figure, rows, 3 if columns < 3 else 5)
+    return _save(figure, name, rows)
+
+
+def _is_narrow(family: Sequence[Sequence[Row]]) -> bool:
+    return len(family) > 2
+
+
+def _titles(family: Sequence[Sequence[Row]]) -> tuple[str, list[str]]:
+    """What all cases of a family have in common, and what is left of each, in lines that its panel holds."""
+    parts = []
+    for head, *_ in family:
+        words = [word for word in head.op.split(", ") if not head.shape.startswith(word)]
+        parts.append([*words, head.shape, f"{head.allocator} allocator" if head.device_type == "cpu" else ""])
+    common = [text for text in parts[0] if all(text in part for part in parts)]
+    left = [_listed(*(text for text in part if text not in common)) for part in parts]
+    return _listed(*common), [textwrap.fill(text, 27 if _is_narrow(family) else 60) for text in left]
+
+
+def _color(names: Sequence[str], name: str) -> str:
+    return figures.PALETTE[names.index(name) % len(figures.PALETTE)]
 
 
 def _size_of(shape: str) -> tuple[str, float]:
@@ -270,8 +344,9 @@ def _plot_sizes(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         for impl, mine in grouped(rows, lambda r: r.impl).items():
             mine.sort(key=lambda r: _size_of(r.shape)[1])
             ours = mine[0].kind == "ours"
-            axis.plot([_size_of(r.shape)[1] for r in mine], [r.ratio for r in mine], marker="o", markersize=4,
-                      color=f"C{names.index(impl)}", linewidth=2.2 if ours else 1.2, label=impl,
+            axis.plot([_size_of(r.shape)[1] for r in mine], [r.ratio for r in mine], markersize=4.5,
+                      marker=figures.MARKERS[names.index(impl) % len(figures.MARKERS)],
+                      color=_color(names, impl), linewidth=2.2 if ours else 1.2, label=impl,
                       linestyle="-" if ours else "--")  # fmt: skip
         sizes = sorted({_size_of(r.shape)[1] for r in rows})
         figures.label(axis, f"{op}, {unit}", f"{unit.split()[0]} (log)")
@@ -298,7 +373,8 @@ def _plot_losses(suite: str, cases: list[list[Row]]) -> dict[str, bytes]:
         plain = next((r.losses for r in case if r.kind == "baseline"), None) or []
         for r in case:
             losses = r.losses or []
-            how = {"color": f"C{names.index(r.impl)}", "linewidth": 2.4 if r.kind == "ours" else 1.3, "label": r.impl}
+            how = {"color": _color(names, r.impl), "linewidth": 2.4 if r.kind == "ours" else 1.3, "label": r.impl,
+                   "linestyle": ("-", "--", "-.", ":")[names.index(r.impl) % 4]}  # fmt: skip
             above.plot(range(1, len(losses) + 1), losses, **how, alpha=0.8)
             apart = [a - b for a, b in zip(losses, plain, strict=False)]
             means = [sum(apart[k : k + 8]) / 8 for k in range(len(apart) - 7)]
@@ -336,11 +412,11 @@ def plot_summary(found: list[HeadlineFigures]) -> dict[str, bytes]:
     _log_axis(axis, min(*ratios, 1) * 0.8, max(*ratios, 1) * 1.3)
     for y, f in enumerate(reversed(found)):
         for _, r in f.peers:
-            axis.plot([r.ratio], [y], "o", color=COLORS["peer"], markersize=5, alpha=0.75)
+            axis.plot([r.ratio], [y], "D", color=ORANGE, markersize=5, alpha=0.75)
         if limit := _limit_ratio(f.ours):
-            axis.plot([limit], [y], "|", color=RED, markersize=11, markeredgewidth=1.6)
-        axis.plot([1, f.ours.ratio], [y, y], color=COLORS["ours"], linewidth=1.4, alpha=0.5)
-        axis.plot([f.ours.ratio], [y], "o", color=COLORS["ours"], markersize=6)
+            axis.plot([limit], [y], "x", color=RED, markersize=6, markeredgewidth=1.6)
+        axis.plot([1, f.ours.ratio], [y, y], color=BLUE, linewidth=1.4, alpha=0.5)
+        axis.plot([f.ours.ratio], [y], "o", color=BLUE, markersize=6)
         best = min(f.peers, key=lambda p: p[1].ratio or math.inf, default=None)
         text = f"  ({best[0]} {_significant(best[1].ratio)})" if best else ""
         axis.annotate(f"{_significant(f.ours.ratio)}{text}", (1.01, y), xycoords=("axes fraction", "data"),
@@ -417,9 +493,18 @@ def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
         parts += ["## Goals", goals_markdown(rows)]
     for suite, members in by_suite(rows).items():
         shown = [name for name in plots if re.fullmatch(rf"{suite}(-[a-z-]+)?\.png", name)]
-        parts += [f"## {suite}", *(f"![{name}]({name})" for name in shown)]
+        parts += [f"## {suite}", *(f"![{_alt_text(suite, name)}]({name})" for name in shown)]
         parts += [case_markdown(case) for case in by_case(members).values()]
     return "\n\n".join(parts) + "\n"
+
+
+def _alt_text(suite: str, name: str) -> str:
+    if name.endswith("-losses.png"):
+        return f"{suite}: the training losses, and how far they are from the float model's"
+    axis = "over the size, " if name.endswith("-by-size.png") else ""
+    return (
+        f"{suite}: each implementation's time over its baseline's, {axis}on logarithmic axes; the numbers stand below"
+    )
 
 
 def plain_report(rows: Sequence[Row]) -> str:

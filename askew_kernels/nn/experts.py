@@ -61,6 +61,8 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
         """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
         if self.computes_float:
             return self.weight
+        if self.softens:
+            return self._soft_weight()
         if not self._ordinary():
             return self._functional_weight()
         weight: Any = self._eager_weight(self.weight.dtype)

@@ -524,6 +524,7 @@ def _of_holder(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
+#: Name -> the kind of layer: its classes, and how its weight is laid out.
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (
     Kind("linear", "linear", nn.Linear, AskewLinear, PackedLinear, ("out_features", "in_features"), (), geometry=(),
          dims=2, output=0, token_dims=1, product=lambda layer, x, weight, bias: functional.linear(x, weight, bias),

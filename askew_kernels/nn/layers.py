@@ -29,7 +29,8 @@ from ..contract import compute_dtype
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.gradients import INT8_GRADIENT, LUQ
-from ..quant.sharding import is_sharded, local_part, own_rows, refuse_learned
+from ..quant.scales import row_tops, scales_of_tops
+from ..quant.sharding import is_sharded, local_part, refuse_learned, sharding_of, split_by
 from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
 from .compiled import clip_, kept_linear
 from .inputs import InputQuantizer
@@ -59,8 +60,17 @@ def token_rows(x: Tensor, token_dims: int) -> int:
     return math.prod(x.shape[: max(0, x.dim() - token_dims)])
 
 
-def quantized_input(x: Tensor, grid: Any, token_dims: int) -> Tensor:
-    """s Q(x/s) of a layer's input, straight-through; s = max|x| / c_max over the last ``token_dims`` dimensions."""
+def quantized_input(x: Any, grid: Any, token_dims: int) -> Tensor:
+    """s Q(x/s) of a layer's input, straight-through; s = max|x| / c_max over the last ``token_dims`` dimensions, also
+    where they are split over ranks."""
+    if is_sharded(x):
+        (mesh, placements), part = sharding_of(x), x.to_local()
+        tops = row_tops(part, token_rows(part, token_dims))
+        for dim, of_x in split_by(placements).items():
+            if of_x % x.dim() >= x.dim() - token_dims:
+                torch.distributed.all_reduce(tops, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+        y = _fake_quantized(part, scales_of_tops(tops, [grid.c_max])[0], grid, False)
+        return type(x).from_local(y, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
     return _fake_quantized(x, activation_scales(x, [grid.c_max], token_rows(x, token_dims))[0], grid, False)
 
 
@@ -138,7 +148,9 @@ def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
 
 
 def _like(came: Tensor, present: Tensor) -> Tensor:
-    """On the device of ``present`` and of its type; the same Parameter where it is one."""
+    """On the device of ``present`` and of its type, of replicas of a mesh this rank's; the same Parameter where it is
+    one."""
+    came = local_part(came)
     return came if isinstance(came, nn.Parameter) else came.to(present.device, present.dtype)
 
 
@@ -248,11 +260,7 @@ class QuantizedLayer(nn.Module):
                 if old is not None and not is_sharded(old) and not is_sharded(value):
                     quantizer.untie(old)
                 if is_sharded(value):
-                    self.form.check_sharded(value)
-                    if self.config.learns_scale:
-                        refuse_learned(value, type(self).__name__)
-                    value._askew_quantizer = quantizer  # type: ignore[attr-defined]  # what an optimizer looks for
-                    self.__dict__["_shard"] = value
+                    self._take_shard(value, quantizer)
                 elif was_tied and (quantizer.frozen or not self.training):
                     scale = "with the frozen scale of the old one" if quantizer.frozen else "by its rule"
                     warnings.warn(
@@ -266,6 +274,26 @@ class QuantizedLayer(nn.Module):
             empty = empty_state(self.quantizer.scale.numel(), value.device)[STATE.index(name)]
             value = (nn.Parameter(empty) if isinstance(held, nn.Parameter) else empty) if held.is_meta else held
         super().__setattr__(name, value)
+
+    def _take_shard(self, value: Any, quantizer: WeightQuantizer) -> None:
+        """A weight that is split over ranks. Raises NotImplementedError where its scales cannot be."""
+        if self.config.learns_scale:
+            refuse_learned(value, type(self).__name__)
+        quantizer.part(value)
+        value._askew_quantizer, quantizer.sharded_type = quantizer, value.dtype  # what an optimizer looks for
+        shard = self.__dict__.get("_shard")
+        if shard is None or value.device_mesh.ndim >= shard.device_mesh.ndim:
+            self.__dict__["_shard"] = value
+        else:  # gathered by FSDP2, of TP's parts
+            quantizer.written_unseen(value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Tensor parallelism puts its parts in their places by this."""
+        quantizer = self.__dict__.get("quantizer")
+        if name == "weight" and param is not None and quantizer is not None and is_sharded(param):
+            quantizer.invalidate()
+            self._take_shard(param, quantizer)
+        super().register_parameter(name, param)
 
     @property
     def weight_scale(self) -> Tensor:  # type: ignore[override]
@@ -291,9 +319,8 @@ class QuantizedLayer(nn.Module):
         quantizer, scale = self._tied(), self.weight_scale.clone()
         shard = self.__dict__.get("_shard")  # under FSDP2: what stays, also while the whole weight is gathered
         if shard is not None:
-            part, own = local_part(shard), own_rows(shard, len(scale))
-            view = self.form.view(part)
-            view.copy_(ops.fake_quantize(view, scale[own], self.config.weight))
+            view = self.form.view(local_part(shard))
+            view.copy_(ops.fake_quantize(view, quantizer.part(shard).take(scale), self.config.weight))
         if not is_sharded(self.weight):
             self.weight.copy_(self.quantized_weight())
         quantizer.freeze(self.weight, scale)
@@ -344,7 +371,8 @@ class QuantizedLayer(nn.Module):
 
     def _functional_scale(self, weight: Tensor) -> Tensor:
         """``weight_scale`` as a function of the weight and the buffers; nothing is kept."""
-        weight = weight.full_tensor() if is_sharded(weight) else weight  # type: ignore[attr-defined]
+        if is_sharded(weight):
+            return self._tied().scale_of_parts(weight)
         return self.quantizer.scale_for(weight, self._held())
 
     def _functional_weight(self) -> Tensor:
@@ -359,6 +387,41 @@ class QuantizedLayer(nn.Module):
             slopes = learned_slopes(view(weight), scale, config.weight)
             y = y + ((learned - learned.detach())[:, None] * slopes).to(y.dtype).reshape(y.shape)  # 0, with a gradient
         return view(y)  # of a view, the inverse is its view
+
+    def _soft_weight(self) -> Tensor:
+        """What stands between the weight and s Q(w/s) by a recipe's slack, straight-through; nothing is kept."""
+        weight: Any = self.weight
+        if is_sharded(weight):
+            return self._weight_of_parts()
+        ordinary = self._ordinary()
+        scale = self.quantizer.current_scale(weight) if ordinary else self._functional_scale(weight)
+        view = self.form.view
+        soft = view(self._softened(view(weight), scale))
+        return _StraightThrough.apply(weight, soft, None) if ordinary else weight + (soft - weight).detach()
+
+    def _softened(self, point: Tensor, scale: Tensor) -> Tensor:
+        grid, slack = self.config.weight, self.quantizer.slack.to(point.device)  # type: ignore[union-attr]
+        scale = scale.double() if point.dtype == torch.float64 else scale
+        return ops.run_soft_quantize(point, scale, grid.levels_tensor(point.device), grid.encoding, slack)
+
+    def forward_weight(self) -> Tensor:
+        """What the next forward computes with, detached: the weight, s Q(w/s), or what a recipe has in between."""
+        if self.computes_float:
+            return self.weight.detach()
+        return self._soft_weight().detach() if self.softens else self.quantized_weight()
+
+    def _weight_of_parts(self) -> Tensor:
+        """s Q(w/s) of a weight that tensor parallelism has split (or what a recipe has in between), differentiable:
+        every rank quantizes its part."""
+        weight: Any = self.weight
+        quantizer, view, config = self._tied(), self.form.view, self.config
+        scale, part = quantizer.part(weight).take(quantizer.scale_of_parts(weight)), view(weight.to_local())
+        if self.softens:
+            y = view(part + (self._softened(part, scale) - part).detach())
+        else:
+            y = view(_fake_quantized(part, scale, config.weight, config.clips_in_backward))
+        return type(weight).from_local(y, *sharding_of(weight), run_check=False, shape=weight.shape,
+                                       stride=weight.stride())  # fmt: skip
 
     def _eager_weight(self, dtype: torch.dtype) -> Tensor:
         """s Q(w/s), differentiable: the quantizer's own copy."""
@@ -459,21 +522,35 @@ class QuantizedLayer(nn.Module):
         """Whether this forward takes the float weights: in training, where the config or a recipe's start says so."""
         return self.training and (self.config.forward == "relaxed" or self.quantizer.floating)
 
+    @property
+    def softens(self) -> bool:
+        """Whether it takes what stands between these and s Q(w/s)."""
+        return self.training and self.quantizer.slack is not None and self.config.forward != "relaxed"
+
     def _output(self, x: Tensor, *more: Any) -> Tensor:
         if self.training and self.quantizer.floating:
             return self.product(x, self.weight, *more)
         if (levels := self.config.level_dtype) is not None:
+            if is_sharded(x):
+                raise NotImplementedError(
+                    f"forward: {self.config.forward!r} multiplies whole rows, and the input of this "
+                    f"{type(self).__name__} is split over ranks; expected 'hard' or 'relaxed'"
+                )
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
             return self.product(x, self.weight, *more)
+        if self.softens:
+            return self.product(x, self._soft_weight(), *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
         if not more and self._compiled_with_copy(x):
             low, tensors = autocast_dtype(x), [t.detach() for t in self._held()]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
+        if is_sharded(self.weight):
+            return self.product(x, self._weight_of_parts(), *more)
         return self.product(x, self._functional_weight(), *more)
 
     # ---- checkpoints: plain keys, and the quantizer's tensors ----
@@ -518,7 +595,7 @@ class QuantizedLayer(nn.Module):
         if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
-        quantizer.invalidate()
+        quantizer.came()
         quantizer.look()
         if came and not any(there) and (quantizer.frozen or metadata.get("version") != 1):
             warnings.warn(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,10 +25,12 @@ from .. import ops, runtime
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
+from ..quant.sharding import is_sharded
 from .bands import Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
+from .parallel import being_split, parallel_product, split, stand_in
 from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
@@ -148,7 +151,10 @@ class PackedLayer(nn.Module):
 
     def rows_of(self, part: slice | None) -> tuple[Tensor, Tensor]:
         """Codes and scales of these rows of the matrix; views."""
-        codes, scale = self.weight_codes, self.weight_scale
+        codes: Any = self.weight_codes
+        scale: Any = self.weight_scale
+        if "_split" in self.__dict__:  # a call for all ranks
+            codes, scale = codes.full_tensor(), scale.full_tensor()
         if part is None:
             return codes, scale
         return codes[part], scale.reshape(self.rows, -1)[part].reshape(-1) if scale.numel() > 1 else scale
@@ -175,13 +181,22 @@ class PackedLayer(nn.Module):
         """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
         if "weight_codes" not in self._buffers:
             raise AttributeError("weight")  # while nn.Conv2d makes its own
-        return self.dequantize() if torch.compiler.is_compiling() else DecodedWeight(self)
+        if torch.compiler.is_compiling():
+            return self.dequantize()
+        return stand_in(self) if being_split() else DecodedWeight(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
+            if param is not None and is_sharded(param):
+                return split(self, param)
             raise AttributeError("weight: a packed layer keeps codes, it can be given no other weight; call "
                                  "unpack_(model) first")  # fmt: skip
         super().register_parameter(name, param)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As ever; to tensor parallelism also a weight, which it looks for to split."""
+        found = super().named_parameters(*args, **kwargs)
+        return iter([("weight", stand_in(self)), *found]) if being_split() else found
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
@@ -200,6 +215,8 @@ class PackedLayer(nn.Module):
         """The result for a node of torch.fx's graph, of which a layer is a leaf, and a nested tensor; else None."""
         if isinstance(x, Proxy):
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})  # type: ignore[attr-defined]
+        if is_sharded(x):
+            return parallel_product(self, x)
         return self._nested(x) if x.is_nested else None
 
     def _nested(self, x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ __all__ = [
     "rate_tensor",
 ]
 
+#: The types of weights and gradients that every operator takes.
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -48,6 +49,7 @@ def check_tensor(name: str, t: Any) -> None:
 
 
 def check_float_tensor(name: str, t: Any) -> None:
+    """Raises TypeError, naming ``name``, unless ``t`` is a dense tensor of one of ``FLOAT_TYPES``."""
     check_tensor(name, t)
     if t.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
@@ -84,6 +86,7 @@ def check_like(
 
 
 def check_grid(grid: Any) -> None:
+    """Raises TypeError unless ``grid`` has what operators ask of a ``quant.Grid``."""
     if not (hasattr(grid, "encoding") and hasattr(grid, "levels_tensor")):
         raise TypeError(f"grid: expected a grid such as Uniform(bits=4), Binary(), Ternary(), got {grid!r}")
 
@@ -118,6 +121,7 @@ def check_weight(name: str, x: Any, scale: Any, grid: Any) -> tuple[Tensor, Tens
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    """``value`` as a finite float in [low, high], or (low, high]. Raises TypeError/ValueError, naming ``name``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     value = float(value)

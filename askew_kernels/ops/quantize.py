@@ -20,8 +20,8 @@ from .schema import define, like_first
 
 __all__ = [
     "fake_quantize", "fake_quantize_out_", "project_interval_", "row_sums", "run_fake_quantize",
-    "run_fake_quantize_backward", "run_ste_clip_", "run_ste_clip_scale_grad", "scale_grad_factor", "ste_clip_",
-    "ste_clip_scale_grad_",
+    "run_fake_quantize_backward", "run_soft_quantize", "run_ste_clip_", "run_ste_clip_scale_grad", "scale_grad_factor",
+    "soft_quantize", "ste_clip_", "ste_clip_scale_grad_",
 ]  # fmt: skip
 
 
@@ -112,6 +112,7 @@ define("ste_clip_", f"(Tensor(a!) grad, {_WEIGHT}) -> ()")
 define("ste_clip_scale_grad_", f"(Tensor(a!) grad, {_WEIGHT}, bool ste_clip, float factor) -> Tensor",
        fake=lambda grad, x, scale, *_args: torch.empty_like(scale))  # fmt: skip
 define("project_interval_", "(Tensor(a!) w, Tensor scale, Tensor levels, int[] grid, Tensor eps) -> ()")
+define("soft_quantize", f"({_WEIGHT}, Tensor slack) -> Tensor", fake=like_first)
 define("row_sums", "(Tensor x, int rows) -> Tensor", batch=one_by_one,
        fake=lambda x, rows: x.new_empty((rows, NUM_ROW_SUMS), dtype=torch.float32))  # fmt: skip
 
@@ -229,6 +230,28 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     below_autograd("project_interval_", w, written.writable(w, layout(w, weight[0].numel())), *weight, eps)
     written.finish([w])
     return w
+
+
+def soft_quantize(x: Tensor, scale: Tensor, grid: Any, slack: float | Tensor) -> Tensor:
+    """Between x (slack = 1) and s Q(x / s) (slack -> 0), without a gradient: what layers compute with while a recipe
+    leads a network from its float weights to the quantized ones.
+
+    Inside the hull, for x/s in a bracket of length Delta, u Delta away from the nearer level c:
+
+        y = s (c +- Delta max(u - (1 - slack) / 2, 0) / slack)
+
+    so that the slope is 0 near the levels and 1 / slack at the midpoint; outside, y = s c_end + slack (x - s c_end).
+    x: any shape, float; scale: () or (rows,); slack in (0, 1], a float or a 0-dim tensor. Returns a contiguous tensor
+    like ``x``. Raises TypeError/ValueError naming the argument. Source: PARQ's proximal map, Jin et al., ICML 2025.
+    """
+    weight = check_weight("x", x, scale, grid)
+    return run_soft_quantize(x, *weight, rate_tensor("slack", slack, 0.0, 1.0, open_low=True))
+
+
+def run_soft_quantize(x: Tensor, *inputs: Any) -> Tensor:
+    """The operator without the checks."""
+    x = x.detach().contiguous()
+    return below_autograd("soft_quantize", x, x, *inputs)
 
 
 def row_sums(x: Tensor, rows: int) -> Tensor:

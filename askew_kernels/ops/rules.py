@@ -56,6 +56,7 @@ def _number_of(name: str, options: Mapping[str, Any]) -> float:
     return found
 
 
+#: Name -> the rule of an update: its buffers, numbers and source. Operators and optimizers are made from this table.
 RULES = {
     rule.name: rule
     for rule in (

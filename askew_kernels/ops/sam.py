@@ -33,6 +33,8 @@ def _define(name: str, schema: str, **entry: Any) -> Callable[..., Any]:
         flat.finish(*(tensors for w, tensors in zip(writes, args, strict=False) if w))
         return result
 
+    run.__name__ = run.__qualname__ = f"run_{name.rstrip('_')}"
+    run.__doc__ = f"The operator ``askew::{name}`` over lists of equal shapes, without checks: ``{schema}``."
     return run
 
 

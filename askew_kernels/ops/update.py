@@ -26,6 +26,7 @@ SCHEMA = (
 for _rule in RULES.values():
     define(_rule.operator, SCHEMA)
 
+#: What the skewed velocity takes the place of: the gradient (as published), or the base optimizer's direction.
 SKEWS = ("gradient", "direction")
 
 

@@ -256,7 +256,7 @@ class ByRule(Constrained):
 
     def _update_prepared(self, plan: Plan, launch: Launch, group: dict[str, Any], grads: list[Tensor],
                          totals: Tensor | None, arguments: dict[str, Any]) -> bool:  # fmt: skip
-        if not (plan.used and plan.direct and ops.prepares(launch.members[0])) or launch.held is None:
+        if not (plan.used and plan.direct and ops.prepares(launch.members[0])) or launch.held is None or launch.sharded:
             return False
         lists = dict(launch.held.lists)
         steps = lists.pop("step", None)

@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import made_for_a_part, sharding_of
-from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_rows, spare_frozen_scales
+from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_sums, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -308,7 +308,7 @@ class Constrained(Optimizer):
             if self.saved_weights or not self._update_prepared(plan, launch, group, grads, room, arguments):
                 weights, scales = launch.viewed(members), [q.scale for q in quantizers]
                 if launch.sharded:
-                    scales = [s[own] for s, own in zip(scales, launch.own, strict=True)]
+                    scales = [part.take(s) for s, part in zip(scales, launch.parts, strict=True)]
                 self._update(
                     launch, group, weights, scales, launch.levels, launch.encodings, launch.copies,
                     ops.SkewStats(launch.sums, totals), **arguments, clamp=launch.clamp, contiguous=launch.contiguous,
@@ -318,8 +318,9 @@ class Constrained(Optimizer):
             for q in quantizers:  # their scales have moved on
                 q.invalidate()
             raise
-        if launch.sharded and not quantizers[0].frozen:
-            share_rows(quantizers, members)
+        if launch.sharded and any(launch.summed):
+            told = [i for i, summed in enumerate(launch.summed) if summed]
+            share_sums([quantizers[i] for i in told], [members[i] for i in told], [launch.sums[i] for i in told])
         launch.updated(clamped, plan.linked)
         if self.saved_weights:
             for p in members:

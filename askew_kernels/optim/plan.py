@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import contract, ops
 from ..quant import WeightQuantizer
 from ..quant.forms import ROWS
-from ..quant.sharding import is_sharded, local_part, own_rows
+from ..quant.sharding import is_sharded, local_part
 from ..quant.state import Changes, ScaleBatch
 
 version, dtype = operator.attrgetter("_version"), operator.attrgetter("dtype")
@@ -63,9 +63,9 @@ class Launch:
         """The outputs, and how the next scales come from them."""
         copies = [q.copy_to_write(p) for q, p in zip(self.quantizers, self.members, strict=True)]
         sums = [q.sums_to_write() for q in self.quantizers]
-        if self.sharded:  # the kernel sees this rank's parts, and the rows of scales and sums that are theirs
-            self.own = [own_rows(p, q.rows(p)) for q, p in zip(self.quantizers, self.members, strict=True)]
-            sums = [None if s is None else s[own] for s, own in zip(sums, self.own, strict=True)]
+        if self.sharded:  # the kernel sees this rank's parts, and leaves their sums where all ranks' come together
+            self.parts = [q.part(p) for q, p in zip(self.quantizers, self.members, strict=True)]
+            sums = [None if s is None else part.take(s).clone() for s, part in zip(sums, self.parts, strict=True)]
         self.copied, self.summed = [c is not None for c in copies], [s is not None for s in sums]
         copies = [None if c is None else form.view(c) for form, c in zip(self.forms, copies, strict=True)]
         self.copies, self.sums = self._or_empty(copies), self._or_empty(sums)

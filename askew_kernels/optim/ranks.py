@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.sharding import local_part, sharding_of
+from ..quant.sharding import local_part, sharding_of, split_by
 
 
 def sum_over_ranks(parts: Iterable[tuple[Tensor, Tensor]], groups: list[dict[str, Any]], shape: tuple[int, ...] = ()
@@ -30,9 +30,8 @@ def sum_over_ranks(parts: Iterable[tuple[Tensor, Tensor]], groups: list[dict[str
     totals = []
     for key, p in shardings.items():
         value = sums[key] if key in sums else torch.zeros(shape, dtype=torch.float64, device=local_part(p).device)
-        for dim, placement in enumerate(key[1] if key else ()):
-            if placement.is_shard():
-                torch.distributed.all_reduce(value, group=key[0].get_group(dim))
+        for dim in split_by(key[1]) if key else ():
+            torch.distributed.all_reduce(value, group=key[0].get_group(dim))
         totals.append(value)
     return functools.reduce(lambda total, value: total + value.to(total.device), totals)
 

@@ -65,14 +65,14 @@ class SAM(Wrapper):
     ``SAM(params, torch.optim.SGD, rho=0.05, lr=0.1)``. ``param_groups``, ``defaults`` and ``state`` are the base's own
     objects, so LR schedulers, ``EpsilonAnnealing`` and checkpoints see one optimizer. Group keys:
 
-    ============  ===================================================================================================
-    ``rho``       radius, >= 0; a float or a 0-dim tensor, may be scheduled
-    ``eta``       added to |w| in T, >= 0
-    ``adaptive``  True, False, or None: as published by name, "weight" in it (names are known from ``named_parameters``
-                  or ``model``), otherwise tensors of 2 or more dimensions
-    ``sam_steps`` steps made and the last surrogate gap, the same in every group: they stand here because this is where
-    ``sam_gap``   every writer of checkpoints looks. Not to be set
-    ============  ===================================================================================================
+    =============  ===================================================================================================
+    ``rho``        radius, >= 0; a float or a 0-dim tensor, may be scheduled
+    ``eta``        added to |w| in T, >= 0
+    ``adaptive``   True, False, or None: as published by name, "weight" in it (names are known from ``named_parameters``
+                   or ``model``), otherwise tensors of 2 or more dimensions
+    ``sam_steps``  steps made and the last surrogate gap, the same in every group: they stand here because this is where
+    ``sam_gap``    every writer of checkpoints looks. Not to be set
+    =============  ===================================================================================================
 
     Groups with ``maximize=True`` are perturbed to where the objective is lower, which is the worse side there.
 

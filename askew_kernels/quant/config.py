@@ -33,33 +33,41 @@ SCALE_FIELDS = ("scale", "granularity", "group_size", "sawb_coefficients", "scal
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How one layer's weight is quantized.
+    """How one layer's weight, its inputs and its gradients are quantized.
 
-    weight: the grid. scale: a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``; ``ocp`` with powers of
-    two); None (default) becomes the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is a Parameter of the
-    layer, ``weight_scale``, and learned until it is frozen (docs/pytorch.md). granularity: ``per_tensor``,
-    ``per_channel`` or ``per_group`` with ``group_size``. forward: ``"hard"`` computes with s Q(w/s), straight-through
-    for the gradient; ``"relaxed"`` with the float weights in training and with s Q(w/s) in eval, as published;
-    ``"fp8"`` and ``"int8"`` (linear layers)
-    multiply levels of a byte, those of the weight by those of the input, which is quantized token by token
-    (``ops.token_levels``), with the gradients of the float product (docs/pytorch.md).
-    ``sawb_coefficients``: another (c1, c2) than the rule's own. ``ste_clip``: zero the gradient outside the hull:
-    True (default) in each backward, ``"step"`` in the optimizer's own pass, which zeroes the sum of a step's gradients
-    (12 bytes a weight less to move; by the scale that the step starts from, which is the forward's once it is frozen;
-    a gradient that is read before the step, as for its norm, is not zeroed yet; for ``ASkewSGD`` and its like, not with
-    ``forward="relaxed"``), False never.
-    ``activation``: the grid of the layer's input, whose scale is its own largest magnitude, token by token (nn.Linear)
-    or image by image (nn.Conv2d); None (default): the input stays float, or, with ``forward="fp8"`` and ``"int8"``, may
-    be any number that these hold.
-    ``activation_scale``: how that scale is found; None (default) as above, ``"lsq"`` one that is learned for the layer,
-    ``"lsq+"`` one with an offset, for inputs that do not lie around 0 (``nn.inputs``).
-    ``gradient``: what the gradient of the layer's output is rounded to, stochastically and without bias, by numbers
-    that torch's generator seeds: ``LUQ(bits=4)`` before both products of the backward; ``"int8"`` (with
-    ``forward="int8"``) token by token for the input's gradient, which is a product of levels then (the weight's stays
-    float); None (default): nothing.
-    ``scale_dtype``: "float32", or what the scales are rounded to wherever they are computed, so that a file can keep
-    them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn" (E4M3 numbers times one power
-    of two for the tensor, ``quant.scale_unit``); a torch.dtype does, too.
+    =====================  ===========================================================================================
+    ``weight``             the grid
+    ``scale``              a rule's name (``absmax``, ``sawb``, ``mean``, ``rms``, ``mse``; ``ocp`` with powers of
+                           two); None (default) becomes the grid's own, ``quant.default_rule``; ``"lsq"``: the scale is
+                           a Parameter of the layer, ``weight_scale``, and learned until it is frozen
+                           (docs/pytorch.md)
+    ``granularity``        what has one scale: ``per_tensor``, ``per_channel`` (each output) or ``per_group``:
+    ``group_size``         … so many weights along the inputs of an output
+    ``forward``            ``"hard"`` computes with s Q(w/s), straight-through for the gradient; ``"relaxed"`` with the
+                           float weights in training and with s Q(w/s) in eval, as published; ``"fp8"`` and
+                           ``"int8"`` (linear layers) multiply levels of a byte, those of the weight by those of the
+                           input, which is quantized token by token (``ops.token_levels``), with the gradients of the
+                           float product (docs/pytorch.md)
+    ``sawb_coefficients``  another (c1, c2) than the rule's own
+    ``ste_clip``           zero the gradient outside the hull: True (default) in each backward; ``"step"`` in the
+                           optimizer's own pass, which zeroes the sum of a step's gradients (12 bytes a weight less to
+                           move; by the scale that the step starts from, which is the forward's once it is frozen; a
+                           gradient that is read before the step, as for its norm, is not zeroed yet; for ``ASkewSGD``
+                           and its like, not with ``forward="relaxed"``); False never
+    ``activation``         the grid of the layer's input, whose scale is its own largest magnitude, token by token
+                           (nn.Linear) or image by image (nn.Conv2d); None (default): the input stays float, or, with
+                           ``forward="fp8"`` and ``"int8"``, may be any number that these hold
+    ``activation_scale``   how that scale is found; None (default) as above, ``"lsq"`` one learned for the layer,
+                           ``"lsq+"`` one with an offset, for inputs that do not lie around 0 (``nn.inputs``)
+    ``gradient``           what the gradient of the layer's output is rounded to, stochastically and without bias, by
+                           numbers that torch's generator seeds: ``LUQ(bits=4)`` before both products of the backward;
+                           ``"int8"`` (with ``forward="int8"``) token by token for the input's gradient, which is a
+                           product of levels then (the weight's stays float); None (default): nothing
+    ``scale_dtype``        "float32", or what the scales are rounded to wherever they are computed, so that a file can
+                           keep them in it: "float16", "bfloat16", "float8_e8m0fnu" (powers of two), "float8_e4m3fn"
+                           (E4M3 numbers times one power of two for the tensor, ``quant.scale_unit``); a torch.dtype
+                           does, too
+    =====================  ===========================================================================================
 
     Raises ValueError/TypeError naming the field. ``to_dict``/``from_dict`` and ``to_json``/``from_json`` round-trip.
     """

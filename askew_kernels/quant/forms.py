@@ -11,7 +11,7 @@ their order.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,13 +61,6 @@ class Form(NamedTuple):
     def laid_out(self, data: Tensor) -> Tensor:
         """The same numbers in the order of the matrix; ``data`` itself where it is in it, and for other forms."""
         return self.view(self.view(data).contiguous()) if self.transposed else data
-
-    def check_sharded(self, weight: Any) -> None:
-        """NotImplementedError for a DTensor whose shards are not rows of the matrix."""
-        if self.transposed and any(p.is_shard(0) for p in weight.placements) > self.stacked:
-            raise NotImplementedError(f"weight: one of shape (inputs, outputs), {tuple(weight.shape)}, has its scales "
-                                      "along the second dimension, and cannot be sharded along the first; leave this "
-                                      "layer out of fully_shard, or float")  # fmt: skip
 
 
 ROWS = Form()

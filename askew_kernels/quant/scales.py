@@ -99,6 +99,7 @@ SUM_RULES = {
     LEARNED: contract.MEAN, "ocp": contract.ABSMAX,
 }  # fmt: skip
 TYPED_RULES = {"ocp": "float8_e8m0fnu"}  # those that give scales of one type only
+#: Names of the rules that give a scale from a weight.
 RULES = (*(rule for rule in SUM_RULES if rule not in TYPED_RULES), "mse")
 SMALLEST_SHARE = 1e-3  # of the scale that a learned one started from: below it, it is moved back
 
@@ -209,10 +210,21 @@ def activation_scales(x: Tensor, c_maxes: Sequence[float], rows: int) -> Tensor:
     NaN for a row that holds inf or NaN: its quantized values, and the loss, are not finite then either. Nothing waits
     for the device. ``rows``: tokens or images.
     """
+    return scales_of_tops(row_tops(x, rows), c_maxes)
+
+
+@torch.no_grad()
+def row_tops(x: Tensor, rows: int) -> Tensor:
+    """(rows,) float32: max|x| of each row; 0 where there is nothing, inf for a row that holds inf or NaN."""
     flat = x.detach().reshape(rows, x.numel() // rows if rows else 0)
     if flat.numel() == 0:
-        return torch.ones(len(c_maxes), rows, dtype=torch.float32, device=x.device)
+        return torch.zeros(rows, dtype=torch.float32, device=x.device)
     tops = flat.abs().amax(1).float()
+    return torch.where(tops.isfinite(), tops, torch.full_like(tops, math.inf))
+
+
+def scales_of_tops(tops: Tensor, c_maxes: Sequence[float]) -> Tensor:
+    """``activation_scales`` of rows with these largest magnitudes."""
     tops = torch.where(tops.isfinite(), tops, torch.full_like(tops, math.nan))
     scales = torch.stack([tops / c for c in c_maxes])
     return torch.where(scales == 0, torch.ones_like(scales), scales)

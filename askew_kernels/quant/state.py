@@ -29,6 +29,7 @@ taken before the last forward: call ``WeightQuantizer.invalidate()`` after such 
 from __future__ import annotations
 
 import copy
+import math
 import sys
 import threading
 import warnings
@@ -45,7 +46,7 @@ from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
 from .scales import SUM_RULES, bounded_scale, compute_scale, num_rows, round_scale, rule_code, scale_from_sums
-from .sharding import is_sharded, local_part, own_rows, refuse_learned, sharding_of
+from .sharding import Part, is_sharded, join_sums, local_part, part_of, refuse_learned, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
@@ -197,8 +198,14 @@ class WeightQuantizer:
         self._known: Known | None = None
         self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
+        self._home_left = False  # ... and that it is a sharded one whose scale the ranks have left so
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self.floating = False  # layers compute with the weight itself in training: a recipe's start
+        self.slack: Tensor | None = None  # 0-dim: how far they are from there to s Q(w/s), while they are on the way
+        self._part: tuple[Any, Part] | None = None  # by the sharding of a weight that is split over ranks
+        self._left: tuple[Any, Any] | None = None  # a sharded weight whose scale and sums these are, and its stamp
+        self.sharded_type: torch.dtype | None = None  # of the weight while it is split over ranks
+        self._loaded = False  # a checkpoint has just brought the three tensors
         self.told = False  # that a foreign optimizer does not clip its gradient
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
@@ -366,11 +373,13 @@ class WeightQuantizer:
             self.look()
         if self.learned is not None:
             return self._settle_learned(weight)
-        # the whole of a sharded weight is looked at in the forward; until then the scale is what the last step left
-        if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight):
+        # ranks look at a sharded weight together (``scale_of_parts``), or at the whole one in the forward of FSDP2
+        if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight) or self._gathered():
             return self._know(weight)
         now = self._sums(weight)
-        kept = torch.equal(now, self.row_sums) or (came and torch.allclose(now, self.row_sums, LAYOUT, 0.0))
+        kept = torch.equal(now, self.row_sums) or (
+            came and torch.allclose(now, self.row_sums, self._layout(weight), 0.0)
+        )
         if not kept:
             self.write(scale=self._rule_scale(weight), sums=now)
         return self._know(weight, True, False, frozenset(), not kept)
@@ -408,6 +417,55 @@ class WeightQuantizer:
         """What a learned scale of these sums started from."""
         c = self.config
         return scale_from_sums(sums, weight.numel() // len(sums), c.weight, c.scale, scale_dtype=c.scale_dtype)
+
+    # ---- weights that are sharded over ranks ----
+
+    def part(self, weight: Tensor) -> Part:
+        """Which scales this rank's part of ``weight`` has. Raises NotImplementedError where that cannot be told."""
+        sharding = sharding_of(weight), weight.shape
+        if self._part is None or self._part[0] != sharding:
+            self._part = sharding, part_of(weight, self.rows(weight), self.form)
+        return self._part[1]
+
+    def _part_stamp(self, weight: Tensor) -> Any:
+        """Of a sharded weight and what is known of it; other tensors in their place are noticed, too."""
+        part = local_part(weight)
+        return _version(part), part.data_ptr(), _version(self.row_sums), id(self.row_sums), id(self.scale)
+
+    def leave(self, weight: Tensor) -> None:
+        """An update pass has written the sharded weight and its sums, or the ranks have looked at it together: the
+        scale in use stays until the weight is written again."""
+        self._left, self._loaded = (weakref.ref(weight), self._part_stamp(weight)), False
+
+    def left(self, weight: Tensor) -> bool:
+        """Whether sums and scale are still as ``leave`` left them."""
+        return self._left is not None and self._left[0]() is weight and self._left[1] == self._part_stamp(weight)
+
+    def written_unseen(self, weight: Tensor) -> None:
+        """FSDP2 has gathered the parts of tensor parallelism anew, in the memory of the last ones."""
+        if self._left is not None and self._left[0]() is weight:
+            self._left = None
+
+    def _gathered(self) -> bool:
+        """Whether what a forward sees, gathered by FSDP2 and perhaps cast, is of a weight that was left so."""
+        weight = None if self._left is None else self._left[0]()
+        return weight is not None and self.left(weight)
+
+    def _layout(self, weight: Tensor) -> float:
+        """How far a checkpoint's sums may be from those of the weight: of one that FSDP2 has cast, by the rounding."""
+        loaded, self._loaded = self._loaded, False
+        cast = loaded and self.sharded_type not in (None, weight.dtype)
+        return 2 * torch.finfo(weight.dtype).eps if cast else LAYOUT
+
+    def scale_of_parts(self, weight: Tensor) -> Tensor:
+        """The scale in use of a sharded weight. Where it is not known, all ranks look at their parts together, and must
+        call this."""
+        with LOCK, torch.no_grad(), torch.inference_mode(False):
+            self.settle(weight)
+            if not (self.frozen or float(self.flag) == HELD or self._gathered()):
+                came = self._left is None or self._left[1][2:] != self._part_stamp(weight)[2:]
+                look_at_parts([self], [weight], keep=LAYOUT if came else 0.0)
+            return self.scale
 
     def hand_out(self) -> LearnedScale | None:
         """The learned scale, for a gradient; None where there is none, or none is asked for. It goes on from here,
@@ -462,9 +520,9 @@ class WeightQuantizer:
         if scale is not None:
             self.set_scale(weight, scale)
         else:
+            if is_sharded(weight) and self.part(weight).cut:
+                self._left = None  # what is kept for good is not made of sums that were added in another order
             next_scales([self], [weight])
-            if is_sharded(weight):
-                share_rows([self], [weight])
         self._changed()
         self.write(frozen=FROZEN, scale=None if self.learned is None else self.scale)
         self._know(weight)
@@ -489,6 +547,11 @@ class WeightQuantizer:
         """State from an optimizer's checkpoint; the weight may be loaded before or after."""
         self.allocate(weight)
         self.write(float(frozen), self._given(weight, scale), sums)
+        self.came()
+
+    def came(self) -> None:
+        """A checkpoint has brought the weight, the three tensors, or both."""
+        self._left, self._loaded = None, True
         self.invalidate()
 
     def forget(self) -> None:
@@ -546,7 +609,7 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward == "relaxed" or self.floating or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.on_the_way or self.copy_dtype is None or is_sharded(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -580,21 +643,30 @@ class WeightQuantizer:
     @property
     def clips_in_step(self) -> bool:
         """Whether the optimizer's pass zeroes gradients outside the hull."""
-        return self.config.clips_in_step and not self.floating
+        return self.config.clips_in_step and not self.on_the_way
 
-    def float_while(self, floating: bool) -> None:
-        """Whether layers compute with the weight itself in training (and with s Q(w/s) in eval); not where the scale is
-        learned, which needs the quantized forward."""
-        floating = floating and not self.config.learns_scale
-        if floating != self.floating:
-            self.floating = floating
+    @property
+    def on_the_way(self) -> bool:
+        """Layers do not compute with s Q(w/s) in training yet."""
+        return self.floating or self.slack is not None
+
+    def soften(self, share: float, slack: Tensor) -> None:
+        """What layers compute with in training (in eval always with s Q(w/s)): the weight itself where ``share`` is 1,
+        s Q(w/s) where it is 0, in between ``ops.soft_quantize``'s with ``slack``, a 0-dim tensor of that value that the
+        caller goes on filling. Where levels are multiplied there is nothing in between, and the switch is at one half;
+        a scale that is learned needs the quantized forward always."""
+        levels = self.config.level_dtype is not None
+        share = 0.0 if self.config.learns_scale else float(share > 0.5) if levels else share
+        before = self.floating, self.slack is None
+        self.floating, self.slack = share >= 1, slack if 0 < share < 1 else None
+        if before != (self.floating, self.slack is None):
             self._changed()
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
 
     def leaving(self, weight: Tensor) -> None:
         """The weight is about to be perturbed: what is known of it as it stands will be true again."""
-        self._home = self.settle(weight)
+        self._home, self._home_left = self.settle(weight), self.left(weight)
 
     def away(self, weight: Tensor) -> None:
         """It was perturbed, perhaps out of the hull: the scale stays, the copies do not belong to it."""
@@ -604,6 +676,8 @@ class WeightQuantizer:
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
+        if not self.frozen and is_sharded(weight) and self.part(weight).cut:
+            return False  # it is looked at when it freezes
         return self.frozen or self.started or (self._home is not None and self._home.sums and self.batches(weight))
 
     def returned(self, weight: Tensor) -> None:
@@ -611,6 +685,8 @@ class WeightQuantizer:
         home, self._home = self._home, None
         if not self.frozen and self.learned is None:
             self.write(frozen=FOLLOWS)
+        if self._home_left:
+            self.leave(weight)
         if home is None:
             self.invalidate()
         else:
@@ -628,12 +704,13 @@ class WeightQuantizer:
         if self.learned is not None:
             held["started"] = self.started, self._young == _moved(self.learned)
         held |= {"floating": True} if self.floating else {}
+        held |= {} if self.slack is None else {"slack": self.slack.clone()}
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
-        self.floating = state.get("floating", False)
+        self.floating, self.slack = state.get("floating", False), state.get("slack")
         self.started, young = state.get("started", (False, False))
         if young:
             self._young = _moved(self.learned)  # type: ignore[arg-type]
@@ -661,9 +738,11 @@ def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor
 def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> list[Tensor]:
     """What an update step starts from, for each weight: its frozen scale, or the rule applied to it as it stands.
 
-    Weights whose sums the previous step left behind cost no pass; their scales are computed together.
+    Weights whose sums the previous step left behind cost no pass; their scales are computed together. At those that
+    are sharded over ranks, and were not left so, all ranks look together.
     """
     together: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
+    sharded: dict[Any, list[tuple[WeightQuantizer, Tensor]]] = {}
     for q, w in zip(quantizers, weights, strict=True):
         known = q.settle(w)
         if q.learned is not None:
@@ -671,37 +750,76 @@ def next_scales(quantizers: list[WeightQuantizer], weights: list[Tensor]) -> lis
         if q.frozen or q.learned is not None:
             continue
         if is_sharded(w):
-            own = own_rows(w, q.rows(w))
-            q.write(FOLLOWS)
-            q.scale[own] = q._rule_scale(local_part(w))
+            where = (together, w.device) if q.batches(w) and q.left(w) else (sharded, sharding_of(w))
+            where[0].setdefault(where[1], []).append((q, w))
         elif known.sums and q.batches(w):
             together.setdefault(w.device, []).append((q, w))
         else:
             q.write(FOLLOWS, *(() if known.scaled else (q._rule_scale(w), q._sums(w))))
         q._know(w, not is_sharded(w))  # copies of another scale are none
+    for members in sharded.values():
+        look_at_parts(*zip(*members, strict=True))  # type: ignore[arg-type]
     for members in together.values():
         ScaleBatch(*zip(*members, strict=True)).update()  # type: ignore[arg-type]
         for q, w in members:
-            q._know(w, True)
+            q._know(w, not is_sharded(w))
+            if is_sharded(w):
+                q.leave(w)
     return [q.scale for q in quantizers]
 
 
-def share_rows(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor]) -> None:
-    """Brings every rank's rows of scales and sums to all ranks, since each computes the forward with the whole weight,
-    for weights of one sharding: one sum over the ranks, of numbers that are zero where the rows are another's. All
-    ranks must call it."""
-    parts = []
-    for q, w in zip(quantizers, weights, strict=True):
-        own, state = own_rows(w, len(q.scale)), torch.cat([q.scale[:, None], q.row_sums], 1)
-        parts.append(torch.zeros_like(state))
-        parts[-1][own] = state[own]
-    joined = torch.cat(parts)
-    mesh, placements = sharding_of(weights[0])
-    for dim, placement in enumerate(placements):
-        if placement.is_shard():
-            torch.distributed.all_reduce(joined, group=mesh.get_group(dim))
-    for q, part in zip(quantizers, joined.split([len(part) for part in parts]), strict=True):
-        q.write(scale=round_scale(part[:, 0], q.config.scale_dtype), sums=part[:, 1:])  # of one unit for all ranks
+def look_at_parts(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor], keep: float | None = None) -> None:
+    """The scales of weights of one sharding by their rules, the very ones of the whole weights: every rank looks at its
+    part, and where rows are cut at the whole weight. All ranks must call it. ``keep``: the scale stays where the sums
+    are, to this relative difference, those that it was made for."""
+    found: dict[int, Tensor] = {}  # by place: sums, and for a rule that looks at weights what it says
+    mine = []
+    for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
+        by_sums = q.config.scale in SUM_RULES
+        cut = bool(q.part(w).cut) or not (by_sums or q.config.scale_dtype != "float8_e4m3fn")  # of one unit
+        seen = w.full_tensor() if cut else local_part(w)  # type: ignore[attr-defined]
+        columns = [ops.row_sums(q.form.view(seen), q.rows(seen)) if seen.numel() else q.row_sums.new_zeros(0, 3)]
+        if not by_sums:
+            columns.append(q._rule_scale(seen)[:, None] if seen.numel() else columns[0][:, :1])
+        state = torch.cat(columns, 1)
+        if cut:
+            found[i] = state
+        else:
+            mine.append((i, q.part(w), state))
+    if mine:
+        places, parts, pieces = zip(*mine, strict=True)
+        width = max(piece.shape[1] for piece in pieces)
+        padded = [torch.nn.functional.pad(piece, (0, width - piece.shape[1])) for piece in pieces]
+        found.update(zip(places, join_sums(parts, padded, sharding_of(weights[0])), strict=True))
+    for i, (q, w) in enumerate(zip(quantizers, weights, strict=True)):
+        sums = found[i][:, : contract.NUM_ROW_SUMS].contiguous()
+        if keep is None or not torch.allclose(sums, q.row_sums, keep, 0.0):
+            c, by_sums = q.config, q.config.scale in SUM_RULES
+            cols, given = w.numel() // max(1, len(sums)), None if by_sums else found[i][:, -1].contiguous()
+            scale = scale_from_sums(sums, cols, c.weight, c.scale, c.sawb_coefficients, c.scale_dtype, given)
+            q.write(FOLLOWS, scale, sums)
+        q.leave(w)
+
+
+def share_sums(quantizers: Sequence[WeightQuantizer], weights: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+    """Brings the sums that an update pass has left of every rank's parts to all ranks, for weights of one sharding:
+    each computes the next scales from all of them. All ranks must call it."""
+    parts = [q.part(w) for q, w in zip(quantizers, weights, strict=True)]
+    pieces = [_precise_sums(q, w, left) if part.cut else left
+              for q, w, part, left in zip(quantizers, weights, parts, sums, strict=True)]  # fmt: skip
+    for q, w, whole in zip(quantizers, weights, join_sums(parts, pieces, sharding_of(weights[0])), strict=True):
+        q.write(sums=whole)
+        q.leave(w)
+
+
+def _precise_sums(quantizer: WeightQuantizer, weight: Tensor, like: Tensor) -> Tensor:
+    """Sums of this rank's pieces of rows in float64, of which what is added over the ranks is rounded once."""
+    part = local_part(weight)
+    if not part.numel():
+        return torch.zeros_like(like, dtype=torch.float64)
+    rows = quantizer.form.view(part).reshape(len(like), -1)
+    one, two, most = (torch.linalg.vector_norm(rows, p, 1, dtype=torch.float64) for p in (1, 2, math.inf))
+    return torch.stack([one, two.square(), most], 1)
 
 
 class ScaleBatch:

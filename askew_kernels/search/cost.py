@@ -35,6 +35,7 @@ from ..nn.replace import first_input, observed
 from ..quant import QuantConfig, Uniform
 from .policy import Kinds, Policy, candidate_layers, check_searched, kind_of, named, weight_grid, weight_id
 
+#: What a ``Budget`` may bound.
 COSTS = ("average_bits", "bitops", "bytes", "latency")
 FLOAT_BITS = 32
 

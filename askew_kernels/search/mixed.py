@@ -119,7 +119,15 @@ class MixedLayer(nn.Module):
 
 # {torch's class: that of its mixtures}
 MIXED: dict[Any, Any] = {
-    kind.plain: type(f"Mixed{kind.plain.__name__}", (MixedLayer, kind.plain), {"kind": kind, "__module__": __name__})
+    kind.plain: type(
+        f"Mixed{kind.plain.__name__}",
+        (MixedLayer, kind.plain),
+        {
+            "kind": kind,
+            "__module__": __name__,
+            "__doc__": f"{kind.plain.__name__} as a mixture of its candidates' weights.",
+        },
+    )
     for kind in KINDS.values()
 }
 globals().update({cls.__name__: cls for cls in MIXED.values()})  # where pickle looks for them

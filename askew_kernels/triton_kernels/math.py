@@ -241,6 +241,16 @@ def project_interval(w, scale, radius, lo, hi, levels, KIND: tl.constexpr, N_LEV
 
 
 @triton.jit
+def soften(w, scale, slack, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.constexpr):
+    """Between a weight (slack 1) and its level (slack 0)."""
+    placed = clamp_hull(w, scale, lo, hi)
+    near, _, distance, u, delta = offset(in_hull(w, scale, lo, hi), levels, KIND, N_LEVELS)
+    over = u - 0.5 * (1.0 - slack)
+    reach = divide(1.0, slack) * tl.where(over > 0.0, over, 0.0) * delta
+    return scale * (near + negate_where_negative(reach, distance)) + slack * (w - placed)
+
+
+@triton.jit
 def push_of(u, delta, scale, eps, alpha, cap):
     """What the constraint asks of a weight, whatever its gradient is: (kappa, -h / 16).
 

@@ -12,7 +12,7 @@ from .launch import load_wide, store_narrow, stored_ends, weight_block
 from .lowbit import as_stored
 
 __all__ = ["fake_quantize", "fake_quantize_backward", "fake_quantize_out_", "project_interval_", "row_sums",
-           "ste_clip_", "ste_clip_scale_grad_"]  # fmt: skip
+           "soft_quantize", "ste_clip_", "ste_clip_scale_grad_"]  # fmt: skip
 TILE = 1024  # elements of a program of a learned scale's gradient: x and G of each stand in registers
 
 # ---- kernels ------------------------------------------------------------------------------------------------------
@@ -67,6 +67,20 @@ def project_kernel(
     radius = math.feasible_radius(math.read_scalar(eps))
     w = load_wide(w_ptr + start + lane, valid)
     store_narrow(w_ptr + start + lane, math.project_interval(w, scale, radius, lo, hi, levels, KIND, N_LEVELS), valid)
+
+
+@triton.jit(do_not_specialize=["magic"])
+def soften_kernel(
+    x_ptr, y_ptr, slack, scale_ptr, levels, lo, hi, cols, magic, n, KIND: tl.constexpr, N_LEVELS: tl.constexpr,
+    MODE: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y between x and its level."""
+    start, lane, valid, scale, lo, hi = weight_block(
+        scale_ptr, levels, lo, hi, cols, magic, n, KIND, N_LEVELS, MODE, COLS, INDEX, BLOCK
+    )
+    x = load_wide(x_ptr + start + lane, valid)
+    y = math.soften(x, scale, math.read_scalar(slack), lo, hi, levels, KIND, N_LEVELS)
+    store_narrow(y_ptr + start + lane, y, valid)
 
 
 @triton.jit
@@ -180,6 +194,14 @@ def ste_clip_scale_grad_(grad, x, scale, levels, grid, ste_clip, factor):
 def project_interval_(w, scale, levels, grid, eps):
     """w moved to the nearest point with h_eps >= 0; an exact midpoint goes to the lower side."""
     launch.with_scales(project_kernel, w, scale, levels, grid, w, launch.scalar_argument(eps, "eps"))
+
+
+def soft_quantize(x, scale, levels, grid, slack):
+    """Between x and s Q(x/s); see ``ops.soft_quantize``."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    slack = launch.scalar_argument(slack, "slack")
+    launch.with_scales(soften_kernel, x, scale, levels, grid, x, y, slack)
+    return y
 
 
 def row_sums(x, rows):

@@ -133,6 +133,7 @@ struct PackedLoops {
 };
 
 ASKEW_FN int64_t band_width(const BandsArg& w) { return w.groups * w.blocks * 4 * band_vectors(w.bits); }
+
 // Products of many inputs by panels of `rows` rows (packed_panels.inl).
 struct PanelLoops {
   int64_t rows;  // that should stay together

@@ -35,6 +35,7 @@ void quantize_typed(const QuantizeArg& a, Tile t) {
   const int y_type = a.y_type;
   const uint64_t seed = a.seed;
   const float radius = feasible_radius((float)a.eps.value);
+  const Soft soft = soft_of((float)a.eps.value);
   switch (a.pass) {
     case kQuantize:
       return for_rows<T>(a, t, quantize_loop<T, Grid>(x, y, y_type));
@@ -60,6 +61,9 @@ void quantize_typed(const QuantizeArg& a, Tile t) {
           a, t,
           vector_loop<T, 0, R>(
               {y}, ASKEW_VECTOR { store<T>(s[0], i, project_interval(load<T>(s[0], i), row, radius)); }));
+    case kSoften:
+      return for_rows<T>(
+          a, t, vector_loop<T, 2, R>({x, y}, ASKEW_VECTOR { store<T>(s[1], i, soften(load<T>(s[0], i), row, soft)); }));
   }
 }
 

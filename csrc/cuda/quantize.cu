@@ -36,11 +36,14 @@ __global__ void __launch_bounds__(kThreads,
   constexpr int kAhead = PASS == kQuantize || PASS == kProject ? 4 : 2;
   const Grid grid = GridMaker<Grid>::make(p.grid);
   const float radius = PASS == kProject ? feasible_radius((float)read(p.eps)) : 0.f;
+  const Soft soft = PASS == kSoften ? soft_of((float)read(p.eps)) : Soft{};
   const auto run = [&](const Words* in, float scale, const Spot& s, const Walk<T>& walk) {
     const auto row = make_row(scale, grid);
     if constexpr (PASS == kSteClip) {
       const auto stored = with_stored_ends<T>(row);
       store(p.y, map_words<T>(in[0], in[1], [&](float g, float x) { return pass_inside(g, x, stored); }), s, walk);
+    } else if constexpr (PASS == kSoften) {
+      store(p.y, map_words<T>(*in, *in, [&](float w, float) { return soften(w, row, soft); }), s, walk);
     } else if constexpr (PASS == kProject) {
       store(p.y, map_words<T>(*in, *in, [&](float w, float) { return project_interval(w, row, radius); }), s, walk);
     } else {
@@ -127,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, kResident) scale_gradient_kernel(con
 template <int T, class Grid>
 cudaError_t launch_pass(const Pass& p, cudaStream_t stream) {
   void (*const kernels[])(Pass) = {quantize_kernel<T, Grid, kQuantize>, quantize_kernel<T, Grid, kStochastic>,
-                                   quantize_kernel<T, Grid, kSteClip>,
-                                   quantize_kernel<T, Grid, kProject>};  // as QuantizePass counts them
+                                   quantize_kernel<T, Grid, kSteClip>, quantize_kernel<T, Grid, kProject>,
+                                   quantize_kernel<T, Grid, kSoften>};  // as QuantizePass counts them
   return launch(kernels[p.pass], (unsigned)blocks_of(p.cut), kThreads, stream, p);
 }
 

@@ -21,6 +21,25 @@ ASKEW_FN F project_interval(F w, const Row<F, Grid>& row, float radius) {
   return select(o.u > radius, row.scale.value * (o.near + negate_where_negative(reach, o.distance)), w);
 }
 
+// Between a weight (slack 1) and its level (slack 0): outside the hull a share `slack` of the way to the end is left;
+// inside, the slope is 1 / slack around a bracket's midpoint and 0 around its levels.
+struct Soft {
+  float slack;
+  float flat;  // the share of a bracket on either end where the slope is 0
+  float slope;
+};
+ASKEW_FN Soft soft_of(float slack) { return {slack, 0.5f * (1.f - slack), divide(1.f, slack)}; }
+
+template <class F, class Grid>
+ASKEW_FN F soften(F w, const Row<F, Grid>& row, const Soft& soft) {
+  F placed = clamp_hull(w, row);
+  F x = divide(placed, row.scale);
+  Offset<F> o = lower_at_ties(row.grid.offset(x), row.grid);
+  F over = greater(o.u - soft.flat, F{});
+  F reach = (soft.slope * over) * o.delta;
+  return row.scale.value * (o.near + negate_where_negative(reach, o.distance)) + soft.slack * (w - placed);
+}
+
 // What the constraint asks of a weight, whatever the gradient is.
 template <class F>
 struct Push {

@@ -36,7 +36,8 @@ enum QuantizePass : int {
   kQuantize,    // y = s Q(x/s); y may have another storage type than x, or be Q(x/s) in a type of levels
   kStochastic,  // y = a random level of x's bracket, times s
   kSteClip,     // y = g inside the hull, 0 outside; y may be g
-  kProject      // y, in place, to the nearest feasible point
+  kProject,     // y, in place, to the nearest feasible point
+  kSoften       // x on its way to its level, eps being the slack
 };
 struct QuantizeArg {  // one elementwise pass over a matrix, or the sums of its rows; what a pass leaves out is null
   QuantizePass pass;

@@ -278,10 +278,10 @@ struct PackedOps {
     if constexpr (Device::kRounded) {
       constexpr auto with_int8 = &linear<kAsInt8>, with_bf16 = &linear<kAsBFloat16>;
       m.impl("packed_linear_int8", TORCH_BOX(with_int8));
-      m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
       m.impl("packed_bands", TORCH_BOX(&bands));
       m.impl("packed_bands_codes", TORCH_BOX(&bands_codes));
       m.impl("packed_bands_linear", TORCH_BOX(&bands_linear));
+      m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
       m.impl("packed_bands_conv", TORCH_BOX(&bands_conv));
     }
   }

@@ -72,6 +72,16 @@ struct QuantizeOps {
     Device(w).run(a);
   }
 
+  static Tensor soft_quantize(Tensor x, Tensor scale, Tensor levels, std::vector<int64_t> grid, Tensor slack) {
+    QuantizeArg a = checked(kSoften, x, scale, levels, grid);
+    a.eps = scalar(slack, "slack", x.is_cpu());
+    const Device device(x);
+    Tensor y = device.empty_like(x);
+    a.y = y.data_ptr();
+    device.run(a);
+    return y;
+  }
+
   static Tensor row_sums(Tensor x, int64_t rows) {
     STD_TORCH_CHECK(rows > 0, "rows: expected at least 1, got ", rows);
     QuantizeArg a{};
@@ -91,6 +101,7 @@ struct QuantizeOps {
     m.impl("ste_clip_", TORCH_BOX(&ste_clip));
     m.impl("ste_clip_scale_grad_", TORCH_BOX(&ste_clip_scale_grad));
     m.impl("project_interval_", TORCH_BOX(&project_interval));
+    m.impl("soft_quantize", TORCH_BOX(&soft_quantize));
     m.impl("row_sums", TORCH_BOX(&row_sums));
   }
 };

@@ -33,6 +33,10 @@ int emulated_ste_clip(const void* g, const void* x, int type, void* out, const f
                       int64_t cols) {
   return cuda::quantize({kSteClip, type, type, x, g, out, scale, grid, {rows, cols}, 0, {}}, nullptr);
 }
+int emulated_soft_quantize(const void* x, void* y, int type, const float* scale, GridArg grid, Scalar slack,
+                           int64_t rows, int64_t cols) {
+  return cuda::quantize({kSoften, type, type, x, nullptr, y, scale, grid, {rows, cols}, 0, slack}, nullptr);
+}
 int emulated_project_interval(void* w, int type, const float* scale, GridArg grid, Scalar eps, int64_t rows,
                               int64_t cols) {
   return cuda::quantize({kProject, type, type, w, nullptr, w, scale, grid, {rows, cols}, 0, eps}, nullptr);

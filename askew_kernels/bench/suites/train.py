@@ -243,13 +243,17 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
-    def own(autocast: bool, **how: Any) -> Impl:
+    def own(autocast: bool, on_the_way: bool = False, **how: Any) -> Impl:
         model = fresh()
         groups = quantized_groups(model, task.ends, **how)
         base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
         optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
-        schedule = annealing.EpsilonAnnealing(optimizer, hold=task.steps // 10, total=20 * task.steps)
+        total = 20 * task.steps
+        phase: dict[str, Any] = {"hold": task.steps // 10}
+        if on_the_way:
+            phase = {"hold": total - 1, "start": 0, "full": total - 1}
+        schedule = annealing.EpsilonAnnealing(optimizer, total=total, **phase)
         return impl(Training(task, context, model, optimizer, [schedule], autocast), note="SAWB scale")
 
     impls = [
@@ -262,6 +266,7 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
+    impls += common.ours(context, OURS + ON_THE_WAY, functools.partial(own, False, True))
     if not any(isinstance(m, nn.Conv2d) for m in fresh().modules()) and not context.is_cuda:
         for text, how in LEVELS.items():
             impls += common.ours(context, OURS + text, functools.partial(own, False, **how))
@@ -269,6 +274,7 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+ON_THE_WAY = ", on the way from float"  # a recipe's first part, where layers compute with ops.soft_quantize
 INT8, INT8_BOTH = ", int8 forward", ", int8 forward and input gradient"
 LEVELS: dict[str, dict[str, Any]] = {INT8: {"forward": "int8"}, INT8_BOTH: {"forward": "int8", "gradient": "int8"}}
 LIGER = "float, Liger's layer norm and cross entropy"

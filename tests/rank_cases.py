@@ -1,0 +1,303 @@
+"""What the tests of several processes run on every rank; each function is called with (rank, world, …)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
+
+import askew_kernels as ak
+from askew_kernels.quant import Uniform
+from experiments.distribution import (
+    ALL_WAYS,
+    BATCH,
+    FOUR,
+    HOLD,
+    OPTIMIZERS,
+    STEPS,
+    UNEVEN,
+    Way,
+    batch,
+    network,
+    steps,
+    whole,
+)
+
+FSDP = ALL_WAYS["FSDP2, 2 ranks"]
+ALONE = Way(1, lambda m: m)
+
+
+class Training:
+    """A model, its optimizer and its annealing, as this rank has them. ``seed``: of weights that a load replaces."""
+
+    def __init__(self, optimizer, way=FSDP, seed=0, dtype=torch.float64, config=FOUR):
+        self.way, self.model = way, network(config, way.sizes, dtype)
+        if seed:
+            torch.manual_seed(seed)
+            for p in self.model.parameters():
+                nn.init.normal_(p)
+        self.model = way.place(self.model)
+        self.optimizer = OPTIMIZERS[optimizer](self.model, {})
+        self.annealing = ak.EpsilonAnnealing(self.optimizer, hold=HOLD, total=STEPS, keep_pull=False)
+        distributed_ = distributed.is_initialized() and way is not ALONE
+        place, of = (distributed.get_rank(), distributed.get_world_size()) if distributed_ else (0, 1)
+        self.share = slice(place * BATCH // of, (place + 1) * BATCH // of)
+
+    def go(self, first, last):
+        steps(self.model, self.optimizer, self.annealing, self.way, self.share, first, last)
+        return self
+
+    def state(self, **options):
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(**options))
+        return {"model": model, "optimizer": optimizer, "annealing": self.annealing}
+
+    def take(self, state, **options):
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
+                       optim_state_dict=state["optimizer"], options=StateDictOptions(**options))  # fmt: skip
+
+    def save(self, folder, later=False):
+        if later:
+            dcp.async_save(self.state(), checkpoint_id=folder).result()
+        else:
+            dcp.save(self.state(), checkpoint_id=folder)
+        return self
+
+    def load(self, folder):
+        state = self.state()
+        dcp.load(state, checkpoint_id=folder)
+        self.take(state)
+        return self
+
+    def whole(self):
+        """All that counts, whole on every rank."""
+        state = self.state(full_state_dict=True)
+        flat = [(f"model {key}", t) for key, t in state["model"].items()]
+        for name, kept in state["optimizer"]["state"].items():
+            flat += [(f"{name} {key}", t) for key, t in kept.items()]
+        for group in state["optimizer"]["param_groups"]:
+            flat += [(f"group {key}", value) for key, value in group.items() if key in ("sam_steps", "sam_gap", "lr")]
+        return {key: whole(t) if isinstance(t, torch.Tensor) else t for key, t in flat} | self.annealing.state_dict()
+
+    def weights(self):
+        return [whole(p) for p in self.model.parameters()]
+
+
+def same(a, b):
+    """Names of what is not equal, bit for bit."""
+    if a.keys() != b.keys():
+        return sorted(a.keys() ^ b.keys())
+    return [key for key in a if not (torch.equal(torch.nan_to_num(a[key]), torch.nan_to_num(b[key]))
+                                     if isinstance(a[key], torch.Tensor) else a[key] == b[key])]  # fmt: skip
+
+
+def leg(rank, world, optimizer, folder, first, last):
+    """A run from checkpoint ``folder/first`` (where there is one) to a checkpoint at ``last``: whole states."""
+    run = Training(optimizer, FSDP if world > 1 else ALONE, seed=first)
+    if first:
+        run.load(f"{folder}/{first}")
+    before = run.whole() if first else {}  # torch makes the state of an optimizer without one by a step, which counts
+    run.go(first, last).save(f"{folder}/{last}", later=last < STEPS)
+    return before, run.whole(), run.weights()
+
+
+def resumed(rank, world, optimizer, folder, at):
+    """What differs between a run and the one that goes on from its state at step ``at``, by every way to take it."""
+    run = Training(optimizer).go(0, at)
+    options = {"plain": {}, "flattened": {"flatten_optimizer_state_dict": True}, "full": {"full_state_dict": True}}
+    taken = {how: copy.deepcopy({**run.state(**of), "annealing": None}) for how, of in options.items()}
+    run.save(f"{folder}/{optimizer} {at}")
+    annealed = run.annealing.state_dict()
+    run.go(at, at + 4)
+    want, wrong = run.whole(), {}
+    for how in (*taken, "files"):
+        other = Training(optimizer, seed=1)
+        if how == "files":
+            other.load(f"{folder}/{optimizer} {at}")
+        else:
+            other.take(taken[how], **options[how])
+            other.annealing.load_state_dict(annealed)
+        wrong[how] = same(want, other.go(at, at + 4).whole())
+    return wrong
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    def __init__(self, config, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(10, 16), nn.Linear(16, 10)
+        ak.quantize_(self.to(dtype), config, kinds=("linear", "embedding"))
+
+    def forward(self, x):
+        return self.head(self.words(x))
+
+
+def embedding(rank, world, style):
+    """Weights of a quantized embedding that is split, and of a whole one, after some steps."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = []
+    for split in (True, False):
+        model = Words(ak.QuantConfig(Uniform(4), "absmax"))
+        if split:
+            layout = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+            styles = {"colwise": ColwiseParallel(**layout), "rowwise": RowwiseParallel(**layout)}
+            parallelize_module(
+                model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"words": styles[style]}
+            )
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.5)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=3, total=8)
+        for step in range(8):
+            x = torch.randint(0, 10, (12,), generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), (x + 1) % 10).backward()
+            optimizer.step()
+            annealing.step()
+        found.append([whole(p) for p in model.parameters()])
+    return found
+
+
+def packed(rank, world, config, trits, bias, sizes):
+    """Packed layers that are split: what is off, in outputs, gradients of the input, and the gathered weights."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    a, b, c = sizes
+    model = nn.Sequential(nn.Linear(a, b, bias), nn.ReLU(), nn.Linear(b, c, bias))
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(model, config)), trits=trits)
+    want = copy.deepcopy(model)
+    held = model[0].weight_codes.numel(), model[2].weight_codes.numel()
+    parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)),
+                       {"0": ColwiseParallel(), "2": RowwiseParallel()})  # fmt: skip
+    mine = tuple(layer.weight_codes.to_local().numel() for layer in (model[0], model[2]))
+    assert all(part * world == all_of for part, all_of in zip(mine, held, strict=True)), (mine, held)
+    x = torch.randn(2, 5, a, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        off = [(model(x) - want(x)).abs().max().item()]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for of, at in zip((model, want), inputs, strict=True):
+        of(at).square().sum().backward()
+    off.append((inputs[0].grad - inputs[1].grad).abs().max().item())
+    assert all(torch.equal(model[i].dequantize(), want[i].dequantize()) for i in (0, 2))
+    state = {key: whole(t) for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    assert state.keys() == want.state_dict().keys()
+    assert all(torch.equal(state[key], t) for key, t in want.state_dict().items())
+    return off
+
+
+def refused_packed(rank, world, case):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    groups = ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)
+    sizes, config = {"bytes": ((10, 4), FOUR), "groups": ((48, 4), groups), "embedding": (None, FOUR)}[case]
+    model = nn.Sequential(nn.Embedding(8, 4) if sizes is None else nn.Linear(*sizes))
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
+    codes = model[0].weight_codes
+    style = ColwiseParallel() if case == "embedding" else RowwiseParallel()
+    try:
+        parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"0": style})
+    except NotImplementedError as error:
+        assert model[0].weight_codes is codes
+        return str(error)
+
+
+# ---- pipelines -------------------------------------------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleDict({str(i): nn.Linear(16, 16) for i in range(4)})
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = torch.relu(layer(x))
+        return x
+
+
+def trained_pipeline(rank, world):
+    """{name: (trained in a stage that keeps its part of the model by name, in one process)} of this rank's stage."""
+    from torch.distributed import pipelining
+
+    model = network(FOUR, UNEVEN, torch.float32)
+    one = copy.deepcopy(model)
+    for name in ("0", "1") if rank else ("2", "3", "4"):
+        del model._modules[name]
+    stage = pipelining.PipelineStage(model, rank, world, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(stage, 4, loss_fn=functional.cross_entropy)
+    made = []
+    for of in (model, one):
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(of), lr=0.1, momentum=0.9)
+        made.append((optimizer, ak.EpsilonAnnealing(optimizer, hold=3, total=8, keep_pull=False)))
+    for step in range(8):
+        x, y = batch(step, UNEVEN, torch.float32)
+        for optimizer, _ in made:
+            optimizer.zero_grad()
+        schedule.step(target=y) if rank else schedule.step(x)
+        functional.cross_entropy(one(x), y).backward()
+        for optimizer, annealing in made:
+            optimizer.step()
+            annealing.step()
+    ak.hard_quantize_(model)
+    want = ak.hard_quantize_(one).state_dict()
+    return {key: (t, want[key]) for key, t in model.state_dict().items() if key.endswith(("weight", "bias", "scale"))}
+
+
+def traced_pipeline(rank, world):
+    """Outputs of a packed model that torch has traced and cut at a layer's name, and of the model."""
+    from torch.distributed import pipelining
+
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(Blocks()))).eval()
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    cut = {"layers.2": pipelining.SplitPoint.BEGINNING}
+    stage = pipelining.pipeline(model, (x[:4],), split_spec=cut).build_stage(rank, torch.device("cpu"))
+    schedule = pipelining.ScheduleGPipe(stage, 2)
+    with torch.no_grad():
+        found = schedule.step() if rank else schedule.step(x)
+        return found, model(x)
+
+
+# ---- FSDP2 in another precision --------------------------------------------------------------------------------------
+
+
+def mixed(rank, world, optimizer):
+    """What FSDP2 does with bfloat16 forwards over float32 weights: (scales that a forward changed, the difference of
+    scales from the rule's, outputs before and after hard quantization, what differs after a resume)."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    way = FSDP._replace(place=lambda model: fully_shard(model, mp_policy=policy))
+    config = ak.QuantConfig(Uniform(4), "absmax")
+    run = Training(optimizer, way, dtype=torch.float32, config=config)
+    layers, changed = list(ak.nn.quantized_layers(run.model).values()), []
+    for step in range(8):
+        before = [layer.quantizer.scale.clone() for layer in layers]
+        with torch.no_grad():
+            run.model(batch(step, UNEVEN, torch.float32)[0])
+        if step and not all(torch.equal(layer.quantizer.scale, s) for layer, s in zip(layers, before, strict=True)):
+            changed.append(step)
+        if step == 4:
+            kept = copy.deepcopy({**run.state(), "annealing": None}), run.annealing.state_dict()
+            run.model.reshard()
+            rule = [ak.quant.compute_scale(whole(layer.weight), config.weight, "absmax") for layer in layers]
+            run.go(step, step + 1)
+            off = [(layer.quantizer.scale - s).abs().max().item() for layer, s in zip(layers, rule, strict=True)]
+        else:
+            run.go(step, step + 1)
+    want = run.whole()
+    other = Training(optimizer, way, 1, torch.float32, config)
+    other.take(kept[0])
+    other.annealing.load_state_dict(kept[1])
+    again = same(want, other.go(4, 8).whole())
+    x = batch(9, UNEVEN, torch.float32)[0]
+    with torch.no_grad():
+        out = run.model.eval()(x)
+        ak.hard_quantize_(run.model)
+        return changed, max(off), (out - run.model(x)).abs().max().item(), again
