@@ -52,6 +52,9 @@ class BandedCodes(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]  # from now on the codes are these
+            args[0].codes = args[1].plain() if isinstance(args[1], BandedCodes) else args[1].detach()
+            return None
         if func in VALUES or func is Tensor.data_ptr:
             lasting = func not in (Tensor.__deepcopy__, Tensor.__reduce_ex__, Tensor.__repr__, Tensor.tolist)
             args, kwargs = tree_map_only(BandedCodes, lambda t: t.plain(lasting), (args, kwargs))

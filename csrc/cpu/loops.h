@@ -113,6 +113,10 @@ struct PackedLoops {
   int64_t (*band_tokens)(int64_t left);
   void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
                         int32_t* offsets, int8_t* scratch);
+  // The same of `block_rows` rows that are a block; 0 where rows are quantized one by one. columns: scratch of their
+  // size.
+  int64_t block_rows;
+  void (*quantize_block)(const BandsArg&, const float* x, int8_t* q, float* scale, int32_t* offsets, float* columns);
   // The same of the patches of a whole block.
   void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
   // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.

@@ -17,8 +17,9 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache while all rows pass
-constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
+constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
+constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
+constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
@@ -294,27 +295,64 @@ void multiply_int8(const Product& p) {
   });
 }
 
-void multiply_bands(const Product& p, const BandsArg& w) {
-  const PackedLoops& l = p.loops;
-  const int64_t width = band_width(w);
-  Scratch<int8_t> q(p.batch * width);
-  Scratch<float> scales(p.batch);
-  Scratch<int32_t> offsets(p.batch * w.groups);
-  std::vector<int64_t> firsts(p.batch), counts(p.batch);  // of each token's block
-  for (int64_t t = 0, count; t < p.batch; t += count) {
-    count = l.band_tokens(p.batch - t);
-    for (int64_t i = t; i < t + count; ++i) firsts[i] = t, counts[i] = count;
-  }
-  p.for_inputs([&](int64_t i, const float* in) {
+// Inputs in blocks of tokens, for products with a weight in bands.
+struct BlockedInputs {
+  const Product& p;
+  const BandsArg& w;
+  Scratch<int8_t> q;
+  Scratch<float> scales;
+  Scratch<int32_t> offsets;
+  BlockedInputs(const Product& p, const BandsArg& w, int64_t count)
+      : p(p), w(w), q(count * band_width(w)), scales(count), offsets(count * w.groups) {}
+
+  // Tokens [begin, end), of which `first` is the first here; whole blocks, but for the last ones.
+  void quantize(int64_t begin, int64_t end, int64_t first) const {
+    const PackedLoops& l = p.loops;
+    const int64_t width = band_width(w), block = l.block_rows;
+    Scratch<float> wide(p.x_type == kFloat32 ? 0 : std::max<int64_t>(block, 1) * w.cols + kPadding);
+    Scratch<float> columns(block * w.cols);
     Scratch<int8_t> plain(w.cols);
-    l.quantize_band(w, in, q.get() + firsts[i] * width, counts[i], i - firsts[i], scales.get() + i,
-                    offsets.get() + i * w.groups, plain.get());
-  });
-  const BandInput input{q.get(), scales.get(), offsets.get()};
-  for_rows((w.n + kBandRows - 1) / kBandRows, 1, kBandRows * w.cols * p.batch, [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < p.batch; t += kTokens)
-      l.multiply_bands(w, begin, end, input, t, std::min(t + kTokens, p.batch), p.bias(), p.out());
-  });
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = l.band_tokens(end - t);
+      int8_t* const to = q.get() + (t - first) * width;
+      float* const scale = scales.get() + t - first;
+      int32_t* const offset = offsets.get() + (t - first) * w.groups;
+      if (count == block) {
+        const char* const rows = static_cast<const char*>(p.x) + t * w.cols * type_size(p.x_type);
+        if (p.x_type != kFloat32) l.load(rows, block * w.cols, p.x_type, wide.get());
+        l.quantize_block(w, p.x_type == kFloat32 ? reinterpret_cast<const float*>(rows) : wide.get(), to, scale, offset,
+                         columns.get());
+      } else {
+        for (int64_t i = 0; i < count; ++i)
+          l.quantize_band(w, p.input(t + i, wide.get()), to, count, i, scale + i, offset + i * w.groups, plain.get());
+      }
+    }
+  }
+  // Products of these tokens with bands [band0, band1), into y (tokens, n).
+  void multiply(int64_t band0, int64_t band1, int64_t tokens, float* y) const {
+    const BandInput input{q.get(), scales.get(), offsets.get()};
+    for (int64_t t = 0; t < tokens; t += kTokens)
+      p.loops.multiply_bands(w, band0, band1, input, t, std::min(t + kTokens, tokens), p.bias(), y);
+  }
+};
+
+void multiply_bands(const Product& p, const BandsArg& w) {
+  const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
+  if (p.batch >= kManyRows && bands * kBandRows * w.cols <= kSmallWeight) {  // what stays in a core's L2 cache
+    for_rows(p.batch, kTokens, w.n * w.cols, [&](int64_t begin, int64_t end) {
+      const BlockedInputs inputs(p, w, kTokens);
+      for (int64_t t = begin; t < end; t += kTokens) {
+        const int64_t count = std::min(kTokens, end - t);
+        inputs.quantize(t, t + count, t);
+        inputs.multiply(0, bands, count, p.out() + t * w.n);
+      }
+    });
+    return;
+  }
+  const BlockedInputs inputs(p, w, p.batch);
+  for_rows(p.batch, kMostPatches, 4 * w.cols, [&](int64_t begin, int64_t end) { inputs.quantize(begin, end, 0); });
+  for_rows(bands, 1, kBandRows * w.cols * p.batch,
+           [&](int64_t begin, int64_t end) { inputs.multiply(begin, end, p.batch, p.out()); });
 }
 
 // Four columns of a block's row, one byte each, and the bits of them that stand in one plane of words.

@@ -5,12 +5,20 @@
 // Columns of a block's patches, where all of its lanes stand side by side in the image: one load each.
 struct WholePatches {
   const float* first;
-  ASKEW_INLINE vf column(int64_t offset) const { return Floats::load(first + offset); }
+  const int32_t* offsets;
+  ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + offsets[c]); }
+};
+
+// Columns of rows that were transposed.
+struct TransposedRows {
+  const float* first;
+  ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + c * ASKEW_LANES); }
 };
 
 // Lanes of several lines, or fewer than a vector has; the others are 0.
 struct PatchRuns {
   int count;
+  const int32_t* offsets;
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
   const float* from[kMostPatches];  // where the vector would begin whose lanes `there` are the run's
   __mmask16 there[kMostPatches];
@@ -18,7 +26,8 @@ struct PatchRuns {
     from[count] = p - lane;
     there[count++] = (__mmask16)(((1u << lanes) - 1) << lane);
   }
-  ASKEW_INLINE vf column(int64_t offset) const {
+  ASKEW_INLINE vf column(int64_t c) const {
+    const int64_t offset = offsets[c];
     __m512 v = _mm512_maskz_loadu_ps(there[0], from[0] + offset);
     for (int r = 1; r < count; ++r) v = _mm512_mask_loadu_ps(v, there[r], from[r] + offset);
     return (vf)v;
@@ -29,7 +38,8 @@ struct PatchRuns {
     for (int l = 0; l < lanes; ++l) from[lane + l] = p + l;
     count += lanes;
   }
-  ASKEW_INLINE vf column(int64_t offset) const {
+  ASKEW_INLINE vf column(int64_t c) const {
+    const int64_t offset = offsets[c];
     vf v = vf{};
     for (int l = 0; l < count; ++l) v[l] = from[l][offset];
     return v;
@@ -40,6 +50,7 @@ struct PatchRuns {
 ASKEW_FN PatchRuns patch_runs(const Patches& p, int count) {
   PatchRuns runs;
   runs.count = 0;
+  runs.offsets = p.offsets;
   for (int l = 0; l < count;) {
     int end = l + 1;
     while (end < count && p.at[end] == p.at[end - 1] + 1) ++end;
@@ -56,12 +67,12 @@ ASKEW_FN vi larger_bits(vi most, vf v) {
 }
 
 template <class Source>
-static void quantize_from(const Source& source, const BandsArg& w, const int32_t* columns, int count, int8_t* q,
-                          float* scale, int32_t* offsets) {
+static void quantize_from(const Source& source, const BandsArg& w, int count, int8_t* q, float* scale,
+                          int32_t* offsets) {
   const Source from = source;  // a copy that the stores cannot change
   const int64_t cols = w.cols, length = cols / w.groups, width = band_width(w) / w.groups;
   vi most = vi{};
-  for (int64_t c = 0; c < cols; ++c) most = larger_bits(most, from.column(columns[c]));
+  for (int64_t c = 0; c < cols; ++c) most = larger_bits(most, from.column(c));
   vf inverse = vf{};
   vi there = vi{};
   for (int l = 0; l < count; ++l) {
@@ -74,7 +85,7 @@ static void quantize_from(const Source& source, const BandsArg& w, const int32_t
     if (finite && by < __builtin_inff()) inverse[l] = by, there[l] = -1;
   }
   const auto rounded = [&](int64_t c) __attribute__((always_inline)) {
-    const vf x = from.column(columns[c]);
+    const vf x = from.column(c);
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
     const __mmask16 mask = _mm512_movepi32_mask((__m512i)there);
     return (vi)_mm512_maskz_cvtps_epi32(mask, (__m512)(x * inverse));  // to the nearest, ties to even
@@ -82,11 +93,13 @@ static void quantize_from(const Source& source, const BandsArg& w, const int32_t
     return __builtin_convertvector(round_even(select(there, x * inverse, vf{})), vi);
 #endif
   };
-  for (int64_t g = 0; g < w.groups; ++g, columns += length, q += width * count) {
+  for (int64_t g = 0; g < w.groups; ++g, q += width * count) {
+    const int64_t first = g * length;
     vi sum = vi{};
     int64_t c = 0;
     for (; c + 4 <= length; c += 4) {
-      const vi a = rounded(c), b = rounded(c + 1), d = rounded(c + 2), e = rounded(c + 3);
+      const vi a = rounded(first + c), b = rounded(first + c + 1), d = rounded(first + c + 2),
+               e = rounded(first + c + 3);
       sum += a + b + (d + e);
       const vi four = (a & 255) | (b & 255) << 8 | (d & 255) << 16 | e << 24;
       __builtin_memcpy(q + c * count, &four, 4 * count);
@@ -94,7 +107,7 @@ static void quantize_from(const Source& source, const BandsArg& w, const int32_t
     for (; c < width; c += 4) {
       vi four = vi{};
       for (int k = 0; k < 4 && c + k < length; ++k) {
-        const vi one = rounded(c + k);
+        const vi one = rounded(first + c + k);
         sum += one;
         four |= (one & 255) << (8 * k);
       }
@@ -107,9 +120,9 @@ static void quantize_from(const Source& source, const BandsArg& w, const int32_t
 static void quantize_patches(const BandsArg& w, const Patches& p, int count, int8_t* q, float* scale,
                              int32_t* offsets) {
   if (count == ASKEW_LANES && p.at[count - 1] - p.at[0] == count - 1)
-    quantize_from(WholePatches{p.image + p.at[0]}, w, p.offsets, ASKEW_LANES, q, scale, offsets);
+    quantize_from(WholePatches{p.image + p.at[0], p.offsets}, w, ASKEW_LANES, q, scale, offsets);
   else
-    quantize_from(patch_runs(p, count), w, p.offsets, count, q, scale, offsets);
+    quantize_from(patch_runs(p, count), w, count, q, scale, offsets);
 }
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -152,4 +165,12 @@ static void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
       for (int64_t j = c; j < cols && j < c + 16; ++j)
         for (int64_t i = r; i < rows && i < r + 16; ++i) to[j * to_stride + i] = from[i * stride + j];
     }
+}
+
+// Rows of a whole block, one a lane; columns: scratch of as many numbers. Where a block has no more tokens than lanes.
+constexpr int64_t kBlockRows = kBandTokens == ASKEW_LANES ? ASKEW_LANES : 0;
+static void quantize_block(const BandsArg& w, const float* x, int8_t* q, float* scale, int32_t* offsets,
+                           float* columns) {
+  transpose(x, w.cols, ASKEW_LANES, w.cols, columns, ASKEW_LANES);
+  quantize_from(TransposedRows{columns}, w, ASKEW_LANES, q, scale, offsets);
 }

@@ -229,8 +229,8 @@ struct PackedOps {
   }
 
   // The convolution of x (images, channels, height, width), or with `channels_last` (images, height, width, channels),
-  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros above and to the left,
-  // and the size of y, two numbers each.
+  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros before and after, two
+  // numbers each.
   static Tensor bands_conv(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
                            std::vector<int64_t> geometry, bool channels_last, std::optional<Tensor> bias) {
     STD_TORCH_CHECK(x.dim() == 4 && together(x, bands), "x: expected an image of 4 dimensions beside bands");
