@@ -152,7 +152,7 @@ def build() -> Path:
         stubs.mkdir()
         stand_ins(stubs)
         raw = Path(temp) / "raw"
-        environment = {**os.environ, "ASKEW_BUILD": "full", "LDFLAGS": f"-L{stubs}"}
+        environment = {"ASKEW_BUILD": "full", **os.environ, "LDFLAGS": f"-L{stubs}"}
         lib = Path(temp) / "lib"  # an earlier build's may hold files that are no longer there
         command = [sys.executable, "setup.py", "-q", "build", "--build-lib", lib, "bdist_wheel", "--dist-dir", raw]
         subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, check=True)
