@@ -234,7 +234,7 @@ def test_the_citation_is_of_this_version():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_what_is_linked_for_the_wheel_asks_for_no_newer_c_library(tmp_path, monkeypatch):
-    """Functions of libc, libm and of what libc took in later: in versions of glibc 2.28 at most, from their old homes."""
+    """What libc, libm and, before 2.34, others define: in versions of glibc 2.28 at most, from the homes of then."""
     if COMPILER is None or shutil.which("readelf") is None or not shutil.which("cc"):
         pytest.skip("no compiler or no binutils")
     monkeypatch.syspath_prepend(str(TOOLS))
