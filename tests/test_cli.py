@@ -94,6 +94,7 @@ def places(tmp_path):
         ("analyze FOLDER", "folder"),
         ("analyze FILE", "file, line 1"),
         ("analyze FILE --plot FILE/below", "below"),
+        ("export NOWHERE --to gguf --out FOLDER/out", "nowhere: no such file"),
         ("inspect NOWHERE", "nowhere"),
         ("inspect FOLDER", "folder"),
         ("inspect FILE", "file"),

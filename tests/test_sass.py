@@ -281,6 +281,15 @@ def test_an_interruption_waits_for_no_compiler(stop, monkeypatch):
     assert not any(worker.is_alive() for worker in multiprocessing.active_children())
 
 
+def test_an_architecture_that_nvcc_does_not_know_is_refused(capsys):
+    tools()
+    assert cli.main(["sass", "--arch", "sm_1"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("askew_kernels: --arch: expected some of sm_") and "got 'sm_1'" in err and err.count("\n") == 1
+    )
+
+
 def test_the_flags_are_those_of_the_build():
     flags = sass.nvcc_flags()
     assert "--fmad=false" in flags and flags[0].startswith("-std=")

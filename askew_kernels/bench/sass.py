@@ -399,6 +399,14 @@ def find_tools() -> Tools:
     return Tools(nvcc, nvdisasm, demangler, version[1] if version else "?")
 
 
+def check_archs(archs: Sequence[str], tools: Tools) -> None:
+    """Raises Refused naming the first that this nvcc does not compile for."""
+    known = subprocess.run([tools.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    for arch in archs:
+        if not any(arch in (code, code + "a", code + "f") for code in known):
+            raise Refused(f"--arch: expected some of {', '.join(known)} (nvcc {tools.version}), got {arch!r}")
+
+
 def _triton_bins() -> list[str]:
     import importlib.util
 
@@ -701,6 +709,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise
         print(f"{missing}: nothing is checked")
         return 0
+    check_archs(arguments.arch, tools)
     measured = measure(arguments.arch, arguments.file, tools)
     problems: list[str] = []
     if arguments.check:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import quant
+from ..command import error
 from ..nn.kinds import KINDS, chosen, own_keys
 from ..quant import QuantConfig, compute_scale
 from ..quant.grids import GRIDS
@@ -104,6 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
         convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds)
         print(report_of_contents(read_contents(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
-        print(f"convert: {problem}", file=sys.stderr)
+        error(f"convert: {problem}")
         return 2
     return 0

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .. import atomic
+from ..command import error
 from .contents import Contents, contents_of, read_contents
 from .files import PackedFileError
 from .formats import FORMATS, format_of
@@ -100,6 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     a = arguments
     try:
+        if not a.source.exists():
+            raise FileNotFoundError(f"{a.source}: no such file")
         print(f"{a.source}: writing it as {a.to} …", file=sys.stderr, flush=True)
         contents = export_packed(a.source, a.out, a.to, architecture=a.architecture, folder=a.folder, dense=a.dense,
                                  overwrite=a.overwrite)  # fmt: skip
@@ -108,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{a.out}: {a.to}, {len(contents.layers)} packed layers, {size:,} bytes")
         return verified(contents, a.out, a.to) if a.verify else 0
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as problem:
-        print(f"export: {problem}", file=sys.stderr)
+        error(f"export: {problem}")
         return 2
 
 

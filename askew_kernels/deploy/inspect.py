@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..command import error
 from ..contract import bits_per_code
 from ..nn import quantized_layers
 from ..nn.kinds import own_keys
@@ -228,7 +228,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             report.plot(arguments.plot)
     except (ValueError, OSError, ImportError) as problem:
-        print(f"inspect: {problem}", file=sys.stderr)
+        error(f"inspect: {problem}")
         return 2
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
     return 0
