@@ -42,6 +42,7 @@ from ninja_file import Ninja  # noqa: E402
 
 LIBRARY = runpy.run_path(str(ROOT / "askew_kernels/library.py"))
 DEFAULT_ARCHS = "8.0;9.0;10.0;12.0+PTX"
+SAME_CODE = {"120": "100"}  # nothing in csrc/cuda tells these apart: one PTX serves both, half the time of the second
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that is served
 
 CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-function"]
@@ -64,6 +65,7 @@ ISA_FLAGS = {  # csrc/cpu/isa: a stub for each instruction set, the slowest to c
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static",
               "-Xfatbin", "-compress-all"]  # fmt: skip  # a quarter of the size, unpacked when a kernel is first called
+SMALLEST = ["-compress-mode=size"]  # a fifth less again, from nvcc 12.4 on
 
 
 def stop(message: str) -> None:
@@ -99,17 +101,20 @@ def arch_flags(nvcc: str) -> tuple[list[str], str]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", listed))
     wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
-    flags, names = [], []
+    flags, numbers = [], []
     for arch in filter(None, wanted):
         number = re.sub(r"\D", "", arch.split("+")[0])
         if number not in known:
             continue
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        names.append(f"sm_{number}")
-        last = number
-    if not flags:
+        numbers.append(number)
+    if not numbers:
         raise CompileError(f"TORCH_CUDA_ARCH_LIST={wanted}: this nvcc knows only {sorted(known, key=int)}")
+    of = {number: SAME_CODE[number] if SAME_CODE.get(number) in numbers else number for number in numbers}
+    for number, virtual in of.items():
+        flags += ["-gencode", f"arch=compute_{virtual},code=sm_{number}"]
+    names = [f"sm_{number}" for number in of]
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") or any("PTX" in a for a in wanted):
+        last = of[numbers[-1]]
         flags += ["-gencode", f"arch=compute_{last},code=compute_{last}"]
         names.append(f"compute_{last}")
     return flags, " ".join(names)
@@ -167,7 +172,7 @@ class BuildExt(build_ext):
         self.report.update(cpu=True, cuda=bool(archs), torch_target="2.11", compiler=cxx)
 
     def find_cuda(self) -> tuple[Path, list[str], str, str] | None:
-        """(its folder, -gencode flags, architectures, nvcc's version); None and a reason where it is not to be used."""
+        """(its folder, flags, architectures, version); None and a reason where it is not to be used."""
         home = cuda_home()
         if MODE == "cpu" or home is None:
             self.report["cuda_reason"] = "ASKEW_BUILD=cpu" if MODE == "cpu" else "nvcc was not found"
@@ -175,7 +180,10 @@ class BuildExt(build_ext):
         nvcc = str(home / "bin/nvcc")
         try:
             text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-            return home, *arch_flags(nvcc), re.search(r"release ([\d.]+)", text).group(1)
+            version = re.search(r"release (\d+)\.(\d+)", text)
+            flags, archs = arch_flags(nvcc)
+            flags += SMALLEST if tuple(map(int, version.groups())) >= (12, 4) else []
+            return home, flags, archs, ".".join(version.groups())
         except (CompileError, OSError, subprocess.CalledProcessError, AttributeError) as error:
             if MODE == "full":
                 raise

@@ -681,6 +681,24 @@ def packed_linear_bf16(
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
+def packed_bands_conv(
+    x: Tensor, bands: Tensor, scale: Tensor, grid: list[int], bits: int, n: int, geometry: list[int],
+    channels_last: bool, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``packed_bands_linear`` of the patches of x (images, channels, height, width), or with ``channels_last`` (images,
+    height, width, channels), which the result is, too. geometry: kernel, stride, dilation, zeros before and after, two
+    numbers each."""
+    kernel, stride, dilation, before, after = (geometry[i : i + 2] for i in range(0, 10, 2))
+    x = x.movedim(-1, 1) if channels_last else x
+    x = torch.nn.functional.pad(x, (before[1], after[1], before[0], after[0]))
+    each = zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    size = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in each]
+    patches = torch.nn.functional.unfold(x, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(1, 2)
+    y = packed_bands_linear(patches.reshape(-1, patches.shape[-1]), bands, scale, grid, bits, n, bias)
+    y = y.reshape(x.shape[0], *size, n)
+    return y if channels_last else y.movedim(-1, 1).contiguous()
+
+
 # ---- products of levels ---------------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,11 @@ def set_backend(name: str) -> None:
     _forced = None if name == "auto" else name
 
 
+def asked_for() -> str | None:
+    """The backend that ``set_backend`` or ASKEW_BACKEND asks for; None: automatic."""
+    return _forced
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """``with use_backend("reference"): …``"""

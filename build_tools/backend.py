@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import site
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,9 +32,9 @@ def find_compiler() -> str | None:
 
 
 def find_ninja() -> str | None:
-    spec = importlib.util.find_spec("ninja")
-    folders = [Path(place) / "data/bin" for place in (spec.submodule_search_locations or ())] if spec else []
-    return shutil.which("ninja") or shutil.which("ninja", path=os.pathsep.join(map(str, folders)))
+    """This Python's own, which may not be on the PATH, before the system's, which may be older."""
+    folders = (sysconfig.get_path("scripts"), os.path.dirname(sys.executable), os.environ.get("PATH", ""))
+    return shutil.which("ninja", path=os.pathsep.join(folders))
 
 
 def torch_version(folder: Path) -> tuple[int, ...]:

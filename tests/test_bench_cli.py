@@ -27,7 +27,7 @@ from askew_kernels import command, nn, optim
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
-from askew_kernels.bench.suites import around, common, fake_quant, packed, startup, step, train
+from askew_kernels.bench.suites import around, common, fake_quant, models, packed, startup, step, train
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -144,6 +144,36 @@ def test_linear_rows_are_checked(monkeypatch):
         for r in [r for r in measured if r.kind != "ceiling"]:
             assert r.rate == pytest.approx(times * 64**3 / r.p50 / 1e6)
             assert r.limit == pytest.approx(times / 2 * product.p50)
+
+
+def test_whole_models_are_checked_against_themselves_unpacked(monkeypatch):
+    """Every packed model is timed only after its outputs were near those of its unpacked self and of the float model,
+    and the note has that cosine and its memory; a packed model with other codes fails."""
+    for entry in [e for e in suites.SUITES["models"] if e.quick]:
+        measured = {r.impl: r for r in rows_of("models", entry.op)}
+        own = [r for r in measured.values() if r.kind == "ours"]
+        assert own and not any(r.failed for r in measured.values()), [r.note for r in measured.values() if r.failed]
+        for r in (r for r in own if r.p50 is not None):
+            assert " MB, cosine 0." in r.note and r.bytes and r.rate_unit.endswith("/s")
+    form = models.FORMATS["4 bits g32, int8"]
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    x = torch.randn(4, 64)
+    shared = models.Beside(model, lambda m: m(x), 1)
+    impl = shared.own(Context(CPU, quick=True), "4 bits g32, int8", form, "*")[0]
+    impl.check(impl.run)
+    broken = shared.impl(form.of(torch.nn.Sequential(torch.nn.Linear(64, 64)), "*"), form.least)
+    with pytest.raises(harness.CheckFailed, match="cosine"):
+        broken.check(broken.run)
+
+
+def test_rows_of_products_know_their_arithmetic():
+    """A product's limit is the slower of the bytes it must read and of the library's own product in its type."""
+    entry = next(e for e in suites.SUITES["packed"] if e.op == packed.op(256))
+    case = entry.build(Context(CPU, quick=True))
+    kinds = {i.name: i.product for i in case.impls}
+    assert kinds["nn.Linear"] == harness.PRODUCT and kinds["nn.Linear bf16"] == harness.BF16_PRODUCT
+    assert kinds[packed.ours("4-bit") + packed.INT8] == kinds[packed.DYNAMIC] == harness.INT8_PRODUCT
+    assert case.product == (256, 1024, 1024) and set(case.products) == {*kinds.values()}
 
 
 def test_training_rows(monkeypatch):

@@ -253,3 +253,29 @@ def test_any_shapes_and_values(rows, cols, values, scale, name, dtype, lr, eps, 
     for i, (a, b) in enumerate(zip(results, expected, strict=True)):
         if a.shape == x.shape and a.dtype in DTYPES and a.shape != (rows, 3):
             assert same_values(a, b), f"result {i} is not the reference's"
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 48), (4, 576), (3, 1040), (2, 33), (2, 40_000)], ids=str)
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_a_usual_step_leaves_behind(momentum, eps, shape):
+    """Without totals the sums are added up by the step itself, and large copies go past the caches: the bits of
+    ``row_sums`` and ``fake_quantize`` of the new weights, on every instruction set."""
+    g = torch.Generator().manual_seed(sum(shape))
+    start, grad = (torch.randn(shape, generator=g) for _ in range(2))
+    s, grid, seen = torch.rand(shape[0], generator=g) * 0.2 + 0.1, ak.quant.Uniform(4), []
+    with runtime.kept_tuning():
+        for capability, past in [(c, p) for c in CAPABILITIES for p in (1, 1 << 40)]:
+            runtime.force_cpu_capability(capability)
+            runtime.use_tuning({"cpu": {"streaming_bytes": past}})
+            for dtype in (torch.float32, torch.bfloat16):
+                w, m, copy = start.clone(), torch.zeros_like(start), torch.full(shape, 7.0, dtype=dtype)
+                stats = ops.SkewStats([torch.full((shape[0], 3), 7.0)])
+                ops.skew_sgd_([w], [grad], [m] if momentum else None, [s], [grid], lr=0.1, eps=eps, clamp=eps < 1,
+                              momentum=momentum, dequantized=[copy], stats=stats)  # fmt: skip
+                assert same_bits(stats.row_sums[0], ops.row_sums(w, shape[0]))
+                expected = torch.empty_like(copy)
+                ops.fake_quantize_out_(w, s, grid, expected)
+                assert same_bits(copy, expected)
+                seen.append(w)
+    assert all(same_bits(w, seen[0]) for w in seen)

@@ -7,12 +7,16 @@ table is that of the kernels is asked by ``make sass-check`` (sm_90) and by the 
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import subprocess
+import time
 from dataclasses import replace
 
 import pytest
 
 from askew_kernels import __main__ as cli
+from askew_kernels import command
 from askew_kernels.bench import machine_code, sass
 from askew_kernels.bench.machine_code import Region, Wanted
 from askew_kernels.command import Refused
@@ -244,6 +248,7 @@ def test_a_kernel_that_spills_is_reported(tmp_path, monkeypatch):
     source = tmp_path / "spill.cu"
     source.write_text(SPILLING)
     monkeypatch.setattr(sass, "ROOT", tmp_path)
+    monkeypatch.setattr(sass, "FOLDER", tmp_path / "build")
     measured = sass.measure_file(source, "sm_90", found)
     assert len(measured.spilling) == 1 and "spilling" in measured.spilling[0]
     first = sass.compiled(source, "sm_90", found)[0]
@@ -251,6 +256,29 @@ def test_a_kernel_that_spills_is_reported(tmp_path, monkeypatch):
     assert sass.compiled(source, "sm_90", found)[0].stat().st_mtime_ns == stamp  # kept
     source.write_text(SPILLING + "\n")
     assert sass.compiled(source, "sm_90", found)[0] != first and not first.exists()
+
+
+def asleep(source, arch, tools):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, command.Terminated])
+def test_an_interruption_waits_for_no_compiler(stop, monkeypatch):
+    """Though the signal reaches this process alone; what was compiled is kept, and said."""
+
+    def interrupt(number, frame):
+        raise stop
+
+    monkeypatch.setattr(sass, "measure_file", asleep)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1)
+    try:
+        with pytest.raises(stop, match="what was compiled is kept in .*sass"):
+            sass.measure(["sm_90"], [], None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not any(worker.is_alive() for worker in multiprocessing.active_children())
 
 
 def test_the_flags_are_those_of_the_build():

@@ -85,6 +85,7 @@ class Impl:
     losses: list[Any] | None = None  # a training step appends its loss here
     own_clock: bool = False  # ``run()`` gives its milliseconds itself
     calls: int = 1  # operations in one ``run()``; what is reported is the time of one
+    product: str = ""  # which of ``PRODUCTS`` its arithmetic can be no faster than; empty: the first
 
 
 @dataclass
@@ -96,7 +97,8 @@ class Case:
     baseline: str
     impls: list[Impl]
     numel: int  # of the memory ceilings' tensors; 0: no such ceilings
-    product: tuple[int, int, int] | None = None  # (m, k, n) of the matrix-product ceiling
+    product: tuple[int, int, int] | None = None  # (m, k, n) of the matrix-product ceilings
+    products: tuple[str, ...] = ("matrix product",)  # which of ``PRODUCTS``
     work: float = 0.0  # what one call does, in units of ``work_unit``; floating-point operations / 1e9 for "GFLOP"
     work_unit: str = ""  # "GFLOP", "images", "tokens"
     turns: int = 0  # exactly so many calls of each (training: equal work); 0: as many as the time allows
@@ -306,12 +308,22 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device, calls: int = 
 
 # ---- ceilings --------------------------------------------------------------------------------------------------------
 
-PRODUCT = "matrix product"
+PRODUCT, BF16_PRODUCT, INT8_PRODUCT = "matrix product", "bfloat16 matrix product", "int8 matrix product"
+
+
+def _product(name: str, m: int, k: int, n: int, device: torch.device) -> Callable[[], Any]:
+    """A product into an existing result, the library's own; of int8, which has no such form, into a new one."""
+    if name == INT8_PRODUCT:
+        x, y = (torch.ones(*s, device=device, dtype=torch.int8) for s in ((m, k), (k, n)))
+        return lambda: torch._int_mm(x, y)
+    dtype = torch.bfloat16 if name == BF16_PRODUCT else torch.float32
+    x, y, out = (torch.ones(*s, device=device, dtype=dtype) for s in ((m, k), (k, n), (m, n)))
+    return lambda: torch.mm(x, y, out=out)
 
 
 def ceilings_of(case: Case, device: torch.device) -> list[Impl]:
     """What the memory gives, a copy (first), a read and an in-place update of ``case.numel`` fp32 elements, and what
-    the arithmetic gives, an fp32 product of ``case.product`` = (m, k, n) into an existing result."""
+    the arithmetic gives, products of ``case.product`` = (m, k, n) in the types of ``case.products``."""
     made = []
     if size := 4 * case.numel:
         a, b, c = (torch.ones(case.numel, device=device) for _ in range(3))
@@ -322,8 +334,8 @@ def ceilings_of(case: Case, device: torch.device) -> list[Impl]:
         ]
     if case.product:
         m, k, n = case.product
-        x, y, out = (torch.ones(*s, device=device) for s in ((m, k), (k, n), (m, n)))
-        made.append(Impl(PRODUCT, lambda: torch.mm(x, y, out=out), "ceiling", note=f"{m} x {k} x {n}"))
+        made += [Impl(name, _product(name, m, k, n, device), "ceiling", note=f"{m} x {k} x {n}")
+                 for name in case.products]  # fmt: skip
     for impl in made:
         impl.run()
     return made
@@ -410,9 +422,13 @@ def run_case(
     def limit_of(impl: Impl) -> float | None:
         if impl.kind == "ceiling":
             return None
+        limits = []
         if impl.traffic is not None and copy_rate and line_rate:
-            return impl.traffic.total / copy_rate if device.type == "cuda" else impl.traffic.lines / line_rate
-        return case.work * medians[PRODUCT] / product if product and case.work_unit == "GFLOP" else None
+            bytes_limit = impl.traffic.total / copy_rate if device.type == "cuda" else impl.traffic.lines / line_rate
+            limits.append(bytes_limit)
+        if product and case.work_unit == "GFLOP" and (impl.traffic is None or impl.product):
+            limits.append(case.work * medians[impl.product or PRODUCT] / product)
+        return max(limits, default=None)
 
     for impl in shown:
         if impl.name in failures:
@@ -421,7 +437,7 @@ def run_case(
         values, p50, traffic = times[impl.name], medians[impl.name], impl.traffic
         work, unit = case.work, case.work_unit
         if impl.kind == "ceiling":
-            work, unit = product * (impl.name == PRODUCT), "GFLOP"
+            work, unit = product * (impl.name in case.products), "GFLOP"
         moved: dict[str, Any] = {}
         if traffic:
             percent = 100 * traffic.total / p50 / copy_rate if copy_rate else None

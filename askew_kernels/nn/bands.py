@@ -92,6 +92,10 @@ class Bands:
             return self._kept[3:]
         return self._made(layer) if self._serves(layer) else None
 
+    def kept(self, layer: Any) -> tuple[Tensor, Tensor] | None:
+        """(bands, scales) if those that are kept are still the layer's."""
+        return self._kept[3:] if self._kept is not None and self.fresh(layer) else None
+
     def fresh(self, layer: Any) -> bool:
         """Whether the bands that are kept are those of the layer's codes and scales."""
         kept, buffers = self._kept, layer._buffers

@@ -30,8 +30,9 @@ from .experts import (
     TransposedExpertWeight,
 )  # fmt: skip
 from .layers import QuantizedLayer
-from .packed import PackedLayer, PackedMatrix
+from .packed import PackedLayer, PackedMatrix, unrecorded
 from .replace import base_of, derived, mixin_of
+from .unpacked import Unpacked
 
 __all__ = [
     "KINDS", "AskewConv1d", "AskewConv2d", "AskewConv3d", "AskewConvTranspose1d", "AskewConvTranspose2d",
@@ -266,9 +267,20 @@ class _PackedConvolution(PackedLayer):
 
     On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
     (late layers, small batches), and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``):
-    each output position is a row of x, its patch, and no more than ``PATCHES`` numbers of them stand in memory.
-    Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer.
+    each output position is a row of x, its patch. Where patches are rounded to int8 they are read from the image as
+    they are multiplied; else no more than ``PATCHES`` numbers of them stand in memory.
+    Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
+    filters in groups stays unpacked (``unpacked``).
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._unpacked = Unpacked()
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Memory of short filters that stay unpacked; 0 before the first call."""
+        return self._unpacked.bytes
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x, conv = input, self  # type: Tensor, Any
@@ -284,9 +296,10 @@ class _PackedConvolution(PackedLayer):
             whole = torch.compiler.is_exporting() or all(n > 0 for n in sizes)
             few = runtime.convolves_from_codes(batch.shape[0] * math.prod(sizes), self.activations)
             if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
-                y = self._from_codes(batch, bias, *sizes)
+                banded = self._banded(batch, bias, torch.compiler.is_compiling())
+                y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
                 return y[0] if unbatched else y
-        return conv._conv_forward(x, self.dequantize(x.dtype), bias)
+        return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias)
 
     def _positions(self, x: Tensor) -> list[int]:
         """Sizes of the output."""
@@ -295,6 +308,27 @@ class _PackedConvolution(PackedLayer):
         padded = [n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True)]
         geometry = zip(padded, conv.kernel_size, conv.stride, conv.dilation, strict=True)
         return [(n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in geometry]
+
+    def _from_bands(self, x: Tensor, bias: Tensor | None, bands: Tensor, scale: Tensor) -> Tensor:
+        """Patches are rounded to int8 as they are read from the image. A signal of one dimension is a line of one."""
+        conv, grid = self, self.config.weight  # type: Any, Any
+        around = conv._reversed_padding_repeated_twice
+        if conv.padding_mode != "zeros" and any(around):
+            x, around = functional.pad(x, around, conv.padding_mode), [0] * len(around)
+        if signal := x.dim() == 3:
+            x, around = x[:, :, None], [*around, 0, 0]
+        kernel, stride, dilation = ((1, *n)[-2:] for n in (conv.kernel_size, conv.stride, conv.dilation))
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        x = x.permute(0, 2, 3, 1) if last else x
+        weight = (bands, scale, grid.encoding, self.bits, self.rows)
+        if last and (kernel, stride) == ((1, 1), (1, 1)) and not any(around):  # pixels are rows as they stand
+            linear = torch.ops.askew.packed_bands_linear.default
+            y = unrecorded(linear, x.reshape(-1, self.cols), *weight, bias).reshape(*x.shape[:3], self.rows)
+        else:
+            geometry = [*kernel, *stride, *dilation, around[2], around[0], around[3], around[1]]
+            y = unrecorded(torch.ops.askew.packed_bands_conv.default, x, *weight, geometry, last, bias)
+        y = y.permute(0, 3, 1, 2) if last else y
+        return y[:, :, 0] if signal else y
 
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""

@@ -27,6 +27,7 @@ from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from ..quant.sharding import is_sharded
 from .bands import Bands, restored
+from .calls import Call
 from .decoded import DecodedWeight
 from .layers import autocast_dtype, quantized_input
 from .parallel import being_split, parallel_product, split, stand_in
@@ -34,6 +35,16 @@ from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
+
+
+def unrecorded(product: Any, *inputs: Any) -> Tensor:
+    """``product`` below autograd, where there is nothing to record: spares the call into the operator's Python kernel;
+    no `with`, which takes twice as long."""
+    below = None if torch.compiler.is_compiling() else _BelowAutograd()
+    try:
+        return product(*inputs)
+    finally:
+        del below
 
 
 class PackedLayer(nn.Module):
@@ -48,8 +59,9 @@ class PackedLayer(nn.Module):
     form: ClassVar[Form]  # its kind's: how the weight is a matrix, whose rows the codes have
     activations = "float"
     repack = True  # products with int8 activations put the codes into the order in which they read them
+    _call: Call | None = None
     own_attributes = ("config", "trits", "shape", "bits", "rows", "cols", "weight_dtype", "activations", "weight_codes",
-                      "weight_scale", "repack", "_tiles", "_bands")  # fmt: skip
+                      "weight_scale", "repack", "_tiles", "_bands", "_call", "_unpacked")  # fmt: skip
 
     def __init__(self, *args: Any, config: QuantConfig | None = None, trits: bool = False,
                  scale_dtype: torch.dtype | None = None, device: Any = None, dtype: torch.dtype | None = None,
@@ -224,37 +236,45 @@ class PackedLayer(nn.Module):
             return False
         return self._tiles.ready(self) or not torch.cuda.is_current_stream_capturing()
 
+    def _records(self, bias: Tensor | None) -> bool:
+        """Whether bias or scale want gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        return (bias is not None and bias.requires_grad) or self._buffers["weight_scale"].requires_grad  # type: ignore[union-attr]
+
+    def _banded(self, x: Tensor, bias: Tensor | None, compiling: bool) -> tuple[Tensor, Tensor] | None:
+        """(bands, scales) for a product of ``x`` rounded to int8; None where it is made from the codes."""
+        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias):
+            return None
+        return self._bands.of(self, x, compiling)
+
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         scale: Any = buffers["weight_scale"]
-        recorded = torch.is_grad_enabled() and ((bias is not None and bias.requires_grad) or scale.requires_grad)
+        recorded = self._records(bias)
         inputs: tuple[Any, ...]
         if not recorded and part is None and self._reads_tiles(x):
             product: Any = torch.ops.askew.packed_tiles_linear.default
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
-            banded = None
-            if name == "packed_linear_int8" and self.repack and not recorded and part is None:
-                banded = self._bands.of(self, x, compiling)
+            banded = self._banded(x, bias, compiling) if part is None else None
             if banded is not None:
                 product = torch.ops.askew.packed_bands_linear.default
-                inputs = x.contiguous(), *banded, grid.encoding, self.bits, self.rows, bias
+                codes, scale = banded
+                rest: tuple[Any, ...] = grid.encoding, self.bits, self.rows
             else:
                 codes, scale = (restored(self), scale) if part is None else self.rows_of(part)
                 if scale.dtype != torch.float32:
                     scale = scale.float()
-                levels = grid.levels_tensor(x.device)
-                inputs = x.contiguous(), codes, scale, levels, grid.encoding, self.bits, bias
-                if recorded:
-                    return ops.run_packed_linear(name, product, *inputs)
-        # nothing to record: spares the call into the operator's Python kernel; no `with`, which takes twice as long
-        below = None if compiling else _BelowAutograd()
-        try:
-            return product(*inputs)
-        finally:
-            del below
+                rest = grid.levels_tensor(x.device), grid.encoding, self.bits
+            inputs = x.contiguous(), codes, scale, *rest, bias
+            if recorded:
+                return ops.run_packed_linear(name, product, *inputs)
+            if part is None and not compiling and Call.can_be_made(self, x, bias):
+                self._call = Call(self, x, product, rest, banded is not None)
+        return unrecorded(product, *inputs)
 
     @property
     def packed_bytes(self) -> int:
@@ -351,6 +371,10 @@ class PackedMatrix(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x = input
+        if not torch.compiler.is_compiling() and (call := self._call) is not None:
+            y = call.product_of(self, x)
+            if y is not None:
+                return y
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         return self._multiplied(*self._prepared(x))
@@ -366,7 +390,8 @@ class PackedMatrix(PackedLayer):
             return self._product(x, bias, part)
         if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
             x = x.clone(memory_format=torch.contiguous_format)
-        return self._product(x.reshape(rows, self.cols), bias, part).reshape(*x.shape[:-1], -1)
+        y = self._product(x.reshape(rows, self.cols), bias, part)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _nested(self, x: Any) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""

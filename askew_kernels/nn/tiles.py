@@ -16,7 +16,8 @@ from .. import ops
 LEAST_COLUMNS = 128  # shorter rows leave half of a tile empty and more
 
 
-def _state(t: Tensor) -> tuple[int, int | None]:
+def state_of(t: Tensor) -> tuple[int, int | None]:
+    """Where its numbers stand, and how often they were written."""
     return t.data_ptr(), None if t.is_inference() else t._version
 
 
@@ -54,7 +55,9 @@ class Tiles:
         """Whether the tiles are those of the layer's codes and scales as they stand."""
         codes, scale = layer.weight_codes, layer.weight_scale
         kept = self._kept
-        return kept is not None and kept[0] is codes and kept[1] is scale and kept[2] == (_state(codes), _state(scale))
+        return (
+            kept is not None and kept[0] is codes and kept[1] is scale and kept[2] == (state_of(codes), state_of(scale))
+        )
 
     @torch.no_grad()
     def of(self, layer: Any, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -63,7 +66,7 @@ class Tiles:
         if not self.ready(layer):
             made = ops.packed.packed_tiles(codes, grid.encoding, layer.bits, layer.cols, len(grid.levels), form)
             scales = ops.packed.tile_scales(scale.float(), layer.rows, layer.cols).contiguous()
-            self._kept = (codes, scale, (_state(codes), _state(scale)), made, scales)
+            self._kept = (codes, scale, (state_of(codes), state_of(scale)), made, scales)
         assert self._kept is not None
         groups = scale.numel() // layer.rows if scale.numel() > 1 else 0
         return (*self._kept[3:], grid.levels_tensor(codes.device), grid.encoding, form, layer.rows, groups)

@@ -216,6 +216,26 @@ define("packed_bands_linear",
        flops=lambda x, bands, scale, grid, bits, n, *_args, **_kwargs: 2 * x[0] * x[1] * n)  # fmt: skip
 
 
+def conv_size(size: Sequence[Any], geometry: Sequence[int]) -> list[Any]:
+    """Of the result of a convolution; geometry: kernel, stride, dilation, zeros before and after, two numbers each."""
+    each = zip(size, *(geometry[i : i + 2] for i in range(0, 10, 2)), strict=True)
+    return [(n + before + after - gap * (k - 1) - 1) // step + 1 for n, k, step, gap, before, after in each]
+
+
+def _convolved(x: Any, bands: Any, scale: Any, grid: Any, bits: int, n: int, geometry: Any, channels_last: bool,
+               bias: Any) -> Any:  # fmt: skip
+    size = conv_size(x.shape[1:3] if channels_last else x.shape[2:], geometry)
+    return x.new_empty((x.shape[0], *size, n) if channels_last else (x.shape[0], n, *size))
+
+
+define("packed_bands_conv",
+       "(Tensor x, Tensor bands, Tensor scale, int[] grid, int bits, int n, int[] geometry, bool channels_last,"
+       " Tensor? bias) -> Tensor", fake=_convolved,
+       flops=lambda x, bands, scale, grid, bits, n, geometry, channels_last, *_args, **_kwargs: (
+           2 * x[0] * x[3 if channels_last else 1] * n * math.prod(geometry[:2])
+           * math.prod(conv_size(x[1:3] if channels_last else x[2:], geometry))))  # fmt: skip
+
+
 def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
     """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight."""
     check_grid(grid)

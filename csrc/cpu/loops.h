@@ -59,6 +59,14 @@ struct BandInput {
   const int32_t* offsets;  // (batch, groups): lo times the sum of q over a group
 };
 
+// Patches of an image that are quantized together, one a lane; offsets: of their columns, the same for each.
+constexpr int kMostPatches = 16;
+struct Patches {
+  const float* image;
+  const int32_t* offsets;
+  int64_t at[kMostPatches];
+};
+
 // A panel of outputs of a product of levels, laid out, and what its tiles need beside it.
 struct LevelPanel {
   const uint8_t* words;
@@ -105,6 +113,10 @@ struct PackedLoops {
   int64_t (*band_tokens)(int64_t left);
   void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
                         int32_t* offsets, int8_t* scratch);
+  // The same of the patches of a whole block.
+  void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
+  // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride);
   void (*multiply_bands)(const BandsArg&, int64_t band0, int64_t band1, const BandInput&, int64_t token0,
                          int64_t token1, const float* bias, float* y);
 

@@ -11,27 +11,18 @@
 #include <memory>
 #include <new>
 
-#include "run.h"
+#include "packed_conv.h"
+#include "scratch.h"
 
 namespace askew {
 namespace {
 
-constexpr int64_t kGrain = 1 << 16;   // weights times inputs that are worth a thread
 constexpr int64_t kTokens = 128;      // int8 inputs that stay in the L2 cache while all rows pass
 constexpr int64_t kPanel = 1 << 22;   // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
 constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
-
-// Uninitialised memory, aligned to cache lines.
-template <class T>
-struct Scratch : std::unique_ptr<T, void (*)(void*)> {
-  explicit Scratch(int64_t count)
-      : Scratch::unique_ptr((T*)std::aligned_alloc(64, rounded_up(count * sizeof(T) + 64, 64)), std::free) {
-    if (!this->get()) throw std::bad_alloc();
-  }
-};
 
 // The five codes of each byte, as bytes and in one word.
 struct Trits {
@@ -59,18 +50,6 @@ PackedWeight prepared(const PackedArg& arg) {
       w.table[i] = w.grid.kind == kCodebook ? w.grid.levels[k] : w.lo + w.step * (float)k;
     }
   return w;
-}
-
-// f(begin, end) on rows [0, n) in whole bands, in as many threads as the work is worth.
-template <class F>
-void for_rows(int64_t n, int64_t band, int64_t work_of_row, const F& f) {
-  const int64_t bands = (n + band - 1) / band;
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(work_of_row * band, 1));
-  const auto rows = [&](int64_t begin, int64_t end) { f(begin * band, std::min(end * band, n)); };
-  if (bands <= grain)
-    rows(0, bands);
-  else
-    torch::stable::parallel_for(0, bands, grain, rows);
 }
 
 // One row after the other of [0, count) as float32 s c: f(row, its values, padded). By threads.
@@ -496,6 +475,7 @@ struct Device : OnCpu {
     multiply_bands(p, w);
     p.finish();
   }
+  void bands_conv(const ConvArg& a, const BandsArg& w) const { convolve_bands(a, w); }
   void linear_int8(const LinearArg& a) const {
     const Product p(a);
     multiply_int8(p);

@@ -267,6 +267,7 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
   int64_t until = length, group = 0;
   for (int64_t at = 0; at < w.row_bytes; at += 64) {
     ASKEW_EACH (g, BANDS) {
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(from[g][i] + at + 16 * BANDS * w.row_bytes, 0, 2);
       if (at + 64 <= w.row_bytes) {
         transpose_words(from[g], at, codes[g]);
       } else {

@@ -54,7 +54,7 @@ ASKEW_FN void add(VectorSums& s, vf w) {
   const vf a = absolute(w);
   s.abs += a;
   s.squares += w * w;
-  s.peak = select(a > s.peak, a, s.peak);
+  s.peak = greater(a, s.peak);
 }
 ASKEW_FN void add(RowSums* to, const VectorSums* vectors) {
   for (int k = 0; k < kVectors; ++k) {

@@ -6,6 +6,17 @@ namespace askew {
 
 struct UpdateOnCpu : OnCpu {
   using OnCpu::OnCpu;
+
+  // Whether copies fill no caches that are large enough to keep them for the next forward.
+  static bool past_caches(const std::vector<UpdateTensor>& list) {
+    int64_t bytes = 0;
+    for (const UpdateTensor& t : list)
+      if (t.dequantized) bytes += t.m.rows * t.m.cols * type_size(t.dequantized_type);
+    return bytes >= tuning.streaming_bytes;
+  }
+  // Whether every vector of a copy begins where such stores may.
+  static bool in_lines(const UpdateTensor& t) { return (uintptr_t)t.dequantized % 64 == 0 && t.m.cols % 16 == 0; }
+
   void run(Update& u) const {
     const size_t n = u.tensors.size();
     std::vector<Tiling> tilings;
@@ -23,6 +34,9 @@ struct UpdateOnCpu : OnCpu {
       if (t.row_sums) partial_rows += tiling.partials() * kRowSums;
       if (t.totals) partial_totals += tiling.tiles * kTotals;
     }
+
+    const bool past = past_caches(u.tensors);
+    for (UpdateTensor& t : u.tensors) t.past_caches = past && t.dequantized && in_lines(t);
 
     std::vector<double> rows(partial_rows), totals(partial_totals);
     over_list(tilings.data(), n, [&](size_t j, Tile tile, int64_t i) {

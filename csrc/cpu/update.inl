@@ -18,6 +18,7 @@ struct Step {
   Stream streams[kMostStreams];
   const Row<vf, Grid>* row;
   const Hyper* hyper;
+  RowSums* sums;  // what the step adds up on its way; may be null
   void (*columns)(const Step&, Columns);
 };
 
@@ -26,11 +27,12 @@ template <int T, class Grid, class Options, int BUFFERS>
 struct StepLoop : Step<T, Grid> {
   static constexpr int kStreams = kState + BUFFERS;
   using Step<T, Grid>::streams;
+  using Step<T, Grid>::sums;
 
   // One vector or pair.
   template <class F>
-  ASKEW_INLINE void step(int64_t i, const Row<F, Grid>& row, const Row<F, Grid>& stored, const Options& options,
-                         int64_t ahead) const {
+  ASKEW_INLINE F step(int64_t i, const Row<F, Grid>& row, const Row<F, Grid>& stored, const Options& options,
+                      int64_t ahead) const {
     for (unsigned c = 0; c < sizeof(F) / 4; c += ASKEW_LANES) {
       prefetch<T>(streams[kW], i + c, ahead);
       prefetch<T>(streams[kG], i + c, ahead);
@@ -58,8 +60,28 @@ struct StepLoop : Step<T, Grid> {
       store<kFloat32>(streams[kDescent], i, s.descent);
       store<kFloat32>(streams[kGradient], i, g);
     }
+    return s.w;
+  }
+  // Steps, and sums of the new weights in the order of RowSumsLoop: the step hides what they take.
+  static constexpr bool kSums = Options::kUsual && T == kFloat32 && ASKEW_LANES >= 8;
+  ASKEW_LOOP void run_with_sums(int64_t i, int64_t n) const {
+    const StepLoop l = *this;
+    const Row<vf, Grid> once = *l.row;
+    const Row<Pair, Grid> twice = pair_of(once);
+    const Options options{*l.hyper, rule_of<typename Options::Rule>(*l.hyper)};
+    const int64_t end = i + n, ahead = tuning.prefetch_columns;
+    VectorSums vectors[kVectors];
+    for (; i + 2 * ASKEW_LANES <= end; i += 2 * ASKEW_LANES) {
+      const Pair w = l.step(i, twice, twice, options, ahead);
+      add(vectors[0], w.lo);
+      add(vectors[kVectors - 1], w.hi);
+    }
+    if (i < end) add(vectors[0], l.step(i, once, once, options, ahead));
+    add(l.sums, vectors);
   }
   ASKEW_LOOP void run(int64_t i, int64_t n) const {
+    if constexpr (kSums)
+      if (sums) return run_with_sums(i, n);
     const StepLoop l = *this;  // what a store cannot change
     const Row<vf, Grid> once = *l.row;
     const Row<Pair, Grid> twice = pair_of(once);
@@ -94,16 +116,27 @@ static ASKEW_LOOP void add_trace(const Trace& trace, int64_t columns, bool skip_
   }
 }
 
+// Elements as they are, by their size.
+ASKEW_FN void copy_past_caches(Stream from, Stream to, Columns c) {
+  if (to.size == 4)
+    copy_columns<kFloat32, true>(from, to, c);
+  else if (to.size == 2)
+    copy_columns<kBFloat16, true>(from, to, c);
+  else
+    copy_columns<kInt8, true>(from, to, c);
+}
+
 // Everything around the step, which is the same for every rule.
 template <int T, class Grid>
-static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& step, Tile tile, double* row_sums,
-                         double* totals) {
+static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& step, bool sums_on_the_way, Tile tile,
+                         double* row_sums, double* totals) {
   constexpr int size = sizeof(typename Storage<T>::type);
   Lanes16 lanes[kTotals];
   if (totals)
     for (Lanes16& l : lanes) l = {};
   Trace trace;
   alignas(64) char mean[2 * kBand * size];  // of two gradients; twice as long for what StepLoop brings in ahead
+  alignas(64) char made[2 * kBand * 4];     // of a copy that goes past the caches
   int64_t traced = 0;                       // columns of the trace in use
   const Stream w{t.w, size, true}, w_read{t.w, size, false}, g{(void*)t.g, size, false};
   Stream* const streams = step.streams;
@@ -140,6 +173,8 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
                 {w_read, level}, ASKEW_VECTOR { store<kFloat32>(s[1], i, nearest_level(load<T>(s[0], i), weights)); }),
             c);
       }
+      const bool summed = row_sums && sums_on_the_way && c.count % 16 == 0;  // a tail's padding does not count
+      step.sums = summed ? &sums : nullptr;
       step.columns(step, c);
       if (totals) {
         for_columns(vector_loop<T>(
@@ -154,14 +189,16 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
         traced += padded;
       }
       if (row_sums) {
-        for_columns(RowSumsLoop<T>{{w_read}, &sums}, c);
+        if (!summed) for_columns(RowSumsLoop<T>{{w_read}, &sums}, c);
         if (!one_band) flush(sums);
       }
       if (t.dequantized) {
-        const Stream copy{t.dequantized, type_size(t.dequantized_type), true};
-        auto loop = quantize_loop<T, Grid>(w_read, copy, t.dequantized_type);
+        const int bytes = type_size(t.dequantized_type);
+        const Stream copy{t.dequantized, bytes, true}, staged{made - c.first * bytes, bytes, true};
+        auto loop = quantize_loop<T, Grid>(w_read, t.past_caches ? staged : copy, t.dequantized_type);
         loop.row = weights;
         for_columns(loop, c);
+        if (t.past_caches) copy_past_caches(staged, copy, c);
       }
     });
     if (row_sums) {
@@ -169,6 +206,7 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
       row_sums += kRowSums;
     }
   }
+  finish_stores(t.past_caches);
   if (totals) {
     add_trace(trace, traced, h.skip_nonfinite, lanes);
     for (int j = 0; j < kTotals; ++j) totals[j] = finish(lanes[j]);
@@ -179,7 +217,7 @@ template <int T, class Grid, class Options, int BUFFERS>
 static void update_by(const UpdateTensor& t, const Hyper& h, Tile tile, double* row_sums, double* totals) {
   StepLoop<T, Grid, Options, BUFFERS> loop;
   loop.columns = loop.over;
-  update_typed<T, Grid>(t, h, loop, tile, row_sums, totals);
+  update_typed<T, Grid>(t, h, loop, loop.kSums, tile, row_sums, totals);
 }
 
 template <class R, int BUFFERS>

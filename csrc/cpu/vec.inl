@@ -10,6 +10,16 @@ typedef uint16_t vh __attribute__((vector_size(2 * ASKEW_LANES)));
 typedef uint8_t vb __attribute__((vector_size(ASKEW_LANES)));
 
 ASKEW_FN vf select(vi m, vf a, vf b) { return m ? a : b; }
+// a > b ? a : b; in one instruction, on which a chain waits a third as long as on a comparison and a choice.
+ASKEW_FN vf greater(vf a, vf b) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ASKEW_LANES == 8 && defined(__AVX__)
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select(a > b, a, b);
+#endif
+}
 ASKEW_FN vi both(vi a, vi b) { return a & b; }
 #if defined(__FMA__)
 #if ASKEW_LANES == 16

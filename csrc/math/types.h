@@ -79,6 +79,7 @@ struct UpdateTensor {  // what is absent is null
   GridArg grid;
   const void* kept;   // read in place of w, whose content does not matter then
   const void* first;  // a gradient whose mean with g takes g's place
+  bool past_caches;   // CPU: the copy is stored without bringing its lines in first
 };
 
 constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte
@@ -112,6 +113,14 @@ struct LinearArg {  // y (batch, n) = x (batch, cols) W^T + bias (n,), all of on
   void* y;
   int64_t batch;
   int type;
+};
+
+struct ConvArg {  // y = convolution of x with a packed weight, whose columns are (channel, kernel), plus bias (n,)
+  const void *x, *bias;  // x: (images, channels, in), y: (images, n, out); channels last of both if `channels_last`
+  void* y;
+  int type;
+  bool channels_last;
+  int64_t images, channels, in[2], out[2], kernel[2], stride[2], dilation[2], before[2];  // before: zeros around x
 };
 
 // How a weight's codes lie in tiles (docs/packed.md): the bits of an integer level's code, or 4 bits that a codebook is

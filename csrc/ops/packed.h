@@ -181,14 +181,13 @@ struct PackedOps {
     Device(bands).from_bands(w, static_cast<uint8_t*>(made.data_ptr()));
     return made;
   }
-  // y (batch, n) from bands, x rounded to int8. scale: (bands, groups, kBandRows).
-  static Tensor bands_linear(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
-                             std::optional<Tensor> bias) {
-    STD_TORCH_CHECK(x.dim() == 2 && together(x, bands), "x: expected shape (batch, cols) beside bands");
+  // A weight in bands for products with inputs rounded to int8. scale: (bands, groups, kBandRows).
+  static BandsArg checked_bands(const Tensor& bands, const Tensor& scale, const std::vector<int64_t>& grid,
+                                int64_t bits, int64_t n, int64_t cols) {
     const int64_t count = filled_up(n, kBandRows) / kBandRows;
     STD_TORCH_CHECK(scale.dim() == 3 && scale.size(0) == count && scale.size(2) == kBandRows, "scale: expected shape (",
                     count, ", groups, ", kBandRows, ")");
-    BandsArg w = bands_of(bits, n, x.size(1), scale.size(1));
+    BandsArg w = bands_of(bits, n, cols, scale.size(1));
     w.codes = check_bands(bands, w);
     w.scale = floats(scale, bands, "scale");
     const GridArg g = grid_arg(grid, scale, bands);
@@ -198,6 +197,21 @@ struct PackedOps {
     STD_TORCH_CHECK((float)w.lo * w.step == g.lo, "grid: levels of bands are multiples of ", w.step);
     const int64_t top = std::max(std::abs((int64_t)w.lo), std::max<int64_t>(band_top(w.bits), w.lo + band_top(w.bits)));
     STD_TORCH_CHECK(w.cols * kInt8Top * top < INT32_MAX, "x: ", w.cols, " columns may overflow int32");
+    return w;
+  }
+  static const void* bias_of(const std::optional<Tensor>& bias, int64_t n, const Tensor& x) {
+    if (!bias) return nullptr;
+    check_dense(*bias, "bias");
+    STD_TORCH_CHECK(bias->numel() == n && bias->scalar_type() == x.scalar_type() && together(*bias, x),
+                    "bias: expected ", n, " elements in the type of x, beside it");
+    return bias->data_ptr();
+  }
+
+  // y (batch, n) from bands, x rounded to int8.
+  static Tensor bands_linear(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
+                             std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 2 && together(x, bands), "x: expected shape (batch, cols) beside bands");
+    const BandsArg w = checked_bands(bands, scale, grid, bits, n, x.size(1));
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     LinearArg a{};
     a.w.n = n;
@@ -205,15 +219,54 @@ struct PackedOps {
     a.x = x.data_ptr();
     a.batch = x.size(0);
     a.type = storage_type(x, "x");
-    if (bias) {
-      check_dense(*bias, "bias");
-      STD_TORCH_CHECK(bias->numel() == n && bias->scalar_type() == x.scalar_type() && together(*bias, x),
-                      "bias: expected ", n, " elements in the type of x, beside it");
-      a.bias = bias->data_ptr();
-    }
+    a.bias = bias_of(bias, n, x);
     Tensor y = empty(x, {a.batch, n}, x.scalar_type());
     a.y = y.data_ptr();
     if (a.batch && n) Device(x).bands_linear(a, w);
+    return y;
+  }
+
+  // The convolution of x (images, channels, height, width), or with `channels_last` (images, height, width, channels),
+  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros above and to the left,
+  // and the size of y, two numbers each.
+  static Tensor bands_conv(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
+                           std::vector<int64_t> geometry, bool channels_last, std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 4 && together(x, bands), "x: expected an image of 4 dimensions beside bands");
+    STD_TORCH_CHECK(geometry.size() == 10, "geometry: expected 10 numbers, got ", geometry.size());
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    ConvArg a{};
+    a.channels_last = channels_last;
+    a.images = x.size(0);
+    a.channels = x.size(channels_last ? 3 : 1);
+    for (int d = 0; d < 2; ++d) {
+      a.in[d] = x.size(d + (channels_last ? 1 : 2));
+      a.kernel[d] = geometry[d];
+      a.stride[d] = geometry[2 + d];
+      a.dilation[d] = geometry[4 + d];
+      a.before[d] = geometry[6 + d];
+      const int64_t after = geometry[8 + d], most = INT32_MAX;
+      STD_TORCH_CHECK(a.kernel[d] > 0 && a.stride[d] > 0 && a.dilation[d] > 0 && a.before[d] >= 0 && after >= 0,
+                      "geometry: expected positive numbers");
+      STD_TORCH_CHECK(a.kernel[d] <= most && a.dilation[d] <= most && a.stride[d] <= most && a.in[d] <= most &&
+                          a.before[d] <= most && after <= most,
+                      "geometry: expected numbers below 2^31");
+      const int64_t reach = (a.kernel[d] - 1) * a.dilation[d] + 1, room = a.in[d] + a.before[d] + after;
+      STD_TORCH_CHECK(reach <= room, "x: a kernel that reaches over ", reach, " has no place in ", room);
+      a.out[d] = (room - reach) / a.stride[d] + 1;
+    }
+    const auto reached = [&](int d) {
+      return std::max(a.in[d], (a.kernel[d] - 1) * a.dilation[d] + (a.out[d] + 1) * a.stride[d]);
+    };
+    STD_TORCH_CHECK(reached(0) * reached(1) <= INT32_MAX / std::max<int64_t>(a.channels, 1),
+                    "x: an image of more than 2^31 numbers");
+    const BandsArg w = checked_bands(bands, scale, grid, bits, n, a.channels * a.kernel[0] * a.kernel[1]);
+    a.type = storage_type(x, "x");
+    a.x = x.data_ptr();
+    a.bias = bias_of(bias, n, x);
+    Tensor y = channels_last ? empty(x, {a.images, a.out[0], a.out[1], n}, x.scalar_type())
+                             : empty(x, {a.images, n, a.out[0], a.out[1]}, x.scalar_type());
+    a.y = y.data_ptr();
+    if (y.numel() && w.cols) Device(x).bands_conv(a, w);
     return y;
   }
 
@@ -229,6 +282,7 @@ struct PackedOps {
       m.impl("packed_bands_codes", TORCH_BOX(&bands_codes));
       m.impl("packed_bands_linear", TORCH_BOX(&bands_linear));
       m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
+      m.impl("packed_bands_conv", TORCH_BOX(&bands_conv));
     }
   }
 };

@@ -22,7 +22,18 @@ from ... import quant
 from ...deploy import files
 from .. import peers
 from ..goals import Goal, Headline, Measure, first_case, rate, ratio, ratio_to_best
-from ..harness import Case, CheckFailed, Context, Entry, Impl, Traffic, peer
+from ..harness import (
+    BF16_PRODUCT,
+    INT8_PRODUCT,
+    PRODUCT,
+    Case,
+    CheckFailed,
+    Context,
+    Entry,
+    Impl,
+    Traffic,
+    peer,
+)
 from . import common
 from .linear import near_check
 
@@ -149,14 +160,27 @@ class ColdCase:
 
         return common.ours(self.context, ours(name) + WORDS[activations], build)
 
+    def product_of(self, name: str) -> str:
+        """The ceiling of the arithmetic of an implementation of this name; on a GPU the memory's alone counts."""
+        if self.cuda:
+            return ""
+        words = {INT8_PRODUCT: ("int8 activations", "dynamic"), BF16_PRODUCT: ("bf16", "bfloat16")}
+        return next((ceiling for ceiling, found in words.items() if any(w in name for w in found)), PRODUCT)
+
     def baseline(self) -> Impl:
         read = self.dtype.itemsize * self.side * self.side
         return self.impl("nn.Linear", lambda: copy.deepcopy(self.layer), read, kind="baseline")
 
     def case(self, impls: list[Impl]) -> Case:
         batch, side = self.batch, self.side
+        for impl in impls:
+            impl.product = self.product_of(impl.name)
+        ceilings: dict[str, Any] = {}
+        if not self.cuda:  # on a GPU the memory's
+            ceilings = {"product": (min(max(batch, 256), 1024), side, side),
+                        "products": (PRODUCT, BF16_PRODUCT, INT8_PRODUCT)}  # fmt: skip
         return Case(f"{batch} x {side} x {side}", str(self.dtype).removeprefix("torch."), "nn.Linear", impls,
-                    side * side * self.cuda, work=2 * batch * side * side / 1e9, work_unit="GFLOP")  # fmt: skip
+                    side * side, work=2 * batch * side * side / 1e9, work_unit="GFLOP", **ceilings)  # fmt: skip
 
 
 def linear_case(context: Context, batch: int) -> Case:
@@ -193,13 +217,13 @@ def linear_case(context: Context, batch: int) -> Case:
 
 
 def onnxruntime_case(context: Context, batch: int) -> Case:
-    """The same weights in onnxruntime's MatMulNBits: its accuracy level 1 computes in float32, 4 rounds each block of
-    the input to int8."""
+    """The same weights in onnxruntime's MatMulNBits: its accuracy level 0, the default, computes in float32 as
+    1 does, 4 rounds each block of the input to int8."""
     shared = ColdCase(context, batch)
     impls = [shared.baseline()]
     for name in SHARED:
         packed = shared.packed(name)
-        for activations, level in (("float", 1), ("int8", 4)):
+        for activations, level in (("float", 0), ("int8", 4)):
             impls += shared.own(name, activations)
 
             def build(
@@ -218,18 +242,8 @@ def _torch_peers(layer: nn.Linear, x: Tensor, impl: Callable[..., Impl]) -> list
     n, k = w.shape
 
     def int4() -> Impl:
-        groups = w.reshape(n, -1, 128)
-        low, high = groups.aminmax(dim=2)
-        scale = (high - low) / 15
-        q = ((groups - low[..., None]) / scale[..., None]).round().clamp(0, 15).int().reshape(n, k)
-        zeros = torch.stack([scale, low + 8 * scale], 2).transpose(0, 1).contiguous().bfloat16()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-
-        def made() -> Layer:
-            codes = packed.clone()
-            return lambda v: torch.ops.aten._weight_int4pack_mm_for_cpu(v, codes, 128, zeros)
-
-        return impl("", made, n * k // 2, value=half, check=near_check(layer, x))
+        first = peers.Int4OfTorch(layer, bias=False)
+        return impl("", lambda: copy.deepcopy(first), n * k // 2, value=half, check=near_check(layer, x))
 
     def int8() -> Impl:
         scale = w.abs().amax(1) / 127

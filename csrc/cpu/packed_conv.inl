@@ -1,0 +1,155 @@
+// Patches of an image as int8 in blocks of tokens (packed_bands.inl), straight from the image: neighbours in an image
+// row are lanes of a vector, which thus holds one column of a block's patches, and four of them, once rounded, are the
+// bytes that stand together in a block. The numbers are those of `quantize_token` for each patch.
+
+// Columns of a block's patches, where all of its lanes stand side by side in the image: one load each.
+struct WholePatches {
+  const float* first;
+  ASKEW_INLINE vf column(int64_t offset) const { return Floats::load(first + offset); }
+};
+
+// Lanes of several lines, or fewer than a vector has; the others are 0.
+struct PatchRuns {
+  int count;
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  const float* from[kMostPatches];  // where the vector would begin whose lanes `there` are the run's
+  __mmask16 there[kMostPatches];
+  ASKEW_INLINE void add(const float* p, int lane, int lanes) {
+    from[count] = p - lane;
+    there[count++] = (__mmask16)(((1u << lanes) - 1) << lane);
+  }
+  ASKEW_INLINE vf column(int64_t offset) const {
+    __m512 v = _mm512_maskz_loadu_ps(there[0], from[0] + offset);
+    for (int r = 1; r < count; ++r) v = _mm512_mask_loadu_ps(v, there[r], from[r] + offset);
+    return (vf)v;
+  }
+#else
+  const float* from[kMostPatches];  // of each lane
+  ASKEW_INLINE void add(const float* p, int lane, int lanes) {
+    for (int l = 0; l < lanes; ++l) from[lane + l] = p + l;
+    count += lanes;
+  }
+  ASKEW_INLINE vf column(int64_t offset) const {
+    vf v = vf{};
+    for (int l = 0; l < count; ++l) v[l] = from[l][offset];
+    return v;
+  }
+#endif
+};
+
+ASKEW_FN PatchRuns patch_runs(const Patches& p, int count) {
+  PatchRuns runs;
+  runs.count = 0;
+  for (int l = 0; l < count;) {
+    int end = l + 1;
+    while (end < count && p.at[end] == p.at[end - 1] + 1) ++end;
+    runs.add(p.image + p.at[l], l, end - l);
+    l = end;
+  }
+  return runs;
+}
+
+// Bits of the largest magnitude, as an integer: above those of inf is NaN.
+ASKEW_FN vi larger_bits(vi most, vf v) {
+  const vi bits = (vi)v & 0x7fffffff;
+  return bits > most ? bits : most;
+}
+
+template <class Source>
+static void quantize_from(const Source& source, const BandsArg& w, const int32_t* columns, int count, int8_t* q,
+                          float* scale, int32_t* offsets) {
+  const Source from = source;  // a copy that the stores cannot change
+  const int64_t cols = w.cols, length = cols / w.groups, width = band_width(w) / w.groups;
+  vi most = vi{};
+  for (int64_t c = 0; c < cols; ++c) most = larger_bits(most, from.column(columns[c]));
+  vf inverse = vf{};
+  vi there = vi{};
+  for (int l = 0; l < count; ++l) {
+    float top;
+    const int32_t bits = most[l];
+    __builtin_memcpy(&top, &bits, 4);
+    const bool finite = bits < 0x7f800000;
+    const float by = finite && top > 0 ? (float)kInt8Top / top : 0.f;
+    scale[l] = finite ? top / (float)kInt8Top : __builtin_nanf("");
+    if (finite && by < __builtin_inff()) inverse[l] = by, there[l] = -1;
+  }
+  const auto rounded = [&](int64_t c) __attribute__((always_inline)) {
+    const vf x = from.column(columns[c]);
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+    const __mmask16 mask = _mm512_movepi32_mask((__m512i)there);
+    return (vi)_mm512_maskz_cvtps_epi32(mask, (__m512)(x * inverse));  // to the nearest, ties to even
+#else
+    return __builtin_convertvector(round_even(select(there, x * inverse, vf{})), vi);
+#endif
+  };
+  for (int64_t g = 0; g < w.groups; ++g, columns += length, q += width * count) {
+    vi sum = vi{};
+    int64_t c = 0;
+    for (; c + 4 <= length; c += 4) {
+      const vi a = rounded(c), b = rounded(c + 1), d = rounded(c + 2), e = rounded(c + 3);
+      sum += a + b + (d + e);
+      const vi four = (a & 255) | (b & 255) << 8 | (d & 255) << 16 | e << 24;
+      __builtin_memcpy(q + c * count, &four, 4 * count);
+    }
+    for (; c < width; c += 4) {
+      vi four = vi{};
+      for (int k = 0; k < 4 && c + k < length; ++k) {
+        const vi one = rounded(c + k);
+        sum += one;
+        four |= (one & 255) << (8 * k);
+      }
+      __builtin_memcpy(q + c * count, &four, 4 * count);
+    }
+    for (int l = 0; l < count; ++l) offsets[l * w.groups + g] = sum[l] * w.lo;
+  }
+}
+
+static void quantize_patches(const BandsArg& w, const Patches& p, int count, int8_t* q, float* scale,
+                             int32_t* offsets) {
+  if (count == ASKEW_LANES && p.at[count - 1] - p.at[0] == count - 1)
+    quantize_from(WholePatches{p.image + p.at[0]}, w, p.offsets, ASKEW_LANES, q, scale, offsets);
+  else
+    quantize_from(patch_runs(p, count), w, p.offsets, count, q, scale, offsets);
+}
+
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+// 16 rows of 16 columns, `stride` apart, as columns.
+ASKEW_FN void transpose_tile(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m512 a[16], b[16];
+  ASKEW_EACH (i, 16) a[i] = _mm512_loadu_ps(from + i * stride);
+  ASKEW_EACH (i, 8) {
+    b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  ASKEW_EACH (i, 4)  // of four rows: columns 4 l, 4 l + 1, … of each lane l of 128 bits
+    ASKEW_EACH (k, 2) {
+      const __m512d low = (__m512d)b[4 * i + k], high = (__m512d)b[4 * i + 2 + k];
+      a[4 * i + 2 * k] = (__m512)_mm512_unpacklo_pd(low, high);
+      a[4 * i + 2 * k + 1] = (__m512)_mm512_unpackhi_pd(low, high);
+    }
+  ASKEW_EACH (k, 4) {
+    const __m512 low = _mm512_shuffle_f32x4(a[k], a[4 + k], 0x44), high = _mm512_shuffle_f32x4(a[k], a[4 + k], 0xee);
+    const __m512 low2 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0x44),
+                 high2 = _mm512_shuffle_f32x4(a[8 + k], a[12 + k], 0xee);
+    _mm512_storeu_ps(to + k * to_stride, _mm512_shuffle_f32x4(low, low2, 0x88));
+    _mm512_storeu_ps(to + (4 + k) * to_stride, _mm512_shuffle_f32x4(low, low2, 0xdd));
+    _mm512_storeu_ps(to + (8 + k) * to_stride, _mm512_shuffle_f32x4(high, high2, 0x88));
+    _mm512_storeu_ps(to + (12 + k) * to_stride, _mm512_shuffle_f32x4(high, high2, 0xdd));
+  }
+}
+#endif
+
+// to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
+static void transpose(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += 16)
+    for (int64_t c = 0; c < cols; c += 16) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+      if (r + 16 <= rows && c + 16 <= cols) {
+        transpose_tile(from + r * stride + c, stride, to + c * to_stride + r, to_stride);
+        continue;
+      }
+#endif
+      for (int64_t j = c; j < cols && j < c + 16; ++j)
+        for (int64_t i = r; i < rows && i < r + 16; ++i) to[j * to_stride + i] = from[i * stride + j];
+    }
+}
