@@ -14,6 +14,8 @@ import askew_kernels as ak
 
 digits = load_digits()
 x, y = torch.from_numpy(digits.images / 16).float().unsqueeze(1), torch.from_numpy(digits.target)
+order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+x, y = x[order], y[order]  # 1,400 to train with, the others to test
 
 
 def build_model():

@@ -11,7 +11,7 @@ from torch.nn import functional
 import askew_kernels as ak
 
 digits = load_digits()
-x, y = torch.from_numpy(digits.data[:1400] / 16).float(), torch.from_numpy(digits.target[:1400])
+x, y = torch.from_numpy(digits.data / 16).float(), torch.from_numpy(digits.target)
 loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 128, shuffle=True)
 
 

