@@ -17,6 +17,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes for what is distributed, started once for all tests."""
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch is built without gloo")
+    from experiments.ranks import Ranks
+
+    with Ranks() as ranks:
+        yield ranks
+
+
 @pytest.fixture
 def generator():
     """The same numbers in every run, whatever other tests drew."""

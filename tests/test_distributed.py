@@ -18,25 +18,14 @@ from pathlib import Path
 import pytest
 import rank_cases as cases
 import torch
-from torch import distributed
 
 import askew_kernels as ak
 from askew_kernels.quant import Binary, Ternary, Uniform
 from experiments import distribution
 from experiments.distribution import CONFIG_CELLS, FIRST, OPTIMIZER_CELLS, OPTIMIZERS, SHORT, STEPS
-from experiments.ranks import Ranks
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
-)
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
 SLOW = [cell for cell in OPTIMIZER_CELLS if cell not in SHORT]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as ranks:
-        yield ranks
 
 
 def told():

@@ -577,9 +577,13 @@ class WeightQuantizer:
             if dtype != self.copy_dtype:
                 self.copy_dtype = dtype
                 self._changed()
+            view = self.form.view
+            if self.sharded_type is not None:  # of a weight that FSDP2 has gathered, whose memory is wanted back
+                copy = self.form.like(weight, dtype)
+                ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
+                return copy
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
-                view = self.form.view
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
                 self._know(weight, known.sums, known.inside, known.fresh | {dtype}, known.scaled)
             return copy
