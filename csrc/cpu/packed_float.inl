@@ -79,7 +79,7 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
     vf level[R], s[R], own[R];
     ASKEW_EACH (r, R) {
       const uint8_t* from = p + r * stride + i * kStep;
-      if (FORM <= 4) __builtin_prefetch(from + R * stride);  // of the rows that come next
+      if (FORM <= 4) __builtin_prefetch(from + 2 * R * stride, 0, 2);  // of the rows that come next
       if (FORM == kDecoded) {
         level[r] = Floats::load((const float*)from);
       } else if (i < whole) {

@@ -426,7 +426,7 @@ __attribute__((noinline)) void multiply_words(const PackedWeight& w, const Decod
     __m512i word[V][16];
     for (int v = 0; v < V; ++v) {
       reader.read(q, v, word[v]);
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(rows.row[ASKEW_LANES * v + i] + 4 * q + ahead);
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(rows.row[ASKEW_LANES * v + i] + 4 * q + ahead, 0, 2);
     }
     const int64_t count = words - q < 16 ? words - q : 16;
     for (int64_t i = 0; i < count; ++i, x += kSteps * B) {

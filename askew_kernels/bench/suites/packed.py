@@ -59,8 +59,10 @@ GPU_GRIDS: dict[str, tuple[quant.QuantConfig, bool]] = {
     "2-bit": (quant.QuantConfig(quant.Uniform(2), scale="absmax"), False),
     "NF4 group 64": (quant.QuantConfig(quant.NF4(), "absmax", "per_group", 64), False),
 }
-INT8 = ", int8 activations"
+INT8, BF16 = ", int8 activations", ", bf16 activations"
 WORDS = {"float": "", "int8": INT8}
+ROUNDED = {**WORDS, "bf16": BF16}
+HALF = "nn.Linear bf16"
 TORCH_INT4, TORCH_INT8 = "torch _weight_int4pack_mm_for_cpu, bf16", "torch _weight_int8pack_mm, bf16"
 DYNAMIC, BITSANDBYTES = "torch dynamic quantized Linear", "bitsandbytes Linear4bit"
 TORCHAO_INT4, GEMLITE = "torchao int4 weight-only", "gemlite 4-bit"
@@ -144,7 +146,7 @@ class ColdCase:
         return packed_weight(name, self.side, self.device, self.dtype)
 
     def check(self, name: str, activations: str) -> Callable[[Callable[[], Any]], None]:
-        relative = 0.01 if self.cuda else 0.03 if activations == "int8" else 1e-4
+        relative = 0.01 if self.cuda else {"float": 1e-4, "bf16": 0.004, "int8": 0.03}[activations]
         return functools.partial(check_packed, self.packed(name), self.x, relative)
 
     def own(self, name: str, activations: str) -> list[Impl]:
@@ -189,9 +191,9 @@ def linear_case(context: Context, batch: int) -> Case:
     impls = [shared.baseline()]
     if not cuda:
         half = common.float_layer(shared.side, shared.side, shared.device, torch.bfloat16)
-        impls.append(impl("nn.Linear bf16", lambda: copy.deepcopy(half), 2 * n, x.bfloat16()))
+        impls.append(impl(HALF, lambda: copy.deepcopy(half), 2 * n, x.bfloat16()))
     for name in GPU_GRIDS if cuda else GRIDS:
-        for activations in list(WORDS)[: 1 if cuda else 2]:
+        for activations in ["float"] if cuda else ROUNDED:
             impls += shared.own(name, activations)
 
     def library(name: str, module: str, made: Callable[[Any], Layer], size: int, least: float = 0.01) -> Impl:
@@ -343,6 +345,9 @@ GOALS = [
            ratio(op(batch), "nn.Linear", ours(name))) for name, batch, wanted in WANTED],
     *[Goal(f"PackedLinear {name}, batch {batch} ÷ the fastest of {len(rivals)} peers", "<=", 1.0,
            ratio_to_best(op(batch), ours(name), rivals)) for batch in BATCHES for name, rivals in RIVALS.items()],
+    *[Goal(f"PackedLinear {name}{BF16}, batch {batch} ÷ bf16 nn.Linear", "<=", wanted,
+           ratio(op(batch), ours(name) + BF16, HALF))
+      for batch, wanted in ((16, 0.45), (256, 0.9)) for name in ("4-bit", "8-bit")],
     *[Goal(f"PackedLinear{words}, batch {batch} ÷ onnxruntime's MatMulNBits, worst of {len(SHARED)} grids", "<=", 1.0,
            worst_beside(batch, words)) for batch in BESIDE for words in WORDS.values()],
     *[Goal(f"{what} of 100 million weights, {name}, GB/s", ">=", 1.0, rate(f"packed file, {name}", what))
