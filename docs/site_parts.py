@@ -109,7 +109,9 @@ def titled(app, name, source):
 
 def unlisted(index: str) -> list[str]:
     """Pages beside the index that it does not name."""
-    return sorted(p.stem for p in Path(__file__).parent.glob("*.md") if f"\n{p.stem}\n" not in index and p.stem != "index")
+    return sorted(
+        p.stem for p in Path(__file__).parent.glob("*.md") if f"\n{p.stem}\n" not in index and p.stem != "index"
+    )
 
 
 def commands() -> str:

@@ -42,5 +42,7 @@ torch.testing.assert_close(loaded(x[1400:]), validated)
 
 size = sum(4 * p.numel() for p in build_model().parameters())
 right = (loaded(x[1400:]).argmax(1) == y[1400:]).float().mean().item()
-print(f"{Path('model.safetensors').stat().st_size:,} bytes, {size:,} as float32; {right:.1%} of {len(validated)} digits")
+print(
+    f"{Path('model.safetensors').stat().st_size:,} bytes, {size:,} as float32; {right:.1%} of {len(validated)} digits"
+)
 print("python -m askew_kernels inspect model.safetensors lists them")

@@ -71,7 +71,12 @@ def draw_annealing() -> dict[str, bytes]:
     steps = np.arange(1001)
     full, frozen = recipe.full or 0, next(int(k) for k in steps if recipe.frozen_at(int(k)))
     ends = (0, full, frozen, recipe.hold, 1000)
-    texts = ("on the way from float\nto quantized weights", "quantized,\nscales follow", "scales frozen,\nweights inside\nthe hull", "")
+    texts = (
+        "on the way from float\nto quantized weights",
+        "quantized,\nscales follow",
+        "scales frozen,\nweights inside\nthe hull",
+        "",
+    )
     for i, (first, last, text) in enumerate(zip(ends, ends[1:], texts, strict=False)):
         for axis in axes:
             axis.axvspan(first, last, color=(GREY, SKY)[i % 2], alpha=0.13, linewidth=0)
