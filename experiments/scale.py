@@ -163,7 +163,7 @@ def counted(rank: int, world: int, optimizer: str) -> tuple[dict[str, int], dict
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder with grouped queries and gated feed-forward layers: blocks are quantized, embedding and head are not."""
+    """A decoder with grouped queries and gated feed-forward layers: its blocks are quantized, the ends are not."""
 
     width: int
     inner: int
