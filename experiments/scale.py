@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, distributed, nn
 
 import askew_kernels as ak
 
-from .distribution import BATCH, FOUR, OPTIMIZERS, batch, network, whole
+from .distribution import BATCH, FOUR, OPTIMIZERS, batch, network
 
 SCALE, SUMS = 4, 12  # bytes of a row: its scale, and the three sums it follows from, float32
 FLOAT = 4  # of a weight that is trained, its gradient, each buffer of its rule
@@ -58,8 +59,8 @@ def held(layers: list[Layer], optimizer: str, ranks: int, rank: int = 0) -> dict
 
 def sent(layers: list[Layer], optimizer: str, ranks: int, kept: bool = False, follows: bool = True,
          forward: int = FLOAT) -> dict[str, int]:  # fmt: skip
-    """Bytes of whole tensors that a step gathers, scatters and adds up. ``kept``: gathered weights stay from the forward
-    to the backward; ``follows``: scales are not frozen yet; ``forward``: bytes of a weight in the forward."""
+    """Bytes of whole tensors that a step gathers, scatters and adds up. ``kept``: gathered weights stay from the
+    forward to the backward; ``follows``: scales are not frozen yet; ``forward``: bytes of a weight in the forward."""
     passes = KEEPS[optimizer][2]
     size = sum(ranks * own(a, ranks) * b + ranks * own(c, ranks) for a, b, c, _ in layers)  # padded
     rows = sum(layer.outputs for layer in layers if layer.quantized)
@@ -103,8 +104,11 @@ def counting() -> Iterator[dict[str, int]]:
 
     def noted(name: str, call: Any) -> Any:
         def counts(*args: Any, **kwargs: Any) -> Any:
-            sizes = [t.numel() * t.element_size() for t in (*args, *kwargs.values())
-                     if isinstance(t, Tensor) and (name != "all_reduce" or t.dtype == torch.float32)]  # norms: float64
+            sizes = [
+                t.numel() * t.element_size()
+                for t in (*args, *kwargs.values())
+                if isinstance(t, Tensor) and (name != "all_reduce" or t.dtype == torch.float32)
+            ]  # norms: float64
             found[names[name]] += max(sizes, default=0)
             return call(*args, **kwargs)
 
@@ -120,7 +124,7 @@ def counting() -> Iterator[dict[str, int]]:
 
 
 SIZES = (16, 33, 12, 3)
-SMALL = [Layer(b, a, b) for a, b in zip(SIZES, SIZES[1:], strict=False)]
+SMALL = [Layer(b, a, b) for a, b in itertools.pairwise(SIZES)]
 
 
 def counted(rank: int, world: int, optimizer: str) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
@@ -128,7 +132,7 @@ def counted(rank: int, world: int, optimizer: str) -> tuple[dict[str, int], dict
     from torch.distributed.fsdp import fully_shard
 
     model = network(FOUR, SIZES, torch.float32)
-    for layer in model:
+    for layer in model.modules():
         if isinstance(layer, nn.Linear):
             fully_shard(layer, reshard_after_forward=True)
     made: Any = OPTIMIZERS[optimizer](model, {})
@@ -151,8 +155,6 @@ def counted(rank: int, world: int, optimizer: str) -> tuple[dict[str, int], dict
         with counting() as found:
             made.step(closure)
         traffic.append(found)
-    for p in model.parameters():
-        whole(p)
     return held_by(model, made), traffic[0], traffic[1]
 
 
@@ -161,7 +163,7 @@ def counted(rank: int, world: int, optimizer: str) -> tuple[dict[str, int], dict
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder with grouped queries and gated feed-forward layers: blocks are quantized, embedding and head are not."""
+    """A decoder with grouped queries and gated feed-forward layers: its blocks are quantized, the ends are not."""
 
     width: int
     inner: int
@@ -203,8 +205,8 @@ def tables() -> str:
         count = sum(a * b for a, b, *_ in model.layers)
         quantized = sum(a * b for a, b, _, is_ in model.layers if is_)
         rows = sum(a for a, _, _, is_ in model.layers if is_)
-        lines += [f"**{name}**: {count / 1e9:.2f} · 10⁹ weights, {quantized / 1e9:.2f} of them quantized, in {rows:,} rows. "
-                  f"Two blocks in bfloat16 and one's quantized copy: {_gb(gathered_blocks(model))} GB.", "",
+        lines += [f"**{name}**: {count / 1e9:.2f} · 10⁹ weights, {quantized / 1e9:.2f} of them quantized, in {rows:,} "
+                  f"rows. Two blocks in bfloat16 and one's quantized copy: {_gb(gathered_blocks(model))} GB.", "",
                   "| GB that stay on a GPU | " + " | ".join(f"{n:,} GPUs" for n in RANKS) + " |",
                   "| --- " * (len(RANKS) + 1) + "|"]  # fmt: skip
         for optimizer in PLANNED:
@@ -212,7 +214,7 @@ def tables() -> str:
             lines.append(f"| {PLANNED[optimizer]} | " + " | ".join(cells) + " |")
         scales = held(model.layers, "ASkewSGD", 1)["scales"]
         lines += [f"| of these, scales and sums | {' | '.join([_gb(scales)] * len(RANKS))} |", "",
-                  "| GB a step, of whole tensors | gathered (bfloat16) | scattered (float32) | sums, until scales freeze |",
+                  "| GB a step, of whole tensors | gathered (bfloat16) | scattered (float32) | sums, until frozen |",
                   "| --- | --- | --- | --- |"]  # fmt: skip
         for optimizer in PLANNED:
             found = sent(model.layers, optimizer, 8, forward=BF16)

