@@ -223,6 +223,8 @@ def calls(x):
         "stochastic_levels": (x, torch.ones(1), torch.tensor(1)), "luq": (x, 4, torch.tensor(1)),
         "packed_tiles_linear": (x, torch.zeros(1, 1, 4, 32, 4, dtype=torch.int32), ROWS, none, grid, 4, 4, 1, None),
         "packed_bands_linear": (x, torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 1, 16), grid, 4, 4, None),
+        "packed_bands_conv": (x[None, None], torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 1, 16), grid, 4, 4,
+                              [2, 2, 1, 1, 1, 1, 0, 0, 0, 0], False, None),
         **{r.operator: ([x], [x], [x * x for _ in r.buffers], [ROWS], [none], grid, [], [], [], one, one, one, 1.0,
                         r.numbers_of(r.defaults), False, True, False, False) for r in RULES.values()},
         "sam_perturb_": ([x], [x], [x.clone()], torch.tensor([0.1, 0.0]), [0], 0.1),
@@ -231,7 +233,7 @@ def calls(x):
 
 
 def first(value, arguments):
-    return ([value] if isinstance(arguments[0], list) else value, *arguments[1:])
+    return ([value] if isinstance(arguments[0], list) else value.reshape(arguments[0].shape), *arguments[1:])
 
 
 @pytest.mark.parametrize("name", WITHOUT_DERIVATIVE)
@@ -264,6 +266,8 @@ PURE = (
     "mse_scales",
     "packed_tiles_linear",
     "packed_bands_linear",
+    "packed_bands_conv",
+    "soft_quantize",
     "token_levels",
     "scaled_sums",
     "stochastic_levels",

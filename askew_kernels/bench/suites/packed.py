@@ -160,7 +160,7 @@ class ColdCase:
         def build() -> Impl:
             return self.impl("", made, packed.packed_bytes, check=self.check(name, activations))
 
-        return common.ours(self.context, ours(name) + WORDS[activations], build)
+        return common.ours(self.context, ours(name) + ROUNDED[activations], build)
 
     def product_of(self, name: str) -> str:
         """The ceiling of the arithmetic of an implementation of this name; on a GPU the memory's alone counts."""
