@@ -113,6 +113,9 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
         if grid is not NF4:
             yield "packed_bands", [codes, bits, cols, 1, len(grid.levels)]
             yield "packed_bands_codes", [bands, bits, rows, cols, 1]
+            geometry = [1, 1, 1, 2, 1, 1, 0, 0, 0, 0]
+            image = draw(2, cols, 3, 5), bands, beside, code, bits, rows, geometry, False, draw(rows)
+            yield "packed_bands_conv", list(image)
         half = torch.float16 if dtype is torch.float16 else torch.bfloat16
         form = packed.tile_form(grid.levels, code, half)
         tiles = packed.packed_tiles(codes, code, bits, cols, len(grid.levels), form)

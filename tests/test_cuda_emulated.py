@@ -74,7 +74,7 @@ class UpdateTensor(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_void_p) for n in "w g a b scale dequantized row_sums totals".split()),
         ("type", ctypes.c_int), ("dequantized_type", ctypes.c_int), ("rows", ctypes.c_int64), ("cols", ctypes.c_int64),
-        ("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p),
+        ("grid", GridArg), ("kept", ctypes.c_void_p), ("first", ctypes.c_void_p), ("past_caches", ctypes.c_bool),
     ]  # fmt: skip
 
 

@@ -1043,6 +1043,8 @@ def operator_samples():
             yield "packed_bands_codes", (bands, 4, 3, 20, 1)
             beside = ops.packed.band_scales(s, 3, 1)
             yield "packed_bands_linear", (x[:2], bands, beside, grid, 4, 3, torch.randn(3, generator=g))
+            image = torch.randn(2, 5, 4, 3, generator=g)
+            yield "packed_bands_conv", (image, bands, beside, grid, 4, 3, [2, 2, 1, 2, 1, 1, 1, 0, 0, 1], False, None)
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])
