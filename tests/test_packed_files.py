@@ -819,7 +819,7 @@ def test_convert_takes_frozen_models_and_odd_paths(tmp_path, capsys):
                       ["convert", tmp_path / "no", target, "--bits", "4"]):  # fmt: skip
         assert main([*map(str, arguments)]) == 2
         error = capsys.readouterr().err
-        assert error.startswith(arguments[0]) and len(error.splitlines()) == 1
+        assert error.startswith(f"askew_kernels: {arguments[0]}: ") and len(error.splitlines()) == 1
     before = sorted(os.listdir(tmp_path))
     assert main(["convert", str(source), str(source), "--bits", "4"]) == 0  # onto itself
     assert bits_of(ak.load_packed(source, plain(1))) == bits_of(loaded) and sorted(os.listdir(tmp_path)) == before
