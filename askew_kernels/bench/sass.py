@@ -504,13 +504,14 @@ def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measure
     if not wanted:
         raise Refused(f"--file: expected some of {', '.join(s.stem for s in sources())}, got {' '.join(files)}")
     jobs = [(source, arch) for arch in archs for source in wanted]
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
         int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), initializer=_end_by_signals
     ) as pool:
         try:
             parts = list(pool.map(measure_file, *zip(*jobs, strict=True), itertools.repeat(tools)))
         except KeyboardInterrupt as stop:
-            for worker in multiprocessing.active_children():
+            for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise type(stop)(f"what was compiled is kept in {FOLDER}") from None
     whole = Measured([], [], {})
