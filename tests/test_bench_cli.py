@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from askew_kernels import __main__ as cli
-from askew_kernels import command, nn, optim
+from askew_kernels import command, nn, optim, reference
 from askew_kernels.bench import cli as bench_cli
 from askew_kernels.bench import goals, harness, peers, report, rows, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
@@ -146,9 +146,9 @@ def test_linear_rows_are_checked(monkeypatch):
             assert r.limit == pytest.approx(times / 2 * product.p50)
 
 
-def test_whole_models_are_checked_against_themselves_unpacked(monkeypatch):
-    """Every packed model is timed only after its outputs were near those of its unpacked self and of the float model,
-    and the note has that cosine and its memory; a packed model with other codes fails."""
+def test_whole_models_are_checked(monkeypatch):
+    """Every packed model is timed only after each layer gave what the reference does and its outputs were near the
+    float model's, and the note has that cosine and its memory; a wrong product fails, and a model with other codes."""
     for entry in [e for e in suites.SUITES["models"] if e.quick]:
         measured = {r.impl: r for r in rows_of("models", entry.op)}
         own = [r for r in measured.values() if r.kind == "ours"]
@@ -161,6 +161,11 @@ def test_whole_models_are_checked_against_themselves_unpacked(monkeypatch):
     shared = models.Beside(model, lambda m: m(x), 1)
     impl = shared.own(Context(CPU, quick=True), "4 bits g32, int8", form, "*")[0]
     impl.check(impl.run)
+    right = reference.packed_linear_int8
+    monkeypatch.setattr(reference, "packed_linear_int8", lambda *inputs: 1.001 * right(*inputs))
+    with pytest.raises(harness.CheckFailed, match="PackedLinear: .* away from the reference"):
+        impl.check(impl.run)
+    monkeypatch.undo()
     broken = shared.impl(form.of(torch.nn.Sequential(torch.nn.Linear(64, 64)), "*"), form.least)
     with pytest.raises(harness.CheckFailed, match="cosine"):
         broken.check(broken.run)
