@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import setuptools
@@ -154,7 +155,7 @@ class BuildExt(build_ext):
         ninja = find_ninja()
         if ninja is None:
             stop("ninja was not found, which drives the build: pip install ninja, or leave --no-build-isolation out")
-        temp = Path(self.build_temp).resolve()
+        temp = self.objects_folder()
         temp.mkdir(parents=True, exist_ok=True)
         try:
             archs = self.build(temp, cxx, torch, ninja, cuda=self.find_cuda())
@@ -170,6 +171,11 @@ class BuildExt(build_ext):
         shutil.copy(temp / target.name, beside)
         beside.replace(target)  # whoever has loaded the old one keeps it
         self.report.update(cpu=True, cuda=bool(archs), torch_target="2.11", compiler=cxx)
+
+    def objects_folder(self) -> Path:
+        """Where objects stay from build to build: setuptools gives an editable installation one that it deletes."""
+        kept = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        return kept if self.editable_mode else Path(self.build_temp).resolve()
 
     def find_cuda(self) -> tuple[Path, list[str], str, str] | None:
         """(its folder, flags, architectures, version); None and a reason where it is not to be used."""

@@ -4,6 +4,7 @@
     search    python -m askew_kernels search        which layer deserves which bits
     accuracy  python -m askew_kernels accuracy      quantized training beside its rivals, on three tasks
     paper     python -m askew_kernels paper         the experiments that the method was published with
+    minilm, efficientnet  python -m experiments.minilm  trained models the whole way, beside other libraries
     recipe_search  python -m experiments.recipe_search   which schedule is the recommended one
 
 Data, networks, recipe, the training loop and the pool of processes are the demo's (``askew_kernels.demo``), which lends

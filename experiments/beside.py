@@ -1,12 +1,13 @@
-"""What the examples of real models share: a fresh process, the same model in other libraries, tables of both.
+"""What the whole models share: training, a fresh process, the same model in other libraries, tables of both.
 
 Part of minilm.py and efficientnet.py; by itself it writes their tables into a page:
-python examples/beside.py docs/models.md benchmarks/results/models
+python -m experiments.beside docs/models.md benchmarks/results/models
 """
 
 import argparse
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from askew_kernels.deploy.to_onnx import export_onnx
 TORCHAO = {
     "int8 weights": lambda ao: ao.Int8WeightOnlyConfig(),
     "int8 weights and inputs": lambda ao: ao.Int8DynamicActivationInt8WeightConfig(),
-    "int4 weights": lambda ao: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32)),
-    "int4 weights, int8 inputs": lambda ao: ao.Int8DynamicActivationIntxWeightConfig(torch.int4, ao.PerGroup(32)),
+    "int4 weights": lambda ao: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(32)),  # type: ignore[attr-defined]
+    "int4 weights, int8 inputs": lambda ao: ao.Int8DynamicActivationIntxWeightConfig(torch.int4, ao.PerGroup(32)),  # type: ignore[attr-defined]
 }
 
 
@@ -65,12 +66,13 @@ def relative_error(made, targets):
     return sum((y - t).square().sum() / t.square().sum() for y, t in zip(made, targets, strict=True)) / len(targets)
 
 
-def same_in_a_fresh_process(packed, outputs, args):
-    """Another Python loads the file and must compute these outputs, bit for bit."""
+def same_in_a_fresh_process(module, packed, outputs, args):
+    """Another Python runs this module, loads the file and must compute these outputs, bit for bit."""
     expected = packed.with_suffix(".expected.pt")
     torch.save(outputs, expected)
-    command = [sys.executable, sys.argv[0], "--check", packed, expected, *["--quick"] * args.quick]
-    subprocess.run(command, check=True)
+    command = [sys.executable, "-m", module, "--check", packed, expected, *["--quick"] * args.quick]
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
     expected.unlink()
 
 
