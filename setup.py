@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
 import setuptools
 from setuptools import Distribution, Extension, setup
@@ -69,9 +70,9 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibi
 SMALLEST = ["-compress-mode=size"]  # a fifth less again, from nvcc 12.4 on
 
 
-def stop(message: str) -> None:
+def stop(message: str, code: int = 2) -> NoReturn:
     print(f"askew_kernels: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def say(message: str) -> None:
@@ -159,6 +160,8 @@ class BuildExt(build_ext):
         temp.mkdir(parents=True, exist_ok=True)
         try:
             archs = self.build(temp, cxx, torch, ninja, cuda=self.find_cuda())
+        except KeyboardInterrupt:
+            stop(f"interrupted; the objects that were made stay in {temp}", code=130)
         except CompileError as error:
             if MODE == "full" or self.report["cuda_reason"]:
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -62,10 +63,14 @@ class Ninja:
         failed = ""
         with process:
             assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                if not failed and line.startswith("FAILED: "):
-                    failed = line.split()[-1].removesuffix(".o")
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    if not failed and line.startswith("FAILED: "):
+                        failed = line.split()[-1].removesuffix(".o")
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)  # it ends its compilers and deletes what they began
+                raise
         if process.returncode:
             raise CompileError(f"compiling {failed} failed" if failed else f"ninja failed ({process.returncode})")
 

@@ -387,15 +387,21 @@ def circumstances(results: Sequence[Result]) -> str:
 MARK = re.compile(r"(<!-- evidence\b[^\n]*-->\n).*?(<!-- /evidence -->)", re.DOTALL)
 
 
+def check_page(page: Path) -> None:
+    """Raises Refused where the page cannot be read or has no place for the tables."""
+    try:
+        found = MARK.search(page.read_text())
+    except (OSError, UnicodeDecodeError) as problem:
+        raise command.Refused(f"--fill {page}: cannot be read ({problem})") from None
+    if not found:
+        raise command.Refused(f"--fill {page}: holds no <!-- evidence … --> … <!-- /evidence --> block")
+
+
 def fill(page: Path, text: str, picture: Path) -> None:
-    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page: the plot and the tables. Raises
-    Failed where there is no such place."""
+    """What stands between <!-- evidence … --> and <!-- /evidence --> of the page: the plot and the tables."""
     address = Path(os.path.relpath(picture, page.parent)).as_posix()
     block = f"![What each method gains over straight-through]({address})\n\n{text}\n"
-    made, count = MARK.subn(lambda found: f"{found[1]}{block}{found[2]}", page.read_text())
-    if not count:
-        raise command.Failed(f"{page}: holds no <!-- evidence … --> … <!-- /evidence --> block")
-    command.write_atomic(page, made)
+    command.write_atomic(page, MARK.sub(lambda found: f"{found[1]}{block}{found[2]}", page.read_text()))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -449,8 +455,12 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.time() + args.budget if args.budget else math.inf
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     source = Source(args.data, args.minilm or args.out / "minilm.pt")
+    for page in args.fill:
+        check_page(page)
     if not args.report:
         check_requirements(args, source)
+    elif not (args.out / "evidence.jsonl").is_file():
+        raise command.Refused(f"--report: no rows in {args.out}, which an earlier run leaves as evidence.jsonl")
     one = functools.partial(train, source=source, device=device, deadline=deadline)
 
     def made(path: Path, jobs: list[Job]) -> list[Result]:

@@ -361,8 +361,13 @@ def test_command_goes_on_where_it_was_cut_off(source, small, tmp_path, monkeypat
     assert command(source, tmp_path, "--seeds", "2", "--budget", "0.001") == 0  # nothing more is begun
     assert len(rows.read_text().splitlines()) == 6
     page.write_text("nothing to fill")
-    assert command(source, tmp_path, "--report", "--fill", str(page)) == 1
-    assert "holds no <!-- evidence" in capsys.readouterr().err
+    before = (tmp_path / "evidence.md").stat().st_mtime_ns
+    for refused, said in ((page, "holds no <!-- evidence"), (tmp_path / "nowhere", "nowhere: cannot be read")):
+        assert command(source, tmp_path, "--report", "--fill", str(refused)) == 2
+        assert said in capsys.readouterr().err
+    assert command(source, tmp_path / "empty", "--report") == 2
+    assert "--report: no rows in" in capsys.readouterr().err
+    assert (tmp_path / "evidence.md").stat().st_mtime_ns == before
 
 
 def test_tuning_is_kept_and_used(source, small, tmp_path, monkeypatch):

@@ -10,8 +10,10 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,40 @@ def test_a_failure_names_its_source_and_keeps_the_rest(project, capfd):
     capfd.readouterr()
     build()
     assert "one.cpp" not in steps(capfd)[1:]
+
+
+BUILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from ninja_file import Ninja
+folder = Path(sys.argv[2])
+plan = Ninja(folder, folder)
+plan.compile(folder / "slow.cpp", [str(folder / "slow")])
+plan.run(sys.argv[3])
+"""
+
+
+def test_an_interrupt_ends_the_compilers(backend, tmp_path):
+    """Also where the signal meets this process alone, as a build front end's does."""
+    ninja = backend.find_ninja()
+    if ninja is None:
+        pytest.skip("no ninja")
+    (tmp_path / "slow.cpp").touch()
+    (tmp_path / "slow").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    (tmp_path / "slow").chmod(0o755)
+    process = subprocess.Popen([sys.executable, "-c", BUILD, TOOLS, tmp_path, ninja], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    pid = tmp_path / "pid"
+    for _ in range(600):
+        if pid.is_file() and pid.read_text().strip():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode and "KeyboardInterrupt" in err
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
 
 
 # ---- what the build finds --------------------------------------------------------------------------------------------

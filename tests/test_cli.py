@@ -95,6 +95,8 @@ def places(tmp_path):
         ("analyze FILE", "file, line 1"),
         ("analyze FILE --plot FILE/below", "below"),
         ("export NOWHERE --to gguf --out FOLDER/out", "nowhere: no such file"),
+        ("export NOWHERE --to gguf --out FOLDER/out --folder FILE", "nowhere: no such file"),
+        ("inspect FILE --plot FOLDER", "folder: is a folder"),
         ("inspect NOWHERE", "nowhere"),
         ("inspect FOLDER", "folder"),
         ("inspect FILE", "file"),
@@ -110,6 +112,9 @@ def places(tmp_path):
         ("bench --fill NOWHERE", "nowhere"),
         ("bench --from FOLDER", "folder"),
         ("bench tune --json FILE/below", "below"),
+        ("bench tune --suite packed", "not --suite"),
+        ("bench tune --from FILE", "not --from"),
+        ("bench tune --part 1/2", "not --part"),
     ],
 )
 def test_requests_that_cannot_be_served(arguments, said, places, monkeypatch, capsys):

@@ -194,6 +194,9 @@ def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, caps
     assert unchanged()
     assert main(["export", str(source), "--to", "gguf", "--out", str(out)]) == 2 and unchanged()
     assert "is there already" in capsys.readouterr().err
+    for option, value, said in (("--dense", "head*", "none fits 'head*'"), ("--folder", str(out), "expected a folder")):
+        command = ["export", str(source), "--to", "gguf", "--out", str(tmp_path / "new.gguf"), option, value]
+        assert main(command) == 2 and unchanged() and said in capsys.readouterr().err
     for failure in (OSError(28, "No space left on device"), KeyboardInterrupt()):
 
         def fail(*_, failure=failure, **__):

@@ -222,6 +222,13 @@ def test_what_cannot_be_served_is_said_in_one_line(monkeypatch, capsys):
     assert cli.main(["sass", "--check"]) == 0
     assert "nvcc was not found; it comes with the CUDA toolkit: nothing is checked" in capsys.readouterr().out
     assert cli.main(["sass", "--write", "--arch", "sm_90"]) == 2
+    capsys.readouterr()
+    for arguments, said in (("--listing", "--listing: of which kernels?"), ("--write --check", "take one of them"),
+                            ("--file quantize moon", "got moon"), ("--kernel moon", "got 'moon'")):  # fmt: skip
+        assert cli.main(["sass", *arguments.split()]) == 2
+        assert said in capsys.readouterr().err
+    sass.check_names(["lowbit"], "BinaryGrid")
+    sass.check_names([], "")
 
 
 def tools():

@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..command import Failed, Refused, error, write_atomic
+from ..command import Failed, Refused, check_writable, error, write_atomic
 from . import machine_code
 from .machine_code import CLASS_NAMES, Kernel, Region, Wanted
 
@@ -407,6 +407,18 @@ def check_archs(archs: Sequence[str], tools: Tools) -> None:
             raise Refused(f"--arch: expected some of {', '.join(known)} (nvcc {tools.version}), got {arch!r}")
 
 
+def check_names(files: Sequence[str], kernel: str) -> None:
+    """Raises Refused naming a file that is none of csrc/cuda's, or a part of a name that no kernel of theirs has."""
+    known = {s.stem: s.read_text() for s in sources()}
+    if unknown := sorted({*files} - {*known}):
+        raise Refused(f"--file: expected some of {', '.join(known)}, got {' '.join(unknown)}")
+    chosen = {stem: known[stem] for stem in files or known}
+    names = [c.kernel for c in read_table()[1].values() if c.file in chosen] if kernel else []
+    if not any(kernel in text for text in (*names, *chosen.values())):
+        kernels = dict.fromkeys(name.partition("<")[0] for name in names)
+        raise Refused(f"--kernel: expected a part of a kernel's name ({', '.join(kernels)}), got {kernel!r}")
+
+
 def _triton_bins() -> list[str]:
     import importlib.util
 
@@ -501,8 +513,6 @@ def _end_by_signals() -> None:
 
 def measure(archs: Sequence[str], files: Sequence[str], tools: Tools) -> Measured:
     wanted = [s for s in sources() if not files or s.stem in files]
-    if not wanted:
-        raise Refused(f"--file: expected some of {', '.join(s.stem for s in sources())}, got {' '.join(files)}")
     jobs = [(source, arch) for arch in archs for source in wanted]
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(
@@ -703,6 +713,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.write and (arguments.file or sorted(arguments.arch) != sorted(ARCHS)):
         raise Refused("--write: the table holds all architectures and files; leave --arch and --file out")
+    if arguments.write and arguments.check:
+        raise Refused("--write: makes the table anew that --check compares with; take one of them")
+    if arguments.listing and not arguments.kernel:
+        raise Refused("--listing: of which kernels? --kernel TEXT says it")
+    if arguments.write:
+        check_writable(TABLE)
+    check_names(arguments.file, arguments.kernel)
     try:
         tools = find_tools()
     except Refused as missing:

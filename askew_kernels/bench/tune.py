@@ -243,12 +243,19 @@ def document(key: tuning.Device, parameters: tuning.Values, tried: list[dict[str
     return json.dumps(made, indent=1).replace('"tried": []', f'"tried": [\n   {lines}\n  ]') + "\n"
 
 
+OPTIONS_OF_SUITES: dict[str, Any] = {  # which say nothing here, and their defaults
+    "suite": "all", "op": "", "part": "1/1", "allocator": "auto", "plain": False, "csv": None, "plot": None,
+    "page": None, "compare": None, "rows": None, "fill": [],
+}  # fmt: skip
+
+
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; returns the exit code. Nothing is written before all is measured."""
     device = harness.check_device(arguments.device)
-    for option in ("op", "csv", "plot", "page", "compare", "rows", "fill"):
-        if getattr(arguments, option):
-            raise Refused(f"bench tune: takes --device, --quick and --json, not --{option}")
+    for option, default in OPTIONS_OF_SUITES.items():
+        if getattr(arguments, option) != default:
+            name = "from" if option == "rows" else option
+            raise Refused(f"bench tune: takes --device, --quick and --json, not --{name}")
     served = {"cpu": device.type == "cpu" and runtime._C is not None}
     served["cuda"] = device.type == "cuda" and runtime.cuda_archs_fit()
     served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,19 +46,27 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
     lies; of a file its own folder. dense: patterns of names of layers that are written as floats, because the format
     cannot hold them.
 
-    Raises ValueError for an unknown format, PackedFileError naming the layer for what the format does not hold exactly,
-    and where it cannot be written, FileExistsError, ImportError without the packages of ``askew_kernels[…]``.
+    Raises ValueError for an unknown format and for a pattern that fits no layer, PackedFileError naming the layer for
+    what the format does not hold exactly, and where it cannot be written, FileExistsError, ImportError without the
+    packages of ``askew_kernels[…]``.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r:.80}")
+    if folder is not None and not os.path.isdir(folder):
+        raise NotADirectoryError(f"folder: expected a folder with a tokenizer, got {os.fspath(folder)}")
+    dense = tuple(dense)
     if isinstance(model, nn.Module):
         contents = contents_of(model, folder)
     else:
         contents = contents_at(model)
         contents.folder = contents.folder if folder is None else Path(folder)
+    for pattern in dense:
+        if not any(fnmatchcase(name, pattern) for name in contents.layers):
+            first = next(iter(contents.layers), "none is packed")
+            raise ValueError(f"dense: expected patterns of packed layers' names ({first}, …), none fits {pattern!r}")
     with torch.no_grad(), atomic.new_path(path, overwrite) as new:
         try:
-            FORMATS[to].load().export(contents, new, architecture=architecture, dense=tuple(dense))
+            FORMATS[to].load().export(contents, new, architecture=architecture, dense=dense)
         except (OSError, PackedFileError) as error:  # of libraries, too, which know the name that is only for now
             text = str(error).replace(os.fspath(new), os.fspath(path))
             text = text if isinstance(error, PackedFileError) else f"{path}: cannot be written ({text})"
@@ -110,6 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
         size = sum(p.stat().st_size for p in files)
         print(f"{a.out}: {a.to}, {len(contents.layers)} packed layers, {size:,} bytes")
         return verified(contents, a.out, a.to) if a.verify else 0
+    except FileExistsError:
+        error(f"export: --out {a.out}: is there already; --overwrite replaces it")
+        return 2
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as problem:
         error(f"export: {problem}")
         return 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..command import error
+from ..command import check_writable, error
 from ..contract import bits_per_code
 from ..nn import quantized_layers
 from ..nn.kinds import own_keys
@@ -222,6 +222,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.plot is not None:
+        check_writable(arguments.plot)
     try:
         original = None if arguments.original is None else read_safetensors(arguments.original).tensors
         report = report_of_contents(contents_at(arguments.file, mmap=True), original)
