@@ -150,8 +150,8 @@ class BuildExt(build_ext):
         torch, why = find_torch()
         if torch is None:
             raise CompileError(f"{why}: install torch >= 2.11 first, then this package again")
-        cxx = find_compiler()
-        if cxx is None:
+        cxx = shlex.split(find_compiler() or "")  # e.g. ccache g++
+        if not cxx:
             raise CompileError("no C++ compiler was found: install g++ or clang++, or set CXX")
         ninja = find_ninja()
         if ninja is None:
@@ -173,7 +173,7 @@ class BuildExt(build_ext):
         beside = target.with_suffix(f".{os.getpid()}")
         shutil.copy(temp / target.name, beside)
         beside.replace(target)  # whoever has loaded the old one keeps it
-        self.report.update(cpu=True, cuda=bool(archs), torch_target="2.11", compiler=cxx)
+        self.report.update(cpu=True, cuda=bool(archs), torch_target="2.11", compiler=shlex.join(cxx))
 
     def objects_folder(self) -> Path:
         """Where objects stay from build to build: setuptools gives an editable installation one that it deletes."""
@@ -200,12 +200,12 @@ class BuildExt(build_ext):
             say(f"built without CUDA ({error})")
             return None
 
-    def build(self, temp: Path, cxx: str, torch: Path, ninja: str, cuda: tuple | None) -> str:
+    def build(self, temp: Path, cxx: list[str], torch: Path, ninja: str, cuda: tuple | None) -> str:
         """Writes the ninja file and runs it; the CUDA architectures in the library."""
         plan = Ninja(temp, CSRC)
         home, gencode, archs, version = cuda or (None, [], "", "")
         base = [
-            cxx,
+            *cxx,
             *CXX_FLAGS,
             *user_flags("CXXFLAGS"),
             f"-I{CSRC}",
@@ -233,7 +233,7 @@ class BuildExt(build_ext):
         plan.write(temp / "exports.map", "{ global: askew_*; local: *; };\n")
         # no-as-needed -ltorch: on a CUDA torch it brings in the libraries that define the CUDA shims
         link = [
-            cxx,
+            *cxx,
             "-shared",
             *CXX_FLAGS,
             "-Wl,--version-script=exports.map",
@@ -261,9 +261,9 @@ class BuildExt(build_ext):
             (folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
 
-def compiler_version(cxx: str) -> str:
-    line = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
-    return line.strip() or cxx
+def compiler_version(cxx: list[str]) -> str:
+    line = subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+    return line.strip() or shlex.join(cxx)
 
 
 def index_page() -> str:

@@ -3,6 +3,7 @@
     python build_tools/make_wheel.py build    # dist/*.whl, and what auditwheel and others say of it; its size
     python build_tools/make_wheel.py try      # installed by pip and by uv into a fresh environment of each Python
     python build_tools/make_wheel.py sdist    # the same with the source distribution: built, installed, tried
+    # (--python 3.12 --installer uv --torch torch==2.11.0; outcomes go to the table of docs/install.md)
 
 A library asks for the newest versions of the C library's functions that its linker saw, which here are newer than
 glibc 2.28's. So it is linked against stand-ins of that release, made from the C library of this machine, whose older
@@ -12,13 +13,16 @@ versions of each function are all still there.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +39,9 @@ TORCHS = (
     "libc10_cuda.so",
 )  # the user's torch has them
 MOST_BYTES = 12_000_000
-PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14", "3.14t")
+ROWS = ROOT / "benchmarks/results/install/tried.json"  # of ``try`` and ``sdist``
+PAGE = ROOT / "docs/install.md"  # where they are shown
 
 
 def run(*command: object, **options) -> str:
@@ -160,82 +166,159 @@ def check(wheel: Path) -> None:
         sys.exit(f"{wheel.name}: {size / 1e6:.2f} MB, expected {MOST_BYTES / 1e6:.0f} at most")
 
 
-def interpreters(wanted: Iterable[str]) -> dict[str, str]:
-    """{version: interpreter} of those that are at hand."""
-    found = {}
-    for version in wanted:
-        for folder in (
-            *os.environ.get("PATH", "").split(os.pathsep),
-            *Path("~/.pyenv/versions").expanduser().glob("*/bin"),
-        ):
-            python = Path(folder) / f"python{version}"
-            if python.is_file() and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
-                found.setdefault(version, str(python))
+# ---- tried in fresh environments -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to install. torch: what is installed as torch before, "" where the package brings it itself. isolated:
+    whether the front end compiles in an environment of its own (sdist). without: packages that the environment then
+    lacks, in which case a refusal that names them is what is expected."""
+
+    what: str
+    python: str
+    installer: str
+    torch: str = ""
+    isolated: bool = True
+    without: str = ""
+
+
+def cases(what: str, pythons: Iterable[str], installers: Iterable[str], torchs: Iterable[str]) -> list[Case]:
+    found = [Case(what, p, i, t) for p in pythons for i in installers for t in torchs]
+    if what == "sdist":
+        found += [replace(case, isolated=False, without=w) for case in found if case.torch for w in ("", "ninja")]
     return found
 
 
-def try_out(package: Path, pythons: Iterable[str], torch: str, uv_too: bool) -> None:
-    """Installs the package and torch in a fresh environment of each Python and runs the smoke test there."""
-    bins, wanted = tools(), list(pythons)
-    found = interpreters(wanted)
-    for version in wanted:
-        if version not in found:
-            print(f"python {version}: not at hand, not tried")
-    installers = ("pip", "uv") if uv_too else ("pip",)
-    for version, python in found.items():
-        for installer in installers:
-            with tempfile.TemporaryDirectory() as temp:
-                place = Path(temp) / "venv"
+def interpreter(version: str) -> str | None:
+    """Of a Python such as 3.12 or 3.14t, where one is at hand."""
+    pyenv = Path("~/.pyenv/versions").expanduser().glob("*/bin")
+    for folder in (*os.environ.get("PATH", "").split(os.pathsep), *pyenv):
+        python = Path(folder) / f"python{version}"
+        if python.is_file() and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return str(python)
+    return None
+
+
+def try_case(case: Case, package: Path) -> dict[str, object]:
+    """A row of the table: the package and torch in a fresh environment, and the smoke test there."""
+    row: dict[str, object] = {**asdict(case), "outcome": "not tried: no such Python at hand"}
+    if (python := interpreter(case.python)) is None:
+        return row
+    uv, start = tools() / "uv", time.monotonic()
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        with tempfile.TemporaryDirectory() as temp:
+            place = Path(temp) / "venv"
+            run(uv, "venv", "-q", *(["--seed"] if case.installer == "pip" else []), "--python", python, place)
+            mine = place / "bin/python"
+            install = ([mine, "-m", "pip", "install", "-q"] if case.installer == "pip"
+                       else [uv, "pip", "install", "-q", "--python", mine])  # fmt: skip
+            if case.torch:
+                run(*install, case.torch, cwd=temp, env=clean)
+            how = []
+            if not case.isolated:
+                how = ["--no-build-isolation"]
                 run(
-                    bins / "uv",
-                    "venv",
-                    "--quiet",
-                    *(["--seed"] if installer == "pip" else []),
-                    "--python",
-                    python,
-                    place,
+                    *install,
+                    *(w for w in ("setuptools>=77", "wheel", "ninja") if w != case.without),
+                    cwd=temp,
+                    env=clean,
                 )
-                mine = place / "bin/python"
-                install = [mine, "-m", "pip", "install", "--quiet"] if installer == "pip" else [
-                    bins / "uv", "pip", "install", "--quiet", "--python", mine]  # fmt: skip
-                if torch:
-                    run(*install, torch, cwd=temp)
-                run(*install, package, cwd=temp)
-                print(
-                    f"python {version}, {installer}: {run(mine, ROOT / 'build_tools/smoke.py', cwd=temp).strip()}",
-                    flush=True,
-                )
+            run(*install, *how, package, cwd=temp, env=clean)
+            said = run(mine, ROOT / "build_tools/smoke.py", cwd=temp, env=clean)
+        facts = json.loads(said.partition("smoke test passed:")[2])
+        row |= {"outcome": "passed", "with python": facts["python"], "with torch": facts["torch"],
+                "kernels": ", ".join(filter(None, (facts["cpu"], facts["cuda"])))}  # fmt: skip
+    except SystemExit as failed:
+        text = str(failed.code)
+        refused = case.without and re.search(rf"askew_kernels: ({case.without} was not found[^\n]*)", text)
+        row["outcome"] = f"refused: {refused[1]}" if refused else "failed"
+        if not refused:
+            print(text, file=sys.stderr)
+    return row | {"seconds": round(time.monotonic() - start)}
 
 
-def main() -> None:
+HEADINGS = {"what": "from", "with python": "Python", "installer": "by", "with torch": "torch", "how": "build",
+            "kernels": "kernels", "outcome": "outcome"}  # fmt: skip
+
+
+def table(rows: Iterable[dict]) -> str:
+    """Markdown, a line for each case that was tried, and for each that was not."""
+
+    def how(row: dict) -> str:
+        if row["what"] == "wheel":
+            return ""
+        missing = f", no {row['without']}" if row["without"] else ""
+        return ("isolated" if row["isolated"] else "--no-build-isolation") + missing
+
+    lines = [{"with torch": row["torch"], "with python": row["python"], "how": how(row), **row} for row in rows]
+    body = [" | ".join(str(line.get(key, "")) for key in HEADINGS) for line in lines]
+    return "\n".join(
+        [f"| {' | '.join(HEADINGS.values())} |", "|" + "---|" * len(HEADINGS), *(f"| {b} |" for b in body)]
+    )
+
+
+def filled(page: str, rows: Iterable[dict]) -> str:
+    """The page with the table between its marks made anew."""
+    return re.sub(
+        r"(<!-- tried\b[^\n]*-->\n).*?(<!-- /tried -->)", lambda m: f"{m[1]}{table(rows)}\n{m[2]}", page, flags=re.S
+    )
+
+
+def keep(made: list[dict]) -> None:
+    """In the table, in place of earlier rows of the same cases."""
+    rows = {}
+    for row in [*(json.loads(ROWS.read_text()) if ROWS.is_file() else []), *made]:
+        rows[tuple(str(row[field.name]) for field in fields(Case))] = row
+    ordered = [rows[case] for case in sorted(rows, key=lambda case: (case[0] != "wheel", case))]
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    ROWS.write_text(json.dumps(ordered, indent=1) + "\n")
+    PAGE.write_text(filled(PAGE.read_text(), ordered))
+
+
+def try_all(wanted: Iterable[Case], package: Path) -> int:
+    """Each case, one line each; the exit code."""
+    rows: list[dict] = []
+    try:
+        for case in wanted:
+            rows.append(try_case(case, package))
+            print(json.dumps(rows[-1]), flush=True)
+    finally:
+        keep(rows)
+    return int(any(row["outcome"] == "failed" for row in rows))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=("build", "check", "try", "sdist"))
-    parser.add_argument("--python", action="append", help="only these versions, e.g. 3.12")
-    parser.add_argument("--torch", default="", help="what to install as torch first; else what the package brings")
-    parser.add_argument("--no-uv", action="store_true", help="with pip alone")
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help="only these versions, e.g. 3.12")
+    parser.add_argument(
+        "--torch", nargs="+", default=[""], help="what is installed as torch before, e.g. torch==2.11.0"
+    )
+    parser.add_argument("--installer", nargs="+", default=["pip", "uv"], choices=("pip", "uv"))
     arguments = parser.parse_args()
-    pythons = arguments.python or PYTHONS
+    if arguments.what == "build":
+        check(build())
+        return 0
     if arguments.what == "sdist":
         for old in DIST.glob("*.tar.gz"):
             old.unlink()
         run(sys.executable, "setup.py", "-q", "sdist", cwd=ROOT)
-        (archive,) = DIST.glob("*.tar.gz")
-        try_out(archive, pythons, arguments.torch, not arguments.no_uv)
-        return
-    if arguments.what == "build":
-        check(build())
-        return
-    wheels = sorted(DIST.glob("*.whl"))
-    if not wheels:
-        sys.exit("dist/ holds no wheel: make wheel first")
-    if arguments.what == "check":
-        check(wheels[-1])
+        (package,) = DIST.glob("*.tar.gz")
     else:
-        try_out(wheels[-1], pythons, arguments.torch, not arguments.no_uv)
+        package = next(iter(sorted(DIST.glob("*.whl"))), None)
+        if package is None:
+            sys.exit("dist/ holds no wheel: make wheel first")
+    if arguments.what == "check":
+        check(package)
+        return 0
+    what = "sdist" if arguments.what == "sdist" else "wheel"
+    return try_all(cases(what, arguments.python, arguments.installer, arguments.torch), package)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)

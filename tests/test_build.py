@@ -7,6 +7,7 @@
 * a checkout whose library was built of other sources says so and how to mend it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -131,6 +132,49 @@ def test_an_interrupt_ends_the_compilers(backend, tmp_path):
     assert process.returncode and "KeyboardInterrupt" in err
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+# ---- what was tried --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_wheel(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    import make_wheel
+
+    return make_wheel
+
+
+def test_the_page_shows_what_was_tried(make_wheel, tmp_path, monkeypatch):
+    if make_wheel.ROWS.is_file():
+        page = make_wheel.PAGE.read_text()
+        assert make_wheel.filled(page, json.loads(make_wheel.ROWS.read_text())) == page
+    monkeypatch.setattr(make_wheel, "ROWS", tmp_path / "rows.json")
+    monkeypatch.setattr(make_wheel, "PAGE", tmp_path / "page.md")
+    (tmp_path / "page.md").write_text("<!-- tried (a command) -->\nold\n<!-- /tried -->\n")
+    monkeypatch.setattr(make_wheel, "interpreter", lambda version: None if version == "3.14" else sys.executable)
+    ran = []
+
+    def run(*command, **options):
+        ran.append(" ".join(map(str, command)))
+        assert "PYTHONPATH" not in options.get("env", {})
+        if "--no-build-isolation" in command and not any("install" in r and "ninja" in r for r in ran[-2:]):
+            sys.exit("askew_kernels: ninja was not found, which drives the build: pip install ninja")
+        return 'smoke test passed: {"python": "3.12.1", "torch": "2.11.0", "cpu": "avx2", "cuda": ""}'
+
+    monkeypatch.setattr(make_wheel, "run", run)
+    monkeypatch.setattr(make_wheel, "tools", lambda: tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    asked = make_wheel.cases("sdist", ["3.12", "3.14"], ["uv"], ["torch==2.11.0"])
+    assert len(asked) == 6 and make_wheel.try_all(asked, tmp_path / "a.tar.gz") == 0
+    assert any(r.endswith("torch==2.11.0") for r in ran)
+    text = (tmp_path / "page.md").read_text()
+    assert "old" not in text and text.count("not tried: no such Python at hand") == 3
+    assert "| sdist | 3.12.1 | uv | 2.11.0 | isolated | avx2 | passed |" in text
+    assert "| --no-build-isolation, no ninja |  | refused: ninja was not found, which drives the build" in text
+    assert make_wheel.try_all(asked, tmp_path / "a.tar.gz") == 0 and (tmp_path / "page.md").read_text() == text
+    monkeypatch.setattr(make_wheel, "run", lambda *command, **options: sys.exit("no network"))
+    assert make_wheel.try_all(asked[:1], tmp_path / "a.tar.gz") == 1 and "failed" in (tmp_path / "page.md").read_text()
 
 
 # ---- what the build finds --------------------------------------------------------------------------------------------
