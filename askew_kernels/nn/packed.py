@@ -29,8 +29,9 @@ from ..quant.sharding import is_sharded
 from .bands import Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
+from .joint import being_split
 from .layers import autocast_dtype, quantized_input
-from .parallel import being_split, parallel_product, split, stand_in
+from .parallel import parallel_product, split, stand_in
 from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
