@@ -187,8 +187,12 @@ ASKEW_FN void multiply_form(const PackedWeight& w, int64_t row0, int64_t row1, c
   for (; row < row1; ++row) multiply_rows<FORM, GROUPED, 1>(w, row, x, batch, wide, bias, y, scratch);
 }
 
-static void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch,
-                     const float* bias, float* y, char* scratch) {
+#if defined(ASKEW_FLOATS)  // another instruction set's, where these would be the same instructions and half of the code
+using ASKEW_FLOATS::multiply;
+using ASKEW_FLOATS::multiply_tables;
+#elif !defined(ASKEW_PANELS_ONLY)
+void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch, const float* bias,
+              float* y, char* scratch) {
   const int form = form_of(w);
   if (form == kDecoded) return multiply_form<kDecoded, false>(w, row0, row1, x, batch, bias, y, scratch);
   if (w.groups > 1)
@@ -196,6 +200,7 @@ static void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const fl
   else
     ASKEW_BY_FORM(FORM, form, kBytes, multiply_form<FORM, false>(w, row0, row1, x, batch, bias, y, scratch))
 }
+#endif
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
 #define ASKEW_TABLES 1
@@ -312,8 +317,9 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
     }
 }
 
-static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
-                            const float* bias, float* y) {
+#if !defined(ASKEW_FLOATS) && !defined(ASKEW_PANELS_ONLY)
+void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                     const float* bias, float* y) {
   const int64_t wide = tables_width(w);
   for (int64_t row = row0; row < row1; row += 16 * kBands) {
     const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
@@ -327,4 +333,5 @@ static void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, c
     }
   }
 }
+#endif
 #endif
