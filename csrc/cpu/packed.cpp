@@ -22,7 +22,7 @@ constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that 
 constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
-constexpr int64_t kPanelUnits = 64;                // pieces of work that a product by panels is cut into
+constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
 constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
 
