@@ -90,7 +90,7 @@ class Bands:
         if not runtime.compiled_for(x) or torch.compiler.is_exporting():
             return None
         if compiling:  # what a graph holds; it cannot ask where memory is, and bands are dropped with their codes
-            return self._kept[3:] if layer._bands_made() else None
+            return self._kept[3:] if layer._bands_made() else None  # type: ignore[index]
         return self._kept[3:] if self.made(layer) else None  # type: ignore[index]
 
     def made(self, layer: Any) -> bool:
