@@ -249,6 +249,12 @@ class PackedLayer(nn.Module):
             return None
         return self._bands.of(self, x, compiling)
 
+    def _bands_made(self) -> bool:
+        return self._bands.made(self)
+
+    # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
+    _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
