@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -214,6 +215,8 @@ def try_case(case: Case, package: Path) -> dict[str, object]:
             mine = place / "bin/python"
             install = ([mine, "-m", "pip", "install", "-q"] if case.installer == "pip"
                        else [uv, "pip", "install", "-q", "--python", mine])  # fmt: skip
+            if case.without:  # nor the system's; what is left is enough to be told so
+                clean |= {"PATH": str(place / "bin"), "CXX": str(shutil.which(os.environ.get("CXX", "g++")))}
             if case.torch:
                 run(*install, case.torch, cwd=temp, env=clean)
             how = []

@@ -46,7 +46,7 @@ def test_what_is_missing_is_said_in_one_line(name, tmp_path):
     code = (
         f"import sys; sys.modules['{MODELS[name][0][0]}'] = None; import runpy; runpy.run_module('experiments.{name}')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and '"askew_kernels[models]"' in done.stderr
 
 
