@@ -178,6 +178,8 @@ class InputQuantizer(nn.Module):
             new = getattr(self, name)
             if old.is_meta and not new.is_meta:  # memory that nobody has written
                 local_part(new.detach()).fill_(float(name == "scale"))
+            elif new.dtype != old.dtype and is_sharded(new):
+                self._parameters[name] = replicated(nn.Parameter(local_part(old), new.requires_grad), new)
             elif new.dtype != old.dtype:  # a cast: these are not numbers to compute in
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)

@@ -58,19 +58,19 @@ class _Copy(torch.autograd.Function):
     """This rank's copy, whose gradient is that of all: added over some dimensions of the mesh, averaged over others."""
 
     @staticmethod
-    def forward(ctx: Any, p: Any, added: tuple[int, ...], averaged: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, p: Any, device: Any, added: tuple[int, ...], averaged: tuple[int, ...]) -> Tensor:
         ctx.sharding, ctx.added, ctx.averaged = sharding_of(p), added, averaged
-        ctx.kind = type(p)
-        return local_part(p).detach()
+        ctx.kind, ctx.device = type(p), p.device
+        return local_part(p).detach().to(device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None, None, None]:
         mesh, placements = ctx.sharding
         total = grad.detach().clone(memory_format=torch.contiguous_format)
         for dim in (*ctx.added, *ctx.averaged):
             torch.distributed.all_reduce(total, group=mesh.get_group(dim))
         total /= math.prod(mesh.size(dim) for dim in ctx.averaged)
-        return ctx.kind.from_local(total, mesh, placements, run_check=False), None, None
+        return ctx.kind.from_local(total.to(ctx.device), mesh, placements, run_check=False), None, None, None
 
 
 def copy_of(p: Any, of: Tensor) -> Any:
@@ -83,11 +83,11 @@ def copy_of(p: Any, of: Tensor) -> Any:
     if not is_sharded(p):
         return p
     if not (torch.is_grad_enabled() and p.requires_grad):
-        return local_part(p)
+        return local_part(p).to(of.device)
     known = sharding_of(of)
     outer = p.device_mesh.ndim - (0 if known is None else known[0].ndim)
     added = () if known is None else tuple(outer + dim for dim in split_by(known[1]))
-    return _Copy.apply(p, added, tuple(range(outer)))
+    return _Copy.apply(p, of.device, added, tuple(range(outer)))
 
 
 @torch.no_grad()

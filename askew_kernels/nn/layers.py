@@ -292,6 +292,8 @@ class QuantizedLayer(nn.Module):
             self._show(quantizer)
             self._parameters[STATE[0]] = replicated(quantizer.learned, weight)  # type: ignore[arg-type]
             self._show(quantizer)
+            for layer in quantizer.layers:  # that share the weight
+                layer._show(quantizer)
         if (of_input := self._modules.get(INPUT)) is not None:
             of_input.join(weight)  # type: ignore[operator]
 
@@ -670,7 +672,7 @@ class QuantizedLayer(nn.Module):
             )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = [t.detach() for t in self._held()]
+        before = [local_part(t.detach()) for t in self._held()]
         super()._apply(fn, recurse)
         after = self._held()
         for i, (new, old) in enumerate(zip(after, before, strict=True)):
@@ -678,13 +680,20 @@ class QuantizedLayer(nn.Module):
                 old = empty_state(len(before[0]), new.device)[i]
             elif old.dtype == new.dtype:
                 continue  # otherwise a cast: these are not numbers to compute in
-            if isinstance(new, nn.Parameter):
+            if is_sharded(new):
+                after[i] = replicated(nn.Parameter(old.to(local_part(new).device), new.requires_grad), new)
+            elif isinstance(new, nn.Parameter):
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)
             else:
                 after[i] = old.to(new.device)
         self._hold(after)
         self._buffers[GRIDS] = _fingerprint(self.config, after[1].device)
+        weight: Any = self._parameters.get("weight")
+        if weight is not None and is_sharded(weight):  # torch has put another tensor into the same object
+            self.quantizer.allocate(weight)
+            self._show(self.quantizer)
+            self._take_shard(weight, self.quantizer)
         self._tied().moved()
         return self
 

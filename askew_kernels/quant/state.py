@@ -186,9 +186,14 @@ def _count_write(p: Tensor) -> None:
         torch.autograd.graph.increment_version(local_part(p))
 
 
+def _versions(t: Tensor) -> Any:
+    """Of a DTensor, and of this rank's part of it: torch counts what is written through each by itself."""
+    return (_version(t), _version(local_part(t))) if is_sharded(t) else _version(t)
+
+
 def _moved(learned: LearnedScale) -> Any:
     """Changes whenever the Parameter may have been written."""
-    return _version(_plain(learned)), learned.__dict__.get("_data_uses", 0)
+    return _versions(learned), learned.__dict__.get("_data_uses", 0)
 
 
 def _plain(learned: Tensor) -> Tensor:
@@ -269,7 +274,11 @@ class WeightQuantizer:
         elif self.flag.device != device:
             first, *others = self.tensors
             if self.learned is not None and "meta" not in (first.device.type, device.type):
-                first.data = first.data.to(device)  # the Parameter that an optimizer has
+                if not is_sharded(first):
+                    first.data = first.data.to(device)  # the Parameter that an optimizer has
+                others = [t.to(device) for t in others]  # FSDP2 has offloaded the other: what is in use is its copy
+                self.tensors = first, *others  # type: ignore[assignment]
+                return
             self.tensors = (
                 first if first.device == device else first.detach().to(device),
                 *(t.to(device) for t in others),
@@ -323,12 +332,12 @@ class WeightQuantizer:
             self._young = None
         self.learned, LearnedScale.made = scale, True  # type: ignore[assignment]
         scale._askew_scale_of = weakref.ref(self)  # type: ignore[attr-defined]
-        self.scale = _plain(scale).detach() if self._unrounded else _plain(scale).detach().clone()
+        self.scale = _plain(scale).detach() if self._unrounded else _plain(scale).detach().to(self.flag.device).clone()
 
     @property
     def _unrounded(self) -> bool:
         """The scale in use is the learned one, the same memory."""
-        return self.config.scale_dtype == "float32"
+        return self.config.scale_dtype == "float32" and _plain(self.learned).device == self.flag.device  # type: ignore[arg-type]
 
     def write(self, frozen: float | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
         """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
@@ -439,7 +448,7 @@ class WeightQuantizer:
                 version = _version(self.row_sums)
                 if self._start_known is None or self._start_known[0] != version:
                     self._start_known = version, self._start_scale(weight, self.row_sums)
-                learned.copy_(bounded_scale(learned, self._start_known[1]))
+                learned.copy_(bounded_scale(learned, self._start_known[1].to(learned.device)))
             if not self._unrounded:
                 self.scale.copy_(round_scale(learned, self.config.scale_dtype))
             elif self.scale.data_ptr() != learned.data_ptr():
@@ -462,7 +471,7 @@ class WeightQuantizer:
     def _part_stamp(self, weight: Tensor) -> Any:
         """Of a sharded weight and what is known of it; other tensors in their place are noticed, too."""
         part = local_part(weight)
-        return _version(part), part.data_ptr(), _version(self.row_sums), id(self.row_sums), id(self.scale)
+        return _versions(weight), part.data_ptr(), _version(self.row_sums), id(self.row_sums), id(self.scale)
 
     def leave(self, weight: Tensor) -> None:
         """An update pass has written the sharded weight and its sums, or the ranks have looked at it together: the
