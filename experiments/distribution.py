@@ -28,6 +28,7 @@ from .ranks import Ranks
 
 STEPS, HOLD, BATCH = 20, 6, 64
 ROUNDED = 1e-10  # float64 weights of runs that only add in another order
+LEARNED = 1e-6  # … and float32 scales, of themselves, and weights, where scales are learned from such sums in float32
 UNEVEN, EVEN = (16, 33, 12, 3), (16, 32, 8)
 
 OPTIMIZERS: dict[str, Callable[[nn.Module, dict[str, Any]], torch.optim.Optimizer]] = {
@@ -60,7 +61,17 @@ CONFIGS = {
     '`forward="relaxed"`': ak.QuantConfig(Uniform(4), forward="relaxed"),
     "8-bit inputs": ak.QuantConfig(Uniform(4), activation=Uniform(8)),
     '`forward="int8"`': ak.QuantConfig(Uniform(4), forward="int8"),
+    '`forward="fp8"`': ak.QuantConfig(Uniform(4), forward="fp8"),
     'learned scales (`scale="lsq"`)': ak.QuantConfig(Uniform(4), "lsq"),
+    "… per tensor": ak.QuantConfig(Uniform(4), "lsq", "per_tensor"),
+    "… per group": ak.QuantConfig(Ternary(), "lsq", "per_group", 4),
+    '… and `forward="int8"`': ak.QuantConfig(Uniform(4), "lsq", forward="int8"),
+    'learned scales of inputs (`activation_scale="lsq"`)': ak.QuantConfig(
+        Uniform(4), activation=Uniform(8), activation_scale="lsq"
+    ),
+    '… and offsets (`"lsq+"`), and of weights': ak.QuantConfig(
+        Uniform(4), "lsq", activation=Uniform(8), activation_scale="lsq+"
+    ),
 }
 
 
@@ -143,11 +154,17 @@ WAYS = {
 }
 # {head of a column of the second table: its way}
 SPLITS = {
+    "DDP": "DDP",
     "FSDP2": "FSDP2",
     "FSDP2 by inputs": "FSDP2 by inputs (`Shard(1)`)",
     "tensor parallel": "tensor parallel, 2 ranks",
+    "FSDP2 over tensor parallel": "FSDP2 over tensor parallel, 2 × 2 ranks",
 }
-ALL_WAYS = {**WAYS, "FSDP2": Way(2, _fsdp, EVEN)}
+ALL_WAYS = {
+    **WAYS,
+    "DDP": Way(2, nn.parallel.DistributedDataParallel, EVEN),
+    "FSDP2": Way(2, _fsdp, EVEN),
+}
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -158,7 +175,10 @@ def network(config: ak.QuantConfig, sizes: tuple[int, ...], dtype: torch.dtype =
     layers: list[nn.Module] = []
     for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return ak.quantize_(nn.Sequential(*layers[:-1]).to(dtype), config)
+    model = ak.quantize_(nn.Sequential(*layers[:-1]).to(dtype), config)
+    if config.activation_scale is not None:
+        ak.nn.calibrate_(model, batch(0, sizes, dtype)[0])
+    return model
 
 
 def batch(step: int, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -257,14 +277,17 @@ def word(cell: tuple[str, str, str], ranks: list[Run | str]) -> tuple[str, str]:
         return "no", ranks[0]
     way = ALL_WAYS[name]
     one = alone(way.sizes, way.pieces, optimizer, config)
+    learned = CONFIGS[config].learns_scale or CONFIGS[config].activation_scale is not None
     for run in ranks:
         assert isinstance(run, Run)
-        if (apart := _apart(run.weights, one.weights)) > ROUNDED:
+        if (apart := _apart(run.weights, one.weights)) > (LEARNED if learned else ROUNDED):
             raise AssertionError(f"{cell}: weights are {apart:.1e} from one process's")
         if (off := _apart([run.out], [run.hard])) > ROUNDED:
             raise AssertionError(f"{cell}: hard quantization changes the outputs by {off:.1e}")
-        for step, both in enumerate(zip(run.scales, one.scales, strict=True)):
-            if not all(map(torch.equal, *both)):
+        for step, (mine, its) in enumerate(zip(run.scales, one.scales, strict=True)):
+            if learned and all(torch.allclose(s, t, LEARNED, 0.0) for s, t in zip(mine, its, strict=True)):
+                continue
+            if not all(map(torch.equal, mine, its)):
                 raise AssertionError(f"{cell}: scales of step {step} are not one process's, bit for bit")
     return "yes", ""
 

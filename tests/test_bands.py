@@ -409,3 +409,28 @@ def test_compiled_and_exported_models_compute_the_same():
     program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), y, rtol=1e-5, atol=1e-5)
     assert any(k.endswith("weight_codes") for k in program.state_dict)
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["4 bits", "8 bits, one scale", "trits"])
+def test_a_graph_has_the_operator_and_the_bands_of_eager_calls(name):
+    """Also where none was made before; and those of the codes that a checkpoint brings."""
+    x, model, seen = torch.randn(2, 3, 256), nn.Sequential(packed_layer(name)), []
+
+    def backend(graph, inputs):
+        seen.append(([node.target for node in graph.graph.nodes], inputs))
+        return graph
+
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend=backend, fullgraph=True)
+    for count in (1, 2):
+        expected = fast(x)
+        bands = model[0]._bands.kept(model[0])[0]
+        assert torch.equal(model(x), expected) and model[0]._bands.kept(model[0])[0] is bands  # the same working layout
+        assert torch.equal(fast(x), expected) and len(seen) == count
+        targets, inputs = seen[-1]
+        assert targets.count(torch.ops.askew.packed_bands_linear.default) == 1
+        assert any(given is bands for given in inputs)
+        model[0].load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in model[0].state_dict().items()})
+    assert not torch.equal(model(x), expected) or name == "trits"

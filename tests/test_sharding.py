@@ -29,6 +29,10 @@ RUNS = {
         QuantConfig(Uniform(3), "mse", "per_group", 4), lambda m: ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1),
     ),
     "relaxed": (QuantConfig(Uniform(4), forward="relaxed"), lambda m: ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1)),
+    "learned": (QuantConfig(Uniform(4), "lsq"), lambda m: ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9)),
+    "learned, torch's sgd": (
+        QuantConfig(Uniform(4), "lsq"), lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    ),
     "torch's sgd": (QuantConfig(Uniform(4)), lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
     "skewed": (
         QuantConfig(Uniform(4)), lambda m: ak.optim.Skewed(torch.optim.SGD(ak.param_groups(m), lr=0.1, momentum=0.9)),
@@ -49,6 +53,7 @@ def network(config):
     })  # fmt: skip
 
 
+# Scales are float32 whatever the weights are, and so are the sums that learned ones follow from.
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12}
 
 
@@ -92,7 +97,7 @@ def work(rank, meeting, results):
     try:
         mine = slice(32 * rank, 32 * rank + 32)
         found = {(name, str(dtype)): run(name, dtype, mine, True) for name in RUNS for dtype in TOLERANCE}
-        found["learned"] = told(lambda: sharded_step(QuantConfig(Uniform(4), "lsq")))
+
         found["zero"] = told(zero)
         if rank == 0:
             torch.save(found, results)
@@ -107,15 +112,6 @@ def told(call):
     except (NotImplementedError, TypeError) as error:
         return str(error)
     return "nothing"
-
-
-def sharded_step(config):
-    from torch.distributed.fsdp import fully_shard
-
-    model = fully_shard(ak.quantize_(nn.Sequential(nn.Linear(4, 4)), config))
-    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1)
-    model(torch.ones(2, 4)).sum().backward()
-    optimizer.step()
 
 
 def zero():
@@ -135,7 +131,7 @@ def sharded(tmp_path_factory):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_train_as_one(name, dtype, sharded):
-    found, atol = sharded[name, str(dtype)], TOLERANCE[dtype]
+    found, atol = sharded[name, str(dtype)], max(TOLERANCE[dtype], 1e-6 if name.startswith("learned") else 0)
     for got, want in zip(found, run(name, dtype, slice(None), False), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=atol)
     *_, out, hard = found  # outputs before and after hard quantization
@@ -143,5 +139,4 @@ def test_two_processes_train_as_one(name, dtype, sharded):
 
 
 def test_what_cannot_be_sharded_is_refused(sharded):
-    assert "scale: 'lsq'" in sharded["learned"] and "another rule" in sharded["learned"]
     assert "ZeroRedundancyOptimizer" in sharded["zero"] and "fully_shard" in sharded["zero"]

@@ -87,13 +87,19 @@ class Bands:
         return 0 if self._kept is None else self._kept[3].numel() + 4 * self._kept[4].numel()
 
     def of(self, layer: Any, x: Tensor, compiling: bool = False) -> tuple[Tensor, Tensor] | None:
-        if compiling:  # which cannot ask where memory is; bands are dropped with what they were made of
-            return None if self._kept is None or torch.compiler.is_exporting() else self._kept[3:]
-        if not runtime.compiled_for(x):
+        if not runtime.compiled_for(x) or torch.compiler.is_exporting():
             return None
-        if self._kept is not None and self.fresh(layer):
-            return self._kept[3:]
-        return self._made(layer) if self._serves(layer) else None
+        if compiling:  # what a graph holds; it cannot ask where memory is, and bands are dropped with their codes
+            return self._kept[3:] if layer._bands_made() else None  # type: ignore[index]
+        return self._kept[3:] if self.made(layer) else None  # type: ignore[index]
+
+    def made(self, layer: Any) -> bool:
+        """Makes the bands where they are not there or no longer the layer's; whether they are there then."""
+        if self._kept is None or not self.fresh(layer):
+            if not self._serves(layer):
+                return False
+            self._make(layer)
+        return True
 
     def kept(self, layer: Any) -> tuple[Tensor, Tensor] | None:
         """(bands, scales) if those that are kept are still the layer's."""
@@ -114,7 +120,7 @@ class Bands:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _made(self, layer: Any) -> tuple[Tensor, Tensor]:
+    def _make(self, layer: Any) -> None:
         groups, levels = _groups(layer), len(layer.config.weight.levels)
         self._kept = None
         codes, scale = restored(layer), layer._buffers["weight_scale"]
@@ -125,7 +131,6 @@ class Bands:
             layer._buffers[NAME] = BandedCodes(bands, layout)
         scales = ops.packed.band_scales(scale.detach(), layer.rows, groups)
         self._kept = layer._buffers[NAME], scale, _states(layer), bands, scales
-        return bands, scales
 
     def drop(self, layer: Any) -> None:
         restored(layer)

@@ -26,7 +26,9 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant.config import LEARNED_INPUTS
 from ..quant.scales import bounded_scale
+from ..quant.sharding import is_sharded, local_part, sharding_of
 from ..quant.state import learned_slopes
+from .joint import being_managed, copy_of, is_beside, replicated
 
 __all__ = ["InputQuantizer", "calibrate_"]
 
@@ -55,6 +57,25 @@ class InputQuantizer(nn.Module):
             value.data.fill_(float(name == "scale"))
         super().__setattr__(name, value)
 
+    def join(self, weight: Any) -> None:
+        """The layer's weight is split over ranks: scale and offset go to all of them, whole."""
+        for name in ("scale", "offset"):
+            if (p := self._parameters[name]) is not None and not is_beside(p, weight):
+                self._parameters[name] = replicated(p, weight)
+                self._seen = None
+        part = local_part(weight.detach())
+        self.start = self.start.to(part.device)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; none to FSDP2, which would split them (``joint``)."""
+        return iter(()) if being_managed() else super().named_parameters(*args, **kwargs)
+
+    @property
+    def held(self) -> list[Tensor]:
+        """The memory that this rank has of scale and offset."""
+        with torch.no_grad():
+            return [local_part(p) for p in (self.scale, self.offset) if p is not None]
+
     @property
     def started(self) -> bool:
         """Whether it has seen a batch; asked of the device until it has."""
@@ -77,13 +98,12 @@ class InputQuantizer(nn.Module):
             offset = least - scale * low
         if not (bool(scale > 0) and bool(scale.isfinite())):
             return
-        self.scale.fill_(scale)
+        for p, value in zip(self.held, (scale, offset), strict=False):
+            p.fill_(value)  # type: ignore[arg-type]
         self.start.fill_(scale)
-        if offset is not None:
-            self.offset.fill_(offset)
         self._started, self._seen = True, None
 
-    def quantized(self, x: Tensor, rows: int, eager: bool) -> Tensor | None:
+    def quantized(self, x: Any, rows: int, eager: bool) -> Tensor | None:
         """s Q((x - b) / s) + b; None where it has not started and is not to. ``rows``: tokens or images in ``x``;
         ``eager``: nothing traces or transforms the call."""
         if x.numel() == 0:
@@ -95,15 +115,25 @@ class InputQuantizer(nn.Module):
             if not self._started:
                 return None
         factor = ops.scale_grad_factor(x.numel(), rows, self.grid)
+        learned = [None if p is None else copy_of(p, x) for p in (self.scale, self.offset)]
+        if is_sharded(x):  # every rank its part
+            (mesh, placements), part = sharding_of(x), x.to_local()
+            self._bound()
+            y = _Learned.apply(part, *learned, self.grid, factor)
+            return type(x).from_local(y, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
         if not eager:
-            return self._composed(x, factor)
+            return self._composed(x, learned, factor)
         self._bound()
-        return _Learned.apply(x, self.scale, self.offset, self.grid, factor)
+        return _Learned.apply(x, *learned, self.grid, factor)
 
     def _start(self, x: Tensor, eager: bool) -> None:
         if not eager:
             raise RuntimeError("activation_scale: the scale of an input starts from a batch; call ak.nn.calibrate_, or "
                                "train one batch, before the model is compiled, traced or transformed")  # fmt: skip
+        if is_sharded(self.scale) or is_sharded(x):
+            raise RuntimeError("activation_scale: the scale of an input starts from a batch, and its layer is split "
+                               "over ranks; call ak.nn.calibrate_ before fully_shard or parallelize_module, or load a "
+                               "checkpoint")  # fmt: skip
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several and not InputQuantizer.calibrating and torch.distributed.get_world_size() > 1:
             raise RuntimeError("activation_scale: every rank would start the scale of an input from a batch of its "
@@ -112,7 +142,7 @@ class InputQuantizer(nn.Module):
 
     def _bound(self) -> None:
         """Brings what an optimizer has moved back to where it can serve."""
-        held = [p for p in (self.scale, self.offset) if p is not None]
+        held = self.held
         try:
             versions = [p._version for p in held]
         except RuntimeError:  # inference tensors
@@ -120,14 +150,14 @@ class InputQuantizer(nn.Module):
         if versions == self._seen:
             return
         with torch.no_grad():
-            self.scale.copy_(bounded_scale(self.scale, self.start))
-            if self.offset is not None:
-                self.offset.nan_to_num_(0.0, 0.0, 0.0)
+            held[0].copy_(bounded_scale(held[0], self.start))
+            for offset in held[1:]:
+                offset.nan_to_num_(0.0, 0.0, 0.0)
         self._seen = [p._version for p in held]
 
-    def _composed(self, x: Tensor, factor: float) -> Tensor:
+    def _composed(self, x: Tensor, held: list[Any], factor: float) -> Tensor:
         """The same by operators that can be traced and transformed."""
-        learned, offset = self.scale, self.offset
+        learned, offset = held
         scale = bounded_scale(learned.detach(), self.start)
         z = x if offset is None else x - offset.detach().to(x.dtype)
         weight = _weight(z, scale, self.grid)
@@ -147,7 +177,9 @@ class InputQuantizer(nn.Module):
         for name, old in before.items():
             new = getattr(self, name)
             if old.is_meta and not new.is_meta:  # memory that nobody has written
-                new.data.fill_(float(name == "scale"))
+                local_part(new.detach()).fill_(float(name == "scale"))
+            elif new.dtype != old.dtype and is_sharded(new):
+                self._parameters[name] = replicated(nn.Parameter(local_part(old), new.requires_grad), new)
             elif new.dtype != old.dtype:  # a cast: these are not numbers to compute in
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)

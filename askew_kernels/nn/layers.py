@@ -12,6 +12,7 @@ learned scale, which is a Parameter: every copy, checkpoint or average that has 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 import sys
@@ -30,10 +31,11 @@ from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.gradients import INT8_GRADIENT, LUQ
 from ..quant.scales import row_tops, scales_of_tops
-from ..quant.sharding import is_sharded, local_part, refuse_learned, sharding_of, split_by
-from ..quant.state import LearnedScale, QuantizedParameter, empty_state, learned_slopes
+from ..quant.sharding import is_sharded, local_part, sharding_of, split_by
+from ..quant.state import QuantizedParameter, empty_state, learned_slopes, scale_owner
 from .compiled import clip_, kept_linear
 from .inputs import InputQuantizer
+from .joint import being_distributed, being_managed, being_split, bias_of, copy_of, is_beside, joint_tops, replicated
 from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
 
@@ -101,7 +103,7 @@ def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
 
 class _LearnedToo(torch.autograd.Function):
     """``_StraightThrough`` with the gradient of the scale, from the same pass. how: (scale in use, grid, form, whether
-    the weight's is clipped); None where the scale is frozen and receives zeros."""
+    the weight's is clipped, LSQ's factor); None where the scale is frozen and receives zeros."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, learned: Tensor, quantized: Tensor, clip: tuple | None,
@@ -116,19 +118,17 @@ class _LearnedToo(torch.autograd.Function):
         grad, to_scale = grad.to(weight.dtype), None
         if not ctx.needs_input_grad[1]:
             return _clipped(grad, weight, ctx.clip), None, None, None, None
-        if ctx.how is None:
+        if ctx.how is None or not len(learned):  # of a rank without a row
             return _clipped(grad, weight, ctx.clip), torch.zeros_like(learned), None, None, None
-        scale, grid, form, clips = ctx.how
+        scale, grid, form, clips, factor = ctx.how
         g, w = form.view(grad), form.view(weight)
         if torch.is_grad_enabled():  # create_graph
-            slopes = learned_slopes(w, scale, grid)
+            slopes = learned_slopes(w, scale, grid, factor)
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
         else:
             kind = scale.to(compute_dtype(w.dtype)), grid.levels_tensor(w.device), grid.encoding
-            to_scale = ops.run_ste_clip_scale_grad(
-                g, w, kind, ops.scale_grad_factor(w.numel(), len(scale), grid), clips
-            )
+            to_scale = ops.run_ste_clip_scale_grad(g, w, kind, factor, clips)
         return grad, to_scale.to(learned.dtype), None, None, None
 
 
@@ -150,8 +150,7 @@ def _fingerprint(config: QuantConfig, device: torch.device) -> Tensor:
 def _like(came: Tensor, present: Tensor) -> Tensor:
     """On the device of ``present`` and of its type, of replicas of a mesh this rank's; the same Parameter where it is
     one."""
-    came = local_part(came)
-    return came if isinstance(came, nn.Parameter) else came.to(present.device, present.dtype)
+    return came if isinstance(came, nn.Parameter) else local_part(came).to(present.device, present.dtype)
 
 
 class QuantizedLayer(nn.Module):
@@ -277,15 +276,38 @@ class QuantizedLayer(nn.Module):
 
     def _take_shard(self, value: Any, quantizer: WeightQuantizer) -> None:
         """A weight that is split over ranks. Raises NotImplementedError where its scales cannot be."""
-        if self.config.learns_scale:
-            refuse_learned(value, type(self).__name__)
         quantizer.part(value)
         value._askew_quantizer, quantizer.sharded_type = quantizer, value.dtype  # what an optimizer looks for
         shard = self.__dict__.get("_shard")
         if shard is None or value.device_mesh.ndim >= shard.device_mesh.ndim:
-            self.__dict__["_shard"] = value
+            self.__dict__["_shard"] = quantizer.shard = value
+            self._join(value, quantizer)
         else:  # gathered by FSDP2, of TP's parts
             quantizer.written_unseen(value)
+
+    def _join(self, weight: Any, quantizer: WeightQuantizer) -> None:
+        """What is learned beside a weight that is split over ranks goes to all of them, whole."""
+        learned = quantizer.learned
+        if learned is not None and not is_beside(learned, weight):
+            self._show(quantizer)
+            self._parameters[STATE[0]] = replicated(quantizer.learned, weight)  # type: ignore[arg-type]
+            self._show(quantizer)
+            for layer in quantizer.layers:  # that share the weight
+                layer._show(quantizer)
+        if (of_input := self._modules.get(INPUT)) is not None:
+            of_input.join(weight)  # type: ignore[operator]
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; what is learned is not shown to those who would split it (``joint``)."""
+        found = super().named_parameters(*args, **kwargs)
+        if being_split() or being_managed():
+            return ((name, p) for name, p in found if name != STATE[0] and not name.startswith(f"{INPUT}."))
+        return found
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; a style of tensor parallelism, which takes whatever is within for another layer, finds nothing."""
+        found = super().named_modules(*args, **kwargs)
+        return itertools.islice(found, 1) if being_distributed() else found
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Tensor parallelism puts its parts in their places by this."""
@@ -301,7 +323,8 @@ class QuantizedLayer(nn.Module):
         if self._ordinary():
             quantizer, scale = self.quantizer, self.quantizer.current_scale(self.weight)
             learned = quantizer.learned
-            return scale if learned is None or scale.data_ptr() != learned.data_ptr() else learned
+            itself = learned is not None and not is_sharded(learned) and scale.data_ptr() == learned.data_ptr()
+            return learned if itself else scale  # type: ignore[return-value]
         return self._functional_scale(self.weight)
 
     def quantized_weight(self) -> Tensor:
@@ -355,7 +378,7 @@ class QuantizedLayer(nn.Module):
             weight = parameters.get("weight")
             if type(weight) is not QuantizedParameter:
                 return False
-            if self.quantizer.learned is not None and type(parameters["weight_scale"]) is not LearnedScale:
+            if self.quantizer.learned is not None and scale_owner(parameters["weight_scale"]) is None:  # type: ignore[arg-type]
                 return False  # a temporary, of functional_call
         return not (weight.is_meta or weight.is_inference())
 
@@ -382,7 +405,7 @@ class QuantizedLayer(nn.Module):
         scale, view, config = self._functional_scale(weight), self.form.view, self.config
         y = _fake_quantized(view(weight), scale, config.weight, config.clips_in_backward)
         if config.learns_scale and not self.quantizer.frozen and torch.is_grad_enabled():
-            learned = self._held()[0]
+            learned = copy_of(self._held()[0], self.weight)
             learned = torch.where((learned - learned).detach() == 0, learned, 0.0)  # what is not finite starts anew
             slopes = learned_slopes(view(weight), scale, config.weight)
             y = y + ((learned - learned.detach())[:, None] * slopes).to(y.dtype).reshape(y.shape)  # 0, with a gradient
@@ -415,9 +438,15 @@ class QuantizedLayer(nn.Module):
         every rank quantizes its part."""
         weight: Any = self.weight
         quantizer, view, config = self._tied(), self.form.view, self.config
-        scale, part = quantizer.part(weight).take(quantizer.scale_of_parts(weight)), view(weight.to_local())
+        of_rows, mine = quantizer.part(weight), weight.to_local()
+        scale, part = of_rows.take(quantizer.scale_of_parts(weight)), view(mine)
         if self.softens:
             y = view(part + (self._softened(part, scale) - part).detach())
+        elif torch.is_grad_enabled() and (learned := quantizer.hand_out() if config.learns_scale else None) is not None:
+            made, clips = view(_fake_quantized(part.detach(), scale, config.weight, False)), config.clips_in_backward
+            own = scale, config.weight, self.form
+            y = _LearnedToo.apply(mine, of_rows.take(copy_of(learned, weight)), made, own if clips else None,
+                                  (*own, clips, self._scale_factor(weight)))  # fmt: skip
         else:
             y = view(_fake_quantized(part, scale, config.weight, config.clips_in_backward))
         return type(weight).from_local(y, *sharding_of(weight), run_check=False, shape=weight.shape,
@@ -440,8 +469,13 @@ class QuantizedLayer(nn.Module):
         clip = (quantizer.scale, config.weight, self.form) if clips else None
         if quantizer.learned is None or (learned := quantizer.hand_out()) is None:
             return _StraightThrough.apply(weight, quantized, clip)
-        how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips)
-        return _LearnedToo.apply(weight, learned, quantized, clip, how)
+        how = None if quantizer.frozen else (quantizer.scale, config.weight, self.form, clips,
+                                             self._scale_factor(weight))  # fmt: skip
+        return _LearnedToo.apply(weight, copy_of(learned, weight), quantized, clip, how)
+
+    def _scale_factor(self, weight: Tensor) -> float:
+        """LSQ's, of the gradient of a scale of the whole weight."""
+        return ops.scale_grad_factor(weight.numel(), len(self.quantizer.scale), self.config.weight)
 
     def _eager_forward(self, x: Tensor, *more: Any) -> Tensor:
         low, bias = autocast_dtype(x), self.bias
@@ -463,12 +497,9 @@ class QuantizedLayer(nn.Module):
         """As ``_eager_levels``, recomputed by differentiable operators."""
         weight = self._functional_weight()
         whole = self.weight.full_tensor() if is_sharded(self.weight) else self.weight
-        whole = self.form.view(whole.detach().to(compute_dtype(whole.dtype)))
         scale = self._functional_scale(self.weight)
-        levels = _fake_quantized(whole, scale, self.config.weight, False) / scale[:, None]  # one unit off at most
-        if dtype == torch.int8:
-            levels = levels.nan_to_num().round()
-        return weight, self.form.view(levels.to(dtype)), scale
+        levels = self._levels_at(self.form.view(whole.detach()), scale, dtype)
+        return weight, self.form.view(levels), scale
 
     def _level_forward(self, x: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
                        rows: slice | None = None) -> Tensor:  # fmt: skip
@@ -487,8 +518,46 @@ class QuantizedLayer(nn.Module):
         bias = None if bias is None else bias.to(low)
         flat = x.to(low).reshape(-1, cols).contiguous()
         grid = self.config.activation
-        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, self.config.gradient == INT8_GRADIENT)
+        low_gradient = self.config.gradient == INT8_GRADIENT
+        y = level_linear(flat, view(weight), view(levels), scale, bias, grid, low_gradient, None)
         return y.reshape(*x.shape[:-1], outputs)
+
+    def _levels_of_parts(self, x: Any, dtype: torch.dtype) -> Tensor:
+        """The same of a DTensor under tensor parallelism: of every rank's rows with all inputs, or of its inputs, whose
+        tokens have one scale over all ranks, and whose sums are still to be added over them."""
+        from torch.distributed.tensor import Partial, Replicate, Shard
+
+        weight: Any = self.weight
+        mesh, placements = sharding_of(weight) or (None, ())
+        if mesh is None or mesh.ndim != 1 or self.form.transposed or mesh != x.device_mesh:
+            raise NotImplementedError(
+                f"forward: {self.config.forward!r} of a {type(self).__name__} with a weight of shape "
+                f"{tuple(weight.shape)} takes a DTensor where parallelize_module has split it by ColwiseParallel or "
+                "RowwiseParallel; expected that, a plain tensor, or forward='hard'"
+            )
+        inputs = 1 in split_by(placements).values()
+        wanted = Shard(x.dim() - 1) if inputs else Replicate()
+        if x.placements != (wanted,):
+            x = x.redistribute(mesh, [wanted])
+        part, low = x.to_local(grad_placements=[wanted if inputs else Partial()]), autocast_dtype(x) or x.dtype
+        flat = part.to(low).reshape(-1, part.shape[-1]).contiguous()
+        of_rows, quantizer = self._weight_of_parts().to_local(), self._tied()  # type: ignore[attr-defined]
+        scale = quantizer.part(weight).take(quantizer.scale_of_parts(weight))
+        levels = self._levels_at(local_part(weight.detach()), scale, dtype)
+        bias, tops = bias_of(self.bias, mesh, inputs, low), joint_tops(flat, mesh) if inputs else None
+        config = self.config
+        y = level_linear(flat, of_rows, levels, scale, bias, config.activation, config.gradient == INT8_GRADIENT, tops)
+        y = y.reshape(*part.shape[:-1], y.shape[-1])
+        shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+        stride = torch.empty(shape, device="meta").stride()
+        placed = [Partial() if inputs else Shard(len(shape) - 1)]
+        return type(x).from_local(y, mesh, placed, run_check=False, shape=shape, stride=stride)
+
+    def _levels_at(self, matrix: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Q(w/s) of rows in a type of levels, by operators."""
+        wide = matrix.to(compute_dtype(matrix.dtype))
+        levels = _fake_quantized(wide, scale, self.config.weight, False) / scale[:, None]  # one unit off at most
+        return (levels.nan_to_num().round() if dtype == torch.int8 else levels).to(dtype)
 
     def _nested_levels(self, x: Any, dtype: torch.dtype) -> Tensor:
         """Row by row as alone, in the layout of ``x``."""
@@ -532,10 +601,7 @@ class QuantizedLayer(nn.Module):
             return self.product(x, self.weight, *more)
         if (levels := self.config.level_dtype) is not None:
             if is_sharded(x):
-                raise NotImplementedError(
-                    f"forward: {self.config.forward!r} multiplies whole rows, and the input of this "
-                    f"{type(self).__name__} is split over ranks; expected 'hard' or 'relaxed'"
-                )
+                return self._levels_of_parts(x, levels)
             return self._level_forward(x, levels, *more)
         if (grid := self.kind.input_grid(self)) is not None:
             x = self._quantized_input(x, grid)
@@ -546,7 +612,7 @@ class QuantizedLayer(nn.Module):
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
             return self._eager_forward(x, *more)
         if not more and self._compiled_with_copy(x):
-            low, tensors = autocast_dtype(x), [t.detach() for t in self._held()]
+            low, tensors = autocast_dtype(x), [local_part(t.detach()) for t in self._held()]
             x, bias = (x, self.bias) if low is None else (x.to(low), None if self.bias is None else self.bias.to(low))
             return kept_linear(x, bias, self.form.transposed, self.weight, *tensors)  # type: ignore[arg-type]
         if is_sharded(self.weight):
@@ -606,7 +672,7 @@ class QuantizedLayer(nn.Module):
             )  # fmt: skip
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        before = [t.detach() for t in self._held()]
+        before = [local_part(t.detach()) for t in self._held()]
         super()._apply(fn, recurse)
         after = self._held()
         for i, (new, old) in enumerate(zip(after, before, strict=True)):
@@ -614,13 +680,20 @@ class QuantizedLayer(nn.Module):
                 old = empty_state(len(before[0]), new.device)[i]
             elif old.dtype == new.dtype:
                 continue  # otherwise a cast: these are not numbers to compute in
-            if isinstance(new, nn.Parameter):
+            if is_sharded(new):
+                after[i] = replicated(nn.Parameter(old.to(local_part(new).device), new.requires_grad), new)
+            elif isinstance(new, nn.Parameter):
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)
             else:
                 after[i] = old.to(new.device)
         self._hold(after)
         self._buffers[GRIDS] = _fingerprint(self.config, after[1].device)
+        weight: Any = self._parameters.get("weight")
+        if weight is not None and is_sharded(weight):  # torch has put another tensor into the same object
+            self.quantizer.allocate(weight)
+            self._show(self.quantizer)
+            self._take_shard(weight, self.quantizer)
         self._tied().moved()
         return self
 

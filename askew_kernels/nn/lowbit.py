@@ -16,6 +16,7 @@ levels are multiplied as floats that hold them exactly, and summed in float32.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.nn import functional
 from .. import ops, runtime
 from ..contract import MOST_LEVEL_COLUMNS
 from ..ops.autograd import transformed
+from ..quant.sharding import is_sharded, split_by
 from ..reference import product
 
 TILE = 16  # torch's products of bytes take multiples of this many columns, in 16-byte vectors
@@ -119,6 +121,14 @@ def _finished(q: Tensor, token_scale: Tensor, c: Tensor, scale: Tensor, bias: Te
     return y[:, :n].contiguous() if more else y
 
 
+def _levels(x: Tensor, dtype: torch.dtype, grid: Any, tops: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``ops.token_levels``, of a part of each token with the scale of the whole: its largest number stands beside."""
+    if tops is None:
+        return ops.run_token_levels(x, dtype, grid)
+    q, token_scale = ops.run_token_levels(torch.cat([x, tops[:, None]], 1), dtype, grid)
+    return q[:, :-1].contiguous(), token_scale
+
+
 class LevelProduct(torch.autograd.Function):
     """The product, and the gradients of the float product with s_w c in its place."""
 
@@ -126,18 +136,19 @@ class LevelProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any, low_gradient: bool
-    ) -> Tensor:
+        x: Tensor, weight: Tensor, c: Tensor, scale: Tensor, bias: Tensor | None, grid: Any, low_gradient: bool,
+        tops: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """x: (rows, cols), contiguous; weight: (n, cols), whose numbers are not looked at: what c stands for, to
         receive the gradient; c, scale: its levels and scale; bias in the type of x; grid: of x, or None; low_gradient:
-        that of x is a product of int8 levels."""
+        that of x is a product of int8 levels; tops: (rows,) the largest magnitudes of tokens of which x is a part."""
         # torch.export looks into this function, and the operators within have no derivative
-        q, token_scale = ops.run_token_levels(x.detach(), c.dtype, grid)
+        q, token_scale = _levels(x.detach(), c.dtype, grid, tops)
         return level_product(q, token_scale, c, scale, None if bias is None else bias.detach(), x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, c, scale, *_, ctx.low_gradient = inputs
+        x, weight, c, scale, _, _, ctx.low_gradient, _ = inputs
         ctx.save_for_backward(x, weight, c, scale)
 
     @staticmethod
@@ -152,7 +163,7 @@ class LevelProduct(torch.autograd.Function):
             grad_x = _product_with_weight(grad, weight, c, scale)
         return (
             grad_x, product(grad.t(), x.t()).to(weight.dtype) if to_weight else None,
-            None, None, grad.sum(0) if to_bias else None, None, None,
+            None, None, grad.sum(0) if to_bias else None, None, None, None,
         )  # fmt: skip
 
 
@@ -210,6 +221,29 @@ def level_linear(*inputs: Any) -> Tensor:
     return _WithTangents.apply(*inputs)
 
 
+def _luq(grad: Tensor, bits: int) -> Tensor:
+    return ops.run_luq(grad.contiguous(), bits, ops.draw_seed(grad.device))
+
+
+def _luq_of_parts(grad: Any, bits: int) -> Tensor:
+    """The same of a DTensor, by the largest magnitude of all ranks' parts; copies are rounded alike."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh = grad.device_mesh
+    grad = grad.redistribute(mesh, [Replicate() if isinstance(p, Partial) else p for p in grad.placements])
+    part, seed, split = grad.to_local(), ops.draw_seed(grad.device), split_by(grad.placements)
+    most = part.abs().amax() if part.numel() else part.new_zeros(())
+    most = torch.where(most.isfinite(), most, torch.full_like(most, math.inf))
+    for dim in range(mesh.ndim):
+        group = mesh.get_group(dim)
+        if dim in split:
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+        else:
+            torch.distributed.broadcast(seed, group=group, group_src=0)
+    made = ops.run_luq(torch.cat([part.reshape(-1), most[None]]), bits, seed)[:-1].reshape(part.shape)
+    return type(grad).from_local(made, mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride())
+
+
 class _RoundedGradient(torch.autograd.Function):
     """The identity, whose gradient is ``ops.luq`` of what comes; straight through where that is differentiated."""
 
@@ -225,7 +259,7 @@ class _RoundedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rounded = ops.run_luq(grad.detach().contiguous(), ctx.bits, ops.draw_seed(grad.device))
+        rounded = (_luq_of_parts if is_sharded(grad) else _luq)(grad.detach(), ctx.bits)
         return (grad + (rounded - grad).detach() if torch.is_grad_enabled() else rounded), None
 
 

@@ -29,8 +29,9 @@ from ..quant.sharding import is_sharded
 from .bands import Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
+from .joint import being_split
 from .layers import autocast_dtype, quantized_input
-from .parallel import being_split, parallel_product, split, stand_in
+from .parallel import parallel_product, split, stand_in
 from .tiles import Tiles
 
 EXTRA_STATE = "_extra_state"  # torch's key of what get_extra_state gives
@@ -247,6 +248,12 @@ class PackedLayer(nn.Module):
         if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias):
             return None
         return self._bands.of(self, x, compiling)
+
+    def _bands_made(self) -> bool:
+        return self._bands.made(self)
+
+    # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
+    _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""

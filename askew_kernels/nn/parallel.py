@@ -7,7 +7,6 @@ on the meta device, and what they make of it says how the codes are to be split,
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,14 +15,8 @@ from torch import Tensor, nn
 
 from ..quant.packing import TRITS, row_bytes
 from ..quant.sharding import is_sharded, local_part, part_of, sharding_of, split_by
+from .joint import bias_of
 from .layers import quantized_input
-
-_SPLITTING = ("_partition_linear_fn", "_partition_embedding_fn")  # torch's functions that split a layer's Parameters
-
-
-def being_split() -> bool:
-    """Whether the caller's caller is a style of tensor parallelism that looks for what to split."""
-    return sys._getframe(2).f_code.co_name in _SPLITTING
 
 
 def stand_in(layer: Any) -> nn.Parameter:
@@ -129,8 +122,8 @@ def parallel_product(layer: Any, x: Any) -> Tensor:
     if layer.config.activation is not None:
         x = quantized_input(x, layer.config.activation, layer.kind.token_dims)
     y = found.layer(x.to_local(grad_placements=[wanted if found.inputs else Partial()]))
-    if (bias := layer.bias) is not None and (not found.inputs or mesh.get_local_rank() == 0):
-        y = y + local_part(bias).to(y.dtype)
+    if (bias := bias_of(layer.bias, mesh, found.inputs, y.dtype)) is not None:
+        y = y + bias
     shape = (*x.shape[:-1], layer.shape[0])
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(y, mesh, [Partial() if found.inputs else Shard(len(shape) - 1)], run_check=False,

@@ -15,7 +15,7 @@ from .. import ops
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
-from ..quant.sharding import made_for_a_part, sharding_of
+from ..quant.sharding import local_part, made_for_a_part, sharding_of
 from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_sums, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
@@ -181,9 +181,9 @@ class Constrained(Optimizer):
                 continue
             scales = [(p, g) for p, g in zip(params, grads, strict=True) if scale_owner(p) is not None]
             for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
-                grad.nan_to_num_(0.0, 0.0, 0.0)
+                local_part(grad).nan_to_num_(0.0, 0.0, 0.0)
             self._step_plain(group, params)
-            torch.autograd.graph.increment_version([p for p, _ in scales])  # fused steps do not count
+            torch.autograd.graph.increment_version([local_part(p) for p, _ in scales])  # fused steps do not count
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""

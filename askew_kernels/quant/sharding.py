@@ -41,14 +41,6 @@ def split_by(placements: Sequence[Any]) -> dict[int, int]:
     return {d: p.dim for d, p in enumerate(placements) if hasattr(p, "dim")}  # Shard, and FSDP2's over TP's
 
 
-def refuse_learned(weight: Tensor, who: str) -> None:
-    """NotImplementedError for the weight of a learned scale, of which every rank would have a part of the gradient."""
-    if is_sharded(weight):
-        raise NotImplementedError(f"scale: 'lsq' of {who} with a weight of shape {tuple(weight.shape)}: a learned "
-                                  "scale does not go with a weight that is sharded over ranks; leave this layer out "
-                                  "of fully_shard, use DistributedDataParallel, or another rule")  # fmt: skip
-
-
 def made_for_a_part() -> bool:
     """Whether this is called by ZeroRedundancyOptimizer, which makes the optimizer of one rank's part of the parameters
     and tells it nothing of the others. Nothing but the caller tells that part from a whole model."""

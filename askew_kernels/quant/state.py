@@ -16,6 +16,7 @@ module takes them along:
 A learned scale (``scale="lsq"``) is a Parameter of the layer in the place of the first, float32 (rows,), which an
 optimizer moves; the scale in use is that, within its bounds and rounded to the config's type. Its ``sums`` are of the
 weight that it started from, which says what its bounds are; it starts anew with another weight until it is trained.
+Beside a weight that is sharded over ranks the Parameter is a DTensor that each of them has whole.
 
 Another scale is the one in use where it is frozen, or where ``sums`` are those of the weight as it stands; otherwise it
 is computed anew by its rule. Everything else that is kept here (``Known``) only saves the time to look, and holds for
@@ -46,7 +47,7 @@ from .. import contract, ops
 from .config import QuantConfig
 from .forms import ROWS, Form
 from .scales import SUM_RULES, bounded_scale, compute_scale, num_rows, round_scale, rule_code, scale_from_sums
-from .sharding import Part, is_sharded, join_sums, local_part, part_of, refuse_learned, sharding_of
+from .sharding import Part, is_sharded, join_sums, local_part, part_of, sharding_of
 
 FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
@@ -113,7 +114,10 @@ class LearnedScale(QuantizedParameter):
 
 def scale_owner(p: Tensor) -> WeightQuantizer | None:
     """The quantizer whose learned scale ``p`` is."""
-    return p.quantizer if type(p) is LearnedScale else None
+    if type(p) is LearnedScale:
+        return p.quantizer
+    of = p.__dict__.get("_askew_scale_of") if is_sharded(p) else None  # a DTensor cannot be given another class
+    return None if of is None else of()
 
 
 def spare_frozen_scales(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -132,6 +136,8 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
         if skip_grids and group.get("grid") is not None:
             continue
         for p in group["params"]:
+            if is_sharded(p) and (WeightQuantizer.of(p) or scale_owner(p)) is not None:
+                _count_write(p)
             if isinstance(p, QuantizedParameter) and not (skip_grids and type(p) is LearnedScale):
                 _used_data(p)
                 quantizer = WeightQuantizer.of(p)
@@ -174,9 +180,28 @@ def _version(weight: Tensor) -> Any:
         return object()
 
 
+def _count_write(p: Tensor) -> None:
+    """Says that this rank's part, or copy, may be another now."""
+    with torch.no_grad():
+        torch.autograd.graph.increment_version(local_part(p))
+
+
+def _versions(t: Tensor) -> Any:
+    """Of a DTensor, and of this rank's part of it: torch counts what is written through each by itself."""
+    return (_version(t), _version(local_part(t))) if is_sharded(t) else _version(t)
+
+
 def _moved(learned: LearnedScale) -> Any:
     """Changes whenever the Parameter may have been written."""
-    return _version(learned), learned.__dict__.get("_data_uses", 0)
+    return _versions(learned), learned.__dict__.get("_data_uses", 0)
+
+
+def _plain(learned: Tensor) -> Tensor:
+    """The memory that this rank has of a learned scale, to be read and written without a gradient."""
+    if not is_sharded(learned):
+        return learned
+    with torch.no_grad():
+        return local_part(learned)
 
 
 class WeightQuantizer:
@@ -203,6 +228,7 @@ class WeightQuantizer:
         self.floating = False  # layers compute with the weight itself in training: a recipe's start
         self.slack: Tensor | None = None  # 0-dim: how far they are from there to s Q(w/s), while they are on the way
         self._part: tuple[Any, Part] | None = None  # by the sharding of a weight that is split over ranks
+        self.shard: Tensor | None = None  # that weight, as it is when nothing has gathered it
         self._left: tuple[Any, Any] | None = None  # a sharded weight whose scale and sums these are, and its stamp
         self.sharded_type: torch.dtype | None = None  # of the weight while it is split over ranks
         self._loaded = False  # a checkpoint has just brought the three tensors
@@ -248,7 +274,11 @@ class WeightQuantizer:
         elif self.flag.device != device:
             first, *others = self.tensors
             if self.learned is not None and "meta" not in (first.device.type, device.type):
-                first.data = first.data.to(device)  # the Parameter that an optimizer has
+                if not is_sharded(first):
+                    first.data = first.data.to(device)  # the Parameter that an optimizer has
+                others = [t.to(device) for t in others]  # FSDP2 has offloaded the other: what is in use is its copy
+                self.tensors = first, *others  # type: ignore[assignment]
+                return
             self.tensors = (
                 first if first.device == device else first.detach().to(device),
                 *(t.to(device) for t in others),
@@ -284,7 +314,7 @@ class WeightQuantizer:
     @property
     def state(self) -> tuple[Tensor, ...]:
         """The same memory as plain tensors."""
-        return self.tensors if self.learned is None else tuple(t.detach() for t in self.tensors)
+        return self.tensors if self.learned is None else tuple(_plain(t).detach() for t in self.tensors)
 
     @property
     def watched(self) -> tuple[Tensor, ...]:
@@ -296,18 +326,18 @@ class WeightQuantizer:
         if not isinstance(scale, nn.Parameter):
             with torch.inference_mode(False):
                 scale = nn.Parameter(scale.detach())
-        if type(scale) is not LearnedScale:
+        if type(scale) is not LearnedScale and not is_sharded(scale):
             scale.__class__ = LearnedScale
         if scale is not self.learned:
             self._young = None
         self.learned, LearnedScale.made = scale, True  # type: ignore[assignment]
         scale._askew_scale_of = weakref.ref(self)  # type: ignore[attr-defined]
-        self.scale = scale.detach() if self._unrounded else scale.detach().clone()
+        self.scale = _plain(scale).detach() if self._unrounded else _plain(scale).detach().to(self.flag.device).clone()
 
     @property
     def _unrounded(self) -> bool:
         """The scale in use is the learned one, the same memory."""
-        return self.config.scale_dtype == "float32"
+        return self.config.scale_dtype == "float32" and _plain(self.learned).device == self.flag.device  # type: ignore[arg-type]
 
     def write(self, frozen: float | None = None, scale: Tensor | None = None, sums: Tensor | None = None) -> None:
         """New values, in the same tensors: whoever holds them (a layer, a captured graph) sees these."""
@@ -316,7 +346,7 @@ class WeightQuantizer:
                 if self.learned is None or not self._unrounded:
                     self.scale.copy_(scale)
                 if self.learned is not None:
-                    self.learned.copy_(scale)
+                    _plain(self.learned).copy_(scale)
             if sums is not None:
                 self.row_sums.copy_(sums)
             if frozen is not None:
@@ -385,7 +415,6 @@ class WeightQuantizer:
         return self._know(weight, True, False, frozenset(), not kept)
 
     def _settle_learned(self, weight: Tensor) -> Known:
-        refuse_learned(weight, "a layer")
         if self.frozen or (self.started and self._young != _moved(self.learned)):  # type: ignore[arg-type]
             self.follow_learned(weight)
         else:
@@ -393,21 +422,33 @@ class WeightQuantizer:
         return self._know(weight)
 
     def _start(self, weight: Tensor) -> None:
-        """The learned scale by its rule; of a weight of zeros it will start again."""
-        sums = self._sums(weight)
+        """The learned scale by its rule; of a weight of zeros it will start again. Where no rank has the whole weight
+        as it is, all look together."""
+        cast = self.shard is not None and self.shard.dtype != weight.dtype  # gathered by FSDP2, rounded
+        seen = self.shard if cast else weight
+        if is_sharded(seen):  # type: ignore[arg-type]
+            if not (self.started and self.left(seen)):  # type: ignore[arg-type]
+                look_at_parts([self], [seen])  # type: ignore[list-item]
+            sums = self.row_sums
+        else:
+            sums = self._sums(weight)
+            self.write(scale=self._rule_scale(weight), sums=sums)
         self.started = bool((sums[:, contract.MAX_ABS] > 0).any())
-        self.write(scale=self._rule_scale(weight), sums=sums if self.started else torch.full_like(sums, -1.0))
+        if not self.started:
+            self.row_sums.fill_(-1.0)
+        elif is_sharded(seen):  # type: ignore[arg-type]
+            self.leave(seen)  # type: ignore[arg-type]
         self._young = _moved(self.learned) if self.started else None  # type: ignore[arg-type]
 
     def follow_learned(self, weight: Tensor) -> None:
         """The scale in use from the Parameter as it stands, which is brought back into its bounds."""
-        learned: Any = self.learned
+        learned: Any = _plain(self.learned)  # type: ignore[arg-type]
         with torch.no_grad():
             if self.started and not self.frozen:
                 version = _version(self.row_sums)
                 if self._start_known is None or self._start_known[0] != version:
                     self._start_known = version, self._start_scale(weight, self.row_sums)
-                learned.copy_(bounded_scale(learned, self._start_known[1]))
+                learned.copy_(bounded_scale(learned, self._start_known[1].to(learned.device)))
             if not self._unrounded:
                 self.scale.copy_(round_scale(learned, self.config.scale_dtype))
             elif self.scale.data_ptr() != learned.data_ptr():
@@ -430,7 +471,7 @@ class WeightQuantizer:
     def _part_stamp(self, weight: Tensor) -> Any:
         """Of a sharded weight and what is known of it; other tensors in their place are noticed, too."""
         part = local_part(weight)
-        return _version(part), part.data_ptr(), _version(self.row_sums), id(self.row_sums), id(self.scale)
+        return _versions(weight), part.data_ptr(), _version(self.row_sums), id(self.row_sums), id(self.scale)
 
     def leave(self, weight: Tensor) -> None:
         """An update pass has written the sharded weight and its sums, or the ranks have looked at it together: the
@@ -462,7 +503,7 @@ class WeightQuantizer:
         call this."""
         with LOCK, torch.no_grad(), torch.inference_mode(False):
             self.settle(weight)
-            if not (self.frozen or float(self.flag) == HELD or self._gathered()):
+            if not (self.learned is not None or self.frozen or float(self.flag) == HELD or self._gathered()):
                 came = self._left is None or self._left[1][2:] != self._part_stamp(weight)[2:]
                 look_at_parts([self], [weight], keep=LAYOUT if came else 0.0)
             return self.scale
@@ -471,7 +512,8 @@ class WeightQuantizer:
         """The learned scale, for a gradient; None where there is none, or none is asked for. It goes on from here,
         whatever the weight becomes."""
         self._young = None
-        if self.frozen and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        waited_for = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.frozen and (not waited_for or is_sharded(self.learned)):  # type: ignore[arg-type]
             return None
         return self.learned  # frozen: DistributedDataParallel waits for its gradient, which is zero
 
@@ -501,7 +543,7 @@ class WeightQuantizer:
         if len(scale) != self.rows(weight):  # as in ``fit``
             return self._rule_scale(weight)
         if self.config.learns_scale:
-            return self._learned_for(weight, scale.detach(), sums)
+            return self._learned_for(weight, local_part(scale.detach()), sums)
         if self.frozen or weight.is_meta:
             return scale
         now = self._sums(weight)
@@ -531,7 +573,7 @@ class WeightQuantizer:
         if scale.numel() != len(self.scale):
             raise ValueError(f"scale: expected shape ({len(self.scale)},) for a weight of shape {tuple(weight.shape)} "
                              f"{self.config.granularity}, got {tuple(scale.shape)}")  # fmt: skip
-        return scale.detach().reshape(-1)
+        return local_part(scale.detach()).reshape(-1)
 
     def set_scale(self, weight: Tensor, scale: Tensor) -> None:
         """A given scale, rounded as the config's ``scale_dtype`` asks for."""
@@ -680,7 +722,7 @@ class WeightQuantizer:
 
     def home_has_scale(self, weight: Tensor) -> bool:
         """Once it is back, a step need not read it to know its scale."""
-        if not self.frozen and is_sharded(weight) and self.part(weight).cut:
+        if not self.frozen and self.learned is None and is_sharded(weight) and self.part(weight).cut:
             return False  # it is looked at when it freezes
         return self.frozen or self.started or (self._home is not None and self._home.sums and self.batches(weight))
 
@@ -720,16 +762,16 @@ class WeightQuantizer:
             self._young = _moved(self.learned)  # type: ignore[arg-type]
 
 
-def learned_slopes(x: Tensor, scale: Tensor, grid: Any) -> Tensor:
+def learned_slopes(x: Tensor, scale: Tensor, grid: Any, factor: float | None = None) -> Tensor:
     """(rows, cols): what y = s Q(x/s) changes by with s, times LSQ's factor, in the type that the kernels compute in:
-    Q - x/s inside the hull, c_end outside. By operators that can be traced."""
+    Q - x/s inside the hull, c_end outside. By operators that can be traced. factor: None where x is the whole."""
     x, rows = x.detach(), scale.numel()
     wide = x.to(contract.compute_dtype(x.dtype)).contiguous()
     weight = scale.to(wide.dtype), grid.levels_tensor(x.device), grid.encoding
     y = ops.run_fake_quantize(wide, *weight, False, False, 0)
     inside = ops.run_fake_quantize_backward(torch.ones_like(x).contiguous(), x.contiguous(), *weight) != 0
     difference = torch.where(inside, y - wide, y).reshape(rows, -1)
-    return difference / weight[0][:, None] * ops.scale_grad_factor(x.numel(), rows, grid)
+    return difference / weight[0][:, None] * (factor or ops.scale_grad_factor(x.numel(), rows, grid))
 
 
 def empty_state(rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -134,29 +134,38 @@ struct PackedLoops {
 
 ASKEW_FN int64_t band_width(const BandsArg& w) { return w.groups * w.blocks * 4 * band_vectors(w.bits); }
 
-// Products of many inputs by panels of `rows` rows (packed_panels.inl).
+// Products of several inputs by panels of rows (packed_panels.inl).
 struct PanelLoops {
-  int64_t rows;  // that should stay together
+  int64_t few_rows, rows;  // that should stay together, of few inputs and of more
   bool (*serves)(const PackedWeight&);
   int64_t (*steps)(const PackedWeight&);  // 32-bit numbers of an input
   // A block of `count` inputs of a storage type, side by side, and zeros up to `width`; and max |x| of each, NaN where
   // one is.
   void (*arrange)(const PackedWeight&, const void* x, int type, int64_t count, int64_t width, uint32_t* out,
                   float* peaks);
-  int64_t (*scratch)(const PackedWeight&, int64_t batch);
-  // Rows [row0, row1) of y (batch, n) of a storage type; x: the blocks one after the other.
-  void (*multiply)(const PackedWeight&, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch, const float* bias,
-                   void* y, int type, char* scratch);
+  int64_t (*scratch)(const PackedWeight&, int64_t batch, int64_t inputs);
+  // Rows [row0, row1) of y (batch, n) of a storage type, for the `inputs` inputs from t0 on; x: their blocks one after
+  // the other.
+  typedef void Multiply(const PackedWeight&, int64_t row0, int64_t row1, const uint32_t* x, int64_t t0, int64_t inputs,
+                        const float* bias, void* y, int type, char* scratch);
+  Multiply *multiply_few, *multiply;
 };
 
-constexpr int64_t kFewInputs = 16;    // that meet the levels as they are decoded
-constexpr int64_t kPanelInputs = 12;  // that are multiplied at once at most where there are more
-constexpr int64_t kPassInputs = 480;  // that stay in the L3 cache while all panels pass
-// Inputs from t on that are a block, of `inputs` of a pass over `batch`: blocks of about the same size.
-ASKEW_FN int64_t block_inputs(int64_t batch, int64_t inputs, int64_t t) {
-  if (batch <= kFewInputs) return batch;
-  const int64_t blocks = (inputs + kPanelInputs - 1) / kPanelInputs, size = inputs / blocks, larger = inputs % blocks;
-  return t < larger * (size + 1) ? size + 1 : size;
+constexpr int64_t kFewInputs = 16;                       // that meet the levels as they are decoded
+constexpr int64_t kPanelInputs = 12;                     // that are multiplied at once at most where there are more
+constexpr int64_t kMostOfPass = 480, kLeastOfPass = 96;  // inputs that meet a tile while it is in the cache
+
+// More than kFewInputs inputs are cut into passes of about the same size, and a pass into blocks: as many passes as
+// keep inputs in the L3 cache, or as `units` pieces of work take, `bands` a pass.
+ASKEW_FN int64_t pass_count(int64_t batch, int64_t bands, int64_t units) {
+  const int64_t least = (batch + kMostOfPass - 1) / kMostOfPass, most = batch / kLeastOfPass;
+  const int64_t wanted = (units + bands - 1) / bands;
+  return wanted > most ? (most > least ? most : least) : wanted > least ? wanted : least;
+}
+ASKEW_FN int64_t block_count(int64_t inputs) { return (inputs + kPanelInputs - 1) / kPanelInputs; }
+ASKEW_FN int64_t block_inputs(int64_t inputs, int64_t block) {
+  const int64_t blocks = block_count(inputs);
+  return inputs / blocks + (block < inputs % blocks);
 }
 // What a block is filled up to, of `batch` inputs in all.
 ASKEW_FN int64_t block_width(int64_t batch, int64_t count) {

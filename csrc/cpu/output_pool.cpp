@@ -1,5 +1,6 @@
 #include "output_pool.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -54,22 +55,22 @@ void release(Buffer b) {
   });
 }
 
-// A kept buffer of `bytes` to 1.25 * bytes, the most recently freed first; else a new one. Null if there is no memory
-// or the pool is switched off.
+// A kept buffer of `bytes` to 1.25 * bytes, or in as many huge pages, the most recently freed first; else a new one.
+// Null if there is no memory or the pool is switched off.
 Buffer acquire(int64_t bytes) {
+  const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign, most = std::max(rounded, bytes + bytes / 4);
   {
     std::lock_guard<std::mutex> lock(pool().mutex);
     if (pool().limit <= 0) return {};
     auto& free = pool().free;
     for (size_t i = free.size(); i-- > 0;)
-      if (free[i].bytes >= bytes && free[i].bytes <= bytes + bytes / 4) {
+      if (free[i].bytes >= bytes && free[i].bytes <= most) {
         const Buffer b = free[i];
         free.erase(free.begin() + i);
         pool().held -= b.bytes;
         return b;
       }
   }
-  const int64_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
   void* p = std::aligned_alloc(kAlign, rounded);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   if (p) madvise(p, rounded, MADV_HUGEPAGE);

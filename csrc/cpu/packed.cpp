@@ -22,6 +22,7 @@ constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that 
 constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
 constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
 
+constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
 constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
 
@@ -248,14 +249,18 @@ bool multiply_in_panels(const Product& p, bool pairs) {
   const PanelLoops* l = panel_loops(pairs);
   const PackedWeight& w = p.w;
   if (!l || !l->serves(w)) return false;
+  const bool few = p.batch <= kFewInputs;
+  const int64_t together = few ? l->few_rows : l->rows, bands = (w.n + together - 1) / together;
+  const int64_t passes = few ? 1 : pass_count(p.batch, std::max<int64_t>(bands, 1), kPanelUnits);
+  const auto pass_begin = [&](int64_t i) { return p.batch * i / passes; };
   struct Block {
     int64_t first, count;
   };
   std::vector<Block> blocks;
-  for (int64_t pass = 0; pass < p.batch; pass += kPassInputs) {
-    const int64_t inputs = std::min(kPassInputs, p.batch - pass);
-    for (int64_t t = 0; t < inputs; t += blocks.back().count)
-      blocks.push_back({pass + t, block_inputs(p.batch, inputs, t)});
+  for (int64_t i = 0; i < passes; ++i) {
+    const int64_t inputs = pass_begin(i + 1) - pass_begin(i);
+    for (int64_t b = 0, t = pass_begin(i); t < pass_begin(i + 1); t += blocks.back().count, ++b)
+      blocks.push_back({t, few ? inputs : block_inputs(inputs, b)});
   }
   const int64_t steps = l->steps(w);
   Scratch<uint32_t> x(std::max(p.batch, kFewInputs) * steps);
@@ -270,9 +275,16 @@ bool multiply_in_panels(const Product& p, bool pairs) {
   const float most = largest_input(w);
   for (float peak : peaks)
     if (!(peak <= most) || (pairs && peak && peak < kSmallestInPairs)) return false;
-  for_rows(w.n, l->rows, w.cols * p.batch, [&](int64_t begin, int64_t end) {
-    Scratch<char> scratch(l->scratch(w, p.batch));
-    l->multiply(w, begin, end, x.get(), p.batch, p.bias(), p.arg.y, p.type, scratch.get());
+  const int64_t inputs = (p.batch + passes - 1) / passes;
+  for_rows(passes * bands, 1, together * w.cols * inputs, [&](int64_t begin, int64_t end) {
+    Scratch<char> scratch(l->scratch(w, p.batch, inputs));
+    for (int64_t unit = begin, until; unit < end; unit = until) {
+      const int64_t pass = unit / bands, first = pass_begin(pass);
+      until = std::min(end, (pass + 1) * bands);
+      (few ? l->multiply_few : l->multiply)(
+          w, unit % bands * together, std::min((until - pass * bands) * together, w.n), x.get() + first * steps, first,
+          pass_begin(pass + 1) - first, p.bias(), p.arg.y, p.type, scratch.get());
+    }
   });
   return true;
 }

@@ -1,9 +1,10 @@
 // Products of many inputs with packed weights. A panel of kPanelRows rows of the weight is decoded into a tile, rows in
 // the lanes of its vectors, and stays in the cache while all inputs pass: an input's column, in every lane, times the
-// rows, into sums that stay in registers until a group of columns ends.
+// rows, into sums that stay in registers.
 //
-// Two kinds of products. Singles: float32. Pairs: levels and inputs in bfloat16, two columns to a lane, whose products
-// are exact and are summed in float32. A step is what one lane of 32 bits takes of a row: a column, or two.
+// Two kinds of products. Singles: float32; a tile holds s c. Pairs: levels and inputs in bfloat16, two columns to a
+// lane, whose products are exact and are summed in float32; a tile holds levels, and the sums of a group meet its
+// scale. A step is what one lane of 32 bits takes of a row: a column, or two.
 #if defined(ASKEW_WITH_PANELS)
 
 constexpr int kTileVectors = 2, kPanelRows = kTileVectors * ASKEW_LANES, kMostPanelRows = 4 * ASKEW_LANES;
@@ -70,6 +71,7 @@ ASKEW_FN __m512i trit_fractions(__m512i bytes) {
 
 struct Singles {
   static constexpr int kColumns = 1;
+  static constexpr bool kScaled = true;  // what a tile holds
   static bool exact(const PackedWeight&) { return true; }
 
   static Decoding decoding(const PackedWeight& w) {
@@ -108,6 +110,7 @@ struct Singles {
 #if defined(__AVX512BF16__)
 struct Pairs {
   static constexpr int kColumns = 2;
+  static constexpr bool kScaled = false;
   // Whether bfloat16 holds the levels.
   static bool exact(const PackedWeight& w) {
     uint32_t bits[16], lost = 0;
@@ -162,16 +165,6 @@ struct Pairs {
 // ---- inputs
 // -----------------------------------------------------------------------------------------------------------
 
-// The columns of a word in the order of its steps, the lower half of a lane first.
-template <class P>
-ASKEW_FN int column_of(int form, int codes, int i) {
-  if (form == kWordTrits) {
-    const int e = i / 10, r = i % 10;
-    return kTritsInByte * (e + 2 * (r % 2)) + kTritsInByte - 1 - r / 2;
-  }
-  return P::kColumns == 1 ? i : i / 2 + i % 2 * (codes / 2);
-}
-
 template <class P>
 ASKEW_FN int64_t steps_of(const PackedWeight& w) {
   return row_words(w) * word_codes(word_form(w)) / P::kColumns;
@@ -218,6 +211,22 @@ ASKEW_FN float largest(__m512i most) {
   return peak;
 }
 
+// The place of column c of a word of trits among its steps of one column; of the lower half of a step of two.
+ASKEW_FN int64_t trit_step(int64_t c, int columns) {
+  const int64_t byte = c / kTritsInByte, digit = kTritsInByte - 1 - c % kTritsInByte;
+  return columns == 2 ? kTritsInByte * byte + digit : 10 * (byte % 2) + 2 * digit + byte / 2;
+}
+
+// A word of trits, two neighbouring columns a lane, as the columns that a step takes: c and c + 10.
+ASKEW_FN void pair_trits(const __m512i* lanes, __mmask16 mask, int64_t width, uint32_t* out) {
+  for (int c = 0; c < 10; ++c) {
+    const __m512i first = lanes[c / 2], second = lanes[c / 2 + 5];
+    const __m512i pair = c % 2 ? _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(first, 16), second)
+                               : _mm512_mask_blend_epi16(0xaaaaaaaau, first, _mm512_slli_epi32(second, 16));
+    _mm512_mask_storeu_epi32(out + trit_step(c, 2) * width, mask, pair);
+  }
+}
+
 // `count` inputs, and zeros up to `width`, as out[step][input].
 template <class P, int T>
 ASKEW_FN void arrange_steps(const PackedWeight& w, const void* in, int64_t count, int64_t width, uint32_t* out,
@@ -226,31 +235,34 @@ ASKEW_FN void arrange_steps(const PackedWeight& w, const void* in, int64_t count
   const S* x = (const S*)in;
   const int form = word_form(w), codes = (int)word_codes(form);
   const int64_t steps = steps_of<P>(w);
-  constexpr int kAtOnce = 16 * P::kColumns, kPiece = 5 * kAtOnce;  // columns; of trits: whole words, and whole vectors
   const bool trits = form == kWordTrits;
-  S ordered[kFewInputs][kPiece];
+  constexpr int kWord = 10, kWords = 8;  // of trits in pairs: lanes of a word; words that are whole vectors
   uint16_t in_order[32];
-  for (int i = 0; i < 32; ++i)
-    in_order[i] = (uint16_t)(trits ? i : i / codes * codes + column_of<P>(form, codes, i % codes));
+  for (int i = 0; i < 32; ++i)  // pairs: the columns of a step stand half a word apart
+    in_order[i] = (uint16_t)(trits || P::kColumns == 1 ? i : i / codes * codes + i % codes / 2 + i % 2 * (codes / 2));
   const __m512i order = _mm512_loadu_si512(in_order);
   const __mmask16 mask = (__mmask16)((1u << width) - 1);
-  __m512i most[kFewInputs], r[16];
-  for (int j = 0; j < kFewInputs; ++j) most[j] = r[j] = _mm512_setzero_si512();
+  __m512i most[kFewInputs], lanes[kWord * kWords];
+  for (int j = 0; j < kFewInputs; ++j) most[j] = _mm512_setzero_si512();
   for (int64_t s = 0; s < steps; s += 16) {
-    const int64_t c = s * P::kColumns;
-    if (trits && c % kPiece == 0)
-      for (int64_t j = 0; j < count; ++j)
-        for (int i = 0; i < kPiece; ++i) {
-          const int64_t at = c + i / codes * codes + column_of<P>(form, codes, i % codes);
-          ordered[j][i] = at < w.cols ? x[j * w.cols + at] : S{};
-        }
-    for (int64_t j = 0; j < count; ++j)
-      r[j] = trits ? steps_from<P, T>(ordered[j] + c % kPiece, kPiece - c % kPiece, order, most[j])
-                   : steps_from<P, T>(x + j * w.cols + c, w.cols - c, order, most[j]);
+    const int64_t c = s * P::kColumns, there = steps - s < 16 ? steps - s : 16;
     __m512i columns[16];
-    for (int j = 0; j < 16; ++j) columns[j] = j < count ? r[j] : _mm512_setzero_si512();
+    for (int j = 0; j < 16; ++j)
+      columns[j] =
+          j < count ? steps_from<P, T>(x + j * w.cols + c, w.cols - c, order, most[j]) : _mm512_setzero_si512();
     transpose(columns);
-    for (int i = 0; i < 16 && s + i < steps; ++i) _mm512_mask_storeu_epi32(out + (s + i) * width, mask, columns[i]);
+    if (trits && P::kColumns == 2) {
+      const int64_t at = s % (kWord * kWords);
+      for (int i = 0; i < 16; ++i) lanes[at + i] = columns[i];
+      if (at + 16 < kWord * kWords && s + 16 < steps) continue;
+      for (int64_t i = 0; i + kWord <= at + there; i += kWord)
+        pair_trits(lanes + i, mask, width, out + (s - at + i) * width);
+    } else {
+      for (int64_t i = 0; i < there; ++i) {
+        const int64_t step = trits ? (s + i) / codes * codes + trit_step((s + i) % codes, 1) : s + i;
+        _mm512_mask_storeu_epi32(out + step * width, mask, columns[i]);
+      }
+    }
   }
   for (int64_t j = 0; j < count; ++j) peaks[j] = largest<P>(most[j]);
 }
@@ -344,10 +356,11 @@ struct WordReader {
   }
 };
 
-// Words [q0, q1) of a panel, decoded: tile[step from q0][row]. q0 is a multiple of 16.
+// Words [q0, q1) of a panel, decoded: tile[step from q0][row]. q0 is a multiple of 16; scale: of all its groups, of
+// `group` words.
 template <class P, int FORM>
 __attribute__((noinline)) void decode_tile(const PackedWeight& w, const Decoding& d, const PanelRows& rows, int64_t q0,
-                                           int64_t q1, float* tile) {
+                                           int64_t q1, int64_t group, const float* scale, float* tile) {
   constexpr int kSteps = Word<FORM>::kCodes / P::kColumns;
   const WordReader<FORM> reader(w, rows);
   for (int64_t q = q0; q < q1; q += 16)
@@ -355,33 +368,71 @@ __attribute__((noinline)) void decode_tile(const PackedWeight& w, const Decoding
       __m512i word[16];
       reader.read(q, v, word);
       const int64_t count = q1 - q < 16 ? q1 - q : 16;
+      const float* own = scale + q / group * kPanelRows + ASKEW_LANES * v;
+      int64_t left = group - q % group;
       float* to = tile + (q - q0) * kSteps * kPanelRows + ASKEW_LANES * v;
-      for (int64_t i = 0; i < count; ++i, to += kSteps * kPanelRows)
-        P::template decode<FORM>(d, word[i], [&](int step, vf level) { Floats::store(to + step * kPanelRows, level); });
+      for (int64_t i = 0; i < count; ++i, to += kSteps * kPanelRows) {
+        const vf s = Floats::load(own);
+        P::template decode<FORM>(d, word[i], [&](int step, vf level) {
+          Floats::store(to + step * kPanelRows, P::kScaled ? level * s : level);
+        });
+        if (--left) continue;
+        left = group;
+        own += kPanelRows;
+      }
     }
 }
 
 // ---- products
 // ---------------------------------------------------------------------------------------------------------
 
-// total[row][input] += scale (sum of the steps of a group), for the steps of a tile; the first group has `left` more.
-// `ahead`: what will be decoded next, `ahead_bytes` a step.
+// A pass of inputs over a tile. `ahead`: what will be decoded next, `ahead_bytes` a step.
+struct TilePass {
+  const float* tile;
+  int64_t steps;
+  bool first;           // of the row: total is overwritten
+  int64_t left, group;  // of levels: steps of the first group that are left, of each other
+  const float* scale;   // of the first group
+  const uint8_t* ahead;
+  int64_t ahead_bytes;
+};
+
+// sum[row][input] += the products of `steps` steps.
 template <class P, int B>
-__attribute__((noinline)) void multiply_tile_of(const float* tile, int64_t steps, int64_t left, int64_t group,
-                                                const float* scale, const uint32_t* x, const uint8_t* ahead,
-                                                int64_t ahead_bytes, float* total) {
-  while (steps > 0) {
+ASKEW_INLINE void multiply_steps(const float*& tile, int64_t steps, const uint32_t*& x, const uint8_t*& ahead,
+                                 int64_t ahead_bytes, vf (&sum)[kTileVectors][B]) {
+  for (int64_t i = 0; i < steps; ++i, tile += kPanelRows, x += B, ahead += ahead_bytes) {
+    __builtin_prefetch(ahead, 0, 2);
+    vf weight[kTileVectors];
+    ASKEW_EACH (v, kTileVectors) weight[v] = Floats::load(tile + ASKEW_LANES * v);
+    ASKEW_EACH (b, B)
+      ASKEW_EACH (v, kTileVectors) sum[v][b] = P::product(sum[v][b], weight[v], x + b);
+  }
+}
+
+// total[row][input] += the products of a tile's steps, those of levels times the scales of their groups.
+template <class P, int B>
+__attribute__((noinline)) void multiply_tile_of(const TilePass& pass, const uint32_t* x, float* total) {
+  const float* tile = pass.tile;
+  const uint8_t* ahead = pass.ahead;
+  const int64_t ahead_bytes = pass.ahead_bytes;
+  vf sum[kTileVectors][B];
+  if (P::kScaled) {
+    ASKEW_EACH (v, kTileVectors)
+      ASKEW_EACH (b, B) sum[v][b] = pass.first ? vf{} : Floats::load(total + (b * kTileVectors + v) * ASKEW_LANES);
+    multiply_steps<P, B>(tile, pass.steps, x, ahead, ahead_bytes, sum);
+    ASKEW_EACH (v, kTileVectors)
+      ASKEW_EACH (b, B) Floats::store(total + (b * kTileVectors + v) * ASKEW_LANES, sum[v][b]);
+    return;
+  }
+  if (pass.first) __builtin_memset(total, 0, B * kPanelRows * sizeof(float));
+  const float* scale = pass.scale;
+  for (int64_t steps = pass.steps, left = pass.left; steps > 0; left = pass.group, scale += kPanelRows) {
     const int64_t n = steps < left ? steps : left;
-    vf sum[kTileVectors][B];
+    steps -= n;
     ASKEW_EACH (v, kTileVectors)
       ASKEW_EACH (b, B) sum[v][b] = vf{};
-    for (int64_t i = 0; i < n; ++i, tile += kPanelRows, x += B, ahead += ahead_bytes) {
-      __builtin_prefetch(ahead, 0, 2);
-      vf weight[kTileVectors];
-      ASKEW_EACH (v, kTileVectors) weight[v] = Floats::load(tile + ASKEW_LANES * v);
-      ASKEW_EACH (b, B)
-        ASKEW_EACH (v, kTileVectors) sum[v][b] = P::product(sum[v][b], weight[v], x + b);
-    }
+    multiply_steps<P, B>(tile, n, x, ahead, ahead_bytes, sum);
     ASKEW_EACH (v, kTileVectors) {
       const vf s = Floats::load(scale + ASKEW_LANES * v);
       ASKEW_EACH (b, B) {
@@ -389,14 +440,10 @@ __attribute__((noinline)) void multiply_tile_of(const float* tile, int64_t steps
         Floats::store(to, multiply_add(sum[v][b], s, Floats::load(to)));
       }
     }
-    steps -= n;
-    left = group;
-    scale += kPanelRows;
   }
 }
 
-typedef void (*TileProduct)(const float*, int64_t, int64_t, int64_t, const float*, const uint32_t*, const uint8_t*,
-                            int64_t, float*);
+typedef void (*TileProduct)(const TilePass&, const uint32_t*, float*);
 template <class P>
 ASKEW_FN TileProduct tile_product(int64_t inputs) {
   static const TileProduct made[kPanelInputs] = {
@@ -495,35 +542,39 @@ ASKEW_FN void panel_scales(const PackedWeight& w, int64_t row, int64_t rows, int
 }
 
 // y of `inputs` inputs from t0 on, of rows [row, row + rows), whose totals stand `all` for each input.
-ASKEW_FN void store_totals(const PackedWeight& w, int64_t row, int64_t rows, int all, int64_t t0, int64_t inputs,
-                           const float* total, const float* bias, void* y, int type) {
-  for (int64_t t = 0; t < inputs; ++t)
-    for (int64_t r = 0; r < rows; r += ASKEW_LANES) {
-      vf sum = Floats::load(total + t * all + r);
-      const int64_t at = row + r, left = rows - r;
-      if (bias) {
-        float b[ASKEW_LANES] = {};
-        __builtin_memcpy(b, bias + at, (left < ASKEW_LANES ? left : ASKEW_LANES) * 4);
-        sum = sum + Floats::load(b);
-      }
-      ASKEW_BY_TYPE(type, store_lanes<T>(y, (t0 + t) * w.n + at, sum, left))
+template <int T>
+ASKEW_FN void store_typed_totals(int64_t n, int64_t row, int64_t rows, int all, int64_t t0, int64_t inputs,
+                                 const float* total, const float* bias, void* y) {
+  for (int64_t r = 0; r < rows; r += ASKEW_LANES) {
+    const int64_t left = rows - r < ASKEW_LANES ? rows - r : ASKEW_LANES;
+    vf added = vf{};
+    if (bias) __builtin_memcpy(&added, bias + row + r, left * sizeof(float));
+    for (int64_t t = 0; t < inputs; ++t) {
+      const vf sum = Floats::load(total + t * all + r);
+      store_lanes<T>(y, (t0 + t) * n + row + r, bias ? sum + added : sum, left);
     }
+  }
 }
 
+ASKEW_FN void store_totals(const PackedWeight& w, int64_t row, int64_t rows, int all, int64_t t0, int64_t inputs,
+                           const float* total, const float* bias, void* y, int type){
+    ASKEW_BY_TYPE(type, store_typed_totals<T>(w.n, row, rows, all, t0, inputs, total, bias, y))}
+
 // A tile, scales of a panel by groups, totals of the inputs, rows unpacked to bytes.
-ASKEW_FN int64_t scale_floats(const PackedWeight& w) { return (w.groups > 1 ? w.groups : 1) * kMostPanelRows; }
-static int64_t panel_scratch(const PackedWeight& w, int64_t batch) {
-  const int64_t inputs = batch < kPassInputs ? batch : kPassInputs;
-  return ((batch > kFewInputs ? kTileSteps * kPanelRows : 0) + scale_floats(w) +
-          (inputs > kFewInputs ? inputs * kPanelRows : kFewInputs * kMostPanelRows)) *
-             4 +
+ASKEW_FN int64_t scale_floats(const PackedWeight& w) {
+  return (w.groups > 1 ? w.groups : 1) * kMostPanelRows;
+}
+static int64_t panel_scratch(const PackedWeight& w, int64_t batch, int64_t inputs) {
+  const bool few = batch <= kFewInputs;
+  const int64_t totals = few ? kFewInputs * kMostPanelRows : inputs * kPanelRows;
+  return ((few ? 0 : kTileSteps * kPanelRows) + scale_floats(w) + totals) * 4 +
          (unpacks(w) ? kMostPanelRows * (rounded_up(w.cols, 64) + kPadding) : 0);
 }
 
 // Up to kFewInputs inputs, side by side in blocks of `width`.
 template <class P>
-ASKEW_FN void few_product(const PackedWeight& w, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch,
-                          const float* bias, void* y, int type, char* scratch) {
+void few_product(const PackedWeight& w, int64_t row0, int64_t row1, const uint32_t* x, int64_t, int64_t batch,
+                 const float* bias, void* y, int type, char* scratch) {
   const int form = word_form(w);
   const Decoding d = P::decoding(w);
   const int64_t words = row_words(w), groups = w.groups > 1 ? w.groups : 1;
@@ -543,41 +594,49 @@ ASKEW_FN void few_product(const PackedWeight& w, int64_t row0, int64_t row1, con
   }
 }
 
+// Inputs [t0, t0 + inputs), a pass over all of these rows; x: theirs.
 template <class P>
-ASKEW_FN void panel_product(const PackedWeight& w, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch,
-                            const float* bias, void* y, int type, char* scratch) {
+void panel_product(const PackedWeight& w, int64_t row0, int64_t row1, const uint32_t* x, int64_t t0, int64_t inputs,
+                   const float* bias, void* y, int type, char* scratch) {
   const int form = word_form(w);
   const Decoding d = P::decoding(w);
   const int64_t words = row_words(w), steps = steps_of<P>(w), in_word = words ? steps / words : 1;
-  const int64_t groups = w.groups > 1 ? w.groups : 1, group = groups > 1 ? steps / groups : INT64_MAX;
-  const int64_t tile_words = kTileSteps / in_word / 16 * 16;
-  const int64_t ahead_bytes = steps ? kPanelRows * w.row_bytes / steps : 0;
+  const int64_t groups = w.groups > 1 ? w.groups : 1, group_words = words > groups ? words / groups : 1;
+  const int64_t tile_words = kTileSteps / in_word / 16 * 16, blocks = block_count(inputs);
   float* tile = (float*)scratch;
   float* scale = tile + kTileSteps * kPanelRows;
   float* total = scale + scale_floats(w);
-  const int64_t most = batch < kPassInputs ? batch : kPassInputs;
-  uint8_t* bytes = (uint8_t*)(total + most * kPanelRows);
-  for (int64_t t0 = 0; t0 < batch; t0 += kPassInputs) {
-    const int64_t inputs = batch - t0 < kPassInputs ? batch - t0 : kPassInputs;
-    for (int64_t row = row0; row < row1; row += kPanelRows) {
-      const int64_t rows = row1 - row < kPanelRows ? row1 - row : kPanelRows;
-      const PanelRows source = panel_rows(w, row, rows, kPanelRows, bytes);
-      panel_scales(w, row, rows, kPanelRows, scale);
-      __builtin_memset(total, 0, inputs * kPanelRows * 4);
-      for (int64_t q = 0; q < words; q += tile_words) {
-        const int64_t until = words - q < tile_words ? words : q + tile_words;
-        ASKEW_BY_WORD(FORM, form, decode_tile<P, FORM>(w, d, source, q, until, tile); break)
-        const int64_t s = q * in_word, n = (until - q) * in_word, g = s / group;
-        // the next panel's bytes, or of the last panel what is at hand
-        const uint8_t* ahead = source.row[0] + (row + kPanelRows < row1) * kPanelRows * w.row_bytes + s * ahead_bytes;
-        for (int64_t t = 0; t < inputs;) {
-          const int64_t count = block_inputs(batch, inputs, t);
-          tile_product<P>(count)(tile, n, group - s % group, group, scale + g * kPanelRows,
-                                 x + (t0 + t) * steps + s * count, ahead, t ? 0 : ahead_bytes, total + t * kPanelRows);
-          t += count;
-        }
-      }
+  uint8_t* bytes = (uint8_t*)(total + inputs * kPanelRows);
+  TilePass pass;
+  pass.tile = tile;
+  pass.group = group_words * in_word;
+  for (int64_t row = row0; row < row1; row += kPanelRows) {
+    const int64_t rows = row1 - row < kPanelRows ? row1 - row : kPanelRows;
+    const PanelRows source = panel_rows(w, row, rows, kPanelRows, bytes);
+    panel_scales(w, row, rows, kPanelRows, scale);
+    if (!words) {
+      __builtin_memset(total, 0, inputs * kPanelRows * sizeof(float));
       store_totals(w, row, rows, kPanelRows, t0, inputs, total, bias, y, type);
+    }
+    for (int64_t q = 0; q < words; q += tile_words) {
+      const int64_t until = words - q < tile_words ? words : q + tile_words;
+      ASKEW_BY_WORD(FORM, form, decode_tile<P, FORM>(w, d, source, q, until, group_words, scale, tile); break)
+      const int64_t s = q * in_word;
+      pass.steps = (until - q) * in_word;
+      pass.first = !q;
+      pass.left = pass.group - s % pass.group;
+      pass.scale = scale + s / pass.group * kPanelRows;
+      // the next panel's bytes, or of the last panel what is at hand
+      pass.ahead_bytes = kPanelRows * w.row_bytes / steps;
+      pass.ahead = source.row[0] + (row + kPanelRows < row1) * kPanelRows * w.row_bytes + s * pass.ahead_bytes;
+      for (int64_t b = 0, t = 0; b < blocks; ++b) {
+        const int64_t count = block_inputs(inputs, b);
+        float* sums = total + t * kPanelRows;
+        tile_product<P>(count)(pass, x + t * steps + s * count, sums);
+        if (until == words) store_totals(w, row, rows, kPanelRows, t0 + t, count, sums, bias, y, type);
+        pass.ahead_bytes = 0;
+        t += count;
+      }
     }
   }
 }
@@ -595,14 +654,8 @@ struct PanelsOf {
                       float* peaks) {
     ASKEW_BY_TYPE(type, arrange_steps<P, T>(w, x, count, width, out, peaks))
   }
-  static void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const uint32_t* x, int64_t batch,
-                       const float* bias, void* y, int type, char* scratch) {
-    if (batch <= kFewInputs)
-      few_product<P>(w, row0, row1, x, batch, bias, y, type, scratch);
-    else
-      panel_product<P>(w, row0, row1, x, batch, bias, y, type, scratch);
-  }
-  static constexpr PanelLoops kLoops = {kMostPanelRows, serves, steps, arrange, panel_scratch, multiply};
+  static constexpr PanelLoops kLoops = {kMostPanelRows, kPanelRows,    serves,         steps,
+                                        arrange,        panel_scratch, few_product<P>, panel_product<P>};
 };
 
 extern const PanelLoops singles = PanelsOf<Singles>::kLoops;
