@@ -281,15 +281,14 @@ def keep(made: list[dict]) -> None:
 
 
 def try_all(wanted: Iterable[Case], package: Path) -> int:
-    """Each case, one line each; the exit code."""
-    rows: list[dict] = []
-    try:
-        for case in wanted:
-            rows.append(try_case(case, package))
-            print(json.dumps(rows[-1]), flush=True)
-    finally:
-        keep(rows)
-    return int(any(row["outcome"] == "failed" for row in rows))
+    """Each case, one line each, kept at once; the exit code."""
+    outcomes = []
+    for case in wanted:
+        row = try_case(case, package)
+        print(json.dumps(row), flush=True)
+        keep([row])
+        outcomes.append(row["outcome"])
+    return int("failed" in outcomes)
 
 
 def main() -> int:

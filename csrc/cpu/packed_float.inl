@@ -187,7 +187,7 @@ ASKEW_FN void multiply_form(const PackedWeight& w, int64_t row0, int64_t row1, c
   for (; row < row1; ++row) multiply_rows<FORM, GROUPED, 1>(w, row, x, batch, wide, bias, y, scratch);
 }
 
-#if defined(ASKEW_FLOATS)  // another instruction set's, where these would be the same instructions and half of the code
+#if defined(ASKEW_FLOATS)  // another instruction set's, where these would be the same instructions, most of the code
 using ASKEW_FLOATS::multiply;
 using ASKEW_FLOATS::multiply_tables;
 #elif !defined(ASKEW_PANELS_ONLY)
