@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
 constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
 constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
-constexpr int64_t kBitTokens = 12, kTableTokens = 4;  // up to which tables are faster: of one bit, of two and trits
+// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
+constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
 
 constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
@@ -217,7 +218,8 @@ void multiply_codes(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
   Overflows overflows(p);
-  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens);
+  const bool few =
+      l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && (w.bits == 1 || w.n >= kTableRows);
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {
