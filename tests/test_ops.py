@@ -1139,3 +1139,21 @@ def test_compile_forward_backward(backend_name, generator):
 
 def test_package_is_importable_as_documented():
     assert ak.ops is ops and callable(ak.ops.fake_quantize)
+
+
+def test_outputs_of_a_mebibyte_and_more_take_memory_that_was_kept():
+    """Also those that fill a huge page by less than four fifths."""
+    if runtime._C is None:
+        pytest.skip("nothing is compiled")
+    for rows in (300, 600):  # 1.1 and 2.3 MiB; where this processor's table pools them
+        x, s = torch.randn(rows, 1000), torch.full((rows,), 0.1)
+        if x.nbytes < runtime.tuning("cpu")["pooled_bytes"]:
+            continue
+        ops.fake_quantize(x, s, Uniform(4))
+        kept, places = runtime._C.output_pool_bytes(), set()
+        for _ in range(3):
+            y = ops.fake_quantize(x, s, Uniform(4))
+            places.add(y.data_ptr())
+            del y
+            assert runtime._C.output_pool_bytes() == kept
+        assert len(places) == 1

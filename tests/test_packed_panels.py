@@ -114,7 +114,7 @@ def test_threads_change_no_bits(kind, instructions, generator):
     try:
         for grid, trits in ((Uniform(4), False), (Uniform(7), False), (Ternary(), True)):
             codes, s, _ = weights(grid, trits, 200, 640, 20, generator)
-            for batch in (1, 4, 16, 40, 130):
+            for batch in (1, 4, 16, 40, 130, 400):
                 x, found = torch.randn(batch, 640, generator=generator), []
                 for count in (1, 2, 5):
                     torch.set_num_threads(count)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
+#include <new>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -42,7 +43,7 @@ void change(const F& f) {
     auto& free = pool().free;
     auto end = free.begin();
     while (end != free.end() && pool().held > pool().limit) pool().held -= end++->bytes;
-    drop.assign(free.begin(), end);
+    drop = std::vector<Buffer>(free.begin(), end);
     free.erase(free.begin(), end);
   }
   for (const Buffer& b : drop) std::free(b.data);
@@ -93,6 +94,21 @@ Tensor pooled_empty_like(const Tensor& like) {
   }
   return torch::stable::from_blob(b.data, sizes, {strides.data(), strides.size()}, like.device(), like.scalar_type(),
                                   [b](void*) { release(b); });
+}
+
+KeptMemory::KeptMemory(int64_t bytes) {
+  const Buffer b = bytes < tuning.pooled_bytes ? Buffer{} : acquire(bytes);
+  data_ = b.data;
+  kept_ = b.data ? b.bytes : 0;
+  if (!data_) data_ = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  if (!data_) throw std::bad_alloc();
+}
+
+KeptMemory::~KeptMemory() {
+  if (kept_)
+    release({data_, kept_});
+  else
+    std::free(data_);
 }
 
 int64_t output_pool_bytes() {

@@ -14,6 +14,19 @@ namespace askew {
 // Uninitialised, contiguous, with the sizes and the type of `like`; from the pool where that pays.
 torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
 
+// Uninitialised memory for the time of a call, from the pool as well.
+class KeptMemory {
+ public:
+  explicit KeptMemory(int64_t bytes);
+  KeptMemory(const KeptMemory&) = delete;
+  ~KeptMemory();
+  void* get() const { return data_; }
+
+ private:
+  void* data_;
+  int64_t kept_;  // what goes back to the pool; 0: not from there
+};
+
 int64_t output_pool_bytes();                // held and not in use
 void set_output_pool_limit(int64_t bytes);  // frees what is above; 0 switches the pool off
 

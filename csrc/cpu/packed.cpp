@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
 constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
 constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
-constexpr int64_t kTableTokens = 12;  // for one bit; for two bits a third of them: beyond, products are faster
+// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
+constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
 
 constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
@@ -217,7 +218,8 @@ void multiply_codes(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
   Overflows overflows(p);
-  const bool few = l.make_tables && p.batch * w.bits <= (w.bits == 1 ? kTableTokens : kTableTokens * 2 / 3);
+  const bool few =
+      l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && (w.bits == 1 || w.n >= kTableRows);
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {
@@ -263,13 +265,14 @@ bool multiply_in_panels(const Product& p, bool pairs) {
       blocks.push_back({t, few ? inputs : block_inputs(inputs, b)});
   }
   const int64_t steps = l->steps(w);
-  Scratch<uint32_t> x(std::max(p.batch, kFewInputs) * steps);
+  const KeptMemory arranged(std::max(p.batch, kFewInputs) * steps * (int64_t)sizeof(uint32_t));
+  uint32_t* const x = static_cast<uint32_t*>(arranged.get());
   std::vector<float> peaks(p.batch);
   for_rows(blocks.size(), 1, kPanelInputs * 4 * w.cols, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [first, count] = blocks[i];
       l->arrange(w, static_cast<const char*>(p.x) + first * w.cols * type_size(p.x_type), p.x_type, count,
-                 block_width(p.batch, count), x.get() + first * steps, peaks.data() + first);
+                 block_width(p.batch, count), x + first * steps, peaks.data() + first);
     }
   });
   const float most = largest_input(w);
@@ -281,9 +284,9 @@ bool multiply_in_panels(const Product& p, bool pairs) {
     for (int64_t unit = begin, until; unit < end; unit = until) {
       const int64_t pass = unit / bands, first = pass_begin(pass);
       until = std::min(end, (pass + 1) * bands);
-      (few ? l->multiply_few : l->multiply)(
-          w, unit % bands * together, std::min((until - pass * bands) * together, w.n), x.get() + first * steps, first,
-          pass_begin(pass + 1) - first, p.bias(), p.arg.y, p.type, scratch.get());
+      (few ? l->multiply_few : l->multiply)(w, unit % bands * together,
+                                            std::min((until - pass * bands) * together, w.n), x + first * steps, first,
+                                            pass_begin(pass + 1) - first, p.bias(), p.arg.y, p.type, scratch.get());
     }
   });
   return true;

@@ -204,19 +204,47 @@ void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x,
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
 #define ASKEW_TABLES 1
-// Codes of 1 and 2 bits: four bits of a row choose among 16 sums of inputs (four inputs or two), which fit one
-// register. A lane is a row here: 16 rows look up in the same table at once.
+// Codes of 1 and 2 bits and trits: four bits of a row choose among 16 sums of inputs (four inputs or two), two trits
+// among nine, which fit one register. A lane is a row here: 16 rows look up in the same table at once.
 constexpr int kBands = 4;  // of 16 rows that share a table while it is in a register
+constexpr int kTritWord = 4 * kTritsInByte;
+
+ASKEW_FN int64_t word_tables(const PackedWeight& w) { return w.bits == kTrits ? kTritWord / 2 : 8; }
+ASKEW_FN int64_t row_tables(const PackedWeight& w) { return rounded_up(w.row_bytes, 64) / 4 * word_tables(w); }
 
 static int64_t tables_width(const PackedWeight& w) {
-  const int64_t word = w.bits ? 32 / w.bits : 1;
-  if ((w.bits != 1 && w.bits != 2) || (w.groups > 1 && w.cols / w.groups % word)) return 0;
-  return rounded_up(w.row_bytes, 64) * 2 * 16;
+  if (w.bits != 1 && w.bits != 2 && w.bits != kTrits) return 0;
+  const int64_t word = w.bits == kTrits ? kTritWord : 32 / w.bits;
+  if (w.groups > 1 && w.cols / w.groups % word) return 0;
+  return row_tables(w) * 16;
+}
+
+// A word of trits has tables of the two highest digits of bytes 0, 2, 1 and 3, each followed by that of the next two of
+// bytes 0 and 2, 1 and 3, then of the last digits of bytes 0 and 1, 2 and 3: the order in which `tables_band` finds
+// them.
+ASKEW_FN void trit_tables(const PackedWeight& w, const float* x, float* out) {
+  vu nines[2], last[2];
+  for (int i = 0; i < 16; ++i) {
+    nines[0][i] = i / 3;
+    nines[1][i] = i % 3;
+    last[0][i] = i % 4;
+    last[1][i] = i / 4;
+  }
+  constexpr int kFirst[10] = {4, 14, 2, 12, 9, 19, 7, 17, 0, 10}, kSecond[10] = {3, 13, 1, 11, 8, 18, 6, 16, 5, 15};
+  const int64_t words = row_tables(w) / 10;
+  for (int64_t word = 0; word < words; ++word)
+    for (int k = 0; k < 10; ++k, out += 16) {
+      const vu* index = k < 8 ? nines : last;
+      const int64_t a = word * kTritWord + kFirst[k], b = word * kTritWord + kSecond[k];
+      const vf first = lookup(w.table, index[0]) * (vf{} + (a < w.cols ? x[a] : 0.f));
+      Floats::store(out, multiply_add(lookup(w.table, index[1]), vf{} + (b < w.cols ? x[b] : 0.f), first));
+    }
 }
 
 static void make_tables(const PackedWeight& w, const float* x, float* out) {
+  if (w.bits == kTrits) return trit_tables(w, x, out);
   const int codes = 4 / w.bits;
-  const int64_t tables = rounded_up(w.row_bytes, 64) * 2;
+  const int64_t tables = row_tables(w);
   vu index;
   for (int i = 0; i < 16; ++i) index[i] = i;
   vf level[4];
@@ -254,10 +282,53 @@ ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* t
   }
 }
 
+// sums += what a word of codes of each row finds in its tables.
 template <int BANDS>
+ASKEW_INLINE void find_bits(const vu (&word)[BANDS], const float* t, vf (&sum)[BANDS]) {
+  ASKEW_EACH (k, 8) {
+    const __m512 sums = _mm512_loadu_ps(t + 16 * k);
+    ASKEW_EACH (g, BANDS) sum[g] = sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(word[g] >> (4 * k)), sums);
+  }
+}
+
+// Bytes as 16-bit fractions of 243: times nine, the whole part is two digits, the rest what is left.
+template <int BANDS>
+ASKEW_INLINE void find_trits(const vu (&word)[BANDS], const float* t, vf (&sum)[BANDS]) {
+  const __m512i nine = _mm512_set1_epi16(9), three = _mm512_set1_epi16(3);
+  __m512i last[BANDS];
+  ASKEW_EACH (e, 2) {
+    __m512i rest[BANDS];
+    ASKEW_EACH (g, BANDS) {
+      const __m512i bytes = (__m512i)(e ? word[g] >> 8 : word[g]);
+      rest[g] = _mm512_mullo_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_set1_epi16(270));
+    }
+    ASKEW_EACH (k, 2) {
+      const __m512 low = _mm512_loadu_ps(t + 16 * (4 * e + 2 * k)),
+                   high = _mm512_loadu_ps(t + 16 * (4 * e + 2 * k + 1));
+      ASKEW_EACH (g, BANDS) {
+        const __m512i digits = _mm512_mulhi_epu16(rest[g], nine);
+        rest[g] = _mm512_mullo_epi16(rest[g], nine);
+        sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(digits, low);
+        sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(digits, 16), high);
+      }
+    }
+    ASKEW_EACH (g, BANDS) {
+      const __m512i digit = _mm512_mulhi_epu16(rest[g], three);
+      last[g] = e ? _mm512_or_si512(last[g], _mm512_slli_epi32(digit, 2)) : digit;
+    }
+  }
+  const __m512 low = _mm512_loadu_ps(t + 16 * 8), high = _mm512_loadu_ps(t + 16 * 9);
+  ASKEW_EACH (g, BANDS) {
+    sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(last[g], low);
+    sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(last[g], 16), high);
+  }
+}
+
+template <bool TRITS, int BANDS>
 ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
                           float* y) {
-  const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
+  const int codes_of_word = TRITS ? kTritWord : 32 / (TRITS ? 1 : w.bits);
+  const int64_t length = w.groups > 1 ? w.cols / w.groups / codes_of_word : INT64_MAX;  // words in a group
   const int64_t words = (w.row_bytes + 3) / 4;
   vf sum[BANDS], total[BANDS];
   const uint8_t* from[BANDS][16];
@@ -285,15 +356,18 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
         transpose_words(rows_of, 0, codes[g]);
       }
     }
-    const float* t = tables + at * 2 * 16;
+    constexpr int kTables = TRITS ? kTritWord / 2 : 8;
+    const float* t = tables + at / 4 * kTables * 16;
     const int64_t first = at / 4, last = first + 16 < words ? first + 16 : words;
-    for (int64_t c = first; c < last; ++c, t += 8 * 16) {
-      vu index[BANDS];
-      ASKEW_EACH (g, BANDS) index[g] = (vu)codes[g][c - first];
-      ASKEW_EACH (k, 8) {
-        const __m512 sums = _mm512_loadu_ps(t + 16 * k);
-        ASKEW_EACH (g, BANDS) sum[g] = sum[g] + (vf)_mm512_permutexvar_ps((__m512i)(index[g] >> (4 * k)), sums);
-      }
+    for (int64_t c = first; c < last; ++c, t += kTables * 16) {
+      vu word[BANDS];
+      ASKEW_EACH (g, BANDS)
+        word[g] = TRITS ? (vu)_mm512_min_epu8(codes[g][c - first], _mm512_set1_epi8((char)kTopTrits))
+                        : (vu)codes[g][c - first];
+      if constexpr (TRITS)
+        find_trits(word, t, sum);
+      else
+        find_bits(word, t, sum);
       if (c + 1 == until) {
         ASKEW_EACH (g, BANDS) {
           vf scale;
@@ -318,20 +392,29 @@ ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, cons
 }
 
 #if !defined(ASKEW_FLOATS) && !defined(ASKEW_PANELS_ONLY)
-void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
-                     const float* bias, float* y) {
+template <bool TRITS>
+ASKEW_FN void multiply_tables_of(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                                 const float* bias, float* y) {
   const int64_t wide = tables_width(w);
   for (int64_t row = row0; row < row1; row += 16 * kBands) {
     const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
     for (int64_t b = 0; b < batch; ++b) {
       if (rows > 32)
-        tables_band<4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        tables_band<TRITS, 4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
       else if (rows > 16)
-        tables_band<2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        tables_band<TRITS, 2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
       else
-        tables_band<1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        tables_band<TRITS, 1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
     }
   }
+}
+
+void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                     const float* bias, float* y) {
+  if (w.bits == kTrits)
+    multiply_tables_of<true>(w, row0, row1, tables, batch, bias, y);
+  else
+    multiply_tables_of<false>(w, row0, row1, tables, batch, bias, y);
 }
 #endif
 #endif

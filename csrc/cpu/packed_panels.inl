@@ -236,6 +236,7 @@ ASKEW_FN void arrange_steps(const PackedWeight& w, const void* in, int64_t count
   const int form = word_form(w), codes = (int)word_codes(form);
   const int64_t steps = steps_of<P>(w);
   const bool trits = form == kWordTrits;
+  constexpr int kAhead = 256 / sizeof(S);
   constexpr int kWord = 10, kWords = 8;  // of trits in pairs: lanes of a word; words that are whole vectors
   uint16_t in_order[32];
   for (int i = 0; i < 32; ++i)  // pairs: the columns of a step stand half a word apart
@@ -247,6 +248,7 @@ ASKEW_FN void arrange_steps(const PackedWeight& w, const void* in, int64_t count
   for (int64_t s = 0; s < steps; s += 16) {
     const int64_t c = s * P::kColumns, there = steps - s < 16 ? steps - s : 16;
     __m512i columns[16];
+    for (int64_t j = 0; j < count; ++j) __builtin_prefetch(x + j * w.cols + c + kAhead);
     for (int j = 0; j < 16; ++j)
       columns[j] =
           j < count ? steps_from<P, T>(x + j * w.cols + c, w.cols - c, order, most[j]) : _mm512_setzero_si512();
@@ -397,11 +399,11 @@ struct TilePass {
   int64_t ahead_bytes;
 };
 
-// sum[row][input] += the products of `steps` steps.
-template <class P, int B>
+// sum[row][input] += the products of `steps` steps, with B inputs of blocks of BLOCK.
+template <class P, int BLOCK, int B>
 ASKEW_INLINE void multiply_steps(const float*& tile, int64_t steps, const uint32_t*& x, const uint8_t*& ahead,
                                  int64_t ahead_bytes, vf (&sum)[kTileVectors][B]) {
-  for (int64_t i = 0; i < steps; ++i, tile += kPanelRows, x += B, ahead += ahead_bytes) {
+  for (int64_t i = 0; i < steps; ++i, tile += kPanelRows, x += BLOCK, ahead += ahead_bytes) {
     __builtin_prefetch(ahead, 0, 2);
     vf weight[kTileVectors];
     ASKEW_EACH (v, kTileVectors) weight[v] = Floats::load(tile + ASKEW_LANES * v);
@@ -410,36 +412,60 @@ ASKEW_INLINE void multiply_steps(const float*& tile, int64_t steps, const uint32
   }
 }
 
-// total[row][input] += the products of a tile's steps, those of levels times the scales of their groups.
+template <int B>
+ASKEW_INLINE void load_totals(const float* total, bool first, vf (&sum)[kTileVectors][B]) {
+  ASKEW_EACH (v, kTileVectors)
+    ASKEW_EACH (b, B) sum[v][b] = first ? vf{} : Floats::load(total + (b * kTileVectors + v) * ASKEW_LANES);
+}
+template <int B>
+ASKEW_INLINE void store_totals(const vf (&sum)[kTileVectors][B], float* total) {
+  ASKEW_EACH (v, kTileVectors)
+    ASKEW_EACH (b, B) Floats::store(total + (b * kTileVectors + v) * ASKEW_LANES, sum[v][b]);
+}
+
+// total[row][input] += the products of a tile's steps that hold s c.
 template <class P, int B>
-__attribute__((noinline)) void multiply_tile_of(const TilePass& pass, const uint32_t* x, float* total) {
+ASKEW_INLINE void multiply_scaled(const TilePass& pass, const uint32_t* x, float* total) {
   const float* tile = pass.tile;
   const uint8_t* ahead = pass.ahead;
-  const int64_t ahead_bytes = pass.ahead_bytes;
   vf sum[kTileVectors][B];
-  if (P::kScaled) {
-    ASKEW_EACH (v, kTileVectors)
-      ASKEW_EACH (b, B) sum[v][b] = pass.first ? vf{} : Floats::load(total + (b * kTileVectors + v) * ASKEW_LANES);
-    multiply_steps<P, B>(tile, pass.steps, x, ahead, ahead_bytes, sum);
-    ASKEW_EACH (v, kTileVectors)
-      ASKEW_EACH (b, B) Floats::store(total + (b * kTileVectors + v) * ASKEW_LANES, sum[v][b]);
-    return;
-  }
-  if (pass.first) __builtin_memset(total, 0, B * kPanelRows * sizeof(float));
-  const float* scale = pass.scale;
+  load_totals(total, pass.first, sum);
+  multiply_steps<P, B, B>(tile, pass.steps, x, ahead, pass.ahead_bytes, sum);
+  store_totals(sum, total);
+}
+
+// The same of levels, whose sums meet the scales of their groups. Half a block of inputs: totals stay in registers,
+// too.
+template <class P, int BLOCK, int B>
+__attribute__((noinline)) void multiply_groups(const TilePass& pass, const uint8_t* ahead, int64_t ahead_bytes,
+                                               const uint32_t* x, float* total) {
+  const float *tile = pass.tile, *scale = pass.scale;
+  vf all[kTileVectors][B];
+  load_totals(total, pass.first, all);
   for (int64_t steps = pass.steps, left = pass.left; steps > 0; left = pass.group, scale += kPanelRows) {
     const int64_t n = steps < left ? steps : left;
     steps -= n;
+    vf sum[kTileVectors][B];
     ASKEW_EACH (v, kTileVectors)
       ASKEW_EACH (b, B) sum[v][b] = vf{};
-    multiply_steps<P, B>(tile, n, x, ahead, ahead_bytes, sum);
+    multiply_steps<P, BLOCK, B>(tile, n, x, ahead, ahead_bytes, sum);
     ASKEW_EACH (v, kTileVectors) {
       const vf s = Floats::load(scale + ASKEW_LANES * v);
-      ASKEW_EACH (b, B) {
-        float* to = total + (b * kTileVectors + v) * ASKEW_LANES;
-        Floats::store(to, multiply_add(sum[v][b], s, Floats::load(to)));
-      }
+      ASKEW_EACH (b, B) all[v][b] = multiply_add(sum[v][b], s, all[v][b]);
     }
+  }
+  store_totals(all, total);
+}
+
+template <class P, int B>
+__attribute__((noinline)) void multiply_tile_of(const TilePass& pass, const uint32_t* x, float* total) {
+  if constexpr (P::kScaled) {
+    multiply_scaled<P, B>(pass, x, total);
+  } else {
+    constexpr int kFirst = (B + 1) / 2, kSecond = B / 2;
+    multiply_groups<P, B, kFirst>(pass, pass.ahead, pass.ahead_bytes, x, total);
+    if constexpr (kSecond > 0)
+      multiply_groups<P, B, kSecond>(pass, pass.ahead, 0, x + kFirst, total + kFirst * kPanelRows);
   }
 }
 
