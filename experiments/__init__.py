@@ -5,7 +5,7 @@
     accuracy  python -m askew_kernels accuracy      quantized training beside its rivals, on three tasks
     paper     python -m askew_kernels paper         the experiments that the method was published with
     minilm, efficientnet  python -m experiments.minilm  trained models the whole way, beside other libraries
-    recipe_search  python -m experiments.recipe_search   which schedule is the recommended one
+    recipe_search, text_search, finetune_search  python -m experiments.recipe_search  which schedule is recommended
 
 Data, networks, recipe, the training loop and the pool of processes are the demo's (``askew_kernels.demo``), which lends
 them and sees nothing of what stands here.

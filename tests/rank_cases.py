@@ -193,12 +193,52 @@ def packed(rank, world, config, trits, bias, sizes):
     return off
 
 
+def packed_int8(rank, world, config, trits, sizes):
+    """Of packed layers with int8 activations that are split: how far outputs are from the whole layers', relative to
+    the largest, and how far those are from float activations."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    a, b, c = sizes
+    model = nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c))
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(model, config)), trits=trits)
+    x = torch.randn(2, 33, a, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = model(x)
+        for layer in (model[0], model[2]):
+            layer.set_activations("int8")
+        want = copy.deepcopy(model)(x)
+        parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)),
+                           {"0": ColwiseParallel(), "2": RowwiseParallel()})  # fmt: skip
+        top = want.abs().max()
+        return ((model(x) - want).abs().max() / top).item(), ((exact - want).abs().max() / top).item()
+
+
+def packed_embedding(rank, world, style, config, entries):
+    """What a split packed embedding looks up, and the whole one; its share of the codes; whether its state is whole."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = ak.quantize_(nn.Sequential(nn.Embedding(entries, 32)), config, kinds=("embedding",))
+    want = copy.deepcopy(ak.pack_(ak.hard_quantize_(model)))
+    layout = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    chosen = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}[style](**layout)
+    parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)), {"0": chosen})
+    x = torch.randint(0, entries, (3, 17), generator=torch.Generator().manual_seed(2))
+    x[0, :2] = torch.tensor([0, entries - 1])
+    mine = model[0].weight_codes.to_local().numel()
+    state = {key: whole(t) for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    kept = all(torch.equal(state[key], t) for key, t in want.state_dict().items() if isinstance(t, torch.Tensor))
+    return model(x), want(x), mine / want[0].weight_codes.numel(), kept
+
+
 def refused_packed(rank, world, case):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     groups = ak.QuantConfig(Uniform(4), "absmax", "per_group", 16)
     sizes, config = {"bytes": ((10, 4), FOUR), "groups": ((48, 4), groups), "embedding": (None, FOUR)}[case]
-    model = nn.Sequential(nn.Embedding(8, 4) if sizes is None else nn.Linear(*sizes))
+    model = nn.Sequential(nn.Embedding(8, 6) if sizes is None else nn.Linear(*sizes))
     ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
     codes = model[0].weight_codes
     style = ColwiseParallel() if case == "embedding" else RowwiseParallel()

@@ -130,8 +130,29 @@ def test_packed_layers_split(ranks, case):
         assert max(off) < 1e-5  # sums of at most 48 products near 1, added in another order
 
 
+@pytest.mark.parametrize("case", [case for case in PACKED if case != "8-bit inputs"])
+def test_packed_layers_with_int8_activations(ranks, case):
+    """A token has one scale over all ranks, so that the split layers round as the whole ones do."""
+    config, trits, _, sizes = PACKED[case]
+    for off, rounding in ranks.call(cases.packed_int8, config, trits, sizes):
+        assert off < 1e-6 and rounding > 1e-3
+
+
+@pytest.mark.parametrize("entries", [10, 3])
+@pytest.mark.parametrize("style", ["colwise", "rowwise"])
+def test_packed_embeddings_split(ranks, style, entries):
+    """Bit for bit, uneven and with a rank that has no entry (3 of 4 ranks)."""
+    config = ak.QuantConfig(Uniform(4), "absmax", "per_group", 8)
+    world = 2 if style == "colwise" else 4
+    shares = []
+    for got, want, share, kept in ranks.call(cases.packed_embedding, style, config, entries, world=world):
+        assert torch.equal(got, want) and kept
+        shares.append(share)
+    assert sum(shares) == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("case", "words"), [("bytes", "whole bytes"), ("groups", "group_size"),
-                                             ("embedding", "packed linear layers")])  # fmt: skip
+                                             ("embedding", "whole bytes")])  # fmt: skip
 def test_packed_layers_that_cannot_be_split(ranks, case, words):
     assert all(words in told for told in ranks.call(cases.refused_packed, case))
 

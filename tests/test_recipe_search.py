@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from askew_kernels import optim, quant
+from askew_kernels import demo, optim, quant
+from experiments import finetune_search
 from experiments import recipe_search as search
 
 GRIDS = {"4 bits": quant.Uniform(4), "2 bits": quant.Uniform(2), "ternary": quant.Ternary(), "binary": quant.Binary()}
@@ -98,3 +99,15 @@ def test_patches_are_a_convolutions():
     for r in range(2):
         wanted = torch.nn.functional.conv2d(x[r], w[r].view(5, 1, 3, 3), stride=2, padding=1)
         torch.testing.assert_close(found[r], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_finetuning_is_compared_with_straight_through(monkeypatch, capsys, tmp_path):
+    """Every way is there, straight-through is 0 beside itself, and a way without any way over is not."""
+    monkeypatch.setattr(finetune_search, "FLOAT_STEPS", 3)
+    monkeypatch.setattr(finetune_search, "NETWORKS", {"MLP": lambda: demo.mlp(40, 8)})
+    monkeypatch.setattr(finetune_search, "load", lambda *_: [torch.randn(80, 40), torch.randint(10, (80,))] * 2)
+    assert finetune_search.main(["--steps", "8", "--seeds", "2", "--widths", "2 bits"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == len(finetune_search.RATES) * len(finetune_search.WAYS)
+    gains = {row[3]: float(row[4].split(" ")[0]) for row in rows}
+    assert gains[finetune_search.STE] == 0.0 and gains["full 0.85"] != 0.0

@@ -197,6 +197,12 @@ def test_a_shipped_table_is_used_for_its_device_alone(tmp_path, monkeypatch):
 def test_what_the_package_ships_is_good():
     for each in tuning.shipped():
         assert each.device is not None and each.name == tune.file_name(each.device) and each.found["quick"] is False
+        assert tuning.choose(each.device, tuning.shipped())[0] == each  # each kind is served by its own
+        for section, values in each.parameters.items():  # what was found no slower, and it alone
+            assert all(value != runtime.built_in_tuning[section][name] for name, value in values.items())
+            for name, value in values.items():
+                tried = {row[name]: row["time"] for row in each.found["tried"] if name in row}
+                assert tried[value] == min(tried.values()) <= tune.LEAST_GAIN, name
     for section, values in runtime.built_in_tuning.items():
         assert set(values) == set(tuning.PARAMETERS[section])
         tuning.check_values({section: values}, "built-in values")

@@ -364,6 +364,8 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
                 layer.quantizer.untie(p)
             continue
         learned = [] if layer.quantizer.learned is None else [layer.quantizer.learned]
+        if learned and not layer.weight.is_meta:  # starts, as a graph of torch.compile cannot make it
+            layer.quantizer.current_scale(layer.weight)
         scales |= {id(p): p for p in (*learned, *inputs_of(layer)) if p.requires_grad}
         if not layer.weight.requires_grad or id(layer.weight) in seen:
             continue
