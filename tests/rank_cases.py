@@ -421,7 +421,7 @@ def served(rank, world, path):
     return y, memory, after, tuple(moved)
 
 
-# ---- what people do with split models ----------------------------------------------------------------------------------
+# ---- what people do with split models --------------------------------------------------------------------------------
 
 LEARNED = ak.QuantConfig(Uniform(4), "lsq")
 SIZES = (16, 33, 8)
