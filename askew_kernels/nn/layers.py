@@ -675,6 +675,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = [local_part(t.detach()) for t in self._held()]
+        self.quantizer.moving()
         super()._apply(fn, recurse)
         after = self._held()
         for i, (new, old) in enumerate(zip(after, before, strict=True)):
