@@ -7,9 +7,15 @@ import copy
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import askew_kernels as ak
 from askew_kernels.quant import Uniform
@@ -413,3 +419,137 @@ def served(rank, world, path):
         distributed.barrier()
         after = memory_of(os.getpid(), Path(path))
     return y, memory, after, tuple(moved)
+
+
+# ---- what people do with split models --------------------------------------------------------------------------------
+
+LEARNED = ak.QuantConfig(Uniform(4), "lsq")
+SIZES = (16, 33, 8)
+
+
+class Tied(nn.Sequential):
+    """Two layers with one weight, and one more."""
+
+    def __init__(self):
+        a, b = nn.Linear(16, 16), nn.Linear(16, 16)
+        b.weight = a.weight
+        super().__init__(a, nn.ReLU(), b, nn.ReLU(), nn.Linear(16, 8))
+
+
+def everyday(rank, world, case):
+    """How far a model with learned scales that FSDP2 has split is from one process's: of all that its state says."""
+    split, alone = ((_tied if case == "tied weights" else _network)(case) for _ in range(2))
+    split = _shard(split)
+    if case == "from the meta device":
+        with torch.device("meta"):
+            split = ak.quantize_(nn.Sequential(nn.Linear(16, 33), nn.ReLU(), nn.Linear(33, 8)), LEARNED)
+        _shard(split).to_empty(device="cpu")
+        _steps(alone, _optimizers(alone, case), case, slice(None), 0, 3)
+        set_model_state_dict(split, alone.state_dict(), options=StateDictOptions(full_state_dict=True))
+    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    for model, share in ((split, mine), (alone, slice(None))):
+        _steps(model, _optimizers(model, case), case, share, 3, 6)
+        if case == "moved":
+            model.cpu()._apply(lambda t: t.clone())
+            _steps(model, _optimizers(model, case), case, share, 6, 8)
+    held, want = ({key: whole(t) for key, t in model.state_dict().items()} for model in (split, alone))
+    assert held.keys() == want.keys()
+    assert all(t.dtype == torch.float32 for key, t in held.items() if key.endswith("scale"))
+    return max((held[key].double() - t.double()).abs().max().item() for key, t in want.items())
+
+
+def _network(case):
+    return network(LEARNED, (16, 1, 8) if case == "a rank without a row" else SIZES)
+
+
+def _tied(case):
+    torch.manual_seed(0)
+    return ak.quantize_(Tied().double(), LEARNED)
+
+
+def _shard(model):
+    for layer in model if not isinstance(model, Tied) else ():
+        fully_shard(layer) if isinstance(layer, nn.Linear) else None
+    return fully_shard(model)
+
+
+def _optimizers(model, case):
+    groups = ak.param_groups(model)
+    if case == "two optimizers":
+        scales = [p for group in groups if group.get("role") == "scale" for p in group["params"]]
+        groups = [group for group in groups if group.get("role") != "scale"]
+        return [ak.optim.ASkewSGD(groups, lr=0.1), torch.optim.SGD(scales, lr=0.01)]
+    return [ak.optim.ASkewSGD(groups, lr=0.1, momentum=0.9)]
+
+
+def _steps(model, optimizers, case, share, first, last):
+    for step in range(first, last):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for part in range(2):
+            x, y = (t[share] for t in batch(2 * step + part, SIZES, next(model.parameters()).dtype))
+            if case == "gradients kept back" and hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(part == 1)
+            if case == "activation checkpointing":
+                for layer in model:
+                    x = checkpoint(layer, x, use_reentrant=False)
+            functional.cross_entropy(x if case == "activation checkpointing" else model(x), y).backward()
+        if case == "clipped norms":
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def saved_meanwhile(rank, world, folder):
+    """What differs between a checkpoint that was written while training went on, and the state that it is of."""
+    run = Training("ASkewAdamW", config=LEARNED).go(0, 4)
+    want, state = run.whole(), run.state()
+    del want["last_epoch"]
+    saved = dcp.async_save(state, checkpoint_id=folder, process_group=distributed.new_group())
+    run.go(4, 8)
+    saved.result()
+    other = Training("ASkewAdamW", seed=1, config=LEARNED).load(folder).whole()
+    return [key for key in same({k: other[k] for k in want}, want) if "epoch" not in key and "annealing" not in key]
+
+
+def written_by_others(rank, world):
+    """How far a model under tensor parallelism is from one process's that torch's own optimizer trains, of which the
+    layers learn only by what it writes; and whether its state can be taken."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    found = []
+    for split in (True, False):
+        model = network(ak.QuantConfig(Uniform(4), "absmax"), (16, 32, 8))
+        if split:
+            parallelize_module(model, distributed.device_mesh.init_device_mesh("cpu", (world,)),
+                               {"0": ColwiseParallel(), "2": RowwiseParallel()})  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        for step in range(4):
+            x, y = batch(step, SIZES)
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        with torch.no_grad():
+            out = model(batch(9, SIZES)[0])
+        state = {key: whole(t) for key, t in model.state_dict().items()}
+        found.append([out, *(state[key] for key in sorted(state))])
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+def too_late(rank, world, case):
+    """What is said where calls come in the wrong order."""
+    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
+    weight = model[0].weight
+    try:
+        if case == "quantize_":
+            fully_shard(model)
+            weight = model[0].weight
+            ak.quantize_(model)
+        elif case == "pack_":
+            ak.pack_(fully_shard(ak.quantize_(model)))
+        else:
+            config = ak.QuantConfig(Uniform(4), activation=Uniform(8), activation_scale="lsq")
+            fully_shard(ak.quantize_(model, config))(torch.ones(2, 16))
+    except (RuntimeError, ValueError) as error:
+        assert case != "quantize_" or (model[0].weight is weight and not ak.nn.quantized_layers(model))
+        return str(error)

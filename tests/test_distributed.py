@@ -7,6 +7,8 @@
 3. Packed layers split by torch's styles compute what the whole ones do, from their share of the codes.
 4. A stage of a pipeline trains its part by name; a traced one serves.
 5. Under FSDP2's mixed precision scales are the float32 weights'.
+6. Split models with learned scales bear what people do with models: clipped norms, gradients kept back, activation
+   checkpointing, tied weights, the meta device, other optimizers; what comes too late is refused by name.
 """
 
 from __future__ import annotations
@@ -174,3 +176,24 @@ def test_a_traced_stage_serves(ranks):
 def test_mixed_precision(ranks, name):
     for changed, off, hard, again in ranks.call(cases.mixed, name):
         assert changed == [] and off == 0.0 and hard == 0.0 and again == []
+
+
+@pytest.mark.parametrize("case", ["clipped norms", "gradients kept back", "activation checkpointing", "two optimizers",
+                                  "tied weights", "a rank without a row", "from the meta device", "moved"])  # fmt: skip
+def test_everyday(ranks, case):
+    assert max(ranks.call(cases.everyday, case)) < 1e-7  # float32 scales
+
+
+def test_saved_while_training_goes_on(ranks, tmp_path):
+    assert ranks.call(cases.saved_meanwhile, str(tmp_path / "saved")) == [[], []]
+
+
+def test_weights_that_others_write(ranks):
+    assert max(ranks.call(cases.written_by_others)) < 1e-12
+
+
+@pytest.mark.parametrize(("case", "words"), [("quantize_", "0: weight: is split over ranks already"),
+                                             ("pack_", "weight: is split over ranks, which have no whole codes"),
+                                             ("inputs", "activation_scale: the scale of an input starts")])  # fmt: skip
+def test_calls_that_come_too_late(ranks, case, words):
+    assert all(words in told for told in ranks.call(cases.too_late, case))

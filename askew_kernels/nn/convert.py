@@ -15,6 +15,7 @@ from torch import nn
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
 from ..quant.forms import Form
+from ..quant.sharding import is_sharded
 from .attention import OUT_PROJECTION, AskewAttention, passed_by
 from .experts import ExpertWeight
 from .held import Holder, all_held_weights, conceal, expose, held_weights
@@ -51,7 +52,8 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     Other weights of two and more dimensions (a router's) stay float: one line of the logger ``askew_kernels`` says so,
     and ``left_float(model)`` lists them. Raises
     TypeError/ValueError before anything is replaced: for an unknown kind, a pattern that matches no layer, and, naming
-    the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization).
+    the layer, where the weight is computed (weight_norm, a pruning mask, a parametrization); RuntimeError where it is
+    split over ranks already (fully_shard and parallelize_module come later).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -69,12 +71,20 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     unused, layers, configs = dict.fromkeys(config), {}, {}
     held, passed = all_held_weights(model), passed_by(model)
     for name, module in [*model.named_modules(remove_duplicate=False), *held.items()]:
-        if not _is_asked(module, asked) or id(module) in passed or not (filter_fn is None or filter_fn(module, name)):
+        split = _is_split(module, asked)
+        if not (split or _is_asked(module, asked)) or id(module) in passed:
+            continue
+        if not (filter_fn is None or filter_fn(module, name)):
             continue
         match = next((pattern for pattern in config if matches(name, pattern)), None)
         unused.pop(match, None)
         value = config.get(match)
         if value is not None and not (isinstance(module, QuantizedLayer) and module.config == value):
+            if split:
+                raise RuntimeError(
+                    f"{name}: weight: is split over ranks already, by what knows nothing of a layer in this one's "
+                    "place; call quantize_ first, then fully_shard or parallelize_module"
+                )
             layers[name], configs[name] = module, value
     if unused and patterns:
         raise ValueError(f"config: no {_names(asked)} matches {', '.join(map(repr, unused))}")
@@ -101,6 +111,12 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
         told = ", ".join(experts[:NAMES_TOLD]) + ", …" * (len(experts) > NAMES_TOLD)
         logger.info("quantize_: weights of experts (ak.nn.experts.EXPERTS) are quantized: %s", told)
     return model
+
+
+def _is_split(module: nn.Module, asked: list[Kind]) -> bool:
+    """Whether it is a layer of these kinds, perhaps of FSDP2's class, whose weight is split over ranks."""
+    weight = module._parameters.get("weight")
+    return weight is not None and is_sharded(weight) and kind_of(module) in asked
 
 
 def _is_asked(module: nn.Module, asked: list[Kind]) -> bool:

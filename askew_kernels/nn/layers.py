@@ -247,6 +247,8 @@ class QuantizedLayer(nn.Module):
             quantizer.tensors = tuple(_like(b, t) if new else t for b, new, t in mine)  # type: ignore[assignment]
         self._shown = quantizer.tensors
         self._hold(self._shown)
+        if is_sharded(self._buffers[GRIDS]):  # type: ignore[arg-type]
+            self._buffers[GRIDS] = local_part(self._buffers[GRIDS])  # type: ignore[arg-type]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A new weight is never taken for the one before it: FSDP2 puts its gathered weights here in every forward,
@@ -673,6 +675,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = [local_part(t.detach()) for t in self._held()]
+        self.quantizer.moving()
         super()._apply(fn, recurse)
         after = self._held()
         for i, (new, old) in enumerate(zip(after, before, strict=True)):

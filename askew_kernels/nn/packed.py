@@ -114,8 +114,12 @@ class PackedLayer(nn.Module):
                                  f"magnitude, and this one by a learned scale ({config.activation_scale!r}); "
                                  "force=True takes the former, which changes the outputs")  # fmt: skip
             config = replace(config, activation_scale=None)
-        new = cls.like(layer, config=config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         weight = layer.weight.detach()
+        if is_sharded(weight):
+            raise ValueError("weight: is split over ranks, which have no whole codes; take get_model_state_dict with "
+                             "StateDictOptions(full_state_dict=True), load it into a model that is not split, and pack "
+                             "that (packed layers are split by parallelize_module)")  # fmt: skip
+        new = cls.like(layer, config=config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
         if weight.is_meta or hasattr(weight, "fake_mode"):
             raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
                              "there instead")  # fmt: skip

@@ -42,7 +42,7 @@ class Launch:
         self.members, self.clamp, self.bucket = members, clamp, bucket
         self.quantizers: list[WeightQuantizer] = [WeightQuantizer.of(p) for p in members]  # type: ignore[misc]
         self.levels, self.encodings = [levels] * len(members), encoding * len(members)
-        self.sharded = is_sharded(members[0])
+        self.sharded = any(map(is_sharded, members))
         self.forms = [ROWS if q is None else q.form for q in self.quantizers]
         self.as_they_are = not self.sharded and all(form == ROWS for form in self.forms)
         first = self.quantizers[0]

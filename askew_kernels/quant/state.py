@@ -738,6 +738,10 @@ class WeightQuantizer:
         else:
             self._know(weight, home.sums, home.inside)
 
+    def moving(self) -> None:
+        """The module is about to be: of a DTensor torch swaps the content, which nothing may refer to weakly."""
+        self._left = None
+
     def moved(self) -> None:
         """The module was moved or cast: copies are dropped."""
         self._copies.clear()
