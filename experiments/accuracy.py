@@ -349,7 +349,9 @@ def dot(gain: tuple[float, float]) -> tuple[float, float] | None:
 
 
 def plot(lines: Sequence[Line]) -> dict[str, bytes]:
-    """What each method is better by than straight-through, ± standard error: a row of panels for each task."""
+    """What each method is better by than straight-through, ± standard error: a row of panels for each task; of rows
+    that straight-through is in."""
+    lines = [line for line in lines if line.values.get(STRAIGHT_THROUGH)] or lines
     places = command.grouped(lines, lambda line: (line.task, line.setting))
     columns = max(len(group) for group in command.grouped(places, lambda place: place[0]).values())
     tasks = list(dict.fromkeys(task for task, _ in places))
