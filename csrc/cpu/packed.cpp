@@ -132,6 +132,9 @@ struct Product {
   }
 };
 
+// Inputs from which on panels of float32 are faster: trits have tables, or are read digit by digit.
+int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTableRows ? 1 : 2; }
+
 // The largest magnitude of inputs whose sums with levels float32 surely holds.
 float largest_input(const PackedWeight& w) {
   double top = std::max(std::fabs(w.lo), std::fabs(w.hi));
@@ -470,7 +473,7 @@ struct Device : OnCpu {
   }
   static void multiply(const Product& p, bool pairs) {
     if (pairs && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
-    if (p.batch >= kFewSingles && multiply_in_panels(p, false)) return;
+    if (p.batch >= few_singles(p.w) && multiply_in_panels(p, false)) return;
     if (p.batch >= kManyTokens)
       multiply_panels(p);
     else
