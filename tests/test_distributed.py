@@ -27,6 +27,7 @@ from experiments import distribution
 from experiments.distribution import CONFIG_CELLS, FIRST, OPTIMIZER_CELLS, OPTIMIZERS, SHORT, STEPS
 
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
+USUAL = ("FSDP2", distribution.SPLITS["tensor parallel"])
 SLOW = [cell for cell in OPTIMIZER_CELLS if cell not in SHORT]
 
 
@@ -71,7 +72,12 @@ def test_every_way_with_every_optimizer(ranks):
 
 
 def test_scales_and_forwards(ranks):
-    check(ranks, CONFIG_CELLS)
+    check(ranks, [cell for cell in CONFIG_CELLS if cell[0] in USUAL])
+
+
+@pytest.mark.slow
+def test_scales_and_forwards_in_other_ways(ranks):
+    check(ranks, [cell for cell in CONFIG_CELLS if cell[0] not in USUAL])
 
 
 def test_a_cell_can_fail(ranks, monkeypatch):
