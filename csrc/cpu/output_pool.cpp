@@ -100,7 +100,7 @@ KeptMemory::KeptMemory(int64_t bytes) {
   const Buffer b = bytes < tuning.pooled_bytes ? Buffer{} : acquire(bytes);
   data_ = b.data;
   kept_ = b.data ? b.bytes : 0;
-  if (!data_) data_ = std::aligned_alloc(64, (bytes + 127) / 64 * 64);
+  if (!data_) data_ = std::aligned_alloc(64, (bytes / 64 + 1) * 64);
   if (!data_) throw std::bad_alloc();
 }
 
