@@ -128,8 +128,10 @@ def test_an_interrupt_ends_the_compilers(backend, tmp_path):
     (tmp_path / "slow.cpp").touch()
     (tmp_path / "slow").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
     (tmp_path / "slow").chmod(0o755)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     process = subprocess.Popen([sys.executable, "-c", BUILD, TOOLS, tmp_path, ninja], stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     pid = tmp_path / "pid"
     for _ in range(600):
         if pid.is_file() and pid.read_text().strip():
