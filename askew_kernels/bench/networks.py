@@ -126,7 +126,6 @@ class Decoder(nn.Module):
 
     cos: Tensor
     sin: Tensor
-    cache: Tensor
 
     def __init__(self, width: int, layers: int, heads: int, wide: int, words: int, length: int) -> None:
         super().__init__()
@@ -140,12 +139,13 @@ class Decoder(nn.Module):
         turns = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, each, 2) / each)).repeat(1, 2)
         self.register_buffer("cos", turns.cos(), persistent=False)
         self.register_buffer("sin", turns.sin(), persistent=False)
-        self.register_buffer("cache", torch.zeros(layers, 2, 1, heads, length, each), persistent=False)
+        for i in range(layers):  # one tensor for all would be copied by a compiled graph for each layer's write
+            self.register_buffer(f"cache{i}", torch.zeros(2, 1, heads, length, each), persistent=False)
         self.eval()
 
     def forward(self, ids: Tensor, position: int = 0) -> Tensor:
         cos, sin = (t[position : position + ids.shape[1]] for t in (self.cos, self.sin))
         x = self.embed_tokens(ids)
-        for layer, cache in zip(self.layers, self.cache, strict=True):
-            x = layer(x, (cos, sin), cache, position)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, (cos, sin), getattr(self, f"cache{i}"), position)
         return self.lm_head(self.norm(x[:, -1]))

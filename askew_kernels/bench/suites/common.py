@@ -232,5 +232,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     import torch._inductor.config as inductor
 
     inductor.force_disable_caches = True  # type: ignore[assignment]
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[assignment]  # many models of one class; then eager, unsaid
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
     return torch.compile(function, dynamic=False)
