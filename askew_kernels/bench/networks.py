@@ -63,7 +63,7 @@ class _Block(nn.Module):
         return x + y if self.adds else y
 
 
-def efficientnet() -> nn.Sequential:
+def efficientnet(folded: bool = True) -> nn.Sequential:
     """EfficientNet-lite0 with its trained weights, batch norms folded into the convolutions, as for deployment."""
     channels, blocks = 32, []
     for count, kernel, stride, expansion, outputs in STAGES:
@@ -76,7 +76,7 @@ def efficientnet() -> nn.Sequential:
     weights = torch.load(path, weights_only=True)
     net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))  # the same order, other names
     net.eval()
-    for part in [m for m in net.modules() if isinstance(m, nn.Sequential)]:
+    for part in [m for m in net.modules() if folded and isinstance(m, nn.Sequential)]:
         for i, (conv, norm) in enumerate(zip([*part], [*part][1:], strict=False)):
             if isinstance(norm, nn.BatchNorm2d):
                 part[i], part[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
