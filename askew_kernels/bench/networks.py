@@ -101,15 +101,15 @@ class _DecoderLayer(nn.Module):
         self.gate_proj, self.up_proj = nn.Linear(width, wide, bias=False), nn.Linear(width, wide, bias=False)
         self.down_proj = nn.Linear(wide, width, bias=False)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Tensor, position: int) -> Tensor:
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: int) -> Tensor:
         batch, tokens, width = x.shape
         normed = self.input_layernorm(x)
         q, k, v = (p(normed).view(batch, tokens, self.heads, -1).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # fmt: skip
-        cache[0, :, :, position : position + tokens] = _rotated(k, *angles)
-        cache[1, :, :, position : position + tokens] = v
-        keys, values = cache[:, :, :, : position + tokens]
-        seen = functional.scaled_dot_product_attention(_rotated(q, *angles), keys, values, is_causal=tokens > 1)
+        end = position + tokens
+        keys[:, :, position:end], values[:, :, position:end] = _rotated(k, *angles), v
+        q, keys, values = _rotated(q, *angles), keys[:, :, :end], values[:, :, :end]
+        seen = functional.scaled_dot_product_attention(q, keys, values, is_causal=tokens > 1)
         x = x + self.o_proj(seen.transpose(1, 2).reshape(batch, tokens, width))
         normed = self.post_attention_layernorm(x)
         return x + self.down_proj(functional.silu(self.gate_proj(normed)) * self.up_proj(normed))
@@ -139,13 +139,14 @@ class Decoder(nn.Module):
         turns = torch.outer(torch.arange(length), 10000.0 ** (-torch.arange(0, each, 2) / each)).repeat(1, 2)
         self.register_buffer("cos", turns.cos(), persistent=False)
         self.register_buffer("sin", turns.sin(), persistent=False)
-        for i in range(layers):  # one tensor for all would be copied by a compiled graph for each layer's write
-            self.register_buffer(f"cache{i}", torch.zeros(2, 1, heads, length, each), persistent=False)
+        for i in range(layers):  # a tensor that is written at two places is copied whole by a compiled graph
+            for name in ("keys", "values"):
+                self.register_buffer(f"{name}{i}", torch.zeros(1, heads, length, each), persistent=False)
         self.eval()
 
     def forward(self, ids: Tensor, position: int = 0) -> Tensor:
         cos, sin = (t[position : position + ids.shape[1]] for t in (self.cos, self.sin))
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):
-            x = layer(x, (cos, sin), getattr(self, f"cache{i}"), position)
+            x = layer(x, (cos, sin), getattr(self, f"keys{i}"), getattr(self, f"values{i}"), position)
         return self.lm_head(self.norm(x[:, -1]))
