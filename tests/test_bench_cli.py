@@ -148,15 +148,16 @@ def test_linear_rows_are_checked(monkeypatch):
 
 @pytest.mark.parametrize("entry", [e for e in suites.SUITES["models"] if e.quick], ids=lambda e: e.op)
 def test_whole_models_are_checked(entry):
-    """Every packed model is timed only after each layer gave what the reference does and its outputs were near the
-    float model's, and the note has that cosine and its memory."""
+    """Every packed model is timed only after each layer gave what the reference does and its outputs were near those of
+    the quantized model that was packed, and the note has that cosine, the one to the float model, and its memory."""
     measured = {r.impl: r for r in rows_of("models", entry.op)}
     if all(r.note.startswith("missing: ") for r in measured.values()):
         pytest.skip(next(iter(measured.values())).note)
     own = [r for r in measured.values() if r.kind == "ours"]
     assert own and not any(r.failed for r in measured.values()), [r.note for r in measured.values() if r.failed]
     for r in (r for r in own if r.p50 is not None):
-        assert " MB, cosine 0." in r.note and r.bytes and r.rate_unit.endswith("/s")
+        assert " MB, cosine to float 0." in r.note and ", to the quantized model " in r.note
+        assert r.bytes and r.rate_unit.endswith("/s")
 
 
 def test_whole_models_whose_package_is_not_here_are_named(monkeypatch):
@@ -182,8 +183,11 @@ def test_a_wrong_product_in_a_whole_model_fails(monkeypatch):
     with pytest.raises(harness.CheckFailed, match="PackedLinear: .* away from the reference"):
         impl.check(impl.run)
     monkeypatch.undo()
-    broken = shared.impl(form.of(torch.nn.Sequential(torch.nn.Linear(64, 64)), "*"), form.least)
-    with pytest.raises(harness.CheckFailed, match="cosine"):
+    right_model = models.Format.of
+    other = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    monkeypatch.setattr(models.Format, "of", lambda self, model, where: right_model(self, other, where))
+    broken = shared.own(Context(CPU, quick=True), "4 bits g32, int8", form, "*")[0]
+    with pytest.raises(harness.CheckFailed, match="cosine .* to the quantized model's"):
         broken.check(broken.run)
 
 
