@@ -197,7 +197,7 @@ void multiply_panels(const Product& p) {
   if (!as_it_is) p.loops.load(p.x, p.batch * w.cols, p.x_type, wide.get());
   const float* in = as_it_is ? static_cast<const float*>(p.x) : wide.get();
   const Tensor inputs = matrix(in, p.batch, w.cols, false);
-  const Tensor panel = pooled_empty_like(empty(inputs, {rows, w.cols}, ScalarType::Float));
+  const Tensor panel = OnCpu::empty(inputs, {rows, w.cols});
   float* decoded = static_cast<float*>(panel.data_ptr());
   for (int64_t first = 0; first < w.n; first += rows) {
     const int64_t count = std::min(rows, w.n - first);

@@ -78,7 +78,7 @@ struct PackedOps {
                       " columns may overflow int32");
     }
     const Device device(x);
-    Tensor y = empty(x, {a.batch, a.w.n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, a.w.n});
     a.y = y.data_ptr();
     if (!a.batch || !a.w.n) return y;
     if constexpr (INPUTS == kAsInt8)
@@ -132,7 +132,7 @@ struct PackedOps {
       a.bias = bias->data_ptr();
     }
     const Device device(x);
-    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, n});
     a.y = y.data_ptr();
     if (a.batch && n) device.tiles_linear(a);
     return y;
@@ -222,7 +222,7 @@ struct PackedOps {
     a.batch = x.size(0);
     a.type = storage_type(x, "x");
     a.bias = bias_of(bias, n, x);
-    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, n});
     a.y = y.data_ptr();
     if (a.batch && n) Device(x).bands_linear(a, w);
     return y;
@@ -265,8 +265,8 @@ struct PackedOps {
     a.type = storage_type(x, "x");
     a.x = x.data_ptr();
     a.bias = bias_of(bias, n, x);
-    Tensor y = channels_last ? empty(x, {a.images, a.out[0], a.out[1], n}, x.scalar_type())
-                             : empty(x, {a.images, n, a.out[0], a.out[1]}, x.scalar_type());
+    Tensor y = channels_last ? Device::empty(x, {a.images, a.out[0], a.out[1], n})
+                             : Device::empty(x, {a.images, n, a.out[0], a.out[1]});
     a.y = y.data_ptr();
     if (y.numel() && w.cols) Device(x).bands_conv(a, w);
     return y;
