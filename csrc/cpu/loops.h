@@ -108,16 +108,12 @@ struct PackedLoops {
 
   // Codes of a row as bytes, padded with zeros to a multiple of 64.
   void (*unpack)(const PackedWeight&, int64_t row, uint8_t* out);
-  // int8 activations times codes in bands. A block of tokens is the next `band_tokens` of those left; x: the first of
-  // `count` of a block, q: where the block's stand, of which this is the one at `place`.
+  // int8 activations times codes in bands. A block of tokens is the next `band_tokens` of those left; rows: where each
+  // of them begins, q: where the block stands. scratch: a byte for each column.
   int64_t (*band_tokens)(int64_t left);
-  void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
+  void (*quantize_rows)(const BandsArg&, const float* const* rows, int64_t count, int8_t* q, float* scale,
                         int32_t* offsets, int8_t* scratch);
-  // The same of `block_rows` rows that are a block; 0 where rows are quantized one by one. columns: scratch of their
-  // size.
-  int64_t block_rows;
-  void (*quantize_block)(const BandsArg&, const float* x, int8_t* q, float* scale, int32_t* offsets, float* columns);
-  // The same of the patches of a whole block.
+  // The same of the patches of a block.
   void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
   // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
   void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride);

@@ -326,24 +326,14 @@ struct BlockedInputs {
   // Tokens [begin, end), of which `first` is the first here; whole blocks, but for the last ones.
   void quantize(int64_t begin, int64_t end, int64_t first) const {
     const PackedLoops& l = p.loops;
-    const int64_t width = band_width(w), block = l.block_rows;
-    Scratch<float> wide(p.x_type == kFloat32 ? 0 : std::max<int64_t>(block, 1) * w.cols + kPadding);
-    Scratch<float> columns(block * w.cols);
+    Scratch<float> wide(p.x_type == kFloat32 ? 0 : kMostPatches * w.cols + kPadding);
     Scratch<int8_t> plain(w.cols);
+    const float* rows[kMostPatches];
     for (int64_t t = begin, count; t < end; t += count) {
       count = l.band_tokens(end - t);
-      int8_t* const to = q.get() + (t - first) * width;
-      float* const scale = scales.get() + t - first;
-      int32_t* const offset = offsets.get() + (t - first) * w.groups;
-      if (count == block) {
-        const char* const rows = static_cast<const char*>(p.x) + t * w.cols * type_size(p.x_type);
-        if (p.x_type != kFloat32) l.load(rows, block * w.cols, p.x_type, wide.get());
-        l.quantize_block(w, p.x_type == kFloat32 ? reinterpret_cast<const float*>(rows) : wide.get(), to, scale, offset,
-                         columns.get());
-      } else {
-        for (int64_t i = 0; i < count; ++i)
-          l.quantize_band(w, p.input(t + i, wide.get()), to, count, i, scale + i, offset + i * w.groups, plain.get());
-      }
+      for (int64_t i = 0; i < count; ++i) rows[i] = p.input(t + i, wide.get() + i * w.cols);
+      l.quantize_rows(w, rows, count, q.get() + (t - first) * band_width(w), scales.get() + t - first,
+                      offsets.get() + (t - first) * w.groups, plain.get());
     }
   }
   // Products of these tokens with bands [band0, band1), into y (tokens, n).

@@ -37,6 +37,7 @@ class Convolution {
   Convolution(const ConvArg& a, const BandsArg& w)
       : a_(a), w_(w), at_(a), positions_(a.out[0] * a.out[1]), offsets_(w.cols), bias_(a.bias ? w.n : 0) {
     if (a.bias) loops_.load(a.bias, w.n, a.type, bias_.get());
+    if (pixels()) return;
     int32_t* to = offsets_.get();
     for (int64_t c = 0; c < a.channels; ++c)
       for (int64_t i = 0; i < a.kernel[0]; ++i)
@@ -45,6 +46,7 @@ class Convolution {
   }
 
   void run() const {
+    if (pixels()) return multiply(nullptr, 0, a_.images * positions_);
     const int64_t size = a_.channels * at_.plane;
     const int64_t together = at_.in_place ? a_.images : std::max<int64_t>(1, kImages / std::max<int64_t>(size, 1));
     Scratch<float> laid_out(at_.in_place ? 0 : std::min(together, a_.images) * size);
@@ -138,8 +140,39 @@ class Convolution {
     BandInput input() const { return {q.get(), scale.get(), offsets.get()}; }
   };
 
+  // Whether patches are pixels of the input whose channels stand together: rows, wherever a stride puts them.
+  bool pixels() const {
+    const auto inside = [&](int d) {
+      return a_.kernel[d] == 1 && !a_.before[d] && (a_.out[d] - 1) * a_.stride[d] < a_.in[d];
+    };
+    return a_.channels_last && inside(0) && inside(1);
+  }
+
+  void quantize_pixels(int64_t begin, int64_t end, int64_t first, const Quantized& to) const {
+    const int64_t size = type_size(a_.type);
+    Scratch<float> wide(a_.type == kFloat32 ? 0 : kMostPatches * a_.channels + kPadding);
+    Scratch<int8_t> plain(a_.channels);
+    const float* rows[kMostPatches];
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = loops_.band_tokens(end - t);
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t line = (t + l) / a_.out[1], image = line / a_.out[0];
+        const char* const pixel =
+            source(image, 0, line % a_.out[0] * a_.stride[0]) + (t + l) % a_.out[1] * a_.stride[1] * a_.channels * size;
+        rows[l] = reinterpret_cast<const float*>(pixel);
+        if (a_.type == kFloat32) continue;
+        loops_.load(pixel, a_.channels, a_.type, wide.get() + l * a_.channels);
+        rows[l] = wide.get() + l * a_.channels;
+      }
+      const int64_t i = t - first;
+      loops_.quantize_rows(w_, rows, count, to.q.get() + i * band_width(w_), to.scale.get() + i,
+                           to.offsets.get() + i * w_.groups, plain.get());
+    }
+  }
+
   // Positions [begin, end) of these images; `first` is where they begin in `to`.
   void quantize(const float* images, int64_t begin, int64_t end, int64_t first, const Quantized& to) const {
+    if (pixels()) return quantize_pixels(begin, end, first, to);
     Patches p{images, offsets_.get(), {}};
     for (int64_t t = begin, count; t < end; t += count) {
       count = loops_.band_tokens(end - t);

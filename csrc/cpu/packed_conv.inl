@@ -9,12 +9,6 @@ struct WholePatches {
   ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + offsets[c]); }
 };
 
-// Columns of rows that were transposed.
-struct TransposedRows {
-  const float* first;
-  ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + c * ASKEW_LANES); }
-};
-
 // Lanes of several lines, or fewer than a vector has; the others are 0.
 struct PatchRuns {
   int count;
@@ -73,17 +67,10 @@ static void quantize_from(const Source& source, const BandsArg& w, int count, in
   const int64_t cols = w.cols, length = cols / w.groups, width = band_width(w) / w.groups;
   vi most = vi{};
   for (int64_t c = 0; c < cols; ++c) most = larger_bits(most, from.column(c));
-  vf inverse = vf{};
-  vi there = vi{};
-  for (int l = 0; l < count; ++l) {
-    float top;
-    const int32_t bits = most[l];
-    __builtin_memcpy(&top, &bits, 4);
-    const bool finite = bits < 0x7f800000;
-    const float by = finite && top > 0 ? (float)kInt8Top / top : 0.f;
-    scale[l] = finite ? top / (float)kInt8Top : __builtin_nanf("");
-    if (finite && by < __builtin_inff()) inverse[l] = by, there[l] = -1;
-  }
+  const RowScales by = row_scales(most);
+  const vf inverse = by.inverse;
+  const vi there = by.there;
+  __builtin_memcpy(scale, &by.scale, count * sizeof(float));
   const auto rounded = [&](int64_t c) __attribute__((always_inline)) {
     const vf x = from.column(c);
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -165,12 +152,4 @@ static void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
       for (int64_t j = c; j < cols && j < c + 16; ++j)
         for (int64_t i = r; i < rows && i < r + 16; ++i) to[j * to_stride + i] = from[i * stride + j];
     }
-}
-
-// Rows of a whole block, one a lane; columns: scratch of as many numbers. Where a block has no more tokens than lanes.
-constexpr int64_t kBlockRows = kBandTokens == ASKEW_LANES ? ASKEW_LANES : 0;
-static void quantize_block(const BandsArg& w, const float* x, int8_t* q, float* scale, int32_t* offsets,
-                           float* columns) {
-  transpose(x, w.cols, ASKEW_LANES, w.cols, columns, ASKEW_LANES);
-  quantize_from(TransposedRows{columns}, w, ASKEW_LANES, q, scale, offsets);
 }
