@@ -180,6 +180,13 @@ struct BandSums {
   }
 };
 
+ASKEW_FN void store_whole(float* to, vf v, [[maybe_unused]] bool past_caches) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  if (past_caches) return _mm512_stream_ps(to, (__m512)v);
+#endif
+  Floats::store(to, v);
+}
+
 // The first `count` lanes.
 ASKEW_FN void store_first(float* to, vf v, int count) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -212,7 +219,7 @@ __attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band,
       const vf out = sum * by[b] + added;
       float* const to = y + (token + b) * w.n + row;
       if (rows == ASKEW_LANES)
-        Floats::store(to, out);
+        store_whole(to, out, x.past_caches);
       else
         store_first(to, out, (int)rows);
     };

@@ -65,9 +65,11 @@ static bool quantize_together(const BandsArg& w, const float* const* rows, int8_
   const auto left = [](int64_t n) { return (__mmask16)(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); };
   __m512i most[16];
   ASKEW_EACH (i, 16) most[i] = _mm512_setzero_si512();
+  const int64_t next = ROWS * (rows[1] - rows[0]);  // where the rows of the next block stand
   for (int64_t c = 0; c < cols; c += 16) {
     const __mmask16 mask = left(cols - c);
     ASKEW_EACH (i, ROWS) {
+      __builtin_prefetch(rows[i] + c + next);
       const __m512i bits =
           _mm512_and_si512((__m512i)_mm512_maskz_loadu_ps(mask, rows[i] + c), _mm512_set1_epi32(0x7fffffff));
       most[i] = _mm512_max_epi32(most[i], bits);
