@@ -699,6 +699,16 @@ def packed_bands_conv(
     return y if channels_last else y.movedim(-1, 1).contiguous()
 
 
+def packed_depthwise(x: Tensor, taps: Tensor, geometry: list[int], bias: Tensor | None) -> Tensor:
+    """A filter for each channel: x (images, height, width, channels), taps (kernel, channels), as the result in the
+    type of x; geometry as in ``packed_bands_conv``."""
+    kernel, stride, dilation, before, after = (geometry[i : i + 2] for i in range(0, 10, 2))
+    padded = torch.nn.functional.pad(x.movedim(-1, 1), (before[1], after[1], before[0], after[0]))
+    weight = taps.t().reshape(-1, 1, *kernel)
+    y = torch.nn.functional.conv2d(padded, weight, bias, stride, 0, dilation, len(weight))
+    return y.movedim(1, -1).contiguous()
+
+
 # ---- products of levels ---------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,25 @@ def test_inputs_of_other_types_and_rows_that_are_not_finite(dtype):
     torch.testing.assert_close(y, whole, equal_nan=True)
 
 
+@compiled
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_a_block_are_those_of_each_row_alone(bits, sets):
+    """Blocks of 16, 8, 4, 2 and 1 tokens, groups that end within a vector, tokens that are rounded by no number."""
+    g, grid = torch.Generator().manual_seed(bits), grid_of(bits)
+    for n, cols, groups in ((18, 40, 1), (7, 60, 3), (33, 16, 1), (16, 7, 1), (20, 132, 4)):
+        x = torch.randn(31, cols, generator=g) * torch.logspace(-3, 3, 31)[:, None]
+        special = x.clone()
+        special[3, 1], special[18, cols - 1], special[26, 0] = float("nan"), float("-inf"), float("inf")
+        special[9], special[20], special[29] = 0.0, 1e-42, -0.0
+        bands = contract.band_codes(drawn(n, cols, bits), bits, groups)
+        beside, bias = packed.band_scales(torch.rand(n * groups, generator=g), n, groups), torch.randn(n, generator=g)
+        for name in sets():
+            for rows in (x, special):
+                y = torch.ops.askew.packed_bands_linear(rows, bands, beside, grid, bits, n, bias)
+                each = [torch.ops.askew.packed_bands_linear(r[None], bands, beside, grid, bits, n, bias) for r in rows]
+                assert torch.equal(y.nan_to_num(7.0), torch.cat(each).nan_to_num(7.0)), name
+
+
 def test_results_do_not_depend_on_threads():
     codes, x = drawn(200, 512, 4), torch.randn(40, 512)
     bands, beside = contract.band_codes(codes, 4, 4), packed.band_scales(torch.rand(800), 200, 4)

@@ -1045,6 +1045,8 @@ def operator_samples():
             yield "packed_bands_linear", (x[:2], bands, beside, grid, 4, 3, torch.randn(3, generator=g))
             image = torch.randn(2, 5, 4, 3, generator=g)
             yield "packed_bands_conv", (image, bands, beside, grid, 4, 3, [2, 2, 1, 2, 1, 1, 1, 0, 0, 1], False, None)
+            taps = torch.randn(6, 3, generator=g)
+            yield "packed_depthwise", (image, taps, [2, 3, 2, 1, 1, 1, 1, 0, 0, 2], torch.randn(3, generator=g))
         if grid[0] != 3:  # int8 activations want integer levels
             yield "packed_linear_int8", (x[:2], codes, s, levels, grid, 4, torch.randn(3, generator=g))
         outs = ([torch.zeros(3, 20)], [torch.zeros(3, 3)], [torch.zeros(6, dtype=torch.float64)])

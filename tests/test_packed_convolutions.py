@@ -134,6 +134,56 @@ def test_patches_that_are_not_finite_or_all_zero():
     assert y[0, :, 0, 0].isnan().all() and y[0, :, 3, 3].isnan().all() and y[0, :, 0, 2].isfinite().all()
 
 
+@pytest.mark.parametrize("name", GEOMETRIES)
+@torch.no_grad()
+def test_a_filter_for_each_channel(name):
+    """Against float64, on every instruction set; results do not depend on threads, nor on where they are stored."""
+    kernel, stride, dilation, padding = GEOMETRIES[name]
+    geometry = [*kernel, *stride, *dilation, *padding, padding[0] + 1, padding[1]]
+    for channels, size in ((5, (9, 7)), (16, (11, 40)), (37, (5, 23)), (96, (19, 30))):
+        g = torch.Generator().manual_seed(channels)
+        x, bias = torch.randn(3, *size, channels, generator=g), torch.randn(channels, generator=g)
+        taps = torch.randn(kernel[0] * kernel[1], channels, generator=g)
+        for added in (bias, None):
+            wide = [None if t is None else t.double() for t in (x, taps, added)]
+            exact = reference.packed_depthwise(*wide[:2], geometry, wide[2])
+            most = [None if t is None else t.abs() for t in wide]
+            near = (len(taps) + 1) * 2.0**-24 * reference.packed_depthwise(*most[:2], geometry, most[2]).max()
+            for capability in ("baseline", "avx2", "avx512"):
+                try:
+                    runtime.force_cpu_capability(capability)
+                except ValueError:
+                    continue
+                found = []
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    found.append(torch.ops.askew.packed_depthwise(x, taps, geometry, added))
+                assert (found[0] - exact).abs().max() <= near, capability
+                assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@torch.no_grad()
+def test_results_stored_past_the_caches_are_the_same():
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 16, 20, 21, generator=g).movedim(1, -1).contiguous()
+    points, patches, taps = banded(8, 48, 16), banded(8, 48, 144), torch.randn(9, 16, generator=g)
+    geometry, strided = [3, 3, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 1, 1, 0, 0, 0, 0]
+
+    def results():
+        return [torch.ops.askew.packed_bands_linear(x.reshape(-1, 16), *points, None),
+                torch.ops.askew.packed_bands_conv(x, *points, strided, True, None),
+                torch.ops.askew.packed_bands_conv(x, *patches, geometry, True, None),
+                torch.ops.askew.packed_depthwise(x, taps, geometry, None)]  # fmt: skip
+
+    before = results()
+    try:
+        runtime.use_tuning({"cpu": {"streaming_bytes": 1}})
+        after = results()
+    finally:
+        runtime.use_tuning()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_bad_arguments():
     weight, x = banded(4, 16, 27), images((1, 3, 8, 8))
     conv = torch.ops.askew.packed_bands_conv
@@ -205,6 +255,89 @@ def test_short_filters_stay_unpacked():
         assert torch.equal(layer(x), layer.to_float()(x))
     assert not [k for k in layer.state_dict() if "unpacked" in k]
     assert "_unpacked" not in vars(ak.nn.unpack_(nn.Sequential(layer))[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 0}, {"bias": False, "dilation": 2}])
+@torch.no_grad()
+def test_a_filter_for_each_channel_of_a_layer(options, monkeypatch):
+    """Channels last: the operator's own product, as near as float32 is; what it has not is torch's."""
+    layer = packed(nn.Conv2d(24, 24, 3, groups=24, **{"padding": 1, **options}), bits=8)
+    x = torch.randn(2, 24, 9, 10, generator=torch.Generator().manual_seed(3))
+    last, calls = x.to(memory_format=torch.channels_last), []
+    operator = torch.ops.askew.packed_depthwise.default
+    monkeypatch.setattr(torch.ops.askew.packed_depthwise, "default", lambda *a: (calls.append(1), operator(*a))[1])
+    y, exact = layer(last), layer.to_float()(last)
+    assert len(calls) == 1 and y.shape == exact.shape and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(layer(last), y) and layer.unpacked_bytes == 24 * 9 * 4
+    layer.weight_scale.mul_(2)
+    torch.testing.assert_close(layer(last), layer.to_float()(last), rtol=1e-5, atol=1e-5)
+    calls.clear()
+    for given in (x, last.bfloat16()):
+        assert torch.equal(layer(given), copy.deepcopy(layer).to_float().to(given.dtype)(given))
+    with torch.enable_grad():
+        leaf = last.clone().requires_grad_()
+        layer(leaf).sum().backward()
+    assert leaf.grad is not None
+    with runtime.use_backend("reference"):
+        assert torch.equal(layer(last), layer.to_float()(last))
+    layer.set_activations("float")
+    assert torch.equal(layer(last), layer.to_float()(last)) and not calls
+
+
+CALLED = {"pixels": nn.Conv2d(16, 20, 1), "patches": nn.Conv2d(16, 20, 3, 2, 1, bias=False),
+          "reflected": nn.Conv2d(16, 20, 3, padding=1, padding_mode="reflect"),
+          "channels": nn.Conv2d(16, 16, 3, padding=1, groups=16)}  # fmt: skip
+
+
+def changes(layer):
+    def exchanged(name, value):
+        return lambda: setattr(layer, name, value)
+
+    other = packed(nn.Conv2d(16, layer.out_channels, layer.kernel_size, groups=layer.groups), bits=8)
+    yield lambda: layer.weight_scale.mul_(2)
+    yield lambda: layer.weight_codes.copy_(other.weight_codes)
+    yield exchanged("weight_codes", other.weight_codes)
+    yield exchanged("bias", nn.Parameter(torch.ones(layer.out_channels)))
+    yield exchanged("stride", (2, 3))
+    yield exchanged("dilation", (2, 1))
+    yield exchanged("_reversed_padding_repeated_twice", [2, 1, 0, 3])
+    yield lambda: layer.set_activations("float")
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("name", CALLED)
+@torch.no_grad()
+def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
+    format = torch.channels_last if last else torch.contiguous_format
+    g = torch.Generator().manual_seed(11)
+    layer, x = packed(CALLED[name], bits=8), torch.randn(2, 16, 9, 10, generator=g).contiguous(memory_format=format)
+    first = layer(x)
+    called = name != "reflected" and (last or name != "channels")
+    assert (layer._call is not None) == called and (not called or torch.equal(layer._call.product_of(layer, x), first))
+    assert torch.equal(layer(x.clone()), first) and layer(x).stride() == first.stride()
+
+    def same_as_fresh(*inputs):
+        for given in inputs:
+            y, new = layer(given), copy.deepcopy(layer)
+            assert new._call is None
+            expected = new(given)
+            assert torch.equal(y, expected) and y.dtype == expected.dtype and y.stride() == expected.stride()
+
+    turned = x.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+    same_as_fresh(turned, x, x[:1], x[:, :, :7], x.bfloat16(), x[0], x, x[:0], x.transpose(2, 3))
+    for change in changes(layer):
+        layer(x)
+        change()
+        same_as_fresh(x)
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_()
+        layer(leaf).sum().backward()
+    assert leaf.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises((RuntimeError, ValueError)):
+        layer(x[:, :5])
 
 
 def test_what_stays_unpacked_takes_gradients():

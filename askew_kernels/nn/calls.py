@@ -47,6 +47,29 @@ class Call:
 
     def product_of(self, layer: Any, x: Any) -> Tensor | None:
         """``layer``'s product with ``x``, or None where an answer may have changed."""
+        if (held := self._asked(layer, x)) is None or not x.dim() or x.shape[-1] != self.cols:
+            return None
+        scale, bias = held
+        if self.banded:
+            kept = layer._bands.kept(layer) if layer.repack else None
+            if kept is None:
+                return None
+            codes, scale = kept
+        else:
+            codes = layer._buffers.get(NAME)
+            if type(codes) is not Tensor or scale.dtype is not torch.float32:
+                return None
+        below = _BelowAutograd()  # no `with`, which takes twice as long
+        try:
+            if x.dim() == 2:
+                return self.product(x, codes, scale, *self.rest, bias)
+            y = self.product(x.reshape(-1, self.cols), codes, scale, *self.rest, bias)
+            return y.view(*x.shape[:-1], self.outputs)
+        finally:
+            del below
+
+    def _asked(self, layer: Any, x: Any) -> tuple[Any, Any] | None:
+        """(scale, bias) as they stand, None where an answer may have changed."""
         state, dtype = layer.__dict__, self.dtype
         if type(x) is not Tensor or x.dtype is not dtype or not x.is_cpu or x.is_nested:
             return None
@@ -59,22 +82,65 @@ class Call:
             return None
         if _records() and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if not x.dim() or x.shape[-1] != self.cols:
+        return scale, bias
+
+
+POINTS = [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]  # the geometry whose patches are pixels
+
+
+def channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolved(x: Tensor, weight: tuple[Any, ...], geometry: list[int], last: bool, bias: Tensor | None) -> Tensor:
+    """The convolution of images with (bands, scale, grid, bits, rows), in their memory format; below autograd."""
+    operators = torch.ops.askew
+    if not last:
+        return operators.packed_bands_conv.default(x, *weight, geometry, False, bias)
+    x = x.permute(0, 2, 3, 1)
+    if geometry == POINTS:  # pixels are rows as they stand
+        y = operators.packed_bands_linear.default(x.reshape(-1, x.shape[3]), *weight, bias)
+        y = y.view(*x.shape[:3], y.shape[1])
+    else:
+        y = operators.packed_bands_conv.default(x, *weight, geometry, True, bias)
+    return y.permute(0, 3, 1, 2)
+
+
+def convolved_by_channel(x: Tensor, taps: Tensor, geometry: list[int], bias: Tensor | None) -> Tensor:
+    """The same of images that are channels last with a filter for each channel, (kernel, channels)."""
+    y = torch.ops.askew.packed_depthwise.default(x.permute(0, 2, 3, 1), taps, geometry, bias)
+    return y.permute(0, 3, 1, 2)
+
+
+class ConvolutionCall(Call):
+    """The same of a convolution: images of the sizes and in the memory format of the last call, whose weight is in
+    bands, or taps where each channel has a filter."""
+
+    __slots__ = ("attributes", "geometry", "last", "size")
+
+    def __init__(self, layer: Any, x: Tensor, rest: Any, geometry: list[int]) -> None:
+        super().__init__(layer, x, convolved, rest, True)
+        self.geometry, self.last, self.size = geometry, channels_last(x), x.shape
+        self.attributes = self._attributes(layer)
+
+    @staticmethod
+    def _attributes(layer: Any) -> tuple[Any, ...]:
+        return layer.stride, layer.dilation, layer._reversed_padding_repeated_twice, layer.padding_mode
+
+    def product_of(self, layer: Any, x: Any) -> Tensor | None:
+        if (held := self._asked(layer, x)) is None or x.shape != self.size or channels_last(x) is not self.last:
             return None
-        if self.banded:
-            kept = layer._bands.kept(layer) if layer.repack else None
-            if kept is None:
-                return None
-            codes, scale = kept
-        else:
-            codes = state["_buffers"].get(NAME)
-            if type(codes) is not Tensor or scale.dtype is not torch.float32:
-                return None
-        below = _BelowAutograd()  # no `with`, which takes twice as long
+        if self._attributes(layer) != self.attributes:
+            return None
+        bias = held[1]
+        by_channel = self.rest is None
+        kept = layer._unpacked.taps(layer) if by_channel else layer._bands.kept(layer) if layer.repack else None
+        if kept is None:
+            return None
+        below = _BelowAutograd()
         try:
-            if x.dim() == 2:
-                return self.product(x, codes, scale, *self.rest, bias)
-            y = self.product(x.reshape(-1, self.cols), codes, scale, *self.rest, bias)
-            return y.view(*x.shape[:-1], self.outputs)
+            if by_channel:
+                return convolved_by_channel(x, kept, self.geometry, bias)
+            return convolved(x, (*kept, *self.rest), self.geometry, self.last, bias)
         finally:
             del below

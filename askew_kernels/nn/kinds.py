@@ -9,7 +9,7 @@ import fnmatch
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from .. import ops, runtime
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
 from .attention import OUT_PROJECTION, AskewInProjection, InProjection, PackedInProjection, projected
+from .calls import Call, ConvolutionCall, channels_last, convolved, convolved_by_channel
 from .experts import (
     AskewExperts,
     AskewTransposedExperts,
@@ -262,6 +263,16 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return layer._conv_forward(x, weight, bias)
 
 
+def _geometry(conv: Any, around: Sequence[int]) -> list[int]:
+    """What the operators call so; around: zeros left, right, above and below. A signal is a line."""
+    kernel, stride, dilation = ((1, *n)[-2:] for n in (conv.kernel_size, conv.stride, conv.dilation))
+    return [*kernel, *stride, *dilation, around[2], around[0], around[3], around[1]]
+
+
+def _padded(x: Tensor, around: Sequence[int], mode: str) -> Tensor:
+    return functional.pad(x, around, mode).to(x.dtype)  # autocast makes some modes float32
+
+
 class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
@@ -270,7 +281,8 @@ class _PackedConvolution(PackedLayer):
     each output position is a row of x, its patch. Where patches are rounded to int8 they are read from the image as
     they are multiplied; else no more than ``PATCHES`` numbers of them stand in memory.
     Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
-    filters in groups stays unpacked (``unpacked``).
+    filters in groups stays unpacked (``unpacked``), and with ``activations="int8"`` a filter for each channel is
+    multiplied in float32 by a kernel of this package where images are float32 and channels last.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -284,6 +296,10 @@ class _PackedConvolution(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x, conv = input, self  # type: Tensor, Any
+        if not torch.compiler.is_compiling() and type(call := self._call) is ConvolutionCall:
+            y = call.product_of(self, x)
+            if y is not None:
+                return y
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
@@ -299,7 +315,27 @@ class _PackedConvolution(PackedLayer):
                 banded = self._banded(batch, bias, torch.compiler.is_compiling())
                 y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
                 return y[0] if unbatched else y
-        return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias)
+        y = self._channel_by_channel(x, bias) if self.activations == "int8" and conv.groups > 1 else None
+        return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias) if y is None else y
+
+    def _channel_by_channel(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The convolution of float32 images, channels last, with a filter for each channel; None: of another kind, or
+        one that torch has to make."""
+        conv: Any = self
+        if not (conv.in_channels == conv.out_channels == conv.groups and x.is_cpu and x.dtype == torch.float32):
+            return None
+        if x.dim() != 4 or x.shape[1] != conv.groups or conv.padding_mode != "zeros" or self._records(bias):
+            return None
+        if not channels_last(x) or not runtime.compiled_for(x):
+            return None
+        if not (self._reads_codes(x, 1) and all(n > 0 for n in self._positions(x))):
+            return None
+        if torch.compiler.is_compiling() or (taps := self._unpacked.taps(self)) is None:
+            return None
+        geometry = _geometry(conv, conv._reversed_padding_repeated_twice)
+        if Call.can_be_made(self, x, bias):
+            self._call = ConvolutionCall(self, x, None, geometry)
+        return unrecorded(convolved_by_channel, x, taps, geometry, bias)
 
     def _positions(self, x: Tensor) -> list[int]:
         """Sizes of the output."""
@@ -313,21 +349,15 @@ class _PackedConvolution(PackedLayer):
         """Patches are rounded to int8 as they are read from the image. A signal of one dimension is a line of one."""
         conv, grid = self, self.config.weight  # type: Any, Any
         around = conv._reversed_padding_repeated_twice
+        as_given = x.dim() == 4
         if conv.padding_mode != "zeros" and any(around):
-            x, around = functional.pad(x, around, conv.padding_mode), [0] * len(around)
+            x, around, as_given = _padded(x, around, conv.padding_mode), [0] * len(around), False
         if signal := x.dim() == 3:
             x, around = x[:, :, None], [*around, 0, 0]
-        kernel, stride, dilation = ((1, *n)[-2:] for n in (conv.kernel_size, conv.stride, conv.dilation))
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        x = x.permute(0, 2, 3, 1) if last else x
-        weight = (bands, scale, grid.encoding, self.bits, self.rows)
-        if last and (kernel, stride) == ((1, 1), (1, 1)) and not any(around):  # pixels are rows as they stand
-            linear = torch.ops.askew.packed_bands_linear.default
-            y = unrecorded(linear, x.reshape(-1, self.cols), *weight, bias).reshape(*x.shape[:3], self.rows)
-        else:
-            geometry = [*kernel, *stride, *dilation, around[2], around[0], around[3], around[1]]
-            y = unrecorded(torch.ops.askew.packed_bands_conv.default, x, *weight, geometry, last, bias)
-        y = y.permute(0, 3, 1, 2) if last else y
+        geometry, rest = _geometry(conv, around), (grid.encoding, self.bits, self.rows)
+        if as_given and not torch.compiler.is_compiling() and Call.can_be_made(self, x, bias):
+            self._call = ConvolutionCall(self, x, rest, geometry)
+        y = unrecorded(convolved, x, (bands, scale, *rest), geometry, channels_last(x), bias)
         return y[:, :, 0] if signal else y
 
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
@@ -336,7 +366,7 @@ class _PackedConvolution(PackedLayer):
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         if any(conv._reversed_padding_repeated_twice):
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x = functional.pad(x, conv._reversed_padding_repeated_twice, mode)
+            x = _padded(x, conv._reversed_padding_repeated_twice, mode)
         images, signal = x.shape[0], x.dim() == 3
         x = x[..., None] if signal else x
         kernel, dilation, stride = ((*n, 1)[:2] for n in (conv.kernel_size, conv.dilation, conv.stride))

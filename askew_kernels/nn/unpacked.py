@@ -17,7 +17,8 @@ LONGEST = 64  # weights of a filter that is kept
 
 
 class Unpacked:
-    """``of(layer, dtype)``: the weight in ``dtype``; ``bytes``: the memory of what is kept."""
+    """``of(layer, dtype)``: the weight in ``dtype``; ``taps(layer)``: that of a filter for each channel in float32 as
+    (kernel, channels), None where it cannot be kept. ``bytes``: the memory of what is kept."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, ...] | None = None
@@ -33,14 +34,23 @@ class Unpacked:
         return 0 if self._kept is None else self._kept[-1].nbytes
 
     def of(self, layer: Any, dtype: torch.dtype) -> Tensor:
+        recorded = torch.is_grad_enabled() and layer._buffers["weight_scale"].requires_grad
+        kept = None if layer.groups == 1 or layer.cols > LONGEST or recorded else self._held(layer, dtype, False)
+        return layer.dequantize(dtype) if kept is None else kept
+
+    def taps(self, layer: Any) -> Tensor | None:
+        return None if layer.cols > LONGEST else self._held(layer, torch.float32, True)
+
+    def _held(self, layer: Any, dtype: torch.dtype, taps: bool) -> Tensor | None:
         codes, scale = layer._buffers["weight_codes"], layer._buffers["weight_scale"]
-        recorded = torch.is_grad_enabled() and scale.requires_grad
-        if layer.groups == 1 or layer.cols > LONGEST or recorded or not self._can_be_kept(codes):
-            return layer.dequantize(dtype)
-        kept, now = self._kept, (dtype, state_of(codes), state_of(scale))
+        if not self._can_be_kept(codes):
+            return None
+        kept, now = self._kept, (dtype, taps, state_of(codes), state_of(scale))
         if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != now:
             with torch.no_grad():
-                kept = self._kept = codes, scale, now, layer.dequantize(dtype)
+                weight = layer.dequantize(dtype)
+                weight = weight.flatten(1).t().contiguous() if taps else weight
+                kept = self._kept = codes, scale, now, weight
         return kept[3]
 
     @staticmethod

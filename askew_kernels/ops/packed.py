@@ -237,6 +237,12 @@ define("packed_bands_conv",
            * math.prod(conv_size(x[1:3] if channels_last else x[2:], geometry))))  # fmt: skip
 
 
+define("packed_depthwise", "(Tensor x, Tensor taps, int[] geometry, Tensor? bias) -> Tensor",
+       fake=lambda x, taps, geometry, _bias: x.new_empty((x.shape[0], *conv_size(x.shape[1:3], geometry), x.shape[3])),
+       flops=lambda x, taps, geometry, *_args, **_kwargs: (
+           2 * x[0] * x[3] * taps[0] * math.prod(conv_size(x[1:3], geometry))))  # fmt: skip
+
+
 def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
     """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight."""
     check_grid(grid)

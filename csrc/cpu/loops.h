@@ -57,14 +57,17 @@ struct BandInput {
   const int8_t* q;         // in blocks of tokens (packed_bands.inl)
   const float* scale;      // (batch)
   const int32_t* offsets;  // (batch, groups): lo times the sum of q over a group
+  bool past_caches;        // results are stored with non-temporal stores, whole lines; a fence belongs behind them
 };
 
-// Patches of an image that are quantized together, one a lane; offsets: of their columns, the same for each.
+// Patches of an image that are quantized together, one a lane; offsets: of their columns, the same for each, channel by
+// channel. peaks: a plane with the largest magnitude of each pixel's channels, so that a patch's own is that of
+// `peak_columns` numbers there; or the image itself, and all columns.
 constexpr int kMostPatches = 16;
 struct Patches {
-  const float* image;
+  const float *image, *peaks;
   const int32_t* offsets;
-  int64_t at[kMostPatches];
+  int64_t at[kMostPatches], peak_at[kMostPatches], peak_columns;
 };
 
 // A panel of outputs of a product of levels, laid out, and what its tiles need beside it.
@@ -75,6 +78,14 @@ struct LevelPanel {
   const float *scale, *bias;  // of all outputs, padded; bias may be null
   int64_t first, stride;
   int lowest, span;  // of the weight's levels: the words hold level - lowest, at most span
+};
+
+// A line of a convolution with a filter for each channel; channels stand together, all in float32.
+struct DepthwiseLine {
+  const float* const* lines;  // kernel[0] of the input, from where the first filter begins; null: zeros
+  const float* bias;          // or null
+  int64_t channels, stride, dilation, kernel[2];
+  bool past_caches;  // as in BandInput
 };
 
 struct PackedLoops {
@@ -108,17 +119,17 @@ struct PackedLoops {
 
   // Codes of a row as bytes, padded with zeros to a multiple of 64.
   void (*unpack)(const PackedWeight&, int64_t row, uint8_t* out);
-  // int8 activations times codes in bands. A block of tokens is the next `band_tokens` of those left; x: the first of
-  // `count` of a block, q: where the block's stand, of which this is the one at `place`.
+  // int8 activations times codes in bands. A block of tokens is the next `band_tokens` of those left; rows: where each
+  // of them begins, q: where the block stands. scratch: a byte for each column.
   int64_t (*band_tokens)(int64_t left);
-  void (*quantize_band)(const BandsArg&, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
+  void (*quantize_rows)(const BandsArg&, const float* const* rows, int64_t count, int8_t* q, float* scale,
                         int32_t* offsets, int8_t* scratch);
-  // The same of `block_rows` rows that are a block; 0 where rows are quantized one by one. columns: scratch of their
-  // size.
-  int64_t block_rows;
-  void (*quantize_block)(const BandsArg&, const float* x, int8_t* q, float* scale, int32_t* offsets, float* columns);
-  // The same of the patches of a whole block.
+  // Numbers [begin, end) of a plane of peaks.
+  void (*channel_peaks)(const float* image, int64_t channels, int64_t plane, int64_t begin, int64_t end, float* peaks);
+  // As `quantize_rows`, of the patches of a block.
   void (*quantize_patches)(const BandsArg&, const Patches&, int count, int8_t* q, float* scale, int32_t* offsets);
+  // `count` positions of a line, (count, channels); taps: (kernel, channels).
+  void (*depthwise_line)(const DepthwiseLine&, const float* taps, int64_t count, float* y);
   // to[c to_stride + r] = from[r stride + c] for r < rows, c < cols.
   void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t cols, float* to, int64_t to_stride);
   void (*multiply_bands)(const BandsArg&, int64_t band0, int64_t band1, const BandInput&, int64_t token0,

@@ -81,9 +81,9 @@ Buffer acquire(int64_t bytes) {
 
 }  // namespace
 
-Tensor pooled_empty_like(const Tensor& like) {
-  const auto sizes = like.sizes();
-  const int64_t bytes = like.numel() * type_size(storage_type(like, "out"));
+Tensor pooled_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  int64_t bytes = type_size(storage_type(like, "out"));
+  for (int64_t size : sizes) bytes *= size;
   const Buffer b = bytes < tuning.pooled_bytes ? Buffer{} : acquire(bytes);  // below, malloc reuses its own memory
   if (!b.data) return torch::stable::new_empty(like, sizes);                 // or throws torch's out-of-memory error
   std::vector<int64_t> strides(sizes.size());

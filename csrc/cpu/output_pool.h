@@ -11,8 +11,8 @@
 
 namespace askew {
 
-// Uninitialised, contiguous, with the sizes and the type of `like`; from the pool where that pays.
-torch::stable::Tensor pooled_empty_like(const torch::stable::Tensor& like);
+// Uninitialised, contiguous, in the type of `like`; from the pool where that pays.
+torch::stable::Tensor pooled_empty(const torch::stable::Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes);
 
 // Uninitialised memory for the time of a call, from the pool as well.
 class KeptMemory {

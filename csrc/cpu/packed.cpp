@@ -17,9 +17,11 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
-constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
-constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
+constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while all rows pass
+// int8 inputs that are shared out, weights for that, and inputs that are rounded and multiplied together: the fewer,
+// the nearer to each other are the lines that are written.
+constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19, kTogether = 16;
+constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
 // Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
 constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
 
@@ -197,7 +199,7 @@ void multiply_panels(const Product& p) {
   if (!as_it_is) p.loops.load(p.x, p.batch * w.cols, p.x_type, wide.get());
   const float* in = as_it_is ? static_cast<const float*>(p.x) : wide.get();
   const Tensor inputs = matrix(in, p.batch, w.cols, false);
-  const Tensor panel = pooled_empty_like(empty(inputs, {rows, w.cols}, ScalarType::Float));
+  const Tensor panel = OnCpu::empty(inputs, {rows, w.cols});
   float* decoded = static_cast<float*>(panel.data_ptr());
   for (int64_t first = 0; first < w.n; first += rows) {
     const int64_t count = std::min(rows, w.n - first);
@@ -320,35 +322,29 @@ struct BlockedInputs {
   Scratch<int8_t> q;
   Scratch<float> scales;
   Scratch<int32_t> offsets;
+  const bool past_caches;
   BlockedInputs(const Product& p, const BandsArg& w, int64_t count)
-      : p(p), w(w), q(count * band_width(w)), scales(count), offsets(count * w.groups) {}
+      : p(p),
+        w(w),
+        q(count * band_width(w)),
+        scales(count),
+        offsets(count * w.groups),
+        past_caches(goes_past_caches(p.out(), p.batch, w.n)) {}
 
   // Tokens [begin, end), of which `first` is the first here; whole blocks, but for the last ones.
-  void quantize(int64_t begin, int64_t end, int64_t first) const {
+  void quantize(int64_t begin, int64_t end, int64_t first, const RowRoom& room) const {
     const PackedLoops& l = p.loops;
-    const int64_t width = band_width(w), block = l.block_rows;
-    Scratch<float> wide(p.x_type == kFloat32 ? 0 : std::max<int64_t>(block, 1) * w.cols + kPadding);
-    Scratch<float> columns(block * w.cols);
-    Scratch<int8_t> plain(w.cols);
+    const float* rows[kMostPatches];
     for (int64_t t = begin, count; t < end; t += count) {
       count = l.band_tokens(end - t);
-      int8_t* const to = q.get() + (t - first) * width;
-      float* const scale = scales.get() + t - first;
-      int32_t* const offset = offsets.get() + (t - first) * w.groups;
-      if (count == block) {
-        const char* const rows = static_cast<const char*>(p.x) + t * w.cols * type_size(p.x_type);
-        if (p.x_type != kFloat32) l.load(rows, block * w.cols, p.x_type, wide.get());
-        l.quantize_block(w, p.x_type == kFloat32 ? reinterpret_cast<const float*>(rows) : wide.get(), to, scale, offset,
-                         columns.get());
-      } else {
-        for (int64_t i = 0; i < count; ++i)
-          l.quantize_band(w, p.input(t + i, wide.get()), to, count, i, scale + i, offset + i * w.groups, plain.get());
-      }
+      for (int64_t i = 0; i < count; ++i) rows[i] = p.input(t + i, room.wide.get() + i * w.cols);
+      l.quantize_rows(w, rows, count, q.get() + (t - first) * band_width(w), scales.get() + t - first,
+                      offsets.get() + (t - first) * w.groups, room.bytes.get());
     }
   }
   // Products of these tokens with bands [band0, band1), into y (tokens, n).
   void multiply(int64_t band0, int64_t band1, int64_t tokens, float* y) const {
-    const BandInput input{q.get(), scales.get(), offsets.get()};
+    const BandInput input{q.get(), scales.get(), offsets.get(), past_caches};
     for (int64_t t = 0; t < tokens; t += kTokens)
       p.loops.multiply_bands(w, band0, band1, input, t, std::min(t + kTokens, tokens), p.bias(), y);
   }
@@ -357,20 +353,25 @@ struct BlockedInputs {
 void multiply_bands(const Product& p, const BandsArg& w) {
   const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
   if (p.batch >= kManyRows && bands * kBandRows * w.cols <= kSmallWeight) {  // what stays in a core's L2 cache
-    for_rows(p.batch, kTokens, w.n * w.cols, [&](int64_t begin, int64_t end) {
-      const BlockedInputs inputs(p, w, kTokens);
-      for (int64_t t = begin; t < end; t += kTokens) {
-        const int64_t count = std::min(kTokens, end - t);
-        inputs.quantize(t, t + count, t);
+    for_rows(p.batch, kTogether, w.n * w.cols, [&](int64_t begin, int64_t end) {
+      const BlockedInputs inputs(p, w, kTogether);
+      const RowRoom room(w.cols, p.x_type);
+      for (int64_t t = begin; t < end; t += kTogether) {
+        const int64_t count = std::min(kTogether, end - t);
+        inputs.quantize(t, t + count, t, room);
         inputs.multiply(0, bands, count, p.out() + t * w.n);
       }
+      if (inputs.past_caches) finish_stores();
     });
     return;
   }
   const BlockedInputs inputs(p, w, p.batch);
-  for_rows(p.batch, kMostPatches, 4 * w.cols, [&](int64_t begin, int64_t end) { inputs.quantize(begin, end, 0); });
-  for_rows(bands, 1, kBandRows * w.cols * p.batch,
-           [&](int64_t begin, int64_t end) { inputs.multiply(begin, end, p.batch, p.out()); });
+  for_rows(p.batch, kMostPatches, 4 * w.cols,
+           [&](int64_t begin, int64_t end) { inputs.quantize(begin, end, 0, RowRoom(w.cols, p.x_type)); });
+  for_rows(bands, 1, kBandRows * w.cols * p.batch, [&](int64_t begin, int64_t end) {
+    inputs.multiply(begin, end, p.batch, p.out());
+    if (inputs.past_caches) finish_stores();
+  });
 }
 
 // Four columns of a block's row, one byte each, and the bits of them that stand in one plane of words.
@@ -532,6 +533,7 @@ struct Device : OnCpu {
     p.finish();
   }
   void bands_conv(const ConvArg& a, const BandsArg& w) const { convolve_bands(a, w); }
+  void depthwise(const ConvArg& a, const float* taps) const { convolve_depthwise(a, taps); }
   void linear_int8(const LinearArg& a) const {
     const Product p(a);
     multiply_int8(p);

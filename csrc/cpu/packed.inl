@@ -323,7 +323,9 @@ ASKEW_FN vf scales_of(const LaneScales& s, const float* p, int64_t left) {
 #include "packed_float.inl"
 #include "packed_int8.inl"
 #include "packed_bands.inl"
+#include "packed_rows.inl"
 #include "packed_conv.inl"
+#include "depthwise.inl"
 #include "level_product.inl"
 #include "packed_panels.inl"
 
@@ -333,12 +335,12 @@ constexpr decltype(PackedLoops::tables_width) tables_width = nullptr;
 constexpr decltype(PackedLoops::make_tables) make_tables = nullptr;
 constexpr decltype(PackedLoops::multiply_tables) multiply_tables = nullptr;
 #endif
-extern const PackedLoops packed = {decode,          store,          load,          width,          arrange,
-                                   scratch,         multiply,       tables_width,  make_tables,    multiply_tables,
-                                   int8_width,      quantize,       int8_scratch,  multiply_int8,  unpack_codes,
-                                   band_tokens,     quantize_band,  kBlockRows,    quantize_block, quantize_patches,
-                                   transpose,       multiply_bands, kPanelOutputs, level_range,    lay_out_panel,
-                                   multiply_levels, sum_levels};
+extern const PackedLoops packed = {
+    decode,           store,           load,         width,           arrange,       scratch,
+    multiply,         tables_width,    make_tables,  multiply_tables, int8_width,    quantize,
+    int8_scratch,     multiply_int8,   unpack_codes, band_tokens,     quantize_rows, channel_peaks,
+    quantize_patches, depthwise_line,  transpose,    multiply_bands,  kPanelOutputs, level_range,
+    lay_out_panel,    multiply_levels, sum_levels};
 #endif
 
 }  // namespace ASKEW_ISA

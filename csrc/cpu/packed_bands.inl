@@ -180,6 +180,22 @@ struct BandSums {
   }
 };
 
+ASKEW_FN void store_whole(float* to, vf v, [[maybe_unused]] bool past_caches) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  if (past_caches) return _mm512_stream_ps(to, (__m512)v);
+#endif
+  Floats::store(to, v);
+}
+
+// The first `count` lanes.
+ASKEW_FN void store_first(float* to, vf v, int count) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  _mm512_mask_storeu_ps(to, (__mmask16)((1u << count) - 1), (__m512)v);
+#else
+  __builtin_memcpy(to, &v, count * sizeof(float));
+#endif
+}
+
 template <int BITS, int B>
 __attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band, const BandInput& x, int64_t token,
                                                 const float* bias, float* y) {
@@ -189,27 +205,41 @@ __attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band,
     const int64_t row = band * kBandRows + lane, rows = w.n - row < ASKEW_LANES ? w.n - row : ASKEW_LANES;
     if (rows <= 0) break;
     const uint8_t* p = w.codes + band * groups * blocks * Tile::kBytes + 4 * lane;
-    const int8_t* q = x.q + token * band_width(w);
+    const int8_t* q = x.q + token * groups * blocks * (4 * Tile::kVectors);  // band_width, without its division
     const float* scale = w.scale + band * groups * kBandRows + lane;
-    vf total[B];
-    ASKEW_EACH (b, B) total[b] = vf{};
-    asm("" : "+m"(total));
+    vf total[B], added = vf{};
+    if (bias && rows == ASKEW_LANES)
+      added = Floats::load(bias + row);
+    else if (bias)
+      __builtin_memcpy(&added, bias + row, rows * sizeof(float));
+    float by[B];
+    ASKEW_EACH (b, B) by[b] = w.step * x.scale[token + b];
+    asm("" : "+m"(by));
+    const auto write = [&](int b, vf sum) __attribute__((always_inline)) {
+      const vf out = sum * by[b] + added;
+      float* const to = y + (token + b) * w.n + row;
+      if (rows == ASKEW_LANES)
+        store_whole(to, out, x.past_caches);
+      else
+        store_first(to, out, (int)rows);
+    };
     for (int64_t g = 0; g < groups; ++g, p += blocks * Tile::kBytes, q += blocks * Tile::kInputs) {
       Tile tile;
       tile.over(p, q, blocks, x.offsets + token * groups + g, groups);
-      asm("" : "+m"(total));  // the totals stay in memory, the sums in registers
       const vf s = Floats::load(scale + g * kBandRows);
-      ASKEW_EACH (b, B) total[b] = multiply_add(__builtin_convertvector(tile.sum[b], vf), s, total[b]);
-    }
-    vf added = vf{};
-    if (bias) __builtin_memcpy(&added, bias + row, rows * sizeof(float));
-    float* to = y + token * w.n + row;
-    ASKEW_EACH (b, B) {
-      const vf out = total[b] * (w.step * x.scale[token + b]) + added;
-      if (rows == ASKEW_LANES)
-        Floats::store(to + b * w.n, out);
-      else
-        __builtin_memcpy(to + b * w.n, &out, rows * sizeof(float));
+      const auto scaled = [&](int b, vf sum) __attribute__((always_inline)) {
+        return multiply_add(__builtin_convertvector(tile.sum[b], vf), s, sum);
+      };
+      if (groups == 1) {
+        ASKEW_EACH (b, B) write(b, scaled(b, vf{}));
+        break;
+      }
+      if (g == 0)
+        ASKEW_EACH (b, B) total[b] = vf{};
+      asm("" : "+m"(total));  // the totals stay in memory, the sums in registers
+      ASKEW_EACH (b, B) total[b] = scaled(b, total[b]);
+      if (g + 1 == groups)
+        ASKEW_EACH (b, B) write(b, total[b]);
     }
   }
 }
@@ -220,26 +250,6 @@ static int64_t band_tokens(int64_t left) {
   int64_t count = kBandTokens;
   while (count > left) count /= 2;
   return count;
-}
-
-static void quantize_band(const BandsArg& w, const float* x, int8_t* q, int64_t count, int64_t place, float* scale,
-                          int32_t* offsets, int8_t* scratch) {
-  const int64_t length = w.cols / w.groups, width = band_width(w) / w.groups;
-  quantize_token(x, w.cols, w.cols, scratch, scale);
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int8_t* from = scratch + g * length;
-    int8_t* to = q + (g * width * count + place * 4);
-    int32_t sum = 0;
-    for (int64_t c = 0; c < length; ++c) sum += from[c];
-    offsets[g] = sum * w.lo;
-    int64_t c = 0;
-    for (; c + 4 <= length; c += 4) __builtin_memcpy(to + c * count, from + c, 4);
-    for (; c < width; c += 4) {
-      int8_t four[4] = {};
-      for (int i = 0; i < 4 && c + i < length; ++i) four[i] = from[c + i];
-      __builtin_memcpy(to + c * count, four, 4);
-    }
-  }
 }
 
 template <int BITS>

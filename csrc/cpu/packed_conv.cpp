@@ -37,6 +37,7 @@ class Convolution {
   Convolution(const ConvArg& a, const BandsArg& w)
       : a_(a), w_(w), at_(a), positions_(a.out[0] * a.out[1]), offsets_(w.cols), bias_(a.bias ? w.n : 0) {
     if (a.bias) loops_.load(a.bias, w.n, a.type, bias_.get());
+    if (pixels()) return;
     int32_t* to = offsets_.get();
     for (int64_t c = 0; c < a.channels; ++c)
       for (int64_t i = 0; i < a.kernel[0]; ++i)
@@ -45,9 +46,11 @@ class Convolution {
   }
 
   void run() const {
+    if (pixels()) return multiply(nullptr, nullptr, 0, a_.images * positions_);
     const int64_t size = a_.channels * at_.plane;
     const int64_t together = at_.in_place ? a_.images : std::max<int64_t>(1, kImages / std::max<int64_t>(size, 1));
     Scratch<float> laid_out(at_.in_place ? 0 : std::min(together, a_.images) * size);
+    Scratch<float> peaks(shares_peaks() ? std::min(together, a_.images) * at_.plane : 0);
     for (int64_t first = 0; first < a_.images; first += together) {
       const int64_t count = std::min(together, a_.images - first);
       const float* images = static_cast<const float*>(a_.x);
@@ -55,7 +58,8 @@ class Convolution {
         lay_out(first, count, laid_out.get());
         images = laid_out.get();
       }
-      multiply(images, first * positions_, count * positions_);
+      if (shares_peaks()) find_peaks(images, count, peaks.get());
+      multiply(images, peaks.get(), first * positions_, count * positions_);
     }
   }
 
@@ -127,6 +131,21 @@ class Convolution {
     return false;
   }
 
+  // Whether patches share so many pixels that their channels' largest magnitudes are found once for all.
+  bool shares_peaks() const { return a_.channels > 1 && a_.kernel[0] * a_.kernel[1] > a_.stride[0] * a_.stride[1]; }
+
+  void find_peaks(const float* images, int64_t count, float* peaks) const {
+    constexpr int64_t kPiece = 1024;
+    const int64_t pieces = (at_.plane + kPiece - 1) / kPiece;
+    for_rows(count * pieces, 1, kPiece * a_.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t image = p / pieces, from = p % pieces * kPiece;
+        loops_.channel_peaks(images + image * a_.channels * at_.plane, a_.channels, at_.plane, from,
+                             std::min(from + kPiece, at_.plane), peaks + image * at_.plane);
+      }
+    });
+  }
+
   // ---- products ----
 
   // Quantized patches of `count` positions.
@@ -135,17 +154,55 @@ class Convolution {
     Scratch<float> scale;
     Scratch<int32_t> offsets;
     Quantized(const BandsArg& w, int64_t count) : q(count * band_width(w)), scale(count), offsets(count * w.groups) {}
-    BandInput input() const { return {q.get(), scale.get(), offsets.get()}; }
+    BandInput input(bool past_caches) const { return {q.get(), scale.get(), offsets.get(), past_caches}; }
   };
 
+  // Whether patches are pixels of the input whose channels stand together: rows, wherever a stride puts them.
+  bool pixels() const {
+    const auto inside = [&](int d) {
+      return a_.kernel[d] == 1 && !a_.before[d] && (a_.out[d] - 1) * a_.stride[d] < a_.in[d];
+    };
+    return a_.channels_last && inside(0) && inside(1);
+  }
+
+  RowRoom room() const { return pixels() ? RowRoom(a_.channels, a_.type) : RowRoom(0, kFloat32); }
+
+  void quantize_pixels(int64_t begin, int64_t end, int64_t first, const Quantized& to, const RowRoom& room) const {
+    const float* rows[kMostPatches];
+    for (int64_t t = begin, count; t < end; t += count) {
+      count = loops_.band_tokens(end - t);
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t line = (t + l) / a_.out[1], place = (t + l) % a_.out[1] * a_.stride[1];
+        const char* const pixel =
+            source(line / a_.out[0], 0, line % a_.out[0] * a_.stride[0]) + place * a_.channels * type_size(a_.type);
+        rows[l] = reinterpret_cast<const float*>(pixel);
+        if (a_.type == kFloat32) continue;
+        float* const wide = room.wide.get() + l * a_.channels;
+        loops_.load(pixel, a_.channels, a_.type, wide);
+        rows[l] = wide;
+      }
+      const int64_t i = t - first;
+      loops_.quantize_rows(w_, rows, count, to.q.get() + i * band_width(w_), to.scale.get() + i,
+                           to.offsets.get() + i * w_.groups, room.bytes.get());
+    }
+  }
+
   // Positions [begin, end) of these images; `first` is where they begin in `to`.
-  void quantize(const float* images, int64_t begin, int64_t end, int64_t first, const Quantized& to) const {
-    Patches p{images, offsets_.get(), {}};
+  void quantize(const float* images, const float* peaks, int64_t begin, int64_t end, int64_t first, const Quantized& to,
+                const RowRoom& room) const {
+    if (pixels()) return quantize_pixels(begin, end, first, to, room);
+    Patches p{};
+    p.image = p.peaks = images;
+    p.offsets = offsets_.get();
+    p.peak_columns = w_.cols;
+    if (shares_peaks()) p.peaks = peaks, p.peak_columns = a_.kernel[0] * a_.kernel[1];
     for (int64_t t = begin, count; t < end; t += count) {
       count = loops_.band_tokens(end - t);
       for (int64_t l = 0; l < count; ++l) {
         const int64_t image = (t + l) / positions_, place = (t + l) % positions_;
-        p.at[l] = image * a_.channels * at_.plane + place / a_.out[1] * a_.stride[0] * at_.line + place % a_.out[1];
+        const int64_t in_plane = place / a_.out[1] * a_.stride[0] * at_.line + place % a_.out[1];
+        p.at[l] = image * a_.channels * at_.plane + in_plane;
+        p.peak_at[l] = shares_peaks() ? image * at_.plane + in_plane : p.at[l];
       }
       const int64_t i = t - first;
       loops_.quantize_patches(w_, p, (int)count, to.q.get() + i * band_width(w_), to.scale.get() + i,
@@ -153,31 +210,35 @@ class Convolution {
     }
   }
 
-  void multiply(const float* images, int64_t first, int64_t count) const {
+  void multiply(const float* images, const float* peaks, int64_t first, int64_t count) const {
     const int64_t bands = (w_.n + kBandRows - 1) / kBandRows, chunks = (count + kChunk - 1) / kChunk;
     const float* bias = a_.bias ? bias_.get() : nullptr;
+    const bool past = direct() && goes_past_caches(static_cast<float*>(a_.y), a_.images * positions_, w_.n);
     if (chunks >= kFewChunks) {
       for_rows(chunks, 1, kChunk * w_.cols * w_.n, [&](int64_t begin, int64_t end) {
         const Quantized part(w_, kChunk);
+        const RowRoom room = this->room();
         Scratch<float> y(kChunk * w_.n);
         for (int64_t c = begin; c < end; ++c) {
           const int64_t from = c * kChunk, to = std::min(from + kChunk, count);
-          quantize(images, from, to, from, part);
+          quantize(images, peaks, from, to, from, part, room);
           float* const out = direct() ? static_cast<float*>(a_.y) + (first + from) * w_.n : y.get();
-          loops_.multiply_bands(w_, 0, bands, part.input(), 0, to - from, bias, out);
+          loops_.multiply_bands(w_, 0, bands, part.input(past), 0, to - from, bias, out);
           if (!direct()) write(out, first + from, to - from, 0, w_.n);
         }
+        if (past) finish_stores();
       });
       return;
     }
     const Quantized all(w_, count);
     Scratch<float> y(direct() ? 0 : count * w_.n);
     for_rows(count, kMostPatches, w_.cols * 4,
-             [&](int64_t begin, int64_t end) { quantize(images, begin, end, 0, all); });
+             [&](int64_t begin, int64_t end) { quantize(images, peaks, begin, end, 0, all, room()); });
     float* const out = direct() ? static_cast<float*>(a_.y) + first * w_.n : y.get();
     for_rows(bands, 1, kBandRows * w_.cols * count, [&](int64_t begin, int64_t end) {
-      loops_.multiply_bands(w_, begin, end, all.input(), 0, count, bias, out);
+      loops_.multiply_bands(w_, begin, end, all.input(past), 0, count, bias, out);
       if (!direct() && !a_.channels_last) write(out, first, count, begin * kBandRows, std::min(end * kBandRows, w_.n));
+      if (past) finish_stores();
     });
     if (!direct() && a_.channels_last) write(out, first, count, 0, w_.n);
   }

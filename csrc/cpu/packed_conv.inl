@@ -9,12 +9,6 @@ struct WholePatches {
   ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + offsets[c]); }
 };
 
-// Columns of rows that were transposed.
-struct TransposedRows {
-  const float* first;
-  ASKEW_INLINE vf column(int64_t c) const { return Floats::load(first + c * ASKEW_LANES); }
-};
-
 // Lanes of several lines, or fewer than a vector has; the others are 0.
 struct PatchRuns {
   int count;
@@ -47,14 +41,14 @@ struct PatchRuns {
 #endif
 };
 
-ASKEW_FN PatchRuns patch_runs(const Patches& p, int count) {
+ASKEW_FN PatchRuns patch_runs(const float* image, const int64_t* at, const int32_t* offsets, int count) {
   PatchRuns runs;
   runs.count = 0;
-  runs.offsets = p.offsets;
+  runs.offsets = offsets;
   for (int l = 0; l < count;) {
     int end = l + 1;
-    while (end < count && p.at[end] == p.at[end - 1] + 1) ++end;
-    runs.add(p.image + p.at[l], l, end - l);
+    while (end < count && at[end] == at[end - 1] + 1) ++end;
+    runs.add(image + at[l], l, end - l);
     l = end;
   }
   return runs;
@@ -66,52 +60,81 @@ ASKEW_FN vi larger_bits(vi most, vf v) {
   return bits > most ? bits : most;
 }
 
-template <class Source>
-static void quantize_from(const Source& source, const BandsArg& w, int count, int8_t* q, float* scale,
-                          int32_t* offsets) {
-  const Source from = source;  // a copy that the stores cannot change
-  const int64_t cols = w.cols, length = cols / w.groups, width = band_width(w) / w.groups;
-  vi most = vi{};
-  for (int64_t c = 0; c < cols; ++c) most = larger_bits(most, from.column(c));
-  vf inverse = vf{};
-  vi there = vi{};
-  for (int l = 0; l < count; ++l) {
-    float top;
-    const int32_t bits = most[l];
-    __builtin_memcpy(&top, &bits, 4);
-    const bool finite = bits < 0x7f800000;
-    const float by = finite && top > 0 ? (float)kInt8Top / top : 0.f;
-    scale[l] = finite ? top / (float)kInt8Top : __builtin_nanf("");
-    if (finite && by < __builtin_inff()) inverse[l] = by, there[l] = -1;
+static void channel_peaks(const float* image, int64_t channels, int64_t plane, int64_t begin, int64_t end,
+                          float* peaks) {
+  constexpr int kTogether = 4;  // vectors: whole lines of a channel
+  int64_t i = begin;
+  for (; i + kTogether * ASKEW_LANES <= end; i += kTogether * ASKEW_LANES) {
+    vi most[kTogether] = {};
+    for (int64_t c = 0; c < channels; ++c)
+      ASKEW_EACH (v, kTogether) most[v] = larger_bits(most[v], Floats::load(image + c * plane + i + v * ASKEW_LANES));
+    ASKEW_EACH (v, kTogether) Floats::store(peaks + i + v * ASKEW_LANES, (vf)most[v]);
   }
+  for (; i < end; ++i) {
+    uint32_t most = 0;
+    for (int64_t c = 0; c < channels; ++c) {
+      uint32_t bits;
+      __builtin_memcpy(&bits, image + c * plane + i, 4);
+      bits &= 0x7fffffffu;
+      most = bits > most ? bits : most;
+    }
+    __builtin_memcpy(peaks + i, &most, 4);
+  }
+}
+
+// The low bytes of four integers in one.
+ASKEW_FN vi low_bytes(vi a, vi b, vi c, vi d) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  const __m512i two = _mm512_mask_blend_epi8(0x2222222222222222, (__m512i)a, (__m512i)(b << 8));
+  const __m512i three = _mm512_mask_blend_epi8(0x4444444444444444, two, (__m512i)(c << 16));
+  return (vi)_mm512_mask_blend_epi8(0x8888888888888888, three, (__m512i)(d << 24));
+#else
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+#endif
+}
+
+// Sums of the four bytes of each lane.
+ASKEW_FN vi byte_sums(vi four) {
+#if ASKEW_LANES == 16 && defined(__AVX512F__)
+  return lane_sums(products(_mm512_set1_epi8(1), (Codes)four));
+#else
+  return (four << 24 >> 24) + (four << 16 >> 24) + (four << 8 >> 24) + (four >> 24);
+#endif
+}
+
+// peaks: where the largest magnitudes stand, in `peak_columns` columns.
+template <class Source>
+static void quantize_from(const Source& source, const Source& peaks, int64_t peak_columns, const BandsArg& w, int count,
+                          int8_t* q, float* scale, int32_t* offsets) {
+  const Source from = source, largest_from = peaks;  // copies that the stores cannot change
+  const int64_t length = w.cols / w.groups, width = band_width(w) / w.groups;
+  vi most = vi{};
+  for (int64_t c = 0; c < peak_columns; ++c) most = larger_bits(most, largest_from.column(c));
+  const RowScales by = row_scales(most);
+  const vf inverse = by.inverse;
+  __builtin_memcpy(scale, &by.scale, count * sizeof(float));
   const auto rounded = [&](int64_t c) __attribute__((always_inline)) {
     const vf x = from.column(c);
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
-    const __mmask16 mask = _mm512_movepi32_mask((__m512i)there);
-    return (vi)_mm512_maskz_cvtps_epi32(mask, (__m512)(x * inverse));  // to the nearest, ties to even
+    return (vi)_mm512_cvtps_epi32((__m512)(x * inverse));  // to the nearest, ties to even; of NaN the low byte is 0
 #else
-    return __builtin_convertvector(round_even(select(there, x * inverse, vf{})), vi);
+    return __builtin_convertvector(round_even(select(by.there, x * inverse, vf{})), vi);
 #endif
   };
   for (int64_t g = 0; g < w.groups; ++g, q += width * count) {
     const int64_t first = g * length;
     vi sum = vi{};
+    const auto keep = [&](int64_t c, vi four) __attribute__((always_inline)) {
+      sum += byte_sums(four);
+      __builtin_memcpy(q + c * count, &four, 4 * count);
+    };
     int64_t c = 0;
-    for (; c + 4 <= length; c += 4) {
-      const vi a = rounded(first + c), b = rounded(first + c + 1), d = rounded(first + c + 2),
-               e = rounded(first + c + 3);
-      sum += a + b + (d + e);
-      const vi four = (a & 255) | (b & 255) << 8 | (d & 255) << 16 | e << 24;
-      __builtin_memcpy(q + c * count, &four, 4 * count);
-    }
+    for (; c + 4 <= length; c += 4)
+      keep(c, low_bytes(rounded(first + c), rounded(first + c + 1), rounded(first + c + 2), rounded(first + c + 3)));
     for (; c < width; c += 4) {
-      vi four = vi{};
-      for (int k = 0; k < 4 && c + k < length; ++k) {
-        const vi one = rounded(first + c + k);
-        sum += one;
-        four |= (one & 255) << (8 * k);
-      }
-      __builtin_memcpy(q + c * count, &four, 4 * count);
+      vi each[4] = {};
+      for (int k = 0; k < 4 && c + k < length; ++k) each[k] = rounded(first + c + k);
+      keep(c, low_bytes(each[0], each[1], each[2], each[3]));
     }
     for (int l = 0; l < count; ++l) offsets[l * w.groups + g] = sum[l] * w.lo;
   }
@@ -120,9 +143,11 @@ static void quantize_from(const Source& source, const BandsArg& w, int count, in
 static void quantize_patches(const BandsArg& w, const Patches& p, int count, int8_t* q, float* scale,
                              int32_t* offsets) {
   if (count == ASKEW_LANES && p.at[count - 1] - p.at[0] == count - 1)
-    quantize_from(WholePatches{p.image + p.at[0], p.offsets}, w, ASKEW_LANES, q, scale, offsets);
+    quantize_from(WholePatches{p.image + p.at[0], p.offsets}, WholePatches{p.peaks + p.peak_at[0], p.offsets},
+                  p.peak_columns, w, ASKEW_LANES, q, scale, offsets);
   else
-    quantize_from(patch_runs(p, count), w, count, q, scale, offsets);
+    quantize_from(patch_runs(p.image, p.at, p.offsets, count), patch_runs(p.peaks, p.peak_at, p.offsets, count),
+                  p.peak_columns, w, count, q, scale, offsets);
 }
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
@@ -165,12 +190,4 @@ static void transpose(const float* from, int64_t stride, int64_t rows, int64_t c
       for (int64_t j = c; j < cols && j < c + 16; ++j)
         for (int64_t i = r; i < rows && i < r + 16; ++i) to[j * to_stride + i] = from[i * stride + j];
     }
-}
-
-// Rows of a whole block, one a lane; columns: scratch of as many numbers. Where a block has no more tokens than lanes.
-constexpr int64_t kBlockRows = kBandTokens == ASKEW_LANES ? ASKEW_LANES : 0;
-static void quantize_block(const BandsArg& w, const float* x, int8_t* q, float* scale, int32_t* offsets,
-                           float* columns) {
-  transpose(x, w.cols, ASKEW_LANES, w.cols, columns, ASKEW_LANES);
-  quantize_from(TransposedRows{columns}, w, ASKEW_LANES, q, scale, offsets);
 }

@@ -76,7 +76,10 @@ inline void gather_row_sums(const Tiling& tiling, const double* partial, float* 
 // What every operator's `Device` on the CPU has.
 struct OnCpu {
   explicit OnCpu(const Tensor&) {}
-  Tensor empty_like(const Tensor& t) const { return pooled_empty_like(t); }
+  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+    return pooled_empty(like, {shape.begin(), shape.size()});
+  }
+  static Tensor empty_like(const Tensor& t) { return pooled_empty(t, t.sizes()); }
 };
 
 }  // namespace askew

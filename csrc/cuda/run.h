@@ -28,8 +28,11 @@ struct OnDevice {
       TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
-  Tensor empty_like(const Tensor& t) const { return torch::stable::new_empty(t, t.sizes()); }
-  Tensor scratch(size_t bytes) const { return empty(like, {(int64_t)bytes}, ScalarType::Byte); }
+  static Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape) {
+    return torch::stable::new_empty(like, {shape.begin(), shape.size()});
+  }
+  static Tensor empty_like(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
+  Tensor scratch(size_t bytes) const { return askew::empty(like, {(int64_t)bytes}, ScalarType::Byte); }
 };
 
 }  // namespace askew

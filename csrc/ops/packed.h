@@ -78,7 +78,7 @@ struct PackedOps {
                       " columns may overflow int32");
     }
     const Device device(x);
-    Tensor y = empty(x, {a.batch, a.w.n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, a.w.n});
     a.y = y.data_ptr();
     if (!a.batch || !a.w.n) return y;
     if constexpr (INPUTS == kAsInt8)
@@ -132,7 +132,7 @@ struct PackedOps {
       a.bias = bias->data_ptr();
     }
     const Device device(x);
-    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, n});
     a.y = y.data_ptr();
     if (a.batch && n) device.tiles_linear(a);
     return y;
@@ -222,20 +222,16 @@ struct PackedOps {
     a.batch = x.size(0);
     a.type = storage_type(x, "x");
     a.bias = bias_of(bias, n, x);
-    Tensor y = empty(x, {a.batch, n}, x.scalar_type());
+    Tensor y = Device::empty(x, {a.batch, n});
     a.y = y.data_ptr();
     if (a.batch && n) Device(x).bands_linear(a, w);
     return y;
   }
 
-  // The convolution of x (images, channels, height, width), or with `channels_last` (images, height, width, channels),
-  // which y is, too; each patch is rounded to int8. geometry: kernel, stride, dilation, zeros before and after, two
-  // numbers each.
-  static Tensor bands_conv(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
-                           std::vector<int64_t> geometry, bool channels_last, std::optional<Tensor> bias) {
-    STD_TORCH_CHECK(x.dim() == 4 && together(x, bands), "x: expected an image of 4 dimensions beside bands");
+  // x (images, channels, height, width), or with `channels_last` (images, height, width, channels), which y is, too.
+  // geometry: kernel, stride, dilation, zeros before and after, two numbers each.
+  static ConvArg conv_arg(const Tensor& x, const std::vector<int64_t>& geometry, bool channels_last) {
     STD_TORCH_CHECK(geometry.size() == 10, "geometry: expected 10 numbers, got ", geometry.size());
-    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     ConvArg a{};
     a.channels_last = channels_last;
     a.images = x.size(0);
@@ -261,14 +257,43 @@ struct PackedOps {
     };
     STD_TORCH_CHECK(reached(0) * reached(1) <= INT32_MAX / std::max<int64_t>(a.channels, 1),
                     "x: an image of more than 2^31 numbers");
-    const BandsArg w = checked_bands(bands, scale, grid, bits, n, a.channels * a.kernel[0] * a.kernel[1]);
     a.type = storage_type(x, "x");
     a.x = x.data_ptr();
+    return a;
+  }
+  static Tensor conv_result(const Tensor& x, const ConvArg& a, int64_t n) {
+    return a.channels_last ? Device::empty(x, {a.images, a.out[0], a.out[1], n})
+                           : Device::empty(x, {a.images, n, a.out[0], a.out[1]});
+  }
+
+  // The convolution of x; each patch is rounded to int8.
+  static Tensor bands_conv(Tensor x, Tensor bands, Tensor scale, std::vector<int64_t> grid, int64_t bits, int64_t n,
+                           std::vector<int64_t> geometry, bool channels_last, std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 4 && together(x, bands), "x: expected an image of 4 dimensions beside bands");
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    ConvArg a = conv_arg(x, geometry, channels_last);
+    const BandsArg w = checked_bands(bands, scale, grid, bits, n, a.channels * a.kernel[0] * a.kernel[1]);
     a.bias = bias_of(bias, n, x);
-    Tensor y = channels_last ? empty(x, {a.images, a.out[0], a.out[1], n}, x.scalar_type())
-                             : empty(x, {a.images, n, a.out[0], a.out[1]}, x.scalar_type());
+    Tensor y = conv_result(x, a, n);
     a.y = y.data_ptr();
     if (y.numel() && w.cols) Device(x).bands_conv(a, w);
+    return y;
+  }
+
+  // The same with a filter for each channel, taps (kernel, channels); x float32 (images, height, width, channels).
+  static Tensor depthwise(Tensor x, Tensor taps, std::vector<int64_t> geometry, std::optional<Tensor> bias) {
+    STD_TORCH_CHECK(x.dim() == 4 && together(x, taps) && x.scalar_type() == ScalarType::Float,
+                    "x: expected a float32 image of 4 dimensions beside taps");
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    ConvArg a = conv_arg(x, geometry, true);
+    check_dense(taps, "taps");
+    STD_TORCH_CHECK(taps.scalar_type() == ScalarType::Float && taps.dim() == 2 &&
+                        taps.size(0) == a.kernel[0] * a.kernel[1] && taps.size(1) == a.channels,
+                    "taps: expected float32 of shape (", a.kernel[0] * a.kernel[1], ", ", a.channels, ")");
+    a.bias = bias_of(bias, a.channels, x);
+    Tensor y = conv_result(x, a, a.channels);
+    a.y = y.data_ptr();
+    if (y.numel()) Device(x).depthwise(a, static_cast<const float*>(taps.data_ptr()));
     return y;
   }
 
@@ -285,6 +310,7 @@ struct PackedOps {
       m.impl("packed_bands_linear", TORCH_BOX(&bands_linear));
       m.impl("packed_linear_bf16", TORCH_BOX(with_bf16));
       m.impl("packed_bands_conv", TORCH_BOX(&bands_conv));
+      m.impl("packed_depthwise", TORCH_BOX(&depthwise));
     }
   }
 };
