@@ -64,7 +64,11 @@ ISA_FLAGS = {  # csrc/cpu/isa: a stub for each instruction set, the slowest to c
     "avx2": ["-mavx2", "-mfma"],
     "avx512_vnni": [*AVX512_FLAGS, "-mavx512vnni"],
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512vnni", "-mavx512vbmi", "-mavx512bf16"],
+    "avx2_vnni": ["-mavx2", "-mfma", "-mavxvnni"],
 }
+# What some compilers (before GCC 11, clang 12) and assemblers (before binutils 2.36) do not know, and a line that
+# shows it; without its flag a stub is empty.
+LATE_FLAGS = {"-mavxvnni": 'void f() { asm("{vex} vpdpbusd %ymm0, %ymm1, %ymm2"); }'}
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static",
               "-Xfatbin", "-compress-all"]  # fmt: skip  # a quarter of the size, unpacked when a kernel is first called
 SMALLEST = ["-compress-mode=size"]  # a fifth less again, from nvcc 12.4 on
@@ -213,6 +217,7 @@ class BuildExt(build_ext):
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
         ]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
+        unknown = {flag for flag, line in LATE_FLAGS.items() if x86 and not compiles(cxx, flag, line)}
         libraries = ["-lpthread"]
         if cuda:  # the longest to compile first
             for source in sorted((CSRC / "cuda").glob("*.cu"), key=lambda s: -s.stat().st_size):
@@ -221,7 +226,8 @@ class BuildExt(build_ext):
                           if (home / d / "libcudart_static.a").is_file())  # fmt: skip
             libraries = [f"-L{folder}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         for isa, flags in ISA_FLAGS.items():
-            plan.compile(CSRC / f"cpu/isa/{isa}.cpp", [*base, *LOOP_FLAGS, *(flags if x86 else [])])
+            own = [flag for flag in flags if x86 and flag not in unknown]
+            plan.compile(CSRC / f"cpu/isa/{isa}.cpp", [*base, *LOOP_FLAGS, *own])
         for source in [*sorted((CSRC / "cpu").glob("*.cpp")), CSRC / "bindings.cpp"]:
             plan.compile(source, base)
         for source in sorted((CSRC / "cuda").glob("*.cpp")) if cuda else ():
@@ -259,6 +265,11 @@ class BuildExt(build_ext):
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+
+def compiles(cxx: list[str], flag: str, line: str) -> bool:
+    command = [*cxx, flag, "-x", "c++", "-", "-c", "-o", os.devnull]
+    return subprocess.run(command, input=line, text=True, capture_output=True).returncode == 0
 
 
 def compiler_version(cxx: list[str]) -> str:

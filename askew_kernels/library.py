@@ -59,7 +59,7 @@ class Library:
         return self._c.askew_cpu_capability().decode()
 
     def packed_capability(self) -> str:
-        """The same for products of packed weights: avx512_vnni where those with int8 activations use VNNI."""
+        """The same for products of packed weights: avx512_vnni or avx2_vnni where their products of bytes use VNNI."""
         return self._c.askew_packed_capability().decode()
 
     def best_cpu_capability(self) -> str:

@@ -23,7 +23,7 @@ const Parameter kParameters[] = {
 
 // Instruction set in use: baseline, avx2 or avx512.
 ASKEW_PUBLIC const char* askew_cpu_capability() { return askew::capability(); }
-// The same for products of packed weights: avx512_vnni where those with int8 activations use VNNI.
+// The same for products of packed weights: avx512_vnni or avx2_vnni where those with int8 activations use VNNI.
 ASKEW_PUBLIC const char* askew_packed_capability() { return askew::packed_capability(); }
 // The best one that this CPU runs.
 ASKEW_PUBLIC const char* askew_best_cpu_capability() { return askew::best_capability(); }

@@ -105,7 +105,7 @@ def sets():
     before = runtime.cpu_capability()
 
     def each():
-        for name, vnni in (("baseline", True), ("avx2", True), ("avx512", False), ("avx512", True)):
+        for name, vnni in (("baseline", True), ("avx2", False), ("avx2", True), ("avx512", False), ("avx512", True)):
             with contextlib.suppress(ValueError):
                 runtime._C.force_cpu_capability(name, vnni)
                 yield runtime._C.packed_capability()

@@ -110,27 +110,28 @@ def test_unknown_capability():
     assert runtime.cpu_capability() == before
 
 
-def test_vnni_changes_no_bits(generator):
+@pytest.mark.parametrize("name", CAPABILITIES[1:])
+def test_vnni_changes_no_bits(name, generator):
     """Products with int8 activations, with VNNI and without it: codes that fit sums in int16, and codes that do not."""
-    if runtime._C.best_cpu_capability() != "avx512":
-        pytest.skip("needs AVX-512")
     found = {}
     for vnni in (True, False):
-        runtime._C.force_cpu_capability("avx512", vnni=vnni)
+        runtime._C.force_cpu_capability(name, vnni=vnni)
         found[vnni] = runtime._C.packed_capability()
+        assert runtime.cpu_capability() == name
     if found[True] == found[False]:
         pytest.skip("needs VNNI")
-    assert found == {True: "avx512_vnni", False: "avx512"} and runtime.cpu_capability() == "avx512"
-    for grid in (ak.quant.Uniform(8), ak.quant.Uniform(4), ak.quant.Uniform(2), ak.quant.Binary()):
+    assert found == {True: f"{name}_vnni", False: name}
+    for grid in (ak.quant.Uniform(8), ak.quant.Uniform(4), ak.quant.Uniform(2), ak.quant.Binary(), ak.quant.Ternary()):
         for cols, groups in ((1056, 1), (321, 1), (1024, 8), (640, 5)):
             index = torch.randint(0, len(grid.levels), (37, cols), generator=generator, dtype=torch.uint8)
-            codes, s = pack_codes(index, grid.bits), torch.rand(37 * groups, generator=generator) + 0.1
+            bits = ak.quant.code_bits(grid, len(grid.levels) == 3)
+            codes, s = pack_codes(index, bits), torch.rand(37 * groups, generator=generator) + 0.1
             for batch in (1, 2, 13):
                 x = torch.randn(batch, cols, generator=generator)
                 results = []
                 for vnni in (True, False):
-                    runtime._C.force_cpu_capability("avx512", vnni=vnni)
-                    results.append(ops.packed_linear(x, codes, s, grid, grid.bits, None, "int8"))
+                    runtime._C.force_cpu_capability(name, vnni=vnni)
+                    results.append(ops.packed_linear(x, codes, s, grid, bits, None, "int8"))
                 assert same_bits(*results), (grid, cols, groups, batch)
 
 

@@ -22,7 +22,7 @@ from askew_kernels.nn import lowbit
 from askew_kernels.quant import FP4, LUQ, Binary, QuantConfig, Ternary, Uniform
 
 NONE = torch.empty(0)
-SETS = [("baseline", True), ("avx2", True), ("avx512", False), ("avx512", True)]  # name, with VNNI
+SETS = [("baseline", True), ("avx2", False), ("avx2", True), ("avx512", False), ("avx512", True)]  # name, with VNNI
 STORAGE = [torch.float32, torch.bfloat16, torch.float16]
 
 

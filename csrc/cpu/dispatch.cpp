@@ -13,6 +13,10 @@ namespace askew {
   }
 ASKEW_SET(baseline)
 ASKEW_SET(avx2)
+namespace avx2_vnni {
+extern const PackedLoops packed;
+bool runs_here();  // what compilers know of it differs
+}  // namespace avx2_vnni
 ASKEW_SET(avx512)
 ASKEW_SET(avx512_vnni)
 namespace avx512 {
@@ -25,7 +29,7 @@ extern const PanelLoops singles, pairs;
 namespace {
 
 struct InstructionSet {
-  const char *name, *packed_name;  // VNNI matters to packed products alone: else these are AVX-512's loops
+  const char *name, *packed_name;  // VNNI matters to packed products alone: all other loops are those without it
   bool (*runs_here)();
   const Loops* loops;
   const PackedLoops* packed;
@@ -34,6 +38,7 @@ struct InstructionSet {
 
 #if defined(__x86_64__)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2_vnni() { return has_avx2() && avx2_vnni::runs_here(); }
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -50,6 +55,7 @@ const InstructionSet kSets[] = {
      &avx512_bf16::pairs},
     {"avx512", "avx512_vnni", has_avx512_vnni, &avx512::loops, &avx512_vnni::packed, &avx512::singles, nullptr},
     {"avx512", "avx512", has_avx512, &avx512::loops, &avx512::packed, &avx512::singles, nullptr},
+    {"avx2", "avx2_vnni", has_avx2_vnni, &avx2::loops, &avx2_vnni::packed, nullptr, nullptr},
     {"avx2", "avx2", has_avx2, &avx2::loops, &avx2::packed, nullptr, nullptr},
 #endif
     {"baseline", "baseline", [] { return true; }, &baseline::loops, &baseline::packed, nullptr, nullptr},

@@ -15,7 +15,7 @@ constexpr int kProductRows = 4, kPanelVectors = 1;
 constexpr int kPanelOutputs = kPanelVectors * ASKEW_LANES;
 constexpr int kMostInput = 128;  // magnitude of an input's level
 
-#if defined(ASKEW_MM) && !defined(__AVX512VNNI__)
+#if defined(ASKEW_MM) && !defined(ASKEW_VNNI)
 #define ASKEW_INT16_SUMS 1  // products are added up in int16 while they fit
 #endif
 
@@ -110,15 +110,6 @@ static void lay_out_panel(const LevelsArg& a, int64_t first, int64_t count, int 
 }
 
 // ---- a tile of sums -----------------------------------------------------------------------------------------------
-
-// sums += code * input, in place: GCC copies registers otherwise, and stores each copy.
-ASKEW_FN void accumulate(Sums& sums, Codes code, Codes input) {
-#if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(code), "v"(input));
-#else
-  sums = add_products(sums, code, input);
-#endif
-}
 
 // R rows of q, `stride` apart, times V vectors of outputs of a panel. most: steps whose products int16 holds the sum
 // of.

@@ -193,7 +193,7 @@ const Loops& loops();
 const PackedLoops& packed_loops();
 const PanelLoops* panel_loops(bool pairs);  // of bfloat16 pairs, or of float32; null: the set has none
 const char* capability();                   // baseline, avx2 or avx512
-const char* packed_capability();            // the same, or avx512_vnni: products with int8 activations use VNNI
+const char* packed_capability();            // the same and, where products with int8 activations use VNNI, "_vnni"
 const char* best_capability();
 // The set of this name, without VNNI or bfloat16 where they are not wanted. False: unknown, not built or not supported
 // by this CPU.

@@ -12,14 +12,10 @@
 // Inputs stand in blocks of tokens, (columns / 4, tokens, 4): what meets a vector of codes is one cache line.
 
 // The most tokens of a block: their sums stay in registers.
-#if ASKEW_LANES == 16
-#if defined(__AVX512VNNI__)
-constexpr int64_t kBandTokens = 16;
+#if defined(ASKEW_VNNI) || ASKEW_LANES == 4
+constexpr int64_t kBandTokens = ASKEW_LANES;
 #else
-constexpr int64_t kBandTokens = 8;
-#endif
-#else
-constexpr int64_t kBandTokens = 4;
+constexpr int64_t kBandTokens = ASKEW_LANES / 2;
 #endif
 
 ASKEW_FN vu band_word(const uint8_t* p, int i) {
@@ -40,7 +36,7 @@ ASKEW_FN vu with_bits(vu a, vu b, uint32_t mask) {
 // What the codes of `band_codes` are multiplied by: digits stay at the top of their bytes where a shift saves nothing.
 template <int BITS>
 ASKEW_FN constexpr int band_shift() {
-#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
+#if defined(ASKEW_VNNI)
   return BITS == kTrits ? 6 : 0;
 #else
   return 0;
@@ -93,12 +89,12 @@ ASKEW_FN void band_codes(const uint8_t* p, vu (&code)[band_vectors(BITS)]) {
   }
 }
 
-// sums += codes times the four inputs at q, in place: GCC copies registers otherwise, and stores each copy.
+// sums += codes times the four inputs at q.
 ASKEW_FN void add_inputs(Sums& sums, Codes codes, const int8_t* q) {
-#if defined(__AVX512VNNI__)
+#if ASKEW_LANES == 16 && defined(ASKEW_VNNI)
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums) : "v"(codes), "m"(*(const int32_t*)q));
 #else
-  sums = add_products(sums, codes, four_inputs(q));
+  accumulate(sums, codes, four_inputs(q));
 #endif
 }
 

@@ -189,7 +189,9 @@ ASKEW_FN void multiply_form(const PackedWeight& w, int64_t row0, int64_t row1, c
 
 #if defined(ASKEW_FLOATS)  // another instruction set's, where these would be the same instructions, most of the code
 using ASKEW_FLOATS::multiply;
+#if ASKEW_LANES == 16
 using ASKEW_FLOATS::multiply_tables;
+#endif
 #elif !defined(ASKEW_PANELS_ONLY)
 void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x, int64_t batch, const float* bias,
               float* y, char* scratch) {

@@ -11,6 +11,15 @@ constexpr int kInt8Rows = 4;
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
 #define ASKEW_TRITS 1  // unpacked a vector at a time
 #endif
+// The instruction that adds four products to each lane of int32, as these loops have it: of 512 bits, of 256 as
+// AVX-VNNI encodes it, or of 256 as AVX-512 does.
+#if ASKEW_LANES == 16 && defined(__AVX512VNNI__)
+#define ASKEW_VNNI "vpdpbusd"
+#elif ASKEW_LANES == 8 && defined(__AVXVNNI__)
+#define ASKEW_VNNI "%{vex%} vpdpbusd"
+#elif ASKEW_LANES == 8 && defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define ASKEW_VNNI "vpdpbusd"
+#endif
 
 // Vectors of codes that a block of words gives; a lane's word holds 4 of them consecutive columns. 0: groups end
 // inside a lane, and sums are made one group at a time.
@@ -226,7 +235,7 @@ ASKEW_FN Codes four_inputs(const int8_t* q) {
   return codes;
 }
 
-#if defined(ASKEW_MM) && !defined(__AVX512VNNI__)  // int16, two products each: added up in int32 before they overflow
+#if defined(ASKEW_MM) && !defined(ASKEW_VNNI)  // int16, two products each: added up in int32 before they overflow
 ASKEW_FN Sums products(Codes codes, Codes input) { return ASKEW_MM(maddubs_epi16)(codes, input); }
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
   asm("vpaddw %1, %0, %0" : "+v"(sums) : "v"(products(codes, input)));  // in place: GCC copies otherwise
@@ -247,8 +256,10 @@ ASKEW_FN vi wide_products(Codes codes, Codes input) {
 }
 #else  // int32
 ASKEW_FN Sums add_products(Sums sums, Codes codes, Codes input) {
-#if defined(ASKEW_MM)
-  return _mm512_dpbusd_epi32(sums, codes, input);
+#if ASKEW_LANES == 8 && defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, codes, input);
+#elif defined(ASKEW_MM)
+  return ASKEW_MM(dpbusd_epi32)(sums, codes, input);
 #else
   ASKEW_EACH (byte, 4) sums += (vi)(codes >> 8 * byte & 255u) * ((vi)(input << (24 - 8 * byte)) >> 24);
   return sums;
@@ -258,6 +269,17 @@ ASKEW_FN Sums products(Codes codes, Codes input) { return add_products(Sums{}, c
 ASKEW_FN vi lane_sums(Sums sums, int = 1) { return (vi)sums; }
 ASKEW_FN constexpr int64_t vectors_in_flight(int) { return INT32_MAX; }
 #endif
+
+// sums += codes times input, in place: GCC copies registers otherwise, and stores each copy.
+ASKEW_FN void accumulate(Sums& sums, Codes codes, Codes input) {
+#if ASKEW_LANES == 16 && defined(ASKEW_VNNI)
+  asm(ASKEW_VNNI " %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(input));
+#elif defined(ASKEW_VNNI)  // which has 16 registers
+  asm(ASKEW_VNNI " %2, %1, %0" : "+x"(sums) : "x"(codes), "x"(input));
+#else
+  sums = add_products(sums, codes, input);
+#endif
+}
 
 struct Int8Rows {
   const uint8_t* codes;  // R rows of `width` bytes, or of the weight itself
