@@ -340,6 +340,23 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
         layer(x[:, :5])
 
 
+@torch.no_grad()
+def test_pixels_in_channels_last_are_rows_with_float_activations_too():
+    layer = packed(nn.Conv2d(16, 20, 1), activations="float", bits=8)
+    x = torch.randn(2, 16, 9, 10, generator=torch.Generator().manual_seed(3))
+    last, plain = x.to(memory_format=torch.channels_last), layer.to_float()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(1, 32, 4, 4).to(memory_format=torch.channels_last))
+    layer._unpacked.of = None  # nothing is unpacked
+    for given in (last, last[:1]):
+        y = layer(given)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, plain(given), rtol=1e-5, atol=1e-5)
+        assert torch.equal(y, layer(given))
+    layer = packed(nn.Conv2d(16, 20, 1, 2), activations="float", bits=8)
+    assert torch.equal(layer(last), layer.to_float()(last))  # 40 positions: unpacked
+
+
 def test_what_stays_unpacked_takes_gradients():
     layer = packed(nn.Conv2d(12, 12, 3, padding=1, groups=12), bits=8)
     x = torch.randn(2, 12, 9, 9)
