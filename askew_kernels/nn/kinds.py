@@ -277,9 +277,10 @@ class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
     On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
-    (late layers, small batches), and with ``activations="int8"``, and for pixels that are rows as they stand (1 x 1 in
-    channels last), for any number (``runtime.convolves_from_codes``): each output position is a row of x, its patch. Where patches are rounded to int8 they are read from the image as
-    they are multiplied; else no more than ``PATCHES`` numbers of them stand in memory.
+    (late layers, small batches), and for any number (``runtime.convolves_from_codes``) with ``activations="int8"`` and
+    where pixels are rows as they stand (1 x 1, channels last): each output position is a row of x, its patch. Where
+    patches are rounded to int8 they are read from the image as they are multiplied; else no more than ``PATCHES``
+    numbers of them stand in memory.
     Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
     filters in groups stays unpacked (``unpacked``), and with ``activations="int8"`` a filter for each channel is
     multiplied in float32 by a kernel of this package where images are float32 and channels last.
