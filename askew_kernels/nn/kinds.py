@@ -282,8 +282,8 @@ class _PackedConvolution(PackedLayer):
     patches are rounded to int8 they are read from the image as they are multiplied; else no more than ``PATCHES``
     numbers of them stand in memory.
     Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
-    filters in groups stays unpacked (``unpacked``), and with ``activations="int8"`` a filter for each channel is
-    multiplied in float32 by a kernel of this package where images are float32 and channels last.
+    filters in groups stays unpacked (``unpacked``), and a filter for each channel is multiplied by a kernel of this
+    package, in float32, where images are float32 and channels last.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -320,7 +320,7 @@ class _PackedConvolution(PackedLayer):
                 rows = x.permute(0, 2, 3, 1)
                 y = self._product(rows.reshape(-1, self.cols), bias)
                 return y.view(*rows.shape[:3], self.rows).permute(0, 3, 1, 2)
-        y = self._channel_by_channel(x, bias) if self.activations == "int8" and conv.groups > 1 else None
+        y = self._channel_by_channel(x, bias) if conv.groups > 1 else None
         return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias) if y is None else y
 
     def _pixels(self, x: Tensor) -> bool:
