@@ -328,6 +328,12 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
 
     turned = x.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
     same_as_fresh(turned, x, x[:1], x[:, :, :7], x.bfloat16(), x[0], x, x[:0], x.transpose(2, 3))
+    if layer.padding == (1, 1) and layer.padding_mode == "zeros":
+        layer(x)
+        with pytest.raises(
+            RuntimeError, match="[Kk]ernel size can't be greater"
+        ):  # torch's own words, as in a first call
+            layer(x[:, :, :, :0])
     for change in changes(layer):
         layer(x)
         change()
