@@ -98,6 +98,13 @@ def test_patches_are_those_of_unfold(name, dtype):
         check(x, weight, geometry, None)
 
 
+@torch.no_grad()
+def test_points_between_zeros_are_no_pixels():
+    weight = banded(8, 20, 6)
+    for zeros in ([1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 2]):
+        check(images((2, 6, 5, 5)), weight, [1, 1, 2, 2, 1, 1, *zeros], None)
+
+
 @pytest.mark.parametrize("bits", GRIDS)
 @torch.no_grad()
 def test_every_width_and_groups(bits):
