@@ -98,6 +98,13 @@ def test_patches_are_those_of_unfold(name, dtype):
         check(x, weight, geometry, None)
 
 
+@torch.no_grad()
+def test_points_between_zeros_are_no_pixels():
+    weight = banded(8, 20, 6)
+    for zeros in ([1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 0], [0, 1, 0, 2]):
+        check(images((2, 6, 5, 5)), weight, [1, 1, 2, 2, 1, 1, *zeros], None)
+
+
 @pytest.mark.parametrize("bits", GRIDS)
 @torch.no_grad()
 def test_every_width_and_groups(bits):
@@ -281,8 +288,10 @@ def test_a_filter_for_each_channel_of_a_layer(options, monkeypatch):
     assert leaf.grad is not None
     with runtime.use_backend("reference"):
         assert torch.equal(layer(last), layer.to_float()(last))
+    assert not calls
+    y = layer(last)
     layer.set_activations("float")
-    assert torch.equal(layer(last), layer.to_float()(last)) and not calls
+    assert torch.equal(layer(last), y) and len(calls) == 2
 
 
 CALLED = {"pixels": nn.Conv2d(16, 20, 1), "patches": nn.Conv2d(16, 20, 3, 2, 1, bias=False),
@@ -326,6 +335,12 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
 
     turned = x.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
     same_as_fresh(turned, x, x[:1], x[:, :, :7], x.bfloat16(), x[0], x, x[:0], x.transpose(2, 3))
+    if layer.padding == (1, 1) and layer.padding_mode == "zeros":
+        layer(x)
+        with pytest.raises(
+            RuntimeError, match="[Kk]ernel size can't be greater"
+        ):  # torch's own words, as in a first call
+            layer(x[:, :, :, :0])
     for change in changes(layer):
         layer(x)
         change()
@@ -338,6 +353,23 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
         assert layer(x).dtype == torch.bfloat16
     with pytest.raises((RuntimeError, ValueError)):
         layer(x[:, :5])
+
+
+@torch.no_grad()
+def test_pixels_in_channels_last_are_rows_with_float_activations_too():
+    layer = packed(nn.Conv2d(16, 20, 1), activations="float", bits=8)
+    x = torch.randn(2, 16, 9, 10, generator=torch.Generator().manual_seed(3))
+    last, plain = x.to(memory_format=torch.channels_last), layer.to_float()
+    with pytest.raises(RuntimeError):
+        layer(torch.ones(1, 32, 4, 4).to(memory_format=torch.channels_last))
+    layer._unpacked.of = None  # nothing is unpacked
+    for given in (last, last[:1]):
+        y = layer(given)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(y, plain(given), rtol=1e-5, atol=1e-5)
+        assert torch.equal(y, layer(given))
+    layer = packed(nn.Conv2d(16, 20, 1, 2), activations="float", bits=8)
+    assert torch.equal(layer(last), layer.to_float()(last))  # 40 positions: unpacked
 
 
 def test_what_stays_unpacked_takes_gradients():

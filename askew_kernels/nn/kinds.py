@@ -277,12 +277,13 @@ class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
     On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
-    (late layers, small batches), and with ``activations="int8"`` for any number (``runtime.convolves_from_codes``):
-    each output position is a row of x, its patch. Where patches are rounded to int8 they are read from the image as
-    they are multiplied; else no more than ``PATCHES`` numbers of them stand in memory.
+    (late layers, small batches), and for any number (``runtime.convolves_from_codes``) with ``activations="int8"`` and
+    where pixels are rows as they stand (1 x 1, channels last): each output position is a row of x, its patch. Where
+    patches are rounded to int8 they are read from the image as they are multiplied; else no more than ``PATCHES``
+    numbers of them stand in memory.
     Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
-    filters in groups stays unpacked (``unpacked``), and with ``activations="int8"`` a filter for each channel is
-    multiplied in float32 by a kernel of this package where images are float32 and channels last.
+    filters in groups stays unpacked (``unpacked``), and a filter for each channel is multiplied by a kernel of this
+    package, in float32, where images are float32 and channels last.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -315,8 +316,19 @@ class _PackedConvolution(PackedLayer):
                 banded = self._banded(batch, bias, torch.compiler.is_compiling())
                 y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
                 return y[0] if unbatched else y
-        y = self._channel_by_channel(x, bias) if self.activations == "int8" and conv.groups > 1 else None
+            if whole and self._pixels(x) and self._reads_codes(x, 1):
+                rows = x.permute(0, 2, 3, 1)
+                y = self._product(rows.reshape(-1, self.cols), bias)
+                return y.view(*rows.shape[:3], self.rows).permute(0, 3, 1, 2)
+        y = self._channel_by_channel(x, bias) if conv.groups > 1 else None
         return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias) if y is None else y
+
+    def _pixels(self, x: Tensor) -> bool:
+        """Whether the convolution is a product whose rows are the pixels of ``x`` as they stand."""
+        conv: Any = self
+        if x.dim() != 4 or x.shape[1] != conv.in_channels or not conv.kernel_size == conv.stride == (1, 1):
+            return False
+        return not any(conv._reversed_padding_repeated_twice) and channels_last(x)
 
     def _channel_by_channel(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The convolution of float32 images, channels last, with a filter for each channel; None: of another kind, or

@@ -5,7 +5,7 @@
 // What a lane is multiplied by to be rounded, from the bits of its row's largest magnitude, and that row's scale.
 struct RowScales {
   vf inverse, scale;
-  vi there;  // lanes that are rounded; others are nothing but zeros and subnormal numbers, or not finite
+  vi there;  // lanes that are rounded; others, nothing but subnormal numbers or not finite, are multiplied by 0
 };
 ASKEW_FN RowScales row_scales(vi most) {
   const vf top = (vf)most, infinite = vf{} + __builtin_inff();
@@ -58,9 +58,9 @@ ASKEW_FN vi largest(const __m512i (&rows)[16]) {
   return (vi)_mm512_max_epi32(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
 }
 
-// ROWS rows, a whole block; false, and nothing done, where one of them is not rounded by a number.
+// ROWS rows, a whole block. What stands for a row that is not finite says nothing: its scale is NaN.
 template <int ROWS>
-static bool quantize_together(const BandsArg& w, const float* const* rows, int8_t* q, float* scale, int32_t* offsets) {
+static void quantize_together(const BandsArg& w, const float* const* rows, int8_t* q, float* scale, int32_t* offsets) {
   const int64_t cols = w.cols, groups = w.groups, length = cols / groups, width = band_width(w) / groups;
   const auto left = [](int64_t n) { return (__mmask16)(n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0); };
   __m512i most[16];
@@ -77,7 +77,6 @@ static bool quantize_together(const BandsArg& w, const float* const* rows, int8_
   }
   const RowScales s = row_scales(largest(most));
   const __mmask16 here = (__mmask16)((1u << ROWS) - 1);
-  if ((_mm512_movepi32_mask((__m512i)s.there) & here) != here) return false;
   _mm512_mask_storeu_ps(scale, here, (__m512)s.scale);
   float inverse[16];
   __builtin_memcpy(inverse, &s.inverse, sizeof inverse);
@@ -120,16 +119,15 @@ static bool quantize_together(const BandsArg& w, const float* const* rows, int8_
       offsets[i * groups + g] = sum * w.lo;
     }
   }
-  return true;
 }
 #endif
 
 static void quantize_rows(const BandsArg& w, const float* const* rows, int64_t count, int8_t* q, float* scale,
                           int32_t* offsets, int8_t* scratch) {
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
-  if (count == 16 && quantize_together<16>(w, rows, q, scale, offsets)) return;
-  if (count == 8 && quantize_together<8>(w, rows, q, scale, offsets)) return;
-  if (count == 4 && quantize_together<4>(w, rows, q, scale, offsets)) return;
+  if (count == 16) return quantize_together<16>(w, rows, q, scale, offsets);
+  if (count == 8) return quantize_together<8>(w, rows, q, scale, offsets);
+  if (count == 4) return quantize_together<4>(w, rows, q, scale, offsets);
 #endif
   for (int64_t i = 0; i < count; ++i)
     quantize_band(w, rows[i], q, count, i, scale + i, offsets + i * w.groups, scratch);
