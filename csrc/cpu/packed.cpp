@@ -17,9 +17,10 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kTokens = 128;                            // int8 inputs that stay in the L2 cache while all rows pass
-constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19;  // int8 inputs that are shared out, and weights for that
-constexpr int64_t kPanel = 1 << 22;                         // weights of a panel: 16 MiB decoded
+constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while all rows pass
+// int8 inputs are shared out, not bands, where each thread has some blocks of them and the codes stay in its L2 cache
+constexpr int64_t kBlocksEach = 4, kSmallWeight = 5 << 17;
+constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
 // Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
 constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
 
@@ -356,8 +357,9 @@ struct BlockedInputs {
 
 void multiply_bands(const Product& p, const BandsArg& w) {
   const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
-  if (p.batch >= kManyRows && bands * kBandRows * w.cols <= kSmallWeight) {  // what stays in a core's L2 cache
-    for_rows(p.batch, kTokens, w.n * w.cols, [&](int64_t begin, int64_t end) {
+  const int64_t bytes = bands * w.groups * w.blocks * band_words(w.bits) * kBandRows * 4;
+  if (bytes <= kSmallWeight && p.batch >= kBlocksEach * kMostPatches * torch::stable::get_num_threads()) {
+    for_rows(p.batch, kMostPatches, w.n * w.cols, [&](int64_t begin, int64_t end) {
       const BlockedInputs inputs(p, w, kTokens);
       for (int64_t t = begin; t < end; t += kTokens) {
         const int64_t count = std::min(kTokens, end - t);

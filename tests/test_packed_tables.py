@@ -1,0 +1,67 @@
+"""Contract: one row of x and 512 outputs or more, where sums of inputs are looked up (1 and 2 bits, trits).
+
+Inputs and scales are small integers and powers of two, so that float32 holds every sum, in whatever order it is made:
+the product is the float64 one, to the bit, on each instruction set. Groups of trits end at every column of a byte.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracles import same_bits
+
+from askew_kernels import ops, runtime
+from askew_kernels.quant import Binary, Ternary, Uniform, code_bits, pack_codes
+
+FORMATS = [(Binary(), False), (Uniform(2), False), (Ternary(), False), (Ternary(), True)]
+# (columns of a group, groups; 0: one scale): words of 16, 20 and 32 columns, lines of 16 words, blocks of 16 groups
+GROUPS = ((1, 40), (2, 33), (3, 7), (5, 20), (7, 30), (8, 50), (12, 9), (19, 17), (20, 18), (21, 35), (32, 70), (33, 4),
+          (64, 10), (100, 4), (128, 32), (129, 3), (330, 2), (421, 1), (333, 0))  # fmt: skip
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instructions(request):
+    if runtime._C is None:
+        pytest.skip("nothing is compiled")
+    before = runtime.cpu_capability()
+    try:
+        runtime.force_cpu_capability(request.param)
+    except ValueError:
+        pytest.skip(f"needs {request.param}")
+    yield request.param
+    runtime.force_cpu_capability(before)
+
+
+def case(grid, trits, n, length, groups, generator):
+    """x, codes, scales and the weight in float64."""
+    cols = length * max(groups, 1)
+    x = torch.randint(-8, 9, (1, cols), generator=generator).float()
+    s = 2.0 ** torch.randint(-1, 2, (max(1, n * groups),), generator=generator)
+    index = torch.randint(0, len(grid.levels), (n, cols), generator=generator, dtype=torch.uint8)
+    level = torch.tensor(grid.levels).double()[index.long()].reshape(s.numel(), -1)
+    return x, pack_codes(index, code_bits(grid, trits)), s, (s.double()[:, None] * level).reshape(n, cols)
+
+
+@pytest.mark.parametrize(("grid", "trits"), FORMATS)
+def test_the_float64_product(grid, trits, instructions, generator):
+    for i, (length, groups) in enumerate(GROUPS):
+        n = 512 + (5, 18, 48, 64)[i % 4]  # of 64 rows that share a table: 5, 18, 48 and all
+        x, codes, s, weight = case(grid, trits, n, length, groups, generator)
+        bias = torch.randint(-9, 9, (n,), generator=generator).float()
+        y = ops.packed_linear(x, codes, s, grid, code_bits(grid, trits), bias)
+        assert torch.equal(y.double(), x.double() @ weight.t() + bias.double()), (length, groups)
+        for row in (0, n - 1):  # as a weight of its own, which is too small for tables
+            scale = s if s.numel() == 1 else s[row * groups : (row + 1) * groups]
+            alone = ops.packed_linear(x, codes[row : row + 1], scale, grid, code_bits(grid, trits), bias[row : row + 1])
+            assert same_bits(alone, y[:, row : row + 1])
+
+
+def test_bytes_that_no_trits_have_count_as_the_highest(instructions):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2)[:, None].repeat(1, 16).contiguous()
+    x, digits = torch.arange(80.0)[None], torch.arange(256).clamp(max=242)[:, None] // 3 ** torch.arange(5) % 3
+    for groups in (1, 2, 5, 10):
+        s = torch.ones(512 * groups)
+        y = ops.packed_linear(x, codes, s, Ternary(), 0, None)
+        assert same_bits(y, ops.packed_linear(x, codes.clamp(max=242), s, Ternary(), 0, None))
+        weight = ops.packed_dequantize(codes, s, Ternary(), 0, 80)
+        assert torch.equal(weight, (digits - 1).float().repeat(2, 16))
