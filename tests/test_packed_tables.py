@@ -1,4 +1,4 @@
-"""Contract: one row of x and 512 outputs or more, where sums of inputs are looked up (1 and 2 bits, trits).
+"""Contract: one row of x, where sums of inputs are looked up (1 bit; 2 bits from 512 outputs on, trits from 64).
 
 Inputs and scales are small integers and powers of two, so that float32 holds every sum, in whatever order it is made:
 the product is the float64 one, to the bit, on each instruction set. Groups of trits end at every column of a byte.
@@ -45,7 +45,7 @@ def case(grid, trits, n, length, groups, generator):
 @pytest.mark.parametrize(("grid", "trits"), FORMATS)
 def test_the_float64_product(grid, trits, instructions, generator):
     for i, (length, groups) in enumerate(GROUPS):
-        n = 512 + (5, 18, 48, 64)[i % 4]  # of 64 rows that share a table: 5, 18, 48 and all
+        n = (512 if i % 3 else 64) + (5, 18, 48, 64)[i % 4]  # of 64 rows that share a table: 5, 18, 48 and all
         x, codes, s, weight = case(grid, trits, n, length, groups, generator)
         bias = torch.randint(-9, 9, (n,), generator=generator).float()
         y = ops.packed_linear(x, codes, s, grid, code_bits(grid, trits), bias)

@@ -21,8 +21,8 @@ constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while
 // int8 inputs are shared out, not bands, where each thread has some blocks of them and the codes stay in its L2 cache
 constexpr int64_t kBlocksEach = 4, kSmallWeight = 5 << 17;
 constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
-// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
-constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
+// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight of these that share them.
+constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512, kTritTableRows = 64;
 
 constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
@@ -134,7 +134,7 @@ struct Product {
 };
 
 // Inputs from which on panels of float32 are faster: trits have tables, or are read digit by digit.
-int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTableRows ? 1 : 2; }
+int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTritTableRows ? 1 : 2; }
 
 // The largest magnitude of inputs whose sums with levels float32 surely holds.
 float largest_input(const PackedWeight& w) {
@@ -222,8 +222,8 @@ void multiply_codes(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
   Overflows overflows(p);
-  const bool few =
-      l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && (w.bits == 1 || w.n >= kTableRows);
+  const int64_t rows = w.bits == 1 ? 0 : w.bits == kTrits ? kTritTableRows : kTableRows;
+  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && w.n >= rows;
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {
