@@ -142,6 +142,12 @@ def test_ends_of_the_range(instructions, generator):
                 y = ops.packed_linear(given, codes, scale, grid, 4, None)
                 exact = weight * (2.0**-20 if factor > 1 else 2.0**20)
                 assert y.isfinite().all() and off(y, given, exact, None, dtype) <= 1.01, (factor, dtype)
+        for column in (0, 1, 16, 33):  # one that is large, in each half of a pair
+            for dtype in (torch.bfloat16, torch.float32):
+                given = torch.randn(batch, 256, generator=generator).to(dtype)
+                given[1, column] = 2.0**126
+                y = ops.packed_linear(given, codes, s * 2.0**-20, grid, 4, None)
+                assert y.isfinite().all() and off(y, given, weight * 2.0**-20, None, dtype) <= 1.01, (column, dtype)
         x[1, 3], x[2, 5] = math.inf, math.nan
         for kind in ("float", "bf16"):
             y = ops.packed_linear(x, codes, s, grid, 4, None, kind)
