@@ -154,9 +154,13 @@ def test_products_are_exact_on_every_instruction_set(bits, sets):
 @compiled
 @pytest.mark.parametrize("bits", BITS)
 def test_the_largest_sums_overflow_nothing(bits, sets):
-    """All codes and inputs at their ends, where int16 halves of the sums are fullest."""
-    grid, cols = grid_of(bits), 1280
-    for top in (0, 1):
+    """All codes and inputs at their ends, where int16 halves of the sums are fullest; rows as long as trits may be."""
+    grid = grid_of(bits)
+    for top, cols in (
+        (0, 1280),
+        (1, 1280),
+        *(((0, 87_000), (1, 87_000), (1, 33_020)) if bits == contract.TRITS else ()),
+    ):
         codes = torch.full((16, cols), top * (2 if bits == 0 else 2**bits - 1), dtype=torch.uint8)
         bands, beside = contract.band_codes(codes, bits, 1), torch.ones(1, 1, 16)
         x = torch.tensor([[127.0], [-127.0]]).expand(2, cols).repeat(16, 1)[:31]  # blocks of each number of tokens
@@ -198,18 +202,22 @@ def test_rows_of_a_block_are_those_of_each_row_alone(bits, sets):
                 assert torch.equal(y.nan_to_num(7.0), torch.cat(each).nan_to_num(7.0)), name
 
 
-def test_results_do_not_depend_on_threads():
-    codes, x = drawn(200, 512, 4), torch.randn(40, 512)
+@pytest.mark.parametrize("tokens", [40, 300, 700])
+def test_results_do_not_depend_on_threads(tokens):
+    """Threads share bands, or inputs where there are many for each of them."""
+    codes, x = drawn(200, 512, 4), torch.randn(tokens, 512)
     bands, beside = contract.band_codes(codes, 4, 4), packed.band_scales(torch.rand(800), 200, 4)
     threads = torch.get_num_threads()
     try:
         found = []
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 6):
             torch.set_num_threads(count)
             found.append(torch.ops.askew.packed_bands_linear(x, bands, beside, [1, -8, 7], 4, 200, None))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(torch.equal(found[0], y) for y in found[1:])
+    whole = reference.packed_bands_linear(x, bands, beside, [1, -8, 7], 4, 200, None)
+    torch.testing.assert_close(found[0], whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
 # ---- the layer ------------------------------------------------------------------------------------------------------

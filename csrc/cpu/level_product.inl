@@ -27,33 +27,6 @@ ASKEW_FN uint32_t four_bytes(const int8_t* p, int64_t count, int64_t stride) {
   return word;
 }
 
-#if ASKEW_LANES == 16
-// 16 words of 16 rows, transposed.
-ASKEW_FN void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-  ASKEW_EACH (i, 8) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  ASKEW_EACH (i, 4) {
-    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-  }
-  ASKEW_EACH (i, 4) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-  ASKEW_EACH (i, 8) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-  }
-}
-#endif
-
 // Outputs [first, first + count) of c, count up to kPanelOutputs, as words of four steps: out[step][output].
 static void lay_out_panel(const LevelsArg& a, int64_t first, int64_t count, int lowest, uint8_t* panel) {
   const int64_t steps = (a.cols + 3) / 4, out = a.transposed ? 1 : a.cols, in = a.transposed ? a.n : 1;

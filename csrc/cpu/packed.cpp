@@ -18,12 +18,13 @@ namespace askew {
 namespace {
 
 constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while all rows pass
-// int8 inputs that are shared out, weights for that, and inputs that are rounded and multiplied together: the fewer,
-// the nearer to each other are the lines that are written.
-constexpr int64_t kManyRows = 512, kSmallWeight = 1 << 19, kTogether = 16;
+// int8 inputs are shared out, not bands, where each thread has some blocks of them and the codes stay in its L2 cache;
+// inputs are rounded and multiplied a block together: the fewer, the nearer to each other are the lines that are
+// written
+constexpr int64_t kBlocksEach = 4, kSmallWeight = 5 << 17;
 constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
-// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight that share them.
-constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512;
+// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight of these that share them.
+constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512, kTritTableRows = 64;
 
 constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
 constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
@@ -135,7 +136,7 @@ struct Product {
 };
 
 // Inputs from which on panels of float32 are faster: trits have tables, or are read digit by digit.
-int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTableRows ? 1 : 2; }
+int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTritTableRows ? 1 : 2; }
 
 // The largest magnitude of inputs whose sums with levels float32 surely holds.
 float largest_input(const PackedWeight& w) {
@@ -223,8 +224,8 @@ void multiply_codes(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
   Overflows overflows(p);
-  const bool few =
-      l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && (w.bits == 1 || w.n >= kTableRows);
+  const int64_t rows = w.bits == 1 ? 0 : w.bits == kTrits ? kTritTableRows : kTableRows;
+  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && w.n >= rows;
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {
@@ -352,12 +353,13 @@ struct BlockedInputs {
 
 void multiply_bands(const Product& p, const BandsArg& w) {
   const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
-  if (p.batch >= kManyRows && bands * kBandRows * w.cols <= kSmallWeight) {  // what stays in a core's L2 cache
-    for_rows(p.batch, kTogether, w.n * w.cols, [&](int64_t begin, int64_t end) {
-      const BlockedInputs inputs(p, w, kTogether);
+  const int64_t bytes = bands * w.groups * w.blocks * band_words(w.bits) * kBandRows * 4;
+  if (bytes <= kSmallWeight && p.batch >= kBlocksEach * kMostPatches * torch::stable::get_num_threads()) {
+    for_rows(p.batch, kMostPatches, w.n * w.cols, [&](int64_t begin, int64_t end) {
+      const BlockedInputs inputs(p, w, kMostPatches);
       const RowRoom room(w.cols, p.x_type);
-      for (int64_t t = begin; t < end; t += kTogether) {
-        const int64_t count = std::min(kTogether, end - t);
+      for (int64_t t = begin; t < end; t += kMostPatches) {
+        const int64_t count = std::min<int64_t>(kMostPatches, end - t);
         inputs.quantize(t, t + count, t, room);
         inputs.multiply(0, bands, count, p.out() + t * w.n);
       }

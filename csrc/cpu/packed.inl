@@ -56,8 +56,149 @@ ASKEW_FN vu widened(const uint8_t* p) {
 #endif
 }
 
+#if ASKEW_LANES == 16
+// 16 words of 16 rows, transposed.
+ASKEW_FN void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+  ASKEW_EACH (i, 8) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  ASKEW_EACH (i, 4) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  ASKEW_EACH (i, 4) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  ASKEW_EACH (i, 8) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+#endif
+
 template <int BITS>
 ASKEW_FN vu words_of(const PackedWeight& w, const uint8_t* p);
+
+#if (ASKEW_LANES == 16 && defined(__AVX512BW__)) || (ASKEW_LANES == 8 && defined(__AVX2__))
+#if ASKEW_LANES == 16
+typedef __m512i Codes;
+#define ASKEW_MM(NAME) _mm512_##NAME
+#else
+typedef __m256i Codes;
+#define ASKEW_MM(NAME) _mm256_##NAME
+#endif
+
+// The lower halves of products of 16 bits. Where a factor is a constant GCC makes shifts and additions of it, six for
+// 270, which take longer.
+ASKEW_FN Codes times(Codes a, Codes b) {
+  Codes product;
+#if ASKEW_LANES == 16
+  asm("vpmullw %2, %1, %0" : "=v"(product) : "v"(a), "v"(b));
+#else
+  asm("vpmullw %2, %1, %0" : "=x"(product) : "x"(a), "x"(b));
+#endif
+  return product;
+}
+
+// 16 bytes, in each lane of 128 bits.
+ASKEW_FN Codes in_each_lane(const void* p) {
+#if ASKEW_LANES == 16
+  return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#else
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+
+// As many whole bytes of trits as a vector has room for, as bytes in the order of the columns. Each column finds its
+// byte, v, as a number of 16 bits: v / 243 times a power of three, whose whole part does not fit, so that three times
+// what is left is the column's digit. 270 / 65536 is 1 / 243, rounded up: at most 0.0012 too much, 0.1 times 81.
+struct TritOrder {
+  static constexpr int kBytes = 4 * ASKEW_LANES / kTritsInByte, kCodes = kBytes * kTritsInByte;
+  uint8_t from[2][4 * ASKEW_LANES] = {};  // of even columns and of odd ones; 128: zero
+  uint16_t by[2][2 * ASKEW_LANES] = {};
+  constexpr TritOrder() {
+    for (int c = 0; c < 4 * ASKEW_LANES; ++c) {
+      from[c % 2][c / 2 * 2] = (uint8_t)(c / kTritsInByte);
+      from[c % 2][c / 2 * 2 + 1] = 128;
+      int power = 270;
+      for (int digit = c % kTritsInByte; digit < kTritsInByte - 1; ++digit) power *= 3;
+      by[c % 2][c / 2] = (uint16_t)power;
+    }
+  }
+};
+constexpr TritOrder kTritOrder;
+
+ASKEW_FN void trits_in_order(const uint8_t* p, int64_t left, uint8_t* out) {
+  uint8_t padded[16] = {};
+  if (left < 16) {
+    __builtin_memcpy(padded, p, left);
+    p = padded;
+  }
+  const __m128i some = _mm_min_epu8(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8((char)kTopTrits));
+  const Codes bytes = in_each_lane(&some);
+  Codes digit[2];
+  ASKEW_EACH (k, 2) {
+    Codes from, by;
+    __builtin_memcpy(&from, kTritOrder.from[k], sizeof from);
+    __builtin_memcpy(&by, kTritOrder.by[k], sizeof by);
+    const Codes fraction = times(ASKEW_MM(shuffle_epi8)(bytes, from), by);
+    digit[k] = ASKEW_MM(mulhi_epu16)(fraction, ASKEW_MM(set1_epi16)(3));
+  }
+  const Codes codes = digit[0] | ASKEW_MM(slli_epi16)(digit[1], 8);
+  __builtin_memcpy(out, &codes, sizeof codes);
+}
+
+// Codes of 1 to 7 bits as bytes in the order of the columns, 16 to a lane of 128 bits. Each column finds the two bytes
+// that hold its code, and a power of two moves the code to their top.
+struct WidthOrder {
+  uint8_t from[2][16] = {};  // of even columns and of odd ones
+  uint16_t by[2][8] = {};
+  constexpr explicit WidthOrder(int bits) {
+    for (int c = 0; c < 16; ++c) {
+      from[c % 2][c / 2 * 2] = (uint8_t)(c * bits / 8);
+      from[c % 2][c / 2 * 2 + 1] = (uint8_t)(c * bits / 8 + 1);
+      by[c % 2][c / 2] = (uint16_t)(1 << (16 - bits - c * bits % 8));
+    }
+  }
+};
+constexpr WidthOrder kWidthOrders[7] = {WidthOrder(1), WidthOrder(2), WidthOrder(3), WidthOrder(4),
+                                        WidthOrder(5), WidthOrder(6), WidthOrder(7)};
+
+ASKEW_FN void codes_in_order(int bits, const uint8_t* p, int64_t left, uint8_t* out) {
+  const int64_t lane = 2 * bits, needed = (ASKEW_LANES / 4 - 1) * lane + 16;
+  uint8_t padded[64] = {};
+  if (left < needed) {
+    __builtin_memcpy(padded, p, left);
+    p = padded;
+  }
+#if ASKEW_LANES == 16
+  const auto lanes = [&](int l) __attribute__((always_inline)) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p + l * lane)));
+    return _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i*)(p + (l + 1) * lane)), 1);
+  };
+  const Codes bytes = _mm512_inserti64x4(_mm512_castsi256_si512(lanes(0)), lanes(2), 1);
+#else
+  const Codes bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                                              _mm_loadu_si128((const __m128i*)(p + lane)), 1);
+#endif
+  const WidthOrder& order = kWidthOrders[bits - 1];
+  const __m128i down = _mm_cvtsi32_si128(16 - bits);
+  Codes code[2];
+  ASKEW_EACH (k, 2) {
+    const Codes pair = ASKEW_MM(shuffle_epi8)(bytes, in_each_lane(order.from[k]));
+    code[k] = ASKEW_MM(srl_epi16)(times(pair, in_each_lane(order.by[k])), down);
+  }
+  const Codes codes = code[0] | ASKEW_MM(slli_epi16)(code[1], 8);
+  __builtin_memcpy(out, &codes, sizeof codes);
+}
+#endif
 
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
 // 128 codes of 3 bits, 48 bytes, as bytes: a lane's word holds eight of them, which become two words of four bytes.
@@ -82,10 +223,17 @@ ASKEW_FN void unpack_row(const PackedWeight& weight, int64_t row, uint8_t* out) 
   const uint8_t* p = w.codes + row * w.row_bytes;
   const int64_t end = rounded_up(w.cols, 64);
   if (w.bits == 0) {
+#if defined(ASKEW_MM)
+    for (int64_t c = 0, at = 0; c < w.cols; c += TritOrder::kCodes, at += TritOrder::kBytes) {
+      __builtin_prefetch(p + at + 4 * w.row_bytes);  // of the rows that come next
+      trits_in_order(p + at, w.row_bytes - at, out + c);
+    }
+#else
     const uint8_t* const digits = w.digits;
     uint8_t* to = out;
     for (const uint8_t* const last = p + w.row_bytes; p < last; ++p, to += kTritsInByte)
       __builtin_memcpy(to, digits + 8 * *p, 8);
+#endif
   } else if (w.bits == 8) {
     __builtin_memcpy(out, p, w.cols);
 #if ASKEW_LANES == 16 && defined(__AVX512BW__)
@@ -108,6 +256,13 @@ ASKEW_FN void unpack_row(const PackedWeight& weight, int64_t row, uint8_t* out) 
     }
 #endif
   } else {
+#if defined(ASKEW_MM)
+    constexpr int64_t kStep = 4 * ASKEW_LANES;
+    for (int64_t c = 0, at = 0; c < w.cols; c += kStep, at += kStep * w.bits / 8) {
+      __builtin_prefetch(p + at + 4 * w.row_bytes);
+      codes_in_order(w.bits, p + at, w.row_bytes - at, out + c);
+    }
+#else
     const int k = w.bits;
     const uint64_t halves = ((1ull << 4 * k) - 1), quarters = ((1ull << 2 * k) - 1) * 0x0000000100000001ull,
                    codes = ((1ull << k) - 1) * 0x0001000100010001ull;
@@ -122,6 +277,7 @@ ASKEW_FN void unpack_row(const PackedWeight& weight, int64_t row, uint8_t* out) 
       word = (word & codes) | ((word >> k & codes) << 8);
       __builtin_memcpy(out + i, &word, 8);
     }
+#endif
   }
   for (int64_t c = w.cols; c < end; ++c) out[c] = 0;
 }
@@ -240,11 +396,11 @@ ASKEW_FN void sums_of(const V* v, float* sum) {
 
 ASKEW_FN float row_scale(const PackedWeight& w, int64_t row) { return w.scale[w.groups ? row * w.groups : 0]; }
 
-// A block of codes is one vector of words, one for each lane; a word's codes are consecutive columns.
+// A block of codes is one vector of words, one for each lane; a word's codes are consecutive columns. 32 bits: levels.
 template <int BITS>
 struct Block {
   static constexpr int kShift = BITS == 0 ? 4 : BITS;
-  static constexpr int kCodes = BITS == 0 ? 5 : BITS == 3 ? 8 : BITS < 5 ? 32 / kShift : 1;  // in a lane
+  static constexpr int kCodes = BITS == 0 ? 5 : BITS == 3 ? 8 : 32 / kShift;  // in a lane
   static constexpr int kCols = kCodes * ASKEW_LANES;
   static constexpr int kBytes = BITS == 0 ? ASKEW_LANES : kCols * BITS / 8;
 };
@@ -270,18 +426,30 @@ ASKEW_FN vu words_of(const PackedWeight& w, const uint8_t* p) {
 #else
     for (int i = 0; i < ASKEW_LANES; ++i) word[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
 #endif
-  } else if (BITS == 8) {  // the float 2^23 + code
-#if ASKEW_LANES == 16 && defined(__AVX512BW__)
-    const __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    word = (vu)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111u, four, at);
-#else
-    word = widened(p) | 0x4b000000u;
-#endif
   } else {
     __builtin_memcpy(&word, p, sizeof word);
   }
   return word;
+}
+
+// Byte K of each word, as the float 2^23 + byte.
+template <int K>
+ASKEW_FN vf above_2_23(vu word) {
+#if ASKEW_LANES == 16 && defined(__AVX512BW__)
+  const __m512i at = _mm512_broadcast_i32x4(_mm_setr_epi32(K, 4 + K, 8 + K, 12 + K));
+  return (vf)_mm512_mask_shuffle_epi8(_mm512_set1_epi32(0x4b000000), 0x1111111111111111u, (__m512i)word, at);
+#elif ASKEW_LANES == 8 && defined(__AVX2__)
+  const __m128i at = _mm_setr_epi8(K, -1, -1, -1, 4 + K, -1, -1, -1, 8 + K, -1, -1, -1, 12 + K, -1, -1, -1);
+  return (vf)((vu)_mm256_shuffle_epi8((__m256i)word, _mm256_broadcastsi128_si256(at)) | 0x4b000000u);
+#else
+  return (vf)((word >> (8 * K) & 255u) | 0x4b000000u);
+#endif
+}
+ASKEW_FN vf above_2_23(vu word, int k) {
+  return k == 0   ? above_2_23<0>(word)
+         : k == 1 ? above_2_23<1>(word)
+         : k == 2 ? above_2_23<2>(word)
+                  : above_2_23<3>(word);
 }
 
 // Which scale of a row each lane of a block takes, where groups end with lanes.

@@ -157,8 +157,36 @@ struct BandSums {
     return i;
   }
 
-  // offsets: what the sums begin with, `stride` apart.
-  ASKEW_INLINE void over(const uint8_t* p, const int8_t* q, int64_t blocks, const int32_t* offsets, int64_t stride) {
+#if defined(ASKEW_VNNI)
+  // Trits that meet one token, without their digits: with the fraction r that a digit d is taken from and r' that is
+  // left, 256 d = 3 r - r', so that sums of x r and of x r' give 256 times that of x d. Two additions and two products
+  // for four columns of 16 rows in place of five operations and one; exact while that sum fits int32, whatever the
+  // two do on the way.
+  static constexpr int64_t kFewBlocks = INT32_MAX / 256 / (2 * kInt8Top) / (4 * kVectors);
+  ASKEW_INLINE void over_fractions(const uint8_t* p, const int8_t* q, int64_t blocks, int32_t offset, int lo) {
+    typedef uint8_t Bytes __attribute__((vector_size(4 * ASKEW_LANES)));
+    Sums before[2] = {}, after[2] = {};
+    for (int64_t i = 0; i < blocks; ++i, p += kBytes, q += kInputs) {
+      __builtin_prefetch(p + kAhead);
+      Bytes rest = (Bytes)band_word(p, 0);
+      ASKEW_EACH (d, kVectors) {
+        add_inputs(before[d % 2], (Codes)rest, q + 4 * d);
+        rest = rest + rest + rest;
+        add_inputs(after[d % 2], (Codes)rest, q + 4 * d);
+      }
+    }
+    const vu all = ((vu)before[0] + (vu)before[1]) * 3u - ((vu)after[0] + (vu)after[1]);
+    sum[0] = ((vi)all >> 8) + (offset + offset / lo);  // codes count from 1
+  }
+#endif
+
+  // offsets: what the sums begin with, lo times the sum of the inputs, `stride` apart.
+  ASKEW_INLINE void over(const uint8_t* p, const int8_t* q, int64_t blocks, const int32_t* offsets, int64_t stride,
+                         [[maybe_unused]] int lo) {
+#if defined(ASKEW_VNNI)
+    if constexpr (BITS == kTrits && B == 1)
+      if (lo && blocks <= kFewBlocks) return over_fractions(p, q, blocks, *offsets, lo);
+#endif
     ASKEW_EACH (b, B) sum[b] = (vi{} + offsets[b * stride]) << band_shift<BITS>();
 #if !defined(ASKEW_WIDE)
     ASKEW_EACH (s, kSums)
@@ -221,7 +249,7 @@ __attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band,
     };
     for (int64_t g = 0; g < groups; ++g, p += blocks * Tile::kBytes, q += blocks * Tile::kInputs) {
       Tile tile;
-      tile.over(p, q, blocks, x.offsets + token * groups + g, groups);
+      tile.over(p, q, blocks, x.offsets + token * groups + g, groups, w.lo);
       const vf s = Floats::load(scale + g * kBandRows);
       const auto scaled = [&](int b, vf sum) __attribute__((always_inline)) {
         return multiply_add(__builtin_convertvector(tile.sum[b], vf), s, sum);

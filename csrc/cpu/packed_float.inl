@@ -20,7 +20,9 @@ ASKEW_FN int form_of(const PackedWeight& w) {
 }
 
 static int64_t width(const PackedWeight& w) {
-  ASKEW_BY_FORM(FORM, form_of(w), kBytes, return rounded_up(w.cols, Block<FORM>::kCols))
+  const int form = form_of(w);
+  if (form == kDecoded) return rounded_up(w.cols, ASKEW_LANES);
+  ASKEW_BY_FORM(FORM, form, kBytes, return rounded_up(w.cols, Block<FORM>::kCols))
   return 0;
 }
 
@@ -40,7 +42,7 @@ ASKEW_FN void arrange_blocks(const PackedWeight& weight, const float* x, float* 
 
 static void arrange(const PackedWeight& w, const float* x, float* out) {
   const int form = form_of(w);
-  if (form <= 4) ASKEW_BY_FORM(FORM, form, 4, return arrange_blocks<FORM>(w, x, out))
+  if (form != kDecoded) ASKEW_BY_FORM(FORM, form, kBytes, return arrange_blocks<FORM>(w, x, out))
   __builtin_memcpy(out, x, w.cols * 4);
   for (int64_t c = w.cols; c % ASKEW_LANES; ++c) out[c] = 0;
 }
@@ -59,9 +61,8 @@ enum Grouped : int { kOneScale, kBlocks, kLanes };  // of a row: groups of whole
 template <int FORM, int GROUPED, int R, int B>
 ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, int64_t row, const float* x,
                        int64_t width, vf (&sum)[R][B]) {
-  constexpr int kBits = FORM == kDecoded ? 8 : FORM;
-  typedef Block<kBits> block;
-  constexpr int kStep = FORM == kDecoded ? 4 * ASKEW_LANES : block::kBytes;
+  typedef Block<FORM> block;
+  constexpr int kStep = block::kBytes;
   const int64_t blocks = width / block::kCols, whole = FORM <= 4 ? w.row_bytes / kStep : blocks;
   const bool without_level = w.n_levels < 1 << w.bits;  // some codes, which count as the last
   LaneScales lanes;
@@ -79,15 +80,15 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
     vf level[R], s[R], own[R];
     ASKEW_EACH (r, R) {
       const uint8_t* from = p + r * stride + i * kStep;
-      if (FORM <= 4) __builtin_prefetch(from + 2 * R * stride, 0, 2);  // of the rows that come next
+      if (FORM != kDecoded) __builtin_prefetch(from + 2 * R * stride, 0, 2);  // of the rows that come next
       if (FORM == kDecoded) {
         level[r] = Floats::load((const float*)from);
       } else if (i < whole) {
-        word[r] = words_of<kBits>(w, from);
+        word[r] = words_of<FORM>(w, from);
       } else {  // the last bytes of a row
         uint8_t padded[block::kBytes] = {};
         __builtin_memcpy(padded, from, w.row_bytes - whole * kStep);
-        word[r] = words_of<kBits>(w, padded);
+        word[r] = words_of<FORM>(w, padded);
       }
       if (GROUPED == kBlocks) s[r] = vf{} + scale[r * w.groups];
       if (GROUPED == kLanes) s[r] = scales_of(lanes, scale + r * w.groups, left);
@@ -96,7 +97,7 @@ ASKEW_FN void dot_tile(const PackedWeight& w, const uint8_t* p, int64_t stride, 
     const float* at = x + i * block::kCols;
     ASKEW_EACH_CODE (k, block::kCodes) {
       ASKEW_EACH (r, R) {
-        if (FORM == kBytes) level[r] = (vf)word[r] - (8388608.f - w.lo);
+        if (FORM == kBytes) level[r] = above_2_23(word[r], k) - (8388608.f - w.lo);
         if (FORM == kBytes && without_level) level[r] = select(level[r] > w.hi, vf{} + w.hi, level[r]);
         if (FORM <= 4) level[r] = lookup(w.table, word[r] >> (FORM <= 4 ? block::kShift * k : 0));
         if (GROUPED && B > 1) level[r] = level[r] * s[r];
@@ -144,16 +145,16 @@ ASKEW_FN void multiply_rows(const PackedWeight& w, int64_t row, const float* x, 
     ASKEW_EACH (r, R)
       decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
     p = (const uint8_t*)scratch;
-  } else if (FORM == kBytes && (w.bits != 8 || w.cols % ASKEW_LANES)) {
+  } else if (FORM == kBytes && (w.bits != 8 || w.cols % Block<kBytes>::kCols)) {
     stride = rounded_up(w.cols, 64) + kPadding;
     ASKEW_EACH (r, R) unpack_row(w, row + r, (uint8_t*)scratch + r * stride);
     p = (const uint8_t*)scratch;
   }
-  constexpr int kInputs = ASKEW_LANES == 16 ? 8 : 4;
-  constexpr int kBits = FORM == kDecoded ? 8 : FORM, kGrouped = GROUPED ? kLanes : kOneScale;
+  constexpr int kInputs = 4;  // of more, where panels serve (packed_panels.inl), none come here
+  constexpr int kGrouped = GROUPED ? kLanes : kOneScale;
   // groups of whole blocks have a loop of their own: the choice of scales costs as much as a product
   constexpr int kWhole = GROUPED ? kBlocks : kOneScale;
-  const bool whole = GROUPED && w.cols / w.groups % Block<kBits>::kCols == 0;
+  const bool whole = GROUPED && w.cols / w.groups % Block<FORM>::kCols == 0;
   int64_t b = 0;
   if (R == kRows) {
     if (whole)
@@ -206,47 +207,62 @@ void multiply(const PackedWeight& w, int64_t row0, int64_t row1, const float* x,
 
 #if ASKEW_LANES == 16 && defined(__AVX512F__)
 #define ASKEW_TABLES 1
-// Codes of 1 and 2 bits and trits: four bits of a row choose among 16 sums of inputs (four inputs or two), two trits
-// among nine, which fit one register. A lane is a row here: 16 rows look up in the same table at once.
+// Codes of 1 and 2 bits and trits: four bits of a row choose among 16 sums of inputs (four inputs or two), which fit
+// one register; the three highest trits of a byte among 27, which fit two, and the others among nine. A lane is a row
+// here: 16 rows look up in the same table at once.
 constexpr int kBands = 4;  // of 16 rows that share a table while it is in a register
-constexpr int kTritWord = 4 * kTritsInByte;
+constexpr int kTritTable = 48, kTritWord = 4 * kTritsInByte;
 
-ASKEW_FN int64_t word_tables(const PackedWeight& w) { return w.bits == kTrits ? kTritWord / 2 : 8; }
-ASKEW_FN int64_t row_tables(const PackedWeight& w) { return rounded_up(w.row_bytes, 64) / 4 * word_tables(w); }
-
-static int64_t tables_width(const PackedWeight& w) {
-  if (w.bits != 1 && w.bits != 2 && w.bits != kTrits) return 0;
-  const int64_t word = w.bits == kTrits ? kTritWord : 32 / w.bits;
-  if (w.groups > 1 && w.cols / w.groups % word) return 0;
-  return row_tables(w) * 16;
+// Where groups end inside a byte of trits, it has tables for each group, in which the others' columns count nothing.
+ASKEW_FN int64_t trit_tables(const PackedWeight& w) {
+  const int64_t bytes = rounded_up(w.row_bytes, 64);
+  if (w.groups <= 1) return bytes;
+  const int64_t length = w.cols / w.groups, ends = w.groups - 1;
+  return bytes + ends - (length % kTritsInByte ? ends / kTritsInByte : ends);
 }
 
-// A word of trits has tables of the two highest digits of bytes 0, 2, 1 and 3, each followed by that of the next two of
-// bytes 0 and 2, 1 and 3, then of the last digits of bytes 0 and 1, 2 and 3: the order in which `tables_band` finds
-// them.
-ASKEW_FN void trit_tables(const PackedWeight& w, const float* x, float* out) {
-  vu nines[2], last[2];
-  for (int i = 0; i < 16; ++i) {
-    nines[0][i] = i / 3;
-    nines[1][i] = i % 3;
-    last[0][i] = i % 4;
-    last[1][i] = i / 4;
+static int64_t tables_width(const PackedWeight& w) {
+  if (w.bits == kTrits) return trit_tables(w) * kTritTable;
+  if (w.bits != 1 && w.bits != 2) return 0;
+  const int64_t word = 32 / w.bits;
+  if (w.groups > 1 && w.cols / w.groups % word) return 0;
+  return rounded_up(w.row_bytes, 64) * 2 * 16;
+}
+
+// Of a byte: the sums of its last three columns, then of its first two.
+static void make_trit_tables(const PackedWeight& weight, const float* x, float* out) {
+  const PackedWeight w = weight;  // a copy that the stores cannot change
+  vu digit[3][3];                 // of the column that comes last, and so on
+  for (int i = 0; i < 3 * 16; ++i) {
+    const int k = i < 32 ? i : 3 * (i - 32);
+    digit[0][i / 16][i % 16] = k / 9;
+    digit[1][i / 16][i % 16] = k / 3 % 3;
+    digit[2][i / 16][i % 16] = k % 3;
   }
-  constexpr int kFirst[10] = {4, 14, 2, 12, 9, 19, 7, 17, 0, 10}, kSecond[10] = {3, 13, 1, 11, 8, 18, 6, 16, 5, 15};
-  const int64_t words = row_tables(w) / 10;
-  for (int64_t word = 0; word < words; ++word)
-    for (int k = 0; k < 10; ++k, out += 16) {
-      const vu* index = k < 8 ? nines : last;
-      const int64_t a = word * kTritWord + kFirst[k], b = word * kTritWord + kSecond[k];
-      const vf first = lookup(w.table, index[0]) * (vf{} + (a < w.cols ? x[a] : 0.f));
-      Floats::store(out, multiply_add(lookup(w.table, index[1]), vf{} + (b < w.cols ? x[b] : 0.f), first));
+  vf level[3][3];
+  ASKEW_EACH (d, 3)
+    ASKEW_EACH (v, 3) level[d][v] = lookup(w.table, digit[d][v]);
+  const int64_t length = w.groups > 1 ? w.cols / w.groups : w.cols, cols = rounded_up(w.row_bytes, 64) * kTritsInByte;
+  for (int64_t c = 0, end = length; c < cols; c += kTritsInByte)
+    for (int64_t from = c; from < c + kTritsInByte; out += kTritTable) {
+      const int64_t until = end < c + kTritsInByte && end < w.cols ? end : c + kTritsInByte;
+      float in[kTritsInByte];
+      for (int i = 0; i < kTritsInByte; ++i) in[i] = c + i >= from && c + i < until && c + i < w.cols ? x[c + i] : 0;
+      ASKEW_EACH (v, 3) {
+        vf sum = level[0][v] * (vf{} + in[v < 2 ? 4 : 1]);
+        sum = multiply_add(level[1][v], vf{} + in[v < 2 ? 3 : 0], sum);
+        if (v < 2) sum = multiply_add(level[2][v], vf{} + in[2], sum);
+        Floats::store(out + 16 * v, sum);
+      }
+      from = until;
+      if (end == until) end += length;
     }
 }
 
 static void make_tables(const PackedWeight& w, const float* x, float* out) {
-  if (w.bits == kTrits) return trit_tables(w, x, out);
+  if (w.bits == kTrits) return make_trit_tables(w, x, out);
   const int codes = 4 / w.bits;
-  const int64_t tables = row_tables(w);
+  const int64_t tables = rounded_up(w.row_bytes, 64) * 2;
   vu index;
   for (int i = 0; i < 16; ++i) index[i] = i;
   vf level[4];
@@ -259,29 +275,14 @@ static void make_tables(const PackedWeight& w, const float* x, float* out) {
   }
 }
 
-// to[c][r] = word c of row r, for 16 rows of 64 bytes.
-ASKEW_FN void transpose_words(const uint8_t* const* rows, int64_t at, __m512i* to) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i] + at);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i p = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x44), q = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xee);
-    const __m512i r = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x44),
-                  s = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xee);
-    to[i] = _mm512_shuffle_i32x4(p, r, 0x88);
-    to[i + 4] = _mm512_shuffle_i32x4(p, r, 0xdd);
-    to[i + 8] = _mm512_shuffle_i32x4(q, s, 0x88);
-    to[i + 12] = _mm512_shuffle_i32x4(q, s, 0xdd);
-  }
+// to[c][r] = word c from byte `at` on of row r, for 16 rows of `bytes` bytes, which are followed by zeros.
+ASKEW_FN void words_of_rows(const uint8_t* const* rows, int64_t at, int64_t bytes, __m512i (&to)[16]) {
+  const int64_t left = bytes - at;
+  if (left >= 64)
+    for (int i = 0; i < 16; ++i) to[i] = _mm512_loadu_si512(rows[i] + at);
+  else
+    for (int i = 0; i < 16; ++i) to[i] = _mm512_maskz_loadu_epi8(((uint64_t)1 << left) - 1, rows[i] + at);
+  transpose(to);
 }
 
 // sums += what a word of codes of each row finds in its tables.
@@ -293,130 +294,175 @@ ASKEW_INLINE void find_bits(const vu (&word)[BANDS], const float* t, vf (&sum)[B
   }
 }
 
-// Bytes as 16-bit fractions of 243: times nine, the whole part is two digits, the rest what is left.
+// The numbers that the trits of a byte are, in the low bits of a lane: of the three highest, and of the others.
+struct TritIndex {
+  __m512i high, low;
+};
+// Of bytes E and, above them in each lane, E + 2 of each word, as 16-bit fractions of 243 (TritOrder): times 27, the
+// whole part is three digits.
+template <int E>
+ASKEW_INLINE TritIndex trit_index(__m512i word) {
+  const __m512i by = _mm512_set1_epi16(27);
+  const __m512i bytes = E ? _mm512_srli_epi16(word, 8) : _mm512_and_si512(word, _mm512_set1_epi16(0xff));
+  const __m512i all = times(bytes, _mm512_set1_epi16(270)), rest = times(all, by);
+  return {_mm512_mulhi_epu16(all, by), _mm512_mulhi_epu16(rest, _mm512_set1_epi16(9))};
+}
+ASKEW_INLINE TritIndex upper_index(TritIndex index) {
+  return {_mm512_srli_epi32(index.high, 16), _mm512_srli_epi32(index.low, 16)};
+}
+
+// sums += what a byte of each row finds in its tables.
 template <int BANDS>
-ASKEW_INLINE void find_trits(const vu (&word)[BANDS], const float* t, vf (&sum)[BANDS]) {
-  const __m512i nine = _mm512_set1_epi16(9), three = _mm512_set1_epi16(3);
-  __m512i last[BANDS];
-  ASKEW_EACH (e, 2) {
-    __m512i rest[BANDS];
-    ASKEW_EACH (g, BANDS) {
-      const __m512i bytes = (__m512i)(e ? word[g] >> 8 : word[g]);
-      rest[g] = _mm512_mullo_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_set1_epi16(270));
-    }
-    ASKEW_EACH (k, 2) {
-      const __m512 low = _mm512_loadu_ps(t + 16 * (4 * e + 2 * k)),
-                   high = _mm512_loadu_ps(t + 16 * (4 * e + 2 * k + 1));
-      ASKEW_EACH (g, BANDS) {
-        const __m512i digits = _mm512_mulhi_epu16(rest[g], nine);
-        rest[g] = _mm512_mullo_epi16(rest[g], nine);
-        sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(digits, low);
-        sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(digits, 16), high);
-      }
-    }
-    ASKEW_EACH (g, BANDS) {
-      const __m512i digit = _mm512_mulhi_epu16(rest[g], three);
-      last[g] = e ? _mm512_or_si512(last[g], _mm512_slli_epi32(digit, 2)) : digit;
-    }
-  }
-  const __m512 low = _mm512_loadu_ps(t + 16 * 8), high = _mm512_loadu_ps(t + 16 * 9);
+ASKEW_INLINE void find_trits(const TritIndex (&index)[BANDS], const float* t, vf (&sum)[BANDS]) {
+  const __m512 first = _mm512_loadu_ps(t), second = _mm512_loadu_ps(t + 16), third = _mm512_loadu_ps(t + 32);
   ASKEW_EACH (g, BANDS) {
-    sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(last[g], low);
-    sum[g] = sum[g] + (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(last[g], 16), high);
+    const vf high = (vf)_mm512_permutex2var_ps(first, index[g].high, second);
+    sum[g] = sum[g] + high + (vf)_mm512_permutexvar_ps(index[g].low, third);
   }
 }
 
-template <bool TRITS, int BANDS>
-ASKEW_FN void tables_band(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
-                          float* y) {
-  const int codes_of_word = TRITS ? kTritWord : 32 / (TRITS ? 1 : w.bits);
-  const int64_t length = w.groups > 1 ? w.cols / w.groups / codes_of_word : INT64_MAX;  // words in a group
-  const int64_t words = (w.row_bytes + 3) / 4;
+// Rows of the weight that meet one input, BANDS times 16; past the end the last one again.
+template <int BANDS>
+struct TableRows {
+  const PackedWeight& w;
+  const uint8_t* codes[BANDS][16];
+  const uint8_t* scales[BANDS][16];
+  __m512i scale[BANDS][16];  // of sixteen groups
   vf sum[BANDS], total[BANDS];
-  const uint8_t* from[BANDS][16];
-  ASKEW_EACH (g, BANDS) {
-    sum[g] = total[g] = vf{};
-    for (int i = 0; i < 16; ++i) {  // past the end: the last row again
-      const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
-      from[g][i] = w.codes + (row + r) * w.row_bytes;
-    }
-  }
-  __m512i codes[BANDS][16];
-  int64_t until = length, group = 0;
-  for (int64_t at = 0; at < w.row_bytes; at += 64) {
+  int64_t group = 0;
+
+  ASKEW_INLINE TableRows(const PackedWeight& w, int64_t row, int64_t rows) : w(w) {
     ASKEW_EACH (g, BANDS) {
-      for (int i = 0; i < 16; ++i) __builtin_prefetch(from[g][i] + at + 16 * BANDS * w.row_bytes, 0, 2);
-      if (at + 64 <= w.row_bytes) {
-        transpose_words(from[g], at, codes[g]);
-      } else {
-        uint8_t padded[16][64] = {};
-        const uint8_t* rows_of[16];
-        for (int i = 0; i < 16; ++i) {
-          __builtin_memcpy(padded[i], from[g][i] + at, w.row_bytes - at);
-          rows_of[i] = padded[i];
-        }
-        transpose_words(rows_of, 0, codes[g]);
-      }
-    }
-    constexpr int kTables = TRITS ? kTritWord / 2 : 8;
-    const float* t = tables + at / 4 * kTables * 16;
-    const int64_t first = at / 4, last = first + 16 < words ? first + 16 : words;
-    for (int64_t c = first; c < last; ++c, t += kTables * 16) {
-      vu word[BANDS];
-      ASKEW_EACH (g, BANDS)
-        word[g] = TRITS ? (vu)_mm512_min_epu8(codes[g][c - first], _mm512_set1_epi8((char)kTopTrits))
-                        : (vu)codes[g][c - first];
-      if constexpr (TRITS)
-        find_trits(word, t, sum);
-      else
-        find_bits(word, t, sum);
-      if (c + 1 == until) {
-        ASKEW_EACH (g, BANDS) {
-          vf scale;
-          for (int i = 0; i < 16; ++i) {
-            const int64_t r = 16 * g + i < rows ? 16 * g + i : rows - 1;
-            scale[i] = w.scale[(row + r) * w.groups + group];
-          }
-          total[g] = multiply_add(sum[g], scale, total[g]);
-          sum[g] = vf{};
-        }
-        until += length;
-        ++group;
+      sum[g] = total[g] = vf{};
+      for (int i = 0; i < 16; ++i) {
+        const int64_t r = row + (16 * g + i < rows ? 16 * g + i : rows - 1);
+        codes[g][i] = w.codes + r * w.row_bytes;
+        scales[g][i] = (const uint8_t*)(w.scale + r * w.groups);
       }
     }
   }
-  ASKEW_EACH (g, BANDS)
-    for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
-      const int64_t r = row + 16 * g + i;
-      const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
-      y[r] = dot + (bias ? bias[r] : 0.f);
+  // Sixteen words from byte `at` on.
+  ASKEW_INLINE void read(int64_t at, __m512i (&word)[BANDS][16]) const {
+    ASKEW_EACH (g, BANDS) {
+      for (int i = 0; i < 16; ++i) __builtin_prefetch(codes[g][i] + at + 16 * BANDS * w.row_bytes, 0, 2);
+      words_of_rows(codes[g], at, w.row_bytes, word[g]);
     }
+  }
+  // A group ends: its sums meet its scales.
+  ASKEW_INLINE void end_group() {
+    if (group % 16 == 0)
+      ASKEW_EACH (g, BANDS) words_of_rows(scales[g], 4 * group, 4 * w.groups, scale[g]);
+    ASKEW_EACH (g, BANDS) {
+      total[g] = multiply_add(sum[g], (vf)scale[g][group % 16], total[g]);
+      sum[g] = vf{};
+    }
+    ++group;
+  }
+  ASKEW_INLINE void store(int64_t row, int64_t rows, const float* bias, float* y) const {
+    ASKEW_EACH (g, BANDS)
+      for (int64_t i = 0; i < 16 && 16 * g + i < rows; ++i) {
+        const int64_t r = row + 16 * g + i;
+        const float dot = w.groups > 1 ? total[g][i] : sum[g][i] * row_scale(w, r);
+        y[r] = dot + (bias ? bias[r] : 0.f);
+      }
+  }
+};
+
+template <int BANDS>
+static void bits_product(const PackedWeight& w, int64_t row, int64_t rows, const float* t, const float* bias,
+                         float* y) {
+  const int64_t length = w.groups > 1 ? w.cols / w.groups / (32 / w.bits) : INT64_MAX;  // words in a group
+  const int64_t words = (w.row_bytes + 3) / 4;
+  TableRows<BANDS> of(w, row, rows);
+  for (int64_t first = 0, until = length; first < words; first += 16) {
+    __m512i read[BANDS][16];
+    of.read(4 * first, read);
+    for (int64_t i = 0; i < 16 && first + i < words; ++i, t += 8 * 16) {
+      vu word[BANDS];
+      ASKEW_EACH (g, BANDS) word[g] = (vu)read[g][i];
+      find_bits(word, t, of.sum);
+      if (first + i + 1 < until) continue;
+      of.end_group();
+      until += length;
+    }
+  }
+  of.store(row, rows, bias, y);
+}
+
+template <int BANDS>
+static void trits_product(const PackedWeight& w, int64_t row, int64_t rows, const float* t, const float* bias,
+                          float* y) {
+  const int64_t length = w.groups > 1 ? w.cols / w.groups : INT64_MAX, words = (w.row_bytes + 3) / 4;
+  TableRows<BANDS> of(w, row, rows);
+  int64_t until = length;  // the column at which a group ends
+  for (int64_t first = 0; first < words; first += 16) {
+    __m512i read[BANDS][16];
+    of.read(4 * first, read);
+    for (int64_t i = 0; i < 16 && first + i < words; ++i) {
+      const int64_t begin = (first + i) * kTritWord;
+      __m512i word[BANDS];
+      ASKEW_EACH (g, BANDS) word[g] = _mm512_min_epu8(read[g][i], _mm512_set1_epi8((char)kTopTrits));
+      if (until > begin + kTritWord) {
+        TritIndex index[BANDS];
+        ASKEW_EACH (g, BANDS) index[g] = trit_index<0>(word[g]);
+        find_trits(index, t, of.sum);
+        ASKEW_EACH (g, BANDS) index[g] = upper_index(index[g]);
+        find_trits(index, t + 2 * kTritTable, of.sum);
+        ASKEW_EACH (g, BANDS) index[g] = trit_index<1>(word[g]);
+        find_trits(index, t + kTritTable, of.sum);
+        ASKEW_EACH (g, BANDS) index[g] = upper_index(index[g]);
+        find_trits(index, t + 3 * kTritTable, of.sum);
+        t += 4 * kTritTable;
+        continue;
+      }
+      TritIndex byte[4][BANDS];
+      ASKEW_EACH (g, BANDS) {
+        byte[0][g] = trit_index<0>(word[g]);
+        byte[1][g] = trit_index<1>(word[g]);
+        byte[2][g] = upper_index(byte[0][g]);
+        byte[3][g] = upper_index(byte[1][g]);
+      }
+      for (int k = 0; k < 4; ++k) {
+        const int64_t end = begin + (k + 1) * kTritsInByte;
+        for (; until < end && until < w.cols; until += length, t += kTritTable) {
+          find_trits(byte[k], t, of.sum);
+          of.end_group();
+        }
+        find_trits(byte[k], t, of.sum);
+        t += kTritTable;
+        if (until > end || until > w.cols) continue;
+        of.end_group();
+        until += length;
+      }
+    }
+  }
+  of.store(row, rows, bias, y);
 }
 
 #if !defined(ASKEW_FLOATS) && !defined(ASKEW_PANELS_ONLY)
-template <bool TRITS>
-ASKEW_FN void multiply_tables_of(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
-                                 const float* bias, float* y) {
+template <int BANDS>
+ASKEW_FN void table_product(const PackedWeight& w, int64_t row, int64_t rows, const float* tables, const float* bias,
+                            float* y) {
+  if (w.bits == kTrits)
+    trits_product<BANDS>(w, row, rows, tables, bias, y);
+  else
+    bits_product<BANDS>(w, row, rows, tables, bias, y);
+}
+
+void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
+                     const float* bias, float* y) {
   const int64_t wide = tables_width(w);
   for (int64_t row = row0; row < row1; row += 16 * kBands) {
     const int64_t rows = row1 - row < 16 * kBands ? row1 - row : 16 * kBands;
     for (int64_t b = 0; b < batch; ++b) {
       if (rows > 32)
-        tables_band<TRITS, 4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        table_product<4>(w, row, rows, tables + b * wide, bias, y + b * w.n);
       else if (rows > 16)
-        tables_band<TRITS, 2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        table_product<2>(w, row, rows, tables + b * wide, bias, y + b * w.n);
       else
-        tables_band<TRITS, 1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
+        table_product<1>(w, row, rows, tables + b * wide, bias, y + b * w.n);
     }
   }
-}
-
-void multiply_tables(const PackedWeight& w, int64_t row0, int64_t row1, const float* tables, int64_t batch,
-                     const float* bias, float* y) {
-  if (w.bits == kTrits)
-    multiply_tables_of<true>(w, row0, row1, tables, batch, bias, y);
-  else
-    multiply_tables_of<false>(w, row0, row1, tables, batch, bias, y);
 }
 #endif
 #endif

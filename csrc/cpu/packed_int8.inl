@@ -177,13 +177,13 @@ ASKEW_FN void unpack_trits(const PackedWeight& w, int64_t row, uint8_t* out) {
   const __m512i three = _mm512_set1_epi16(3), above = _mm512_set1_epi16(3 << 8), low = _mm512_set1_epi16(255);
   for (int64_t at = 0; at < int8_width(w) / 5; at += 64, out += 5 * 64) {
     const __m512i bytes = _mm512_min_epu8((__m512i)row_words(w, p, at), _mm512_set1_epi8((char)kTopTrits));
-    __m512i even = _mm512_mullo_epi16(_mm512_and_si512(bytes, low), _mm512_set1_epi16(270));
-    __m512i odd = _mm512_mullo_epi16(_mm512_srli_epi16(bytes, 8), _mm512_set1_epi16(270));
+    __m512i even = times(_mm512_and_si512(bytes, low), _mm512_set1_epi16(270));
+    __m512i odd = times(_mm512_srli_epi16(bytes, 8), _mm512_set1_epi16(270));
     ASKEW_UNROLL for (int k = 4; k >= 0; --k) {
       const __m512i digit = _mm512_mulhi_epu16(even, three), high = _mm512_mulhi_epu16(odd, above);
       _mm512_storeu_si512(out + 64 * k, _mm512_or_si512(digit, _mm512_andnot_si512(low, high)));
-      even = _mm512_mullo_epi16(even, three);
-      odd = _mm512_mullo_epi16(odd, three);
+      even = times(even, three);
+      odd = times(odd, three);
     }
   }
 }
@@ -206,14 +206,7 @@ ASKEW_FN void unpack_int8(const PackedWeight& w, int64_t row, uint8_t* out) {
 }
 
 // Sums of four products in each lane; with the factor, which only sums in int16 take.
-#if (ASKEW_LANES == 16 && defined(__AVX512BW__)) || (ASKEW_LANES == 8 && defined(__AVX2__))
-#if ASKEW_LANES == 16
-typedef __m512i Codes;
-#define ASKEW_MM(NAME) _mm512_##NAME
-#else
-typedef __m256i Codes;
-#define ASKEW_MM(NAME) _mm256_##NAME
-#endif
+#if defined(ASKEW_MM)
 typedef Codes Sums;
 #else
 typedef vu Codes;

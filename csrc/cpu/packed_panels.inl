@@ -62,11 +62,11 @@ struct Decoding {
 // The digits of the trits in the low byte of each half of a lane, the highest first, from byte * 65536 / 243.
 ASKEW_FN __m512i next_digit(__m512i& fraction) {
   const __m512i three = _mm512_set1_epi16(3), digit = _mm512_mulhi_epu16(fraction, three);
-  fraction = _mm512_mullo_epi16(fraction, three);
+  fraction = times(fraction, three);
   return digit;
 }
 ASKEW_FN __m512i trit_fractions(__m512i bytes) {
-  return _mm512_mullo_epi16(_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_set1_epi16(270));
+  return times(_mm512_and_si512(bytes, _mm512_set1_epi16(0xff)), _mm512_set1_epi16(270));
 }
 
 struct Singles {
