@@ -97,31 +97,35 @@ import torch
 from askew_kernels import ops, runtime
 from askew_kernels.quant import Ternary, Uniform, code_bits
 page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
-memory = mmap.mmap(-1, 9 * page)
-address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-assert libc.mprotect(ctypes.c_void_p(address + 8 * page), page, 0) == 0
-everything = torch.frombuffer(memory, dtype=torch.uint8)
+
+def guarded(pages):
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + pages * page), page, 0) == 0
+    return torch.frombuffer(memory, dtype=torch.uint8)[: pages * page]
+
+held, scales = guarded(8), guarded(1).view(torch.float32).fill_(1)
 for name, bf16 in (("baseline", True), ("avx2", True), ("avx512", False), ("avx512", True)):
     try:
         runtime._C.force_cpu_capability(name, bf16=bf16)
     except ValueError:
         continue
-    for k, cols, groups in itertools.product(range(9), (40, 104, 205), (1, 5)):
+    for k, cols, groups in itertools.product(range(9), (40, 104, 160, 205), (1, 5)):
         if cols % groups == 0:
             grid = Uniform(k) if k > 1 else Ternary()
             bits = k if k > 1 else code_bits(grid, k == 0)
             width = -(-cols // 5) if bits == 0 else -(-cols * bits // 8)
             n = 70
-            codes = everything[8 * page - n * width : 8 * page].view(n, width)
+            codes, scale = held[held.numel() - n * width :].view(n, width), scales[scales.numel() - n * groups :]
             for batch, kind in itertools.product((1, 2, 4, 20), ("float", "bf16", "int8")):
-                ops.packed_linear(torch.randn(batch, cols), codes, torch.ones(n * groups), grid, bits, None, kind)
-            ops.packed_dequantize(codes, torch.ones(n * groups), grid, bits, cols)
+                ops.packed_linear(torch.randn(batch, cols), codes, scale, grid, bits, None, kind)
+            ops.packed_dequantize(codes, scale, grid, bits, cols)
 print("done", flush=True)
 """
 
 
 def test_nothing_is_read_behind_the_codes():
-    """The codes end where a page begins that must not be read."""
+    """Codes and scales end where a page begins that must not be read."""
     if runtime._C is None or sys.platform != "linux":
         pytest.skip("needs the compiled library and mprotect")
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True,
