@@ -274,6 +274,7 @@ FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpackin
 # about 60 us of unpacking and 11 us, at least 36, of the library's product
 MOST_FROM_TILES = 128
 FEW_POSITIONS = 40  # output positions of a convolution below which a CPU makes float products from the codes
+FEW_POINTS = 1024  # the same where patches are pixels in channels last (1 x 1), so that nothing is laid out
 _TRITON = has_triton()  # a constant for torch.compile, which does not look into the cache of has_triton
 
 
@@ -300,10 +301,13 @@ def reads_codes(x: torch.Tensor, rows: int, tiles: bool = False) -> bool:
     return rows <= FEW_ON_GPU if _TRITON else rows <= FEW_ROWS and has_cuda_kernels()
 
 
-def convolves_from_codes(positions: int, activations: str) -> bool:
+def convolves_from_codes(positions: int, activations: str, points: bool = False) -> bool:
     """Whether a CPU makes a convolution of this many output positions from packed codes, patch by patch: where they are
-    few (``FEW_POSITIONS``, late layers and small batches), and with activations="int8" always."""
-    return activations == "int8" or (not torch.compiler.is_exporting() and positions < FEW_POSITIONS)
+    few (``FEW_POSITIONS``, late layers and small batches; ``FEW_POINTS`` where patches are ``points``: pixels as they
+    stand), and with activations="int8" always. Exported, a choice by size would be a bound: points always."""
+    if activations == "int8" or torch.compiler.is_exporting():
+        return activations == "int8" or points
+    return positions < (FEW_POINTS if points else FEW_POSITIONS)
 
 
 def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:

@@ -307,6 +307,8 @@ def test_products_from_codes_are_chosen_by_rows_and_device(monkeypatch):
     assert runtime.convolves_from_codes(runtime.FEW_POSITIONS - 1, "float")
     assert not runtime.convolves_from_codes(runtime.FEW_POSITIONS, "float")
     assert runtime.convolves_from_codes(10**6, "int8")
+    assert runtime.convolves_from_codes(runtime.FEW_POINTS - 1, "float", points=True)
+    assert not runtime.convolves_from_codes(runtime.FEW_POINTS, "float", points=True)
     monkeypatch.setattr(runtime, "_TRITON", False)
     assert runtime.reads_codes(gpu(few), few) and not runtime.reads_codes(gpu(few + 1), few + 1)
     most = runtime.MOST_FROM_TILES

@@ -369,7 +369,10 @@ def test_pixels_in_channels_last_are_rows_with_float_activations_too():
         torch.testing.assert_close(y, plain(given), rtol=1e-5, atol=1e-5)
         assert torch.equal(y, layer(given))
     layer = packed(nn.Conv2d(16, 20, 1, 2), activations="float", bits=8)
-    assert torch.equal(layer(last), layer.to_float()(last))  # 40 positions: unpacked
+    assert torch.equal(layer(last), layer.to_float()(last))  # 50 positions: unpacked
+    layer = packed(nn.Conv2d(16, 20, 1), activations="float", bits=8)
+    many = torch.randn(1, 16, 32, 32).to(memory_format=torch.channels_last)  # torch's own product is faster
+    assert torch.equal(layer(many), layer.to_float()(many))
 
 
 def test_what_stays_unpacked_takes_gradients():

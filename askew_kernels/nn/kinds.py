@@ -277,8 +277,8 @@ class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
     On a CPU, without groups and in one or two dimensions, the product is made from the codes for few output positions
-    (late layers, small batches), and for any number (``runtime.convolves_from_codes``) with ``activations="int8"`` and
-    where pixels are rows as they stand (1 x 1, channels last): each output position is a row of x, its patch. Where
+    (late layers, small batches; more where pixels are rows as they stand: 1 x 1, channels last), for any number with
+    ``activations="int8"`` (``runtime.convolves_from_codes``): each output position is a row of x, its patch. Where
     patches are rounded to int8 they are read from the image as they are multiplied; else no more than ``PATCHES``
     numbers of them stand in memory.
     Elsewhere the weight is unpacked for the call, with the very results of the hard-quantized layer; that of short
@@ -311,12 +311,14 @@ class _PackedConvolution(PackedLayer):
             sizes = self._positions(batch)
             # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
             whole = torch.compiler.is_exporting() or all(n > 0 for n in sizes)
-            few = runtime.convolves_from_codes(batch.shape[0] * math.prod(sizes), self.activations)
+            positions = batch.shape[0] * math.prod(sizes)
+            few = runtime.convolves_from_codes(positions, self.activations)
             if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
                 banded = self._banded(batch, bias, torch.compiler.is_compiling())
                 y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
                 return y[0] if unbatched else y
-            if whole and self._pixels(x) and self._reads_codes(x, 1):
+            few = runtime.convolves_from_codes(positions, self.activations, points=True)
+            if few and whole and self._pixels(x) and self._reads_codes(x, 1):
                 rows = x.permute(0, 2, 3, 1)
                 y = self._product(rows.reshape(-1, self.cols), bias)
                 return y.view(*rows.shape[:3], self.rows).permute(0, 3, 1, 2)
