@@ -116,6 +116,8 @@ def _samples(small: bool) -> Iterator[tuple[str, list[Any]]]:
             geometry = [1, 1, 1, 2, 1, 1, 0, 0, 0, 0]
             image = draw(2, cols, 3, 5), bands, beside, code, bits, rows, geometry, False, draw(rows)
             yield "packed_bands_conv", list(image)
+            pixels, taps = draw(2, 5, 4, cols).float(), draw(6, cols).float()
+            yield "packed_depthwise", [pixels, taps, [2, 3, 2, 1, 1, 1, 1, 0, 0, 2], draw(cols).float()]
         half = torch.float16 if dtype is torch.float16 else torch.bfloat16
         form = packed.tile_form(grid.levels, code, half)
         tiles = packed.packed_tiles(codes, code, bits, cols, len(grid.levels), form)
