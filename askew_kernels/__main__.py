@@ -28,7 +28,6 @@ from .command import Failed, Refused, Terminated, error, need, sigterm_interrupt
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
                "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
 SHELLS = ("bash", "zsh", "tcsh")
-SECTIONS = {"cpu": ("cpu",), "cuda": ("cuda", "triton", "triton_packed")}  # of the tables of launch parameters
 
 
 def triton_version() -> str:
@@ -44,6 +43,7 @@ def collect_info() -> dict[str, Any]:
     import torch
 
     from . import runtime
+    from . import tuning as tables
 
     module = runtime._C
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
@@ -54,7 +54,7 @@ def collect_info() -> dict[str, Any]:
         backend, why = runtime.choose_backend(device)
         backends[device] = {"backend": backend, "why": runtime.slow_because(device) or why}
         table, why = runtime.tuning_table(device)
-        parameters = {section: runtime.tuning(section, device) for section in SECTIONS[device]}
+        parameters = {section: runtime.tuning(section, device) for section in tables.SECTIONS[device]}
         name = table.name if table is not None else "built-in values"
         tuning[device] = {"table": name, "why": why, "parameters": parameters}
     return {

@@ -273,8 +273,6 @@ FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpackin
 # the same where the matrix units read tiles: 40 us for each 64 rows of 8192 x 8192 weights of 4 bits (H200), against
 # about 60 us of unpacking and 11 us, at least 36, of the library's product
 MOST_FROM_TILES = 128
-FEW_POSITIONS = 40  # output positions of a convolution below which a CPU makes float products from the codes
-FEW_POINTS = 1024  # the same where patches are pixels in channels last (1 x 1), so that nothing is laid out
 _TRITON = has_triton()  # a constant for torch.compile, which does not look into the cache of has_triton
 
 
@@ -303,11 +301,12 @@ def reads_codes(x: torch.Tensor, rows: int, tiles: bool = False) -> bool:
 
 def convolves_from_codes(positions: int, activations: str, points: bool = False) -> bool:
     """Whether a CPU makes a convolution of this many output positions from packed codes, patch by patch: where they are
-    few (``FEW_POSITIONS``, late layers and small batches; ``FEW_POINTS`` where patches are ``points``: pixels as they
-    stand), and with activations="int8" always. Exported, a choice by size would be a bound: points always."""
+    few (the launch parameter ``positions``, late layers and small batches; ``points`` where patches are pixels in
+    channels last, 1 x 1, so that nothing is laid out), and with activations="int8" always. Exported, a choice by size
+    would be a bound: points always."""
     if activations == "int8" or torch.compiler.is_exporting():
         return activations == "int8" or points
-    return positions < (FEW_POINTS if points else FEW_POSITIONS)
+    return positions < _convolution["points" if points else "positions"]
 
 
 def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:
@@ -329,7 +328,8 @@ def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:
 built_in_tuning = tables.built_in
 if _C is not None:
     _compiled = _C.tuning()
-    built_in_tuning |= {s: {name: _compiled[name] for name in tables.PARAMETERS[s]} for s in ("cpu", "cuda")}
+    built_in_tuning |= {s: {name: _compiled[name] for name in tables.PARAMETERS[s]} for s in tables.COMPILED}
+_convolution = dict(built_in_tuning["cpu_convolution"])  # as it serves this CPU
 _cuda_tuned = False  # whether the C++ CUDA kernels have the values for the GPU; a GPU is not asked at import
 
 
@@ -361,13 +361,16 @@ def tuning(section: str, device: torch.device | str = "cpu") -> dict[str, int]:
     return tables.values(section, tuning_device(device))
 
 
-def _tune(section: str) -> None:
-    """Hands the values to the C++ operators; on several GPUs those of the current one count."""
+def _tune(device: str) -> None:
+    """Hands the values for a type of devices to whom they concern; on several GPUs those of the current one count."""
     global _cuda_tuned
-    if section == "cuda":
+    if device == "cuda":
         _cuda_tuned = True
-    if _C is not None:
-        _C.set_tuning(tuning(section, section))
+    else:
+        _convolution.update(tuning("cpu_convolution"))
+    for section in tables.SECTIONS[device] if _C is not None else ():
+        if section in tables.COMPILED:
+            _C.set_tuning(tuning(section, device))  # type: ignore[union-attr]
 
 
 def use_tuning(source: str | os.PathLike | Mapping[str, Mapping[str, int]] = "auto") -> None:

@@ -304,11 +304,6 @@ def test_products_from_codes_are_chosen_by_rows_and_device(monkeypatch):
     with runtime.use_backend("reference"):
         assert runtime.packed_product(gpu(few + 1), "float")[1] == ("reference", "packed_linear")
     assert runtime.packed_product(torch.ones(1, 1), "int8")[0] == "packed_linear_int8"
-    assert runtime.convolves_from_codes(runtime.FEW_POSITIONS - 1, "float")
-    assert not runtime.convolves_from_codes(runtime.FEW_POSITIONS, "float")
-    assert runtime.convolves_from_codes(10**6, "int8")
-    assert runtime.convolves_from_codes(runtime.FEW_POINTS - 1, "float", points=True)
-    assert not runtime.convolves_from_codes(runtime.FEW_POINTS, "float", points=True)
     monkeypatch.setattr(runtime, "_TRITON", False)
     assert runtime.reads_codes(gpu(few), few) and not runtime.reads_codes(gpu(few + 1), few + 1)
     most = runtime.MOST_FROM_TILES

@@ -136,7 +136,7 @@ def test_a_convolution_from_the_codes(name, dtype, monkeypatch):
     conv = nn.Conv2d(6, 10, **CONVOLUTIONS[name]).to(dtype)
     layer = ak.pack_(ak.quantize_(nn.Sequential(conv), CONFIGS["int4 channel"]), force=True)[0]
     calls = []
-    monkeypatch.setattr(ak.runtime, "FEW_POSITIONS", 96)
+    monkeypatch.setitem(ak.runtime._convolution, "positions", 96)
     product = PackedConv2d._product
     monkeypatch.setattr(PackedConv2d, "_product", lambda self, x, b: calls.append(len(x)) or product(self, x, b))
     x = torch.randn(2, 6, 7, 6).to(dtype)

@@ -1,6 +1,7 @@
 """The contract of launch parameters (``askew_kernels.tuning``, ``bench tune``):
 
-* whatever they are, every result has the same bits, sums included;
+* whatever they are, every result has the same bits, sums included, but for float products of packed weights, which have
+  the same sums in another order;
 * a table is taken for the device that it was made for, else the built-in values; by hand one overrules both;
 * a bad table is one line that names the file and the key, and changes nothing;
 * what ``bench tune`` writes can be read back, and a value that changed bits would be refused.
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import askew_kernels as ak
 from askew_kernels import __main__ as cli
 from askew_kernels import ops, quant, runtime, tuning
 from askew_kernels.bench import tune
@@ -85,6 +87,61 @@ def test_cpu_parameters_change_no_bits(shape):
                 assert runtime._C.tuning() | values == runtime._C.tuning()  # they did arrive
                 assert same_bits(every_operator(shape, dtype), expected), values
             runtime.use_tuning("default")
+
+
+PRODUCTS = [
+    {"panel_inputs": 1}, {"panel_inputs": tuning.NEVER}, {"panel_inputs": tuning.NEVER, "library_inputs": 1},
+    {"panel_inputs": tuning.NEVER, "library_inputs": tuning.NEVER}, {"pair_inputs": 1}, {"pair_inputs": tuning.NEVER},
+    {"panel_inputs": tuning.NEVER, "bit_table_inputs": 0, "table_inputs": 0},
+    {"panel_inputs": tuning.NEVER, "bit_table_inputs": tuning.NEVER, "table_inputs": 1 << 30, "table_rows": 0,
+     "trit_table_rows": 0},
+    {"trit_table_rows": tuning.NEVER}, {"shared_blocks": 1}, {"shared_blocks": 1 << 30}, {"shared_bytes": 0},
+    {"shared_blocks": 1, "shared_bytes": tuning.NEVER},
+]  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize("trits", [False, True], ids=["", "trits"])
+@pytest.mark.parametrize("grid", [quant.Binary(), quant.Ternary(), quant.Uniform(4), quant.NF4()], ids=str)
+def test_where_products_change_over_is_no_matter_of_correctness(grid, trits):
+    """Of float32 inputs within the bound of any order of the sum, of bfloat16 ones and one more rounding; int8
+    products are the same bits."""
+    if trits and grid != quant.Ternary():
+        pytest.skip("five codes a byte are ternary")
+    torch.manual_seed(3)
+    model = ak.quantize_(torch.nn.Sequential(torch.nn.Linear(320, 80)), ak.QuantConfig(grid))
+    packed = ak.pack_(model, force=True, trits=trits)[0]
+    w, kinds = packed.dequantize().double().t(), set()
+    for count in (1, 2, 3, 9, 33, 140):
+        x = torch.randn(count, 320)
+        packed.activations, eighths = "int8", None
+        for values in ({}, *PRODUCTS):
+            runtime.use_tuning({"cpu_packed": values})
+            assert runtime._C.tuning() | values == runtime._C.tuning()
+            for dtype in (torch.float32, torch.bfloat16):
+                packed.activations = "float"
+                given = x.to(dtype)
+                y, exact = packed(given), given.double() @ w + packed.bias.detach().double()
+                bound = 324 * 2.0**-24 * (given.double().abs() @ w.abs() + 1)
+                bound = bound + (2.0**-8 * exact.abs() if dtype == torch.bfloat16 else 0)
+                assert ((y.double() - exact).abs() <= bound).all(), (count, values, dtype)
+                kinds.add((count, dtype, y.detach().view(torch.uint8).numpy().tobytes()))
+            if not isinstance(grid, quant.NF4):
+                packed.activations = "int8"
+                y = packed(x).detach()
+                eighths = y if eighths is None else eighths
+                assert torch.equal(y, eighths), (count, values)
+    if runtime.cpu_capability() == "avx512":  # the values chose kernels, whose sums are not in one order
+        assert len(kinds) > 12
+
+
+def test_where_convolutions_change_over():
+    runtime.use_tuning({"cpu_convolution": {"positions": 7, "points": 11}})
+    from_codes = runtime.convolves_from_codes
+    assert from_codes(6, "float") and not from_codes(7, "float") and from_codes(10**6, "int8")
+    assert from_codes(10, "float", points=True) and not from_codes(11, "float", points=True)
+    runtime.use_tuning("default")
+    assert from_codes(39, "float") and not from_codes(40, "float")
 
 
 TRITON = """
@@ -221,8 +278,8 @@ def test_what_the_package_ships_is_good():
         ("{", "not JSON ("),
         ("[1]", "parameters: missing"),
         ('{"parameters": {}, "speed": 1}', "expected device, parameters and found, got 'speed'"),
-        ('{"parameters": 3}', "parameters: expected an object with the sections cpu, cuda, triton"),
-        ('{"parameters": {"gpu": {}}}', "expected the sections cpu, cuda, triton, triton_packed, got 'gpu'"),
+        ('{"parameters": 3}', "parameters: expected an object with the sections cpu, cpu_packed, c"),
+        ('{"parameters": {"gpu": {}}}', ", cuda, triton, triton_packed, got 'gpu'"),
         ('{"parameters": {"cpu": 1}}', "cpu: expected an object of names and integers, got 1"),
         ('{"parameters": {"cpu": {"band": 1}}}', "cpu: expected prefetch_columns, piece_columns, "),
         ('{"parameters": {"cpu": {"piece_columns": 15}}}', "cpu.piece_columns: expected an integer from 16 to 107"),
@@ -282,13 +339,18 @@ def test_tune_writes_a_table_that_can_be_used(tmp_path, monkeypatch, capsys):
     assert cli.main(["bench", "tune", "--quick", "--json", str(path)]) == 0
     assert runtime._C.tuning() == before
     text = capsys.readouterr().out
-    assert all(name in text for name in tuning.PARAMETERS["cpu"]) and f"ASKEW_TUNING={path}" in text
+    known = {name: p for section in tuning.SECTIONS["cpu"] for name, p in tuning.PARAMETERS[section].items()}
+    assert all(name in text for name in known) and f"ASKEW_TUNING={path}" in text
     made = tuning.read_table(path)
     assert made.device == runtime.tuning_device() and tune.file_name(made.device) in text
-    count = sum(len({*p.tried, before[name]}) for name, p in tuning.PARAMETERS["cpu"].items())
+    built_in = {name: v for section in tuning.SECTIONS["cpu"] for name, v in runtime.built_in_tuning[section].items()}
+    count = sum(len({*p.tried, built_in[name]}) for name, p in known.items())
     assert len(made.found["tried"]) == count and made.found["quick"] is True
     runtime.use_tuning(path)
-    assert runtime._C.tuning() == before | made.parameters["cpu"]
+    assert runtime._C.tuning() == before | made.parameters["cpu"] | made.parameters["cpu_packed"]
+    assert {name: runtime._convolution[name] for name in made.parameters["cpu_convolution"]} == (
+        made.parameters["cpu_convolution"]
+    )
 
 
 @compiled

@@ -9,6 +9,7 @@ passes) is at least 3 % shorter, twice: what stands in a table is no noise.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -19,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import ops, runtime, tuning
+from .. import nn as ask_nn
+from .. import ops, quant, runtime, tuning
 from ..command import Failed, Refused, check_writable, write_atomic
 from . import harness
 from .rows import environment
@@ -109,8 +111,67 @@ def packed_product(device: torch.device, tokens: int, rows: int, cols: int, grou
     return lambda: [ops.packed_linear(x, codes, scale, GRID, 4)]
 
 
+@on_device
+def packed_call(device: torch.device, layer: nn.Module, config: quant.QuantConfig, shape: tuple[int, ...],
+                dtype: torch.dtype = torch.float32, trits: bool = False, **how: Any) -> Run:  # fmt: skip
+    """A packed layer's own call; images are channels last where its filters are."""
+    made = ask_nn.quantize_(nn.Sequential(copy.deepcopy(layer)).to(device, dtype), config)
+    packed = ask_nn.pack_(made, force=True, trits=trits, **how)
+    x = _normal(shape, device).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if isinstance(layer, nn.Conv2d) else x
+    return lambda: [packed(x).detach()]
+
+
+def scaled(grid: quant.Grid, group: int = 0) -> quant.QuantConfig:
+    if group:
+        return quant.QuantConfig(grid, granularity="per_group", group_size=group)
+    return quant.QuantConfig(grid)
+
+
+TWO, FOUR, EIGHT = (quant.Uniform(bits) for bits in (2, 4, 8))
+# Parameter -> (layers, whose sizes are their outputs' and inputs'; numbers of rows of x; whatever else ``packed_call``
+# takes): numbers on both sides of where the kernels change over.
+CALLS: dict[str, tuple[list[tuple[quant.QuantConfig, int, int]], tuple[int, ...], dict[str, Any]]] = {
+    "panel_inputs": ([(scaled(FOUR), 2048, 2048), (scaled(FOUR, 128), 2048, 2048), (scaled(EIGHT), 2048, 2048)],
+                     (2, 3, 4, 5, 6, 8), {}),
+    "pair_inputs": ([(scaled(FOUR), 2048, 2048), (scaled(EIGHT), 2048, 2048)], (1, 2, 3, 4, 6),
+                    {"dtype": torch.bfloat16}),
+    "bit_table_inputs": ([(scaled(quant.Binary()), 2048, 2048)], (2, 4, 8, 12, 16), {}),
+    "table_inputs": ([(scaled(TWO), 2048, 2048)], (1, 2, 3, 4), {}),
+    "table_rows": ([(scaled(TWO), rows, 1024) for rows in (128, 256, 512, 1024, 2048)], (1,), {}),
+    "trit_table_rows": ([(scaled(quant.Ternary()), rows, 1024) for rows in (16, 32, 64, 128, 256)], (1,),
+                        {"trits": True}),
+    "library_inputs": ([(scaled(FOUR), 1024, 1024), (scaled(EIGHT), 1024, 1024)], (32, 64, 96, 128, 256), {}),
+    "shared_blocks": ([(scaled(EIGHT), 384, 384), (scaled(FOUR), 384, 1536)], (32, 64, 128, 256, 512),
+                      {"activations": "int8"}),
+    "shared_bytes": ([(scaled(EIGHT), side, side) for side in (256, 384, 512, 768, 1024)], (512,),
+                     {"activations": "int8"}),
+}  # fmt: skip
+
+
+def packed_calls(name: str, quick: bool) -> Passes:
+    """On a CPU, weights in its caches."""
+    if name in CALLS:
+        layers, counts, how = CALLS[name]
+        found = {
+            f"{count} x {rows}x{cols}, {config.weight}" + (f" in {config.group_size}" if config.group_size else ""):
+            packed_call(nn.Linear(cols, rows), config, (count, cols), **how)
+            for config, rows, cols in layers for count in counts
+        }  # fmt: skip
+    elif name == "points":
+        sizes = ((96, 96), (24, 144), (320, 192))
+        found = {f"{a}->{b}, 1x1, {side}x{side}": packed_call(nn.Conv2d(a, b, 1), scaled(FOUR), (1, a, side, side))
+                 for a, b in sizes for side in (14, 20, 28, 40, 56)}  # fmt: skip
+    else:
+        found = {f"64->64, 3x3, {side}x{side}": packed_call(nn.Conv2d(64, 64, 3), scaled(FOUR), (1, 64, side, side))
+                 for side in (5, 6, 8, 10, 14)}  # fmt: skip
+    return dict(list(found.items())[:2]) if quick else found
+
+
 def passes(section: str, name: str, quick: bool) -> Passes:
     """What a parameter, or a choice of several, is judged by."""
+    if section in ("cpu_packed", "cpu_convolution"):
+        return packed_calls(name, quick)
     n = 1024 if quick else 4096
     if section == "triton_packed":
         n = 512 if quick else 8192
@@ -256,7 +317,7 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, option) != default:
             name = "from" if option == "rows" else option
             raise Refused(f"bench tune: takes --device, --quick and --json, not --{name}")
-    served = {"cpu": device.type == "cpu" and runtime._C is not None}
+    served = dict.fromkeys(tuning.SECTIONS["cpu"], device.type == "cpu" and runtime._C is not None)
     served["cuda"] = device.type == "cuda" and runtime.cuda_archs_fit()
     served["triton"] = served["triton_packed"] = device.type == "cuda" and runtime.has_triton()
     if not any(served.values()):

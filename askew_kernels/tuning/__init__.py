@@ -1,16 +1,16 @@
 """Launch parameters for each kind of device: what they are, the values in use, and the tables of tuned ones.
 
-They decide how fast a result comes, never its bits (a test sets odd values and compares), but for ``triton_packed``,
-whose products are float32 sums in an order that depends on them. A table is a JSON file::
+They decide how fast a result comes, never its bits (a test sets odd values and compares), but for ``SUMS``: products of
+packed weights are float32 sums in an order that depends on the kernel. A table is a JSON file::
 
     {"device": {"type": "cpu", "name": "AMD EPYC 9654", "capability": "avx512", "cores": 8},
      "parameters": {"cpu": {"prefetch_columns": 1024}},
      "found": {"time": "2026-11-21T12:00:00+00:00", "torch": "2.13.0", …}}
 
-``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cuda`` (C++), ``triton`` (elementwise)
-and ``triton_packed`` with those values that differ from the built-in ones; ``found`` says how it came about and is not
-read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and ``ASKEW_TUNING`` choose one by hand; those of this
-folder serve the devices that they were made for.
+``device`` is what it was made for; ``parameters`` names the sections ``cpu``, ``cpu_packed``, ``cuda`` (C++),
+``cpu_convolution``, ``triton`` (elementwise) and ``triton_packed`` with those values that differ from the built-in
+ones; ``found`` says how it came about and is not read. ``bench tune`` makes such tables, ``runtime.use_tuning`` and
+``ASKEW_TUNING`` choose one by hand; those of this folder serve the devices that they were made for.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Parameter:
 
 NEVER = 1 << 60  # bytes that no list has
 
-# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h for C++, here for Triton:
+# Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h for C++ (``cpu_packed``: how
+# many inputs each kernel serves), here for the others. Packed convolutions with float activations on a CPU: the output
+# positions below which products come from the codes, and the same where patches are pixels as they stand. Triton:
 # elements of an elementwise program (four 16-byte vectors of fp32 a thread) and its warps; for products from packed
 # codes the rows of the weight that a program takes, words or columns in a step, and warps, for few inputs and, in
 # tiles, for many.
@@ -59,6 +61,21 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "serial_elements": Parameter(0, 1 << 40, (8192, 16384, 32768, 65536, 131072)),
         "streaming_bytes": Parameter(0, NEVER, (1 << 20, 4 << 20, 16 << 20, 64 << 20, NEVER)),
         "pooled_bytes": Parameter(1, NEVER, (1 << 18, 1 << 20, 4 << 20, NEVER)),
+    },
+    "cpu_packed": {
+        "panel_inputs": Parameter(1, NEVER, (2, 3, 4, 5, 6, 8, 12)),
+        "pair_inputs": Parameter(1, NEVER, (2, 3, 4, 5, 8)),
+        "bit_table_inputs": Parameter(0, NEVER, (0, 4, 8, 12, 16)),
+        "table_inputs": Parameter(0, 1 << 30, (0, 1, 2, 3, 4)),
+        "table_rows": Parameter(0, NEVER, (128, 256, 512, 1024, 2048)),
+        "trit_table_rows": Parameter(0, NEVER, (16, 32, 64, 128, 256)),
+        "library_inputs": Parameter(1, NEVER, (32, 64, 96, 128, 256, NEVER)),
+        "shared_blocks": Parameter(1, 1 << 30, (1, 2, 4, 8, 16)),
+        "shared_bytes": Parameter(0, NEVER, (0, 5 << 15, 5 << 16, 5 << 17, 5 << 18)),
+    },
+    "cpu_convolution": {
+        "positions": Parameter(0, NEVER, (0, 20, 40, 80, 160), built_in=40),
+        "points": Parameter(0, NEVER, (256, 512, 1024, 2048, 4096), built_in=1024),
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
     "triton": {
@@ -74,7 +91,12 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "tile_warps": Parameter(1, 16, (4, 8), True, "tile", 4),
     },
 }
-SUMS = ("triton_packed",)  # sections whose values change the order of float32 sums
+SUMS = ("cpu_packed", "cpu_convolution", "triton_packed")  # whose values change the order of float32 sums
+COMPILED = ("cpu", "cpu_packed", "cuda")  # whose built-in values the compiled library has
+SECTIONS = {  # of a type of devices
+    device: tuple(section for section in PARAMETERS if (section.split("_")[0] == "cpu") == (device == "cpu"))
+    for device in ("cpu", "cuda")
+}
 
 Values = dict[str, dict[str, int]]
 
@@ -161,7 +183,7 @@ def choose(device: Device, tables: list[Table]) -> tuple[Table | None, str]:
 built_in: Values = {  # and those of the compiled module (``runtime``)
     section: {name: p.built_in for name, p in parameters.items() if p.built_in is not None}
     for section, parameters in PARAMETERS.items()
-    if section.startswith("triton")
+    if section not in COMPILED
 }
 by_hand: Table | None = None  # chosen by ``use``: serves every device
 the_shipped = functools.cache(shipped)

@@ -18,17 +18,9 @@ namespace askew {
 namespace {
 
 constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while all rows pass
-// int8 inputs are shared out, not bands, where each thread has some blocks of them and the codes stay in its L2 cache;
-// inputs are rounded and multiplied a block together: the fewer, the nearer to each other are the lines that are
-// written
-constexpr int64_t kBlocksEach = 4, kSmallWeight = 5 << 17;
 constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
-// Where tables are faster: inputs of one bit, and of two and trits, and rows of the weight of these that share them.
-constexpr int64_t kBitTokens = 12, kTableTokens = 1, kTableRows = 512, kTritTableRows = 64;
-
-constexpr int64_t kPanelUnits = 32;                // pieces of work that a product by panels is cut into
-constexpr int64_t kFewPairs = 3, kFewSingles = 5;  // inputs from which on panels are faster
-constexpr float kSmallestInPairs = 0x1p-60f;       // products of bfloat16 below 2^-126 are 0
+constexpr int64_t kPanelUnits = 32;           // pieces of work that a product by panels is cut into
+constexpr float kSmallestInPairs = 0x1p-60f;  // products of bfloat16 below 2^-126 are 0
 
 // The five codes of each byte, as bytes and in one word.
 struct Trits {
@@ -136,7 +128,10 @@ struct Product {
 };
 
 // Inputs from which on panels of float32 are faster: trits have tables, or are read digit by digit.
-int64_t few_singles(const PackedWeight& w) { return w.bits != kTrits ? kFewSingles : w.n < kTritTableRows ? 1 : 2; }
+int64_t panel_inputs(const PackedWeight& w) {
+  if (w.bits != kTrits) return tuning.panel_inputs;
+  return w.n < tuning.trit_table_rows ? 1 : tuning.table_inputs + 1;
+}
 
 // The largest magnitude of inputs whose sums with levels float32 surely holds.
 float largest_input(const PackedWeight& w) {
@@ -224,8 +219,9 @@ void multiply_codes(const Product& p) {
   const PackedLoops& l = p.loops;
   const PackedWeight& w = p.w;
   Overflows overflows(p);
-  const int64_t rows = w.bits == 1 ? 0 : w.bits == kTrits ? kTritTableRows : kTableRows;
-  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? kBitTokens : kTableTokens) && w.n >= rows;
+  const int64_t rows = w.bits == 1 ? 0 : w.bits == kTrits ? tuning.trit_table_rows : tuning.table_rows;
+  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? tuning.bit_table_inputs : tuning.table_inputs) &&
+                   w.n >= rows;
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {
@@ -351,10 +347,13 @@ struct BlockedInputs {
   }
 };
 
+// Inputs are shared out, not bands, where each thread has some blocks of them and the codes stay in its L2 cache; they
+// are then rounded and multiplied a block together: the fewer, the nearer to each other are the lines that are written.
 void multiply_bands(const Product& p, const BandsArg& w) {
   const int64_t bands = (w.n + kBandRows - 1) / kBandRows;
   const int64_t bytes = bands * w.groups * w.blocks * band_words(w.bits) * kBandRows * 4;
-  if (bytes <= kSmallWeight && p.batch >= kBlocksEach * kMostPatches * torch::stable::get_num_threads()) {
+  const int64_t enough = tuning.shared_blocks * kMostPatches * torch::stable::get_num_threads();
+  if (bytes <= tuning.shared_bytes && p.batch >= enough) {
     for_rows(p.batch, kMostPatches, w.n * w.cols, [&](int64_t begin, int64_t end) {
       const BlockedInputs inputs(p, w, kMostPatches);
       const RowRoom room(w.cols, p.x_type);
@@ -470,14 +469,14 @@ struct Device : OnCpu {
   }
   void linear_bf16(const LinearArg& a) const {
     Product p(a);
-    if (panel_loops(true) && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
+    if (panel_loops(true) && p.batch >= tuning.pair_inputs && multiply_in_panels(p, true)) return;
     p.round_inputs();
     multiply(p, false);
   }
   static void multiply(const Product& p, bool pairs) {
-    if (pairs && p.batch >= kFewPairs && multiply_in_panels(p, true)) return;
-    if (p.batch >= few_singles(p.w) && multiply_in_panels(p, false)) return;
-    if (p.batch >= kManyTokens)
+    if (pairs && p.batch >= tuning.pair_inputs && multiply_in_panels(p, true)) return;
+    if (p.batch >= panel_inputs(p.w) && multiply_in_panels(p, false)) return;
+    if (p.batch >= tuning.library_inputs)
       multiply_panels(p);
     else
       multiply_codes(p);

@@ -85,8 +85,6 @@ struct UpdateTensor {  // what is absent is null
 constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte
 constexpr int kTritsInByte = 5, kTopTrits = 242;  // 3^5 - 1; bytes above it count as it
 constexpr int kInt8Top = 127;                     // activations are quantized to -127 ... 127
-// Inputs from which on the library's float32 product of decoded panels beats products from the codes.
-constexpr int64_t kManyTokens = 96;
 
 ASKEW_FN constexpr int64_t row_bytes(int64_t cols, int bits) {
   return bits == kTrits ? (cols + kTritsInByte - 1) / kTritsInByte : (cols * bits + 7) / 8;
