@@ -33,7 +33,7 @@ from askew_kernels import command, demo, figures
 from askew_kernels.annealing import RECIPES
 
 from .common import complete, differences, standard_error
-from .rivals import FLOAT, LEARNED, LSQ_NAME, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
+from .rivals import FLOAT, LEARNED, LEVELS, LSQ_NAME, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
 from .tasks import ACTIVATIONS, ALL, INNER, TASKS, Source, Task, check_fashion, quantizable, write_minilm
 
 WIDTHS = ("ternary", "2 bits", "4 bits", "binary", "3 bits")  # in the order in which they are trained
@@ -174,7 +174,11 @@ def ways_of(task: Task, args: argparse.Namespace) -> list[tuple[str, str, str]]:
     ways = [(FLOAT, FLOAT, FLOAT)] if FLOAT in args.methods else []
     for setting in [s for s in args.settings if s in task.settings]:
         for width in [w for w in WIDTHS if w in args.widths and w in FEWER.get(setting, WIDTHS)]:
-            ways += [(setting, width, method) for method in args.methods if method != FLOAT]
+            ways += [
+                (setting, width, method)
+                for method in args.methods
+                if method != FLOAT and width in LEVELS.get(method, WIDTHS)
+            ]
     return ways
 
 

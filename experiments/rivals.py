@@ -8,7 +8,7 @@ PARQ              torchao's optimizer: Jin et al., PARQ: Piecewise-Affine Regula
 ASkewSGD …        this package's
 
 All see the same initial weights, batches, learning rates and weight decay, and have one scale an output channel. Levels
-are ``demo.WIDTHS``' but PARQ's, whose quantizers come with it (2^b levels without 0 for b bits).
+are ``demo.WIDTHS``' but PARQ's, whose quantizers come with it (2^b levels without 0 for b bits), and ``LEVELS``'.
 """
 
 from __future__ import annotations
@@ -77,9 +77,11 @@ def plain_optimizer(params: Iterable[Any], recipe: Recipe) -> torch.optim.Optimi
     return torch.optim.SGD(params, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
 
 
-def quantize(model: nn.Module, recipe: Recipe, scale: str | None = None) -> nn.Module:
-    """By this package's layers; scale: another rule than the width's."""
-    grid, rule = demo.WIDTHS[recipe.width]
+def quantize(
+    model: nn.Module, recipe: Recipe, scale: str | None = None, grid: ak.quant.Grid | None = None
+) -> nn.Module:
+    """By this package's layers; scale: another rule than the width's; grid: another one, with its own rule."""
+    grid, rule = demo.WIDTHS[recipe.width] if grid is None else (grid, ak.quant.default_rule(grid))
     activation = ak.quant.Uniform(8) if recipe.activations else None
     config = ak.QuantConfig(weight=grid, scale=scale or rule)
     inputs = ak.QuantConfig(weight=grid, scale=scale or rule, activation=activation)
@@ -209,16 +211,18 @@ def our_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return ak.optim.ASkewSGD(groups, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
 
 
-def train_ours(model: nn.Module, recipe: Recipe, scale: str | None = None) -> Training:
+def train_ours(
+    model: nn.Module, recipe: Recipe, scale: str | None = None, grid: ak.quant.Grid | None = None
+) -> Training:
     """By the library's own recipe, whose numbers are nowhere else."""
-    quantize(model, recipe, scale)
+    quantize(model, recipe, scale, grid)
     optimizer = our_optimizer(model, recipe)
     followed = ak.Recipe(model, optimizer, recipe.steps)
     return Training(optimizer, followed.step, lambda: ak.hard_quantize_(model))
 
 
 FLOAT, STRAIGHT_THROUGH, LSQ_NAME, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"
-OURS_LEARNED = "ASkewSGD, learned scale"
+OURS_LEARNED, OURS_MIDRISE = "ASkewSGD, learned scale", "ASkewSGD, Midrise(2)"
 LEARNED = (LSQ_NAME, OURS_LEARNED)  # whose scales have a learning rate
 METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     FLOAT: train_float,
@@ -227,5 +231,7 @@ METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     PARQ: train_parq,
     "ASkewSGD": train_ours,
     OURS_LEARNED: functools.partial(train_ours, scale="lsq"),
+    OURS_MIDRISE: functools.partial(train_ours, grid=ak.quant.Midrise(2)),
 }
+LEVELS = {OURS_MIDRISE: ("2 bits",)}  # methods with levels of their own: the widths that they have them for
 OURS = tuple(name for name in METHODS if name.startswith("ASkewSGD"))

@@ -14,6 +14,7 @@ import askew_kernels as ak
 NF4 = (-1.0, -0.6961928, -0.5250730, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0)  # fmt: skip
 Uniform, Binary, Ternary, Codebook = ak.quant.Uniform, ak.quant.Binary, ak.quant.Ternary, ak.quant.Codebook
+Midrise = ak.quant.Midrise
 GRIDS = {
     "uniform2": Uniform(2),
     "uniform4": Uniform(4),
@@ -23,6 +24,7 @@ GRIDS = {
     "unsigned4": Uniform(4, signed=False),
     "binary": Binary(),
     "ternary": Ternary(),
+    "midrise3": Midrise(3),
     "nf4": Codebook(NF4),
     "powers": Codebook([-1.0, -0.5, -0.25, 0.0, 0.125, 1.0]),
     "two": Codebook([-0.75, 2.0]),

@@ -160,6 +160,7 @@ def test_every_method_ends_on_its_levels(name, task, source, small):
     if name == rivals.PARQ:
         pytest.importorskip("torchao")
     for setting, width in ((INNER, "2 bits"), (ALL, "ternary"), (ACTIVATIONS, "binary")):
+        width = rivals.LEVELS.get(name, (width,))[0]
         model = tasks.TASKS[task].prepare(source, 0, 4, False, CPU).model()
         job = Job(task, setting, width, name, 0, 4, 0.01)
         prepared = tasks.TASKS[task].prepare(source, 0, 4, False, CPU)
@@ -412,7 +413,8 @@ def test_jobs_are_balanced():
         dict.fromkeys(ways)
     )
     methods = {job.method for job in jobs if job.setting == ALL and job.width == "binary" and job.task == TEXT}
-    assert methods == set(rivals.METHODS) - {"float"}
+    assert methods == set(rivals.METHODS) - {"float", *rivals.LEVELS}
+    assert {job.width for job in jobs if job.method == rivals.OURS_MIDRISE} == {"2 bits"}
 
 
 def test_what_cannot_be_served(tmp_path, capsys):

@@ -461,3 +461,90 @@ def test_a_graph_has_the_operator_and_the_bands_of_eager_calls(name):
         assert any(given is bands for given in inputs)
         model[0].load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in model[0].state_dict().items()})
     assert not torch.equal(model(x), expected) or name == "trits"
+
+
+# ---- levels that are looked up ---------------------------------------------------------------------------------------
+
+COUNTED = {
+    "midrise": ak.quant.Midrise(2), "fp4": ak.quant.FP4(), "powers": ak.quant.PowersOfTwo(4),
+    "apart": ak.quant.Codebook([-5.0, -0.5, 0.25, 8.0]), "widest": ak.quant.Codebook([-127.0, 0.0, 128.0]),
+}  # fmt: skip
+
+
+def rounded(x):
+    s = x.abs().amax(-1, keepdim=True).double() / 127
+    return (x.double() / s).round() * s
+
+
+@pytest.mark.parametrize("group", [None, 32], ids=["row", "groups"])
+@pytest.mark.parametrize("name", COUNTED)
+def test_levels_that_are_looked_up_are_counted(name, group, sets):
+    """Integers times a power of two have products of bytes, from bands and from the codes, whoever multiplies; the
+    layer's codes and what is saved stay the grid's own."""
+    grid, how = COUNTED[name], {} if group is None else {"granularity": "per_group", "group_size": group}
+    torch.manual_seed(4)
+    model = ak.quantize_(nn.Sequential(nn.Linear(96, 40)), ak.QuantConfig(grid, **how))
+    layer = ak.pack_(model, force=True, activations="int8")[0]
+    codes, scale, state = layer.weight_codes.clone(), layer.weight_scale.clone(), copy.deepcopy(layer.state_dict())
+    w, bias = layer.dequantize().double(), layer.bias.detach().double()
+    with torch.no_grad():
+        for count in (1, 3, 40):
+            x = torch.randn(count, 96)
+            want = rounded(x) @ w.t() + bias
+            bound = 2.0**-20 * (x.double().abs() @ w.abs().t() + 1)
+            found = []
+            for _ in sets() if runtime._C is not None else (0,):
+                for repack in (True, False):
+                    layer.repack = repack
+                    found += [layer(x), layer(x)]
+            found.append(ak.ops.packed_linear(x, codes, scale, grid, layer.bits, layer.bias, activations="int8"))
+            with runtime.use_backend("reference"):
+                found.append(layer(x))
+            for y in found:
+                assert ((y.double() - want).abs() <= bound).all(), (count, len(found))
+            if group is None:
+                assert all(torch.equal(y, found[0]) for y in found[:-1])
+    assert torch.equal(layer.weight_codes, codes) and all(
+        torch.equal(v, state[k]) for k, v in layer.state_dict().items()
+    )
+    layer.repack = True
+    if runtime._C is not None:
+        assert layer.band_bytes > 0 and type(layer._buffers["weight_codes"]) is torch.Tensor
+        with torch.no_grad():  # what is written is seen
+            before = layer(x)
+            layer.weight_scale *= 2
+            assert torch.allclose(layer(x) - layer.bias, 2 * (before - layer.bias), rtol=1e-5, atol=1e-5)
+            layer.weight_codes.zero_()
+            assert torch.allclose(layer(x), rounded(x).float() @ layer.dequantize().t() + layer.bias, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["midrise", "fp4"])
+def test_convolutions_and_what_records_count_levels_too(name):
+    grid = COUNTED[name]
+    torch.manual_seed(5)
+    conv = nn.Sequential(nn.Conv2d(6, 12, 3, padding=1))
+    layer = ak.pack_(ak.quantize_(conv, ak.QuantConfig(grid)), force=True, activations="int8")[0]
+    x = torch.randn(2, 6, 9, 8)
+    with torch.no_grad():
+        y, exact = layer(x), torch.nn.functional.conv2d(x, layer.dequantize(), layer.bias, padding=1)
+        assert torch.equal(layer(x), y)  # by the layer's kept call
+        last = layer(x.contiguous(memory_format=torch.channels_last))
+    assert 1e-4 < float((y - exact).norm() / exact.norm()) < 0.03
+    torch.testing.assert_close(last, y, rtol=1e-5, atol=1e-5)
+    linear = ak.pack_(ak.quantize_(nn.Sequential(nn.Linear(64, 8)), ak.QuantConfig(grid)), force=True,
+                      activations="int8")[0]  # fmt: skip
+    linear.weight_scale.requires_grad_()
+    x = torch.randn(5, 64)
+    linear(x).sum().backward()
+    level = linear.dequantize() / linear.weight_scale.detach()[:, None]
+    torch.testing.assert_close(linear.weight_scale.grad, x.sum(0) @ level.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(linear.bias.grad, torch.full((8,), 5.0))
+
+
+def test_levels_too_far_apart_are_refused():
+    for levels in ([-129.0, 0.0], [0.0, 256.0], [-100.0, 156.5], [0.1, 0.3]):
+        grid = ak.quant.Codebook(levels)
+        assert grid.counted is None
+        with pytest.raises(ValueError, match="integer levels of 8 bits"):
+            ak.ops.packed_linear(torch.ones(1, 8), torch.zeros(2, 1, dtype=torch.uint8), torch.ones(1), grid, 1,
+                                 activations="int8")  # fmt: skip

@@ -1,9 +1,11 @@
 """Contract: a grid that is one entry of ``quant/grids.py`` goes the whole way, with every scale rule and granularity.
 
-Levels against their sources: E2M1's bits, the normal quantiles of QLoRA, powers of two. ``quantize_``, three steps,
-``hard_quantize_``, ``pack_``, a file and ``unpack_`` give back the weights that were trained, bit for bit; products
+Levels against their sources: E2M1's bits, the normal quantiles of QLoRA, powers of two, PARQ's uniform quantizer.
+``quantize_``, three steps, ``hard_quantize_``, ``pack_``, a file and ``unpack_`` give back the weights that were
+trained, bit for bit; products
 from the codes are within the bound of docs/packed.md of the exact ones; ONNX and torchao hold the same weights, or
-refuse them by name, as what works with evenly spaced levels only does (int8 activations, mixtures, trits, ``sawb``).
+refuse them by name, as what works with evenly spaced levels only does (mixtures, trits, ``sawb``); int8 activations
+take those that are integers times a power of two.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from askew_kernels.quant.scales import check_rule, holds_scales, round_scale
 NAMED = {name: kind() for name, kind in grids.GRIDS.items() if not dataclasses.fields(kind)}
 NAMED = {name: grid for name, grid in NAMED.items() if not grid.evenly_spaced}
 NAMED |= {f"powersoftwo {bits}": grids.PowersOfTwo(bits) for bits in (3, 4)}
+NAMED |= {f"midrise {bits}": grids.Midrise(bits) for bits in (2, 3, 4)}
 GRANULARITIES = {"per_tensor": None, "per_channel": None, "per_group": 4}
 
 
@@ -50,6 +53,9 @@ SOURCE = {
     "nf4": [q / NormalDist().inv_cdf(0.9677083) for q in
             sorted([-q for q in quantiles(0.9677083, 0.5, 8)] + quantiles(0.9677083, 0.5, 9)[:-1])],
     "powersoftwo 3": [-1, -1 / 2, -1 / 4, 0, 1 / 4, 1 / 2, 1],
+    "midrise 2": [-3, -1, 1, 3],  # twice (2 k + 1 - 2^b) / 2
+    "midrise 3": [2 * k - 7 for k in range(8)],
+    "midrise 4": [2 * k - 15 for k in range(16)],
     "powersoftwo 4": [*(-(2.0**-k) for k in range(7)), 0, *(2.0 ** (k - 6) for k in range(7))],
 }  # fmt: skip
 
@@ -69,7 +75,10 @@ def test_levels_are_those_of_the_source(name):
     assert len(levels) == len(SOURCE[name]) and list(levels) == sorted(levels)
     assert all(abs(c - want) <= 1e-6 for c, want in zip(levels, SOURCE[name], strict=True))
     assert list(levels) == torch.tensor(levels).tolist()  # float32 numbers
-    assert sum(c == 0 for c in levels) == 1 and math.copysign(1, levels[levels.index(0.0)]) == 1
+    if "midrise" in name:
+        assert [-c for c in reversed(levels)] == list(levels) and 0 not in levels
+    else:
+        assert sum(c == 0 for c in levels) == 1 and math.copysign(1, levels[levels.index(0.0)]) == 1
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -301,12 +310,25 @@ def test_the_default_rule_comes_near_the_least_error(name, generator):
         assert error <= 1.34 * least, (error / least,)
 
 
+def test_midrise_levels_are_those_of_parq():
+    quantizer = pytest.importorskip("torchao.prototype.parq.quant").UnifQuantizer()
+    w = torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4):
+        _, levels = quantizer.quantize(w, bits, dim=1)
+        step = (levels[:, 1:] - levels[:, :-1]).mean(1, keepdim=True)
+        torch.testing.assert_close(levels, step / 2 * torch.tensor(grids.Midrise(bits).levels), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"bits: expected 2\.\.4, got 1; one bit is Binary"):
+        grids.Midrise(1)
+    assert default_rule(grids.Midrise(4)) == "rms"
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_what_needs_even_spacing_refuses_by_name(name):
     grid, w = NAMED[name], torch.ones(4, 8)
     named = type(grid).__name__ + r"\("
-    with pytest.raises(ValueError, match=f'^0: activations: "int8" needs a grid of integer levels.*{named}'):
-        packed(grid, activations="int8")
+    if grid.counted is None:
+        with pytest.raises(ValueError, match=f'^0: activations: "int8" needs a grid of integer levels.*{named}'):
+            packed(grid, activations="int8")
     with pytest.raises(ValueError, match=f"^grids: expected Uniform, Ternary, Binary or None, got {named}"):
         ak.ops.mix_fake_quantize(w, torch.ones(1, 4), torch.ones(1), [grid])
     with pytest.raises(ValueError, match=f"trits: five codes a byte are for Ternary.., got {named}"):

@@ -112,6 +112,12 @@ class Bands:
             return False
         return kept[2] == _states(layer)
 
+    @staticmethod
+    def read_as(layer: Any) -> tuple[list[int], int]:
+        """(encoding, bits) of the codes in the bands: those of levels that are looked up are counted instead."""
+        grid = layer.config.weight
+        return (grid.encoding, layer.bits) if grid.counted is None else grid.counted[:2]
+
     def _serves(self, layer: Any) -> bool:
         if self._serve is None:
             grid, groups = layer.config.weight, _groups(layer)
@@ -121,15 +127,20 @@ class Bands:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _make(self, layer: Any) -> None:
-        groups, levels = _groups(layer), len(layer.config.weight.levels)
+        groups, grid, bits = _groups(layer), layer.config.weight, layer.bits
         self._kept = None
         codes, scale = restored(layer), layer._buffers["weight_scale"]
-        bands = torch.ops.askew.packed_bands(codes, layer.bits, layer.cols, groups, levels)
-        layout = layer.bits, layer.rows, layer.cols, groups
-        alone = sys.getrefcount(codes) <= _alone() and _holders(codes) == _holders(torch.empty(1))
-        if alone and torch.equal(torch.ops.askew.packed_bands_codes(bands, *layout), codes):
-            layer._buffers[NAME] = BandedCodes(bands, layout)
-        scales = ops.packed.band_scales(scale.detach(), layer.rows, groups)
+        if (counted := grid.counted) is not None:  # bands that do not give the codes back
+            own = ops.packed.counted_codes(codes, grid, bits, layer.cols)
+            bands = torch.ops.askew.packed_bands(own, counted.bits, layer.cols, groups, 2**counted.bits)
+        else:
+            bands = torch.ops.askew.packed_bands(codes, bits, layer.cols, groups, len(grid.levels))
+            layout = bits, layer.rows, layer.cols, groups
+            alone = sys.getrefcount(codes) <= _alone() and _holders(codes) == _holders(torch.empty(1))
+            if alone and torch.equal(torch.ops.askew.packed_bands_codes(bands, *layout), codes):
+                layer._buffers[NAME] = BandedCodes(bands, layout)
+        factor = 1.0 if counted is None else counted.factor
+        scales = ops.packed.band_scales(scale.detach().float() * factor, layer.rows, groups)
         self._kept = layer._buffers[NAME], scale, _states(layer), bands, scales
 
     def drop(self, layer: Any) -> None:

@@ -361,14 +361,14 @@ class _PackedConvolution(PackedLayer):
 
     def _from_bands(self, x: Tensor, bias: Tensor | None, bands: Tensor, scale: Tensor) -> Tensor:
         """Patches are rounded to int8 as they are read from the image. A signal of one dimension is a line of one."""
-        conv, grid = self, self.config.weight  # type: Any, Any
+        conv: Any = self
         around = conv._reversed_padding_repeated_twice
         as_given = x.dim() == 4
         if conv.padding_mode != "zeros" and any(around):
             x, around, as_given = _padded(x, around, conv.padding_mode), [0] * len(around), False
         if signal := x.dim() == 3:
             x, around = x[:, :, None], [*around, 0, 0]
-        geometry, rest = _geometry(conv, around), (grid.encoding, self.bits, self.rows)
+        geometry, rest = _geometry(conv, around), (*self._bands.read_as(self), self.rows)
         if as_given and not torch.compiler.is_compiling() and Call.can_be_made(self, x, bias):
             self._call = ConvolutionCall(self, x, rest, geometry)
         y = unrecorded(convolved, x, (bands, scale, *rest), geometry, channels_last(x), bias)

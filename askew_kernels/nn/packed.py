@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -270,20 +270,22 @@ class PackedLayer(nn.Module):
             inputs = x.contiguous(), *self._tiles.of(self, x.dtype), bias
         else:
             name, product = runtime.packed_product(x, self.activations)
-            banded = self._banded(x, bias, compiling) if part is None else None
+            banded, again = self._banded(x, bias, compiling) if part is None else None, part is None
             if banded is not None:
                 product = torch.ops.askew.packed_bands_linear.default
                 codes, scale = banded
-                rest: tuple[Any, ...] = grid.encoding, self.bits, self.rows
+                rest: Sequence[Any] = *self._bands.read_as(self), self.rows
             else:
                 codes, scale = (restored(self), scale) if part is None else self.rows_of(part)
                 if scale.dtype != torch.float32:
                     scale = scale.float()
-                rest = grid.levels_tensor(x.device), grid.encoding, self.bits
+                weight = ops.packed.PackedWeight.of(name, codes, scale, grid, self.bits, self.cols)
+                again = again and weight.codes is codes  # as the next call finds them
+                codes, scale, *rest = weight
             inputs = x.contiguous(), codes, scale, *rest, bias
             if recorded:
                 return ops.run_packed_linear(name, product, *inputs)
-            if part is None and not compiling and Call.can_be_made(self, x, bias):
+            if again and not compiling and Call.can_be_made(self, x, bias):
                 self._call = Call(self, x, product, rest, banded is not None)
         return unrecorded(product, *inputs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,8 +186,12 @@ define("packed_tiles_linear",
 
 def bands_serve(n: int, cols: int, grid: Any, bits: int, groups: int) -> bool:
     """Whether products with int8 activations are made from bands of such codes: levels are whole multiples of the step
-    (half of it with one bit), int32 holds the sums, and filled up blocks and bands cost little memory."""
-    kind, lo, _ = grid.encoding
+    (half of it with one bit), int32 holds the sums, and filled up blocks and bands cost little memory. Of levels that
+    are looked up: from bands of ``grid.counted``."""
+    if grid.encoding[0] == contract.CODEBOOK and (found := grid.counted) is not None:
+        (kind, lo, _), bits = found.encoding, found.bits
+    else:
+        kind, lo, _ = grid.encoding
     if kind == contract.CODEBOOK or not n or not cols:
         return False
     step = contract.level_step(kind)
@@ -262,11 +266,43 @@ def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Ten
 
 
 def check_activations(activations: Any, grid: Any) -> None:
-    """ValueError unless "float", "bf16" or "int8", which needs integer levels at equal distances."""
+    """ValueError unless "float", "bf16" or "int8", which needs integer levels, times a power of two."""
     if activations not in ("float", *ROUNDED):
         raise ValueError(f'activations: expected "float", "bf16" or "int8", got {activations!r}')
-    if activations == "int8" and grid.encoding[0] == contract.CODEBOOK:
-        raise ValueError(f'activations: "int8" needs a grid of integer levels at equal distances, got {grid}')
+    if activations == "int8" and grid.encoding[0] == contract.CODEBOOK and grid.counted is None:
+        raise ValueError('activations: "int8" needs a grid of integer levels of 8 bits (times a power of two), got '
+                         f"{grid}")  # fmt: skip
+
+
+def counted_codes(codes: Tensor, grid: Any, bits: int, cols: int) -> Tensor:
+    """Packed codes of looked-up levels as those of ``grid.counted``; a code above the highest level counts as it."""
+    _, counted_bits, places, _ = grid.counted
+    table = torch.tensor(places, dtype=torch.uint8, device=codes.device)
+    found = torch.empty(len(codes), contract.row_bytes(cols, counted_bits), dtype=torch.uint8, device=codes.device)
+    each = max(PIECE // max(cols, 1), 1)
+    for first in range(0, len(codes), each):
+        index = contract.unpack_codes(codes[first : first + each], bits, cols).clamp_(max=len(places) - 1)
+        found[first : first + each] = contract.pack_codes(table[index.int()], counted_bits)
+    return found
+
+
+class PackedWeight(NamedTuple):
+    """A packed weight as ``packed_linear`` and the like take it."""
+
+    codes: Tensor
+    scale: Tensor
+    levels: Tensor
+    grid: list[int]
+    bits: int
+
+    @classmethod
+    def of(cls, name: str, codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int) -> PackedWeight:
+        """For the operator ``name``: products of bytes count levels that are looked up."""
+        if name == ROUNDED["int8"] and grid.counted is not None:
+            encoding, counted_bits, _, factor = grid.counted
+            counted = counted_codes(codes, grid, bits, cols)
+            return cls(counted, scale * factor, codes.new_empty(0, dtype=torch.float32), encoding, counted_bits)
+        return cls(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits)
 
 
 def packed_dequantize(
@@ -301,7 +337,7 @@ def packed_linear(
 
     x: (…, cols) float32, bfloat16 or float16; codes: (n, row_bytes) uint8; scale: 1, n or n * groups; bias: (n,).
     Returns (…, n) in the type of x. Raises TypeError/ValueError naming the argument, for int8 also where the grid's
-    levels are not integers. Source: docs/packed.md.
+    levels are not integers of 8 bits times a power of two. Source: docs/packed.md.
     """
     check_float_tensor("x", x)
     if x.dim() < 1:
@@ -314,14 +350,14 @@ def packed_linear(
     if bias is not None:
         check_like("bias", bias, x.dtype, (n,), x.device)
     check_activations(activations, grid)
-    if activations == "int8" and not contract.int8_sums_fit(cols, len(grid.levels)):
+    name = ROUNDED.get(activations, "packed_linear")
+    weight = PackedWeight.of(name, codes, scale, grid, bits, cols)
+    levels = len(grid.levels) if grid.evenly_spaced else 2**weight.bits
+    if activations == "int8" and not contract.int8_sums_fit(cols, levels):
         raise ValueError(f"activations: sums of {cols} products of int8 and {bits}-bit codes may overflow; use float")
     flat = x.reshape(math.prod(x.shape[:-1]), cols).contiguous()
-    name = ROUNDED.get(activations, "packed_linear")
-    y = run_packed_linear(
-        name, runtime.operator(name, flat), flat, codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits,
-        None if bias is None else bias.contiguous(),
-    )  # fmt: skip
+    bias = None if bias is None else bias.contiguous()
+    y = run_packed_linear(name, runtime.operator(name, flat), flat, *weight, bias)
     return y.reshape(*x.shape[:-1], n)
 
 

@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,18 @@ from torch import Tensor
 
 from ..contract import BINARY, CODEBOOK, UNIFORM
 
-__all__ = ["FP4", "NF4", "Binary", "Codebook", "Grid", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
+__all__ = ["FP4", "NF4", "Binary", "Codebook", "Grid", "Midrise", "PowersOfTwo", "Ternary", "Uniform", "grid_from_dict"]
 
 GRIDS: dict[str, type[Grid]] = {}
+
+
+class Counted(NamedTuple):
+    """Levels among consecutive integers, as products of bytes read them: level_i = factor (lowest + codes[i])."""
+
+    encoding: list[int]  # of the consecutive integers
+    bits: int
+    codes: tuple[int, ...]
+    factor: float  # a power of two
 
 
 class Grid:
@@ -27,7 +36,7 @@ class Grid:
 
     What others ask: ``levels`` (tuple of floats), ``bits`` (storage bits of a level's index), ``encoding`` ([how the
     kernels read the levels, lowest, highest]), ``levels_tensor(device)`` (the levels that they look up; empty where
-    they count), ``c_max``, ``evenly_spaced``, ``mean_factor``, ``integers()``.
+    they count), ``c_max``, ``evenly_spaced``, ``mean_factor``, ``integers()``, ``counted``.
     """
 
     table: ClassVar[tuple[float, ...]]
@@ -36,6 +45,7 @@ class Grid:
     levels: Any  # tuple[float, ...]
     bits: Any  # int
     encoding: list[int]
+    counted: Counted | None
     c_max: float  # what absmax maps the largest weight to: c_(K-1), or max |c| where that is not positive
 
     def __init_subclass__(cls) -> None:
@@ -51,6 +61,7 @@ class Grid:
         encoding = [self.read_as, math.floor(levels[0]), math.ceil(levels[-1])]
         for name, value in (("levels", levels), ("bits", bits), ("encoding", encoding), ("c_max", top)):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "counted", self._counted())
 
     @property
     def evenly_spaced(self) -> bool:
@@ -67,6 +78,17 @@ class Grid:
             if all((c / f).is_integer() for c in self.levels):
                 return tuple(int(c / f) for c in self.levels), f
         return None
+
+    def _counted(self) -> Counted | None:
+        """Of levels that are looked up: their places among consecutive integers; None where they are no integers
+        times a power of two, or lie 256 apart and more."""
+        if self.read_as != CODEBOOK or (found := self.integers()) is None:
+            return None
+        (lowest, *_, highest), factor = found
+        if highest - lowest > 255 or lowest < -128 or highest > 255:
+            return None
+        codes = tuple(n - lowest for n in found[0])
+        return Counted([UNIFORM, lowest, highest], max(2, codes[-1].bit_length()), codes, factor)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``grid_from_dict`` reads it back."""
@@ -148,6 +170,22 @@ class Ternary(Grid):
     """-1, 0 and +1."""
 
     table, read_as, mean_factor = (-1.0, 0.0, 1.0), UNIFORM, 1.5
+
+
+@dataclass(frozen=True)
+class Midrise(Grid):
+    """±1, ±3 … ±(2^bits - 1): 2^bits levels at equal distances, as many above 0 as below and none of them 0.
+
+    ``Binary`` is the one of one bit. The levels of PARQ's uniform quantizer (Jin et al., ICML 2025) and of ParetoQ's
+    two bits (Liu et al., 2025), which write ±1/2, ±3/2 …: a scale here is half of theirs. At two bits, where
+    ``Uniform`` seldom uses one of its four levels, they train better (docs/accuracy.md). bits: 2 … 4.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", _check_bits(self.bits, 4))
+        self._describe(tuple(float(c) for c in range(1 - 2**self.bits, 2**self.bits, 2)))
 
 
 def _mirrored(*magnitudes: float) -> tuple[float, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import contract, ops, reference
-from .grids import Grid
+from .grids import Grid, Midrise
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
 
@@ -115,7 +115,7 @@ def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = Non
     """The rule for a grid where none was asked for: the least error among those that cost no pass over the weight.
 
     Binary and Ternary: mean. Uniform: sawb up to 4 bits, absmax above, where SAWB takes two large numbers from each
-    other. Other levels: rms up to 12, absmax above (for heavy tails). With coefficients it is sawb.
+    other. Midrise: rms. Other levels: rms up to 12, absmax above (for heavy tails). With coefficients it is sawb.
     """
     if sawb_coefficients is not None:
         return "sawb"
@@ -123,7 +123,7 @@ def default_rule(grid: Grid, sawb_coefficients: tuple[float, float] | None = Non
         return "mean"
     if grid.evenly_spaced:
         return "sawb" if grid.bits <= 4 else "absmax"
-    return "rms" if len(grid.levels) <= 12 else "absmax"
+    return "rms" if len(grid.levels) <= 12 or isinstance(grid, Midrise) else "absmax"
 
 
 def check_coefficients(coefficients: Any) -> tuple[float, float] | None:
