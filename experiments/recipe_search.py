@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from askew_kernels.quant.scales import SAWB_COEFFICIENTS
+from askew_kernels.quant.scales import SAWB_COEFFICIENTS, normal_scale
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 EPS_FLOOR = 1.6e-5
@@ -42,6 +42,7 @@ WIDTHS: dict[str, tuple[float, float, float, float, float, float]] = {
     **{f"{b} bits": (-(2.0 ** (b - 1)), 2.0 ** (b - 1) - 1, 1.0, 2.0 ** (b - 1) - 1,
                      SAWB_COEFFICIENTS[b][0] / (2 ** (b - 1) - 1), -SAWB_COEFFICIENTS[b][1] / (2 ** (b - 1) - 1))
        for b in (4, 3, 2)},
+    "2 bits, mid-rise": (-3.0, 3.0, 2.0, 3.0, normal_scale((-3.0, -1.0, 1.0, 3.0)), 0.0),
     "ternary": (-1.0, 1.0, 1.0, 1.0, 0.0, 1.5),
     "binary": (-1.0, 1.0, 2.0, 1.0, 0.0, 1.0),
 }  # fmt: skip

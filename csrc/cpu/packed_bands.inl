@@ -98,11 +98,11 @@ ASKEW_FN void add_inputs(Sums& sums, Codes codes, const int8_t* q) {
 #endif
 }
 
-// Sums with B tokens. Few tokens have several sums each, or one product would wait for the other.
-template <int BITS, int B>
+// Sums with B tokens of a block of BLOCK. Few tokens have several sums each, or one product would wait for the other.
+template <int BITS, int B, int BLOCK = B>
 struct BandSums {
   static constexpr int kVectors = band_vectors(BITS), kBytes = 4 * kBandRows * band_words(BITS);
-  static constexpr int kInputs = 4 * kVectors * B;  // bytes of a block
+  static constexpr int kInputs = 4 * kVectors * BLOCK;  // bytes of a block
   static constexpr int kSums = B >= 4 ? 1 : 4 / B, kBlocks = kVectors < kSums ? kSums / kVectors : 1;
   // Products that a sum may hold before it is added up in int32, and steps that add no more.
   static constexpr int64_t kMost = vectors_in_flight(band_top(BITS));
@@ -121,7 +121,7 @@ struct BandSums {
         Codes c;
         __builtin_memcpy(&c, &code[v], sizeof c);
         ASKEW_EACH (b, B) {
-          const int8_t* four = q + ((k * kVectors + v) * B + b) * 4;
+          const int8_t* four = q + ((k * kVectors + v) * BLOCK + b) * 4;
 #if defined(ASKEW_WIDE)
           if constexpr (kMost == 0) {
             sum[b] += wide_products(c, four_inputs(four));
@@ -220,16 +220,18 @@ ASKEW_FN void store_first(float* to, vf v, int count) {
 #endif
 }
 
-template <int BITS, int B>
-__attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band, const BandInput& x, int64_t token,
-                                                const float* bias, float* y) {
-  typedef BandSums<BITS, B> Tile;
+// Tokens [first, first + B) of the block of BLOCK that begins at `block`.
+template <int BITS, int B, int BLOCK = B>
+__attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band, const BandInput& x, int64_t block,
+                                                const float* bias, float* y, int first = 0) {
+  typedef BandSums<BITS, B, BLOCK> Tile;
+  const int64_t token = block + first;
   const int64_t groups = w.groups, blocks = w.blocks;
   for (int64_t lane = 0; lane < kBandRows; lane += ASKEW_LANES) {
     const int64_t row = band * kBandRows + lane, rows = w.n - row < ASKEW_LANES ? w.n - row : ASKEW_LANES;
     if (rows <= 0) break;
     const uint8_t* p = w.codes + band * groups * blocks * Tile::kBytes + 4 * lane;
-    const int8_t* q = x.q + token * groups * blocks * (4 * Tile::kVectors);  // band_width, without its division
+    const int8_t* q = x.q + block * groups * blocks * (4 * Tile::kVectors) + 4 * first;  // band_width, not divided
     const float* scale = w.scale + band * groups * kBandRows + lane;
     vf total[B], added = vf{};
     if (bias && rows == ASKEW_LANES)
@@ -260,7 +262,7 @@ __attribute__((noinline)) static void band_tile(const BandsArg& w, int64_t band,
       }
       if (g == 0)
         ASKEW_EACH (b, B) total[b] = vf{};
-      asm("" : "+m"(total));  // the totals stay in memory, the sums in registers
+      if (B == BLOCK) asm("" : "+m"(total));  // the totals stay in memory, the sums in registers
       ASKEW_EACH (b, B) total[b] = scaled(b, total[b]);
       if (g + 1 == groups)
         ASKEW_EACH (b, B) write(b, total[b]);
@@ -282,6 +284,14 @@ static void band_products(const BandsArg& w, int64_t band0, int64_t band1, const
   for (int64_t band = band0; band < band1; ++band)
     for (int64_t t = token0, count; t < token1; t += count) {
       count = band_tokens(token1 - t);
+#if defined(ASKEW_VNNI) && ASKEW_LANES == 16
+      // Halves of a block, whose sums and totals both stay in registers: storing totals took longer than decoding twice,
+      // but for trits.
+      if (BITS != kTrits && count == 16 && w.groups > 1) {
+        for (int first = 0; first < 16; first += 8) band_tile<BITS, 8, 16>(w, band, x, t, bias, y, first);
+        continue;
+      }
+#endif
 #define ASKEW_TOKENS(B)           \
   if constexpr (B <= kBandTokens) \
     if (count == B) band_tile<BITS, B>(w, band, x, t, bias, y);
