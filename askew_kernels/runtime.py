@@ -299,14 +299,15 @@ def reads_codes(x: torch.Tensor, rows: int, tiles: bool = False) -> bool:
     return rows <= FEW_ON_GPU if _TRITON else rows <= FEW_ROWS and has_cuda_kernels()
 
 
-def convolves_from_codes(positions: int, activations: str, points: bool = False) -> bool:
+def convolves_from_codes(positions: int, activations: str, weights: int = 0, points: bool = False) -> bool:
     """Whether a CPU makes a convolution of this many output positions from packed codes, patch by patch: where they are
-    few (the launch parameter ``positions``, late layers and small batches; ``points`` where patches are pixels in
-    channels last, 1 x 1, so that nothing is laid out), and with activations="int8" always. Exported, a choice by size
-    would be a bound: points always."""
+    few (the launch parameter ``positions``, for that many ``weights`` ``large_positions``: late layers and small
+    batches; ``points`` where patches are pixels in channels last, 1 x 1, so that nothing is laid out), and with
+    activations="int8" always. Exported, a choice by size would be a bound: points always."""
     if activations == "int8" or torch.compiler.is_exporting():
         return activations == "int8" or points
-    return positions < _convolution["points" if points else "positions"]
+    few = "points" if points else "large_positions" if weights >= tables.LARGE else "positions"
+    return positions < _convolution[few]
 
 
 def packed_product(x: torch.Tensor, activations: str) -> tuple[str, Callable]:

@@ -136,12 +136,13 @@ def test_where_products_change_over_is_no_matter_of_correctness(grid, trits):
 
 
 def test_where_convolutions_change_over():
-    runtime.use_tuning({"cpu_convolution": {"positions": 7, "points": 11}})
-    from_codes = runtime.convolves_from_codes
-    assert from_codes(6, "float") and not from_codes(7, "float") and from_codes(10**6, "int8")
-    assert from_codes(10, "float", points=True) and not from_codes(11, "float", points=True)
+    runtime.use_tuning({"cpu_convolution": {"positions": 7, "large_positions": 9, "points": 11}})
+    from_codes, large = runtime.convolves_from_codes, tuning.LARGE
+    assert from_codes(6, "float") and not from_codes(7, "float", large - 1) and from_codes(10**6, "int8")
+    assert from_codes(8, "float", large) and not from_codes(9, "float", large)
+    assert from_codes(10, "float", large, points=True) and not from_codes(11, "float", points=True)
     runtime.use_tuning("default")
-    assert from_codes(39, "float") and not from_codes(40, "float")
+    assert from_codes(15, "float") and not from_codes(16, "float")
 
 
 TRITON = """

@@ -128,6 +128,11 @@ def scaled(grid: quant.Grid, group: int = 0) -> quant.QuantConfig:
     return quant.QuantConfig(grid)
 
 
+def named(config: quant.QuantConfig) -> str:
+    bits = "ternary" if config.weight == quant.Ternary() else f"{config.weight.bits} bits"
+    return f"{bits} in {config.group_size}" if config.group_size else bits
+
+
 TWO, FOUR, EIGHT = (quant.Uniform(bits) for bits in (2, 4, 8))
 # Parameter -> (layers, whose sizes are their outputs' and inputs'; numbers of rows of x; whatever else ``packed_call``
 # takes): numbers on both sides of where the kernels change over.
@@ -154,7 +159,7 @@ def packed_calls(name: str, quick: bool) -> Passes:
     if name in CALLS:
         layers, counts, how = CALLS[name]
         found = {
-            f"{count} x {rows}x{cols}, {config.weight}" + (f" in {config.group_size}" if config.group_size else ""):
+            f"{count} x {rows}x{cols}, {named(config)}":
             packed_call(nn.Linear(cols, rows), config, (count, cols), **how)
             for config, rows, cols in layers for count in counts
         }  # fmt: skip
@@ -163,8 +168,9 @@ def packed_calls(name: str, quick: bool) -> Passes:
         found = {f"{a}->{b}, 1x1, {side}x{side}": packed_call(nn.Conv2d(a, b, 1), scaled(FOUR), (1, a, side, side))
                  for a, b in sizes for side in (14, 20, 28, 40, 56)}  # fmt: skip
     else:
-        found = {f"64->64, 3x3, {side}x{side}": packed_call(nn.Conv2d(64, 64, 3), scaled(FOUR), (1, 64, side, side))
-                 for side in (5, 6, 8, 10, 14)}  # fmt: skip
+        sizes = (512, 384) if name == "large_positions" else (64, 128, 256)
+        found = {f"{n}->{n}, 3x3, {side}x{side}": packed_call(nn.Conv2d(n, n, 3), scaled(FOUR), (1, n, side, side))
+                 for n in sizes for side in (4, 5, 6, 8, 10, 14, 18)}  # fmt: skip
     return dict(list(found.items())[:2]) if quick else found
 
 

@@ -312,7 +312,7 @@ class _PackedConvolution(PackedLayer):
             # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
             whole = torch.compiler.is_exporting() or all(n > 0 for n in sizes)
             positions = batch.shape[0] * math.prod(sizes)
-            few = runtime.convolves_from_codes(positions, self.activations)
+            few = runtime.convolves_from_codes(positions, self.activations, self.rows * self.cols)
             if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
                 banded = self._banded(batch, bias, torch.compiler.is_compiling())
                 y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)

@@ -47,10 +47,12 @@ class Parameter:
 
 
 NEVER = 1 << 60  # bytes that no list has
+LARGE = 1 << 20  # weights of a convolution that leave a core's cache as floats
 
 # Section -> name -> parameter. What each one does, and the built-in values: csrc/tuning.h for C++ (``cpu_packed``: how
 # many inputs each kernel serves), here for the others. Packed convolutions with float activations on a CPU: the output
-# positions below which products come from the codes, and the same where patches are pixels as they stand. Triton:
+# positions below which products come from the codes, the same of weights of ``LARGE`` and more, and where patches are
+# pixels as they stand. Triton:
 # elements of an elementwise program (four 16-byte vectors of fp32 a thread) and its warps; for products from packed
 # codes the rows of the weight that a program takes, words or columns in a step, and warps, for few inputs and, in
 # tiles, for many.
@@ -74,7 +76,8 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
         "shared_bytes": Parameter(0, NEVER, (0, 5 << 15, 5 << 16, 5 << 17, 5 << 18)),
     },
     "cpu_convolution": {
-        "positions": Parameter(0, NEVER, (0, 20, 40, 80, 160), built_in=40),
+        "positions": Parameter(0, NEVER, (0, 4, 8, 16, 32, 64), built_in=16),
+        "large_positions": Parameter(0, NEVER, (16, 32, 64, 128, 256), built_in=128),
         "points": Parameter(0, NEVER, (256, 512, 1024, 2048, 4096), built_in=1024),
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
