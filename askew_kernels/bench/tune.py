@@ -170,7 +170,7 @@ def packed_calls(name: str, quick: bool) -> Passes:
     else:
         sizes = (512, 384) if name == "large_positions" else (64, 128, 256)
         found = {f"{n}->{n}, 3x3, {side}x{side}": packed_call(nn.Conv2d(n, n, 3), scaled(FOUR), (1, n, side, side))
-                 for n in sizes for side in (4, 5, 6, 8, 10, 14, 18)}  # fmt: skip
+                 for n in sizes for side in (4, 5, 6, 8, 10, 14, 16, 18)}  # fmt: skip
     return dict(list(found.items())[:2]) if quick else found
 
 

@@ -77,7 +77,7 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     },
     "cpu_convolution": {
         "positions": Parameter(0, NEVER, (0, 4, 8, 16, 32, 64), built_in=16),
-        "large_positions": Parameter(0, NEVER, (16, 32, 64, 128, 256), built_in=128),
+        "large_positions": Parameter(0, NEVER, (16, 32, 64, 128, 256), built_in=32),
         "points": Parameter(0, NEVER, (256, 512, 1024, 2048, 4096), built_in=1024),
     },
     "cuda": {"slots": Parameter(1, 64, (4, 8, 16, 32))},
