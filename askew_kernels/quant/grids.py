@@ -178,7 +178,7 @@ class Midrise(Grid):
 
     ``Binary`` is the one of one bit. The levels of PARQ's uniform quantizer (Jin et al., ICML 2025) and of ParetoQ's
     two bits (Liu et al., 2025), which write ±1/2, ±3/2 …: a scale here is half of theirs. At two bits, where
-    ``Uniform`` seldom uses one of its four levels, they train better (docs/accuracy.md). bits: 2 … 4.
+    ``Uniform`` seldom uses one of its four levels, they train better in most cases (docs/accuracy.md). bits: 2 … 4.
     """
 
     bits: int
