@@ -670,6 +670,12 @@ def seventh_ways() -> list[Way]:
     return found
 
 
+def eighth_ways() -> list[Way]:
+    """The recipe of now, over by the middle as it has it for SGD, and by 0.7 as for AdamW."""
+    made = Way("", hold=0.99, end=1.0, power=1.0, freeze=0.75, steep=True)
+    return [STE, *(replace(made, name=f"steep 0-{full}, frozen .75, closed .99-1", full=full) for full in (0.5, 0.7))]
+
+
 WAYS = {
     "first": first_ways,
     "second": second_ways,
@@ -678,6 +684,7 @@ WAYS = {
     "fifth": fifth_ways,
     "sixth": sixth_ways,
     "seventh": seventh_ways,
+    "eighth": eighth_ways,
     "extra": extra_ways,
 }
 

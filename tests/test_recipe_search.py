@@ -7,7 +7,10 @@ from askew_kernels import demo, optim, quant
 from experiments import finetune_search
 from experiments import recipe_search as search
 
-GRIDS = {"4 bits": quant.Uniform(4), "2 bits": quant.Uniform(2), "ternary": quant.Ternary(), "binary": quant.Binary()}
+GRIDS = {
+    "4 bits": quant.Uniform(4), "2 bits": quant.Uniform(2), "2 bits, mid-rise": quant.Midrise(2),
+    "ternary": quant.Ternary(), "binary": quant.Binary(),
+}  # fmt: skip
 
 
 def replicas(way, seed=0):
@@ -36,7 +39,7 @@ def test_step_is_the_optimizers(optimizer, direction, eps):
     for r, name in enumerate(GRIDS):
         p = torch.nn.Parameter(networks.weights[0][r].clone())
         make = optim.ASkewAdamW if optimizer == "adamw" else optim.ASkewSGD
-        rule = "mean" if GRIDS[name].mean_factor else "sawb"
+        rule = quant.default_rule(GRIDS[name])
         more = {} if optimizer == "adamw" else {"momentum": 0.9}
         o = make([{"params": [p], "grid": GRIDS[name], "scale": rule}], lr=0.05, constraint_eps=eps,
                  skew="direction" if direction else "gradient", **more)  # fmt: skip
