@@ -13,13 +13,20 @@ struct Parameter {
   int64_t askew::Tuning::* member;
 };
 const Parameter kParameters[] = {
-    {"prefetch_columns", &askew::Tuning::prefetch_columns}, {"piece_columns", &askew::Tuning::piece_columns},
-    {"serial_elements", &askew::Tuning::serial_elements},   {"streaming_bytes", &askew::Tuning::streaming_bytes},
-    {"pooled_bytes", &askew::Tuning::pooled_bytes},         {"panel_inputs", &askew::Tuning::panel_inputs},
-    {"pair_inputs", &askew::Tuning::pair_inputs},           {"bit_table_inputs", &askew::Tuning::bit_table_inputs},
-    {"table_inputs", &askew::Tuning::table_inputs},         {"table_rows", &askew::Tuning::table_rows},
-    {"trit_table_rows", &askew::Tuning::trit_table_rows},   {"library_inputs", &askew::Tuning::library_inputs},
-    {"shared_blocks", &askew::Tuning::shared_blocks},       {"shared_bytes", &askew::Tuning::shared_bytes},
+    {"prefetch_columns", &askew::Tuning::prefetch_columns},
+    {"piece_columns", &askew::Tuning::piece_columns},
+    {"serial_elements", &askew::Tuning::serial_elements},
+    {"streaming_bytes", &askew::Tuning::streaming_bytes},
+    {"pooled_bytes", &askew::Tuning::pooled_bytes},
+    {"panel_inputs", &askew::Tuning::panel_inputs},
+    {"pair_inputs", &askew::Tuning::pair_inputs},
+    {"bit_table_inputs", &askew::Tuning::bit_table_inputs},
+    {"table_inputs", &askew::Tuning::table_inputs},
+    {"table_rows", &askew::Tuning::table_rows},
+    {"trit_table_rows", &askew::Tuning::trit_table_rows},
+    {"library_inputs", &askew::Tuning::library_inputs},
+    {"shared_blocks", &askew::Tuning::shared_blocks},
+    {"shared_bytes", &askew::Tuning::shared_bytes},
     {"slots", &askew::Tuning::slots},
 };
 }  // namespace

@@ -45,7 +45,8 @@ TUNING_SEED, SCALE_LRS = 1000, (1.0, 0.1)
 @dataclass(frozen=True)
 class Job:
     """lr: of the weights, at its highest; scale_lr: of learned scales, in learning rates of the weights; recipe: the
-    numbers of this package's methods, so that rows of other numbers are not taken for rows of these."""
+    numbers of this package's methods, so that rows of other numbers are not taken for rows of these; data: likewise of
+    a task's data (``Task.data``)."""
 
     task: str
     setting: str
@@ -57,6 +58,7 @@ class Job:
     scale_lr: float = 1.0
     split: str = TEST
     recipe: str = ""
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,16 @@ def jobs_for(args: argparse.Namespace, chosen: Callable[[str, str], tuple[float,
     """All methods of a width beside each other, and all of a seed before the next, so that what is there when time is
     up can be compared. chosen(task, method): (lr, scale_lr)."""
     jobs = [
-        Job(name, *way, seed, steps_of(TASKS[name], args), *chosen(name, way[-1]), TEST, numbers_of(name, way[-1]))
+        Job(
+            name,
+            *way,
+            seed,
+            steps_of(TASKS[name], args),
+            *chosen(name, way[-1]),
+            TEST,
+            numbers_of(name, way[-1]),
+            TASKS[name].data,
+        )
         for seed in range(args.seeds)
         for name in args.tasks
         for way in ways_of(TASKS[name], args)
@@ -241,7 +252,13 @@ class Line:
     task: str
     setting: str
     width: str
+    data: str
     values: dict[str, dict[int, float]]
+
+    @property
+    def name(self) -> str:
+        """Of the task and its data."""
+        return self.task + (f", library of {self.data}" if self.data else "")
 
     def mean(self, method: str) -> float:
         """NaN without a run that ended with a number."""
@@ -265,30 +282,30 @@ class Line:
 
 
 def summarise(results: Iterable[Result]) -> list[Line]:
-    """In the order of the tables. Runs of the longest training alone count, of this package's those with the recipe as
-    it is now (where there are some), and of a row the seeds that all its methods have (where there are some)."""
+    """In the order of the tables; rows of other data are other rows. Runs of the longest training alone count, of this
+    package's those with the recipe as it is now (where there are some), and of a row the seeds that all its methods
+    have (where there are some)."""
     results = [r for r in results if r.split == TEST]
     longest = {task: max(r.steps for r in rows) for task, rows in command.grouped(results, lambda r: r.task).items()}
-    lines: dict[tuple[str, str, str], Line] = {}
-    plain: dict[str, dict[int, float]] = {}
-    renewed = {(r.task, r.method) for r in results if r.recipe == numbers_of(r.task, r.method)}
+    lines: dict[tuple[str, str, str, str], Line] = {}
+    plain: dict[tuple[str, str], dict[int, float]] = {}
+    renewed = {(r.task, r.data, r.method) for r in results if r.recipe == numbers_of(r.task, r.method)}
     for r in (r for r in results if r.steps == longest[r.task]):
-        if (r.task, r.method) in renewed and r.recipe != numbers_of(r.task, r.method):
+        if (r.task, r.data, r.method) in renewed and r.recipe != numbers_of(r.task, r.method):
             continue
         if r.width == FLOAT:
-            plain.setdefault(r.task, {})[r.seed] = r.value
+            plain.setdefault((r.task, r.data), {})[r.seed] = r.value
             continue
-        key = (r.task, r.setting, r.width)
+        key = (r.task, r.setting, r.width, r.data)
         lines.setdefault(key, Line(*key, {})).values.setdefault(r.method, {})[r.seed] = r.value
     for line in lines.values():
-        line.values[FLOAT] = dict(plain.get(line.task, {}))
+        line.values[FLOAT] = dict(plain.get((line.task, line.data), {}))
         of_all = set.intersection(*(set(seeds) for seeds in line.values.values() if seeds))
         for seeds in line.values.values() if of_all else ():  # means are of the same seeds
             for seed in seeds.keys() - of_all:
                 del seeds[seed]
     order = (list(TASKS).index, (INNER, ALL, ACTIVATIONS).index, list(demo.WIDTHS).index)
-    return sorted(lines.values(), key=lambda x: tuple(
-        place(value) for place, value in zip(order, (x.task, x.setting, x.width), strict=True)))  # fmt: skip
+    return sorted(lines.values(), key=lambda x: (order[0](x.task), x.data, order[1](x.setting), order[2](x.width)))
 
 
 def shown(lines: Sequence[Line]) -> list[str]:
@@ -302,7 +319,7 @@ def number(value: float, digits: int, sign: str = "") -> str:
 def cells(line: Line, methods: Sequence[str]) -> list[str]:
     """Means, and in brackets what the method is better by than straight-through ± standard error; the best is bold."""
     digits, made = TASKS[line.task].digits, [line.width]
-    best = line.best(methods)
+    best = line.best(methods) if any(line.values.get(m) for m in METHODS if m not in (FLOAT, *OURS)) else ""
     for method in methods:
         text = number(line.mean(method), digits)
         text = f"**{text}**" if method == best else text
@@ -316,10 +333,10 @@ def cells(line: Line, methods: Sequence[str]) -> list[str]:
 def markdown(lines: Sequence[Line]) -> str:
     """A table for each task and setting, and below it the rows that this package's methods do not win."""
     parts = []
-    for (name, setting), members in command.grouped(lines, lambda line: (line.task, line.setting)).items():
+    for (name, setting), members in command.grouped(lines, lambda line: (line.name, line.setting)).items():
         methods = shown(members)
         table = command.markdown_table(("weights", *methods, "seeds"), (cells(line, methods) for line in members))
-        parts += [f"**{name}, {setting}** ({TASKS[name].metric}):", table]
+        parts += [f"**{name}, {setting}** ({TASKS[members[0].task].metric}):", table]
     return "\n\n".join([*parts, *verdicts(lines)])
 
 
@@ -334,12 +351,13 @@ def verdicts(lines: Sequence[Line]) -> list[str]:
             digits, rival = TASKS[line.task].digits, line.best(rivals)
             if rival and line.gain(method, rival)[0] < 0:
                 gain, error = line.gain(method, rival)
-                missed.append(f"{line.task}, {line.setting}, {line.width}: {number(gain, digits, '+')} ± "
+                missed.append(f"{line.name}, {line.setting}, {line.width}: {number(gain, digits, '+')} ± "
                               f"{number(error, digits)} against {rival}")  # fmt: skip
             gain, error = line.gain(method)
             if gain < -2 * error:
-                below.append(f"{line.task}, {line.setting}, {line.width}")
-        said.append(f"{method}: at or above the best rival in {len(mine) - len(missed)} of {len(mine)} rows, below "
+                below.append(f"{line.name}, {line.setting}, {line.width}")
+        beside = [line for line in mine if line.best(rivals)]
+        said.append(f"{method}: at or above the best rival in {len(beside) - len(missed)} of {len(beside)} rows, below "
                     f"straight-through by more than two standard errors in {len(below)}"
                     + (f" ({'; '.join(below)})" if below else "") + "."
                     + (" Not won:\n\n" + "\n".join(f"* {text}" for text in missed) if missed else ""))  # fmt: skip
@@ -356,7 +374,7 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
     """What each method is better by than straight-through, ± standard error: a row of panels for each task; of rows
     that straight-through is in."""
     lines = [line for line in lines if line.values.get(STRAIGHT_THROUGH)] or lines
-    places = command.grouped(lines, lambda line: (line.task, line.setting))
+    places = command.grouped(lines, lambda line: (line.name, line.setting))
     columns = max(len(group) for group in command.grouped(places, lambda place: place[0]).values())
     tasks = list(dict.fromkeys(task for task, _ in places))
     methods = [m for m in shown(lines) if m not in (FLOAT, STRAIGHT_THROUGH)]
@@ -369,10 +387,9 @@ def plot(lines: Sequence[Line]) -> dict[str, bytes]:
         figures.means(
             axis, [line.width for line in members], {m: [dot(line.gain(m)) for line in members] for m in methods}
         )
-        better = "" if TASKS[place[0]].higher else " (above 0: lower)"
-        figures.label(
-            axis, f"{place[0]}\n{place[1]}", y=f"gain: {TASKS[place[0]].metric}{better}" if column == 0 else ""
-        )
+        task = TASKS[members[0].task]
+        better = "" if task.higher else " (above 0: lower)"
+        figures.label(axis, f"{place[0]}\n{place[1]}", y=f"gain: {task.metric}{better}" if column == 0 else "")
     for axis in unused.values():
         axis.set_axis_off()
     figures.legend_below(figure, axes, 3)

@@ -9,6 +9,7 @@ import ast
 import functools
 import gzip
 import hashlib
+import platform
 import re
 import sysconfig
 from collections.abc import Callable
@@ -56,6 +57,7 @@ class Task:
     """prepare(source, seed, steps, validation, device); validation: trained without, and tested on, held-out training
     data. ends: names of the layers that stay float in the setting "inner"; the optimizer is AdamW or SGD with momentum.
     lrs: to choose from on validation data, the first being the default. higher: whether more of the metric is better.
+    of_python: the data are the standard library of the Python that runs, so that rows of two versions have others.
     """
 
     prepare: Callable[[Source, int, int, bool, torch.device], Prepared]
@@ -69,6 +71,12 @@ class Task:
     higher: bool = True
     digits: int = 2
     tuned_on: str = "float"  # the method that the learning rate is chosen with
+    of_python: bool = False
+
+    @property
+    def data(self) -> str:
+        """What tells the data of this machine from those of others; "" where all have the same."""
+        return f"Python {platform.python_version()}" if self.of_python else ""
 
 
 # ---- Fashion-MNIST ---------------------------------------------------------------------------------------------------
@@ -398,8 +406,8 @@ TASKS = {
         (INNER, ALL, ACTIVATIONS)),
     "text / GPT": Task(
         prepare_text, "test loss, nats a character", 2000, True, (4e-3, 2e-3, 8e-3), 0.01, ("head",),
-        (INNER, ALL, ACTIVATIONS), higher=False, digits=4),
+        (INNER, ALL, ACTIVATIONS), higher=False, digits=4, of_python=True),
     "sentences / MiniLM": Task(
         prepare_minilm, "mean cosine with the float model", 300, True, (2e-4, 1e-4, 4e-4), 0.0, (),
-        (INNER,), digits=4, tuned_on="straight-through, 4 bits"),
+        (INNER,), digits=4, tuned_on="straight-through, 4 bits", of_python=True),
 }  # fmt: skip

@@ -400,6 +400,28 @@ def test_a_lost_gpu_ends_the_run(source, monkeypatch):
         accuracy.train(Job(PICTURES, INNER, "2 bits", "LSQ", 0, 2, 0.1), source, CPU)
 
 
+def test_rows_of_other_data_are_other_rows():
+    """The text is the standard library of the Python that runs: rows of two versions are no pair, whatever is newer."""
+    rows = [result(m, v, task=TEXT, data="Python 3.11.7") for m, v in (("float", 1.3), ("ASkewSGD", 1.4))]
+    rows += [result(m, v, task=TEXT, data="Python 3.12.3")
+             for m, v in (("float", 1.35), ("straight-through", 1.5), ("PARQ (torchao)", 1.45))]  # fmt: skip
+    here, there = accuracy.summarise(rows)
+    assert (here.data, here.mean("float"), here.mean("ASkewSGD")) == ("Python 3.11.7", 1.3, 1.4)
+    assert (there.data, there.mean("float"), there.mean("ASkewSGD")) == (
+        "Python 3.12.3",
+        1.35,
+        pytest.approx(math.nan, nan_ok=True),
+    )
+    page = accuracy.markdown([here, there])
+    assert f"**{TEXT}, library of Python 3.11.7, {INNER}**" in page and "| 2 bits | 1.3000 | 1.4000 (" in page
+    assert "ASkewSGD: at or above the best rival in 0 of 0 rows" in page  # and nothing is bold that has no rival
+    assert accuracy.plot([here, there])
+    assert tasks.TASKS[TEXT].data.startswith("Python 3.") and not tasks.TASKS[PICTURES].data
+    old = [result("ASkewSGD", 1.2, task=TEXT, data="Python 3.12.3", recipe="of before")]
+    now = [result("ASkewSGD", 1.4, task=TEXT, data="Python 3.11.7", recipe=accuracy.numbers_of(TEXT, "ASkewSGD"))]
+    assert len(accuracy.summarise(old + now)) == 2  # the recipe of now on other data takes none away
+
+
 def test_jobs_are_balanced():
     """A width has all its methods before the next begins, and a seed all its widths."""
     import argparse

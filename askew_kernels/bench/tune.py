@@ -164,9 +164,9 @@ def packed_calls(name: str, quick: bool) -> Passes:
             for config, rows, cols in layers for count in counts
         }  # fmt: skip
     elif name == "points":
-        sizes = ((96, 96), (24, 144), (320, 192))
+        channels = ((96, 96), (24, 144), (320, 192))
         found = {f"{a}->{b}, 1x1, {side}x{side}": packed_call(nn.Conv2d(a, b, 1), scaled(FOUR), (1, a, side, side))
-                 for a, b in sizes for side in (14, 20, 28, 40, 56)}  # fmt: skip
+                 for a, b in channels for side in (14, 20, 28, 40, 56)}  # fmt: skip
     else:
         sizes = (512, 384) if name == "large_positions" else (64, 128, 256)
         found = {f"{n}->{n}, 3x3, {side}x{side}": packed_call(nn.Conv2d(n, n, 3), scaled(FOUR), (1, n, side, side))

@@ -17,8 +17,8 @@
 namespace askew {
 namespace {
 
-constexpr int64_t kTokens = 128;  // int8 inputs that stay in the L2 cache while all rows pass
-constexpr int64_t kPanel = 1 << 22;  // weights of a panel: 16 MiB decoded
+constexpr int64_t kTokens = 128;              // int8 inputs that stay in the L2 cache while all rows pass
+constexpr int64_t kPanel = 1 << 22;           // weights of a panel: 16 MiB decoded
 constexpr int64_t kPanelUnits = 32;           // pieces of work that a product by panels is cut into
 constexpr float kSmallestInPairs = 0x1p-60f;  // products of bfloat16 below 2^-126 are 0
 
@@ -220,8 +220,8 @@ void multiply_codes(const Product& p) {
   const PackedWeight& w = p.w;
   Overflows overflows(p);
   const int64_t rows = w.bits == 1 ? 0 : w.bits == kTrits ? tuning.trit_table_rows : tuning.table_rows;
-  const bool few = l.make_tables && p.batch <= (w.bits == 1 ? tuning.bit_table_inputs : tuning.table_inputs) &&
-                   w.n >= rows;
+  const bool few =
+      l.make_tables && p.batch <= (w.bits == 1 ? tuning.bit_table_inputs : tuning.table_inputs) && w.n >= rows;
   if (const int64_t wide = few ? l.tables_width(w) : 0) {
     Scratch<float> tables(p.batch * wide);
     p.for_inputs([&](int64_t i, const float* in) {

@@ -285,8 +285,8 @@ static void band_products(const BandsArg& w, int64_t band0, int64_t band1, const
     for (int64_t t = token0, count; t < token1; t += count) {
       count = band_tokens(token1 - t);
 #if defined(ASKEW_VNNI) && ASKEW_LANES == 16
-      // Halves of a block, whose sums and totals both stay in registers: storing totals took longer than decoding twice,
-      // but for trits.
+      // Halves of a block, whose sums and totals both stay in registers: storing totals took longer than decoding
+      // twice, but for trits.
       if (BITS != kTrits && count == 16 && w.groups > 1) {
         for (int first = 0; first < 16; first += 8) band_tile<BITS, 8, 16>(w, band, x, t, bias, y, first);
         continue;
