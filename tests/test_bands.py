@@ -541,6 +541,21 @@ def test_convolutions_and_what_records_count_levels_too(name):
     torch.testing.assert_close(linear.bias.grad, torch.full((8,), 5.0))
 
 
+@pytest.mark.parametrize("grid", [Uniform(4), ak.quant.FP4()], ids=str)
+def test_a_grid_that_an_earlier_release_pickled(grid):
+    """It knows of no counting: evenly spaced levels have int8 activations as ever, others are refused as they were."""
+    old = copy.copy(grid)
+    old.__dict__.pop("counted")
+    model = ak.quantize_(nn.Sequential(nn.Linear(32, 8)), ak.QuantConfig(old))
+    if grid.counted is not None:
+        with pytest.raises(ValueError, match="integer levels"):
+            ak.pack_(model, force=True, activations="int8")
+        return
+    layer, x = ak.pack_(model, force=True, activations="int8")[0], torch.randn(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), rounded(x).float() @ layer.dequantize().t() + layer.bias)
+
+
 def test_levels_too_far_apart_are_refused():
     for levels in ([-129.0, 0.0], [0.0, 256.0], [-100.0, 156.5], [0.1, 0.3]):
         grid = ak.quant.Codebook(levels)

@@ -114,7 +114,7 @@ def packed_product(device: torch.device, tokens: int, rows: int, cols: int, grou
 @on_device
 def packed_call(device: torch.device, layer: nn.Module, config: quant.QuantConfig, shape: tuple[int, ...],
                 dtype: torch.dtype = torch.float32, trits: bool = False, **how: Any) -> Run:  # fmt: skip
-    """A packed layer's own call; images are channels last where its filters are."""
+    """A packed layer's own call; images are channels last."""
     made = ask_nn.quantize_(nn.Sequential(copy.deepcopy(layer)).to(device, dtype), config)
     packed = ask_nn.pack_(made, force=True, trits=trits, **how)
     x = _normal(shape, device).to(dtype)

@@ -45,7 +45,7 @@ class Grid:
     levels: Any  # tuple[float, ...]
     bits: Any  # int
     encoding: list[int]
-    counted: Counted | None
+    counted: Counted | None = None  # as grids have it that an earlier release pickled
     c_max: float  # what absmax maps the largest weight to: c_(K-1), or max |c| where that is not positive
 
     def __init_subclass__(cls) -> None:
