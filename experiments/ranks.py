@@ -1,37 +1,51 @@
 """Processes that stay, to try what is distributed: one start serves many calls, each with a process group of its own.
 
 A function that raises on one rank ends the group of its call on all of them, so that the others do not wait for it.
+One that does not end in time is told with where each rank stands; the ranks of later calls are then new ones.
 """
 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import importlib
 import io
 import itertools
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
-PATIENCE = datetime.timedelta(minutes=10)  # of a rank for the others; machines are shared
+PATIENCE = datetime.timedelta(minutes=5)  # of a rank for the others, and of a call for its ranks; machines are shared
 
 
 class RankError(RuntimeError):
-    """A rank's traceback."""
+    """A rank's traceback, or where a rank stood that did not answer."""
+
+
+def _stack(folder: str, rank: int) -> Path:
+    return Path(folder, f"stack of {rank}")
 
 
 def _serve(rank: int, pipe: Any, folder: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(rank)
+    if sys.platform == "linux":  # no host's name has to be looked up
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    stack = open(_stack(folder, rank), "w")
+    faulthandler.register(signal.SIGUSR1, file=stack)
     while (order := pipe.recv()) is not None:
         module, name, args, world, number = order
         try:
@@ -50,13 +64,18 @@ def _serve(rank: int, pipe: Any, folder: str) -> None:
 
 
 class Ranks:
-    """``most`` processes. Use it as a context, or ``close`` it."""
+    """``most`` processes. Use it as a context, or ``close`` it. ``within``: how long a call may take, in seconds."""
 
-    def __init__(self, most: int = 4) -> None:
+    def __init__(self, most: int = 4, within: float = PATIENCE.total_seconds()) -> None:
+        self.most, self.within, self.numbers = most, within, itertools.count()
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        self.pipes, self.processes, self.numbers = [], [], itertools.count()
-        for rank in range(most):
+        self.pipes: list[Any] = []
+        self.processes: list[Any] = []
+        for rank in range(self.most):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, there, self.folder.name), daemon=True)
             process.start()
@@ -66,23 +85,54 @@ class Ranks:
 
     def call(self, function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
         """``function(rank, world, *args)`` of every rank. The function stands at the top of a module. Raises RankError
-        with the first traceback that is not of a lost connection."""
+        with the first traceback that is not of a lost connection, or with where the ranks stand that do not answer."""
         order = function.__module__, function.__name__, args, world, next(self.numbers)
         for pipe in self.pipes[:world]:
             pipe.send(order)
-        answers = [pipe.recv() for pipe in self.pipes[:world]]
-        if wrong := [text for _, text in answers if text]:
+        answers: dict[int, tuple[bytes, str]] = {}
+        end = time.monotonic() + self.within
+        while waiting := {self.pipes[rank]: rank for rank in range(world) if rank not in answers}:
+            ready: list[Any] = wait(list(waiting), max(end - time.monotonic(), 0))
+            try:
+                for pipe in ready:
+                    answers[waiting[pipe]] = pipe.recv()
+                why = f"no answer in {self.within:g} s" if not ready else ""
+            except (EOFError, ConnectionError):
+                why = "ended"
+            if why:
+                told = f"{function.__module__}.{function.__name__}: {why}\n{self._stand(waiting.values())}"
+                self._end()
+                self._start()
+                raise RankError("\n".join([told, *(text for _, text in answers.values() if text)]))
+        if wrong := [text for _, text in answers.values() if text]:
             raise RankError(min(wrong, key=lambda text: "onnection" in text))
-        return [torch.load(io.BytesIO(kept), weights_only=False) for kept, _ in answers]
+        return [torch.load(io.BytesIO(answers[rank][0]), weights_only=False) for rank in range(world)]
 
-    def close(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
+    def _stand(self, ranks: Any) -> str:
+        told = []
+        for rank in ranks:
+            process, stack = self.processes[rank], _stack(self.folder.name, rank)
+            process.join(0.5)  # of one that ended the exit code is known a moment later
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+                time.sleep(0.5)
+            stood = stack.read_text() if stack.is_file() else ""
+            told.append(f"rank {rank}, exit code {process.exitcode}:\n{stood}")
+        return "".join(told)
+
+    def _end(self) -> None:
         for process in self.processes:
-            process.join(1)  # threads of finished checkpoints may keep one
-            process.terminate()
+            process.kill()
             process.join()
         self.folder.cleanup()
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+        for process in self.processes:
+            process.join(1)  # threads of finished checkpoints may keep one
+        self._end()
 
     def __enter__(self) -> Ranks:
         return self

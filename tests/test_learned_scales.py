@@ -20,7 +20,7 @@ import math
 import pytest
 import torch
 import torch._dynamo
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional
 
 import askew_kernels as ak
@@ -681,32 +681,26 @@ def test_other_layers(make):
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        model, alone = model_with(seed=rank), model_with()
-        together = nn.parallel.DistributedDataParallel(model)
-        x, y = batch()
-        mine, runs = slice(16 * rank, 16 * rank + 16), []
-        for m in (model, alone):
-            optimizer = ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9)
-            runs.append((optimizer, ak.EpsilonAnnealing(optimizer, hold=3, total=8)))
-        for _ in range(8):
-            for call, part, (optimizer, annealing) in zip((together, alone), (mine, slice(0, 32)), runs, strict=True):
-                optimizer.zero_grad()
-                functional.cross_entropy(call(x[part]), y[part]).backward()
-                optimizer.step()
-                annealing.step()
-            close([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], 1e-3)
-            consistent(model)
-        assert model[0].quantizer.frozen
-    finally:
-        distributed.destroy_process_group()
+def work(rank, world):
+    model, alone = model_with(seed=rank), model_with()
+    together = nn.parallel.DistributedDataParallel(model)
+    x, y = batch()
+    mine, runs = slice(16 * rank, 16 * rank + 16), []
+    for m in (model, alone):
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9)
+        runs.append((optimizer, ak.EpsilonAnnealing(optimizer, hold=3, total=8)))
+    for _ in range(8):
+        for call, part, (optimizer, annealing) in zip((together, alone), (mine, slice(0, 32)), runs, strict=True):
+            optimizer.zero_grad()
+            functional.cross_entropy(call(x[part]), y[part]).backward()
+            optimizer.step()
+            annealing.step()
+        close([p.detach() for p in model.parameters()], [p.detach() for p in alone.parameters()], 1e-3)
+        consistent(model)
+    assert model[0].quantizer.frozen
 
 
-@pytest.mark.skipif(not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo")
-def test_two_processes(tmp_path):
+def test_two_processes(ranks):
     """DistributedDataParallel trains as one process does, also after the freeze, when scales have no gradient; of
     shards see test_distributed.py."""
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    ranks.call(work)

@@ -600,15 +600,7 @@ def test_other_types(dtype):
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
-def in_one_of_two(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for broadcast in (True, False):
-        train_as_one(rank, broadcast)
-    dist.destroy_process_group()
-
-
-def train_as_one(rank, broadcast):
+def train_as_one(rank, world, broadcast):
     """Each of two processes makes of its half what one process makes of the whole batch."""
     model, inputs = quantized(llama_tied)
     half = {key: value[rank : rank + 1] for key, value in inputs.items()}
@@ -642,6 +634,6 @@ def from_rank_0(tensors):
         yield tensor
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_two_processes_train_as_one(tmp_path):
-    torch.multiprocessing.spawn(in_one_of_two, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_two_processes_train_as_one(ranks, broadcast):
+    ranks.call(train_as_one, broadcast)

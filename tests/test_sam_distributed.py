@@ -11,24 +11,15 @@
 from __future__ import annotations
 
 import copy
-import io
-import os
-import socket
-import sys
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
 from askew_kernels.optim import ASAM, ESAM, MSAM, SAM, AlignedSAM, LookSAM
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
-)
 STEPS, RANKS = 4, 2
 X = torch.randn(STEPS, 8, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 Y = torch.randint(0, 3, (STEPS, 8), generator=torch.Generator().manual_seed(2))
@@ -197,43 +188,14 @@ def _average(bucket):
     return future
 
 
-def worker(rank, port, queue):
-    """Every job in one pair of processes: starting them takes longest."""
-    try:
-        torch.set_num_threads(1)
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-        answers = {job: {kind: globals()[job](kind) for kind in KINDS} for job in (*JOBS, "resumed")}
-        answers.update(local=local("SAM"), copied=copied())
-        file = io.BytesIO()
-        torch.save(answers, file)  # as bytes: a tensor's memory would go with this process
-        queue.put((rank, file.getvalue(), ""))
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        queue.put((rank, b"", traceback.format_exc()))
-        raise
+def worker(rank, world):
+    answers = {job: {kind: globals()[job](kind) for kind in KINDS} for job in (*JOBS, "resumed")}
+    return {**answers, "local": local("SAM"), "copied": copied()}
 
 
 @pytest.fixture(scope="module")
-def answers():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=worker, args=(r, port, queue), daemon=True) for r in range(RANKS)]
-    for process in processes:
-        process.start()
-    found = {}
-    for _ in range(RANKS):
-        rank, answer, error = queue.get()
-        assert not error, error
-        found[rank] = torch.load(io.BytesIO(answer))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return [found[r] for r in range(RANKS)]
+def answers(ranks):
+    return ranks.call(worker)
 
 
 def close(a, b):

@@ -7,23 +7,15 @@ process alone writes the checkpoint.
 from __future__ import annotations
 
 import os
-import socket
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn import functional
 
 from askew_kernels import search
 
 pytest.importorskip("scipy")
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
-)
-RANKS = 2
 
 
 def run(share, seed_of_model, checkpoint=None):
@@ -42,24 +34,13 @@ def run(share, seed_of_model, checkpoint=None):
     return policy.weight_bits, policy.act_bits, found, [r["surrogate_gap"] for r in policy.report["history"]]
 
 
-def worker(rank, port, results, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
-    try:  # ranks start from different models: the first one's counts
-        results[rank] = run(slice(4 * rank, 4 * rank + 4), 3 + rank, os.path.join(folder, f"{rank}.pt"))
-    finally:
-        dist.destroy_process_group()
+def worker(rank, world, folder):
+    """Ranks start from different models: the first one's counts."""
+    return run(slice(4 * rank, 4 * rank + 4), 3 + rank, os.path.join(folder, f"{rank}.pt"))
 
 
-def test_two_processes_are_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with multiprocessing.Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(worker, (port, results, str(tmp_path)), RANKS)
-        first, second = results[0], results[1]
+def test_two_processes_are_one(tmp_path, ranks):
+    first, second = ranks.call(worker, str(tmp_path))
     alone = run(slice(0, 8), 3)
     assert first == second
     assert first[:2] == alone[:2]

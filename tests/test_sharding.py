@@ -12,15 +12,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional
 
 import askew_kernels as ak
 from askew_kernels.quant import QuantConfig, Ternary, Uniform
-
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
-)
 
 RUNS = {
     "sgd": (QuantConfig(Uniform(4)), lambda m: ak.optim.ASkewSGD(ak.param_groups(m), lr=0.1, momentum=0.9)),
@@ -91,19 +87,12 @@ def run(name, dtype, share, shard):
     return [*whole, out, hard]
 
 
-def work(rank, meeting, results):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    try:
-        mine = slice(32 * rank, 32 * rank + 32)
-        found = {(name, str(dtype)): run(name, dtype, mine, True) for name in RUNS for dtype in TOLERANCE}
+def sharded(rank, world, name, dtype):
+    return run(name, dtype, slice(32 * rank, 32 * rank + 32), True)
 
-        found["zero"] = told(zero)
-        if rank == 0:
-            torch.save(found, results)
-        distributed.barrier()
-    finally:
-        distributed.destroy_process_group()
+
+def refused(rank, world):
+    return told(zero)
 
 
 def told(call):
@@ -121,22 +110,16 @@ def zero():
     ZeroRedundancyOptimizer(model.parameters(), ak.optim.ASkewSGD, lr=0.1, grid=Uniform(4))
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(work, (folder / "meeting", folder / "results"), nprocs=2)
-    return torch.load(folder / "results")
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", RUNS)
-def test_two_processes_train_as_one(name, dtype, sharded):
-    found, atol = sharded[name, str(dtype)], max(TOLERANCE[dtype], 1e-6 if name.startswith("learned") else 0)
+def test_two_processes_train_as_one(name, dtype, ranks):
+    found, atol = ranks.call(sharded, name, dtype)[0], max(TOLERANCE[dtype], 1e-6 if name.startswith("learned") else 0)
     for got, want in zip(found, run(name, dtype, slice(None), False), strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=atol)
     *_, out, hard = found  # outputs before and after hard quantization
     torch.testing.assert_close(out, hard, rtol=0, atol=atol / 100)
 
 
-def test_what_cannot_be_sharded_is_refused(sharded):
-    assert "ZeroRedundancyOptimizer" in sharded["zero"] and "fully_shard" in sharded["zero"]
+def test_what_cannot_be_sharded_is_refused(ranks):
+    for said in ranks.call(refused):
+        assert "ZeroRedundancyOptimizer" in said and "fully_shard" in said
