@@ -52,6 +52,8 @@ def _serve(rank: int, pipe: Any, folder: str) -> None:
             distributed.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world,
                                            timeout=PATIENCE)  # fmt: skip
             try:
+                # What the function made is gone before the group is: a DDP module that outlives its gloo group destroys
+                # it with the GIL, for which its threads may wait (torch 2.13: the contexts of works of backward).
                 found = getattr(importlib.import_module(module), name)(rank, world, *args)
                 distributed.barrier()
             finally:

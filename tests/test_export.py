@@ -179,6 +179,14 @@ def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):
     assert read_contents(first).layers["0"].stride == (2, 2)
 
 
+def test_what_was_exported_is_shown_without_its_numbers(tmp_path):
+    config = ak.QuantConfig.for_export("compressed-tensors:4", group_size=32)
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(64, 8)), config)))
+    shown = repr(export_packed(model, tmp_path / "folder", to="compressed-tensors"))
+    assert shown.splitlines()[0] == "Contents of Sequential:"
+    assert "0: PackedLinear(" in shown and "0.bias: torch.float32 (8,)" in shown and "tensor(" not in shown
+
+
 def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, capsys):
     pytest.importorskip("gguf")
     model, _ = trained("gguf:q4_0")

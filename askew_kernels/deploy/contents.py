@@ -14,7 +14,7 @@ from ..nn.packed import PackedLayer
 from . import files
 
 
-@dataclass
+@dataclass(repr=False)
 class Contents:
     """layers: {name in the state_dict: packed layer on the CPU}, without the bias. tensors: the rest of the state_dict
     by its keys, biases too. extra: extra state that is JSON. architecture: transformers' config.json, where the model
@@ -31,6 +31,13 @@ class Contents:
     architecture: dict[str, Any] | None = None
     folder: Path | None = None
     left_out: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Without the tensors: what a notebook shows of an export."""
+        lines = [f"  {name}: {layer!r}" for name, layer in self.layers.items()]
+        lines += [f"  {key}: {t.dtype} {tuple(t.shape)}" for key, t in self.tensors.items()]
+        lines += [f"  left out: {name}" for name in self.left_out]
+        return "\n".join([f"Contents of {self.source}:", *lines])
 
     def error(self, name: str, text: object) -> files.PackedFileError:
         """That begins with the source and names a layer or a tensor."""
