@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import logging
 import pickle
 import re
@@ -400,21 +401,59 @@ def test_output_size_and_layouts(packed, kwargs):
         torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), want, rtol=1e-5, atol=1e-6)
 
 
-def test_channels_last_trains_as_contiguous():
-    def trained(memory_format):
-        torch.manual_seed(0)
-        model = ak.quantize_(nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2)), CONFIGS["int4 channel"])
-        model = model.to(memory_format=memory_format)
-        optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=1e-2)
-        x = torch.randn(2, 4, 5, 5).to(memory_format=memory_format)
-        for _ in range(3):
-            optimizer.zero_grad()
-            model(x).square().mean().backward()
-            optimizer.step()
-        return model[0].weight.detach().clone(), model[0].quantized_weight()
+def turned(w):
+    """Inputs before outputs in memory."""
+    return w.transpose(0, 1).contiguous().transpose(0, 1)
 
-    for got, want in zip(trained(torch.channels_last), trained(torch.contiguous_format), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+def every_second(w):
+    return torch.zeros([2 * n for n in w.shape])[tuple(slice(0, None, 2) for _ in w.shape)].copy_(w)
+
+
+LAYOUTS = {"turned": turned, "every second": every_second,
+           "channels last": lambda w: w.contiguous(memory_format=torch.channels_last)}  # fmt: skip
+IN_ANY_LAYOUT = {
+    "linear": (lambda: nn.Linear(8, 6), numbers(5, 8)),
+    "conv1d": (lambda: nn.Conv1d(8, 6, 3), numbers(2, 8, 5)),
+    "conv2d": (lambda: nn.Conv2d(8, 6, 3), numbers(2, 8, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(8, 6, 3, 2), numbers(2, 8, 5, 5)),
+    "embedding": (lambda: nn.Embedding(8, 6), indices(5)),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), [
+    *itertools.product(IN_ANY_LAYOUT, ({}, {"granularity": "per_group"}, {"granularity": "per_tensor"},
+                                       {"scale": "lsq"}, {"forward": "relaxed"})),
+    ("linear", {"forward": "int8"}),
+], ids=str)  # fmt: skip
+def test_weights_of_any_layout_train_as_contiguous_ones(kind, config):
+    make, inputs = IN_ANY_LAYOUT[kind]
+    if config.get("granularity") == "per_group":
+        config = config | {"group_size": 3 if kind == "embedding" else 8}
+
+    def trained(layout):
+        torch.manual_seed(0)
+        model = nn.Sequential(make())
+        if layout:
+            model[0].weight = nn.Parameter(layout(model[0].weight.detach()))
+            assert not model[0].weight.is_contiguous()
+        ak.quantize_(model, ak.QuantConfig(Uniform(4), **config), kinds=("linear", "conv", "embedding"))
+        optimizer = ak.optim.ASkewAdamW(ak.param_groups(model), lr=1e-2)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(inputs()).square().mean().backward()
+            optimizer.step()
+            annealing.step()
+        ak.hard_quantize_(model)
+        packed = ak.pack_(copy.deepcopy(model), activations="int8" if config.get("forward") == "int8" else "float")
+        torch.testing.assert_close(packed(inputs()), model(inputs()), rtol=1e-4, atol=1e-5)
+        return model[0].weight.detach()
+
+    want = trained(None)
+    for name, layout in LAYOUTS.items():
+        if want.dim() == 4 or name != "channels last":
+            torch.testing.assert_close(trained(layout), want, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: name + m)
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------

@@ -668,6 +668,26 @@ def test_quantize_errors_change_nothing(config, error, words):
     assert all(type(p) is nn.Parameter for p in model.parameters())
 
 
+@pytest.mark.parametrize(("layer", "error", "words"), [
+    (lambda: nn.LazyLinear(4), ValueError, "1: weight: comes with the first batch of a LazyLinear"),
+    (lambda: nn.Linear(4, 4, dtype=torch.complex64), TypeError, "1: weight: expected float32.* got torch.complex64"),
+    (lambda: nn.Linear(4, 4).to(torch.float8_e4m3fn), TypeError, "1: weight: expected .* got torch.float8_e4m3fn"),
+])  # fmt: skip
+def test_weights_that_are_no_floats_yet_or_ever(layer, error, words):
+    model = nn.Sequential(nn.Linear(4, 4), layer())
+    with pytest.raises(error, match=words):
+        ak.quantize_(model, CONFIG)
+    assert type(model[0]) is nn.Linear and not isinstance(model[1], ak.nn.AskewLinear)
+    ak.quantize_(model, {"1": None, "*": CONFIG})
+    assert isinstance(model[0], ak.nn.AskewLinear) and isinstance(ak.nn.left_float(model), dict)
+
+
+def test_a_lazy_layer_that_has_seen_a_batch_is_quantized():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    model(torch.randn(3, 5))
+    assert isinstance(ak.quantize_(model, CONFIG)[0], ak.nn.AskewLinear)
+
+
 def test_more_errors():
     with pytest.raises(TypeError, match="^model"):
         ak.quantize_("model", CONFIG)

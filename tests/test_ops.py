@@ -155,6 +155,12 @@ def test_layouts_do_not_matter(shape, granularity, backend, generator):
     for name, view in layouts(x):
         assert torch.equal(compute_scale(view, grid, "absmax", granularity, GRANULARITIES[granularity]), s), name
         assert torch.equal(ops.fake_quantize(view, s, grid), want_q), name
+        for out in (dict(layouts(torch.zeros_like(x)))[name], torch.zeros_like(x)):
+            ops.fake_quantize_out_(view, s, grid, out)
+            assert torch.equal(out, want_q), name
+            out.zero_()
+            ops.fake_quantize_out_(x, s, grid, out)
+            assert torch.equal(out, want_q), name
         target = dict(layouts(x))[name]
         assert ops.project_interval_(target, s, grid, 0.2) is target and torch.equal(target, want_p), name
         grad = dict(layouts(g))[name]
@@ -996,7 +1002,7 @@ def test_other_bad_arguments():
         with pytest.raises(ValueError, match="^rows:"):
             ops.row_sums(x, rows)
     with pytest.raises(ValueError, match="^out:"):
-        ops.fake_quantize_out_(x, s, Binary(), torch.empty(8, 4).t())
+        ops.fake_quantize_out_(x, s, Binary(), torch.empty(8, 4))
     assert (x == 0.3).all()
 
 

@@ -2,6 +2,7 @@
 
 1. It is the same bits, for every shape of input, with and without bias, and calls the same operator.
 2. What may change between two calls (tensors, types, choices, modes, copies, checkpoints) is seen by the next one.
+3. ``torch.jit.trace``, with its own check and with gradients switched on, gives what a model computes without them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,32 @@ def packed(seed=0, bias=True, activations="float", scale_dtype=None, config=None
 
 def rows(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+TRACED = {
+    "linear": (lambda: [nn.Linear(12, 16), nn.LayerNorm(16), nn.Linear(16, 7)], lambda n: rows(n, 12)),
+    "convolution": (lambda: [nn.Conv2d(6, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 7, 1)], lambda n: rows(n, 6, 7, 7)),
+    "embedding": (lambda: [nn.Embedding(12, 16), nn.LayerNorm(16), nn.Linear(16, 7)], lambda n: torch.arange(n)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("activations", ["float", "int8", "bf16"])
+@pytest.mark.parametrize("kind", TRACED)
+def test_a_trace_is_of_what_inference_computes(kind, activations, called, tmp_path):
+    make, inputs = TRACED[kind]
+    torch.manual_seed(0)
+    model = ak.quantize_(nn.Sequential(*make()), kinds=("linear", "conv", "embedding"))
+    model = ak.pack_(model, force=True, activations=activations).eval()
+    for n in (4, 1) if called else ():
+        with torch.no_grad():
+            model(inputs(n))
+    torch.jit.trace(model, inputs(4)).save(tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
+    for n in (4, 1, 6):
+        got = traced(inputs(n))
+        with torch.no_grad():
+            assert torch.equal(got, model(inputs(n)))
 
 
 def fresh(layer):

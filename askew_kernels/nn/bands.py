@@ -89,6 +89,8 @@ class Bands:
     def of(self, layer: Any, x: Tensor, compiling: bool = False) -> tuple[Tensor, Tensor] | None:
         if not runtime.compiled_for(x) or torch.compiler.is_exporting():
             return None
+        if torch.jit.is_tracing():  # made in a trace they would be made by the traced graph, in every call
+            return self.kept(layer)
         if compiling:  # what a graph holds; it cannot ask where memory is, and bands are dropped with their codes
             return self._kept[3:] if layer._bands_made() else None  # type: ignore[index]
         return self._kept[3:] if self.made(layer) else None  # type: ignore[index]

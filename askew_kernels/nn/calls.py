@@ -17,7 +17,7 @@ from .. import runtime
 from .bands import NAME
 
 _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._C._AutoDispatchBelowAutograd
-_autocast, _records = torch._C._is_any_autocast_enabled, torch.is_grad_enabled
+_autocast, _records, _traces = torch._C._is_any_autocast_enabled, torch.is_grad_enabled, torch._C._is_tracing
 
 
 class Call:
@@ -42,7 +42,7 @@ class Call:
     @staticmethod
     def can_be_made(layer: Any, x: Tensor, bias: Tensor | None) -> bool:
         """Whether the questions beyond those of ``product_of`` have the answers that a ``Call`` stands for."""
-        return (runtime.compiled_for(x) and x.is_cpu and type(x) is Tensor and layer.cols > 0
+        return (runtime.compiled_for(x) and x.is_cpu and type(x) is Tensor and layer.cols > 0 and not _traces()
                 and layer.config.activation is None and layer._parameters.get("bias", layer) is bias)  # fmt: skip
 
     def product_of(self, layer: Any, x: Any) -> Tensor | None:
@@ -76,6 +76,8 @@ class Call:
         if state["config"] is not self.config or layer.activations is not self.activations:
             return None
         if runtime.asked_for() is not self.asked or _autocast() or _transforms() or forward_ad._current_level >= 0:
+            return None
+        if _traces():
             return None
         scale, bias = state["_buffers"].get("weight_scale"), state["_parameters"].get("bias", self)
         if bias is self or (bias is not None and (bias.dtype is not dtype or not bias.is_cpu)):

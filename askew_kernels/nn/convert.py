@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
@@ -71,8 +72,8 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
     unused, layers, configs = dict.fromkeys(config), {}, {}
     held, passed = all_held_weights(model), passed_by(model)
     for name, module in [*model.named_modules(remove_duplicate=False), *held.items()]:
-        split = _is_split(module, asked)
-        if not (split or _is_asked(module, asked)) or id(module) in passed:
+        split, lazy = _is_split(module, asked), _is_lazy(module, asked)
+        if not (split or lazy or _is_asked(module, asked)) or id(module) in passed:
             continue
         if not (filter_fn is None or filter_fn(module, name)):
             continue
@@ -80,6 +81,9 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
         unused.pop(match, None)
         value = config.get(match)
         if value is not None and not (isinstance(module, QuantizedLayer) and module.config == value):
+            if lazy:
+                raise ValueError(f"{name}: weight: comes with the first batch of a {type(module).__name__}; call the "
+                                 "model once, then quantize_")  # fmt: skip
             if split:
                 raise RuntimeError(
                     f"{name}: weight: is split over ranks already, by what knows nothing of a layer in this one's "
@@ -119,6 +123,12 @@ def _is_split(module: nn.Module, asked: list[Kind]) -> bool:
     return weight is not None and is_sharded(weight) and kind_of(module) in asked
 
 
+def _is_lazy(module: nn.Module, asked: list[Kind]) -> bool:
+    """Whether it becomes a layer of these kinds with its first batch."""
+    weight, becomes = module._parameters.get("weight"), getattr(module, "cls_to_become", None)
+    return weight is not None and is_lazy(weight) and any(becomes in kind.classes for kind in asked)
+
+
 def _is_asked(module: nn.Module, asked: list[Kind]) -> bool:
     """Attention means all its projections, also the last, which is a linear layer."""
     kind = replaceable(module)
@@ -155,7 +165,9 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
     for name, module in model.named_modules():
         held = held_weights(module)
         for key, p in module.named_parameters(recurse=False) if name not in layers else ():
-            if p.dim() < 2 or (isinstance(module, Holder) and key in module._modules):  # the layer's of that name
+            if (
+                is_lazy(p) or p.dim() < 2 or (isinstance(module, Holder) and key in module._modules)
+            ):  # the layer's of that name
                 continue
             layer = model if id(module) in passed else held.get(key, module)
             found[f"{name}.{key}" if name else key] = (layer, *_why_float(module, layer, tied.get(id(p))))

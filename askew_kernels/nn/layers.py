@@ -27,6 +27,7 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..contract import compute_dtype
+from ..ops.checks import check_float_tensor
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
 from ..quant.gradients import INT8_GRADIENT, LUQ
@@ -192,6 +193,7 @@ class QuantizedLayer(nn.Module):
         if config.level_dtype is not None and not self.kind.multiplies_levels:
             raise ValueError(f"forward: {config.forward!r} is for linear layers, and this is {type(self).__name__}; "
                              "give {pattern: config} with forward='hard' for these")  # fmt: skip
+        check_float_tensor("weight", self.weight)
         self.config = config
         self.quantizer = WeightQuantizer(config, self.form)
         self.quantizer.rows(self.weight)  # a group size that does not fit is an error here, not in the first forward

@@ -41,6 +41,8 @@ _transforms, _BelowAutograd = torch._C._are_functorch_transforms_active, torch._
 def unrecorded(product: Any, *inputs: Any) -> Tensor:
     """``product`` below autograd, where there is nothing to record: spares the call into the operator's Python kernel;
     no `with`, which takes twice as long."""
+    if torch.jit.is_tracing():  # the graph will run above autograd
+        inputs = tuple(t.detach() if isinstance(t, Tensor) else t for t in inputs)
     below = None if torch.compiler.is_compiling() else _BelowAutograd()
     try:
         return product(*inputs)
@@ -229,8 +231,9 @@ class PackedLayer(nn.Module):
 
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes; never where x wants a gradient or is transformed
-        by torch.func."""
-        if (x.requires_grad and torch.is_grad_enabled()) or _transforms() or forward_ad._current_level >= 0:
+        by torch.func. A trace is of what inference computes."""
+        recorded = x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing()
+        if recorded or _transforms() or forward_ad._current_level >= 0:
             return False
         return runtime.reads_codes(x, rows, self._reads_tiles(x))
 
@@ -242,8 +245,8 @@ class PackedLayer(nn.Module):
         return self._tiles.ready(self) or not torch.cuda.is_current_stream_capturing()
 
     def _records(self, bias: Tensor | None) -> bool:
-        """Whether bias or scale want gradients."""
-        if not torch.is_grad_enabled():
+        """Whether bias or scale want gradients; in a trace they do not."""
+        if not torch.is_grad_enabled() or torch.jit.is_tracing():
             return False
         return (bias is not None and bias.requires_grad) or self._buffers["weight_scale"].requires_grad  # type: ignore[union-attr]
 

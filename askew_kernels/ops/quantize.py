@@ -150,18 +150,17 @@ def run_fake_quantize_backward(*inputs: Any) -> Tensor:
 
 @partial(in_place, position=3)
 def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tensor:
-    """Writes s Q(x / s) into ``out`` (contiguous or laid out as x, of its shape; any of the float storage types)
-    and returns it.
+    """Writes s Q(x / s) into ``out`` (of x's shape, in any layout; any of the float storage types) and returns it.
 
     Of dtype int8 or float8_e4m3fn, which must hold every level of the grid, it receives Q(x / s); for NaN int8 gets 0.
     """
     weight = check_weight("x", x, scale, grid)
     check_copy("out", out, grid)
-    order = layout(x, weight[0].numel()) if out.stride() == x.stride() else None
-    check_like("out", out, None, x.shape, x.device, contiguous=order is None)
+    check_like("out", out, None, x.shape, x.device)
+    order, written = layout(out, weight[0].numel()), InPlace()
     x = permuted(x.detach(), order).contiguous()
-    below_autograd("fake_quantize_out_", x, x, *weight, permuted(out, order))
-    torch.autograd.graph.increment_version(out)
+    below_autograd("fake_quantize_out_", x, x, *weight, written.writable(out, order))
+    written.finish([out])
     return out
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.dense import layout
+
 
 class Form(NamedTuple):
     """``rows`` of (n, …); see the module's text. In shapes: (inputs, outputs, …) and (n, outputs, inputs)."""
@@ -53,9 +55,12 @@ class Form(NamedTuple):
         return self.view(matrix.reshape(self.view_shape(shape)))
 
     def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for another of its shape, whose ``view`` is contiguous, or laid out as the weight (channels last)."""
+        """Memory for another of its shape, whose ``view`` is contiguous, or laid out as the weight where its rows are
+        one after another (channels last)."""
         if not self.transposed:
-            return torch.empty_like(weight, dtype=dtype)
+            as_it_is = layout(weight, weight.shape[0]) is not None
+            order = torch.preserve_format if as_it_is else torch.contiguous_format
+            return torch.empty_like(weight, dtype=dtype, memory_format=order)
         return self.view(torch.empty(self.view_shape(weight.shape), dtype=dtype, device=weight.device))
 
     def laid_out(self, data: Tensor) -> Tensor:
