@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -335,6 +336,8 @@ def small_passes(section, name, quick):
 def test_tune_writes_a_table_that_can_be_used(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "passes", small_passes)
     monkeypatch.setattr(tune, "LEAST_GAIN", 2.0)  # take a value even where it is no better, so that there are some
+    monkeypatch.setattr(tune.harness, "interleave", functools.partial(tune.harness.interleave, turns=2))
+    monkeypatch.setattr(tune.harness.gc, "collect", lambda: 0)  # hundreds of times, of all that the tests before made
     path = tmp_path / "new" / "table.json"
     before = runtime._C.tuning()
     assert cli.main(["bench", "tune", "--quick", "--json", str(path)]) == 0
