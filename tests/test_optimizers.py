@@ -1185,6 +1185,31 @@ def test_a_state_of_another_grid_is_refused_before_anything_changes(generator):
     assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["grid"] == GRID
 
 
+@pytest.mark.parametrize(("other", "own", "key"), [
+    (lambda p: ASkewSGD(p, lr=0.1, momentum=0.9), lambda p: ASkewAdamW(p, lr=0.3), "momentum_buffer"),
+    (lambda p: ASkewAdamW(p, lr=0.1), lambda p: ASkewSGD(p, lr=0.3, momentum=0.9), "exp_avg, exp_avg_sq"),
+    (lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), lambda p: ASkewAdamW(p, lr=0.3),
+     "exp_avg, exp_avg_sq, max_exp_avg_sq"),
+    (lambda p: ASkewLion(p, lr=0.1), lambda p: ASkewAdamW(p, lr=0.3), "exp_avg"),
+    (lambda p: ASkewAdamW(p, lr=0.1), lambda p: ASkewLion(p, lr=0.3), "exp_avg, exp_avg_sq"),
+])  # fmt: skip
+def test_a_state_of_another_kind_is_refused_before_anything_changes(other, own, key, generator):
+    """It trained on with moments of zero, without a word."""
+    weight = nn.Parameter(torch.randn(6, 8, generator=generator))
+    saved, optimizer = other([weight]), own([weight])
+    give_gradients([weight], generator)
+    for each in (saved, optimizer):
+        each.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"state\[0\] has {key}, and {type(optimizer).__name__}"):
+        optimizer.load_state_dict(saved.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(before["state"][0][k], v) for k, v in after["state"][0].items() if torch.is_tensor(v))
+    optimizer.load_state_dict({**saved.state_dict(), "state": {}})
+    assert not optimizer.state_dict()["state"].get(0) and optimizer.param_groups[0]["lr"] == 0.1
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_weights_of_quantized_layers_in_a_group_without_a_grid_are_told(later):
     model = network()

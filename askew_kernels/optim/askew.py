@@ -57,6 +57,7 @@ _CAPTURABLE_DOC = """ With ``capturable`` the count of steps stands beside the p
     replays move it; without it a capture is refused."""
 _TELEMETRY = {"telemetry_every": 10, "telemetry_log": None}
 FUSED_FROM = 1 << 16  # weights of a group without a grid, on a CPU
+MOMENTS = {"max_exp_avg_sq", *(key for rule in ops.RULES.values() for key in rule.buffers)}  # of states of any kind
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
@@ -178,8 +179,17 @@ class ByRule(Constrained):
         """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after.
 
         The state of torch's optimizer of this kind is taken as well: it says nothing of grid, constraint_eps and alpha,
-        which stay as they are. Raises ValueError, before anything changes, where a group has another grid.
+        which stay as they are. Raises ValueError, before anything changes, where a group has another grid, and for the
+        state of an optimizer of another kind.
         """
+        own = {*self.RULE.buffers}
+        for index, state in state_dict["state"].items():
+            moments = {key for key in MOMENTS if isinstance(state.get(key), Tensor)}
+            if moments and moments != own:
+                raise ValueError(
+                    f"state_dict: state[{index}] has {', '.join(sorted(moments))}, and {type(self).__name__} keeps "
+                    f"{', '.join(own)}: another optimizer's; load {{**state_dict, 'state': {{}}}} to begin anew"
+                )
         self._load(state_dict, super().load_state_dict)
 
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
