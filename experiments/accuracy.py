@@ -33,7 +33,19 @@ from askew_kernels import command, demo, figures
 from askew_kernels.annealing import RECIPES
 
 from .common import complete, differences, standard_error
-from .rivals import FLOAT, LEARNED, LEVELS, LSQ_NAME, METHODS, OURS, PARQ, STRAIGHT_THROUGH, Recipe, lr_share
+from .rivals import (
+    FINE_TUNING,
+    FLOAT,
+    LEARNED,
+    LEVELS,
+    LSQ_NAME,
+    METHODS,
+    OURS,
+    PARQ,
+    STRAIGHT_THROUGH,
+    Recipe,
+    lr_share,
+)
 from .tasks import ACTIVATIONS, ALL, INNER, TASKS, Source, Task, check_fashion, quantizable, write_minilm
 
 WIDTHS = ("ternary", "2 bits", "4 bits", "binary", "3 bits")  # in the order in which they are trained
@@ -79,7 +91,7 @@ def recipe_of(job: Job, model: torch.nn.Module) -> Recipe:
     task = TASKS[job.task]
     layers = quantizable(model, task.ends if job.setting != ALL else None)
     return Recipe(layers, job.width, job.setting == ACTIVATIONS, task.adamw, job.lr, task.weight_decay, job.steps,
-                  job.scale_lr)  # fmt: skip
+                  job.scale_lr, task.fine_tunes)  # fmt: skip
 
 
 def versions() -> str:
@@ -208,7 +220,8 @@ def jobs_for(args: argparse.Namespace, chosen: Callable[[str, str], tuple[float,
 
 def numbers_of(name: str, method: str) -> str:
     """Of the recipe that the library has now; "" of other methods."""
-    settings = RECIPES["adam" if TASKS[name].adamw else "sgd"]
+    task = TASKS[name]
+    settings = RECIPES[FINE_TUNING if task.fine_tunes else "adam" if task.adamw else "sgd"]
     return ", ".join(f"{key} {value}" for key, value in asdict(settings).items()) if method in OURS else ""
 
 

@@ -26,6 +26,7 @@ from torch.nn.utils import parametrize
 import askew_kernels as ak
 from askew_kernels import demo
 
+FINE_TUNING = "finetune"  # of RECIPES
 MOMENTUM, WARM_UP, END = 0.9, 0.05, 0.95  # WARM_UP: the share in which the learning rate grows linearly; END: of PARQ
 ACTIVATION_LEVELS = (-128, 127)
 
@@ -42,6 +43,7 @@ class Recipe:
     weight_decay: float
     steps: int
     scale_lr: float = 1.0  # of learned scales, in learning rates of the weights
+    fine_tunes: bool = False  # whether the weights start from a trained model
 
 
 @dataclass
@@ -217,7 +219,7 @@ def train_ours(
     """By the library's own recipe, whose numbers are nowhere else."""
     quantize(model, recipe, scale, grid)
     optimizer = our_optimizer(model, recipe)
-    followed = ak.Recipe(model, optimizer, recipe.steps)
+    followed = ak.Recipe(model, optimizer, recipe.steps, settings=FINE_TUNING if recipe.fine_tunes else None)
     return Training(optimizer, followed.step, lambda: ak.hard_quantize_(model))
 
 

@@ -58,6 +58,7 @@ class Task:
     data. ends: names of the layers that stay float in the setting "inner"; the optimizer is AdamW or SGD with momentum.
     lrs: to choose from on validation data, the first being the default. higher: whether more of the metric is better.
     of_python: the data are the standard library of the Python that runs, so that rows of two versions have others.
+    fine_tunes: the weights start from a trained model, for which the library has a recipe of its own.
     """
 
     prepare: Callable[[Source, int, int, bool, torch.device], Prepared]
@@ -72,6 +73,7 @@ class Task:
     digits: int = 2
     tuned_on: str = "float"  # the method that the learning rate is chosen with
     of_python: bool = False
+    fine_tunes: bool = False
 
     @property
     def data(self) -> str:
@@ -409,5 +411,5 @@ TASKS = {
         (INNER, ALL, ACTIVATIONS), higher=False, digits=4, of_python=True),
     "sentences / MiniLM": Task(
         prepare_minilm, "mean cosine with the float model", 300, True, (2e-4, 1e-4, 4e-4), 0.0, (),
-        (INNER,), digits=4, tuned_on="straight-through, 4 bits", of_python=True),
+        (INNER,), digits=4, tuned_on="straight-through, 4 bits", of_python=True, fine_tunes=True),
 }  # fmt: skip
