@@ -456,12 +456,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes (default: one a core, here %(default)s)")  # fmt: skip
     add("--budget", type=command.positive, metavar="SECONDS", help="begin nothing that would end later")
     add("--data", type=Path, default=Source.fashion, help="folder of Fashion-MNIST's four files")
-    add(
-        "--minilm",
-        type=Path,
-        default=Source.minilm,
-        help="file of the sentence encoder (default: minilm.pt in --out, made where it is not there)",
-    )
+    add("--minilm", type=Path, help="file of the sentence encoder (default: minilm.pt in --out, made where it is not)")
     add("--out", type=Path, default=Path("evidence-results"), help="folder for rows, tables and plot")
     add("--tune", action="store_true", help="instead: choose learning rates on validation data (tuning.jsonl)")
     add("--fill", nargs="+", type=Path, default=[], metavar="PAGE",

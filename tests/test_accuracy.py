@@ -450,3 +450,16 @@ def test_what_cannot_be_served(tmp_path, capsys):
         except SystemExit as stop:
             code = stop.code
         assert code == 2 and said in capsys.readouterr().err
+
+
+def test_the_sentence_encoders_file_is_made_where_none_is_named(tmp_path, monkeypatch):
+    import argparse
+
+    made = []
+    monkeypatch.setattr(accuracy, "write_minilm", made.append)
+    monkeypatch.setattr(accuracy.command, "need", lambda *names, **extra: None)
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    args = parser.parse_args(["--tasks", "sentences / MiniLM", "--out", str(tmp_path)])
+    accuracy.check_requirements(args, tasks.Source(args.data, args.minilm or tmp_path / "minilm.pt"))
+    assert made == [tmp_path / "minilm.pt"]
