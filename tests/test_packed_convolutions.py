@@ -380,6 +380,7 @@ def test_what_stays_unpacked_takes_gradients():
     x = torch.randn(2, 12, 9, 9)
     with torch.inference_mode():
         layer(x)
+        assert layer.unpacked_bytes == 12 * 9 * 4
     leaf = x.clone().requires_grad_()
     layer(leaf).sum().backward()
     expected = x.clone().requires_grad_()

@@ -47,7 +47,7 @@ class Unpacked:
             return None
         kept, now = self._kept, (dtype, taps, state_of(codes), state_of(scale))
         if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != now:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # for calls of any mode
                 weight = layer.dequantize(dtype)
                 weight = weight.flatten(1).t().contiguous() if taps else weight
                 kept = self._kept = codes, scale, now, weight
@@ -55,9 +55,8 @@ class Unpacked:
 
     @staticmethod
     def _can_be_kept(codes: Tensor) -> bool:
-        """Not while something is traced or transformed, whose graph would hold it, nor in inference mode, whose tensors
-        autograd does not take."""
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or type(codes) is not Tensor:
+        """Not while something is traced or transformed, whose graph would hold it."""
+        if torch.compiler.is_compiling() or type(codes) is not Tensor:
             return False
         traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
         return not (traced or torch._C._are_functorch_transforms_active())
