@@ -229,8 +229,8 @@ CONFIGS = {"4 bits": (ak.QuantConfig(Uniform(4), "absmax", "per_group", 64), Fal
            "trits": (ak.QuantConfig(Ternary(), "mean"), True)}  # fmt: skip
 
 
-def packed_layer(name="4 bits", cols=256, n=48, **options):
-    torch.manual_seed(1)
+def packed_layer(name="4 bits", cols=256, n=48, seed=1, **options):
+    torch.manual_seed(seed)
     config, trits = CONFIGS[name]
     model = ak.quantize_(nn.Sequential(nn.Linear(cols, n)), config)
     ak.hard_quantize_(model)
@@ -461,6 +461,28 @@ def test_a_graph_has_the_operator_and_the_bands_of_eager_calls(name):
         assert any(given is bands for given in inputs)
         model[0].load_state_dict({k: v.flip(0) if v.dim() == 2 else v for k, v in model[0].state_dict().items()})
     assert not torch.equal(model(x), expected) or name == "trits"
+
+
+@compiled
+@torch.no_grad()
+def test_a_graph_sees_other_tensors_in_the_place_of_codes_and_scales():
+    x, model, other = torch.randn(3, 256), nn.Sequential(packed_layer()), nn.Sequential(packed_layer(seed=2))
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="eager", fullgraph=True)
+    for called in (False, True):
+        first = fast(x)
+        if called:
+            model(x)
+        model[0].weight_scale = model[0].weight_scale * 2
+        got = fast(x)  # before an eager call
+        assert torch.equal(got, model(x)) and not torch.equal(got, first)
+        model[0].weight_codes = model[0].weight_codes.flip(0)
+        got = fast(x)
+        assert torch.equal(got, model(x)) and not torch.equal(got, first)
+        model.load_state_dict(other.state_dict(), assign=True)
+        got = fast(x)
+        assert torch.equal(got, model(x)) and torch.equal(got, other(x))
+    torch._dynamo.reset()  # or what was traced here counts among the tracings of later tests
 
 
 # ---- levels that are looked up ---------------------------------------------------------------------------------------

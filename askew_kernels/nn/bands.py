@@ -92,7 +92,11 @@ class Bands:
         if torch.jit.is_tracing():  # made in a trace they would be made by the traced graph, in every call
             return self.kept(layer)
         if compiling:  # what a graph holds; it cannot ask where memory is, and bands are dropped with their codes
-            return self._kept[3:] if layer._bands_made() else None  # type: ignore[index]
+            if not layer._bands_made():
+                return None
+            codes, scale, _, *kept = self._kept  # type: ignore[misc]
+            # because of this question a layer is traced anew when others stand in their places
+            return tuple(kept) if codes is layer._buffers[NAME] and scale is layer._buffers["weight_scale"] else None
         return self._kept[3:] if self.made(layer) else None  # type: ignore[index]
 
     def made(self, layer: Any) -> bool:
