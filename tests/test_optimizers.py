@@ -1210,6 +1210,30 @@ def test_a_state_of_another_kind_is_refused_before_anything_changes(other, own, 
     assert not optimizer.state_dict()["state"].get(0) and optimizer.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("layer", [False, True])
+def test_a_state_of_other_scales_is_refused_before_anything_changes(layer, generator):
+    """It had loaded moments and learning rates when it failed."""
+    made = []
+    for granularity in ({}, {"granularity": "per_group", "group_size": 4}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 6, bias=False))
+        if layer:
+            ak.quantize_(model, ak.QuantConfig(GRID, **granularity))
+        groups = (
+            ak.param_groups(model) if layer else [{"params": list(model.parameters()), "grid": GRID, **granularity}]
+        )
+        made.append(ASkewSGD(groups, lr=0.1 + len(made), momentum=0.9))
+        give_gradients([model[0].weight], generator)
+        made[-1].step()
+    optimizer, saved = made
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"state\[0\]: scale: expected 6 of .*\(6, 8\) quantized per_channel.* has 12"):
+        optimizer.load_state_dict(saved.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(before["state"][0][k], v) for k, v in after["state"][0].items() if torch.is_tensor(v))
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_weights_of_quantized_layers_in_a_group_without_a_grid_are_told(later):
     model = network()

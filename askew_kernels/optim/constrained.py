@@ -394,13 +394,18 @@ class Constrained(Optimizer):
         return {**packed, "askew_steps": self.steps}
 
     def _load(self, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]) -> None:
-        """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid."""
+        """``load``: what takes the base's state. Raises ValueError, before anything changes, for another grid and for
+        another number of scales."""
         groups = [
             self._group_to_load(index, saved, present)
             for index, (saved, present) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=False))
         ]
         groups += state_dict["param_groups"][len(groups) :]  # too many: torch says so
         found = state_dict["state"]
+        for saved, present in zip(groups, self.param_groups, strict=False):
+            for index, p in zip(saved["params"], present["params"], strict=False):
+                if present["grid"] is not None and "scale" in found.get(index, {}):
+                    self._check_scale(saved, p, index, found[index])
         state = {index: {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS} for index, of in found.items()}
         load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
         self.steps = state_dict.get("askew_steps", 0)
@@ -419,6 +424,14 @@ class Constrained(Optimizer):
         if grid != present["grid"]:
             raise ValueError(f"param_groups[{index}]: grid: expected {present['grid']}, the state has {grid}")
         return {**present, **saved, "grid": present["grid"]}
+
+    def _check_scale(self, group: dict[str, Any], p: Tensor, index: int, kept: dict[str, Any]) -> None:
+        form = Form(*kept.get("form", ROWS))
+        quantizer = WeightQuantizer.of(p) or WeightQuantizer(_config_of(group), form)  # its layer's, or the group's
+        if (has := kept["scale"].numel()) != (wants := quantizer.rows(p)):
+            raise ValueError(f"state_dict: state[{index}]: scale: expected {wants} of a weight of shape "
+                             f"{tuple(p.shape)} quantized {quantizer.config.granularity}, the state has {has}"
+                             )  # fmt: skip
 
     def _restore(self, group: dict[str, Any], p: Tensor, kept: dict[str, Any]) -> None:
         quantizer = self._quantizer(group, p, Form(*kept.get("form", ROWS)))
