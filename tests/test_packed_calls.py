@@ -60,6 +60,20 @@ def test_a_trace_is_of_what_inference_computes(kind, activations, called, tmp_pa
             assert torch.equal(got, model(inputs(n)))
 
 
+@pytest.mark.parametrize("activations", ["float", "int8", "bf16"])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(12, 7), lambda: nn.Conv2d(12, 7, 1), lambda: nn.ConvTranspose1d(12, 7, 2)]
+)
+def test_inputs_that_are_no_floats_are_named(make, activations):
+    model = ak.pack_(ak.quantize_(nn.Sequential(make())), force=True, activations=activations)
+    x = {2: rows(3, 12), 4: rows(3, 12, 5, 5), 3: rows(3, 12, 5)}[len(model[0].shape)]
+    for _ in range(2):
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(TypeError, match=f"^x: expected a float tensor, got {dtype}"):
+                model(x.to(dtype))
+        model(x)
+
+
 def fresh(layer):
     """One with the same state that has never been called."""
     new = copy.deepcopy(layer)

@@ -207,6 +207,8 @@ class PackedLayer(nn.Module):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a float tensor, got {x.dtype}")
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
         if (grid := self.config.activation) is not None:  # of a kind that takes numbers: indices do not come here
             x = quantized_input(x, grid, self.kind.token_dims)
