@@ -165,9 +165,8 @@ def _float_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
     for name, module in model.named_modules():
         held = held_weights(module)
         for key, p in module.named_parameters(recurse=False) if name not in layers else ():
-            if (
-                is_lazy(p) or p.dim() < 2 or (isinstance(module, Holder) and key in module._modules)
-            ):  # the layer's of that name
+            elsewhere = isinstance(module, Holder) and key in module._modules  # the layer's of that name
+            if elsewhere or is_lazy(p) or p.dim() < 2:
                 continue
             layer = model if id(module) in passed else held.get(key, module)
             found[f"{name}.{key}" if name else key] = (layer, *_why_float(module, layer, tied.get(id(p))))
