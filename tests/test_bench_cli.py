@@ -13,6 +13,7 @@ No timing is asserted anywhere.
 import csv
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ import torch
 from askew_kernels import __main__ as cli
 from askew_kernels import command, nn, optim, reference
 from askew_kernels.bench import cli as bench_cli
-from askew_kernels.bench import goals, harness, peers, report, rows, suites
+from askew_kernels.bench import goals, harness, peers, report, rows, runs, suites
 from askew_kernels.bench.harness import Case, CheckFailed, Context, Entry, Impl, Traffic
 from askew_kernels.bench.suites import around, common, fake_quant, models, packed, startup, step, train
 
@@ -849,3 +850,20 @@ def test_import_brings_in_no_optional_dependency():
     after = "print([m for m in ('rich', 'matplotlib', 'triton', 'scipy', 'setuptools') if m in sys.modules])"
     code, before = (f"import sys, {package}; {after}" for package in ("askew_kernels", "torch"))
     assert python("-c", code).stdout == python("-c", before).stdout
+
+
+def test_what_stays_float_is_told_of_no_model_of_a_suite(monkeypatch, caplog):
+    """But whatever else there is to say is said, and afterwards that, too."""
+
+    def build(context):
+        torch.manual_seed(0)
+        model = nn.quantize_(torch.nn.ModuleDict({"e": torch.nn.Embedding(4, 4), "l": torch.nn.Linear(4, 4)}))
+        logging.getLogger("askew_kernels").warning("something else")
+        return Case("4", "float32", "base", [Impl("base", lambda: model["l"](torch.ones(1, 4)), "baseline")], 0)
+
+    monkeypatch.setitem(suites.SUITES, "startup", [Entry("layer", build, ("cpu",))])
+    caplog.set_level("WARNING", "askew_kernels")
+    list(runs.run_entries(runs.Choice("startup", quick=True), CPU, lambda name: None))
+    assert [r.getMessage() for r in caplog.records] == ["something else"]
+    build(None)
+    assert "stay float" in caplog.text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -50,6 +52,17 @@ def run(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
     return (run_entries if choice.allocator == allocator_in_use() else run_entries_warm)(choice, device, tick)
 
 
+@contextlib.contextmanager
+def stay_float_untold() -> Iterator[None]:
+    """The networks of a suite are its own, and so is what of them stays float: no line for each of its models."""
+    logger, others = logging.getLogger("askew_kernels"), lambda record: "stay float" not in record.getMessage()
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
+
+
 def run_entries(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Row]:
     """With this process' allocator."""
     context = Context(device, choice.quick)
@@ -58,7 +71,8 @@ def run_entries(choice: Choice, device: torch.device, tick: Tick) -> Iterator[Ro
         torch.manual_seed(0)
         told = lambda name, op=entry.op: tick(f"{op}: {name}" if name else "")  # noqa: E731
         try:
-            yield from run_case(choice.suite, entry, context, told)
+            with stay_float_untold():
+                yield from run_case(choice.suite, entry, context, told)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise Failed(f"{choice.suite}, {entry.op}: not enough memory ({first_line(error)})") from None
         gc.collect()
