@@ -1185,6 +1185,15 @@ def test_a_state_of_another_grid_is_refused_before_anything_changes(generator):
     assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["grid"] == GRID
 
 
+def refused_whole(optimizer, state, words):
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"] and before["state"][0].keys() == after["state"][0].keys()
+    assert all(torch.equal(before["state"][0][k], v) for k, v in after["state"][0].items() if torch.is_tensor(v))
+
+
 @pytest.mark.parametrize(("other", "own", "key"), [
     (lambda p: ASkewSGD(p, lr=0.1, momentum=0.9), lambda p: ASkewAdamW(p, lr=0.3), "momentum_buffer"),
     (lambda p: ASkewAdamW(p, lr=0.1), lambda p: ASkewSGD(p, lr=0.3, momentum=0.9), "exp_avg, exp_avg_sq"),
@@ -1200,12 +1209,7 @@ def test_a_state_of_another_kind_is_refused_before_anything_changes(other, own, 
     give_gradients([weight], generator)
     for each in (saved, optimizer):
         each.step()
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=rf"state\[0\] has {key}, and {type(optimizer).__name__}"):
-        optimizer.load_state_dict(saved.state_dict())
-    after = optimizer.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert all(torch.equal(before["state"][0][k], v) for k, v in after["state"][0].items() if torch.is_tensor(v))
+    refused_whole(optimizer, saved.state_dict(), rf"state\[0\] has {key}, and {type(optimizer).__name__}")
     optimizer.load_state_dict({**saved.state_dict(), "state": {}})
     assert not optimizer.state_dict()["state"].get(0) and optimizer.param_groups[0]["lr"] == 0.1
 
@@ -1226,12 +1230,8 @@ def test_a_state_of_other_scales_is_refused_before_anything_changes(layer, gener
         give_gradients([model[0].weight], generator)
         made[-1].step()
     optimizer, saved = made
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"state\[0\]: scale: expected 6 of .*\(6, 8\) quantized per_channel.* has 12"):
-        optimizer.load_state_dict(saved.state_dict())
-    after = optimizer.state_dict()
-    assert before["param_groups"] == after["param_groups"]
-    assert all(torch.equal(before["state"][0][k], v) for k, v in after["state"][0].items() if torch.is_tensor(v))
+    expected = r"state\[0\]: scale: expected 6 of .*\(6, 8\) quantized per_channel.* has 12"
+    refused_whole(optimizer, saved.state_dict(), expected)
 
 
 @pytest.mark.parametrize("later", [False, True])

@@ -41,7 +41,7 @@ class Format:
     activations: str = "int8"  # "bfloat16": a model of that type
     trits: bool = False
     scale: str = "absmax"
-    deep: bool = False  # so many layers that rounding to bfloat16 alone turns the float model's outputs by 0.03
+    deep: bool = False  # rounding the float model to bfloat16 alone costs 0.004 of the cosine (49 convolutions)
 
     def config(self) -> quant.QuantConfig:
         groups: dict[str, Any] = {"granularity": "per_group", "group_size": self.group} if self.group else {}
@@ -50,7 +50,7 @@ class Format:
     @property
     def least(self) -> float:
         """Cosine of the outputs to those of the quantized model, whose activations are float."""
-        return {"float": 0.9999, "bfloat16": 0.97 if self.deep else 0.999, "int8": 0.99}[self.activations]
+        return {"float": 0.9999, "bfloat16": 0.99 if self.deep else 0.999, "int8": 0.99}[self.activations]
 
     def quantized(self, model: nn.Module, where: str | Mapping[str, Any]) -> nn.Module:
         """A copy of ``model`` with the layers of this pattern quantized; or each with the config that is given."""
