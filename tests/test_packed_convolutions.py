@@ -355,6 +355,24 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
         layer(x[:, :5])
 
 
+@pytest.mark.parametrize("activations", ["float", "int8"])
+@torch.no_grad()
+def test_a_graph_makes_a_filter_for_each_channel_as_eager_calls_do(activations):
+    """It decodes the filters in each call, so that it sees at once what is written into codes or scales."""
+    layer = packed(nn.Conv2d(24, 24, 3, padding=1, groups=24), activations=activations, bits=8)
+    x = torch.randn(2, 24, 9, 10, generator=torch.Generator().manual_seed(3)).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    for backend in ("eager", "aot_eager", "inductor"):
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        y = compiled(x)
+        assert torch.equal(y, layer(x)) and y.is_contiguous(memory_format=torch.channels_last)
+        for change in (lambda: layer.weight_scale.mul_(2), lambda: layer.weight_codes.bitwise_xor_(1)):
+            change()
+            assert not torch.equal(compiled(x), y) and torch.equal(compiled(x), layer(x))
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_pixels_in_channels_last_are_rows_with_float_activations_too():
     layer = packed(nn.Conv2d(16, 20, 1), activations="float", bits=8)

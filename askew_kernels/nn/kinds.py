@@ -344,10 +344,11 @@ class _PackedConvolution(PackedLayer):
             return None
         if not (self._reads_codes(x, 1) and all(n > 0 for n in self._positions(x))):
             return None
-        if torch.compiler.is_compiling() or (taps := self._unpacked.taps(self)) is None:
+        compiling = torch.compiler.is_compiling()
+        if (compiling and torch.compiler.is_exporting()) or (taps := self._unpacked.taps(self)) is None:
             return None
         geometry = _geometry(conv, conv._reversed_padding_repeated_twice)
-        if Call.can_be_made(self, x, bias):
+        if not compiling and Call.can_be_made(self, x, bias):
             self._call = ConvolutionCall(self, x, None, geometry)
         return unrecorded(convolved_by_channel, x, taps, geometry, bias)
 

@@ -2,6 +2,7 @@
 
 A depthwise filter has 9 or 25 weights: to decode them takes as long as to multiply them. They are a few hundredths of
 a network's weights, of which this keeps a float copy, made anew where codes or scales change, never saved or copied.
+A compiled graph decodes them in each call.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ class Unpacked:
         return layer.dequantize(dtype) if kept is None else kept
 
     def taps(self, layer: Any) -> Tensor | None:
-        return None if layer.cols > LONGEST else self._held(layer, torch.float32, True)
+        if layer.cols > LONGEST:
+            return None
+        if torch.compiler.is_compiling():  # a graph could not tell that codes were written to: it decodes each time
+            return _as_taps(layer.dequantize(torch.float32))
+        return self._held(layer, torch.float32, True)
 
     def _held(self, layer: Any, dtype: torch.dtype, taps: bool) -> Tensor | None:
         codes, scale = layer._buffers["weight_codes"], layer._buffers["weight_scale"]
@@ -49,7 +54,7 @@ class Unpacked:
         if kept is None or kept[0] is not codes or kept[1] is not scale or kept[2] != now:
             with torch.inference_mode(False), torch.no_grad():  # for calls of any mode
                 weight = layer.dequantize(dtype)
-                weight = weight.flatten(1).t().contiguous() if taps else weight
+                weight = _as_taps(weight) if taps else weight
                 kept = self._kept = codes, scale, now, weight
         return kept[3]
 
@@ -60,3 +65,7 @@ class Unpacked:
             return False
         traced = torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack()  # type: ignore[attr-defined]
         return not (traced or torch._C._are_functorch_transforms_active())
+
+
+def _as_taps(weight: Tensor) -> Tensor:
+    return weight.flatten(1).t().contiguous()
