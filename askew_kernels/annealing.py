@@ -230,14 +230,14 @@ class EpsilonAnnealing(LRScheduler):
         return 1.0 if k < start else (full - k) / (full - start) if k < full else 0.0
 
     def _soften(self, share: float) -> None:
-        """Tells the layers, by their weights' quantizers, where it is another than before."""
+        """Tells the layers, by their weights' quantizers: on the way each time, since some may have come later."""
         for tensor in self._slack.values():
             tensor.fill_(share)
-        for _, group in self._groups() if share != self._told_share else ():
+        for _, group in self._groups() if share or share != self._told_share else ():
             for p in group["params"]:
                 if (quantizer := getattr(p, "_askew_quantizer", None)) is not None:
                     if p.device not in self._slack:
-                        self._slack[p.device] = torch.tensor(share, device=p.device)
+                        self._slack[p.device] = torch.tensor(share, dtype=torch.float32, device=p.device)
                     quantizer.soften(share, self._slack[p.device])
         self._told_share = share
 
@@ -386,9 +386,16 @@ class EpsilonAnnealing(LRScheduler):
 
 
 def row_periods(row: Settings, name: str, steps: float, total: int) -> int | None:
-    """A share of the row as periods; what holds does so for less than ``total``."""
-    share = getattr(row, name)
-    return None if share is None else min(round(share * steps), total - 1) if "hold" in name else round(share * steps)
+    """A share of the row as periods; what holds does so for less than ``total``, and what comes before scales are frozen
+    as a share does so in whole periods, too."""
+    if (share := getattr(row, name)) is None:
+        return None
+    periods = round(share * steps)
+    if name in ("start", "full"):
+        for later in ("hold", "freeze"):
+            if (end := getattr(row, later)) is not None and share <= end:
+                periods = min(periods, row_periods(row, later, steps, total))  # type: ignore[type-var]
+    return min(periods, total - 1) if "hold" in name else periods
 
 
 def _is_outer(group: dict[str, Any]) -> bool:

@@ -609,6 +609,36 @@ def test_tables_belong_to_no_mode(first, second):
         assert table.tolist() == list(grid.levels)
 
 
+TRAINED = {
+    "weights": {}, "int8": {"forward": "int8"}, "4-bit gradients": {"gradient": ak.quant.LUQ(bits=4)},
+    "int8 both ways": {"forward": "int8", "gradient": "int8"}, "learned": {"scale": "lsq"},
+    "learned inputs": {"activation": Uniform(4, signed=False), "activation_scale": "lsq+"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", TRAINED)
+def test_trainings_do_not_ask_for_the_default_type(name, dtype):
+    states, k = [], {"dtype": torch.float32}
+    for default in (torch.float32, dtype):
+        with default_dtype(default):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(16, 16, **k), torch.nn.ReLU(), torch.nn.Linear(16, 4, **k))
+            ak.quantize_(model, QuantConfig(Uniform(4), **TRAINED[name]))
+            optimizer, x = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05), torch.randn(8, 16, **k)
+            recipe = ak.Recipe(model, optimizer, 6, full=0.5)
+            for _ in range(6):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+                recipe.step()
+            levels = ak.ops.stochastic_levels(x, seed=1)
+            kept = ak.nn.QuantizedKV(4, 8, symmetric=True)(x[None], x[None])
+            states.append([*model.state_dict().values(), *levels, *kept])
+    for a, b in zip(*states, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jacfwd", "jacrev"])
 def test_tables_belong_to_no_transform(transform):
     grid, s = fresh_codebook(), torch.ones(3)

@@ -750,6 +750,24 @@ def test_only_the_experts_that_are_asked_are_decoded(transposed, monkeypatch):
         model.experts.up += 1
 
 
+@pytest.mark.parametrize("scale", [None, "lsq"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_of_experts_that_are_read_are_not_written_to(transposed, scale):
+    """Whatever is made of the weight: the gradient may belong to somebody else, too."""
+    model = Mixture(transposed)
+    ak.quantize_(model, {"experts.*": ak.QuantConfig(Uniform(2), scale=scale)})
+    experts, other = model.experts, torch.zeros_like(model.experts.up).requires_grad_()
+    given = torch.randn_like(other)
+    kept = given.clone()
+    torch.autograd.grad(experts.up + other, other, given)
+    (mine,) = torch.autograd.grad(experts.up, experts.get_parameter("up"), given)
+    assert torch.equal(given, kept) and not torch.equal(mine, given)  # which is clipped
+    (sums,) = torch.autograd.grad((experts.up + other).sum(), other)
+    assert torch.equal(sums, torch.ones_like(sums))
+    sums, theirs = torch.autograd.grad((experts.up + other).square().sum(), [experts.get_parameter("up"), other])
+    assert torch.equal(theirs, 2 * experts.up.detach()) and not torch.equal(sums, theirs)
+
+
 def test_experts_that_do_not_fit_are_named(caplog):
     class Experts(FewExperts): ...
 

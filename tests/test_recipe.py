@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 import askew_kernels as ak
 from askew_kernels.annealing import FLOOR, LATER, RECIPES, Settings
@@ -132,6 +133,15 @@ def test_numbers_change_by_name():
     row = RECIPES["sgd"]
     shorter = ak.Recipe(model, optimizer, 1000, end=row.end / 2, freeze=0.05)
     assert (shorter.freeze, shorter.hold, shorter.full) == (50, round(500 * row.hold), 50)  # frozen: in full
+
+
+@pytest.mark.parametrize("end", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("ours", [ak.optim.ASkewSGD, ak.optim.ASkewAdamW])
+def test_every_number_of_steps_serves(ours, end):
+    model = two_nets()[0]
+    for steps in range(1, 40):
+        recipe = ak.Recipe(model, ours(ak.param_groups(model), lr=0.05), steps, end=end)
+        assert (recipe.full or 0) <= min(recipe.hold, recipe.freeze)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -581,6 +591,54 @@ def test_layers_go_over_from_start_to_full(adam):
             assert torch.equal(grad, y.grad)
         optimizer.step()
         recipe.step()
+
+
+@pytest.mark.parametrize(
+    "options", [{"start": 0.4, "full": None, "freeze": 0.5}, {"start": 0.0, "full": 0.4, "freeze": 0.5}]
+)
+def test_what_is_frozen_is_computed_with_by_copies_and_averages_too(options, silent):
+    """Their flag is written by others while they train, and no recipe tells them that the way is over."""
+    model, _ = two_nets()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe, x = ak.Recipe(model, optimizer, 10, **options), torch.randn(16, 6)
+    kept, average = copy.deepcopy(model), AveragedModel(model)
+    for _ in range(10):
+        model(x).square().mean().backward()
+        optimizer.step()
+        recipe.step()
+        average.update_parameters(model)
+    kept.load_state_dict(model.state_dict())
+    assert torch.equal(kept(x), model.eval()(x))
+    y = average(x)  # in training, as update_bn calls it
+    assert torch.equal(y, average.eval()(x))
+
+
+def test_what_is_frozen_early_is_computed_with_until_an_earlier_state_comes_back():
+    model, _ = two_nets()
+    recipe = ak.Recipe(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05), 10)
+    recipe.step()
+    before, x = copy.deepcopy((model.state_dict(), recipe.state_dict())), torch.randn(16, 6)
+    y = model(x)
+    with pytest.warns(UserWarning, match="finish"):
+        recipe.finish()
+    with torch.no_grad():
+        model[0].weight.mul_(1.1)  # off its levels
+    assert torch.equal(model(x), copy.deepcopy(model).eval()(x))
+    recipe.load_state_dict(before[1])  # in either order
+    model.load_state_dict(before[0])
+    assert torch.equal(model(x), y) and not torch.equal(y, model.eval()(x))
+
+
+def test_layers_that_come_on_the_way_go_along():
+    model, added = two_nets()[0], two_nets()[0]
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe = ak.Recipe(model, optimizer, 20, start=0.4, full=0.6)
+    for group in ak.param_groups(added):
+        optimizer.add_param_group(group)
+    for k in range(1, 14):
+        recipe.step()
+        theirs, mine = added[0].quantizer, model[0].quantizer
+        assert (theirs.floating, theirs.slack) == (mine.floating, mine.slack) and theirs.floating == (k <= 8)
 
 
 def test_levels_are_multiplied_from_midway_on():

@@ -117,5 +117,7 @@ def decoded(f: Float4, found: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     zero = scale == 0
     if bool(zero.any()):
         places = torch.where(zero.repeat_interleave(f.block, 1), ZERO, places)
-        scale = torch.where(zero, scale[~zero].min() if not bool(zero.all()) else torch.ones(()), scale)
+        scale = torch.where(
+            zero, scale[~zero].min() if not bool(zero.all()) else torch.ones((), dtype=torch.float32), scale
+        )
     return places.to(torch.uint8), scale.reshape(-1)

@@ -65,9 +65,22 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
             return self._soft_weight()
         if not self._ordinary():
             return self._functional_weight()
-        weight: Any = self._eager_weight(self.weight.dtype)
+        weight: Any = _OwnGradient.apply(self._eager_weight(self.weight.dtype))
         weight._is_hf_initialized = True  # transformers is not to draw random numbers into what is kept
         return weight
+
+
+class _OwnGradient(torch.autograd.Function):
+    """What is handed out may be used in any way: the gradient that comes back may be somebody else's, too, or an
+    expanded one, and is not to be clipped in place."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
 
 
 class AskewTransposedExperts(AskewExperts, TransposedExpertWeight):  # type: ignore[misc]

@@ -93,7 +93,8 @@ class Rounding:
         else:
             zero = rows.amin(1).to(kept).float()
             width = rows.amax(1) - zero
-        top = width / torch.full((), self.grid.c_max, device=rows.device)  # by a number a GPU multiplies by 1 / number
+        c_max = torch.full((), self.grid.c_max, dtype=torch.float32, device=rows.device)
+        top = width / c_max  # by a number a GPU multiplies by 1 / number
         low, high = contract.SCALE_RANGES[self.scale_dtype]
         scale = top.clamp(max(low, 2.0**-126), high).to(kept).float()
         return scale + (top - top), zero  # NaN where top is no number

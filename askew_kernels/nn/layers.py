@@ -593,7 +593,13 @@ class QuantizedLayer(nn.Module):
     @property
     def computes_float(self) -> bool:
         """Whether this forward takes the float weights: in training, where the config or a recipe's start says so."""
-        return self.training and (self.config.forward == "relaxed" or self.quantizer.floating)
+        return self.training and (self.config.forward == "relaxed" or self._floats())
+
+    def _floats(self) -> bool:
+        """In training, whether a recipe says so."""
+        if not torch.compiler.is_compiling():
+            self.quantizer.look_on_the_way()
+        return self.quantizer.floating
 
     @property
     def softens(self) -> bool:
@@ -601,7 +607,7 @@ class QuantizedLayer(nn.Module):
         return self.training and self.quantizer.slack is not None and self.config.forward != "relaxed"
 
     def _output(self, x: Tensor, *more: Any) -> Tensor:
-        if self.training and self.quantizer.floating:
+        if self.training and self._floats():
             return self.product(x, self.weight, *more)
         if (levels := self.config.level_dtype) is not None:
             if is_sharded(x):

@@ -191,7 +191,7 @@ class _WithTangents(LevelProduct):
 
 def _dequantized(weight: Tensor, c: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """s c, rounded once to ``dtype``; the weight's, straight-through, where the derivative is to be differentiated."""
-    each, one = scale.float().expand(len(c)).contiguous(), torch.ones(1, device=c.device)
+    each, one = scale.float().expand(len(c)).contiguous(), torch.ones(1, dtype=torch.float32, device=c.device)
     found = ops.run_scaled_sums(c, each, one, None, dtype)
     if torch.is_grad_enabled() and weight.requires_grad:
         found = found + (weight - weight.detach()).to(dtype)

@@ -165,7 +165,7 @@ def stochastic_levels(
     if x.dim() != 2:
         raise ValueError(f"x: expected shape (rows, cols), got {tuple(x.shape)}")
     if factor is None:
-        factor = torch.ones(1, device=x.device)
+        factor = torch.ones(1, dtype=torch.float32, device=x.device)
     check_like("factor", factor, None, (x.shape[1] if factor.numel() != 1 else 1,), x.device)
     return run_stochastic_levels(x.contiguous(), factor, _seed_tensor(seed, x.device))
 

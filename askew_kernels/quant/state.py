@@ -225,8 +225,9 @@ class WeightQuantizer:
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self._home_left = False  # ... and that it is a sharded one whose scale the ranks have left so
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
-        self.floating = False  # layers compute with the weight itself in training: a recipe's start
-        self.slack: Tensor | None = None  # 0-dim: how far they are from there to s Q(w/s), while they are on the way
+        self._floating = False  # what a recipe has told: see ``floating`` and ``slack``
+        self._slack: Tensor | None = None
+        self._flag_seen: Any = None  # its version when ``look_on_the_way`` looked
         self._part: tuple[Any, Part] | None = None  # by the sharding of a weight that is split over ranks
         self.shard: Tensor | None = None  # that weight, as it is when nothing has gathered it
         self._left: tuple[Any, Any] | None = None  # a sharded weight whose scale and sums these are, and its stamp
@@ -692,9 +693,26 @@ class WeightQuantizer:
         return self.config.clips_in_step and not self.on_the_way
 
     @property
+    def floating(self) -> bool:
+        """Layers compute with the weight itself in training: a recipe's start. What is frozen is computed with."""
+        return self._floating and not self.frozen
+
+    @property
+    def slack(self) -> Tensor | None:
+        """0-dim: how far layers are from there to s Q(w/s) in training, while they are on the way."""
+        return None if self.frozen else self._slack
+
+    @property
     def on_the_way(self) -> bool:
         """Layers do not compute with s Q(w/s) in training yet."""
         return self.floating or self.slack is not None
+
+    def look_on_the_way(self) -> None:
+        """Averages and copies learn from the flag alone, which others write, that the scale was frozen; the float
+        weights are computed with without a look at the scale."""
+        if self.on_the_way and (version := _version(self.flag)) != self._flag_seen:
+            self._flag_seen = version
+            self.look()
 
     def soften(self, share: float, slack: Tensor) -> None:
         """What layers compute with in training (in eval always with s Q(w/s)): the weight itself where ``share`` is 1,
@@ -703,9 +721,9 @@ class WeightQuantizer:
         a scale that is learned needs the quantized forward always."""
         levels = self.config.level_dtype is not None
         share = 0.0 if self.config.learns_scale else float(share > 0.5) if levels else share
-        before = self.floating, self.slack is None
-        self.floating, self.slack = share >= 1, slack if 0 < share < 1 else None
-        if before != (self.floating, self.slack is None):
+        before = self._floating, self._slack is None
+        self._floating, self._slack = share >= 1, slack if 0 < share < 1 else None
+        if before != (self._floating, self._slack is None):
             self._changed()
 
     # ---- sharpness-aware steps: the weight is elsewhere for one forward, then back ----
@@ -753,14 +771,14 @@ class WeightQuantizer:
         held = {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
         if self.learned is not None:
             held["started"] = self.started, self._young == _moved(self.learned)
-        held |= {"floating": True} if self.floating else {}
-        held |= {} if self.slack is None else {"slack": self.slack.clone()}
+        held |= {"floating": True} if self._floating else {}
+        held |= {} if self._slack is None else {"slack": self._slack.clone()}
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
-        self.floating, self.slack = state.get("floating", False), state.get("slack")
+        self._floating, self._slack = state.get("floating", False), state.get("slack")
         self.started, young = state.get("started", (False, False))
         if young:
             self._young = _moved(self.learned)  # type: ignore[arg-type]
