@@ -386,8 +386,8 @@ class EpsilonAnnealing(LRScheduler):
 
 
 def row_periods(row: Settings, name: str, steps: float, total: int) -> int | None:
-    """A share of the row as periods; what holds does so for less than ``total``, and what comes before scales are frozen
-    as a share does so in whole periods, too."""
+    """A share of the row as periods; what holds does so for less than ``total``, and what comes before scales are
+    frozen as a share does so in whole periods, too."""
     if (share := getattr(row, name)) is None:
         return None
     periods = round(share * steps)
