@@ -26,7 +26,7 @@ class Skewed(Constrained, Wrapper):
 
         w1 = the base optimizer's step from w0;   d = (w1 - w0) / lr;   w <- w0 + lr v, v the skewed d
 
-    (``ops.skew_direction_`` has the formulas.) ``Skewed(torch.optim.Muon(ak.param_groups(model), lr=0.02))``: the base
+    (``ops.skew_direction_`` has the formulas.) ``Skewed(torch.optim.RAdam(ak.param_groups(model), lr=1e-3))``: the base
     is an instance made of ``ak.param_groups``, whatever its state; ``param_groups``, ``defaults`` and ``state`` are its
     own objects. Weight decay, momentum and schedules of the base are part of d. Groups without a grid are the base's
     alone. Group keys that are added: ``alpha``, ``constraint_eps``, ``freeze_scale``, ``clamp``, ``skip_nonfinite`` and
