@@ -700,7 +700,7 @@ class WeightQuantizer:
     @property
     def slack(self) -> Tensor | None:
         """0-dim: how far layers are from there to s Q(w/s) in training, while they are on the way."""
-        return None if self.frozen else self._slack
+        return None if self._slack is None or self.frozen else self._slack  # in this order: a graph asks for no more
 
     @property
     def on_the_way(self) -> bool:
