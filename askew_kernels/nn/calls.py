@@ -127,7 +127,7 @@ class ConvolutionCall(Call):
 
     @staticmethod
     def _attributes(layer: Any) -> tuple[Any, ...]:
-        return layer.stride, layer.dilation, layer._reversed_padding_repeated_twice, layer.padding_mode
+        return layer.stride, layer.dilation, layer.padding, layer.padding_mode
 
     def product_of(self, layer: Any, x: Any) -> Tensor | None:
         if (held := self._asked(layer, x)) is None or x.shape != self.size or channels_last(x) is not self.last:

@@ -263,9 +263,33 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     return layer._conv_forward(x, weight, bias)
 
 
+def _each(n: Any, dims: int) -> tuple[int, ...]:
+    """A number for each dimension, of one for all as torch's functions take it."""
+    return (n,) * dims if isinstance(n, int) else tuple(n) * (dims if len(n) == 1 else 1)
+
+
+def _sizes(conv: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Kernel, stride and dilation, which may have been set since the layer was made."""
+    dims = conv.kind.dims - 2
+    return _each(conv.kernel_size, dims), _each(conv.stride, dims), _each(conv.dilation, dims)
+
+
+def _around(conv: Any) -> list[int]:
+    """How far the image is padded on both sides of each dimension, the last one first: as torch's own forward looks,
+    from ``padding`` as it stands, but where the mode is another than zeros."""
+    if conv.padding_mode != "zeros":
+        return conv._reversed_padding_repeated_twice
+    kernel, _, dilation = _sizes(conv)
+    if conv.padding == "same":
+        sums = [gap * (k - 1) for k, gap in zip(kernel[::-1], dilation[::-1], strict=True)]
+        return [n for total in sums for n in (total // 2, total - total // 2)]
+    padding = 0 if conv.padding == "valid" else conv.padding
+    return [n for each in _each(padding, conv.kind.dims - 2)[::-1] for n in (each, each)]
+
+
 def _geometry(conv: Any, around: Sequence[int]) -> list[int]:
     """What the operators call so; around: zeros left, right, above and below. A signal is a line."""
-    kernel, stride, dilation = ((1, *n)[-2:] for n in (conv.kernel_size, conv.stride, conv.dilation))
+    kernel, stride, dilation = ((1, *n)[-2:] for n in _sizes(conv))
     return [*kernel, *stride, *dilation, around[2], around[0], around[3], around[1]]
 
 
@@ -304,7 +328,7 @@ class _PackedConvolution(PackedLayer):
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
-        spatial = len(conv.stride)
+        spatial = conv.kind.dims - 2
         unbatched = x.dim() == 1 + spatial
         if x.is_cpu and conv.groups == 1 and spatial <= 2 and (unbatched or x.dim() == 2 + spatial):
             batch = x[None] if unbatched else x
@@ -328,9 +352,13 @@ class _PackedConvolution(PackedLayer):
     def _pixels(self, x: Tensor) -> bool:
         """Whether the convolution is a product whose rows are the pixels of ``x`` as they stand."""
         conv: Any = self
-        if x.dim() != 4 or x.shape[1] != conv.in_channels or not conv.kernel_size == conv.stride == (1, 1):
+        if (
+            x.dim() != 4
+            or x.shape[1] != conv.in_channels
+            or not (1, 1) == _each(conv.kernel_size, 2) == _each(conv.stride, 2)
+        ):
             return False
-        return not any(conv._reversed_padding_repeated_twice) and channels_last(x)
+        return not any(_around(conv)) and channels_last(x)
 
     def _channel_by_channel(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """The convolution of float32 images, channels last, with a filter for each channel; None: of another kind, or
@@ -347,7 +375,7 @@ class _PackedConvolution(PackedLayer):
         compiling = torch.compiler.is_compiling()
         if (compiling and torch.compiler.is_exporting()) or (taps := self._unpacked.taps(self)) is None:
             return None
-        geometry = _geometry(conv, conv._reversed_padding_repeated_twice)
+        geometry = _geometry(conv, _around(conv))
         if not compiling and Call.can_be_made(self, x, bias):
             self._call = ConvolutionCall(self, x, None, geometry)
         return unrecorded(convolved_by_channel, x, taps, geometry, bias)
@@ -355,15 +383,15 @@ class _PackedConvolution(PackedLayer):
     def _positions(self, x: Tensor) -> list[int]:
         """Sizes of the output."""
         conv: Any = self
-        around = conv._reversed_padding_repeated_twice[::-1]
+        around = _around(conv)[::-1]
         padded = [n + a + b for n, a, b in zip(x.shape[2:], around[::2], around[1::2], strict=True)]
-        geometry = zip(padded, conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        geometry = zip(padded, *_sizes(conv), strict=True)
         return [(n - gap * (k - 1) - 1) // step + 1 for n, k, step, gap in geometry]
 
     def _from_bands(self, x: Tensor, bias: Tensor | None, bands: Tensor, scale: Tensor) -> Tensor:
         """Patches are rounded to int8 as they are read from the image. A signal of one dimension is a line of one."""
         conv: Any = self
-        around = conv._reversed_padding_repeated_twice
+        around = _around(conv)
         as_given = x.dim() == 4
         if conv.padding_mode != "zeros" and any(around):
             x, around, as_given = _padded(x, around, conv.padding_mode), [0] * len(around), False
@@ -379,12 +407,11 @@ class _PackedConvolution(PackedLayer):
         """A signal of one dimension is an image that is one wide."""
         conv: Any = self
         channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if any(conv._reversed_padding_repeated_twice):
-            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x = _padded(x, conv._reversed_padding_repeated_twice, mode)
+        if any(around := _around(conv)):
+            x = _padded(x, around, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
         images, signal = x.shape[0], x.dim() == 3
         x = x[..., None] if signal else x
-        kernel, dilation, stride = ((*n, 1)[:2] for n in (conv.kernel_size, conv.dilation, conv.stride))
+        kernel, stride, dilation = ((*n, 1)[:2] for n in _sizes(conv))
 
         def product(part: Tensor, lines: int) -> Tensor:
             patches = functional.unfold(part, kernel, dilation, 0, stride)
@@ -445,7 +472,7 @@ CONV_TRANSPOSED = (functional.conv_transpose1d, functional.conv_transpose2d, fun
 
 
 def _conv_transposed(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Any = None) -> Tensor:
-    given, spatial = (layer.stride, layer.padding, layer.kernel_size), len(layer.stride)
+    given, spatial = (layer.stride, layer.padding, layer.kernel_size), layer.kind.dims - 2
     output_padding = layer._output_padding(x, output_size, *given, spatial, layer.dilation)
     product: Any = CONV_TRANSPOSED[spatial - 1]
     return product(x, weight, bias, layer.stride, layer.padding, output_padding, layer.groups, layer.dilation)

@@ -1,5 +1,5 @@
 // Packed weights on the CPU: the choice of the kernel and work division. Threads share the rows of the weight, so their
-// number changes no result.
+// number changes no result but the last bits of panels that torch multiplies.
 #include "../ops/packed.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
