@@ -686,6 +686,26 @@ def test_certificate_counts_parameters_without_a_grid():
         certificate.update(loss)
 
 
+def test_certificate_goes_on_where_learned_scales_freeze():
+    torch.manual_seed(0)
+    model, x, y = small_problem()
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4), scale="lsq"))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.01)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
+    certificate = analysis.Certificate(optimizer, 3.0)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        annealing.step()
+        row = certificate.update(loss)
+        squares = sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(model.parameters(), before, strict=True))
+        assert row["stationarity"] == pytest.approx(squares**0.5 / 0.01, rel=1e-6)
+    assert model[0].weight_scale_frozen.item() and len(certificate.rows) == 6
+
+
 FORMS = {
     "with a graph": lambda t: t, "detached": lambda t: t.detach(), "one element": lambda t: t.reshape(1),
     "float64": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "a number": lambda t: t.item(),

@@ -146,9 +146,9 @@ class Certificate:
         """(lr, g·v, ‖v‖²) of every tensor without a grid."""
         self._plain = []
         for p, before, lr in self._before:
-            if lr > 0:
+            if lr > 0 and p.grad is not None:  # a learned scale that this step froze has lost it, and did not move
                 v = (p.detach().double() - before.double()) / lr
-                g = p.grad.double()  # type: ignore[union-attr]
+                g = p.grad.double()
                 self._plain.append((lr, float((g * v).sum()), float((v * v).sum())))
         self._before, self._stepped = [], True
 
