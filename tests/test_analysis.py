@@ -706,6 +706,64 @@ def test_certificate_goes_on_where_learned_scales_freeze():
     assert model[0].weight_scale_frozen.item() and len(certificate.rows) == 6
 
 
+CLOSED_OVER = {
+    "a quantized model's": lambda params, model: ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05),
+    "Skewed": lambda params, model: ak.optim.Skewed(torch.optim.SGD(ak.param_groups(model), lr=0.05)),
+    "torch's": lambda params, model: torch.optim.SGD(params, lr=0.05),
+    "by keyword": lambda params, model: torch.optim.SGD(params, lr=0.05),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLOSED_OVER)
+def test_gradients_that_a_closure_makes_are_those_that_are_seen(kind):
+    def run(closed):
+        model, x, y = small_problem()
+        ak.quantize_(model, {"0": ak.QuantConfig(weight=ak.quant.Uniform(bits=4))})
+        optimizer = CLOSED_OVER[kind](list(model.parameters()), model)
+        secant = analysis.Secant(optimizer)
+        certificate = analysis.Certificate(optimizer, secant) if isinstance(optimizer, ak.optim.ASkewSGD) else None
+        seen = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if closed:
+                loss = optimizer.step(closure=closure) if kind == "by keyword" else optimizer.step(closure)
+                assert loss.requires_grad
+            else:
+                loss = closure()
+                optimizer.step()
+            row = {} if certificate is None else certificate.update(loss)
+            seen.append((secant.last, row.get("predicted"), row.get("stationarity")))
+            optimizer.zero_grad()
+        return seen
+
+    assert run(closed=True) == run(closed=False) and run(closed=True)[-1][0] > 0
+
+
+def test_secant_sees_where_a_sharpness_aware_step_starts():
+    """Its base may find the weights as they were moved, with the copies of where they stood beside."""
+
+    def run(base):
+        model, x, y = small_problem()
+        ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4), forward="relaxed"))
+        optimizer = ak.optim.SAM(base(ak.param_groups(model), lr=0.05), rho=0.2)
+        secant = analysis.Secant(optimizer.base_optimizer)
+
+        def closure():
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        return [(optimizer.step(closure), secant.last)[1] for _ in range(4)]
+
+    assert run(ak.optim.ASkewSGD) == pytest.approx(run(torch.optim.SGD), rel=1e-6)
+
+
 FORMS = {
     "with a graph": lambda t: t, "detached": lambda t: t.detach(), "one element": lambda t: t.reshape(1),
     "float64": lambda t: t.double(), "bfloat16": lambda t: t.bfloat16(), "a number": lambda t: t.item(),
