@@ -381,6 +381,80 @@ def test_quantized_inputs_and_both_forwards_are_in_the_loss(forward, training):
     assert analysis.smoothness(model, functional.cross_entropy, (x, y)).L > 0
 
 
+class TinyExperts(nn.Module):
+    """Two linear layers in one Parameter, which is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(2, 8, 8) / 3)
+
+    def forward(self, x):
+        return sum(functional.linear(x, w) for w in self.both)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def plain_body():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+FOUR = ak.quant.Uniform(bits=4)
+AS_THEY_ARE = {
+    "a learned scale": (plain_body, {"scale": "lsq"}),
+    "inputs of learned scale": (plain_body, {"activation": FOUR, "activation_scale": "lsq"}),
+    "inputs of learned offset": (plain_body, {"activation": FOUR, "activation_scale": "lsq+"}),
+    "levels": (plain_body, {"forward": "int8"}),
+    "levels of a grid": (plain_body, {"forward": "fp8", "activation": FOUR}),
+    "a gradient that is rounded": (plain_body, {"gradient": ak.quant.LUQ(4)}),
+    "attention": (Around, {"activation": FOUR}),
+    "experts": (TinyExperts, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", AS_THEY_ARE)
+def test_the_function_is_the_model_s_own(kind, training):
+    torch.manual_seed(0)
+    make, options = AS_THEY_ARE[kind]
+    model, (x, y) = Head(make()).double(), tokens()
+    names = [name for name, _ in model.named_parameters()]
+    ak.quantize_(model, {"body*": ak.QuantConfig(weight=ak.quant.Uniform(bits=3), **options)}).train(training)
+    ak.nn.calibrate_(model, x)
+    before = copy.deepcopy(model.state_dict())
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert found == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-6)
+    traces = analysis.hessian_trace(model, functional.cross_entropy, (x, y), samples=2)
+    assert list(traces) == names and all(traces.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_learned_scale_starts_from_an_analysis():
+    model, x, y = small_problem()
+    ak.quantize_(model, ak.QuantConfig(activation=FOUR, activation_scale="lsq"))
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert not any(layer.input_quantizer.started for layer in ak.nn.quantized_layers(model).values())
+    assert found == functional.cross_entropy(model.eval()(x), y).item()  # until then by the inputs themselves
+
+
+def test_what_stands_around_a_quantized_layer_is_in_the_function():
+    torch.manual_seed(0)
+    model, (x, y) = Head(plain_body()).double(), tokens()
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=3), activation=FOUR))
+    model.body[0].register_forward_pre_hook(lambda layer, args: (args[0] ** 3,))  # before its input is rounded
+    nn.utils.parametrizations.weight_norm(model.body[2])
+    inner = model.head.forward
+    model.head.forward = lambda x: 2 * inner(x)
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert found == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
 class Mapping(collections.UserDict):
     """As tokenizers give them: a mapping that is no dict."""
 
