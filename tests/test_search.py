@@ -120,6 +120,44 @@ def test_mixed_layers_with_learned_scales_and_shared_modules():
     assert model[0] is model[2] and type(model[0]) is nn.Linear
 
 
+class Gained(nn.Module):
+    """Its forward reads what it has put on a layer, which stands under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.layer.gain = 2.0
+        self.layer.scale = nn.Parameter(torch.ones(6))
+        self.again = self.layer
+
+    def forward(self, x):
+        return self.last(self.again(self.layer(x)) * self.layer.scale * self.again.gain)
+
+
+def test_what_hangs_on_layers_goes_on_in_mixtures_and_back():
+    torch.manual_seed(0)
+    model, (x, y), seen = Gained().eval(), data(8), []
+    handle = model.layer.register_forward_hook(lambda m, args, out: (seen.append(type(m)), out.clamp(-1, 1))[1])
+    before, names, known = model(x), list(model.state_dict()), set(vars(model.layer))
+    seen.clear()
+    search.mix_(model, (2, 8))
+    model(x)
+    assert seen == [search.MixedLinear] * 2 and model.again is model.layer and not model.layer.training
+    search.unmix_(model)
+    assert torch.equal(model(x), before) and list(model.state_dict()) == names and set(vars(model.layer)) == known
+    seen.clear()
+    quick(model, [(x, y)], weight_bits=(2, 4), steps=2)
+    assert seen.count(search.MixedLinear) == 2 * 2 * 2  # two calls in each of two forwards of a step
+    handle.remove()
+    seen.clear()
+    model(x)
+    assert not seen
+    model.last.forward = lambda x: x
+    with pytest.raises(ValueError, match="last: its forward was replaced on the instance"):
+        search.mix_(model)
+    assert not search.mixed_layers(model)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
