@@ -33,9 +33,11 @@ from torch.nn.utils import parametrizations, prune
 import askew_kernels as ak
 from askew_kernels import ops, search
 from askew_kernels.__main__ import main
+from askew_kernels.nn.kinds import TransposedLinear
 from askew_kernels.nn.layers import quantized_input
 from askew_kernels.quant import Binary, Uniform
 from askew_kernels.search import Budget, BudgetError, LayerPolicy, Policy, PolicyError
+from askew_kernels.search.baselines import _by_errors
 from askew_kernels.search.policy import kind_of, weight_grid
 
 pytest.importorskip("scipy")
@@ -966,6 +968,29 @@ def test_scales_of_a_mixture_are_those_of_its_candidates(dtype):
     mixed = search.mix_(nn.Sequential(layer), range(1, 9))[0]
     for grid, scale in zip(mixed.weight_grids, mixed._rule_scales(), strict=True):
         assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, ak.quant.default_rule(grid))), grid
+
+
+ROWS_ELSEWHERE = {
+    "transposed linear": lambda: TransposedLinear(8, 6),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, 3),
+    "transposed in groups": lambda: nn.ConvTranspose2d(6, 4, 3, groups=2),
+    "in groups": lambda: nn.Conv2d(6, 4, 3, groups=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROWS_ELSEWHERE)
+def test_errors_of_a_baseline_are_those_of_the_quantized_layer(kind):
+    torch.manual_seed(0)
+    layer = ROWS_ELSEWHERE[kind]()
+    with torch.no_grad():  # outputs and inputs of very different size
+        layer.weight.mul_(torch.logspace(-2, 0, layer.weight.numel()).reshape(layer.weight.shape))
+    x = torch.randn(2, 5, 6) if layer.weight.dim() == 2 else torch.randn(2, 6, 5, 5)
+    model = nn.Sequential(layer)
+    found = _by_errors(search.Space(model, x, (1, 2, 4, 8)), lambda name: 1.0)["0"][:, 0]
+    for bits, error in zip((1, 2, 4, 8), (-found).tolist(), strict=True):
+        new = ak.quantize_(copy.deepcopy(model), ak.QuantConfig(weight=weight_grid(bits)))[0]
+        exact = (new.quantized_weight() - new.weight.detach()).double().square().sum().item()
+        assert error == pytest.approx(exact, rel=1e-5)
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------
