@@ -122,6 +122,17 @@ def test_mixed_layers_with_learned_scales_and_shared_modules():
     assert model[0] is model[2] and type(model[0]) is nn.Linear
 
 
+def test_encoders_do_not_look_past_their_mixtures():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), torch.randn(2, 5, 8)
+    before = vars(model[0]).copy()
+    search.mix_(model, (2,))
+    with torch.no_grad():  # where torch takes a path of its own in eval mode
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+    search.unmix_(model)
+    assert vars(model[0]).keys() == before.keys() and model[0].activation_relu_or_gelu == 1
+
+
 class Gained(nn.Module):
     """Its forward reads what it has put on a layer, which stands under two names."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
+from ..nn.convert import COMPUTING, decline_fast_paths
 from ..nn.kinds import SEARCHED, replaceable
 from ..nn.layers import token_rows
 from ..nn.replace import replace_modules, successors
@@ -121,6 +122,7 @@ class MixedLayer(nn.Module):
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
 
 
+COMPUTING.append(MixedLayer)
 # {torch's class: that of its mixtures}
 MIXED: dict[Any, Any] = {
     kind.plain: type(
@@ -207,6 +209,7 @@ def _swap(model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str
     ids = set(map(id, layers.values()))
     everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in ids}
     replace_modules(model, successors(everywhere, make, "its to_float()"))
+    decline_fast_paths(model)
 
 
 def mixed_layers(model: nn.Module) -> dict[str, Any]:
