@@ -819,6 +819,23 @@ def test_gradients_that_a_closure_makes_are_those_that_are_seen(kind):
     assert run(closed=True) == run(closed=False) and run(closed=True)[-1][0] > 0
 
 
+def test_secant_sees_gradients_as_a_step_that_unscales_them_itself_has_them():
+    def run(scaler):
+        model, x, y = small_problem()
+        model, x = model.float(), x.float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+        secant = analysis.Secant(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return secant.last
+
+    scaled, plain = (run(torch.amp.GradScaler("cpu", enabled=enabled)) for enabled in (True, False))
+    assert scaled == pytest.approx(plain, rel=1e-3) and plain > 0
+
+
 def test_secant_sees_where_a_sharpness_aware_step_starts():
     """Its base may find the weights as they were moved, with the copies of where they stood beside."""
 

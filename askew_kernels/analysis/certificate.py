@@ -71,21 +71,21 @@ class Secant:
     def _look(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         moved = getattr(self.optimizer, "saved_weights", {})  # a sharpness-aware step's, which left their copies here
-        now = {p: moved.get(p, p).detach() for p in params}
-        known = [p for p in params if p in self._kept]
-        if known:
-            weights, grads = zip(*(self._kept[p] for p in known), strict=True)
-            went = torch._foreach_norm(torch._foreach_sub([now[p] for p in known], list(weights)))
-            turned = torch._foreach_norm(torch._foreach_sub([p.grad for p in known], list(grads)))  # type: ignore[arg-type]
+        scale = getattr(self.optimizer, "grad_scale", None)  # GradScaler's, where the step itself divides by it
+        grads: dict[Tensor, Any] = {p: p.grad if scale is None else p.grad / scale.to(p.device) for p in params}
+        now = {p: (moved.get(p, p).detach(), g.detach()) for p, g in grads.items()}
+        if known := [p for p in params if p in self._kept]:
+            new, old = (list(zip(*(of[p] for p in known), strict=True)) for of in (now, self._kept))
+            went, turned = (torch._foreach_norm(torch._foreach_sub(a, b)) for a, b in zip(new, old, strict=True))
             lengths = [torch.stack([t.double().to(part[0].device) for t in part]).norm() for part in (turned, went)]
             last = (lengths[0] / lengths[1]).nan_to_num(0.0, 0.0)  # 0 where the weights stood still
             self._last, self._value = last, last.clamp(min=self.decay * self._value)
-        for p in params:
+        for p, pair in now.items():
             if p in self._kept:
-                self._kept[p][0].copy_(now[p])
-                self._kept[p][1].copy_(p.grad)  # type: ignore[arg-type]
+                for kept, t in zip(self._kept[p], pair, strict=True):
+                    kept.copy_(t)
             else:
-                self._kept[p] = (now[p].clone(), p.grad.detach().clone())  # type: ignore[union-attr]
+                self._kept[p] = (pair[0].clone(), pair[1].clone())
 
     @property
     def last(self) -> float:
