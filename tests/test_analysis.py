@@ -381,6 +381,80 @@ def test_quantized_inputs_and_both_forwards_are_in_the_loss(forward, training):
     assert analysis.smoothness(model, functional.cross_entropy, (x, y)).L > 0
 
 
+class TinyExperts(nn.Module):
+    """Two linear layers in one Parameter, which is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = nn.Parameter(torch.randn(2, 8, 8) / 3)
+
+    def forward(self, x):
+        return sum(functional.linear(x, w) for w in self.both)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def plain_body():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+
+FOUR = ak.quant.Uniform(bits=4)
+AS_THEY_ARE = {
+    "a learned scale": (plain_body, {"scale": "lsq"}),
+    "inputs of learned scale": (plain_body, {"activation": FOUR, "activation_scale": "lsq"}),
+    "inputs of learned offset": (plain_body, {"activation": FOUR, "activation_scale": "lsq+"}),
+    "levels": (plain_body, {"forward": "int8"}),
+    "levels of a grid": (plain_body, {"forward": "fp8", "activation": FOUR}),
+    "a gradient that is rounded": (plain_body, {"gradient": ak.quant.LUQ(4)}),
+    "attention": (Around, {"activation": FOUR}),
+    "experts": (TinyExperts, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("kind", AS_THEY_ARE)
+def test_the_function_is_the_model_s_own(kind, training):
+    torch.manual_seed(0)
+    make, options = AS_THEY_ARE[kind]
+    model, (x, y) = Head(make()).double(), tokens()
+    names = [name for name, _ in model.named_parameters()]
+    ak.quantize_(model, {"body*": ak.QuantConfig(weight=ak.quant.Uniform(bits=3), **options)}).train(training)
+    ak.nn.calibrate_(model, x)
+    before = copy.deepcopy(model.state_dict())
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert found == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-6)
+    traces = analysis.hessian_trace(model, functional.cross_entropy, (x, y), samples=2)
+    assert list(traces) == names and all(traces.values())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_learned_scale_starts_from_an_analysis():
+    model, x, y = small_problem()
+    ak.quantize_(model, ak.QuantConfig(activation=FOUR, activation_scale="lsq"))
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert not any(layer.input_quantizer.started for layer in ak.nn.quantized_layers(model).values())
+    assert found == functional.cross_entropy(model.eval()(x), y).item()  # until then by the inputs themselves
+
+
+def test_what_stands_around_a_quantized_layer_is_in_the_function():
+    torch.manual_seed(0)
+    model, (x, y) = Head(plain_body()).double(), tokens()
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=3), activation=FOUR))
+    model.body[0].register_forward_pre_hook(lambda layer, args: (args[0] ** 3,))  # before its input is rounded
+    nn.utils.parametrizations.weight_norm(model.body[2])
+    inner = model.head.forward
+    model.head.forward = lambda x: 2 * inner(x)
+    found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
+    assert found == pytest.approx(functional.cross_entropy(model(x), y).item(), rel=1e-12)
+
+
 class Mapping(collections.UserDict):
     """As tokenizers give them: a mapping that is no dict."""
 
@@ -684,6 +758,101 @@ def test_certificate_counts_parameters_without_a_grid():
     optimizer.step()
     with pytest.raises(RuntimeError):
         certificate.update(loss)
+
+
+def test_certificate_goes_on_where_learned_scales_freeze():
+    torch.manual_seed(0)
+    model, x, y = small_problem()
+    ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4), scale="lsq"))
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.01)
+    annealing = ak.EpsilonAnnealing(optimizer, hold=2, total=6)
+    certificate = analysis.Certificate(optimizer, 3.0)
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.step()
+        annealing.step()
+        row = certificate.update(loss)
+        squares = sum(float(((p.detach() - b) ** 2).sum()) for p, b in zip(model.parameters(), before, strict=True))
+        assert row["stationarity"] == pytest.approx(squares**0.5 / 0.01, rel=1e-6)
+    assert model[0].weight_scale_frozen.item() and len(certificate.rows) == 6
+
+
+CLOSED_OVER = {
+    "a quantized model's": lambda params, model: ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05),
+    "Skewed": lambda params, model: ak.optim.Skewed(torch.optim.SGD(ak.param_groups(model), lr=0.05)),
+    "torch's": lambda params, model: torch.optim.SGD(params, lr=0.05),
+    "by keyword": lambda params, model: torch.optim.SGD(params, lr=0.05),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLOSED_OVER)
+def test_gradients_that_a_closure_makes_are_those_that_are_seen(kind):
+    def run(closed):
+        model, x, y = small_problem()
+        ak.quantize_(model, {"0": ak.QuantConfig(weight=ak.quant.Uniform(bits=4))})
+        optimizer = CLOSED_OVER[kind](list(model.parameters()), model)
+        secant = analysis.Secant(optimizer)
+        certificate = analysis.Certificate(optimizer, secant) if isinstance(optimizer, ak.optim.ASkewSGD) else None
+        seen = []
+
+        def closure():
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            if closed:
+                loss = optimizer.step(closure=closure) if kind == "by keyword" else optimizer.step(closure)
+                assert loss.requires_grad
+            else:
+                loss = closure()
+                optimizer.step()
+            row = {} if certificate is None else certificate.update(loss)
+            seen.append((secant.last, row.get("predicted"), row.get("stationarity")))
+            optimizer.zero_grad()
+        return seen
+
+    assert run(closed=True) == run(closed=False) and run(closed=True)[-1][0] > 0
+
+
+def test_secant_sees_gradients_as_a_step_that_unscales_them_itself_has_them():
+    def run(scaler):
+        model, x, y = small_problem()
+        model, x = model.float(), x.float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+        secant = analysis.Secant(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return secant.last
+
+    scaled, plain = (run(torch.amp.GradScaler("cpu", enabled=enabled)) for enabled in (True, False))
+    assert scaled == pytest.approx(plain, rel=1e-3) and plain > 0
+
+
+def test_secant_sees_where_a_sharpness_aware_step_starts():
+    """Its base may find the weights as they were moved, with the copies of where they stood beside."""
+
+    def run(base):
+        model, x, y = small_problem()
+        ak.quantize_(model, ak.QuantConfig(weight=ak.quant.Uniform(bits=4), forward="relaxed"))
+        optimizer = ak.optim.SAM(base(ak.param_groups(model), lr=0.05), rho=0.2)
+        secant = analysis.Secant(optimizer.base_optimizer)
+
+        def closure():
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        return [(optimizer.step(closure), secant.last)[1] for _ in range(4)]
+
+    assert run(ak.optim.ASkewSGD) == pytest.approx(run(torch.optim.SGD), rel=1e-6)
 
 
 FORMS = {

@@ -33,9 +33,11 @@ from torch.nn.utils import parametrizations, prune
 import askew_kernels as ak
 from askew_kernels import ops, search
 from askew_kernels.__main__ import main
+from askew_kernels.nn.kinds import TransposedLinear
 from askew_kernels.nn.layers import quantized_input
 from askew_kernels.quant import Binary, Uniform
 from askew_kernels.search import Budget, BudgetError, LayerPolicy, Policy, PolicyError
+from askew_kernels.search.baselines import _by_errors
 from askew_kernels.search.policy import kind_of, weight_grid
 
 pytest.importorskip("scipy")
@@ -118,6 +120,55 @@ def test_mixed_layers_with_learned_scales_and_shared_modules():
     again.load_state_dict(model.state_dict())
     search.unmix_(model)
     assert model[0] is model[2] and type(model[0]) is nn.Linear
+
+
+def test_encoders_do_not_look_past_their_mixtures():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)), torch.randn(2, 5, 8)
+    before = vars(model[0]).copy()
+    search.mix_(model, (2,))
+    with torch.no_grad():  # where torch takes a path of its own in eval mode
+        torch.testing.assert_close(model.eval()(x), model.train()(x))
+    search.unmix_(model)
+    assert vars(model[0]).keys() == before.keys() and model[0].activation_relu_or_gelu == 1
+
+
+class Gained(nn.Module):
+    """Its forward reads what it has put on a layer, which stands under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.layer.gain = 2.0
+        self.layer.scale = nn.Parameter(torch.ones(6))
+        self.again = self.layer
+
+    def forward(self, x):
+        return self.last(self.again(self.layer(x)) * self.layer.scale * self.again.gain)
+
+
+def test_what_hangs_on_layers_goes_on_in_mixtures_and_back():
+    torch.manual_seed(0)
+    model, (x, y), seen = Gained().eval(), data(8), []
+    handle = model.layer.register_forward_hook(lambda m, args, out: (seen.append(type(m)), out.clamp(-1, 1))[1])
+    before, names, known = model(x), list(model.state_dict()), set(vars(model.layer))
+    seen.clear()
+    search.mix_(model, (2, 8))
+    model(x)
+    assert seen == [search.MixedLinear] * 2 and model.again is model.layer and not model.layer.training
+    search.unmix_(model)
+    assert torch.equal(model(x), before) and list(model.state_dict()) == names and set(vars(model.layer)) == known
+    seen.clear()
+    quick(model, [(x, y)], weight_bits=(2, 4), steps=2)
+    assert seen.count(search.MixedLinear) == 2 * 2 * 2  # two calls in each of two forwards of a step
+    handle.remove()
+    seen.clear()
+    model(x)
+    assert not seen
+    model.last.forward = lambda x: x
+    with pytest.raises(ValueError, match="last: its forward was replaced on the instance"):
+        search.mix_(model)
+    assert not search.mixed_layers(model)
 
 
 @pytest.mark.parametrize(
@@ -928,6 +979,29 @@ def test_scales_of_a_mixture_are_those_of_its_candidates(dtype):
     mixed = search.mix_(nn.Sequential(layer), range(1, 9))[0]
     for grid, scale in zip(mixed.weight_grids, mixed._rule_scales(), strict=True):
         assert torch.equal(scale, ak.quant.compute_scale(layer.weight, grid, ak.quant.default_rule(grid))), grid
+
+
+ROWS_ELSEWHERE = {
+    "transposed linear": lambda: TransposedLinear(8, 6),
+    "transposed": lambda: nn.ConvTranspose2d(6, 4, 3),
+    "transposed in groups": lambda: nn.ConvTranspose2d(6, 4, 3, groups=2),
+    "in groups": lambda: nn.Conv2d(6, 4, 3, groups=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROWS_ELSEWHERE)
+def test_errors_of_a_baseline_are_those_of_the_quantized_layer(kind):
+    torch.manual_seed(0)
+    layer = ROWS_ELSEWHERE[kind]()
+    with torch.no_grad():  # outputs and inputs of very different size
+        layer.weight.mul_(torch.logspace(-2, 0, layer.weight.numel()).reshape(layer.weight.shape))
+    x = torch.randn(2, 5, 6) if layer.weight.dim() == 2 else torch.randn(2, 6, 5, 5)
+    model = nn.Sequential(layer)
+    found = _by_errors(search.Space(model, x, (1, 2, 4, 8)), lambda name: 1.0)["0"][:, 0]
+    for bits, error in zip((1, 2, 4, 8), (-found).tolist(), strict=True):
+        new = ak.quantize_(copy.deepcopy(model), ak.QuantConfig(weight=weight_grid(bits)))[0]
+        exact = (new.quantized_weight() - new.weight.detach()).double().square().sum().item()
+        assert error == pytest.approx(exact, rel=1e-5)
 
 
 # ---- policies -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from .. import ops
 from ..optim import ASkewSGD
@@ -30,6 +31,26 @@ def feasibility_limit(eps: float, alpha: float = 1.0) -> float:
     return 12 / (alpha * (9 - 16 * eps)) if alpha > 0 and eps < 9 / 16 else math.inf
 
 
+def _with_gradients(optimizer: torch.optim.Optimizer, look: Callable[[], None]) -> RemovableHandle:
+    """``look()`` is called in each ``optimizer.step()`` when its gradients are there: those of a closure are made after
+    torch has called the hooks that come before a step."""
+
+    def hook(_: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if not callable(closure):
+            look()
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            look()
+            return loss
+
+        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
+
+    return optimizer.register_step_pre_hook(hook)
+
+
 class Secant:
     """L̂_k = ‖g_k − g_{k−1}‖ / ‖w_k − w_{k−1}‖, taken in each ``optimizer.step()``; no forward or backward of its own.
 
@@ -44,25 +65,27 @@ class Secant:
         self._kept: dict[Tensor, tuple[Tensor, Tensor]] = {}
         self._last: Tensor | float = 0.0
         self._value: Tensor | float = 0.0
-        self._handle = optimizer.register_step_pre_hook(self._look)
+        self._handle = _with_gradients(optimizer, self._look)
 
     @torch.no_grad()
-    def _look(self, *_: Any) -> None:
+    def _look(self) -> None:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        known = [p for p in params if p in self._kept]
-        if known:
-            weights, grads = zip(*(self._kept[p] for p in known), strict=True)
-            moved = torch._foreach_norm(torch._foreach_sub([p.detach() for p in known], list(weights)))
-            turned = torch._foreach_norm(torch._foreach_sub([p.grad for p in known], list(grads)))  # type: ignore[arg-type]
-            lengths = [torch.stack([t.double().to(part[0].device) for t in part]).norm() for part in (turned, moved)]
+        moved = getattr(self.optimizer, "saved_weights", {})  # a sharpness-aware step's, which left their copies here
+        scale = getattr(self.optimizer, "grad_scale", None)  # GradScaler's, where the step itself divides by it
+        grads: dict[Tensor, Any] = {p: p.grad if scale is None else p.grad / scale.to(p.device) for p in params}
+        now = {p: (moved.get(p, p).detach(), g.detach()) for p, g in grads.items()}
+        if known := [p for p in params if p in self._kept]:
+            new, old = (list(zip(*(of[p] for p in known), strict=True)) for of in (now, self._kept))
+            went, turned = (torch._foreach_norm(torch._foreach_sub(a, b)) for a, b in zip(new, old, strict=True))
+            lengths = [torch.stack([t.double().to(part[0].device) for t in part]).norm() for part in (turned, went)]
             last = (lengths[0] / lengths[1]).nan_to_num(0.0, 0.0)  # 0 where the weights stood still
             self._last, self._value = last, last.clamp(min=self.decay * self._value)
-        for p in params:
+        for p, pair in now.items():
             if p in self._kept:
-                self._kept[p][0].copy_(p.detach())
-                self._kept[p][1].copy_(p.grad)  # type: ignore[arg-type]
+                for kept, t in zip(self._kept[p], pair, strict=True):
+                    kept.copy_(t)
             else:
-                self._kept[p] = (p.detach().clone(), p.grad.detach().clone())  # type: ignore[union-attr]
+                self._kept[p] = (pair[0].clone(), pair[1].clone())
 
     @property
     def last(self) -> float:
@@ -128,14 +151,14 @@ class Certificate:
         self._above = self._stepped = False
         self._precision = 0.0  # of the last row's loss
         optimizer.telemetry()  # the next step is to be recorded
-        self._handles = [optimizer.register_step_pre_hook(self._keep), optimizer.register_step_post_hook(self._sum)]
+        self._handles = [_with_gradients(optimizer, self._keep), optimizer.register_step_post_hook(self._sum)]
 
     def remove(self) -> None:
         """Ends it; rows stay."""
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, *_: Any) -> None:
+    def _keep(self) -> None:
         self._before = [
             (p, p.detach().clone(), float(group["lr"]))
             for group in self.optimizer.param_groups if group["grid"] is None
@@ -146,9 +169,9 @@ class Certificate:
         """(lr, g·v, ‖v‖²) of every tensor without a grid."""
         self._plain = []
         for p, before, lr in self._before:
-            if lr > 0:
+            if lr > 0 and p.grad is not None:  # a learned scale that this step froze has lost it, and did not move
                 v = (p.detach().double() - before.double()) / lr
-                g = p.grad.double()  # type: ignore[union-attr]
+                g = p.grad.double()
                 self._plain.append((lr, float((g * v).sum()), float((v * v).sum())))
         self._before, self._stepped = [], True
 

@@ -2,7 +2,8 @@
 
 Nothing here forms a Hessian: a product H v costs about two gradients. A model's quantized layers count as float layers
 that hold the weights their forward computes with, because a straight-through gradient has no Hessian; what rounding
-adds to a quantized input is a constant there. Model, data and the caller's generators are left as they were.
+adds to a quantized input is a constant there, and learned scales are no parameters. Model, data and the caller's
+generators are left as they were.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ..nn import dequantize_, quantized_layers
-from ..nn.layers import quantized_input
+from ..nn import quantized_layers
+from ..nn.convert import inputs_of
+from ..nn.layers import INPUT
 from ..optim import frozen_batchnorm_stats
 from .batches import batches_of, check_count, samples
 from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
@@ -132,7 +133,7 @@ class _Problem:
         self.loss_fn, self.seed = loss_fn, seed
         sizes = [max(1, samples(x)) for x, _ in self.batches]
         self.shares = [n / sum(sizes) for n in sizes]
-        self.model, self.named = _float_twin(model)
+        self.model, self.named = _smooth_twin(model)
 
     def loss(self, i: int) -> Tensor:
         """Batch i's part of the mean loss."""
@@ -170,30 +171,28 @@ class _Problem:
         return summed if len(self.batches) > 1 else part(0)
 
 
-class _Shifted(nn.Module):
-    """w -> q + (w − w0): q at w0, and the gradient of w."""
+def _smoothed(layer: Any, value: Tensor, holds: bool) -> None:
+    """Makes a quantized layer, in place, a smooth function of its weight and input: the product with both as its
+    forward has them, ``value`` for the weight. Whether the weight ``holds`` it; else what lies between is a constant,
+    as with the input."""
+    start = None if holds else layer.weight.detach().clone()
 
-    def __init__(self, q: Tensor, w0: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("q", q)
-        self.register_buffer("w0", w0)
+    def weight() -> Tensor:
+        return layer.weight if start is None else value + (layer.weight - start)
 
-    def forward(self, w: Tensor) -> Tensor:
-        return self.q + (w - self.w0)  # type: ignore[operator]
+    def output(x: Tensor, *more: Any) -> Tensor:
+        rounded = layer.forward_input(x)
+        return layer.product(x if rounded is x else rounded + (x - x.detach()), weight(), *more)
 
-
-def _rounded(grid: Any, dims: int) -> Callable[..., tuple]:
-    """A layer's input as the quantized one takes it, positional or by keyword; its gradient passes."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> tuple[tuple, dict]:
-        (x,) = args or kwargs.values()
-        return (quantized_input(x.detach(), grid, dims).detach() + (x - x.detach()),), {}
-
-    return hook
+    layer.config = replace(layer.config, gradient=None)  # one that is rounded is no derivative
+    if (learned := layer._modules.get(INPUT)) is not None:
+        learned.eval()  # where it has not started, it does not do so here
+    vars(layer).update(_output=output, current=weight)  # of layers that are called, and of those that are read
 
 
-def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The model itself, or where it has quantized layers a copy with float ones that compute the same; the parameters.
+def _smooth_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The model itself, or where it has quantized layers a copy that computes the same by smooth ones (``_smoothed``);
+    the parameters. Learned scales, with which all of that is rounded, are none of them.
 
     A parameter that all who use it see quantized alike holds that weight; where they do not (an embedding beside the
     quantized layer that it shares its weight with) it stays, and the layers compute with it plus a constant.
@@ -202,23 +201,20 @@ def _float_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     with torch.inference_mode(False), torch.no_grad():
         weights = {name: layer.forward_weight() for name, layer in layers.items()}
         twin = copy.deepcopy(model) if layers else model
-        named = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
             for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
-                uses.setdefault(id(p), []).append(weights[name] if name in weights and key == "weight" else p)
-        dequantize_(twin) if layers else None
-        for name, layer in layers.items():
-            new: Any = twin.get_submodule(name)
-            weight, value = new.weight, weights[name]
-            if all(torch.equal(other, value) for other in uses[id(weight)]):
+                layer = name if key == "weight" and name in weights else f"{name}.{key}" if name else key  # held there
+                uses.setdefault(id(p), []).append(weights.get(layer, p))
+        learned: set[int] = set()
+        for name, new in quantized_layers(twin).items():
+            weight, value = new._parameters.get("weight"), weights[name]
+            learned |= {id(p) for p in (new.quantizer.learned, *inputs_of(new))}
+            holds = weight is not None and all(torch.equal(other, value) for other in uses[id(weight)])
+            if holds:
                 weight.copy_(value)
-            else:
-                parametrize.register_parametrization(new, "weight", _Shifted(value, weight.detach().clone()))
-            if (grid := layer.kind.input_grid(layer)) is not None:
-                rounded = _rounded(grid, layer.kind.token_dims)
-                new.register_forward_pre_hook(rounded, prepend=True, with_kwargs=True)
-    return twin, named
+            _smoothed(new, value, holds)
+    return twin, {n: p for n, p in twin.named_parameters() if p.is_floating_point() and id(p) not in learned}
 
 
 def smoothness(

@@ -30,6 +30,7 @@ __all__ = [
     "quantized_layers", "unpack_",
 ]  # fmt: skip
 
+COMPUTING: list[type[nn.Module]] = [QuantizedLayer, AskewAttention]  # with something else than the weight they show
 NAMES_TOLD = 4  # of each type, in the line that says what stays float
 
 logger = logging.getLogger("askew_kernels")
@@ -108,7 +109,7 @@ def quantize_(model: nn.Module, config: Any = None, filter_fn: Callable[[nn.Modu
         raise
     expose(model, [name for name in held if name in new])
     replace_modules(model, new)
-    _decline_fast_paths(model)
+    decline_fast_paths(model)
     tell_float(model, "quantize_", asked)
     experts = [name for name, layer in held.items() if name in new and isinstance(layer, ExpertWeight)]
     if experts:  # known by the class's name of who multiplies with them
@@ -227,15 +228,16 @@ def _named_class(kind: Kind) -> str:
     return f"nn.{cls.__name__}" if cls.__module__.startswith("torch.") else cls.__name__
 
 
-def _decline_fast_paths(model: nn.Module) -> None:
+def decline_fast_paths(model: nn.Module) -> None:
     """torch's encoders, when they are evaluated, compute with the weights of their linear layers and look past these.
-    Turns that off, by what they ask first, where quantized layers are inside, and on again where none is any more."""
+    Turns that off, by what they ask first, where layers of ``COMPUTING`` are inside, and on again where none is any
+    more."""
     for module in model.modules():
         for kind, name, off in ((nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
                                 (nn.TransformerEncoder, "use_nested_tensor", False)):  # fmt: skip
             if not isinstance(module, kind) or not hasattr(module, name):
                 continue
-            if any(isinstance(m, (QuantizedLayer, AskewAttention)) for m in module.modules()):
+            if any(isinstance(m, tuple(COMPUTING)) for m in module.modules()):
                 vars(module).setdefault("_askew_fast_path", getattr(module, name))
                 setattr(module, name, off)
             elif "_askew_fast_path" in vars(module):
@@ -251,7 +253,7 @@ def dequantize_(model: nn.Module) -> nn.Module:
         layer.quantizer.untie(layer.weight)
     replace_modules(model, new)
     conceal(model)
-    _decline_fast_paths(model)
+    decline_fast_paths(model)
     return model
 
 
@@ -351,7 +353,7 @@ def hard_quantize_(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         if maker := computed_tensors(layer).get("weight"):
             raise RuntimeError(f"{name}: its weight is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
-    _decline_fast_paths(model)
+    decline_fast_paths(model)
     for layer in layers.values():
         layer.hard_quantize_()
     return model
@@ -377,7 +379,7 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
     ``outer``: the weights of the model's first and last layer, where these are quantized, get groups of their own, with
     ``order="outer"``: ``ak.Recipe`` anneals them last. False: one group for each config.
     """
-    _decline_fast_paths(model)  # of models that were put together by hand
+    decline_fast_paths(model)  # of models that were put together by hand
     groups: dict[Any, dict[str, Any]] = {}
     scales: dict[int, nn.Parameter] = {}
     seen: set[int] = set()

@@ -437,6 +437,18 @@ class QuantizedLayer(nn.Module):
             return self.weight.detach()
         return self._soft_weight().detach() if self.softens else self.quantized_weight()
 
+    @torch.no_grad()
+    def forward_input(self, x: Tensor) -> Tensor:
+        """What the next forward computes with in place of ``x``: ``x`` itself, or what it is rounded to, detached."""
+        if self.training and self.quantizer.floating:
+            return x
+        if (levels := self.config.level_dtype) is not None:
+            flat = x.to(autocast_dtype(x) or x.dtype).reshape(-1, x.shape[-1]).contiguous()
+            q, scale = ops.run_token_levels(flat, levels, self.config.activation)
+            return (q.to(scale.dtype) * scale[:, None]).to(flat.dtype).reshape(x.shape)
+        grid = self.kind.input_grid(self)
+        return x if grid is None else self._quantized_input(x.detach(), grid)
+
     def _weight_of_parts(self) -> Tensor:
         """s Q(w/s) of a weight that tensor parallelism has split (or what a recipe has in between), differentiable:
         every rank quantizes its part."""

@@ -17,6 +17,7 @@ from .. import ops
 from ..analysis.batches import batches_of
 from ..analysis.generators import seeded
 from ..analysis.hessian import hessian_trace
+from ..nn.kinds import kind_of
 from ..quant import compute_scale
 from .cost import BudgetError
 from .policy import Policy, weight_grid
@@ -54,7 +55,9 @@ def _by_errors(space: Space, weigh: Callable[[str], float]) -> dict[str, Tensor]
     """Minus the error that each pair of candidates brings in, ‖w − ŵ‖², and the input's share of the same size."""
     values = {}
     for name in space.names:
-        w = space.model.get_parameter(f"{name}.weight").detach().float()
+        layer: Any = space.model.get_submodule(name)
+        kind: Any = kind_of(layer)
+        w = kind.form_with(kind.geometry_of(layer)).matrix(layer.weight.detach()).float().contiguous()  # a scale a row
         grids = [weight_grid(bits) for bits in space.weight_bits]
         errors = [float((w - ops.fake_quantize(w, compute_scale(w, g), g)).double().square().sum()) for g in grids]
         inputs = [p.act_errors for p in space.profile.weights[name]]

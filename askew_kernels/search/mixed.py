@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from .. import contract, ops
 from ..nn import KINDS, packed_layers, quantized_layers
+from ..nn.convert import COMPUTING, decline_fast_paths
 from ..nn.kinds import SEARCHED, replaceable
 from ..nn.layers import token_rows
+from ..nn.replace import replace_modules, successors
 from ..quant import Uniform, activation_scales, default_rule
 from ..quant.forms import Form
 from ..quant.scales import scale_from_sums
@@ -43,6 +45,9 @@ class MixedLayer(nn.Module):
     weight_strengths: Any
     act_strengths: Any
     kind: ClassVar[Any]  # its entry in nn.KINDS
+    # what a layer that takes the place of this one does not inherit
+    own_attributes = ("weight_bits", "act_bits", "signed", "learned", "temperature", "weight_grids", "act_grids",
+                      "_weight_codes", "_act_codes", "weight_strengths", "act_strengths", "weight_scales")  # fmt: skip
 
     @classmethod
     def from_float(cls, layer: nn.Module, **candidates: Any) -> Any:
@@ -117,6 +122,7 @@ class MixedLayer(nn.Module):
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}{inputs}"
 
 
+COMPUTING.append(MixedLayer)
 # {torch's class: that of its mixtures}
 MIXED: dict[Any, Any] = {
     kind.plain: type(
@@ -172,36 +178,38 @@ def mix_(model: nn.Module, weight_bits: Sequence[int] = (2, 3, 4, 8), act_bits: 
 
     weight_bits: of 1 … 8 (1: binary); act_bits: of 2 … 8 and None (float). signed: whether a layer's input has negative
     values (default: it has). learned: scales are parameters (LSQ) instead of following their rule. Parameters stay the
-    same objects. Layers that share a weight share its strengths and scales: there is one choice for it. Raises
-    ValueError before anything is replaced.
+    same objects; hooks, flags and attributes of a replaced layer go on. Layers that share a weight share its strengths
+    and scales: there is one choice for it. Raises ValueError before anything is replaced.
     """
     layers = chosen_layers(model, filter_fn, kinds)
     check_candidates("weight_bits", weight_bits, WEIGHT_BITS, none=False)
     check_candidates("act_bits", act_bits, ACT_BITS, none=True)
-    made: dict[int, Any] = {}
     firsts: dict[int, Any] = {}
-    for name, layer in layers.items():
+
+    def make(name: str, layer: Any) -> nn.Module:
         given = {"weight_bits": weight_bits, "act_bits": act_bits, "signed": (signed or {}).get(name, True)}
-        new = made[id(layer)] = MIXED[_plain_class(layer)].from_float(layer, **given, learned=learned)
+        new = MIXED[_plain_class(layer)].from_float(layer, **given, learned=learned)
         first = firsts.setdefault(weight_id(layer), new)
         for shared in ("weight_strengths", "act_strengths", *(["weight_scales"] if learned else [])):
             setattr(new, shared, getattr(first, shared))
-    _swap(model, made)
+        return new
+
+    _swap(model, layers, make)
     return model
 
 
 def unmix_(model: nn.Module) -> nn.Module:
     """The inverse of ``mix_``: float layers with the same Parameter objects, in place."""
-    _swap(model, {id(m): m.to_float() for m in mixed_layers(model).values()})
+    _swap(model, mixed_layers(model), lambda _, layer: layer.to_float())
     return model
 
 
-def _swap(model: nn.Module, made: Mapping[int, nn.Module]) -> None:
-    """Puts ``made[id(old)]`` wherever ``old`` stands, under each of its names."""
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in made and name:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, made[id(module)])
+def _swap(model: nn.Module, layers: Mapping[str, nn.Module], make: Callable[[str, Any], nn.Module]) -> None:
+    """Puts ``make(name, layer)`` wherever a layer stands, under each of its names."""
+    ids = set(map(id, layers.values()))
+    everywhere = {name: m for name, m in model.named_modules(remove_duplicate=False) if id(m) in ids}
+    replace_modules(model, successors(everywhere, make, "its to_float()"))
+    decline_fast_paths(model)
 
 
 def mixed_layers(model: nn.Module) -> dict[str, Any]:
