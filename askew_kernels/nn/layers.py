@@ -440,7 +440,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def forward_input(self, x: Tensor) -> Tensor:
         """What the next forward computes with in place of ``x``: ``x`` itself, or what it is rounded to, detached."""
-        if self.training and self.quantizer.floating:
+        if self.training and self._floats():
             return x
         if (levels := self.config.level_dtype) is not None:
             flat = x.to(autocast_dtype(x) or x.dtype).reshape(-1, x.shape[-1]).contiguous()
