@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import local_part, made_for_a_part, sharding_of
-from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_sums, spare_frozen_scales
+from ..quant.state import Changes, LearnedScale, is_learned, next_scales, share_sums, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -93,7 +93,7 @@ class Constrained(Optimizer):
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
-            if scale_owner(p) is not None:
+            if is_learned(p):
                 raise TypeError(f"params[{i}]: is the learned scale of a quantized layer, which has no grid; give it a "
                                 "group of its own, as ak.param_groups(model) does")  # fmt: skip
             if quantizer.config.learns_scale and WeightQuantizer.of(p) is None:
@@ -179,7 +179,7 @@ class Constrained(Optimizer):
         for group, params, grads in work:
             if not params or group["grid"] is not None:
                 continue
-            scales = [(p, g) for p, g in zip(params, grads, strict=True) if scale_owner(p) is not None]
+            scales = [(p, g) for p, g in zip(params, grads, strict=True) if is_learned(p)]
             for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
                 local_part(grad).nan_to_num_(0.0, 0.0, 0.0)
             self._step_plain(group, params)

@@ -22,7 +22,7 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
-from ..quant.state import scale_owner
+from ..quant.state import is_learned
 from .amp import unscale_first, unscale_second
 from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
@@ -284,7 +284,7 @@ class SAM(Wrapper):
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
             eta, maximize = float(group["eta"]), bool(group.get("maximize"))
             for i, p in enumerate(group["params"]):
-                if (g := direction(p)) is None or scale_owner(p) is not None:  # a learned scale stays where it is
+                if (g := direction(p)) is None or is_learned(p):  # a learned scale stays where it is
                     continue
                 name = names[i] if names else self._names.get(p)
                 what = name or f"params[{i}]"
