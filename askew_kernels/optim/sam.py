@@ -693,7 +693,7 @@ class AlignedSAM(SAM):
             else:
                 together.setdefault(launch_of(second), []).append((second, first))
         for key, pairs in together.items() if coefficients else ():
-            if key not in coefficients:  # scales alone, which nothing perturbs
+            if key not in coefficients:  # nothing of this launch was perturbed, as of scales
                 any_other = next(iter(coefficients.values()))
                 coefficients[key] = any_other.to(key[0], torch.float64 if key[1] else torch.float32)
             ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])

@@ -97,13 +97,13 @@ class Skewed(Constrained, Wrapper):
         quantizers: list[Any] = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
         copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
-        torch._foreach_copy_(copies, weights)
+        _copy(copies, weights)
         for q, p in zip(quantizers, params, strict=True):
             q.leaving(p)
         try:
             self.base_optimizer.step()
         except BaseException:
-            torch._foreach_copy_(weights, copies)
+            _copy(weights, copies)
             for q, p in zip(quantizers, params, strict=True):
                 q.returned(p)
             raise
@@ -146,6 +146,11 @@ class Skewed(Constrained, Wrapper):
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._load(state_dict, self.base_optimizer.load_state_dict)
         self._complete()
+
+
+def _copy(to: list[Tensor], those: list[Tensor]) -> None:
+    if to:  # torch refuses lists of none
+        torch._foreach_copy_(to, those)
 
 
 def _divisor(lr: float | Tensor) -> float | Tensor:
