@@ -702,6 +702,55 @@ def test_copies(cls, options, eps, how):
     assert other_optimizer.telemetry()
 
 
+def _matched_by_name(optimizer, state_dict):
+    """As torch's documentation of ``register_load_state_dict_pre_hook`` has it."""
+    matched = copy.deepcopy(optimizer.state_dict())
+    for mine, saved in zip(matched["param_groups"], state_dict["param_groups"], strict=True):
+        places = dict(zip(saved["param_names"], saved["params"], strict=True))
+        for index, name in zip(mine["params"], mine["param_names"], strict=True):
+            matched["state"][index] = state_dict["state"][places[name]]
+    return matched | {"askew_steps": state_dict["askew_steps"]}
+
+
+@pytest.mark.parametrize("wrapped", ["", "Skewed", "SAM"])
+def test_hooks_see_the_whole_state(wrapped):
+    def made(order):
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), CONFIG)
+        named = dict(model.named_parameters())
+        groups = [{"params": [(name, named[name]) for name in order], "grid": GRID}]
+        if wrapped == "Skewed":
+            return model, ak.optim.Skewed(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+        optimizer = ASkewSGD(groups, lr=0.1, momentum=0.9)
+        return model, ak.optim.SAM(optimizer, rho=0.0) if wrapped else optimizer
+
+    model, optimizer = made(["0.weight", "1.weight"])
+    optimizer.param_groups[0]["constraint_eps"] = 0.5  # scales freeze
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(X[0, :, :8]).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(copy.deepcopy(state)))
+    saved = optimizer.state_dict()
+    assert "scale" in seen[0]["state"][0] and seen[0]["param_groups"][0]["grid"] == GRID.to_dict()
+    other, loaded = made(["1.weight", "0.weight"])
+    calls = []
+    loaded.register_load_state_dict_pre_hook(_matched_by_name)
+    loaded.register_load_state_dict_post_hook(lambda o: calls.append(float(o.state[other[0].weight]["scale"][0])))
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(saved)
+    assert calls == [float(model[0].weight_scale[0])] and loaded.param_groups[0]["grid"] == GRID
+    for one, two in zip(other, model, strict=True):
+        assert torch.equal(one.weight_scale, two.weight_scale)
+        for key in ("momentum_buffer", "scale"):
+            if key in optimizer.state[two.weight]:
+                assert torch.equal(loaded.state[one.weight][key], optimizer.state[two.weight][key])
+
+
 def test_state_dict_is_plain():
     optimizer = ASkewSGD(ak.param_groups(network()), lr=0.1, momentum=0.9)
     assert optimizer.state_dict()["param_groups"][0]["grid"] == GRID.to_dict()

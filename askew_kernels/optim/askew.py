@@ -19,6 +19,7 @@ from .. import ops
 from ..quant import Binary
 from ..quant.state import LearnedScale, QuantizedParameter
 from .constrained import CONSTRAINT_KEYS, Constrained
+from .hooks import Hooked
 from .plan import Held, Launch, Plan, address, capturing, version
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
@@ -61,7 +62,7 @@ MOMENTS = {"max_exp_avg_sq", *(key for rule in ops.RULES.values() for key in rul
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
-class ByRule(Constrained):
+class ByRule(Constrained, Hooked):
     """The one body of all rules. A subclass names its row: ``class ASkewSGD(ByRule, rule="sgd")``."""
 
     RULE: ClassVar[ops.Rule]
@@ -171,9 +172,8 @@ class ByRule(Constrained):
             group.update({**self.defaults, **group})
             self._agree(group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, plus the scales (with the sums that they belong to); grids as plain dicts."""
-        return self._packed(super().state_dict())
+    def _pack(self) -> dict[str, Any]:
+        return self._packed(super()._pack())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after.
@@ -182,6 +182,9 @@ class ByRule(Constrained):
         which stay as they are. Raises ValueError, before anything changes, where a group has another grid, and for the
         state of an optimizer of another kind.
         """
+        super().load_state_dict(state_dict)
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
         own = {*self.RULE.buffers}
         for index, state in state_dict["state"].items():
             moments = {key for key in MOMENTS if isinstance(state.get(key), Tensor)}
@@ -190,7 +193,7 @@ class ByRule(Constrained):
                     f"state_dict: state[{index}] has {', '.join(sorted(moments))}, and {type(self).__name__} keeps "
                     f"{', '.join(own)}: another optimizer's; load {{**state_dict, 'state': {{}}}} to begin anew"
                 )
-        self._load(state_dict, super().load_state_dict)
+        self._load(state_dict, super()._unpack)
 
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
                    ) -> dict[str, Any]:  # fmt: skip
