@@ -906,7 +906,9 @@ def test_bad_parameters():
         ASkewSGD([{"params": [layer.weight], "grid": Binary(), "scale": "mean"}], lr=0.1)
 
 
-@pytest.mark.parametrize("break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps"])
+@pytest.mark.parametrize(
+    "break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps", "grid"]
+)
 @pytest.mark.parametrize(("cls", "options"), EACH)
 def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     model = nn.ParameterList([nn.Parameter(GOOD.clone()) for _ in range(3)])
@@ -931,6 +933,8 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
         group["constraint_eps"] = 0.0
     elif break_it == "eps tensor":
         group["constraint_eps"] = torch.tensor(2.0)
+    elif break_it == "grid":
+        group["grid"] = Ternary()
     else:
         group["constraint_eps"] = math.nan
     before = copy.deepcopy([p.detach() for p in model])
@@ -938,11 +942,33 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)) as caught:
         optimizer.step()
     if break_it != "sparse plain":
-        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("grad", "lr", "constraint_eps"))
+        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("gr", "lr", "constraint_eps"))
     assert all(torch.equal(p, b) for p, b in zip(model, before, strict=True))
     for p, s in zip(model, state, strict=True):
         for key, value in s.items():
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("cls", [ASkewSGD, ak.optim.Skewed])
+def test_a_layer_that_has_another_grid_is_told_before_any_write(cls):
+    model = ak.quantize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), CONFIG)
+    groups = ak.param_groups(model, outer=False)
+    optimizer = ASkewSGD(groups, lr=0.1) if cls is ASkewSGD else cls(torch.optim.SGD(groups, lr=0.1))
+    for _ in range(2):
+        model(X[0, :, :8]).square().sum().backward()
+        optimizer.step()
+    ak.quantize_(model, {"1": QuantConfig(Ternary())})
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Ternary"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before)) and optimizer.steps == 2
+    other = ak.quantize_(nn.Sequential(nn.Linear(8, 4)), CONFIG)
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Uniform"):
+        optimizer.add_param_group({"params": [other[0].weight], "grid": Ternary()})
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Uniform"):
+        ASkewSGD([{"params": [other[0].weight], "grid": Ternary()}], lr=0.1)
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": [other[0].weight], "grid": GRID})
 
 
 def test_mixed_types_in_one_group(generator):

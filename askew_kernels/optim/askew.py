@@ -198,15 +198,17 @@ class ByRule(Constrained, Hooked):
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
                    ) -> dict[str, Any]:  # fmt: skip
         self._agree(group)
-        ours, plan = group["grid"] is not None, self._plans.get(index)
-        known = (plan is not None and plan.takes(params, grads)) or (not ours and self.RULE.name == "sgd")
-        for p, grad in () if known else zip(params, grads, strict=True):
+        return super()._arguments(index, group, params, grads)
+
+    def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        ours = group["grid"] is not None
+        for p, grad in zip(params, grads, strict=True) if ours or self.RULE.name != "sgd" else ():
             if grad.layout != torch.strided:
                 what = " for a quantized parameter" * ours
                 raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients{what}")
             if grad.dtype != p.dtype and (ours or not self._in_torch):
                 raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
-        return super()._arguments(index, group, params, grads)
+        super()._check_tensors(group, params, grads)
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         return {

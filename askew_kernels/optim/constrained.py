@@ -96,10 +96,11 @@ class Constrained(Optimizer):
             if is_learned(p):
                 raise TypeError(f"params[{i}]: is the learned scale of a quantized layer, which has no grid; give it a "
                                 "group of its own, as ak.param_groups(model) does")  # fmt: skip
-            if quantizer.config.learns_scale and WeightQuantizer.of(p) is None:
+            found = _found_quantizer(group, p)
+            if quantizer.config.learns_scale and found is None:
                 raise ValueError(f"scale: {quantizer.config.scale!r} is learned in the forward of a quantized layer, "
                                  f"and params[{i}] has none; expected a rule")  # fmt: skip
-            rows = (WeightQuantizer.of(p) or quantizer).rows(p)
+            rows = (found or quantizer).rows(p)
             if not self._CLIPS:
                 refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
             if isinstance(group["scale"], Tensor):
@@ -118,12 +119,10 @@ class Constrained(Optimizer):
 
     def _quantizer(self, group: dict[str, Any], p: Tensor, form: Form = ROWS) -> WeightQuantizer:
         """The weight's quantizer: its layer's, or one made here, of this form, for a weight without a layer."""
-        found = WeightQuantizer.of(p)
+        found = _found_quantizer(group, p)
         if found is None:
             found = WeightQuantizer(_config_of(group), form)
             found.tie(p)  # type: ignore[arg-type]
-        elif found.config.weight != group["grid"]:
-            raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
             found.freeze(p, _fixed_scale(group, p, found.rows(p)))
         return found
@@ -207,7 +206,15 @@ class Constrained(Optimizer):
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
                    ) -> dict[str, Any]:  # fmt: skip
         """What the operator is given for this group's launches, all of it checked."""
+        plan = self._plans.get(index)
+        if plan is None or not (plan.takes(params, grads) and id(group["grid"]) in plan.key):
+            self._check_tensors(group, params, grads)
         return self._checked_arguments(group)
+
+    def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Where they are not known from the step before. Raises TypeError/ValueError."""
+        for p in params if group["grid"] is not None else ():
+            self._quantizer(group, p)
 
     def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keys' part of it, kept while they stay."""
@@ -474,6 +481,14 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if len(grads) < len(found):
         params = [p for p, g in zip(params, found, strict=True) if g is not None]
     return params, grads
+
+
+def _found_quantizer(group: dict[str, Any], p: Tensor) -> WeightQuantizer | None:
+    """That of the weight, if there is one. Raises ValueError where it has another grid than the group."""
+    found = WeightQuantizer.of(p)
+    if found is not None and found.config.weight != group["grid"]:
+        raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
+    return found
 
 
 def viewed(p: Tensor, t: Tensor) -> Tensor:
