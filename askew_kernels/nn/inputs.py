@@ -174,7 +174,8 @@ class InputQuantizer(nn.Module):
 
     def _composed(self, x: Tensor, held: list[Any], factor: float) -> Tensor:
         """The same by operators that can be traced and transformed."""
-        learned, offset = (p if p is None else torch.where((p - p).detach() == 0, p, 0.0) for p in held)
+        finite: list[Any] = [p if p is None else torch.where((p - p).detach() == 0, p, 0.0) for p in held]
+        learned, offset = finite
         scale = bounded_scale(held[0].detach(), self.start)
         z = x if offset is None else x - offset.detach().to(x.dtype)
         weight = _weight(z, scale, self.grid)
