@@ -343,6 +343,28 @@ def test_skip_nonfinite(generator):
         assert [t["nonfinite"] for t in optimizer.telemetry()] == [2, 0, 0]
 
 
+@pytest.mark.parametrize("base", [*EACH, (ak.optim.Skewed, dict(lr=0.1, momentum=0.9))], ids=lambda b: b[0].__name__)
+def test_nonfinite_gradients_of_groups_without_a_grid_count_as_zero(base):
+    cls, options = base
+    make = {ak.optim.Skewed: lambda g, **o: ak.optim.Skewed(torch.optim.SGD(g, **o))}.get(cls, cls)
+    models = []
+    for broken in (math.inf, math.nan, 0.0):
+        torch.manual_seed(0)
+        config = QuantConfig(GRID, "lsq")
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), config)
+        optimizer = make(ak.param_groups(model, skip_nonfinite=True, **options), **options)
+        for i in range(4):
+            optimizer.zero_grad()
+            model(X[i, :, :8]).square().sum().backward()
+            if i == 1:
+                for p in (model[0].bias, model[1].weight, model[2].weight_scale):
+                    p.grad[1] = broken
+            optimizer.step()
+        models.append(model)
+    for p, *others in zip(models[-1].parameters(), *(model.parameters() for model in models[:-1]), strict=True):
+        assert p.isfinite().all() and all(torch.equal(p, other) for other in others)
+
+
 # ---- scales: when they move and when they stand still ----------------------------------------------------------------
 
 

@@ -37,7 +37,8 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
                         base rule's own step is skewed last, which keeps the guarantee with momentum)
     ``freeze_scale``    ``"anneal"`` (default: at the first step with constraint_eps < 1), ``"init"`` or ``"never"``
     ``clamp``           weights are clamped to the hull once the scale is frozen (default: True)
-    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
+    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does; in
+                        groups without a grid such a gradient counts as 0
     ==================  =============================================================================================
 
     A step that has been made before with the same tensors can be captured in a CUDA graph; lr, constraint_eps and

@@ -160,6 +160,9 @@ class Constrained(Optimizer):
         if record:
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
+        for group, _, grads in work:  # without a grid no rule looks at single elements
+            for grad in grads if group["grid"] is None and group["skip_nonfinite"] else ():
+                (grad._values() if grad.is_sparse else local_part(grad)).nan_to_num_(0.0, 0.0, 0.0)
         self._step_base(work)
         self._step_without_grid(work)
         for index, (group, params, grads) in enumerate(work):
@@ -175,14 +178,12 @@ class Constrained(Optimizer):
     def _step_without_grid(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
         """They come before those with one, whatever the order of groups: learned scales are among them, and the copies
         that a launch writes are of the new ones."""
-        for group, params, grads in work:
+        for group, params, _ in work:
             if not params or group["grid"] is not None:
                 continue
-            scales = [(p, g) for p, g in zip(params, grads, strict=True) if is_learned(p)]
-            for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
-                local_part(grad).nan_to_num_(0.0, 0.0, 0.0)
             self._step_plain(group, params)
-            torch.autograd.graph.increment_version([local_part(p) for p, _ in scales])  # fused steps do not count
+            scales = [local_part(p) for p in params if is_learned(p)]
+            torch.autograd.graph.increment_version(scales)  # fused steps do not count
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""

@@ -36,7 +36,8 @@ class Skewed(Constrained, Wrapper):
     Costs one copy of the weights that have a grid, which is kept from step to step, room for the directions of
     2^24 of them at a time, and two passes over the weights beside the base's step and the skewed one. d is rounded to
     the weight's type: with bfloat16 or float16 weights it knows no more than the base's own step left there.
-    ``telemetry()``'s ``grad_velocity`` is d·v and ``nonfinite`` counts elements of d.
+    ``telemetry()``'s ``grad_velocity`` is d·v, ``nonfinite`` counts elements of d, and these are what
+    ``skip_nonfinite`` leaves alone: what a base's momentum remembers of an inf or NaN leaves the element where it is.
     ``SAM(Skewed(base))`` is a sharpness-aware step of it. Refused, by TypeError: a base that is under the constraint
     already, one that is sharpness-aware, one whose ``step`` needs a closure (LBFGS).
     Other arguments and errors as for ``ASkewSGD``.
