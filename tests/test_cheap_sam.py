@@ -519,15 +519,16 @@ def test_msam_restores_within_an_askew_step(base, monkeypatch):
     assert same(*runs)
 
 
+@pytest.mark.parametrize("inputs", [{}, {"activation": Uniform(4), "activation_scale": "lsq+"}], ids=["", "inputs"])
 @pytest.mark.parametrize("base", ["ASkewSGD", "ASkewAdamW", "SGD", "AdamW"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_learned_scales_learn_and_are_not_perturbed(kind, base):
+def test_learned_scales_learn_and_are_not_perturbed(kind, base, inputs):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    ak.quantize_(model, QuantConfig(Uniform(4), "lsq"))
+    ak.quantize_(model, QuantConfig(Uniform(4), "lsq", **inputs))
     optimizer = MAKE[kind](BASES[base](ak.param_groups(model)))
     scales = [p for group in optimizer.param_groups if group.get("role") == "scale" for p in group["params"]]
-    assert len(scales) == 2
+    assert len(scales) == (6 if inputs else 2)
     model(X[0])  # where they begin
     start = [s.detach().clone() for s in scales]
     for i in range(7):
@@ -538,7 +539,8 @@ def test_learned_scales_learn_and_are_not_perturbed(kind, base):
             return closure_of(model, i)()
 
         optimizer.step(closure)
-    assert not any(map(torch.equal, scales, start)) and all((s > 0).all() for s in scales)
+    assert not any(map(torch.equal, scales, start))
+    assert all((p > 0).all() for name, p in model.named_parameters() if name.endswith("scale"))
 
 
 @pytest.mark.gpu

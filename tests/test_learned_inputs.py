@@ -4,12 +4,14 @@ Esser et al., ICLR 2020), with ``"lsq+"`` an offset, too (LSQ+, Bhalgat et al., 
 1. Values and gradients of input, scale and offset are the papers' formulas: a float64 oracle by autograd.
 2. They start from the first batch in training mode or from ``calibrate_``, stand in the state_dict and in the group of
    learned scales, and survive copies, checkpoints and casts.
-3. Traced and transformed calls compute the same; no gradient makes a scale useless.
+3. Traced and transformed calls compute the same; no gradient makes a scale useless, nor a write that torch does not
+   count.
 4. What cannot be says so: packing, forwards that quantize token by token, a start in every rank for itself.
 """
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -168,6 +170,49 @@ def test_no_gradient_makes_it_useless(kind, value):
     torch.optim.SGD(learned.parameters(), lr=1.0).step()
     assert model(x).isfinite().all()
     assert learned.scale.isfinite().all() and (learned.scale >= 0.999e-3 * start).all()
+
+
+FUSED = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1.0, fused=True),
+    "ASkewSGD": lambda groups: ak.optim.ASkewSGD(groups, lr=1.0, fused=True),
+    "Skewed": lambda groups: ak.optim.Skewed(torch.optim.SGD(groups, lr=1.0, fused=True)),
+    "data": None,
+}
+
+
+@pytest.mark.parametrize("copied", [
+    lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)),
+    lambda model: model.double().float(),
+], ids=["itself", "deepcopy", "pickle", "cast"])  # fmt: skip
+@pytest.mark.parametrize("by", FUSED)
+def test_writes_that_torch_does_not_count_are_bounded(by, copied):
+    model, x = layer_of("lsq+"), inputs()
+    ak.nn.calibrate_(model, x)
+    model = copied(model)
+    learned = model[0].input_quantizer
+    start = learned.scale.detach().clone()
+    model(x).sum().backward()
+    if by == "data":
+        learned.scale.data.fill_(-10.0)
+        learned.offset.data.fill_(math.nan)
+    else:
+        optimizer = FUSED[by](ak.param_groups(model, lr=1.0))
+        learned.scale.grad.fill_(10.0)
+        learned.offset.grad.fill_(math.nan)
+        optimizer.step()
+    torch._dynamo.reset()
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)(x)  # it looks at them before anyone bounds them
+    torch.testing.assert_close(model(x), traced, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learned.scale, 1e-3 * start)
+    assert learned.offset == 0
+
+
+def test_looking_at_data_between_two_forwards_leaves_the_graph_alone():
+    model, x = layer_of("lsq+"), inputs()
+    ak.nn.calibrate_(model, x)
+    y = model(x)
+    assert model[0].input_quantizer.scale.data > 0
+    (y + model(x)).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -619,6 +619,30 @@ def test_wrapped_optimizers(wrapper):
     assert all((a != b).any() for a, b in zip(start, scales_of(model), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("config", [{}, {"activation": Uniform(8), "activation_scale": "lsq+"}], ids=["", "inputs"])
+@pytest.mark.parametrize("base", ["SGD", "ASkewSGD"])
+def test_aligned_steps_take_both_gradients_of_scales_too(base, config, dtype):
+    torch.manual_seed(0)
+    model = ak.quantize_(
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3)), QuantConfig(scale="lsq", **config)
+    )
+    model.to(dtype)
+    x, y = torch.randn(32, 16, dtype=dtype), torch.arange(32) % 3
+    ak.nn.calibrate_(model, x)
+    kind = torch.optim.SGD if base == "SGD" else ak.optim.ASkewSGD
+    optimizer = ak.optim.AlignedSAM(kind(ak.param_groups(model), lr=0.01), rho=0.05)
+    names = [name for name, _ in model.named_parameters() if "scale" in name or "offset" in name]
+    seen = []
+    for half in (optimizer.first_step, optimizer.second_step):
+        functional.cross_entropy(model(x), y).backward()
+        seen.append({name: model.get_parameter(name).grad.clone() for name in names})
+        half(zero_grad=half == optimizer.first_step)
+    for name in names:
+        merged = (seen[0][name] + seen[1][name]) / 2
+        torch.testing.assert_close(model.get_parameter(name).grad, merged)
+
+
 def test_skipped_gradients_leave_scales_alone():
     """Momentum would remember a NaN for ever."""
     model = model_with()

@@ -343,6 +343,28 @@ def test_skip_nonfinite(generator):
         assert [t["nonfinite"] for t in optimizer.telemetry()] == [2, 0, 0]
 
 
+@pytest.mark.parametrize("base", [*EACH, (ak.optim.Skewed, dict(lr=0.1, momentum=0.9))], ids=lambda b: b[0].__name__)
+def test_nonfinite_gradients_of_groups_without_a_grid_count_as_zero(base):
+    cls, options = base
+    make = {ak.optim.Skewed: lambda g, **o: ak.optim.Skewed(torch.optim.SGD(g, **o))}.get(cls, cls)
+    models = []
+    for broken in (math.inf, math.nan, 0.0):
+        torch.manual_seed(0)
+        config = QuantConfig(GRID, "lsq")
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)), config)
+        optimizer = make(ak.param_groups(model, skip_nonfinite=True, **options), **options)
+        for i in range(4):
+            optimizer.zero_grad()
+            model(X[i, :, :8]).square().sum().backward()
+            if i == 1:
+                for p in (model[0].bias, model[1].weight, model[2].weight_scale):
+                    p.grad[1] = broken
+            optimizer.step()
+        models.append(model)
+    for p, *others in zip(models[-1].parameters(), *(model.parameters() for model in models[:-1]), strict=True):
+        assert p.isfinite().all() and all(torch.equal(p, other) for other in others)
+
+
 # ---- scales: when they move and when they stand still ----------------------------------------------------------------
 
 
@@ -702,6 +724,55 @@ def test_copies(cls, options, eps, how):
     assert other_optimizer.telemetry()
 
 
+def _matched_by_name(optimizer, state_dict):
+    """As torch's documentation of ``register_load_state_dict_pre_hook`` has it."""
+    matched = copy.deepcopy(optimizer.state_dict())
+    for mine, saved in zip(matched["param_groups"], state_dict["param_groups"], strict=True):
+        places = dict(zip(saved["param_names"], saved["params"], strict=True))
+        for index, name in zip(mine["params"], mine["param_names"], strict=True):
+            matched["state"][index] = state_dict["state"][places[name]]
+    return matched | {"askew_steps": state_dict["askew_steps"]}
+
+
+@pytest.mark.parametrize("wrapped", ["", "Skewed", "SAM"])
+def test_hooks_see_the_whole_state(wrapped):
+    def made(order):
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)), CONFIG)
+        named = dict(model.named_parameters())
+        groups = [{"params": [(name, named[name]) for name in order], "grid": GRID}]
+        if wrapped == "Skewed":
+            return model, ak.optim.Skewed(torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+        optimizer = ASkewSGD(groups, lr=0.1, momentum=0.9)
+        return model, ak.optim.SAM(optimizer, rho=0.0) if wrapped else optimizer
+
+    model, optimizer = made(["0.weight", "1.weight"])
+    optimizer.param_groups[0]["constraint_eps"] = 0.5  # scales freeze
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(X[0, :, :8]).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(copy.deepcopy(state)))
+    saved = optimizer.state_dict()
+    assert "scale" in seen[0]["state"][0] and seen[0]["param_groups"][0]["grid"] == GRID.to_dict()
+    other, loaded = made(["1.weight", "0.weight"])
+    calls = []
+    loaded.register_load_state_dict_pre_hook(_matched_by_name)
+    loaded.register_load_state_dict_post_hook(lambda o: calls.append(float(o.state[other[0].weight]["scale"][0])))
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(saved)
+    assert calls == [float(model[0].weight_scale[0])] and loaded.param_groups[0]["grid"] == GRID
+    for one, two in zip(other, model, strict=True):
+        assert torch.equal(one.weight_scale, two.weight_scale)
+        for key in ("momentum_buffer", "scale"):
+            if key in optimizer.state[two.weight]:
+                assert torch.equal(loaded.state[one.weight][key], optimizer.state[two.weight][key])
+
+
 def test_state_dict_is_plain():
     optimizer = ASkewSGD(ak.param_groups(network()), lr=0.1, momentum=0.9)
     assert optimizer.state_dict()["param_groups"][0]["grid"] == GRID.to_dict()
@@ -857,7 +928,9 @@ def test_bad_parameters():
         ASkewSGD([{"params": [layer.weight], "grid": Binary(), "scale": "mean"}], lr=0.1)
 
 
-@pytest.mark.parametrize("break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps"])
+@pytest.mark.parametrize(
+    "break_it", ["sparse", "sparse plain", "lr", "lr tensor", "eps", "eps tensor", "nan eps", "grid"]
+)
 @pytest.mark.parametrize(("cls", "options"), EACH)
 def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     model = nn.ParameterList([nn.Parameter(GOOD.clone()) for _ in range(3)])
@@ -882,6 +955,8 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
         group["constraint_eps"] = 0.0
     elif break_it == "eps tensor":
         group["constraint_eps"] = torch.tensor(2.0)
+    elif break_it == "grid":
+        group["grid"] = Ternary()
     else:
         group["constraint_eps"] = math.nan
     before = copy.deepcopy([p.detach() for p in model])
@@ -889,11 +964,33 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     with pytest.raises((TypeError, ValueError, NotImplementedError, RuntimeError)) as caught:
         optimizer.step()
     if break_it != "sparse plain":
-        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("grad", "lr", "constraint_eps"))
+        assert caught.type in (TypeError, ValueError) and str(caught.value).startswith(("gr", "lr", "constraint_eps"))
     assert all(torch.equal(p, b) for p, b in zip(model, before, strict=True))
     for p, s in zip(model, state, strict=True):
         for key, value in s.items():
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+@pytest.mark.parametrize("cls", [ASkewSGD, ak.optim.Skewed])
+def test_a_layer_that_has_another_grid_is_told_before_any_write(cls):
+    model = ak.quantize_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), CONFIG)
+    groups = ak.param_groups(model, outer=False)
+    optimizer = ASkewSGD(groups, lr=0.1) if cls is ASkewSGD else cls(torch.optim.SGD(groups, lr=0.1))
+    for _ in range(2):
+        model(X[0, :, :8]).square().sum().backward()
+        optimizer.step()
+    ak.quantize_(model, {"1": QuantConfig(Ternary())})
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Ternary"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before)) and optimizer.steps == 2
+    other = ak.quantize_(nn.Sequential(nn.Linear(8, 4)), CONFIG)
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Uniform"):
+        optimizer.add_param_group({"params": [other[0].weight], "grid": Ternary()})
+    with pytest.raises(ValueError, match="^grid: the parameter's layer has Uniform"):
+        ASkewSGD([{"params": [other[0].weight], "grid": Ternary()}], lr=0.1)
+    assert len(optimizer.param_groups) == 2
+    optimizer.add_param_group({"params": [other[0].weight], "grid": GRID})
 
 
 def test_mixed_types_in_one_group(generator):

@@ -361,6 +361,16 @@ def test_closure_and_parameters_without_gradients():
     model[0].weight.grad = None
     optimizer.step()
     assert torch.equal(model[0].weight, before)
+    for left in ([model[0].bias], []):  # without a weight that has a grid; without any
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) if any(p is one for one in left) else None
+        before = [p.detach().clone() for p in left]
+        optimizer.step()
+        assert not any(map(torch.equal, left, before))
+    model[0].bias.grad = torch.ones_like(model[0].bias)
+    optimizer.base_optimizer.register_step_post_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step()
 
 
 def test_grad_scaler():

@@ -27,7 +27,7 @@ from ..contract import compute_dtype
 from ..quant.config import LEARNED_INPUTS
 from ..quant.scales import bounded_scale
 from ..quant.sharding import is_sharded, local_part, sharding_of
-from ..quant.state import learned_slopes
+from ..quant.state import edits, learned_slopes, learns
 from .joint import being_managed, copy_of, is_beside, replicated
 
 __all__ = ["InputQuantizer", "calibrate_"]
@@ -49,20 +49,34 @@ class InputQuantizer(nn.Module):
         self.register_parameter("offset", nn.Parameter(zero.clone()) if kind == LEARNED_INPUTS[1] else None)
         self.register_buffer("start", zero)
         self._started = False
-        self._seen: Any = None  # versions of the Parameters that were found within their bounds
+        self._seen: Any = None  # of the Parameters: as they were found within their bounds
+        self._own()
+
+    def _own(self) -> None:
+        """Optimizers know scale and offset by their class; other objects may have come in the place of these."""
+        for p in self._parameters.values():
+            if isinstance(p, nn.Parameter):
+                learns(p)
+        self._seen = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # from_pretrained of transformers: memory that nobody has written, for what the checkpoint lacks
         if isinstance(value, Tensor) and sys._getframe(1).f_code.co_name == "_load_parameter_into_model":
             value.data.fill_(float(name == "scale"))
         super().__setattr__(name, value)
+        if isinstance(value, nn.Parameter) and "_seen" in self.__dict__:
+            self._own()
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self._own()
 
     def join(self, weight: Any) -> None:
         """The layer's weight is split over ranks: scale and offset go to all of them, whole."""
         for name in ("scale", "offset"):
             if (p := self._parameters[name]) is not None and not is_beside(p, weight):
                 self._parameters[name] = replicated(p, weight)
-                self._seen = None
+        self._own()
         part = local_part(weight.detach())
         self.start = self.start.to(part.device)
 
@@ -144,21 +158,25 @@ class InputQuantizer(nn.Module):
         """Brings what an optimizer has moved back to where it can serve."""
         held = self.held
         try:
-            versions = [p._version for p in held]
+            seen = self._look()
         except RuntimeError:  # inference tensors
             return
-        if versions == self._seen:
+        if seen == self._seen:
             return
         with torch.no_grad():
             held[0].copy_(bounded_scale(held[0], self.start))
             for offset in held[1:]:
                 offset.nan_to_num_(0.0, 0.0, 0.0)
-        self._seen = [p._version for p in held]
+        self._seen = self._look()
+
+    def _look(self) -> list[Any]:
+        return [edits(p) for p in self._parameters.values() if p is not None]
 
     def _composed(self, x: Tensor, held: list[Any], factor: float) -> Tensor:
         """The same by operators that can be traced and transformed."""
-        learned, offset = held
-        scale = bounded_scale(learned.detach(), self.start)
+        finite: list[Any] = [p if p is None else torch.where((p - p).detach() == 0, p, 0.0) for p in held]
+        learned, offset = finite
+        scale = bounded_scale(held[0].detach(), self.start)
         z = x if offset is None else x - offset.detach().to(x.dtype)
         weight = _weight(z, scale, self.grid)
         y = ops.run_fake_quantize(z.contiguous(), *weight, True, False, 0)
@@ -183,7 +201,8 @@ class InputQuantizer(nn.Module):
             elif new.dtype != old.dtype:  # a cast: these are not numbers to compute in
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)
-        self._started, self._seen = False, None
+        self._started = False
+        self._own()
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -206,7 +225,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, grid: Any, factor: float) -> Tensor:
         z = (x if offset is None else x - offset.to(x.dtype)).contiguous()
-        ctx.save_for_backward(z, scale)
+        ctx.save_for_backward(z, scale.detach().clone())  # another forward may bound it before the backward
         ctx.grid, ctx.factor, ctx.has_offset = grid, factor, offset is not None
         y = ops.run_fake_quantize(z, *_weight(z, scale, grid), False, False, 0)
         return y if offset is None else y + offset.to(y.dtype)

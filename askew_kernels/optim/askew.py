@@ -19,6 +19,7 @@ from .. import ops
 from ..quant import Binary
 from ..quant.state import LearnedScale, QuantizedParameter
 from .constrained import CONSTRAINT_KEYS, Constrained
+from .hooks import Hooked
 from .plan import Held, Launch, Plan, address, capturing, version
 
 _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}_`` has the formulas).
@@ -36,7 +37,8 @@ _DOC = """{title} under the interval constraint h_eps(w) >= 0 (``ops.skew_{name}
                         base rule's own step is skewed last, which keeps the guarantee with momentum)
     ``freeze_scale``    ``"anneal"`` (default: at the first step with constraint_eps < 1), ``"init"`` or ``"never"``
     ``clamp``           weights are clamped to the hull once the scale is frozen (default: True)
-    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does
+    ``skip_nonfinite``  leave elements alone whose gradient is inf or NaN, instead of doing what the rule does; in
+                        groups without a grid such a gradient counts as 0
     ==================  =============================================================================================
 
     A step that has been made before with the same tensors can be captured in a CUDA graph; lr, constraint_eps and
@@ -61,7 +63,7 @@ MOMENTS = {"max_exp_avg_sq", *(key for rule in ops.RULES.values() for key in rul
 LARGEST_EPS = 1e-2  # above it a denominator's eps was probably meant to be the constraint's
 
 
-class ByRule(Constrained):
+class ByRule(Constrained, Hooked):
     """The one body of all rules. A subclass names its row: ``class ASkewSGD(ByRule, rule="sgd")``."""
 
     RULE: ClassVar[ops.Rule]
@@ -171,9 +173,8 @@ class ByRule(Constrained):
             group.update({**self.defaults, **group})
             self._agree(group)
 
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, plus the scales (with the sums that they belong to); grids as plain dicts."""
-        return self._packed(super().state_dict())
+    def _pack(self) -> dict[str, Any]:
+        return self._packed(super()._pack())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bit for bit what ``state_dict`` gave, in the stored types; load the model's weights first or after.
@@ -182,6 +183,9 @@ class ByRule(Constrained):
         which stay as they are. Raises ValueError, before anything changes, where a group has another grid, and for the
         state of an optimizer of another kind.
         """
+        super().load_state_dict(state_dict)
+
+    def _unpack(self, state_dict: dict[str, Any]) -> None:
         own = {*self.RULE.buffers}
         for index, state in state_dict["state"].items():
             moments = {key for key in MOMENTS if isinstance(state.get(key), Tensor)}
@@ -190,20 +194,22 @@ class ByRule(Constrained):
                     f"state_dict: state[{index}] has {', '.join(sorted(moments))}, and {type(self).__name__} keeps "
                     f"{', '.join(own)}: another optimizer's; load {{**state_dict, 'state': {{}}}} to begin anew"
                 )
-        self._load(state_dict, super().load_state_dict)
+        self._load(state_dict, super()._unpack)
 
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
                    ) -> dict[str, Any]:  # fmt: skip
         self._agree(group)
-        ours, plan = group["grid"] is not None, self._plans.get(index)
-        known = (plan is not None and plan.takes(params, grads)) or (not ours and self.RULE.name == "sgd")
-        for p, grad in () if known else zip(params, grads, strict=True):
+        return super()._arguments(index, group, params, grads)
+
+    def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        ours = group["grid"] is not None
+        for p, grad in zip(params, grads, strict=True) if ours or self.RULE.name != "sgd" else ():
             if grad.layout != torch.strided:
                 what = " for a quantized parameter" * ours
                 raise TypeError(f"grad: {type(self).__name__} does not take sparse gradients{what}")
             if grad.dtype != p.dtype and (ours or not self._in_torch):
                 raise TypeError(f"grad: expected the parameter's {p.dtype}, got {grad.dtype}")
-        return super()._arguments(index, group, params, grads)
+        super()._check_tensors(group, params, grads)
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         return {

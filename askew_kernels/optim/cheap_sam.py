@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import ops
 from ..quant.sharding import is_sharded, local_part, sharding_of
-from ..quant.state import scale_owner
+from ..quant.state import is_learned
 from .ranks import sum_over_ranks
 from .sam import SAM, Ascent, checked_loss, products, refuse_local
 
@@ -292,7 +292,7 @@ class ESAM(SAM):
 
     def chosen(self) -> set[Tensor]:
         """The parameters that this step perturbs, of those that train; learned scales never."""
-        params = [p for group in self.param_groups for p in group["params"] if scale_owner(p) is None]
+        params = [p for group in self.param_groups for p in group["params"] if not is_learned(p)]
         if self.fraction == 1:
             return set(params)
         key = (self._steps, self.seed, self.fraction, tuple(map(id, params)))

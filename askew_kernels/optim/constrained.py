@@ -16,7 +16,7 @@ from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
 from ..quant.sharding import local_part, made_for_a_part, sharding_of
-from ..quant.state import Changes, LearnedScale, next_scales, scale_owner, share_sums, spare_frozen_scales
+from ..quant.state import Changes, LearnedScale, is_learned, next_scales, share_sums, spare_frozen_scales
 from .plan import Launch, Plan, capturing, plainly, same
 from .telemetry import Record, TelemetryLog, checked_every
 
@@ -93,13 +93,14 @@ class Constrained(Optimizer):
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
-            if scale_owner(p) is not None:
+            if is_learned(p):
                 raise TypeError(f"params[{i}]: is the learned scale of a quantized layer, which has no grid; give it a "
                                 "group of its own, as ak.param_groups(model) does")  # fmt: skip
-            if quantizer.config.learns_scale and WeightQuantizer.of(p) is None:
+            found = _found_quantizer(group, p)
+            if quantizer.config.learns_scale and found is None:
                 raise ValueError(f"scale: {quantizer.config.scale!r} is learned in the forward of a quantized layer, "
                                  f"and params[{i}] has none; expected a rule")  # fmt: skip
-            rows = (WeightQuantizer.of(p) or quantizer).rows(p)
+            rows = (found or quantizer).rows(p)
             if not self._CLIPS:
                 refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
             if isinstance(group["scale"], Tensor):
@@ -118,12 +119,10 @@ class Constrained(Optimizer):
 
     def _quantizer(self, group: dict[str, Any], p: Tensor, form: Form = ROWS) -> WeightQuantizer:
         """The weight's quantizer: its layer's, or one made here, of this form, for a weight without a layer."""
-        found = WeightQuantizer.of(p)
+        found = _found_quantizer(group, p)
         if found is None:
             found = WeightQuantizer(_config_of(group), form)
             found.tie(p)  # type: ignore[arg-type]
-        elif found.config.weight != group["grid"]:
-            raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
         if isinstance(group["scale"], Tensor) and not found.frozen:
             found.freeze(p, _fixed_scale(group, p, found.rows(p)))
         return found
@@ -161,6 +160,9 @@ class Constrained(Optimizer):
         if record:
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
+        for group, _, grads in work:  # without a grid no rule looks at single elements
+            for grad in grads if group["grid"] is None and group["skip_nonfinite"] else ():
+                (grad._values() if grad.is_sparse else local_part(grad)).nan_to_num_(0.0, 0.0, 0.0)
         self._step_base(work)
         self._step_without_grid(work)
         for index, (group, params, grads) in enumerate(work):
@@ -176,14 +178,12 @@ class Constrained(Optimizer):
     def _step_without_grid(self, work: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
         """They come before those with one, whatever the order of groups: learned scales are among them, and the copies
         that a launch writes are of the new ones."""
-        for group, params, grads in work:
+        for group, params, _ in work:
             if not params or group["grid"] is not None:
                 continue
-            scales = [(p, g) for p, g in zip(params, grads, strict=True) if scale_owner(p) is not None]
-            for _, grad in scales if group["skip_nonfinite"] else ():  # a scale's is a sum over the row
-                local_part(grad).nan_to_num_(0.0, 0.0, 0.0)
             self._step_plain(group, params)
-            torch.autograd.graph.increment_version([local_part(p) for p, _ in scales])  # fused steps do not count
+            scales = [local_part(p) for p in params if is_learned(p)]
+            torch.autograd.graph.increment_version(scales)  # fused steps do not count
 
     def _freeze_learned(self) -> None:
         """Learned scales whose group freezes at this step stay as the forward had them."""
@@ -207,7 +207,15 @@ class Constrained(Optimizer):
     def _arguments(self, index: int, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
                    ) -> dict[str, Any]:  # fmt: skip
         """What the operator is given for this group's launches, all of it checked."""
+        plan = self._plans.get(index)
+        if plan is None or not (plan.takes(params, grads) and id(group["grid"]) in plan.key):
+            self._check_tensors(group, params, grads)
         return self._checked_arguments(group)
+
+    def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        """Where they are not known from the step before. Raises TypeError/ValueError."""
+        for p in params if group["grid"] is not None else ():
+            self._quantizer(group, p)
 
     def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keys' part of it, kept while they stay."""
@@ -474,6 +482,14 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if len(grads) < len(found):
         params = [p for p, g in zip(params, found, strict=True) if g is not None]
     return params, grads
+
+
+def _found_quantizer(group: dict[str, Any], p: Tensor) -> WeightQuantizer | None:
+    """That of the weight, if there is one. Raises ValueError where it has another grid than the group."""
+    found = WeightQuantizer.of(p)
+    if found is not None and found.config.weight != group["grid"]:
+        raise ValueError(f"grid: the parameter's layer has {found.config.weight}, its group {group['grid']}")
+    return found
 
 
 def viewed(p: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,7 +22,7 @@ from .. import ops
 from ..contract import compute_dtype
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
-from ..quant.state import scale_owner
+from ..quant.state import is_learned
 from .amp import unscale_first, unscale_second
 from .askew import ByRule
 from .batchnorm import frozen_batchnorm_stats
@@ -247,17 +247,20 @@ class SAM(Wrapper):
             self.restore()
             raise
         if record or self._NEEDS_FIRSTS:
-            for bucket in buckets:
-                for p, g in zip(bucket.params, bucket.grads, strict=True):
-                    if zero_grad and not _is_lent(g):
-                        p.grad = None  # the tensor is ours from here on, whatever zero_grad does to those it finds
-                    elif zero_grad or self._NEEDS_FIRSTS:  # for telemetry alone _cosine sees whether they are the same
-                        g = g.clone()
-                    ascent.firsts[p] = g, g._version
+            for p, g in self._first_gradients(buckets):
+                if zero_grad and not _is_lent(g):
+                    p.grad = None  # the tensor is ours from here on, whatever zero_grad does to those it finds
+                elif zero_grad or self._NEEDS_FIRSTS:  # for telemetry alone _cosine sees whether they are the same
+                    g = g.clone()
+                ascent.firsts[p] = g, g._version
         if zero_grad:
             self.zero_grad()
 
     ascent_step = first_step
+
+    def _first_gradients(self, buckets: list[_Bucket]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parameters whose first gradient the second half looks at, with this rank's part of it."""
+        return ((p, g) for bucket in buckets for p, g in zip(bucket.params, bucket.grads, strict=True))
 
     def _check_loss(self, where: str, loss: Any) -> None:
         """Raises where the radius needs a loss that was not given, or has no direction to follow."""
@@ -284,7 +287,7 @@ class SAM(Wrapper):
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
             eta, maximize = float(group["eta"]), bool(group.get("maximize"))
             for i, p in enumerate(group["params"]):
-                if (g := direction(p)) is None or scale_owner(p) is not None:  # a learned scale stays where it is
+                if (g := direction(p)) is None or is_learned(p):  # a learned scale stays where it is
                     continue
                 name = names[i] if names else self._names.get(p)
                 what = name or f"params[{i}]"
@@ -666,6 +669,12 @@ class AlignedSAM(SAM):
     def _keep_gap(self, gap: Tensor, skipped: bool) -> None:
         super()._keep_gap(gap if self._rho_max is None else self._group.mean(gap), skipped)
 
+    def _first_gradients(self, buckets: list[_Bucket]) -> Iterator[tuple[Tensor, Tensor]]:
+        yield from super()._first_gradients(buckets)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            if p.grad is not None and is_learned(p):  # not perturbed, but stepped as all others
+                yield p, local_part(p.grad)
+
     def _merge_gradients(self, ascent: Ascent, inside: Container[Tensor]) -> None:
         # one pair of coefficients for each launch: they are all zero or none of them is
         coefficients = {launch_of(c): c for c in ascent.coefficients}
@@ -683,9 +692,11 @@ class AlignedSAM(SAM):
                 self.base_optimizer.coefficients = coefficients[launch_of(second)]  # type: ignore[attr-defined]
             else:
                 together.setdefault(launch_of(second), []).append((second, first))
-        for key, pairs in together.items():
-            if key in coefficients:
-                ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])
+        for key, pairs in together.items() if coefficients else ():
+            if key not in coefficients:  # nothing of this launch was perturbed, as of scales
+                any_other = next(iter(coefficients.values()))
+                coefficients[key] = any_other.to(key[0], torch.float64 if key[1] else torch.float32)
+            ops.sam_average_(*map(list, zip(*pairs, strict=True)), coefficients[key])
 
 
 def _make_base(params: Any, base_optimizer: Any, options: dict[str, Any]) -> Optimizer:

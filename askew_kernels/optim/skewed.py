@@ -36,7 +36,8 @@ class Skewed(Constrained, Wrapper):
     Costs one copy of the weights that have a grid, which is kept from step to step, room for the directions of
     2^24 of them at a time, and two passes over the weights beside the base's step and the skewed one. d is rounded to
     the weight's type: with bfloat16 or float16 weights it knows no more than the base's own step left there.
-    ``telemetry()``'s ``grad_velocity`` is d·v and ``nonfinite`` counts elements of d.
+    ``telemetry()``'s ``grad_velocity`` is d·v, ``nonfinite`` counts elements of d, and these are what
+    ``skip_nonfinite`` leaves alone: what a base's momentum remembers of an inf or NaN leaves the element where it is.
     ``SAM(Skewed(base))`` is a sharpness-aware step of it. Refused, by TypeError: a base that is under the constraint
     already, one that is sharpness-aware, one whose ``step`` needs a closure (LBFGS).
     Other arguments and errors as for ``ASkewSGD``.
@@ -97,13 +98,13 @@ class Skewed(Constrained, Wrapper):
         quantizers: list[Any] = [WeightQuantizer.of(p) for p in params]
         weights = [local_part(p) for p in params]
         copies = [room_for(self._copies, p, w) for p, w in zip(params, weights, strict=True)]
-        torch._foreach_copy_(copies, weights)
+        _copy(copies, weights)
         for q, p in zip(quantizers, params, strict=True):
             q.leaving(p)
         try:
             self.base_optimizer.step()
         except BaseException:
-            torch._foreach_copy_(weights, copies)
+            _copy(weights, copies)
             for q, p in zip(quantizers, params, strict=True):
                 q.returned(p)
             raise
@@ -146,6 +147,11 @@ class Skewed(Constrained, Wrapper):
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._load(state_dict, self.base_optimizer.load_state_dict)
         self._complete()
+
+
+def _copy(to: list[Tensor], those: list[Tensor]) -> None:
+    if to:  # torch refuses lists of none
+        torch._foreach_copy_(to, those)
 
 
 def _divisor(lr: float | Tensor) -> float | Tensor:

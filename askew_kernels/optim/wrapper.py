@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .hooks import Hooked
+
 
 def _of_base(name: str) -> Any:
     def set_in_base(self: Wrapper, value: Any) -> None:
@@ -19,7 +21,7 @@ def _of_base(name: str) -> Any:
     return property(lambda self: getattr(self.base_optimizer, name), set_in_base)
 
 
-class Wrapper(Optimizer):
+class Wrapper(Hooked):
     base_optimizer: Optimizer
     _KEYS: ClassVar[Iterable[str]]  # of groups, beside the base's
     _shares = False  # Optimizer.__init__ must not touch what is the base's
@@ -40,30 +42,6 @@ class Wrapper(Optimizer):
         for group in self.param_groups:
             for key in self._KEYS:
                 group.setdefault(key, self.defaults[key])
-
-    def state_dict(self) -> dict[str, Any]:
-        """The base's, and what this optimizer adds to its groups and state."""
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        packed = self._pack()
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return packed
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Bit for bit what ``state_dict`` gave; a checkpoint of the base optimizer alone is taken as well."""
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        self._unpack(state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def _pack(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _unpack(self, state_dict: dict[str, Any]) -> None:
-        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
         return {"base_optimizer": self.base_optimizer, "_shares": self._shares}

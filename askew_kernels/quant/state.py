@@ -102,21 +102,26 @@ class QuantizedParameter(nn.Parameter):
 
 
 class LearnedScale(QuantizedParameter):
-    """A quantizer's scale that an optimizer moves."""
+    """A scale that an optimizer moves, of a weight or of an input; or an input's offset."""
 
-    made = False  # any
-    _askew_scale_of: weakref.ref[WeightQuantizer]
+    made = False  # any of a weight
 
-    @property
-    def quantizer(self) -> WeightQuantizer | None:
-        return self._askew_scale_of()
+
+def learns(p: Tensor, quantizer: WeightQuantizer | None = None) -> None:
+    """Makes ``p`` the learned scale of this quantizer's weight, or what is learned of an input."""
+    if type(p) is not LearnedScale and not is_sharded(p):  # a DTensor cannot be given another class
+        p.__class__ = LearnedScale  # type: ignore[assignment]
+    p._askew_scale_of = None if quantizer is None else weakref.ref(quantizer)  # type: ignore[attr-defined]
+
+
+def is_learned(p: Tensor) -> bool:
+    """Whether ``p`` is what a quantized layer learns beside its weight."""
+    return type(p) is LearnedScale or (is_sharded(p) and "_askew_scale_of" in p.__dict__)
 
 
 def scale_owner(p: Tensor) -> WeightQuantizer | None:
     """The quantizer whose learned scale ``p`` is."""
-    if type(p) is LearnedScale:
-        return p.quantizer
-    of = p.__dict__.get("_askew_scale_of") if is_sharded(p) else None  # a DTensor cannot be given another class
+    of = p._askew_scale_of if is_learned(p) else None  # type: ignore[attr-defined]
     return None if of is None else of()
 
 
@@ -136,7 +141,7 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
         if skip_grids and group.get("grid") is not None:
             continue
         for p in group["params"]:
-            if is_sharded(p) and (WeightQuantizer.of(p) or scale_owner(p)) is not None:
+            if is_sharded(p) and (WeightQuantizer.of(p) is not None or is_learned(p)):
                 _count_write(p)
             if isinstance(p, QuantizedParameter) and not (skip_grids and type(p) is LearnedScale):
                 _used_data(p)
@@ -191,7 +196,7 @@ def _versions(t: Tensor) -> Any:
     return (_version(t), _version(local_part(t))) if is_sharded(t) else _version(t)
 
 
-def _moved(learned: LearnedScale) -> Any:
+def edits(learned: Tensor) -> Any:
     """Changes whenever the Parameter may have been written."""
     return _versions(learned), learned.__dict__.get("_data_uses", 0)
 
@@ -327,12 +332,10 @@ class WeightQuantizer:
         if not isinstance(scale, nn.Parameter):
             with torch.inference_mode(False):
                 scale = nn.Parameter(scale.detach())
-        if type(scale) is not LearnedScale and not is_sharded(scale):
-            scale.__class__ = LearnedScale
         if scale is not self.learned:
             self._young = None
         self.learned, LearnedScale.made = scale, True  # type: ignore[assignment]
-        scale._askew_scale_of = weakref.ref(self)  # type: ignore[attr-defined]
+        learns(scale, self)
         self.scale = _plain(scale).detach() if self._unrounded else _plain(scale).detach().to(self.flag.device).clone()
 
     @property
@@ -369,7 +372,7 @@ class WeightQuantizer:
             return (
                 self.scale._version if learned is None else None, self.flag._version, self.row_sums._version,
                 weight.data_ptr(), weight.dtype, weight.__dict__.get("_data_uses", 0),
-                None if learned is None else _moved(learned),
+                None if learned is None else edits(learned),
             )  # fmt: skip
         except RuntimeError:  # inference tensors have no version, fake ones no memory
             return (object(),) * 3
@@ -416,7 +419,7 @@ class WeightQuantizer:
         return self._know(weight, True, False, frozenset(), not kept)
 
     def _settle_learned(self, weight: Tensor) -> Known:
-        if self.frozen or (self.started and self._young != _moved(self.learned)):  # type: ignore[arg-type]
+        if self.frozen or (self.started and self._young != edits(self.learned)):  # type: ignore[arg-type]
             self.follow_learned(weight)
         else:
             self._start(weight)
@@ -439,7 +442,7 @@ class WeightQuantizer:
             self.row_sums.fill_(-1.0)
         elif is_sharded(seen):  # type: ignore[arg-type]
             self.leave(seen)  # type: ignore[arg-type]
-        self._young = _moved(self.learned) if self.started else None  # type: ignore[arg-type]
+        self._young = edits(self.learned) if self.started else None  # type: ignore[arg-type]
 
     def follow_learned(self, weight: Tensor) -> None:
         """The scale in use from the Parameter as it stands, which is brought back into its bounds."""
@@ -770,7 +773,7 @@ class WeightQuantizer:
         """For copies too: in one of a layer the tensors are the copied layer's buffers."""
         held = {"config": self.config.to_dict(), "tensors": self.tensors, "frozen": self.frozen}
         if self.learned is not None:
-            held["started"] = self.started, self._young == _moved(self.learned)
+            held["started"] = self.started, self._young == edits(self.learned)
         held |= {"floating": True} if self._floating else {}
         held |= {} if self._slack is None else {"slack": self._slack.clone()}
         return held if self.form == ROWS else held | {"form": tuple(self.form)}
@@ -781,7 +784,7 @@ class WeightQuantizer:
         self._floating, self._slack = state.get("floating", False), state.get("slack")
         self.started, young = state.get("started", (False, False))
         if young:
-            self._young = _moved(self.learned)  # type: ignore[arg-type]
+            self._young = edits(self.learned)  # type: ignore[arg-type]
 
 
 def learned_slopes(x: Tensor, scale: Tensor, grid: Any, factor: float | None = None) -> Tensor:
