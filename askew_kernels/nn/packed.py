@@ -259,7 +259,7 @@ class PackedLayer(nn.Module):
         return self._bands.of(self, x, compiling)
 
     def _bands_made(self) -> bool:
-        return self._bands.made(self)
+        return self._bands.made(self) is not None
 
     # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
     _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
