@@ -355,9 +355,25 @@ class PackedLayer(nn.Module):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
         self._bands.drop(self)
+        if not metadata.get("assign_to_params_buffers"):
+            self._widen_scale(state_dict.get(prefix + "weight_scale"))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
+
+    def _widen_scale(self, given: Any) -> None:
+        """Gives the layer's scales the type of those that are to be copied into them, where their own type would round
+        them: scales are data. The tensor stays the same one, which layers of one weight share."""
+        own: Any = self._buffers["weight_scale"]
+        if not isinstance(given, Tensor) or given.shape != own.shape or given.is_meta or own.is_meta:
+            return
+        dtype = given.dtype if given.dtype in SCALE_TYPES else torch.float32
+        if torch.promote_types(dtype, own.dtype) == own.dtype:
+            return
+        if is_sharded(own) or is_sharded(given):  # by the types: all ranks do the same, and none asks the others
+            self.weight_scale = own.to(dtype)
+        elif not torch.equal(given.to(own.dtype).to(given.dtype), given):
+            own.data = own.data.to(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         restored(self)  # what it gives is the layer's own memory
