@@ -133,7 +133,7 @@ class PackedLayer(nn.Module):
     @torch.no_grad()
     def fill(self, weight: Tensor, scale: Tensor, force: bool = False) -> None:
         """Codes and scales of ``weight``. Raises ValueError where that would change a weight or a scale, unless
-        ``force``, and for NaN."""
+        ``force``, and for NaN; the layer is then as it was."""
         if scale.shape != self.weight_scale.shape:
             wanted = f"{tuple(self.weight_scale.shape)} for {self.shape} weights {self.config.granularity}"
             raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
@@ -142,11 +142,14 @@ class PackedLayer(nn.Module):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
-        codes = pack_weight(self.form.matrix(weight), scale.float(), self.config.weight, trits=self.trits)
+        grid = self.config.weight
+        codes = pack_weight(self.form.matrix(weight), scale.float(), grid, trits=self.trits)
+        if not force:
+            made = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, self.weight_dtype)
+            if off := int((self.form.weight(made, self.shape) != weight).sum()):
+                raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
+                                 "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
         self.weight_codes, self.weight_scale = codes, scale.clone()
-        if not force and (off := int((self.dequantize() != weight).sum())):
-            raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
-                             "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
 
     def to_float(self) -> nn.Module:
         """A float layer with the unpacked weight and the same bias Parameter."""
