@@ -31,7 +31,7 @@ from askew_kernels.quant.scales import holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
 BY_THEMSELVES = [name for name in ROUNDED if name != "float8_e4m3fn"]  # its scales share a unit: test_named_grids.py
-NEEDS = {name: name.replace("-", "_") for name in FORMATS} | {"metal": "transformers"}
+NEEDS = {name: name.replace("-", "_") for name in FORMATS} | dict.fromkeys(("metal", "bitnet"), "transformers")
 
 
 def held(value: float, scale_dtype: str) -> bool:
@@ -164,6 +164,51 @@ def test_what_is_trained_for_a_target_packs_and_arrives(target, tmp_path):
     x = torch.randn(3, 256)
     torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(again[0].dequantize(), weight) and torch.equal(again[2].weight, model[2].weight)
+
+
+ALL = {"gguf": "gguf:q4_0", "compressed-tensors": "compressed-tensors:4", "transformers": "compressed-tensors:4",
+       "metal": "metal:4", "torchao": "torchao:4", "bitnet": None, "onnx": "onnx:4"}  # fmt: skip
+TERNARY_OF_8_BITS = ak.QuantConfig(ak.quant.Ternary(), granularity="per_tensor", activation=ak.quant.Uniform(8))
+
+
+class Told(nn.Module):
+    """With extra state that is JSON."""
+
+    def __init__(self, dtype=None, threshold=None):
+        super().__init__()
+        self.fc, self.threshold = nn.Linear(128, 8, bias=False, dtype=dtype), threshold
+
+    def forward(self, x):
+        return self.fc(x)
+
+    def get_extra_state(self):
+        return {"threshold": self.threshold}
+
+    def set_extra_state(self, state):
+        self.threshold = state["threshold"]
+
+
+def packed_for(to, model):
+    config = TERNARY_OF_8_BITS if ALL[to] is None else ak.QuantConfig.for_export(ALL[to])
+    return ak.pack_(ak.hard_quantize_(ak.quantize_(model, config))).eval()
+
+
+def exported(to, model, path, **options):
+    """In any format; ONNX files are exported with the model."""
+    pytest.importorskip(NEEDS[to])
+    if to == "onnx":
+        from askew_kernels.deploy.to_onnx import export_onnx
+
+        export_onnx(model, (torch.randn(2, 128),), path, **options)
+        return contents_of(model)
+    return export_packed(model, path, to, **options)
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_extra_state_goes_through_every_format(to, tmp_path):
+    exported(to, packed_for(to, Told(threshold=0.25)), tmp_path / "out")
+    write_contents(contents_at(tmp_path / "out"), tmp_path / "back")
+    assert ak.load_packed(tmp_path / "back", Told()).threshold == 0.25
 
 
 def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):

@@ -52,7 +52,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     told = {"quant_method": METHOD, "modules_to_not_convert": folders.not_converted(tensors, layers), **FIXED}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, told, **changes)
 
 
@@ -116,7 +116,8 @@ def read(path: str | os.PathLike) -> Contents:
         layer = layers[name] = kind.packed.like(kind.of_shape(codes.shape, False), config=told, scale_dtype=scale.dtype,
                                                 dtype=scale.dtype)  # fmt: skip
         layer.bias, layer.weight_codes, layer.weight_scale = None, pack_codes(codes, layer.bits), scale
-    return Contents(str(path), layers, tensors, {}, config if "model_type" in config else None, Path(path))
+    architecture, folder = config if "model_type" in config else None, Path(path)
+    return Contents(str(path), layers, tensors, folders.read_extra(folder), architecture, folder)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:

@@ -158,7 +158,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and "
                        "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
 
 
@@ -208,8 +208,9 @@ def read(path: str | os.PathLike) -> Contents:
     rest = {
         expert_names.in_checkpoints(key, file.family, back=True): t for key, t in file.tensors.items() if key not in own
     }
-    architecture = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
-    return Contents(str(path), layers, rest, {}, architecture if "model_type" in architecture else None, file.path)
+    config = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
+    architecture = config if "model_type" in config else None
+    return Contents(str(path), layers, rest, folders.read_extra(file.path), architecture, file.path)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:

@@ -34,6 +34,7 @@ from .tensorfile import not_plain
 
 VERSION = 1
 KEY = "askew_kernels"
+EXTRA = "askew_kernels_extra"  # of the metadata of files that others read: extra state that is JSON, by its keys
 IN_UNITS, UNIT = "float8_e4m3fn", "scale_unit"  # type of scales; in a layer's description the exponent of their unit
 PENDING = "?" * 8  # in the place of a checksum that is still being made
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -241,7 +242,7 @@ def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedSt
         if key in derived:
             continue
         if names.with_extra(key) is not None:
-            if not isinstance(value, Tensor) and not _is_json(value):
+            if not isinstance(value, Tensor) and not is_json(value):
                 raise fail(f"{key}: extra state is saved where it is a tensor or JSON, got {type(value).__name__}")
         elif not isinstance(value, Tensor):
             raise fail(f"{key} is a {type(value).__name__}; only tensors can be saved")
@@ -251,7 +252,7 @@ def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedSt
     return PackedState(layers, tensors, extra)
 
 
-def _is_json(value: Any) -> bool:
+def is_json(value: Any) -> bool:
     """Whether JSON gives ``value`` back: not tuples, sets, keys that are no texts, NaN."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         return bool(json.loads(json.dumps(value)) == value)
@@ -273,6 +274,24 @@ def read_safetensors(path: str | bytes | os.PathLike, **options: bool) -> tensor
     except (OSError, ValueError) as error:
         why = "cannot be read" if isinstance(error, OSError) else "not a whole safetensors file"
         raise PackedFileError(f"{shown}: {why} ({error})") from None
+
+
+def extra_of(metadata: Mapping[str, str], path: str | bytes | os.PathLike) -> dict[str, Any]:
+    """The extra state that a safetensors file keeps in its metadata, be it a packed one or of another format; {} where
+    it keeps none. Raises PackedFileError."""
+    try:
+        packed = json.loads(metadata[KEY]) if KEY in metadata else {}
+        extra = packed["extra"] if "extra" in packed else json.loads(metadata.get(EXTRA, "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PackedFileError(f"{os.fsdecode(path)}: damaged metadata ({error})") from None
+    if not isinstance(extra, dict):
+        raise PackedFileError(f"{os.fsdecode(path)}: damaged metadata (extra state is {type(extra).__name__})")
+    return extra
+
+
+def metadata_with(metadata: Mapping[str, str], extra: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata, from which ``extra_of`` gives the extra state back."""
+    return {**metadata, EXTRA: json.dumps(dict(extra))} if extra else dict(metadata)
 
 
 class PackedFile:
@@ -314,13 +333,13 @@ class PackedFile:
 
     @classmethod
     def of(cls, path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
-           aliases: Mapping[str, str]) -> PackedFile:  # fmt: skip
+           aliases: Mapping[str, str], extra: Mapping[str, Any]) -> PackedFile:  # fmt: skip
         """The same of layers that stand elsewhere, checked as a file's own; raises as that does."""
         new = cls.__new__(cls)
         new.path = Path(os.fsdecode(path))
         if wrong := next((name for name, kept in aliases.items() if kept not in tensors), None):
             raise new._error(f"aliases: {wrong} is {aliases[wrong]}, which is not there")
-        new._hold(dict(tensors), dict(layers), aliases, {})
+        new._hold(dict(tensors), dict(layers), aliases, dict(extra))
         return new
 
     def _hold(self, tensors: dict[str, Tensor], layers: dict[str, Any], aliases: Mapping[str, str],

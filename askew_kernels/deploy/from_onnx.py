@@ -397,7 +397,7 @@ def _document(graph: _Graph) -> dict[str, Any] | None:
         parts = [document[part] for part in ("layers", "tensors")]
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']!r}; this release reads version {VERSION}")
-        if not all(isinstance(part, dict) for part in parts):
+        if not all(isinstance(part, dict) for part in [*parts, document.get("extra", {})]):
             raise ValueError("expected objects")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise graph.error(f"metadata {KEY}", error) from None
@@ -463,7 +463,8 @@ def _contents(graph: _Graph) -> Contents:
         tensors, architecture = dict(_described_tensors(graph, document, packed)), document.get("architecture")
     if not isinstance(architecture, dict) or "model_type" not in architecture:
         architecture = None
-    return Contents(str(graph.path), packed, tensors, {}, architecture, graph.path.parent)
+    extra = {} if document is None else document.get("extra", {})
+    return Contents(str(graph.path), packed, tensors, extra, architecture, graph.path.parent)
 
 
 # ---- by onnxruntime --------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     told = {"quant_method": METHOD, "bits": bits, "group_size": size, "modules_to_not_convert": skipped}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, told, **changes)
 
 
@@ -151,7 +151,8 @@ def read(path: str | os.PathLike) -> Contents:
         layer = layers[name] = kind.packed.like(kind.of_shape(shape, False), config=told, **options)
         layer.bias, layer.weight_scale = None, scales.reshape(-1)
         layer.weight_codes = codes.contiguous().view(torch.uint8)
-    return Contents(str(path), layers, tensors, {}, config if "model_type" in config else None, Path(path))
+    architecture, folder = config if "model_type" in config else None, Path(path)
+    return Contents(str(path), layers, tensors, folders.read_extra(folder), architecture, folder)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:

@@ -216,7 +216,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     for name, t in flat.items():
         if why := tensorfile.not_storable(t):
             raise contents.error(name, why)
-    metadata |= {"format": "pt", KEY: json.dumps(descriptions)}
+    metadata |= files.metadata_with({"format": "pt", KEY: json.dumps(descriptions)}, contents.extra)
     tensorfile.write(path, flat, metadata, "", lambda sums: "")
 
 
@@ -314,7 +314,7 @@ def read(path: str | os.PathLike) -> Contents:
             layers[name] = _packed(name, of, parts, described.get(name))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise files.PackedFileError(f"{path}: {name}: {error}") from None
-    return Contents(str(path), layers, tensors, {}, None, Path(path).parent)
+    return Contents(str(path), layers, tensors, files.extra_of(file.metadata, path), None, Path(path).parent)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
