@@ -211,6 +211,29 @@ def test_extra_state_goes_through_every_format(to, tmp_path):
     assert ak.load_packed(tmp_path / "back", Told()).threshold == 0.25
 
 
+@pytest.mark.parametrize("to", [to for to in ALL if to != "transformers"])  # whose models have a class
+def test_a_layer_that_is_written_as_floats_is_compared_too(to, tmp_path):
+    model = packed_for(to, nn.Sequential(nn.Linear(128, 128, bias=False), nn.ReLU(), nn.Linear(128, 8, bias=False)))
+    contents = exported(to, model, tmp_path / "out", dense=["0"])
+    rows, _ = compare(contents, tmp_path / "out", to)
+    assert [(row.name, row.difference) for row in rows] == [("0", 0.0), ("2", 0.0)]
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_a_float64_model_is_read_back_or_refused_by_its_layer(to, tmp_path):
+    model = packed_for(to, Told(torch.float64))
+    if to in ("gguf", "transformers", "onnx"):
+        exported(to, model, tmp_path / "out")
+        assert contents_at(tmp_path / "out").layers["fc"].weight_dtype == torch.float64
+        return
+    with pytest.raises(PackedFileError, match=r"fc: weight_dtype: .*got float64; call model.float\(\) first"):
+        exported(to, model, tmp_path / "out")
+    exported(to, model, tmp_path / "out", dense=["fc"])
+    weight = model.fc.dequantize()
+    exported(to, model.float(), tmp_path / "float")
+    assert torch.equal(contents_at(tmp_path / "float").layers["fc"].dequantize(), weight.float())
+
+
 def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):
     torch.manual_seed(0)
     strided, same = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2), nn.Conv2d(16, 8, 3, padding="same")

@@ -24,6 +24,7 @@ from ..quant.scales import holds_scales
 from . import folders
 from .contents import Contents
 from .files import PackedFileError
+from .integers import check_type
 
 METHOD = "bitnet"
 ROWS = 4  # of a byte
@@ -64,6 +65,7 @@ def _parts(layer: PackedLayer) -> dict[str, Tensor]:
         raise ValueError(f"{HOLDER} hold linear layers trained with {TRAINED}, got {layer.kind.name}, {config.weight}, "
                          f"{config.granularity}, activation={config.activation}; name it in dense= to write it as "
                          "floats")  # fmt: skip
+    check_type(layer, HOLDER)
     if n % ROWS:
         raise ValueError(f"out_features: expected a multiple of {ROWS}, got {n}")
     kept = str(layer.weight_dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ from ..quant.scales import holds_scales
 from . import expert_names, folders, fp4
 from .contents import Contents
 from .files import PackedFileError
-from .integers import integers, table
+from .integers import check_type, integers, table
 
 METHOD = "compressed-tensors"
 PACKED, INT8 = "pack-quantized", "int-quantized"
@@ -73,6 +73,7 @@ def scheme_of(layer: PackedLayer) -> Scheme:
     if layer.kind.name not in KIND_NAMES:
         raise ValueError(f"{HOLDER} hold layers of the kinds {', '.join(KIND_NAMES)}, got {layer.kind.name}; name it "
                          "in dense= to write it as floats")  # fmt: skip
+    check_type(layer, HOLDER)
     inputs = layer.kind.input_grid(layer)
     if inputs is None and (float4 := fp4.format_of(layer)):
         return Scheme(layer.kind.name, 4, fp4.FLOAT4[float4].block, None, float4)

@@ -25,7 +25,7 @@ from ..nn.kinds import KINDS
 from ..quant import QuantConfig
 from .contents import Contents
 from .files import FLOATS, PackedFileError
-from .folders import float_key
+from .folders import float_key, float_weights
 from .integers import packed_layer
 
 KEY = "askew_kernels"  # of the metadata
@@ -526,7 +526,7 @@ def _evaluated(graph: _Graph, node: Any) -> Tensor:
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     """({name of a layer: its weight}, who says so): made by onnxruntime, of a product as that with the identity."""
     graph = _Graph(path)
-    weights = {}
+    weights = float_weights(_contents(graph).tensors)
     for name, (node, place, _) in _layers(graph, _document(graph)).items():
         weight = _evaluated(graph, node)
         weight = weight.t() if place.across else weight

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contract import unpack_codes
 from ..nn.packed import PackedLayer
 from ..quant import Grid, QuantConfig, Uniform, num_rows, pack_codes
+from ..quant.packing import SCALE_TYPES
 from ..quant.scales import holds_scales
 
 
@@ -42,6 +43,14 @@ def table(layer: Any, holder: str, inputs: bool = False) -> tuple[tuple[int, ...
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
     return found
+
+
+def check_type(layer: Any, holder: str) -> None:
+    """ValueError where the weight is of a type that ``holder`` has not."""
+    if layer.weight_dtype not in SCALE_TYPES:
+        kept = str(layer.weight_dtype).removeprefix("torch.")
+        raise ValueError(f"weight_dtype: {holder} hold weights of float32, bfloat16 or float16, got {kept}; call "
+                         "model.float() first")  # fmt: skip
 
 
 def integers(layer: Any, holder: str, inputs: bool = False) -> Integers:

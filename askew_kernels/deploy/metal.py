@@ -23,7 +23,7 @@ from . import folders
 from .compressed_tensors import words
 from .contents import Contents
 from .files import PackedFileError
-from .integers import table
+from .integers import check_type, table
 
 METHOD = "metal"
 BITS = (2, 4, 8)
@@ -65,6 +65,7 @@ def _bits(layer: PackedLayer) -> int:
     """The narrowest that holds the layer. Raises ValueError where there is none."""
     if layer.kind.name != "linear":
         raise ValueError(f"{HOLDER} hold linear layers, got {layer.kind.name}; name it in dense= to write it as floats")
+    check_type(layer, HOLDER)
     (low, *_, high), _ = table(layer, HOLDER)
     bits = next((k for k in BITS if -(2 ** (k - 1)) <= low and high < 2 ** (k - 1)), None)
     if bits is None:

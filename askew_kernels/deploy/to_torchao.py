@@ -21,8 +21,8 @@ from ..nn.replace import replace_modules, successors
 from ..quant import QuantConfig, Uniform
 from . import files, tensorfile
 from .contents import Contents
-from .folders import dense_apart, float_key
-from .integers import Integers, integers, packed_layer
+from .folders import dense_apart, float_key, float_weights
+from .integers import Integers, check_type, integers, packed_layer
 
 LAYERS = (PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d)
 HOLDER = "torchao's tensors"
@@ -141,6 +141,7 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     if format is not None and format not in MAKERS:
         raise ValueError(f"format: expected one of {', '.join(MAKERS)}, got {format!r}")
     _library()
+    check_type(layer, HOLDER)
     layer = _as_linear(layer)
     inputs = layer.kind.input_grid(layer)
     format = format or ("intx" if inputs is None else "int8")
@@ -324,5 +325,6 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
 
     file = files.read_safetensors(path)
     state, _ = support.unflatten_tensor_state_dict(file.tensors, file.metadata)
-    weights = {name.removesuffix(".weight"): t.dequantize() for name, t in state.items() if type(t) is not Tensor}
+    weights = float_weights({key: t for key, t in state.items() if type(t) is Tensor})
+    weights |= {key.removesuffix(".weight"): t.dequantize() for key, t in state.items() if type(t) is not Tensor}
     return weights, f"torchao {__version__}"
