@@ -161,16 +161,23 @@ def _as_linear(layer: Any) -> Any:
 
 def to_torchao_(model: nn.Module, format: str | None = None) -> nn.Module:
     """Replaces every PackedLinear, PackedEmbedding and PackedConv2d of ``model``, in place, by torch's own layer with
-    ``to_torchao``'s tensor as its weight.
+    ``to_torchao``'s tensor as its weight, one for all layers that share theirs.
 
     Raises as that, naming the layer, before anything is replaced; ValueError for a model without such layers.
     """
-    layers = {n: _as_linear(m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError("model: has no PackedLinear, PackedEmbedding or PackedConv2d; call pack_(model) first")
 
+    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
+
     def make(name: str, layer: Any) -> nn.Module:
-        return layer.kind.float_layer(layer, nn.Parameter(to_torchao(layer, format), requires_grad=False))
+        held = id(layer.weight_codes), id(layer.weight_scale), layer.weight_dtype, layer.shape
+        key = *held, layer.form.transposed, layer.kind.input_grid(layer)
+        linear = _as_linear(layer)
+        if key not in weights:
+            weights[key] = nn.Parameter(to_torchao(linear, format), requires_grad=False)
+        return linear.kind.float_layer(linear, weights[key])
 
     replace_modules(model, successors(layers, make, "to_torchao(layer)"))
     return model
