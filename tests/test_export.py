@@ -234,6 +234,33 @@ def test_a_float64_model_is_read_back_or_refused_by_its_layer(to, tmp_path):
     assert torch.equal(contents_at(tmp_path / "float").layers["fc"].dequantize(), weight.float())
 
 
+@pytest.mark.parametrize("to", ALL)
+def test_the_default_device_does_not_matter(to, tmp_path):
+    model = packed_for(to, Told())
+    with torch.device("meta"):
+        if to != "onnx":
+            exported(to, model, tmp_path / "out")
+    if to == "onnx":
+        exported(to, model, tmp_path / "out")
+    with torch.device("meta"):
+        read = contents_at(tmp_path / "out")
+        if to != "transformers":
+            assert compare(contents_of(model), tmp_path / "out", to)[0][0].difference == 0.0
+    assert torch.equal(read.layers["fc"].dequantize(), model.fc.dequantize())
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_exported_as_what_it_wraps(wrapper):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=16,
+                                      num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(transformers.LlamaForCausalLM(config))))
+    plain, wrapped = contents_of(model), contents_of(wrapper(model))
+    assert plain.architecture is not None and plain.architecture["architectures"] == ["LlamaForCausalLM"]
+    assert (wrapped.architecture, wrapped.source) == (plain.architecture, plain.source)
+    assert wrapped.layers.keys() == plain.layers.keys()
+
+
 def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):
     torch.manual_seed(0)
     strided, same = nn.Conv2d(8, 16, 3, stride=2, padding=1, groups=2), nn.Conv2d(16, 8, 3, padding="same")

@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -46,11 +46,25 @@ class PackedFileError(ValueError):
     """A packed file that cannot be written, read, or fitted to a model; the text begins with the path."""
 
 
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors are made on the CPU, whatever is the default outside: files hold what lies there."""
+    with torch.device("cpu"):
+        yield
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def wrapped_in(model: nn.Module) -> nn.Module:
+    """The model without the wrappers around all of it."""
+    while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 class _Names:
@@ -59,8 +73,7 @@ class _Names:
     def __init__(self, model: nn.Module, where: str | bytes | os.PathLike) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
+        model = wrapped_in(model)
         self.model, self.where = model, os.fsdecode(where)
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = defaultdict(list)  # {id of a module: its names in the model}
@@ -301,7 +314,7 @@ class PackedFile:
 
     def __init__(self, path: str | bytes | os.PathLike, verify: bool = True, mmap: bool = False) -> None:
         self.path = Path(os.fsdecode(path))
-        with torch.device("cpu"), torch.inference_mode(False):  # whatever is the default outside
+        with on_cpu(), torch.inference_mode(False):  # whatever is the default outside
             if hasattr(torch.empty(0), "fake_mode"):
                 raise self._error("cannot be read under a FakeTensorMode, whose tensors hold no numbers")
             self._understand(read_safetensors(self.path, sums=verify, mmap=mmap), verify)
@@ -434,7 +447,7 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     """
     names = _Names(model, path)
     file = PackedFile(path, verify, mmap)
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
+    with on_cpu(), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
         names = _Names(model, path) if experts else names  # with the layers that these have now
         _Load(file, names, activations, not mmap if repack is None else repack).commit()
     return model

@@ -163,7 +163,7 @@ def _quantized(x: Tensor, grid: Grid, dims: int) -> Tensor:
     z = x / scale
     if grid.read_as == UNIFORM:
         return z.clamp(float(grid.levels[0]), float(grid.levels[-1])).round() * scale
-    levels = torch.tensor(grid.levels, dtype=torch.float32)
+    levels = torch.tensor(grid.levels, dtype=torch.float32, device=z.device)
     near = torch.full_like(z, float(levels[0]))
     for middle, level in zip((0.5 * levels[:-1] + 0.5 * levels[1:]).tolist(), levels[1:].tolist(), strict=True):
         near = torch.where(z > middle, level, near)
