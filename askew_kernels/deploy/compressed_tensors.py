@@ -28,7 +28,7 @@ from ..quant.scales import holds_scales
 from . import expert_names, folders, fp4
 from .contents import Contents
 from .files import PackedFileError
-from .integers import check_type, integers, table
+from .integers import integers, kept_scale, table
 
 METHOD = "compressed-tensors"
 PACKED, INT8 = "pack-quantized", "int-quantized"
@@ -73,7 +73,6 @@ def scheme_of(layer: PackedLayer) -> Scheme:
     if layer.kind.name not in KIND_NAMES:
         raise ValueError(f"{HOLDER} hold layers of the kinds {', '.join(KIND_NAMES)}, got {layer.kind.name}; name it "
                          "in dense= to write it as floats")  # fmt: skip
-    check_type(layer, HOLDER)
     inputs = layer.kind.input_grid(layer)
     if inputs is None and (float4 := fp4.format_of(layer)):
         return Scheme(layer.kind.name, 4, fp4.FLOAT4[float4].block, None, float4)
@@ -377,17 +376,19 @@ class _File:
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
         if inputs is not None and not (isinstance(inputs, dict) and wanted.items() <= inputs.items()):
             raise self.fail(name, f"input_activations: expected {wanted}, got {inputs!r:.200}")
-        if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise self.fail(name, f"weight_scale: expected float32, float16 or bfloat16, got {scale.dtype}")
+        try:
+            kept = kept_scale(scale)
+        except ValueError as error:
+            raise self.fail(name, f"weight_scale: {error}") from None
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise self.fail(name, "weight_scale: expected positive finite scales")
         by = "per_group" if size else "per_tensor" if scale.dim() == 1 else "per_channel"
         config = QuantConfig(grid, "absmax", by, size, activation=Uniform(8) if inputs else None)
         kind = self._kind(group)
-        layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=scale.dtype,
+        layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=kept.dtype,
                                  dtype=scale.dtype)  # fmt: skip
         layer.bias = None
-        layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), scale.reshape(-1)
+        layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), kept.reshape(-1)
         return layer
 
     def _codes(self, found: Mapping[str, Tensor], bits: int, cols: int) -> Tensor:

@@ -45,12 +45,13 @@ def table(layer: Any, holder: str, inputs: bool = False) -> tuple[tuple[int, ...
     return found
 
 
-def check_type(layer: Any, holder: str) -> None:
-    """ValueError where the weight is of a type that ``holder`` has not."""
-    if layer.weight_dtype not in SCALE_TYPES:
-        kept = str(layer.weight_dtype).removeprefix("torch.")
-        raise ValueError(f"weight_dtype: {holder} hold weights of float32, bfloat16 or float16, got {kept}; call "
-                         "model.float() first")  # fmt: skip
+def kept_scale(scale: Tensor) -> Tensor:
+    """The scales of a file in a type that packed layers keep; those of a float64 model in float32, which held them when
+    they were packed. Raises ValueError for other types and numbers."""
+    kept = scale.float() if scale.dtype == torch.float64 else scale
+    if kept.dtype not in SCALE_TYPES or (kept is not scale and not torch.equal(kept.double(), scale)):
+        raise ValueError(f"expected float32, float16, bfloat16 or what these hold, got {scale.dtype}")
+    return kept
 
 
 def integers(layer: Any, holder: str, inputs: bool = False) -> Integers:

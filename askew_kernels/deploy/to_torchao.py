@@ -19,10 +19,11 @@ from ..nn.kinds import KINDS, PackedConv2d, PackedEmbedding, PackedLinear, Packe
 from ..nn.packed import PackedLayer
 from ..nn.replace import replace_modules, successors
 from ..quant import QuantConfig, Uniform
+from ..quant.packing import SCALE_TYPES
 from . import files, tensorfile
 from .contents import Contents
 from .folders import dense_apart, float_key, float_weights
-from .integers import Integers, check_type, integers, packed_layer
+from .integers import Integers, integers, packed_layer
 
 LAYERS = (PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d)
 HOLDER = "torchao's tensors"
@@ -132,7 +133,7 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     ===========  =====================================================================================================
 
     ``dequantize()`` of the first two gives the trained weight bit for bit, which is checked. Raises TypeError for
-    another layer, ValueError where the grid, the granularity, the scales or the inputs' grid do not allow it,
+    another layer, ValueError where the type, the grid, the granularity, the scales or the inputs' grid do not allow it,
     ImportError without torchao.
     """
     if not isinstance(layer, LAYERS):
@@ -141,7 +142,11 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     if format is not None and format not in MAKERS:
         raise ValueError(f"format: expected one of {', '.join(MAKERS)}, got {format!r}")
     _library()
-    check_type(layer, HOLDER)
+    if layer.weight_dtype not in SCALE_TYPES:
+        kept = str(layer.weight_dtype).removeprefix("torch.")
+        raise ValueError(
+            f"weight_dtype: {HOLDER} are float32, bfloat16 or float16, got {kept}; call model.float() first"
+        )
     layer = _as_linear(layer)
     inputs = layer.kind.input_grid(layer)
     format = format or ("intx" if inputs is None else "int8")
