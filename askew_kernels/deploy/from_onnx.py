@@ -526,8 +526,9 @@ def _evaluated(graph: _Graph, node: Any) -> Tensor:
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     """({name of a layer: its weight}, who says so): made by onnxruntime, of a product as that with the identity."""
     graph = _Graph(path)
-    weights = float_weights(_contents(graph).tensors)
-    for name, (node, place, _) in _layers(graph, _document(graph)).items():
+    document = _document(graph)  # files of others may hold layers that cannot be packed
+    weights = {} if document is None else float_weights(_contents(graph).tensors)
+    for name, (node, place, _) in _layers(graph, document).items():
         weight = _evaluated(graph, node)
         weight = weight.t() if place.across else weight
         form = KINDS[place.kind].form_with(place.geometry or {})
