@@ -59,8 +59,12 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     block ends well: for libraries that write by name, and for folders. Whatever ends it early leaves ``path`` as it
     was, and nothing else.
 
-    Raises FileExistsError before the block where ``path`` is there and ``overwrite`` is not set; a folder is replaced
-    as a whole (no reader finds half of one, but for an instant none). OSError where the block made nothing.
+    What takes the place of something keeps its mode, and its owner where the system allows that; a folder is replaced
+    as a whole, and each file in it keeps that of the one it replaces (no reader finds half of one, but for an instant
+    none); so is a file by a folder.
+
+    Raises FileExistsError before the block where ``path`` is there and ``overwrite`` is not set. OSError where the
+    block made nothing.
     """
     target = os.path.realpath(os.fspath(path))
     if os.path.lexists(path) and not overwrite:
@@ -68,12 +72,11 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     temporary, old = (os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _synchronise(os.path.join(folder, name))
-        if os.path.isfile(temporary):
-            _synchronise(temporary)
-        if os.path.isdir(target):  # which no rename replaces, unless it is empty
+        for made in reversed([*_all_in(temporary)]):  # folders after what is in them: their mode may forbid to look
+            if os.path.isfile(made):
+                _synchronise(made)
+            _take_over(target + made[len(temporary) :], made)
+        if os.path.isdir(target) or (os.path.isdir(temporary) and os.path.lexists(target)):  # which no rename replaces
             os.rename(target, old)
         try:
             os.replace(temporary, target)
@@ -92,6 +95,25 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
             else:
                 with contextlib.suppress(OSError):
                     os.unlink(rest)
+
+
+def _all_in(path: str) -> Iterator[str]:
+    """The file, or the folder and all that is in it."""
+    yield path
+    for folder, folders, names in os.walk(path):
+        yield from (os.path.join(folder, name) for name in [*folders, *names])
+
+
+def _take_over(old: str, new: str) -> None:
+    """Gives ``new`` the owner and the mode of ``old``, if that is there and both are files, or both folders."""
+    if os.path.isdir(old) != os.path.isdir(new):
+        return
+    with contextlib.suppress(OSError):  # also file systems without modes
+        found = os.stat(old)
+        if hasattr(os, "chown"):
+            with contextlib.suppress(OSError):
+                os.chown(new, found.st_uid, found.st_gid)
+        os.chmod(new, stat.S_IMODE(found.st_mode))
 
 
 def _synchronise(path: str) -> None:

@@ -8,6 +8,7 @@ import os
 import resource
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +94,52 @@ def test_an_early_end_leaves_the_old_file_alone(error, old):
     with pytest.raises(error), atomic.replacing(old.with_name("another")):
         raise error
     assert old.read_bytes() == b"old" and os.listdir(old.parent) == ["old"]
+
+
+def made(path, kind, text):
+    """A file, or a folder with one and a folder with another."""
+    if kind == "file":
+        Path(path).write_text(text)
+    else:
+        os.makedirs(os.path.join(path, "inner"))
+        for name in ("one", "inner/two"):
+            Path(path, name).write_text(text)
+
+
+def names_and_texts(path):
+    files = [Path(path)] if os.path.isfile(path) else sorted(p for p in Path(path).rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): p.read_text() for p in files}
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_a_new_path_takes_the_place_of_files_and_folders(there, new, tmp_path, monkeypatch):
+    path, other = tmp_path / "path", tmp_path / "other"
+    made(path, there, "old")
+    made(other, new, "new")
+    before = names_and_texts(path)
+    with pytest.raises(FileExistsError), atomic.new_path(path):
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+        with pytest.raises(OSError, match="no"), atomic.new_path(path, overwrite=True) as name:
+            made(name, new, "new")
+    assert names_and_texts(path) == before and sorted(os.listdir(tmp_path)) == ["other", "path"]
+    with atomic.new_path(path, overwrite=True) as name:
+        made(name, new, "new")
+    assert names_and_texts(path) == names_and_texts(other) and sorted(os.listdir(tmp_path)) == ["other", "path"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_new_path_has_the_mode_of_what_it_replaces(kind, tmp_path):
+    path = tmp_path / "path"
+    made(path, kind, "old")
+    for each in [path, *path.rglob("*")]:
+        os.chmod(each, 0o700 if each.is_dir() else 0o600)
+    with atomic.new_path(path, overwrite=True) as name:
+        made(name, kind, "new")
+    assert {stat.S_IMODE(p.stat().st_mode) for p in [path, *path.rglob("*")] if p.is_file()} == {0o600}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in [path, *path.rglob("*")] if p.is_dir()} <= {0o700}
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -15,7 +15,7 @@ from torch import nn
 
 import askew_kernels as ak
 from askew_kernels import contract, reference, runtime
-from askew_kernels.nn.bands import BandedCodes
+from askew_kernels.nn.bands import BandedCodes, Bands
 from askew_kernels.ops import packed
 from askew_kernels.quant import Binary, Ternary, Uniform
 
@@ -341,6 +341,23 @@ def test_writing_to_the_codes_and_scales_is_seen():
 
 @compiled
 @torch.no_grad()
+@compiled
+def test_bands_that_another_thread_drops_serve_the_call_that_made_them(monkeypatch):
+    layer = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(64, 32)))), activations="int8")[0]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        y, made = layer(x), Bands.made
+
+        def made_and_dropped(bands, of):
+            found = made(bands, of)
+            bands.drop(of)
+            return found
+
+        monkeypatch.setattr(Bands, "made", made_and_dropped)
+        layer._call = None
+        assert torch.equal(layer(x), y)
+
+
 def test_moves_and_other_products_find_the_codes():
     layer, x = packed_layer(), torch.randn(3, 256)
     y, codes = layer(x), copy.deepcopy(layer).weight_codes

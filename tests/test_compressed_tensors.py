@@ -472,7 +472,7 @@ def group(told):
     (lambda told, t: t.update({"1.weight_shape": torch.tensor([6, 2**40])}), "weight_packed: expected int32"),
     (lambda told, t: t.update({"1.weight_shape": torch.tensor([-6, -40])}), "weight_packed: expected int32"),
     (lambda told, t: t.update({"1.weight_scale": t["1.weight_scale"] * 0}), "positive finite"),
-    (lambda told, t: t.update({"1.weight_scale": t["1.weight_scale"].double()}), "weight_scale"),
+    (lambda told, t: t.update({"1.weight_scale": t["1.weight_scale"].double() * (1 + 2**-40)}), "weight_scale"),
     (lambda told, t: t.update({"1.weight_zero_point": torch.zeros(6, 1)}), "weight_zero_point"),
     (lambda told, t: t.pop("1.weight_packed"), "missing"),
     (lambda told, t: group(told).update(input_activations={"num_bits": 8, "dynamic": False}), "input_activations"),

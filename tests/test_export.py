@@ -31,7 +31,7 @@ from askew_kernels.quant.scales import holds_scales, round_scale
 
 ROUNDED = [name for name in SCALE_RANGES if name != "float32"]
 BY_THEMSELVES = [name for name in ROUNDED if name != "float8_e4m3fn"]  # its scales share a unit: test_named_grids.py
-NEEDS = {name: name.replace("-", "_") for name in FORMATS} | {"metal": "transformers"}
+NEEDS = {name: name.replace("-", "_") for name in FORMATS} | dict.fromkeys(("metal", "bitnet"), "transformers")
 
 
 def held(value: float, scale_dtype: str) -> bool:
@@ -164,6 +164,102 @@ def test_what_is_trained_for_a_target_packs_and_arrives(target, tmp_path):
     x = torch.randn(3, 256)
     torch.testing.assert_close(again(x), model(x), rtol=1e-5, atol=1e-5)
     assert torch.equal(again[0].dequantize(), weight) and torch.equal(again[2].weight, model[2].weight)
+
+
+ALL = {"gguf": "gguf:q4_0", "compressed-tensors": "compressed-tensors:4", "transformers": "compressed-tensors:4",
+       "metal": "metal:4", "torchao": "torchao:4", "bitnet": None, "onnx": "onnx:4"}  # fmt: skip
+TERNARY_OF_8_BITS = ak.QuantConfig(ak.quant.Ternary(), granularity="per_tensor", activation=ak.quant.Uniform(8))
+
+
+class Told(nn.Module):
+    """With extra state that is JSON."""
+
+    def __init__(self, dtype=None, threshold=None):
+        super().__init__()
+        self.fc, self.threshold = nn.Linear(128, 8, bias=False, dtype=dtype), threshold
+
+    def forward(self, x):
+        return self.fc(x)
+
+    def get_extra_state(self):
+        return {"threshold": self.threshold}
+
+    def set_extra_state(self, state):
+        self.threshold = state["threshold"]
+
+
+def packed_for(to, model):
+    config = TERNARY_OF_8_BITS if ALL[to] is None else ak.QuantConfig.for_export(ALL[to])
+    return ak.pack_(ak.hard_quantize_(ak.quantize_(model, config))).eval()
+
+
+def exported(to, model, path, **options):
+    """In any format; ONNX files are exported with the model."""
+    pytest.importorskip(NEEDS[to])
+    if to == "onnx":
+        from askew_kernels.deploy.to_onnx import export_onnx
+
+        export_onnx(model, (torch.randn(2, 128),), path, **options)
+        return contents_of(model)
+    return export_packed(model, path, to, **options)
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_extra_state_goes_through_every_format(to, tmp_path):
+    exported(to, packed_for(to, Told(threshold=0.25)), tmp_path / "out")
+    write_contents(contents_at(tmp_path / "out"), tmp_path / "back")
+    assert ak.load_packed(tmp_path / "back", Told()).threshold == 0.25
+
+
+@pytest.mark.parametrize("to", [to for to in ALL if to != "transformers"])  # whose models have a class
+def test_a_layer_that_is_written_as_floats_is_compared_too(to, tmp_path):
+    model = packed_for(to, nn.Sequential(nn.Linear(128, 128, bias=False), nn.ReLU(), nn.Linear(128, 8, bias=False)))
+    contents = exported(to, model, tmp_path / "out", dense=["0"])
+    rows, _ = compare(contents, tmp_path / "out", to)
+    assert [(row.name, row.difference) for row in rows] == [("0", 0.0), ("2", 0.0)]
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_a_float64_model_is_read_back_or_refused_by_its_layer(to, tmp_path):
+    model = packed_for(to, Told(torch.float64))
+    if to != "torchao":
+        exported(to, model, tmp_path / "out")
+        layer = contents_at(tmp_path / "out").layers["fc"]
+        assert layer.weight_dtype == torch.float64 and torch.equal(layer.dequantize(), model.fc.dequantize())
+        return
+    with pytest.raises(PackedFileError, match=r"fc: weight_dtype: .*got float64; call model.float\(\) first"):
+        exported(to, model, tmp_path / "out")
+    exported(to, model, tmp_path / "out", dense=["fc"])
+    weight = model.fc.dequantize()
+    exported(to, model.float(), tmp_path / "float")
+    assert torch.equal(contents_at(tmp_path / "float").layers["fc"].dequantize(), weight.float())
+
+
+@pytest.mark.parametrize("to", ALL)
+def test_the_default_device_does_not_matter(to, tmp_path):
+    model = packed_for(to, Told())
+    with torch.device("meta"):
+        if to != "onnx":
+            exported(to, model, tmp_path / "out")
+    if to == "onnx":
+        exported(to, model, tmp_path / "out")
+    with torch.device("meta"):
+        read = contents_at(tmp_path / "out")
+        if to != "transformers":
+            assert compare(contents_of(model), tmp_path / "out", to)[0][0].difference == 0.0
+    assert torch.equal(read.layers["fc"].dequantize(), model.fc.dequantize())
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_a_wrapped_model_is_exported_as_what_it_wraps(wrapper):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, vocab_size=16,
+                                      num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    model = ak.pack_(ak.hard_quantize_(ak.quantize_(transformers.LlamaForCausalLM(config))))
+    plain, wrapped = contents_of(model), contents_of(wrapper(model))
+    assert plain.architecture is not None and plain.architecture["architectures"] == ["LlamaForCausalLM"]
+    assert (wrapped.architecture, wrapped.source) == (plain.architecture, plain.source)
+    assert wrapped.layers.keys() == plain.layers.keys()
 
 
 def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):

@@ -163,7 +163,7 @@ IDS = torch.randint(0, 20, (2, 9), generator=torch.Generator().manual_seed(3))
 
 def same_weights(contents, path):
     weights, reader = to_onnx.dequantized(path)
-    assert reader == f"onnxruntime {runtime.__version__}" and weights.keys() == contents.layers.keys()
+    assert reader == f"onnxruntime {runtime.__version__}" and weights.keys() >= contents.layers.keys()
     for name, layer in contents.layers.items():
         assert torch.equal(weights[name].to(layer.weight_dtype), layer.dequantize()), name
 

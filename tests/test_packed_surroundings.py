@@ -589,6 +589,49 @@ def test_equal_meanings_load_and_old_states_too(grid):
         assert torch.equal(model(x), saved(x))
 
 
+@pytest.mark.parametrize("own", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_of_narrower_scales_takes_the_type_of_those_it_is_given(own, given):
+    saved, x = packed(mlp(), "int2"), torch.randn(3, 12)
+    for layer in (saved[0], saved[2]):
+        layer.weight_scale = layer.weight_scale.to(given)
+    model = packed(mlp(1), "int2")
+    for layer in (model[0], model[2]):
+        layer.weight_scale = layer.weight_scale.to(own)
+    scales = [model[0].weight_scale, model[2].weight_scale]
+    assert model.load_state_dict(saved.state_dict()) == ([], [])
+    assert torch.equal(model[0].dequantize(), saved[0].dequantize()) and torch.equal(model(x), saved(x))
+    assert model[0].weight_scale is scales[0] and model[2].weight_scale is scales[1]  # which others may share
+
+
+def test_a_layer_keeps_the_type_of_its_scales_where_it_holds_those_given():
+    saved, model = packed(mlp(), "int2"), packed(mlp(1), "int2")
+    for layer in (saved[0], saved[2]):
+        layer.weight_scale = layer.weight_scale.bfloat16().float()
+    for layer in (model[0], model[2]):
+        layer.weight_scale = layer.weight_scale.bfloat16()
+    model.load_state_dict(saved.state_dict())
+    assert model[0].weight_scale.dtype == torch.bfloat16
+    assert torch.equal(model[0].dequantize(), saved[0].dequantize())
+
+
+@pytest.mark.parametrize("wrong", ["off its levels", "of another shape", "NaN"])
+def test_a_fill_that_raises_leaves_the_layer(wrong):
+    layer = packed(mlp())[0]
+    before, weight = copy.deepcopy(layer.state_dict()), layer.dequantize()
+    weight = {"off its levels": weight + 0.01, "of another shape": weight[:, :-1], "NaN": weight * float("nan")}[wrong]
+    with pytest.raises((ValueError, RuntimeError)):
+        layer.fill(weight, layer.weight_scale * 1)
+    assert all(torch.equal(t, before[key]) for key, t in layer.state_dict().items())
+
+
+def test_an_unpacked_encoder_takes_torchs_fast_path_again():
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    before = encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu
+    ak.unpack_(ak.pack_(ak.hard_quantize_(ak.quantize_(encoder))))
+    assert (encoder.use_nested_tensor, encoder.layers[0].activation_relu_or_gelu) == before
+
+
 def test_a_damaged_meaning_is_refused():
     model = packed(mlp())
     state = model.state_dict() | {f"0.{EXTRA_STATE}": torch.arange(5, dtype=torch.uint8)}

@@ -56,6 +56,19 @@ def test_torchao_layers_keep_their_hooks_and_ties():
     assert model[0] is model[2] and seen == [nn.Linear] * 2
 
 
+def test_torchao_layers_keep_one_weight_of_several_and_one_conv1d_in_two_places():
+    pytest.importorskip("torchao")
+    from transformers.pytorch_utils import Conv1D
+
+    from askew_kernels.deploy.to_torchao import to_torchao_
+
+    embedding, head, conv = nn.Embedding(32, 32), nn.Linear(32, 32, bias=False), Conv1D(32, 32)
+    head.weight = embedding.weight
+    model = ak.quantize_(nn.Sequential(embedding, conv, nn.ReLU(), conv, head), kinds=ak.nn.KINDS)
+    to_torchao_(ak.pack_(ak.hard_quantize_(model)))
+    assert model[0].weight is model[4].weight and model[1] is model[3] and type(model[1]) is nn.Linear
+
+
 def test_torchao_int4_layout():
     """Two's complement nibbles, even columns low; scales (groups, n) in bfloat16; weight = q s + zero point."""
     pytest.importorskip("torchao")

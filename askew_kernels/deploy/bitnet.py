@@ -24,6 +24,7 @@ from ..quant.scales import holds_scales
 from . import folders
 from .contents import Contents
 from .files import PackedFileError
+from .integers import kept_scale
 
 METHOD = "bitnet"
 ROWS = 4  # of a byte
@@ -52,7 +53,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     told = {"quant_method": METHOD, "modules_to_not_convert": folders.not_converted(tensors, layers), **FIXED}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, told, **changes)
 
 
@@ -95,9 +96,12 @@ def _opened(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor],
         weight, scale = tensors.get(f"{name}.weight"), tensors[f"{name}.weight_scale"]
         if weight is None or weight.dtype != torch.uint8 or weight.dim() != 2 or f"{name}.bias" in tensors:
             raise PackedFileError(f"{path}: {name}: expected a uint8 matrix weight, and no bias")
-        if scale.shape != (1,) or scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise PackedFileError(f"{path}: {name}: weight_scale: expected one float32, float16 or bfloat16, got "
-                                  f"{scale.dtype} {tuple(scale.shape)}")  # fmt: skip
+        if scale.shape != (1,):
+            raise PackedFileError(f"{path}: {name}: weight_scale: expected one number, got {tuple(scale.shape)}")
+        try:
+            kept_scale(scale)
+        except ValueError as error:
+            raise PackedFileError(f"{path}: {name}: weight_scale: {error}") from None
         if not bool(scale.isfinite() & (scale > 0)):
             raise PackedFileError(f"{path}: {name}: weight_scale: expected a positive finite number")
         if bool((weight & weight >> 1 & 0x55).any()):
@@ -112,11 +116,13 @@ def read(path: str | os.PathLike) -> Contents:
     kind, layers = KINDS["linear"], dict[str, PackedLayer]()
     for name in names:
         packed, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.weight_scale")
+        kept = kept_scale(scale)
         codes = torch.cat([packed >> 2 * i & 3 for i in range(ROWS)])
-        layer = layers[name] = kind.packed.like(kind.of_shape(codes.shape, False), config=told, scale_dtype=scale.dtype,
+        layer = layers[name] = kind.packed.like(kind.of_shape(codes.shape, False), config=told, scale_dtype=kept.dtype,
                                                 dtype=scale.dtype)  # fmt: skip
-        layer.bias, layer.weight_codes, layer.weight_scale = None, pack_codes(codes, layer.bits), scale
-    return Contents(str(path), layers, tensors, {}, config if "model_type" in config else None, Path(path))
+        layer.bias, layer.weight_codes, layer.weight_scale = None, pack_codes(codes, layer.bits), kept
+    architecture, folder = config if "model_type" in config else None, Path(path)
+    return Contents(str(path), layers, tensors, folders.read_extra(folder), architecture, folder)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:

@@ -28,7 +28,7 @@ from ..quant.scales import holds_scales
 from . import expert_names, folders, fp4
 from .contents import Contents
 from .files import PackedFileError
-from .integers import integers, table
+from .integers import integers, kept_scale, table
 
 METHOD = "compressed-tensors"
 PACKED, INT8 = "pack-quantized", "int-quantized"
@@ -158,7 +158,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         logger.warning("compressed-tensors: readers make weights of 4-bit floats in bfloat16, which holds these, and "
                        "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
 
 
@@ -208,8 +208,9 @@ def read(path: str | os.PathLike) -> Contents:
     rest = {
         expert_names.in_checkpoints(key, file.family, back=True): t for key, t in file.tensors.items() if key not in own
     }
-    architecture = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
-    return Contents(str(path), layers, rest, {}, architecture if "model_type" in architecture else None, file.path)
+    config = {k: v for k, v in file.config.items() if k != folders.QUANTIZATION}
+    architecture = config if "model_type" in config else None
+    return Contents(str(path), layers, rest, folders.read_extra(file.path), architecture, file.path)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
@@ -375,17 +376,19 @@ class _File:
         wanted = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
         if inputs is not None and not (isinstance(inputs, dict) and wanted.items() <= inputs.items()):
             raise self.fail(name, f"input_activations: expected {wanted}, got {inputs!r:.200}")
-        if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise self.fail(name, f"weight_scale: expected float32, float16 or bfloat16, got {scale.dtype}")
+        try:
+            kept = kept_scale(scale)
+        except ValueError as error:
+            raise self.fail(name, f"weight_scale: {error}") from None
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise self.fail(name, "weight_scale: expected positive finite scales")
         by = "per_group" if size else "per_tensor" if scale.dim() == 1 else "per_channel"
         config = QuantConfig(grid, "absmax", by, size, activation=Uniform(8) if inputs else None)
         kind = self._kind(group)
-        layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=scale.dtype,
+        layer = kind.packed.like(kind.of_shape((n, cols), False), config=config, scale_dtype=kept.dtype,
                                  dtype=scale.dtype)  # fmt: skip
         layer.bias = None
-        layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), scale.reshape(-1)
+        layer.weight_codes, layer.weight_scale = self._codes(found, bits, cols), kept.reshape(-1)
         return layer
 
     def _codes(self, found: Mapping[str, Tensor], bits: int, cols: int) -> Tensor:

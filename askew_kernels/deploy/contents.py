@@ -92,6 +92,7 @@ def read_architecture(folder: Path) -> dict[str, Any] | None:
 def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Contents:
     """Of a packed model, as ``save_packed`` would write it; a transformers model brings its config. ``folder``: where
     its tokenizer lies, if not where transformers loaded it from. Nothing is copied but to the CPU."""
+    model = files.wrapped_in(model)
     state = files.packed_state(model, type(model).__name__)
     cpu: dict[int, Tensor] = {}
 
@@ -112,9 +113,7 @@ def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Co
     config: Any = getattr(model, "config", None)
     architecture = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else None
     if architecture is not None:
-        architecture["architectures"] = [
-            type(getattr(model, "_orig_mod", model)).__name__
-        ]  # which a model that was never saved does not say
+        architecture["architectures"] = [type(model).__name__]  # which a model that was never saved does not say
     loaded_from = getattr(config, "_name_or_path", None) or ""  # of transformers: a folder, or a name on their hub
     home = Path(folder) if folder is not None else Path(loaded_from) if os.path.isdir(loaded_from) else None
     tensors = {key: here(t) for key, t in state.tensors.items()}

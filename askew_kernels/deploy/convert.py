@@ -25,6 +25,7 @@ from .formats import FORMATS, format_of
 from .inspect import report_of_contents
 
 
+@files.on_cpu()
 @torch.no_grad()
 def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*",
                  force: bool = False, kinds: Mapping[str, str] | None = None) -> None:  # fmt: skip

@@ -16,7 +16,7 @@ from torch import nn
 from .. import atomic
 from ..command import error
 from .contents import Contents, contents_of, read_contents
-from .files import PackedFileError
+from .files import PackedFileError, on_cpu
 from .formats import FORMATS, format_of
 
 
@@ -29,12 +29,14 @@ class Compared(NamedTuple):
     difference: float | None
 
 
+@on_cpu()
 def contents_at(path: str | os.PathLike, mmap: bool = False, verify: bool = True) -> Contents:
     """Of a packed file or of one of any format in ``FORMATS``. Raises PackedFileError/FileNotFoundError/ImportError."""
     name = format_of(path) if os.path.exists(path) else None
     return read_contents(path, verify, mmap) if name is None else FORMATS[name].load().read(path)
 
 
+@on_cpu()
 def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike, to: str, *,
                   architecture: str | None = None, folder: str | os.PathLike | None = None,
                   dense: Iterable[str] = (), overwrite: bool = False) -> Contents:  # fmt: skip
@@ -74,6 +76,7 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
     return contents
 
 
+@on_cpu()
 def compare(contents: Contents, path: str | os.PathLike, to: str) -> tuple[list[Compared], str]:
     """(layer by layer, what the format's own library reads in ``path``; the name of that library)."""
     weights, reader = FORMATS[to].load().dequantized(path)

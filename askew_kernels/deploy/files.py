@@ -13,7 +13,7 @@ import contextlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -34,6 +34,7 @@ from .tensorfile import not_plain
 
 VERSION = 1
 KEY = "askew_kernels"
+EXTRA = "askew_kernels_extra"  # of the metadata of files that others read: extra state that is JSON, by its keys
 IN_UNITS, UNIT = "float8_e4m3fn", "scale_unit"  # type of scales; in a layer's description the exponent of their unit
 PENDING = "?" * 8  # in the place of a checksum that is still being made
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -45,11 +46,25 @@ class PackedFileError(ValueError):
     """A packed file that cannot be written, read, or fitted to a model; the text begins with the path."""
 
 
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Tensors are made on the CPU, whatever is the default outside: files hold what lies there."""
+    with torch.device("cpu"):
+        yield
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def wrapped_in(model: nn.Module) -> nn.Module:
+    """The model without the wrappers around all of it."""
+    while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
+    return model
 
 
 class _Names:
@@ -58,8 +73,7 @@ class _Names:
     def __init__(self, model: nn.Module, where: str | bytes | os.PathLike) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        while isinstance(model, WRAPPED) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model.module if isinstance(model, WRAPPED) else model._orig_mod  # type: ignore[assignment]
+        model = wrapped_in(model)
         self.model, self.where = model, os.fsdecode(where)
         self.modules: dict[str, nn.Module] = {}
         self.paths: dict[int, list[str]] = defaultdict(list)  # {id of a module: its names in the model}
@@ -241,7 +255,7 @@ def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedSt
         if key in derived:
             continue
         if names.with_extra(key) is not None:
-            if not isinstance(value, Tensor) and not _is_json(value):
+            if not isinstance(value, Tensor) and not is_json(value):
                 raise fail(f"{key}: extra state is saved where it is a tensor or JSON, got {type(value).__name__}")
         elif not isinstance(value, Tensor):
             raise fail(f"{key} is a {type(value).__name__}; only tensors can be saved")
@@ -251,7 +265,7 @@ def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedSt
     return PackedState(layers, tensors, extra)
 
 
-def _is_json(value: Any) -> bool:
+def is_json(value: Any) -> bool:
     """Whether JSON gives ``value`` back: not tuples, sets, keys that are no texts, NaN."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         return bool(json.loads(json.dumps(value)) == value)
@@ -275,6 +289,24 @@ def read_safetensors(path: str | bytes | os.PathLike, **options: bool) -> tensor
         raise PackedFileError(f"{shown}: {why} ({error})") from None
 
 
+def extra_of(metadata: Mapping[str, str], path: str | bytes | os.PathLike) -> dict[str, Any]:
+    """The extra state that a safetensors file keeps in its metadata, be it a packed one or of another format; {} where
+    it keeps none. Raises PackedFileError."""
+    try:
+        packed = json.loads(metadata[KEY]) if KEY in metadata else {}
+        extra = packed["extra"] if "extra" in packed else json.loads(metadata.get(EXTRA, "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PackedFileError(f"{os.fsdecode(path)}: damaged metadata ({error})") from None
+    if not isinstance(extra, dict):
+        raise PackedFileError(f"{os.fsdecode(path)}: damaged metadata (extra state is {type(extra).__name__})")
+    return extra
+
+
+def metadata_with(metadata: Mapping[str, str], extra: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata, from which ``extra_of`` gives the extra state back."""
+    return {**metadata, EXTRA: json.dumps(dict(extra))} if extra else dict(metadata)
+
+
 class PackedFile:
     """``tensors`` {name: Tensor}, ``extra`` {key: state}, ``layers`` {name: description}, ``stored`` (names kept once).
 
@@ -282,7 +314,7 @@ class PackedFile:
 
     def __init__(self, path: str | bytes | os.PathLike, verify: bool = True, mmap: bool = False) -> None:
         self.path = Path(os.fsdecode(path))
-        with torch.device("cpu"), torch.inference_mode(False):  # whatever is the default outside
+        with on_cpu(), torch.inference_mode(False):  # whatever is the default outside
             if hasattr(torch.empty(0), "fake_mode"):
                 raise self._error("cannot be read under a FakeTensorMode, whose tensors hold no numbers")
             self._understand(read_safetensors(self.path, sums=verify, mmap=mmap), verify)
@@ -314,13 +346,13 @@ class PackedFile:
 
     @classmethod
     def of(cls, path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor], layers: Mapping[str, Any],
-           aliases: Mapping[str, str]) -> PackedFile:  # fmt: skip
+           aliases: Mapping[str, str], extra: Mapping[str, Any]) -> PackedFile:  # fmt: skip
         """The same of layers that stand elsewhere, checked as a file's own; raises as that does."""
         new = cls.__new__(cls)
         new.path = Path(os.fsdecode(path))
         if wrong := next((name for name, kept in aliases.items() if kept not in tensors), None):
             raise new._error(f"aliases: {wrong} is {aliases[wrong]}, which is not there")
-        new._hold(dict(tensors), dict(layers), aliases, {})
+        new._hold(dict(tensors), dict(layers), aliases, dict(extra))
         return new
 
     def _hold(self, tensors: dict[str, Tensor], layers: dict[str, Any], aliases: Mapping[str, str],
@@ -415,7 +447,7 @@ def load_packed(path: str | bytes | os.PathLike, model: nn.Module, *, verify: bo
     """
     names = _Names(model, path)
     file = PackedFile(path, verify, mmap)
-    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
+    with on_cpu(), torch.inference_mode(False), torch.no_grad(), exposed(names.model) as experts:
         names = _Names(model, path) if experts else names  # with the layers that these have now
         _Load(file, names, activations, not mmap if repack is None else repack).commit()
     return model

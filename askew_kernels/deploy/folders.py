@@ -69,6 +69,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The extra state that ``model.safetensors`` keeps; {} where shards stand in its place. Raises PackedFileError."""
+    if (folder / INDEX).is_file():
+        return {}
+    return files.extra_of(files.read_safetensors(folder / WEIGHTS, mmap=True).metadata, folder / WEIGHTS)
+
+
 def float_key(name: str, layer: PackedLayer) -> str:
     """The key of the weight of a layer that is written as floats."""
     return name if layer.kind.held else f"{name}.weight"
@@ -112,13 +119,13 @@ def write_config(
                 shutil.copytree(file, path / file.name)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """``model.safetensors``. Raises PackedFileError where it cannot be written."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    """``model.safetensors``, with extra state in its metadata. Raises PackedFileError where it cannot be written."""
     for name, t in tensors.items():
         if why := tensorfile.not_storable(t):
             raise files.PackedFileError(f"{path / WEIGHTS}: {name} {why}")
     try:
-        tensorfile.write(path / WEIGHTS, tensors, {"format": "pt"}, "", lambda sums: "")
+        tensorfile.write(path / WEIGHTS, tensors, files.metadata_with({"format": "pt"}, extra), "", lambda sums: "")
     except (OSError, ValueError, RuntimeError) as error:
         raise files.PackedFileError(f"{path / WEIGHTS}: cannot be written ({error})") from None
 

@@ -25,7 +25,7 @@ from ..nn.kinds import KINDS
 from ..quant import QuantConfig
 from .contents import Contents
 from .files import FLOATS, PackedFileError
-from .folders import float_key
+from .folders import float_key, float_weights
 from .integers import packed_layer
 
 KEY = "askew_kernels"  # of the metadata
@@ -397,7 +397,7 @@ def _document(graph: _Graph) -> dict[str, Any] | None:
         parts = [document[part] for part in ("layers", "tensors")]
         if document["version"] != VERSION:
             raise ValueError(f"version {document['version']!r}; this release reads version {VERSION}")
-        if not all(isinstance(part, dict) for part in parts):
+        if not all(isinstance(part, dict) for part in [*parts, document.get("extra", {})]):
             raise ValueError("expected objects")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise graph.error(f"metadata {KEY}", error) from None
@@ -463,7 +463,8 @@ def _contents(graph: _Graph) -> Contents:
         tensors, architecture = dict(_described_tensors(graph, document, packed)), document.get("architecture")
     if not isinstance(architecture, dict) or "model_type" not in architecture:
         architecture = None
-    return Contents(str(graph.path), packed, tensors, {}, architecture, graph.path.parent)
+    extra = {} if document is None else document.get("extra", {})
+    return Contents(str(graph.path), packed, tensors, extra, architecture, graph.path.parent)
 
 
 # ---- by onnxruntime --------------------------------------------------------------------------------------------------
@@ -525,8 +526,9 @@ def _evaluated(graph: _Graph, node: Any) -> Tensor:
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     """({name of a layer: its weight}, who says so): made by onnxruntime, of a product as that with the identity."""
     graph = _Graph(path)
-    weights = {}
-    for name, (node, place, _) in _layers(graph, _document(graph)).items():
+    document = _document(graph)  # files of others may hold layers that cannot be packed
+    weights = {} if document is None else float_weights(_contents(graph).tensors)
+    for name, (node, place, _) in _layers(graph, document).items():
         weight = _evaluated(graph, node)
         weight = weight.t() if place.across else weight
         form = KINDS[place.kind].form_with(place.geometry or {})

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..contract import unpack_codes
 from ..nn.packed import PackedLayer
 from ..quant import Grid, QuantConfig, Uniform, num_rows, pack_codes
+from ..quant.packing import SCALE_TYPES
 from ..quant.scales import holds_scales
 
 
@@ -42,6 +43,15 @@ def table(layer: Any, holder: str, inputs: bool = False) -> tuple[tuple[int, ...
     if not (-128 <= low and high <= 127) and not (0 <= low and high <= 255):
         raise ValueError(f"{holder} hold levels of 8 bits, got {grid}")
     return found
+
+
+def kept_scale(scale: Tensor) -> Tensor:
+    """The scales of a file in a type that packed layers keep; those of a float64 model in float32, which held them when
+    they were packed. Raises ValueError for other types and numbers."""
+    kept = scale.float() if scale.dtype == torch.float64 else scale
+    if kept.dtype not in SCALE_TYPES or (kept is not scale and not torch.equal(kept.double(), scale)):
+        raise ValueError(f"expected float32, float16, bfloat16 or what these hold, got {scale.dtype}")
+    return kept
 
 
 def integers(layer: Any, holder: str, inputs: bool = False) -> Integers:

@@ -23,7 +23,7 @@ from . import folders
 from .compressed_tensors import words
 from .contents import Contents
 from .files import PackedFileError
-from .integers import table
+from .integers import kept_scale, table
 
 METHOD = "metal"
 BITS = (2, 4, 8)
@@ -57,7 +57,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     told = {"quant_method": METHOD, "bits": bits, "group_size": size, "modules_to_not_convert": skipped}
     changes = folders.settle_ties(contents, layers, tensors)
     path.mkdir()
-    folders.write_tensors(path, tensors)
+    folders.write_tensors(path, tensors, contents.extra)
     folders.write_config(contents, path, architecture, told, **changes)
 
 
@@ -138,20 +138,23 @@ def read(path: str | os.PathLike) -> Contents:
     kind = KINDS["linear"]
     for name in names:
         codes, scales, biases = (tensors.pop(f"{name}.{part}") for part in ("weight", "scales", "qbiases"))
-        if scales.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise PackedFileError(f"{path}: {name}: scales: expected float32, float16 or bfloat16, got {scales.dtype}")
+        try:
+            kept = kept_scale(scales)
+        except ValueError as error:
+            raise PackedFileError(f"{path}: {name}: scales: {error}") from None
         if not bool((scales.isfinite() & (scales > 0)).all()):
             raise PackedFileError(f"{path}: {name}: scales: expected positive finite numbers")
         if not torch.equal(scales * -float(2 ** (bits - 1)), biases):
             raise PackedFileError(f"{path}: {name}: qbiases: a packed layer has levels from -{2 ** (bits - 1)} on, so "
                                   f"-{2 ** (bits - 1)} times the scales; got others")  # fmt: skip
         shape = (codes.shape[0], codes.shape[1] * 32 // bits)
-        options = {"scale_dtype": scales.dtype, "dtype": scales.dtype}
+        options = {"scale_dtype": kept.dtype, "dtype": scales.dtype}
         told = QuantConfig(Uniform(bits), "absmax", "per_group", size)
         layer = layers[name] = kind.packed.like(kind.of_shape(shape, False), config=told, **options)
-        layer.bias, layer.weight_scale = None, scales.reshape(-1)
+        layer.bias, layer.weight_scale = None, kept.reshape(-1)
         layer.weight_codes = codes.contiguous().view(torch.uint8)
-    return Contents(str(path), layers, tensors, {}, config if "model_type" in config else None, Path(path))
+    architecture, folder = config if "model_type" in config else None, Path(path)
+    return Contents(str(path), layers, tensors, folders.read_extra(folder), architecture, folder)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:

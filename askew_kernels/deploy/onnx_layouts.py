@@ -33,7 +33,7 @@ class Blocks:
         if self.zero == 2 ** (self.bits - 1):
             return None
         n, blocks = self.scale.shape
-        row = pack_codes(torch.full((1, blocks), self.zero, dtype=torch.uint8), self.bits)
+        row = pack_codes(torch.full((1, blocks), self.zero, dtype=torch.uint8, device=self.data.device), self.bits)
         return row.repeat(n, 1)
 
 

@@ -35,7 +35,7 @@ from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
 from ..quant.forms import ROWS
 from .contents import Contents, write_contents
-from .files import PackedFileError, load_packed
+from .files import PackedFileError, is_json, load_packed
 from .folders import float_key
 from .from_onnx import CONTRIB, GATHERS, KEY, LIMIT, MULTIPLIES, VERSION, dequantized, is_one, library, read
 from .integers import integers, table
@@ -163,7 +163,7 @@ def _quantized(x: Tensor, grid: Grid, dims: int) -> Tensor:
     z = x / scale
     if grid.read_as == UNIFORM:
         return z.clamp(float(grid.levels[0]), float(grid.levels[-1])).round() * scale
-    levels = torch.tensor(grid.levels, dtype=torch.float32)
+    levels = torch.tensor(grid.levels, dtype=torch.float32, device=z.device)
     near = torch.full_like(z, float(levels[0]))
     for middle, level in zip((0.5 * levels[:-1] + 0.5 * levels[1:]).tolist(), levels[1:].tolist(), strict=True):
         near = torch.where(z > middle, level, near)
@@ -201,6 +201,12 @@ def _as_written(layer: Any, packed: PackedLayer, blocks: Blocks | None, accuracy
 
     if grid is not None or arguments is not None:
         layer.forward = forward
+
+
+def _drop_extra(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Of a state_dict what is no tensor, which torch's tracer does not expect there."""
+    for key in [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        del state[key]
 
 
 def _traced(plain: nn.Module, example: Any, options: dict[str, Any]) -> Any:
@@ -260,6 +266,7 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         raise ValueError("model: has no packed layers; call pack_(model) first")
     # not float(): models that transformers loaded packed refuse that
     plain: Any = as_linear_(copy.deepcopy(model)).to(torch.float32).eval()
+    plain.register_state_dict_post_hook(_drop_extra)
     layers = packed_layers(plain)
     held = _held(layers, dense, opset)
     blocks = _in_blocks(held, strict) if operator == MULTIPLIES else {}
@@ -299,6 +306,8 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         "tensors": {key: [place, types[key]] for key in sorted(keys & types.keys())
                     if (place := writer.place_or_value(key)) is not None},
         "architecture": architecture,
+        "extra": {key: state for key, state in model.state_dict().items()
+                  if not isinstance(state, Tensor) and is_json(state)},
     }  # fmt: skip
     onnx.helper.set_model_props(made, {KEY: json.dumps(document)})
     if made.ByteSize() >= LIMIT:

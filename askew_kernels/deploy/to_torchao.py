@@ -19,9 +19,10 @@ from ..nn.kinds import KINDS, PackedConv2d, PackedEmbedding, PackedLinear, Packe
 from ..nn.packed import PackedLayer
 from ..nn.replace import replace_modules, successors
 from ..quant import QuantConfig, Uniform
+from ..quant.packing import SCALE_TYPES
 from . import files, tensorfile
 from .contents import Contents
-from .folders import dense_apart, float_key
+from .folders import dense_apart, float_key, float_weights
 from .integers import Integers, integers, packed_layer
 
 LAYERS = (PackedLinear, PackedTransposedLinear, PackedEmbedding, PackedConv2d)
@@ -132,7 +133,7 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     ===========  =====================================================================================================
 
     ``dequantize()`` of the first two gives the trained weight bit for bit, which is checked. Raises TypeError for
-    another layer, ValueError where the grid, the granularity, the scales or the inputs' grid do not allow it,
+    another layer, ValueError where the type, the grid, the granularity, the scales or the inputs' grid do not allow it,
     ImportError without torchao.
     """
     if not isinstance(layer, LAYERS):
@@ -141,6 +142,11 @@ def to_torchao(layer: PackedLayer, format: str | None = None) -> Tensor:
     if format is not None and format not in MAKERS:
         raise ValueError(f"format: expected one of {', '.join(MAKERS)}, got {format!r}")
     _library()
+    if layer.weight_dtype not in SCALE_TYPES:
+        kept = str(layer.weight_dtype).removeprefix("torch.")
+        raise ValueError(
+            f"weight_dtype: {HOLDER} are float32, bfloat16 or float16, got {kept}; call model.float() first"
+        )
     layer = _as_linear(layer)
     inputs = layer.kind.input_grid(layer)
     format = format or ("intx" if inputs is None else "int8")
@@ -160,16 +166,23 @@ def _as_linear(layer: Any) -> Any:
 
 def to_torchao_(model: nn.Module, format: str | None = None) -> nn.Module:
     """Replaces every PackedLinear, PackedEmbedding and PackedConv2d of ``model``, in place, by torch's own layer with
-    ``to_torchao``'s tensor as its weight.
+    ``to_torchao``'s tensor as its weight, one for all layers that share theirs.
 
     Raises as that, naming the layer, before anything is replaced; ValueError for a model without such layers.
     """
-    layers = {n: _as_linear(m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LAYERS)}
     if not layers:
         raise ValueError("model: has no PackedLinear, PackedEmbedding or PackedConv2d; call pack_(model) first")
 
+    weights: dict[Any, nn.Parameter] = {}  # what is one in memory stays one
+
     def make(name: str, layer: Any) -> nn.Module:
-        return layer.kind.float_layer(layer, nn.Parameter(to_torchao(layer, format), requires_grad=False))
+        held = id(layer.weight_codes), id(layer.weight_scale), layer.weight_dtype, layer.shape
+        key = *held, layer.form.transposed, layer.kind.input_grid(layer)
+        linear = _as_linear(layer)
+        if key not in weights:
+            weights[key] = nn.Parameter(to_torchao(linear, format), requires_grad=False)
+        return linear.kind.float_layer(linear, weights[key])
 
     replace_modules(model, successors(layers, make, "to_torchao(layer)"))
     return model
@@ -216,7 +229,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
     for name, t in flat.items():
         if why := tensorfile.not_storable(t):
             raise contents.error(name, why)
-    metadata |= {"format": "pt", KEY: json.dumps(descriptions)}
+    metadata |= files.metadata_with({"format": "pt", KEY: json.dumps(descriptions)}, contents.extra)
     tensorfile.write(path, flat, metadata, "", lambda sums: "")
 
 
@@ -314,7 +327,7 @@ def read(path: str | os.PathLike) -> Contents:
             layers[name] = _packed(name, of, parts, described.get(name))
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError, OverflowError) as error:
             raise files.PackedFileError(f"{path}: {name}: {error}") from None
-    return Contents(str(path), layers, tensors, {}, None, Path(path).parent)
+    return Contents(str(path), layers, tensors, files.extra_of(file.metadata, path), None, Path(path).parent)
 
 
 def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
@@ -324,5 +337,6 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
 
     file = files.read_safetensors(path)
     state, _ = support.unflatten_tensor_state_dict(file.tensors, file.metadata)
-    weights = {name.removesuffix(".weight"): t.dequantize() for name, t in state.items() if type(t) is not Tensor}
+    weights = float_weights({key: t for key, t in state.items() if type(t) is Tensor})
+    weights |= {key.removesuffix(".weight"): t.dequantize() for key, t in state.items() if type(t) is not Tensor}
     return weights, f"torchao {__version__}"

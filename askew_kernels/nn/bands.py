@@ -84,7 +84,8 @@ class Bands:
 
     @property
     def bytes(self) -> int:
-        return 0 if self._kept is None else self._kept[3].numel() + 4 * self._kept[4].numel()
+        kept = self._kept
+        return 0 if kept is None else kept[3].numel() + 4 * kept[4].numel()
 
     def of(self, layer: Any, x: Tensor, compiling: bool = False) -> tuple[Tensor, Tensor] | None:
         if not runtime.compiled_for(x) or torch.compiler.is_exporting():
@@ -92,31 +93,27 @@ class Bands:
         if torch.jit.is_tracing():  # made in a trace they would be made by the traced graph, in every call
             return self.kept(layer)
         if compiling:  # what a graph holds; it cannot ask where memory is, and bands are dropped with their codes
-            if not layer._bands_made():
+            if not layer._bands_made() or (kept := self._kept) is None:
                 return None
-            codes, scale, _, *kept = self._kept  # type: ignore[misc]
             # because of this question a layer is traced anew when others stand in their places
-            return tuple(kept) if codes is layer._buffers[NAME] and scale is layer._buffers["weight_scale"] else None
-        return self._kept[3:] if self.made(layer) else None  # type: ignore[index]
+            same = kept[0] is layer._buffers[NAME] and kept[1] is layer._buffers["weight_scale"]
+            return kept[3:] if same else None
+        return None if (kept := self.made(layer)) is None else kept[3:]
 
-    def made(self, layer: Any) -> bool:
-        """Makes the bands where they are not there or no longer the layer's; whether they are there then."""
-        if self._kept is None or not self.fresh(layer):
+    def made(self, layer: Any) -> tuple[Any, ...] | None:
+        """What is kept of the layer's bands, made where they are not there or no longer the layer's; None where bands
+        do not serve. Another thread may drop what ``_kept`` holds at any time, so it is read once."""
+        kept = self._kept
+        if kept is None or not _fresh(kept, layer):
             if not self._serves(layer):
-                return False
-            self._make(layer)
-        return True
+                return None
+            kept = self._make(layer)
+        return kept
 
     def kept(self, layer: Any) -> tuple[Tensor, Tensor] | None:
         """(bands, scales) if those that are kept are still the layer's."""
-        return self._kept[3:] if self._kept is not None and self.fresh(layer) else None
-
-    def fresh(self, layer: Any) -> bool:
-        """Whether the bands that are kept are those of the layer's codes and scales."""
-        kept, buffers = self._kept, layer._buffers
-        if kept is None or kept[0] is not buffers[NAME] or kept[1] is not buffers["weight_scale"]:
-            return False
-        return kept[2] == _states(layer)
+        kept = self._kept
+        return kept[3:] if kept is not None and _fresh(kept, layer) else None
 
     @staticmethod
     def read_as(layer: Any) -> tuple[list[int], int]:
@@ -132,9 +129,9 @@ class Bands:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make(self, layer: Any) -> None:
+    def _make(self, layer: Any) -> tuple[Any, ...]:
         groups, grid, bits = _groups(layer), layer.config.weight, layer.bits
-        self._kept = None
+        self._kept = None  # the memory of the old ones is free before the new ones are made
         codes, scale = restored(layer), layer._buffers["weight_scale"]
         if (counted := grid.counted) is not None:  # bands that do not give the codes back
             own = ops.packed.counted_codes(codes, grid, bits, layer.cols)
@@ -147,11 +144,20 @@ class Bands:
                 layer._buffers[NAME] = BandedCodes(bands, layout)
         factor = 1.0 if counted is None else counted.factor
         scales = ops.packed.band_scales(scale.detach().float() * factor, layer.rows, groups)
-        self._kept = layer._buffers[NAME], scale, _states(layer), bands, scales
+        kept = self._kept = layer._buffers[NAME], scale, _states(layer), bands, scales
+        return kept
 
     def drop(self, layer: Any) -> None:
         restored(layer)
         self._kept = None
+
+
+def _fresh(kept: tuple[Any, ...], layer: Any) -> bool:
+    """Whether these bands are those of the layer's codes and scales as they stand."""
+    buffers = layer._buffers
+    if kept[0] is not buffers[NAME] or kept[1] is not buffers["weight_scale"]:
+        return False
+    return kept[2] == _states(layer)
 
 
 def _groups(layer: Any) -> int:

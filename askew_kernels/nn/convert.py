@@ -309,7 +309,8 @@ def _tell_inputs(layers: dict[str, Any], activations: str) -> None:
 
 
 def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
-    """The inverse of ``pack_``, as far as inference goes: float layers with the unpacked weights, in place.
+    """The inverse of ``pack_``, as far as inference goes: float layers with the unpacked weights, in place. The weights
+    are new Parameters that require a gradient, frozen ones of before, of which codes know nothing, too.
 
     Raises ValueError naming the layer, and leaves the model as it was, where the inputs of a layer are quantized
     (``QuantConfig(activation=…)``), which these layers cannot do; ``force=True`` leaves that out.
@@ -327,6 +328,7 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
 
     replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
     conceal(model)
+    _decline_fast_paths(model)
     return model
 
 

@@ -133,7 +133,7 @@ class PackedLayer(nn.Module):
     @torch.no_grad()
     def fill(self, weight: Tensor, scale: Tensor, force: bool = False) -> None:
         """Codes and scales of ``weight``. Raises ValueError where that would change a weight or a scale, unless
-        ``force``, and for NaN."""
+        ``force``, and for NaN; the layer is then as it was."""
         if scale.shape != self.weight_scale.shape:
             wanted = f"{tuple(self.weight_scale.shape)} for {self.shape} weights {self.config.granularity}"
             raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
@@ -142,11 +142,14 @@ class PackedLayer(nn.Module):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
-        codes = pack_weight(self.form.matrix(weight), scale.float(), self.config.weight, trits=self.trits)
+        grid = self.config.weight
+        codes = pack_weight(self.form.matrix(weight), scale.float(), grid, trits=self.trits)
+        if not force:
+            made = ops.packed_dequantize(codes, scale, grid, self.bits, self.cols, self.weight_dtype)
+            if off := int((self.form.weight(made, self.shape) != weight).sum()):
+                raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
+                                 "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
         self.weight_codes, self.weight_scale = codes, scale.clone()
-        if not force and (off := int((self.dequantize() != weight).sum())):
-            raise ValueError(f"weight: {off} of {weight.numel()} weights are not on their levels; call "
-                             "hard_quantize_(model) first, or give force=True to round them")  # fmt: skip
 
     def to_float(self) -> nn.Module:
         """A float layer with the unpacked weight and the same bias Parameter."""
@@ -259,7 +262,7 @@ class PackedLayer(nn.Module):
         return self._bands.of(self, x, compiling)
 
     def _bands_made(self) -> bool:
-        return self._bands.made(self)
+        return self._bands.made(self) is not None
 
     # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
     _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -355,9 +358,25 @@ class PackedLayer(nn.Module):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
         self._bands.drop(self)
+        if not metadata.get("assign_to_params_buffers"):
+            self._widen_scale(state_dict.get(prefix + "weight_scale"))
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
+
+    def _widen_scale(self, given: Any) -> None:
+        """Gives the layer's scales the type of those that are to be copied into them, where their own type would round
+        them: scales are data. The tensor stays the same one, which layers of one weight share."""
+        own: Any = self._buffers["weight_scale"]
+        if not isinstance(given, Tensor) or given.shape != own.shape or given.is_meta or own.is_meta:
+            return
+        dtype = given.dtype if given.dtype in SCALE_TYPES else torch.float32
+        if torch.promote_types(dtype, own.dtype) == own.dtype:
+            return
+        if is_sharded(own) or is_sharded(given):  # by the types: all ranks do the same, and none asks the others
+            self.weight_scale = own.to(dtype)
+        elif not torch.equal(given.to(own.dtype).to(given.dtype), given):
+            own.data = own.data.to(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         restored(self)  # what it gives is the layer's own memory

@@ -21,6 +21,13 @@ def state_of(t: Tensor) -> tuple[int, int | None]:
     return t.data_ptr(), None if t.is_inference() else t._version
 
 
+def _fresh(kept: tuple[Any, ...] | None, codes: Tensor, scale: Tensor) -> bool:
+    """Whether what is kept was made of these as they stand."""
+    if kept is None or kept[0] is not codes or kept[1] is not scale:
+        return False
+    return bool(kept[2] == (state_of(codes), state_of(scale)))
+
+
 class Tiles:
     """``of(layer, dtype)``: what ``packed_tiles_linear`` takes between x and the bias, or None where it does not
     serve; ``bytes``: the memory of what is kept."""
@@ -37,9 +44,9 @@ class Tiles:
 
     @property
     def bytes(self) -> int:
-        if self._kept is None:
+        if (kept := self._kept) is None:
             return 0
-        tiles, scale = self._kept[3:5]
+        tiles, scale = kept[3:5]
         return tiles.numel() * 4 + scale.numel() * 4
 
     def form(self, layer: Any, dtype: torch.dtype) -> int:
@@ -53,23 +60,19 @@ class Tiles:
 
     def ready(self, layer: Any) -> bool:
         """Whether the tiles are those of the layer's codes and scales as they stand."""
-        codes, scale = layer.weight_codes, layer.weight_scale
-        kept = self._kept
-        return (
-            kept is not None and kept[0] is codes and kept[1] is scale and kept[2] == (state_of(codes), state_of(scale))
-        )
+        return _fresh(self._kept, layer.weight_codes, layer.weight_scale)
 
     @torch.no_grad()
     def of(self, layer: Any, dtype: torch.dtype) -> tuple[Any, ...]:
         codes, scale, grid = layer.weight_codes, layer.weight_scale, layer.config.weight
         form = self.form(layer, dtype)
-        if not self.ready(layer):
+        kept = self._kept  # read once: another thread may drop it
+        if kept is None or not _fresh(kept, codes, scale):
             made = ops.packed.packed_tiles(codes, grid.encoding, layer.bits, layer.cols, len(grid.levels), form)
             scales = ops.packed.tile_scales(scale.float(), layer.rows, layer.cols).contiguous()
-            self._kept = (codes, scale, (state_of(codes), state_of(scale)), made, scales)
-        assert self._kept is not None
+            kept = self._kept = (codes, scale, (state_of(codes), state_of(scale)), made, scales)
         groups = scale.numel() // layer.rows if scale.numel() > 1 else 0
-        return (*self._kept[3:], grid.levels_tensor(codes.device), grid.encoding, form, layer.rows, groups)
+        return (*kept[3:], grid.levels_tensor(codes.device), grid.encoding, form, layer.rows, groups)
 
     def drop(self) -> None:
         self._kept = None

@@ -32,7 +32,7 @@ class Unpacked:
 
     @property
     def bytes(self) -> int:
-        return 0 if self._kept is None else self._kept[-1].nbytes
+        return 0 if (kept := self._kept) is None else kept[-1].nbytes
 
     def of(self, layer: Any, dtype: torch.dtype) -> Tensor:
         recorded = torch.is_grad_enabled() and layer._buffers["weight_scale"].requires_grad

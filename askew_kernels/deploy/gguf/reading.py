@@ -22,6 +22,7 @@ from ...nn.packed import PackedLayer
 from ...quant import QuantConfig
 from ..contents import Contents
 from ..files import FLOATS, PackedFileError
+from ..folders import float_weights
 from . import blocks
 from .architectures import Architecture, Names, completed, from_fields, last, of_fields, rope_factors, rotary_rows
 from .blocks import BY_NUMBER
@@ -93,6 +94,11 @@ class _Source:
         ours = self.names.ours(module) if module else ""
         bare = self.architecture is not None and ours.endswith(self.architecture.parameters)
         return ours, "" if bare else leaf
+
+    def key(self, info: _Entry) -> str:
+        """Of a tensor in the state_dict."""
+        module, leaf = self.place(info)
+        return f"{module}.{leaf}" if module and leaf else module or leaf
 
     def rows(self, info: _Entry) -> Tensor | None:
         """Where our rows stand in the file."""
@@ -178,8 +184,7 @@ def read(path: str | os.PathLike) -> Contents:
     layers: dict[str, PackedLayer] = {}
     tensors: dict[str, Tensor] = {}
     for info in _entries(source.container, source.architecture):
-        module, leaf = source.place(info)
-        key = f"{module}.{leaf}" if module and leaf else module or leaf
+        (module, leaf), key = source.place(info), source.key(info)
         try:
             if key in tensors or (module in layers and leaf in ("weight", "")):
                 raise ValueError(f"it would be {key}, as another tensor is")
@@ -188,7 +193,7 @@ def read(path: str | os.PathLike) -> Contents:
                     raise ValueError(f"{BY_NUMBER[info.number].name} blocks, expected to be the weight of a module")
                 layers[module] = _layer(source, module, info)
             else:
-                tensors[key] = _tensor(source, module, leaf, info)
+                tensors[key] = _tensor(source, info)
         except PackedFileError:
             raise
         except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -232,7 +237,8 @@ def _layer(source: _Source, name: str, info: _Entry) -> PackedLayer:
     return layer
 
 
-def _tensor(source: _Source, module: str, leaf: str, info: _Entry) -> Tensor:
+def _tensor(source: _Source, info: _Entry) -> Tensor:
+    module, leaf = source.place(info)
     t, a = info.joined([source.container.tensor(part) for part in info.parts]), source.architecture
     if (rows := source.rows(info)) is not None:
         t = t[rows]
@@ -286,6 +292,7 @@ def dequantized(path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for info in _entries(source.container, source.architecture):
         if info.number not in BY_NUMBER:
+            weights |= float_weights({source.key(info): _tensor(source, info)})
             continue
         parts = []
         for part in info.parts:

@@ -130,7 +130,7 @@ def read(path: str | os.PathLike) -> Contents:
     aliases = told.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(kept, str) for kept in aliases.values()):
         raise files.PackedFileError(f"{path}: aliases: expected keys of tensors by keys, got {aliases!r:.80}")
-    file = files.PackedFile.of(path, folders.read_tensors(folder), layers, aliases)
+    file = files.PackedFile.of(path, folders.read_tensors(folder), layers, aliases, folders.read_extra(folder))
     return contents_of_file(file, config if "model_type" in config else None, folder)
 
 
