@@ -156,6 +156,27 @@ def test_traced_and_transformed_calls(kind):
     assert second.isfinite().all() and (second != 0).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_tensors(kind):
+    """Shapes alone, forward and back, of a model made there and of one with values, which stays as it was."""
+    from torch._subclasses import FakeTensorMode
+
+    real = layer_of(kind)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model in (layer_of(kind), layer_of(kind).eval(), real):
+            x = torch.empty(9, 12, requires_grad=True)
+            y = model(x)
+            y.sum().backward()
+            assert y.shape == (9, 7) and x.grad.shape == x.shape
+            if model is not real:  # whose tensors the mode has in keeping, too
+                assert len(ak.param_groups(model)[1]["params"]) == KINDS.index(kind) + 2
+                model.load_state_dict(model.state_dict())
+    assert not real[0].input_quantizer.started
+    real.zero_grad()
+    twin = layer_of(kind)
+    assert torch.equal(real(inputs()), twin(inputs()))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_makes_it_useless(kind, value):

@@ -79,7 +79,7 @@ class InputQuantizer(nn.Module):
     @property
     def started(self) -> bool:
         """Whether it has seen a batch; asked of the device until it has."""
-        if not self._started and not torch.compiler.is_compiling() and not self.start.is_meta:
+        if not self._started and not torch.compiler.is_compiling() and ops.has_values(self.start):
             self._started = bool(self.start > 0)
         return self._started
 
@@ -108,7 +108,7 @@ class InputQuantizer(nn.Module):
         ``eager``: nothing traces or transforms the call."""
         if x.numel() == 0:
             return x
-        if not self.started and not x.is_meta:
+        if not self._started and ops.has_values(x) and not self.started:
             if not (self.training or InputQuantizer.calibrating):
                 return None
             self._start(x, eager)

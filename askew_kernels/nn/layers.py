@@ -631,7 +631,7 @@ class QuantizedLayer(nn.Module):
             self._tied()  # other tensors, where the weight has got another shape
         held: Any = self._buffers[GRIDS]
         grids = _fingerprint(self.config, held.device)
-        if not held.is_meta and not torch.equal(held, grids):  # memory that a loader left unwritten
+        if ops.has_values(held) and not torch.equal(held, grids):  # memory that a loader left unwritten
             self._buffers[GRIDS] = grids
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.form.transposed and not keep_vars and f"{prefix}weight" in destination:  # the order of files
@@ -644,7 +644,7 @@ class QuantizedLayer(nn.Module):
         self._tied()
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
-        if of is not None and not of.is_meta and not torch.equal(of := of.detach().cpu().float(), mine):
+        if of is not None and ops.has_values(of) and not torch.equal(of := of.detach().cpu().float(), mine):
             which = "weight" if torch.equal(of[1], mine[1]) else "activation"
             error_msgs.append(f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
                               f"{getattr(self.config, which)}; call quantize_ with the configuration that was "

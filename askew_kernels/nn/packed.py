@@ -122,7 +122,7 @@ class PackedLayer(nn.Module):
                              "StateDictOptions(full_state_dict=True), load it into a model that is not split, and pack "
                              "that (packed layers are split by parallelize_module)")  # fmt: skip
         new = cls.like(layer, config=config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
-        if weight.is_meta or hasattr(weight, "fake_mode"):
+        if not ops.has_values(weight):
             raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
                              "there instead")  # fmt: skip
         new.fill(weight, layer.weight_scale.detach(), force)

@@ -326,7 +326,7 @@ class WeightQuantizer:
         if not isinstance(scale, nn.Parameter):
             with torch.inference_mode(False):
                 scale = nn.Parameter(scale.detach())
-        if type(scale) is not LearnedScale and not is_sharded(scale):
+        if type(scale) is nn.Parameter:  # neither sharded nor fake
             scale.__class__ = LearnedScale
         if scale is not self.learned:
             self._young = None
@@ -355,7 +355,7 @@ class WeightQuantizer:
 
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
-        if not self.flag.is_meta:
+        if ops.has_values(self.flag):
             self.frozen = float(self.flag) > FOLLOWS
             if self.learned is not None:
                 self.started = not self.row_sums.numel() or not float(self.row_sums[0, 0]) < 0
@@ -396,7 +396,7 @@ class WeightQuantizer:
             return known  # type: ignore[return-value]
         self._changed()
         self.fit(weight)
-        if weight.is_meta:
+        if not ops.has_values(weight):
             return self._know(weight)
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
