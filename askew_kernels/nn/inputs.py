@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ from ..quant.state import learned_slopes
 from .joint import being_managed, copy_of, is_beside, replicated
 
 __all__ = ["InputQuantizer", "calibrate_"]
+
+
+LEARNED_ON = ("the checkpoint has it as a Parameter alone: it is learned on from the value that came, which means "
+              "nothing if that model had seen no batch")  # fmt: skip
 
 
 class InputQuantizer(nn.Module):
@@ -186,11 +191,19 @@ class InputQuantizer(nn.Module):
         self._started, self._seen = False, None
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """A checkpoint that says nothing of inputs leaves it as it is."""
-        if f"{prefix}scale" in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            self._started, self._seen = False, None
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
+                              *rest: Any) -> None:  # fmt: skip
+        """A checkpoint that says nothing of inputs leaves it as it is; where the scale comes alone, it counts."""
+        if f"{prefix}scale" not in state_dict:
+            return
+        known = ops.has_values(self.start) and self.started
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
+        self._started, self._seen = False, None
+        if (key := f"{prefix}start") in missing_keys:
+            missing_keys.remove(key)
+            if not known and ops.has_values(self.held[0]):
+                self.start = self.held[0].clone()
+                warnings.warn(f"{prefix}scale: {LEARNED_ON}", stacklevel=2)
 
     def extra_repr(self) -> str:
         return f"{self.grid}, {LEARNED_INPUTS[self.offset is not None]}"

@@ -35,7 +35,7 @@ from ..quant.scales import row_tops, scales_of_tops
 from ..quant.sharding import is_sharded, local_part, sharding_of, split_by
 from ..quant.state import QuantizedParameter, empty_state, learned_slopes, scale_owner
 from .compiled import clip_, kept_linear
-from .inputs import InputQuantizer
+from .inputs import LEARNED_ON, InputQuantizer
 from .joint import being_distributed, being_managed, being_split, bias_of, copy_of, is_beside, joint_tops, replicated
 from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
@@ -641,7 +641,7 @@ class QuantizedLayer(nn.Module):
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
         """A checkpoint without the quantizer's tensors is a float model's (silently, where it says so itself), or a
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
-        self._tied()
+        started = self._tied().started
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
         if of is not None and ops.has_values(of) and not torch.equal(of := of.detach().cpu().float(), mine):
@@ -662,9 +662,14 @@ class QuantizedLayer(nn.Module):
                 missing_keys.remove(prefix + name)
         if came and not any(there) and self.config.learns_scale and not self.quantizer.frozen:
             self.quantizer.forget()  # it starts anew, from the weights that came
-        if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
+        learns = self.config.learns_scale
+        if there[0] and not there[1] and not learns:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
+        if learns and there == [True, False, False] and not quantizer.frozen:
+            self._learn_on(quantizer)
+            if not started:
+                warnings.warn(f"{prefix}{STATE[0]}: {LEARNED_ON}", stacklevel=2)
         quantizer.came()
         quantizer.look()
         if came and not any(there) and (quantizer.frozen or metadata.get("version") != 1):
@@ -674,6 +679,12 @@ class QuantizedLayer(nn.Module):
                    f"the scale follows the weights that came (rule {self.config.scale}), which is right for a float "
                    "model's checkpoint and wrong for a part of a quantized one's"), stacklevel=2,
             )  # fmt: skip
+
+    def _learn_on(self, quantizer: WeightQuantizer) -> None:
+        """A learned scale has come as a Parameter, without the sums that say that it has started."""
+        weight: Any = self._parameters.get("weight")
+        if weight is not None and not is_sharded(weight) and ops.has_values(weight):
+            quantizer.write(sums=quantizer._sums(weight))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = [local_part(t.detach()) for t in self._held()]
