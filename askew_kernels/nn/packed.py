@@ -192,6 +192,12 @@ class PackedLayer(nn.Module):
             return self.dequantize()
         return stand_in(self) if being_split() else DecodedWeight(self)
 
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        """Its own is taken back, as peft's ``unload`` gives it; another is an AttributeError."""
+        if not (isinstance(value, DecodedWeight) and value.layer is self):
+            self.register_parameter("weight", value)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:
             if param is not None and is_sharded(param):
