@@ -667,7 +667,7 @@ class QuantizedLayer(nn.Module):
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
         if learns and there == [True, False, False] and not quantizer.frozen:
-            self._learn_on(quantizer)
+            quantizer.learn_on(self._parameters.get("weight"))
             if not started:
                 warnings.warn(f"{prefix}{STATE[0]}: {LEARNED_ON}", stacklevel=2)
         quantizer.came()
@@ -679,12 +679,6 @@ class QuantizedLayer(nn.Module):
                    f"the scale follows the weights that came (rule {self.config.scale}), which is right for a float "
                    "model's checkpoint and wrong for a part of a quantized one's"), stacklevel=2,
             )  # fmt: skip
-
-    def _learn_on(self, quantizer: WeightQuantizer) -> None:
-        """A learned scale has come as a Parameter, without the sums that say that it has started."""
-        weight: Any = self._parameters.get("weight")
-        if weight is not None and not is_sharded(weight) and ops.has_values(weight):
-            quantizer.write(sums=quantizer._sums(weight))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = [local_part(t.detach()) for t in self._held()]

@@ -596,6 +596,11 @@ class WeightQuantizer:
         self._left, self._loaded = None, True
         self.invalidate()
 
+    def learn_on(self, weight: Tensor | None) -> None:
+        """A learned scale has come as a Parameter alone, without the sums that say that it has started."""
+        if weight is not None and not is_sharded(weight) and ops.has_values(weight):
+            self.write(sums=self._sums(weight))
+
     def forget(self) -> None:
         """A weight of which nothing is known: the scale follows its rule, frozen or not before."""
         self.write(frozen=FOLLOWS)
