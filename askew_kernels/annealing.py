@@ -6,6 +6,7 @@ import math
 import numbers
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,16 @@ STATE = ("hold", "total", "mode", "power", "decay", "floor", "keep_pull", "last_
 # What states of the first releases have not, and what it was there.
 LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None, "outer_power": None, "start": None,
          "full": None}  # fmt: skip
+#: Group keys that stand under another name where the optimizer that is wrapped has one of that name itself.
+ELSEWHERE = {"alpha": "constraint_alpha", "clamp": "constraint_clamp", "rho": "sam_rho", "eta": "sam_eta",
+             "adaptive": "sam_adaptive"}  # fmt: skip
 POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
+
+
+def key_in(group: Mapping[str, Any], name: str) -> str:
+    """The key of ``group`` that holds what this package calls ``name``."""
+    other = ELSEWHERE.get(name, name)
+    return other if other in group else name
 
 
 @dataclass(frozen=True)
@@ -213,13 +223,13 @@ class EpsilonAnnealing(LRScheduler):
         for _, group in self._groups():
             eps, present = self._eps_of(group), group["constraint_eps"]
             new = present.fill_(eps) if isinstance(present, torch.Tensor) else eps
-            if group.get("eps") is present:  # the same by its old name, where the base has no eps of its own
+            if self._by_old_name(group, present):
                 group["eps"] = new
             group["constraint_eps"] = new
             # Known on the host even where eps lives on a device, and where eps is still 1 by rounding.
             group["annealing"] = self._freezes(group)
             if self.clamp is not None:
-                group["clamp"] = self.clamp
+                group[key_in(group, "clamp")] = self.clamp
         self._stepped = self._told = False
         self._follow_lr()
         self._soften(self.slack_at(self.last_epoch))
@@ -249,8 +259,13 @@ class EpsilonAnnealing(LRScheduler):
             eps = group["constraint_eps"]
             if _is_outer(group) and isinstance(eps, torch.Tensor) and any(eps is other for other in others):
                 group["constraint_eps"] = eps.clone()
-                if group.get("eps") is eps:
+                if self._by_old_name(group, eps):
                     group["eps"] = group["constraint_eps"]
+
+    def _by_old_name(self, group: dict[str, Any], eps: Any) -> bool:
+        """Whether ``eps`` in the group is the constraint's, by its old name, and not the base rule's own."""
+        optimizer = getattr(self.optimizer, "base_optimizer", self.optimizer)
+        return group.get("eps") is eps and getattr(optimizer, "_old_names", {}).get("eps") == "constraint_eps"
 
     def _eps_of(self, group: dict[str, Any]) -> float:
         return self.eps_at(self.last_epoch, _is_outer(group))
@@ -275,14 +290,15 @@ class EpsilonAnnealing(LRScheduler):
             if self._seen.get(index) == seen:
                 continue
             moved, self._seen[index] = True, seen
-            if _elsewhere(lr) and isinstance(group["alpha"], torch.Tensor):
-                self._pull_there(index, lr, group["alpha"])
+            key = key_in(group, "alpha")
+            present = group[key]  # a tensor is filled, where the replay of a CUDA graph looks for it
+            if _elsewhere(lr) and isinstance(present, torch.Tensor):
+                self._pull_there(index, lr, present)
             elif (lr := float(lr)) > 0:
-                first = self._first.setdefault(index, [lr, float(group["alpha"])])
+                first = self._first.setdefault(index, [lr, float(present)])
                 first[0] = max(first[0], lr)
                 alpha = first[1] * first[0] / lr
-                present = group["alpha"]  # a tensor is filled, where the replay of a CUDA graph looks for it
-                group["alpha"] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
+                group[key] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
 
     def _pull_there(self, index: str, lr: torch.Tensor, alpha: torch.Tensor) -> None:

@@ -115,6 +115,14 @@ def test_the_registered_operator(way, x):
     assert torch.equal(WAYS[way](f, x), WAYS[way](lambda x: straight_through(x, ROWS, Uniform(4)), x))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_one_scale_for_the_whole_tensor(way, x, backend):
+    """As Linear(n, 1) and ``per_tensor`` have it."""
+    for scale in (ROWS[:1], ROWS[0]):
+        got = WAYS[way](lambda x: ops.fake_quantize(x, scale, Uniform(4)), x)  # noqa: B023
+        assert torch.equal(got, WAYS[way](lambda x: straight_through(x, ROWS[:1], Uniform(4)), x))
+
+
 @pytest.mark.parametrize("way", ["jvp", "grad", "vmap", "hessian"])
 def test_compiled(way, x):
     torch._dynamo.reset()

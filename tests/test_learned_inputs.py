@@ -12,6 +12,7 @@ Esser et al., ICLR 2020), with ``"lsq+"`` an offset, too (LSQ+, Bhalgat et al., 
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -156,6 +157,54 @@ def test_traced_and_transformed_calls(kind):
     torch.testing.assert_close(first, expected["0.input_quantizer.scale"], rtol=1e-4, atol=1e-5)
     (second,) = torch.autograd.grad(first.sum(), model[0].bias)
     assert second.isfinite().all() and (second != 0).any()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_alone_are_a_checkpoint(kind, assign):
+    """What was learned of weights and inputs comes with them, is told where the rest is missing, and is learned on."""
+    model, x = layer_of(kind), inputs()
+    for _ in range(3):
+        model(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    expected, parameters = model.eval()(x), {n: p.detach().clone() for n, p in model.named_parameters()}
+    other = layer_of(kind)
+    with pytest.warns(UserWarning) as told:
+        other.load_state_dict(copy.deepcopy(parameters), assign=assign)
+    assert [str(w.message).partition(":")[0] for w in told] == ["0.weight_scale", "0.input_quantizer.scale"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(parameters)  # it knows the rest
+    for twin in (other, model):
+        assert torch.equal(twin.eval()(x), expected) and torch.equal(twin.train()(x), expected)
+        twin.zero_grad()
+        twin(x).square().sum().backward()
+        torch.optim.SGD(twin.parameters(), lr=1e-3).step()
+        twin(x)
+        for name in ("0.weight_scale", "0.input_quantizer.scale"):
+            assert not torch.equal(twin.get_parameter(name), parameters[name])
+            torch.testing.assert_close(twin.get_parameter(name), parameters[name], rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fake_tensors(kind):
+    """Shapes alone, forward and back, of a model made there and of one with values, which stays as it was."""
+    from torch._subclasses import FakeTensorMode
+
+    real = layer_of(kind)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for model in (layer_of(kind), layer_of(kind).eval(), real):
+            x = torch.empty(9, 12, requires_grad=True)
+            y = model(x)
+            y.sum().backward()
+            assert y.shape == (9, 7) and x.grad.shape == x.shape
+            if model is not real:  # whose tensors the mode has in keeping, too
+                assert len(ak.param_groups(model)[1]["params"]) == KINDS.index(kind) + 2
+                model.load_state_dict(model.state_dict())
+    assert not real[0].input_quantizer.started
+    real.zero_grad()
+    twin = layer_of(kind)
+    assert torch.equal(real(inputs()), twin(inputs()))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e6])

@@ -278,3 +278,34 @@ def test_adapters_of_other_kinds_of_layers(dims, packed):
     with torch.no_grad():
         assert float((merged(x) - want).norm() / want.norm()) < 0.2
         assert packed or torch.equal(ak.hard_quantize_(copy.deepcopy(merged))(x), merged(x))
+
+
+ADAPTERS = {
+    "IA3": lambda of: peft.IA3Config(target_modules=of, feedforward_modules=of[-1:]),
+    "LoHa": lambda of: peft.LoHaConfig(r=4, target_modules=of),
+    "LoKr": lambda of: peft.LoKrConfig(r=4, target_modules=of),
+    "VeRA": lambda of: peft.VeraConfig(r=4, target_modules=of[:1]),
+    "OFT": lambda of: peft.OFTConfig(r=0, oft_block_size=8, target_modules=of),
+    "BOFT": lambda of: peft.BOFTConfig(boft_block_size=4, target_modules=of),
+    "FourierFT": lambda of: peft.FourierFTConfig(n_frequency=20, target_modules=of),
+}
+
+
+@by_state
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_other_adapters_are_taken_off(adapter, packed):
+    model = base_model("llama", packed, hard=True)
+    before, expected = bytes_of(model), logits(model)
+    with_adapter = peft.get_peft_model(model, ADAPTERS[adapter](MODELS["llama"][1]))
+    logits(with_adapter)
+    alone = with_adapter.unload()
+    assert torch.equal(logits(alone), expected) and unchanged(alone, before)
+
+
+def test_a_packed_layer_is_given_no_other_weight():
+    layer, other = (ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(16, 8)), CONFIG)))[0]
+                    for _ in range(2))  # fmt: skip
+    layer.weight = layer.weight
+    for value in (other.weight, layer.dequantize(), nn.Parameter(layer.dequantize()), None):
+        with pytest.raises(AttributeError, match="^weight: a packed layer keeps codes.*unpack_"):
+            layer.weight = value

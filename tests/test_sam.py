@@ -600,6 +600,22 @@ def test_one_optimizer_not_two():
     assert "rho: 0.1" in repr(optimizer)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_with_a_rho_of_its_own_keeps_it(kind):
+    """Adadelta's rho is its decay; the radius stands beside it."""
+    cls, options = KINDS[kind]
+    model = network(norm=False)
+    base = torch.optim.Adadelta(model.parameters(), rho=0.8)
+    optimizer = cls(base, **{**options, "rho_max": None} if "rho_max" in options else options, rho=0.05)
+    before = weights(model)
+    loss_of(model, 0).backward()
+    optimizer.first_step()
+    moved = torch.cat([(p.detach() - w).flatten() for p, w in zip(model.parameters(), before, strict=True)]).norm()
+    assert 0.01 < float(moved) < 0.15 and base.param_groups[0]["rho"] == 0.8
+    optimizer.restore()
+    assert optimizer.state_dict()["param_groups"][0]["sam_rho"] == 0.05
+
+
 def test_davda54_constructor():
     model = network()
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, adaptive=True, lr=0.2, momentum=0.9)

@@ -13,6 +13,7 @@ import copy
 import io
 import math
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -261,6 +262,68 @@ def test_copies(base, how):
     other, other_optimizer = how((model, optimizer))
     train(model, optimizer, 3, 6), train(other, other_optimizer, 3, 6)
     assert same(model.parameters(), other.parameters()) and other_optimizer.telemetry_every == 3
+
+
+class Named(SignMomentum):
+    """Its alpha, clamp, rho, eta and adaptive mean something else than the wrappers' do."""
+
+    OWN: ClassVar = {"alpha": 0.9, "clamp": 7, "rho": 0.8, "eta": 0.6, "adaptive": "yes"}
+
+    def __init__(self, params, lr=0.01):
+        torch.optim.Optimizer.__init__(self, params, {"lr": lr, "beta": 0.9, **self.OWN})
+
+
+def test_keys_that_the_base_has_itself_stay_its_own():
+    """What is asked of Skewed and SAM counts, in groups, schedules, telemetry, checkpoints and copies; the base's keys
+    of the same names are untouched."""
+    model, twin, plain = network(), network(), network()
+    base = Named(ak.param_groups(model))
+    base.param_groups[1]["constraint_alpha"] = 5.0  # a group's own goes first
+    for group in base.param_groups:
+        group["sam_rho"] = 0.0
+    optimizer = SAM(Skewed(base, alpha=4.0, clamp=False), rho=0.5)
+    other = Skewed(BASES["own"](ak.param_groups(twin)), alpha=4.0, clamp=False)
+    other.param_groups[1]["alpha"] = 5.0
+    pulls = [ak.EpsilonAnnealing(o, hold=1, total=6, clamp=False, keep_pull=True) for o in (optimizer, other)]
+    for i in range(6):
+        for o, net, pull in ((optimizer, model, pulls[0]), (other, twin, pulls[1])):
+            o.zero_grad()
+            loss_of(net, i).backward()
+            if o is optimizer:
+                o.first_step(zero_grad=True)
+                loss_of(net, i).backward()
+            o.step()
+            for group in o.param_groups:
+                group["lr"] *= 0.8
+            pull.step()
+    assert same(model.parameters(), twin.parameters())
+    rows = [o.telemetry() for o in (optimizer.base_optimizer, other)]
+    assert [r["alpha"] for r in rows[0]] == [r["alpha"] for r in rows[1]]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4, 8))]})
+    state = optimizer.state_dict()
+    for o in (optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        groups = o.param_groups
+        assert all({key: group[key] for key in Named.OWN} == Named.OWN for group in groups)
+        assert [group["sam_rho"] for group in groups] == [*[0.0] * (len(groups) - 1), 0.5]
+        assert groups[0]["constraint_alpha"] > 5 and groups[-1]["constraint_alpha"] == 4.0
+        for group in groups:
+            group["constraint_alpha"] = group["sam_rho"] = 9.0
+        o.load_state_dict(copy.deepcopy(state))
+        assert o.param_groups[0]["constraint_alpha"] == state["param_groups"][0]["constraint_alpha"]
+        assert o.param_groups[1]["sam_rho"] == 0.0
+    alone = Named(ak.param_groups(plain))
+    for group in alone.param_groups:
+        group["alpha"] = 0.7
+    again = SAM(Skewed(Named(ak.param_groups(network())), alpha=4.0), rho=0.2)
+    again.load_state_dict(alone.state_dict())  # of the base alone
+    assert {(g["alpha"], g["constraint_alpha"], g["sam_rho"]) for g in again.param_groups} == {(0.7, 4.0, 0.2)}
+
+
+def test_a_key_of_the_base_that_only_layers_can_say_is_refused():
+    base = SignMomentum([nn.Parameter(torch.ones(4, 8))])
+    base.defaults["scale"] = 0.5
+    with pytest.raises(TypeError, match="^scale: SignMomentum has a group key of that name itself"):
+        Skewed(base, grid=GRID)
 
 
 def test_weights_without_a_layer_keep_their_scale_in_a_pickle():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .. import ops
 from ..nn import packed_layers
 from .batches import map_tensors, tensors_of
 
@@ -41,7 +42,7 @@ def check_values(model: nn.Module) -> None:
     if hasattr(torch.empty(0, device="cpu"), "fake_mode"):
         raise ValueError("model: under FakeTensorMode no tensor has values; call this outside of it")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
-        if t.is_meta or hasattr(t, "fake_mode"):
+        if not ops.has_values(t):
             raise ValueError(f"model: {name} has no values ({'meta' if t.is_meta else 'a FakeTensor'}); "
                              "give it some first, as by to_empty and load_state_dict")  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .. import ops
 from ..quant import QuantConfig
 from ..quant.config import SCALE_FIELDS
 from ..quant.forms import Form
@@ -328,7 +329,7 @@ def unpack_(model: nn.Module, force: bool = False) -> nn.Module:
 
     replace_modules(model, successors(_named(model, PackedLayer), make, "its to_float()"))
     conceal(model)
-    _decline_fast_paths(model)
+    decline_fast_paths(model)
     return model
 
 
@@ -395,7 +396,7 @@ def param_groups(model: nn.Module, *, scale_lr: float = 1.0, outer: bool = True,
                 layer.quantizer.untie(p)
             continue
         learned = [] if layer.quantizer.learned is None else [layer.quantizer.learned]
-        if learned and not layer.weight.is_meta:  # starts, as a graph of torch.compile cannot make it
+        if learned and ops.has_values(layer.weight):  # starts, as a graph of torch.compile cannot make it
             layer.quantizer.current_scale(layer.weight)
         scales |= {id(p): p for p in (*learned, *inputs_of(layer)) if p.requires_grad}
         if not layer.weight.requires_grad or id(layer.weight) in seen:

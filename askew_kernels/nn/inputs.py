@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,10 @@ from ..quant.state import edits, learned_slopes, learns
 from .joint import being_managed, copy_of, is_beside, replicated
 
 __all__ = ["InputQuantizer", "calibrate_"]
+
+
+LEARNED_ON = ("the checkpoint has it as a Parameter alone: it is learned on from the value that came, which means "
+              "nothing if that model had seen no batch")  # fmt: skip
 
 
 class InputQuantizer(nn.Module):
@@ -93,7 +98,7 @@ class InputQuantizer(nn.Module):
     @property
     def started(self) -> bool:
         """Whether it has seen a batch; asked of the device until it has."""
-        if not self._started and not torch.compiler.is_compiling() and not self.start.is_meta:
+        if not self._started and not torch.compiler.is_compiling() and ops.has_values(self.start):
             self._started = bool(self.start > 0)
         return self._started
 
@@ -122,7 +127,7 @@ class InputQuantizer(nn.Module):
         ``eager``: nothing traces or transforms the call."""
         if x.numel() == 0:
             return x
-        if not self.started and not x.is_meta:
+        if not self._started and ops.has_values(x) and not self.started:
             if not (self.training or InputQuantizer.calibrating):
                 return None
             self._start(x, eager)
@@ -205,11 +210,19 @@ class InputQuantizer(nn.Module):
         self._own()
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """A checkpoint that says nothing of inputs leaves it as it is."""
-        if f"{prefix}scale" in state_dict:
-            super()._load_from_state_dict(state_dict, prefix, *rest)
-            self._started, self._seen = False, None
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list,
+                              *rest: Any) -> None:  # fmt: skip
+        """A checkpoint that says nothing of inputs leaves it as it is; where the scale comes alone, it counts."""
+        if f"{prefix}scale" not in state_dict:
+            return
+        known = ops.has_values(self.start) and self.started
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
+        self._started, self._seen = False, None
+        if (key := f"{prefix}start") in missing_keys:
+            missing_keys.remove(key)
+            if not known and ops.has_values(self.held[0]):
+                self.start = self.held[0].clone()
+                warnings.warn(f"{prefix}scale: {LEARNED_ON}", stacklevel=2)
 
     def extra_repr(self) -> str:
         return f"{self.grid}, {LEARNED_INPUTS[self.offset is not None]}"

@@ -35,7 +35,7 @@ from ..quant.scales import row_tops, scales_of_tops
 from ..quant.sharding import is_sharded, local_part, sharding_of, split_by
 from ..quant.state import QuantizedParameter, empty_state, learned_slopes, scale_owner
 from .compiled import clip_, kept_linear
-from .inputs import InputQuantizer
+from .inputs import LEARNED_ON, InputQuantizer
 from .joint import being_distributed, being_managed, being_split, bias_of, copy_of, is_beside, joint_tops, replicated
 from .lowbit import level_linear, rounded_gradient
 from .replace import MAKE_PERMANENT
@@ -649,7 +649,7 @@ class QuantizedLayer(nn.Module):
             self._tied()  # other tensors, where the weight has got another shape
         held: Any = self._buffers[GRIDS]
         grids = _fingerprint(self.config, held.device)
-        if not held.is_meta and not torch.equal(held, grids):  # memory that a loader left unwritten
+        if ops.has_values(held) and not torch.equal(held, grids):  # memory that a loader left unwritten
             self._buffers[GRIDS] = grids
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.form.transposed and not keep_vars and f"{prefix}weight" in destination:  # the order of files
@@ -659,10 +659,10 @@ class QuantizedLayer(nn.Module):
                               unexpected_keys: list, error_msgs: list) -> None:  # fmt: skip
         """A checkpoint without the quantizer's tensors is a float model's (silently, where it says so itself), or a
         part of one, which is told: a frozen scale stays, another follows the weights that came."""
-        self._tied()
+        started = self._tied().started
         there = [prefix + name in state_dict for name in STATE]
         of, mine = state_dict.get(prefix + GRIDS), _fingerprint(self.config, torch.device("cpu"))
-        if of is not None and not of.is_meta and not torch.equal(of := of.detach().cpu().float(), mine):
+        if of is not None and ops.has_values(of) and not torch.equal(of := of.detach().cpu().float(), mine):
             which = "weight" if torch.equal(of[1], mine[1]) else "activation"
             error_msgs.append(f"{prefix}{GRIDS}: the checkpoint's scales are of another {which} grid than "
                               f"{getattr(self.config, which)}; call quantize_ with the configuration that was "
@@ -680,9 +680,14 @@ class QuantizedLayer(nn.Module):
                 missing_keys.remove(prefix + name)
         if came and not any(there) and self.config.learns_scale and not self.quantizer.frozen:
             self.quantizer.forget()  # it starts anew, from the weights that came
-        if there[0] and not there[1]:  # version 0.1: the scale was in the state_dict once it was frozen
+        learns = self.config.learns_scale
+        if there[0] and not there[1] and not learns:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
         quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
+        if learns and there == [True, False, False] and not quantizer.frozen:
+            quantizer.learn_on(self._parameters.get("weight"))
+            if not started:
+                warnings.warn(f"{prefix}{STATE[0]}: {LEARNED_ON}", stacklevel=2)
         quantizer.came()
         quantizer.look()
         if came and not any(there) and (quantizer.frozen or metadata.get("version") != 1):

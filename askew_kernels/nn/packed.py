@@ -122,7 +122,7 @@ class PackedLayer(nn.Module):
                              "StateDictOptions(full_state_dict=True), load it into a model that is not split, and pack "
                              "that (packed layers are split by parallelize_module)")  # fmt: skip
         new = cls.like(layer, config=config, trits=trits, scale_dtype=scale_dtype, dtype=layer.weight.dtype)
-        if weight.is_meta or hasattr(weight, "fake_mode"):
+        if not ops.has_values(weight):
             raise ValueError(f"weight: is on the meta device or fake and has no values to pack; make a {cls.__name__} "
                              "there instead")  # fmt: skip
         new.fill(weight, layer.weight_scale.detach(), force)
@@ -194,6 +194,12 @@ class PackedLayer(nn.Module):
         if torch.compiler.is_compiling():
             return self.dequantize()
         return stand_in(self) if being_split() else DecodedWeight(self)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        """Its own is taken back, as peft's ``unload`` gives it; another is an AttributeError."""
+        if not (isinstance(value, DecodedWeight) and value.layer is self):
+            self.register_parameter("weight", value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and "weight_codes" in self._buffers:

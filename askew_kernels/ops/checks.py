@@ -19,6 +19,7 @@ __all__ = [
     "check_scale",
     "concrete",
     "eager",
+    "has_values",
     "number",
     "rate_tensor",
 ]
@@ -36,6 +37,11 @@ def eager(t: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
     )
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether there is anything behind its shape: on the meta device and in FakeTensorMode there is not."""
+    return not (t.is_meta or hasattr(t, "fake_mode"))
 
 
 def concrete(t: Tensor) -> bool:

@@ -98,7 +98,8 @@ def _batched(points: int, run: Callable[..., Any], info: Any, in_dims: tuple, *a
         return one_by_one(run, info, in_dims, *args)
     front = [a.expand(info.batch_size, *a.shape) if d is None else a.movedim(d, 0)
              for a, d in zip(args[: points + 1], dims, strict=False)]  # fmt: skip
-    return run(*(t.contiguous() for t in front[:points]), front[points].reshape(-1), *args[points + 1 :]), 0
+    scale = front[points].reshape(-1).contiguous()  # one for all, expanded, is reshaped to a view
+    return run(*(t.contiguous() for t in front[:points]), scale, *args[points + 1 :]), 0
 
 
 _WEIGHT = "Tensor x, Tensor scale, Tensor levels, int[] grid"

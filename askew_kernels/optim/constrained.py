@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops
+from ..annealing import ELSEWHERE, key_in
 from ..quant import QuantConfig, WeightQuantizer, grid_from_dict
 from ..quant.forms import ROWS, Form
 from ..quant.scales import LEARNED
@@ -32,7 +33,13 @@ class Constrained(Optimizer):
     """A subclass says how a launch is updated (``_update``), and how a group without a grid is (``_step_plain``)."""
 
     KEEPS_QUANTIZERS_FRESH = True  # in groups with a grid; quant.state's hook asks
-    _ARGUMENTS: ClassVar[tuple[str, ...]] = ("lr", "constraint_eps", "alpha", "skip_nonfinite")  # keys they come from
+    _ARGUMENTS: ClassVar[tuple[str, ...]] = (
+        "lr",
+        "constraint_eps",
+        "alpha",
+        ELSEWHERE["alpha"],
+        "skip_nonfinite",
+    )  # keys they come from
     _old_names: ClassVar[dict[str, str]] = {}  # group keys as they were called before -> as they are
 
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -78,11 +85,11 @@ class Constrained(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
-        ops.rate_tensor("alpha", group["alpha"], 0.0)
+        ops.rate_tensor(key := key_in(group, "alpha"), group[key], 0.0)
         if group["freeze_scale"] not in FREEZE_SCALE:
             raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
-        if not isinstance(group["clamp"], bool):
-            raise TypeError(f"clamp: expected True or False, got {group['clamp']!r}")
+        if not isinstance(group[key := key_in(group, "clamp")], bool):
+            raise TypeError(f"{key}: expected True or False, got {group[key]!r}")
         if group["grid"] is None:
             return
         if made_for_a_part():
@@ -219,7 +226,7 @@ class Constrained(Optimizer):
 
     def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keys' part of it, kept while they stay."""
-        values = [group[key] for key in self._ARGUMENTS]
+        values = [group.get(key) for key in self._ARGUMENTS]
         known = self._known.get(id(group))
         if known is None or any(isinstance(value, Tensor) for value in values) or known[0] != values:
             known = self._known[id(group)] = values, self._checked(group)
@@ -227,11 +234,11 @@ class Constrained(Optimizer):
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
         """The operator's arguments. Raises TypeError/ValueError that names the key."""
-        alpha = group["alpha"]
+        alpha = group[key := key_in(group, "alpha")]
         return {
             "lr": ops.rate_tensor("lr", group["lr"], 0.0),
             "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
-            "alpha": ops.rate_tensor("alpha", alpha, 0.0) if isinstance(alpha, Tensor) else float(alpha),
+            "alpha": ops.rate_tensor(key, alpha, 0.0) if isinstance(alpha, Tensor) else float(alpha),
             "skip_nonfinite": bool(group["skip_nonfinite"]),
         }  # fmt: skip
 
@@ -265,7 +272,15 @@ class Constrained(Optimizer):
     def _plan_key(self, group: dict[str, Any], freeze: bool) -> tuple[Any, ...]:
         """What a plan is made for, beside its parameters."""
         skip = bool(group["skip_nonfinite"])
-        return id(group), id(group["grid"]), group["freeze_scale"], freeze, group["clamp"], skip, self._state_revision
+        return (
+            id(group),
+            id(group["grid"]),
+            group["freeze_scale"],
+            freeze,
+            group[key_in(group, "clamp")],
+            skip,
+            self._state_revision,
+        )
 
     def _launches(self, group: dict[str, Any], params: list[Tensor], freeze: bool) -> list[Launch]:
         buckets: dict[Any, list[Tensor]] = {}
@@ -278,7 +293,7 @@ class Constrained(Optimizer):
             if freeze and not quantizer.frozen:
                 quantizer.freeze(p)
             self._keep_scale(p, quantizer)
-            clamp = quantizer.frozen and group["freeze_scale"] != "never" and group["clamp"]
+            clamp = quantizer.frozen and group["freeze_scale"] != "never" and group[key_in(group, "clamp")]
             key = (
                 p.device,
                 clamp,
@@ -425,7 +440,8 @@ class Constrained(Optimizer):
 
     def _group_to_load(self, index: int, saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
         if "grid" not in saved:  # another optimizer's, which knows nothing of the constraint
-            unknown = {*CONSTRAINT_KEYS, "skew", "annealing", *self._old_names}
+            ours = {key_in(present, key) for key in CONSTRAINT_KEYS}
+            unknown = {*ours, "skew", "annealing", *self._old_names}
             return {**present, **{k: v for k, v in saved.items() if k not in unknown}}
         grid = saved["grid"]
         grid = grid_from_dict(grid) if isinstance(grid, dict) else grid

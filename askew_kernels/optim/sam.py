@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
+from ..annealing import key_in
 from ..contract import compute_dtype
 from ..quant import WeightQuantizer
 from ..quant.sharding import is_sharded, local_part, made_for_a_part, sharding_of
@@ -29,7 +30,7 @@ from .batchnorm import frozen_batchnorm_stats
 from .constrained import refuse_clip_in_step
 from .ranks import ProcessGroup, sum_over_ranks
 from .telemetry import checked_every
-from .wrapper import Wrapper, checked_base, room_for
+from .wrapper import Wrapper, beside, checked_base, room_for
 
 
 class _Bucket(NamedTuple):
@@ -74,6 +75,9 @@ class SAM(Wrapper):
     ``sam_gap``    every writer of checkpoints looks. Not to be set
     =============  ===================================================================================================
 
+    A base with a key of such a name itself (Adadelta's ``rho``) keeps it: beside it stands ``sam_rho``, ``sam_eta`` or
+    ``sam_adaptive``.
+
     Groups with ``maximize=True`` are perturbed to where the objective is lower, which is the worse side there.
 
     Either ``step(closure)``, or by hand, with as many micro-batches in each half as you like and clipping where you
@@ -106,8 +110,8 @@ class SAM(Wrapper):
         adaptive: bool | None = False, eta: float = 0.0, *, model: nn.Module | None = None,
         perturbation: str = "global", telemetry_every: int = 10, **base_options: Any,
     ) -> None:  # fmt: skip
-        own = {"rho": rho, "eta": eta, "adaptive": adaptive}
-        _check_keys(own)
+        given = {"rho": rho, "eta": eta, "adaptive": adaptive}
+        _check_keys(given)
         if perturbation not in ("global", "local"):
             raise ValueError(f"perturbation: expected one of global, local, got {perturbation!r}")
         if model is not None and not isinstance(model, nn.Module):
@@ -119,6 +123,7 @@ class SAM(Wrapper):
                             f"ZeroRedundancyOptimizer; put it around: {name}(ZeroRedundancyOptimizer(params, ...), "
                             "rho=...)")  # fmt: skip
         base = _make_base(params, base_optimizer, base_options)
+        own = beside(base, given)
         for group in base.param_groups:
             _check_keys({**own, **group})
             for i, p in enumerate(group["params"]):
@@ -229,7 +234,7 @@ class SAM(Wrapper):
         try:
             self._ascent = ascent
             for bucket in buckets:
-                radius = self._radius(bucket.group["rho"])
+                radius = self._radius(bucket.group[key_in(bucket.group, "rho")])
                 coefficients = self._coefficients(radius, norm, bucket.weights[0])
                 if self._descends_along(bucket.group):
                     coefficients = -coefficients
@@ -283,9 +288,10 @@ class SAM(Wrapper):
         places: set[int] = set()
         for group in self.param_groups:
             _check_keys(group)
-            rho, names = group["rho"], group.get("param_names")
+            rho, eta, adapts = (group[key_in(group, key)] for key in self._KEYS)
+            names, maximize = group.get("param_names"), bool(group.get("maximize"))
             rho_key = id(rho) if isinstance(rho, Tensor) else float(rho)
-            eta, maximize = float(group["eta"]), bool(group.get("maximize"))
+            eta = float(eta)
             for i, p in enumerate(group["params"]):
                 if (g := direction(p)) is None or is_learned(p):  # a learned scale stays where it is
                     continue
@@ -312,7 +318,7 @@ class SAM(Wrapper):
                                      "Parameter instead of two with the same data")  # fmt: skip
                 if w.numel():
                     places.add(place)
-                if (adaptive := group["adaptive"]) is None:
+                if (adaptive := adapts) is None:
                     adaptive = "weight" in name if name else p.dim() >= 2
                 key = (*launch_of(w), sharding_of(p), rho_key, eta, maximize)
                 buckets.setdefault(key, (group, eta, []))[2].append((p, w, g, int(adaptive)))
@@ -582,7 +588,8 @@ class SAM(Wrapper):
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._refuse_between_halves("load_state_dict")
         own = state_dict.pop("sam", {})  # where the first versions kept what the groups hold now
-        before = [{key: group.get(key, self.defaults[key]) for key in self._KEYS} for group in self.param_groups]
+        self._complete()
+        before = [{(k := key_in(group, key)): group[k] for key in self._KEYS} for group in self.param_groups]
         self.base_optimizer.load_state_dict(state_dict)
         for group, kept in zip(self.param_groups, before, strict=True):
             group.update({**kept, **group})
@@ -739,10 +746,11 @@ def _is_lent(g: Tensor) -> bool:
 
 
 def _check_keys(keys: dict[str, Any]) -> None:
-    ops.rate_tensor("rho", keys["rho"], 0.0)
-    ops.number("eta", keys["eta"], 0.0)
-    if keys["adaptive"] not in (True, False, None):
-        raise TypeError(f"adaptive: expected True, False or None, got {keys['adaptive']!r}")
+    rho, eta, adaptive = (key_in(keys, key) for key in SAM._KEYS)
+    ops.rate_tensor(rho, keys[rho], 0.0)
+    ops.number(eta, keys[eta], 0.0)
+    if keys[adaptive] not in (True, False, None):
+        raise TypeError(f"{adaptive}: expected True, False or None, got {keys[adaptive]!r}")
 
 
 def checked_loss(loss: Any) -> Any:

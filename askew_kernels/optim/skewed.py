@@ -16,7 +16,7 @@ from ..quant import WeightQuantizer
 from ..quant.sharding import local_part
 from .constrained import CONSTRAINT_KEYS, GRID_KEYS, Constrained, viewed
 from .plan import Launch
-from .wrapper import Wrapper, checked_base, room_for
+from .wrapper import Wrapper, beside, checked_base, room_for
 
 PIECE = 2**24  # weights whose directions are held at a time
 
@@ -30,8 +30,9 @@ class Skewed(Constrained, Wrapper):
     is an instance made of ``ak.param_groups``, whatever its state; ``param_groups``, ``defaults`` and ``state`` are its
     own objects. Weight decay, momentum and schedules of the base are part of d. Groups without a grid are the base's
     alone. Group keys that are added: ``alpha``, ``constraint_eps``, ``freeze_scale``, ``clamp``, ``skip_nonfinite`` and
-    the grid's (``ASkewSGD`` explains them); ``eps``, where there is one, is the base's. ``lr`` is what the pull is
-    measured against, so the base's groups must have it; at lr = 0 no weight moves.
+    the grid's (``ASkewSGD`` explains them); ``eps``, where there is one, is the base's. So are ``alpha`` (RMSprop's,
+    ASGD's) and ``clamp`` of a base that has them: ours are then ``constraint_alpha`` and ``constraint_clamp``. ``lr``
+    is what the pull is measured against, so the base's groups must have it; at lr = 0 no weight moves.
 
     Costs one copy of the weights that have a grid, which is kept from step to step, room for the directions of
     2^24 of them at a time, and two passes over the weights beside the base's step and the skewed one. d is rounded to
@@ -39,7 +40,8 @@ class Skewed(Constrained, Wrapper):
     ``telemetry()``'s ``grad_velocity`` is d·v, ``nonfinite`` counts elements of d, and these are what
     ``skip_nonfinite`` leaves alone: what a base's momentum remembers of an inf or NaN leaves the element where it is.
     ``SAM(Skewed(base))`` is a sharpness-aware step of it. Refused, by TypeError: a base that is under the constraint
-    already, one that is sharpness-aware, one whose ``step`` needs a closure (LBFGS).
+    already, one that is sharpness-aware, one whose ``step`` needs a closure (LBFGS), one that has another of the added
+    keys itself.
     Other arguments and errors as for ``ASkewSGD``.
     """
 
@@ -65,7 +67,8 @@ class Skewed(Constrained, Wrapper):
             **CONSTRAINT_KEYS, "alpha": alpha, "constraint_eps": constraint_eps, "freeze_scale": freeze_scale,
             "clamp": clamp, "skip_nonfinite": skip_nonfinite, **grid_options,
         }  # fmt: skip
-        for group in checked_base(base_optimizer).param_groups:
+        own = beside(checked_base(base_optimizer), own)
+        for group in base_optimizer.param_groups:
             self._check_group({**own, **group})
         self._begin(telemetry_every, telemetry_log)
         self._wrap(base_optimizer, own)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..annealing import key_in
 from ..quant import WeightQuantizer
 
 VERSION = 1
@@ -57,7 +58,7 @@ class Record:
 
     def keep_rates(self, index: int, group: dict[str, Any]) -> None:
         """Schedules fill tensors in place: the step's own are copied."""
-        found = {"lr": group["lr"], "eps": group["constraint_eps"], "alpha": group["alpha"]}
+        found = {"lr": group["lr"], "eps": group["constraint_eps"], "alpha": group[key_in(group, "alpha")]}
         self.rates[index] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
     def rows(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

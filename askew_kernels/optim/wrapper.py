@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..annealing import ELSEWHERE, key_in
 from .hooks import Hooked
 
 
@@ -30,7 +31,7 @@ class Wrapper(Hooked):
     defaults = _of_base("defaults")
 
     def _wrap(self, base: Optimizer, own: dict[str, Any]) -> None:
-        """``own``: defaults of the group keys that this optimizer adds to the base's."""
+        """``own``: defaults of the group keys that this optimizer adds to the base's, of ``beside``."""
         self.base_optimizer = base
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
@@ -41,6 +42,7 @@ class Wrapper(Hooked):
         """Keys that a group lacks: the base has taken it, or a checkpoint, by itself."""
         for group in self.param_groups:
             for key in self._KEYS:
+                key = key_in(self.defaults, key)
                 group.setdefault(key, self.defaults[key])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,6 +60,16 @@ def checked_base(base: Any) -> Optimizer:
         raise TypeError("base_optimizer: expected an optimizer that steps with the gradients it finds, got "
                         f"{type(base).__name__}, which evaluates a closure itself")  # fmt: skip
     return base
+
+
+def beside(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
+    """``own`` under names that the base has no keys of. Raises TypeError where one cannot have another name."""
+    local = getattr(base, "optim", None)  # ZeroRedundancyOptimizer's, of which it knows what it was given alone
+    taken = own.keys() & {*base.defaults, *getattr(local, "defaults", ())}
+    if taken and taken != own.keys() and (fixed := taken - ELSEWHERE.keys()):  # all: a wrapper before has left them
+        raise TypeError(f"{min(fixed)}: {type(base).__name__} has a group key of that name itself, which means "
+                        "something else here")  # fmt: skip
+    return {ELSEWHERE.get(key, key) if key in taken else key: value for key, value in own.items()}
 
 
 def room_for(copies: dict[Tensor, Tensor], p: Tensor, like: Tensor) -> Tensor:

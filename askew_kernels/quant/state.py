@@ -109,7 +109,7 @@ class LearnedScale(QuantizedParameter):
 
 def learns(p: Tensor, quantizer: WeightQuantizer | None = None) -> None:
     """Makes ``p`` the learned scale of this quantizer's weight, or what is learned of an input."""
-    if type(p) is not LearnedScale and not is_sharded(p):  # a DTensor cannot be given another class
+    if type(p) in (nn.Parameter, QuantizedParameter):  # sharded and fake ones cannot be given another class
         p.__class__ = LearnedScale  # type: ignore[assignment]
     p._askew_scale_of = None if quantizer is None else weakref.ref(quantizer)  # type: ignore[attr-defined]
 
@@ -359,7 +359,7 @@ class WeightQuantizer:
 
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
-        if not self.flag.is_meta:
+        if ops.has_values(self.flag):
             self.frozen = float(self.flag) > FOLLOWS
             if self.learned is not None:
                 self.started = not self.row_sums.numel() or not float(self.row_sums[0, 0]) < 0
@@ -400,7 +400,7 @@ class WeightQuantizer:
             return known  # type: ignore[return-value]
         self._changed()
         self.fit(weight)
-        if weight.is_meta:
+        if not ops.has_values(weight):
             return self._know(weight)
         came = known is None or known.stamp[:3] != self._stamp(weight)[:3]  # from a checkpoint, an average, a copy
         if came:
@@ -599,6 +599,11 @@ class WeightQuantizer:
         """A checkpoint has brought the weight, the three tensors, or both."""
         self._left, self._loaded = None, True
         self.invalidate()
+
+    def learn_on(self, weight: Tensor | None) -> None:
+        """A learned scale has come as a Parameter alone, without the sums that say that it has started."""
+        if weight is not None and not is_sharded(weight) and ops.has_values(weight):
+            self.write(sums=self._sums(weight))
 
     def forget(self) -> None:
         """A weight of which nothing is known: the scale follows its rule, frozen or not before."""
