@@ -387,8 +387,10 @@ class QuantizedLayer(nn.Module):
         return not (weight.is_meta or weight.is_inference())
 
     def _compiled_with_copy(self, x: Tensor) -> bool:
-        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
-        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator, which
+        torch.func's transforms do not see through."""
+        if (not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+                or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):  # fmt: skip
             return False
         weight: Any = self._parameters.get("weight")
         types = (weight.dtype, autocast_dtype(x) and x.dtype)
@@ -713,3 +715,5 @@ class QuantizedLayer(nn.Module):
         group = f", group_size={c.group_size}" if c.group_size else ""
         forward = c.forward if c.gradient is None else f"{c.forward}, gradient={c.gradient}"
         return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={forward}"
+
+    extra_repr._dynamo_marked_constant = True  # type: ignore[attr-defined]  # vmap asks for it

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .. import ops, runtime
@@ -212,10 +213,20 @@ def _product_with_weight(grad: Tensor, weight: Tensor, c: Tensor, scale: Tensor)
     return out
 
 
+def _composed(*inputs: Any) -> Tensor:
+    """The same by operators, for what has no place for a function's own derivatives: the level product's value, and the
+    derivatives of the float product with s_w c."""
+    value = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+    (x, weight, *_), (_, fixed, c, scale, *_), bias = inputs, value, inputs[4]
+    smooth = product(x, _dequantized(fixed, c, scale, x.dtype) + (weight - fixed).to(x.dtype))
+    smooth = smooth if bias is None else smooth + bias
+    return LevelProduct.forward(*value) + (smooth - smooth.detach())
+
+
 def level_linear(*inputs: Any) -> Tensor:
     """``LevelProduct`` of its inputs."""
     if torch.compiler.is_compiling():
-        return LevelProduct.apply(*inputs)
+        return (_composed if transformed() else LevelProduct.apply)(*inputs)
     if not torch.is_grad_enabled() and not transformed():
         return LevelProduct.forward(*inputs)
     return _WithTangents.apply(*inputs)
@@ -273,7 +284,9 @@ class _RoundedWithTangents(_RoundedGradient):
 
 def rounded_gradient(y: Tensor, bits: int) -> Tensor:
     """``y``, whose gradient is rounded by LUQ to ``bits`` bits, once for all products of the backward; what torch.jit
-    traces has no backward."""
+    traces has no backward, and a compiled forward mode leaves it as it is, which LUQ is on average."""
     if torch.jit.is_tracing() or (not torch.is_grad_enabled() and not transformed()):
         return y
-    return (_RoundedGradient if torch.compiler.is_compiling() else _RoundedWithTangents).apply(y, bits)
+    if torch.compiler.is_compiling():
+        return y if forward_ad._current_level >= 0 else _RoundedGradient.apply(y, bits)
+    return _RoundedWithTangents.apply(y, bits)

@@ -28,7 +28,9 @@ def transformed() -> bool:
 def _tangent(t: Any) -> bool:
     if isinstance(t, (list, tuple)):
         return any(map(_tangent, t))
-    return isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=0).tangent is not None  # torch has one level, 0
+    if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):  # of others torch has no views
+        return False
+    return forward_ad.unpack_dual(t, level=0).tangent is not None  # torch has one level, 0
 
 
 def tracked(args: tuple) -> bool:

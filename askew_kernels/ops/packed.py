@@ -38,7 +38,8 @@ def _packed_weight(
         below_autograd("packed_dequantize_", level, codes, factor, levels, grid, bits, level)
     if not recorded:
         return level
-    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
+    each = level.numel() // max(scale.numel(), 1)
+    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), each)).to(dtype).reshape(level.shape)
 
 
 def _not_transformed(t: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class _Packed(torch.autograd.Function):
         if to_scale:
             level = _packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
             of_weight = product(g.t(), x.to(kind).t())
-            grads[3] = (of_weight * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
+            each = of_weight.numel() // max(scale.numel(), 1)
+            grads[3] = (of_weight * level).reshape(scale.numel(), each).sum(1).reshape(scale.shape)
         if to_bias:
             grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
         return tuple(grads)
