@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from .. import ops, runtime
 from ..contract import MOST_LEVEL_COLUMNS
-from ..ops.autograd import transformed
+from ..ops.autograd import by_operators, transformed
 from ..quant.sharding import is_sharded, split_by
 from ..reference import product
 
@@ -157,7 +157,7 @@ class LevelProduct(torch.autograd.Function):
         x, weight, c, scale = ctx.saved_tensors
         to_x, to_weight, *_, to_bias = ctx.needs_input_grad[:5]
         grad_x = None
-        if to_x and ctx.low_gradient and not torch.is_grad_enabled():  # what is differentiated again stays float
+        if to_x and ctx.low_gradient and not by_operators(grad):  # what is differentiated again stays float
             g, token_scale = ops.run_stochastic_levels(grad.contiguous(), scale, ops.draw_seed(grad.device))
             grad_x = level_product(g, token_scale, c, torch.ones_like(scale[:1]), None, grad.dtype, transposed=True)
         elif to_x:
@@ -270,8 +270,10 @@ class _RoundedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rounded = (_luq_of_parts if is_sharded(grad) else _luq)(grad.detach(), ctx.bits)
-        return (grad + (rounded - grad).detach() if torch.is_grad_enabled() else rounded), None
+        again = torch.is_grad_enabled()
+        plain = grad.detach() if again else grad
+        rounded = (_luq_of_parts if is_sharded(grad) else _luq)(plain, ctx.bits)
+        return (grad + (rounded - grad).detach() if again else rounded), None
 
 
 class _RoundedWithTangents(_RoundedGradient):

@@ -38,6 +38,15 @@ def tracked(args: tuple) -> bool:
     return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (transformed() and _tangent(args))
 
 
+def by_operators(grad: Tensor) -> bool:
+    """Whether a backward makes gradients by differentiable operators, not in place: they are to be differentiated again
+    (create_graph), or several come as one tensor (is_grads_batched, vmap over autograd.grad)."""
+    if torch.is_grad_enabled():
+        return True
+    of = torch._C._functorch
+    return not torch.compiler.is_compiling() and (of.is_legacy_batchedtensor(grad) or of.is_batchedtensor(grad))
+
+
 def below_autograd(name: str, like: Tensor, *args: Any) -> Any:
     """Operator ``name`` on tensors of which nothing is to be recorded; spares the call into the kernels made here."""
     function = runtime.operator(name, like)
