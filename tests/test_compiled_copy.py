@@ -236,3 +236,16 @@ def test_a_packed_layer_in_a_transformed_graph():
     model = ak.pack_(ak.hard_quantize_(network()))
     found = torch.compile(lambda z: torch.vmap(model)(z), backend="aot_eager", fullgraph=True)(X)
     torch.testing.assert_close(found, model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 5, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["quantized", "packed"])
+def test_float64_in_one_graph(is_packed, make):
+    model, x = ak.quantize_(nn.Sequential(make()).double()), torch.randn(2, 6, 6, dtype=torch.float64)
+    if is_packed:
+        ak.pack_(ak.hard_quantize_(model))
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        y = run(x)
+        gradients.append([y.detach(), *torch.autograd.grad(y.square().sum(), next(model.parameters()))])
+    torch.testing.assert_close(*gradients)

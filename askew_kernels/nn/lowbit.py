@@ -216,7 +216,7 @@ def _product_with_weight(grad: Tensor, weight: Tensor, c: Tensor, scale: Tensor)
 def _composed(*inputs: Any) -> Tensor:
     """The same by operators, for what has no place for a function's own derivatives: the level product's value, and the
     derivatives of the float product with s_w c."""
-    value = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+    value: Any = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
     (x, weight, *_), (_, fixed, c, scale, *_), bias = inputs, value, inputs[4]
     smooth = product(x, _dequantized(fixed, c, scale, x.dtype) + (weight - fixed).to(x.dtype))
     smooth = smooth if bias is None else smooth + bias

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import contract, runtime
+from .. import contract, reference, runtime
 from ..contract import compute_dtype
 from ..reference import product
 from .autograd import below_autograd, one_by_one, tracked, transformed
@@ -93,7 +93,12 @@ def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
             f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
             "torch.func and forward-mode derivatives"
         )
-    x, codes, scale, levels, grid, bits, bias = args
+    return _composed(*args)
+
+
+def _composed(x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int,
+              bias: Tensor | None) -> Tensor:  # fmt: skip
+    """By differentiable operators, with the weight unpacked."""
     kind = compute_dtype(x.dtype)
     y = product(x.to(kind), _packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
@@ -366,6 +371,10 @@ def packed_linear(
 def run_packed_linear(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``function``, an implementation of ``name`` (packed_linear or one of ``ROUNDED``), differentiable in x, scale and
     bias, without the checks."""
-    if isinstance(function, torch._ops.OpOverload) or not (transformed() or tracked(inputs)):
+    if isinstance(function, torch._ops.OpOverload):
+        return function(*inputs)
+    if torch.compiler.is_compiling() and function is reference.packed_linear:
+        return _composed(*inputs)
+    if not (transformed() or tracked(inputs)):
         return function(*inputs)
     return _packed(name, function, inputs)
