@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import askew_kernels as ak
-from askew_kernels.quant import QuantConfig, Uniform, WeightQuantizer
+from askew_kernels.quant import FP4, LUQ, QuantConfig, Uniform, WeightQuantizer
 
 X = torch.randn(24, 16, generator=torch.Generator().manual_seed(3))
 CONFIGS = {
@@ -207,3 +207,45 @@ def test_the_copy_is_of_the_type_that_autocast_computes_in():
     for layer in (model[0], model[2]):
         quantizer = WeightQuantizer.of(layer.weight)
         assert set(quantizer._copies) == {torch.bfloat16}
+
+
+TRANSFORMED = {
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).square().sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x + 1,))[1],
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+}
+
+
+@pytest.mark.parametrize("way", TRANSFORMED)
+@pytest.mark.parametrize("config", [
+    QuantConfig(Uniform(3)), QuantConfig(Uniform(4), forward="int8"), QuantConfig(FP4(), forward="fp8"),
+    QuantConfig(Uniform(4), gradient=LUQ(4)),
+], ids=["hard", "int8", "fp8", "luq"])  # fmt: skip
+def test_transforms_in_a_graph(config, way):
+    if way in ("grad", "jacrev") and config.gradient is not None:
+        pytest.skip("random")
+    model, x, transform = network(config), X[:3].clone(), TRANSFORMED[way]
+    expected = transform(model, x)
+    found = torch.compile(lambda z: transform(model, z), backend="aot_eager", fullgraph=True)(x)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_layer_in_a_transformed_graph():
+    model = ak.pack_(ak.hard_quantize_(network()))
+    found = torch.compile(lambda z: torch.vmap(model)(z), backend="aot_eager", fullgraph=True)(X)
+    torch.testing.assert_close(found, model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.Conv1d(6, 5, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["quantized", "packed"])
+def test_float64_in_one_graph(is_packed, make):
+    model, x = ak.quantize_(nn.Sequential(make()).double()), torch.randn(2, 6, 6, dtype=torch.float64)
+    if is_packed:
+        ak.pack_(ak.hard_quantize_(model))
+    gradients = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        y = run(x)
+        gradients.append([y.detach(), *torch.autograd.grad(y.square().sum(), next(model.parameters()))])
+    torch.testing.assert_close(*gradients)

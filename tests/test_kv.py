@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -320,6 +322,34 @@ def test_it_generates(llama, options):
     if not options:
         layer = cache.layers[0].cache
         assert len(layer) == cache.get_seq_length() == 30 and layer.bytes < 0.6 * 2 * 2 * 30 * 2 * 16 * 4
+
+
+IN_ANOTHER_PROCESS = """
+import sys, torch, askew_kernels
+model, ids, expected = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(model(ids).logits, expected)
+askew_kernels.nn.quantize_kv_(model, None)
+assert not torch.equal(model(ids).logits, expected)
+"""
+
+
+def test_copies_and_files_have_their_own(llama, tmp_path):
+    kv = QuantizedKV(3, 8)
+    expected = quantize_kv_(llama, kv)(IDS).logits.detach()
+    other, called = copy.deepcopy(llama), []
+    for name, model in (("original", llama), ("copy", other)):
+        model.quantized_kv.register_forward_hook(lambda *_, name=name: called.append(name))
+    assert torch.equal(other(IDS).logits, expected) and set(called) == {"copy"}
+    with torch.no_grad():
+        other(IDS, past_key_values=other.quantized_kv.transformers_cache())
+    assert len(called) == 2  # what its own cache gave is not rounded again
+    quantize_kv_(other, None)
+    assert torch.equal(llama(IDS).logits, expected) and not torch.equal(other(IDS).logits, expected)
+    kv._forward_hooks.clear()
+    torch.save((llama, IDS, expected), tmp_path / "model.pt")
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IN_ANOTHER_PROCESS, tmp_path / "model.pt"], check=True)
+    with pytest.raises(RuntimeError, match=r"quantize_kv_\(model, kv\)"):
+        type(llama)(llama.config)(IDS)
 
 
 def test_what_is_no_model_of_transformers_is_told():

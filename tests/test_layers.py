@@ -749,3 +749,26 @@ def test_an_input_of_another_dtype_is_refused_as_by_linear(forward):
     for call in (nn.Linear(4, 3), layer, layer.eval()):
         with pytest.raises(RuntimeError, match="dtype"):
             call(torch.ones(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("config", [
+    QuantConfig(), QuantConfig(scale="lsq"), QuantConfig(forward="int8", gradient="int8"),
+    QuantConfig(scale="lsq", activation=Uniform(4), activation_scale="lsq+"),
+], ids=["clipped", "learned", "int8", "learned inputs"])  # fmt: skip
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 5), lambda: nn.ConvTranspose1d(6, 5, 1)], ids=["linear", "conv"])
+def test_batches_of_gradients(make, config):
+    """A batch at once is one after the other, by torch's two ways."""
+    layer, x = make(), torch.randn(1, 6, 6)
+    if config.level_dtype is not None and not isinstance(layer, nn.Linear):
+        pytest.skip("only linear layers multiply levels")
+    model = ak.quantize_(nn.Sequential(layer), config)
+    parameters = list(model.parameters())
+    y = model(x)
+    grads = torch.randn(3, *y.shape)
+    each = [torch.autograd.grad(y, parameters, g, retain_graph=True) for g in grads]
+    batched = torch.autograd.grad(y, parameters, grads, is_grads_batched=True, retain_graph=True)
+    for found, *wanted in zip(batched, *each, strict=True):
+        torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-5)
+    if config.activation_scale is None:
+        mapped = torch.func.vmap(lambda g: torch.autograd.grad(y, parameters, g, retain_graph=True))(grads)
+        torch.testing.assert_close(mapped, batched, rtol=1e-4, atol=1e-5)

@@ -650,3 +650,40 @@ def test_unpacking_refuses_quantized_inputs_by_name():
     assert type(ak.unpack_(model, force=True)[0]) is nn.Linear
     with pytest.raises(ValueError, match="is itself a layer"):
         ak.unpack_(packed(mlp())[0])
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["new", "called before"])
+def test_int8_models_under_transforms(called):
+    model, x = packed(mlp(), activations="int8"), torch.randn(3, 12)
+    plain = unpacked(model)
+    if called:
+        with torch.no_grad():
+            model(x)
+    torch.testing.assert_close(torch.vmap(model)(x), plain(x))
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (x,)), torch.func.jvp(plain, (x,), (x,)))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
+    torch.testing.assert_close(dual, torch.func.jvp(plain, (x,), (x,))[1])
+
+
+def test_the_weight_of_a_layer_in_forward_mode():
+    layer = packed(nn.Sequential(nn.Linear(12, 5)))[0]
+    x, kept = torch.randn(3, 12), layer.dequantize()
+    for function in (lambda z: nn.functional.linear(z, layer.weight), lambda z: z[0] * layer.weight[1]):
+        with forward_ad.dual_level():
+            assert forward_ad.unpack_dual(function(forward_ad.make_dual(x, x))).tangent is not None
+    jacobian = torch.func.jacfwd(lambda z: nn.functional.linear(z, layer.weight))(x[0])
+    torch.testing.assert_close(jacobian, kept)
+
+
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_vmap_of_a_lookup(granularity):
+    model = nn.Sequential(nn.Embedding(10, 4))
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig(granularity=granularity), kinds="embedding")))
+    for tokens in (0, 5, 20):
+        index = torch.randint(0, 10, (3, tokens))
+        assert torch.equal(torch.vmap(model)(index), model(index))
+    model[0].weight_scale.requires_grad_()
+    y = model(torch.empty(0, dtype=torch.long))
+    y.sum().backward()
+    assert y.shape == (0, 4) and not model[0].weight_scale.grad.any()

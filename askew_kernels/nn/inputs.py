@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..contract import compute_dtype
+from ..ops.autograd import by_operators
 from ..quant.config import LEARNED_INPUTS
 from ..quant.scales import bounded_scale
 from ..quant.sharding import is_sharded, local_part, sharding_of
@@ -247,7 +248,7 @@ class _Learned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         z, scale = ctx.saved_tensors
         weight, factor = _weight(z, scale.detach(), ctx.grid), ctx.factor
-        if torch.is_grad_enabled():  # create_graph
+        if by_operators(grad):
             inside = ops.run_fake_quantize_backward(grad.contiguous(), z.detach(), *weight)
             slopes = learned_slopes(z, scale.detach(), ctx.grid).reshape(grad.shape)
             to_scale = (grad * slopes).sum() * (factor / ops.scale_grad_factor(z.numel(), 1, ctx.grid))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops, runtime
+from ..ops.autograd import transformed
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
 from .attention import OUT_PROJECTION, AskewInProjection, InProjection, PackedInProjection, projected
@@ -576,7 +577,7 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
-        if not torch.compiler.is_exporting() and x.numel() > len(codes):
+        if transformed() or (not torch.compiler.is_exporting() and x.numel() > len(codes)):  # vmap sees no codes
             return functional.embedding(x, self.dequantize())
         rows = x.reshape(-1)
         if scale.numel() > 1:

@@ -200,6 +200,11 @@ class QuantizedKV(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_given": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.replaced:  # of a model that another process has saved
+            _transformers().register(self.replaced)
+
     def extra_repr(self) -> str:
         k, v = self.of_keys, self.of_values
         bits = k.bits if k.bits == v.bits else (k.bits, v.bits)

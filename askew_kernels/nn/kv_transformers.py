@@ -16,6 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 HELD = "quantized_kv"  # the module's name in the model
+SEEN = "_askew_kv"  # where an attention finds it
+PREFIX = "askew_kv_"  # of the names of attention functions
 
 
 class Layer(DynamicLayer):
@@ -66,28 +68,45 @@ def insert(model: Any, kv: Any) -> None:
         raise TypeError(f"model: expected one of transformers, got {type(model).__name__}; in others call the "
                         "module in their attention: k, v = kv(k, v)")  # fmt: skip
     remove(model)
-    base = model.config._attn_implementation
-    name = f"askew_kv_{base}_{id(kv):x}"
-    ALL_ATTENTION_FUNCTIONS.register(name, partial(_attention, kv, base))  # type: ignore[arg-type]
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    base = _base(model)
+    register(base)
+    name = PREFIX + base
     model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise ValueError(f"model: {type(model).__name__} takes no other attention functions; in others call it in the "
                          "attention instead: k, v = kv(k, v)")  # fmt: skip
     model.add_module(HELD, kv)
+    for module in model.modules():
+        if hasattr(module, "config"):  # an attention asks its own for the function
+            module.__dict__[SEEN] = kv  # in a copy or a file it is that one's
     kv.replaced = base
 
 
 def remove(model: Any) -> None:
     """Undoes ``insert``."""
-    kv = getattr(model, HELD, None)
-    if kv is not None:
-        model.set_attn_implementation(kv.replaced)
+    if getattr(model, HELD, None) is not None:
+        model.set_attn_implementation(_base(model))
         delattr(model, HELD)
+        for module in model.modules():
+            module.__dict__.pop(SEEN, None)
 
 
-def _attention(kv: Any, base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any,
+def register(base: str) -> None:
+    """Makes what stands in for the attention function ``base`` known to transformers, in every process."""
+    ALL_ATTENTION_FUNCTIONS.register(PREFIX + base, partial(_attention, base))  # type: ignore[arg-type]
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def _base(model: Any) -> str:
+    return str(model.config._attn_implementation).removeprefix(PREFIX)
+
+
+def _attention(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any,
                **kwargs: Any) -> Any:  # fmt: skip
+    kv: Any = getattr(module, SEEN, None)
+    if kv is None:
+        raise RuntimeError(f"model: its config is of one with quantized keys and values ({PREFIX}{base}), and it has "
+                           "none: call quantize_kv_(model, kv)")  # fmt: skip
     if not kv.gave(key, value):
         key, value = kv(key, value)
     return _function(module, base)(module, query, key, value, *args, **kwargs)

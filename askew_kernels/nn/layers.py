@@ -27,6 +27,7 @@ from torch.fx import Proxy
 
 from .. import ops
 from ..contract import compute_dtype
+from ..ops.autograd import by_operators
 from ..ops.checks import check_float_tensor
 from ..quant import QuantConfig, WeightQuantizer, activation_scales
 from ..quant.forms import Form
@@ -96,7 +97,7 @@ class _StraightThrough(torch.autograd.Function):
 def _clipped(grad: Tensor, weight: Tensor, clip: tuple | None) -> Tensor:
     if clip is None:
         return grad
-    again = torch.is_grad_enabled()  # create_graph: with an operator that has a derivative
+    again = by_operators(grad)
     clipped = torch.ones_like(weight) if again else grad  # in place: a product has just made this gradient
     clip_(clipped, weight, *clip)
     return grad * clipped if again else clipped
@@ -123,7 +124,7 @@ class _LearnedToo(torch.autograd.Function):
             return _clipped(grad, weight, ctx.clip), torch.zeros_like(learned), None, None, None
         scale, grid, form, clips, factor = ctx.how
         g, w = form.view(grad), form.view(weight)
-        if torch.is_grad_enabled():  # create_graph
+        if by_operators(grad):
             slopes = learned_slopes(w, scale, grid, factor)
             to_scale = (g.reshape(slopes.shape) * slopes).sum(1)
             grad = _clipped(grad, weight, ctx.clip)
@@ -387,8 +388,10 @@ class QuantizedLayer(nn.Module):
         return not (weight.is_meta or weight.is_inference())
 
     def _compiled_with_copy(self, x: Tensor) -> bool:
-        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator."""
-        if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        """Whether torch.compile is looking, for itself and not to export, at a product that has an operator, which
+        torch.func's transforms do not see through."""
+        if (not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+                or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):  # fmt: skip
             return False
         weight: Any = self._parameters.get("weight")
         types = (weight.dtype, autocast_dtype(x) and x.dtype)
@@ -730,3 +733,5 @@ class QuantizedLayer(nn.Module):
         group = f", group_size={c.group_size}" if c.group_size else ""
         forward = c.forward if c.gradient is None else f"{c.forward}, gradient={c.gradient}"
         return f"{super().extra_repr()}, {c.weight}, scale={c.scale}, {c.granularity}{group}, forward={forward}"
+
+    extra_repr._dynamo_marked_constant = True  # type: ignore[attr-defined]  # vmap asks for it

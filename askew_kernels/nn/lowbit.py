@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from .. import ops, runtime
 from ..contract import MOST_LEVEL_COLUMNS
-from ..ops.autograd import transformed
+from ..ops.autograd import by_operators, transformed
 from ..quant.sharding import is_sharded, split_by
 from ..reference import product
 
@@ -156,7 +157,7 @@ class LevelProduct(torch.autograd.Function):
         x, weight, c, scale = ctx.saved_tensors
         to_x, to_weight, *_, to_bias = ctx.needs_input_grad[:5]
         grad_x = None
-        if to_x and ctx.low_gradient and not torch.is_grad_enabled():  # what is differentiated again stays float
+        if to_x and ctx.low_gradient and not by_operators(grad):  # what is differentiated again stays float
             g, token_scale = ops.run_stochastic_levels(grad.contiguous(), scale, ops.draw_seed(grad.device))
             grad_x = level_product(g, token_scale, c, torch.ones_like(scale[:1]), None, grad.dtype, transposed=True)
         elif to_x:
@@ -212,10 +213,20 @@ def _product_with_weight(grad: Tensor, weight: Tensor, c: Tensor, scale: Tensor)
     return out
 
 
+def _composed(*inputs: Any) -> Tensor:
+    """The same by operators, for what has no place for a function's own derivatives: the level product's value, and the
+    derivatives of the float product with s_w c."""
+    value: Any = [t.detach() if isinstance(t, Tensor) else t for t in inputs]
+    (x, weight, *_), (_, fixed, c, scale, *_), bias = inputs, value, inputs[4]
+    smooth = product(x, _dequantized(fixed, c, scale, x.dtype) + (weight - fixed).to(x.dtype))
+    smooth = smooth if bias is None else smooth + bias
+    return LevelProduct.forward(*value) + (smooth - smooth.detach())
+
+
 def level_linear(*inputs: Any) -> Tensor:
     """``LevelProduct`` of its inputs."""
     if torch.compiler.is_compiling():
-        return LevelProduct.apply(*inputs)
+        return (_composed if transformed() else LevelProduct.apply)(*inputs)
     if not torch.is_grad_enabled() and not transformed():
         return LevelProduct.forward(*inputs)
     return _WithTangents.apply(*inputs)
@@ -259,8 +270,10 @@ class _RoundedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        rounded = (_luq_of_parts if is_sharded(grad) else _luq)(grad.detach(), ctx.bits)
-        return (grad + (rounded - grad).detach() if torch.is_grad_enabled() else rounded), None
+        again = torch.is_grad_enabled()
+        plain = grad.detach() if again else grad
+        rounded = (_luq_of_parts if is_sharded(grad) else _luq)(plain, ctx.bits)
+        return (grad + (rounded - grad).detach() if again else rounded), None
 
 
 class _RoundedWithTangents(_RoundedGradient):
@@ -273,7 +286,9 @@ class _RoundedWithTangents(_RoundedGradient):
 
 def rounded_gradient(y: Tensor, bits: int) -> Tensor:
     """``y``, whose gradient is rounded by LUQ to ``bits`` bits, once for all products of the backward; what torch.jit
-    traces has no backward."""
+    traces has no backward, and a compiled forward mode leaves it as it is, which LUQ is on average."""
     if torch.jit.is_tracing() or (not torch.is_grad_enabled() and not transformed()):
         return y
-    return (_RoundedGradient if torch.compiler.is_compiling() else _RoundedWithTangents).apply(y, bits)
+    if torch.compiler.is_compiling():
+        return y if forward_ad._current_level >= 0 else _RoundedGradient.apply(y, bits)
+    return _RoundedWithTangents.apply(y, bits)

@@ -22,6 +22,7 @@ from torch.fx import Proxy
 from torch.nn import functional
 
 from .. import ops, runtime
+from ..ops.autograd import transformed
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
@@ -177,7 +178,7 @@ class PackedLayer(nn.Module):
 
     def entries(self, index: Any) -> Tensor:
         """``dequantize()[index]`` for an index of the first dimension, a list of numbers; only these are decoded."""
-        if self.form.transposed and not self.form.stacked:
+        if transformed() or (self.form.transposed and not self.form.stacked):  # vmap sees no codes
             return self.dequantize()[index]
         codes, scale, n = self.weight_codes, self.weight_scale, self.shape[0]
         rows = torch.arange(n, device=codes.device)[index]
@@ -191,7 +192,7 @@ class PackedLayer(nn.Module):
         """The weight for those who read it, read-only; values are unpacked where they are used, each time."""
         if "weight_codes" not in self._buffers:
             raise AttributeError("weight")  # while nn.Conv2d makes its own
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transformed():  # forward mode looks into a subclass
             return self.dequantize()
         return stand_in(self) if being_split() else DecodedWeight(self)
 
@@ -402,6 +403,8 @@ class PackedLayer(nn.Module):
         group = f", group_size={c.group_size}" if c.group_size else ""
         rounded = f", activations={self.activations}" if self.activations != "float" else ""
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{rounded}"
+
+    extra_repr._dynamo_marked_constant = True  # type: ignore[attr-defined]  # vmap asks for it
 
 
 class PackedMatrix(PackedLayer):

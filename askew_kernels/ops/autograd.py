@@ -28,12 +28,23 @@ def transformed() -> bool:
 def _tangent(t: Any) -> bool:
     if isinstance(t, (list, tuple)):
         return any(map(_tangent, t))
-    return isinstance(t, Tensor) and forward_ad.unpack_dual(t, level=0).tangent is not None  # torch has one level, 0
+    if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):  # of others torch has no views
+        return False
+    return forward_ad.unpack_dual(t, level=0).tangent is not None  # torch has one level, 0
 
 
 def tracked(args: tuple) -> bool:
     """Whether the call is recorded: an argument requires grad, or has a forward-mode tangent."""
     return (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)) or (transformed() and _tangent(args))
+
+
+def by_operators(grad: Tensor) -> bool:
+    """Whether a backward makes gradients by differentiable operators, not in place: they are to be differentiated again
+    (create_graph), or several come as one tensor (is_grads_batched, vmap over autograd.grad)."""
+    if torch.is_grad_enabled():
+        return True
+    of = torch._C._functorch
+    return not torch.compiler.is_compiling() and (of.is_legacy_batchedtensor(grad) or of.is_batchedtensor(grad))
 
 
 def below_autograd(name: str, like: Tensor, *args: Any) -> Any:

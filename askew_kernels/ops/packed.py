@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import contract, runtime
+from .. import contract, reference, runtime
 from ..contract import compute_dtype
 from ..reference import product
 from .autograd import below_autograd, one_by_one, tracked, transformed
@@ -38,7 +38,8 @@ def _packed_weight(
         below_autograd("packed_dequantize_", level, codes, factor, levels, grid, bits, level)
     if not recorded:
         return level
-    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), -1)).to(dtype).reshape(level.shape)
+    each = level.numel() // max(scale.numel(), 1)
+    return (scale.to(kind).reshape(-1, 1) * level.reshape(scale.numel(), each)).to(dtype).reshape(level.shape)
 
 
 def _not_transformed(t: Tensor) -> Tensor:
@@ -77,7 +78,8 @@ class _Packed(torch.autograd.Function):
         if to_scale:
             level = _packed_weight(codes, torch.ones_like(scale), levels, ctx.grid, ctx.bits, ctx.cols, kind)
             of_weight = product(g.t(), x.to(kind).t())
-            grads[3] = (of_weight * level).reshape(scale.numel(), -1).sum(1).reshape(scale.shape)
+            each = of_weight.numel() // max(scale.numel(), 1)
+            grads[3] = (of_weight * level).reshape(scale.numel(), each).sum(1).reshape(scale.shape)
         if to_bias:
             grads[7] = g.sum(0).to(ctx.bias[0]).reshape(ctx.bias[1])
         return tuple(grads)
@@ -91,7 +93,12 @@ def _packed(name: str, run: Callable[..., Tensor], args: tuple) -> Tensor:
             f'askew::{name} rounds its inputs and is differentiated in reverse mode only; use activations="float" for '
             "torch.func and forward-mode derivatives"
         )
-    x, codes, scale, levels, grid, bits, bias = args
+    return _composed(*args)
+
+
+def _composed(x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: list[int], bits: int,
+              bias: Tensor | None) -> Tensor:  # fmt: skip
+    """By differentiable operators, with the weight unpacked."""
     kind = compute_dtype(x.dtype)
     y = product(x.to(kind), _packed_weight(codes, scale, levels, grid, bits, x.shape[1], kind))
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
@@ -364,6 +371,10 @@ def packed_linear(
 def run_packed_linear(name: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``function``, an implementation of ``name`` (packed_linear or one of ``ROUNDED``), differentiable in x, scale and
     bias, without the checks."""
-    if isinstance(function, torch._ops.OpOverload) or not (transformed() or tracked(inputs)):
+    if isinstance(function, torch._ops.OpOverload):
+        return function(*inputs)
+    if torch.compiler.is_compiling() and function is reference.packed_linear:
+        return _composed(*inputs)
+    if not (transformed() or tracked(inputs)):
         return function(*inputs)
     return _packed(name, function, inputs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .. import reference
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
 from .checks import check_copy, check_float_tensor, check_like, check_weight, rate_tensor
@@ -87,7 +88,21 @@ def _registered(name: str, run: Callable, args: tuple) -> Any:
 
 
 def _forced(name: str, function: Callable, args: tuple) -> Any:
+    if torch.compiler.is_compiling() and function is getattr(reference, name):  # it takes no function with a jvp
+        return _composed(name, *args)
     return _Forced.apply(name, function, *args)
+
+
+def _composed(name: str, *args: Any) -> Tensor:
+    """The same by the reference's own operators, which a graph holds and any transform sees."""
+    if name == "fake_quantize_backward":
+        grad, x, scale, levels, grid = args
+        return reference.fake_quantize_backward(grad, x.detach(), scale.detach(), levels, grid)
+    x, scale, levels, grid, clip, *rest = args
+    fixed = x.detach(), scale.detach(), levels
+    y = reference.fake_quantize(*fixed, grid, clip, *rest)
+    through = reference.fake_quantize_backward(x, *fixed, grid) if clip else torch.where(x.isfinite(), x, y)
+    return y + (through - through.detach())
 
 
 def _batched(points: int, run: Callable[..., Any], info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
