@@ -267,6 +267,14 @@ def _gpu_stand_in(index: int, forced: str | None) -> str:
 _gpu_stand_in._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which graphs of torch 2.11's torch.compile take to be true in all of them."""
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
+
+
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
 # ---- products from packed codes --------------------------------------------------------------------------------------
 
 FEW_ON_GPU = 64  # rows of x up to which a GPU reads the codes; beyond, unpacking is small beside the product
@@ -292,7 +300,7 @@ def reads_codes(x: torch.Tensor, rows: int, tiles: bool = False) -> bool:
     ``contract.FEW_ROWS`` with C++ alone. Elsewhere the weight is unpacked for torch's own product."""
     if x.is_cpu or not x.is_cuda or x.dtype == torch.float64:
         return x.is_cpu
-    if torch.compiler.is_exporting() and not isinstance(rows, int):
+    if exporting() and not isinstance(rows, int):
         return False  # a choice by size would be a bound on what was exported
     if tiles:
         return rows <= MOST_FROM_TILES
@@ -304,7 +312,7 @@ def convolves_from_codes(positions: int, activations: str, weights: int = 0, poi
     few (the launch parameter ``positions``, for that many ``weights`` ``large_positions``: late layers and small
     batches; ``points`` where patches are pixels in channels last, 1 x 1, so that nothing is laid out), and with
     activations="int8" always. Exported, a choice by size would be a bound: points always."""
-    if activations == "int8" or torch.compiler.is_exporting():
+    if activations == "int8" or exporting():
         return activations == "int8" or points
     few = "points" if points else "large_positions" if weights >= tables.LARGE else "positions"
     return positions < _convolution[few]

@@ -88,7 +88,7 @@ class Bands:
         return 0 if kept is None else kept[3].numel() + 4 * kept[4].numel()
 
     def of(self, layer: Any, x: Tensor, compiling: bool = False) -> tuple[Tensor, Tensor] | None:
-        if not runtime.compiled_for(x) or torch.compiler.is_exporting():
+        if not runtime.compiled_for(x) or runtime.exporting():
             return None
         if torch.jit.is_tracing():  # made in a trace they would be made by the traced graph, in every call
             return self.kept(layer)

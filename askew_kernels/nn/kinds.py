@@ -335,7 +335,7 @@ class _PackedConvolution(PackedLayer):
             batch = x[None] if unbatched else x
             sizes = self._positions(batch)
             # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
-            whole = torch.compiler.is_exporting() or all(n > 0 for n in sizes)
+            whole = runtime.exporting() or all(n > 0 for n in sizes)
             positions = batch.shape[0] * math.prod(sizes)
             few = runtime.convolves_from_codes(positions, self.activations, self.rows * self.cols)
             if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
@@ -374,7 +374,7 @@ class _PackedConvolution(PackedLayer):
         if not (self._reads_codes(x, 1) and all(n > 0 for n in self._positions(x))):
             return None
         compiling = torch.compiler.is_compiling()
-        if (compiling and torch.compiler.is_exporting()) or (taps := self._unpacked.taps(self)) is None:
+        if (compiling and runtime.exporting()) or (taps := self._unpacked.taps(self)) is None:
             return None
         geometry = _geometry(conv, _around(conv))
         if not compiling and Call.can_be_made(self, x, bias):
@@ -419,7 +419,7 @@ class _PackedConvolution(PackedLayer):
             rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, conv.out_channels)
 
-        if exporting := torch.compiler.is_exporting():
+        if exporting := runtime.exporting():
             y = product(x, height)
         else:
             y = x.new_empty(images, height, width, conv.out_channels)
@@ -577,7 +577,7 @@ class PackedEmbedding(_Lookup, PackedLayer, nn.Embedding):  # type: ignore[misc,
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         codes, scale, grid = self.weight_codes, self.weight_scale, self.config.weight
-        if transformed() or (not torch.compiler.is_exporting() and x.numel() > len(codes)):  # vmap sees no codes
+        if transformed() or (not runtime.exporting() and x.numel() > len(codes)):  # vmap sees no codes
             return functional.embedding(x, self.dequantize())
         rows = x.reshape(-1)
         if scale.numel() > 1:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
-from .. import ops
+from .. import ops, runtime
 from ..contract import compute_dtype
 from ..ops.autograd import by_operators
 from ..ops.checks import check_float_tensor
@@ -390,7 +390,7 @@ class QuantizedLayer(nn.Module):
     def _compiled_with_copy(self, x: Tensor) -> bool:
         """Whether torch.compile is looking, for itself and not to export, at a product that has an operator, which
         torch.func's transforms do not see through."""
-        if (not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+        if (not torch.compiler.is_dynamo_compiling() or runtime.exporting()
                 or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):  # fmt: skip
             return False
         weight: Any = self._parameters.get("weight")

@@ -434,7 +434,7 @@ class PackedMatrix(PackedLayer):
             return functional.linear(x, self.matrix(x.dtype, part), bias)
         if x.dim() == 2:
             return self._product(x, bias, part)
-        if torch.compiler.is_exporting():  # or the graph holds a view, which inputs of other strides have not
+        if runtime.exporting():  # or the graph holds a view, which inputs of other strides have not
             x = x.clone(memory_format=torch.contiguous_format)
         y = self._product(x.reshape(rows, self.cols), bias, part)
         return y.reshape(*x.shape[:-1], y.shape[-1])
