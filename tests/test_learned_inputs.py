@@ -194,7 +194,7 @@ def test_fake_tensors(kind):
     real = layer_of(kind)
     with FakeTensorMode(allow_non_fake_inputs=True):
         models = [layer_of(kind), layer_of(kind).eval(), real]
-        for model in models[: 3 if torch.__version__ >= "2.13" else 2]:  # before, the mode takes no subclass with values
+        for model in models[: 3 if torch.__version__ >= "2.13" else 2]:  # before, it takes no subclass with values
             x = torch.empty(9, 12, requires_grad=True)
             y = model(x)
             y.sum().backward()
