@@ -211,6 +211,23 @@ def test_extra_state_goes_through_every_format(to, tmp_path):
     assert ak.load_packed(tmp_path / "back", Told()).threshold == 0.25
 
 
+@pytest.mark.parametrize("to", ALL)
+def test_extra_state_that_is_no_json_is_named(to, tmp_path):
+    with pytest.raises((PackedFileError, ValueError), match=r"_extra_state: .*extra state is saved where"):
+        exported(to, packed_for(to, Told(threshold={1, 2})), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("to", ALL)
+def test_wrappers_are_looked_through(to, wrap, tmp_path):
+    model = packed_for(to, Told(threshold=0.25))
+    exported(to, wrap(model), tmp_path / "out")
+    found = contents_at(tmp_path / "out")
+    assert set(found.layers) == {"fc"} and found.extra == {"_extra_state": {"threshold": 0.25}}
+    assert torch.equal(found.layers["fc"].dequantize(), model.fc.dequantize())
+
+
 @pytest.mark.parametrize("to", [to for to in ALL if to != "transformers"])  # whose models have a class
 def test_a_layer_that_is_written_as_floats_is_compared_too(to, tmp_path):
     model = packed_for(to, nn.Sequential(nn.Linear(128, 128, bias=False), nn.ReLU(), nn.Linear(128, 8, bias=False)))

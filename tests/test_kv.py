@@ -348,8 +348,42 @@ def test_copies_and_files_have_their_own(llama, tmp_path):
     kv._forward_hooks.clear()
     torch.save((llama, IDS, expected), tmp_path / "model.pt")
     subprocess.run([sys.executable, "-W", "ignore", "-c", IN_ANOTHER_PROCESS, tmp_path / "model.pt"], check=True)
-    with pytest.raises(RuntimeError, match=r"quantize_kv_\(model, kv\)"):
-        type(llama)(llama.config)(IDS)
+
+
+def test_models_that_share_a_config_are_not_all_quantized(llama):
+    """A float teacher made from the student's config, before or after."""
+    teacher = type(llama)(llama.config).eval()
+    teacher.load_state_dict(llama.state_dict())
+    expected = teacher(IDS).logits
+    student = quantize_kv_(llama, QuantizedKV(2, 8))(IDS).logits
+    later = type(llama)(llama.config).eval()
+    later.load_state_dict(llama.state_dict(), strict=False)
+    assert torch.equal(teacher(IDS).logits, expected) and torch.equal(later(IDS).logits, expected)
+    assert not torch.equal(student, expected)
+
+
+def test_parts_have_their_own_attention_functions():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=16, patch_size=8)
+    text = transformers.LlamaConfig(**sizes, vocab_size=64, num_hidden_layers=1, num_key_value_heads=2)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63, image_seq_length=4)
+    functions = {"text_config": "eager", "vision_config": "sdpa"}
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation=functions)
+    parts = model.config, model.config.text_config, model.config.vision_config
+
+    def names():
+        return [part._attn_implementation for part in parts]
+
+    before = names()
+    assert before[1:] == ["eager", "sdpa"]
+    quantize_kv_(model, QuantizedKV(4, 32))
+    assert names() == [f"askew_kv_{name}" for name in before]
+    quantize_kv_(model, None)
+    assert names() == before
+    part = quantize_kv_(model.model.language_model, QuantizedKV(2, 32))  # the whole's takes the place of a part's
+    quantize_kv_(quantize_kv_(model, QuantizedKV(4, 32)), None)
+    assert names() == before and not hasattr(part, "quantized_kv")
 
 
 def test_what_is_no_model_of_transformers_is_told():

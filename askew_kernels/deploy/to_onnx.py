@@ -35,7 +35,7 @@ from ..nn.packed import PackedLayer
 from ..quant import Grid, pack_codes
 from ..quant.forms import ROWS
 from .contents import Contents, write_contents
-from .files import PackedFileError, is_json, load_packed
+from .files import PackedFileError, is_json, load_packed, wrapped_in
 from .folders import float_key
 from .from_onnx import CONTRIB, GATHERS, KEY, LIMIT, MULTIPLIES, VERSION, dequantized, is_one, library, read
 from .integers import integers, table
@@ -261,6 +261,11 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
                 dense: Iterable[str], strict: bool, options: dict[str, Any],
                 architecture: dict[str, Any] | None = None) -> bytes:  # fmt: skip
     onnx = _check(operator, accuracy_level, opset)
+    model = wrapped_in(model)
+    extra = {key: state for key, state in model.state_dict().items() if not isinstance(state, Tensor)}
+    for key, state in extra.items():
+        if not is_json(state):
+            raise ValueError(f"{key}: extra state is saved where it is a tensor or JSON, got {type(state).__name__}")
     originals = packed_layers(model)
     if not originals:
         raise ValueError("model: has no packed layers; call pack_(model) first")
@@ -306,8 +311,7 @@ def _serialized(model: nn.Module, example: Any, operator: str, accuracy_level: i
         "tensors": {key: [place, types[key]] for key in sorted(keys & types.keys())
                     if (place := writer.place_or_value(key)) is not None},
         "architecture": architecture,
-        "extra": {key: state for key, state in model.state_dict().items()
-                  if not isinstance(state, Tensor) and is_json(state)},
+        "extra": extra,
     }  # fmt: skip
     onnx.helper.set_model_props(made, {KEY: json.dumps(document)})
     if made.ByteSize() >= LIMIT:

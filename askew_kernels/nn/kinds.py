@@ -266,6 +266,8 @@ def _convolved(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 def _each(n: Any, dims: int) -> tuple[int, ...]:
     """A number for each dimension, of one for all as torch's functions take it."""
+    if type(n) is tuple and len(n) == dims:
+        return n
     return (n,) * dims if isinstance(n, int) else tuple(n) * (dims if len(n) == 1 else 1)
 
 
@@ -280,8 +282,8 @@ def _around(conv: Any) -> list[int]:
     from ``padding`` as it stands, but where the mode is another than zeros."""
     if conv.padding_mode != "zeros":
         return conv._reversed_padding_repeated_twice
-    kernel, _, dilation = _sizes(conv)
     if conv.padding == "same":
+        kernel, _, dilation = _sizes(conv)
         sums = [gap * (k - 1) for k, gap in zip(kernel[::-1], dilation[::-1], strict=True)]
         return [n for total in sums for n in (total // 2, total - total // 2)]
     padding = 0 if conv.padding == "valid" else conv.padding

@@ -179,7 +179,7 @@ class QuantizedKV(nn.Module):
         widths = [Uniform(b).bits for b in both]  # checks them
         self.of_keys = Rounding("k", widths[0], group, keys, symmetric, kept)
         self.of_values = Rounding("v", widths[1], group, PER_TOKEN, symmetric, kept)
-        self.replaced = ""  # the attention function of the model that it stands in
+        self.replaced: tuple[str, ...] = ()  # the attention functions of the model that it stands in
         self._given: tuple[Any, Any] | None = None
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,8 +202,8 @@ class QuantizedKV(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.replaced:  # of a model that another process has saved
-            _transformers().register(self.replaced)
+        for base in self.replaced:  # of a model that another process has saved
+            _transformers().register(base)
 
     def extra_repr(self) -> str:
         k, v = self.of_keys, self.of_values

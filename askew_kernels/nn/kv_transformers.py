@@ -68,26 +68,26 @@ def insert(model: Any, kv: Any) -> None:
         raise TypeError(f"model: expected one of transformers, got {type(model).__name__}; in others call the "
                         "module in their attention: k, v = kv(k, v)")  # fmt: skip
     remove(model)
-    base = _base(model)
-    register(base)
-    name = PREFIX + base
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:
+    bases = _bases(model)
+    for base in bases.values():
+        register(base)
+    model.set_attn_implementation({key: PREFIX + base for key, base in bases.items()})
+    if not model.config._attn_implementation.startswith(PREFIX):
         raise ValueError(f"model: {type(model).__name__} takes no other attention functions; in others call it in the "
                          "attention instead: k, v = kv(k, v)")  # fmt: skip
     model.add_module(HELD, kv)
     for module in model.modules():
         if hasattr(module, "config"):  # an attention asks its own for the function
             module.__dict__[SEEN] = kv  # in a copy or a file it is that one's
-    kv.replaced = base
+    kv.replaced = tuple(bases.values())
 
 
 def remove(model: Any) -> None:
-    """Undoes ``insert``."""
-    if getattr(model, HELD, None) is not None:
-        model.set_attn_implementation(_base(model))
-        delattr(model, HELD)
-        for module in model.modules():
+    """Undoes ``insert``, of parts of the model, too."""
+    for part in [m for m in model.modules() if isinstance(getattr(m, HELD, None), nn.Module)]:
+        part.set_attn_implementation(_bases(part))
+        delattr(part, HELD)
+        for module in part.modules():
             module.__dict__.pop(SEEN, None)
 
 
@@ -97,17 +97,18 @@ def register(base: str) -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
 
 
-def _base(model: Any) -> str:
-    return str(model.config._attn_implementation).removeprefix(PREFIX)
+def _bases(model: Any) -> dict[str, str]:
+    """The attention functions of the model ("") and of the parts of its config, as ``set_attn_implementation`` takes
+    them."""
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    configs = {"": model.config} | {key: part for key, part in parts.items() if part is not None}
+    return {key: str(config._attn_implementation).removeprefix(PREFIX) for key, config in configs.items()}
 
 
 def _attention(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any,
                **kwargs: Any) -> Any:  # fmt: skip
-    kv: Any = getattr(module, SEEN, None)
-    if kv is None:
-        raise RuntimeError(f"model: its config is of one with quantized keys and values ({PREFIX}{base}), and it has "
-                           "none: call quantize_kv_(model, kv)")  # fmt: skip
-    if not kv.gave(key, value):
+    kv: Any = getattr(module, SEEN, None)  # None: of another model with the same config, whose keys stay as they are
+    if kv is not None and not kv.gave(key, value):
         key, value = kv(key, value)
     return _function(module, base)(module, query, key, value, *args, **kwargs)
 
