@@ -208,6 +208,30 @@ def test_fake_tensors(kind):
     assert torch.equal(real(inputs()), twin(inputs()))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_that_others_put_in_their_place_are_learned_too(kind):
+    """type(p)(value), as accelerate has it, and the tensors that torch swaps when it loads."""
+    model, x = layer_of(kind), inputs()
+    model(x)
+    learned = model[0].input_quantizer
+    learned._parameters["scale"] = type(learned.scale)(learned.scale.detach().clone())
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    for optimizer in (torch.optim.SGD(model.parameters(), lr=0.1), ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1)):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    sharp = ak.optim.SAM(ak.optim.ASkewSGD(ak.param_groups(model), lr=0.1), rho=0.5)
+    model(x).sum().backward()
+    values = [p.detach().clone() for p in learned.parameters()]
+    sharp.first_step()
+    assert all(map(torch.equal, values, learned.parameters()))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e6])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_gradient_makes_it_useless(kind, value):

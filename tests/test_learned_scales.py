@@ -104,6 +104,19 @@ def train(model, optimizer, steps, after=lambda: None, scaled=1.0):
         after()
 
 
+def test_a_model_and_its_optimizer_that_are_saved_as_wholes_learn_on():
+    model = model_with()
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    train(model, optimizer, 2)
+    file = io.BytesIO()
+    torch.save((model, optimizer), file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    for net, stepped in ((model, optimizer), again):
+        train(net, stepped, 4)
+    assert all(torch.equal(a, b) for a, b in zip(scales_of(model), scales_of(again[0]), strict=True))
+
+
 def scales_of(model):
     return [layer.weight_scale.detach().clone() for layer in ak.nn.quantized_layers(model).values()]
 

@@ -18,6 +18,8 @@ import io
 import itertools
 import math
 import pickle
+import sys
+import threading
 import warnings
 
 import numpy as np
@@ -363,6 +365,19 @@ def test_nonfinite_gradients_of_groups_without_a_grid_count_as_zero(base):
         models.append(model)
     for p, *others in zip(models[-1].parameters(), *(model.parameters() for model in models[:-1]), strict=True):
         assert p.isfinite().all() and all(torch.equal(p, other) for other in others)
+
+
+@pytest.mark.parametrize("made", ["expanded", "inference"])
+def test_gradients_that_cannot_be_written_to_count_as_zero_too(made):
+    model = network()
+    optimizer, bias = ASkewSGD(ak.param_groups(model, skip_nonfinite=True), lr=0.1), model[0].bias
+    with torch.inference_mode(made == "inference"):
+        bias.grad = (
+            torch.full((1,), math.inf).expand(len(bias)) if made == "expanded" else torch.full_like(bias, math.inf)
+        )
+    before = bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(bias, before)
 
 
 # ---- scales: when they move and when they stand still ----------------------------------------------------------------
@@ -732,6 +747,25 @@ def _matched_by_name(optimizer, state_dict):
         for index, name in zip(mine["params"], mine["param_names"], strict=True):
             matched["state"][index] = state_dict["state"][places[name]]
     return matched | {"askew_steps": state_dict["askew_steps"]}
+
+
+def test_hooks_serve_threads_that_save_at_once():
+    optimizer = ASkewSGD(ak.param_groups(network()), lr=0.1)
+    called, saves, threads = [], 40, 3
+    optimizer.register_state_dict_post_hook(lambda *_: called.append(1))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        work = [threading.Thread(target=lambda: [optimizer.state_dict() for _ in range(saves)]) for _ in range(threads)]
+        for thread in work:
+            thread.start()
+        for thread in work:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert len(called) == saves * threads
+    optimizer.state_dict()
+    assert len(called) == saves * threads + 1
 
 
 @pytest.mark.parametrize("wrapped", ["", "Skewed", "SAM"])

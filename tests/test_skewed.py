@@ -273,6 +273,23 @@ class Named(SignMomentum):
         torch.optim.Optimizer.__init__(self, params, {"lr": lr, "beta": 0.9, **self.OWN})
 
 
+@pytest.mark.parametrize("wrap, key", [
+    (lambda base, number: Skewed(base, alpha=number), "alpha"), (lambda base, number: SAM(base, rho=number), "rho"),
+], ids=["Skewed", "SAM"])  # fmt: skip
+def test_a_base_that_is_wrapped_again_has_one_key(wrap, key):
+    """As where a cell of a notebook runs twice: what the user sets or loads is what counts."""
+    base = torch.optim.SGD(ak.param_groups(network()), lr=0.1)
+    first = wrap(base, 0.5)
+    second = wrap(base, 0.25)
+    keys = [name for name in base.param_groups[0] if name.endswith(key)]
+    assert keys == [key] and first.param_groups is second.param_groups
+    saved = second.state_dict()
+    for group in saved["param_groups"]:
+        group[key] = 0.125
+    second.load_state_dict(saved)
+    assert second.param_groups[0][key] == 0.125
+
+
 def test_keys_that_the_base_has_itself_stay_its_own():
     """What is asked of Skewed and SAM counts, in groups, schedules, telemetry, checkpoints and copies; the base's keys
     of the same names are untouched."""

@@ -218,7 +218,8 @@ class InputQuantizer(nn.Module):
             return
         known = ops.has_values(self.start) and self.started
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
-        self._started, self._seen = False, None
+        self._started = False
+        self._own()  # tensors that are swapped change their class
         if (key := f"{prefix}start") in missing_keys:
             missing_keys.remove(key)
             if not known and ops.has_values(self.held[0]):

@@ -612,9 +612,12 @@ class QuantizedLayer(nn.Module):
 
     def _floats(self) -> bool:
         """In training, whether a recipe says so."""
+        quantizer = self.quantizer
+        if not quantizer.softened:  # as in most forwards
+            return False
         if not torch.compiler.is_compiling():
-            self.quantizer.look_on_the_way()
-        return self.quantizer.floating
+            quantizer.look_on_the_way()
+        return quantizer.floating
 
     @property
     def softens(self) -> bool:

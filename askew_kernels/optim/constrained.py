@@ -167,9 +167,9 @@ class Constrained(Optimizer):
         if record:
             self._record = Record(self.steps + 1, loss=loss.detach() if isinstance(loss, Tensor) else loss)
             self._telemetry_wanted = False
-        for group, _, grads in work:  # without a grid no rule looks at single elements
-            for grad in grads if group["grid"] is None and group["skip_nonfinite"] else ():
-                (grad._values() if grad.is_sparse else local_part(grad)).nan_to_num_(0.0, 0.0, 0.0)
+        for group, params, grads in work:  # without a grid no rule looks at single elements
+            if group["grid"] is None and group["skip_nonfinite"]:
+                grads[:] = map(_with_finite_gradient, params, grads)
         self._step_base(work)
         self._step_without_grid(work)
         for index, (group, params, grads) in enumerate(work):
@@ -486,7 +486,8 @@ class Constrained(Optimizer):
         self._plans, self._known, self._seen_rates, self._none_learned = {}, {}, {}, -1
         super().__setstate__(state)
         for group, p in self._quantized():
-            if p in scales and WeightQuantizer.of(p) is None:  # an unpickled parameter has lost its quantizer
+            # an unpickled parameter has lost its quantizer; one that learns is its layer's, which ties it anew
+            if p in scales and WeightQuantizer.of(p) is None and group["scale"] != LEARNED:
                 self._restore(group, p, scales[p])
 
 
@@ -498,6 +499,16 @@ def _with_gradients(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     if len(grads) < len(found):
         params = [p for p, g in zip(params, found, strict=True) if g is not None]
     return params, grads
+
+
+def _with_finite_gradient(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of ``p`` with 0 for what is inf or NaN, in place where it can be written to."""
+    values = grad._values() if grad.is_sparse else local_part(grad)
+    if values.is_inference() or torch._debug_has_internal_overlap(values):
+        p.grad = grad.nan_to_num(0.0, 0.0, 0.0)
+        return p.grad
+    values.nan_to_num_(0.0, 0.0, 0.0)
+    return grad
 
 
 def _found_quantizer(group: dict[str, Any], p: Tensor) -> WeightQuantizer | None:

@@ -35,8 +35,9 @@ class Hooked(Optimizer):
             post_hook(self)
 
     def _pack(self) -> dict[str, Any]:
-        with self._no_hooks():
-            return super().state_dict()
+        bare = object.__new__(type(self))  # this one keeps its hooks, which other threads may be calling
+        bare.__dict__ = {**self.__dict__, **{name: OrderedDict() for name in _HOOKS}}
+        return Optimizer.state_dict(bare)
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         with self._no_hooks():

@@ -33,6 +33,7 @@ class Wrapper(Hooked):
     def _wrap(self, base: Optimizer, own: dict[str, Any]) -> None:
         """``own``: defaults of the group keys that this optimizer adds to the base's, of ``beside``."""
         self.base_optimizer = base
+        base._askew_added = {*getattr(base, "_askew_added", ()), *own}  # type: ignore[attr-defined]
         base.defaults.update(own)
         super().__init__(base.param_groups, base.defaults)
         self._shares = True
@@ -66,7 +67,8 @@ def beside(base: Optimizer, own: dict[str, Any]) -> dict[str, Any]:
     """``own`` under names that the base has no keys of. Raises TypeError where one cannot have another name."""
     local = getattr(base, "optim", None)  # ZeroRedundancyOptimizer's, of which it knows what it was given alone
     taken = own.keys() & {*base.defaults, *getattr(local, "defaults", ())}
-    if taken and taken != own.keys() and (fixed := taken - ELSEWHERE.keys()):  # all: a wrapper before has left them
+    taken -= getattr(base, "_askew_added", set())  # by a wrapper before
+    if fixed := taken - ELSEWHERE.keys():
         raise TypeError(f"{min(fixed)}: {type(base).__name__} has a group key of that name itself, which means "
                         "something else here")  # fmt: skip
     return {ELSEWHERE.get(key, key) if key in taken else key: value for key, value in own.items()}

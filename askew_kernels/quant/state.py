@@ -63,7 +63,8 @@ class Changes:
 
 def _used_data(weight: Tensor) -> None:
     weight.__dict__["_data_uses"] = weight.__dict__.get("_data_uses", 0) + 1
-    Changes.count += 1
+    if weight.__dict__.get("_askew_scale_of", weight) is not None:  # what is learned of inputs is no quantizer's
+        Changes.count += 1
 
 
 class QuantizedParameter(nn.Parameter):
@@ -105,6 +106,7 @@ class LearnedScale(QuantizedParameter):
     """A scale that an optimizer moves, of a weight or of an input; or an input's offset."""
 
     made = False  # any of a weight
+    _askew_scale_of: Any = None  # of objects that others make by type(p)(value), too
 
 
 def learns(p: Tensor, quantizer: WeightQuantizer | None = None) -> None:
@@ -232,6 +234,7 @@ class WeightQuantizer:
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
         self._floating = False  # what a recipe has told: see ``floating`` and ``slack``
         self._slack: Tensor | None = None
+        self.softened = False  # either
         self._flag_seen: Any = None  # its version when ``look_on_the_way`` looked
         self._part: tuple[Any, Part] | None = None  # by the sharding of a weight that is split over ranks
         self.shard: Tensor | None = None  # that weight, as it is when nothing has gathered it
@@ -713,7 +716,7 @@ class WeightQuantizer:
     @property
     def on_the_way(self) -> bool:
         """Layers do not compute with s Q(w/s) in training yet."""
-        return self.floating or self.slack is not None
+        return self.softened and not self.frozen
 
     def look_on_the_way(self) -> None:
         """Averages and copies learn from the flag alone, which others write, that the scale was frozen; the float
@@ -721,6 +724,9 @@ class WeightQuantizer:
         if self.on_the_way and (version := _version(self.flag)) != self._flag_seen:
             self._flag_seen = version
             self.look()
+
+    def _take_way(self, floating: bool, slack: Tensor | None) -> None:
+        self._floating, self._slack, self.softened = floating, slack, floating or slack is not None
 
     def soften(self, share: float, slack: Tensor) -> None:
         """What layers compute with in training (in eval always with s Q(w/s)): the weight itself where ``share`` is 1,
@@ -730,7 +736,7 @@ class WeightQuantizer:
         levels = self.config.level_dtype is not None
         share = 0.0 if self.config.learns_scale else float(share > 0.5) if levels else share
         before = self._floating, self._slack is None
-        self._floating, self._slack = share >= 1, slack if 0 < share < 1 else None
+        self._take_way(share >= 1, slack if 0 < share < 1 else None)
         if before != (self._floating, self._slack is None):
             self._changed()
 
@@ -786,7 +792,7 @@ class WeightQuantizer:
     def __setstate__(self, state: dict) -> None:
         self.__init__(QuantConfig.from_dict(state["config"]), Form(*state.get("form", ROWS)))  # type: ignore[misc]
         self.tensors, self.frozen = state["tensors"], state["frozen"]
-        self._floating, self._slack = state.get("floating", False), state.get("slack")
+        self._take_way(state.get("floating", False), state.get("slack"))
         self.started, young = state.get("started", (False, False))
         if young:
             self._young = edits(self.learned)  # type: ignore[arg-type]
