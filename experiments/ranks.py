@@ -88,6 +88,9 @@ class Ranks:
     def call(self, function: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
         """``function(rank, world, *args)`` of every rank. The function stands at the top of a module. Raises RankError
         with the first traceback that is not of a lost connection, or with where the ranks stand that do not answer."""
+        if not all(process.is_alive() for process in self.processes):  # killed since, as for want of memory
+            self._end()
+            self._start()
         order = function.__module__, function.__name__, args, world, next(self.numbers)
         for pipe in self.pipes[:world]:
             pipe.send(order)

@@ -47,4 +47,7 @@ def test_what_went_wrong_is_told_and_later_calls_work(ranks):
         with pytest.raises(RankError, match=r"(?s)test_ranks\.leave: ended.*rank 1, exit code 3"):
             ranks.call(leave)
         assert ranks.call(number) == [20, 21]
+        ranks.processes[0].kill()  # between calls, as for want of memory
+        ranks.processes[0].join()
+        assert ranks.call(number) == [20, 21]
     assert not any(process.is_alive() for process in ranks.processes)
