@@ -267,7 +267,10 @@ def test_geometry_that_is_set_after_packing_is_torchs(name, groups, activations)
             weight, rest = layer.dequantize(), (layer.stride, layer.padding, layer.dilation, groups)
             plain = F.conv2d(x, weight, layer.bias, *rest)
             assert torch.equal(exact, plain) and y.shape == exact.shape
-            torch.testing.assert_close(y, exact, rtol=0.05, atol=0.05 if activations == "int8" else 1e-5)
+            if activations == "int8" and groups == 1:  # 8 bits of an input, as in test_layers
+                assert float((y - exact).norm() / exact.norm()) < 0.02
+            else:
+                torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5)
             for key, value in before.items():
                 setattr(layer, key, value)
 
