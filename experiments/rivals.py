@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,18 +213,21 @@ def our_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return ak.optim.ASkewSGD(groups, lr=recipe.lr, momentum=MOMENTUM, weight_decay=recipe.weight_decay)
 
 
+MIDRISE = {f"{bits} bits": ak.quant.Midrise(bits) for bits in (4, 3, 2)}  # PARQ's levels, with this package's rule
+
+
 def train_ours(
-    model: nn.Module, recipe: Recipe, scale: str | None = None, grid: ak.quant.Grid | None = None
+    model: nn.Module, recipe: Recipe, scale: str | None = None, grids: Mapping[str, ak.quant.Grid] | None = None
 ) -> Training:
-    """By the library's own recipe, whose numbers are nowhere else."""
-    quantize(model, recipe, scale, grid)
+    """By the library's own recipe, whose numbers are nowhere else. grids: other ones than the widths'."""
+    quantize(model, recipe, scale, grids and grids[recipe.width])
     optimizer = our_optimizer(model, recipe)
     followed = ak.Recipe(model, optimizer, recipe.steps, settings=FINE_TUNING if recipe.fine_tunes else None)
     return Training(optimizer, followed.step, lambda: ak.hard_quantize_(model))
 
 
 FLOAT, STRAIGHT_THROUGH, LSQ_NAME, PARQ = "float", "straight-through", "LSQ", "PARQ (torchao)"
-OURS_LEARNED, OURS_MIDRISE = "ASkewSGD, learned scale", "ASkewSGD, Midrise(2)"
+OURS_LEARNED, OURS_MIDRISE = "ASkewSGD, learned scale", "ASkewSGD, Midrise"
 LEARNED = (LSQ_NAME, OURS_LEARNED)  # whose scales have a learning rate
 METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     FLOAT: train_float,
@@ -233,7 +236,7 @@ METHODS: dict[str, Callable[[nn.Module, Recipe], Training]] = {
     PARQ: train_parq,
     "ASkewSGD": train_ours,
     OURS_LEARNED: functools.partial(train_ours, scale="lsq"),
-    OURS_MIDRISE: functools.partial(train_ours, grid=ak.quant.Midrise(2)),
+    OURS_MIDRISE: functools.partial(train_ours, grids=MIDRISE),
 }
-LEVELS = {OURS_MIDRISE: ("2 bits",)}  # methods with levels of their own: the widths that they have them for
+LEVELS = {OURS_MIDRISE: tuple(MIDRISE)}  # methods with levels of their own: the widths that they have them for
 OURS = tuple(name for name in METHODS if name.startswith("ASkewSGD"))

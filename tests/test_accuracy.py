@@ -436,7 +436,7 @@ def test_jobs_are_balanced():
     )
     methods = {job.method for job in jobs if job.setting == ALL and job.width == "binary" and job.task == TEXT}
     assert methods == set(rivals.METHODS) - {"float", *rivals.LEVELS}
-    assert {job.width for job in jobs if job.method == rivals.OURS_MIDRISE} == {"2 bits"}
+    assert {job.width for job in jobs if job.method == rivals.OURS_MIDRISE} == set(rivals.MIDRISE)
 
 
 def test_what_cannot_be_served(tmp_path, capsys):
