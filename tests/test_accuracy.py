@@ -145,7 +145,7 @@ def test_learning_rates_warm_up_and_fall_alike():
     for name, method in rivals.METHODS.items():
         if name == rivals.PARQ:
             pytest.importorskip("torchao")
-        training = method(nn.Sequential(nn.Linear(6, 4)), recipe())
+        training = method(nn.Sequential(nn.Linear(6, 4)), recipe("2 bits"))
         training.set_lr(0.25)
         seen[name] = {group["lr"] for group in training.groups}
     assert all(lrs == {0.025} for lrs in seen.values()), seen
