@@ -840,6 +840,9 @@ BAD_SCALES = {
     "negative": (torch.tensor([1.0, 1, 1, -1]), ValueError), "nan": (torch.tensor([1.0, 1, 1, math.nan]), ValueError),
     "inf": (torch.tensor([1.0, 1, 1, math.inf]), ValueError), "empty": (torch.ones(0), ValueError),
     "device": (torch.ones(4, device="meta"), ValueError), "too many": (torch.ones(64), ValueError),
+    # kernels compute in float32
+    "0 in float32": (torch.tensor([1e-50] * 4, dtype=torch.float64), ValueError),
+    "inf in float32": (torch.tensor([1e39], dtype=torch.float64), ValueError),
 }  # fmt: skip
 BAD_NUMBERS = {
     "lr": [-0.1, math.nan, math.inf, "0.1", None, True, torch.tensor(-0.1), torch.ones(2), torch.tensor(1)],

@@ -924,6 +924,7 @@ GOOD = torch.ones(4, 8)
         (dict(scale=torch.zeros(4)), ValueError, "scale"),
         (dict(scale=torch.ones(3)), ValueError, "scale"),
         (dict(scale=torch.tensor(math.nan)), ValueError, "scale"),
+        (dict(scale=torch.tensor(1e-50, dtype=torch.float64)), ValueError, "scale"),
         (dict(telemetry_every=-1), ValueError, "telemetry_every"),
         (dict(telemetry_every=True), ValueError, "telemetry_every"),
         (dict(colour=1), TypeError, "colour"),

@@ -112,11 +112,14 @@ def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
             f"{name}: expected shape () or ({first},){per_group} for {x_name} of shape {tuple(x.shape)}, "
             f"got {tuple(scale.shape)}"
         )
-    if rows and concrete(scale):  # on a GPU the look would stall the stream
-        low, high = scale.detach().aminmax()
+    scale = scale.detach().to(compute_dtype(x.dtype)).reshape(-1).contiguous()
+    if rows and concrete(scale):  # as the kernels see them; on a GPU the look would stall the stream
+        low, high = scale.aminmax()
         if not (low > 0 and high < math.inf):
-            raise ValueError(f"{name}: expected positive finite scales, got values in [{low:g}, {high:g}]")
-    return scale.detach().to(compute_dtype(x.dtype)).reshape(-1).contiguous()
+            raise ValueError(
+                f"{name}: expected positive finite scales in {scale.dtype}, got values in [{low:g}, {high:g}]"
+            )
+    return scale
 
 
 def check_weight(name: str, x: Any, scale: Any, grid: Any) -> tuple[Tensor, Tensor, list[int]]:

@@ -550,4 +550,6 @@ def _config_of(group: Mapping[str, Any]) -> QuantConfig:
 def _fixed_scale(group: Mapping[str, Any], p: Tensor, rows: int) -> Tensor:
     """The group's scale tensor as (rows,); one number serves every row."""
     scale = group["scale"].detach().to(p.device).reshape(-1)
+    if scale.is_floating_point():
+        scale = scale.float()  # as quantizers keep it
     return ops.check_scale("scale", scale.expand(rows) if scale.numel() == 1 else scale, p, "the parameter")
