@@ -910,6 +910,11 @@ GOOD = torch.ones(4, 8)
         (dict(constraint_eps=1.1), ValueError, "constraint_eps"),
         (dict(constraint_eps="1"), TypeError, "constraint_eps"),
         (dict(alpha=-1.0), ValueError, "alpha"),
+        (dict(alpha=math.inf), ValueError, "alpha"),
+        (dict(alpha="1"), TypeError, "alpha"),
+        (dict(maximize=None), TypeError, "maximize"),
+        (dict(skip_nonfinite="no"), TypeError, "skip_nonfinite"),
+        (dict(clamp="no"), TypeError, "clamp"),
         (dict(weight_decay=-0.1), ValueError, "weight_decay"),
         (dict(skew="both"), ValueError, "skew"),
         (dict(freeze_scale="later"), ValueError, "freeze_scale"),
@@ -944,6 +949,7 @@ def test_bad_arguments(cls, options, error, words):
         (ASkewSGD, dict(nesterov=True), "nesterov"),
         (ASkewSGD, dict(nesterov=True, momentum=0.9, dampening=0.1), "nesterov"),
         (ASkewSGD, dict(dampening="a"), "dampening"),
+        (ASkewSGD, dict(nesterov="no", momentum=0.9), "nesterov"),
         (ASkewAdamW, dict(betas=(1.0, 0.9)), "betas"),
         (ASkewAdamW, dict(betas=(0.9, -0.1)), "betas"),
         (ASkewAdamW, dict(eps=-1.0), "eps"),
@@ -1004,6 +1010,40 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
     for p, s in zip(model, state, strict=True):
         for key, value in s.items():
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
+
+
+BAD_KEYS = [
+    ("alpha", math.nan), ("alpha", -1.0), ("alpha", math.inf), ("alpha", "x"), ("alpha", None), ("skew", "x"),
+    ("freeze_scale", "x"), ("granularity", "x"), ("group_size", 8), ("scale", "x"), ("scale_dtype", "x"),
+    ("skip_nonfinite", "x"), ("clamp", "no"), ("maximize", None), ("weight_decay", -1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_KEYS)
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW, ASkewLion, ak.optim.Skewed])
+def test_bad_keys_that_were_set_later(cls, steps, key, value):
+    """They are told at the next step, with their group, and again at the one after; put right, it goes on."""
+    if cls is ak.optim.Skewed and key in ("skew", "maximize", "weight_decay"):
+        pytest.skip("no key of ours")
+    params = [nn.Parameter(GOOD * 0.3) for _ in range(2)]
+    groups = [{"params": [p], "grid": GRID, "constraint_eps": 0.5} for p in params]
+    optimizer = cls(torch.optim.SGD(groups, lr=0.1)) if cls is ak.optim.Skewed else cls(groups, lr=0.1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    for _ in range(steps):
+        optimizer.step()
+    before, state = copy.deepcopy((params, [dict(optimizer.state[p]) for p in params]))
+    good, optimizer.param_groups[1][key] = optimizer.param_groups[1][key], value
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=rf"^{key}: .*param_groups\[1\]"):
+            optimizer.step()
+    assert all(map(torch.equal, params, before))
+    for p, s in zip(params, state, strict=True):
+        assert all(torch.equal(torch.as_tensor(optimizer.state[p][k]), torch.as_tensor(v)) for k, v in s.items())
+    optimizer.param_groups[1][key] = good
+    optimizer.step()
+    assert not any(map(torch.equal, params, before)) and optimizer.steps == steps + 1
 
 
 @pytest.mark.parametrize("cls", [ASkewSGD, ak.optim.Skewed])

@@ -43,6 +43,8 @@ def _number_of(name: str, options: Mapping[str, Any]) -> float:
     key, _, index = name.partition(".")
     value = options[key]
     if key == "nesterov":
+        if not isinstance(value, bool):
+            raise TypeError(f"nesterov: expected True or False, got {value!r}")
         if value and (options["momentum"] <= 0 or options["dampening"] != 0):
             raise ValueError("nesterov: needs momentum > 0 and dampening = 0")
         return float(bool(value))

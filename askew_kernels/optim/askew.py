@@ -81,6 +81,7 @@ class ByRule(Constrained, Hooked):
         cls._old_names = dict(row.torch_names) if "eps" in cls.OWN else {"eps": "constraint_eps", **row.torch_names}
         cls._ARGUMENTS = (*Constrained._ARGUMENTS, *cls.OWN, "skew", "maximize")
         cls._common = {**_COMMON, **_CAPTURABLE} if row.counts else _COMMON
+        cls._SWITCHES = (*Constrained._SWITCHES, "skew", "maximize", *(_CAPTURABLE if row.counts else ()))
         cls._in_torch = hasattr(cls, f"_plain_{rule}")
         plain = f"torch.optim.{row.title}'s own code" if cls._in_torch else f"plain {row.title}"
         cls.__doc__ = _DOC.format(title=row.title, name=rule, own=", ".join(cls.OWN), plain=plain,
@@ -141,13 +142,14 @@ class ByRule(Constrained, Hooked):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if not isinstance(group.get("capturable", False), bool):
-            raise TypeError(f"capturable: expected True or False, got {group['capturable']!r}")
-        if group["skew"] not in ops.SKEWS:
-            raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
         if group["grid"] is None and not self._in_torch:
             for i, p in enumerate(group["params"]):
                 ops.check_float_tensor(f"params[{i}]", p)
+
+    def _check_switches(self, group: dict[str, Any]) -> None:
+        super()._check_switches(group)
+        if group["skew"] not in ops.SKEWS:
+            raise ValueError(f"skew: expected one of {', '.join(ops.SKEWS)}, got {group['skew']!r}")
 
     def _numbers(self, group: dict[str, Any], first: bool = False) -> list[float]:
         """The rule's hyper-parameters as the operator takes them, checked. ``first``: of a weight's first step."""

@@ -40,6 +40,8 @@ class Constrained(Optimizer):
         ELSEWHERE["alpha"],
         "skip_nonfinite",
     )  # keys they come from
+    # Keys that say how, not how much; looked at again where another object stands there.
+    _SWITCHES: ClassVar[tuple[str, ...]] = (*GRID_KEYS, "freeze_scale", "clamp", ELSEWHERE["clamp"], "skip_nonfinite")
     _old_names: ClassVar[dict[str, str]] = {}  # group keys as they were called before -> as they are
 
     def _begin(self, telemetry_every: int, telemetry_log: Any = None) -> None:
@@ -54,7 +56,8 @@ class Constrained(Optimizer):
         self._states: list[dict[str, Any]] = []  # ``state``'s values as the last step found them, and their count
         self._state_revision = 0
         self._seen_rates: dict[int, tuple[Tensor, int, bool]] = {}  # by id of the group: eps, and whether it is below 1
-        self._known: dict[int, tuple[list[Any], dict[str, Any]]] = {}  # by id of the group: its keys, what they make
+        # by id of the group: its keys, what they make, its switches
+        self._known: dict[int, tuple[list[Any], dict[str, Any], list[Any]]] = {}
         # Weights that a launch starts from in place of those it finds, taken out as they are used; a sharpness-aware
         # step's first gradients to average with, and the coefficients that tell whether they count.
         self.saved_weights: dict[Tensor, Tensor] = {}
@@ -85,18 +88,13 @@ class Constrained(Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
-        ops.rate_tensor(key := key_in(group, "alpha"), group[key], 0.0)
-        if group["freeze_scale"] not in FREEZE_SCALE:
-            raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
-        if not isinstance(group[key := key_in(group, "clamp")], bool):
-            raise TypeError(f"{key}: expected True or False, got {group[key]!r}")
+        self._check_switches(group)
         if group["grid"] is None:
             return
         if made_for_a_part():
             raise TypeError(f"optimizer_class: {type(self).__name__} cannot be sharded by ZeroRedundancyOptimizer: the "
                             "scale of a quantized weight moves with its step, which one rank alone would make; use "
                             "fully_shard (FSDP2)")  # fmt: skip
-        ops.check_grid(group["grid"])
         quantizer = WeightQuantizer(_config_of(group))
         for i, p in enumerate(group["params"]):
             ops.check_float_tensor(f"params[{i}]", p)
@@ -112,6 +110,17 @@ class Constrained(Optimizer):
                 refuse_clip_in_step(type(self).__name__, f"params[{i}]", p)
             if isinstance(group["scale"], Tensor):
                 _fixed_scale(group, p, rows)
+
+    def _check_switches(self, group: dict[str, Any]) -> None:
+        """Raises TypeError/ValueError that names the key."""
+        if group["freeze_scale"] not in FREEZE_SCALE:
+            raise ValueError(f"freeze_scale: expected one of {', '.join(FREEZE_SCALE)}, got {group['freeze_scale']!r}")
+        for key in (key_in(group, "clamp"), "skip_nonfinite", "maximize", "capturable"):
+            if key in self._SWITCHES and not isinstance(group.get(key, False), bool):
+                raise TypeError(f"{key}: expected True or False, got {group[key]!r}")
+        if group["grid"] is not None:
+            ops.check_grid(group["grid"])
+            _config_of(group)
 
     def _take(self, group: dict[str, Any]) -> None:
         """Finds or makes the quantizers of a group that is in order."""
@@ -217,7 +226,10 @@ class Constrained(Optimizer):
         plan = self._plans.get(index)
         if plan is None or not (plan.takes(params, grads) and id(group["grid"]) in plan.key):
             self._check_tensors(group, params, grads)
-        return self._checked_arguments(group)
+        try:
+            return self._checked_arguments(group)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (param_groups[{index}])") from None
 
     def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Where they are not known from the step before. Raises TypeError/ValueError."""
@@ -226,10 +238,13 @@ class Constrained(Optimizer):
 
     def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:
         """The keys' part of it, kept while they stay."""
-        values = [group.get(key) for key in self._ARGUMENTS]
+        values, switches = list(map(group.get, self._ARGUMENTS)), list(map(group.get, self._SWITCHES))
         known = self._known.get(id(group))
+        if known is None or not same(switches, known[2]):
+            self._check_switches(group)
+            known = None
         if known is None or any(isinstance(value, Tensor) for value in values) or known[0] != values:
-            known = self._known[id(group)] = values, self._checked(group)
+            known = self._known[id(group)] = values, self._checked(group), switches
         return known[1]
 
     def _checked(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +253,7 @@ class Constrained(Optimizer):
         return {
             "lr": ops.rate_tensor("lr", group["lr"], 0.0),
             "eps": ops.rate_tensor("constraint_eps", group["constraint_eps"], 0.0, 1.0, open_low=True),
-            "alpha": ops.rate_tensor(key, alpha, 0.0) if isinstance(alpha, Tensor) else float(alpha),
+            "alpha": (ops.rate_tensor if isinstance(alpha, Tensor) else ops.number)(key, alpha, 0.0),
             "skip_nonfinite": bool(group["skip_nonfinite"]),
         }  # fmt: skip
 
