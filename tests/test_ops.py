@@ -706,6 +706,23 @@ def test_copies_of_levels(name, dtype, copy, backend, generator):
         assert torch.equal(out.view(torch.uint8), levels.view(torch.uint8))
 
 
+@pytest.mark.parametrize("copy", [torch.int8, torch.float8_e4m3fn])
+def test_copies_of_levels_in_one_graph(copy, generator):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    w, s = some((3, 20), torch.float32, generator, 1.0), scales_for(3, generator)
+
+    def written(w, s):
+        out, dequantized = torch.zeros_like(w, dtype=copy), torch.zeros_like(w, dtype=copy)
+        ops.fake_quantize_out_(w, s, Uniform(4), out)
+        ops.skew_sgd_([w], [w.clone()], None, [s], [Uniform(4)], lr=0.1, eps=0.3, dequantized=[dequantized])
+        return out.view(torch.uint8), dequantized.view(torch.uint8)
+
+    got = torch.compile(written, fullgraph=True, backend="aot_eager")(w.clone(), s)
+    assert all(map(torch.equal, got, written(w.clone(), s)))
+
+
 def test_levels_that_a_copy_cannot_hold_are_refused():
     w, s = torch.full((4, 8), 0.3), torch.ones(4)
     for grid, copy, level in (
