@@ -24,6 +24,26 @@ def test_compiled_without_graph_breaks(activations):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("activations", ["float", "bf16", "int8"])
+def test_compiled_float64(activations, learns, generator):
+    """It is the reference's, in one graph, with the same gradients."""
+    torch._dynamo.reset()
+    w, scale = torch.randn(5, 8, generator=generator), torch.rand(5, generator=generator) + 0.2
+    codes = ak.quant.pack_weight(w, scale, Uniform(4))
+    x, bias = (torch.randn(n, generator=generator, dtype=torch.float64) for n in ((3, 8), (5,)))
+    learned = [t.requires_grad_(learns) for t in (x, scale, bias)]
+
+    def linear(x, scale, bias):
+        return ak.ops.packed_linear(x, codes, scale, Uniform(4), 4, bias, activations)
+
+    got, want = torch.compile(linear, fullgraph=True, backend="aot_eager")(*learned), linear(*learned)
+    assert torch.equal(got, want)
+    if learns:
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_exported():
     model = packed(CONFIGS["ternary"])
     with torch.no_grad():

@@ -104,6 +104,15 @@ def _composed(x: Tensor, codes: Tensor, scale: Tensor, levels: Tensor, grid: lis
     return (y if bias is None else y + bias.to(kind)).to(x.dtype)
 
 
+def _straight_through(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """``function``, which rounds its inputs, in a graph: the derivative is that of ``_composed``."""
+    y = function(*(t.detach() if isinstance(t, Tensor) else t for t in inputs))
+    if not (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs)):
+        return y
+    through = _composed(*inputs)
+    return y + torch.where(through.isfinite(), through - through.detach(), 0.0)
+
+
 ROUNDED = {"bf16": "packed_linear_bf16", "int8": "packed_linear_int8"}  # by `activations`
 
 
@@ -373,8 +382,8 @@ def run_packed_linear(name: str, function: Callable[..., Tensor], *inputs: Any) 
     bias, without the checks."""
     if isinstance(function, torch._ops.OpOverload):
         return function(*inputs)
-    if torch.compiler.is_compiling() and function is reference.packed_linear:
-        return _composed(*inputs)
+    if torch.compiler.is_compiling():
+        return _composed(*inputs) if function is reference.packed_linear else _straight_through(function, *inputs)
     if not (transformed() or tracked(inputs)):
         return function(*inputs)
     return _packed(name, function, inputs)
