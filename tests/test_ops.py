@@ -16,6 +16,7 @@ import functools
 import inspect
 import itertools
 import math
+import re
 
 import numpy as np
 import oracles
@@ -962,6 +963,41 @@ def test_a_bad_second_tensor_leaves_the_first_alone():
     with pytest.raises(ValueError, match=r"^scales\[1\]"):
         ops.skew_sgd_(w, w, None, [torch.ones(4), torch.zeros(4)], [Binary()] * 2, lr=0.1, eps=0.1)
     assert all((t == 0.3).all() for t in w)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_expanded_tensors_are_not_written(rule):
+    """Neither the one before them in the list."""
+    row, names = RULES[rule], ["params", *(f"{b}s" for b in RULES[rule].buffers), "dequantized"]
+    for name in names:
+        lists = {key: [torch.full((4, 8), 0.3) for _ in range(2)] for key in (*names, "grads")}
+        lists[name][1] = torch.full((1, 8), 0.3).expand(4, 8)
+        arguments = [lists[key] for key in ("params", "grads", *names[1:-1])]
+        options = {"momentum": 0.9} if rule == "sgd" else {"step": 1} if row.counts else {}
+        with pytest.raises(ValueError, match=rf"^{name}\[1\]: .* expanded tensor of shape \(4, 8\), strides \(0, 1\)"):
+            step_of(rule)(*arguments, [torch.ones(4)] * 2, [Uniform(4)] * 2, lr=0.1, eps=0.3,
+                          dequantized=lists["dequantized"], **options)  # fmt: skip
+        assert all((t == 0.3).all() for tensors in lists.values() for t in tensors), name
+
+
+def test_expanded_tensors_are_not_written_elsewhere():
+    w, thin, scale, grid = torch.full((4, 8), 0.3), torch.full((1, 8), 0.3).expand(4, 8), torch.ones(4), Uniform(4)
+    pair, others = torch.tensor([0.1, 0.0]), [torch.ones(4, 8), torch.ones(4, 8)]
+    for name, call in {
+        "w": lambda: ops.project_interval_(thin, scale, grid, 0.1),
+        "out": lambda: ops.fake_quantize_out_(w, scale, grid, thin),
+        "grad": lambda: ops.ste_clip_(thin, w, scale, grid),
+        "grad ": lambda: ops.ste_clip_scale_grad_(thin, w, scale, grid),
+        "params[1]": lambda: ops.sam_perturb_([w, thin], others, [w.clone(), w.clone()], pair),
+        "kept[1]": lambda: ops.sam_perturb_([w, w.clone()], others, [w.clone(), thin], pair),
+        "params[1] ": lambda: ops.sam_restore_([w, thin], others),
+        "grads[1]": lambda: ops.sam_average_([w, thin], others, pair),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{re.escape(name.strip())}: expected memory for each element"):
+            call()
+    assert (w == 0.3).all() and (thin == 0.3).all()
+    one = torch.full((1,), 0.7).expand(1, 1, 1)  # a single element has its own
+    assert ops.project_interval_(one, torch.ones(1), grid, 1e-3).item() > 0.9
 
 
 def test_mixed_storage_types(generator):

@@ -1012,6 +1012,32 @@ def test_errors_in_a_step_come_before_any_write(cls, options, break_it):
             assert torch.equal(torch.as_tensor(optimizer.state[p][key]), torch.as_tensor(value)), key
 
 
+@pytest.mark.parametrize(("cls", "options"), EACH)
+def test_expanded_weights_and_state(cls, options):
+    """A weight is refused, before any is written; state of a checkpoint gets memory for each element."""
+    params = [nn.Parameter(GOOD * 0.3), nn.Parameter(GOOD * 0.3)]
+    expanded = torch.full((1, 8), 0.3).expand(4, 8)
+    for grid in (GRID, None):
+        with pytest.raises(ValueError, match=r"^params\[1\]: expected memory for each element"):
+            cls([{"params": [params[0], nn.Parameter(expanded)], "grid": grid}], **options)
+    optimizer = cls([{"params": [p], "grid": GRID} for p in params], **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    state = optimizer.state_dict()
+    for key in optimizer.RULE.buffers:
+        state["state"][1][key] = torch.zeros(1, 1).expand(4, 8)
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert all(t.is_contiguous() and t.any() for t in (optimizer.state[params[1]][k] for k in optimizer.RULE.buffers))
+    before = params[0].detach().clone()
+    params[1].data = expanded
+    with pytest.raises(ValueError, match=r"^params\[0\]: expected memory for each element"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
 BAD_KEYS = [
     ("alpha", math.nan), ("alpha", -1.0), ("alpha", math.inf), ("alpha", "x"), ("alpha", None), ("skew", "x"),
     ("freeze_scale", "x"), ("granularity", "x"), ("group_size", 8), ("scale", "x"), ("scale_dtype", "x"),

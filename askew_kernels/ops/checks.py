@@ -17,8 +17,10 @@ __all__ = [
     "check_float_tensor",
     "check_grid",
     "check_scale",
+    "check_written",
     "concrete",
     "eager",
+    "expanded",
     "has_values",
     "number",
     "rate_tensor",
@@ -61,6 +63,21 @@ def check_float_tensor(name: str, t: Any) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {t.layout}")
     if t.dtype not in FLOAT_TYPES:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {t.dtype}")
+
+
+def expanded(t: Tensor) -> bool:
+    """Whether elements share their memory by a stride of 0."""
+    if t.layout != torch.strided or t.is_contiguous():
+        return False
+    return any(n > 1 and step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
+
+
+def check_written(name: str, t: Tensor) -> None:
+    """ValueError where ``t`` is ``expanded``, since it is to be written: copying into it would fail, and of a list when
+    others have been written."""
+    if expanded(t):
+        raise ValueError(f"{name}: expected memory for each element, got an expanded tensor of shape "
+                         f"{tuple(t.shape)}, strides {t.stride()}")  # fmt: skip
 
 
 def check_copy(name: str, t: Any, grid: Any) -> None:
@@ -159,11 +176,16 @@ def check_params(params: Sequence[Tensor], name: str = "params") -> None:
             raise TypeError(f"{name}[{i}]: float64 takes a list of its own, got {p.dtype} beside {params[0].dtype}")
 
 
-def check_lists(params: Sequence[Tensor], name: str = "params", **others: Sequence[Tensor]) -> None:
-    """Lists of equal shapes, dtypes and devices."""
+def check_lists(
+    params: Sequence[Tensor], name: str = "params", written: Sequence[str] = (), **others: Sequence[Tensor]
+) -> None:
+    """Lists of equal shapes, dtypes and devices; those of the names ``written`` can be."""
     check_params(params, name)
     for other, tensors in others.items():
         check_list(other, tensors, params)
+    for key, tensors in {name: params, **others}.items():
+        for i, t in enumerate(tensors if key in written else ()):
+            check_written(f"{key}[{i}]", t)
 
 
 def check_list(

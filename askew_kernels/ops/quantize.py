@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
-from .checks import check_copy, check_float_tensor, check_like, check_weight, rate_tensor
+from .checks import check_copy, check_float_tensor, check_like, check_weight, check_written, rate_tensor
 from .dense import InPlace, in_place, layout, permuted
 from .schema import define, like_first
 
@@ -173,6 +173,7 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     weight = check_weight("x", x, scale, grid)
     check_copy("out", out, grid)
     check_like("out", out, None, x.shape, x.device)
+    check_written("out", out)
     order, written = layout(out, weight[0].numel()), InPlace()
     x = permuted(x.detach(), order).contiguous()
     below_autograd("fake_quantize_out_", x, x, *weight, written.writable(out, order))
@@ -186,6 +187,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
+    check_written("grad", grad)
     run_ste_clip_(grad, x, *weight)
     return grad
 
@@ -216,6 +218,8 @@ def ste_clip_scale_grad_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any, *, s
     check_float_tensor("grad", grad)
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
+    if ste_clip:
+        check_written("grad", grad)
     return run_ste_clip_scale_grad(grad, x, weight, scale_grad_factor(x.numel(), weight[0].numel(), grid), ste_clip)
 
 
@@ -240,6 +244,7 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 2.
     """
     weight = check_weight("w", w, scale, grid)
+    check_written("w", w)
     eps = rate_tensor("eps", eps, 0.0, 1.0, open_low=True)
     written = InPlace()
     below_autograd("project_interval_", w, written.writable(w, layout(w, weight[0].numel())), *weight, eps)

@@ -85,7 +85,7 @@ def sam_perturb_(
     """
     if not len(params):
         return
-    check_lists(params, grads=grads, kept=kept)
+    check_lists(params, written=("params", "kept"), grads=grads, kept=kept)
     check_like("coefficients", coefficients, compute_dtype(params[0].dtype), (2,), params[0].device)
     run_sam_perturb(params, grads, kept, coefficients, _adaptive_flags(adaptive, params), number("eta", eta, 0.0))
 
@@ -98,7 +98,7 @@ def sam_restore_(params: Sequence[Tensor], kept: Sequence[Tensor]) -> None:
     """
     if not len(params):
         return
-    check_lists(params, kept=kept)
+    check_lists(params, written=("params",), kept=kept)
     run_sam_restore(params, kept)
 
 
@@ -111,6 +111,6 @@ def sam_average_(grads: Sequence[Tensor], firsts: Sequence[Tensor], coefficients
     """
     if not len(grads):
         return
-    check_lists(grads, "grads", firsts=firsts)
+    check_lists(grads, "grads", ("grads",), firsts=firsts)
     check_like("coefficients", coefficients, compute_dtype(grads[0].dtype), (2,), grads[0].device)
     _run_average(grads, firsts, coefficients)

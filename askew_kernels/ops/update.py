@@ -12,7 +12,17 @@ from torch import Tensor
 
 from .. import contract
 from . import autograd
-from .checks import check_copy, check_grid, check_like, check_list, check_params, check_scale, number, rate_tensor
+from .checks import (
+    check_copy,
+    check_grid,
+    check_like,
+    check_list,
+    check_params,
+    check_scale,
+    check_written,
+    number,
+    rate_tensor,
+)  # fmt: skip
 from .dense import InPlace, in_place, layout, permuted
 from .rules import RULES, Rule
 from .schema import define
@@ -80,6 +90,10 @@ def _checked_update(
         check_grid(grid)
     if dequantized is not None:
         check_list("dequantized", dequantized, params, check=lambda name, t, i: check_copy(name, t, grids[i]))
+    kept = {f"{key}s": buffers for key, buffers in zip(rule.buffers if keeps else (), states, strict=False)}
+    for key, written in {"params": params, **kept, "dequantized": dequantized}.items():
+        for i, t in enumerate(written or ()):
+            check_written(f"{key}[{i}]", t)
     stats = stats or SkewStats()
     for key, outs, shapes, dtype in (
         ("stats.row_sums", stats.row_sums, [(s.numel(), contract.NUM_ROW_SUMS) for s in flat_scales], torch.float32),

@@ -290,7 +290,8 @@ class ByRule(Constrained, Hooked):
         return True
 
     def _buffers(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor]]:
-        """The rule's state of each, zeros where it is missing, in the type of the weight (a model may be cast)."""
+        """The rule's state of each, zeros where it is missing, in the type of the weight (a model may be cast) and with
+        memory for each element (a checkpoint may hold one number for all)."""
         found: list[list[Tensor]] = []
         for key in self.RULE.buffers if self.RULE.keeps_buffers(group) else ():
             found.append([])
@@ -298,6 +299,8 @@ class ByRule(Constrained, Hooked):
                 buffer = self.state[p].get(key)
                 if buffer is None or buffer.dtype != p.dtype:
                     buffer = self.state[p][key] = torch.zeros_like(p) if buffer is None else buffer.to(p.dtype)
+                elif ops.expanded(buffer):
+                    buffer = self.state[p][key] = buffer.contiguous()
                 found[-1].append(buffer)
         return found
 

@@ -89,6 +89,8 @@ class Constrained(Optimizer):
         """Raises TypeError/ValueError that names the key."""
         self._checked(group)
         self._check_switches(group)
+        for i, p in enumerate(group["params"]):
+            ops.check_written(f"params[{i}]", p)
         if group["grid"] is None:
             return
         if made_for_a_part():
@@ -233,7 +235,8 @@ class Constrained(Optimizer):
 
     def _check_tensors(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         """Where they are not known from the step before. Raises TypeError/ValueError."""
-        for p in params if group["grid"] is not None else ():
+        for i, p in enumerate(params if group["grid"] is not None else ()):
+            ops.check_written(f"params[{i}]", p)
             self._quantizer(group, p)
 
     def _checked_arguments(self, group: dict[str, Any]) -> dict[str, Any]:

@@ -302,6 +302,7 @@ class SAM(Wrapper):
                 if p.is_complex():
                     raise TypeError(f"{what}: {type(self).__name__} does not take complex parameters")
                 ops.check_float_tensor(what, p)
+                ops.check_written(what, p)
                 refuse_clip_in_step(type(self).__name__, what, p)
                 if g.dtype != p.dtype:
                     raise TypeError(f"{what}: expected a gradient of {p.dtype} as the parameter, got {g.dtype}")
