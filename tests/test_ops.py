@@ -127,6 +127,29 @@ def test_fake_quantize_is_idempotent(name, backend, generator):
     assert torch.equal(ops.fake_quantize(y, s, grid), y)
 
 
+@pytest.mark.parametrize("shift", [-1, 0, 1, 700])
+def test_out_that_overlaps_x(shift, backend, generator):
+    """x is read as it was; the same memory, seen as it is, serves both."""
+    s, grid = torch.tensor(0.5), Uniform(4)
+    memory = some((4100,), torch.float32, generator)
+    x, out = memory[max(-shift, 0) :][:3000], memory[max(shift, 0) :][:3000]
+    want = ops.fake_quantize(x.clone(), s, grid)
+    assert torch.equal(ops.fake_quantize_out_(x, s, grid, out), want)
+    square = some((64, 64), torch.float32, generator)
+    want = ops.fake_quantize(square.clone(), s, grid)
+    assert torch.equal(ops.fake_quantize_out_(square, s, grid, square.t()), want)
+    for clip in (ops.ste_clip_, ops.ste_clip_scale_grad_):
+        shifted = memory.clone()
+        grad, point = shifted[1:3001], shifted[:3000]
+        want = ops.ste_clip_(grad.clone(), point.clone(), s, grid)
+        clip(grad, point, s, grid)
+        assert torch.equal(grad, want)
+    halves = some((2048,), torch.bfloat16, generator)
+    x, want = halves[:1024], ops.fake_quantize(halves[:1024].clone(), s, grid)
+    out = halves.view(torch.float32)  # twice as wide at the same place
+    assert torch.equal(ops.fake_quantize_out_(x, s, grid, out), want.float())
+
+
 def layouts(x):
     """The same values in other memory: (name, tensor)."""
     yield "transposed", x.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
@@ -978,6 +1001,18 @@ def test_expanded_tensors_are_not_written(rule):
             step_of(rule)(*arguments, [torch.ones(4)] * 2, [Uniform(4)] * 2, lr=0.1, eps=0.3,
                           dequantized=lists["dequantized"], **options)  # fmt: skip
         assert all((t == 0.3).all() for tensors in lists.values() for t in tensors), name
+
+
+def test_lists_that_are_written_have_memory_of_their_own():
+    w, m, other, s, grid = *(torch.full((4, 8), 0.3) for _ in range(3)), [torch.ones(4)] * 2, [Uniform(4)] * 2
+    for lists, name in ((([w, w], None, None), "params[1]"), (([w, m], [other, m], None), "momentum_buffers[1]"),
+                        (([w, m], None, [other, w]), "dequantized[1]")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}: expected memory of its own, got that of params"):
+            ops.skew_sgd_(lists[0], [torch.ones(4, 8)] * 2, lists[1], s, grid, lr=0.1, eps=0.3,
+                          momentum=0.9 * bool(lists[1]), dequantized=lists[2])  # fmt: skip
+    with pytest.raises(ValueError, match=r"^kept\[0\]: expected memory of its own"):
+        ops.sam_perturb_([w], [torch.ones(4, 8)], [w], torch.tensor([0.1, 0.0]))
+    assert all((t == 0.3).all() for t in (w, m, other))
 
 
 def test_expanded_tensors_are_not_written_elsewhere():

@@ -80,6 +80,16 @@ def check_written(name: str, t: Tensor) -> None:
                          f"{tuple(t.shape)}, strides {t.stride()}")  # fmt: skip
 
 
+def check_writes(**lists: Sequence[Tensor]) -> None:
+    """ValueError unless each tensor of the lists, all of which are written, has memory of its own."""
+    seen: dict[int, str] = {}
+    for key, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            check_written(name := f"{key}[{i}]", t)
+            if eager(t) and has_values(t) and t.numel() and (other := seen.setdefault(t.data_ptr(), name)) != name:
+                raise ValueError(f"{name}: expected memory of its own, got that of {other}")
+
+
 def check_copy(name: str, t: Any, grid: Any) -> None:
     """A tensor that may receive s Q(w/s), or, where its type is one of LEVEL_TYPES, Q(w/s)."""
     check_tensor(name, t)
@@ -183,9 +193,7 @@ def check_lists(
     check_params(params, name)
     for other, tensors in others.items():
         check_list(other, tensors, params)
-    for key, tensors in {name: params, **others}.items():
-        for i, t in enumerate(tensors if key in written else ()):
-            check_written(f"{key}[{i}]", t)
+    check_writes(**{key: tensors for key, tensors in {name: params, **others}.items() if key in written})
 
 
 def check_list(

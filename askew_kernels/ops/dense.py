@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import eager, has_values
+
 
 def in_place(function: Callable[..., Any], position: int = 0) -> Callable[..., Any]:
     """For a function that writes its argument number ``position`` (a tensor or a list) and records nothing.
@@ -50,6 +52,16 @@ def layout(t: Tensor, rows: int) -> list[int] | None:
     if t.is_contiguous() or t.dim() < 3 or rows not in (1, t.shape[0]):
         return None
     return _order(t, 1)
+
+
+def shares_partly(x: Tensor, out: Tensor) -> bool:
+    """Whether a pass from ``x`` to ``out``, of one shape, might read what it has written: they are different views of
+    one memory. Of traced and fake tensors, which copy what they write, there is nothing to ask."""
+    if not (eager(x) and eager(out)) or not (has_values(x) and has_values(out)):
+        return False
+    if x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr() or not x.numel():
+        return False
+    return (x.data_ptr(), x.stride(), x.dtype) != (out.data_ptr(), out.stride(), out.dtype)
 
 
 class InPlace:

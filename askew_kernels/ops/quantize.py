@@ -16,7 +16,7 @@ from .. import reference
 from ..contract import NUM_ROW_SUMS
 from .autograd import below_autograd, differentiable, one_by_one, transformed
 from .checks import check_copy, check_float_tensor, check_like, check_weight, check_written, rate_tensor
-from .dense import InPlace, in_place, layout, permuted
+from .dense import InPlace, in_place, layout, permuted, shares_partly
 from .schema import define, like_first
 
 __all__ = [
@@ -175,7 +175,9 @@ def fake_quantize_out_(x: Tensor, scale: Tensor, grid: Any, out: Tensor) -> Tens
     check_like("out", out, None, x.shape, x.device)
     check_written("out", out)
     order, written = layout(out, weight[0].numel()), InPlace()
-    x = permuted(x.detach(), order).contiguous()
+    point = permuted(x.detach(), order)
+    # What is read and written at the same place is fine, what overlaps otherwise is read when it has been written.
+    x = point.clone(memory_format=torch.contiguous_format) if shares_partly(x, out) else point.contiguous()
     below_autograd("fake_quantize_out_", x, x, *weight, written.writable(out, order))
     written.finish([out])
     return out
@@ -188,7 +190,7 @@ def ste_clip_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any) -> Tensor:
     weight = check_weight("x", x, scale, grid)
     check_like("grad", grad, x.dtype, x.shape, x.device)
     check_written("grad", grad)
-    run_ste_clip_(grad, x, *weight)
+    run_ste_clip_(grad, x.clone() if shares_partly(x, grad) else x, *weight)
     return grad
 
 
@@ -220,6 +222,7 @@ def ste_clip_scale_grad_(grad: Tensor, x: Tensor, scale: Tensor, grid: Any, *, s
     check_like("grad", grad, x.dtype, x.shape, x.device)
     if ste_clip:
         check_written("grad", grad)
+        x = x.clone() if shares_partly(x, grad) else x
     return run_ste_clip_scale_grad(grad, x, weight, scale_grad_factor(x.numel(), weight[0].numel(), grid), ste_clip)
 
 

@@ -19,7 +19,7 @@ from .checks import (
     check_list,
     check_params,
     check_scale,
-    check_written,
+    check_writes,
     number,
     rate_tensor,
 )  # fmt: skip
@@ -91,9 +91,7 @@ def _checked_update(
     if dequantized is not None:
         check_list("dequantized", dequantized, params, check=lambda name, t, i: check_copy(name, t, grids[i]))
     kept = {f"{key}s": buffers for key, buffers in zip(rule.buffers if keeps else (), states, strict=False)}
-    for key, written in {"params": params, **kept, "dequantized": dequantized}.items():
-        for i, t in enumerate(written or ()):
-            check_written(f"{key}[{i}]", t)
+    check_writes(params=params, **kept, dequantized=dequantized or ())  # type: ignore[arg-type]
     stats = stats or SkewStats()
     for key, outs, shapes, dtype in (
         ("stats.row_sums", stats.row_sums, [(s.numel(), contract.NUM_ROW_SUMS) for s in flat_scales], torch.float32),
