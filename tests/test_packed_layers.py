@@ -396,7 +396,7 @@ def test_packed_linear_names_bad_arguments():
     codes = torch.zeros(3, 4, dtype=torch.uint8)
     for message, arguments in {
         "^codes: expected 4 bytes a row": (x, codes[:, :3].contiguous(), s, grid, 4),
-        "^codes: expected a contiguous uint8": (x, codes.int(), s, grid, 4),
+        "^codes: expected a uint8 tensor": (x, codes.int(), s, grid, 4),
         "^scale: expected 1, 3 or 3": (x, codes, torch.ones(2), grid, 4),
         "^bits: ": (x, codes, s, grid, 9),
         "^bias: ": (x, codes, s, grid, 4, torch.ones(2)),

@@ -125,3 +125,41 @@ def test_the_code_without_a_level_is_found_in_every_byte(bits):
                 check_codes(codes, bits, 24 // bits, 2**bits - 1)
         else:
             check_codes(codes, bits, 24 // bits, 2**bits - 1)
+
+
+BAD_ARGUMENTS = {
+    "w": (lambda: pack_weight([[1.0]], ONE, GRID), TypeError),
+    "w of integers": (lambda: pack_weight(torch.ones(3, 8, dtype=torch.int64), ONE, GRID), TypeError),
+    "grid": (lambda: pack_weight(torch.ones(3, 8), ONE, None), TypeError),
+    "grid of codes": (lambda: unpack_weight(CODES, ONE, None, (3, 8)), TypeError),
+    "scale": (lambda: pack_weight(torch.ones(3, 8), torch.ones(5), GRID), ValueError),
+    "scale of 0": (lambda: pack_weight(torch.ones(3, 8), torch.zeros(1), GRID), ValueError),
+    "scale below 0": (lambda: pack_weight(torch.ones(3, 8), -ONE, GRID), ValueError),
+    "scale of NaN": (lambda: pack_weight(torch.ones(3, 8), ONE * math.nan, GRID), ValueError),
+    "scale of a number": (lambda: pack_weight(torch.ones(3, 8), 1.0, GRID), TypeError),
+    "scale of none": (lambda: unpack_weight(CODES, None, GRID, (3, 8)), TypeError),
+    "scale of integers": (lambda: unpack_weight(CODES, ONE.int(), GRID, (3, 8)), ValueError),
+    "scale of other rows": (lambda: unpack_weight(CODES, torch.ones(5), GRID, (3, 8)), ValueError),
+    "codes": (lambda: unpack_weight(CODES[:, :1], ONE, GRID, (3, 8)), ValueError),
+    "codes of more": (lambda: unpack_weight(CODES.repeat(1, 2), ONE, GRID, (3, 8)), ValueError),
+    "codes of integers": (lambda: unpack_weight(CODES.int(), ONE, GRID, (3, 8)), ValueError),
+    "codes of other rows": (lambda: unpack_weight(CODES, ONE, GRID, (4, 8)), ValueError),
+    "shape": (lambda: unpack_weight(CODES, ONE, GRID, ()), ValueError),
+    "dtype": (lambda: unpack_weight(CODES, ONE, GRID, (3, 8), torch.int8), TypeError),
+    "packed": (lambda: unpack_codes(CODES, 4, 9), ValueError),
+    "packed of integers": (lambda: unpack_codes(CODES.int(), 4, 8), ValueError),
+    "bits": (lambda: unpack_codes(CODES, 9, 8), ValueError),
+    "cols": (lambda: unpack_codes(CODES, 4, 8.0), ValueError),
+    "cols below 0": (lambda: ops.packed_dequantize(CODES[:, :0].contiguous(), ONE, Uniform(8), 1, -3), ValueError),
+    "cols of a float": (lambda: ops.packed_dequantize(CODES, ONE, GRID, 4, 8.0), ValueError),
+    "dtype of integers": (lambda: ops.packed_dequantize(CODES, ONE, GRID, 4, 8, torch.int8), TypeError),
+    "dtype by name": (lambda: ops.packed_dequantize(CODES, ONE, GRID, 4, 8, "float32"), TypeError),
+}
+GRID, ONE, CODES = Uniform(4), torch.ones(1), torch.zeros(3, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("what", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(what):
+    call, error = BAD_ARGUMENTS[what]
+    with pytest.raises(error, match=f"^{what.split()[0]}: "):
+        call()

@@ -14,7 +14,7 @@ from .. import contract, reference, runtime
 from ..contract import compute_dtype
 from ..reference import product
 from .autograd import below_autograd, one_by_one, tracked, transformed
-from .checks import check_float_tensor, check_grid, check_like
+from .checks import FLOAT_TYPES, check_float_tensor, check_grid, check_like, check_tensor
 from .schema import define
 
 __all__ = ["check_activations", "packed_dequantize", "packed_linear", "run_packed_linear"]
@@ -263,21 +263,41 @@ define("packed_depthwise", "(Tensor x, Tensor taps, int[] geometry, Tensor? bias
            2 * x[0] * x[3] * taps[0] * math.prod(conv_size(x[1:3], geometry))))  # fmt: skip
 
 
-def _check_codes(codes: Any, scale: Any, grid: Any, bits: int, cols: int) -> Tensor:
-    """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight."""
-    check_grid(grid)
-    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.dim() != 2 or not codes.is_contiguous():
-        raise ValueError("codes: expected a contiguous uint8 tensor of shape (n, row_bytes)")
+def check_bits(bits: Any) -> None:
+    """ValueError unless 1 to 8, or ``contract.TRITS``."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 0 <= bits <= 8:
         raise ValueError(f"bits: expected 1 to 8, or 0 for five trits a byte, got {bits!r}")
-    if codes.shape[1] != (wanted := contract.row_bytes(cols, bits)):
+
+
+def check_codes_of(name: str, codes: Any, bits: Any, cols: Any) -> None:
+    """TypeError/ValueError unless ``codes`` are (n, row_bytes) uint8, of rows of ``cols`` codes of ``bits``."""
+    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.dim() != 2:
+        got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else f"{codes!r:.80}"
+        raise ValueError(f"{name}: expected a uint8 tensor of shape (n, row_bytes), got {got}")
+    check_bits(bits)
+    if isinstance(cols, bool) or not isinstance(cols, (int, torch.SymInt)) or cols < 0:
+        raise ValueError(f"cols: expected a number of weights, got {cols!r}")
+    if codes.shape[1] != (wanted := contract.row_bytes(cols, bits)):  # type: ignore[arg-type]
         each = f"{bits} bits" if bits else "five to a byte"
-        raise ValueError(f"codes: expected {wanted} bytes a row for {cols} weights of {each}, got {codes.shape[1]}")
-    if not isinstance(scale, Tensor) or not scale.is_floating_point() or scale.device != codes.device:
-        raise ValueError(f"scale: expected a float tensor on {codes.device}")
+        raise ValueError(f"{name}: expected {wanted} bytes a row for {cols} weights of {each}, got {codes.shape[1]}")
+
+
+def check_packed(
+    codes: Any, scale: Any, grid: Any, bits: int, cols: int, dtype: torch.dtype | None = None
+) -> Tensor:  # fmt: skip
+    """``scale`` as float32 (rows,), after checking that codes and scale describe a (n, cols) weight, of ``dtype``."""
+    check_grid(grid)
+    check_codes_of("codes", codes, bits, cols)
+    if not codes.is_contiguous():
+        raise ValueError(f"codes: expected a contiguous tensor, got strides {codes.stride()}")
+    check_tensor("scale", scale)
+    if not scale.is_floating_point() or scale.device != codes.device:
+        raise ValueError(f"scale: expected a float tensor on {codes.device}, got {scale.dtype} on {scale.device}")
     rows, n = scale.numel(), codes.shape[0]
     if not (rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n):
         raise ValueError(f"scale: expected 1, {n} or {n} * groups scales for ({n}, {cols}) weights, got {rows}")
+    if dtype is not None and dtype not in FLOAT_TYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
     return scale.float().reshape(-1).contiguous()
 
 
@@ -327,9 +347,9 @@ def packed_dequantize(
     """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once; differentiable in s.
 
     codes: (n, row_bytes) uint8, as ``quant.pack_codes`` writes them; scale: 1, n or n * groups. A code above the
-    highest level counts as the highest. Raises ValueError naming the argument. Source: docs/packed.md.
+    highest level counts as the highest. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
     """
-    scale = _check_codes(codes, scale, grid, bits, cols)
+    scale = check_packed(codes, scale, grid, bits, cols, dtype)
     return _packed_weight(codes, scale, grid.levels_tensor(codes.device), grid.encoding, bits, cols, dtype)
 
 
@@ -359,7 +379,7 @@ def packed_linear(
     if x.dim() < 1:
         raise ValueError("x: expected shape (…, cols), got a scalar")
     cols = x.shape[-1]
-    scale = _check_codes(codes, scale, grid, bits, cols)
+    scale = check_packed(codes, scale, grid, bits, cols)
     if x.device != codes.device:
         raise ValueError(f"x: expected on the device of codes ({codes.device}), got {x.device}")
     n = codes.shape[0]

@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from .. import contract, reference
-from ..contract import TRIT_TOP, TRITS, UNIFORM, level_table, unpack_codes
+from .. import contract, ops, reference
+from ..contract import TRIT_TOP, TRITS, UNIFORM, level_table
 from ..contract import row_bytes as row_bytes
+from ..ops.packed import check_bits, check_codes_of, check_packed
 from .grids import Grid
 
 # bits -> (shifts that leave a one where all bits of a code are ones, the places of these ones)
@@ -51,28 +52,40 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     bit i of code j is bit ``bits j + i``. ``bits = TRITS``: byte i is sum over d < 5 of 3^d code[5 i + d].
     The rest of the last byte is 0. Raises ValueError where a code does not fit.
     """
-    if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise ValueError(f"codes: expected uint8 of shape (n, cols), got {codes.dtype} {tuple(codes.shape)}")
-    if bits != TRITS and not 1 <= bits <= 8:
-        raise ValueError(f"bits: expected 1 to 8, or TRITS, got {bits}")
+    if not isinstance(codes, Tensor) or codes.dim() != 2 or codes.dtype != torch.uint8:
+        got = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else f"{codes!r:.80}"
+        raise ValueError(f"codes: expected uint8 of shape (n, cols), got {got}")
+    check_bits(bits)
     top = 2 if bits == TRITS else 2**bits - 1
     if codes.numel() and int(codes.max()) > top:
         raise ValueError(f"codes: expected at most {top}, got {int(codes.max())}")
     return contract.pack_codes(codes, bits)
 
 
+def unpack_codes(packed: Tensor, bits: int, cols: int) -> Tensor:
+    """(n, cols) uint8 level indices from (n, row_bytes(cols, bits)) uint8: the inverse of ``pack_codes``.
+
+    Raises TypeError/ValueError naming the argument.
+    """
+    check_codes_of("packed", packed, bits, cols)
+    return contract.unpack_codes(packed, bits, cols)
+
+
 @torch.no_grad()
 def pack_weight(w: Tensor, scale: Tensor, grid: Grid, *, trits: bool = False) -> Tensor:
     """(n, row_bytes) uint8 codes of Q(w/s), n = w.shape[0]; ``unpack_weight`` gives s Q(w/s) back, bit for bit.
 
-    w: at least one dimension, float; scale: one for the tensor, each channel or each group. Raises ValueError for
-    grids that cannot be packed and for NaN in ``w``.
+    w: at least one dimension, float; scale: one for the tensor, each channel or each group. Raises TypeError/ValueError
+    naming the argument, also for grids that cannot be packed and for NaN in ``w``.
     """
+    ops.check_grid(grid)
     bits = code_bits(grid, trits)
+    ops.check_float_tensor("w", w)
     if w.dim() < 1:
         raise ValueError("w: expected at least one dimension")
     if bool(w.isnan().any()):
         raise ValueError(f"w: {int(w.isnan().sum())} of {w.numel()} weights are NaN")
+    scale = ops.check_scale("scale", scale, w, "w")
     levels = grid.levels_tensor(w.device)
     level = reference.nearest_levels(w, scale, levels, grid.encoding)
     table = level_table(levels, grid.encoding, w.device).to(level.dtype)
@@ -85,8 +98,18 @@ def unpack_weight(
     codes: Tensor, scale: Tensor, grid: Grid, shape: tuple[int, ...], dtype: torch.dtype = torch.float32,
     *, trits: bool = False,
 ) -> Tensor:  # fmt: skip
-    """s c in ``dtype``: the product in float32 (float64 for float64), rounded once, as ``ops.fake_quantize`` does."""
+    """s c in ``dtype``: the product in float32 (float64 for float64), rounded once, as ``ops.fake_quantize`` does.
+
+    shape: the weight's; other arguments and errors as for ``ops.packed_dequantize``.
+    """
+    ops.check_grid(grid)
+    if len(shape) < 1:
+        raise ValueError("shape: expected at least one dimension")
     cols, bits = math.prod(shape[1:]), code_bits(grid, trits)
+    codes = codes.contiguous() if isinstance(codes, Tensor) else codes
+    check_packed(codes, scale, grid, bits, cols, dtype)
+    if codes.shape[0] != shape[0]:
+        raise ValueError(f"codes: expected {shape[0]} rows for a weight of shape {tuple(shape)}, got {codes.shape[0]}")
     levels = grid.levels_tensor(codes.device)
     return reference.packed_weight(codes, scale, levels, grid.encoding, bits, cols, dtype).reshape(shape)
 
@@ -108,6 +131,6 @@ def check_codes(codes: Tensor, bits: int, cols: int, levels: int) -> None:
         if 8 % bits == 0:  # a byte is bad whatever its place: 256 cases
             seen = torch.bincount(codes.reshape(-1), minlength=256).nonzero()
             codes, cols = seen.to(torch.uint8).cpu(), 8 // bits
-        top = int(unpack_codes(codes, bits, cols).max())
+        top = int(contract.unpack_codes(codes, bits, cols).max())
         if top >= levels:
             raise ValueError(f"codes: expected indices of {levels} levels, got {top}")
