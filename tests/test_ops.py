@@ -127,6 +127,25 @@ def test_fake_quantize_is_idempotent(name, backend, generator):
     assert torch.equal(ops.fake_quantize(y, s, grid), y)
 
 
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4), (0,)])
+def test_groups_of_nothing(shape, backend):
+    """The scales that compute_scale gives of an empty weight are those that operators take."""
+    w, grid = torch.zeros(shape), Uniform(4)
+    scale = compute_scale(w, grid, "absmax", "per_group", 4)
+    assert ops.fake_quantize(w, scale, grid).shape == shape and ops.soft_quantize(w, scale, grid, 0.5).shape == shape
+    out = torch.zeros(shape, dtype=torch.bfloat16)
+    assert ops.fake_quantize_out_(w, scale, grid, out) is out and ops.project_interval_(w, scale, grid, 0.1) is w
+    assert ops.ste_clip_(w.clone(), w, scale, grid).shape == shape
+    ops.skew_sgd_([w], [w.clone()], [w.clone()], [scale], [grid], lr=0.1, eps=0.3, momentum=0.9,
+                  dequantized=[out], stats=ops.SkewStats.empty_for([w], [scale]))  # fmt: skip
+    if len(shape) > 1:
+        codes = ak.quant.pack_weight(w, scale, grid)
+        assert ak.quant.unpack_weight(codes, scale, grid, shape).shape == shape
+        assert ops.packed_dequantize(codes, scale, grid, 4, shape[1]).shape == shape
+        y = ops.packed_linear(torch.ones(3, shape[1]), codes, scale, grid, 4)
+        assert y.shape == (3, shape[0]) and not y.any()
+
+
 @pytest.mark.parametrize("shift", [-1, 0, 1, 700])
 def test_out_that_overlaps_x(shift, backend, generator):
     """x is read as it was; the same memory, seen as it is, serves both."""

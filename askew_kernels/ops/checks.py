@@ -131,6 +131,7 @@ def check_scale(name: str, scale: Any, x: Tensor, x_name: str) -> Tensor:
         raise ValueError(f"{name}: expected on the device of {x_name} ({x.device}), got {scale.device}")
     rows, first = scale.numel(), x.shape[0] if x.dim() > 1 else 1
     fits = rows == 1 or (rows and first and rows % first == 0 and x.numel() % rows == 0) or (rows == first)
+    fits = fits or rows == x.numel() == 0  # groups of nothing
     if scale.dim() > 1 or not fits:
         per_group = f" or ({first} * groups,)" if x.dim() > 1 else f" or (groups,), a divisor of {x.numel()},"
         raise ValueError(

@@ -294,10 +294,13 @@ def check_packed(
     if not scale.is_floating_point() or scale.device != codes.device:
         raise ValueError(f"scale: expected a float tensor on {codes.device}, got {scale.dtype} on {scale.device}")
     rows, n = scale.numel(), codes.shape[0]
-    if not (rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n):
+    fits = rows == 1 or (rows and n and rows % n == 0 and cols % (rows // n) == 0) or rows == n
+    if not (fits or rows == n * cols == 0):
         raise ValueError(f"scale: expected 1, {n} or {n} * groups scales for ({n}, {cols}) weights, got {rows}")
     if dtype is not None and dtype not in FLOAT_TYPES:
         raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+    if not rows and n:  # groups of nothing
+        return torch.ones(1, dtype=torch.float32, device=codes.device)
     return scale.float().reshape(-1).contiguous()
 
 
