@@ -146,6 +146,15 @@ def test_groups_of_nothing(shape, backend):
         assert y.shape == (3, shape[0]) and not y.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("slack", [1e-38, 1e-39, 1e-45, torch.tensor(1e-40), torch.tensor(1e-50, dtype=torch.float64)])
+def test_the_smallest_slacks(slack, dtype, backend):
+    """Also those whose inverse is infinite in float32 give the levels."""
+    x = torch.tensor([[0.3, 0.6, 0.5, -0.4, 9.0, -9.0]], dtype=dtype)
+    want = ops.fake_quantize(x, torch.ones(1), Uniform(4))
+    torch.testing.assert_close(ops.soft_quantize(x, torch.ones(1), Uniform(4), slack), want)
+
+
 @pytest.mark.parametrize("shift", [-1, 0, 1, 700])
 def test_out_that_overlaps_x(shift, backend, generator):
     """x is read as it was; the same memory, seen as it is, serves both."""

@@ -255,6 +255,9 @@ def project_interval_(w: Tensor, scale: Tensor, grid: Any, eps: float | Tensor) 
     return w
 
 
+SMALLEST_SLACK = 2.0**-126  # the least whose inverse float32 holds for sure; what is smaller counts as it
+
+
 def soft_quantize(x: Tensor, scale: Tensor, grid: Any, slack: float | Tensor) -> Tensor:
     """Between x (slack = 1) and s Q(x / s) (slack -> 0), without a gradient: what layers compute with while a recipe
     leads a network from its float weights to the quantized ones.
@@ -268,7 +271,8 @@ def soft_quantize(x: Tensor, scale: Tensor, grid: Any, slack: float | Tensor) ->
     like ``x``. Raises TypeError/ValueError naming the argument. Source: PARQ's proximal map, Jin et al., ICML 2025.
     """
     weight = check_weight("x", x, scale, grid)
-    return run_soft_quantize(x, *weight, rate_tensor("slack", slack, 0.0, 1.0, open_low=True))
+    slack = rate_tensor("slack", slack, 0.0, 1.0, open_low=True).clamp(min=SMALLEST_SLACK)
+    return run_soft_quantize(x, *weight, slack)
 
 
 def run_soft_quantize(x: Tensor, *inputs: Any) -> Tensor:
