@@ -439,3 +439,39 @@ def test_what_multiplies(monkeypatch):
             y = lowbit.level_product(q, torch.ones(20), weight, torch.ones(1), None, torch.float32, transposed)
             if faster or runtime._C is not None or torch.cpu._is_vnni_supported():
                 assert torch.equal(y, wanted)
+
+
+def test_what_stands_beside_levels_is_taken_in_any_float_type():
+    """Strided, too; what is no float, has another shape or is missing is named."""
+    q, sums = torch.ones(2, 3, dtype=torch.int8), torch.arange(6.0).reshape(2, 3)
+    tokens, each = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 2.0, 4.0])
+    scaled = lambda s, w, b, dtype=torch.float32: ops.scaled_sums(sums, s, w, b, dtype)  # noqa: E731
+    product = lambda s, w, b, dtype=torch.float32: ops.level_product(q, s, q[[0, 1, 0]], w, b, dtype)  # noqa: E731
+    for call in (scaled, product):
+        want = call(tokens, each, each)
+        for kind in (torch.float16, torch.bfloat16, torch.float64):
+            assert torch.equal(call(tokens.to(kind), each.to(kind), each.to(kind)), want)
+        strided = [torch.stack([t, t], 1)[:, 0] for t in (tokens, each, each)]
+        assert torch.equal(call(*strided), want)
+        third = call(tokens.double() / 3, each, None, torch.float64)  # not rounded to float32
+        torch.testing.assert_close(third, call(tokens, each, None, torch.float64) / 3, rtol=1e-15, atol=0)
+        for name, arguments, error in (
+            ("token_scale", (tokens.long(), each, None), TypeError), ("token_scale", (None, each, None), TypeError),
+            ("scale", (tokens, None, None), TypeError), ("scale", (tokens, each.int(), None), TypeError),
+            ("scale", (tokens, each[:2], None), ValueError), ("bias", (tokens, each, each.long()), TypeError),
+            ("scale", (tokens, torch.tensor(1.0), None), ValueError),
+            ("dtype", (tokens, each, None, torch.int32), TypeError),
+            ("dtype", (tokens, each, None, "float32"), TypeError),
+        ):  # fmt: skip
+            with pytest.raises(error, match=f"^{name}: "):
+                call(*arguments)
+    assert torch.equal(ops.scaled_sums(sums.double(), tokens, each, None, torch.float32), scaled(tokens, each, None))
+    x = torch.tensor([[0.3, -1.0, 2.0]])
+    want = ops.stochastic_levels(x, each, 1)
+    for factor in (each.half(), each.double(), torch.stack([each, each], 1)[:, 0]):
+        assert all(map(torch.equal, ops.stochastic_levels(x, factor, 1), want))
+    for factor, error in ((each.long(), TypeError), (2.0, TypeError), (each[:2], ValueError)):
+        with pytest.raises(error, match="^factor: "):
+            ops.stochastic_levels(x, factor, 1)
+    with pytest.raises(TypeError, match="^dtype: "):
+        ops.token_levels(x, "int8")

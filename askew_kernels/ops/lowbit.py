@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import contract
 from .autograd import below_autograd, one_by_one
-from .checks import check_float_tensor, check_grid, check_like, check_tensor
+from .checks import FLOAT_TYPES, check_float_tensor, check_grid, check_like, check_tensor
 from .schema import define, like_first
 
 __all__ = [
@@ -38,6 +38,27 @@ define("stochastic_levels", "(Tensor x, Tensor factor, Tensor seed) -> (Tensor, 
 define("luq", "(Tensor x, int bits, Tensor seed) -> Tensor", batch=one_by_one, fake=like_first)
 
 
+def _floats(name: str, t: Any, n: int, like: Tensor, dtype: torch.dtype, one: bool = False) -> Tensor:
+    """``t``, (n,) or with ``one`` also (1,), contiguous in ``dtype``. Raises TypeError/ValueError naming it."""
+    check_tensor(name, t)
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: expected a float tensor, got {t.dtype}")
+    check_like(name, t, None, (1,) if one and t.numel() == 1 else (n,), like.device)
+    return t.detach().to(dtype).contiguous()
+
+
+def _beside_sums(
+    token_scale: Any, scale: Any, bias: Any, dtype: Any, like: Tensor, rows: int, n: int
+) -> tuple[Tensor, Tensor, Tensor | None, torch.dtype]:  # fmt: skip
+    """What becomes of (rows, n) sums, as the operators take it, checked."""
+    if dtype not in FLOAT_TYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype!r}")
+    kind = contract.compute_dtype(dtype)
+    token_scale = _floats("token_scale", token_scale, rows, like, kind)
+    scale = _floats("scale", scale, n, like, kind, one=True)
+    return token_scale, scale, None if bias is None else _floats("bias", bias, n, like, kind), dtype
+
+
 def token_levels(x: Tensor, dtype: torch.dtype, grid: Any = None) -> tuple[Tensor, Tensor]:
     """(q, s): each row of ``x`` as s q, q levels of a byte: s = max |x| / top, q = Q(x / s).
 
@@ -51,7 +72,7 @@ def token_levels(x: Tensor, dtype: torch.dtype, grid: Any = None) -> tuple[Tenso
     check_float_tensor("x", x)
     if x.dim() != 2:
         raise ValueError(f"x: expected shape (rows, cols), got {tuple(x.shape)}")
-    if dtype not in contract.LEVEL_TYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in contract.LEVEL_TYPES:
         raise TypeError(f"dtype: expected torch.int8 or torch.float8_e4m3fn, got {dtype}")
     if grid is not None:
         check_grid(grid)
@@ -75,19 +96,17 @@ def scaled_sums(sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor |
     """y = (sums s_x) s_w + b in float32, rounded once to ``dtype``: what sums of products of levels stand for.
 
     sums: (rows, n) int32 or float32, or levels themselves, int8 or float8_e4m3fn; token_scale: (rows,); scale: (1,) or
-    (n,), float32 both; bias: (n,) or None.
+    (n,), floats both; bias: (n,) or None.
     No derivative. Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 8.
     """
     check_tensor("sums", sums)
     if sums.dim() != 2 or sums.dtype not in (torch.int32, torch.float32, torch.float64, *contract.LEVEL_TYPES):
         raise ValueError(f"sums: expected int32, float32, int8 or float8_e4m3fn of shape (rows, n), got {sums.dtype} "
                          f"{tuple(sums.shape)}")  # fmt: skip
-    rows, n = sums.shape
-    check_like("token_scale", token_scale, None, (rows,), sums.device)
-    check_like("scale", scale, None, (n if scale.numel() != 1 else 1,), sums.device)
-    if bias is not None:
-        check_like("bias", bias, None, (n,), sums.device)
-    return run_scaled_sums(sums.contiguous(), token_scale, scale, bias, dtype)
+    given = _beside_sums(token_scale, scale, bias, dtype, sums, *sums.shape)
+    if sums.dtype == torch.float64 and dtype != torch.float64:
+        sums = sums.float()  # as the others are
+    return run_scaled_sums(sums.contiguous(), *given)
 
 
 def run_scaled_sums(sums: Tensor, *arguments: Any) -> Tensor:
@@ -107,7 +126,7 @@ def level_product(
     """y = ((q c^T) s_x) s_w + b, of levels: exact integer sums, then float32, rounded once to ``dtype``.
 
     q: (rows, cols) int8; c: (n, cols) int8, or (cols, n) where it is ``transposed``; token_scale: (rows,); scale: (1,)
-    or (n,), float32 both; bias: (n,) or None; cols up to 131071. On a CPU a kernel of its own, elsewhere the reference.
+    or (n,), floats both; bias: (n,) or None; cols up to 131071. On a CPU a kernel of its own, elsewhere the reference.
     No derivative. Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 8.
     """
     for name, t in (("q", q), ("c", c)):
@@ -119,10 +138,7 @@ def level_product(
         wanted = (cols, "n") if transposed else ("n", cols)
         raise ValueError(f"c: expected shape ({wanted[0]}, {wanted[1]}), of at most {contract.MOST_LEVEL_COLUMNS} "
                          f"summands, got {tuple(c.shape)}")  # fmt: skip
-    check_like("token_scale", token_scale, None, (rows,), q.device)
-    check_like("scale", scale, None, (n if scale.numel() != 1 else 1,), q.device)
-    if bias is not None:
-        check_like("bias", bias, None, (n,), q.device)
+    token_scale, scale, bias, dtype = _beside_sums(token_scale, scale, bias, dtype, q, rows, n)
     return run_level_product(q.contiguous(), token_scale, c.contiguous(), scale, bias, bool(transposed), dtype)
 
 
@@ -158,7 +174,7 @@ def stochastic_levels(
 
     Philox4x32-10 with key ``seed`` (None: from torch's generator) and the element's index as counter, as
     ``fake_quantize`` has it. s = 1 for a row of zeros; s is NaN for a row that holds inf or NaN (its q is 0).
-    x: (rows, cols), float; factor: (1,) or (cols,), float32, or None for 1. Returns q (rows, cols) int8, s (rows,)
+    x: (rows, cols), float; factor: (1,) or (cols,), float, or None for 1. Returns q (rows, cols) int8, s (rows,)
     float32. No derivative. Raises TypeError/ValueError naming the argument. Source: docs/mathematics.md, section 8.
     """
     check_float_tensor("x", x)
@@ -166,7 +182,7 @@ def stochastic_levels(
         raise ValueError(f"x: expected shape (rows, cols), got {tuple(x.shape)}")
     if factor is None:
         factor = torch.ones(1, dtype=torch.float32, device=x.device)
-    check_like("factor", factor, None, (x.shape[1] if factor.numel() != 1 else 1,), x.device)
+    factor = _floats("factor", factor, x.shape[1], x, contract.compute_dtype(x.dtype), one=True)
     return run_stochastic_levels(x.contiguous(), factor, _seed_tensor(seed, x.device))
 
 
