@@ -22,6 +22,7 @@ LATER = {"clamp": None, "freeze": None, "outer_hold": None, "outer_freeze": None
 #: Group keys that stand under another name where the optimizer that is wrapped has one of that name itself.
 ELSEWHERE = {"alpha": "constraint_alpha", "clamp": "constraint_clamp", "rho": "sam_rho", "eta": "sam_eta",
              "adaptive": "sam_adaptive"}  # fmt: skip
+MOST_ALPHA = 2.0**100  # that keep_pull makes, so that float32 holds it and what it is multiplied by
 POWER = 12.0  # where the hold is given: a gap that opens late, however early the annealing begins
 
 
@@ -297,7 +298,7 @@ class EpsilonAnnealing(LRScheduler):
             elif (lr := float(lr)) > 0:
                 first = self._first.setdefault(index, [lr, float(present)])
                 first[0] = max(first[0], lr)
-                alpha = first[1] * first[0] / lr
+                alpha = min(first[1] * first[0] / lr, max(first[1], MOST_ALPHA))
                 group[key] = present.fill_(alpha) if isinstance(present, torch.Tensor) else alpha
         return moved
 
@@ -306,7 +307,8 @@ class EpsilonAnnealing(LRScheduler):
         first = self._first.setdefault(index, [lr.clone(), alpha.clone()])
         peak, given = (torch.as_tensor(x, dtype=lr.dtype, device=lr.device) for x in first)
         first[0] = torch.maximum(peak, lr)
-        alpha.copy_(torch.where(lr > 0, given * first[0] / lr, alpha))
+        most = given.clamp(min=MOST_ALPHA)
+        alpha.copy_(torch.where(lr > 0, torch.minimum(given * first[0] / lr, most), alpha))
 
     def _hook(self) -> None:
         """Looks at each step of the optimizer; the newest annealing of an optimizer is the one that does."""

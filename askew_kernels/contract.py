@@ -18,6 +18,7 @@ NUM_ROW_SUMS, NUM_TOTALS = 3, 6
 SUM_COLUMNS = 16384  # of a row whose sums are taken together, in float32; the sums of such pieces are added in float64
 #: How many candidates a mixture may have.
 MOST_CANDIDATES = 8
+LEAST_RATE = 2.0**-100  # what the cap Delta / (4 lr) on a velocity counts a smaller lr as, so that it is finite
 SCALE_FLOOR = 1e-12  # no scale is smaller than this times max(1, max |w|)
 ABSMAX, SAWB, MEAN, RMS, GIVEN = range(5)  # rules of scales; GIVEN: they are there already, but for rows of zeros
 # What scales may be rounded to, with the smallest and the largest that they then can be: powers of two are E8M0 of the

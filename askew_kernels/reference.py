@@ -269,7 +269,8 @@ def skew_velocity(
     h = constraint(u, eps)
     length = s * delta
     alpha4 = torch.tensor(alpha, dtype=w.dtype, device=w.device) / 4
-    cap = 1 / (4 * torch.tensor(lr, dtype=w.dtype, device=w.device))  # inf for lr = 0
+    rate = lr if lr > contract.LEAST_RATE else contract.LEAST_RATE  # with an infinite cap, lr kappa would be 0 inf
+    cap = 1 / (4 * torch.tensor(rate, dtype=w.dtype, device=w.device))
     kappa = (-h / 16) * (length * alpha4) / ((u - u * u) * (0.5 - u))
     kappa = torch.minimum(kappa, length * cap)
     towards = side * d

@@ -384,3 +384,31 @@ def test_a_dropped_annealing_lets_go(silent):
     group(optimizer)["lr"] = 0.01
     descend(model, optimizer)
     assert group(optimizer)["alpha"] == 3.0  # nobody keeps the pull any more
+
+
+@pytest.mark.parametrize("lr", ["host", "tensor", "tensor there"])
+@pytest.mark.parametrize("optimizer", [ASkewSGD, ASkewAdamW])
+def test_alpha_stays_finite(optimizer, lr, monkeypatch):
+    """However small the learning rate becomes, and the weights stay where they are between their levels."""
+    model, opt = problem(optimizer)
+    there = lr == "tensor there"
+    if there:  # as on a GPU, which is not waited for
+        monkeypatch.setattr("askew_kernels.annealing._elsewhere", lambda value: isinstance(value, torch.Tensor))
+    for g in opt.param_groups:
+        if lr != "host":
+            g["lr"], g["alpha"] = torch.tensor(0.1), torch.tensor(1.0) if there else 1.0
+    annealing = ak.EpsilonAnnealing(opt, total=12, mode="linear", keep_pull=True)
+    for rate in (0.1, 1e-20, 1e-30, 1e-38, 1e-42, 1e-45, 5e-324, 0.0, 0.05):
+        for g in opt.param_groups:
+            g["lr"] = g["lr"].fill_(rate) if lr != "host" else rate
+        before = [p.detach().clone() for p in model.parameters()]
+        descend(model, opt)
+        annealing.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        if rate < 1e-10:  # no further than a quarter of a bracket, where the hull did not clamp
+            for layer, old in ((model[0], before[0]), (model[2], before[2])):
+                scale = layer.weight_scale.reshape(-1, 1)
+                inside = (layer.weight.abs() < 7 * scale) & (old.abs() < 7 * scale)
+                assert inside.any() and (((layer.weight - old).abs() <= 0.26 * scale) | ~inside).all(), rate
+        assert 1.0 <= float(group(opt)["alpha"]) < torch.finfo(torch.float32).max
+    assert float(group(opt)["alpha"]) == pytest.approx(2.0)

@@ -58,7 +58,9 @@ def cpp_numbers(text):
 
 @pytest.mark.skipif(not TYPES.is_file(), reason="installed without its sources")
 def test_both_sides_say_the_same():
-    found = cpp_numbers(TYPES.read_text())
+    text = TYPES.read_text()
+    assert float.fromhex(re.search(r"kLeastRate = (0x1p-\d+)f;", text).group(1)) == contract.LEAST_RATE
+    found = cpp_numbers(text)
     for name, value in {**SHARED, **PACKED}.items():
         assert found.get(name) == value, name
 

@@ -352,6 +352,7 @@ OPTIONS = {  # name -> what differs from the plain step
     "skip": {"skip_nonfinite": True, "momentum": 0.9, "clamp": True},
     "nonfinite": {"momentum": 0.9},
     "still": {"lr": 0.0, "clamp": True},
+    "least": {"lr": 1e-42, "alpha": 1e38, "clamp": True},
     "ste_clip": {"ste_clip": True, "weight_decay": 0.1},
     "ste_clip_hold": {"ste_clip": True, "eps": 1.0, "momentum": 0.9, "maximize": True, "skip_nonfinite": True},
     "adamw_direction": {"rule": "adamw", "direction": True, "skip_nonfinite": True},

@@ -1009,6 +1009,27 @@ def test_functions_of_rules_read_like_others():
         ops.skew_sgd_([], [], None, [], [], lr=0.1, eps=0.1, betas=(0.9, 0.99))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("alpha", [1.0, 1e10, 1e38, 1e39])
+@pytest.mark.parametrize("lr", [0.0, 1e-45, 1e-40, 1e-38, 2.0**-101])
+@pytest.mark.parametrize("place", ["host", "tensor"])
+def test_the_smallest_rates_move_nothing_far(lr, alpha, place, dtype, backend):
+    """lr kappa <= Delta / 4 for every lr and alpha: 0 where lr is 0, and no NaN however hard it is pushed."""
+    before = torch.tensor([[0.3, 0.4999, 0.49999997, 0.7]], dtype=dtype)
+    for scale in (1.0, 1e3):
+        for rule in RULES:
+            w = before * scale
+            row, buffers = RULES[rule], [[torch.zeros_like(w)] for _ in RULES[rule].buffers]
+            options = {"step": 1} if row.counts else {}
+            rate = torch.tensor(lr, dtype=dtype) if place == "tensor" else lr
+            for skew in ops.SKEWS if rule == "sgd" else ["direction"]:
+                step_of(rule)([w], [torch.zeros_like(w)], *buffers, [torch.tensor([scale])], [Uniform(4)], lr=rate,
+                              eps=0.1, alpha=alpha, skew=skew, **options)  # fmt: skip
+            assert w.isfinite().all() and float((w - before * scale).abs().max()) <= 0.51 * scale, rule
+            if lr == 0:
+                assert torch.equal(w, before * scale), rule
+
+
 def test_a_bad_second_tensor_leaves_the_first_alone():
     w = [torch.full((4, 8), 0.3), torch.full((4, 8), 0.3)]
     with pytest.raises(ValueError, match=r"^scales\[1\]"):

@@ -680,7 +680,7 @@ def test_a_sharpness_aware_descent(triton, dtype, coefficients):
     check_step(triton, problem, "sgd", clamp=True, weight_decay=0.01)
 
 
-@pytest.mark.parametrize("options", [dict(eps=1.0), dict(lr=0.0, direction=True)], ids=str)
+@pytest.mark.parametrize("options", [dict(eps=1.0), dict(lr=0.0, direction=True), dict(lr=1e-42, alpha=1e38)], ids=str)
 def test_ends_of_the_schedules(triton, options):
     check_step(triton, Problem([(3, 129), (8, 64)], ["uniform4", "binary"]), "sgd", clamp=True, **options)
 

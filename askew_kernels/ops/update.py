@@ -164,7 +164,7 @@ _TEXT = """One ASkew{0} step, in place, over a tensor list in one launch: each t
     With d = -grad (``skew="gradient"``, as published) or {0}'s own direction (``skew="direction"``), u the distance
     to the nearest level over the bracket length Delta, h = eps - 16 u^2 (1-u)^2 and |h'| = (32/Delta) u (1-u)(1-2u):
 
-        kappa = min(alpha (-h) / |h'|, Delta / (4 lr))
+        kappa = min(alpha (-h) / |h'|, Delta / (4 max(lr, 2^-100)))
         v     = d                                             where h >= 0, on a midpoint, or outside the hull
               = side * max(kappa, side * d)                   elsewhere; side = +1/-1 towards the nearest level
         w     <- clamp(w);  w <- w + lr v;  clamp to the hull (both clamps only with ``clamp``)

@@ -21,6 +21,7 @@ FLOAT = tl.constexpr(contract.FLOAT)
 UNIFORM = tl.constexpr(contract.UNIFORM)
 BINARY = tl.constexpr(contract.BINARY)
 CODEBOOK = tl.constexpr(contract.CODEBOOK)
+LEAST_RATE = tl.constexpr(contract.LEAST_RATE)
 
 # Launch options of every kernel but the packed products, whose sums have a bound and no fixed bits. A fused
 # multiply-add would round once where the CPU and the reference round twice.
@@ -251,12 +252,18 @@ def soften(w, scale, slack, lo, hi, levels, KIND: tl.constexpr, N_LEVELS: tl.con
 
 
 @triton.jit
+def cap_of(lr):
+    """1 / (4 max(lr, LEAST_RATE)): finite, since lr kappa would be 0 inf otherwise."""
+    return divide(1.0, 4.0 * tl.where(lr > LEAST_RATE, lr, LEAST_RATE))
+
+
+@triton.jit
 def push_of(u, delta, scale, eps, alpha, cap):
     """What the constraint asks of a weight, whatever its gradient is: (kappa, -h / 16).
 
     With q = u (1 - u), h = eps - 16 q^2, |h'| = (32 / Delta) q (1 - 2u): kappa = min(alpha (-h) / |h'|, Delta cap) is
     the slowest allowed velocity towards the nearest level, -inf where the weight is free (h >= 0 or a midpoint);
-    cap = 1 / (4 lr), +inf for lr = 0.
+    cap = ``cap_of(lr)``.
     """
     q = u - u * u
     to_middle = 0.5 - u

@@ -26,13 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import LEVEL_TYPES, MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
+from ..contract import LEAST_RATE, LEVEL_TYPES, MAX_ABS, NUM_ROW_SUMS, NUM_TOTALS
 from . import launch
 from .lowbit import copy_type
 from .math import (
     EXACT,
     RULES,
-    divide,
+    cap_of,
     hull,
     narrow,
     narrow_level,
@@ -168,7 +168,7 @@ def update_kernel(
 
     lr = read_scalar(lr)
     if cap is None:  # lr is on the device
-        cap = divide(1.0, 4.0 * lr)
+        cap = cap_of(lr)
     new, new_state, descent, excess = step_weight(
         w, g, state, scale, lo, hi, levels, lr, cap, read_scalar(eps), alpha, constants, KIND, N_LEVELS, DESCENT,
         DIRECTION, CLAMP, MAXIMIZE, CONSTRAINED,
@@ -563,12 +563,11 @@ def _corrections(step: Tensor | None, like: Tensor, beta1: float, beta2: float) 
 
 
 def _rates(lr: Tensor, eps: Tensor) -> tuple[dict[str, Any], bool]:
-    """(lr, cap = 1 / (4 lr) where lr is known here, eps; whether anything may be constrained: nothing at eps = 1)."""
+    """(lr, cap_of(lr) where lr is known here, eps; whether anything may be constrained: nothing at eps = 1)."""
     rate, bound = launch.scalar_argument(lr, "lr"), launch.scalar_argument(eps, "eps")
     cap = None
     if not isinstance(rate, Tensor):
-        with np.errstate(divide="ignore"):
-            cap = float(np.float32(1) / (np.float32(4) * np.float32(rate)))
+        cap = float(np.float32(1) / (np.float32(4) * np.float32(max(rate, LEAST_RATE))))
     return {"lr": rate, "cap": cap, "eps": bound}, isinstance(bound, Tensor) or bound < 1.0
 
 

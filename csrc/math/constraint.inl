@@ -55,7 +55,7 @@ struct Division {  // how a step divides: a / b; anything where not `on`, where 
   }
 };
 
-// kappa = min(alpha (-h)/|h'|, Delta/(4 lr)); cap = 1/(4 lr), +inf for lr = 0. A midpoint is free.
+// kappa = min(alpha (-h)/|h'|, Delta/(4 lr)); cap = 1/(4 lr), finite for lr = 0 too. A midpoint is free.
 template <class Divide, class F>
 ASKEW_FN Push<F> push_of(const Offset<F>& o, F scale, float eps, float alpha, float cap) {
   F q = o.u - o.u * o.u, to_middle = 0.5f - o.u;

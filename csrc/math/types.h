@@ -53,9 +53,12 @@ struct QuantizeArg {  // one elementwise pass over a matrix, or the sums of its 
 
 constexpr int kMostBuffers = 2, kMostNumbers = 4, kMostConstants = 8;  // of a rule of the update
 
+// What cap counts a smaller lr as: with cap = inf, lr kappa would be 0 inf.
+constexpr float kLeastRate = 0x1p-100f;
+
 struct Hyper {                // one optimizer step, the same for every tensor of the list
   int rule;                   // its place among math's Rules
-  float lr, eps, alpha, cap;  // cap = 1 / (4 lr), +inf for lr = 0
+  float lr, eps, alpha, cap;  // cap = 1 / (4 max(lr, kLeastRate))
   bool direction, clamp, maximize, skip_nonfinite, ste_clip;
   float constants[kMostConstants];  // the rule's members
 };

@@ -94,7 +94,7 @@ template <class Rule>
 ASKEW_FN void set_rates(Hyper& h, double lr, double eps, double step, const double* numbers) {
   h.lr = (float)lr;
   h.eps = (float)eps;
-  h.cap = divide(1.f, 4.f * h.lr);
+  h.cap = divide(1.f, 4.f * (h.lr > kLeastRate ? h.lr : kLeastRate));
   const Rule rule = Rule::make(numbers, step);
   __builtin_memcpy(h.constants, &rule, sizeof(Rule));
 }
