@@ -16,7 +16,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
+import threading
 import warnings
 
 import numpy as np
@@ -1028,6 +1030,58 @@ def test_page_and_command(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == len(names) - 1
     assert "http" not in page and "src='data" in page  # self-contained
     assert all((tmp_path / "out" / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png"))
+
+
+def written_log(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"kind": "run", "optimizer": "ASkewSGD"}, *lines)))
+    return path
+
+
+def note(step, **more):
+    histogram = {"levels": [-1.0, 1.0], "low": -3.0, "high": 3.0, "counts": [1, 2, 3]}
+    return {"kind": "note", "step": step, "epoch": step, "histograms": {"a$b$": histogram}, **more}
+
+
+def test_a_report_draws_what_it_can_in_time_and_says_what_it_left_out(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(analysis.report.__globals__, "MOST_PANELS", 5)
+    notes = [note(i + 1, landscape={"t": [0.0, 1.0], "loss": [None, 1.0] if i else 5}) for i in range(7)]
+    path = written_log(tmp_path / "run.jsonl", *notes)
+    assert main(["analyze", str(path), "--plot", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "line 2: landscape" in said.out and "line 3" not in said.out and "5 epochs" in said.err
+    assert "left out: weights: 5 of 7 epochs are drawn, evenly spread" in said.out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "5 of 7 epochs" in page and "line 2: landscape" in page
+    assert "epoch 1'" in page and "epoch 7'" in page and page.count("class=frame") == 5
+
+
+def test_a_log_comes_through_a_pipe(tmp_path, capsys):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    text = written_log(tmp_path / "run.jsonl", note(1)).read_text()
+    writer = threading.Thread(target=path.write_text, args=(text,), daemon=True)
+    writer.start()
+    assert main(["analyze", str(path)]) == 0 and "1 notes" in capsys.readouterr().out
+
+
+ODD_LINES = {
+    "bins without a width": note(1, histograms={"w": {"levels": [], "low": 1.0, "high": 1.0, "counts": [1]}}),
+    "no epoch": {k: v for k, v in note(1).items() if k != "epoch"},
+    "text for counts": note(1, histograms={"w": {"levels": [0.0], "low": 0.0, "high": 1.0, "counts": "12"}}),
+    "a list of histograms": note(1, histograms=[1]),
+    "a step that is text": note("1"),
+    "text for a number": {"kind": "step", "step": 1, "tensors": [
+        {"name": "w", "numel": "4", "eps": 1.0, "lr": 0.1, "fraction_infeasible": 0.5, "flips": 1}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_a_line_of_another_shape_is_named_before_any_work(odd, tmp_path, capsys):
+    path = written_log(tmp_path / "run.jsonl", ODD_LINES[odd], note(9))
+    assert main(["analyze", str(path), "--plot", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "line 2: not a line of a telemetry log" in said.err and not said.out and not (tmp_path / "out").exists()
 
 
 def test_command_with_bad_input(tmp_path, capsys):
