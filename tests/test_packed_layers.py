@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -29,7 +30,7 @@ from oracles import DTYPES, EPSILON, NF4, TINY, same_bits
 from torch import nn
 
 import askew_kernels as ak
-from askew_kernels import ops, reference, runtime
+from askew_kernels import command, ops, reference, runtime
 from askew_kernels.deploy.files import KEY, PENDING, PackedFile, PackedFileError
 from askew_kernels.nn import PackedConv2d, PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_codes
@@ -620,6 +621,19 @@ def test_inspect_reports_sizes_and_errors(saved, capsys):
     for got, want in zip(rows, before.layers, strict=True):
         assert got["error"] == pytest.approx(want.error, rel=1e-6) and got["outliers"] == want.outliers
     assert not importlib.util.find_spec("matplotlib") or plot.read_bytes().startswith(b"\x89PNG")
+    report = dataclasses.replace(packed, layers=(dataclasses.replace(packed.layers[0], name="x$^$", error=math.nan),))
+    assert json.loads(command.as_json(report.to_dict()))["layers"][0]["error"] is None
+    if importlib.util.find_spec("matplotlib"):  # to that very path, whatever the name of a layer
+        report.plot(saved[1].with_name("plain"))
+        assert saved[1].with_name("plain").read_bytes().startswith(b"\x89PNG")
+        report.plot(saved[1].with_name("plot.svg"))
+        assert "x$^$" in saved[1].with_name("plot.svg").read_text()
+        with pytest.raises(ValueError, match="xyz"):
+            report.plot(saved[1].with_name("plot.xyz"))
+        assert not [p for p in saved[1].parent.iterdir() if p.name in ("plain.png", "plot.xyz")]
+        assert main(["inspect", str(saved[1]), "--plot", "/dev/null"]) == 0 and not os.path.exists("/dev/null.png")
+    os.mkfifo(pipe := saved[1].with_name("pipe"))
+    assert main(["inspect", str(pipe)]) == 2 and "not a file" in capsys.readouterr().err
     saved[1].write_bytes(b"x")
     assert main(["inspect", str(saved[1])]) == 2 and str(saved[1]) in capsys.readouterr().err
 

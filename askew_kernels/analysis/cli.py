@@ -50,17 +50,13 @@ def run(args: argparse.Namespace) -> int:
     if args.log.is_dir():
         raise Refused(f"{args.log}: is a folder, expected the log of a run")
     if args.plot is not None:
-        there = next(path for path in (args.plot, *args.plot.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise Refused(f"--plot {args.plot}: expected a folder, {there} is a file")
+        check_folder(args.plot, "--plot")
         need("analyze", "matplotlib", extra="analysis")
     try:
         log = read_log(args.log)  # once: it may be a pipe
         summary = "\n".join(_summary(log))
     except (OSError, ValueError) as problem:
         raise Refused(problem) from None
-    if args.plot is not None:  # before anything is printed
-        check_folder(args.plot, "--plot")
     print(summary)
     if args.plot is not None:
         written = write_report(log, f"{args.log.name}: the run", args.plot, _shown)
