@@ -66,6 +66,7 @@ def test_eigenvalues_of_a_quadratic():
     assert analysis.hessian_eigenvalues(lambda: quadratic(w), [w], 6) == pytest.approx(
         sorted(DIAGONAL.tolist(), reverse=True), abs=1e-12
     )  # dense, where Lanczos cannot be asked
+    assert analysis.hessian_eigenvalues(lambda: quadratic(w), (p for p in [w]), 1) == pytest.approx([4], rel=1e-6)
     assert analysis.hessian_eigenvalues(lambda: (w * 2).sum(), [w]) == [0.0]
     one = nn.Parameter(torch.tensor(2.0))
     assert analysis.hessian_eigenvalues(lambda: -3 * one**2, [one]) == pytest.approx([-6.0])
@@ -148,10 +149,19 @@ def test_slice_goes_through_the_loss_and_back():
         (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), k=0), "k: expected"),
         (lambda m, x, y: analysis.smoothness(nn.ReLU(), functional.cross_entropy, (x, y)), "no parameters"),
         (lambda m, x, y: analysis.hessian_trace(m, functional.cross_entropy, (x, y), samples=0), "samples: expected"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, None), "data: expected .x, y. or batches"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), tol="x"), "tol: expected a number"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), seed=1.5), "seed: expected an int"),
+        (lambda m, x, y: analysis.loss_slice(m, functional.cross_entropy, (x, y), points=0), "points: expected"),
+        (lambda m, x, y: analysis.loss_slice(m, functional.cross_entropy, (x, y), reach=math.nan), "reach: expected"),
+        (lambda m, x, y: analysis.feasibility_limit(math.nan), "eps: expected a finite number"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), []), "params: expected at least one tensor"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), m[0].weight), "params: expected tensors"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), ["w"]), "params.0.: expected a tensor"),
     ],
 )
 def test_bad_input(what, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         what(*small_problem())
 
 

@@ -54,10 +54,10 @@ def _check_note(line: dict[str, Any]) -> None:
 _CHECKS = {"run": _check_run, "step": _check_step, "note": _check_note}
 
 
-def _slice(note: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+def _slice(note: dict[str, Any]) -> tuple[Any, Any] | None:
     """(t, loss) of a note's ``landscape``, the loss NaN where it was not finite; None where it has another form."""
     found = note.get("landscape")
-    t, loss = (found.get("t"), found.get("loss")) if isinstance(found, dict) else (None, None)
+    t, loss = map(found.get, ("t", "loss")) if isinstance(found, dict) else (None, None)
     if not (_numbers(t, 1) and isinstance(loss, list) and len(t) == len(loss)):
         return None
     loss = [math.nan if value is None else value for value in loss]
@@ -74,7 +74,7 @@ def read_log(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_text("utf-8", "replace").splitlines()
     run: dict[str, Any] = {}
     steps: dict[int, dict[str, Any]] = {}
     notes: list[dict[str, Any]] = []
@@ -107,9 +107,10 @@ def read_log(path: str | os.PathLike) -> dict[str, Any]:
     log: dict[str, Any] = {"run": run, "steps": [steps[k] for k in sorted(steps)], "notes": notes}
     form = 'expected {"t": numbers, "loss": as many}'
     log["left_out"] = [f"line {others[id(n)]}: landscape: {form}" for n in notes if "landscape" in n and not _slice(n)]
-    for what, all_of, some in zip(("epochs", "tensors"), _histograms(notes), _drawn(notes), strict=True):
-        if len(some) < len(all_of):
-            log["left_out"].append(f"weights: {len(some)} of {len(all_of)} {what} are drawn, evenly spread")
+    for what, *both in zip(("epochs", "tensors"), _drawn(notes), _histograms(notes), strict=True):
+        some, all_of = map(len, both)
+        if some < all_of:
+            log["left_out"].append(f"weights: {some} of {all_of} {what} are drawn, evenly spread")
     return log
 
 
