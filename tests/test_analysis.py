@@ -455,6 +455,21 @@ def test_no_learned_scale_starts_from_an_analysis():
     assert found == functional.cross_entropy(model.eval()(x), y).item()  # until then by the inputs themselves
 
 
+def test_a_model_that_keeps_an_activation_is_copied():
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.kept = {"last": [super().forward(x)]}
+            return self.kept["last"][0]
+
+    model, x, y = small_problem()
+    plain = ak.quantize_(model)
+    keeping = Keeping(*plain)
+    keeping(x)
+    found = analysis.smoothness(keeping, functional.cross_entropy, (x, y))
+    assert found == analysis.smoothness(plain, functional.cross_entropy, (x, y))
+    assert keeping.kept["last"][0].requires_grad
+
+
 def test_what_stands_around_a_quantized_layer_is_in_the_function():
     torch.manual_seed(0)
     model, (x, y) = Head(plain_body()).double(), tokens()

@@ -533,6 +533,13 @@ def test_a_search_goes_on_only_under_the_costs_and_with_the_model_that_it_began_
         quick(hooks={nn.ReLU: lambda m, x, y: 10.0}, **other)
 
 
+def test_a_model_that_keeps_an_activation_is_searched():
+    torch.manual_seed(0)
+    model = mlp()
+    model.kept = model(data()[0])
+    assert quick(model, steps=1).layers and model.kept.requires_grad
+
+
 def test_without_a_budget_no_baseline_saves_bits():
     model, (x, y) = mlp(), data()
     no_curvature = search.hessian_policy(model, (x, y), lambda output, y: output.sum(), samples=1)

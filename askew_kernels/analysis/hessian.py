@@ -9,7 +9,6 @@ generators are left as they were.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from ..nn.convert import inputs_of
 from ..nn.layers import INPUT
 from ..optim import frozen_batchnorm_stats
 from .batches import batches_of, check_count, samples
-from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
+from .differentiable import check_gradients, check_twice, copied, culprit, differentiable_twice, left_alone, naming
 from .generators import seeded
 
 Product = Callable[[list[Tensor]], list[Tensor]]
@@ -209,7 +208,7 @@ def _smooth_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     layers = quantized_layers(model)
     with torch.inference_mode(False), torch.no_grad():
         weights = {name: layer.forward_weight() for name, layer in layers.items()}
-        twin = copy.deepcopy(model) if layers else model
+        twin = copied(model) if layers else model
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
             for key, p in module.named_parameters(recurse=False, remove_duplicate=False):

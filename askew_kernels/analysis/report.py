@@ -57,8 +57,8 @@ _CHECKS = {"run": _check_run, "step": _check_step, "note": _check_note}
 def _slice(note: dict[str, Any]) -> tuple[Any, Any] | None:
     """(t, loss) of a note's ``landscape``, the loss NaN where it was not finite; None where it has another form."""
     found = note.get("landscape")
-    t, loss = map(found.get, ("t", "loss")) if isinstance(found, dict) else (None, None)
-    if not (_numbers(t, 1) and isinstance(loss, list) and len(t) == len(loss)):
+    t, loss = (found.get("t"), found.get("loss")) if isinstance(found, dict) else (None, None)
+    if not (isinstance(t, list) and _numbers(t, 1) and isinstance(loss, list) and len(t) == len(loss)):
         return None
     loss = [math.nan if value is None else value for value in loss]
     return (t, loss) if all(isinstance(v, (int, float)) for v in loss) else None
@@ -107,20 +107,20 @@ def read_log(path: str | os.PathLike) -> dict[str, Any]:
     log: dict[str, Any] = {"run": run, "steps": [steps[k] for k in sorted(steps)], "notes": notes}
     form = 'expected {"t": numbers, "loss": as many}'
     log["left_out"] = [f"line {others[id(n)]}: landscape: {form}" for n in notes if "landscape" in n and not _slice(n)]
-    for what, *both in zip(("epochs", "tensors"), _drawn(notes), _histograms(notes), strict=True):
-        some, all_of = map(len, both)
-        if some < all_of:
-            log["left_out"].append(f"weights: {some} of {all_of} {what} are drawn, evenly spread")
+    (epochs, tensors), (some_epochs, some) = _histograms(notes), _drawn(notes)
+    for what, all_of, few in (("epochs", epochs, some_epochs), ("tensors", tensors, some)):
+        if len(few) < len(all_of):
+            log["left_out"].append(f"weights: {len(few)} of {len(all_of)} {what} are drawn, evenly spread")
     return log
 
 
-def _histograms(notes: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _histograms(notes: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str]]:
     """(the notes that have some, the names of their tensors)"""
     having = [n for n in notes if n.get("histograms")]
     return having, list(dict.fromkeys(name for n in having for name in n["histograms"]))
 
 
-def _drawn(notes: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+def _drawn(notes: Sequence[dict[str, Any]]) -> tuple[list[Any], list[str]]:
     """Of these as many as make ``MOST_PANELS``, evenly spread, the first and the last among them."""
 
     def spread(items: list[Any], most: int) -> list[Any]:

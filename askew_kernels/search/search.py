@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import math
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import atomic
 from ..analysis.batches import check_count, check_iterable, moved, pair_of
-from ..analysis.differentiable import as_written
+from ..analysis.differentiable import as_written, copied
 from ..analysis.generators import Generators, check_seed, seeded
 from ..nn.kinds import SEARCHED
 from ..optim import AlignedSAM
@@ -121,7 +120,7 @@ class Search:
 
     def __init__(self, model: nn.Module, feed: Feed, loss_fn: Callable[..., Tensor], space: Space, s: Settings) -> None:
         self.feed, self.loss_fn, self.space, self.settings = feed, loss_fn, space, s
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         searched = set(space.profile.layers)
         mix_(self.model, space.weight_bits, space.act_bits, lambda _m, name: name in searched, signed=space.signed,
              learned=s.learned_scales, kinds=space.kinds)  # fmt: skip
