@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import importlib
 import importlib.util
-import json
+import io
 import os
 import platform
 import signal
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .command import Failed, Refused, Terminated, error, need, sigterm_interrupts
+from .command import Failed, Refused, Terminated, as_json, error, need, sigterm_interrupts
 
 ENVIRONMENT = ("ASKEW_CPU_CAPABILITY", "ASKEW_BACKEND", "ASKEW_TUNING", "TRITON_INTERPRET", "OMP_NUM_THREADS",
                "GLIBC_TUNABLES", "CUDA_VISIBLE_DEVICES")  # fmt: skip
@@ -90,7 +90,7 @@ def tuning_text(t: dict[str, Any]) -> str:
 def info(arguments: argparse.Namespace) -> int:
     facts = collect_info()
     if arguments.json:
-        print(json.dumps(facts, indent=1))
+        print(as_json(facts))
         return 0
     cpu, capability = f"not compiled: {facts['why_not_compiled']}", "none"
     if facts["compiled"]:
@@ -237,8 +237,18 @@ def serve(argv: list[str]) -> int:
     return serve(following) if following else code
 
 
+def check_streams() -> None:
+    """What stdout cannot encode is printed as ?; a stream that was closed before the start takes everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit code; SystemExit where argparse ends it (--help, --version, arguments that are none)."""
+    check_streams()
     try:
         with sigterm_interrupts():
             try:

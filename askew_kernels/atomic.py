@@ -8,8 +8,16 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from typing import IO
+
+
+def _check_old(found: os.stat_result, target: str) -> None:
+    """OSError where what is there is not to be replaced."""
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EINVAL, "not a regular file", target)
+    os.close(os.open(target, os.O_WRONLY))  # IsADirectoryError, PermissionError
 
 
 @contextlib.contextmanager
@@ -28,9 +36,7 @@ def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
     old: os.stat_result | None = None
     with contextlib.suppress(FileNotFoundError):
         old = os.stat(target)
-        if not (stat.S_ISREG(old.st_mode) or stat.S_ISDIR(old.st_mode)):
-            raise OSError(errno.EINVAL, "not a regular file", target)
-        os.close(os.open(target, os.O_WRONLY))  # IsADirectoryError, PermissionError
+        _check_old(old, target)
     mode = 0o666 if old is None else stat.S_IMODE(old.st_mode)  # from the start: nobody reads more than he may
     temporary = os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp")
     try:
@@ -53,6 +59,47 @@ def replacing(path: str | bytes | os.PathLike) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
 
 
+def write(path: str | bytes | os.PathLike, data: bytes) -> None:
+    """A whole file or none (``replacing``); what is there and no file, such as /dev/stdout, is written to."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
+    with replacing(path) as file:
+        file.write(data)
+
+
+def check(path: str | bytes | os.PathLike, folders: bool = False) -> None:
+    """Raises the OSError that ``replacing`` would, before there is anything to write; makes nothing. folders: those
+    that are missing are made by whoever writes."""
+    target = os.path.realpath(os.fsdecode(path))
+    try:
+        found = os.stat(target)
+    except FileNotFoundError:
+        pass
+    else:
+        _check_old(found, target)
+    check_folder(os.path.dirname(target), folders)
+
+
+def check_folder(path: str | os.PathLike, folders: bool = False) -> None:
+    """Raises OSError where files cannot be kept in a folder, or, where it may be made, in the nearest one above it that
+    is there; makes nothing."""
+    there = os.path.abspath(path)
+    while folders:
+        try:
+            os.lstat(there)
+            break
+        except FileNotFoundError:
+            there = os.path.dirname(there)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        error.filename = there  # not that of a file that nobody knows
+        raise
+
+
 @contextlib.contextmanager
 def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     """A name beside ``path`` for a file or a folder that the block makes, and that takes the place of ``path`` when the
@@ -67,8 +114,7 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     block made nothing.
     """
     target = os.path.realpath(os.fspath(path))
-    if os.path.lexists(path) and not overwrite:
-        raise FileExistsError(errno.EEXIST, "is there already", os.fspath(path))
+    check_new(path, overwrite)
     temporary, old = (os.path.join(os.path.dirname(target), f".{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
         yield temporary
@@ -95,6 +141,13 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
             else:
                 with contextlib.suppress(OSError):
                     os.unlink(rest)
+
+
+def check_new(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raises the OSError that ``new_path`` would, before there is anything to write."""
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(errno.EEXIST, "is there already", os.fspath(path))
+    check_folder(os.path.dirname(os.path.realpath(os.fspath(path))))
 
 
 def _all_in(path: str) -> Iterator[str]:

@@ -10,7 +10,6 @@ import math
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -85,11 +84,9 @@ positive = _option(float, lambda value: 0 < value < math.inf, "a number above 0"
 
 
 def check_folder(path: Path, option: str = "--out") -> None:
-    """Makes the folder and finds out before any work that files can be kept in it. Raises Refused."""
+    """Finds out before any work that files can be kept in the folder, which is made with the first. Raises Refused."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        atomic.check_folder(path, folders=True)
     except OSError as problem:
         why = "it is a file" if path.is_file() else problem.strerror or problem
         raise Refused(f"{option} {path}: expected a folder that can be written to ({why})") from None
@@ -121,34 +118,40 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """A whole file or none (``atomic.replacing``), its folder made; what is there and no file, such as /dev/stdout, is
-    written to and not replaced. Raises Failed where that cannot be done."""
+    """``atomic.write``, the file's folder made. Raises Failed where that cannot be done."""
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise Failed(f"{path}: is a folder, expected a file's name")
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        with atomic.replacing(path) as file:
-            file.write(data)
+        atomic.write(path, data)
     except OSError as problem:
         raise Failed(f"{path}: cannot be written ({problem.strerror or problem})") from None
 
 
 def check_writable(path: Path) -> None:
-    """Finds out before any work that a file could not be kept. Raises Refused."""
+    """Finds out before any work that a file could not be kept; makes nothing. Raises Refused."""
     if path.is_dir():
         raise Refused(f"{path}: is a folder, expected a file's name")
     if path.exists() and not path.is_file():
         return  # e.g. /dev/stdout
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        atomic.check(path, folders=True)
     except OSError as problem:
         raise Refused(f"{path}: cannot be written ({problem.strerror or problem})") from None
+
+
+def as_json(value: Any) -> str:
+    """Indented; numbers that JSON does not know are null."""
+
+    def known(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: known(part) for k, part in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [known(part) for part in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(known(value), indent=1, allow_nan=False)
 
 
 def grouped(rows: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:

@@ -6,8 +6,11 @@ matplotlib is imported when a figure is made, and its global state (pyplot) is l
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from . import atomic
 
 # Okabe and Ito's colours, which people tell apart whatever colours they see: grey (in place of their yellow, too light
 # on white), orange, blue, green, purple, vermilion, sky.
@@ -15,12 +18,19 @@ PALETTE = ("#7f7f7f", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#5
 MARKERS = "osD^vPX"  # beside the colours, so that a print in grey shows them, too
 
 
-def figure(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
+def figure(
+    rows: int, columns: int, width: float, height: float, layout: Any = "constrained", **options: Any
+) -> tuple[Any, list[Any]]:
     """(the figure, its panels row by row); width and height are the whole figure's, in inches."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
+    made = Figure(figsize=(width, height), layout=layout)
     return made, list(made.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def plain(text: object) -> str:
+    """As it is written, which with two dollars would be a formula."""
+    return str(text).replace("$", r"\$")
 
 
 def label(axis: Any, title: str = "", x: str = "", y: str = "", grid: str = "y") -> None:
@@ -51,6 +61,16 @@ def means(axis: Any, names: Sequence[str], series: dict[str, Sequence[tuple[floa
             look = {"fmt": MARKERS[i % len(MARKERS)], "color": PALETTE[i % len(PALETTE)]}
             axis.errorbar(places, middle, spread, **look, capsize=2.5, markersize=4.5, label=text)
     axis.set_xticks(range(len(names)), names)
+
+
+def image(figure: Any, suffix: str, dpi: int = 120) -> bytes:
+    """One file's contents. ValueError for a format that matplotlib does not write."""
+    return next(iter(save(figure, "it", (suffix,), dpi).values()))
+
+
+def write(figure: Any, path: str | os.PathLike) -> None:
+    """That very path, whole or not at all: in the format of its suffix, png without one."""
+    atomic.write(path, image(figure, os.path.splitext(os.fspath(path))[1][1:] or "png"))
 
 
 def save(figure: Any, name: str, suffixes: Sequence[str] = ("png", "svg"), dpi: int = 130) -> dict[str, bytes]:

@@ -316,6 +316,7 @@ def one_seed(args: argparse.Namespace) -> int:
     pair = PAIRS["digits / larger CNN"]
     for load, build in (*pair.proxies.values(), pair.target):  # a budget out of reach is an error before work
         search.Space(build(), cached(load, 0)[0][:1], WEIGHT_BITS, budget=budget)
+    args.out.mkdir(parents=True, exist_ok=True)
     proxy, proxy_data = float_model(pair.proxies["smaller CNN"], 0)
     target, data = float_model(pair.target, 0)
     screen.print(f"Float models of the digits: small CNN {accuracy(proxy, proxy_data):.2f} %, larger CNN "

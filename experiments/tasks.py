@@ -281,6 +281,7 @@ def write_minilm(path: Path, held_out: int = 512) -> None:
     embedding = "embeddings.word_embeddings.weight"
     kept = {k: (v[words] if k == embedding else v).half() for k, v in weights.items() if v.is_floating_point()}
     sizes = [torch.tensor([len(n) for n in part]) for part in numbers]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path) as file:
         torch.save({"weights": kept, "numbers": [torch.cat(part) for part in numbers], "sizes": sizes}, file)
 

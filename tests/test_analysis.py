@@ -16,7 +16,9 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
+import threading
 import warnings
 
 import numpy as np
@@ -64,6 +66,7 @@ def test_eigenvalues_of_a_quadratic():
     assert analysis.hessian_eigenvalues(lambda: quadratic(w), [w], 6) == pytest.approx(
         sorted(DIAGONAL.tolist(), reverse=True), abs=1e-12
     )  # dense, where Lanczos cannot be asked
+    assert analysis.hessian_eigenvalues(lambda: quadratic(w), (p for p in [w]), 1) == pytest.approx([4], rel=1e-6)
     assert analysis.hessian_eigenvalues(lambda: (w * 2).sum(), [w]) == [0.0]
     one = nn.Parameter(torch.tensor(2.0))
     assert analysis.hessian_eigenvalues(lambda: -3 * one**2, [one]) == pytest.approx([-6.0])
@@ -146,10 +149,19 @@ def test_slice_goes_through_the_loss_and_back():
         (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), k=0), "k: expected"),
         (lambda m, x, y: analysis.smoothness(nn.ReLU(), functional.cross_entropy, (x, y)), "no parameters"),
         (lambda m, x, y: analysis.hessian_trace(m, functional.cross_entropy, (x, y), samples=0), "samples: expected"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, None), "data: expected .x, y. or batches"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), tol="x"), "tol: expected a number"),
+        (lambda m, x, y: analysis.smoothness(m, functional.cross_entropy, (x, y), seed=1.5), "seed: expected an int"),
+        (lambda m, x, y: analysis.loss_slice(m, functional.cross_entropy, (x, y), points=0), "points: expected"),
+        (lambda m, x, y: analysis.loss_slice(m, functional.cross_entropy, (x, y), reach=math.nan), "reach: expected"),
+        (lambda m, x, y: analysis.feasibility_limit(math.nan), "eps: expected a finite number"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), []), "params: expected at least one tensor"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), m[0].weight), "params: expected tensors"),
+        (lambda m, x, y: analysis.hessian_eigenvalues(lambda: m(x).sum(), ["w"]), "params.0.: expected a tensor"),
     ],
 )
 def test_bad_input(what, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         what(*small_problem())
 
 
@@ -441,6 +453,21 @@ def test_no_learned_scale_starts_from_an_analysis():
     found = analysis.loss_slice(model, functional.cross_entropy, (x, y), points=3)["loss"][1]
     assert not any(layer.input_quantizer.started for layer in ak.nn.quantized_layers(model).values())
     assert found == functional.cross_entropy(model.eval()(x), y).item()  # until then by the inputs themselves
+
+
+def test_a_model_that_keeps_an_activation_is_copied():
+    class Keeping(nn.Sequential):
+        def forward(self, x):
+            self.kept = {"last": [super().forward(x)]}
+            return self.kept["last"][0]
+
+    model, x, y = small_problem()
+    plain = ak.quantize_(model)
+    keeping = Keeping(*plain)
+    keeping(x)
+    found = analysis.smoothness(keeping, functional.cross_entropy, (x, y))
+    assert found == analysis.smoothness(plain, functional.cross_entropy, (x, y))
+    assert keeping.kept["last"][0].requires_grad
 
 
 def test_what_stands_around_a_quantized_layer_is_in_the_function():
@@ -1028,6 +1055,58 @@ def test_page_and_command(tmp_path, capsys):
     assert page.count("data:image/png;base64,") == len(names) - 1
     assert "http" not in page and "src='data" in page  # self-contained
     assert all((tmp_path / "out" / n).read_bytes()[:4] == b"\x89PNG" for n in names if n.endswith("png"))
+
+
+def written_log(path, *lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"kind": "run", "optimizer": "ASkewSGD"}, *lines)))
+    return path
+
+
+def note(step, **more):
+    histogram = {"levels": [-1.0, 1.0], "low": -3.0, "high": 3.0, "counts": [1, 2, 3]}
+    return {"kind": "note", "step": step, "epoch": step, "histograms": {"a$b$": histogram}, **more}
+
+
+def test_a_report_draws_what_it_can_in_time_and_says_what_it_left_out(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setitem(analysis.report.__globals__, "MOST_PANELS", 5)
+    notes = [note(i + 1, landscape={"t": [0.0, 1.0], "loss": [None, 1.0] if i else 5}) for i in range(7)]
+    path = written_log(tmp_path / "run.jsonl", *notes)
+    assert main(["analyze", str(path), "--plot", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "line 2: landscape" in said.out and "line 3" not in said.out and "5 epochs" in said.err
+    assert "left out: weights: 5 of 7 epochs are drawn, evenly spread" in said.out
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "5 of 7 epochs" in page and "line 2: landscape" in page
+    assert "epoch 1'" in page and "epoch 7'" in page and page.count("class=frame") == 5
+
+
+def test_a_log_comes_through_a_pipe(tmp_path, capsys):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    text = written_log(tmp_path / "run.jsonl", note(1)).read_text()
+    writer = threading.Thread(target=path.write_text, args=(text,), daemon=True)
+    writer.start()
+    assert main(["analyze", str(path)]) == 0 and "1 notes" in capsys.readouterr().out
+
+
+ODD_LINES = {
+    "bins without a width": note(1, histograms={"w": {"levels": [], "low": 1.0, "high": 1.0, "counts": [1]}}),
+    "no epoch": {k: v for k, v in note(1).items() if k != "epoch"},
+    "text for counts": note(1, histograms={"w": {"levels": [0.0], "low": 0.0, "high": 1.0, "counts": "12"}}),
+    "a list of histograms": note(1, histograms=[1]),
+    "a step that is text": note("1"),
+    "text for a number": {"kind": "step", "step": 1, "tensors": [
+        {"name": "w", "numel": "4", "eps": 1.0, "lr": 0.1, "fraction_infeasible": 0.5, "flips": 1}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_a_line_of_another_shape_is_named_before_any_work(odd, tmp_path, capsys):
+    path = written_log(tmp_path / "run.jsonl", ODD_LINES[odd], note(9))
+    assert main(["analyze", str(path), "--plot", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "line 2: not a line of a telemetry log" in said.err and not said.out and not (tmp_path / "out").exists()
 
 
 def test_command_with_bad_input(tmp_path, capsys):

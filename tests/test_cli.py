@@ -134,6 +134,35 @@ def test_requests_that_cannot_be_served(arguments, said, places, monkeypatch, ca
     assert not places["NOWHERE"].exists() and places["FILE"].read_bytes() == b"nonsense\xff\n"
 
 
+@pytest.mark.parametrize("arguments", [
+    "search --bits 100 --out NOWHERE/deep", "accuracy --device cuda --out NOWHERE/deep",
+    "accuracy --report --out NOWHERE/deep", "bench --json NOWHERE/deep/rows.json --csv FILE/below",
+])  # fmt: skip
+def test_what_is_refused_makes_no_folders(arguments, places, monkeypatch, capsys):
+    for module in ("rich", "mnist1d", "sklearn", "safetensors", "matplotlib"):
+        pytest.importorskip(module)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("NOWHERE", "FILE"):
+        arguments = arguments.replace(name, str(places[name]))
+    assert exit_code(*arguments.split()) == 2
+    assert not places["NOWHERE"].exists(), capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("how", "variables"),
+    [(">&-", {}), (">&- 2>&-", {}), ("", {"PYTHONIOENCODING": "ascii"}),
+     ("", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})],
+)  # fmt: skip
+def test_every_stdout_is_served(how, variables, tmp_path):
+    """One that was closed takes everything; what it cannot encode is shown as ?."""
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"kind": "run", "optimizer": "ε"}\n')
+    line = f"exec '{sys.executable}' -m askew_kernels analyze '{log}' {how}"
+    done = subprocess.run(["sh", "-c", line], env={**os.environ, **variables}, capture_output=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    assert done.stdout == (b"" if how else b"?: 0 recorded steps, 0 notes" + os.linesep.encode()), done.stdout
+
+
 def test_an_old_log_is_read_where_it_can_be(tmp_path, capsys):
     """Of what ``--resume`` finds: a line that was cut off at the end is no more than not there."""
 

@@ -314,6 +314,10 @@ def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, caps
         export_packed(source, out, "gguf")
     assert unchanged()
     assert main(["export", str(source), "--to", "gguf", "--out", str(out)]) == 2 and unchanged()
+    with monkeypatch.context() as patch:  # said before the model is read
+        patch.setattr("askew_kernels.deploy.export.contents_at", lambda *_: pytest.fail("read"))
+        assert main(["export", str(source), "--to", "gguf", "--out", str(tmp_path / "missing" / "out.gguf")]) == 2
+        assert main(["export", str(source), "--to", "gguf", "--out", str(out)]) == 2 and unchanged()
     assert "is there already" in capsys.readouterr().err
     for option, value, said in (("--dense", "head*", "none fits 'head*'"), ("--folder", str(out), "expected a folder")):
         command = ["export", str(source), "--to", "gguf", "--out", str(tmp_path / "new.gguf"), option, value]
@@ -329,6 +333,8 @@ def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, caps
         with pytest.raises((PackedFileError, KeyboardInterrupt), match=r"out\.gguf: cannot be written \(.*space|^$"):
             export_packed(source, out, "gguf", overwrite=True)
         assert unchanged()
+        if isinstance(failure, OSError):
+            assert main(["export", str(source), "--to", "gguf", "--out", str(out), "--overwrite"]) == 1 and unchanged()
     monkeypatch.undo()
     export_packed(source, out, "gguf", overwrite=True)
     assert format_of(out) == "gguf"
@@ -351,7 +357,7 @@ def test_the_command_line(tmp_path, capsys):
     for arguments, told in (
         (["export", str(tmp_path / "none"), "--to", "gguf", "--out", out], "no such file"),
         (["export", source, "--to", "gguf", "--out", str(tmp_path / "x"), "--architecture", "nonsense"], "nonsense"),
-        (["convert", source, back], "--bits or --grid"),
+        (["convert", source, back], "packed.safetensors: is packed already; export writes it"),
     ):
         assert main(arguments) == 2
         assert told in capsys.readouterr().err

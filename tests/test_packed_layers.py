@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -29,7 +30,9 @@ from oracles import DTYPES, EPSILON, NF4, TINY, same_bits
 from torch import nn
 
 import askew_kernels as ak
-from askew_kernels import ops, reference, runtime
+from askew_kernels import command, ops, reference, runtime
+from askew_kernels.__main__ import main
+from askew_kernels.deploy import convert, tensorfile
 from askew_kernels.deploy.files import KEY, PENDING, PackedFile, PackedFileError
 from askew_kernels.nn import PackedConv2d, PackedLinear
 from askew_kernels.quant import Binary, Codebook, Ternary, Uniform, code_bits, pack_codes
@@ -586,8 +589,6 @@ def test_the_file_is_small(config, factor, tmp_path):
 
 
 def test_inspect_reports_sizes_and_errors(saved, capsys):
-    from askew_kernels.__main__ import main
-
     model = ak.quantize_(small(), CONFIGS["int4 group"])
     before = ak.inspect(model, picture())
     weight, w_hat = model[5].weight.detach(), model[5].quantized_weight()
@@ -620,14 +621,25 @@ def test_inspect_reports_sizes_and_errors(saved, capsys):
     for got, want in zip(rows, before.layers, strict=True):
         assert got["error"] == pytest.approx(want.error, rel=1e-6) and got["outliers"] == want.outliers
     assert not importlib.util.find_spec("matplotlib") or plot.read_bytes().startswith(b"\x89PNG")
+    report = dataclasses.replace(packed, layers=(dataclasses.replace(packed.layers[0], name="x$^$", error=math.nan),))
+    assert json.loads(command.as_json(report.to_dict()))["layers"][0]["error"] is None
+    if importlib.util.find_spec("matplotlib"):  # to that very path, whatever the name of a layer
+        report.plot(saved[1].with_name("plain"))
+        assert saved[1].with_name("plain").read_bytes().startswith(b"\x89PNG")
+        report.plot(saved[1].with_name("plot.svg"))
+        assert "x$^$" in saved[1].with_name("plot.svg").read_text()
+        with pytest.raises(ValueError, match="xyz"):
+            report.plot(saved[1].with_name("plot.xyz"))
+        assert not [p for p in saved[1].parent.iterdir() if p.name in ("plain.png", "plot.xyz")]
+        assert main(["inspect", str(saved[1]), "--plot", "/dev/null"]) == 0 and not os.path.exists("/dev/null.png")
+    os.mkfifo(pipe := saved[1].with_name("pipe"))
+    assert main(["inspect", str(pipe)]) == 2 and "not a file" in capsys.readouterr().err
     saved[1].write_bytes(b"x")
     assert main(["inspect", str(saved[1])]) == 2 and str(saved[1]) in capsys.readouterr().err
 
 
 def test_convert(tmp_path, capsys):
     from safetensors.torch import save_file
-
-    from askew_kernels.__main__ import main
 
     source, target = tmp_path / "float.safetensors", tmp_path / "packed.safetensors"
     model = quantized(CONFIGS["int4 channel"])
@@ -641,6 +653,48 @@ def test_convert(tmp_path, capsys):
     assert "0: weight: " in capsys.readouterr().err
     assert main(["convert", str(source), str(target), "--grid", "ternary", "--only", "5", "--force"]) == 0
     assert list(PackedFile(target).layers) == ["5"]
+
+
+def test_convert_says_what_is_wrong_before_it_writes(tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    source, target = tmp_path / "float.safetensors", tmp_path / "packed.safetensors"
+    given = {"a.weight": torch.randn(4, 8), "b.weight": torch.randn(4, 2, 3, 3), "e.weight": torch.ones(6, 8)}
+    save_file(given, str(source))
+
+    def said(*arguments, code=2):
+        assert main(["convert", str(source), str(target), *arguments]) == code
+        out, err = capsys.readouterr()
+        assert err.count("\n") == 1 and not out and not target.exists()
+        return err
+
+    for kind in ("x*=linear", "b=embedding", "e=conv2d"):
+        assert f"none fits '{kind}'" in said("--bits", "4", "--force", "--kind", kind)
+    for value in (math.inf, -math.inf, math.nan):
+        save_file({"a.weight": given["a.weight"].index_fill(1, torch.tensor([3]), value)}, str(source))
+        assert "a: w: 4 of 32 weights are NaN or inf" in said("--bits", "4", "--force")
+    save_file({"a.weight": given["a.weight"].to(torch.float8_e4m3fn)}, str(source))
+    assert "a: weight: expected float32, bfloat16 or float16, got torch.float8_e4m3fn" in said("--bits", "4")
+    ak.save_packed(ak.pack_(ak.hard_quantize_(quantized(CONFIGS["int4 channel"]))), source)
+    for arguments in ((), ("--bits", "4")):
+        assert "is packed already" in said(*arguments)
+    monkeypatch.setattr(convert.files, "read_safetensors", lambda *_, **__: pytest.fail("read before OUT was checked"))
+    target = tmp_path / "missing" / "packed"
+    assert "cannot be written (No such file or directory)" in said("--bits", "4")
+
+
+def test_a_full_disk_is_a_failure_of_the_work(tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    source = tmp_path / "float.safetensors"
+    save_file({"a.weight": torch.randn(4, 8)}, str(source))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensorfile, "write", full)
+    assert main(["convert", str(source), str(tmp_path / "out"), "--bits", "4", "--force"]) == 1
+    assert "No space left" in capsys.readouterr().err
 
 
 # ---- digits ---------------------------------------------------------------------------------------------------------

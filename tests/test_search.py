@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import random
+import re
 import warnings
 
 import numpy as np
@@ -179,6 +180,9 @@ def test_what_hangs_on_layers_goes_on_in_mixtures_and_back():
         ({"weight_bits": (2, None)}, "weight_bits: expected 1 to 8, got None"),
         ({"act_bits": (1,)}, "act_bits: expected 2 to 8 or None, got 1"),
         ({"act_bits": ()}, "act_bits: expected at least one"),
+        ({"weight_bits": 4}, "weight_bits: expected a list of bits, got 4"),
+        ({"act_bits": None}, "act_bits: expected a list of bits, got None"),
+        ({"weight_bits": (2.0, 3)}, "weight_bits: expected 1 to 8, got 2.0"),
         ({"filter_fn": lambda m, n: False}, "no linear or conv layer to quantize passes filter_fn"),
     ],
 )
@@ -488,6 +492,17 @@ def test_loaders_that_end():
         ({"rho_max": 0.0}, "rho_max: expected at least rho_min"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"loss": lambda o, y: o}, "loss_fn: expected a scalar tensor"),
+        ({"loss": lambda o, y: functional.cross_entropy(o.detach(), y)}, "loss_fn: does not depend on the model"),
+        ({"loss": lambda o, y: (o.argmax(1) - y).float().mean()}, "loss_fn: does not depend on the model"),
+        ({"temperature": 1.0}, "temperature: expected .first, last., both > 0, got 1.0"),
+        ({"temperature": ("a", "b")}, "temperature: expected .first, last."),
+        ({"seed": "x"}, "seed: expected an int"),
+        ({"seed": 1.5}, "seed: expected an int"),
+        ({"batches": 5}, "loader: expected batches .x, y., got 5"),
+        ({"hooks": 5}, "hooks: expected .type: f"),
+        ({"kinds": ()}, "kinds: expected names out of .*, got none"),
+        ({"kinds": 5}, "kinds: expected names out of .*, got 5"),
+        ({"model": mlp().half(), "batches": [(torch.ones(4, 6).half(), torch.ones(4).long())]}, "0.weight is float16"),
         ({"model": nn.Sequential(nn.ReLU())}, "no linear or conv layer to quantize"),
         ({"model": nn.Linear(6, 3)}, "is itself a layer"),
     ],
@@ -495,6 +510,58 @@ def test_loaders_that_end():
 def test_bad_arguments(options, match):
     with pytest.raises(ValueError, match=match):
         quick(**options)
+
+
+@pytest.mark.parametrize("where", ["folder", "missing/file", "/dev/null"])
+def test_a_checkpoint_that_cannot_be_written_is_said_before_any_step(where, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="checkpoint: cannot be written"):
+        quick(loss=None, checkpoint=tmp_path / where)
+
+
+def test_a_search_goes_on_only_under_the_costs_and_with_the_model_that_it_began_with(tmp_path):
+    path = tmp_path / "search.pt"
+    options = {"steps": 2, "budget": Budget(latency=20.0), "checkpoint": path}
+    quick(latency=lambda p, w, a: float(w), **options)
+    with pytest.raises(ValueError, match=r"search.pt: of another search .costs differ."):
+        quick(latency=lambda p, w, a: w + 1.0, **options)
+    with pytest.raises(ValueError, match=r"search.pt: of another search .model differ."):
+        quick(mlp(width=13), latency=lambda p, w, a: float(w), **options)
+    other = {"steps": 2, "budget": Budget(bitops=5e4), "checkpoint": tmp_path / "other.pt"}
+    quick(**other)
+    with pytest.raises(ValueError, match="costs differ"):
+        quick(hooks={nn.ReLU: lambda m, x, y: 10.0}, **other)
+
+
+def test_a_model_that_keeps_an_activation_is_searched():
+    torch.manual_seed(0)
+    model = mlp()
+    model.kept = model(data()[0])
+    assert quick(model, steps=1).layers and model.kept.requires_grad
+
+
+def test_without_a_budget_no_baseline_saves_bits():
+    model, (x, y) = mlp(), data()
+    no_curvature = search.hessian_policy(model, (x, y), lambda output, y: output.sum(), samples=1)
+    for policy in (no_curvature, search.sensitivity_policy(model, x)):
+        assert set(policy.weight_bits.values()) == {8}
+
+
+def test_limits_that_an_error_names_can_be_asked_for():
+    x = torch.randn(2, 1237)
+    model = nn.Sequential(nn.Linear(1237, 999), nn.ReLU(), nn.Linear(999, 1))
+    for kind in ("bytes", "bitops", "latency"):
+        given = {"latency": lambda p, w, a: w / 3} if kind == "latency" else {}
+        for limit in (1e-3, 1e30):
+            with pytest.raises(BudgetError) as problem:
+                search.uniform_policy(model, x, budget=Budget(**{kind: limit}), **given)
+            low, high = re.search(r"from (\S+) to (\S+)$", str(problem.value)).groups()
+            assert search.uniform_policy(model, x, budget=Budget(**{kind: float(low)}), **given).layers
+            assert search.uniform_policy(model, x, budget=Budget(**{kind: float(high)}), **given).layers
+    falling = {"latency": lambda p, w, a: w if p.name == "0" else 20 - 2 * w}
+    with pytest.raises(BudgetError, match="budget: 9 is below every uniform policy's cost, from 12 on"):
+        search.uniform_policy(model, x, budget=Budget(latency=9), **falling)
+    assert json.dumps(Budget(bytes=np.int64(268)).limit) == "268" and Budget(latency=np.float32(0.5)).limit == 0.5
 
 
 def test_without_a_budget_the_weight_of_the_cost_decides():
@@ -1115,6 +1182,8 @@ ONE = """{"askew_policy": 1, "layers": [
         ('{"askew_policy": 1, "layers": [{"name": "a"}]}', "missing"),
         (ONE.replace("BITS", "9"), "a: weight_bits: expected 1 to 8 or None, got 9"),
         (ONE.replace("BITS", 'null, "act_bits": 4'), "act_bits: expected None"),
+        (ONE.replace("BITS", '4, "act_signed": "no"'), "a: act_signed: expected True or False, got 'no'"),
+        (ONE.replace('"name": "a"', '"name": 5').replace("BITS", "4"), "5: name: expected text, got 5"),
     ],
 )  # fmt: skip
 def test_damaged_policies(tmp_path, text, match):

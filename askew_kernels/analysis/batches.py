@@ -64,6 +64,12 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
 
 
+def check_iterable(name: str, value: Any, expected: str) -> None:
+    """ValueError for what no loop takes."""
+    if not (hasattr(value, "__iter__") or hasattr(value, "__getitem__")):
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.80}")
+
+
 def samples(x: Any) -> int:
     """How many samples a batch has: the first dimension of its first tensor that has one.
 
@@ -102,6 +108,7 @@ def batches_of(data: Any) -> list[tuple[Any, Any]]:
             return [(moved(data[0]), moved(data[1]))]
     if isinstance(data, Mapping):
         raise ValueError(f"data: expected (x, y) or batches of them, got a {type(data).__name__}")
+    check_iterable("data", data, "(x, y) or batches of them")
     found = [pair_of(item, "data: expected (x, y) or batches of them") for item in data]
     if not found:
         raise ValueError("data: yielded no batch")

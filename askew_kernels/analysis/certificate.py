@@ -28,6 +28,7 @@ def feasibility_limit(eps: float, alpha: float = 1.0) -> float:
 
         γ <= 12 / (α (9 − 16 ε)) for ε < 9/16, any γ above: then nothing infeasible stands within a quarter of a level
     """
+    eps, alpha = ops.number("eps", eps, 0.0), ops.number("alpha", alpha, 0.0)
     return 12 / (alpha * (9 - 16 * eps)) if alpha > 0 and eps < 9 / 16 else math.inf
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..command import Refused, check_folder, need
-from .report import read_log, report
+from ..command import Refused, check_folder, console, need, progress
+from .report import read_log, write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +32,17 @@ def _summary(log: dict[str, Any]) -> list[str]:
     for note in log["notes"][-1:]:
         numbers = [f"{k} {v:.4g}" for k, v in note.items() if isinstance(v, float)]
         lines.append(f"last note, step {note['step']}: " + ", ".join(numbers))
-    return lines
+    return lines + [f"left out: {what}" for what in log["left_out"]]
+
+
+def _shown(notes: list[Any]) -> Iterator[Any]:
+    """Each in turn, with a bar on stderr where rich is installed."""
+    print(f"drawing the weights of {len(notes)} epochs …", file=sys.stderr, flush=True)
+    if importlib.util.find_spec("rich") is None:
+        yield from notes
+        return
+    with progress(console(stderr=True)) as bar:
+        yield from bar.track(notes, description="epochs")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,17 +50,15 @@ def run(args: argparse.Namespace) -> int:
     if args.log.is_dir():
         raise Refused(f"{args.log}: is a folder, expected the log of a run")
     if args.plot is not None:
-        there = next(path for path in (args.plot, *args.plot.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise Refused(f"--plot {args.plot}: expected a folder, {there} is a file")
+        check_folder(args.plot, "--plot")
         need("analyze", "matplotlib", extra="analysis")
     try:
-        summary = "\n".join(_summary(read_log(args.log)))
+        log = read_log(args.log)  # once: it may be a pipe
+        summary = "\n".join(_summary(log))
     except (OSError, ValueError) as problem:
         raise Refused(problem) from None
-    if args.plot is not None:  # before anything is printed
-        check_folder(args.plot, "--plot")
     print(summary)
     if args.plot is not None:
-        print(f"wrote {len(report(args.log, args.plot))} files: {args.plot / 'index.html'}")
+        written = write_report(log, f"{args.log.name}: the run", args.plot, _shown)
+        print(f"wrote {len(written)} files: {args.plot / 'index.html'}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,6 +60,12 @@ def check_gradients(model: nn.Module) -> None:
                              "give a copy.deepcopy(model) that is made outside of it")  # fmt: skip
     if not any(p.is_floating_point() and p.numel() for p in model.parameters()):
         raise ValueError("model: it has no parameters that a loss could be differentiated in")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of one that keeps activations as attributes, which torch does not copy: they lose the graph."""
+    kept = [t for m in model.modules() for value in vars(m).values() for t in tensors_of(value) if not t.is_leaf]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept})
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -53,9 +54,17 @@ class Generators:
         np.random.seed(seed % 2**32)
 
 
+def check_seed(seed: Any) -> int:
+    """As a plain int. ValueError for what no generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not -(2**63) <= int(seed) < 2**64:
+        raise ValueError(f"seed: expected an int of 64 bits, got {seed!r}")
+    return int(seed)
+
+
 @contextlib.contextmanager
 def seeded(seed: int, loader: Any = None) -> Iterator[Generators]:
     """Everything drawn in the block follows from ``seed``; afterwards all generators are as they were before."""
+    seed = check_seed(seed)
     generators = Generators(loader)
     before = generators.state()
     try:

@@ -9,9 +9,8 @@ generators are left as they were.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..nn import quantized_layers
 from ..nn.convert import inputs_of
 from ..nn.layers import INPUT
 from ..optim import frozen_batchnorm_stats
 from .batches import batches_of, check_count, samples
-from .differentiable import check_gradients, check_twice, culprit, differentiable_twice, left_alone, naming
+from .differentiable import check_gradients, check_twice, copied, culprit, differentiable_twice, left_alone, naming
 from .generators import seeded
 
 Product = Callable[[list[Tensor]], list[Tensor]]
 
 
 def hessian_eigenvalues(
-    loss: Callable[[], Tensor], params: Sequence[Tensor], k: int = 1, *, tol: float = 1e-4, seed: int = 0
+    loss: Callable[[], Tensor], params: Iterable[Tensor], k: int = 1, *, tol: float = 1e-4, seed: int = 0
 ) -> list[float]:
     """The k largest eigenvalues of the Hessian of ``loss()`` in ``params``, descending.
 
@@ -40,7 +40,14 @@ def hessian_eigenvalues(
     Raises ValueError for k < 1, a loss or a Hessian that is not finite, a parameter without a gradient;
     NotImplementedError for a loss without a second derivative; ImportError without SciPy.
     """
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected tensors, as in model.parameters(), got one; give [it]")
+    params = list(params)
+    if not params:
+        raise ValueError("params: expected at least one tensor, got none")
     for i, p in enumerate(params):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params[{i}]: expected a tensor, got {type(p).__name__}")
         if not p.requires_grad:
             raise ValueError(f"params[{i}]: expected a tensor that requires a gradient, got one that does not")
     with differentiable_twice(), seeded(seed):
@@ -76,6 +83,7 @@ def _largest(product: Product, params: Sequence[Tensor], k: int, tol: float, see
     except ImportError:
         raise ImportError('eigenvalues need SciPy: pip install "askew_kernels[analysis]"') from None
     check_count("k", k)
+    tol = ops.number("tol", tol, 0.0)
     sizes = [p.numel() for p in params]
     n = sum(sizes)
     if n == 0:
@@ -200,7 +208,7 @@ def _smooth_twin(model: nn.Module) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     layers = quantized_layers(model)
     with torch.inference_mode(False), torch.no_grad():
         weights = {name: layer.forward_weight() for name, layer in layers.items()}
-        twin = copy.deepcopy(model) if layers else model
+        twin = copied(model) if layers else model
         uses: dict[int, list[Tensor]] = {}
         for name, module in twin.named_modules():
             for key, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -274,6 +282,8 @@ def loss_slice(
     left alone, so that slices of different networks compare (Li et al., Visualizing the loss landscape, 2018). What the
     model draws is the same at every t. The model is put back.
     """
+    check_count("points", points)
+    reach = ops.number("reach", reach, 0.0)
     problem = _Problem(model, loss_fn, data, seed)
     draws = torch.Generator("cpu").manual_seed(seed)
     moving = [p for p in problem.named.values() if p.dim() > 1]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import os
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import quant
+from .. import atomic, ops, quant
 from ..command import error
 from ..nn.kinds import KINDS, chosen, own_keys
 from ..quant import QuantConfig, compute_scale
@@ -28,26 +30,37 @@ from .inspect import report_of_contents
 @files.on_cpu()
 @torch.no_grad()
 def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: QuantConfig, only: str = "*",
-                 force: bool = False, kinds: Mapping[str, str] | None = None) -> None:  # fmt: skip
+                 force: bool = False, kinds: Mapping[str, str] | None = None,
+                shown: Callable[[str], None] = lambda name: None) -> None:  # fmt: skip
     """Packs the weights of a safetensors state_dict: ``<name>.weight`` of as many dimensions as a kind of layer has
     (``nn.KINDS``), name like ``only``. kinds: {pattern of names: kind}, for what the number does not tell: without it
     two dimensions are a linear layer, not an embedding or a Conv1D; weights of experts, ``<name>``, are taken where it
-    says so.
+    says so. shown: called with each layer's name before it is packed.
 
     Scales come from ``<name>.weight_scale``, as frozen quantized layers save it, else from the config's rule. Raises
-    PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is NaN, or where
-    nothing matches.
+    PackedFileError naming the layer where a weight is not on its levels (unless ``force`` rounds it), is not finite, or
+    of a type that layers do not have; where nothing matches; for a pattern that fits no weight of its kind.
     """
-    tensors: dict[str, Tensor] = files.read_safetensors(source).tensors
-    layers = {}
+    _check_target(target)
+    found = files.read_safetensors(source)
+    if files.KEY in found.metadata:
+        raise files.PackedFileError(f"{source}: is packed already")
+    tensors: dict[str, Tensor] = found.tensors
+    layers, unused = {}, {pattern: chosen(kind) for pattern, kind in (kinds or {}).items()}
     for key, w in list(tensors.items()):
         name = key.removesuffix(".weight")
-        said = [kind for pattern, kind in (kinds or {}).items() if fnmatch.fnmatchcase(name, pattern)]
-        fitting = (kind for kind in chosen(said[:1] or KINDS) if kind.dims == w.dim() and kind.held == (name == key))
-        kind = next(fitting, None) if said or name != key else None
+        fitting = [kind for kind in KINDS.values() if kind.dims == w.dim() and kind.held == (name == key)]
+        said = [pattern for pattern in kinds or {} if fnmatch.fnmatchcase(name, pattern)]
+        for pattern in said:
+            if any(kind in fitting for kind in unused.get(pattern, ())):
+                del unused[pattern]
+        of = chosen((kinds or {})[said[0]]) if said else fitting if name != key else []
+        kind = next((kind for kind in of if kind in fitting), None)
         if kind is None or not w.is_floating_point() or not fnmatch.fnmatchcase(name, only):
             continue
+        shown(name)
         try:
+            ops.check_float_tensor("weight", w)
             scale = tensors.get(f"{name}.weight_scale")
             if scale is None or not bool((scale > 0).all()):  # a layer that was never used has none yet
                 c = config
@@ -57,17 +70,48 @@ def convert_file(source: str | os.PathLike, target: str | os.PathLike, config: Q
                 )
             layer = kind.packed.like(kind.of_shape(w.shape, False), config=config, dtype=w.dtype)
             layer.fill(w, scale.float(), force)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise files.PackedFileError(f"{source}: {name}: {error}") from None
         for own in (key, *(f"{name}.{own}" for own in own_keys(kind.quantized) - {"bias"})):
             tensors.pop(own, None)
         tensors[f"{name}.weight_codes"], tensors[f"{name}.weight_scale"] = layer.weight_codes, layer.weight_scale
         layers[name] = layer.description()
         layers[name].pop("geometry", None)  # of which a state_dict says nothing
+    for pattern in unused:
+        told = f"{pattern}={(kinds or {})[pattern]}"
+        raise files.PackedFileError(f"{source}: kinds: expected patterns of names of such layers, none fits {told!r}")
     if not layers:
         dims = " or ".join(map(str, sorted({kind.dims for kind in KINDS.values()})))
         raise files.PackedFileError(f"{source}: no <name>.weight of {dims} dimensions matches {only!r}")
     files.write_packed(target, tensors, layers)
+
+
+def _check_target(target: str | os.PathLike) -> None:
+    """PackedFileError before any work."""
+    try:
+        atomic.check(target)
+    except OSError as problem:
+        raise files.PackedFileError(f"{target}: cannot be written ({problem.strerror or problem})") from None
+
+
+def _is_packed(path: Path) -> bool:
+    try:
+        return files.KEY in files.read_safetensors(path, mmap=True).metadata
+    except files.PackedFileError:
+        return False
+
+
+def _telling(source: Path, every: float = 2.0) -> Callable[[str], None]:
+    """What says on stderr, now and then, which layer is packed; of quick work nothing."""
+    last = time.monotonic()
+
+    def tell(name: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > every:
+            last = time.monotonic()
+            print(f"{source}: packing {name} …", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +131,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.bits is None and arguments.grid is None:
-            if format_of(arguments.source) is None:
+            name = format_of(arguments.source)
+            if name is None:
+                if os.path.isfile(arguments.source) and _is_packed(arguments.source):
+                    raise ValueError(f"{arguments.source}: is packed already; export writes it in other formats")
                 raise ValueError("a state_dict of floats needs --bits or --grid; files of "
                                  f"{', '.join(FORMATS)} bring their own")  # fmt: skip
+            _check_target(arguments.target)
+            print(f"{arguments.source}: reading it as {name} …", file=sys.stderr, flush=True)
             contents = contents_at(arguments.source)
             if not contents.layers:
                 raise contents.error("convert", "it has no layer of integers")
@@ -102,9 +151,10 @@ def run(arguments: argparse.Namespace) -> int:
         if any("=" not in given for given in arguments.kind):
             raise ValueError(f"--kind: expected PATTERN=KIND, got {' '.join(arguments.kind)}")
         kinds = dict(given.rsplit("=", 1) for given in arguments.kind)
-        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds)
+        convert_file(arguments.source, arguments.target, config, arguments.only, arguments.force, kinds,
+                     _telling(arguments.source))  # fmt: skip
         print(report_of_contents(read_contents(arguments.target, verify=False, mmap=True)))
     except (ValueError, TypeError, OSError, ImportError) as problem:
         error(f"convert: {problem}")
-        return 2
+        return 1 if isinstance(problem, files.NotWritten) else 2
     return 0

@@ -16,7 +16,7 @@ from torch import nn
 from .. import atomic
 from ..command import error
 from .contents import Contents, contents_of, read_contents
-from .files import PackedFileError, on_cpu
+from .files import NotWritten, PackedFileError, on_cpu
 from .formats import FORMATS, format_of
 
 
@@ -57,6 +57,7 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
     if folder is not None and not os.path.isdir(folder):
         raise NotADirectoryError(f"folder: expected a folder with a tokenizer, got {os.fspath(folder)}")
     dense = tuple(dense)
+    atomic.check_new(path, overwrite)  # before the work
     if isinstance(model, nn.Module):
         contents = contents_of(model, folder)
     else:
@@ -71,8 +72,9 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
             FORMATS[to].load().export(contents, new, architecture=architecture, dense=dense)
         except (OSError, PackedFileError) as error:  # of libraries, too, which know the name that is only for now
             text = str(error).replace(os.fspath(new), os.fspath(path))
-            text = text if isinstance(error, PackedFileError) else f"{path}: cannot be written ({text})"
-            raise PackedFileError(text) from error
+            if isinstance(error, PackedFileError):
+                raise PackedFileError(text) from error
+            raise NotWritten(f"{path}: cannot be written ({text})") from error
     return contents
 
 
@@ -127,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as problem:
         error(f"export: {problem}")
-        return 2
+        return 1 if isinstance(problem, NotWritten) else 2
 
 
 def verified(contents: Contents, path: Path, to: str) -> int:

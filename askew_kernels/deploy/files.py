@@ -46,6 +46,10 @@ class PackedFileError(ValueError):
     """A packed file that cannot be written, read, or fitted to a model; the text begins with the path."""
 
 
+class NotWritten(PackedFileError):
+    """What the system says after the work, such as a full disk."""
+
+
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Tensors are made on the CPU, whatever is the default outside: files hold what lies there."""
@@ -175,7 +179,7 @@ def write_packed(path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor],
         # the mark's first place is the checksum's: nothing before it is a user's to choose
         tensorfile.write(path, kept, metadata, PENDING, lambda sums: _checksum(document, kept, sums))
     except (OSError, ValueError, RuntimeError) as error:
-        raise PackedFileError(f"{shown}: cannot be written ({error})") from None
+        raise NotWritten(f"{shown}: cannot be written ({error})") from None
 
 
 def save_packed(model: nn.Module, path: str | bytes | os.PathLike) -> None:

@@ -44,4 +44,6 @@ FORMATS = {
 
 def format_of(path: str | os.PathLike) -> str | None:
     """The name of the format that a file or a folder has; None for one of this library's, and for any other."""
+    if not (os.path.isfile(path) or os.path.isdir(path)):  # a pipe, which whoever reads its first bytes waits for
+        return None
     return next((name for name, f in FORMATS.items() if f.load().is_one(path)), None)

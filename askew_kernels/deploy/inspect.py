@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..command import check_writable, error
+from .. import figures
+from ..command import as_json, check_writable, error
 from ..contract import bits_per_code
 from ..nn import quantized_layers
 from ..nn.kinds import own_keys
@@ -85,10 +85,11 @@ class Report:
         return "\n".join(form.format(*row).rstrip() for row in rows)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Bytes of each layer beside those in float32, and its errors, as an image. Needs matplotlib."""
+        """Bytes of each layer beside those in float32, and its errors, as an image of the very ``path``: in the
+        format of its suffix, png without one. Needs matplotlib."""
         from matplotlib.figure import Figure
 
-        names, place = [r.name for r in self.layers], range(len(self.layers))
+        names, place = [figures.plain(r.name) for r in self.layers], range(len(self.layers))
         figure = Figure(figsize=(9, 1.6 + 0.28 * len(names)), layout="constrained")
         size, error = figure.subplots(1, 2, sharey=True)
         size.plot([r.float_bytes for r in self.layers], place, "|", label="float32")  # bars have no end on a log axis
@@ -103,7 +104,7 @@ class Report:
         for axes in (size, error):
             if axes.get_legend_handles_labels()[0]:
                 axes.legend()
-        figure.savefig(str(path), dpi=120)
+        figures.write(figure, path)
 
 
 def short_name(grid: Grid, trits: bool = False) -> str:
@@ -232,5 +233,5 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError) as problem:
         error(f"inspect: {problem}")
         return 2
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    print(as_json(report.to_dict()) if arguments.json else report)
     return 0

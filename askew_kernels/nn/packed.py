@@ -134,7 +134,7 @@ class PackedLayer(nn.Module):
     @torch.no_grad()
     def fill(self, weight: Tensor, scale: Tensor, force: bool = False) -> None:
         """Codes and scales of ``weight``. Raises ValueError where that would change a weight or a scale, unless
-        ``force``, and for NaN; the layer is then as it was."""
+        ``force``, and for NaN and inf; the layer is then as it was."""
         if scale.shape != self.weight_scale.shape:
             wanted = f"{tuple(self.weight_scale.shape)} for {self.shape} weights {self.config.granularity}"
             raise ValueError(f"weight_scale: expected shape {wanted}, got {tuple(scale.shape)}")
@@ -143,6 +143,8 @@ class PackedLayer(nn.Module):
             raise ValueError(
                 f"scale_dtype: {scale.dtype} would change the scales; use float32, or force=True to round them"
             )
+        if off := int((~weight.isfinite()).sum()):  # inf would take an end, at a scale that is none
+            raise ValueError(f"w: {off} of {weight.numel()} weights are NaN or inf")
         grid = self.config.weight
         codes = pack_weight(self.form.matrix(weight), scale.float(), grid, trits=self.trits)
         if not force:

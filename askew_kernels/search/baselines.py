@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..analysis.batches import batches_of
-from ..analysis.generators import seeded
+from ..analysis.generators import check_seed, seeded
 from ..analysis.hessian import hessian_trace
 from ..nn.kinds import kind_of
 from ..quant import compute_scale
-from .cost import BudgetError
+from .cost import BudgetError, told
 from .policy import Policy, weight_grid
 from .space import Space, knapsack
 
@@ -32,17 +32,18 @@ def uniform_policy(model: nn.Module, example: Any, **options: Any) -> Policy:
     """The same bits everywhere: the most that meet the budget (weights first, then inputs)."""
     started = time.perf_counter()
     space = Space(model, example, **options)
-    limit = float("inf") if space.budget is None else space.budget.limit
+    limit, least = float("inf") if space.budget is None else space.budget.limit, float("inf")
     for pair in reversed([*np.ndindex(len(space.weight_bits), len(space.act_bits))]):
         choice = dict.fromkeys(space.names, pair)
-        if space.cost.of(choice) <= limit:
+        least = min(least, cost := space.cost.of(choice))
+        if cost <= limit:
             return space.policy(choice, _report("uniform", started))
-    raise BudgetError(f"budget: {limit:g} is below every uniform policy's cost")  # the range allowed it: rounding
+    raise BudgetError(f"budget: {told(limit)} is below every uniform policy's cost, from {told(least)} on")
 
 
 def random_policy(model: nn.Module, example: Any, *, seed: int = 0, **options: Any) -> Policy:
     """The knapsack's choice for random values: uses up the budget as the others do, and knows nothing."""
-    started = time.perf_counter()
+    started, seed = time.perf_counter(), check_seed(seed)
     space = Space(model, example, **options)
     draws = torch.Generator("cpu").manual_seed(seed)
     values = {name: torch.rand(table.shape, generator=draws, dtype=torch.float64, device="cpu")
@@ -95,7 +96,8 @@ def hessian_policy(
 
 
 def _spend(space: Space, values: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """Errors fall with every bit: the budget is what ends them, so without one all bits are taken."""
+    """Errors fall with every bit: the budget is what ends them, so without one all bits are taken, also by layers that
+    bring no error in, as those without a trace."""
     if space.budget is None:
-        return space.choose(values)
+        return dict.fromkeys(space.names, (len(space.weight_bits) - 1, len(space.act_bits) - 1))
     return space.spend(knapsack(values, space.cost, space.budget.limit), values)  # no trace, no error: bits left

@@ -14,12 +14,14 @@ A weight that several layers share is there once: it counts once in average bits
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,11 @@ class BudgetError(ValueError):
     """A budget that no policy can meet, or that every policy meets."""
 
 
+def told(value: float) -> str:
+    """In full, so that what an error names can be given as the next budget."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
 @dataclass(frozen=True)
 class Budget:
     """A limit that the chosen policy never exceeds: exactly one of the costs."""
@@ -60,8 +67,10 @@ class Budget:
         if len(given) != 1:
             raise BudgetError(f"budget: expected exactly one of {', '.join(COSTS)}, got {', '.join(given) or 'none'}")
         value = self.limit
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
             raise BudgetError(f"budget: {self.kind}: expected a number > 0, got {value!r}")
+        plain = int(value) if isinstance(value, numbers.Integral) else float(value)  # NumPy's are not for JSON
+        object.__setattr__(self, self.kind, plain)
 
     @property
     def kind(self) -> str:
@@ -137,6 +146,10 @@ def trace(model: nn.Module, x: Any, names: Sequence[str] | None = None, *, act_b
     layer, and for a model without values (meta device).
     """
     check_values(model)
+    if not isinstance(hooks or {}, Mapping) or not all(
+        isinstance(t, type) and callable(f) for t, f in (hooks or {}).items()
+    ):
+        raise ValueError(f"hooks: expected {{type: f(module, inputs, output)}}, got {hooks!r:.80}")
     layers = candidate_layers(model, kinds)
     searched = set(layers if names is None else names)
     if unknown := sorted(searched - layers.keys()):

@@ -8,9 +8,10 @@ scales of all candidates come from one pass of row sums, without waiting for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,11 +29,13 @@ from .policy import ACT_BITS, WEIGHT_BITS, Kinds, candidate_layers, check_search
 
 def check_candidates(name: str, bits: Sequence[int | None], known: range, none: bool) -> tuple[Any, ...]:
     """Ascending and without repetition, None last. ValueError where there are none or one is not known."""
-    found = list(dict.fromkeys(bits))
+    if isinstance(bits, (str, bytes)) or not isinstance(bits, Iterable):
+        raise ValueError(f"{name}: expected a list of bits, got {bits!r:.80}")
+    found = list(dict.fromkeys(int(b) if isinstance(b, np.integer) else b for b in bits))
     if not 0 < len(found) <= ops.MOST_CANDIDATES:
         raise ValueError(f"{name}: expected at least one candidate and at most {ops.MOST_CANDIDATES}, got {len(found)}")
     for b in found:
-        if (b is None and not none) or (b is not None and (isinstance(b, bool) or b not in known)):
+        if (b is None and not none) or (b is not None and (type(b) is not int or b not in known)):
             raise ValueError(f"{name}: expected {known[0]} to {known[-1]}{' or None' if none else ''}, got {b!r}")
     return (*sorted(b for b in found if b is not None), *([None] if None in found else []))
 

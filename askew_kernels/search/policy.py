@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import atomic
+from .. import atomic, figures
 from ..nn import kinds
 from ..quant import Binary, Grid, QuantConfig, Uniform
 
@@ -97,6 +97,11 @@ class LayerPolicy:
     act_signed: bool = True  # the input has negative values
 
     def __post_init__(self) -> None:
+        for what in ("name", "kind", "role"):
+            if not isinstance(getattr(self, what), str):
+                raise ValueError(f"{self.name!r:.80}: {what}: expected text, got {getattr(self, what)!r:.80}")
+        if not isinstance(self.act_signed, bool):
+            raise ValueError(f"{self.name}: act_signed: expected True or False, got {self.act_signed!r:.80}")
         for what, known in (("weight_bits", WEIGHT_BITS), ("act_bits", ACT_BITS)):
             bits = getattr(self, what)
             if bits is not None and not (type(bits) is int and bits in known):
@@ -237,7 +242,7 @@ class Policy:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike) -> None:
-        """Bits by layer, as a bar chart."""
+        """Bits by layer, as a bar chart, to the very ``path``: in the format of its suffix, png without one."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(4.0, 0.5 * len(self.layers) + 1.5), 3.2), layout="constrained")
@@ -246,10 +251,10 @@ class Policy:
             bits = [getattr(p, what) for p in self.layers]
             if what == "weight_bits" or any(bits):
                 axis.bar([i + side for i in places], [b or 32 for b in bits], 0.4, label=label)
-        axis.set_xticks(places, [p.name for p in self.layers], rotation=60, fontsize=8)
+        axis.set_xticks(places, [figures.plain(p.name) for p in self.layers], rotation=60, fontsize=8)
         axis.set_ylabel("bits")
         axis.legend(fontsize=8)
-        figure.savefig(path, dpi=120)
+        figures.write(figure, path)
 
 
 def _by_every_name(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import importlib.util
 import math
@@ -19,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import atomic
-from ..analysis.batches import check_count, moved, pair_of
-from ..analysis.differentiable import as_written
-from ..analysis.generators import Generators, seeded
+from ..analysis.batches import check_count, check_iterable, moved, pair_of
+from ..analysis.differentiable import as_written, copied
+from ..analysis.generators import Generators, check_seed, seeded
 from ..nn.kinds import SEARCHED
 from ..optim import AlignedSAM
 from ..optim.ranks import ProcessGroup
@@ -32,6 +31,10 @@ from .space import Space, check_solver
 
 METHODS = ("asga", "plain")
 SCHEDULES = ("joint", "alternating")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,10 @@ class Settings:
         check_count("steps", self.steps)
         for name in "lr strength_lr weight_decay cost_weight rho rho_min rho_max align".split():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            if not _finite(value) or value < 0:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-        if len(self.temperature) != 2 or not all(0 < t < math.inf for t in self.temperature):
+        pair = self.temperature
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(_finite(t) and t > 0 for t in pair)):
             raise ValueError(f"temperature: expected (first, last), both > 0, got {self.temperature!r}")
         if self.rho_max < self.rho_min:
             raise ValueError(f"rho_max: expected at least rho_min = {self.rho_min}, got {self.rho_max}")
@@ -73,6 +77,7 @@ class Feed:
     generators at the start of a pass, from which a shuffling loader has its order, is part of it."""
 
     def __init__(self, loader: Any, generators: Generators) -> None:
+        check_iterable("loader", loader, "batches (x, y)")
         self.loader, self.generators, self.index, self.drawn = loader, generators, 0, 0
         self.start: dict[str, Any] = {}
         self.ahead: tuple[Any, Any] | None = None
@@ -115,7 +120,7 @@ class Search:
 
     def __init__(self, model: nn.Module, feed: Feed, loss_fn: Callable[..., Tensor], space: Space, s: Settings) -> None:
         self.feed, self.loss_fn, self.space, self.settings = feed, loss_fn, space, s
-        self.model = copy.deepcopy(model)
+        self.model = copied(model)
         searched = set(space.profile.layers)
         mix_(self.model, space.weight_bits, space.act_bits, lambda _m, name: name in searched, signed=space.signed,
              learned=s.learned_scales, kinds=space.kinds)  # fmt: skip
@@ -133,6 +138,9 @@ class Search:
         groups = [{"params": params, "lr": lr, "weight_decay": decay} for params, lr, decay in given if params]
         if not groups:
             raise ValueError("model: has no parameter that requires a gradient")
+        if half := [n for n, p in self.model.named_parameters() if p.requires_grad and p.dtype == torch.float16]:
+            raise ValueError(f"model: {half[0]} is float16, in which AdamW's steps are not finite; search with "
+                             "copy.deepcopy(model).float(), its policy fits this one")  # fmt: skip
         parts = [groups] if s.schedule == "joint" else [[g] for g in groups]
         self.optimizers = [self._optimizer(part) for part in parts]
         self.step, self.seconds = 0, 0.0
@@ -187,6 +195,8 @@ class Search:
             loss = self.loss_fn(self.model(x), y)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(f"loss_fn: expected a scalar tensor, got {loss!r:.80}")
+            if not loss.requires_grad:
+                raise ValueError("loss_fn: does not depend on the model (is its output detached, or an argmax?)")
             if not bool(loss.detach().isfinite()):
                 raise ValueError(f"loss: expected a finite number, got {float(loss.detach())} at step {self.step + 1}")
             task.append(loss.detach())
@@ -209,10 +219,13 @@ class Search:
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
-        space, budget = self.space, self.space.budget
+        """What a search that goes on must have in common with the one that stopped."""
+        space, budget, cost = self.space, self.space.budget, self.space.cost
+        costs = {"fixed": cost.fixed, "tables": {name: t.tolist() for name, t in cost.tables.items()}}
+        shapes = {k: [str(t.dtype), *t.shape] for k, t in self.model.state_dict().items() if isinstance(t, Tensor)}
         return {"settings": dataclasses.asdict(self.settings), "weight_bits": list(space.weight_bits),
                 "act_bits": list(space.act_bits), "budget": None if budget is None else [budget.kind, budget.limit],
-                "layers": list(space.profile.layers)}  # fmt: skip
+                "layers": list(space.profile.layers), "costs": costs, "model": shapes}  # fmt: skip
 
     def save(self, path: Path) -> None:
         """Everything that the next step depends on; the file is replaced only by a whole one."""
@@ -357,12 +370,18 @@ def search_policy(model: nn.Module, loader: Any, loss_fn: Callable[..., Tensor],
     a loader that yields nothing or is exhausted, a loss that is not finite. Source: Ma et al., ICML 2025; Cai,
     Vasconcelos, EdMIPS, CVPR 2020.
     """
-    settings = Settings(method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, (*temperature,), rho,
-                        rho_min, rho_max, align, learned_scales, seed)  # fmt: skip
+    given: Any = tuple(temperature) if isinstance(temperature, Sequence) else temperature
+    settings = Settings(method, schedule, steps, lr, strength_lr, weight_decay, cost_weight, given, rho, rho_min,
+                        rho_max, align, learned_scales, check_seed(seed))  # fmt: skip
     check_count("checkpoint_every", checkpoint_every)
     if budget is not None:
         check_solver()  # before the work, not after it
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        try:
+            atomic.check(path)
+        except OSError as problem:
+            raise OSError(problem.errno, f"checkpoint: cannot be written ({problem.strerror})", str(path)) from None
     with torch.inference_mode(False), torch.enable_grad(), as_written(), seeded(seed, loader) as generators:
         feed = Feed(loader, generators)
         x, _ = feed.peek()  # for the traced forward

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.kinds import SEARCHED
-from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, trace, warn_of
+from .cost import Budget, BudgetError, Cost, Latency, MacsHook, cost_of, policy_costs, told, trace, warn_of
 from .mixed import FilterFn, check_candidates, chosen_layers
 from .policy import ACT_BITS, WEIGHT_BITS, Kinds, LayerPolicy, Policy, layer_roles
 
@@ -44,7 +44,8 @@ def knapsack(values: Mapping[str, Tensor], cost: Cost, limit: float,
     price = {n: [float(cost.tables[n][pair]) for pair in pairs[n]] for n in names}
     cheapest = {n: pairs[n][min(range(len(pairs[n])), key=price[n].__getitem__)] for n in names}
     if cost.of(cheapest) > limit:
-        raise BudgetError(f"budget: {limit:g} is below the least that the candidates can cost, {cost.of(cheapest):g}")
+        least = told(cost.of(cheapest))
+        raise BudgetError(f"budget: {told(limit)} is below the least that the candidates can cost, {least}")
     worths, prices = (np.array([v for n in names for v in of[n]]) for of in (worth, price))
     if not np.isfinite(worths).all():
         raise ValueError("values: expected finite numbers")
@@ -117,8 +118,8 @@ class Space:
         if budget is not None:
             low, high = self.cost.range
             if not low <= budget.limit <= high:
-                reach = f"what the candidates reach, from {low:g} to {high:g}"
-                raise BudgetError(f"budget: {kind}={budget.limit:g} is outside {reach}")
+                reach = f"what the candidates reach, from {told(low)} to {told(high)}"
+                raise BudgetError(f"budget: {kind}={told(budget.limit)} is outside {reach}")
 
     @property
     def signed(self) -> dict[str, bool]:
