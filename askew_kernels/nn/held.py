@@ -37,8 +37,16 @@ class HeldWeight(nn.Module):
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}weight"]  # the holder tells
 
 
-# torch's functions that ask a module for what it holds by an attribute's name, and where that stands
-HELD_BY = {"get_submodule": "_modules", "get_parameter": "_parameters", "reset_sharded_param": "_parameters"}
+# functions of torch and accelerate that ask a module for what it holds by an attribute's name, and where that stands; or
+# the local variable with the parts of a whole name, whose last is asked of the Parameters and the others of the layers
+HELD_BY = {
+    "get_submodule": "_modules",
+    "get_parameter": "_parameters",
+    "reset_sharded_param": "_parameters",
+    "_get_fqns": "_modules",  # get_state_dict of torch.distributed.checkpoint; leaves what the last part gives
+    "set_module_tensor_to_device": "splits",
+    "retie_parameters": "splits",
+}
 
 
 class Holder(nn.Module):
@@ -49,9 +57,12 @@ class Holder(nn.Module):
         layer = self.__dict__["_modules"].get(name)
         if not isinstance(layer, HeldWeight):
             return super().__getattr__(name)
-        if (kept := HELD_BY.get(sys._getframe(1).f_code.co_name)) is not None:
-            return self.__dict__[kept][name]
-        return self.read(name, layer)
+        caller = sys._getframe(1)
+        if (kept := HELD_BY.get(caller.f_code.co_name)) is None:
+            return self.read(name, layer)
+        if not kept.startswith("_"):
+            kept = "_parameters" if caller.f_locals.get(kept, [name])[-1] == name else "_modules"
+        return self.__dict__[kept][name]
 
     def read(self, name: str, layer: Any) -> Any:
         """What the attribute of that name is: the Parameter, or a packed layer's weight, decoded where it is used."""
