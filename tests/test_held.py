@@ -1,8 +1,9 @@
 """Contract: a layer that quantizes a Parameter of another module (a projection of nn.MultiheadAttention, experts) has
 the Parameter's name, and whoever walks or lists names finds what it needs: checkpoints of torch.distributed, loaders of
-accelerate."""
+accelerate, torch.export; who cannot have both says so."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -97,3 +98,43 @@ def test_loaders_of_accelerate(empty, tmp_path):
     assert other.whole.in_proj_weight is other.get_submodule("whole.in_proj_weight").weight
     other.train()(inputs()).sum().backward()
     assert all(p.grad is not None for p in other.parameters())
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["latent", "hard"])
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exported_programs_compute(strict, hard):
+    model, x = network().eval(), inputs()
+    if hard:
+        ak.hard_quantize_(model)
+    names = [*dict(model.named_parameters(remove_duplicate=False))]
+    with torch.no_grad():
+        expected = model(x)
+        program, file = torch.export.export(model, (x,), strict=strict), io.BytesIO()
+        torch.export.save(program, file)
+        file.seek(0)
+        loaded = torch.export.load(file)
+        found = [
+            program.module(),
+            loaded.module(),
+            program.run_decompositions().module(),
+            torch.export.unflatten(program),
+        ]
+        for other in found:
+            torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-6)
+    assert "whole.in_proj_weight.weight" in program.state_dict and "whole.in_proj_weight" not in program.state_dict
+    assert names == [*dict(model.named_parameters(remove_duplicate=False))]
+
+
+def test_traces_of_torch_jit():
+    """Refused by name where the weight is a Parameter; packed layers are traced."""
+    model, x = network().eval(), inputs()
+    with pytest.raises(RuntimeError, match="in_proj_weight: torch.jit.*pack_"):
+        torch.jit.trace(model, (x,))
+    ak.pack_(model, force=True)
+    torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
+
+
+def test_compiled_whole():
+    model, x = network(), inputs()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
