@@ -159,6 +159,42 @@ def test_traced_and_transformed_calls(kind):
     assert second.isfinite().all() and (second != 0).any()
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("by", ["load", "move", "in place"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_start_that_came_before_compiling(kind, by, training):
+    """By ``load_state_dict``, a move, or written in place, as averages, broadcasts and DCP do: the first call, in a
+    graph, computes with it."""
+    model, x = layer_of(kind), inputs()
+    ak.nn.calibrate_(model, x)
+    other = copy.deepcopy(model).to("cpu") if by == "move" else layer_of(kind)
+    if by == "load":
+        other.load_state_dict(model.state_dict())
+    elif by == "in place":
+        with torch.no_grad():
+            for name, t in other.state_dict().items():
+                t.copy_(model.state_dict()[name])
+    expected = model.train(training)(x)
+    own = layer_of(kind).eval()(x)  # what has not started takes each token's own magnitude
+    torch._dynamo.reset()
+    found = torch.compile(other.train(training), backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, own, rtol=1e-2) and torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_without_a_start(kind):
+    """Each token's own magnitude, as in eval mode; once a start stands in the program's buffers, the scale."""
+    model, x = layer_of(kind).eval(), inputs()
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-6)
+    ak.nn.calibrate_(model, x)
+    loaded = program.module()
+    loaded.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameters_alone_are_a_checkpoint(kind, assign):

@@ -1380,6 +1380,10 @@ def test_a_state_of_another_grid_is_refused_before_anything_changes(generator):
         optimizer.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"grid: expected Uniform.*has None"):
         optimizer.load_state_dict(ASkewSGD([nn.Parameter(torch.randn(6, 8))], lr=0.3).state_dict())
+    state = other.state_dict()
+    state["param_groups"][0]["grid"] = {"grid": "uniform"}  # all that DCP loads where Ternary() stands
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: grid: expected Uniform\(bits=4.*has {'grid': 'uniform'}"):
+        optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["grid"] == GRID
 
 

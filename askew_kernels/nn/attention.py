@@ -99,16 +99,19 @@ class AskewAttention(Holder):
             return query.tracer.create_proxy("call_module", path, (query, key, value), options)  # type: ignore[return-value]
         if query.is_nested:
             return self._nested(query, key is query and value is query, options), None
-        x, alone = {id(t): t for t in (query, key, value)}, query.dim() == 2
+        alone = query.dim() == 2
         for name, t in (("query", query), ("key", key), ("value", value)):
             if t.dim() != query.dim() or t.dim() not in (2, 3):
                 raise ValueError(f"{name}: expected 2 dimensions, or 3 of a batch, got {tuple(t.shape)}")
         if alone:
-            x = {at: t[None] for at, t in x.items()}
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-        elif not self.batch_first:
-            x = {at: t.transpose(0, 1) for at, t in x.items()}
-        q, k, v = self._projected(*(x[id(t)] for t in (query, key, value)))
+
+        def batched(t: Tensor) -> Tensor:
+            return t[None] if alone else t if self.batch_first else t.transpose(0, 1)
+
+        x = batched(query)  # the same tensor stays the same one
+        y = x if key is query else batched(key)
+        q, k, v = self._projected(x, y, x if value is query else y if value is key else batched(value))
         y, weights = self._attended(q, k, v, key_padding_mask, attn_mask, need_weights, is_causal)
         y = self.out_proj(y)
         y = y[0] if alone else y if self.batch_first else y.transpose(0, 1)

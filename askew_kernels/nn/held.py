@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .layers import QuantizedLayer
@@ -37,8 +39,29 @@ class HeldWeight(nn.Module):
         missing_keys[:] = [key for key in missing_keys if key != f"{prefix}weight"]  # the holder tells
 
 
-# torch's functions that ask a module for what it holds by an attribute's name, and where that stands
-HELD_BY = {"get_submodule": "_modules", "get_parameter": "_parameters", "reset_sharded_param": "_parameters"}
+# functions of torch and accelerate that ask a module for what it holds by an attribute's name, and where that stands;
+# or the local variable with the parts of a whole name, whose last is asked of the Parameters and others of the layers
+HELD_BY = {
+    "get_submodule": "_modules",
+    "get_parameter": "_parameters",
+    "reset_sharded_param": "_parameters",
+    "_get_fqns": "_modules",  # get_state_dict of torch.distributed.checkpoint; leaves what the last part gives
+    "set_module_tensor_to_device": "splits",
+    "retie_parameters": "splits",
+}
+
+
+def being_exported() -> bool:
+    """Whether the caller's caller lists the tensors of a model that torch.export takes: a program cannot have a tensor
+    and a module of one name."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name in ("<genexpr>", "named_modules"):
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != "_named_members":
+        return False
+    while frame is not None and frame.f_code.co_name in ("_named_members", "named_parameters", "named_buffers"):
+        frame = frame.f_back
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith(("torch.export.", "torch._export."))
 
 
 class Holder(nn.Module):
@@ -49,9 +72,14 @@ class Holder(nn.Module):
         layer = self.__dict__["_modules"].get(name)
         if not isinstance(layer, HeldWeight):
             return super().__getattr__(name)
-        if (kept := HELD_BY.get(sys._getframe(1).f_code.co_name)) is not None:
-            return self.__dict__[kept][name]
-        return self.read(name, layer)
+        if torch.compiler.is_dynamo_compiling():  # which does not look at frames
+            return self.read(name, layer)
+        caller = sys._getframe(1)
+        if (kept := HELD_BY.get(caller.f_code.co_name)) is None:
+            return self.read(name, layer)
+        if not kept.startswith("_"):
+            kept = "_parameters" if caller.f_locals.get(kept, [name])[-1] == name else "_modules"
+        return self.__dict__[kept][name]
 
     def read(self, name: str, layer: Any) -> Any:
         """What the attribute of that name is: the Parameter, or a packed layer's weight, decoded where it is used."""
@@ -83,6 +111,22 @@ class Holder(nn.Module):
                                "adapter of target_parameters or of nn.MultiheadAttention); call dequantize_ or unpack_ "
                                "first")  # fmt: skip
         super().__delattr__(name)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; to torch.export the Parameters are those of the layers alone."""
+        found = super().named_modules(*args, **kwargs)
+        if not being_exported():
+            return found
+        own = {name: p for name, p in self._parameters.items() if name not in self.held_layers()}
+        alone = SimpleNamespace(_parameters=own, _buffers=self._buffers)
+        return ((name, alone if module is self else module) for name, module in found)
+
+    @property
+    def __jit_ignored_attributes__(self) -> list[str]:  # what torch.jit asks before it lists a module's tensors
+        if held := [*self.held_layers()]:
+            raise RuntimeError(f"{held[0]}: torch.jit cannot have a Parameter and the layer that quantizes it under "
+                               "one name; call pack_ or dequantize_ first, or use torch.export")  # fmt: skip
+        return []
 
     def held_layers(self) -> dict[str, Any]:
         """Those whose Parameter is this module's."""

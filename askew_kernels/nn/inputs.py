@@ -99,9 +99,21 @@ class InputQuantizer(nn.Module):
     @property
     def started(self) -> bool:
         """Whether it has seen a batch; asked of the device until it has."""
-        if not self._started and not torch.compiler.is_compiling() and ops.has_values(self.start):
-            self._started = bool(self.start > 0)
+        if not self._started and torch.compiler.is_dynamo_compiling():
+            return self._has_start()  # ``start`` may have been written in place: averages, broadcasts, loads of DCP
+        if not self._started:
+            self._started = self._has_start()
         return self._started
+
+    @property
+    def undecided(self) -> bool:
+        """Whether only a graph that is exported will know if it has started."""
+        return not (self._started or self.training or ops.has_values(self.start))
+
+    def _has_start(self) -> bool:
+        return ops.has_values(self.start) and bool(local_part(self.start) > 0)
+
+    _has_start._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile asks the tensor itself
 
     @torch.no_grad()
     def start_from(self, x: Tensor) -> None:
@@ -207,7 +219,7 @@ class InputQuantizer(nn.Module):
             elif new.dtype != old.dtype:  # a cast: these are not numbers to compute in
                 new.data = old.to(new.device)
                 new.grad = None if new.grad is None else new.grad.to(old.dtype)
-        self._started = False
+        self._started = self._has_start()
         self._own()
         return self
 
@@ -218,13 +230,13 @@ class InputQuantizer(nn.Module):
             return
         known = ops.has_values(self.start) and self.started
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *rest)
-        self._started = False
         self._own()  # tensors that are swapped change their class
         if (key := f"{prefix}start") in missing_keys:
             missing_keys.remove(key)
             if not known and ops.has_values(self.held[0]):
                 self.start = self.held[0].clone()
                 warnings.warn(f"{prefix}scale: {LEARNED_ON}", stacklevel=2)
+        self._started = self._has_start()
 
     def extra_repr(self) -> str:
         return f"{self.grid}, {LEARNED_INPUTS[self.offset is not None]}"

@@ -589,6 +589,8 @@ class QuantizedLayer(nn.Module):
         if (learned := self._modules.get(INPUT)) is not None:
             eager = self._ordinary() and type(x) in (Tensor, nn.Parameter)
             found = learned.quantized(x, token_rows(x, self.kind.token_dims), eager)  # type: ignore[operator]
+            if found is not None and learned.undecided and not is_sharded(x):
+                return torch.where(learned.start > 0, found, quantized_input(x, grid, self.kind.token_dims))  # type: ignore[operator,arg-type]
             if found is not None:
                 return found
         return quantized_input(x, grid, self.kind.token_dims)

@@ -3,6 +3,7 @@ and their freezing, telemetry, checkpoints."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -462,7 +463,9 @@ class Constrained(Optimizer):
             unknown = {*ours, "skew", "annealing", *self._old_names}
             return {**present, **{k: v for k, v in saved.items() if k not in unknown}}
         grid = saved["grid"]
-        grid = grid_from_dict(grid) if isinstance(grid, dict) else grid
+        if isinstance(grid, dict):
+            with contextlib.suppress(ValueError):  # DCP loads only the arguments that the present grid has
+                grid = grid_from_dict(grid)
         if grid != present["grid"]:
             raise ValueError(f"param_groups[{index}]: grid: expected {present['grid']}, the state has {grid}")
         return {**present, **saved, "grid": present["grid"]}
