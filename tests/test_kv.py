@@ -324,6 +324,54 @@ def test_it_generates(llama, options):
         assert len(layer) == cache.get_seq_length() == 30 and layer.bytes < 0.6 * 2 * 2 * 30 * 2 * 16 * 4
 
 
+def test_encoder_decoders_and_models_with_other_layers_get_the_caches_that_they_need():
+    """The scores of generation with codes are those with floats; what cannot be served is named, and never wrong."""
+    transformers = pytest.importorskip("transformers")
+    settings = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None, output_scores=True,
+                    return_dict_in_generate=True)  # fmt: skip
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, vocab_size=48)
+    t5 = dict(d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4, vocab_size=48, decoder_start_token_id=0)
+    mixed = transformers.Lfm2Config(**sizes, num_hidden_layers=3, layer_types=["conv", "full_attention", "conv"])
+    for model, unknown in (
+        (transformers.T5ForConditionalGeneration(transformers.T5Config(**t5)), "two attentions of one layer"),
+        (transformers.Lfm2ForCausalLM(mixed), "the state of layer 0"),
+    ):
+        for p in model.eval().parameters():
+            p.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(4)) if p.dim() > 1 else None
+        kv = QuantizedKV(4, 16)
+        with torch.no_grad(), pytest.raises(ValueError, match=rf"{unknown}.*transformers_cache\(model\)"):
+            model.generate(IDS, past_key_values=kv.transformers_cache(), **settings)
+        quantize_kv_(model, kv)
+        wanted = model.generate(IDS, **settings)
+        for cache in (kv.transformers_cache(), kv.transformers_cache(model), kv.transformers_cache(model.config)):
+            found = model.generate(IDS, past_key_values=cache, **settings)
+            assert all(torch.equal(a, b) for a, b in zip(found.scores, wanted.scores, strict=True))
+    both = transformers.FalconH1Config(**sizes, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="layer 0 of 'falcon_h1' keeps a LinearAttentionAndFull"):
+        kv.transformers_cache(both)
+    with pytest.raises(ValueError, match="'mamba' has no attention whose keys and values are kept"):
+        kv.transformers_cache(transformers.MambaConfig(num_hidden_layers=2))
+    with pytest.raises(TypeError, match="model: expected one of transformers, or its config, got Linear"):
+        kv.transformers_cache(nn.Linear(2, 2))
+
+
+def test_latents_of_a_cache_are_no_keys_of_training():
+    """An attention that expands what the cache gave would round it twice."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=64, num_hidden_layers=1, vocab_size=48,
+                 num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+                 topk_group=1, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16,
+                 qk_nope_head_dim=16, v_head_dim=16)  # fmt: skip
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes)).eval()
+    kv = QuantizedKV(4, 16)
+    quantize_kv_(model, kv)
+    with torch.no_grad():
+        seen = model(IDS, use_cache=False).logits
+        with pytest.raises(ValueError, match="DeepseekV3Attention changes what the cache has given"):
+            model(IDS, past_key_values=kv.transformers_cache())
+        assert torch.equal(model(IDS, use_cache=True).logits, seen)
+
+
 IN_ANOTHER_PROCESS = """
 import sys, torch, askew_kernels
 model, ids, expected = torch.load(sys.argv[1], weights_only=False)

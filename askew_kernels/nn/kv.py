@@ -180,7 +180,9 @@ class QuantizedKV(nn.Module):
         self.of_keys = Rounding("k", widths[0], group, keys, symmetric, kept)
         self.of_values = Rounding("v", widths[1], group, PER_TOKEN, symmetric, kept)
         self.replaced: tuple[str, ...] = ()  # the attention functions of the model that it stands in
-        self._given: tuple[Any, Any] | None = None
+        self.model_config: Any = None  # that model's
+        self._given: Any = None  # {id: tensor} of what its caches have given
+        self._due: tuple[Any, Any] | None = None  # what a model's cache gave last, until an attention comes with it
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.of_keys.fake(k), self.of_values.fake(v)
@@ -189,16 +191,34 @@ class QuantizedKV(nn.Module):
         """An empty cache of one attention."""
         return KVCache(self)
 
-    def transformers_cache(self) -> Any:
-        """An empty ``transformers.Cache`` of codes. Raises ImportError without transformers."""
-        return _transformers().cache(self)
+    def transformers_cache(self, model: Any = None) -> Any:
+        """An empty ``transformers.Cache`` of codes for ``model``, or its config; default: the one that ``quantize_kv_``
+        has given this module, and otherwise any that has attentions only. Encoder-decoders have two caches, of which
+        the second is of the cross-attentions; layers without keys and values keep their state as it is. Raises
+        ValueError naming the layer that it cannot serve, ImportError without transformers."""
+        return _transformers().cache(self, self.model_config if model is None else model)
+
+    def gives(self, t: Tensor) -> Tensor:
+        """Notes what one of its caches gives."""
+        if self._given is None:
+            self._given = weakref.WeakValueDictionary()
+        self._given[id(t)] = t
+        return t
 
     def gave(self, k: Tensor, v: Tensor) -> bool:
-        """Whether a cache of this module gave these very tensors last, so that they are rounded already."""
-        return self._given is not None and self._given[0]() is k and self._given[1]() is v
+        """Whether caches of this module gave these very tensors, so that they are rounded already."""
+        return self._given is not None and self._given.get(id(k)) is k and self._given.get(id(v)) is v
+
+    def is_due(self, given: tuple[Tensor, Tensor]) -> None:
+        self._due = weakref.ref(given[0]), weakref.ref(given[1])
+
+    def take_due(self) -> bool:
+        """Whether somebody holds what a model's cache gave since the last attention."""
+        due, self._due = self._due, None
+        return due is not None and any(t() is not None for t in due)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_given": None}
+        return self.__dict__ | {"_given": None, "_due": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -318,9 +338,14 @@ class KVCache:
             for side, (stored, rest) in zip((self._keys, self._values), before, strict=True):
                 side.stored, side.rest = stored, rest
             raise
-        found = self._keys.read(), self._values.read()
-        self.kv._given = weakref.ref(found[0]), weakref.ref(found[1])
-        return found
+        return self.keys(), self.values()
+
+    def keys(self) -> Tensor:
+        """Of all tokens, as ``update`` gives them."""
+        return self.kv.gives(self._keys.read())
+
+    def values(self) -> Tensor:
+        return self.kv.gives(self._values.read())
 
     def cut(self, length: int) -> None:
         """Keeps the first ``length`` tokens."""

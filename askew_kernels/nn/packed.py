@@ -21,13 +21,13 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional
 
-from .. import ops, runtime
+from .. import contract, ops, reference, runtime
 from ..ops.autograd import transformed
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from ..quant.sharding import is_sharded
-from .bands import Bands, restored
+from .bands import NAME, BandedCodes, Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
 from .joint import being_split
@@ -49,6 +49,10 @@ def unrecorded(product: Any, *inputs: Any) -> Tensor:
         return product(*inputs)
     finally:
         del below
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 class PackedLayer(nn.Module):
@@ -219,6 +223,8 @@ class PackedLayer(nn.Module):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
+        if torch.compiler.is_compiling():
+            self._settled()
         if not x.is_floating_point():
             raise TypeError(f"x: expected a float tensor, got {x.dtype}")
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
@@ -246,10 +252,27 @@ class PackedLayer(nn.Module):
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes; never where x wants a gradient or is transformed
         by torch.func. A trace is of what inference computes."""
-        recorded = x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing()
-        if recorded or _transforms() or forward_ad._current_level >= 0:
+        if _wants_gradient(x) or _transforms() or forward_ad._current_level >= 0:
             return False
         return runtime.reads_codes(x, rows, self._reads_tiles(x))
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether a product from the codes rounds the input: others are to do so, too."""
+        return self.activations != "float" and x.is_cpu
+
+    def _by_operators(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
+        """The product with inputs that are rounded so, straight-through, for torch.func and forward mode: up to the
+        rounding of its sums what the kernels compute."""
+        kind = contract.compute_dtype(x.dtype)
+        wide = x.to(kind)
+        if self.activations == "int8":
+            q, scale = reference.int8_tokens(wide.reshape(-1, wide.shape[-1]))
+            rounded = (q * scale[:, None]).reshape(wide.shape)
+        else:
+            rounded = wide.to(torch.bfloat16).to(kind)
+        seen = wide + (rounded - wide).detach()
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(seen, self.matrix(kind, part), None if bias is None else bias.to(kind)).to(x.dtype)
 
     def _reads_tiles(self, x: Tensor) -> bool:
         """Whether the matrix units of a GPU can take ``x`` and the tiles of the codes; while a CUDA graph is captured
@@ -266,21 +289,28 @@ class PackedLayer(nn.Module):
 
     def _banded(self, x: Tensor, bias: Tensor | None, compiling: bool) -> tuple[Tensor, Tensor] | None:
         """(bands, scales) for a product of ``x`` rounded to int8; None where it is made from the codes."""
-        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias):
+        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias) or _wants_gradient(x):
             return None
         return self._bands.of(self, x, compiling)
 
     def _bands_made(self) -> bool:
         return self._bands.made(self) is not None
 
-    # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
-    _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def _settled(self) -> None:
+        """Puts codes that bands no longer stand for in their place, before a graph is made of where they are."""
+        if type(codes := self._buffers[NAME]) is BandedCodes and (
+            codes.codes is not None or self.activations != "int8"
+        ):
+            restored(self)
+
+    # torch.compile calls them while it traces, so that a graph holds bands that no eager call has asked for
+    _bands_made._dynamo_marked_constant = _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         scale: Any = buffers["weight_scale"]
-        recorded = self._records(bias)
+        recorded = self._records(bias) or _wants_gradient(x)
         inputs: tuple[Any, ...]
         if not recorded and part is None and self._reads_tiles(x):
             product: Any = torch.ops.askew.packed_tiles_linear.default
@@ -433,7 +463,10 @@ class PackedMatrix(PackedLayer):
             raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
         rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
-            return functional.linear(x, self.matrix(x.dtype, part), bias)
+            if not self._rounds(x):
+                return functional.linear(x, self.matrix(x.dtype, part), bias)
+            if transformed():
+                return self._by_operators(x, bias, part)
         if x.dim() == 2:
             return self._product(x, bias, part)
         if runtime.exporting():  # or the graph holds a view, which inputs of other strides have not
