@@ -220,7 +220,7 @@ def train_ours(
     model: nn.Module, recipe: Recipe, scale: str | None = None, grids: Mapping[str, ak.quant.Grid] | None = None
 ) -> Training:
     """By the library's own recipe, whose numbers are nowhere else. grids: other ones than the widths'."""
-    quantize(model, recipe, scale, grids and grids[recipe.width])
+    quantize(model, recipe, scale, None if grids is None else grids[recipe.width])
     optimizer = our_optimizer(model, recipe)
     followed = ak.Recipe(model, optimizer, recipe.steps, settings=FINE_TUNING if recipe.fine_tunes else None)
     return Training(optimizer, followed.step, lambda: ak.hard_quantize_(model))

@@ -238,7 +238,9 @@ def test_layers(name, monkeypatch):
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x), y)
     layer.repack = False  # patches of all positions, products from the codes
-    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
+    patched = layer(x)
+    torch.testing.assert_close(patched, y, rtol=1e-4, atol=1e-4)
+    assert patched.is_contiguous()
 
 
 MUTATED = {

@@ -436,7 +436,7 @@ class _PackedConvolution(PackedLayer):
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""
         conv: Any = self
-        last = x.dim() == 4 and not transformed() and channels_last(x)
+        as_pixels = x.dim() == 4 and not transformed() and channels_last(x)
         if any(around := _around(conv)):
             x = _padded(x, around, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
         images, signal = x.shape[0], x.dim() == 3
@@ -460,7 +460,7 @@ class _PackedConvolution(PackedLayer):
                 part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
                 y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
-        y = y if last and not exporting else y.contiguous()
+        y = y if as_pixels and not exporting else y.contiguous()
         return y[..., 0] if signal else y
 
 
