@@ -165,7 +165,7 @@ def in_a_mode() -> bool:
 @contextlib.contextmanager
 def plain_parameters(layer: nn.Module) -> Iterator[None]:
     """Parameters of torch's own class: make_fx and fake tensors know tensors by their class, and refuse others."""
-    own = [(p, type(p)) for p in layer.parameters() if isinstance(p, QuantizedParameter)]
+    own: list[tuple[Any, type]] = [(p, type(p)) for p in layer.parameters() if isinstance(p, QuantizedParameter)]
     try:
         for p, _ in own:
             p.__class__ = nn.Parameter
@@ -435,7 +435,7 @@ class QuantizedLayer(nn.Module):
 
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
-        weight = self._float_weight()
+        weight: Any = self._float_weight()
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale, view, config = self._functional_scale(weight), self.form.view, self.config
         y = _fake_quantized(view(weight), scale, config.weight, config.clips_in_backward)
