@@ -223,9 +223,8 @@ def test_models_differentiate_like_the_unpacked(activation):
     torch.testing.assert_close(torch.vmap(model)(x.expand(3, 1, 12)), model(x).expand(3, 1, 5))
 
 
-@pytest.mark.parametrize("activations", ["float", "int8"])
-def test_convolutions_too(activations):
-    model, x = packed(net(), activations=activations), torch.randn(2, 1, 5, 5)
+def test_convolutions_too():
+    model, x = packed(net()), torch.randn(2, 1, 5, 5)
     plain = unpacked(model)
 
     def curved(module):
@@ -233,6 +232,52 @@ def test_convolutions_too(activations):
 
     torch.testing.assert_close(curved(model), curved(plain))
     torch.testing.assert_close(torch.func.jacfwd(model)(x), torch.func.jacrev(plain)(x))
+
+
+ROUNDING = {
+    "linear": (nn.Linear(12, 5), (3, 12)), "images": (nn.Conv2d(2, 4, 3, 2, 1, padding_mode="reflect"), (2, 2, 5, 5)),
+    "one image": (nn.Conv2d(2, 4, 3), (2, 5, 5)), "signals": (nn.Conv1d(2, 4, 3, padding=1), (3, 2, 4)),
+    "in groups": (nn.Conv2d(4, 4, 3, groups=2), (2, 4, 5, 5)), "attention": (nn.MultiheadAttention(8, 2), (3, 2, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activations", ["int8", "bf16"])
+@pytest.mark.parametrize("what", ROUNDING)
+def test_inputs_are_rounded_whoever_wants_gradients(what, activations, dtype):
+    """Outputs are those of no_grad, bit for bit; the gradient goes straight through, and under torch.func and in
+    forward mode both are the same up to the rounding of float32 sums, of the output's type rounded again."""
+    layer, shape = ROUNDING[what]
+    plain = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.ModuleList([copy.deepcopy(layer).to(dtype)])))).eval()
+    model = copy.deepcopy(plain)
+    for packed_layer in ak.nn.packed_layers(model).values():
+        packed_layer.set_activations(activations)
+
+    def run(x, of=model):
+        return of[0](x, x, x, need_weights=False)[0] if what == "attention" else of[0](x)
+
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    with torch.no_grad():
+        want, floats = run(x), run(x, plain)
+    rounded = what != "in groups" and not (activations == "bf16" and (dtype == torch.bfloat16 or what == "images"))
+    assert torch.equal(want, floats) != rounded
+    seen = x.clone().requires_grad_()
+    y = run(seen)
+    assert torch.equal(y, want)
+    if what != "attention":  # whose second product has another input
+        assert want.is_contiguous()
+        g = torch.randn_like(y)
+        other = x.clone().requires_grad_()
+        mine, theirs = (torch.autograd.grad(run(t, of), t, g)[0] for t, of in ((seen, model), (other, plain)))
+        close = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=2**-6, atol=2**-6)
+        torch.testing.assert_close(mine, theirs, **close)
+        torch.testing.assert_close(torch.func.grad(lambda t: (run(t) * g).sum())(x), theirs, **close)
+        torch.testing.assert_close(torch.func.jvp(run, (x,), (x,))[0], want, **close)
+        torch.testing.assert_close(torch.vmap(run)(torch.stack([x, -x]))[0], want, **close)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            want = run(x)
+            with torch.enable_grad():
+                assert torch.equal(run(seen), want)
 
 
 @pytest.mark.parametrize("wants", [False, True], ids=["input", "input wants a gradient"])
@@ -659,11 +704,14 @@ def test_int8_models_under_transforms(called):
     if called:
         with torch.no_grad():
             model(x)
-    torch.testing.assert_close(torch.vmap(model)(x), plain(x))
-    torch.testing.assert_close(torch.func.jvp(model, (x,), (x,)), torch.func.jvp(plain, (x,), (x,)))
+    linear, other = model[0], plain[0]
+    with torch.no_grad():
+        want = copy.deepcopy(linear)(x)
+    torch.testing.assert_close(torch.vmap(linear)(x), want)
+    torch.testing.assert_close(torch.func.jvp(linear, (x,), (x,)), (want, torch.func.jvp(other, (x,), (x,))[1]))
     with forward_ad.dual_level():
-        dual = forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent
-    torch.testing.assert_close(dual, torch.func.jvp(plain, (x,), (x,))[1])
+        dual = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, x))).tangent
+    torch.testing.assert_close(dual, torch.func.jvp(other, (x,), (x,))[1])
 
 
 def test_the_weight_of_a_layer_in_forward_mode():

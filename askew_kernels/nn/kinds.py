@@ -300,6 +300,18 @@ def _padded(x: Tensor, around: Sequence[int], mode: str) -> Tensor:
     return functional.pad(x, around, mode).to(x.dtype)  # autocast makes some modes float32
 
 
+class _InItsPlace(torch.autograd.Function):
+    """The product of rounded inputs, with the gradient of that of float ones."""
+
+    @staticmethod
+    def forward(ctx: Any, floats: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
 class _PackedConvolution(PackedLayer):
     """Groups, stride, dilation, padding and all padding modes.
 
@@ -331,26 +343,41 @@ class _PackedConvolution(PackedLayer):
         if (type(x) is not Tensor or x.is_nested) and (special := self._special(x)) is not None:
             return special
         x, bias = self._prepared(x)
-        spatial = conv.kind.dims - 2
-        unbatched = x.dim() == 1 + spatial
-        if x.is_cpu and conv.groups == 1 and spatial <= 2 and (unbatched or x.dim() == 2 + spatial):
-            batch = x[None] if unbatched else x
-            sizes = self._positions(batch)
-            # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
-            whole = runtime.exporting() or all(n > 0 for n in sizes)
-            positions = batch.shape[0] * math.prod(sizes)
-            few = runtime.convolves_from_codes(positions, self.activations, self.rows * self.cols)
-            if few and whole and x.shape[-1 - spatial] == conv.in_channels and self._reads_codes(x, 1):
-                banded = self._banded(batch, bias, torch.compiler.is_compiling())
-                y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
-                return y[0] if unbatched else y
-            few = runtime.convolves_from_codes(positions, self.activations, points=True)
-            if few and whole and self._pixels(x) and self._reads_codes(x, 1):
-                rows = x.permute(0, 2, 3, 1)
-                y = self._product(rows.reshape(-1, self.cols), bias)
-                return y.view(*rows.shape[:3], self.rows).permute(0, 3, 1, 2)
+        if self._rounds(x) and not (self._reads_codes(x, 1) or transformed()):  # x wants a gradient, the float one's
+            with torch.no_grad():
+                y = self._from_the_codes(x.detach(), None if bias is None else bias.detach())
+            floats = conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias)
+            return floats if y is None else _InItsPlace.apply(floats, y)
+        if (y := self._from_the_codes(x, bias)) is not None:
+            return y
         y = self._channel_by_channel(x, bias) if conv.groups > 1 else None
         return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias) if y is None else y
+
+    def _from_the_codes(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """None where it is made with the unpacked weight."""
+        conv: Any = self
+        spatial = conv.kind.dims - 2
+        unbatched = x.dim() == 1 + spatial
+        if not (x.is_cpu and conv.groups == 1 and spatial <= 2 and (unbatched or x.dim() == 2 + spatial)):
+            return None
+        if not ((reads := self._reads_codes(x, 1)) or self._rounds(x)):
+            return None
+        batch = x[None] if unbatched else x
+        sizes = self._positions(batch)
+        # torch's own product says what is wrong otherwise; exported, a look at sizes would be a bound on them
+        whole = runtime.exporting() or all(n > 0 for n in sizes)
+        positions = batch.shape[0] * math.prod(sizes)
+        few = runtime.convolves_from_codes(positions, self.activations, self.rows * self.cols)
+        if few and whole and x.shape[-1 - spatial] == conv.in_channels:
+            banded = self._banded(batch, bias, torch.compiler.is_compiling()) if reads else None
+            y = self._from_codes(batch, bias, *sizes) if banded is None else self._from_bands(batch, bias, *banded)
+            return y[0] if unbatched else y
+        few = runtime.convolves_from_codes(positions, self.activations, points=True)
+        if reads and few and whole and self._pixels(x):
+            rows = x.permute(0, 2, 3, 1)
+            y = self._product(rows.reshape(-1, self.cols), bias)
+            return y.view(*rows.shape[:3], self.rows).permute(0, 3, 1, 2)
+        return None
 
     def _pixels(self, x: Tensor) -> bool:
         """Whether the convolution is a product whose rows are the pixels of ``x`` as they stand."""
@@ -409,7 +436,7 @@ class _PackedConvolution(PackedLayer):
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""
         conv: Any = self
-        channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        nhwc = x.dim() == 4 and not transformed() and channels_last(x)
         if any(around := _around(conv)):
             x = _padded(x, around, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
         images, signal = x.shape[0], x.dim() == 3
@@ -418,10 +445,11 @@ class _PackedConvolution(PackedLayer):
 
         def product(part: Tensor, lines: int) -> Tensor:
             patches = functional.unfold(part, kernel, dilation, 0, stride)
-            rows = self._product(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
+            multiplied = self._by_operators if transformed() else self._product
+            rows = multiplied(patches.transpose(1, 2).contiguous().reshape(-1, self.cols), bias)
             return rows.reshape(images, lines, width, conv.out_channels)
 
-        if exporting := runtime.exporting():
+        if exporting := runtime.exporting() or transformed():
             y = product(x, height)
         else:
             y = x.new_empty(images, height, width, conv.out_channels)
@@ -432,7 +460,7 @@ class _PackedConvolution(PackedLayer):
                 part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
                 y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
-        y = y if channels_last and not exporting else y.contiguous()
+        y = y if nhwc and not exporting else y.contiguous()
         return y[..., 0] if signal else y
 
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional
 
-from .. import ops, runtime
+from .. import contract, ops, reference, runtime
 from ..ops.autograd import transformed
 from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weight
 from ..quant.forms import Form
@@ -49,6 +49,10 @@ def unrecorded(product: Any, *inputs: Any) -> Tensor:
         return product(*inputs)
     finally:
         del below
+
+
+def _wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 
 class PackedLayer(nn.Module):
@@ -244,10 +248,27 @@ class PackedLayer(nn.Module):
     def _reads_codes(self, x: Tensor, rows: int) -> bool:
         """Whether a product of that many rows is made from the codes; never where x wants a gradient or is transformed
         by torch.func. A trace is of what inference computes."""
-        recorded = x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing()
-        if recorded or _transforms() or forward_ad._current_level >= 0:
+        if _wants_gradient(x) or _transforms() or forward_ad._current_level >= 0:
             return False
         return runtime.reads_codes(x, rows, self._reads_tiles(x))
+
+    def _rounds(self, x: Tensor) -> bool:
+        """Whether a product from the codes rounds the input: others are to do so, too."""
+        return self.activations != "float" and x.is_cpu
+
+    def _by_operators(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
+        """The product with inputs that are rounded so, straight-through, for torch.func and forward mode: up to the
+        rounding of its sums what the kernels compute."""
+        kind = contract.compute_dtype(x.dtype)
+        wide = x.to(kind)
+        if self.activations == "int8":
+            q, scale = reference.int8_tokens(wide.reshape(-1, wide.shape[-1]))
+            rounded = (q * scale[:, None]).reshape(wide.shape)
+        else:
+            rounded = wide.to(torch.bfloat16).to(kind)
+        seen = wide + (rounded - wide).detach()
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(seen, self.matrix(kind, part), None if bias is None else bias.to(kind)).to(x.dtype)
 
     def _reads_tiles(self, x: Tensor) -> bool:
         """Whether the matrix units of a GPU can take ``x`` and the tiles of the codes; while a CUDA graph is captured
@@ -264,7 +285,7 @@ class PackedLayer(nn.Module):
 
     def _banded(self, x: Tensor, bias: Tensor | None, compiling: bool) -> tuple[Tensor, Tensor] | None:
         """(bands, scales) for a product of ``x`` rounded to int8; None where it is made from the codes."""
-        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias):
+        if self.activations != "int8" or not self.repack or not x.is_cpu or self._records(bias) or _wants_gradient(x):
             return None
         return self._bands.of(self, x, compiling)
 
@@ -278,7 +299,7 @@ class PackedLayer(nn.Module):
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
         grid, buffers, compiling = self.config.weight, self._buffers, torch.compiler.is_compiling()
         scale: Any = buffers["weight_scale"]
-        recorded = self._records(bias)
+        recorded = self._records(bias) or _wants_gradient(x)
         inputs: tuple[Any, ...]
         if not recorded and part is None and self._reads_tiles(x):
             product: Any = torch.ops.askew.packed_tiles_linear.default
@@ -431,7 +452,10 @@ class PackedMatrix(PackedLayer):
             raise ValueError(f"x: expected shape (…, {self.cols}), got {tuple(x.shape)}")
         rows = x.shape[0] if x.dim() == 2 else math.prod(x.shape[:-1])
         if not self._reads_codes(x, rows):
-            return functional.linear(x, self.matrix(x.dtype, part), bias)
+            if not self._rounds(x):
+                return functional.linear(x, self.matrix(x.dtype, part), bias)
+            if transformed():
+                return self._by_operators(x, bias, part)
         if x.dim() == 2:
             return self._product(x, bias, part)
         if runtime.exporting():  # or the graph holds a view, which inputs of other strides have not
