@@ -482,6 +482,24 @@ def test_a_graph_has_the_operator_and_the_bands_of_eager_calls(name):
 
 @compiled
 @torch.no_grad()
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.parametrize("look", [lambda t: t.view(-1), lambda t: t.data_ptr(), lambda t: t.mul_(1)], ids="vpw")
+def test_codes_that_somebody_has_looked_at_are_compiled(look, activations):
+    """A view, an address or a write brings them back for good; the graph is made of the codes that are there then."""
+    for layer, x in ((packed_layer(), torch.randn(3, 256)), (nn.Conv2d(16, 16, 3), torch.randn(2, 16, 5, 5))):
+        model = nn.Sequential(layer)
+        if isinstance(layer, nn.Conv2d):
+            model = ak.pack_(ak.hard_quantize_(ak.quantize_(model)), activations="int8")
+        model(x)
+        look(model[0].weight_codes)
+        model[0].set_activations(activations)
+        expected = copy.deepcopy(model)(x)
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+
+
+@compiled
+@torch.no_grad()
 def test_a_graph_sees_other_tensors_in_the_place_of_codes_and_scales():
     x, model, other = torch.randn(3, 256), nn.Sequential(packed_layer()), nn.Sequential(packed_layer(seed=2))
     torch._dynamo.reset()

@@ -27,7 +27,7 @@ from ..quant import QuantConfig, code_bits, grid_from_dict, num_rows, pack_weigh
 from ..quant.forms import Form
 from ..quant.packing import SCALE_TYPES, row_bytes, storage_type
 from ..quant.sharding import is_sharded
-from .bands import Bands, restored
+from .bands import NAME, BandedCodes, Bands, restored
 from .calls import Call
 from .decoded import DecodedWeight
 from .joint import being_split
@@ -221,6 +221,8 @@ class PackedLayer(nn.Module):
 
     def _prepared(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Input and bias in the type that the product is made in."""
+        if torch.compiler.is_compiling():
+            self._settled()
         if not x.is_floating_point():
             raise TypeError(f"x: expected a float tensor, got {x.dtype}")
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
@@ -292,8 +294,15 @@ class PackedLayer(nn.Module):
     def _bands_made(self) -> bool:
         return self._bands.made(self) is not None
 
-    # torch.compile calls it while it traces, so that a graph holds bands that no eager call has asked for
-    _bands_made._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def _settled(self) -> None:
+        """Puts codes that bands no longer stand for in their place, before a graph is made of where they are."""
+        if type(codes := self._buffers[NAME]) is BandedCodes and (
+            codes.codes is not None or self.activations != "int8"
+        ):
+            restored(self)
+
+    # torch.compile calls them while it traces, so that a graph holds bands that no eager call has asked for
+    _bands_made._dynamo_marked_constant = _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _product(self, x: Tensor, bias: Tensor | None, part: slice | None = None) -> Tensor:
         """``ops.packed_linear`` of (rows, cols) without its checks, which cost as much as a small product."""
