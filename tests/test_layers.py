@@ -23,6 +23,7 @@ import pytest
 import torch
 from oracles import Binary, Codebook, Ternary, Uniform
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import askew_kernels as ak
 from askew_kernels import ops
@@ -772,3 +773,42 @@ def test_batches_of_gradients(make, config):
     if config.activation_scale is None:
         mapped = torch.func.vmap(lambda g: torch.autograd.grad(y, parameters, g, retain_graph=True))(grads)
         torch.testing.assert_close(mapped, batched, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig(forward="relaxed"), QuantConfig(scale="lsq")], ids=str)
+def test_make_fx_sees_the_layers_as_it_sees_torchs(config, mode):
+    """Parameters have a class of their own, which it would refuse; forwards and graphs of gradients compute the same,
+    and the layers are afterwards what they were."""
+
+    class SomeExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down_proj = nn.Parameter(torch.randn(3, 8, 8))
+
+        def forward(self, x):
+            return x @ self.down_proj[1].t()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.experts, self.attention = nn.Conv1d(3, 4, 1), SomeExperts(), nn.MultiheadAttention(8, 2)
+
+        def forward(self, x):
+            x = self.experts(self.conv(x))
+            return self.attention(x, x, x, need_weights=False)[0]
+
+    model, x = ak.quantize_(Model(), config), torch.randn(2, 3, 8)
+    parameters = list(model.parameters())
+    kinds = [type(p) for p in parameters]
+
+    def gradients(x):
+        return torch.autograd.grad(model(x).square().sum(), parameters)
+
+    for run in (model, gradients, model.eval(), gradients):
+        wanted = run(x)
+        graph = make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+        torch.testing.assert_close(graph(x), wanted)
+        assert [type(p) for p in parameters] == kinds
+    ak.hard_quantize_(model)
+    torch.testing.assert_close(make_fx(model, tracing_mode=mode, _allow_non_fake_inputs=True)(x)(x), model(x))

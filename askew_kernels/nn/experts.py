@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..quant import QuantConfig
 from .held import FINDERS, HeldWeight, Holder
-from .layers import QuantizedLayer
+from .layers import QuantizedLayer, in_a_mode, plain_parameters
 from .packed import PackedLayer
 from .replace import base_of
 
@@ -60,9 +60,12 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
     def current(self) -> Tensor:
         """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
         if self.computes_float:
-            return self.weight
+            return self._float_weight()
         if self.softens:
             return self._soft_weight()
+        if in_a_mode():
+            with plain_parameters(self):
+                return self._functional_weight()
         if not self._ordinary():
             return self._functional_weight()
         weight: Any = _OwnGradient.apply(self._eager_weight(self.weight.dtype))

@@ -11,12 +11,14 @@ learned scale, which is a Parameter: every copy, checkpoint or average that has 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 import operator
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -153,6 +155,24 @@ def _like(came: Tensor, present: Tensor) -> Tensor:
     """On the device of ``present`` and of its type, of replicas of a mesh this rank's; the same Parameter where it is
     one."""
     return came if isinstance(came, nn.Parameter) else local_part(came).to(present.device, present.dtype)
+
+
+def in_a_mode() -> bool:
+    """Whether operators go to somebody who traces, or makes fake tensors."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextlib.contextmanager
+def plain_parameters(layer: nn.Module) -> Iterator[None]:
+    """Parameters of torch's own class: make_fx and fake tensors know tensors by their class, and refuse others."""
+    own = [(p, type(p)) for p in layer.parameters() if isinstance(p, QuantizedParameter)]
+    try:
+        for p, _ in own:
+            p.__class__ = nn.Parameter  # type: ignore[assignment]
+        yield
+    finally:
+        for p, cls in own:
+            p.__class__ = cls
 
 
 class QuantizedLayer(nn.Module):
@@ -405,9 +425,17 @@ class QuantizedLayer(nn.Module):
             return self._tied().scale_of_parts(weight)
         return self.quantizer.scale_for(weight, self._held())
 
+    def _float_weight(self) -> Tensor:
+        """The weight itself; to a mode that traces a view of it, which backward may keep: it needs no class again."""
+        if not in_a_mode():
+            return self.weight
+        with plain_parameters(self):
+            weight: Any = self.weight
+            return weight.view_as(weight) if type(weight) is nn.Parameter else weight
+
     def _functional_weight(self) -> Tensor:
         """The differentiable s Q(w/s) as operators, for whatever is not ordinary: always recomputed, nothing kept."""
-        weight = self.weight
+        weight: Any = self._float_weight()
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale, view, config = self._functional_scale(weight), self.form.view, self.config
         y = _fake_quantized(view(weight), scale, config.weight, config.clips_in_backward)
@@ -602,7 +630,12 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
-        gradient, y = self.config.gradient, self._output(x, *more)
+        if in_a_mode():
+            with plain_parameters(self):
+                y = self._output(x, *more)
+        else:
+            y = self._output(x, *more)
+        gradient = self.config.gradient
         return rounded_gradient(y, gradient.bits) if isinstance(gradient, LUQ) else y
 
     @property
@@ -626,7 +659,7 @@ class QuantizedLayer(nn.Module):
 
     def _output(self, x: Tensor, *more: Any) -> Tensor:
         if self.training and self._floats():
-            return self.product(x, self.weight, *more)
+            return self.product(x, self._float_weight(), *more)
         if (levels := self.config.level_dtype) is not None:
             if is_sharded(x):
                 return self._levels_of_parts(x, levels)
@@ -634,7 +667,7 @@ class QuantizedLayer(nn.Module):
         if (grid := self.kind.input_grid(self)) is not None:
             x = self._quantized_input(x, grid)
         if self.training and self.config.forward == "relaxed":
-            return self.product(x, self.weight, *more)
+            return self.product(x, self._float_weight(), *more)
         if self.softens:
             return self.product(x, self._soft_weight(), *more)
         if self._ordinary() and type(x) in (Tensor, nn.Parameter) and not x.is_nested:
