@@ -323,6 +323,20 @@ def test_any_model_comes_back(tmp_path):
     assert again.state.state == {"steps": 7}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_single_number_is_read_by_the_package_and_comes_back(dtype, tmp_path):
+    """CLIP's logit_scale: with one of bfloat16 the package gguf reads no tensor of the file."""
+    gguf = pytest.importorskip("gguf")
+    model = nn.Module()
+    model.layer, model.logit_scale = nn.Linear(64, 32), nn.Parameter(torch.tensor(2.5))
+    ak.quantize_(model.to(dtype), ak.QuantConfig.for_export("gguf:q4_0"))
+    path = written(contents_of(ak.pack_(ak.hard_quantize_(model))), tmp_path / "a.gguf")
+    found = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert found["logit_scale"].data.reshape(-1).tolist() == [2.5] and len(found) == 3
+    back = ours.read(path).tensors["logit_scale"]
+    assert back.dtype == dtype and back.shape == () and back == 2.5
+
+
 def test_a_file_that_was_saved_exports_the_same(tmp_path):
     model = packed_zoo()
     ak.save_packed(model, tmp_path / "a.safetensors")

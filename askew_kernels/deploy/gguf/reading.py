@@ -83,6 +83,7 @@ class _Source:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
     floats: list[str] = field(default_factory=list)  # layers that are floats for the model, though stored as blocks
+    scalars: dict[str, str] = field(default_factory=dict)  # types of single numbers that are stored as float32
     extra: dict[str, Any] = field(default_factory=dict)
 
     def error(self, name: str, text: object) -> PackedFileError:
@@ -150,6 +151,7 @@ def _open(path: str | os.PathLike) -> _Source:
     source = _Source(container, architecture, Names(architecture, prefix), config, told)
     source.layers, source.ties = said.get("layers", {}), said.get("ties", {})
     source.extra, source.floats = said.get("extra", {}), said.get("floats", [])
+    source.scalars = said.get("scalars", {})
     return source
 
 
@@ -159,7 +161,9 @@ def _said(container: Container) -> dict[str, Any]:
         return {}
     try:
         said = json.loads(container.fields[KEY])
-        wrong = [key for key in ("layers", "ties", "extra", "config") if not isinstance(said.get(key) or {}, dict)]
+        wrong = [
+            key for key in ("layers", "ties", "extra", "config", "scalars") if not isinstance(said.get(key) or {}, dict)
+        ]
         if said["version"] != VERSION or wrong or not isinstance(said.get("prefix", ""), str):
             raise ValueError(f"{wrong or said['version']!r:.80}")
         if not all(isinstance(d, dict) for d in said.get("layers", {}).values()):
@@ -240,6 +244,8 @@ def _layer(source: _Source, name: str, info: _Entry) -> PackedLayer:
 def _tensor(source: _Source, info: _Entry) -> Tensor:
     module, leaf = source.place(info)
     t, a = info.joined([source.container.tensor(part) for part in info.parts]), source.architecture
+    if not t.dim() and source.scalars.get(source.key(info)) == "bfloat16":
+        t = t.to(torch.bfloat16)
     if (rows := source.rows(info)) is not None:
         t = t[rows]
     if a is not None:

@@ -181,6 +181,9 @@ class _Export:
                 raise ValueError(f"{a.name} of llama.cpp has no such tensor; known are {known}")
             if layer is None or self._is_dense(module):
                 floats: Any = t if layer is None else layer.dequantize()
+                if floats.dim() == 0 and floats.dtype == torch.bfloat16:  # the package gguf reads no file with such
+                    self.said.setdefault("scalars", {})[key] = "bfloat16"
+                    floats = floats.float()
                 stored = self._plain(module, theirs, leaf, floats)
             else:
                 stored = self._block(theirs, layer)
