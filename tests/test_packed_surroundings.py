@@ -265,6 +265,7 @@ def test_inputs_are_rounded_whoever_wants_gradients(what, activations, dtype):
     y = run(seen)
     assert torch.equal(y, want)
     if what != "attention":  # whose second product has another input
+        assert want.is_contiguous()
         g = torch.randn_like(y)
         other = x.clone().requires_grad_()
         mine, theirs = (torch.autograd.grad(run(t, of), t, g)[0] for t, of in ((seen, model), (other, plain)))

@@ -436,7 +436,7 @@ class _PackedConvolution(PackedLayer):
     def _from_codes(self, x: Tensor, bias: Tensor | None, height: int, width: int = 1) -> Tensor:
         """A signal of one dimension is an image that is one wide."""
         conv: Any = self
-        as_pixels = x.dim() == 4 and not transformed() and channels_last(x)
+        nhwc = x.dim() == 4 and not transformed() and channels_last(x)
         if any(around := _around(conv)):
             x = _padded(x, around, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
         images, signal = x.shape[0], x.dim() == 3
@@ -460,7 +460,7 @@ class _PackedConvolution(PackedLayer):
                 part = x[:, :, first * stride[0] : (last - 1) * stride[0] + reach]
                 y[:, first:last] = product(part, last - first)
         y = y.permute(0, 3, 1, 2)
-        y = y if as_pixels and not exporting else y.contiguous()
+        y = y if nhwc and not exporting else y.contiguous()
         return y[..., 0] if signal else y
 
 
@@ -669,12 +669,10 @@ DEFAULT = (*SEARCHED, "attention", "experts")  # what quantize_ replaces where n
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
     """The kinds of these names or groups of names. Raises ValueError with the names that there are."""
-    asked = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    asked = [names] if isinstance(names, str) else list(names)
     known = {name for kind in KINDS.values() for name in (kind.name, kind.group)}
-    unknown = [name for name in asked if name not in known]
-    if unknown or not asked:
-        got = repr(unknown[0]) if unknown else "none"
-        raise ValueError(f"kinds: expected names out of {', '.join(sorted(known))}, got {got}")
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"kinds: expected names out of {', '.join(sorted(known))}, got {unknown[0]!r}")
     return [kind for kind in KINDS.values() if kind.name in asked or kind.group in asked]
 
 
