@@ -192,9 +192,11 @@ def test_rounded_activations_of_a_float_model():
             torch.testing.assert_close(model[0](x), rounded, rtol=2e-5, atol=2e-5)
     leaf = x.clone().requires_grad_()
     other = x.clone().requires_grad_()
-    model(leaf).sum().backward()
-    exact(other).sum().backward()
-    assert leaf.grad is not None and torch.equal(leaf.grad, other.grad)  # of the unpacked weight
+    seen = model[0](leaf)
+    assert torch.equal(seen, y)  # rounded as without a gradient, which is that of the unpacked weight
+    seen.sum().backward()
+    exact[0](other).sum().backward()
+    assert leaf.grad is not None and torch.equal(leaf.grad, other.grad)
     codes = ak.pack_(quantized(), activations="bf16")  # a lookup of levels is no obstacle
     assert codes[0].activations == "bf16"
     ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(8, 8)), ak.QuantConfig(Codebook(NF4)))),

@@ -669,10 +669,12 @@ DEFAULT = (*SEARCHED, "attention", "experts")  # what quantize_ replaces where n
 
 def chosen(names: str | Iterable[str]) -> list[Kind]:
     """The kinds of these names or groups of names. Raises ValueError with the names that there are."""
-    asked = [names] if isinstance(names, str) else list(names)
+    asked = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
     known = {name for kind in KINDS.values() for name in (kind.name, kind.group)}
-    if unknown := [name for name in asked if name not in known]:
-        raise ValueError(f"kinds: expected names out of {', '.join(sorted(known))}, got {unknown[0]!r}")
+    unknown = [name for name in asked if name not in known]
+    if unknown or not asked:
+        got = repr(unknown[0]) if unknown else "none"
+        raise ValueError(f"kinds: expected names out of {', '.join(sorted(known))}, got {got}")
     return [kind for kind in KINDS.values() if kind.name in asked or kind.group in asked]
 
 
