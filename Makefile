@@ -8,7 +8,7 @@ SOURCES := setup.py pyproject.toml build_tools/backend.py askew_kernels/library.
 .PHONY: demo docs test test-full test-oldest lint format bench sass sass-check peers paper evidence readme info wheel try-wheel gpu-check install clean
 
 # The folder of the committed rows that README.md and docs/notes.md are made from.
-RESULTS := benchmarks/results/cpu
+RESULTS := benchmarks/results/amd-zen4
 
 demo: install
 	$(PY) -m askew_kernels demo

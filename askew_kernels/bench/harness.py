@@ -1,4 +1,4 @@
-"""Checked, interleaved timings whose rows stand alone, with the physical limit beside them.
+"""Checked, interleaved timings whose rows stand alone, with the least time that measured ceilings allow beside them.
 
 Method (``benchmarks/README.md`` reads the results):
 

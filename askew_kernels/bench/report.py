@@ -47,14 +47,26 @@ def _where(r: Row) -> str:
     return _listed(r.shape, r.dtype, allocator)
 
 
-def _taken(rows: Iterable[Row]) -> str:
-    """Commits, days and instruction sets of the rows, which may be of several runs."""
+def _instructions(rows: Iterable[Row]) -> str:
+    return _listed(*dict.fromkeys(r.instructions for r in rows))
+
+
+def _taken(rows: Iterable[Row], most_commits: float = math.inf) -> str:
+    """Commits and days of the rows, which may be of several runs; above so many, how many commits."""
     rows = list(rows)
-    commits = _listed(*dict.fromkeys(r.commit or "no commit" for r in rows))
+    commits = list(dict.fromkeys(r.commit or "no commit" for r in rows))
     days = sorted({r.time[:10] for r in rows})
-    sets = dict.fromkeys(r.instructions for r in rows)
-    commit = f"commit{'s' if ',' in commits else ''} {commits}"
-    return _listed(*sets, commit, " to ".join(dict.fromkeys((days[0], days[-1]))))
+    if len(commits) > most_commits:
+        commit = f"{len(commits)} commits"
+    else:
+        commit = f"commit{'s' * (len(commits) > 1)} {_listed(*commits)}"
+    return _listed(commit, " to ".join(dict.fromkeys((days[0], days[-1]))))
+
+
+def _measured(rows: Iterable[Row], most_commits: float = math.inf) -> str:
+    """Instruction sets of the rows, and when they were taken."""
+    rows = list(rows)
+    return _listed(_instructions(rows), _taken(rows, most_commits))
 
 
 # Heading -> text of a row's cell; a column that all rows leave empty is not shown.
@@ -173,7 +185,7 @@ def _save(figure: Any, name: str, rows: Sequence[Row]) -> dict[str, bytes]:
     """Says above all panels what these rows were measured on."""
     first = rows[0]
     quick = ", quick sizes" if first.quick else ""
-    text = f"{name}: {first.device}, {_threads(first)}, torch {first.torch}, {_taken(rows)}{quick}"
+    text = f"{name}: {first.device}, {_threads(first)}, torch {first.torch}, {_measured(rows, most_commits=3)}{quick}"
     figure.suptitle(text, fontsize=9, x=0.01, ha="left", color="#555555")
     return figures.save(figure, name)
 
@@ -219,7 +231,7 @@ def _legend(figure: Any, rows: Sequence[Row], columns: int = 5, spread: bool = T
         if kind in kinds
     }
     if any(r.kind == "ours" and _limit_ratio(r) for r in rows):
-        looks["least time that the ceilings, measured in the same turns, allow ours"] = {
+        looks["least time by the ceilings of the same turns: memory, the library's product"] = {
             "color": RED, "marker": "x", "linestyle": "", "markersize": 5, "markeredgewidth": 1.4}  # fmt: skip
     if spread:
         looks["p20–p80"] = {"color": "#777777", "linewidth": 3.2, "alpha": 0.45}
@@ -454,11 +466,13 @@ def summary_table(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     first, results = found[0].ours, goals(rows)
     suites = [f"{suite}: {_taken(members)}" for suite, members in by_suite(f.ours for f in found).items()]
-    where = _listed(first.device, _threads(first), f"torch {first.torch}", first.versions)
+    where = _listed(
+        first.device, _threads(first), _instructions(f.ours for f in found), f"torch {first.torch}", first.versions
+    )
     missed = [g for g in results if g.reached is False]
     measured = sum(g.reached is not None for g in results)
     return "\n\n".join([
-        markdown_table(("pass", "ratio to", "ours", "physical limit", "others"), lines),
+        markdown_table(("pass", "ratio to", "ours", "measured ceiling", "others"), lines),
         f"{where}; medians, default allocator. {'; '.join(suites)}.",
         f"Goals missed, {len(missed)} of {measured} that were measured (all of them: docs/notes.md):",
         markdown_table(("missed", "wanted", "measured"), ((g.goal, *_verdict(g)[:2]) for g in missed)),
@@ -475,14 +489,14 @@ def case_markdown(case: Sequence[Row]) -> str:
     for r in case:
         note = (f": {r.note}" if r.p50 is None else f" ({r.note})") if r.note else ""
         lines.append([f"{r.impl}{note}", *("" if r.p50 is None else cell(r) for cell in columns.values())])
-    what = f"**{head.op}**, {_where(head)}; {_taken(case)}"
+    what = f"**{head.op}**, {_where(head)}; {_measured(case)}"
     return f"{what}\n\n{markdown_table(('implementation', *columns), lines)}"
 
 
 def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
     """A Markdown page of a whole run: where, goals, every row, the plots."""
     first = rows[0]
-    where = _listed(_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _taken(rows))
+    where = _listed(_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _measured(rows))
     quick = ", **quick sizes**" if first.quick else ""
     parts = [
         f"# Measured on {first.device}",
