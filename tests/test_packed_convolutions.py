@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import askew_kernels as ak
 from askew_kernels import ops, reference, runtime
+from askew_kernels.nn.calls import ConvolutionCall
 from askew_kernels.quant import pack_codes
 
 pytestmark = pytest.mark.skipif(runtime._C is None, reason="needs the compiled operators")
@@ -347,19 +348,28 @@ def changes(layer):
     yield exchanged("stride", (2, 3))
     yield exchanged("dilation", (2, 1))
     yield exchanged("padding", (2, 1))
-    yield lambda: layer.set_activations("float")
+    yield lambda: layer.set_activations("float" if layer.activations == "int8" else "int8")
 
 
+@pytest.mark.parametrize("activations", ["int8", "float", "bf16"])
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("name", CALLED)
 @torch.no_grad()
-def test_the_second_call_is_the_first_and_sees_what_changed(name, last):
+def test_the_second_call_is_the_first_and_sees_what_changed(name, last, activations):
     format = torch.channels_last if last else torch.contiguous_format
     g = torch.Generator().manual_seed(11)
     layer, x = packed(CALLED[name], bits=8), torch.randn(2, 16, 9, 10, generator=g).contiguous(memory_format=format)
+    layer.set_activations(activations)
     first = layer(x)
-    called = name != "reflected" and (last or name != "channels")
-    assert (layer._call is not None) == called and (not called or torch.equal(layer._call.product_of(layer, x), first))
+    if name == "channels":  # taps
+        called = last
+    elif activations == "int8":  # bands
+        called = name != "reflected"
+    else:  # unpacked for the call, but of pixels that are rows
+        called = name != "pixels" or not last
+    assert isinstance(layer._call, ConvolutionCall) == called and (
+        not called or torch.equal(layer._call.product_of(layer, x), first)
+    )
     assert torch.equal(layer(x.clone()), first) and layer(x).stride() == first.stride()
 
     def same_as_fresh(*inputs):

@@ -129,10 +129,14 @@ class ConvolutionCall(Call):
     def _attributes(layer: Any) -> tuple[Any, ...]:
         return layer.stride, layer.dilation, layer.padding, layer.padding_mode
 
-    def product_of(self, layer: Any, x: Any) -> Tensor | None:
+    def _as_before(self, layer: Any, x: Any) -> tuple[Any, Any] | None:
+        """``_asked``, and whether images and geometry are what they were."""
         if (held := self._asked(layer, x)) is None or x.shape != self.size or channels_last(x) is not self.last:
             return None
-        if self._attributes(layer) != self.attributes:
+        return held if self._attributes(layer) == self.attributes else None
+
+    def product_of(self, layer: Any, x: Any) -> Tensor | None:
+        if (held := self._as_before(layer, x)) is None:
             return None
         bias = held[1]
         by_channel = self.rest is None
@@ -146,3 +150,31 @@ class ConvolutionCall(Call):
             return convolved(x, (*kept, *self.rest), self.geometry, self.last, bias)
         finally:
             del below
+
+
+class UnpackedCall(ConvolutionCall):
+    """The same where the weight is unpacked for the call and torch makes the product: those questions and checks took
+    as long as a small convolution."""
+
+    __slots__ = ("stored",)
+
+    def __init__(self, layer: Any, x: Tensor) -> None:
+        codes, grid = layer._buffers[NAME], layer.config.weight
+        super().__init__(layer, x, (grid.levels_tensor(codes.device), grid.encoding, layer.bits), [])
+        self.stored = codes.shape
+
+    def product_of(self, layer: Any, x: Any) -> Tensor | None:
+        if (held := self._as_before(layer, x)) is None:
+            return None
+        (scale, bias), codes = held, layer._buffers.get(NAME)
+        if type(codes) is not Tensor or codes.shape != self.stored or not codes.is_contiguous():
+            return None
+        if type(scale) is not Tensor or scale.dtype is not torch.float32 or not scale.is_contiguous():
+            return None
+        weight = torch.empty(self.outputs, self.cols, dtype=self.dtype)
+        below = _BelowAutograd()
+        try:
+            torch.ops.askew.packed_dequantize_.default(codes, scale.view(-1), *self.rest, weight)
+        finally:
+            del below
+        return layer._conv_forward(x, layer.form.weight(weight, layer.shape), bias)

@@ -22,7 +22,7 @@ from ..ops.autograd import transformed
 from ..quant import Grid, QuantConfig
 from ..quant.forms import ROWS, Form
 from .attention import OUT_PROJECTION, AskewInProjection, InProjection, PackedInProjection, projected
-from .calls import Call, ConvolutionCall, channels_last, convolved, convolved_by_channel
+from .calls import Call, ConvolutionCall, UnpackedCall, channels_last, convolved, convolved_by_channel
 from .experts import (
     AskewExperts,
     AskewTransposedExperts,
@@ -336,7 +336,7 @@ class _PackedConvolution(PackedLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the name that torch's layers have
         x, conv = input, self  # type: Tensor, Any
-        if not torch.compiler.is_compiling() and type(call := self._call) is ConvolutionCall:
+        if not torch.compiler.is_compiling() and isinstance(call := self._call, ConvolutionCall):
             y = call.product_of(self, x)
             if y is not None:
                 return y
@@ -350,8 +350,12 @@ class _PackedConvolution(PackedLayer):
             return floats if y is None else _InItsPlace.apply(floats, y)
         if (y := self._from_the_codes(x, bias)) is not None:
             return y
-        y = self._channel_by_channel(x, bias) if conv.groups > 1 else None
-        return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias) if y is None else y
+        if conv.groups > 1:
+            if (y := self._channel_by_channel(x, bias)) is not None:
+                return y
+        elif not torch.compiler.is_compiling() and self._reads_codes(x, 1) and Call.can_be_made(self, x, bias):
+            self._call = UnpackedCall(self, x)
+        return conv._conv_forward(x, self._unpacked.of(self, x.dtype), bias)
 
     def _from_the_codes(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
         """None where it is made with the unpacked weight."""
