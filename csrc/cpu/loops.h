@@ -89,9 +89,10 @@ struct DepthwiseLine {
 };
 
 struct PackedLoops {
-  // Row r as float32 s c, rounded to the storage type; `out` has room for cols rounded up to 64, the rest is set to 0.
-  // bytes: scratch of cols + 64.
-  void (*decode)(const PackedWeight&, int64_t row, int type, float* out, uint8_t* bytes);
+  // Row r as float32 s c; `out` has room for cols rounded up to 64, the rest is set to 0. bytes: scratch of cols + 64.
+  void (*decode)(const PackedWeight&, int64_t row, float* out, uint8_t* bytes);
+  // The same rounded to a storage type, cols of it. floats: scratch as decode's `out`.
+  void (*decode_as)(const PackedWeight&, int64_t row, int type, void* out, float* floats, uint8_t* bytes);
   void (*store)(const float* values, int64_t count, void* out, int type);
   void (*load)(const void* values, int64_t count, int type, float* out);
 

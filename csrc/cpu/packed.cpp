@@ -52,12 +52,12 @@ PackedWeight prepared(const PackedArg& arg) {
 
 // One row after the other of [0, count) as float32 s c: f(row, its values, padded). By threads.
 template <class F>
-void for_decoded(const PackedWeight& w, int64_t first, int64_t count, int type, const F& f) {
+void for_decoded(const PackedWeight& w, int64_t first, int64_t count, const F& f) {
   for_rows(count, 1, w.cols, [&](int64_t begin, int64_t end) {
     Scratch<float> row(w.cols + kPadding);
     Scratch<uint8_t> bytes(w.cols + kPadding);
     for (int64_t r = begin; r < end; ++r) {
-      packed_loops().decode(w, first + r, type, row.get(), bytes.get());
+      packed_loops().decode(w, first + r, row.get(), bytes.get());
       f(r, row.get());
     }
   });
@@ -164,7 +164,7 @@ class Overflows {
     const float *in = p_.input(token, wide.get()), *bias = p_.bias();
     if (!std::all_of(in, in + w.cols, [](float v) { return std::isfinite(v); })) return;
     float* y = p_.out() + token * w.n;
-    for_decoded(w, 0, w.n, kFloat32, [&](int64_t r, const float* row) {
+    for_decoded(w, 0, w.n, [&](int64_t r, const float* row) {
       if (std::isfinite(y[r])) return;
       double sum = 0;
       for (int64_t c = 0; c < w.cols; ++c) sum += (double)in[c] * row[c];
@@ -199,7 +199,7 @@ void multiply_panels(const Product& p) {
   float* decoded = static_cast<float*>(panel.data_ptr());
   for (int64_t first = 0; first < w.n; first += rows) {
     const int64_t count = std::min(rows, w.n - first);
-    for_decoded(w, first, count, kFloat32,
+    for_decoded(w, first, count,
                 [&](int64_t r, const float* row) { std::memcpy(decoded + r * w.cols, row, w.cols * sizeof(float)); });
     const Tensor out = matrix(product.get(), p.batch, count, false);
     const Tensor part = matrix(decoded, count, w.cols, true);
@@ -459,8 +459,12 @@ struct Device : OnCpu {
   using OnCpu::OnCpu;
   void dequantize(const PackedArg& arg, void* out, int type) const {
     const PackedWeight w = prepared(arg);
-    for_decoded(w, 0, w.n, type, [&](int64_t r, const float* row) {
-      packed_loops().store(row, w.cols, static_cast<char*>(out) + r * w.cols * type_size(type), type);
+    for_rows(w.n, 1, w.cols, [&](int64_t begin, int64_t end) {
+      Scratch<float> floats(w.cols + kPadding);
+      Scratch<uint8_t> bytes(w.cols + kPadding);
+      char* to = static_cast<char*>(out) + begin * w.cols * type_size(type);
+      for (int64_t r = begin; r < end; ++r, to += w.cols * type_size(type))
+        packed_loops().decode_as(w, r, type, to, floats.get(), bytes.get());
     });
   }
   void linear(const LinearArg& a) const {

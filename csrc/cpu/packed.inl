@@ -290,8 +290,7 @@ ASKEW_FN vf levels_of(const PackedWeight& w, const uint8_t* p) {
   return select(level > w.hi, vf{} + w.hi, level);
 }
 
-template <int T>
-ASKEW_FN void decode_typed(const PackedWeight& weight, int64_t row, float* out, uint8_t* bytes) {
+static void decode(const PackedWeight& weight, int64_t row, float* out, uint8_t* bytes) {
   const PackedWeight w = weight;  // a copy that the stores cannot change
   unpack_row(w, row, bytes);
   const int64_t groups = w.groups ? w.groups : 1, length = w.cols / groups;
@@ -299,19 +298,13 @@ ASKEW_FN void decode_typed(const PackedWeight& weight, int64_t row, float* out, 
   if (length % ASKEW_LANES == 0 || groups == 1) {
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t c = g * length; c < (g + 1) * length; c += ASKEW_LANES)
-        Floats::store(out + c, Storage<T>::rounded(levels_of(w, bytes + c) * scale[g]));
+        Floats::store(out + c, levels_of(w, bytes + c) * scale[g]);
   } else {
     for (int64_t c = 0; c < w.cols; c += ASKEW_LANES) Floats::store(out + c, levels_of(w, bytes + c));
     for (int64_t g = 0, c = 0; g < groups; ++g)
       for (; c < (g + 1) * length; ++c) out[c] *= scale[g];
-    for (int64_t c = 0; c < w.cols; c += ASKEW_LANES)
-      Floats::store(out + c, Storage<T>::rounded(Floats::load(out + c)));
   }
   for (int64_t c = w.cols; c % 64; ++c) out[c] = 0;
-}
-
-static void decode(const PackedWeight& w, int64_t row, int type, float* out, uint8_t* bytes) {
-  ASKEW_BY_TYPE(type, decode_typed<T>(w, row, out, bytes))
 }
 
 template <int T>
@@ -325,6 +318,36 @@ ASKEW_FN void store_typed(const float* row, int64_t cols, void* out) {
     Storage<T>::store(last, Floats::load(row + c));  // the row is padded
     __builtin_memcpy(to + c, last, (cols - c) * sizeof(S));
   }
+}
+
+// `floats`: a row of scratch, for groups whose ends are no ends of vectors.
+template <int T>
+ASKEW_FN void decode_typed(const PackedWeight& weight, int64_t row, void* out, float* floats, uint8_t* bytes) {
+  typedef typename Storage<T>::type S;
+  const PackedWeight w = weight;
+  const int64_t groups = w.groups ? w.groups : 1, length = w.cols / groups;
+  if (length % ASKEW_LANES && groups > 1) {
+    decode(w, row, floats, bytes);
+    return store_typed<T>(floats, w.cols, out);
+  }
+  unpack_row(w, row, bytes);
+  const float* scale = w.scale + (w.groups ? row * w.groups : 0);
+  S* const to = (S*)out;
+  const int64_t whole = w.cols - w.cols % ASKEW_LANES;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = groups == 1 ? whole : (g + 1) * length;
+    for (int64_t c = g * length; c < end; c += ASKEW_LANES)
+      Storage<T>::store(to + c, levels_of(w, bytes + c) * scale[g]);
+  }
+  if (whole < w.cols) {
+    S last[ASKEW_LANES];
+    Storage<T>::store(last, levels_of(w, bytes + whole) * scale[0]);
+    __builtin_memcpy(to + whole, last, (w.cols - whole) * sizeof(S));
+  }
+}
+
+static void decode_as(const PackedWeight& w, int64_t row, int type, void* out, float* floats, uint8_t* bytes) {
+  ASKEW_BY_TYPE(type, decode_typed<T>(w, row, out, floats, bytes))
 }
 
 static void store(const float* row, int64_t cols, void* out, int type) {
@@ -503,12 +526,12 @@ constexpr decltype(PackedLoops::tables_width) tables_width = nullptr;
 constexpr decltype(PackedLoops::make_tables) make_tables = nullptr;
 constexpr decltype(PackedLoops::multiply_tables) multiply_tables = nullptr;
 #endif
-extern const PackedLoops packed = {
-    decode,           store,           load,         width,           arrange,       scratch,
-    multiply,         tables_width,    make_tables,  multiply_tables, int8_width,    quantize,
-    int8_scratch,     multiply_int8,   unpack_codes, band_tokens,     quantize_rows, channel_peaks,
-    quantize_patches, depthwise_line,  transpose,    multiply_bands,  kPanelOutputs, level_range,
-    lay_out_panel,    multiply_levels, sum_levels};
+extern const PackedLoops packed = {decode,          decode_as,       store,          load,          width,
+                                   arrange,         scratch,         multiply,       tables_width,  make_tables,
+                                   multiply_tables, int8_width,      quantize,       int8_scratch,  multiply_int8,
+                                   unpack_codes,    band_tokens,     quantize_rows,  channel_peaks, quantize_patches,
+                                   depthwise_line,  transpose,       multiply_bands, kPanelOutputs, level_range,
+                                   lay_out_panel,   multiply_levels, sum_levels};
 #endif
 
 }  // namespace ASKEW_ISA

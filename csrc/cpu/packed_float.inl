@@ -142,8 +142,7 @@ ASKEW_FN void multiply_rows(const PackedWeight& w, int64_t row, const float* x, 
   int64_t stride = w.row_bytes;
   if (FORM == kDecoded) {
     stride = (rounded_up(w.cols, 64) + kPadding) * 4;
-    ASKEW_EACH (r, R)
-      decode(w, row + r, kFloat32, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
+    ASKEW_EACH (r, R) decode(w, row + r, (float*)(scratch + r * stride), (uint8_t*)(scratch + kRows * stride));
     p = (const uint8_t*)scratch;
   } else if (FORM == kBytes && (w.bits != 8 || w.cols % Block<kBytes>::kCols)) {
     stride = rounded_up(w.cols, 64) + kPadding;
