@@ -55,7 +55,7 @@ class Recipe(EpsilonAnnealing):
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
         row = _settings(optimizer, settings, changes)
-        _check_groups(model, optimizer)
+        _check_groups(model, optimizer, steps)
         self.model: nn.Module = model
         self.steps: int = steps
         total = max(1, round(row.end * steps))
@@ -133,7 +133,7 @@ def _settings(optimizer: torch.optim.Optimizer, settings: str | Settings | None,
     return row
 
 
-def _check_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _check_groups(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     """ValueError where a layer's weight trains without the constraint."""
     layers = quantized_layers(model)
     if not layers:
@@ -144,4 +144,5 @@ def _check_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         weight = layer._parameters.get("weight")  # None where it is computed from others
         if weight is not None and weight.requires_grad and id(weight) not in held:
             raise ValueError(f"optimizer: {name}.weight is in no parameter group with a grid; make it with "
-                             "ak.param_groups(model)")  # fmt: skip
+                             "ak.param_groups(model), or, where several optimizers share the quantized weights, give "
+                             f"each an ak.EpsilonAnnealing(optimizer, total={steps})")  # fmt: skip

@@ -228,6 +228,41 @@ def test_large_plain_groups_take_torchs_fused_step_unless_asked(cls, twin, optio
     assert optimizer.param_groups[0]["fused"] is asked.get("fused")
 
 
+@pytest.mark.parametrize(("cls", "twin", "options"), [
+    (ASkewSGD, torch.optim.SGD, dict(lr=0.1, momentum=0.9)), (ASkewSGD, torch.optim.SGD, dict(lr=0.1)),
+    (ASkewAdamW, torch.optim.AdamW, dict(lr=0.1)),
+])  # fmt: skip
+@pytest.mark.parametrize("unlike", ["transposed", "expanded", "sliced", "weight", "state", "cast"])
+def test_large_plain_groups_of_other_layouts_are_stepped_by_torchs_loop(cls, twin, options, unlike, generator):
+    """Torch's fused step looks at no strides, so it is not taken unasked where those of weight, gradient and state are
+    not the same, or leave gaps, nor where a model was cast between its steps."""
+    start = torch.randn(64, 32, 8, 8, generator=generator)[:, ::2]
+    ours = nn.Parameter(start if unlike == "weight" else start.contiguous())
+    theirs = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+    optimizer, other = cls([ours], **options), twin([theirs], **options)
+    for i in range(3):
+        if i == 1 and unlike == "state":  # as a checkpoint brings it to a model that is in channels last now
+            ours.data = ours.data.to(memory_format=torch.channels_last)
+        if i == 1 and unlike == "cast":
+            ours.data, theirs.data = ours.data.double(), theirs.data.double()
+            for p in other.state:
+                other.state[p] = {
+                    k: t.double() if k in optimizer.RULE.buffers else t for k, t in other.state[p].items()
+                }
+        g = torch.randn(start.shape, generator=generator, dtype=ours.dtype)
+        if unlike == "transposed":
+            g = g.transpose(2, 3)
+        elif unlike == "expanded":
+            g = g[:, :, :1, :1].expand(g.shape)
+        elif unlike == "sliced":
+            g = torch.stack([g, g], -1)[..., 0]
+        theirs.grad = g.clone(memory_format=torch.contiguous_format)
+        ours.grad = g.to(memory_format=torch.channels_last) if unlike == "state" and i else g
+        optimizer.step()
+        other.step()
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("cls", [ASkewSGD, ASkewAdamW])
 def test_large_plain_groups_whose_gradients_come_late_or_are_sparse(cls, generator):
     ours = [nn.Parameter(torch.randn(s, generator=generator)) for s in ((1 << 10, 64), (1 << 10, 64))]

@@ -184,6 +184,8 @@ def test_what_is_not_under_the_constraint_is_named():
         ak.Recipe(model, foreign, 10)
     with pytest.raises(ValueError, match=r"^optimizer: 0\.weight is in no"):
         ak.Recipe(problem()[0], optimizer, 10)  # of another model
+    with pytest.raises(ValueError, match=r"several optimizers .* ak.EpsilonAnnealing\(optimizer, total=10\)"):
+        ak.Recipe(model, foreign, 10)
     with pytest.raises(ValueError, match="ak.optim.Skewed"):
         ak.Recipe(model, torch.optim.SGD(groups, lr=0.1), 10)
 

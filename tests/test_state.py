@@ -167,6 +167,36 @@ def eval_outputs(model):
     return found
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("wrap", [lambda optimizer: optimizer, ak.optim.MSAM], ids=["alone", "MSAM"])
+def test_a_pickled_optimizer_may_step_before_the_model_is_called(wrap, order):
+    """Model and optimizer in one file, in either order: the layers know the scales that the step was made with."""
+    model = Net(QuantConfig(Uniform(2), ste_clip="step" if wrap is not ak.optim.MSAM else True))
+    optimizer = wrap(ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9))
+
+    def gradients(model):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+
+    gradients(model)
+    optimizer.first_step() if wrap is ak.optim.MSAM else None
+    optimizer.step()
+    gradients(model)
+    both = (model, optimizer)[::order], pickle.loads(pickle.dumps((model, optimizer)[::order]))
+    outputs = []
+    for net, stepped in (pair[::order] for pair in both):
+        for p, q in zip(net.parameters(), model.parameters(), strict=True):
+            p.grad = q.grad.clone()
+        if wrap is ak.optim.MSAM:
+            stepped.first_step()
+            outputs.append(net(X))
+        stepped.step()
+        outputs.append(eval_outputs(net))
+        outputs += [layer.weight_scale.clone() for layer in ak.nn.quantized_layers(net).values()]
+    half = len(outputs) // 2
+    assert all(torch.equal(a, b) for a, b in zip(outputs[:half], outputs[half:], strict=True))
+
+
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("how", COPIES)

@@ -228,6 +228,11 @@ class QuantizedLayer(nn.Module):
         self._buffers.update({GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
 
+    def __setstate__(self, state: Any) -> None:
+        """Of a pickle: an optimizer that came with it may step before the next forward."""
+        super().__setstate__(state)
+        self._tied()
+
     def _tied(self) -> WeightQuantizer:
         """The quantizer, tied to the weight this module has now (a copied or replaced Parameter is tied anew)."""
         quantizer = self.quantizer

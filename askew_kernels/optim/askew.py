@@ -316,17 +316,18 @@ class ByRule(Constrained, Hooked):
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         getattr(self, f"_plain_{self.RULE.name}", self._plain)(group, params)
 
-    def _torch_options(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> dict[str, Any]:
+    def _torch_options(self, group: dict[str, Any], params: list[Tensor], *beside: list[Any]) -> dict[str, Any]:
+        """``beside``: gradients and state of the parameters, None where there is none."""
         keys = (*self.OWN, "maximize", "foreach", "fused", *(_CAPTURABLE if self.RULE.counts else ()))
         options = {key: group[key] for key in keys}
-        if options["fused"] is None and options["foreach"] is None and _pays_fused(group, params, grads):
+        if options["fused"] is None and options["foreach"] is None and _pays_fused(group, params, *beside):
             options["fused"] = True
         return options
 
     def _plain_sgd(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
-        options = self._torch_options(group, params, grads)
+        options = self._torch_options(group, params, grads, *([buffers] if group["momentum"] else ()))
         if len({buffer is None for buffer in buffers}) > 1:  # torch's fused step makes all of them or none
             options["fused"] = group["fused"]
         sgd(params, grads, buffers, has_sparse_grad=any(g.is_sparse for g in grads), **options)
@@ -338,12 +339,13 @@ class ByRule(Constrained, Hooked):
     def _plain_adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         grads: list[Any] = [p.grad for p in params]
         steps = [self._counter(p, group["fused"] or group["capturable"]) for p in params]
-        options = self._torch_options(group, params, grads)
+        moments = self._buffers(group, params)
+        options = self._torch_options(group, params, grads, *moments)
         options["beta1"], options["beta2"] = options.pop("betas")
         options["capturable"] &= (
             params[0].device.type != "cpu"
         )  # where there is nothing to capture, and torch refuses it
-        adamw(params, grads, *self._buffers(group, params), [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
+        adamw(params, grads, *moments, [], steps, amsgrad=False, **options)  # type: ignore[misc,arg-type]
         _count_writes(params, options, group)
 
     def _plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -364,13 +366,20 @@ _ANY = Binary()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter, QuantizedParameter, LearnedScale)
 
 
-def _pays_fused(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> bool:
+def _pays_fused(group: dict[str, Any], params: list[Tensor], *beside: list[Any]) -> bool:
     """Whether torch's fused step, one pass, is to take the place of its default on a CPU, a loop of ten (which rounds
-    a few weights to the other neighbour): of small groups neither is felt."""
+    a few weights to the other neighbour): of small groups neither is felt. It takes element i of each memory for one
+    weight, whatever strides and types say."""
     if sum(p.numel() for p in group["params"]) < FUSED_FROM:
         return False
-    return all(type(p) in _PLAIN_TYPES and p.is_cpu and p.is_floating_point() and g.layout == torch.strided
-               and g.dtype == p.dtype for p, g in zip(params, grads, strict=True))  # fmt: skip
+    if not all(type(p) in _PLAIN_TYPES and p.is_cpu and p.is_floating_point() and _is_dense(p) for p in params):
+        return False
+    return all(t is None or (t.layout == torch.strided and t.dtype == p.dtype and t.stride() == p.stride())
+               for tensors in beside for p, t in zip(params, tensors, strict=True))  # fmt: skip
+
+
+def _is_dense(p: Tensor) -> bool:
+    return p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
 
 
 def _count_writes(params: list[Tensor], options: dict[str, Any], group: dict[str, Any]) -> None:
