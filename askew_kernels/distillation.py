@@ -201,7 +201,7 @@ class _Seen:
 
     def __enter__(self) -> _Seen:
         self.handles = [
-            m.register_forward_hook(lambda _, args, output, kept=kept: kept.append(output))
+            m.register_forward_hook(lambda _, args, output, kept=kept: kept.append(_kept(output)))
             for m, kept in zip(self.modules, self.outputs, strict=True)
         ]
         return self
@@ -210,7 +210,6 @@ class _Seen:
         for handle in self.handles:
             handle.remove()
         for name, kept in zip(self.names, self.outputs, strict=True) if kind is None else ():
-            kept[:] = [_first_tensor(y) for y in kept]
             if not kept:
                 raise ValueError(f"hidden: {name} of the {self.role} was not called (compiled code calls no hooks: "
                                  "give the model before torch.compile)")  # fmt: skip
@@ -218,9 +217,11 @@ class _Seen:
                 raise ValueError(f"hidden: {name} of the {self.role} gives no tensor of floats")
 
 
-def _first_tensor(y: Any) -> Any:
+def _kept(y: Any) -> Any:
+    """The first tensor of an output, copied: an activation or a sum in place may follow, which writes into it."""
     values = y.values() if _is_mapping(y) else y if isinstance(y, (tuple, list)) else (y,)
-    return next((x for x in values if isinstance(x, Tensor)), None)
+    found = next((x for x in values if isinstance(x, Tensor)), None)
+    return None if found is None else found.clone()
 
 
 def _errors(name: str, ours: list[Tensor], theirs: list[Tensor], mask: Tensor | None) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .annealing import RECIPES, EpsilonAnnealing, Settings, family_of, row_periods
 from .nn import hard_quantize_, quantized_layers
+from .nn.convert import tell_passed
 
 __all__ = ["Recipe"]
 
@@ -63,6 +64,12 @@ class Recipe(EpsilonAnnealing):
             optimizer, total=total, mode=row.mode, power=row.power, outer_power=row.outer_power,
             keep_pull=row.keep_pull, clamp=row.clamp, **{name: row_periods(row, name, steps, total) for name in SHARES},
         )  # fmt: skip
+
+    def step(self, epoch: int | None = None) -> None:
+        """The next step, or step ``epoch``; the first warns of layers that their model does not call."""
+        super().step(epoch)
+        if self.last_epoch == 1:
+            tell_passed(self.model, "Recipe")
 
     @property
     def finished(self) -> bool:

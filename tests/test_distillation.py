@@ -88,6 +88,31 @@ def test_the_formula_of_hidden_outputs(x):
     assert list(ak.distill(model, hidden=["[03]"]).hidden) == ["0", "3"]
 
 
+def test_hidden_outputs_are_those_before_activations_and_sums_in_place():
+    class Block(nn.Module):
+        def __init__(self, inplace):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.act = nn.Conv1d(3, 3, 1), nn.Conv1d(3, 3, 1), nn.ReLU(inplace)
+
+        def forward(self, x):
+            y = self.second(self.act(self.first(x)))
+            if self.act.inplace:
+                y += x
+            else:
+                y = y + x
+            return self.act(y).flatten(1)
+
+    x, found = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(1)), []
+    for inplace in (False, True):
+        model = Block(inplace)
+        distiller = ak.distill(model, hidden=["first", "second"])
+        ak.quantize_(model, ak.QuantConfig(ak.quant.Uniform(3)))
+        loss = distiller(x)
+        found.append((loss, *torch.autograd.grad(loss, [*model.parameters()])))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_function_compares(x):
     model = network().eval()
     distiller = ak.distill(model, compare=lambda ours, theirs: (ours - theirs).abs().max() + 1)

@@ -280,6 +280,25 @@ def test_inputs_are_rounded_whoever_wants_gradients(what, activations, dtype):
                 assert torch.equal(run(seen), want)
 
 
+@pytest.mark.parametrize("activations", ["float", "bf16", "int8"])
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 1, 1), (1, 8, 3, 3), (2, 8, 9, 9), (8, 3, 3), (2, 8, 3), (5, 8), (2, 5, 8)], ids=str
+)
+def test_an_activation_in_place_may_follow(shape, activations):
+    """As in most networks for images, whose normalization is folded or missing (squeeze and excitation)."""
+    layers = {1: nn.Conv2d(8, 6, 1), 8: nn.Linear(8, 6), 9: nn.Conv2d(8, 6, 3)}
+    line = nn.Conv1d(8, 6, 3, padding=1) if shape == (2, 8, 3) else nn.Conv2d(8, 6, 3, padding=1)
+    model = packed(nn.Sequential(layers.get(shape[-1], line)), activations=activations)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    for laid_out in (x, x.to(memory_format=torch.channels_last) if x.dim() == 4 else x):
+        found = []
+        for inplace in (False, True):
+            leaf = laid_out.clone().requires_grad_()
+            y = functional.relu(model(leaf), inplace)
+            found.append((y, *torch.autograd.grad(y.square().sum(), (leaf, model[0].bias))))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("wants", [False, True], ids=["input", "input wants a gradient"])
 @pytest.mark.parametrize("make", [mlp, net])
 def test_biases_are_trained(make, wants):

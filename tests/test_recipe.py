@@ -724,3 +724,52 @@ def test_full_is_checked(options, name):
         ak.Recipe(model, optimizer, 100, **options)
     with pytest.raises((ValueError, TypeError), match="^full: expected"):
         ak.EpsilonAnnealing(optimizer, total=100, start=50, full=40)
+
+
+class Reading(nn.Module):
+    """Multiplies by the weight of its second layer itself, as attentions with biases of their own for queries do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv1d(3, 6, 1), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.spare = nn.Linear(6, 6)  # neither called nor read
+
+    def forward(self, x):
+        return self.last(functional.linear(self.first(x).mT, self.second.weight, self.second.bias))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_that_are_trained_and_never_called_are_told(compiled):
+    model = ak.quantize_(Reading())
+    optimizer = ASkewSGD(ak.param_groups(model), lr=0.1)
+    recipe, forward = ak.Recipe(model, optimizer, 4), torch.compile(model, backend="aot_eager") if compiled else model
+    told = []
+    for call in (*[recipe.step] * 4, recipe.finish):
+        optimizer.zero_grad()
+        forward(torch.ones(2, 3, 4)).square().sum().backward()
+        optimizer.step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        told.append(" ".join(str(w.message) for w in caught))
+    assert all("1 quantized layers have a gradient and were never called (second)" in text for text in told[::4])
+    assert not any(told[1:4])
+
+
+def test_gradients_of_before_and_layers_that_serve_are_not_told():
+    model = nn.Sequential(nn.Linear(6, 6), nn.MultiheadAttention(6, 2), nn.ConvTranspose1d(6, 3, 2))
+    x = torch.randn(4, 2, 6)
+
+    def backward():
+        h = model[1](*[model[0](x)] * 3)[0]
+        model[2](h.permute(1, 2, 0)).sum().backward()
+
+    backward()
+    ak.quantize_(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ak.hard_quantize_(model)  # a float model's gradients are still there
+        model.zero_grad()
+        ak.quantize_(ak.dequantize_(model))
+        backward()
+        ak.hard_quantize_(model)

@@ -348,17 +348,30 @@ def quantized_layers(model: nn.Module) -> dict[str, Any]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
-@torch.no_grad()
+def tell_passed(model: nn.Module, call: str) -> None:
+    """UserWarning where weights got a gradient and their layers were never called."""
+    passed = [name for name, layer in quantized_layers(model).items() if not layer.quantizer.served
+              and getattr(layer._parameters.get("weight"), "grad", None) is not None]  # fmt: skip
+    if passed:
+        told = ", ".join(passed[:NAMES_TOLD]) + ", …" * (len(passed) > NAMES_TOLD)
+        warnings.warn(f"{call}: {len(passed)} quantized layers have a gradient and were never called ({told}): their "
+                      "model reads `weight` itself, and computes with the float weights until hard_quantize_, also in "
+                      "eval(); call the layers there, or leave them out", stacklevel=3)  # fmt: skip
+
+
 def hard_quantize_(model: nn.Module) -> nn.Module:
     """w <- s Q(w/s) in every quantized layer, in place: float and quantized weights become the same numbers. Raises
-    RuntimeError naming the layer, before anything is written, where the weight is computed from others."""
+    RuntimeError naming the layer, before anything is written, where the weight is computed from others. Warns of layers
+    that were trained and never called, because their model reads ``weight`` itself."""
     layers = quantized_layers(model)
     for name, layer in layers.items():
         if maker := computed_tensors(layer).get("weight"):
             raise RuntimeError(f"{name}: its weight is not a Parameter but computed ({maker}); {MAKE_PERMANENT}")
+    tell_passed(model, "hard_quantize_")
     decline_fast_paths(model)
-    for layer in layers.values():
-        layer.hard_quantize_()
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.hard_quantize_()
     return model
 
 

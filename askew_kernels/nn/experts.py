@@ -59,6 +59,7 @@ class AskewExperts(QuantizedLayer, ExpertWeight):  # type: ignore[misc]
 
     def current(self) -> Tensor:
         """s Q(w/s), or the weight itself where it is trained relaxed; differentiable."""
+        self._serves()
         if self.computes_float:
             return self._float_weight()
         if self.softens:

@@ -305,7 +305,7 @@ class _InItsPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, floats: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
+        return rounded.clone()  # no view, into which an activation in place could not write
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

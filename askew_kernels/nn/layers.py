@@ -227,6 +227,13 @@ class QuantizedLayer(nn.Module):
             self._modules[INPUT] = InputQuantizer(config.activation, config.activation_scale, self.weight.device)
         self._buffers.update({GRIDS: _fingerprint(config, self.weight.device)})
         self._tied()
+        if getattr(self.weight, "grad", None) is not None:  # of before: it says nothing
+            self._serves()
+
+    def _serves(self) -> None:
+        self.quantizer.served = True
+
+    _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # done while torch.compile traces
 
     def __setstate__(self, state: Any) -> None:
         """Of a pickle: an optimizer that came with it may step before the next forward."""
@@ -637,6 +644,7 @@ class QuantizedLayer(nn.Module):
         x = input
         if isinstance(x, Proxy):  # torch.fx: a layer is one node, as torch's own
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, *more), {})
+        self._serves()
         if in_a_mode():
             with plain_parameters(self):
                 y = self._output(x, *more)

@@ -242,6 +242,7 @@ class WeightQuantizer:
         self.sharded_type: torch.dtype | None = None  # of the weight while it is split over ranks
         self._loaded = False  # a checkpoint has just brought the three tensors
         self.told = False  # that a foreign optimizer does not clip its gradient
+        self.served = False  # whether a layer has computed with this since it was made: others may read the weight
         self.revision = 0  # moves when scale, buffers or weight may have changed other than by an update pass
 
     # ---- identity ----
