@@ -292,6 +292,53 @@ def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):
     assert read_contents(first).layers["0"].stride == (2, 2)
 
 
+@pytest.mark.parametrize("how", ["one Parameter", "one memory"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("to", ["transformers", "compressed-tensors", "metal"])
+def test_floats_that_are_one_in_memory_arrive_under_each_name(to, tied, how, tmp_path):
+    """transformers ties what its architecture says, the matrices of word embeddings: all else stands in a folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=40, tie_word_embeddings=tied)
+    model, tokens = transformers.LlamaForCausalLM(shape).eval(), torch.arange(12)[None]
+    first, second = (layer.input_layernorm for layer in model.model.layers)
+    second.weight = first.weight if how == "one Parameter" else nn.Parameter(first.weight.data)
+    nn.init.uniform_(first.weight, 0.5, 1.5)
+    config = ak.QuantConfig.for_export("metal:4", group_size=32)
+    ak.hard_quantize_(ak.quantize_(model, {"lm_head": None, "*": config}))
+    with torch.no_grad():
+        dense = model(tokens).logits  # of torch's own products
+        packed = ak.pack_(model)(tokens).logits
+    ak.save_packed(model, tmp_path / "packed")
+    model.config.save_pretrained(tmp_path)
+    for source in (model, tmp_path / "packed"):
+        folder = tmp_path / type(source).__name__
+        export_packed(source, folder, to)
+        assert torch.equal(contents_at(folder).tensors["model.layers.1.input_layernorm.weight"], second.weight)
+        if to != "metal":  # which transformers loads on Apple's machines only
+            with torch.no_grad():
+                y = transformers.LlamaForCausalLM.from_pretrained(str(folder)).eval()(tokens).logits
+            assert torch.equal(y, packed if to == "transformers" else dense)
+
+
+def test_packed_layers_that_are_one_in_memory_arrive_under_each_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=40)
+    ).eval()
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig())))
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight_codes, second.weight_scale = first.weight_codes.detach(), first.weight_scale.detach()
+    export_packed(model, tmp_path / "exported", "transformers")
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("exported", "saved"):
+        loaded = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / name)).eval()
+        tokens = torch.arange(12)[None]
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_what_was_exported_is_shown_without_its_numbers(tmp_path):
     config = ak.QuantConfig.for_export("compressed-tensors:4", group_size=32)
     model = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(64, 8)), config)))

@@ -140,6 +140,10 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         except ValueError as error:
             raise contents.error(name, error) from None
     _check_experts(contents, layers, schemes)
+    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
+    ignored = [
+        expert_names.in_checkpoints(name, family) for name in matrices if name not in schemes
+    ]  # a tied head, too
     changes = folders.settle_ties(contents, layers, tensors)
     schemes = {expert_names.in_checkpoints(name, family): scheme for name, scheme in schemes.items()}
     whole = contents.layers.keys() - layers.keys()  # experts as floats: transformers takes them by the model's names
@@ -159,7 +163,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
                        "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
     folders.write_tensors(path, tensors, contents.extra)
-    folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
+    folders.write_config(contents, path, architecture, quantization_config(schemes, ignored), **changes)
 
 
 def _check_experts(contents: Contents, layers: Mapping[str, PackedLayer], schemes: Mapping[str, Scheme]) -> None:
@@ -171,9 +175,9 @@ def _check_experts(contents: Contents, layers: Mapping[str, PackedLayer], scheme
                                    "alike or name some in dense=")  # fmt: skip
 
 
-def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignore`` names
-    every other matrix, so that no reader takes it for a quantized one."""
+def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignored``: every
+    other module with a matrix, so that no reader takes it for a quantized one."""
     groups: dict[str, Any] = {}
     for kind in KIND_NAMES:
         of_kind = {name: scheme for name, scheme in schemes.items() if scheme.kind == kind}
@@ -186,10 +190,9 @@ def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Ten
                 names = [*(n for n in names if not expert_names.EXPERT.fullmatch(n)), expert_names.PATTERN]
             groups[f"{kind}_{i}"] = scheme.to_dict(names)
     formats = sorted({group["format"] for group in groups.values()})
-    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
     return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "kv_cache_scheme": None,
-            "global_compression_ratio": None, "ignore": [name for name in matrices if name not in schemes]}  # fmt: skip
+            "global_compression_ratio": None, "ignore": ignored}  # fmt: skip
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
