@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,14 +268,24 @@ class _File:
     def fail(self, name: str, text: object) -> PackedFileError:
         return PackedFileError(f"{self.path}: {name}: {text}")
 
+    @cached_property
+    def _targets(self) -> dict[str, set[str]]:
+        """Of each config group; made once, as there may be thousands."""
+        told = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
+        return {key: {target for target in targets if isinstance(target, str)} for key, targets in told.items()}
+
+    @cached_property
+    def _wide(self) -> list[dict[str, Any]]:
+        """The config groups that target more than layers' names."""
+        names = set(self.names)
+        return [g for key, g in self.groups.items() if not self._targets[key] <= names]
+
     def group(self, name: str) -> dict[str, Any]:
         """The config group that the layer follows: that which has its name, or the only one that fits its sizes of
         those that target more than other layers' names. Patterns of foreign files are not run."""
-        targets = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
-        named = [g for key, g in self.groups.items() if name in targets[key]]
-        wide = [g for key, g in self.groups.items() if any(target not in self.names for target in targets[key])]
+        named = [g for key, g in self.groups.items() if name in self._targets[key]]
         fitting, why = [], "no config group has it as a target"
-        for g in named or wide:
+        for g in named or self._wide:
             try:
                 self._sizes(name, g)
                 fitting.append(g)
