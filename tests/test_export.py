@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from fractions import Fraction
 
 import pytest
@@ -24,7 +25,7 @@ from askew_kernels.__main__ import main
 from askew_kernels.contract import SCALE_RANGES
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.export import compare, contents_at, export_packed
-from askew_kernels.deploy.files import PackedFileError
+from askew_kernels.deploy.files import NotWritten, PackedFileError
 from askew_kernels.deploy.formats import FORMATS, format_of
 from askew_kernels.quant.exports import TARGETS
 from askew_kernels.quant.scales import holds_scales, round_scale
@@ -385,6 +386,24 @@ def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, caps
     monkeypatch.undo()
     export_packed(source, out, "gguf", overwrite=True)
     assert format_of(out) == "gguf"
+
+
+@pytest.mark.parametrize("to", ["gguf", "compressed-tensors", "transformers", "metal", "torchao"])
+def test_a_full_disk_is_told_as_such(to, tmp_path, capsys):
+    """The work was done, and failed: exit code 1, not 2, which is said before any work."""
+    config = ak.QuantConfig.for_export("metal:4", group_size=32)
+    model = ak.quantize_(nn.ModuleDict({"part": nn.Sequential(nn.Linear(256, 512))}), config)
+    ak.save_packed(ak.pack_(ak.hard_quantize_(model)), tmp_path / "packed")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(NotWritten, match=r"out.*: cannot be written \("):
+            export_packed(model, tmp_path / "out", to)
+        code = main(["export", str(tmp_path / "packed"), "--to", to, "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "cannot be written (" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["packed"]
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -127,7 +127,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str,
     try:
         tensorfile.write(path / WEIGHTS, tensors, files.metadata_with({"format": "pt"}, extra), "", lambda sums: "")
     except (OSError, ValueError, RuntimeError) as error:
-        raise files.PackedFileError(f"{path / WEIGHTS}: cannot be written ({error})") from None
+        raise files.NotWritten(f"{path / WEIGHTS}: cannot be written ({error})") from None
 
 
 def settle_ties(contents: Contents, compressed: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Any]:
