@@ -110,8 +110,8 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     as a whole, and each file in it keeps that of the one it replaces (no reader finds half of one, but for an instant
     none); so is a file by a folder.
 
-    Raises FileExistsError before the block where ``path`` is there and ``overwrite`` is not set. OSError where the
-    block made nothing.
+    Raises OSError before the block: FileExistsError where ``path`` is there and ``overwrite`` is not set, for what is
+    neither a file nor a folder (device, pipe), for an empty name; and where the block made nothing.
     """
     target = os.path.realpath(os.fspath(path))
     check_new(path, overwrite)
@@ -122,12 +122,13 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
             if os.path.isfile(made):
                 _synchronise(made)
             _take_over(target + made[len(temporary) :], made)
-        if os.path.isdir(target) or (os.path.isdir(temporary) and os.path.lexists(target)):  # which no rename replaces
-            os.rename(target, old)
         try:
+            # which no rename replaces
+            if os.path.isdir(target) or (os.path.isdir(temporary) and os.path.lexists(target)):
+                os.rename(target, old)
             os.replace(temporary, target)
-        except OSError:
-            if os.path.lexists(old):
+        except BaseException:  # an interrupt, too, which comes when either of them is done
+            if os.path.lexists(old) and not os.path.lexists(target):
                 os.rename(old, target)
             raise
     except OSError as error:
@@ -135,7 +136,7 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
             error.filename = target + str(error.filename)[len(temporary) :]
         raise
     finally:
-        for rest in (temporary, old):
+        for rest in (temporary, old) if os.path.lexists(target) else (temporary,):
             if os.path.isdir(rest):
                 shutil.rmtree(rest, ignore_errors=True)
             else:
@@ -145,9 +146,14 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
 
 def check_new(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Raises the OSError that ``new_path`` would, before there is anything to write."""
-    if os.path.lexists(path) and not overwrite:
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "expected a name, got none", "")
+    target = os.path.realpath(os.fspath(path))  # which is there for some names that are not: "file/", "missing/../file"
+    if not overwrite and (os.path.lexists(path) or os.path.lexists(target)):
         raise FileExistsError(errno.EEXIST, "is there already", os.fspath(path))
-    check_folder(os.path.dirname(os.path.realpath(os.fspath(path))))
+    if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
+        raise OSError(errno.EINVAL, "not a regular file and no folder", target)
+    check_folder(os.path.dirname(target))
 
 
 def _all_in(path: str) -> Iterator[str]:

@@ -3,6 +3,7 @@ a plain ``open(path, "wb")`` would have given it, and leaves no other file, whoe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -130,6 +131,62 @@ def test_a_new_path_takes_the_place_of_files_and_folders(there, new, tmp_path, m
     assert names_and_texts(path) == names_and_texts(other) and sorted(os.listdir(tmp_path)) == ["other", "path"]
 
 
+@pytest.mark.parametrize("name", ["", "path/", "missing/../path", "link", "folder/../path", "folder/."])
+@pytest.mark.parametrize("new", ["file", "folder"])
+def test_no_spelling_of_a_name_replaces_what_is_there_unasked(name, new, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    made(home / "folder", "folder", "old")
+    made(home / "path", "file", "old")
+    os.symlink("not there yet", home / "link")
+    monkeypatch.chdir(home)
+    before = names_and_texts(home)
+    for overwrite in (False, True) if name == "" else (False,):  # which names nothing
+        with pytest.raises(OSError), atomic.new_path(name, overwrite) as beside:
+            made(beside, new, "new")
+        with pytest.raises(OSError):
+            atomic.check_new(name, overwrite)
+    assert names_and_texts(home) == before and os.listdir(tmp_path) == ["home"]
+    assert sorted(os.listdir(home)) == ["folder", "link", "path"]
+
+
+@pytest.mark.parametrize("call", ["rename", "replace"])
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("there", ["file", "folder"])
+def test_an_interrupt_while_names_change_loses_nothing(there, new, call, tmp_path, monkeypatch):
+    """It comes when the system has done what it was asked: the old or the new one is there, whole, and nothing else."""
+    path, other = tmp_path / "path", tmp_path / "other"
+    made(path, there, "old")
+    made(other, new, "new")
+    whole = [names_and_texts(path), names_and_texts(other)]
+    real, calls = getattr(os, call), []
+
+    def interrupted(*names):
+        real(*names)
+        if not calls:
+            calls.append(names)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, interrupted)
+    with contextlib.suppress(KeyboardInterrupt), atomic.new_path(path, overwrite=True) as name:
+        made(name, new, "new")
+    assert names_and_texts(path) in whole and sorted(os.listdir(tmp_path)) == ["other", "path"]
+
+
+def test_a_folder_that_another_put_there_meanwhile_stays(tmp_path, monkeypatch):
+    path = tmp_path / "path"
+    made(path, "folder", "old")
+    real = os.replace
+
+    def late(*names):
+        made(path, "folder", "theirs")
+        real(*names)
+
+    monkeypatch.setattr(os, "replace", late)
+    with pytest.raises(OSError), atomic.new_path(path, overwrite=True) as name:
+        made(name, "folder", "new")
+    assert set(names_and_texts(path).values()) == {"theirs"} and os.listdir(tmp_path) == ["path"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_new_path_has_the_mode_of_what_it_replaces(kind, tmp_path):
     path = tmp_path / "path"
@@ -175,7 +232,11 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         write(tmp_path / "nowhere" / "file")
     with pytest.raises(TypeError):
         write(3.0)
-    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    with pytest.raises(OSError, match="not a regular file"):
+        atomic.check_new(tmp_path / "pipe", overwrite=True)
+    with pytest.raises(OSError, match="not a regular file"), atomic.new_path(tmp_path / "pipe", overwrite=True) as name:
+        Path(name).write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
 
 
 def test_a_file_that_may_not_be_written_is_not_replaced(old, monkeypatch):

@@ -13,6 +13,7 @@ import json
 import logging
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +275,34 @@ def test_mixed_bits_and_dense_layers(tmp_path):
     rows, _ = compare(contents_of(model), tmp_path / "out", "compressed-tensors")
     assert {row.difference for row in rows} == {0.0}
     assert torch.equal(logits(tmp_path / "out"), y)
+
+
+def test_names_of_many_layers_are_looked_up_once():
+    """By counting: names were compared with all others for each layer, so that thousands took hours."""
+    compared = 0
+
+    class Name(str):
+        def __eq__(self, other):
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    file = ct._File.__new__(ct._File)
+    file.path, file.format, count = Path("folder"), "pack-quantized", 200
+    file.names = [Name(f"layers.{i}") for i in range(count)]
+    file.tensors = {}
+    for i in range(count):
+        words = torch.zeros(2, 1 + i % 2, dtype=torch.int32)
+        parts = {"weight_packed": words, "weight_scale": torch.ones(2, 1), "weight_shape": torch.tensor([2, 8])}
+        file.tensors |= {f"layers.{i}.{part}": t for part, t in parts.items()}
+    file.groups = {}
+    for first, bits in enumerate((4, 8)):
+        weights = {"type": "int", "symmetric": True, "strategy": "channel", "num_bits": bits}
+        file.groups[bits] = {"targets": [str(name) for name in file.names[first::2]], "weights": weights}
+    found = [file.group(name)["weights"]["num_bits"] for name in file.names]
+    assert found == [4, 8] * (count // 2) and compared < 20 * count
 
 
 def test_the_config_is_what_vllm_reads(tmp_path):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from fractions import Fraction
 
 import pytest
@@ -24,7 +25,7 @@ from askew_kernels.__main__ import main
 from askew_kernels.contract import SCALE_RANGES
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.export import compare, contents_at, export_packed
-from askew_kernels.deploy.files import PackedFileError
+from askew_kernels.deploy.files import NotWritten, PackedFileError
 from askew_kernels.deploy.formats import FORMATS, format_of
 from askew_kernels.quant.exports import TARGETS
 from askew_kernels.quant.scales import holds_scales, round_scale
@@ -292,6 +293,53 @@ def test_contents_of_a_model_and_of_its_file_are_one(tmp_path):
     assert read_contents(first).layers["0"].stride == (2, 2)
 
 
+@pytest.mark.parametrize("how", ["one Parameter", "one memory"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("to", ["transformers", "compressed-tensors", "metal"])
+def test_floats_that_are_one_in_memory_arrive_under_each_name(to, tied, how, tmp_path):
+    """transformers ties what its architecture says, the matrices of word embeddings: all else stands in a folder."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=40, tie_word_embeddings=tied)
+    model, tokens = transformers.LlamaForCausalLM(shape).eval(), torch.arange(12)[None]
+    first, second = (layer.input_layernorm for layer in model.model.layers)
+    second.weight = first.weight if how == "one Parameter" else nn.Parameter(first.weight.data)
+    nn.init.uniform_(first.weight, 0.5, 1.5)
+    config = ak.QuantConfig.for_export("metal:4", group_size=32)
+    ak.hard_quantize_(ak.quantize_(model, {"lm_head": None, "*": config}))
+    with torch.no_grad():
+        dense = model(tokens).logits  # of torch's own products
+        packed = ak.pack_(model)(tokens).logits
+    ak.save_packed(model, tmp_path / "packed")
+    model.config.save_pretrained(tmp_path)
+    for source in (model, tmp_path / "packed"):
+        folder = tmp_path / type(source).__name__
+        export_packed(source, folder, to)
+        assert torch.equal(contents_at(folder).tensors["model.layers.1.input_layernorm.weight"], second.weight)
+        if to != "metal":  # which transformers loads on Apple's machines only
+            with torch.no_grad():
+                y = transformers.LlamaForCausalLM.from_pretrained(str(folder)).eval()(tokens).logits
+            assert torch.equal(y, packed if to == "transformers" else dense)
+
+
+def test_packed_layers_that_are_one_in_memory_arrive_under_each_name(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=40)
+    ).eval()
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig())))
+    first, second = (layer.mlp.up_proj for layer in model.model.layers)
+    second.weight_codes, second.weight_scale = first.weight_codes.detach(), first.weight_scale.detach()
+    export_packed(model, tmp_path / "exported", "transformers")
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("exported", "saved"):
+        loaded = transformers.LlamaForCausalLM.from_pretrained(str(tmp_path / name)).eval()
+        tokens = torch.arange(12)[None]
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
 def test_what_was_exported_is_shown_without_its_numbers(tmp_path):
     config = ak.QuantConfig.for_export("compressed-tensors:4", group_size=32)
     model = ak.pack_(ak.hard_quantize_(ak.quantize_(nn.Sequential(nn.Linear(64, 8)), config)))
@@ -338,6 +386,24 @@ def test_a_failed_export_leaves_the_target_as_it_was(tmp_path, monkeypatch, caps
     monkeypatch.undo()
     export_packed(source, out, "gguf", overwrite=True)
     assert format_of(out) == "gguf"
+
+
+@pytest.mark.parametrize("to", ["gguf", "compressed-tensors", "transformers", "metal", "torchao"])
+def test_a_full_disk_is_told_as_such(to, tmp_path, capsys):
+    """The work was done, and failed: exit code 1, not 2, which is said before any work."""
+    config = ak.QuantConfig.for_export("metal:4", group_size=32)
+    model = ak.quantize_(nn.ModuleDict({"part": nn.Sequential(nn.Linear(256, 512))}), config)
+    ak.save_packed(ak.pack_(ak.hard_quantize_(model)), tmp_path / "packed")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(NotWritten, match=r"out.*: cannot be written \("):
+            export_packed(model, tmp_path / "out", to)
+        code = main(["export", str(tmp_path / "packed"), "--to", to, "--out", str(tmp_path / "out")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "cannot be written (" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["packed"]
 
 
 def test_the_command_line(tmp_path, capsys):

@@ -337,6 +337,19 @@ def test_a_single_number_is_read_by_the_package_and_comes_back(dtype, tmp_path):
     assert back.dtype == dtype and back.shape == () and back == 2.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)], ids=str)
+def test_tensors_without_numbers_come_back(shape, dtype, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    model = nn.Module()
+    model.layer, model.history = nn.Linear(64, 32), nn.Buffer(torch.zeros(shape, dtype=dtype))
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, ak.QuantConfig.for_export("gguf:q4_0"))))
+    path = written(contents_of(model), tmp_path / "a.gguf")
+    back = ours.read(path).tensors["history"]
+    assert (back.dtype, back.shape) == (dtype, shape)
+    assert len(gguf.GGUFReader(path).tensors) == 3 and set(ours.dequantized(path)[0]) >= {"layer"}
+
+
 def test_a_file_that_was_saved_exports_the_same(tmp_path):
     model = packed_zoo()
     ak.save_packed(model, tmp_path / "a.safetensors")

@@ -25,6 +25,8 @@ import askew_kernels as ak
 from askew_kernels.__main__ import main
 from askew_kernels.deploy.contents import contents_of, read_contents, write_contents
 from askew_kernels.deploy.files import PackedFileError
+from askew_kernels.deploy.integers import packed_layer
+from askew_kernels.nn.kinds import KINDS
 from askew_kernels.nn.layers import quantized_input
 from askew_kernels.quant import FP4, Binary, Codebook, PowersOfTwo, Ternary, Uniform
 
@@ -269,6 +271,24 @@ def test_a_model_with_quantized_inputs(operator, tmp_path):
 # ---- what does not fit -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cols", [1, 2, 31, 33, 130, 131])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_of_embeddings_that_are_no_whole_bytes(bits, cols, tmp_path, caplog):
+    """GatherBlockQuantized counts the columns by the bytes of a row."""
+    config = ak.QuantConfig(Uniform(bits), scale="absmax")
+    model = nn.Sequential(nn.Embedding(5, cols), nn.Linear(cols, 16))
+    ak.pack_(ak.hard_quantize_(ak.quantize_(model, config, kinds=("linear", "embedding"))))
+    export_onnx(model, torch.arange(5), tmp_path / "m.onnx", operator="MatMulNBits", input_names=["ids"])
+    (rows,) = session(tmp_path / "m.onnx").run(None, {"ids": torch.arange(5).numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(rows), model(torch.arange(5)))
+    same_weights(contents_of(model), tmp_path / "m.onnx")
+    whole = cols * bits % 8 == 0
+    assert whole == ("rows of whole bytes" not in caplog.text)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert "MatMulNBits" in kinds and whole == ("GatherBlockQuantized" in kinds)
+
+
 def test_what_does_not_fit_is_told_and_written_otherwise(tmp_path, caplog):
     path = tmp_path / "m.onnx"
     model = of_kinds(Uniform(4), "group8")
@@ -475,6 +495,17 @@ def test_what_a_file_says_is_checked(change, message, tmp_path):
     path.write_bytes(made.SerializeToString())
     with pytest.raises(PackedFileError, match=message):
         to_onnx.read(path)
+
+
+@pytest.mark.parametrize("shape", [(2**20, 2**24), (4, 2**40), (2**39, 8)], ids=str)
+def test_what_is_said_of_a_layer_takes_no_memory(shape):
+    """Files of a few bytes could ask for all that there is: the sizes are compared with those of the integers first."""
+    levels, config = torch.zeros(4, 8, dtype=torch.int16), ak.QuantConfig(Uniform(4))
+    with pytest.raises(ValueError, match="4 x 8 integers for a weight of shape"):
+        packed_layer(KINDS["linear"], shape, levels, torch.ones(4, 1), config, block=8)
+    scale = torch.tensor([[1.0], [-1.0], [0.0], [2.0]])  # whose signs go to the levels
+    made = packed_layer(KINDS["linear"], (4, 8), levels + 3, scale, (-8, 7), block=2**45)
+    assert torch.equal(made.dequantize(), (3 * scale).expand(4, 8))
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -140,6 +141,10 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
         except ValueError as error:
             raise contents.error(name, error) from None
     _check_experts(contents, layers, schemes)
+    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
+    ignored = [
+        expert_names.in_checkpoints(name, family) for name in matrices if name not in schemes
+    ]  # a tied head, too
     changes = folders.settle_ties(contents, layers, tensors)
     schemes = {expert_names.in_checkpoints(name, family): scheme for name, scheme in schemes.items()}
     whole = contents.layers.keys() - layers.keys()  # experts as floats: transformers takes them by the model's names
@@ -159,7 +164,7 @@ def export(contents: Contents, path: str | os.PathLike, *, architecture: str | N
                        "want the rest of the model in it, too: config.json says bfloat16")  # fmt: skip
     path.mkdir()
     folders.write_tensors(path, tensors, contents.extra)
-    folders.write_config(contents, path, architecture, quantization_config(schemes, tensors), **changes)
+    folders.write_config(contents, path, architecture, quantization_config(schemes, ignored), **changes)
 
 
 def _check_experts(contents: Contents, layers: Mapping[str, PackedLayer], schemes: Mapping[str, Scheme]) -> None:
@@ -171,9 +176,9 @@ def _check_experts(contents: Contents, layers: Mapping[str, PackedLayer], scheme
                                    "alike or name some in dense=")  # fmt: skip
 
 
-def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignore`` names
-    every other matrix, so that no reader takes it for a quantized one."""
+def quantization_config(schemes: Mapping[str, Scheme], ignored: list[str]) -> dict[str, Any]:
+    """Linear layers of one scheme are targeted by the name of their class, all else by its own name; ``ignored``: every
+    other module with a matrix, so that no reader takes it for a quantized one."""
     groups: dict[str, Any] = {}
     for kind in KIND_NAMES:
         of_kind = {name: scheme for name, scheme in schemes.items() if scheme.kind == kind}
@@ -186,10 +191,9 @@ def quantization_config(schemes: Mapping[str, Scheme], tensors: Mapping[str, Ten
                 names = [*(n for n in names if not expert_names.EXPERT.fullmatch(n)), expert_names.PATTERN]
             groups[f"{kind}_{i}"] = scheme.to_dict(names)
     formats = sorted({group["format"] for group in groups.values()})
-    matrices = [key.removesuffix(".weight") for key, t in tensors.items() if key.endswith(".weight") and t.dim() == 2]
     return {"quant_method": METHOD, "format": formats[0] if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed", "config_groups": groups, "kv_cache_scheme": None,
-            "global_compression_ratio": None, "ignore": [name for name in matrices if name not in schemes]}  # fmt: skip
+            "global_compression_ratio": None, "ignore": ignored}  # fmt: skip
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -264,14 +268,24 @@ class _File:
     def fail(self, name: str, text: object) -> PackedFileError:
         return PackedFileError(f"{self.path}: {name}: {text}")
 
+    @cached_property
+    def _targets(self) -> dict[str, set[str]]:
+        """Of each config group; made once, as there may be thousands."""
+        told = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
+        return {key: {target for target in targets if isinstance(target, str)} for key, targets in told.items()}
+
+    @cached_property
+    def _wide(self) -> list[dict[str, Any]]:
+        """The config groups that target more than layers' names."""
+        names = set(self.names)
+        return [g for key, g in self.groups.items() if not self._targets[key] <= names]
+
     def group(self, name: str) -> dict[str, Any]:
         """The config group that the layer follows: that which has its name, or the only one that fits its sizes of
         those that target more than other layers' names. Patterns of foreign files are not run."""
-        targets = {key: g["targets"] if isinstance(g.get("targets"), list) else [] for key, g in self.groups.items()}
-        named = [g for key, g in self.groups.items() if name in targets[key]]
-        wide = [g for key, g in self.groups.items() if any(target not in self.names for target in targets[key])]
+        named = [g for key, g in self.groups.items() if name in self._targets[key]]
         fitting, why = [], "no config group has it as a target"
-        for g in named or wide:
+        for g in named or self._wide:
             try:
                 self._sizes(name, g)
                 fitting.append(g)

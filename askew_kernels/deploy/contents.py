@@ -94,10 +94,10 @@ def contents_of(model: nn.Module, folder: str | os.PathLike | None = None) -> Co
     its tokenizer lies, if not where transformers loaded it from. Nothing is copied but to the CPU."""
     model = files.wrapped_in(model)
     state = files.packed_state(model, type(model).__name__)
-    cpu: dict[int, Tensor] = {}
+    cpu: dict[Any, Tensor] = {}
 
     def here(t: Tensor) -> Tensor:
-        return cpu.setdefault(id(t), t.detach().cpu())
+        return cpu.setdefault(files.memory_of(t), t.detach().cpu())
 
     layers = {}
     for name, layer in state.layers.items():

@@ -72,8 +72,8 @@ def export_packed(model: nn.Module | str | os.PathLike, path: str | os.PathLike,
             FORMATS[to].load().export(contents, new, architecture=architecture, dense=dense)
         except (OSError, PackedFileError) as error:  # of libraries, too, which know the name that is only for now
             text = str(error).replace(os.fspath(new), os.fspath(path))
-            if isinstance(error, PackedFileError):
-                raise PackedFileError(text) from error
+            if isinstance(error, PackedFileError):  # or that it was not written
+                raise type(error)(text) from error
             raise NotWritten(f"{path}: cannot be written ({text})") from error
     return contents
 

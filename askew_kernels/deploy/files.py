@@ -136,6 +136,13 @@ def _type(t: Tensor) -> tuple:
     return (not_plain(t), None) if not_plain(t) else (tuple(t.shape), t.dtype)
 
 
+def memory_of(t: Tensor) -> Any:
+    """The same for tensors that are one in memory, also where they are two objects."""
+    if not_plain(t) or t.is_meta or not t.numel():
+        return id(t)
+    return t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg()
+
+
 def _sound(scale: Tensor) -> bool:
     return bool((scale.float().isfinite() & (scale > 0)).all())
 
@@ -168,9 +175,8 @@ def write_packed(path: str | bytes | os.PathLike, tensors: Mapping[str, Tensor],
     for name, t in tensors.items():
         if why := tensorfile.not_storable(t):
             raise PackedFileError(f"{shown}: {name} {why}")
-        same = (t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg())
-        if t.numel() and owners.setdefault(same, name) != name:
-            aliases[name] = owners[same]
+        if t.numel() and (first := owners.setdefault(memory_of(t), name)) != name:
+            aliases[name] = first
     kept = {name: t for name, t in tensors.items() if name not in aliases}
     document = {"version": VERSION, "checksum": PENDING, "layers": dict(layers), "aliases": aliases}
     document |= {"extra": dict(extra)} if extra else {}

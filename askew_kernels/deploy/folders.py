@@ -127,17 +127,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str,
     try:
         tensorfile.write(path / WEIGHTS, tensors, files.metadata_with({"format": "pt"}, extra), "", lambda sums: "")
     except (OSError, ValueError, RuntimeError) as error:
-        raise files.PackedFileError(f"{path / WEIGHTS}: cannot be written ({error})") from None
+        raise files.NotWritten(f"{path / WEIGHTS}: cannot be written ({error})") from None
 
 
 def settle_ties(contents: Contents, compressed: Iterable[str], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What transformers ties on loading is taken out of ``tensors`` but once. Where it would tie the weight of a
-    compressed layer, which is no Parameter there, both stay: returns the change of the config that says so."""
-    tied = (contents.architecture or {"tie_word_embeddings": False}).get("tie_word_embeddings", True)
+    """What transformers ties on loading, the matrices of word embeddings, is taken out of ``tensors`` but once. Where
+    it would tie the weight of a compressed layer, which is no Parameter there, both stay: returns the change of the
+    config that says so."""
+    told = contents.architecture or {"tie_word_embeddings": False}
+    tied = told.get("tie_word_embeddings", True)
     if tied and _shares(contents, compressed):
         return {"tie_word_embeddings": False}
+    text = told.get("text_config")
+    words = {config.get("vocab_size") for config in (told, text if isinstance(text, dict) else told)}
     for alias in contents.ties() if tied else ():
-        tensors.pop(alias, None)
+        if alias in tensors and tensors[alias].dim() == 2 and len(tensors[alias]) in words:
+            del tensors[alias]
     return {}
 
 

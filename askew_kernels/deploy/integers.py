@@ -96,7 +96,7 @@ def packed_layer(
     not finite.
     """
     n, cols = levels.shape
-    block = block or cols // max(1, scale.shape[1])
+    block = min(block or cols // max(1, scale.shape[1]), max(1, cols))  # a file may say any
     if not bool(scale.isfinite().all()):
         raise ValueError("expected scales that are finite")
     if not bool((scale > 0).all()):
@@ -115,7 +115,7 @@ def packed_layer(
     kept = _merged(scale, cols, block, config) / factor
     scale_dtype = None if holds_scales(kept, config.scale_dtype) else torch.float32
     like = kind.of_shape(shape, False, geometry=geometry)
-    new = kind.packed.like(like, config=config, trits=trits, dtype=dtype, scale_dtype=scale_dtype, device="cpu")
+    new = kind.packed.like(like, config=config, trits=trits, dtype=dtype, scale_dtype=scale_dtype)  # takes no memory
     if new.weight_codes.shape[0] != n or new.cols != cols:
         raise ValueError(f"{n} x {cols} integers for a weight of shape {tuple(shape)}")
     new.bias = None

@@ -125,7 +125,10 @@ def _in_blocks(layers: Mapping[str, Any], strict: bool) -> dict[str, Blocks]:
             if layer.kind.float_class(layer) not in (*layer.kind.classes, *layer.kind.same):
                 cls = layer.kind.float_class(layer).__name__
                 raise ValueError(f"{cls} goes on with what torch's own class gives, which no operator replaces")
-            found[name] = blocks_of(layer)
+            blocks = blocks_of(layer)
+            if isinstance(layer, PackedEmbedding) and layer.cols * blocks.bits % 8:
+                raise ValueError(f"{GATHERS} holds rows of whole bytes, got {layer.cols} columns of {blocks.bits} bits")
+            found[name] = blocks
         except ValueError as error:
             if strict:
                 raise ValueError(f"{name}: {error}") from None

@@ -77,6 +77,8 @@ class Container:
 
     def tensor(self, info: TensorInfo) -> Tensor:
         """Of a plain type."""
+        if not info.nbytes:  # NumPy's has no strides that torch could view
+            return torch.empty(info.shape, dtype=PLAIN[info.number][1])
         data = torch.from_numpy(self.bytes_of(info))
         return data.view(PLAIN[info.number][1]).reshape(info.shape)
 

@@ -85,10 +85,10 @@ def descriptions(told: Mapping[str, Any], where: str) -> dict[str, dict[str, Any
 
 def shared_parts(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """{key of codes or scales: the first that is the same in memory} of packed layers that share theirs."""
-    owners: dict[int, str] = {}
+    owners: dict[Any, str] = {}
     parts = [(f"{name}.{key}", getattr(layer, key)) for name, layer in layers.items() if isinstance(layer, PackedLayer)
              for key in ("weight_codes", "weight_scale")]  # fmt: skip
-    firsts = {key: owners.setdefault(id(t), key) for key, t in parts}
+    firsts = {key: owners.setdefault(files.memory_of(t), key) for key, t in parts}
     return {key: first for key, first in firsts.items() if key != first}
 
 
