@@ -10,6 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 
@@ -111,7 +112,8 @@ def new_path(path: str | os.PathLike, overwrite: bool = False) -> Iterator[str]:
     none); so is a file by a folder.
 
     Raises OSError before the block: FileExistsError where ``path`` is there and ``overwrite`` is not set, for what is
-    neither a file nor a folder (device, pipe), for an empty name; and where the block made nothing.
+    neither a file nor a folder (device, pipe), for an empty name, for the current folder and those that hold it; and
+    where the block made nothing.
     """
     target = os.path.realpath(os.fspath(path))
     check_new(path, overwrite)
@@ -153,6 +155,8 @@ def check_new(path: str | os.PathLike, overwrite: bool = False) -> None:
         raise FileExistsError(errno.EEXIST, "is there already", os.fspath(path))
     if os.path.exists(target) and not (os.path.isfile(target) or os.path.isdir(target)):
         raise OSError(errno.EINVAL, "not a regular file and no folder", target)
+    if os.path.isdir(target) and Path(os.path.realpath(os.curdir)).is_relative_to(target):
+        raise OSError(errno.EBUSY, "is or holds the current folder, which is not replaced", target)
     check_folder(os.path.dirname(target))
 
 

@@ -239,6 +239,18 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
 
 
+@pytest.mark.parametrize("name", [".", "..", "../here", "../here/."])
+def test_the_current_folder_is_not_replaced(name, tmp_path, monkeypatch):
+    """`--out . --overwrite` would delete what else lies there."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "theirs").write_text("theirs")
+    monkeypatch.chdir(here)
+    with pytest.raises(OSError, match="the current folder"), atomic.new_path(name, overwrite=True) as new:
+        os.mkdir(new)
+    assert (here / "theirs").read_text() == "theirs" and sorted(os.listdir(tmp_path)) == ["here"]
+
+
 def test_a_file_that_may_not_be_written_is_not_replaced(old, monkeypatch):
     old.chmod(0o444)
     if os.geteuid() == 0:  # who may write everything
