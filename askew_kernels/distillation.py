@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .nn import dequantize_, packed_layers, quantized_layers
+from .nn import QuantizedKV, dequantize_, packed_layers, quantize_kv_, quantized_layers
 
 __all__ = ["Distiller", "distill"]
 
@@ -36,8 +36,9 @@ def distill(
 
         loss = alpha task + (1 - alpha) T^2 KL(softmax(teacher / T) || softmax(student / T)) + hidden_weight hidden
 
-    teacher: a float model with the same inputs; None: a copy of ``student`` with float layers, as it is now. It
-    computes in eval mode, without gradients, under the caller's autocast, on the student's device (it is moved there).
+    teacher: a float model with the same inputs; None: a copy of ``student`` with float layers, keys and values, as it
+    is now. It computes in eval mode, without gradients, under the caller's autocast, on the student's device (it is
+    moved there).
     alpha: the weight of the task's own loss, 0 to 1: ``task(logits, targets)``, or, without ``task``, the ``loss`` that
     models of transformers give where they get labels. temperature: T > 0.
     pick: which output is compared; None: the tensor that the model gives, the first of a tuple that is no loss, or
@@ -198,13 +199,20 @@ class _Seen:
             raise ValueError(f"hidden: the {role} has no module {missing[0]!r}")
         self.names, self.role, self.modules = names, role, [found[name] for name in names]
         self.outputs: list[list[Tensor]] = [[] for _ in names]
+        self.grad, self.without = False, set[str]()  # whether there are gradients, and who was called without
 
     def __enter__(self) -> _Seen:
+        self.grad = torch.is_grad_enabled()
         self.handles = [
-            m.register_forward_hook(lambda _, args, output, kept=kept: kept.append(_kept(output)))
-            for m, kept in zip(self.modules, self.outputs, strict=True)
+            m.register_forward_hook(lambda _, args, output, name=name, kept=kept: self._see(name, kept, output))
+            for m, name, kept in zip(self.modules, self.names, self.outputs, strict=True)
         ]
         return self
+
+    def _see(self, name: str, kept: list[Tensor], output: Any) -> None:
+        kept.append(_kept(output))
+        if self.grad and not torch.is_grad_enabled():
+            self.without.add(name)
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         for handle in self.handles:
@@ -215,6 +223,10 @@ class _Seen:
                                  "give the model before torch.compile)")  # fmt: skip
             if not all(isinstance(y, Tensor) and y.is_floating_point() for y in kept):
                 raise ValueError(f"hidden: {name} of the {self.role} gives no tensor of floats")
+            if name in self.without:
+                raise ValueError(f"hidden: {name} of the {self.role} was called without gradients, so that nothing "
+                                 "would draw it to the teacher; checkpoint with use_reentrant=False, which keeps "
+                                 "them")  # fmt: skip
 
 
 def _kept(y: Any) -> Any:
@@ -269,6 +281,8 @@ def _float_copy(student: nn.Module) -> nn.Module:
         teacher: Any = copy.deepcopy(_unwrapped(student))
     layers = quantized_layers(teacher)
     teacher = layers[""].to_float() if "" in layers else dequantize_(teacher)
+    if any(isinstance(m, QuantizedKV) and m.replaced for m in teacher.modules()):
+        quantize_kv_(teacher, None)
     for p in teacher.parameters():
         p.requires_grad_(False)
         p.grad = None

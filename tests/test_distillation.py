@@ -307,6 +307,54 @@ def test_a_module_that_is_not_called_is_named(x):
         hooked_back(lambda: distiller(x), distiller.student, distiller.teacher)
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant, self.inner, self.head = reentrant, nn.Linear(6, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = x + 0 * self.head.bias.sum()  # an input that wants a gradient, as such checkpoints ask for
+        hidden = torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        return self.head(hidden)
+
+
+def test_hidden_outputs_of_checkpoints_draw_or_are_refused(x):
+    """Reentrant ones call the module without gradients, so that its output would draw nothing."""
+    expected = {}
+    for reentrant in (None, False, True):
+        model = ak.quantize_(Checkpointed(bool(reentrant)))
+        if reentrant is None:
+            model.forward = lambda x, m=model: m.head(m.inner(x))
+        distiller = ak.distill(model, copy.deepcopy(Checkpointed(False)), hidden=["inner"], hidden_weight=3.0)
+        if reentrant:
+            with pytest.raises(ValueError, match="^hidden: inner of the student was called without gradients.*use_re"):
+                hooked_back(lambda d=distiller: d(x), distiller.student, distiller.teacher)
+            with torch.no_grad():
+                distiller(x)  # asks for none
+            continue
+        distiller(x).backward()
+        expected[reentrant] = model.inner.weight.grad
+    torch.testing.assert_close(expected[False], expected[None])
+
+
+def test_the_teachers_keys_and_values_are_float():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=20, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    ak.nn.quantize_kv_(ak.quantize_(model), ak.nn.QuantizedKV(bits=2, group=16))
+    teacher = ak.distill(model).teacher
+    with torch.no_grad():
+        assert torch.equal(teacher(IDS).logits, expected)
+        seen = model(IDS).logits
+        ak.nn.quantize_kv_(model, None)
+        assert not torch.equal(model(IDS).logits, seen)  # the student had them quantized still
+
+
 # ---- 4. what people do with it --------------------------------------------------------------------------------------
 
 

@@ -345,6 +345,31 @@ def test_resumed_training_is_the_same(name):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("moved", [
+    lambda m: m.load_state_dict(copy.deepcopy(m.state_dict())), lambda m: m.double().float(), lambda m: m.to("cpu"),
+], ids=["loaded", "cast", "moved"])  # fmt: skip
+def test_tensors_that_torch_swaps_are_learned_on(moved):
+    """``torch.__future__.set_swap_module_params_on_conversion``: another tensor and class in the same object."""
+
+    def trained(between):
+        model = model_with()
+        optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05, momentum=0.9)
+        annealing = ak.EpsilonAnnealing(optimizer, hold=3, total=6)
+        for _ in range(7):
+            train(model, optimizer, 1)
+            annealing.step()
+            between(model)
+        return model.state_dict()
+
+    expected, before = trained(lambda m: None), torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        found = trained(moved)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
 def test_a_float_checkpoint_starts_the_scale_anew():
     model, other = trained(), nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 5))
     model.load_state_dict(other.state_dict())

@@ -287,6 +287,7 @@ ADAPTERS = {
     "VeRA": lambda of: peft.VeraConfig(r=4, target_modules=of[:1]),
     "OFT": lambda of: peft.OFTConfig(r=0, oft_block_size=8, target_modules=of),
     "BOFT": lambda of: peft.BOFTConfig(boft_block_size=4, target_modules=of),
+    "AdaLoRA": lambda of: peft.AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=2, total_step=10, target_modules=of),
     "FourierFT": lambda of: peft.FourierFTConfig(n_frequency=20, target_modules=of),
 }
 
@@ -300,6 +301,36 @@ def test_other_adapters_are_taken_off(adapter, packed):
     logits(with_adapter)
     alone = with_adapter.unload()
     assert torch.equal(logits(alone), expected) and unchanged(alone, before)
+
+
+@pytest.mark.parametrize("state", ["in training", "hard", "packed"])
+def test_adapters_that_are_layers_themselves_are_merged(state):
+    """LNTuning's norm changes places with the one that it tunes: looking changes nothing, merging loses nothing."""
+    model = base_model("llama", state == "packed", hard=state == "hard")
+    model = peft.get_peft_model(model, peft.LNTuningConfig(target_modules=["norm", "input_layernorm"])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(torch.rand_like(p) + 0.5)
+    want = logits(model)
+    assert not lora.merge_errors(model) and torch.equal(logits(model), want)
+    merged, errors = lora.merge_and_unload(model)
+    assert torch.equal(logits(merged), want) and not errors
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_quantized_weight_that_modules_share_is_not_merged(hard):
+    """A second layer's adapters, or none, would find another weight than the one that they were trained with."""
+    replicated = adapted("llama", False, hard, layer_replication=[[0, 2], [1, 2]])
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    model = ak.hard_quantize_(ak.quantize_(model)) if hard else ak.quantize_(model)
+    tied = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    for model, text in ((replicated, r"q_proj: shares its weight with .*layers\.[12]"), (tied, "lm_head: .*embed_tok")):
+        before = bytes_of(model)
+        for call in (lora.merge_errors, lora.merge_and_unload):
+            with pytest.raises(ValueError, match=text):
+                call(model)
+        assert unchanged(model, before)
 
 
 def test_a_packed_layer_is_given_no_other_weight():

@@ -1355,6 +1355,35 @@ def test_an_askew_base_that_raises_or_skips_a_weight():
     train(model, optimizer, 3, 5)
 
 
+TOUCHED = {
+    "data": lambda m: [p.data.norm() for p in m.parameters()],
+    "written": lambda m: [p.data.mul_(1) for p in m.parameters()],
+    "compiled": lambda m: (torch._dynamo.reset(), torch.compile(m, backend="aot_eager")(X[0])),
+    "copied": lambda m: copy.deepcopy(m)(X[0]),
+}
+
+
+@pytest.mark.parametrize("touched", TOUCHED)
+def test_who_looks_at_the_weights_between_the_halves_changes_nothing(touched):
+    """The scale of the weight at home serves the perturbed one, whatever else happens to that."""
+
+    def trained(between):
+        model = network(True, norm=False)
+        optimizer = SAM(ASkewSGD(groups(model), lr=0.1, momentum=0.9), rho=0.5)
+        for i in range(4):
+            loss_of(model, i).backward()
+            optimizer.first_step(zero_grad=True)
+            held = model[0].weight_scale.clone()
+            between(model)
+            assert torch.equal(model[0].weight_scale, held)
+            loss_of(model, i).backward()
+            optimizer.second_step(zero_grad=True)
+        return model.state_dict()
+
+    expected, found = trained(lambda model: None), trained(TOUCHED[touched])
+    assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
 def test_weights_perturbed_out_of_the_hull_get_no_gradient():
     """A layer that knows all weights inside clips no gradients; perturbed ones may stand outside."""
     model = network(True, norm=False)

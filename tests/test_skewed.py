@@ -253,6 +253,26 @@ def test_a_state_of_the_base_alone_is_taken():
     assert torch.equal(*buffers)
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a number beside what it keeps of parameters, as pytorch_optimizer's MADGRAD does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.state["k"] = self.state.get("k", torch.tensor(0)) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_state_that_is_no_parameters_comes_back(steps):
+    model = network()
+    optimizer = Skewed(Counting(ak.param_groups(model), lr=0.1, momentum=0.9))
+    train(model, optimizer, 0, 1)
+    optimizer.state["k"].fill_(steps)
+    other = Skewed(Counting(ak.param_groups(network()), lr=0.1, momentum=0.9))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert int(other.state["k"]) == steps and len(other.state) == len(optimizer.state)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("base", BASES)
 def test_copies(base, how):

@@ -270,6 +270,49 @@ def test_an_average_made_before_freezing_gets_the_scales():
     assert torch.equal(eval_outputs(average.module), eval_outputs(model))
 
 
+RECIPES = {
+    "SGD": lambda groups: ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9),
+    "Skewed": lambda groups: ak.optim.Skewed(torch.optim.AdamW(groups, lr=0.01)),
+    "MSAM": lambda groups: ak.optim.MSAM(ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9), rho=0.3),
+}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "config", [QuantConfig(Uniform(4)), QuantConfig(Uniform(4), forward="int8")], ids=["hard", "int8"]
+)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_pickle_of_model_optimizer_and_schedule_goes_on_alike(recipe, config, order):
+    """Whichever is unpickled first, and though the layers have made no forward when schedule and optimizer ask."""
+
+    def made():
+        torch.manual_seed(0)
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), config)
+        optimizer = RECIPES[recipe](ak.param_groups(model))
+        return [model, optimizer, ak.Recipe(model, optimizer, 8, start=0.25, full=0.4)]
+
+    def train(model, optimizer, schedule, steps):
+        def closure():
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(steps):
+            optimizer.step(closure) if recipe == "MSAM" else (closure(), optimizer.step())
+            schedule.step()
+        return model.state_dict()
+
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(2))
+    expected = train(*made(), 8)
+    for steps in (1, 3):
+        run = made()
+        train(*run, steps)
+        twins = pickle.loads(pickle.dumps([run[i] for i in order]))
+        found = train(*(twins[order.index(i)] for i in range(3)), 8 - steps)
+        assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
 # ---- checkpoints that are not whole ----------------------------------------------------------------------------------
 
 
@@ -304,6 +347,24 @@ def test_parameters_alone_in_a_fresh_model_are_told_and_float_checkpoints_are_si
         warnings.simplefilter("error")
         fresh.load_state_dict(through_file(Net().state_dict()), strict=True)
     assert torch.equal(fresh.out.weight_scale, compute_scale(fresh.out.weight, Uniform(4), "sawb"))
+
+
+@pytest.mark.parametrize("times", [1.0, 0.5])
+@pytest.mark.parametrize("config", ["4 bits", "tensor"])
+def test_what_is_left_of_a_trained_checkpoint_is_quantized_by_its_own_scale(config, times):
+    """Task arithmetic that takes a task away: start - times (trained - start), of whatever a state_dict holds."""
+    start, trained = (model_in(phase, CONFIGS[config]).state_dict() for phase in ("untrained", "hard"))
+    model = Net(CONFIGS[config]).eval()
+    model.load_state_dict({key: start[key] - times * (trained[key] - start[key]) for key in start})
+    layer = model.one
+    scale = compute_scale(layer.weight.detach(), layer.config.weight, layer.config.scale, layer.config.granularity)
+    assert torch.equal(layer.weight_scale, scale)
+    want = eval_outputs(model)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, backend="aot_eager")(X), want)
+    assert torch.equal(torch.export.export(model, (X,)).module()(X), want)
+    assert torch.equal(eval_outputs(copy.deepcopy(model)), want)
+    assert torch.equal(eval_outputs(ak.hard_quantize_(model)), want)
 
 
 def test_a_missing_layer_is_missing():

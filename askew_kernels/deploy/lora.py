@@ -74,6 +74,9 @@ def _merged(name: str, layer: Any, adapter_names: Sequence[str] | None) -> _Merg
     layer.base_layer = new
     try:  # peft's own mathematics, whatever kind of adapter it is
         layer.merge(safe_merge=True, adapter_names=adapter_names)
+        if layer.base_layer is not new:  # an adapter that is a layer itself, which has changed places with ``new``
+            new = copy.deepcopy(layer.base_layer)
+            layer.unmerge()
     except (ValueError, RuntimeError) as error:
         raise type(error)(f"{name}: {error}") from None
     finally:
@@ -115,6 +118,12 @@ def _all_merged(model: nn.Module, adapter_names: Sequence[str] | None) -> dict[s
         if other != name and any(of.base.weight_codes is m.weight_codes for of in found.values()
                                  if isinstance(of.base, PackedLayer)):  # fmt: skip
             raise ValueError(f"{name}: shares its weight with {other}, which a merge would part; call unpack_ first")
+    weights = {id(of.base.weight): name for name, of in found.items() if isinstance(of.base, QuantizedLayer)}
+    for other, m in model.named_modules():
+        for name in [weights[id(p)] for p in m._parameters.values() if id(p) in weights]:
+            if m is not found[name].base:
+                raise ValueError(f"{name}: shares its weight with {other}, which a merge would change, too; give each "
+                                 "a weight of its own first")  # fmt: skip
     return found
 
 
@@ -135,7 +144,8 @@ def merge_and_unload(model: Any, adapter_names: Sequence[str] | None = None) -> 
     ones).
 
     Raises, before anything changes and naming the layer, ValueError for adapters that are merged already, that give
-    NaN, or of a packed weight that layers share; ImportError without peft (``pip install "askew_kernels[lora]"``).
+    NaN, or of a quantized or packed weight that modules share; ImportError without peft (``pip install
+    "askew_kernels[lora]"``).
     """
     found = _all_merged(model, adapter_names)
     for base, new, weight, scale, _ in found.values():

@@ -36,7 +36,7 @@ class DecodedWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         setting = func is Tensor.requires_grad_ or getattr(func, "__name__", "") == "__set__"
-        if setting and (func is not Tensor.requires_grad_ or args[1:] != (False,)):
+        if setting and not _wants_no_gradient(func, args, kwargs or {}):
             raise RuntimeError(READ_ONLY)
         if func in VALUES:
             args, kwargs = _values((args, kwargs))
@@ -56,6 +56,13 @@ class DecodedWeight(Tensor):
             return part[0] if isinstance(index, int) else part
         args, kwargs = _values((args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _wants_no_gradient(func: Any, args: tuple, named: dict[str, Any]) -> bool:
+    """Whether what is set is as it is: it requires no gradient."""
+    if func is not Tensor.requires_grad_ and func != Tensor.requires_grad.__set__:  # type: ignore[attr-defined]
+        return False
+    return (*args[1:], named.get("requires_grad", True))[0] is False
 
 
 def _first_index(func: Any, weight: Any, *rest: Any) -> Any:

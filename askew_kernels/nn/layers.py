@@ -235,11 +235,6 @@ class QuantizedLayer(nn.Module):
 
     _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]  # done while torch.compile traces
 
-    def __setstate__(self, state: Any) -> None:
-        """Of a pickle: an optimizer that came with it may step before the next forward."""
-        super().__setstate__(state)
-        self._tied()
-
     def _tied(self) -> WeightQuantizer:
         """The quantizer, tied to the weight this module has now (a copied or replaced Parameter is tied anew)."""
         quantizer = self.quantizer
@@ -259,6 +254,13 @@ class QuantizedLayer(nn.Module):
         if not all(map(operator.is_, quantizer.tensors, self._held())):
             self._show(quantizer)
         return quantizer
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Tied at once: an optimizer or a schedule that is unpickled with the model asks before there is a forward."""
+        super().__setstate__(state)  # type: ignore[misc]
+        weight = self._parameters.get("weight")
+        if weight is not None and not is_sharded(weight):
+            self._tied()
 
     def _held(self) -> list[Any]:
         """What stands in the layer as ``quantizer.tensors``."""
@@ -737,7 +739,8 @@ class QuantizedLayer(nn.Module):
         learns = self.config.learns_scale
         if there[0] and not there[1] and not learns:  # version 0.1: the scale was in the state_dict once it was frozen
             self._buffers[STATE[1]].fill_(1)  # type: ignore[union-attr]
-        quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors
+        quantizer = self._tied()  # what was loaded by ``assign``, or by swapping tensors, which change their class then
+        quantizer.mark()
         if learns and there == [True, False, False] and not quantizer.frozen:
             quantizer.learn_on(self._parameters.get("weight"))
             if not started:
@@ -776,7 +779,9 @@ class QuantizedLayer(nn.Module):
             self.quantizer.allocate(weight)
             self._show(self.quantizer)
             self._take_shard(weight, self.quantizer)
-        self._tied().moved()
+        quantizer = self._tied()
+        quantizer.mark()
+        quantizer.moved()
         return self
 
     def extra_repr(self) -> str:

@@ -448,8 +448,13 @@ class Constrained(Optimizer):
             for index, p in zip(saved["params"], present["params"], strict=False):
                 if present["grid"] is not None and "scale" in found.get(index, {}):
                     self._check_scale(saved, p, index, found[index])
-        state = {index: {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS} for index, of in found.items()}
-        load({"state": {index: of for index, of in state.items() if of}, "param_groups": groups})
+        state = {}
+        for index, of in found.items():
+            if not isinstance(of, Mapping):  # a number that some keep beside what they keep of parameters
+                state[index] = of
+            elif kept := {k: v for k, v in of.items() if k not in _QUANTIZER_KEYS}:
+                state[index] = kept
+        load({"state": state, "param_groups": groups})
         self.steps = state_dict.get("askew_steps", 0)
         self._record, self._telemetry_wanted = Record(), True
         for saved, group in zip(groups, self.param_groups, strict=True):

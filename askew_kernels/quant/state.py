@@ -8,8 +8,8 @@ module takes them along:
 
 * ``scale``, float32 (rows,): the scale in use;
 * ``frozen``, float32 (): 1 where the scale serves whatever the weight becomes (any number above 0, so that averages
-  with a frozen model are frozen), -1 while a sharpness-aware step has moved the weight away for one forward, 0 where
-  the scale follows its rule;
+  with a frozen model are frozen), ``HELD`` while a sharpness-aware step has moved the weight away for one forward, 0
+  where the scale follows its rule (and any other number below, which differences of checkpoints have);
 * ``sums``, float32 (rows, 3): ``ops.row_sums`` of the weight that the scale was made for (the update pass leaves them
   behind); -1 where there is none yet.
 
@@ -49,7 +49,7 @@ from .forms import ROWS, Form
 from .scales import SUM_RULES, bounded_scale, compute_scale, num_rows, round_scale, rule_code, scale_from_sums
 from .sharding import Part, is_sharded, join_sums, local_part, part_of, sharding_of
 
-FOLLOWS, FROZEN, HELD = 0.0, 1.0, -1.0  # values of ``frozen``
+FOLLOWS, FROZEN, HELD = 0.0, 1.0, -(2.0**-10)  # of ``frozen``; the last is no sum of others, times factors in use
 LOCK = threading.RLock()  # what is kept is made by one thread; those that find it made do not come here
 LAYOUT = 1e-5  # how far sums of one weight may differ that were added in another order, on another device; relative
 
@@ -84,7 +84,7 @@ class QuantizedParameter(nn.Parameter):
         """A plain tensor; but ``nn.Parameter(weight)``, which asks for its own type back, gets that."""
         plain = super().detach()
         if not torch.compiler.is_compiling() and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
-            return plain.as_subclass(QuantizedParameter)
+            return plain.as_subclass(type(self))
         return plain
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -228,7 +228,7 @@ class WeightQuantizer:
         self._copies: dict[torch.dtype, Tensor] = {}
         self._strides: tuple[int, ...] | None = None  # of the weight that they are copies of
         self._known: Known | None = None
-        self.frozen = False  # what ``flag`` said when last looked at: a GPU is not asked every time
+        self.frozen = self.held = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
         self._home_left = False  # ... and that it is a sharded one whose scale the ranks have left so
         self.layers: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose weight this serves, or served
@@ -296,7 +296,7 @@ class WeightQuantizer:
 
     def _make(self, weight: Tensor) -> None:
         """New tensors, of which nothing is known."""
-        self.frozen = self.started = False
+        self.frozen = self.held = self.started = False
         self.tensors = empty_state(self.rows(weight), weight.device)
 
     def fit(self, weight: Tensor) -> None:
@@ -342,6 +342,11 @@ class WeightQuantizer:
         learns(scale, self)
         self.scale = _plain(scale).detach() if self._unrounded else _plain(scale).detach().to(self.flag.device).clone()
 
+    def mark(self) -> None:
+        """Torch may have put another tensor into the object of the learned scale, with that one's class."""
+        if self.learned is not None and not (is_learned(self.learned) and scale_owner(self.learned) is self):
+            self._learn(self.learned)
+
     @property
     def _unrounded(self) -> bool:
         """The scale in use is the learned one, the same memory."""
@@ -359,12 +364,13 @@ class WeightQuantizer:
                 self.row_sums.copy_(sums)
             if frozen is not None:
                 self.flag.fill_(frozen)
-                self.frozen = frozen == FROZEN
+                self.frozen, self.held = frozen == FROZEN, frozen == HELD
 
     def look(self) -> None:
         """Reads the flag, which somebody else may have written."""
         if ops.has_values(self.flag):
-            self.frozen = float(self.flag) > FOLLOWS
+            flag = float(self.flag)
+            self.frozen, self.held = flag > FOLLOWS, flag == HELD
             if self.learned is not None:
                 self.started = not self.row_sums.numel() or not float(self.row_sums[0, 0]) < 0
 
@@ -412,7 +418,7 @@ class WeightQuantizer:
         if self.learned is not None:
             return self._settle_learned(weight)
         # ranks look at a sharded weight together (``scale_of_parts``), or at the whole one in the forward of FSDP2
-        if self.frozen or (came and float(self.flag) == HELD) or is_sharded(weight) or self._gathered():
+        if self.frozen or self.held or is_sharded(weight) or self._gathered():
             return self._know(weight)
         now = self._sums(weight)
         kept = torch.equal(now, self.row_sums) or (
@@ -555,7 +561,7 @@ class WeightQuantizer:
         if self.frozen or weight.is_meta:
             return scale
         now = self._sums(weight)
-        serves = (flag != FOLLOWS) | (now == sums).all()
+        serves = (flag > FOLLOWS) | (flag == HELD) | (now == sums).all()
         return torch.where(serves, scale, self._rule_scale(weight))
 
     def _learned_for(self, weight: Tensor, scale: Tensor, sums: Tensor) -> Tensor:
