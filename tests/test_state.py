@@ -270,6 +270,45 @@ def test_an_average_made_before_freezing_gets_the_scales():
     assert torch.equal(eval_outputs(average.module), eval_outputs(model))
 
 
+# ---- other processes -------------------------------------------------------------------------------------------------
+
+
+def train_shared(model, by, sent):
+    """In another process, which has this memory."""
+    torch.set_num_threads(1)
+    made = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05) if by == "ours" else None
+    optimizer = made or torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+    sent.put(eval_outputs(model).tolist())
+
+
+@pytest.mark.parametrize("by", ["ours", "torch"])
+@pytest.mark.parametrize("scale", ["sawb", "lsq"])
+def test_memory_that_another_process_writes(scale, by):
+    """Hogwild: nothing is kept of weights in shared memory, whose writes by others cannot be seen."""
+    torch.manual_seed(0)
+    model = Net(QuantConfig(Uniform(4), scale))
+    before = eval_outputs(model)
+    model.share_memory()
+    assert torch.equal(eval_outputs(model), before)
+    spawn = torch.multiprocessing.get_context("spawn")
+    sent = spawn.Queue()
+    other = spawn.Process(target=train_shared, args=(model, by, sent))
+    other.start()
+    other.join(300)
+    assert other.exitcode == 0
+    want = torch.tensor(sent.get(timeout=10))
+    got = eval_outputs(model)
+    assert not torch.equal(got, before) and torch.equal(got, eval_outputs(copy.deepcopy(model)))
+    torch.testing.assert_close(got, want)  # computed by another number of threads
+    assert torch.equal(eval_outputs(ak.hard_quantize_(model)), got)
+    (model(X) + model(X.flip(0))).square().mean().backward()  # two forwards, whose copies both serve their backward
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+
+
 RECIPES = {
     "SGD": lambda groups: ak.optim.ASkewSGD(groups, lr=0.05, momentum=0.9),
     "Skewed": lambda groups: ak.optim.Skewed(torch.optim.AdamW(groups, lr=0.01)),

@@ -20,7 +20,8 @@ Beside a weight that is sharded over ranks the Parameter is a DTensor that each 
 
 Another scale is the one in use where it is frozen, or where ``sums`` are those of the weight as it stands; otherwise it
 is computed anew by its rule. Everything else that is kept here (``Known``) only saves the time to look, and holds for
-one version of the weight and of these tensors. Torch counts in-place operations on a tensor, but not those made through
+one version of the weight and of these tensors, and not at all of a weight in memory that processes share
+(``share_memory``). Torch counts in-place operations on a tensor, but not those made through
 ``weight.data``; a tied Parameter is therefore given the class ``QuantizedParameter``, which counts these too (the
 object stays the same). Fused torch optimizers, whose writes are not counted either, are noticed by a hook on every
 optimizer step. What remains unseen is a write through memory shared with NumPy, or through a ``.data`` tensor
@@ -178,6 +179,11 @@ class Known(NamedTuple):
     inside: bool = False
     fresh: frozenset[torch.dtype] = frozenset()
     scaled: bool = False
+
+
+def shared_memory(weight: Tensor) -> bool:
+    """Whether other processes may write it (``share_memory``), which moves no version here."""
+    return weight.is_cpu and not is_sharded(weight) and weight.untyped_storage().is_shared()
 
 
 def _version(weight: Tensor) -> Any:
@@ -394,8 +400,12 @@ class WeightQuantizer:
     def _know(self, weight: Tensor, *known: Any) -> Known:
         """``known``: sums, inside, fresh, scaled."""
         Changes.count += 1
-        self._known = now = Known(self._stamp(weight), [_version(weight)], 0, *known)
+        self._known = now = Known(self._stamp_for_now(weight), [_version(weight)], 0, *known)
         return now
+
+    def _stamp_for_now(self, weight: Tensor) -> tuple[Any, ...]:
+        """Of what is known; equal to no later one where other processes may write the weight."""
+        return (object(),) * 3 if shared_memory(weight) else self._stamp(weight)
 
     def _still(self, known: Known | None, weight: Tensor) -> bool:
         """Whether what is known holds for the weight as it stands."""
@@ -452,7 +462,8 @@ class WeightQuantizer:
             self.row_sums.fill_(-1.0)
         elif is_sharded(seen):  # type: ignore[arg-type]
             self.leave(seen)  # type: ignore[arg-type]
-        self._young = edits(self.learned) if self.started else None  # type: ignore[arg-type]
+        young = self.started and not shared_memory(weight)  # what another process trains moves nothing here
+        self._young = edits(self.learned) if young else None  # type: ignore[arg-type]
 
     def follow_learned(self, weight: Tensor) -> None:
         """The scale in use from the Parameter as it stands, which is brought back into its bounds."""
@@ -462,7 +473,9 @@ class WeightQuantizer:
                 version = _version(self.row_sums)
                 if self._start_known is None or self._start_known[0] != version:
                     self._start_known = version, self._start_scale(weight, self.row_sums)
-                learned.copy_(bounded_scale(learned, self._start_known[1].to(learned.device)))
+                bounded = bounded_scale(learned, self._start_known[1].to(learned.device))
+                if not (shared_memory(weight) and torch.equal(bounded, learned)):  # looked at in every forward
+                    learned.copy_(bounded)
             if not self._unrounded:
                 self.scale.copy_(round_scale(learned, self.config.scale_dtype))
             elif self.scale.data_ptr() != learned.data_ptr():
@@ -639,7 +652,8 @@ class WeightQuantizer:
                 self.copy_dtype = dtype
                 self._changed()
             view = self.form.view
-            if self.sharded_type is not None:  # of a weight that FSDP2 has gathered, whose memory is wanted back
+            # of a weight that FSDP2 has gathered the memory is wanted back; one of other processes may be another soon
+            if self.sharded_type is not None or shared_memory(weight):
                 copy = self.form.like(weight, dtype)
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
                 return copy
@@ -674,7 +688,9 @@ class WeightQuantizer:
 
     def copy_to_write(self, weight: Tensor) -> Tensor | None:
         """The buffer that the update pass should fill, or None where no forward reads one."""
-        if self.config.forward == "relaxed" or self.on_the_way or self.copy_dtype is None or is_sharded(weight):
+        if self.config.forward == "relaxed" or self.on_the_way or self.copy_dtype is None:
+            return None
+        if is_sharded(weight) or shared_memory(weight):
             return None
         return self._buffer(weight, self.copy_dtype)
 
@@ -703,7 +719,7 @@ class WeightQuantizer:
         """The update pass has written (and clamped) the weight, perhaps its copy and sums: they belong together now,
         and after the same pass once more, which only has to move ``versions`` (see ``Known``)."""
         fresh = frozenset({self.copy_dtype}) if copy_written and self.copy_dtype is not None else frozenset()
-        self._known = Known(self._stamp(weight), versions, place, sums_written, clamped, fresh)
+        self._known = Known(self._stamp_for_now(weight), versions, place, sums_written, clamped, fresh)
 
     @property
     def clips_in_step(self) -> bool:
