@@ -74,6 +74,34 @@ def test_inputs_that_are_no_floats_are_named(make, activations):
         model(x)
 
 
+EVERY = {
+    "linear": (nn.Linear(8, 8), (3, 8)), "without bias": (nn.Linear(8, 8, bias=False), (3, 8)),
+    "signal": (nn.Conv1d(8, 8, 3), (1, 8, 900)), "image": (nn.Conv2d(8, 8, 3), (1, 8, 30, 30)),
+    "few positions": (nn.Conv2d(8, 8, 3), (1, 8, 4, 4)), "volume": (nn.Conv3d(8, 8, 3), (1, 8, 9, 9, 9)),
+    "by channel": (nn.Conv2d(8, 8, 3, groups=8), (1, 8, 30, 30)),
+    "transposed": (nn.ConvTranspose2d(8, 8, 3), (1, 8, 9, 9)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ["float", "int8", "bf16"])
+@pytest.mark.parametrize("name", EVERY)
+@torch.no_grad()
+def test_where_the_codes_are_and_where_new_tensors_would_be(name, activations):
+    """The default device changes nothing; codes without memory (a file not loaded yet) are told, not multiplied."""
+    layer, shape = EVERY[name]
+    model, x = (
+        ak.pack_(ak.quantize_(nn.Sequential(copy.deepcopy(layer))), force=True, activations=activations),
+        rows(*shape),
+    )
+    first = model(x)
+    with torch.device("meta"):
+        assert torch.equal(model(x), first)
+    for asked in (model.to("meta"), copy.deepcopy(model)):  # with the call that it had, and without
+        with pytest.raises(ValueError, match=r"^x: expected on the device of the layer's codes \(meta\), got cpu"):
+            asked(x)
+        assert asked(x.to("meta")).shape == first.shape
+
+
 def fresh(layer):
     """One with the same state that has never been called."""
     new = copy.deepcopy(layer)

@@ -371,6 +371,8 @@ def test_the_second_call_is_the_first_and_sees_what_changed(name, last, activati
         not called or torch.equal(layer._call.product_of(layer, x), first)
     )
     assert torch.equal(layer(x.clone()), first) and layer(x).stride() == first.stride()
+    with torch.device("meta"):  # as the default device
+        assert torch.equal(layer(x), first)
 
     def same_as_fresh(*inputs):
         for given in inputs:

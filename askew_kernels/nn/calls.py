@@ -80,7 +80,9 @@ class Call:
         if _traces():
             return None
         scale, bias = state["_buffers"].get("weight_scale"), state["_parameters"].get("bias", self)
-        if bias is self or (bias is not None and (bias.dtype is not dtype or not bias.is_cpu)):
+        if scale is None or not scale.is_cpu or bias is self:
+            return None
+        if bias is not None and (bias.dtype is not dtype or not bias.is_cpu):
             return None
         if _records() and (x.requires_grad or scale.requires_grad or (bias is not None and bias.requires_grad)):
             return None
@@ -171,7 +173,7 @@ class UnpackedCall(ConvolutionCall):
             return None
         if type(scale) is not Tensor or scale.dtype is not torch.float32 or not scale.is_contiguous():
             return None
-        weight = torch.empty(self.outputs, self.cols, dtype=self.dtype)
+        weight = torch.empty(self.outputs, self.cols, dtype=self.dtype, device=x.device)  # another may be the default
         below = _BelowAutograd()
         try:
             torch.ops.askew.packed_dequantize_.default(codes, scale.view(-1), *self.rest, weight)

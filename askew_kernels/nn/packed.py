@@ -227,6 +227,8 @@ class PackedLayer(nn.Module):
             self._settled()
         if not x.is_floating_point():
             raise TypeError(f"x: expected a float tensor, got {x.dtype}")
+        if (codes := self._buffers["weight_codes"]).device != x.device:  # type: ignore[union-attr]
+            raise ValueError(f"x: expected on the device of the layer's codes ({codes.device}), got {x.device}")  # type: ignore[union-attr]
         low = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
         if (grid := self.config.activation) is not None:  # of a kind that takes numbers: indices do not come here
             x = quantized_input(x, grid, self.kind.token_dims)
