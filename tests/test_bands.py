@@ -278,6 +278,28 @@ def through_a_file(layer):
     return file
 
 
+def answer(layer, x, sent):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        sent.put(layer(x).tolist())
+
+
+@compiled
+@torch.no_grad()
+def test_another_process_gets_the_codes():
+    """In shared memory, which lasts until it has them, and which the layer goes on with."""
+    layer, x = packed_layer(), torch.randn(3, 256)
+    y = layer(x)
+    assert type(layer._buffers["weight_codes"]) is BandedCodes
+    spawn = torch.multiprocessing.get_context("spawn")
+    sent = spawn.Queue()
+    other = spawn.Process(target=answer, args=(layer, x, sent))
+    other.start()
+    other.join(300)
+    assert other.exitcode == 0 and torch.equal(torch.tensor(sent.get(timeout=10)), y)
+    assert torch.equal(layer(x), y) and layer.weight_codes.is_shared()
+
+
 @compiled
 @torch.no_grad()
 def test_memory_is_that_of_the_codes(monkeypatch):

@@ -635,6 +635,19 @@ def test_codes_of_another_meaning_are_refused():
             assert torch.equal(model.state_dict()[key], t)
 
 
+def test_averages_of_codes_are_refused():
+    """They are no codes of averaged weights; whole numbers of another type are the bytes that they say."""
+    a, b = packed(mlp(0)), packed(mlp(1))
+    state, other, x = a.state_dict(), b.state_dict(), torch.randn(3, 12)
+    mean = {k: v if k.endswith(EXTRA_STATE) else (v.float() + other[k].float()) / 2 for k, v in state.items()}
+    with pytest.raises(RuntimeError, match=r"0\.weight_codes: expected bytes, got torch.float32 numbers that are none"):
+        b.load_state_dict(mean)
+    kept = {k: v for k, v in b.state_dict().items() if not k.endswith("bias")}
+    assert all(torch.equal(v, other[k]) for k, v in kept.items())
+    b.load_state_dict({k: v.double() if k.endswith("codes") else v for k, v in state.items()})
+    assert torch.equal(b(x), a(x))
+
+
 def test_a_row_of_as_many_bytes_is_no_row_of_as_many_weights():
     with pytest.raises(RuntimeError, match=r"shape: expected \[4, 16\], got \[4, 15\]"):
         packed(nn.Sequential(nn.Linear(16, 4))).load_state_dict(packed(nn.Sequential(nn.Linear(15, 4))).state_dict())

@@ -8,10 +8,12 @@ the bands for whoever asks, so that a weight is in memory once. Beside the bands
 from __future__ import annotations
 
 import sys
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_map_only
 
 from .. import contract, ops, runtime
@@ -67,6 +69,14 @@ class BandedCodes(Tensor):
         keep = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
         args, kwargs = tree_map_only(BandedCodes, lambda t: t.plain(keep), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _sent(codes: BandedCodes) -> tuple:
+    """To another process, in memory that both have: it has to last until that has it."""
+    return reduce_tensor(codes.plain(keep=True))
+
+
+ForkingPickler.register(BandedCodes, _sent)
 
 
 class Bands:

@@ -398,6 +398,11 @@ class PackedLayer(nn.Module):
         if key in state_dict and (wrong := self._other_meaning(state_dict[key])):
             error_msgs.append(f"{prefix}weight_codes: codes of another meaning: {wrong}")
             return
+        given = state_dict.get(prefix + NAME)
+        if isinstance(given, Tensor) and given.is_floating_point() and not _are_bytes(given):
+            error_msgs.append(f"{prefix}weight_codes: expected bytes, got {given.dtype} numbers that are none (an "
+                              "average of codes is no weights' average; unpack_ before averaging)")  # fmt: skip
+            return
         self._bands.drop(self)
         if not metadata.get("assign_to_params_buffers"):
             self._widen_scale(state_dict.get(prefix + "weight_scale"))
@@ -439,6 +444,11 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{rounded}"
 
     extra_repr._dynamo_marked_constant = True  # type: ignore[attr-defined]  # vmap asks for it
+
+
+def _are_bytes(given: Tensor) -> bool:
+    """Whether these floats stand for bytes, as far as they have values here."""
+    return is_sharded(given) or not ops.has_values(given) or torch.equal(given.to(torch.uint8).to(given.dtype), given)
 
 
 class PackedMatrix(PackedLayer):
