@@ -347,7 +347,8 @@ class PackedWeight(NamedTuple):
 def packed_dequantize(
     codes: Tensor, scale: Tensor, grid: Any, bits: int, cols: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The (n, cols) weight s c of packed codes, in ``dtype``: one float32 product, rounded once; differentiable in s.
+    """The (n, cols) weight s c of packed codes, in ``dtype``: one product in float32 (of float64 in float64), rounded
+    once; differentiable in s.
 
     codes: (n, row_bytes) uint8, as ``quant.pack_codes`` writes them; scale: 1, n or n * groups. A code above the
     highest level counts as the highest. Raises TypeError/ValueError naming the argument. Source: docs/packed.md.
