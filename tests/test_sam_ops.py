@@ -18,7 +18,7 @@ import pytest
 import torch
 from oracles import DTYPES, EPSILON, TINY, Uniform, same_bits
 
-from askew_kernels import ops, reference, runtime
+from askew_kernels import ops, reference, runtime, tuning
 
 SHAPES = [(0,), (1,), (7,), (129,), (5, 3), (4, 40), (2, 3, 5, 7), (70_001,), (512, 512)]
 compiled = pytest.mark.skipif(runtime._C is None, reason="nothing is compiled")
@@ -269,11 +269,15 @@ def test_operators_check_before_they_touch_memory(generator):
             call()
 
 
+@pytest.mark.parametrize("traced", [True, False], ids=["traced", "usual"])
+@pytest.mark.parametrize("streaming_bytes", [1, tuning.NEVER], ids=["past caches", "through caches"])
 @pytest.mark.parametrize("coefficients", [(0.3, 0.01), (0.0, 0.0)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rule", ops.RULES)
-def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, generator):
+def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, streaming_bytes, traced, generator):
     """Kept weights read in place of w, the mean of two gradients in place of g: the bits of the separate passes."""
+    if streaming_bytes == 1 and backend != "cpp":
+        pytest.skip("a choice of the compiled CPU passes")
     row, grid, shapes = ops.RULES[rule], Uniform(4), [(3, 129), (40, 32), (1, 40_000), (2, 7)]
     ws, gs, firsts = ([some(s, dtype, generator, 0.5) for s in shapes] for _ in range(3))
     gs[0][0, 0], firsts[1][0, 0] = math.inf, math.nan
@@ -284,6 +288,8 @@ def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, gene
         states = [[torch.full_like(w, 0.1) for w in ws] for _ in row.buffers]
         copies = [torch.zeros_like(w) for w in ws]
         stats = ops.SkewStats.empty_for(ws, scales)
+        if not traced:
+            stats.totals.clear()
         numbers = row.numbers_of({**row.defaults, "momentum": 0.9, "weight_decay": 0.01})
         ops.run_skew_update(
             row, params, grads, states, scales, [grid.levels_tensor(torch.device("cpu"))] * len(ws),
@@ -295,9 +301,12 @@ def test_descent_inside_the_base_update(backend, rule, dtype, coefficients, gene
 
     means = [g.clone() for g in gs]
     ops.sam_average_(means, firsts, pair)
-    expected = run([w.clone() for w in ws], means)
-    got = run([torch.full_like(w, 55.0) for w in ws], [g.clone() for g in gs], [w.clone() for w in ws], firsts, pair)
-    assert all(map(same_bits, got, expected))
     partly = [w.clone() if i % 2 else torch.empty(0, dtype=dtype) for i, w in enumerate(ws)]
-    got = run([torch.full_like(w, 55.0) if i % 2 else w.clone() for i, w in enumerate(ws)], means, partly)
-    assert all(map(same_bits, got, expected))
+    expected = run([w.clone() for w in ws], means)
+    with runtime.kept_tuning():
+        runtime.use_tuning({"cpu": {"streaming_bytes": streaming_bytes}})
+        away = [torch.full_like(w, 55.0) for w in ws]
+        got = run(away, [g.clone() for g in gs], [w.clone() for w in ws], firsts, pair)
+        assert all(map(same_bits, got, expected))
+        got = run([torch.full_like(w, 55.0) if i % 2 else w.clone() for i, w in enumerate(ws)], means, partly)
+        assert all(map(same_bits, got, expected))

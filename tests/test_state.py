@@ -270,6 +270,52 @@ def test_an_average_made_before_freezing_gets_the_scales():
     assert torch.equal(eval_outputs(average.module), eval_outputs(model))
 
 
+FORWARDS = {
+    "hard": QuantConfig(Uniform(3)), "int8": QuantConfig(Uniform(3), forward="int8"),
+    "lsq": QuantConfig(Uniform(3), "lsq"), "lsq in bfloat16": QuantConfig(Uniform(3), "lsq", scale_dtype="bfloat16"),
+    "8-bit inputs": QuantConfig(Uniform(3), activation=Uniform(8)),
+}  # fmt: skip
+BETWEEN = {
+    "data": lambda m: [p.data.norm() for p in m.parameters()],
+    "written": lambda m: [p.data.mul_(1) for p in m.parameters()],
+    "moved": lambda m: m.to("cpu"), "cast": lambda m: m.float(), "saved": lambda m: m.state_dict(),
+    "compiled": lambda m: torch.compile(m, backend="aot_eager")(torch.ones(3, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_two_forwards_whose_backward_comes_after_both(forward, between):
+    """Whoever looks at the weights between them: what the first has computed with is still there for its backward."""
+    torch._dynamo.reset()
+
+    def gradients(look):
+        torch.manual_seed(0)
+        model = ak.quantize_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), FORWARDS[forward])
+        first = model(x[:5])
+        look(model)
+        (first.square().sum() + model(x[5:]).square().sum()).backward()
+        return [p.grad for p in model.parameters()]
+
+    x = torch.randn(9, 8, generator=torch.Generator().manual_seed(2))
+    for a, b in zip(gradients(lambda model: None), gradients(BETWEEN[between]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, ak.optim.ASkewSGD])
+def test_a_copy_is_made_in_the_memory_of_the_one_before(base):
+    """Where no graph waits for that: a foreign optimizer, or an average that reads ``.data``, costs no memory anew."""
+    model = ak.quantize_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    optimizer, places = base(model.parameters(), lr=0.1), set()
+    for _ in range(4):
+        sum(p.data.sum() for p in model.parameters())
+        optimizer.zero_grad()
+        model(torch.ones(3, 8)).square().sum().backward()
+        optimizer.step()
+        places.add(model[2].quantizer.quantized(model[2].weight).data_ptr())
+    assert len(places) == 1
+
+
 # ---- other processes -------------------------------------------------------------------------------------------------
 
 

@@ -112,13 +112,14 @@ class _LearnedToo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, learned: Tensor, quantized: Tensor, clip: tuple | None,
                 how: tuple | None) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(weight, learned)
+        ctx.save_for_backward(weight)
+        ctx.learned = learned.detach()  # not its numbers: another forward may bring these into their bounds
         ctx.clip, ctx.how = clip, how
         return quantized.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, learned = ctx.saved_tensors
+        (weight,), learned = ctx.saved_tensors, ctx.learned
         grad, to_scale = grad.to(weight.dtype), None
         if not ctx.needs_input_grad[1]:
             return _clipped(grad, weight, ctx.clip), None, None, None, None

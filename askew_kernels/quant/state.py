@@ -233,6 +233,7 @@ class WeightQuantizer:
         self.copy_dtype: torch.dtype | None = None  # what the layer asked for last: the optimizer writes this one
         self._copies: dict[torch.dtype, Tensor] = {}
         self._strides: tuple[int, ...] | None = None  # of the weight that they are copies of
+        self._lent: Any = None  # the weight's version when a graph took one of them for its backward
         self._known: Known | None = None
         self.frozen = self.held = False  # what ``flag`` said when last looked at: a GPU is not asked every time
         self._home: Known | None = None  # while the weight is perturbed: what will be true again
@@ -659,6 +660,9 @@ class WeightQuantizer:
                 return copy
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
+                if self._lent == _version(weight):  # that graph may still wait, and nobody has stepped since
+                    del self._copies[dtype]
+                    copy = self._buffer(weight, dtype)
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
                 self._know(weight, known.sums, known.inside, known.fresh | {dtype}, known.scaled)
             return copy
@@ -667,9 +671,12 @@ class WeightQuantizer:
         """What a forward needs: ``quantized`` and ``all_inside``, in one look where nothing has changed."""
         known = self._known
         if known and dtype in known.fresh and dtype is self.copy_dtype and self._still(known, weight):
-            return self._copies[dtype], known.inside
-        copy = self.quantized(weight, dtype)
-        return copy, self.all_inside(weight)
+            found = self._copies[dtype], known.inside
+        else:
+            found = self.quantized(weight, dtype), self.all_inside(weight)
+        if torch.is_grad_enabled():
+            self._lent = _version(weight)
+        return found
 
     def all_inside(self, weight: Tensor) -> bool:
         """The update pass has clamped every weight to the hull, and nothing has written one since."""

@@ -7,15 +7,21 @@ namespace askew {
 struct UpdateOnCpu : OnCpu {
   using OnCpu::OnCpu;
 
-  // Whether copies fill no caches that are large enough to keep them for the next forward.
-  static bool past_caches(const std::vector<UpdateTensor>& list) {
-    int64_t bytes = 0;
-    for (const UpdateTensor& t : list)
-      if (t.dequantized) bytes += t.m.rows * t.m.cols * type_size(t.dequantized_type);
-    return bytes >= tuning.streaming_bytes;
+  // What is only written goes past caches that are too small to keep it for the next forward: copies, and weights that
+  // are read from elsewhere.
+  static void choose_stores(std::vector<UpdateTensor>& list) {
+    int64_t copies = 0, weights = 0;
+    for (const UpdateTensor& t : list) {
+      if (t.dequantized) copies += t.m.rows * t.m.cols * type_size(t.dequantized_type);
+      if (t.kept) weights += t.m.rows * t.m.cols * type_size(t.type);
+    }
+    for (UpdateTensor& t : list) {
+      t.past_caches = t.dequantized && copies >= tuning.streaming_bytes && in_lines(t.dequantized, t.m.cols);
+      t.weight_past_caches = t.kept && weights >= tuning.streaming_bytes && in_lines(t.w, t.m.cols);
+    }
   }
-  // Whether every vector of a copy begins where such stores may.
-  static bool in_lines(const UpdateTensor& t) { return (uintptr_t)t.dequantized % 64 == 0 && t.m.cols % 16 == 0; }
+  // Whether every vector begins where such stores may.
+  static bool in_lines(const void* p, int64_t cols) { return (uintptr_t)p % 64 == 0 && cols % 16 == 0; }
 
   void run(Update& u) const {
     const size_t n = u.tensors.size();
@@ -35,8 +41,7 @@ struct UpdateOnCpu : OnCpu {
       if (t.totals) partial_totals += tiling.tiles * kTotals;
     }
 
-    const bool past = past_caches(u.tensors);
-    for (UpdateTensor& t : u.tensors) t.past_caches = past && t.dequantized && in_lines(t);
+    choose_stores(u.tensors);
 
     std::vector<double> rows(partial_rows), totals(partial_totals);
     over_list(tilings.data(), n, [&](size_t j, Tile tile, int64_t i) {

@@ -137,10 +137,10 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
   Trace trace;
   alignas(64) char mean[2 * kBand * size];  // of two gradients; twice as long for what StepLoop brings in ahead
   alignas(64) char made[2 * kBand * 4];     // of a copy that goes past the caches
+  alignas(64) char held[2 * kBand * size];  // of a weight that does; as long as `mean`, for the same reason
   int64_t traced = 0;                       // columns of the trace in use
-  const Stream w{t.w, size, true}, w_read{t.w, size, false}, g{(void*)t.g, size, false};
+  const Stream stored{t.w, size, true}, g{(void*)t.g, size, false};
   Stream* const streams = step.streams;
-  streams[kW] = w;
   streams[kG] = g;
   for (const StepStream k : {kExcess, kDescent, kGradient}) streams[k] = {};
   for (int k = 0; k < kMostBuffers; ++k) streams[kState + k] = {t.state[k], size, true};
@@ -153,6 +153,9 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
     step.row = &weights;
     for_bands(r * t.m.cols, tile, [&](Columns c) {
       const int64_t padded = (c.count + 15) / 16 * 16;
+      const Stream w = t.weight_past_caches ? Stream{held - c.first * size, size, true} : stored;
+      const Stream w_read{w.data, size, false};
+      streams[kW] = w;
       if (t.kept) copy_columns<T, false>({(void*)t.kept, size, false}, w, c);
       if (t.first) {
         streams[kG] = {mean - c.first * size, size, true};
@@ -200,13 +203,14 @@ static void update_typed(const UpdateTensor& t, const Hyper& h, Step<T, Grid>& s
         for_columns(loop, c);
         if (t.past_caches) copy_past_caches(staged, copy, c);
       }
+      if (t.weight_past_caches) copy_columns<T, true>(w, stored, c);
     });
     if (row_sums) {
       finish(sums, row_sums, one_band);
       row_sums += kRowSums;
     }
   }
-  finish_stores(t.past_caches);
+  finish_stores(t.past_caches || t.weight_past_caches);
   if (totals) {
     add_trace(trace, traced, h.skip_nonfinite, lanes);
     for (int j = 0; j < kTotals; ++j) totals[j] = finish(lanes[j]);

@@ -82,7 +82,8 @@ struct UpdateTensor {  // what is absent is null
   GridArg grid;
   const void* kept;   // read in place of w, whose content does not matter then
   const void* first;  // a gradient whose mean with g takes g's place
-  bool past_caches;   // CPU: the copy is stored without bringing its lines in first
+  // CPU: the copy, and the weight where it is only written, are stored without bringing their lines in first
+  bool past_caches, weight_past_caches;
 };
 
 constexpr int kTrits = 0;                         // the `bits` of the format of five ternary codes a byte
