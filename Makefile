@@ -59,7 +59,7 @@ evidence: peers
 
 readme: install
 	$(PY) -m askew_kernels bench --plain --from $(RESULTS)/rows.json --plot $(RESULTS) --page $(RESULTS)/README.md \
-	    --fill README.md docs/notes.md
+	    --fill README.md docs/notes.md --reasons $(RESULTS)/reasons.json
 
 # The site, in build/site: warnings, dead links and public names without a description are errors. No network.
 docs: install

@@ -560,18 +560,22 @@ def test_goals_from_rows():
     assert "MISSED" in report.plain_report(measured)
 
 
-def committed_rows():
-    """Those that README and notes are made from."""
-    folder = re.search(r"^RESULTS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    return rows.read_rows(ROOT / folder / "rows.json")
+def committed():
+    """(the rows that README and notes are made from, why they miss goals)."""
+    folder = ROOT / re.search(r"^RESULTS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    return rows.read_rows(folder / "rows.json"), goals.read_reasons(folder / "reasons.json")
 
 
 def test_the_summary_shows_the_copy_the_missed_goals_and_where_rows_are_from():
     """As plainly as what was reached: every missed goal, the step that writes the copy, each suite's commits."""
-    measured = committed_rows()
-    text, results = report.summary_table(measured), report.goals(measured)
+    measured, reasons = committed()
+    text, results = report.summary_table(measured, reasons), report.goals(measured)
     missed = [g.goal for g in results if g.reached is False]
     assert len(missed) > 10 and all(f"| {goal} |" in text for goal in missed)
+    numbers, why = goals.missed(results, reasons)
+    assert [goal for goal in missed if not numbers[goal]] == [], "reasons.json: no reason for these"
+    assert why == [r.why for r in reasons], "reasons.json: reasons of goals that are no longer missed"
+    assert all(f"\n{i}. {reason}" in text for i, reason in enumerate(why, 1))
     assert f"{len(missed)} of {sum(g.reached is not None for g in results)} that were measured" in text
     for suite in ("step", "fake_quant", "packed", "sam", "search"):
         assert any(h.text in text for h in suites.HEADLINES[suite]) and f"{suite}: commit" in text
@@ -593,6 +597,29 @@ def test_a_case_its_goal_and_its_line_in_the_readme_are_one_file(monkeypatch):
     measured = [rows.Row(**{**vars(r), "quick": False, "p50": 2.0, "ratio": 1.0}) for r in some_rows(*impls)]
     text = report.summary_table(measured)
     assert "| a new line, 4 | base | **1.00** |  | plain 1.00 |" in text and "| a new goal | ≤ 0.5 | 1 |" in text
+
+
+def test_reasons_are_numbered_below_the_goals_that_they_explain():
+    results = [
+        goals.GoalResult("one (a)", 2.0, 1.0, "<=", False), goals.GoalResult("two", 2.0, 1.0, "<=", False),
+        goals.GoalResult("three", 0.5, 1.0, "<=", True), goals.GoalResult("four", 2.0, 1.0, "<=", False),
+    ]  # fmt: skip
+    reasons = [
+        goals.Reason(("three",), "reached"),
+        goals.Reason((r"one \(.\)", "two"), "x"),
+        goals.Reason(("t.*",), "y"),
+    ]
+    assert goals.missed(results, reasons) == ({"one (a)": "1", "two": "1, 2", "four": ""}, ["x", "y"])
+
+
+@pytest.mark.parametrize("text", ["", "{}", '[{"goals": ["a"]}]', '[{"goals": ["("], "why": ""}]', '["a"]',
+                                  '[{"goals": [1], "why": "x"}]', '[{"goals": ["a"], "why": 1}]'])  # fmt: skip
+def test_reasons_that_are_none(text, tmp_path, capsys):
+    """One line that names the file, before anything is measured."""
+    path = tmp_path / "reasons.json"
+    path.write_text(text)
+    assert cli.main(["bench", "--plain", "--quick", "--reasons", str(path)]) == 2
+    assert f"{path}: expected a JSON list" in capsys.readouterr().err
 
 
 # ---- an earlier run, documents ---------------------------------------------------------------------------------------
@@ -665,9 +692,9 @@ def test_pages_and_filled_documents(tmp_path, capsys):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/notes.md"])
 def test_documents_hold_what_the_committed_rows_make(document):
-    measured = committed_rows()
+    measured, reasons = committed()
     text = (ROOT / document).read_text()
-    assert report.fill(text, measured) == text, "make readme"
+    assert report.fill(text, measured, reasons) == text, "make readme"
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 from .. import command
 from ..command import Failed, Refused, Terminated, check_writable, error, write_atomic
 from . import harness, report, runs
-from .goals import ALLOCATORS
+from .goals import ALLOCATORS, Reason, read_reasons
 from .rows import Row, allocator_in_use, by_suite, merged, read_rows, read_text, rows_to_csv, rows_to_json
 from .suites import SUITES
 
@@ -43,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the rows of earlier --json files; measure nothing")  # fmt: skip
     add("--fill", type=Path, nargs="+", default=[], metavar="FILE",
         help="make anew what stands between <!-- bench:summary --> (or bench:goals) and <!-- /bench -->")  # fmt: skip
+    add(
+        "--reasons",
+        type=Path,
+        metavar="FILE.json",
+        help="why goals are missed here, for --page and --fill: a list of {goals: [regular expressions], why: text}",
+    )
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -92,6 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise Refused(f"--op {arguments.op!r}, --part {arguments.part}: no case of these suites")
     for path in arguments.fill:
         read_text(path)
+    reasons = read_reasons(arguments.reasons) if arguments.reasons else []
     for path in filter(None, (arguments.json, arguments.csv, arguments.page, *arguments.fill)):
         check_writable(path)
     if arguments.plot is not None:
@@ -99,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     stopped: list[str] = []
     code = 0
-    steps = [lambda: publish(rows, old, arguments)]
+    steps = [lambda: publish(rows, old, reasons, arguments)]
     if planned:
         steps.insert(0, lambda: measure(planned, device, arguments, rows))
     for step in steps:
@@ -172,7 +179,7 @@ def measure(planned: list[runs.Choice], device: Any, arguments: argparse.Namespa
             write(rows, arguments)
 
 
-def publish(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> None:
+def publish(rows: list[Row], old: list[Row], reasons: list[Reason], arguments: argparse.Namespace) -> None:
     """Tables to stdout, then files and plots: where a disk is full the rows have been seen."""
     if not rows:
         return write(rows, arguments)
@@ -190,10 +197,10 @@ def publish(rows: list[Row], old: list[Row], arguments: argparse.Namespace) -> N
     plots = report.plots(rows) if arguments.plot else {}
     made: dict[Path, str | bytes] = {arguments.plot / name: data for name, data in plots.items()}
     if arguments.page:
-        made[arguments.page] = report.page(rows, list(plots))
+        made[arguments.page] = report.page(rows, list(plots), reasons)
     for path in arguments.fill:
         try:
-            made[path] = report.fill(read_text(path), rows)
+            made[path] = report.fill(read_text(path), rows, reasons)
         except Failed as problem:
             raise Failed(f"{path}: {problem}") from None
     for path, content in made.items():

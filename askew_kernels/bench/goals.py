@@ -4,11 +4,15 @@ beside the cases that they are about (``suites``)."""
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-from .rows import Row, by_suite
+from ..command import Refused
+from .rows import Row, by_suite, read_text
 
 Measure = Callable[[list[Row]], float]
 ALLOCATORS = ("default", "warm")  # warm: glibc keeps freed memory
@@ -93,6 +97,40 @@ def judge(goals: Mapping[str, Sequence[Goal]], rows: Iterable[Row]) -> list[Goal
         if mine and (measured is not None or not any(r.quick for r in mine)):  # --quick leaves some out
             results.append(GoalResult(goal.text, measured, goal.wanted, goal.sense, reached))
     return results
+
+
+class Reason(NamedTuple):
+    """Why goals are missed on one kind of processor: the limit, or what was tried."""
+
+    goals: tuple[str, ...]  # regular expressions, each of a goal's whole text
+    why: str
+
+    def explains(self, goal: str) -> bool:
+        return any(re.fullmatch(pattern, goal) for pattern in self.goals)
+
+
+def read_reasons(path: Path) -> list[Reason]:
+    """A JSON list of objects with ``goals`` and ``why``. Raises Refused for anything else."""
+    try:
+        found = json.loads(read_text(path))
+        if not isinstance(found, list):
+            raise TypeError(f"got {type(found).__name__}")
+        reasons = [Reason((*entry["goals"],), entry["why"]) for entry in found]
+        for reason in reasons:
+            "".join((*reason.goals, reason.why))
+            [*map(re.compile, reason.goals)]
+    except (ValueError, LookupError, TypeError, re.error) as problem:
+        expected = "a JSON list of objects with goals, regular expressions, and why, a text"
+        raise Refused(f"{path}: expected {expected}: {problem}") from None
+    return reasons
+
+
+def missed(results: Iterable[GoalResult], reasons: Iterable[Reason]) -> tuple[dict[str, str], list[str]]:
+    """(the missed goals, each with the numbers of its reasons; the reasons, those that miss alone)."""
+    goals = [g.goal for g in results if g.reached is False]
+    given = [r for r in reasons if any(map(r.explains, goals))]
+    numbers = {goal: ", ".join(str(i) for i, r in enumerate(given, 1) if r.explains(goal)) for goal in goals}
+    return numbers, [r.why for r in given]
 
 
 class HeadlineFigures(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import figures
 from ..command import Failed, grouped, markdown_table
-from .goals import GoalResult, HeadlineFigures, headline_figures, judge
+from .goals import GoalResult, HeadlineFigures, Reason, headline_figures, judge, missed
 from .rows import Row, by_case, by_suite, compare
 from .suites import GOALS, HEADLINES
 
@@ -453,9 +453,9 @@ def plots(rows: Sequence[Row]) -> dict[str, bytes]:
 # ---- pages -----------------------------------------------------------------------------------------------------------
 
 
-def summary_table(rows: Sequence[Row]) -> str:
+def summary_table(rows: Sequence[Row], reasons: Sequence[Reason] = ()) -> str:
     """Markdown: the headlines, each as a ratio to its baseline (below 1 is faster), where they are from, and every goal
-    that these rows miss."""
+    that these rows miss, with its reason where one is given."""
     found = headline_figures(HEADLINES, rows)
     if not found:
         raise Failed("the rows hold none of the headlines: measure without --quick")
@@ -469,18 +469,31 @@ def summary_table(rows: Sequence[Row]) -> str:
     where = _listed(
         first.device, _threads(first), _instructions(f.ours for f in found), f"torch {first.torch}", first.versions
     )
-    missed = [g for g in results if g.reached is False]
+    numbers, why = missed(results, reasons)
     measured = sum(g.reached is not None for g in results)
+    lost = [(g.goal, *_verdict(g)[:2], numbers[g.goal]) for g in results if g.reached is False]
     return "\n\n".join([
         markdown_table(("pass", "ratio to", "ours", "measured ceiling", "others"), lines),
         f"{where}; medians, default allocator. {'; '.join(suites)}.",
-        f"Goals missed, {len(missed)} of {measured} that were measured (all of them: docs/notes.md):",
-        markdown_table(("missed", "wanted", "measured"), ((g.goal, *_verdict(g)[:2]) for g in missed)),
+        f"Goals missed, {len(lost)} of {measured} that were measured (all of them: docs/notes.md):",
+        _with_reasons(("missed", "wanted", "measured"), lost, why),
     ])  # fmt: skip
 
 
-def goals_markdown(rows: Iterable[Row]) -> str:
-    return markdown_table(("goal", "wanted", "measured", ""), ((g.goal, *_verdict(g)) for g in goals(rows)))
+def goals_markdown(rows: Iterable[Row], reasons: Sequence[Reason] = ()) -> str:
+    results = goals(rows)
+    numbers, why = missed(results, reasons)
+    return _with_reasons(
+        ("goal", "wanted", "measured", ""), [(g.goal, *_verdict(g), numbers.get(g.goal, "")) for g in results], why
+    )
+
+
+def _with_reasons(headings: Sequence[str], lines: Iterable[Sequence[str]], why: Sequence[str]) -> str:
+    """A table whose last column numbers the reasons, which stand below it; without that where there are none."""
+    if not why:
+        return markdown_table(headings, (line[:-1] for line in lines))
+    listed = "\n".join(f"{i}. {text}" for i, text in enumerate(why, 1))
+    return f"{markdown_table((*headings, 'why'), lines)}\n\nWhy, by the numbers in the last column:\n\n{listed}"
 
 
 def case_markdown(case: Sequence[Row]) -> str:
@@ -493,7 +506,7 @@ def case_markdown(case: Sequence[Row]) -> str:
     return f"{what}\n\n{markdown_table(('implementation', *columns), lines)}"
 
 
-def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
+def page(rows: Sequence[Row], plots: Sequence[str] = (), reasons: Sequence[Reason] = ()) -> str:
     """A Markdown page of a whole run: where, goals, every row, the plots."""
     first = rows[0]
     where = _listed(_threads(first), f"torch {first.torch}", first.versions, f"Python {first.python}", _measured(rows))
@@ -504,7 +517,7 @@ def page(rows: Sequence[Row], plots: Sequence[str] = ()) -> str:
         f"{where}{quick}. Each case names its own commit.",
     ]
     if goals(rows):
-        parts += ["## Goals", goals_markdown(rows)]
+        parts += ["## Goals", goals_markdown(rows, reasons)]
     for suite, members in by_suite(rows).items():
         shown = [name for name in plots if re.fullmatch(rf"{suite}(-[a-z-]+)?\.png", name)]
         parts += [f"## {suite}", *(f"![{_alt_text(suite, name)}]({name})" for name in shown)]
@@ -527,14 +540,14 @@ def plain_report(rows: Sequence[Row]) -> str:
     return "\n\n".join([*cases, *([goals_markdown(rows)] if goals(rows) else [])])
 
 
-def fill(text: str, rows: Sequence[Row]) -> str:
+def fill(text: str, rows: Sequence[Row], reasons: Sequence[Reason] = ()) -> str:
     """``text`` with what stands between ``<!-- bench:NAME … -->`` and ``<!-- /bench -->`` made anew from the rows."""
     blocks = {"summary": summary_table, "goals": goals_markdown}
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in blocks:
             raise Failed(f"<!-- bench:{match[2]} -->: expected one of {', '.join(blocks)}")
-        return f"{match[1]}\n{blocks[match[2]](rows)}\n{match[4]}"
+        return f"{match[1]}\n{blocks[match[2]](rows, reasons)}\n{match[4]}"
 
     pattern = re.compile(r"(<!-- bench:(\w+)[^>]*-->)\n(.*?)(<!-- /bench -->)", re.DOTALL)
     made, count = pattern.subn(block, text)
