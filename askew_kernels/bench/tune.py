@@ -75,14 +75,14 @@ def clip(device: torch.device, rows: int, cols: int) -> Run:
 
 
 @on_device
-def step(device: torch.device, rows: int, cols: int, momentum: float) -> Run:
-    """An annealed ASkewSGD step."""
+def step(device: torch.device, rows: int, cols: int, momentum: float, copy: bool = False) -> Run:
+    """An annealed ASkewSGD step; ``copy``: with the hard copy."""
     w, g, s = _normal((rows, cols), device), _normal((rows, cols), device, 1), _scale(rows, device)
-    buffers = [torch.zeros_like(w)] if momentum else None
+    buffers, copies = [torch.zeros_like(w)] if momentum else None, [torch.empty_like(w)] if copy else None
 
     def run() -> Sequence[Tensor]:
-        ops.skew_sgd_([w], [g], buffers, [s], [GRID], lr=0.05, eps=0.3, momentum=momentum)
-        return [w, *(buffers or [])]
+        ops.skew_sgd_([w], [g], buffers, [s], [GRID], lr=0.05, eps=0.3, momentum=momentum, dequantized=copies)
+        return [w, *(buffers or []), *(copies or [])]
 
     return run
 
@@ -194,7 +194,9 @@ def passes(section: str, name: str, quick: bool) -> Passes:
                 f"quantize {n}x{n} bfloat16": quantize(n, n, n, torch.bfloat16)}  # fmt: skip
         return large if quick else {**large, **more}
     if name == "prefetch_columns":
-        return {**large, f"step {n}x{n}": step(n, n, 0.0), f"momentum step {n}x{n}": step(n, n, 0.9)}
+        steps = {f"step {n}x{n}": step(n, n, 0.0), f"momentum step {n}x{n}": step(n, n, 0.9),
+                 f"momentum step {n}x{n} with the copy": step(n, n, 0.9, True)}  # fmt: skip
+        return {**large, **steps}
     if name == "piece_columns":
         return {**large, f"quantize {n * n} in one row": quantize(1, n * n, 1)}
     if name == "serial_elements":
@@ -312,7 +314,7 @@ def document(key: tuning.Device, parameters: tuning.Values, tried: list[dict[str
 
 OPTIONS_OF_SUITES: dict[str, Any] = {  # which say nothing here, and their defaults
     "suite": "all", "op": "", "part": "1/1", "allocator": "auto", "plain": False, "csv": None, "plot": None,
-    "page": None, "compare": None, "rows": None, "fill": [],
+    "page": None, "compare": None, "rows": None, "fill": [], "reasons": None,
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ LARGE = 1 << 20  # weights of a convolution that leave a core's cache as floats
 # tiles, for many.
 PARAMETERS: dict[str, dict[str, Parameter]] = {
     "cpu": {
-        "prefetch_columns": Parameter(0, 1 << 16, (128, 256, 512, 1024, 2048)),
+        "prefetch_columns": Parameter(0, 1 << 16, (32, 64, 128, 256, 512, 1024)),
         "piece_columns": Parameter(16, 1 << 30, (4096, 16384, 65536)),
         "serial_elements": Parameter(0, 1 << 40, (8192, 16384, 32768, 65536, 131072)),
         "streaming_bytes": Parameter(0, NEVER, (1 << 20, 4 << 20, 16 << 20, 64 << 20, NEVER)),
