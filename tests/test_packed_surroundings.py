@@ -3,6 +3,7 @@ fast paths, readers of ``weight``, checkpoints: always the numbers of the unpack
 
 import copy
 import io
+import math
 import pickle
 import subprocess
 import sys
@@ -646,6 +647,18 @@ def test_averages_of_codes_are_refused():
     assert all(torch.equal(v, other[k]) for k, v in kept.items())
     b.load_state_dict({k: v.double() if k.endswith("codes") else v for k, v in state.items()})
     assert torch.equal(b(x), a(x))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -0.1])
+def test_scales_that_are_none_are_refused(bad):
+    """As a file's are: a damaged checkpoint does not become a model that gives NaN."""
+    model = packed(mlp(0))
+    before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(model.state_dict())
+    state["2.weight_scale"].view(-1)[-1] = bad
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=r"2\.weight_scale: expected positive finite scales"):
+            model.load_state_dict(state, assign=assign)
+        assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if k.startswith("2.weight"))
 
 
 def test_a_row_of_as_many_bytes_is_no_row_of_as_many_weights():

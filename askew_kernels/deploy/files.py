@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..nn.held import exposed
 from ..nn.kinds import KINDS, own_keys, replaceable
 from ..nn.layers import QuantizedLayer
-from ..nn.packed import EXTRA_STATE, PackedLayer
+from ..nn.packed import EXTRA_STATE, PackedLayer, sound
 from ..nn.replace import check_replaceable, replace_modules
 from ..quant import QuantConfig, check_codes, scale_unit
 from ..quant.packing import storage_type
@@ -143,10 +143,6 @@ def memory_of(t: Tensor) -> Any:
     return t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.device, t.is_conj(), t.is_neg()
 
 
-def _sound(scale: Tensor) -> bool:
-    return bool((scale.float().isfinite() & (scale > 0)).all())
-
-
 def _check(holds: bool, text: str) -> None:
     if not holds:
         raise ValueError(text)
@@ -249,7 +245,7 @@ def packed_state(model: nn.Module, where: str | bytes | os.PathLike) -> PackedSt
         if isinstance(layer, PackedLayer):
             own = {f"{name}.{k}": getattr(layer, k) for k in ("weight_scale", "bias")}
             lost += [k for k, t in own.items() if names.held.get(k) is not t]
-            if not layer.weight_scale.is_meta and not _sound(layer.weight_scale):
+            if not layer.weight_scale.is_meta and not sound(layer.weight_scale):
                 raise fail(f"{name}.weight_scale: expected positive finite scales")
             layers[name] = layer
             derived |= {f"{name}.{k}" for k in own_keys(type(layer)) - {"bias"}}
@@ -410,7 +406,7 @@ class PackedFile:
             for key, got, want in (("codes", codes, empty.weight_codes), ("scale", scale, empty.weight_scale)):
                 (shape, dtype), (right, kind) = _type(got), _type(want)
                 _check((shape, dtype) == (right, kind), f"weight_{key}: expected {kind} {right}, got {dtype} {shape}")
-            _check(_sound(scale), "weight_scale: expected positive finite scales")
+            _check(sound(scale), "weight_scale: expected positive finite scales")
             check_codes(codes, empty.bits, empty.cols, len(config.weight.levels))
         except KeyError as error:
             raise self._error(f"layer {name}: {error.args[0]!r} is missing") from None

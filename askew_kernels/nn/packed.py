@@ -403,9 +403,13 @@ class PackedLayer(nn.Module):
             error_msgs.append(f"{prefix}weight_codes: expected bytes, got {given.dtype} numbers that are none (an "
                               "average of codes is no weights' average; unpack_ before averaging)")  # fmt: skip
             return
+        scale = state_dict.get(prefix + "weight_scale")
+        if isinstance(scale, Tensor) and not is_sharded(scale) and ops.has_values(scale) and not sound(scale):
+            error_msgs.append(f"{prefix}weight_scale: expected positive finite scales")
+            return
         self._bands.drop(self)
         if not metadata.get("assign_to_params_buffers"):
-            self._widen_scale(state_dict.get(prefix + "weight_scale"))
+            self._widen_scale(scale)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if key in missing_keys:  # saved by an earlier release, or taken from a file
             missing_keys.remove(key)
@@ -444,6 +448,10 @@ class PackedLayer(nn.Module):
         return f"{super().extra_repr()}, {c.weight}{packing}, {c.granularity}{group}{rounded}"
 
     extra_repr._dynamo_marked_constant = True  # type: ignore[attr-defined]  # vmap asks for it
+
+
+def sound(scale: Tensor) -> bool:
+    return bool((scale.float().isfinite() & (scale > 0)).all())
 
 
 def _are_bytes(given: Tensor) -> bool:
