@@ -660,7 +660,8 @@ class WeightQuantizer:
                 return copy
             copy = self._buffer(weight, dtype)
             if dtype not in known.fresh:
-                if self._lent == _version(weight):  # that graph may still wait, and nobody has stepped since
+                # that graph may still wait, and nobody has stepped since; a captured CUDA graph writes where it is
+                if weight.is_cpu and self._lent == _version(weight):
                     del self._copies[dtype]
                     copy = self._buffer(weight, dtype)
                 ops.fake_quantize_out_(view(weight), self.scale, self.config.weight, view(copy))
