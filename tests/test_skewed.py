@@ -613,3 +613,20 @@ def test_errors_leave_the_weights(where, monkeypatch):
             assert torch.equal(old.quantized_weight(), ak.ops.fake_quantize(new, old.weight_scale, GRID))
     monkeypatch.undo()
     assert out.shape == (6, 5) and not optimizer.saved_weights
+
+
+class Nested(torch.optim.SGD):
+    """Saves itself another way, as pytorch_optimizer's Lookahead does."""
+
+    def state_dict(self):
+        return {"slow": {}, "base_optimizer": super().state_dict()}
+
+
+def test_a_state_that_has_no_place_for_scales_is_told():
+    model = network(QuantConfig(GRID, "sawb", forward="hard"))
+    optimizer = Skewed(Nested(ak.param_groups(model), lr=0.1))
+    train(model, optimizer, 0, 1)
+    with pytest.raises(
+        NotImplementedError, match="state_dict: Nested's holds slow, base_optimizer; expected param_gro"
+    ):
+        optimizer.state_dict()

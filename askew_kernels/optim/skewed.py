@@ -145,7 +145,11 @@ class Skewed(Constrained, Wrapper):
         ops.run_skew_direction(weights, directions, scales, *outputs, **arguments)
 
     def _pack(self) -> dict[str, Any]:
-        return self._packed(self.base_optimizer.state_dict())
+        base = self.base_optimizer.state_dict()
+        if missing := {"state", "param_groups"} - base.keys():
+            raise NotImplementedError(f"state_dict: {type(self.base_optimizer).__name__}'s holds {', '.join(base)}; "
+                                      f"expected {min(missing)}, beside which scales are saved")  # fmt: skip
+        return self._packed(base)
 
     def _unpack(self, state_dict: dict[str, Any]) -> None:
         self._load(state_dict, self.base_optimizer.load_state_dict)
