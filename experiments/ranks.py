@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 PATIENCE = datetime.timedelta(minutes=5)  # of a rank for the others, and of a call for its ranks; machines are shared
 
@@ -58,6 +59,9 @@ def _serve(rank: int, pipe: Any, folder: str) -> None:
                 distributed.barrier()
             finally:
                 distributed.destroy_process_group()
+                # DTensor remembers placements with their mesh, and takes a later mesh of that shape for the same: what
+                # it gave then names a group that is gone.
+                _clear_sharding_prop_cache()
             kept = io.BytesIO()
             torch.save(found, kept)
             pipe.send((kept.getvalue(), ""))
