@@ -302,6 +302,39 @@ def test_two_forwards_whose_backward_comes_after_both(forward, between):
         torch.testing.assert_close(a, b)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("kind", ["convolutions", "attention", "one weight"])
+def test_two_forwards_of_other_kinds(kind, autocast):
+    """The same of every layer that computes with a copy, also of one in bfloat16, or that two layers have."""
+    tied = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    tied[2].weight = tied[0].weight
+    made = {"convolutions": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 2, 3)),
+            "attention": Attention(), "one weight": tied}[kind]  # fmt: skip
+    x = torch.randn((2, 2, 3, 6, 6) if kind == "convolutions" else (2, 3, 5, 16))
+    model = ak.quantize_(made, QuantConfig(Uniform(4)))
+
+    def gradients(look):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            first = model(x[0])
+            look(model)
+            second = model(x[1])
+        (first.square().sum() + second.square().sum()).backward()
+        return [p.grad for p in model.parameters()]
+
+    for a, b in zip(gradients(lambda model: None), gradients(BETWEEN["data"]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("base", [torch.optim.SGD, ak.optim.ASkewSGD])
 def test_a_copy_is_made_in_the_memory_of_the_one_before(base):
     """Where no graph waits for that: a foreign optimizer, or an average that reads ``.data``, costs no memory anew."""
