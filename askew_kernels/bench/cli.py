@@ -43,12 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the rows of earlier --json files; measure nothing")  # fmt: skip
     add("--fill", type=Path, nargs="+", default=[], metavar="FILE",
         help="make anew what stands between <!-- bench:summary --> (or bench:goals) and <!-- /bench -->")  # fmt: skip
-    add(
-        "--reasons",
-        type=Path,
-        metavar="FILE.json",
-        help="why goals are missed here, for --page and --fill: a list of {goals: [regular expressions], why: text}",
-    )
+    add("--reasons", type=Path, metavar="FILE.json",
+        help="why goals are missed here, for --page and --fill: a list of {goals: [regular expressions], why: text}"
+        )  # fmt: skip
 
 
 def parse_part(text: str) -> tuple[int, int]:

@@ -451,6 +451,7 @@ class PackedLayer(nn.Module):
 
 
 def sound(scale: Tensor) -> bool:
+    """Whether all scales are positive and finite."""
     return bool((scale.float().isfinite() & (scale > 0)).all())
 
 
