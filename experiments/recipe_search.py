@@ -57,8 +57,9 @@ class Way:
     the start. clip: the gradient is zero outside the hull. learned: the scale by LSQ's gradient, from the rule's value
     or (``paper``) from 2 mean|w| / sqrt(c_max), at ``rate`` learning rates. outer: hold, end, power, freeze and clamp
     of the first and last layer, where they are others. start: before it the float weights are computed with. full:
-    from ``start`` to there they go over to the quantized ones, slack falling from 1 to 0 as (a line)^bend:
-    w_q + slack (w - w_q), or (``steep``) by PARQ's map, whose slope between two levels is 1 / slack. average: decay
+    from ``start`` to there they go over to the quantized ones, slack falling from 1 to 0 as (a line)^bend, or as a
+    sigmoid of that steepness (PARQ's is 10, to 0.95): w_q + slack (w - w_q), or (``steep``) by PARQ's map, whose slope
+    between two levels is 1 / slack. average: decay
     of the mean of the latent weights that they become at the end of the hold. settle: the frequency of flips to and
     fro from which on, after ``settle_from``, a weight is kept at its level (Nagel et al., 2022).
     """
@@ -81,6 +82,7 @@ class Way:
     full: float = 0.0
     steep: bool = False
     bend: float = 1.0
+    sigmoid: float = 0.0
     average: float = 0.0
     settle: float = 0.0
     settle_from: float = 0.7
@@ -196,6 +198,13 @@ def between(x: Tensor, g: Grids, slack: Tensor, steep: Tensor) -> Tensor:
     far = g.step / 2 - off.abs()  # from the midpoint, in the hull
     moved = torch.sign(off) * (g.step / 2 - far / slack.clamp(min=1e-6)).clamp(min=0)
     return level + torch.where(steep & (far >= 0), moved, slack * off)
+
+
+def bent(left: np.ndarray, steepness: np.ndarray) -> np.ndarray:
+    """What is left of a way, 1 to 0, as a sigmoid from 1 to 0 of that steepness; 0: as it is."""
+    k = np.where(steepness > 0, steepness, 1.0)
+    low, high = 1 / (1 + np.exp(k / 2)), 1 / (1 + np.exp(-k / 2))
+    return np.where(steepness > 0, (1 / (1 + np.exp(k * (0.5 - left))) - low) / (high - low), left)
 
 
 def rule_scale(w: Tensor, g: Grids) -> Tensor:
@@ -362,6 +371,7 @@ class Networks:
         )
         self.begun = table(shares >= start)
         left = np.clip((full - shares) / np.maximum(full - start, 1), 0, 1) ** np.array([w.bend for w in ways])
+        left = bent(left, np.array([w.sigmoid for w in ways]))
         self.slack = table(np.where(full > start, left, 0.0))
         self.steep = self._column(w.steep for w in ways)
         k = np.arange(1, n + 1)
@@ -676,6 +686,20 @@ def eighth_ways() -> list[Way]:
     return [STE, *(replace(made, name=f"steep 0-{full}, frozen .75, closed .99-1", full=full) for full in (0.5, 0.7))]
 
 
+def ninth_ways() -> list[Way]:
+    """How long the way over is, and in PARQ's shape."""
+    made = Way("", hold=0.99, end=1.0, power=1.0, freeze=0.75, full=0.7, steep=True)
+    late = replace(made, full=0.95, freeze=0.96, sigmoid=10.0)
+    free = Way("steep 0-.7", full=0.7, steep=True)
+    return [
+        STE, free, replace(free, name="sigmoid 0-.95 without clip", full=0.95, sigmoid=10.0, clip=False),
+        replace(made, name="steep 0-.7, frozen .75, closed .99-1"),
+        replace(made, name="steep 0-.9, frozen .95, closed .99-1", full=0.9, freeze=0.95),
+        replace(late, name="sigmoid 0-.95, frozen .96, closed .99-1"),
+        replace(late, name="sigmoid 0-.8, frozen .82, closed .99-1", full=0.8, freeze=0.82),
+    ]  # fmt: skip
+
+
 WAYS = {
     "first": first_ways,
     "second": second_ways,
@@ -685,6 +709,7 @@ WAYS = {
     "sixth": sixth_ways,
     "seventh": seventh_ways,
     "eighth": eighth_ways,
+    "ninth": ninth_ways,
     "extra": extra_ways,
 }
 
@@ -726,7 +751,8 @@ def run(task: Task, optimizer: str, ways: Sequence[Way], widths: Sequence[str], 
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each way and cell the difference to straight-through, paired over seeds: mean, standard error, count."""
+    """For each way and cell the difference to straight-through, paired over seeds: mean, standard error (NaN with one
+    seed), count."""
     cells: dict[Any, dict[str, dict[int, float]]] = {}
     for r in rows:
         cell = r["task"], r["optimizer"], r["everything"], r["width"], r["lr"]
@@ -736,15 +762,16 @@ def scores(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         base = ways.get(STE.name, {})
         for way, values in ways.items():
             gaps = [values[s] - base[s] for s in values if s in base]
-            if way == STE.name or len(gaps) < 2:
+            if way == STE.name or not gaps:
                 continue
-            error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
             found.append({"cell": cell, "way": way, "gain": statistics.fmean(gaps), "error": error, "seeds": len(gaps)})
     return found
 
 
 def report(rows: Sequence[dict[str, Any]], by: Sequence[int] = (1, 2, 3)) -> str:
-    """A line a way: the mean gain over the cells that agree in ``by`` (indices of the cell's parts), and the worst."""
+    """A line a way: the mean gain over the cells that agree in ``by`` (indices of the cell's parts), and the worst, in
+    standard errors (NaN where every cell has one seed)."""
     found = scores(rows)
     groups = sorted({tuple(s["cell"][i] for i in by) for s in found}, key=str)
     names = sorted({s["way"] for s in found})
@@ -755,7 +782,7 @@ def report(rows: Sequence[dict[str, Any]], by: Sequence[int] = (1, 2, 3)) -> str
         for group in groups:
             gains = [s["gain"] for s in mine if tuple(s["cell"][i] for i in by) == group]
             columns.append(f"{statistics.fmean(gains):+.2f}" if gains else "")
-        worst = min(s["gain"] / max(s["error"], 0.05) for s in mine)
+        worst = min((s["gain"] / max(s["error"], 0.05) for s in mine if s["seeds"] > 1), default=math.nan)
         lines.append(
             f"{name} | {statistics.fmean(s['gain'] for s in mine):+.2f} | {worst:+.1f} | " + " | ".join(columns)
         )

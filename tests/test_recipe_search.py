@@ -93,6 +93,18 @@ def test_networks_train_and_resume_their_order(tmp_path):
     found = search.scores(rows)
     assert {s["way"] for s in found} == {"LSQ", "a", "b", "c"} and all(s["seeds"] == 2 for s in found)
     assert "worst cell" in search.report(rows)
+    lines = search.report([row for row in rows if row["seed"] == 0]).splitlines()
+    assert [line.split(" | ")[0] for line in lines[1:]] == ["LSQ", "a", "b", "c"]  # no error, but a number
+
+
+def test_the_way_over_falls_as_parqs():
+    """torchao's ``normalized_mirror_sigmoid``: (sigma(s (1/2 - t)) - sigma(-s/2)) / (sigma(s/2) - sigma(-s/2))."""
+    left = torch.linspace(1, 0, 11, dtype=torch.float64).numpy()
+    found = search.bent(left, 10.0)
+    sigma = torch.sigmoid(torch.tensor(10 * (left - 0.5)))
+    ends = torch.sigmoid(torch.tensor([-5.0, 5.0], dtype=torch.float64))
+    torch.testing.assert_close(torch.tensor(found), (sigma - ends[0]) / (ends[1] - ends[0]))
+    assert (found[0], found[5], found[-1]) == pytest.approx((1, 0.5, 0)) and (search.bent(left, 0.0) == left).all()
 
 
 def test_patches_are_a_convolutions():
