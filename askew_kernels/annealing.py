@@ -82,8 +82,10 @@ class EpsilonAnnealing(LRScheduler):
     ``outer_power``: those of groups with ``order="outer"``; None: as the others. ``start``: the period before which
     the groups' layers compute in training with the float weights, as float layers do (in eval always with the quantized
     ones); ``full``: the period from which they do with the quantized ones, on the way in between
-    (``ops.soft_quantize``, the slack falling from 1 to 0 as a line; layers that multiply levels change over midway,
-    those that learn their scale quantize from the first step); None: from ``start`` on.
+    (``ops.soft_quantize``, the slack falling from 1 to 0 as a line; layers that multiply levels change over midway, or,
+    where they learn their scale as well, quantize from the first step); None: from ``start`` on. What is learned has a
+    gradient always: scales of weights LSQ's, with what is computed with in the place of s Q(w/s); inputs whose scale is
+    learned are quantized from the first step.
 
     Nothing given but ``total`` is the recommended recipe, ``RECIPES[family_of(optimizer)]``; ``ak.Recipe`` takes it
     from a number of steps. With ``hold`` scales freeze when it ends, all groups are alike, and power is 12. Other modes

@@ -26,7 +26,7 @@ from askew_kernels.quant import Binary, Ternary, Uniform
 
 from .ranks import Ranks
 
-STEPS, HOLD, BATCH = 20, 6, 64
+STEPS, HOLD, FULL, BATCH = 20, 6, 3, 64  # the first FULL steps are on the way over from the float weights
 ROUNDED = 1e-10  # float64 weights of runs that only add in another order
 LEARNED = 1e-6  # … and float32 scales, of themselves, and weights, where scales are learned from such sums in float32
 UNEVEN, EVEN = (16, 33, 12, 3), (16, 32, 8)
@@ -229,7 +229,7 @@ def trained(way: Way, optimizer: str, config: ak.QuantConfig, alone: bool = Fals
         place, of = distributed.get_rank() // way.beside, distributed.get_world_size() // way.beside
         share = slice(place * BATCH // of, (place + 1) * BATCH // of)
     made = OPTIMIZERS[optimizer](model, {"model": model} if way.place is nn.parallel.DistributedDataParallel else {})
-    annealing = ak.EpsilonAnnealing(made, hold=HOLD, total=STEPS, keep_pull=False)
+    annealing = ak.EpsilonAnnealing(made, hold=HOLD, total=STEPS, keep_pull=False, full=FULL)
     layers = ak.nn.quantized_layers(inner(model)).values()
     scales: list[list[Tensor]] = []
     steps(model, made, annealing, way, share, 0, STEPS,

@@ -553,12 +553,29 @@ def test_start_is_taken_up_again_and_copied():
     assert resumed.start is None and resumed.full is None
 
 
-def test_start_leaves_learned_scales_to_learn():
-    model, _ = two_nets(scale="lsq")
-    ak.Recipe(model, ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05), 10, start=0.5)
-    assert not any(layer.quantizer.floating for layer in ak.nn.quantized_layers(model).values())
-    x = torch.randn(4, 6)
-    assert torch.equal(model(x), model.eval()(x))
+@pytest.mark.parametrize("config", [
+    {"scale": "lsq"}, {"activation": ak.quant.Uniform(8), "activation_scale": "lsq"},
+    {"activation": ak.quant.Uniform(8, signed=False), "activation_scale": "lsq+", "scale": "lsq"},
+    {"forward": "int8", "scale": "lsq"},
+], ids=lambda config: " ".join(map(str, config.values())))  # fmt: skip
+def test_what_is_learned_has_a_gradient_from_the_first_step(config):
+    """A parameter without one would be missed by DistributedDataParallel; the float weights are computed with."""
+    model, _plain = two_nets(**config)
+    optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
+    recipe, x = ak.Recipe(model, optimizer, 10, start=0.3, full=0.6), torch.randn(4, 6).abs()
+    for k in range(8):
+        y, layer = model(x), model[0]
+        if k <= 3 and config.get("forward") != "int8":
+            given = layer.forward_input(x)
+            assert torch.equal(given, x) == ("activation" not in config)
+            torch.testing.assert_close(
+                layer(x), functional.linear(given, layer.weight, layer.bias), rtol=1e-5, atol=1e-6
+            )
+        optimizer.zero_grad()
+        y.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), k
+        optimizer.step()
+        recipe.step()
 
 
 # ---- on the way from float weights to quantized ones ----------------------------------------------------------------
@@ -676,8 +693,52 @@ def test_copies_and_resumed_trainings_stand_where_these_do(silent):
     assert not torch.equal(copied(x), model(x))  # it has no recipe
 
 
+def learned_gradient(w, s, g, grid):
+    """LSQ's in float64, one scale a row: g times Q - w/s inside the hull, times the end's level outside."""
+    w, s, g = w.detach().double(), s.detach().double()[:, None], g.double()
+    levels = torch.tensor(grid.levels, dtype=torch.float64)
+    x = w / s
+    q = levels[(x[..., None] - levels).abs().argmin(-1)]
+    error = torch.where((x >= levels[0]) & (x <= levels[-1]), q - x, q)
+    return (g * error).sum(1) / (w.shape[1] * grid.c_max) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "grid", [ak.quant.Ternary(), ak.quant.Uniform(2), ak.quant.Midrise(2), ak.quant.NF4()], ids=str
+)
+@pytest.mark.parametrize("adam", [False, True])
+def test_learned_scales_learn_on_the_way(grid, adam):
+    """What is computed with, the weight's gradient straight through, and LSQ's for the scale, from first to last."""
+    torch.manual_seed(1)
+    model = ak.quantize_(nn.Sequential(nn.Linear(24, 5)), ak.QuantConfig(weight=grid, scale="lsq"))
+    layer, x = model[0], torch.randn(16, 24)
+    ours = ak.optim.ASkewAdamW if adam else ak.optim.ASkewSGD
+    optimizer = ours(ak.param_groups(model), lr=0.02)
+    recipe = ak.Recipe(model, optimizer, 10, full=0.6, freeze=0.8)
+    before = layer.weight_scale.detach().clone()
+    for k in range(8):
+        slack, scale = recipe.slack_at(k), layer.weight_scale.detach().clone()
+        assert layer.quantizer.softened == (slack > 0) and not layer.quantizer.frozen
+        wanted = ak.ops.soft_quantize(layer.weight, scale, grid, slack) if slack else layer.quantized_weight()
+        optimizer.zero_grad()
+        y = layer(x)
+        assert torch.equal(y, functional.linear(x, wanted, layer.bias))
+        assert torch.equal(layer.forward_weight(), wanted.detach())
+        y.square().sum().backward()
+        g = (2 * y.detach()).T @ x
+        found = layer.quantizer.learned.grad
+        torch.testing.assert_close(found, learned_gradient(layer.weight, scale, g, grid).float(), rtol=1e-4, atol=1e-4)
+        if slack:
+            torch.testing.assert_close(layer.weight.grad, g, rtol=1e-5, atol=1e-5)
+        optimizer.step()
+        recipe.step()
+    assert not torch.equal(layer.weight_scale, before)
+    optimizer.step()
+    assert layer.quantizer.frozen and torch.equal(model(x), model.eval()(x))
+
+
 @pytest.mark.parametrize("config", [{}, {"granularity": "per_tensor"}, {"granularity": "per_group", "group_size": 2},
-                                    {"activation": ak.quant.Uniform(8)}])  # fmt: skip
+                                    {"activation": ak.quant.Uniform(8)}, {"scale": "lsq"}])  # fmt: skip
 def test_compiled_layers_go_over_too(config):
     model, _ = two_nets(**config)
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)

@@ -454,23 +454,33 @@ class QuantizedLayer(nn.Module):
         weight = weight.full_tensor() if is_sharded(weight) else weight
         scale, view, config = self._functional_scale(weight), self.form.view, self.config
         y = _fake_quantized(view(weight), scale, config.weight, config.clips_in_backward)
-        if config.learns_scale and not self.quantizer.frozen and torch.is_grad_enabled():
-            learned = copy_of(self._held()[0], self.weight)
-            learned = torch.where((learned - learned).detach() == 0, learned, 0.0)  # what is not finite starts anew
-            slopes = learned_slopes(view(weight), scale, config.weight)
-            y = y + ((learned - learned.detach())[:, None] * slopes).to(y.dtype).reshape(y.shape)  # 0, with a gradient
+        if (zero := self._learned_zero(view(weight), scale)) is not None:
+            y = y + zero
         return view(y)  # of a view, the inverse is its view
 
+    def _learned_zero(self, point: Tensor, scale: Tensor) -> Tensor | None:
+        """0, in the shape of ``point``, with LSQ's gradient to a scale that is learned; None where none is."""
+        if not self.config.learns_scale or self.quantizer.frozen or not torch.is_grad_enabled():
+            return None
+        learned = copy_of(self._held()[0], self.weight)
+        learned = torch.where((learned - learned).detach() == 0, learned, 0.0)  # what is not finite starts anew
+        slopes = learned_slopes(point, scale, self.config.weight)
+        return ((learned - learned.detach())[:, None] * slopes).to(point.dtype).reshape(point.shape)
+
     def _soft_weight(self) -> Tensor:
-        """What stands between the weight and s Q(w/s) by a recipe's slack, straight-through; nothing is kept."""
+        """What stands between the weight and s Q(w/s) by a recipe's slack, straight-through, and LSQ's gradient to a
+        scale that is learned; nothing is kept."""
         weight: Any = self.weight
         if is_sharded(weight):
             return self._weight_of_parts()
-        ordinary = self._ordinary()
-        scale = self.quantizer.current_scale(weight) if ordinary else self._functional_scale(weight)
         view = self.form.view
+        if self._ordinary():
+            scale = self.quantizer.current_scale(weight)
+            return self._differentiable(weight, view(self._softened(view(weight), scale)), True)
+        scale = self._functional_scale(weight)
         soft = view(self._softened(view(weight), scale))
-        return _StraightThrough.apply(weight, soft, None) if ordinary else weight + (soft - weight).detach()
+        y = weight + (soft - weight).detach()
+        return y + view(slope) if (slope := self._learned_zero(view(weight), scale)) is not None else y
 
     def _softened(self, point: Tensor, scale: Tensor) -> Tensor:
         grid, slack = self.config.weight, self.quantizer.slack.to(point.device)  # type: ignore[union-attr]
@@ -486,7 +496,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def forward_input(self, x: Tensor) -> Tensor:
         """What the next forward computes with in place of ``x``: ``x`` itself, or what it is rounded to, detached."""
-        if self.training and self._floats():
+        if self.training and self._floats() and INPUT not in self._modules:
             return x
         if (levels := self.config.level_dtype) is not None:
             flat = x.to(autocast_dtype(x) or x.dtype).reshape(-1, x.shape[-1]).contiguous()
@@ -502,13 +512,17 @@ class QuantizedLayer(nn.Module):
         quantizer, view, config = self._tied(), self.form.view, self.config
         of_rows, mine = quantizer.part(weight), weight.to_local()
         scale, part = of_rows.take(quantizer.scale_of_parts(weight)), view(mine)
-        if self.softens:
-            y = view(part + (self._softened(part, scale) - part).detach())
-        elif torch.is_grad_enabled() and (learned := quantizer.hand_out() if config.learns_scale else None) is not None:
-            made, clips = view(_fake_quantized(part.detach(), scale, config.weight, False)), config.clips_in_backward
-            own = scale, config.weight, self.form
-            y = _LearnedToo.apply(mine, of_rows.take(copy_of(learned, weight)), made, own if clips else None,
+        learned = quantizer.hand_out() if config.learns_scale and torch.is_grad_enabled() else None
+        if learned is not None:
+            with torch.no_grad():
+                made = (
+                    self._softened(part, scale) if self.softens else _fake_quantized(part, scale, config.weight, False)
+                )
+            clips, own = config.clips_in_backward and not self.softens, (scale, config.weight, self.form)
+            y = _LearnedToo.apply(mine, of_rows.take(copy_of(learned, weight)), view(made), own if clips else None,
                                   (*own, clips, self._scale_factor(weight)))  # fmt: skip
+        elif self.softens:
+            y = view(part + (self._softened(part, scale) - part).detach())
         else:
             y = view(_fake_quantized(part, scale, config.weight, config.clips_in_backward))
         return type(weight).from_local(y, *sharding_of(weight), run_check=False, shape=weight.shape,
@@ -677,6 +691,8 @@ class QuantizedLayer(nn.Module):
 
     def _output(self, x: Tensor, *more: Any) -> Tensor:
         if self.training and self._floats():
+            if INPUT in self._modules:  # what is learned has a gradient always: DistributedDataParallel waits for it
+                x = self._quantized_input(x, self.kind.input_grid(self))  # type: ignore[arg-type]
             return self.product(x, self._float_weight(), *more)
         if (levels := self.config.level_dtype) is not None:
             if is_sharded(x):

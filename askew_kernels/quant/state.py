@@ -762,12 +762,14 @@ class WeightQuantizer:
     def soften(self, share: float, slack: Tensor) -> None:
         """What layers compute with in training (in eval always with s Q(w/s)): the weight itself where ``share`` is 1,
         s Q(w/s) where it is 0, in between ``ops.soft_quantize``'s with ``slack``, a 0-dim tensor of that value that the
-        caller goes on filling. Where levels are multiplied there is nothing in between, and the switch is at one half;
-        a scale that is learned needs the quantized forward always."""
-        levels = self.config.level_dtype is not None
-        share = 0.0 if self.config.learns_scale else float(share > 0.5) if levels else share
+        caller goes on filling. Where levels are multiplied there is nothing in between, and the switch is at one half.
+        A scale that is learned has a gradient always: the float weights are what is in between with a slack of 1, and
+        where levels are multiplied as well the forward is quantized from the first step."""
+        levels, learns = self.config.level_dtype is not None, self.config.learns_scale
+        share = (0.0 if learns else float(share > 0.5)) if levels else share
         before = self._floating, self._slack is None
-        self._take_way(share >= 1, slack if 0 < share < 1 else None)
+        floating = share >= 1 and not learns
+        self._take_way(floating, slack if share > 0 and not floating else None)
         if before != (self._floating, self._slack is None):
             self._changed()
 
