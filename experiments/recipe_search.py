@@ -706,8 +706,7 @@ def lsq_ways() -> list[Way]:
     for full in (0.5, 0.7):
         made = Way(f"rule, steep 0-{full}", hold=0.99, end=1.0, power=1.0, freeze=0.75, full=full, steep=True)
         found += [made, replace(made, name=f"learned, steep 0-{full}", learned=True)]
-    paper = replace(made, name="learned from the paper's value, steep 0-0.5", learned=True, paper=True, full=0.5)
-    return [*found, replace(made, name="learned, no way", learned=True, full=0.0), paper]
+    return [*found, replace(made, name="learned, no way", learned=True, full=0.0)]
 
 
 WAYS = {
