@@ -625,6 +625,11 @@ def trained(tokenizer_of):
     return config, {key: t.clone() for key, t in model.state_dict().items()}
 
 
+# Many: of one-bit weights few steps are clear, and which ones depends on what README, the text of ``trained``, says.
+STARTS = ("The packed layer", "A weight of shape", "def ", "scales", "import torch", "the row", "layers of", "* **",
+          "`ak.", "model", "for each", "bits")  # fmt: skip
+
+
 @pytest.mark.parametrize("target", ["q8_0", "q4_0", "mxfp4", "tq2_0", "q1_0", *(
     pytest.param(name, marks=pytest.mark.slow) for name in ("q6_k", "q5_0", "iq4_nl", "tq1_0"))])  # fmt: skip
 def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
@@ -646,20 +651,7 @@ def test_every_type_runs_in_llama_cpp(target, tmp_path, tokenizer_of, trained):
     assert "output.weight" not in found
     assert_equal(contents, path)
     agreed = 0
-    for prompt in (
-        "The packed layer",
-        "A weight of shape",
-        "def ",
-        "scales",
-        "import torch",
-        "the row",
-        "layers of",
-        "* **",
-        "`ak.",
-        "model",
-        "for each",
-        "bits",
-    ):  # many: of one-bit weights few steps are clear
+    for prompt in STARTS:
         ids = tokenizer(prompt)["input_ids"]
         llama, got = logits_of(path, ids)
         with torch.no_grad():

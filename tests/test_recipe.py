@@ -560,7 +560,7 @@ def test_start_is_taken_up_again_and_copied():
 ], ids=lambda config: " ".join(map(str, config.values())))  # fmt: skip
 def test_what_is_learned_has_a_gradient_from_the_first_step(config):
     """A parameter without one would be missed by DistributedDataParallel; the float weights are computed with."""
-    model, _plain = two_nets(**config)
+    model = two_nets(**config)[0]
     optimizer = ak.optim.ASkewSGD(ak.param_groups(model), lr=0.05)
     recipe, x = ak.Recipe(model, optimizer, 10, start=0.3, full=0.6), torch.randn(4, 6).abs()
     for k in range(8):
@@ -574,6 +574,8 @@ def test_what_is_learned_has_a_gradient_from_the_first_step(config):
         optimizer.zero_grad()
         y.square().sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad), k
+        scales = [p for name, p in model.named_parameters() if name.endswith("scale") and p.requires_grad]
+        assert scales and all(p.grad.any() for p in scales), k  # an offset's is 0 while no input is outside the hull
         optimizer.step()
         recipe.step()
 
